@@ -1,0 +1,115 @@
+"""Settings of a process: defaults < file < environment < flags, checked once at start.
+
+Owns precedence and the one sentence an operator sees. A key that is unknown, malformed or out of range stops the
+process with exit status 2 and is named. Types and ranges are pydantic's work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tandem.errors import ConfigError
+
+
+
+class ServiceConfig(BaseModel):
+    """Settings every Tandem process has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: the OS chooses")
+    advertise_host: str | None = Field(None, description="host other processes reach this one at; default: host")
+    drain_settle_s: float = Field(0.5, ge=0, le=60, description="still admit this long after a drain was announced")
+    drain_timeout_s: float = Field(30, ge=0, le=3600, description="most time for running requests to finish")
+    announce_file: Path | None = Field(None, description="write address and process id there, as JSON, once serving")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
+
+    @property
+    def reachable_host(self) -> str:
+        """Host that other processes use."""
+        return self.advertise_host or self.host
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> C:
+    """Read the settings of `program` (for example "tandem-decode"; its variables are then TANDEM_DECODE_*).
+
+    Raises:
+        ConfigError: names the first key at fault.
+    """
+    flags = vars(_parser(config_type, program).parse_args(argv))
+    config_file = flags.pop("config", None) or environ.get(f"{_prefix(program)}CONFIG")
+    values = {
+        **_from_file(config_type, config_file),
+        **_from_environment(config_type, _prefix(program), environ),
+        **{key: value for key, value in flags.items() if value is not None},
+    }
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigError(key, f"{first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
+
+
+def effective(config: BaseModel) -> str:
+    """All settings as one line of JSON, secrets masked."""
+    return json.dumps(config.model_dump(mode="json"))
+
+
+def _prefix(program: str) -> str:
+    return program.upper().replace("-", "_") + "_"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentParser:
+    """Flags carry strings; pydantic gives them their types, so that a wrong value is reported in one way."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=(config_type.__doc__ or "").strip(),
+        epilog=f"Each flag is also a key of the TOML file given by --config, and a variable {_prefix(program)}<KEY>.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    for name, field in config_type.model_fields.items():
+        default = "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)})"
+        parser.add_argument(_flag(name), dest=name, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%"))
+    return parser
+
+
+def _from_file(config_type: type[BaseModel], file: str | None) -> dict[str, Any]:
+    if not file:
+        return {}
+    try:
+        values = tomllib.loads(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise ConfigError("config", f"{file} cannot be read: {problem}") from None
+    for key in values:
+        if key not in config_type.model_fields:
+            raise ConfigError(key, f"is not a setting ({file})")
+    return values
+
+
+def _from_environment(config_type: type[BaseModel], prefix: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(prefix) or variable == f"{prefix}CONFIG":
+            continue
+        key = variable.removeprefix(prefix).lower()
+        if key not in config_type.model_fields:
+            raise ConfigError(key, f"is not a setting (environment variable {variable})")
+        values[key] = value
+    return values

@@ -1,0 +1,116 @@
+"""What a worker is, what it can do, and when two workers make a pair.
+
+Owns identity, capabilities, load and the compatibility rule. Where workers are kept is the registry's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+
+class WorkerRole(Enum):
+    """What a worker does for a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    AGGREGATED = "aggregated"
+
+
+class WorkerState(Enum):
+    """Where a worker is in its life, as the registry tells it."""
+
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do. Everything two legs must agree on to exchange KV is in here.
+
+    `model_digest` covers configuration and weights, `tokenizer_digest` the tokenizer's files; both are hex SHA-256.
+    """
+
+    engine: str
+    """"sglang" or "simulated"."""
+    engine_version: str
+    model: str
+    """The name clients ask for."""
+    model_digest: str
+    tokenizer_digest: str
+    context_tokens_max: int
+    """Prompt plus completion."""
+    kv_capacity_tokens: int
+    running_requests_max: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    page_size_tokens: int
+    kv_dtype: str
+    kv_layout: str
+    """For example "mha:2x2x32": attention kind, layers x KV heads x head dimension."""
+    kv_bytes_per_token: int
+    transfer_backend: str
+    """"nixl", "simulated", or "none" on an aggregated worker."""
+    tensor_parallel_size: int = 1
+    is_mla: bool = False
+    """Multi-head latent attention: lets the two legs differ in tensor parallelism."""
+
+
+PAIR_FIELDS = (
+    "engine",
+    "engine_version",
+    "model",
+    "model_digest",
+    "tokenizer_digest",
+    "page_size_tokens",
+    "kv_dtype",
+    "kv_layout",
+    "transfer_backend",
+)
+
+
+def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | None:
+    """Name of the first field in which two workers differ so that they cannot exchange KV; None when they can."""
+    for name in PAIR_FIELDS:
+        if getattr(prefill, name) != getattr(decode, name):
+            return name
+    same_parallelism = prefill.tensor_parallel_size == decode.tensor_parallel_size
+    if not same_parallelism and not (prefill.is_mla and decode.is_mla):
+        return "tensor_parallel_size"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One start of one worker process, as the registry lists it."""
+
+    worker_id: str
+    """Stable over restarts, for example "decode-0"."""
+    epoch: int
+    """Grows with every start of the worker; calls to a worker carry it and a worker refuses another one's."""
+    role: WorkerRole
+    address: str
+    """host:port of its gRPC server."""
+    capabilities: Capabilities
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    """Where decode engines meet this prefill worker; prefill only."""
+    state: WorkerState = WorkerState.SERVING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """How busy an engine is at this moment. A figure the engine does not tell is None, never zero."""
+
+    running_requests: int | None = None
+    waiting_requests: int | None = None
+    waiting_tokens: int | None = None
+    kv_used_tokens: int | None = None
+    kv_capacity_tokens: int | None = None
+    transferring_requests: int | None = None
+    """Prefill: requests whose KV is on its way or still to be pulled. Decode: requests that wait for KV."""
+
+
+def field_names() -> tuple[str, ...]:
+    """Names of all capability fields, in order."""
+    return tuple(f.name for f in fields(Capabilities))

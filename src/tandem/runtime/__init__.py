@@ -1,0 +1,1 @@
+"""How every Tandem process lives: start, serve, drain, stop."""

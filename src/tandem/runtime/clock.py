@@ -1,0 +1,32 @@
+"""Time as a dependency, so that leases, bounds and admission can be tested on a clock that does not run."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Monotonic seconds."""
+
+    def __call__(self) -> float:
+        """Seconds from an arbitrary start; never goes back."""
+        ...
+
+
+monotonic: Clock = time.monotonic
+
+
+class ManualClock:
+    """A clock that goes only when told to."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """The time it was set to."""
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds

@@ -1,0 +1,142 @@
+"""The life of a service process, from its arguments to its exit status.
+
+    parse -> start -> announce -> (a signal, or a failure) -> drain -> stop -> exit status
+
+Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain bound was hit; 2 a setting is wrong;
+70 a second signal cut the drain short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from tandem import config as configuration
+from tandem.config import ServiceConfig
+from tandem.errors import StartError
+
+log = logging.getLogger(__name__)
+
+EXIT_SECOND_SIGNAL = 70
+
+
+class Service(Protocol):
+    """What a process runs. Only `app.py` of each service knows what start and stop mean, and in which order."""
+
+    @property
+    def address(self) -> str:
+        """host:port it serves at, once started."""
+        ...
+
+    async def start(self) -> None:
+        """Return when it serves."""
+        ...
+
+    async def drain(self) -> bool:
+        """Announce the end, finish what runs. Returns whether everything finished within its bound."""
+        ...
+
+    async def stop(self) -> None:
+        """Free everything. Called once, after `drain`, and also when `start` failed."""
+        ...
+
+    async def wait_finished(self) -> str | None:
+        """Return one sentence when it cannot go on, or None when it was asked over the wire to end."""
+        ...
+
+
+C = TypeVar("C", bound=ServiceConfig)
+
+
+def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> int:
+    """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
+    try:
+        config = configuration.load(config_type, program, sys.argv[1:], os.environ)
+        set_up_logging(config.log_level)
+        log.info("%s settings %s", program, configuration.effective(config))
+        return asyncio.run(serve(build(config), config.announce_file))
+    except StartError as problem:
+        print(f"{program}: {problem}", file=sys.stderr)
+        return problem.exit_status
+
+
+def set_up_logging(level: str) -> None:
+    """One line an event on standard error, UTC."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+
+
+async def serve(service: Service, announce_file: Path | None = None) -> int:
+    """Start, wait for a signal or the service's own end, drain, stop. Returns the exit status."""
+    stop_asked = asyncio.Event()
+    try:
+        with_signals(stop_asked)
+        started = await _start(service, stop_asked)
+        # An engine may have installed handlers of its own while it started.
+        with_signals(stop_asked)
+        if not started:
+            return 0
+        if announce_file is not None:
+            announce(announce_file, service.address)
+        failure = await _wait_end(service, stop_asked)
+        if failure is not None:
+            log.error("cannot go on: %s", failure)
+            return 1
+        return 0 if await service.drain() else 1
+    finally:
+        await service.stop()
+
+
+async def _start(service: Service, stop_asked: asyncio.Event) -> bool:
+    """Whether it started; False when a signal came first."""
+    starting = asyncio.ensure_future(service.start())
+    asked = asyncio.ensure_future(stop_asked.wait())
+    await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if starting.done():
+        await starting
+        return True
+    starting.cancel()
+    await asyncio.wait({starting})
+    return False
+
+
+async def _wait_end(service: Service, stop_asked: asyncio.Event) -> str | None:
+    """None: it was asked to end. A sentence: it cannot go on."""
+    finished = asyncio.ensure_future(service.wait_finished())
+    asked = asyncio.ensure_future(stop_asked.wait())
+    await asyncio.wait({finished, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if finished.done():
+        return await finished
+    finished.cancel()
+    return None
+
+
+def with_signals(stop_asked: asyncio.Event) -> None:
+    """SIGTERM and SIGINT ask for the end; a second one ends the process at once."""
+
+    def handle(number: int) -> None:
+        if stop_asked.is_set():
+            log.error("second signal %s: ending without draining", signal.Signals(number).name)
+            os._exit(EXIT_SECOND_SIGNAL)
+        stop_asked.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle, number)
+
+
+def announce(file: Path, address: str) -> None:
+    """Tell whoever started this process where it serves. The file appears whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"address": address, "pid": os.getpid()}))
+    partial.rename(file)

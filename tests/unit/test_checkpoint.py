@@ -1,0 +1,168 @@
+"""Model directories: what is missing or damaged is said in one sentence, and other weights have another digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem import checkpoint
+from tandem.checkpoint import read_checkpoint, tokenizer_digest
+from tandem.errors import StartError
+from tandem.testing.fake_model import write_fake_model, write_fake_weights
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_fake_model(tmp_path / "model")
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    file = model / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def refused(model: Path) -> str:
+    with pytest.raises(StartError) as caught:
+        read_checkpoint(model)
+    assert "\n" not in caught.value.message
+    assert caught.value.metadata["path"]
+    return caught.value.message
+
+
+def test_whole_directory(model: Path) -> None:
+    found = read_checkpoint(model)
+    assert (found.vocabulary_size, found.context_tokens_max, found.eos_token_ids) == (512, 2048, (2,))
+    assert (found.kv_layout, found.is_mla) == ("mha:2x2x16", False)
+    assert (found.kv_bytes_per_token(4), found.kv_bytes_per_token(2)) == (2 * 2 * 2 * 16 * 4, 2 * 2 * 2 * 16 * 2)
+    assert found.tokenizer_digest == tokenizer_digest(model)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00"])
+def test_missing_or_unreadable_json(model: Path, name: str, content: str | bytes | None) -> None:
+    if content is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert str(model / name) in refused(model)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", ["absent", "12", None])
+def test_config_without_a_needed_number(model: Path, key: str, value: Any) -> None:
+    edit_config(model, **{key: value})
+    assert key in refused(model)
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "no weights" in refused(model)
+
+
+@pytest.mark.parametrize("cut_bytes", [1, 8, 15])
+def test_truncated_weights(model: Path, cut_bytes: int) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-cut_bytes])
+    assert "truncated" in refused(model)
+
+
+def test_longer_weights_than_the_header_says(model: Path) -> None:
+    with (model / "model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    assert "damaged" in refused(model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        (2**63).to_bytes(8, "little"),
+        (9).to_bytes(8, "little") + b"{",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{x",
+        (9).to_bytes(8, "little") + b'{"a": {}}',
+    ],
+)
+def test_damaged_header(model: Path, content: bytes) -> None:
+    (model / "model.safetensors").write_bytes(content)
+    assert "damaged" in refused(model)
+
+
+def test_one_of_two_files_damaged_is_named(model: Path) -> None:
+    write_fake_weights(model / "model-2.safetensors", (1.0,))
+    read_checkpoint(model)
+    (model / "model-2.safetensors").write_bytes(b"12345678")
+    assert "model-2.safetensors" in refused(model)
+
+
+def test_digests_tell_models_apart(model: Path) -> None:
+    first = read_checkpoint(model)
+    assert read_checkpoint(model) == first
+    write_fake_weights(model / "model.safetensors", (1.0, 2.0, 3.0, 4.5))
+    other_weights = read_checkpoint(model)
+    assert other_weights.model_digest != first.model_digest
+    assert other_weights.tokenizer_digest == first.tokenizer_digest
+    edit_config(model, rope_theta=1.0)
+    assert read_checkpoint(model).model_digest not in (first.model_digest, other_weights.model_digest)
+
+
+def test_tokenizer_digest_covers_the_chat_template(model: Path) -> None:
+    first = read_checkpoint(model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    second = read_checkpoint(model)
+    assert second.tokenizer_digest != first.tokenizer_digest
+    assert second.model_digest == first.model_digest
+
+
+def test_samples_of_large_files_see_both_ends(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WHOLE_FILE_BYTES_MAX", 1000)
+    monkeypatch.setattr(checkpoint, "SAMPLE_BYTES", 256)
+    values = [0.0] * 1000
+    digests = set()
+    for place in (None, 0, 999):
+        changed = [1.0 if i == place else v for i, v in enumerate(values)]
+        write_fake_weights(model / "model.safetensors", tuple(changed))
+        digests.add(read_checkpoint(model).model_digest)
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"),
+    [
+        (5, (5,)),
+        ([5, 6], (5, 6)),
+        ("absent", (2,)),
+        pytest.param(
+            None, (2,), marks=pytest.mark.xfail(strict=True, reason="null hides config.json's, unlike SGLang")
+        ),
+    ],
+)
+def test_generation_config_says_the_ends(model: Path, value: Any, ids: tuple[int, ...]) -> None:
+    content = {} if value == "absent" else {"eos_token_id": value}
+    (model / "generation_config.json").write_text(json.dumps(content))
+    assert read_checkpoint(model).eos_token_ids == ids
+
+
+def test_no_end_of_sequence(model: Path) -> None:
+    edit_config(model, eos_token_id=None)
+    assert read_checkpoint(model).eos_token_ids == ()
+
+
+def test_head_dimension_of_its_own(model: Path) -> None:
+    edit_config(model, head_dim=48, num_key_value_heads=None)
+    assert read_checkpoint(model).kv_layout == "mha:2x4x48"
+
+
+def test_latent_attention(model: Path) -> None:
+    edit_config(model, kv_lora_rank=32, qk_rope_head_dim=8)
+    found = read_checkpoint(model)
+    assert (found.kv_layout, found.is_mla, found.kv_bytes_per_token(2)) == ("mla:2x32+8", True, 2 * 40 * 2)
