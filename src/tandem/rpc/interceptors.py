@@ -1,0 +1,104 @@
+"""Between gRPC and every handler: what a handler raises becomes one status on the wire.
+
+The only broad `except` of the request path. Handlers raise `TandemError` and never call `context.abort`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.descriptor_pool import Default as default_pool
+from google.protobuf.message_factory import GetMessageClass
+
+from tandem.errors import TandemError
+from tandem.rpc.malformed import checked_deserializer
+from tandem.rpc.status import abort
+
+log = logging.getLogger(__name__)
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wrap the handler gRPC found; unknown methods and foreign services (health, reflection) pass unchanged."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith("/tandem."):
+            return handler
+        return _wrap(handler, method)
+
+
+def _wrap(handler: Any, method: str) -> Handler:
+    if handler.unary_unary:
+        wrapped = _unary(handler.unary_unary, method)
+        return grpc.unary_unary_rpc_method_handler(wrapped, _deserializer(method), handler.response_serializer)
+    if handler.unary_stream:
+        stream = _stream(handler.unary_stream, method)
+        return grpc.unary_stream_rpc_method_handler(stream, _deserializer(method), handler.response_serializer)
+    if handler.stream_stream:
+        stream = _stream(handler.stream_stream, method)
+        return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
+    return handler  # type: ignore[no-any-return]
+
+
+def _deserializer(method: str) -> Any:
+    service, name = method.removeprefix("/").split("/")
+    request = default_pool().FindServiceByName(service).methods_by_name[name].input_type
+    return checked_deserializer(GetMessageClass(request))
+
+
+def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def handle(request: Any, context: Context) -> Any:
+        try:
+            if isinstance(request, TandemError):
+                raise request
+            return await behavior(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as problem:
+            await abort(context, _as_error(problem, method))
+
+    return handle
+
+
+def _stream(
+    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+        responses = None
+        try:
+            if isinstance(request, TandemError):
+                raise request
+            responses = behavior(request, context)
+            async for response in responses:
+                yield response
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as problem:
+            await abort(context, _as_error(problem, method))
+        finally:
+            if responses is not None:
+                # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
+                # be closed here and now, not when the garbage collector finds it.
+                await responses.aclose()  # type: ignore[attr-defined]
+
+    return handle
+
+
+def _as_error(problem: Exception, method: str) -> TandemError:
+    if isinstance(problem, TandemError):
+        return problem
+    log.exception("defect in the handler of %s", method)
+    return TandemError(f"internal error in {method}: {type(problem).__name__}")

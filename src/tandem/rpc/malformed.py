@@ -1,0 +1,59 @@
+"""Requests that are not what the contract says: names the field instead of letting gRPC answer INTERNAL.
+
+Owns the search for a string that is not UTF-8 in bytes that protobuf refused. Knows nothing of any service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf import empty_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from tandem.errors import InvalidRequest
+
+LENGTH_DELIMITED = 2
+
+
+def checked_deserializer(message_type: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
+    """A deserializer that returns the error instead of raising it: gRPC hides whatever a deserializer raises."""
+
+    def deserialize(data: bytes) -> Message | InvalidRequest:
+        try:
+            return message_type.FromString(data)
+        except DecodeError:
+            field = find_invalid_utf8(data, message_type.DESCRIPTOR)
+            if field is None:
+                return InvalidRequest("request", f"is not a protobuf {message_type.DESCRIPTOR.full_name}")
+            return InvalidRequest(field, "is not valid UTF-8")
+
+    return deserialize
+
+
+def find_invalid_utf8(data: bytes, descriptor: Descriptor) -> str | None:
+    """Dotted name of the first string field whose bytes are not UTF-8; None when there is none or no structure at all."""
+    try:
+        fields = UnknownFieldSet(empty_pb2.Empty.FromString(data))
+    except DecodeError:
+        return None
+    for unknown in fields:
+        field = descriptor.fields_by_number.get(unknown.field_number)
+        if field is None or unknown.wire_type != LENGTH_DELIMITED:
+            continue
+        if field.type == FieldDescriptor.TYPE_STRING and not _is_utf8(unknown.data):
+            return str(field.name)
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            inner = find_invalid_utf8(unknown.data, field.message_type)
+            if inner is not None:
+                return f"{field.name}.{inner}"
+    return None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,71 @@
+"""Server side of gRPC: every Tandem process serves through this shape, with health and reflection.
+
+Owns the listener and the health state. Knows nothing of the services it carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tandem.errors import StartError
+from tandem.rpc.channels import MESSAGE_BYTES_MAX
+from tandem.rpc.interceptors import ErrorInterceptor
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    # Two processes on one port would share its connections at random; the second must fail instead.
+    ("grpc.so_reuseport", 0),
+    # Peers ping every 10 s (channels.py); less than this is answered with GOAWAY too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+AddServicer = Callable[[grpc.aio.Server], None]
+
+
+class RpcServer:
+    """A gRPC server with health (NOT_SERVING until told otherwise) and reflection."""
+
+    def __init__(self, services: Sequence[tuple[str, AddServicer]]) -> None:
+        """Each service is its full protobuf name and the function that adds its servicer to a server."""
+        self._names = [name for name, _ in services]
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
+        self._health: Any = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for _, add in services:
+            add(self._server)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; `self.port` is the port in use (the OS chooses when 0 is given).
+
+        Raises:
+            StartError: the address cannot be listened on.
+        """
+        await self.set_serving(False)
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checkers and watchers, for the process as a whole ("") and for each service."""
+        for name in ["", *self._names]:
+            await self._health.set(name, SERVING if serving else NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the listener, give running calls `grace_s`, then cancel them. May be called twice."""
+        await self._server.stop(grace_s)
