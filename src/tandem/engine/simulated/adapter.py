@@ -1,0 +1,206 @@
+"""The simulated engine behind the engine port: checks requests, owns the tasks of its legs and their endings.
+
+What a leg does lives in `runs`; here is its life: from `generate`, through abort or failure, to exactly one ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+
+import tandem
+from tandem.checkpoint import Checkpoint, read_checkpoint
+from tandem.engine.port import BootstrapAddress, KvEvent
+from tandem.engine.settings import EngineSettings
+from tandem.engine.simulated.leg import Leg
+from tandem.engine.simulated.options import parse_options
+from tandem.engine.simulated.runs import Machine
+from tandem.engine.simulated.timing import Clock, SystemClock
+from tandem.engine.simulated.tokens import read_vocabulary
+from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
+from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, TokenBatch
+from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_CAPACITY_TOKENS = 16_384
+TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
+
+
+class SimulatedEngine:
+    """An `Engine` made of hashes and timers."""
+
+    def __init__(self, settings: EngineSettings, clock: Clock | None = None) -> None:
+        """Check the settings; nothing is opened before `start`.
+
+        Raises:
+            ConfigError: a key of `extra`, the dtype or the transfer backend is not known.
+        """
+        self._settings = settings
+        self._options = parse_options(settings.extra)
+        if settings.dtype not in ("auto", *ELEMENT_BYTES):
+            raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
+        if settings.transfer_backend not in TRANSFER_BACKENDS:
+            known = ", ".join(TRANSFER_BACKENDS)
+            raise ConfigError("transfer_backend", f"must be one of {known}, not {settings.transfer_backend!r}")
+        self._clock = clock or SystemClock()
+        self._machine: Machine | None = None
+        self._capabilities: Capabilities | None = None
+        self._bootstrap_port: int | None = None
+        self._legs: dict[str, Leg] = {}
+
+    async def start(self) -> None:
+        """Read the model directory and, as prefill, listen for decode engines. See the port."""
+        checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        vocabulary = await asyncio.to_thread(read_vocabulary, checkpoint, self._options.eos_chance)
+        if self._options.eos_after_tokens is not None and vocabulary.eos_token_id is None:
+            raise ConfigError("engine_extra.eos_after_tokens", "the model has no end-of-sequence token")
+        capabilities = self._describe(checkpoint)
+        if capabilities.kv_capacity_tokens < 2 * self._options.page_size_tokens:
+            raise StartError("kv_capacity_tokens: must hold two pages at least")
+        machine = Machine(
+            self._settings.role, self._options, capabilities, vocabulary, self._clock, self._settings.seed
+        )
+        if self._settings.role is WorkerRole.PREFILL:
+            self._bootstrap_port = await machine.server.start(self._settings.host, self._settings.bootstrap_port)
+        self._capabilities, self._machine = capabilities, machine
+
+    async def stop(self) -> None:
+        """Abort everything and close the sockets."""
+        machine, self._machine = self._machine, None
+        tasks = [leg.task for leg in self._legs.values() if leg.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if machine is not None:
+            await machine.server.stop()
+
+    def capabilities(self) -> Capabilities:
+        """What the engine can do."""
+        if self._capabilities is None:
+            raise EngineFailed("the simulated engine is not started")
+        return self._capabilities
+
+    def bootstrap_address(self) -> BootstrapAddress | None:
+        """Where decode engines meet this one."""
+        if self._bootstrap_port is None:
+            return None
+        return BootstrapAddress(host=self._settings.host, port=self._bootstrap_port)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenBatch]:
+        """Run one leg. See the port."""
+        machine = self._running()
+        self._check(request, machine)
+        leg = machine.new_leg(request)
+        self._legs[request.request_id] = leg
+        leg.task = asyncio.create_task(machine.run(leg), name=f"simulated-leg-{request.request_id}")
+        leg.task.add_done_callback(partial(self._settle, leg))
+        try:
+            while True:
+                item = await leg.batches.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if item.finish is not None:
+                    return
+        finally:
+            leg.task.cancel()
+            await asyncio.wait((leg.task,))
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop working on a request."""
+        leg = self._legs.get(request_id)
+        return leg is not None and leg.task is not None and leg.task.cancel()
+
+    async def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        machine = self._running()
+        legs = self._legs.values()
+        return EngineLoad(
+            running_requests=sum(leg.admitted and not leg.transferring for leg in legs),
+            waiting_requests=machine.admission.waiting_requests,
+            waiting_tokens=machine.admission.waiting_tokens,
+            kv_used_tokens=machine.pool.used_tokens,
+            kv_capacity_tokens=machine.pool.capacity_tokens,
+            transferring_requests=sum(leg.transferring for leg in legs),
+        )
+
+    async def flush_cache(self) -> bool:
+        """Forget the prefix cache; refused while requests run."""
+        return self._running().pool.flush()
+
+    def kv_events(self, from_sequence: int) -> AsyncIterator[KvEvent]:
+        """Changes of the prefix cache."""
+        log = self._running().kv_event_log
+        if log is None:
+            raise NotSupported("this simulated engine keeps no prefix cache or was started without KV events")
+        return log.read(from_sequence)
+
+    async def wait_failed(self) -> str:
+        """Never returns: this engine has no process that could die by itself."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("a future that nobody holds cannot be done")
+
+    def _settle(self, leg: Leg, task: asyncio.Task[EngineFinish]) -> None:
+        """The one ending of a leg, however its task ended."""
+        del self._legs[leg.request.request_id]
+        if task.cancelled():
+            leg.batches.put_nowait(TokenBatch(finish=leg.finish(FinishReason.ABORTED)))
+        elif (problem := task.exception()) is not None:
+            leg.batches.put_nowait(problem)
+        else:
+            leg.batches.put_nowait(TokenBatch(finish=task.result()))
+
+    def _running(self) -> Machine:
+        if self._machine is None:
+            raise EngineFailed("the simulated engine is not running")
+        return self._machine
+
+    def _check(self, request: EngineRequest, machine: Machine) -> None:
+        capabilities = self.capabilities()
+        tokens, stopping = request.token_ids, request.stopping
+        if not tokens:
+            raise InvalidRequest("token_ids", "must not be empty")
+        if not all(0 <= t < capabilities.vocabulary_size for t in tokens):
+            raise InvalidRequest("token_ids", f"all must be from 0 to {capabilities.vocabulary_size - 1}")
+        longest = min(capabilities.context_tokens_max, machine.pool.capacity_tokens) - 1
+        if len(tokens) > longest:
+            raise InvalidRequest("token_ids", f"{len(tokens)} tokens are more than the {longest} that fit")
+        if stopping.max_tokens < 1:
+            raise InvalidRequest("stopping.max_tokens", "must be 1 at least")
+        if (stopping.min_tokens or 0) > stopping.max_tokens:
+            raise InvalidRequest("stopping.min_tokens", "must not be above max_tokens")
+        if (request.bootstrap is None) != (self._settings.role is WorkerRole.AGGREGATED):
+            raise InvalidRequest("bootstrap", f"does not suit an engine in role {self._settings.role.value}")
+        if request.request_id in self._legs:
+            raise InvalidRequest("request_id", "is running already")
+        if request.guided is not None:
+            raise NotSupported("the simulated engine knows no guided decoding", field="guided")
+
+    def _describe(self, checkpoint: Checkpoint) -> Capabilities:
+        settings = self._settings
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+        if dtype not in ELEMENT_BYTES:
+            raise StartError(f"{checkpoint.path / 'config.json'}: dtype {dtype} is not known to the simulated engine")
+        aggregated = settings.role is WorkerRole.AGGREGATED
+        page = self._options.page_size_tokens
+        return Capabilities(
+            engine="simulated",
+            engine_version=tandem.__version__,
+            model=settings.model_name,
+            model_digest=checkpoint.model_digest,
+            tokenizer_digest=checkpoint.tokenizer_digest,
+            context_tokens_max=checkpoint.context_tokens_max,
+            kv_capacity_tokens=(settings.kv_capacity_tokens or KV_CAPACITY_TOKENS) // page * page,
+            running_requests_max=settings.running_requests_max,
+            vocabulary_size=checkpoint.vocabulary_size,
+            eos_token_ids=checkpoint.eos_token_ids,
+            page_size_tokens=page,
+            kv_dtype=dtype,
+            kv_layout=checkpoint.kv_layout,
+            kv_bytes_per_token=checkpoint.kv_bytes_per_token(ELEMENT_BYTES[dtype]),
+            transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
+            is_mla=checkpoint.is_mla,
+        )

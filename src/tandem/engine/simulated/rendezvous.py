@@ -1,0 +1,252 @@
+"""Where the two legs of one attempt meet and KV is handed over: a TCP server in the prefill engine, a client in decode.
+
+The socket is real, so that killing, freezing or cutting either process has real effects; the KV itself is a 16-byte
+state and a count of bytes. Owns the bounds: nobody waits longer than the options say, and a closed socket ends the
+wait at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tandem.engine.simulated.tokens import SequenceState
+from tandem.engine.simulated.wire import LINE_BYTES_MAX, ConnectionLost, KvHeader, Line, parse_state
+from tandem.errors import LegFailed, StartError
+from tandem.model.generation import Bootstrap
+
+HELLO_TIMEOUT_S = 5.0
+T = TypeVar("T")
+
+
+class DecodePeer:
+    """A decode engine that has come for a room, as the prefill engine sees it."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """Bytes that decode says it has; ConnectionLost when it hung up."""
+
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        """Do some work for this peer, but no longer than it is there.
+
+        Raises:
+            ConnectionLost: it went away meanwhile.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task, self.done), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self.done.result()
+                raise ConnectionLost("it said done before it had everything")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+
+
+class BootstrapServer:
+    """The prefill engine's side."""
+
+    def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float) -> None:
+        self._bootstrap_timeout_s = bootstrap_timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+        self._server: asyncio.Server | None = None
+        self._early_decodes: dict[int, DecodePeer] = {}
+        self._early_prefills: dict[int, asyncio.Future[DecodePeer]] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port, which the OS chooses when it is 0.
+
+        Raises:
+            StartError: the address cannot be bound.
+        """
+        try:
+            self._server = await asyncio.start_server(self._serve, host, port, limit=LINE_BYTES_MAX)
+        except OSError as problem:
+            raise StartError(f"bootstrap server cannot listen on {host}:{port}: {problem}") from None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Hang up on everybody and stop listening."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.wait_closed()
+        self._server = None
+
+    @asynccontextmanager
+    async def meet(self, room: int) -> AsyncIterator[DecodePeer]:
+        """Wait for the decode leg of a room; leaving the block hangs up.
+
+        Raises:
+            LegFailed: nobody came in time (phase "bootstrap"), or the peer was lost inside the block ("transfer").
+        """
+        peer = await self._wait_for_decode(room)
+        try:
+            await peer.line.send("met")
+            yield peer
+        except ConnectionLost as lost:
+            raise leg_failed("prefill", "transfer", room, f"the decode leg was lost: {lost}") from None
+        finally:
+            peer.line.close()
+
+    async def hand_over(
+        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, moving: Awaitable[None]
+    ) -> None:
+        """Send a prompt's KV and wait until decode has it all.
+
+        Raises:
+            ConnectionLost: the peer went away.
+            LegFailed: it did not confirm in time, or not everything.
+        """
+        await peer.line.send("begin", prompt_tokens=header.prompt_tokens, size_bytes=header.size_bytes)
+        await peer.unless_lost(moving)
+        await peer.line.send("end", state=state.hex())
+        try:
+            async with asyncio.timeout(self._transfer_timeout_s):
+                received_bytes = await peer.done
+        except TimeoutError:
+            raise leg_failed("prefill", "transfer", room, "the decode leg did not confirm its KV in time") from None
+        if received_bytes != header.size_bytes:
+            problem = f"the decode leg has {received_bytes} of {header.size_bytes} KV bytes"
+            raise leg_failed("prefill", "transfer", room, problem)
+
+    async def _wait_for_decode(self, room: int) -> DecodePeer:
+        if room in self._early_decodes:
+            return self._early_decodes.pop(room)
+        if room in self._early_prefills:
+            raise leg_failed("prefill", "bootstrap", room, "another prefill leg waits in that room")
+        arrival: asyncio.Future[DecodePeer] = asyncio.get_running_loop().create_future()
+        self._early_prefills[room] = arrival
+        try:
+            async with asyncio.timeout(self._bootstrap_timeout_s):
+                return await arrival
+        except BaseException as problem:
+            # Arrived and given up in the same turn of the loop: nobody else would hang up on that peer.
+            if arrival.done() and not arrival.cancelled():
+                arrival.result().line.close()
+            if isinstance(problem, TimeoutError):
+                raise leg_failed("prefill", "bootstrap", room, "no decode leg came in time") from None
+            raise
+        finally:
+            del self._early_prefills[room]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            await self._serve_line(Line(reader, writer))
+        except (ConnectionLost, TimeoutError, asyncio.CancelledError):
+            # Told to whoever waits for this peer; asyncio would log it as a crash of the server.
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _serve_line(self, line: Line) -> None:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            hello = await line.receive("hello", room=int)
+        room: int = hello["room"]
+        peer = DecodePeer(line)
+        waiting = self._early_prefills.get(room)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(peer)
+        elif room in self._early_decodes:
+            return  # the first comer keeps the room
+        else:
+            self._early_decodes[room] = peer
+        try:
+            done = await line.receive("done", size_bytes=int)
+            _settle(peer.done, lambda: peer.done.set_result(done["size_bytes"]))
+        except ConnectionLost as lost:
+            reason = str(lost)
+            _settle(peer.done, lambda: peer.done.set_exception(ConnectionLost(reason)))
+        except asyncio.CancelledError:
+            _settle(peer.done, lambda: peer.done.set_exception(ConnectionLost("this engine stops")))
+            raise
+        finally:
+            if self._early_decodes.get(room) is peer:
+                del self._early_decodes[room]
+
+
+def _settle(future: asyncio.Future[int], how: Callable[[], None]) -> None:
+    if not future.done():
+        how()
+    if not future.cancelled():
+        future.exception()  # looked at, so that asyncio does not log it as never retrieved
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedKv:
+    """What a decode engine got."""
+
+    state: SequenceState
+    size_bytes: int
+    begin_time_s: float
+    end_time_s: float
+
+
+class KvPuller:
+    """The decode engine's side."""
+
+    def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float, time_s: Callable[[], float]) -> None:
+        self._bootstrap_timeout_s = bootstrap_timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+        self._time_s = time_s
+
+    async def pull(self, bootstrap: Bootstrap, prompt_tokens: int) -> ReceivedKv:
+        """Meet the prefill leg and take its KV.
+
+        Raises:
+            LegFailed: phase "bootstrap" or "transfer".
+        """
+        line = await self._connect(bootstrap)
+        phase = "bootstrap"
+        try:
+            async with asyncio.timeout(self._bootstrap_timeout_s):
+                await line.send("hello", room=bootstrap.room)
+                await line.receive("met")
+            phase = "transfer"
+            async with asyncio.timeout(self._transfer_timeout_s):
+                return await self._receive(line, prompt_tokens)
+        except TimeoutError:
+            raise leg_failed("decode", phase, bootstrap.room, "the prefill leg did not answer in time") from None
+        except ConnectionLost as lost:
+            raise leg_failed("decode", phase, bootstrap.room, f"the prefill leg was lost: {lost}") from None
+        finally:
+            line.close()
+
+    async def _receive(self, line: Line, prompt_tokens: int) -> ReceivedKv:
+        begin = await line.receive("begin", prompt_tokens=int, size_bytes=int)
+        begin_time_s = self._time_s()
+        if begin["prompt_tokens"] != prompt_tokens:
+            raise ConnectionLost(f"it sent KV of {begin['prompt_tokens']} tokens for {prompt_tokens}")
+        end = await line.receive("end", state=str)
+        received = ReceivedKv(parse_state(end["state"]), begin["size_bytes"], begin_time_s, self._time_s())
+        await line.send("done", size_bytes=received.size_bytes)
+        return received
+
+    async def _connect(self, bootstrap: Bootstrap) -> Line:
+        try:
+            async with asyncio.timeout(self._bootstrap_timeout_s):
+                reader, writer = await asyncio.open_connection(bootstrap.host, bootstrap.port, limit=LINE_BYTES_MAX)
+        except OSError as problem:
+            where = f"{bootstrap.host}:{bootstrap.port}"
+            problem_text = f"no prefill engine at {where}: {str(problem) or 'timed out'}"
+            raise leg_failed("decode", "bootstrap", bootstrap.room, problem_text) from None
+        return Line(reader, writer)
+
+
+def leg_failed(leg: str, phase: str, room: int, problem: str) -> LegFailed:
+    """The error of a hand-over that broke."""
+    return LegFailed(f"{leg} leg failed in {phase} of room {room}: {problem}", leg=leg, phase=phase, room=room)

@@ -1,0 +1,112 @@
+"""Which token comes next: a hash of the whole sequence so far, the stand-in for KV and for the model.
+
+`SequenceState` is 16 bytes that depend on every token in order. A prefill engine computes it from the prompt and hands
+it over; a decode engine starts from the bytes that arrived. So a lost, repeated, crossed or sabotaged transfer shows in
+the tokens, and `prompt + tokens so far` continues exactly as the undisturbed run would have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from tandem.checkpoint import Checkpoint
+from tandem.model.generation import TokenLogprob
+
+SequenceState = bytes
+STATE_BYTES = 16
+NO_STATE: SequenceState = bytes(STATE_BYTES)
+"""What a decode engine starts from when nothing was moved to it."""
+
+_START: SequenceState = blake2b(b"tandem simulated engine", digest_size=STATE_BYTES).digest()
+
+
+def advance(state: SequenceState, token_id: int) -> SequenceState:
+    """The state after one more token."""
+    return blake2b(state + token_id.to_bytes(8, "little"), digest_size=STATE_BYTES).digest()
+
+
+def digest(token_ids: Iterable[int]) -> SequenceState:
+    """The state after a whole sequence: what stands for its KV."""
+    state = _START
+    for token_id in token_ids:
+        state = advance(state, token_id)
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens that the simulated model may emit."""
+
+    ordinary: Sequence[int]
+    """Ascending; neither special tokens nor ends of sequence."""
+    eos_token_id: int | None
+    eos_chance: float = 0.0
+
+    def next_token(self, state: SequenceState, *, refuse: Callable[[int], bool] | None = None) -> int:
+        """The token that follows.
+
+        Args:
+            state: all tokens so far.
+            refuse: tokens that must not come now (stop tokens before `min_tokens`); the next best candidate is taken.
+        """
+        if self._is_end(state) and self.eos_token_id is not None and not (refuse and refuse(self.eos_token_id)):
+            return self.eos_token_id
+        index = self._first_index(state)
+        for offset in range(len(self.ordinary)):
+            candidate = self.ordinary[(index + offset) % len(self.ordinary)]
+            if refuse is None or not refuse(candidate):
+                return candidate
+        return self.ordinary[index]
+
+    def logprob(self, state: SequenceState, token_id: int, top_count: int) -> TokenLogprob:
+        """Plausible log probabilities: the chosen token leads with 0.5 to 1, each rival has half of what is left."""
+        share = int.from_bytes(blake2b(state, digest_size=4, person=b"logprob").digest(), "little") / 2**32
+        chosen = 0.5 + share / 2
+        top = [(token_id, math.log(chosen))]
+        index = self._first_index(state)
+        rest = 1 - chosen
+        for offset in range(len(self.ordinary)):
+            if len(top) >= top_count:
+                break
+            rival = self.ordinary[(index + offset) % len(self.ordinary)]
+            if rival != token_id:
+                rest /= 2
+                top.append((rival, math.log(max(rest, 1e-300))))
+        return TokenLogprob(token_id=token_id, logprob=math.log(chosen), top=tuple(top[:top_count]))
+
+    def _first_index(self, state: SequenceState) -> int:
+        return int.from_bytes(blake2b(state, digest_size=8, person=b"token").digest(), "little") % len(self.ordinary)
+
+    def _is_end(self, state: SequenceState) -> bool:
+        if self.eos_chance <= 0:
+            return False
+        return int.from_bytes(blake2b(state, digest_size=4, person=b"eos").digest(), "little") < self.eos_chance * 2**32
+
+
+def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabulary:
+    """Ordinary tokens of a model: in its tokenizer, not added as special, below the model's vocabulary size."""
+    tokenizer = json.loads((checkpoint.path / "tokenizer.json").read_bytes())
+    pieces = tokenizer.get("model", {}).get("vocab")
+    # Unigram tokenizers list their pieces by position; the others map each piece to its id.
+    ids: Iterable[int] = pieces.values() if isinstance(pieces, dict) else range(len(pieces or ()))
+    special = {added["id"] for added in tokenizer.get("added_tokens", ()) if added.get("special")}
+    excluded = special.union(checkpoint.eos_token_ids)
+    ordinary = sorted(i for i in ids if i < checkpoint.vocabulary_size and i not in excluded)
+    if not ordinary:
+        ordinary = [i for i in range(checkpoint.vocabulary_size) if i not in excluded]
+    eos = checkpoint.eos_token_ids[0] if checkpoint.eos_token_ids else None
+    return Vocabulary(ordinary, eos, eos_chance)
+
+
+def expected_tokens(vocabulary: Vocabulary, prompt: Sequence[int], count: int) -> list[int]:
+    """What an undisturbed run emits after a prompt; for tests of whatever stands before the engine."""
+    state = digest(prompt)
+    tokens: list[int] = []
+    for _ in range(count):
+        tokens.append(vocabulary.next_token(state))
+        state = advance(state, tokens[-1])
+    return tokens
