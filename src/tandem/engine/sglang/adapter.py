@@ -1,0 +1,299 @@
+"""The engine port on SGLang: one engine in this process, driven on the event loop that called `start`.
+
+Owns the engine's life and every request that runs in it. What SGLang's words mean is in `requests` and `answers`;
+how it is kept from taking the process over is in `launch` and `children`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tandem.checkpoint import Checkpoint, read_checkpoint
+from tandem.engine.port import BootstrapAddress, KvEvent
+from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang import arguments, environment, figures, probe, reports, requests
+from tandem.engine.sglang.answers import Answers, invalid
+from tandem.engine.sglang.children import Children
+from tandem.engine.sglang.hooks import FACTS_KEY
+from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
+from tandem.model.generation import EngineRequest, TokenBatch
+from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Run:
+    """One request in the engine: its answers come in through a task, and go out through a queue."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.rid = requests.mint_rid(request.request_id)
+        self.answers = Answers(request)
+        self.queue: asyncio.Queue[TokenBatch | TandemError] = asyncio.Queue()
+        self.pump: asyncio.Task[None] | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether the engine may still be at work on it."""
+        return self.pump is not None and not self.pump.done()
+
+
+class SglangEngine:
+    """SGLang behind the port. Its own start takes some 10 s, in a thread, so that the event loop stays free."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        arguments.check_settings(settings)
+        self._settings = settings
+        self._runs: dict[str, _Run] = {}
+        self._failure: str | None = None
+        self._failed = asyncio.Event()
+        self._directory: Path | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._building: asyncio.Future[None] | None = None
+        self._children: Children | None = None
+        self._engine: Any = None
+        self._answering: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._ports: arguments.Ports
+        self._checkpoint: Checkpoint
+        self._capabilities: Capabilities
+
+    # --- Life
+
+    async def start(self) -> None:
+        """See the port. SIGQUIT belongs to this engine from here on: SGLang's children send it when they fail."""
+        probe.check_installed(self._settings.transfer_backend)
+        self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        self._directory = Path(tempfile.mkdtemp(prefix="tandem-sglang-"))
+        self._children = Children(self._directory / "report", self._fail)
+        self._listen_to_sigquit()
+        # One thread that lives as long as the engine, see `launch.construct`.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sglang")
+        self._building = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
+        try:
+            await self._until_built(self._building)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """See the port."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def wait_failed(self) -> str:
+        """See the port."""
+        await self._failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    async def _until_built(self, building: asyncio.Future[None]) -> None:
+        failed = asyncio.create_task(self._failed.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {building, failed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failed.cancel()
+        if self._failure is not None:
+            raise StartError(self._failure)
+        await building
+        self._answering = asyncio.create_task(self._answer())
+
+    def _build(self) -> None:
+        """On the engine's thread: import SGLang, look it over, load the model."""
+        settings, children, directory = self._settings, self._children, self._directory
+        assert children is not None
+        assert directory is not None
+        device = _device(settings.device)
+        environment.apply(settings, device, directory / "report")
+        probe.check_offers(settings.transfer_backend, device)
+        self._ports = arguments.choose_ports(settings)
+        given = arguments.server_arguments(settings, device, self._ports)
+        if self._stopping is not None:
+            raise StartError("stopped before the engine was up")
+        try:
+            from tandem.engine.sglang import launch
+
+            engine = launch.construct(given, children.add)
+        except Exception as problem:
+            log.debug("SGLang could not be started", exc_info=True)
+            left = reports.read(directory / "report")
+            raise StartError(f"SGLang could not start: {left or reports.sentence_of(problem)}") from None
+        self._engine = engine
+        info = launch.scheduler_info(engine)
+        probe.check_hooks(info.get(FACTS_KEY), device)
+        self._capabilities = figures.capabilities(settings, self._checkpoint, engine.server_args, info)
+
+    async def _answer(self) -> None:
+        """Take the engine's answers in, for all requests. SGLang would run this itself, and exit when it raises."""
+        try:
+            await self._engine.tokenizer_manager.handle_loop()
+        except asyncio.CancelledError:
+            raise
+        except Exception as problem:
+            log.exception("the engine's answers cannot be read")
+            self._fail(f"the engine's answers cannot be read: {reports.sentence_of(problem)}")
+
+    def _fail(self, sentence: str) -> None:
+        """The engine is dead: tell whoever waits."""
+        if self._failure is not None or self._stopping is not None:
+            return
+        log.error("%s", sentence)
+        self._failure = sentence
+        self._failed.set()
+        for run in self._runs.values():
+            run.queue.put_nowait(EngineFailed(sentence))
+
+    async def _stop(self) -> None:
+        for run in self._runs.values():
+            run.queue.put_nowait(run.answers.aborted())
+        if self._children is not None:
+            await self._children.end()
+        if self._building is not None:
+            with contextlib.suppress(Exception):
+                await self._building
+            # Children that were started while the first ones were being ended.
+            assert self._children is not None
+            await self._children.end()
+        if self._answering is not None:
+            self._answering.cancel()
+            await asyncio.wait({self._answering})
+        if self._engine is not None:
+            from tandem.engine.sglang import launch
+
+            launch.dismantle(self._engine)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _listen_to_sigquit(self) -> None:
+        """A child of SGLang's that fails sends SIGQUIT, whose default would end this process with a core dump."""
+        if threading.current_thread() is threading.main_thread():
+            failure = "SGLang reported a failure that it cannot go on from; its log says which"
+            asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, self._fail, failure)
+
+    # --- What it is
+
+    def capabilities(self) -> Capabilities:
+        """See the port."""
+        return self._capabilities
+
+    def bootstrap_address(self) -> BootstrapAddress | None:
+        """See the port."""
+        if self._settings.role is not WorkerRole.PREFILL:
+            return None
+        return BootstrapAddress(host=self._settings.host, port=self._ports.bootstrap)
+
+    async def load(self) -> EngineLoad:
+        """See the port. Read from the shared memory in which the scheduler keeps its figures: never waits for it."""
+        self._check_alive()
+        return figures.load(self._engine.tokenizer_manager.load_snapshot_reader.read_all(), self._settings.role)
+
+    # --- Requests
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
+        """See the port."""
+        self._check_alive()
+        c = self._capabilities
+        requests.check(request, self._settings.role, c.vocabulary_size, c.context_tokens_max)
+        if request.request_id in self._runs:
+            raise InvalidRequest("request_id", f"{request.request_id} runs already")
+        run = self._runs[request.request_id] = _Run(request)
+        run.pump = asyncio.create_task(self._pump(run, request))
+        try:
+            while True:
+                item = await run.queue.get()
+                if isinstance(item, TandemError):
+                    raise item
+                yield item
+                if item.finish is not None:
+                    return
+        finally:
+            del self._runs[request.request_id]
+            self._drop(run)
+
+    async def abort(self, request_id: str) -> bool:
+        """See the port. The iterator ends at once; the engine frees what the request held within a step or two."""
+        run = self._runs.get(request_id)
+        if run is None or not run.works:
+            return False
+        self._drop(run)
+        run.queue.put_nowait(run.answers.aborted())
+        return True
+
+    def _drop(self, run: _Run) -> None:
+        """Give a request up. Cancelling its stream makes SGLang abort it, wherever in the engine it is."""
+        if run.works:
+            assert run.pump is not None
+            run.pump.cancel()
+
+    async def _pump(self, run: _Run, request: EngineRequest) -> None:
+        """Move a request's answers to its queue."""
+        priorities = bool(self._settings.extra.get("enable_priority_scheduling"))
+        try:
+            stream = await self._engine.async_generate(
+                **requests.arguments(request, run.rid, self._capabilities.context_tokens_max, priorities=priorities)
+            )
+            async for chunk in stream:
+                batch = run.answers.read(chunk)
+                if batch is not None:
+                    run.queue.put_nowait(batch)
+        except TandemError as problem:
+            run.queue.put_nowait(problem)
+        except ValueError as problem:
+            run.queue.put_nowait(invalid(str(problem)))
+        except Exception as problem:
+            log.exception("request %s broke in the engine's front half", request.request_id)
+            run.queue.put_nowait(EngineFailed(reports.sentence_of(problem)))
+
+    async def flush_cache(self) -> bool:
+        """See the port."""
+        answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
+        return bool(answer.success)
+
+    async def kv_events(self, from_sequence: int) -> AsyncGenerator[KvEvent, None]:
+        """See the port: not carried over from SGLang's own event socket."""
+        raise NotSupported("this engine was started without KV events")
+        yield  # makes this an iterator, as the port wants it
+
+    async def _unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+        """The engine's answer, or EngineFailed when it dies without one."""
+        self._check_alive()
+        answer = asyncio.create_task(work)
+        failed = asyncio.create_task(self._failed.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {answer, failed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            self._check_alive()
+            return await answer
+        finally:
+            answer.cancel()
+            failed.cancel()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+        if self._engine is None or self._stopping is not None:
+            raise EngineFailed("the engine does not run")
+
+
+def _device(wanted: str) -> str:
+    """The device to use; looks for a GPU only when asked to."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

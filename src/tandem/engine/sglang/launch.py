@@ -1,0 +1,93 @@
+"""Starting SGLang's Engine under an event loop of ours: imported only when an engine starts, because it imports SGLang.
+
+SGLang's Engine expects to own its process: it takes over signals, kills the process when a child fails or a task of its
+own raises, and kills every child of the process at its end. The two subclasses here take exactly these rights away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+IPC = "ipc://"
+
+
+class GuestTokenizerManager(TokenizerManager):  # type: ignore[misc]
+    """SGLang's front half, whose task the adapter runs: an error in it must not kill the process."""
+
+    def auto_create_handle_loop(self) -> None:
+        """Nothing: SGLang would install signal handlers here and start a task that ends the process on an error."""
+
+
+def construct(arguments: dict[str, Any], on_child: Callable[[str, BaseProcess], None]) -> Any:
+    """Build SGLang's engine; blocks until the model is loaded.
+
+    Must run on a thread that lives as long as the engine: the children ask the kernel to kill them when the thread that
+    started them ends. Not the main thread, or SGLang installs its signal handlers.
+
+    Args:
+        arguments: of ServerArgs.
+        on_child: called with the name of each child and the process, as soon as it runs.
+    """
+
+    class GuestEngine(Engine):  # type: ignore[misc]
+        """SGLang's engine, with its children known to us from the start."""
+
+        @staticmethod
+        def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> Any:
+            return init_tokenizer_manager(server_args, port_args, GuestTokenizerManager)
+
+        @classmethod
+        def _launch_scheduler_processes(cls, *positional: Any, **keywords: Any) -> Any:
+            result, processes = super()._launch_scheduler_processes(*positional, **keywords)
+            for process in processes:
+                on_child("scheduler", process)
+            return result, processes
+
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, *positional: Any, **keywords: Any) -> tuple[list[Any], list[str]]:
+            """None: see `hooks._skip_detokenizer`. It would cost 400 MB, a hop for each token and half the start."""
+            return [], []
+
+        @staticmethod
+        def _ensure_event_loop() -> None:
+            """Only SGLang's blocking methods need a loop of their own."""
+
+        def shutdown(self) -> None:
+            """Registered to run at exit, where it would kill children that are not SGLang's."""
+
+    logging.getLogger("sglang").setLevel(arguments["log_level"].upper())
+    engine = GuestEngine(**arguments)
+    # Ours watches the children already; this one sends SIGQUIT to the whole process.
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    return engine
+
+
+def scheduler_info(engine: Any) -> dict[str, Any]:
+    """What the scheduler said of itself when it was up."""
+    info: dict[str, Any] = engine._scheduler_init_result.scheduler_infos[0]
+    return info
+
+
+def dismantle(engine: Any) -> None:
+    """Close what SGLang leaves open in this process. Its children must be gone already."""
+    manager = engine.tokenizer_manager
+    if manager.bootstrap_server is not None:
+        manager.bootstrap_server.close()
+    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
+        if socket is not None:
+            socket.close(linger=0)
+    manager.load_snapshot_reader.close()
+    leftovers = [Path(manager.load_snapshot_reader.path)]
+    names = (getattr(engine.port_args, name) for name in vars(engine.port_args))
+    leftovers += [Path(name.removeprefix(IPC)) for name in names if isinstance(name, str) and name.startswith(IPC)]
+    for file in leftovers:
+        with contextlib.suppress(OSError):
+            file.unlink()

@@ -1,0 +1,33 @@
+"""Entry points through which SGLang's own processes find Tandem (groups sglang.srt.platforms and sglang.srt.plugins).
+
+SGLang calls both in its main process and in every child. They do nothing unless an adapter has switched them on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+
+from tandem.engine.sglang.environment import plugin_device
+
+
+def activate() -> str | None:
+    """The platform to use: plain PyTorch on a CPU, or None to leave SGLang's own choice (CUDA) alone."""
+    return "tandem.engine.sglang.platform.PlainCpuPlatform" if plugin_device() == "cpu" else None
+
+
+def register() -> None:
+    """Register the hooks of this process."""
+    device = plugin_device()
+    if device is None:
+        return
+    from tandem.engine.sglang import hooks
+
+    if multiprocessing.parent_process() is None:
+        hooks.register_in_main()
+        return
+    # A signal to the whole group (Ctrl-C, systemd) reaches the children too, and must not end them before their parent
+    # has drained. They end when the parent says so, and by PR_SET_PDEATHSIG when it dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hooks.register_in_child(device)

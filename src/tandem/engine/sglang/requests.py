@@ -1,0 +1,114 @@
+"""From an `EngineRequest` to the arguments of `Engine.async_generate`, after the checks that SGLang makes too late.
+
+Pure: knows SGLang's names, imports none of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from tandem.errors import InvalidRequest
+from tandem.model.generation import EngineRequest, Sampling
+from tandem.model.worker import WorkerRole
+
+_SAMPLING_NAMES = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+_GUIDED_NAMES = ("json_schema", "regex", "ebnf")
+ROOM_MAX = 2**63 - 1
+_numbers = itertools.count(1)
+
+
+def mint_rid(request_id: str) -> str:
+    """An id of SGLang's own. Its scheduler aborts by prefix, so the number in front, of fixed width, makes ids differ
+    within it: none is a prefix of another, whatever the caller's ids look like.
+    """
+    return f"{next(_numbers):012d}-{request_id}"
+
+
+def check(request: EngineRequest, role: WorkerRole, vocabulary_size: int, context_tokens_max: int) -> None:
+    """Refuse what this engine cannot run.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not request.token_ids:
+        raise InvalidRequest("token_ids", "is empty")
+    # SGLang's embedding would read past its table and take the scheduler down.
+    wrong = next((t for t in request.token_ids if not 0 <= t < vocabulary_size), None)
+    if wrong is not None:
+        raise InvalidRequest("token_ids", f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
+    if len(request.token_ids) >= context_tokens_max:
+        raise InvalidRequest(
+            "token_ids", f"{len(request.token_ids)} tokens leave no room in a context of {context_tokens_max}"
+        )
+    if request.stopping.max_tokens < 1:
+        raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {request.stopping.max_tokens}")
+    pairs = role is not WorkerRole.AGGREGATED
+    if pairs and request.bootstrap is None:
+        raise InvalidRequest("bootstrap", f"a {role.value} engine works only with a peer")
+    if not pairs and request.bootstrap is not None:
+        raise InvalidRequest("bootstrap", "an aggregated engine has no peer")
+    if request.bootstrap is not None and not 0 < request.bootstrap.room <= ROOM_MAX:
+        raise InvalidRequest("bootstrap.room", f"must be a positive number of 63 bits, not {request.bootstrap.room}")
+
+
+def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, priorities: bool) -> dict[str, Any]:
+    """Keyword arguments of `Engine.async_generate`."""
+    values: dict[str, Any] = {
+        "rid": rid,
+        "input_ids": list(request.token_ids),
+        "sampling_params": _sampling_params(request, context_tokens_max),
+        "stream": True,
+        "return_logprob": request.top_logprobs is not None,
+    }
+    if request.top_logprobs:
+        values["top_logprobs_num"] = request.top_logprobs
+    if request.bootstrap is not None:
+        values["bootstrap_host"] = request.bootstrap.host
+        values["bootstrap_port"] = request.bootstrap.port
+        values["bootstrap_room"] = request.bootstrap.room
+    if priorities:
+        values["priority"] = request.priority
+    if request.cache_salt is not None:
+        values["cache_salt"] = request.cache_salt
+    if request.trace_headers:
+        values["external_trace_header"] = dict(request.trace_headers)
+    return values
+
+
+def _sampling_params(request: EngineRequest, context_tokens_max: int) -> dict[str, Any]:
+    stopping = request.stopping
+    # SGLang refuses a budget beyond the context; here it ends there with LENGTH.
+    max_tokens = min(stopping.max_tokens, context_tokens_max - len(request.token_ids))
+    values: dict[str, Any] = {
+        "max_new_tokens": max_tokens,
+        "ignore_eos": stopping.ignore_eos,
+        **_chosen(request.sampling),
+    }
+    if stopping.min_tokens is not None:
+        values["min_new_tokens"] = min(stopping.min_tokens, max_tokens)
+    if stopping.stop_token_ids:
+        values["stop_token_ids"] = list(stopping.stop_token_ids)
+    if request.guided is not None:
+        given = ((name, getattr(request.guided, name)) for name in _GUIDED_NAMES)
+        values |= {name: grammar for name, grammar in given if grammar is not None}
+    return values
+
+
+def _chosen(sampling: Sampling) -> dict[str, Any]:
+    """Only what the caller gave: what is absent stays SGLang's."""
+    given = ((name, getattr(sampling, name)) for name in _SAMPLING_NAMES)
+    values = {name: value for name, value in given if value is not None}
+    if sampling.seed is not None:
+        values["sampling_seed"] = sampling.seed
+    if sampling.logit_bias:
+        values["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    return values
