@@ -1,0 +1,21 @@
+"""Entry point of `tandem-registry` and of `python -m tandem_registry`.
+
+Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tandem.runtime import process
+from tandem_registry.app import RegistryApp
+from tandem_registry.config import RegistryConfig
+
+
+def main() -> None:
+    """Run the registry until it is asked to end."""
+    sys.exit(process.main("tandem-registry", RegistryConfig, RegistryApp))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Composition root of the registry: which parts there are, and the order in which they start and stop.
+
+Start: backend, server, health SERVING. Drain: health NOT_SERVING while everything is still answered, then the end of
+the watch streams. Stop: the server, which cuts what is left (signs of life), then nothing holds the backend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tandem.api.registry.v1 import registry_service_pb2_grpc
+from tandem.errors import ConfigError
+from tandem.rpc.server import RpcServer
+from tandem_registry.backends.memory import MemoryBackend
+from tandem_registry.backends.port import Backend
+from tandem_registry.config import RegistryConfig
+from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
+
+STOP_GRACE_S = 0.2
+"""Streams of signs of life never end by themselves; this is for the last bytes of everything else."""
+
+
+class RegistryApp:
+    """The registry as `tandem.runtime.process` runs it."""
+
+    def __init__(self, config: RegistryConfig) -> None:
+        if config.backend != "memory":
+            raise ConfigError("backend", f"{config.backend} is not available in this release; use memory")
+        self._config = config
+        self._backend: Backend | None = None
+        self._server: RpcServer | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port it serves at, once started."""
+        assert self._server is not None, "address before start()"
+        return f"{self._config.reachable_host}:{self._server.port}"
+
+    async def start(self) -> None:
+        """Return when it serves."""
+        self._backend = MemoryBackend(self._config.lease_ttl_s)
+        await self._backend.start()
+        servicer = RegistryServicer(self._backend)
+        self._server = RpcServer(
+            [
+                (
+                    SERVICE_NAME,
+                    lambda server: registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server),
+                )
+            ]
+        )
+        await self._server.start(self._config.host, self._config.port)
+        await self._server.set_serving(True)
+
+    async def drain(self) -> bool:
+        """Say that it goes, give everybody the settle time to look elsewhere, end the watch streams."""
+        assert self._server is not None, "drain() before start()"
+        assert self._backend is not None, "drain() before start()"
+        await self._server.set_serving(False)
+        await asyncio.sleep(self._config.drain_settle_s)
+        await self._backend.close()
+        return True
+
+    async def stop(self) -> None:
+        """Free everything, also when `start` failed."""
+        if self._backend is not None:
+            await self._backend.close()
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+
+    async def wait_finished(self) -> str | None:
+        """Return when leases are no longer watched over."""
+        assert self._backend is not None, "wait_finished() before start()"
+        return await self._backend.wait_failed()

@@ -1,0 +1,1 @@
+"""Where membership is kept: one port, and an adapter for each place."""

@@ -1,0 +1,239 @@
+"""Membership: the state machine that says who is alive, and numbers each change of that view.
+
+Pure: the clock, the source of lease ids and the receiver of changes are given. Owns leases, epochs and revisions; knows
+neither gRPC, nor watchers, nor when to look again (`next_expiry_s` tells whoever does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tandem.model.worker import Worker, WorkerState
+from tandem.runtime.clock import Clock
+
+PAUSE_MIN_S = 0.1
+"""An expiry seen later than this was seen by a process that did not run, and so could not hear signs of life either."""
+
+
+class RemovalReason(Enum):
+    """Why a worker left the view."""
+
+    DEREGISTERED = "deregistered"
+    LEASE_EXPIRED = "lease_expired"
+    REPLACED = "replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A worker that left, as it was."""
+
+    worker: Worker
+    reason: RemovalReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One step of the view. What was removed goes first, then what came or changed."""
+
+    revision: int
+    """Of the view after this step; one more than before it."""
+    upserted: tuple[Worker, ...] = ()
+    removed: tuple[Removed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A worker of the view and the time since its last sign of life."""
+
+    worker: Worker
+    lease_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The whole view at one revision, ordered by worker id."""
+
+    revision: int
+    entries: tuple[Listed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A lease, and the revision of the view that first holds its worker."""
+
+    lease_id: str
+    revision: int
+
+
+@dataclass(slots=True)
+class _Lease:
+    lease_id: str
+    worker: Worker
+    renewed_s: float
+    expires_s: float
+    revision: int
+    """Of the last change of this worker's entry."""
+    is_extended: bool = False
+    """Whether it outlives its time because this process was paused; at most once between two signs of life."""
+
+
+class Membership:
+    """All leases. Every method lets leases that are over expire first, so that nothing is decided by the dead."""
+
+    def __init__(
+        self, *, ttl_s: float, clock: Clock, new_lease_id: Callable[[], str], on_change: Callable[[Change], None]
+    ) -> None:
+        self.ttl_s = ttl_s
+        self.revision = 0
+        self._clock = clock
+        self._new_lease_id = new_lease_id
+        self._on_change = on_change
+        self._leases: dict[str, _Lease] = {}
+        self._by_worker_id: dict[str, _Lease] = {}
+        self._by_address: dict[str, _Lease] = {}
+        self._not_before_s = 0.0
+        """No lease is over before this time: spares looking at all of them at each call."""
+
+    def register(self, worker: Worker) -> Grant:
+        """Enter one start of a worker.
+
+        Raises:
+            DuplicateWorker: a live worker holds the id or the address with an epoch that is not older. Metadata:
+                worker and epoch (of the holder), field.
+        """
+        self.expire()
+        rivals = {
+            id(lease): (field, lease)
+            for field, lease in (
+                ("address", self._by_address.get(worker.address)),
+                ("worker_id", self._by_worker_id.get(worker.worker_id)),
+            )
+            if lease is not None
+        }
+        for field, rival in rivals.values():
+            if rival.worker.epoch >= worker.epoch:
+                raise _duplicate(field, worker, rival.worker)
+        for _, rival in rivals.values():
+            self._forget(rival)
+        now_s = self._clock()
+        lease = _Lease(self._new_lease_id(), worker, now_s, now_s + self.ttl_s, self.revision + 1)
+        self._leases[lease.lease_id] = lease
+        self._by_worker_id[worker.worker_id] = lease
+        self._by_address[worker.address] = lease
+        self._not_before_s = min(self._not_before_s, lease.expires_s)
+        replaced = tuple(Removed(rival.worker, RemovalReason.REPLACED) for _, rival in rivals.values())
+        self._change(upserted=(worker,), removed=replaced)
+        return Grant(lease.lease_id, self.revision)
+
+    def keep_alive(self, lease_id: str, state: WorkerState | None = None) -> None:
+        """Hear a sign of life; the lease lives for its whole time from now on.
+
+        Raises:
+            WorkerNotFound: the lease is over.
+        """
+        lease = self._lease(lease_id)
+        lease.renewed_s = self._clock()
+        lease.expires_s = lease.renewed_s + self.ttl_s
+        lease.is_extended = False
+        if state is not None:
+            self._set_state(lease, state)
+
+    def drain(self, worker_id: str, epoch: int) -> int:
+        """Mark a worker as draining. Returns the revision that first shows it.
+
+        Raises:
+            WorkerNotFound: no live worker has that id.
+            StaleEpoch: another start of it is alive.
+        """
+        self.expire()
+        lease = self._by_worker_id.get(worker_id)
+        if lease is None:
+            raise WorkerNotFound(f"no live worker is called {worker_id!r}", worker=worker_id)
+        if lease.worker.epoch != epoch:
+            actual = lease.worker.epoch
+            problem = f"worker {worker_id} was started again: its epoch is {actual}, not {epoch}"
+            raise StaleEpoch(problem, worker=worker_id, expected=epoch, actual=actual)
+        self._set_state(lease, WorkerState.DRAINING)
+        return lease.revision
+
+    def deregister(self, lease_id: str) -> int:
+        """Take a worker out. Returns the revision that first lacks it.
+
+        Raises:
+            WorkerNotFound: the lease is over.
+        """
+        lease = self._lease(lease_id)
+        self._forget(lease)
+        self._change(removed=(Removed(lease.worker, RemovalReason.DEREGISTERED),))
+        return self.revision
+
+    def view(self) -> View:
+        """The view at this moment."""
+        self.expire()
+        now_s = self._clock()
+        leases = (self._by_worker_id[worker_id] for worker_id in sorted(self._by_worker_id))
+        return View(self.revision, tuple(Listed(lease.worker, now_s - lease.renewed_s) for lease in leases))
+
+    def next_expiry_s(self) -> float | None:
+        """When to call `expire` next; None while there is no lease."""
+        return min((lease.expires_s for lease in self._leases.values()), default=None)
+
+    def expire(self) -> None:
+        """Take out the workers whose leases are over: one change for all of them."""
+        now_s = self._clock()
+        if now_s < self._not_before_s:
+            return
+        self._extend_after_pause(now_s)
+        over = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
+        for lease in over:
+            self._forget(lease)
+        if over:
+            self._change(removed=tuple(Removed(lease.worker, RemovalReason.LEASE_EXPIRED) for lease in over))
+        next_s = self.next_expiry_s()
+        self._not_before_s = now_s + self.ttl_s if next_s is None else next_s
+
+    def _extend_after_pause(self, now_s: float) -> None:
+        """A frozen or starved registry must not bury everybody when it wakes: signs of life wait in its sockets."""
+        first_s = self.next_expiry_s()
+        if first_s is None or now_s - first_s <= PAUSE_MIN_S:
+            return
+        until_s = now_s + self.ttl_s / 2
+        for lease in self._leases.values():
+            if lease.expires_s < until_s and not lease.is_extended:
+                lease.expires_s, lease.is_extended = until_s, True
+
+    def _lease(self, lease_id: str) -> _Lease:
+        self.expire()
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise WorkerNotFound("that lease is over or was never granted: register again", lease=lease_id)
+        return lease
+
+    def _set_state(self, lease: _Lease, state: WorkerState) -> None:
+        if lease.worker.state is not state:
+            lease.worker = replace(lease.worker, state=state)
+            lease.revision = self.revision + 1
+            self._change(upserted=(lease.worker,))
+
+    def _forget(self, lease: _Lease) -> None:
+        del self._leases[lease.lease_id]
+        del self._by_worker_id[lease.worker.worker_id]
+        del self._by_address[lease.worker.address]
+
+    def _change(self, *, upserted: tuple[Worker, ...] = (), removed: tuple[Removed, ...] = ()) -> None:
+        self.revision += 1
+        self._on_change(Change(revision=self.revision, upserted=upserted, removed=removed))
+
+
+def _duplicate(field: str, worker: Worker, holder: Worker) -> DuplicateWorker:
+    held = worker.address if field == "address" else worker.worker_id
+    return DuplicateWorker(
+        f"{field} {held} is held by live worker {holder.worker_id} of epoch {holder.epoch}, "
+        f"which is not older than epoch {worker.epoch}",
+        worker=holder.worker_id,
+        epoch=holder.epoch,
+        field=field,
+    )

@@ -1,0 +1,96 @@
+"""What a worker says about itself, checked field by field before it enters the view.
+
+Owns the rules and the dotted names of the fields at fault. Whether somebody else holds the id is membership's question.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tandem.api.types.v1 import worker_pb2
+from tandem.errors import InvalidRequest
+from tandem.model.worker import Worker, WorkerRole, WorkerState
+from tandem.rpc.messages import ROLE_BY_NUMBER, STATE_BY_NUMBER, worker_from_proto
+
+WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
+WILDCARD_HOSTS = ("0.0.0.0", "[::]")
+MODEL_CHARACTERS_MAX = 256
+PORT_MAX = 65535
+
+
+def checked_worker(message: worker_pb2.Worker) -> Worker:
+    """The worker of a request.
+
+    Raises:
+        InvalidRequest: names the first field at fault, as a path from the request ("worker.address").
+    """
+    _check_identity(message)
+    _check_address(message.address)
+    if not message.HasField("capabilities"):
+        raise InvalidRequest("worker.capabilities", "must be given")
+    if not 1 <= len(message.capabilities.model) <= MODEL_CHARACTERS_MAX:
+        raise InvalidRequest("worker.capabilities.model", f"must have 1 to {MODEL_CHARACTERS_MAX} characters")
+    _check_bootstrap(message)
+    return worker_from_proto(message)
+
+
+def checked_worker_id(field: str, worker_id: str) -> str:
+    """The id of a worker, under the name its field has in the request."""
+    if not WORKER_ID.fullmatch(worker_id):
+        raise InvalidRequest(field, "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+    return worker_id
+
+
+def checked_epoch(field: str, epoch: int) -> int:
+    """The epoch of a worker."""
+    if epoch <= 0:
+        raise InvalidRequest(field, f"must be above 0, not {epoch}")
+    return epoch
+
+
+def checked_lease_id(lease_id: str) -> str:
+    """The id of a lease."""
+    if not lease_id:
+        raise InvalidRequest("lease_id", "must be given")
+    return lease_id
+
+
+def checked_state(number: int) -> WorkerState | None:
+    """The state of a sign of life; None when it is not set."""
+    if number == worker_pb2.WORKER_STATE_UNSPECIFIED:
+        return None
+    if number not in STATE_BY_NUMBER:
+        raise InvalidRequest("state", "must be SERVING or DRAINING where it is set")
+    return STATE_BY_NUMBER[worker_pb2.WorkerState.ValueType(number)]
+
+
+def _check_identity(message: worker_pb2.Worker) -> None:
+    checked_worker_id("worker.worker_id", message.worker_id)
+    checked_epoch("worker.epoch", message.epoch)
+    if message.role not in ROLE_BY_NUMBER:
+        raise InvalidRequest("worker.role", "must be PREFILL, DECODE or AGGREGATED")
+    if message.state not in STATE_BY_NUMBER:
+        raise InvalidRequest("worker.state", "must be SERVING or DRAINING")
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
+        raise InvalidRequest("worker.address", f"must be host:port with a port of 1 to {PORT_MAX}")
+    if host in WILDCARD_HOSTS:
+        raise InvalidRequest("worker.address", f"{host} is no address that others can call: set advertise_host")
+
+
+def _check_bootstrap(message: worker_pb2.Worker) -> None:
+    role, has_bootstrap = ROLE_BY_NUMBER[message.role], message.HasField("bootstrap")
+    if role is not WorkerRole.PREFILL:
+        if has_bootstrap:
+            raise InvalidRequest("worker.bootstrap", f"must be absent on a worker of role {role.value}")
+        return
+    if not has_bootstrap:
+        raise InvalidRequest("worker.bootstrap", "must be given on a worker of role prefill")
+    if not message.bootstrap.host:
+        raise InvalidRequest("worker.bootstrap.host", "must be given")
+    if not 1 <= message.bootstrap.port <= PORT_MAX:
+        raise InvalidRequest("worker.bootstrap.port", f"must be 1 to {PORT_MAX}, not {message.bootstrap.port}")

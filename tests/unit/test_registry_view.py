@@ -1,0 +1,95 @@
+"""What a watcher believes when registries come and go."""
+
+from __future__ import annotations
+
+import pytest
+from registry_workers import make_worker
+
+from tandem.rpc.registry_view import RegistryView, ViewGap
+from tandem.runtime.clock import ManualClock
+
+GRACE_S = 10.0
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(50.0)
+
+
+@pytest.fixture
+def view(clock: ManualClock) -> RegistryView:
+    view = RegistryView(clock, GRACE_S)
+    view.apply_snapshot("old", 7, [make_worker("a"), make_worker("b")])
+    return view
+
+
+def ids(view: RegistryView) -> list[str]:
+    return [worker.worker_id for worker in view.workers()]
+
+
+def test_deltas_follow_a_snapshot(view: RegistryView) -> None:
+    view.apply_delta("old", 8, [make_worker("c")], [("a", 1)])
+    assert ids(view) == ["b", "c"]
+
+
+@pytest.mark.parametrize(("registry_id", "revision"), [("old", 9), ("old", 7), ("new", 8)])
+def test_a_gap_changes_nothing(view: RegistryView, registry_id: str, revision: int) -> None:
+    with pytest.raises(ViewGap):
+        view.apply_delta(registry_id, revision, [], [("a", 1)])
+    assert ids(view) == ["a", "b"]
+    assert view.revision == 7
+
+
+def test_the_removal_of_an_older_start_leaves_the_newer_one(view: RegistryView) -> None:
+    view.apply_delta("old", 8, [make_worker("a", 2)], [("a", 1)])
+    view.apply_delta("old", 9, [], [("a", 1)])
+    assert ids(view) == ["a", "b"]
+
+
+def test_the_same_registrys_snapshot_is_the_truth(view: RegistryView) -> None:
+    view.apply_snapshot("old", 12, [])
+    assert ids(view) == []
+
+
+def test_an_empty_snapshot_of_another_registry_is_suspect_for_a_while(view: RegistryView, clock: ManualClock) -> None:
+    view.apply_snapshot("new", 0, [])
+    assert ids(view) == ["a", "b"]
+    assert view.unconfirmed() == view.workers()
+    assert view.next_drop_s() == 60.0
+    view.apply_delta("new", 1, [make_worker("a")], [])
+    assert [worker.worker_id for worker in view.unconfirmed()] == ["b"]
+    clock.advance(GRACE_S - 0.001)
+    assert not view.drop_overdue()
+    clock.advance(0.001)
+    assert view.drop_overdue()
+    assert ids(view) == ["a"]
+    assert view.next_drop_s() is None
+
+
+def test_a_partial_snapshot_of_another_registry_is_as_suspect(view: RegistryView) -> None:
+    view.apply_snapshot("new", 1, [make_worker("b")])
+    assert ids(view) == ["a", "b"]
+    assert [worker.worker_id for worker in view.unconfirmed()] == ["a"]
+
+
+def test_a_reconnection_to_the_same_registry_gives_no_new_time(view: RegistryView, clock: ManualClock) -> None:
+    view.apply_snapshot("new", 0, [])
+    clock.advance(4)
+    view.apply_snapshot("new", 0, [])
+    assert ids(view) == ["a", "b"]
+    assert view.next_drop_s() == 60.0
+
+
+def test_a_third_registry_gives_new_time(view: RegistryView, clock: ManualClock) -> None:
+    view.apply_snapshot("new", 0, [])
+    clock.advance(4)
+    view.apply_snapshot("newer", 0, [])
+    assert view.next_drop_s() == 64.0
+
+
+def test_an_unconfirmed_worker_goes_when_its_address_is_taken_or_its_leaving_is_told(view: RegistryView) -> None:
+    view.apply_snapshot("new", 0, [])
+    view.apply_delta("new", 1, [make_worker("c", 9, "a:1")], [])
+    assert ids(view) == ["b", "c"]
+    view.apply_delta("new", 2, [], [("b", 1)])
+    assert ids(view) == ["c"]
