@@ -37,6 +37,7 @@ class Host:
             "stop": self._engine.stop,
             "abort": self._engine.abort,
             "load": self._engine.load,
+            "canary": self._engine.canary,
             "flush_cache": self._engine.flush_cache,
             "wait_failed": self._engine.wait_failed,
             "describe": self._describe,

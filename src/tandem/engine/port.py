@@ -75,6 +75,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def canary(self) -> None:
+        """Run a small generation by itself, without a peer in any role: proves that the model runs, not the hand-over.
+
+        Raises:
+            EngineFailed: it did not end as it should, or the engine has died.
+        """
+        ...
+
     async def abort(self, request_id: str) -> bool:
         """Stop working on a request. Returns whether this engine knew it; never raises for an unknown id."""
         ...
@@ -87,8 +95,8 @@ class Engine(Protocol):
         """Forget the prefix cache. Returns whether it was done (an engine with running requests may refuse)."""
         ...
 
-    def kv_events(self, from_sequence: int) -> AsyncIterator[KvEvent]:
-        """Changes of the prefix cache from a sequence number on, without end.
+    def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
+        """Changes of the prefix cache from a sequence number on, or (None) from now on, without end.
 
         Raises:
             NotSupported: this engine was started without KV events.

@@ -36,30 +36,42 @@ AddServicer = Callable[[grpc.aio.Server], None]
 class RpcServer:
     """A gRPC server with health (NOT_SERVING until told otherwise) and reflection."""
 
-    def __init__(self, services: Sequence[tuple[str, AddServicer]]) -> None:
+    def __init__(self, services: Sequence[tuple[str, AddServicer]] = ()) -> None:
         """Each service is its full protobuf name and the function that adds its servicer to a server."""
-        self._names = [name for name, _ in services]
+        self._names: list[str] = []
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for _, add in services:
-            add(self._server)
-        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        for name, add in services:
+            self.add(name, add)
         self.port = 0
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen; `self.port` is the port in use (the OS chooses when 0 is given).
+    def add(self, name: str, add_servicer: AddServicer) -> None:
+        """Carry one more service. Before `serve` only."""
+        self._names.append(name)
+        add_servicer(self._server)
+
+    def bind(self, host: str, port: int) -> None:
+        """Take the port; `self.port` is the one in use (the OS chooses when 0 is given). Answers nothing yet.
 
         Raises:
             StartError: the address cannot be listened on.
         """
-        await self.set_serving(False)
         try:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
             raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+
+    async def serve(self) -> None:
+        """Answer calls on the port taken."""
+        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        await self.set_serving(False)
         await self._server.start()
+
+    async def start(self, host: str, port: int) -> None:
+        """`bind` and `serve`."""
+        self.bind(host, port)
+        await self.serve()
 
     async def set_serving(self, serving: bool) -> None:
         """Tell health checkers and watchers, for the process as a whole ("") and for each service."""

@@ -206,6 +206,22 @@ class SglangEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
         """See the port."""
+        requests.check_peer(request, self._settings.transfer_backend)
+        async with contextlib.aclosing(self._generate(request)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def canary(self) -> None:
+        """See the port. As SGLang's own warm-up does: the peer is one that SGLang only pretends to meet."""
+        request = requests.canary(self._settings.role)
+        async with contextlib.aclosing(self._generate(request)) as batches:
+            token_count = 0
+            async for batch in batches:
+                token_count += len(batch.token_ids)
+        if not token_count:
+            raise EngineFailed("the engine answered its canary without a token")
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
         self._check_alive()
         c = self._capabilities
         requests.check(request, self._settings.role, c.vocabulary_size, c.context_tokens_max)
@@ -264,7 +280,7 @@ class SglangEngine:
         answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
         return bool(answer.success)
 
-    async def kv_events(self, from_sequence: int) -> AsyncGenerator[KvEvent, None]:
+    async def kv_events(self, from_sequence: int | None) -> AsyncGenerator[KvEvent, None]:
         """See the port: not carried over from SGLang's own event socket."""
         raise NotSupported("this engine was started without KV events")
         yield  # makes this an iterator, as the port wants it

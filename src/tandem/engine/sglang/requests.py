@@ -6,10 +6,11 @@ Pure: knows SGLang's names, imports none of it.
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 from tandem.errors import InvalidRequest
-from tandem.model.generation import EngineRequest, Sampling
+from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
 from tandem.model.worker import WorkerRole
 
 _SAMPLING_NAMES = (
@@ -23,6 +24,8 @@ _SAMPLING_NAMES = (
 )
 _GUIDED_NAMES = ("json_schema", "regex", "ebnf")
 ROOM_MAX = 2**63 - 1
+PRETENDED_HOST = "2.2.2.2"
+"""SGLang's FAKE_BOOTSTRAP_HOST: a request that names it meets nobody and moves no KV, whatever the transfer backend."""
 _numbers = itertools.count(1)
 
 
@@ -58,6 +61,29 @@ def check(request: EngineRequest, role: WorkerRole, vocabulary_size: int, contex
         raise InvalidRequest("bootstrap", "an aggregated engine has no peer")
     if request.bootstrap is not None and not 0 < request.bootstrap.room <= ROOM_MAX:
         raise InvalidRequest("bootstrap.room", f"must be a positive number of 63 bits, not {request.bootstrap.room}")
+
+
+def check_peer(request: EngineRequest, transfer_backend: str) -> None:
+    """Refuse a request that asks SGLang to pretend: decode would answer from KV that never came.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    bootstrap = request.bootstrap
+    if bootstrap is not None and bootstrap.host == PRETENDED_HOST and transfer_backend != "fake":
+        raise InvalidRequest("bootstrap.host", f"{PRETENDED_HOST} is no engine's address")
+
+
+def canary(role: WorkerRole) -> EngineRequest:
+    """The smallest request that runs the model in a role."""
+    room = random.randrange(1, ROOM_MAX)  # noqa: S311 -- tells rooms apart, protects nothing
+    return EngineRequest(
+        request_id=f"canary-{room}",
+        token_ids=(0,),
+        sampling=Sampling(temperature=0.0),
+        stopping=Stopping(max_tokens=2, ignore_eos=True),
+        bootstrap=None if role is WorkerRole.AGGREGATED else Bootstrap(host=PRETENDED_HOST, port=1, room=room),
+    )
 
 
 def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, priorities: bool) -> dict[str, Any]:

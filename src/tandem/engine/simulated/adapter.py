@@ -19,7 +19,7 @@ from tandem.engine.simulated.runs import Machine
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
-from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, TokenBatch
+from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, Sampling, Stopping, TokenBatch
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -107,6 +107,14 @@ class SimulatedEngine:
             leg.task.cancel()
             await asyncio.wait((leg.task,))
 
+    async def canary(self) -> None:
+        """Compute a prompt of one token. See the port."""
+        machine = self._running()
+        canary = EngineRequest(
+            request_id="canary", token_ids=(0,), sampling=Sampling(temperature=0.0), stopping=Stopping(max_tokens=1)
+        )
+        await machine.run_canary(machine.new_leg(canary))
+
     async def abort(self, request_id: str) -> bool:
         """Stop working on a request."""
         leg = self._legs.get(request_id)
@@ -129,7 +137,7 @@ class SimulatedEngine:
         """Forget the prefix cache; refused while requests run."""
         return self._running().pool.flush()
 
-    def kv_events(self, from_sequence: int) -> AsyncIterator[KvEvent]:
+    def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
         """Changes of the prefix cache."""
         log = self._running().kv_event_log
         if log is None:

@@ -35,9 +35,9 @@ class KvEventLog:
         """The whole cache was dropped."""
         self._add("cleared", (), None, ())
 
-    async def read(self, from_sequence: int) -> AsyncIterator[KvEvent]:
-        """Events from a sequence number on, without end."""
-        sequence = from_sequence
+    async def read(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
+        """Events from a sequence number on, or (None) from now on, without end."""
+        sequence = self._next_sequence if from_sequence is None else from_sequence
         while True:
             for event in [e for e in self._events if e.sequence >= sequence]:
                 sequence = event.sequence + 1

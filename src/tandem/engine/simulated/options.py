@@ -11,7 +11,7 @@ from typing import Any
 
 from tandem.errors import ConfigError
 
-FAIL_AT = ("bootstrap", "transfer", "decode")
+FAIL_AT = ("canary", "bootstrap", "transfer", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

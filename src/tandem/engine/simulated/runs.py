@@ -78,6 +78,12 @@ class Machine:
                 return leg.ended()
         return await self._run_prefill(leg)
 
+    async def run_canary(self, leg: Leg) -> None:
+        """Compute a prompt without a peer, whatever the role."""
+        self._maybe_break(leg, "canary")
+        async with self._kv(leg):
+            await self._compute_prompt(leg)
+
     async def _run_aggregated(self, leg: Leg) -> EngineFinish:
         async with self._kv(leg):
             await self._prefill(leg)
@@ -166,6 +172,8 @@ class Machine:
 
     def _maybe_break(self, leg: Leg, phase: str) -> None:
         if self._options.fail_at == phase:
+            if phase == "canary":
+                raise EngineFailed("the simulated engine fails at its canary, as its options say")
             bootstrap = leg.request.bootstrap
             assert bootstrap is not None
             raise leg_failed(self._role.value, phase, bootstrap.room, "the simulated engine fails here by its options")

@@ -1,0 +1,21 @@
+"""Entry point of `tandem-decode` and of `python -m tandem_decode`.
+
+Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tandem.runtime import process
+from tandem_decode.app import build
+from tandem_decode.config import DecodeConfig
+
+
+def main() -> None:
+    """Run the worker until it is asked to end."""
+    sys.exit(process.main("tandem-decode", DecodeConfig, build))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Settings of the decode worker beside those every worker has."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tandem.model.worker import WorkerRole
+from tandem.worker.config import WorkerConfig
+
+
+class DecodeConfig(WorkerConfig):
+    """Streams generations from KV it receives, or (aggregated) computes itself: one SGLang engine."""
+
+    role: str = Field("decode", pattern="^(decode|aggregated)$", description="decode, or aggregated (does both halves)")
+
+    @property
+    def worker_role(self) -> WorkerRole:
+        """The role as the rest of the program knows it."""
+        return WorkerRole(self.role)

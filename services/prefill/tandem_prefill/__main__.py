@@ -1,0 +1,21 @@
+"""Entry point of `tandem-prefill` and of `python -m tandem_prefill`.
+
+Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tandem.runtime import process
+from tandem_prefill.app import build
+from tandem_prefill.config import PrefillConfig
+
+
+def main() -> None:
+    """Run the worker until it is asked to end."""
+    sys.exit(process.main("tandem-prefill", PrefillConfig, build))
+
+
+if __name__ == "__main__":
+    main()

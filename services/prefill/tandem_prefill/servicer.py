@@ -1,0 +1,33 @@
+"""PrefillService on the wire: protobuf to the hop and back, nothing else.
+
+Errors become statuses in tandem.rpc.interceptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from tandem.api.prefill.v1 import prefill_service_pb2 as pb
+from tandem.api.prefill.v1 import prefill_service_pb2_grpc as pb_grpc
+from tandem.model.worker import Worker
+from tandem.worker.leg_messages import accepted, leg_events
+from tandem_prefill.prefill import Prefill
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
+
+
+class PrefillServicer(pb_grpc.PrefillServiceServicer):
+    """The contract of prefill_service.proto."""
+
+    def __init__(self, prefill: Prefill, worker: Worker) -> None:
+        self._prefill = prefill
+        self._worker = worker
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.PrefillResponse]:  # noqa: N802
+        """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
+        async with contextlib.aclosing(self._prefill.admit(request.leg)) as batches:
+            yield pb.PrefillResponse(accepted=accepted(self._worker))
+            async for event in leg_events(batches):
+                yield pb.PrefillResponse(**event)

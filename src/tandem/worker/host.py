@@ -1,0 +1,150 @@
+"""The life of a worker process: engine, canary, server, registry; and back.
+
+Start: engine -> canary -> listen -> register; nobody hears of a worker whose engine has not generated. Drain: DRAINING
+in the registry and NOT_SERVING to health checks while legs are still taken -> settle -> end of admission -> wait for
+the open legs (prefill: for every hand-over) -> deregister. Stop: server, then engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from tandem.engine.factory import create_engine
+from tandem.engine.port import Engine
+from tandem.errors import EngineFailed, StartError
+from tandem.model.worker import Worker, WorkerRole, WorkerState
+from tandem.rpc.registry_client import Registration
+from tandem.rpc.server import AddServicer, RpcServer
+from tandem.worker.config import WorkerConfig
+from tandem.worker.legs import Legs
+from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 0.5
+
+RoleService = Callable[[Engine, Legs, Worker], tuple[str, AddServicer]]
+"""Makes the service of the role: its full name, and what adds its servicer to a server."""
+
+
+class WorkerHost:
+    """A worker as `tandem.runtime.process` runs it."""
+
+    def __init__(self, config: WorkerConfig, role: WorkerRole, role_service: RoleService) -> None:
+        self._config = config
+        self._role = role
+        self._role_service = role_service
+        self._engine = create_engine(config.engine, config.engine_settings(role))
+        self._server: RpcServer | None = None
+        self._registration: Registration | None = None
+        self._legs: Legs | None = None
+        self._drain_asked = asyncio.Event()
+
+    @property
+    def address(self) -> str:
+        """host:port it serves at, once started."""
+        assert self._server is not None, "address before start()"
+        return f"{self._config.reachable_host}:{self._server.port}"
+
+    async def start(self) -> None:
+        """Return when the worker is registered; waits for a registry as long as it takes.
+
+        Raises:
+            StartError: the port is taken, the engine cannot start or fails its canary, or the registry refuses.
+        """
+        server = self._server = RpcServer()
+        # First, because an engine takes long to start, only to find that somebody else listens here.
+        server.bind(self._config.host, self._config.port)
+        await self._engine.start()
+        await self._pass_canary()
+        worker = self._describe()
+        self._legs = Legs(self._engine, worker)
+        servicer = WorkerServicer(self._engine, self._legs, worker, self._drain_asked.set)
+        server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
+        server.add(*self._role_service(self._engine, self._legs, worker))
+        await server.serve()
+        await server.set_serving(True)
+        await self._register(worker)
+
+    async def drain(self) -> bool:
+        """See the module. Returns whether every leg ended within the drain's bound."""
+        assert self._server is not None, "drain() before start()"
+        assert self._legs is not None, "drain() before start()"
+        assert self._registration is not None, "drain() before start()"
+        await self._registration.set_state(WorkerState.DRAINING)
+        await self._server.set_serving(False)
+        await asyncio.sleep(self._config.drain_settle_s)
+        self._legs.close_admission()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._legs.wait_none()
+        except TimeoutError:
+            log.error(
+                "%d legs still open after %g s: they end now", self._legs.open_count, self._config.drain_timeout_s
+            )
+            return False
+        finally:
+            await self._registration.close()
+        return True
+
+    async def stop(self) -> None:
+        """Free everything, also when `start` failed."""
+        if self._registration is not None:
+            await self._registration.close()
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        await self._engine.stop()
+
+    async def wait_finished(self) -> str | None:
+        """Return why the worker cannot go on, or None when a Drain call asked it to end."""
+        assert self._registration is not None, "wait_finished() before start()"
+        return await _first(self._engine.wait_failed(), self._registration.wait_fenced(), self._asked_to_drain())
+
+    async def _pass_canary(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.canary_timeout_s):
+                await self._engine.canary()
+        except TimeoutError:
+            raise StartError(f"the engine's canary did not end within {self._config.canary_timeout_s:g} s") from None
+        except EngineFailed as problem:
+            raise StartError(f"the engine failed its canary: {problem}") from None
+
+    async def _register(self, worker: Worker) -> None:
+        registration = self._registration = Registration(self._config.registry, worker)
+        await registration.start()
+        trouble = await _first(registration.wait_registered(), registration.wait_fenced(), self._engine.wait_failed())
+        if trouble is not None:
+            raise StartError(trouble)
+
+    async def _asked_to_drain(self) -> None:
+        await self._drain_asked.wait()
+
+    def _describe(self) -> Worker:
+        bootstrap = self._engine.bootstrap_address()
+        return Worker(
+            worker_id=self._config.worker_id or f"{self._role.value}-{self.address}",
+            # Grows with every start, as long as this machine's clock does.
+            epoch=time.time_ns() // 1_000_000,
+            role=self._role,
+            address=self.address,
+            capabilities=self._engine.capabilities(),
+            bootstrap_host=bootstrap.host if bootstrap else None,
+            bootstrap_port=bootstrap.port if bootstrap else None,
+        )
+
+
+async def _first(*waits: Coroutine[Any, Any, str | None]) -> str | None:
+    """The result of whichever ends first; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()

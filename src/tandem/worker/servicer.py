@@ -1,0 +1,120 @@
+"""WorkerService, the half of a worker's contract that does not depend on its role: protobuf to domain and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from tandem.api.worker.v1 import worker_service_pb2 as pb
+from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
+from tandem.engine.port import Engine, KvEvent
+from tandem.errors import InvalidRequest
+from tandem.model.worker import Worker
+from tandem.rpc.messages import present, timestamp, worker_to_proto
+from tandem.worker.legs import Legs
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
+LOAD_INTERVAL_MS = 1_000
+LOAD_INTERVAL_MIN_MS = 10
+LOAD_INTERVAL_MAX_MS = 60_000
+LOAD_FIGURES = (
+    "running_requests",
+    "waiting_requests",
+    "waiting_tokens",
+    "kv_used_tokens",
+    "kv_capacity_tokens",
+    "transferring_requests",
+)
+
+
+class WorkerServicer(pb_grpc.WorkerServiceServicer):
+    """Each method is one contract of worker_service.proto."""
+
+    def __init__(self, engine: Engine, legs: Legs, worker: Worker, ask_drain: Callable[[], None]) -> None:
+        """`ask_drain` makes the process drain and end."""
+        self._engine = engine
+        self._legs = legs
+        self._worker = worker
+        self._ask_drain = ask_drain
+
+    async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:  # noqa: N802
+        """Who this worker is."""
+        return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._worker))
+
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
+        """The load now, and then at each interval."""
+        interval_ms = request.interval_ms if request.HasField("interval_ms") else LOAD_INTERVAL_MS
+        if not LOAD_INTERVAL_MIN_MS <= interval_ms <= LOAD_INTERVAL_MAX_MS:
+            raise InvalidRequest("interval_ms", f"must be {LOAD_INTERVAL_MIN_MS} to {LOAD_INTERVAL_MAX_MS}")
+        sequence = 0
+        while True:
+            sequence += 1
+            yield await self._measure(sequence)
+            await asyncio.sleep(interval_ms / 1_000)
+
+    async def WatchKvEvents(  # noqa: N802
+        self, request: pb.WatchKvEventsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchKvEventsResponse]:
+        """Changes of the prefix cache."""
+        from_sequence = present(request, "from_sequence", request.from_sequence)
+        if from_sequence is not None and from_sequence < 1:
+            raise InvalidRequest("from_sequence", "must be 1 or more")
+        events: Any = self._engine.kv_events(from_sequence)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _kv_event(event)
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
+        """End a request here."""
+        self._legs.check_epoch(request.worker_epoch)
+        if not request.request_id:
+            raise InvalidRequest("request_id", "must be given")
+        attempt = present(request, "attempt", request.attempt)
+        return pb.AbortResponse(aborted_legs=await self._legs.abort(request.request_id, attempt))
+
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> AsyncIterator[pb.DrainResponse]:  # noqa: N802
+        """Begin the end of this process, and say how many legs are left each time one ends."""
+        self._legs.check_epoch(request.worker_epoch)
+        self._ask_drain()
+        while True:
+            yield pb.DrainResponse(open_legs=self._legs.open_count)
+            if not self._legs.open_count:
+                return
+            await self._legs.wait_changed()
+
+    async def FlushCache(self, request: pb.FlushCacheRequest, context: Any) -> pb.FlushCacheResponse:  # noqa: N802
+        """Forget the prefix cache."""
+        self._legs.check_epoch(request.worker_epoch)
+        return pb.FlushCacheResponse(flushed=await self._engine.flush_cache())
+
+    async def _measure(self, sequence: int) -> pb.WatchLoadResponse:
+        load = await self._engine.load()
+        figures = {name: getattr(load, name) for name in LOAD_FIGURES}
+        return pb.WatchLoadResponse(
+            sequence=sequence,
+            measured_time=timestamp(time.time()),
+            epoch=self._worker.epoch,
+            open_legs=self._legs.open_count,
+            **figures,
+        )
+
+
+def _kv_event(event: KvEvent) -> pb.WatchKvEventsResponse:
+    response = pb.WatchKvEventsResponse(sequence=event.sequence)
+    if event.kind == "stored":
+        response.stored.CopyFrom(
+            pb.KvBlocksStored(
+                block_hashes=event.block_hashes,
+                parent_block_hash=event.parent_block_hash,
+                token_ids=event.token_ids,
+                block_size_tokens=event.block_size_tokens,
+            )
+        )
+    elif event.kind == "removed":
+        response.removed.CopyFrom(pb.KvBlocksRemoved(block_hashes=event.block_hashes))
+    else:
+        response.cleared.SetInParent()
+    return response
