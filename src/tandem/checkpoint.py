@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,18 +22,24 @@ HEADER_BYTES_MAX = 100 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What a model directory says of itself."""
+class Card:
+    """What a model directory says of itself without its weights: all a frontend needs."""
 
     path: Path
     config: dict[str, Any]
-    model_digest: str
-    """SHA-256, hex, over config.json and the weights (whole files up to 64 MiB; header and samples of larger ones)."""
     tokenizer_digest: str
     """SHA-256, hex, over the tokenizer's files."""
     eos_token_ids: tuple[int, ...]
     vocabulary_size: int
     context_tokens_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint(Card):
+    """What a model directory says of itself, weights included."""
+
+    model_digest: str
+    """SHA-256, hex, over config.json and the weights (whole files up to 64 MiB; header and samples of larger ones)."""
 
     @property
     def kv_layout(self) -> str:
@@ -70,17 +76,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         StartError: one sentence that names the directory or the file at fault.
     """
+    card = read_card(path)
+    return Checkpoint(
+        **{field.name: getattr(card, field.name) for field in fields(card)}, model_digest=_model_digest(path)
+    )
+
+
+def read_card(path: Path) -> Card:
+    """Check what describes a model and read it; its weights may be elsewhere.
+
+    Raises:
+        StartError: one sentence that names the directory or the file at fault.
+    """
     if not path.is_dir():
         raise StartError(f"model directory {path} does not exist", path=str(path))
     config = _read_json(path / "config.json")
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not isinstance(config.get(key), int):
             raise StartError(f"{path / 'config.json'} has no whole number {key}", path=str(path / "config.json"))
-    return Checkpoint(
+    digest = tokenizer_digest(path)
+    _check_tokenizer_fits(path / "tokenizer.json", config["vocab_size"])
+    return Card(
         path=path,
         config=config,
-        model_digest=_model_digest(path),
-        tokenizer_digest=tokenizer_digest(path),
+        tokenizer_digest=digest,
         eos_token_ids=_eos_token_ids(path, config),
         vocabulary_size=config["vocab_size"],
         context_tokens_max=config["max_position_embeddings"],
@@ -116,13 +135,32 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Both files may say it, and an engine stops at what either says."""
     generation = path / "generation_config.json"
-    value = config.get("eos_token_id")
+    values = [config.get("eos_token_id")]
     if generation.is_file():
-        value = _read_json(generation).get("eos_token_id", value)
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+        values.append(_read_json(generation).get("eos_token_id"))
+    token_ids: list[int] = []
+    for value in values:
+        token_ids += value if isinstance(value, list) else [] if value is None else [int(value)]
+    return tuple(dict.fromkeys(token_ids))
+
+
+def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
+    """A token id beyond the embedding would take the engine down at the first text that holds it."""
+    tokenizer = _read_json(file)
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not vocabulary:
+        raise StartError(f"{file} is damaged: it holds no vocabulary", path=str(file))
+    highest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
+    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
+    highest = max([highest, *added])
+    if highest >= vocabulary_size:
+        raise StartError(
+            f"{file} does not match the model: its token {highest} is beyond the vocabulary of {vocabulary_size} tokens",
+            path=str(file),
+        )
 
 
 def _model_digest(path: Path) -> str:

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 from registry_workers import make_worker
+from tandem_registry.membership import Change, Membership, RemovalReason
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tandem.model.worker import WorkerState
 from tandem.runtime.clock import ManualClock
-from tandem_registry.membership import Change, Membership, RemovalReason
 
 TTL_S = 5.0
 

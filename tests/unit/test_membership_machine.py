@@ -8,12 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from registry_workers import make_worker
+from tandem_registry.membership import Change, Membership, RemovalReason
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tandem.model.worker import Worker, WorkerState
 from tandem.rpc.registry_view import RegistryView
 from tandem.runtime.clock import ManualClock
-from tandem_registry.membership import Change, Membership, RemovalReason
 
 TTL_S = 8.0
 WORKER_IDS = st.sampled_from(["a", "b", "c"])

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from registry_workers import make_worker
-
-from tandem.errors import Draining, Overloaded
-from tandem.testing.eventually import assert_eventually
 from tandem_registry.backends import memory
 from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.membership import Change, RemovalReason
+
+from tandem.errors import Draining, Overloaded
+from tandem.testing.eventually import assert_eventually
 
 TTL_S = 0.2
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from registry_workers import make_worker
+from tandem_registry.validation import checked_state, checked_worker
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import InvalidRequest
 from tandem.rpc.messages import worker_to_proto
-from tandem_registry.validation import checked_state, checked_worker
 
 
 def valid(role: worker_pb2.WorkerRole.ValueType = worker_pb2.WORKER_ROLE_DECODE) -> worker_pb2.Worker:
@@ -40,7 +40,9 @@ def test_addresses_that_pass(address: str) -> None:
     assert checked_worker(changed(valid(), lambda w: setattr(w, "address", address))).address == address
 
 
-@pytest.mark.parametrize("address", ["", "h", "h:", ":1", "h:0", "h:65536", "a b:1", "h:1x", "::1:5", "0.0.0.0:1", "[::]:1"])
+@pytest.mark.parametrize(
+    "address", ["", "h", "h:", ":1", "h:0", "h:65536", "a b:1", "h:1x", "::1:5", "0.0.0.0:1", "[::]:1"]
+)
 def test_addresses_that_do_not(address: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         checked_worker(changed(valid(), lambda w: setattr(w, "address", address)))

@@ -5,6 +5,9 @@ A channel is made once for an address and kept; long-lived streams and new calls
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Collection
+
 import grpc
 
 MESSAGE_BYTES_MAX = 64 * 2**20
@@ -24,6 +27,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 
+RETIRE_GRACE_S = 3_600.0
+"""A worker can be gone from the registry and still be streaming."""
+
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to host:port with Tandem's policy."""
@@ -35,6 +41,7 @@ class Channels:
 
     def __init__(self) -> None:
         self._by_address: dict[str, grpc.aio.Channel] = {}
+        self._retiring: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to an address."""
@@ -43,14 +50,21 @@ class Channels:
             channel = self._by_address[address] = open_channel(address)
         return channel
 
-    async def forget(self, address: str) -> None:
-        """Close the channel to an address nobody will call again."""
-        channel = self._by_address.pop(address, None)
-        if channel is not None:
-            await channel.close()
+    def keep_only(self, addresses: Collection[str]) -> None:
+        """Close the channels to all other addresses, each as soon as the calls on it have ended."""
+        for address in [known for known in self._by_address if known not in addresses]:
+            channel = self._by_address.pop(address)
+            self._retiring[asyncio.create_task(channel.close(RETIRE_GRACE_S))] = channel
+        for task in [task for task in self._retiring if task.done()]:
+            del self._retiring[task]
 
     async def close(self) -> None:
         """Close all channels. May be called twice."""
-        channels, self._by_address = self._by_address, {}
-        for channel in channels.values():
+        channels, self._by_address = [*self._by_address.values(), *self._retiring.values()], {}
+        tasks, self._retiring = list(self._retiring), {}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for channel in channels:
             await channel.close()

@@ -103,6 +103,11 @@ class WorkerWatch:
             await asyncio.wait(self._tasks)
         await self._channels.close()
 
+    async def wait_live(self) -> None:
+        """Return when a registry has told its view."""
+        while not self._state.is_live:
+            await self._changed.wait()
+
     async def wait_for(self, predicate: Callable[[tuple[Worker, ...]], object], timeout_s: float) -> tuple[Worker, ...]:
         """Return the workers as soon as the predicate accepts them.
 

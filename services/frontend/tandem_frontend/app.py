@@ -1,0 +1,100 @@
+"""Composition root of the frontend: which parts there are, and the order in which they start and stop.
+
+Start: tokenizer, registry view, server, health SERVING. Drain: NOT_SERVING while requests are still taken -> settle ->
+end of admission -> wait for the open requests. Stop: server, view, channels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from functools import partial
+
+from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from tandem.model.worker import Worker
+from tandem.rpc.channels import Channels
+from tandem.rpc.registry_client import WorkerWatch
+from tandem.rpc.server import RpcServer
+from tandem_frontend.admission import Admission
+from tandem_frontend.config import FrontendConfig
+from tandem_frontend.dispatch import Dispatch
+from tandem_frontend.generation import Generation, ServedModel
+from tandem_frontend.model_defaults import read_defaults
+from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
+from tandem_frontend.tokenization import Tokenizer
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 0.5
+
+
+class FrontendApp:
+    """The frontend as `tandem.runtime.process` runs it."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self._config = config
+        self._admission = Admission(config.open_requests_max)
+        self._server: RpcServer | None = None
+        self._watch: WorkerWatch | None = None
+        self._channels = Channels()
+
+    @property
+    def address(self) -> str:
+        """host:port it serves at, once started."""
+        assert self._server is not None, "address before start()"
+        return f"{self._config.reachable_host}:{self._server.port}"
+
+    async def start(self) -> None:
+        """Return when it serves; waits for a registry as long as it takes.
+
+        Raises:
+            StartError: the port is taken, or the model directory has no readable tokenizer.
+        """
+        config = self._config
+        server = self._server = RpcServer()
+        server.bind(config.host, config.port)
+        tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
+        model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
+        watch = self._watch = WorkerWatch(config.registry, on_change=self._forget_gone)
+        await watch.start()
+        rng = random.SystemRandom()
+        dispatch = Dispatch(self._channels, rng)
+        generation = Generation(model, watch.workers, self._admission, dispatch, config.leg_accept_timeout_s, rng)
+        servicer = InferenceServicer(generation, model, watch.workers)
+        server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
+        await server.serve()
+        await watch.wait_live()
+        await server.set_serving(True)
+
+    async def drain(self) -> bool:
+        """See the module. Returns whether every request ended within the drain's bound."""
+        assert self._server is not None, "drain() before start()"
+        await self._server.set_serving(False)
+        await asyncio.sleep(self._config.drain_settle_s)
+        self._admission.close()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._admission.wait_none()
+        except TimeoutError:
+            open_count = self._admission.open_count
+            log.error("%d requests still open after %g s: they end now", open_count, self._config.drain_timeout_s)
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Free everything, also when `start` failed."""
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        if self._watch is not None:
+            await self._watch.close()
+        await self._channels.close()
+
+    async def wait_finished(self) -> str | None:
+        """Never returns: a frontend ends only when it is asked to."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("a future that nobody holds cannot be done")
+
+    def _forget_gone(self, workers: tuple[Worker, ...]) -> None:
+        """Close connections to addresses that no worker has any more."""
+        self._channels.keep_only({worker.address for worker in workers})

@@ -1,0 +1,29 @@
+"""Settings of the frontend beside those every process has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from tandem.config import ServiceConfig
+from tandem.rpc.addresses import Addresses
+
+
+class FrontendConfig(ServiceConfig):
+    """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
+
+    registry: Addresses = Field(description="host:port of the registry, or several separated by commas")
+    model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
+    model_name: str | None = Field(
+        None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"
+    )
+    open_requests_max: int = Field(256, ge=1, le=100_000, description="requests open at a time; more are refused")
+    leg_accept_timeout_s: float = Field(
+        5, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
+    )
+
+    @property
+    def served_name(self) -> str:
+        """Name clients ask for."""
+        return self.model_name or self.model.resolve().name

@@ -1,0 +1,149 @@
+"""The whole way of a request, hop by hop, from a client's message to the finish of its stream.
+
+    validate -> admit -> route -> dispatch -> supervise -> relay -> finish
+
+Owns the order of the hops. Leaving `generate` early, at whatever point, ends both legs in their engines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import leg_pb2, sampling_pb2
+from tandem.errors import ModelNotFound
+from tandem.model.worker import Worker
+from tandem.rpc.messages import present
+from tandem_frontend.admission import Admission
+from tandem_frontend.detokenization import Detokenizer
+from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.model_defaults import with_defaults
+from tandem_frontend.relay import Relay
+from tandem_frontend.routing.candidates import candidates
+from tandem_frontend.routing.random_choice import choose
+from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.supervision import Attempt
+from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.validation import CheckedRequest, checked_generate
+
+Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model this frontend speaks for."""
+
+    name: str
+    tokenizer: Tokenizer
+    sampling_defaults: dict[str, float]
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a request for another model; None is a request for the only one.
+
+        Raises:
+            ModelNotFound
+        """
+        if name is not None and name != self.name:
+            raise ModelNotFound(f"no model {name!r} is served here; there is {self.name!r}", model=name)
+
+
+class Generation:
+    """Generates for clients with the workers that are alive."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        admission: Admission,
+        dispatch: Dispatch,
+        leg_accept_timeout_s: float,
+        rng: random.Random,
+    ) -> None:
+        """`workers` tells the present view of the registry."""
+        self._model = model
+        self._workers = workers
+        self._admission = admission
+        self._dispatch = dispatch
+        self._leg_accept_timeout_s = leg_accept_timeout_s
+        self._rng = rng
+
+    async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        """Stream a generation: accepted, chunks, exactly one finish.
+
+        Args:
+            request: as the client sent it.
+            timeout_s: what is left of the client's deadline; None: it has none.
+
+        Raises:
+            TandemError: the one ending of a stream without a finish.
+        """
+        accepted_time_s = time.time()
+        with self._admission.admit():
+            self._model.check_name(present(request, "model", request.model))
+            wanted = await checked_generate(request, self._model.tokenizer)
+            possible = candidates(self._workers(), self._model.name, self._model.tokenizer.digest)
+            route = choose(possible, self._rng)
+            dispatched = self._dispatch.send(route, self._leg(wanted), 1, timeout_s)
+            async with Attempt(dispatched, self._leg_accept_timeout_s) as attempt:
+                yield self._accepted(wanted, dispatched)
+                relay = self._relay(wanted, accepted_time_s)
+                async with contextlib.aclosing(attempt.tokens()) as batches:
+                    async for tokens in batches:
+                        yield relay.take(tokens)
+                        if relay.is_over:
+                            break
+                rest, finish = relay.finish(
+                    len(wanted.token_ids), attempt.decode_finish, attempt.prefill_finish, _route(dispatched)
+                )
+            # Both legs have ended here: a client that has the finish may rely on it.
+            if rest is not None:
+                yield rest
+            yield finish
+
+    def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
+        """What both legs share."""
+        return leg_pb2.LegRequest(
+            request_id=wanted.request_id,
+            model=self._model.name,
+            token_ids=wanted.token_ids,
+            sampling=with_defaults(wanted.sampling, self._model.sampling_defaults),
+            stopping=sampling_pb2.Stopping(
+                max_tokens=wanted.max_tokens,
+                min_tokens=wanted.min_tokens,
+                stop_token_ids=wanted.stop_token_ids,
+                ignore_eos=wanted.ignore_eos,
+            ),
+            guided=wanted.guided,
+            logprobs=wanted.logprobs,
+            priority=wanted.priority,
+            cache_salt=wanted.cache_salt,
+        )
+
+    def _relay(self, wanted: CheckedRequest, accepted_time_s: float) -> Relay:
+        tokenizer = self._model.tokenizer
+        stop_tokens = StopTokens(
+            wanted.stop_token_ids, () if wanted.ignore_eos else tokenizer.eos_token_ids, wanted.min_tokens or 0
+        )
+        return Relay(Detokenizer(tokenizer, wanted.token_ids), StopMatcher(wanted.stop), stop_tokens, accepted_time_s)
+
+    def _accepted(self, wanted: CheckedRequest, dispatched: Dispatched) -> pb.GenerateAccepted:
+        return pb.GenerateAccepted(
+            request_id=wanted.request_id,
+            model=self._model.name,
+            prompt_tokens=len(wanted.token_ids),
+            route=_route(dispatched),
+        )
+
+
+def _route(dispatched: Dispatched) -> pb.Route:
+    prefill = dispatched.route.prefill
+    return pb.Route(
+        attempt=dispatched.attempt,
+        prefill_worker_id=prefill.worker_id if prefill else "",
+        decode_worker_id=dispatched.route.decode.worker_id,
+        bootstrap_room=dispatched.room,
+    )

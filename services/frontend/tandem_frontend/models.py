@@ -1,0 +1,43 @@
+"""Which models can be asked for now: the registry's view, counted by role. Serves the model calls of every door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.errors import ModelNotFound
+from tandem.model.worker import Worker, WorkerRole, WorkerState
+
+
+def list_models(workers: Iterable[Worker], served_name: str) -> list[pb.Model]:
+    """The models of live workers that this frontend speaks for, ordered by name."""
+    models: dict[str, pb.Model] = {}
+    for worker in workers:
+        c = worker.capabilities
+        if c.model != served_name or worker.state is not WorkerState.SERVING:
+            continue
+        model = models.setdefault(
+            c.model,
+            pb.Model(
+                name=c.model,
+                context_tokens_max=c.context_tokens_max,
+                model_digest=c.model_digest,
+                tokenizer_digest=c.tokenizer_digest,
+            ),
+        )
+        model.prefill_workers += worker.role is WorkerRole.PREFILL
+        model.decode_workers += worker.role is WorkerRole.DECODE
+        model.aggregated_workers += worker.role is WorkerRole.AGGREGATED
+    return [models[name] for name in sorted(models)]
+
+
+def get_model(workers: Iterable[Worker], served_name: str, name: str) -> pb.Model:
+    """One model.
+
+    Raises:
+        ModelNotFound: no live worker serves it.
+    """
+    for model in list_models(workers, served_name):
+        if model.name == name:
+            return model
+    raise ModelNotFound(f"no live worker serves model {name!r}", model=name)

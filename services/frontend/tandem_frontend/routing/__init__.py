@@ -1,0 +1,1 @@
+"""The routing hop: which workers serve a request. `candidates` says what is possible, `random_choice` decides."""

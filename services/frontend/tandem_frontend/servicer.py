@@ -1,0 +1,88 @@
+"""InferenceService on the wire: protobuf to the hops and back, nothing else.
+
+Errors become statuses in tandem.rpc.interceptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
+from tandem.errors import InvalidRequest
+from tandem.model.worker import Worker
+from tandem.rpc.messages import present
+from tandem_frontend.generation import Generation, ServedModel
+from tandem_frontend.models import get_model, list_models
+from tandem_frontend.validation import checked_tokenize
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """Each method is one contract of inference_service.proto."""
+
+    def __init__(self, generation: Generation, model: ServedModel, workers: Callable[[], tuple[Worker, ...]]) -> None:
+        self._generation = generation
+        self._model = model
+        self._workers = workers
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+        """Stream a generation; a client that leaves closes it."""
+        async with contextlib.aclosing(self._generation.generate(request, context.time_remaining())) as events:
+            async for event in events:
+                yield _response(event)
+
+    async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
+        """The same in one message."""
+        response = pb.GenerateUnaryResponse()
+        texts: list[str] = []
+        async with contextlib.aclosing(self._generation.generate(request.generate, context.time_remaining())) as events:
+            async for event in events:
+                if isinstance(event, pb.GenerateAccepted):
+                    response.request_id, response.model = event.request_id, event.model
+                elif isinstance(event, pb.GenerateChunk):
+                    texts.append(event.text)
+                    response.token_ids.extend(event.token_ids)
+                    response.logprobs.extend(event.logprobs)
+                else:
+                    response.finish.CopyFrom(event)
+        response.text = "".join(texts)
+        return response
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+        """Text or messages to token ids."""
+        self._model.check_name(present(request, "model", request.model))
+        return pb.TokenizeResponse(token_ids=await checked_tokenize(request, self._model.tokenizer))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
+        """Token ids to text."""
+        self._model.check_name(present(request, "model", request.model))
+        tokenizer = self._model.tokenizer
+        for token_id in request.token_ids:
+            if not 0 <= token_id < tokenizer.vocabulary_size:
+                raise InvalidRequest(
+                    "token_ids", f"{token_id} is outside the vocabulary of {tokenizer.vocabulary_size}"
+                )
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        return pb.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special_tokens=skip))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        """The models that can be asked for now."""
+        return pb.ListModelsResponse(models=list_models(self._workers(), self._model.name))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+        """One of them."""
+        if not request.model:
+            raise InvalidRequest("model", "must be given")
+        return pb.GetModelResponse(model=get_model(self._workers(), self._model.name, request.model))
+
+
+def _response(event: pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish) -> pb.GenerateResponse:
+    if isinstance(event, pb.GenerateChunk):
+        return pb.GenerateResponse(chunk=event)
+    if isinstance(event, pb.GenerateAccepted):
+        return pb.GenerateResponse(accepted=event)
+    return pb.GenerateResponse(finish=event)

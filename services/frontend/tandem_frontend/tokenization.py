@@ -1,0 +1,101 @@
+"""The tokenization hop: text to token ids, once for each request, and the way back.
+
+Owns the tokenizer's files and what is known of the model without its weights. No PyTorch, no transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from tandem.checkpoint import Card, read_card
+from tandem.errors import StartError
+from tandem_frontend.chat_template import ChatTemplate
+
+BLOCKING_CHARS_MAX = 8_192
+"""Shorter texts are encoded at once (under 3 ms); longer ones in a thread, so that no stream waits for them."""
+SHRINK_MAX = 4
+"""Normalisation may make a text shorter before it is cut into tokens (composed characters, collapsed spaces)."""
+
+
+class Tokenizer:
+    """The tokenizer of the model this frontend speaks for."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, card: Card, chat_template: ChatTemplate | None) -> None:
+        self._backend = backend
+        self._card = card
+        self.chat_template = chat_template
+        """None where the model has none."""
+        self._token_bytes_max = max(len(token.encode()) for token in backend.get_vocab())
+        self._special_texts = tuple(
+            token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content
+        )
+
+    @classmethod
+    def open(cls, model: Path) -> Tokenizer:
+        """Read a model directory; its weights are not needed.
+
+        Raises:
+            StartError: names the file at fault.
+        """
+        card = read_card(model)
+        file = model / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as problem:  # the library raises bare Exception
+            raise StartError(f"{file} is not a tokenizer: {problem}", path=str(file)) from None
+        # A file may say that texts are cut or padded; here neither may happen unseen.
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, card, ChatTemplate.read(model))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the tokenizer's files, as workers tell theirs."""
+        return self._card.tokenizer_digest
+
+    @property
+    def context_tokens_max(self) -> int:
+        """Prompt plus completion."""
+        return self._card.context_tokens_max
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the model's embedding: token ids are below it."""
+        return self._card.vocabulary_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens at which the model ends."""
+        return self._card.eos_token_ids
+
+    @property
+    def prompt_bytes_max(self) -> int:
+        """No text longer than this can fit the context, however it is cut into tokens."""
+        return self.context_tokens_max * self._token_bytes_max * SHRINK_MAX
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text. Control tokens in it are read as such."""
+        if len(text) <= BLOCKING_CHARS_MAX:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no whole character show as U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def without_control(self, text: str) -> str:
+        """A text in which no control token can be read: each one gets an invisible joiner behind its first character.
+
+        For the content of messages, whose author must not be able to end a turn or to begin another's.
+        """
+        for special in self._special_texts:
+            if special in text:
+                text = text.replace(special, f"{special[0]}\u2060{special[1:]}")
+        return text
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

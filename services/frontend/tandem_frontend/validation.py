@@ -1,0 +1,233 @@
+"""The validation hop: what a client may ask for. A refusal names the field as the contract calls it.
+
+Ranges are those the contracts' comments state; a test holds the two together. What only an engine can know (whether a
+grammar compiles) is left to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import sampling_pb2
+from tandem.errors import InvalidRequest
+from tandem.rpc.messages import present
+from tandem_frontend.tokenization import Tokenizer
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+STOPS_MAX = 16
+STOP_BYTES_MAX = 1_024
+STOP_TOKENS_MAX = 64
+LOGIT_BIASES_MAX = 1_024
+TOP_LOGPROBS_MAX = 20
+CACHE_SALT_CHARS_MAX = 128
+SESSION_ID_CHARS_MAX = 128
+PRIORITY_MAX = 100
+GRAMMAR_BYTES_MAX = 256 * 1_024
+
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, 2, True),
+    "top_p": (0, 1, False),
+    "min_p": (0, 1, True),
+    "presence_penalty": (-2, 2, True),
+    "frequency_penalty": (-2, 2, True),
+    "repetition_penalty": (0, 2, False),
+}
+"""Field of Sampling -> lowest, highest, whether the lowest itself is allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """A request as the hops after validation need it."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: sampling_pb2.Sampling
+    max_tokens: int
+    min_tokens: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    guided: sampling_pb2.Guided | None
+    logprobs: sampling_pb2.LogprobsOptions | None
+    priority: int | None
+    cache_salt: str | None
+    session_id: str | None
+
+
+async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
+    """Check a request, tokenise its prompt, and settle what it leaves open.
+
+    Raises:
+        InvalidRequest: names the first field at fault.
+    """
+    request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest("request_id", "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+    _check_sampling(request.sampling, tokenizer.vocabulary_size)
+    _check_stopping(request.stopping, tokenizer.vocabulary_size)
+    _check_rest(request)
+    token_ids = await _prompt_ids(request, tokenizer)
+    room_tokens = tokenizer.context_tokens_max - len(token_ids)
+    stopping = request.stopping
+    # A budget beyond the context is no error: the generation then ends with LENGTH where the context does.
+    max_tokens = min(stopping.max_tokens, room_tokens) if stopping.HasField("max_tokens") else room_tokens
+    min_tokens = present(stopping, "min_tokens", min(stopping.min_tokens, max_tokens))
+    return CheckedRequest(
+        request_id=request_id,
+        token_ids=token_ids,
+        sampling=request.sampling,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        guided=present(request, "guided", request.guided),
+        logprobs=present(request, "logprobs", request.logprobs),
+        priority=present(request, "priority", request.priority),
+        cache_salt=present(request, "cache_salt", request.cache_salt),
+        session_id=present(request, "session_id", request.session_id),
+    )
+
+
+async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text or of messages; they may be more than the context holds.
+
+    Raises:
+        InvalidRequest: neither is given, or the text is beyond any use.
+    """
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        _check_size("prompt", request.prompt, tokenizer)
+        return await tokenizer.encode(request.prompt, add_special_tokens=True)
+    if kind == "chat":
+        return await _chat_ids(request.chat, tokenizer)
+    raise InvalidRequest("input", "one of prompt and chat must be given")
+
+
+async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        if not request.prompt:
+            raise InvalidRequest("prompt", "must not be empty")
+        _check_size("prompt", request.prompt, tokenizer)
+        token_ids = await tokenizer.encode(request.prompt, add_special_tokens=True)
+    elif kind == "chat":
+        token_ids = await _chat_ids(request.chat, tokenizer)
+    elif kind == "token_ids":
+        token_ids = list(request.token_ids.ids)
+        _check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
+    else:
+        raise InvalidRequest("input", "one of prompt, token_ids and chat must be given")
+    if not token_ids:
+        raise InvalidRequest(kind, "must not be empty")
+    if len(token_ids) >= tokenizer.context_tokens_max:
+        raise _too_long(kind, f"{len(token_ids)} tokens", tokenizer.context_tokens_max)
+    return token_ids
+
+
+async def _chat_ids(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise InvalidRequest("chat", "this model has no chat template; use prompt")
+    if not chat.messages:
+        raise InvalidRequest("chat.messages", "must not be empty")
+    messages = []
+    for number, message in enumerate(chat.messages):
+        if not message.role:
+            raise InvalidRequest(f"chat.messages[{number}].role", "must be given")
+        _check_size(f"chat.messages[{number}].content", message.content, tokenizer)
+        messages.append({"role": message.role, "content": tokenizer.without_control(message.content)})
+    begin_answer = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+    text = tokenizer.chat_template.render(messages, add_generation_prompt=begin_answer)
+    _check_size("chat", text, tokenizer)
+    return await tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_size(field: str, text: str, tokenizer: Tokenizer) -> None:
+    """Refuse what cannot fit before any work is put into it."""
+    # A character has a byte at least: a text that is long enough already need not be encoded to be measured.
+    if len(text) > tokenizer.prompt_bytes_max or len(text.encode()) > tokenizer.prompt_bytes_max:
+        raise _too_long(field, f"{len(text)} characters", tokenizer.context_tokens_max)
+
+
+def _too_long(field: str, size: str, context_tokens_max: int) -> InvalidRequest:
+    return InvalidRequest(
+        field, f"{size} leave no room in the context of {context_tokens_max} tokens", limit=context_tokens_max
+    )
+
+
+def _check_token_ids(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocabulary_size:
+            raise InvalidRequest(field, f"{token_id} is outside the vocabulary of {vocabulary_size} tokens")
+
+
+def _check_sampling(sampling: sampling_pb2.Sampling, vocabulary_size: int) -> None:
+    for name, (lowest, highest, with_lowest) in RANGES.items():
+        if not sampling.HasField(name):  # type: ignore[arg-type]
+            continue
+        value = getattr(sampling, name)
+        # NaN compares false with everything.
+        inside = lowest < value <= highest or (with_lowest and value == lowest)
+        if not inside:
+            wanted = f"from {lowest:g} to {highest:g}" if with_lowest else f"over {lowest:g} and at most {highest:g}"
+            raise InvalidRequest(f"sampling.{name}", f"must be {wanted}, not {value:g}")
+    if sampling.HasField("top_k") and sampling.top_k != -1 and sampling.top_k < 1:
+        raise InvalidRequest("sampling.top_k", f"must be 1 or more, or -1 for all, not {sampling.top_k}")
+    if len(sampling.logit_bias) > LOGIT_BIASES_MAX:
+        raise InvalidRequest("sampling.logit_bias", f"{len(sampling.logit_bias)} are more than {LOGIT_BIASES_MAX}")
+    _check_token_ids("sampling.logit_bias", sampling.logit_bias, vocabulary_size)
+    for token_id, bias in sampling.logit_bias.items():
+        if math.isnan(bias) or abs(bias) > 100:
+            raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
+
+
+def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> None:
+    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
+        raise InvalidRequest("stopping.max_tokens", f"must be 1 or more, not {stopping.max_tokens}")
+    if stopping.min_tokens < 0:
+        raise InvalidRequest("stopping.min_tokens", f"must not be negative, but is {stopping.min_tokens}")
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+        raise InvalidRequest("stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens")
+    if len(stopping.stop) > STOPS_MAX:
+        raise InvalidRequest("stopping.stop", f"{len(stopping.stop)} stop strings are more than {STOPS_MAX}")
+    for stop in stopping.stop:
+        if not 0 < len(stop.encode()) <= STOP_BYTES_MAX:
+            raise InvalidRequest("stopping.stop", f"each must be 1 to {STOP_BYTES_MAX} bytes long")
+    if len(stopping.stop_token_ids) > STOP_TOKENS_MAX:
+        raise InvalidRequest("stopping.stop_token_ids", f"more than {STOP_TOKENS_MAX}")
+    _check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocabulary_size)
+
+
+def _check_rest(request: pb.GenerateRequest) -> None:
+    if abs(request.priority) > PRIORITY_MAX:
+        raise InvalidRequest("priority", f"must be -{PRIORITY_MAX} to {PRIORITY_MAX}, not {request.priority}")
+    if len(request.cache_salt) > CACHE_SALT_CHARS_MAX:
+        raise InvalidRequest("cache_salt", f"must be at most {CACHE_SALT_CHARS_MAX} characters long")
+    if len(request.session_id) > SESSION_ID_CHARS_MAX:
+        raise InvalidRequest("session_id", f"must be at most {SESSION_ID_CHARS_MAX} characters long")
+    if not 0 <= request.logprobs.top_logprobs <= TOP_LOGPROBS_MAX:
+        raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
+    _check_guided(request.guided)
+
+
+def _check_guided(guided: sampling_pb2.Guided) -> None:
+    kind = guided.WhichOneof("grammar")
+    if kind is None:
+        return
+    grammar = getattr(guided, kind)
+    if not 0 < len(grammar.encode()) <= GRAMMAR_BYTES_MAX:
+        raise InvalidRequest(f"guided.{kind}", f"must be 1 to {GRAMMAR_BYTES_MAX} bytes long")
+    if kind == "json_schema":
+        try:
+            schema: Any = json.loads(grammar)
+        except (ValueError, RecursionError) as problem:
+            raise InvalidRequest("guided.json_schema", f"is not JSON: {problem}") from None
+        if not isinstance(schema, dict | bool):
+            raise InvalidRequest("guided.json_schema", "is not a JSON object")

@@ -1,0 +1,101 @@
+"""What a machine can check of CONTRIBUTING.md: layers, module openings, names, version, errors and their reasons."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tandem
+from tandem.api.types.v1 import error_pb2
+from tandem.rpc.status import ERROR_BY_REASON
+
+REPOSITORY = Path(__file__).parents[2]
+LIBRARY = REPOSITORY / "src" / "tandem"
+SERVICES = {path.name: path for path in sorted((REPOSITORY / "services").glob("*/tandem_*")) if path.is_dir()}
+GENERATED = LIBRARY / "api"
+MODULES = [
+    path
+    for root in (LIBRARY, *SERVICES.values())
+    for path in sorted(root.rglob("*.py"))
+    if GENERATED not in path.parents and "standins" not in path.parts
+]
+NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "base"}
+LINES_MAX = 500
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Top-level and nested imports, dotted."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+
+
+def imports_any(path: Path, *packages: str) -> list[str]:
+    return [name for name in imports(path) if name.split(".")[0] in packages]
+
+
+def under(path: Path, *parts: str) -> bool:
+    return LIBRARY.joinpath(*parts) in path.parents
+
+
+def identifier(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_the_walk_found_the_project() -> None:
+    assert set(SERVICES) == {"tandem_frontend", "tandem_prefill", "tandem_decode", "tandem_registry"}
+    assert len(MODULES) > 60
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identifier)
+def test_module_says_what_it_owns(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "a module opens with what it owns and what it refuses to own"
+    assert path.stem not in NAMELESS
+    assert len(path.read_text().splitlines()) <= LINES_MAX
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identifier)
+def test_layers(path: Path) -> None:
+    if not under(path, "engine", "sglang"):
+        assert not imports_any(path, "sglang", "nixl", "torch", "transformers", "triton")
+    if under(path, "model"):
+        outside = [n for n in imports(path) if n.split(".")[0] not in {*sys.stdlib_module_names, "tandem"}]
+        assert not outside
+        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith("tandem.model")]
+    may_speak_grpc = under(path, "rpc") or under(path, "cli") or path.stem == "servicer"
+    if not may_speak_grpc:
+        assert not imports_any(path, "grpc", "grpc_status", "grpc_health")
+    assert not imports_any(path, "consul") or "tandem_registry" in path.parts
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identifier)
+def test_services_do_not_know_each_other(path: Path) -> None:
+    own = next((name for name, root in SERVICES.items() if root in path.parents), None)
+    assert not [name for name in imports_any(path, *SERVICES) if name.split(".")[0] != own]
+
+
+def test_services_have_the_same_plumbing() -> None:
+    for root in SERVICES.values():
+        names = {path.name for path in root.glob("*.py")}
+        assert {"__main__.py", "config.py", "app.py", "servicer.py"} <= names, root.name
+        assert (root.parent / "README.md").is_file(), root.name
+
+
+def test_every_error_has_its_reason_in_the_contract() -> None:
+    names = [value.name for value in error_pb2.ErrorReason.DESCRIPTOR.values]
+    contract = {name.removeprefix("ERROR_REASON_") for name in names} - {"UNSPECIFIED"}
+    # Errors of a start never travel.
+    raised = set(ERROR_BY_REASON) - {"START_FAILED", "CONFIG_INVALID"}
+    assert raised == contract
+
+
+def test_changelog_knows_the_version() -> None:
+    assert re.search(rf"^## {re.escape(tandem.__version__)}\b", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
