@@ -19,8 +19,9 @@ from tandem.rpc.server import RpcServer
 from tandem_frontend.admission import Admission
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.dispatch import Dispatch
-from tandem_frontend.generation import Generation, ServedModel
+from tandem_frontend.generation import Generation
 from tandem_frontend.model_defaults import read_defaults
+from tandem_frontend.models import ServedModel
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 from tandem_frontend.tokenization import Tokenizer
 

@@ -11,44 +11,24 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.errors import ModelNotFound
 from tandem.model.worker import Worker
 from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
 from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.dispatch import Dispatch, Dispatched
 from tandem_frontend.model_defaults import with_defaults
+from tandem_frontend.models import ServedModel
 from tandem_frontend.relay import Relay
 from tandem_frontend.routing.candidates import candidates
 from tandem_frontend.routing.random_choice import choose
 from tandem_frontend.stopping import StopMatcher, StopTokens
 from tandem_frontend.supervision import Attempt
-from tandem_frontend.tokenization import Tokenizer
 from tandem_frontend.validation import CheckedRequest, checked_generate
 
 Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The model this frontend speaks for."""
-
-    name: str
-    tokenizer: Tokenizer
-    sampling_defaults: dict[str, float]
-
-    def check_name(self, name: str | None) -> None:
-        """Refuse a request for another model; None is a request for the only one.
-
-        Raises:
-            ModelNotFound
-        """
-        if name is not None and name != self.name:
-            raise ModelNotFound(f"no model {name!r} is served here; there is {self.name!r}", model=name)
 
 
 class Generation:
@@ -94,7 +74,7 @@ class Generation:
                 async with contextlib.aclosing(attempt.tokens()) as batches:
                     async for tokens in batches:
                         yield relay.take(tokens)
-                        if relay.is_over:
+                        if relay.ends_the_legs:
                             break
                 rest, finish = relay.finish(
                     len(wanted.token_ids), attempt.decode_finish, attempt.prefill_finish, _route(dispatched)
@@ -126,7 +106,7 @@ class Generation:
     def _relay(self, wanted: CheckedRequest, accepted_time_s: float) -> Relay:
         tokenizer = self._model.tokenizer
         stop_tokens = StopTokens(
-            wanted.stop_token_ids, () if wanted.ignore_eos else tokenizer.eos_token_ids, wanted.min_tokens or 0
+            wanted.stop_token_ids, tokenizer.eos_token_ids, wanted.min_tokens or 0, ignore_eos=wanted.ignore_eos
         )
         return Relay(Detokenizer(tokenizer, wanted.token_ids), StopMatcher(wanted.stop), stop_tokens, accepted_time_s)
 

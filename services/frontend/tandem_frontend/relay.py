@@ -21,7 +21,7 @@ LEG_TIMES = ("prefill_start_time", "prefill_end_time", "kv_transfer_start_time",
 
 
 class Relay:
-    """One client's stream. After `is_over`, only `finish` may be called."""
+    """One client's stream."""
 
     def __init__(
         self, detokenizer: Detokenizer, stops: StopMatcher, stop_tokens: StopTokens, accepted_time_s: float
@@ -37,9 +37,11 @@ class Relay:
         self._matched: generation_pb2.MatchedStop | None = None
 
     @property
-    def is_over(self) -> bool:
-        """A stop has matched: the legs have nothing more to say that the client may see."""
-        return self._matched is not None
+    def ends_the_legs(self) -> bool:
+        """A stop has matched that the engine knows nothing of: the legs must be ended from here."""
+        if self._matched is None:
+            return False
+        return self._matched.HasField("stop") or not self._stop_tokens.engine_stops_too
 
     def take(self, tokens: leg_pb2.LegTokens) -> pb.GenerateChunk:
         """The chunk behind the next tokens; up to the stop, if one matches among them."""

@@ -14,8 +14,8 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
 from tandem.model.worker import Worker
 from tandem.rpc.messages import present
-from tandem_frontend.generation import Generation, ServedModel
-from tandem_frontend.models import get_model, list_models
+from tandem_frontend.generation import Generation
+from tandem_frontend.models import ServedModel, get_model, list_models
 from tandem_frontend.validation import checked_tokenize
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -71,13 +71,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
         """The models that can be asked for now."""
-        return pb.ListModelsResponse(models=list_models(self._workers(), self._model.name))
+        return pb.ListModelsResponse(models=list_models(self._workers(), self._model))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """One of them."""
         if not request.model:
             raise InvalidRequest("model", "must be given")
-        return pb.GetModelResponse(model=get_model(self._workers(), self._model.name, request.model))
+        return pb.GetModelResponse(model=get_model(self._workers(), self._model, request.model))
 
 
 def _response(event: pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish) -> pb.GenerateResponse:

@@ -71,14 +71,19 @@ class StopMatcher:
 class StopTokens:
     """The tokens after which a generation is over.
 
-    Engines stop at them too, but not in every case: SGLang forgets a request's own stop tokens when it is told to
+    Engines stop at them by themselves, but for one case: SGLang forgets a request's own stop tokens when it is told to
     ignore the model's.
     """
 
-    def __init__(self, requested: Collection[int], end_of_sequence: Collection[int], min_tokens: int) -> None:
-        """`end_of_sequence` is empty where the request ignores it."""
-        self._token_ids = frozenset(requested) | frozenset(end_of_sequence)
+    def __init__(
+        self, requested: Collection[int], end_of_sequence: Collection[int], min_tokens: int, *, ignore_eos: bool
+    ) -> None:
+        self._token_ids = frozenset(requested)
+        if not ignore_eos:
+            self._token_ids |= frozenset(end_of_sequence)
         self._min_tokens = min_tokens
+        self.engine_stops_too = not ignore_eos
+        """Then its own finish is about to come, with an account that is worth waiting for."""
 
     def matches(self, token_id: int, place: int) -> bool:
         """Whether a token ends the generation; `place` counts tokens from 1."""

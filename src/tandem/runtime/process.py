@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import StartError
+from tandem.runtime.parent import follow_parent
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ C = TypeVar("C", bound=ServiceConfig)
 
 def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> int:
     """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
+    follow_parent(os.environ)
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
         set_up_logging(config.log_level)

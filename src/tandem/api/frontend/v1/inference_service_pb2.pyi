@@ -689,6 +689,7 @@ class Model(_message.Message):
     PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     DECODE_WORKERS_FIELD_NUMBER: _builtins.int
     AGGREGATED_WORKERS_FIELD_NUMBER: _builtins.int
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     context_tokens_max: _builtins.int
@@ -703,6 +704,8 @@ class Model(_message.Message):
     """Live decode workers."""
     aggregated_workers: _builtins.int
     """Live aggregated workers."""
+    has_chat_template: _builtins.bool
+    """Whether it takes messages: its tokenizer has a chat template."""
     def __init__(
         self,
         *,
@@ -713,10 +716,11 @@ class Model(_message.Message):
         prefill_workers: _builtins.int = ...,
         decode_workers: _builtins.int = ...,
         aggregated_workers: _builtins.int = ...,
+        has_chat_template: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregated_workers", b"aggregated_workers", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "model_digest", b"model_digest", "name", b"name", "prefill_workers", b"prefill_workers", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregated_workers", b"aggregated_workers", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "model_digest", b"model_digest", "name", b"name", "prefill_workers", b"prefill_workers", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+# What setting up means is in tools/setup_environment.py; it does nothing when nothing has changed.
+
+SHELL := /bin/bash
+PYTHON := $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,$(shell command -v $(name))))
+BIN := .venv/bin
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint protos clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## create or update .venv, CPU engine included
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed, and no python3 was found" >&2; exit 1; fi
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup ## start a cluster, stream an answer through it, stop it
+	@$(BIN)/tandem demo
+
+test: setup ## every test
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup ## ruff, mypy, drift of the generated code, buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/gen_protos.py --check
+	$(BIN)/python tools/gen_protos.py --lint
+
+protos: setup ## generate src/tandem/api from protos/
+	$(BIN)/python tools/gen_protos.py
+
+clean: ## remove the environment, caches and run-time files
+	rm -rf .venv .cache .tandem .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -1,0 +1,172 @@
+"""The options of `tandem`. What each subcommand does is in the file of its name; errors become one sentence here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tandem import __version__
+from tandem.cli import demo as demo_command
+from tandem.cli import generate as generate_command
+from tandem.cli import status as status_command
+from tandem.cli import up as up_command
+from tandem.cli.state import read_state
+from tandem.errors import ConfigError, StartError, TandemError
+from tandem.rpc import clients
+from tandem.runtime.cluster import ClusterSpec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Large language models served with prefill and decode disaggregated.",
+)
+
+DEMO_MODEL = Path("models") / "tandem-demo"
+EXIT_FAILED = 1
+
+Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.")]
+EngineName = Annotated[str, typer.Option(help="sglang or simulated.")]
+LogDirectory = Annotated[Path | None, typer.Option("--log-dir", help="Where the processes log; default: a new one.")]
+Address = Annotated[str | None, typer.Option(help="host:port; default: the cluster that `tandem up` runs here.")]
+
+
+def main() -> None:
+    """Entry point of `tandem`."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Large language models served with prefill and decode disaggregated."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def up(
+    prefill: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(help="Decode workers.")] = 1,
+    aggregated: Annotated[int, typer.Option(help="Workers that do both halves.")] = 0,
+    model: Model = DEMO_MODEL,
+    model_name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the directory's.")] = None,
+    engine: EngineName = "sglang",
+    port: Annotated[int, typer.Option(help="Port of the frontend; 0: the OS chooses.", min=0, max=65535)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kv_capacity_tokens: Annotated[int | None, typer.Option(help="Tokens whose KV each worker keeps.")] = None,
+    engine_extra: Annotated[str, typer.Option(help="More arguments of the engine, as a JSON object.")] = "{}",
+    log_dir: LogDirectory = None,
+) -> None:
+    """Run a cluster on this machine until Ctrl-C, which drains it."""
+    flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
+    if kv_capacity_tokens is not None:
+        flags["kv-capacity-tokens"] = str(kv_capacity_tokens)
+    spec = ClusterSpec(
+        model=model,
+        log_directory=up_command.log_directory(log_dir),
+        model_name=model_name,
+        engine=engine,
+        prefill=prefill,
+        decode=decode,
+        aggregated=aggregated,
+        frontend_port=port,
+        worker_flags=flags,
+    )
+    _run("up", up_command.up(spec, Console()))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus, over 0 to 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--plain", help="As a message, or as plain text; default: what the model takes."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model; default: the only one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each event.")] = False,
+    address: Address = None,
+) -> None:
+    """Stream a completion to the terminal."""
+    asked = generate_command.Asked(
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        chat=chat,
+        system=system,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        as_json=as_json,
+    )
+
+    async def run() -> int:
+        return await generate_command.generate(address or read_state().frontend, asked, Console(stderr=True))
+
+    _run("generate", run())
+
+
+@app.command()
+def status(
+    address: Annotated[str | None, typer.Option(help="host:port of a registry; default: of `tandem up` here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show the workers: roles, epochs, load."""
+
+    async def run() -> int:
+        return await status_command.status(address or read_state().registry, Console(), as_json=as_json)
+
+    _run("status", run())
+
+
+@app.command()
+def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogDirectory = None) -> None:
+    """Start a cluster, stream one answer through it, tell what happened, stop it."""
+    spec = ClusterSpec(model=model, engine=engine, log_directory=up_command.log_directory(log_dir))
+    _run("demo", demo_command.demo(spec, Console()))
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Argument(help="host:port of any Tandem process.")],
+    service: Annotated[str, typer.Option(help="Full protobuf name of one of its services.")] = "",
+) -> None:
+    """Ask a process for its health: exit status 0 when it serves."""
+
+    async def run() -> int:
+        serving = await clients.is_serving(address, service)
+        print("serving" if serving else "not serving")
+        return 0 if serving else 1
+
+    _run("health", run())
+
+
+def _run(command: str, work: Coroutine[Any, Any, int]) -> None:
+    """Run a subcommand to its exit status; what it raises on purpose becomes one sentence."""
+    try:
+        exit_status = asyncio.run(work)
+    except (ConfigError, StartError) as problem:
+        exit_status = problem.exit_status
+        print(f"tandem {command}: {problem}", file=sys.stderr)
+    except TandemError as problem:
+        exit_status = EXIT_FAILED
+        print(f"tandem {command}: {problem} ({problem.reason})", file=sys.stderr)
+    except KeyboardInterrupt:
+        exit_status = generate_command.EXIT_INTERRUPTED
+    raise typer.Exit(exit_status)

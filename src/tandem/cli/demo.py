@@ -1,0 +1,66 @@
+"""`tandem demo`: a whole cluster, one answer streamed through it, and what happened to it. What `make demo` runs."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
+from tandem.cli.generate import print_events, tokens_per_s
+from tandem.cli.progress import Readiness
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+
+STORY = (
+    "Listen carefully. Mia hid the red key in the old barn. Theo left the orange spoon in the dark forest. "
+    "Sam put the blue ball near the warm window. Julia saw a turtle, and she was excited. It was a sunny day. "
+    "They sang a song, and Finn laughed. Owen lost the silver coin on the little roof. Where did Mia hide the red key?"
+)
+MAX_TOKENS = 60
+
+
+async def demo(spec: ClusterSpec, console: Console) -> int:
+    """Start, stream, tell, stop. Returns the exit status: 0 only when KV moved and the stream had its finish.
+
+    Raises:
+        TandemError: a process did not start, or the request failed.
+    """
+    begin_s = time.monotonic()
+    console.print(
+        f"starting registry, prefill, decode and frontend ({spec.engine}, {spec.model.name})", highlight=False
+    )
+    with Readiness(console) as readiness:
+        cluster = LocalCluster(spec, readiness.changed)
+        await cluster.start()
+    try:
+        console.print(f"\n[bold]>[/] {STORY}\n", highlight=False)
+        request = pb.GenerateRequest()
+        request.sampling.temperature = 0.0
+        request.stopping.max_tokens = MAX_TOKENS
+        request.chat.messages.add(role="user", content=STORY)
+        finish = await print_events(cluster.frontend.address, request, console)
+    finally:
+        console.print("\nstopping", highlight=False)
+        with Readiness(console) as readiness:
+            cluster.on_change = readiness.changed
+            clean = await cluster.stop()
+    _tell(finish, console)
+    console.print(f"all in {time.monotonic() - begin_s:.1f} s", style="dim", highlight=False)
+    moved = finish.timings.kv_transfer_bytes > 0 and finish.reason != generation_pb2.FINISH_REASON_UNSPECIFIED
+    return 0 if moved and clean else 1
+
+
+def _tell(finish: pb.GenerateFinish, console: Console) -> None:
+    route, timings = finish.route, finish.timings
+    rate = tokens_per_s(finish)
+    rows = {
+        "pair": f"{route.prefill_worker_id} (prefill) → {route.decode_worker_id} (decode)",
+        "time to first token": f"{timings.time_to_first_token.ToNanoseconds() / 1e6:.1f} ms",
+        "tokens per second": "-" if rate is None else f"{rate:.0f}",
+        "KV moved over NIXL": f"{timings.kv_transfer_bytes:,} bytes for {finish.usage.prompt_tokens} prompt tokens",
+        "recomputed on decode": f"{timings.recomputed_tokens} prompt tokens",
+    }
+    console.print()
+    for name, value in rows.items():
+        console.print(f"  {name:<22}{value}", highlight=False)

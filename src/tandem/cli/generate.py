@@ -1,0 +1,135 @@
+"""`tandem generate`: one completion, streamed to the terminal as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from dataclasses import dataclass
+
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
+from tandem.errors import NoWorkers
+from tandem.rpc import clients
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the person at the terminal asked for."""
+
+    prompt: str
+    chat: bool | None
+    """None: as a message where the model has a chat template, else as plain text."""
+    system: str | None
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    as_json: bool
+
+
+async def generate(address: str, asked: Asked, console: Console) -> int:
+    """Stream a completion to standard output, and a summary to `console`. Returns the exit status.
+
+    Raises:
+        TandemError: the request was refused or failed.
+    """
+    streaming = asyncio.create_task(_stream(address, asked, console))
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, streaming.cancel)
+    try:
+        await streaming
+    except asyncio.CancelledError:
+        console.print("\ncancelled", style="dim")
+        return EXIT_INTERRUPTED
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return 0
+
+
+async def _stream(address: str, asked: Asked, console: Console) -> None:
+    await print_events(address, await build_request(address, asked), console, as_json=asked.as_json)
+
+
+async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
+    """The request; asks the frontend whether its model takes messages when that was left open."""
+    request = pb.GenerateRequest(model=asked.model)
+    if asked.chat if asked.chat is not None else await _takes_messages(address, asked.model):
+        if asked.system is not None:
+            request.chat.messages.add(role="system", content=asked.system)
+        request.chat.messages.add(role="user", content=asked.prompt)
+    else:
+        request.prompt = asked.prompt
+    for name in ("temperature", "top_p", "seed"):
+        if getattr(asked, name) is not None:
+            setattr(request.sampling, name, getattr(asked, name))
+    if asked.max_tokens is not None:
+        request.stopping.max_tokens = asked.max_tokens
+    request.stopping.stop.extend(asked.stop)
+    return request
+
+
+async def print_events(
+    address: str, request: pb.GenerateRequest, console: Console, *, as_json: bool = False
+) -> pb.GenerateFinish:
+    """Show a stream's events as they come; returns its finish."""
+    finish = pb.GenerateFinish()
+    route = pb.Route()
+    async with contextlib.aclosing(clients.generate(address, request)) as responses:
+        async for response in responses:
+            if as_json:
+                print(MessageToJson(response, indent=None, preserving_proto_field_name=True), flush=True)
+            elif response.HasField("chunk"):
+                sys.stdout.write(response.chunk.text)
+                sys.stdout.flush()
+            if response.HasField("accepted"):
+                route.CopyFrom(response.accepted.route)
+            elif response.HasField("finish"):
+                finish.CopyFrom(response.finish)
+    if not as_json:
+        sys.stdout.write("\n")
+        console.print(summary(finish), style="dim", highlight=False, soft_wrap=True)
+    return finish
+
+
+def summary(finish: pb.GenerateFinish) -> str:
+    """One line: who served it, how fast, how much KV moved, and why it ended."""
+    route, timings, usage = finish.route, finish.timings, finish.usage
+    pair = (
+        f"{route.prefill_worker_id} → {route.decode_worker_id}" if route.prefill_worker_id else route.decode_worker_id
+    )
+    parts = [pair, f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"]
+    if timings.HasField("time_to_first_token"):
+        parts.append(f"TTFT {timings.time_to_first_token.ToNanoseconds() / 1e6:.0f} ms")
+    rate = tokens_per_s(finish)
+    if rate is not None:
+        parts.append(f"{rate:.0f} tokens/s")
+    if timings.HasField("kv_transfer_bytes"):
+        parts.append(f"{timings.kv_transfer_bytes:,} bytes of KV moved")
+    if timings.HasField("recomputed_tokens"):
+        parts.append(f"{timings.recomputed_tokens} prompt tokens recomputed")
+    reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+    return " · ".join([*parts, f"finish: {reason}"])
+
+
+def tokens_per_s(finish: pb.GenerateFinish) -> float | None:
+    """Tokens after the first, over the time from the first to the last; None for fewer than two."""
+    first, last = finish.timings.first_token_time, finish.timings.last_token_time
+    took_s = (last.ToNanoseconds() - first.ToNanoseconds()) / 1e9
+    return (finish.usage.completion_tokens - 1) / took_s if took_s > 0 else None
+
+
+async def _takes_messages(address: str, model: str | None) -> bool:
+    models = await clients.list_models(address)
+    if not models:
+        raise NoWorkers("no model is served now: no worker is alive")
+    named = [m for m in models if model in (None, m.name)]
+    return bool(named) and named[0].has_chat_template

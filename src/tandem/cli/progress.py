@@ -1,0 +1,68 @@
+"""What a person sees while a cluster starts and stops: one line for each process, with the time it takes.
+
+On a terminal the lines live; elsewhere each change is a line of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+
+from tandem.runtime.cluster import ClusterProcess, ProcessState
+
+MARKS = {ProcessState.READY: "[green]✓[/]", ProcessState.ENDED: "[dim]·[/]"}
+
+
+class Readiness:
+    """Shows the state of processes as they change."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._begin_s: dict[str, float] = {}
+        self._took_s: dict[str, float] = {}
+        self._seen: dict[str, tuple[ClusterProcess, ProcessState]] = {}
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self._table, transient=False)
+
+    def __enter__(self) -> Readiness:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def changed(self, process: ClusterProcess) -> None:
+        """A process has another state than before."""
+        if self._seen.get(process.name, (None, None))[1] is process.state:
+            return
+        if process.state in (ProcessState.STARTING, ProcessState.STOPPING):
+            self._begin_s[process.name] = time.monotonic()
+        self._took_s[process.name] = time.monotonic() - self._begin_s.get(process.name, time.monotonic())
+        self._seen[process.name] = (process, process.state)
+        if not self._console.is_terminal:
+            self._console.print(self._line(process), highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, process: ClusterProcess) -> str:
+        parts = [f"{process.name:<14} {process.state.value}"]
+        if process.state is ProcessState.READY:
+            parts += [process.address, f"pid {process.pid}", f"after {self._took_s[process.name]:.1f} s"]
+        return "  ".join(parts)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for process, state in self._seen.values():
+            waiting = state in (ProcessState.STARTING, ProcessState.STOPPING)
+            took_s = time.monotonic() - self._begin_s[process.name] if waiting else self._took_s[process.name]
+            mark = Spinner("dots") if waiting else MARKS[state]
+            where = f"{process.address}  [dim]pid {process.pid}[/]" if state is ProcessState.READY else ""
+            table.add_row(mark, process.name, state.value, f"[dim]{took_s:5.1f} s[/]", where)
+        return table

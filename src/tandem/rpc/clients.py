@@ -1,0 +1,98 @@
+"""Calls a client makes: one function for each, failures as TandemError. For the command line, tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.api.frontend.v1 import inference_service_pb2 as frontend_pb
+from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
+from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.rpc.channels import open_channel
+from tandem.rpc.status import from_rpc_error
+
+CALL_TIMEOUT_S = 5.0
+
+
+async def generate(
+    address: str, request: frontend_pb.GenerateRequest, timeout_s: float | None = None
+) -> AsyncGenerator[frontend_pb.GenerateResponse, None]:
+    """Stream a generation from a frontend; closing the iterator cancels it.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        call = stub.Generate(request, timeout=timeout_s)
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                yield response
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+
+
+async def list_models(address: str) -> list[frontend_pb.Model]:
+    """The models a frontend offers now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        response = await _answer(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
+        return list(response.models)
+
+
+async def list_workers(address: str) -> list[registry_pb.ListedWorker]:
+    """The workers a registry lists.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address) as channel:
+        stub: Any = RegistryServiceStub(channel)
+        response = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
+        return list(response.workers)
+
+
+async def worker_load(address: str, timeout_s: float = 2.0) -> worker_pb.WatchLoadResponse:
+    """How busy a worker is now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
+        response: worker_pb.WatchLoadResponse = await _answer(call.read())
+        call.cancel()
+        return response
+
+
+async def is_serving(address: str, service: str = "") -> bool:
+    """What grpc.health.v1 says of a process, or of one of its services.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        response = await _answer(stub.Check(request, timeout=CALL_TIMEOUT_S))
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _answer(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as failure:
+        raise from_rpc_error(failure) from None
