@@ -2,7 +2,6 @@
 # What setting up means is in tools/setup_environment.py; it does nothing when nothing has changed.
 
 SHELL := /bin/bash
-PYTHON := $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,$(shell command -v $(name))))
 BIN := .venv/bin
 PYTEST_FLAGS ?=
 
@@ -13,8 +12,12 @@ help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: ## create or update .venv, CPU engine included
-	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed, and no python3 was found" >&2; exit 1; fi
-	@$(PYTHON) tools/setup_environment.py
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        exec "$$python" tools/setup_environment.py; \
+	    fi; \
+	done; \
+	echo "Python 3.11 or newer with its venv module is needed; name one with PYTHON=..." >&2; exit 1
 
 demo: setup ## start a cluster, stream an answer through it, stop it
 	@$(BIN)/tandem demo

@@ -48,7 +48,12 @@ def generate(out: Path) -> None:
     """Write messages, typing stubs and gRPC stubs below `out`, as importable packages."""
     out.mkdir(parents=True, exist_ok=True)
     names = proto_files(PROTOS)
-    outputs = [f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}"]
+    outputs = [
+        f"--python_out={out}",
+        f"--grpc_python_out={out}",
+        f"--mypy_out=quiet:{out}",
+        f"--mypy_grpc_out=quiet:{out}",
+    ]
     run_protoc([*includes(PROTOS), *outputs, *names])
     api = out / "tandem" / "api"
     for folder in [api, *(path for path in api.rglob("*") if path.is_dir())]:
@@ -65,7 +70,13 @@ def differing(left: Path, right: Path) -> list[str]:
 def build_image(root: Path, out: Path) -> None:
     """Write a descriptor set with sources and imports, which buf reads (its module registry needs a network)."""
     run_protoc(
-        [*includes(root), "--include_imports", "--include_source_info", f"--descriptor_set_out={out}", *proto_files(root)]
+        [
+            *includes(root),
+            "--include_imports",
+            "--include_source_info",
+            f"--descriptor_set_out={out}",
+            *proto_files(root),
+        ]
     )
 
 
@@ -107,7 +118,10 @@ def main() -> int:
         fresh = Path(folder) / "tandem" / "api"
         if arguments.check:
             drift = differing(fresh, GENERATED)
-            print("\n".join(f"differs from protos/: src/tandem/api/{name}" for name in drift) or "generated code is current")
+            print(
+                "\n".join(f"differs from protos/: src/tandem/api/{name}" for name in drift)
+                or "generated code is current"
+            )
             return 1 if drift else 0
         shutil.rmtree(GENERATED, ignore_errors=True)
         shutil.copytree(fresh, GENERATED)

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tandem.errors import ConfigError
 
 
-
 class ServiceConfig(BaseModel):
     """Settings every Tandem process has."""
 
@@ -86,7 +85,9 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
         default = "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)})"
-        parser.add_argument(_flag(name), dest=name, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%"))
+        parser.add_argument(
+            _flag(name), dest=name, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%")
+        )
     return parser
 
 

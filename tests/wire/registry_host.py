@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from tandem_registry.app import RegistryApp
+from tandem_registry.config import RegistryConfig
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.errors import TandemError
 from tandem.model.worker import Capabilities, Worker, WorkerRole
 from tandem.rpc.messages import worker_to_proto
 from tandem.rpc.status import from_rpc_error
-from tandem_registry.app import RegistryApp
-from tandem_registry.config import RegistryConfig
 
 TTL_S = 0.6
 
@@ -33,9 +33,7 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def make_worker(
-    worker_id: str = "decode-0", epoch: int = 1, address: str | None = None, model: str = "tiny"
-) -> Worker:
+def make_worker(worker_id: str = "decode-0", epoch: int = 1, address: str | None = None, model: str = "tiny") -> Worker:
     capabilities = Capabilities(
         engine="simulated",
         engine_version="1",

@@ -12,6 +12,7 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from registry_host import TTL_S, error_of, make_worker, port_of, register_request, serve_registry
+from tandem_registry.app import RegistryApp
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
@@ -19,7 +20,6 @@ from tandem.api.types.v1 import worker_pb2
 from tandem.errors import DuplicateWorker, InvalidRequest, Overloaded, StaleEpoch, StartError, WorkerNotFound
 from tandem.rpc.channels import open_channel
 from tandem.rpc.messages import worker_to_proto
-from tandem_registry.app import RegistryApp
 
 
 @pytest_asyncio.fixture

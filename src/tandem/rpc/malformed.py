@@ -6,9 +6,10 @@ Owns the search for a string that is not UTF-8 in bytes that protobuf refused. K
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from google.protobuf import empty_pb2
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -32,10 +33,11 @@ def checked_deserializer(message_type: type[Message]) -> Callable[[bytes], Messa
     return deserialize
 
 
-def find_invalid_utf8(data: bytes, descriptor: Descriptor) -> str | None:
+def find_invalid_utf8(data: bytes, descriptor: Any) -> str | None:
     """Dotted name of the first string field whose bytes are not UTF-8; None when there is none or no structure at all."""
     try:
-        fields = UnknownFieldSet(empty_pb2.Empty.FromString(data))
+        # Every field is unknown to an empty message. The library iterates over them; its types do not say so.
+        fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(data))
     except DecodeError:
         return None
     for unknown in fields:

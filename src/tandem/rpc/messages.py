@@ -45,6 +45,7 @@ STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = ("queued", "prefill_start", "prefill_end", "kv_transfer_start", "kv_transfer_end")
+GRAMMARS = ("json_schema", "regex", "ebnf")
 SAMPLING_SCALARS = (
     "temperature",
     "top_p",
@@ -142,7 +143,8 @@ def stopping_from_proto(message: sampling_pb2.Stopping) -> Stopping:
 
 def guided_to_proto(guided: Guided) -> sampling_pb2.Guided:
     """The one grammar that is set."""
-    return sampling_pb2.Guided(json_schema=guided.json_schema, regex=guided.regex, ebnf=guided.ebnf)
+    given = {name: getattr(guided, name) for name in GRAMMARS if getattr(guided, name) is not None}
+    return sampling_pb2.Guided(**given)
 
 
 def guided_from_proto(message: sampling_pb2.Guided) -> Guided | None:
@@ -209,5 +211,7 @@ def finish_from_proto(message: leg_pb2.LegFinish) -> EngineFinish:
         completion_tokens=message.usage.completion_tokens,
         cached_tokens=message.usage.cached_tokens,
         recomputed_tokens=present(timings, "recomputed_tokens", timings.recomputed_tokens),
-        timings=EngineTimings(**times, kv_transfer_bytes=present(timings, "kv_transfer_bytes", timings.kv_transfer_bytes)),
+        timings=EngineTimings(
+            **times, kv_transfer_bytes=present(timings, "kv_transfer_bytes", timings.kv_transfer_bytes)
+        ),
     )

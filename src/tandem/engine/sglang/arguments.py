@@ -125,11 +125,28 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
 
 
 OWNED = frozenset(
-    """
-    model_path served_model_name device dtype host port nccl_port max_running_requests max_total_tokens random_seed
-    log_level disaggregation_mode disaggregation_transfer_backend disaggregation_bootstrap_port tokenizer_worker_num
-    detokenizer_worker_num skip_tokenizer_init incremental_streaming_output nnodes node_rank
-    """.split()
+    [
+        "model_path",
+        "served_model_name",
+        "device",
+        "dtype",
+        "host",
+        "port",
+        "nccl_port",
+        "max_running_requests",
+        "max_total_tokens",
+        "random_seed",
+        "log_level",
+        "disaggregation_mode",
+        "disaggregation_transfer_backend",
+        "disaggregation_bootstrap_port",
+        "tokenizer_worker_num",
+        "detokenizer_worker_num",
+        "skip_tokenizer_init",
+        "incremental_streaming_output",
+        "nnodes",
+        "node_rank",
+    ]
 )
 """Settled by EngineSettings, or by what the adapter can read from the engine's answers."""
 
