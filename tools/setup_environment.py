@@ -3,9 +3,9 @@
 Standard library only, because it runs before anything is installed. Does nothing when nothing has changed since the
 last time. The whole log is in .cache/setup.log.
 
-PyTorch comes first and alone. Where pip finds a CPU build of the pinned version, that is installed; where pip would take the default
-build, which brings CUDA libraries along, TORCH_INDEX_URL may name an index that has a CPU build, and without it the default
-build is taken.
+PyTorch comes first and alone. Where pip finds a CPU build of the pinned version, that is installed; where pip would
+take the default build, which brings CUDA libraries along, TORCH_INDEX_URL may name an index that has a CPU build, and
+without it the default build is taken.
 """
 
 from __future__ import annotations

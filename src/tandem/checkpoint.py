@@ -158,7 +158,7 @@ def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
     highest = max([highest, *added])
     if highest >= vocabulary_size:
         raise StartError(
-            f"{file} does not match the model: its token {highest} is beyond the vocabulary of {vocabulary_size} tokens",
+            f"{file} does not match the model: its token {highest} is beyond the vocabulary of {vocabulary_size}",
             path=str(file),
         )
 

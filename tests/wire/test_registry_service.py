@@ -235,6 +235,6 @@ async def _read_all(watch: Any) -> None:
 
 
 async def test_a_port_in_use_is_one_sentence(app: RegistryApp) -> None:
-    with pytest.raises(StartError, match="cannot listen on 127.0.0.1"):
+    with pytest.raises(StartError, match=r"cannot listen on 127\.0\.0\.1"):
         async with serve_registry(port=port_of(app.address)):
             pass

@@ -1,6 +1,6 @@
 """What one generation asks for and what an engine answers, in token ids.
 
-Owns the value types that cross the engine port. Text lives in the frontend alone; bytes on the wire live in `tandem.rpc`.
+Owns the value types that cross the engine port. Text lives in the frontend alone; bytes on the wire in `tandem.rpc`.
 Absent (`None`) always means "the engine's or the model's default": a zero is a zero.
 """
 
@@ -57,7 +57,7 @@ class Guided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bootstrap:
-    """Where and under which number two legs of one attempt meet (SGLang's bootstrap server runs in the prefill worker)."""
+    """Where and under which number two legs of one attempt meet: at the bootstrap server of the prefill worker."""
 
     host: str
     port: int
@@ -119,7 +119,7 @@ class EngineTimings:
     kv_transfer_start_time_s: float | None = None
     kv_transfer_end_time_s: float | None = None
     kv_transfer_bytes: int | None = None
-    """Bytes of KV written into (decode) or sent from (prefill) this engine for this request, as counted by the engine."""
+    """Bytes of KV received (decode) or sent (prefill) by this engine for this request, as it counted them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

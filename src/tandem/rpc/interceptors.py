@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.descriptor_pool import Default as default_pool
+from google.protobuf import descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 
 from tandem.errors import TandemError
@@ -55,7 +55,7 @@ def _wrap(handler: Any, method: str) -> Handler:
 
 def _deserializer(method: str) -> Any:
     service, name = method.removeprefix("/").split("/")
-    request = default_pool().FindServiceByName(service).methods_by_name[name].input_type
+    request = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
     return checked_deserializer(GetMessageClass(request))
 
 
@@ -100,5 +100,5 @@ def _stream(
 def _as_error(problem: Exception, method: str) -> TandemError:
     if isinstance(problem, TandemError):
         return problem
-    log.exception("defect in the handler of %s", method)
+    log.error("defect in the handler of %s", method, exc_info=problem)
     return TandemError(f"internal error in {method}: {type(problem).__name__}")

@@ -34,7 +34,7 @@ def checked_deserializer(message_type: type[Message]) -> Callable[[bytes], Messa
 
 
 def find_invalid_utf8(data: bytes, descriptor: Any) -> str | None:
-    """Dotted name of the first string field whose bytes are not UTF-8; None when there is none or no structure at all."""
+    """Dotted name of the first string field that is not UTF-8; None when there is none, or no structure at all."""
     try:
         # Every field is unknown to an empty message. The library iterates over them; its types do not say so.
         fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(data))

@@ -125,7 +125,7 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
 
 
 OWNED = frozenset(
-    [
+    (
         "model_path",
         "served_model_name",
         "device",
@@ -146,7 +146,7 @@ OWNED = frozenset(
         "incremental_streaming_output",
         "nnodes",
         "node_rank",
-    ]
+    )
 )
 """Settled by EngineSettings, or by what the adapter can read from the engine's answers."""
 
