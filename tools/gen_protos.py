@@ -32,7 +32,7 @@ def proto_files(root: Path) -> list[str]:
 
 
 def includes(root: Path) -> list[str]:
-    """Where imports are found: the contracts, google.protobuf (grpcio-tools), google.api and google.rpc (googleapis)."""
+    """Where imports are found: the contracts, google.protobuf (grpcio-tools), google.api (googleapis)."""
     googleapis = Path(str(files("google.api").joinpath("annotations.proto"))).parents[2]
     return [f"-I{root}", f"-I{files('grpc_tools').joinpath('_proto')}", f"-I{googleapis}"]
 

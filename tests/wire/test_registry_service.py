@@ -216,7 +216,8 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
 async def test_a_watcher_that_does_not_read_is_dropped_with_a_typed_error(app: RegistryApp, stub: Any) -> None:
     """The stream stalls in HTTP/2 flow control, its queue fills, and the registry lets go of both."""
     backend: Any = app._backend
-    async with open_channel(app.address) as slow_channel:
+    # Without probing, the receive window stays at HTTP/2's 64 KiB instead of growing with the machine's speed.
+    async with grpc.aio.insecure_channel(app.address, options=[("grpc.http2.bdp_probe", 0)]) as slow_channel:
         slow_stub: Any = RegistryServiceStub(slow_channel)
         watch = slow_stub.Watch(pb.WatchRequest())
         await watch.read()
@@ -230,7 +231,7 @@ async def test_a_watcher_that_does_not_read_is_dropped_with_a_typed_error(app: R
 
 
 async def _read_all(watch: Any) -> None:
-    async for _ in watch:
+    while await watch.read() is not grpc.aio.EOF:
         pass
 
 

@@ -68,9 +68,9 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
             snapshot = pb.ViewSnapshot(workers=workers)
             yield pb.WatchResponse(registry_id=registry_id, revision=view.revision, snapshot=snapshot)
             async for change in subscription.changes():
+                # A change of other models' workers is an empty delta: revisions stay contiguous for every watcher.
                 delta = _delta(change, model)
-                if delta.upserted or delta.removed:
-                    yield pb.WatchResponse(registry_id=registry_id, revision=change.revision, delta=delta)
+                yield pb.WatchResponse(registry_id=registry_id, revision=change.revision, delta=delta)
         finally:
             subscription.close()
 

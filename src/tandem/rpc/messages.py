@@ -204,7 +204,6 @@ def finish_from_proto(message: leg_pb2.LegFinish) -> EngineFinish:
         for name in TIMES
         if timings.HasField(f"{name}_time")  # type: ignore[arg-type]
     }
-    moved_bytes = present(timings, "kv_transfer_bytes", timings.kv_transfer_bytes)
     return EngineFinish(
         reason=FINISH_REASON_BY_NUMBER[message.reason],
         matched_token_id=present(message, "matched_token_id", message.matched_token_id),

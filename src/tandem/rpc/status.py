@@ -20,7 +20,8 @@ def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
     return [root, *(error for child in root.__subclasses__() for error in _all_errors(child))]
 
 
-ERROR_BY_REASON: dict[str, type[TandemError]] = {error.reason: error for error in reversed(_all_errors(TandemError))}
+# A parent comes before its children: where they share a reason, the more precise error wins.
+ERROR_BY_REASON: dict[str, type[TandemError]] = {error.reason: error for error in _all_errors(TandemError)}
 
 
 def to_status(error: TandemError) -> status_pb2.Status:

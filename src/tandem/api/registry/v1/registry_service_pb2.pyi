@@ -199,7 +199,7 @@ class WatchResponse(_message.Message):
 
     @_builtins.property
     def delta(self) -> Global___ViewDelta:
-        """A change."""
+        """A change; empty where it was of other models' workers than those watched."""
 
     def __init__(
         self,
