@@ -147,15 +147,13 @@ def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
-    """A token id beyond the embedding would take the engine down at the first text that holds it."""
+    """Two directories were mixed up. Added tokens may lie beyond: some checkpoints have a padding token there."""
     tokenizer = _read_json(file)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not vocabulary:
         raise StartError(f"{file} is damaged: it holds no vocabulary", path=str(file))
     highest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
-    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    highest = max([highest, *added])
     if highest >= vocabulary_size:
         raise StartError(
             f"{file} does not match the model: its token {highest} is beyond the vocabulary of {vocabulary_size}",

@@ -42,10 +42,13 @@ class PlayedCall:
     async def read(self) -> Any:
         next_event = asyncio.ensure_future(self._events.get())
         cancelled = asyncio.ensure_future(self.cancelled.wait())
-        await asyncio.wait({next_event, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-        cancelled.cancel()
-        if not next_event.done():
-            next_event.cancel()
+        try:
+            await asyncio.wait({next_event, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
+            if not next_event.done():
+                next_event.cancel()
+        if next_event.cancelled() or not next_event.done():
             raise asyncio.CancelledError
         event = next_event.result()
         if isinstance(event, TandemError):

@@ -82,11 +82,6 @@ def test_vocabulary_of_a_model_leaves_out_what_is_special(tmp_path: Path) -> Non
     assert len(vocabulary.ordinary) > 256
 
 
-def test_vocabulary_stays_below_the_models_size(tmp_path: Path) -> None:
-    vocabulary = read_vocabulary(read_checkpoint(write_fake_model(tmp_path, vocab_size=300)))
-    assert max(vocabulary.ordinary) == 299
-
-
 @pytest.mark.parametrize("count", [1, 7])
 def test_expected_tokens_counts(count: int) -> None:
     assert len(expected_tokens(VOCABULARY, [5], count)) == count

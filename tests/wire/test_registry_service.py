@@ -82,6 +82,10 @@ async def test_watch_and_list_can_be_of_one_model(stub: Any) -> None:
     assert [worker.worker_id for worker in (await watch.read()).snapshot.workers] == ["b"]
     await stub.Register(register_request("a", epoch=2, model="one"))
     await stub.Register(register_request("c", model="two"))
+    elsewhere = await watch.read()
+    assert elsewhere.revision == 3
+    assert not elsewhere.delta.upserted
+    assert not elsewhere.delta.removed
     step = await watch.read()
     assert [worker.worker_id for worker in step.delta.upserted] == ["c"]
     assert step.revision == 4

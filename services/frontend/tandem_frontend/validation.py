@@ -122,11 +122,12 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list
         token_ids = await _chat_ids(request.chat, tokenizer)
     elif kind == "token_ids":
         token_ids = list(request.token_ids.ids)
-        _check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
     else:
         raise InvalidRequest("input", "one of prompt, token_ids and chat must be given")
     if not token_ids:
         raise InvalidRequest(kind, "must not be empty")
+    # Also of a text: some checkpoints have added tokens beyond their embedding, and those would take an engine down.
+    _check_token_ids(kind, token_ids, tokenizer.vocabulary_size)
     if len(token_ids) >= tokenizer.context_tokens_max:
         raise _too_long(kind, f"{len(token_ids)} tokens", tokenizer.context_tokens_max)
     return token_ids

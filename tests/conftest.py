@@ -1,0 +1,46 @@
+"""What holds for every test: nothing it started is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import psutil
+import pytest
+import pytest_asyncio
+
+KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
+"""Pools that live as long as the process, whoever used them first."""
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def no_task_is_left() -> AsyncIterator[None]:
+    """A task that outlives its test has no owner."""
+    before = asyncio.all_tasks()
+    yield
+    for _ in range(20):
+        left = [task for task in asyncio.all_tasks() - before if not task.done() and task is not asyncio.current_task()]
+        if not left:
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail(f"tasks left behind: {[task.get_coro() for task in left]}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left() -> Iterator[None]:
+    """Every process a test started has ended with it."""
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    # Multiprocessing's own helper ends with its parent.
+    left = [child for child in left if "resource_tracker" not in " ".join(child.cmdline())]
+    assert not left, f"processes left behind: {[' '.join(child.cmdline())[:200] for child in left]}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_thread_is_left() -> Iterator[None]:
+    """Threads other than the pools' are joined by whoever started them."""
+    before = set(threading.enumerate())
+    yield
+    left = [t.name for t in set(threading.enumerate()) - before if not t.daemon and not t.name.startswith(KEPT_THREADS)]
+    assert not left, f"threads left behind: {left}"

@@ -1,0 +1,39 @@
+"""Clusters of real processes on loopback: a simulated one for breadth, SGLang ones for truth."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO_MODEL = REPOSITORY / "models" / "tandem-demo"
+SIMULATED = {"engine-extra": '{"decode_step_s": 0.004}'}
+
+
+@asynccontextmanager
+async def running(logs: Path, **spec: Any) -> AsyncIterator[LocalCluster]:
+    """A cluster of the demo model; its logs go into the test's directory."""
+    async with LocalCluster(ClusterSpec(model=DEMO_MODEL, log_directory=logs, **spec)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_engine_is_there() -> None:
+    """In CI, the absence of the real engine would hide everything that matters."""
+    assert importlib.util.find_spec("sglang") is not None or not os.environ.get("CI")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def simulated(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    """A pair of simulated workers with a frontend and a registry."""
+    async with running(tmp_path_factory.mktemp("simulated"), engine="simulated", worker_flags=SIMULATED) as cluster:
+        yield cluster
