@@ -5,16 +5,16 @@ Owns nothing but the names of the parts; the life of the process is `tandem.runt
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
 from tandem.runtime import process
 from tandem_decode.app import build
 from tandem_decode.config import DecodeConfig
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the worker until it is asked to end."""
-    sys.exit(process.main("tandem-decode", DecodeConfig, build))
+    process.leave(process.main("tandem-decode", DecodeConfig, build))
 
 
 if __name__ == "__main__":

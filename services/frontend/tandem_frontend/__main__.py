@@ -5,16 +5,16 @@ Owns nothing but the names of the parts; the life of the process is `tandem.runt
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
 from tandem.runtime import process
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the frontend until it is asked to end."""
-    sys.exit(process.main("tandem-frontend", FrontendConfig, FrontendApp))
+    process.leave(process.main("tandem-frontend", FrontendConfig, FrontendApp))
 
 
 if __name__ == "__main__":

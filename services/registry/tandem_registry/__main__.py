@@ -5,16 +5,16 @@ Owns nothing but the names of the parts; the life of the process is `tandem.runt
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
 from tandem.runtime import process
 from tandem_registry.app import RegistryApp
 from tandem_registry.config import RegistryConfig
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the registry until it is asked to end."""
-    sys.exit(process.main("tandem-registry", RegistryConfig, RegistryApp))
+    process.leave(process.main("tandem-registry", RegistryConfig, RegistryApp))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from tandem import config as configuration
 from tandem.config import ServiceConfig
@@ -67,6 +67,18 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
     except StartError as problem:
         print(f"{program}: {problem}", file=sys.stderr)
         return problem.exit_status
+
+
+def leave(exit_status: int) -> NoReturn:
+    """End the process without the interpreter's own end.
+
+    Libraries leave threads behind in a worker's process (gRPC's poller, SGLang's), and the interpreter trips over them
+    after the sentence that counts has been printed. Everything of ours is stopped by now.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)
 
 
 def set_up_logging(level: str) -> None:
