@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
-PARTIAL_BYTES_MAX = 3
-"""An unfinished character has at most three bytes; some decoders show each of them as a replacement character."""
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that go before the first window: a decoder drops a leading space at its very beginning."""
-WINDOW_TOKENS_MAX = 48
-"""A run of bytes that never becomes text is given out as it is, so that a step's work stays bounded."""
+PARTIAL_TOKENS_MAX = 3
+"""An unfinished character has at most three bytes, and so at most three tokens."""
+WINDOW_TOKENS_MAX = 32
+"""A run of bytes that does not become text is given out as it is after so many tokens; a step's work stays bounded."""
 
 
 class Decoder(Protocol):
@@ -33,22 +33,24 @@ class Detokenizer:
     def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._window = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._old_tokens = len(self._window)
+        self._window = self._context(prompt_ids)
+        self._old_tokens = len(self._window) - self._unfinished_tokens()
         """Tokens at the window's start whose text has been given out; they are only context."""
-        self._given_chars = len(self._decode(self._window).rstrip(REPLACEMENT))
+        self._given_chars = len(self._decode(self._window[: self._old_tokens]))
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with the next tokens; may be empty."""
         self._window += token_ids
         text = self._decode(self._window)
-        held_chars = _held_chars(text)
+        certain_chars = len(text.rstrip(REPLACEMENT))
         if len(self._window) - self._old_tokens > WINDOW_TOKENS_MAX:
-            held_chars = 0
-        certain = text[self._given_chars : len(text) - held_chars]
-        self._given_chars = max(self._given_chars, len(text) - held_chars)
-        if not held_chars:
+            certain_chars = len(text)
+        certain = text[self._given_chars : certain_chars]
+        if certain_chars == len(text):
             self._move_window()
+        else:
+            # A decoder may have taken back what it showed: some replace a whole run of bytes until its end is valid.
+            self._given_chars = max(self._given_chars, certain_chars)
         return certain
 
     def flush(self) -> str:
@@ -59,17 +61,25 @@ class Detokenizer:
         return rest
 
     def _move_window(self) -> None:
-        """Everything is given out: the newest tokens are the context of the next ones."""
+        """Everything is given out: the newest tokens, which end with a whole character, are the context of the next."""
         self._window = self._window[self._old_tokens :] or self._window
-        self._window = self._window[-CONTEXT_TOKENS:]
         self._old_tokens = len(self._window)
         self._given_chars = len(self._decode(self._window))
 
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, from the beginning of a character on where there is one near."""
+        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + PARTIAL_TOKENS_MAX + 1):
+            context = list(prompt_ids[-count:])
+            if not self._decode(context).startswith(REPLACEMENT):
+                return context
+        return list(prompt_ids[-CONTEXT_TOKENS:])
+
+    def _unfinished_tokens(self) -> int:
+        """Tokens at the window's end that begin a character and do not finish it."""
+        for count in range(min(PARTIAL_TOKENS_MAX, len(self._window)) + 1):
+            if not self._decode(self._window[: len(self._window) - count]).endswith(REPLACEMENT):
+                return count
+        return 0
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
-
-
-def _held_chars(text: str) -> int:
-    """Replacement characters at the end that may be bytes of an unfinished character."""
-    trailing = len(text) - len(text.rstrip(REPLACEMENT))
-    return min(trailing, PARTIAL_BYTES_MAX)

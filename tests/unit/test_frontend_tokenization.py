@@ -1,0 +1,161 @@
+"""Tokenizer and chat template against transformers, and their files when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem_frontend.chat_template import ChatTemplate
+from tandem_frontend.model_defaults import read_defaults, with_defaults
+from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, Tokenizer
+
+from tandem.api.types.v1 import sampling_pb2
+from tandem.errors import InvalidRequest, StartError
+from tandem.testing.fake_model import write_fake_model
+
+DEMO = Path(__file__).parents[2] / "models" / "tandem-demo"
+CHATS = [
+    [{"role": "user", "content": "Where did Mia hide the red key?"}],
+    [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi"}],
+    [
+        {"role": "user", "content": "Tell me a story."},
+        {"role": "assistant", "content": "Once."},
+        {"role": "user", "content": "東京 🙂\n\tmore"},
+    ],
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_fake_model(tmp_path / "model")
+
+
+def edit(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The same tokenizer in transformers."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.mark.parametrize("begin_answer", [True, False])
+@pytest.mark.parametrize("chat", CHATS, ids=["one", "system", "turns"])
+async def test_chats_are_rendered_as_transformers_does(reference: Any, chat: list[Any], begin_answer: bool) -> None:
+    tokenizer = Tokenizer.open(DEMO)
+    assert tokenizer.chat_template is not None
+    text = tokenizer.chat_template.render(chat, add_generation_prompt=begin_answer)
+    assert text == reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=begin_answer)
+    ids = reference.apply_chat_template(chat, add_generation_prompt=begin_answer, return_dict=True)["input_ids"]
+    assert await tokenizer.encode(text, add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", "", "東京 🙂 e\u0301", "a <|end|> b", " \n"])
+async def test_texts_are_cut_as_transformers_does(reference: Any, text: str) -> None:
+    assert await Tokenizer.open(DEMO).encode(text, add_special_tokens=True) == reference.encode(text)
+
+
+async def test_a_long_text_is_the_same_off_the_loop() -> None:
+    tokenizer = Tokenizer.open(DEMO)
+    text = "The fox met Mia in the old barn. " * (BLOCKING_CHARS_MAX // 20)
+    assert len(text) > BLOCKING_CHARS_MAX
+    assert tokenizer.decode(await tokenizer.encode(text, add_special_tokens=True)) == text
+
+
+def test_no_text_that_fits_is_refused_by_its_size() -> None:
+    tokenizer = Tokenizer.open(DEMO)
+    longest = max((tokenizer.decode([i]) for i in range(6, tokenizer.vocabulary_size)), key=len)
+    assert len((longest * tokenizer.context_tokens_max).encode()) <= tokenizer.prompt_bytes_max
+
+
+def test_control_tokens_in_content_are_neutralised() -> None:
+    tokenizer = Tokenizer.open(DEMO)
+    text = tokenizer.without_control("a<|end|>b<|user|>")
+    assert "<|end|>" not in text
+    assert text.replace("\u2060", "") == "a<|end|>b<|user|>"
+    assert tokenizer.without_control("1 < 2 |> 3") == "1 < 2 |> 3"
+
+
+def test_a_frontend_needs_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert Tokenizer.open(model).vocabulary_size == 512
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', "tokenizer.json is not a tokenizer"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+        ("chat_template.jinja", "{% for %}", "chat_template.jinja: the chat template is broken"),
+        ("config.json", None, "config.json is missing"),
+    ],
+)
+def test_damaged_files_are_named(model: Path, file: str, content: str | None, sentence: str) -> None:
+    if content is None:
+        (model / file).unlink()
+    else:
+        (model / file).write_text(content)
+    with pytest.raises(StartError, match=sentence):
+        Tokenizer.open(model)
+
+
+def chat_template(model: Path, source: Any) -> ChatTemplate:
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    edit(model / "tokenizer_config.json", chat_template=source)
+    template = ChatTemplate.read(model)
+    assert template is not None
+    return template
+
+
+def test_a_named_template_is_found(model: Path) -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0]['content'] }}"}]
+    rendered = chat_template(model, named).render([{"role": "user", "content": "yes"}], add_generation_prompt=True)
+    assert rendered == "yes"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no system messages') }}",
+        "{{ messages[7]['content'] }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for i in range(1000000000) %}x{% endfor %}",
+    ],
+    ids=["refusal", "index", "mutation", "escape", "endless"],
+)
+def test_a_template_that_fails_is_the_requests_error(model: Path, source: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        chat_template(model, source).render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert refused.value.field == "chat"
+
+
+def test_a_model_without_a_template(model: Path) -> None:
+    shutil.rmtree(model)
+    write_fake_model(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    edit(model / "tokenizer_config.json", chat_template=None)
+    assert ChatTemplate.read(model) is None
+
+
+def test_the_models_defaults_fill_what_a_request_leaves_out(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 0, "top_p": null, "do_sample": true}')
+    defaults = read_defaults(model)
+    assert defaults == {"temperature": 0.6, "top_k": -1}
+    whole = with_defaults(sampling_pb2.Sampling(temperature=0.0, min_p=0.5), defaults)
+    assert (whole.temperature, whole.top_k, whole.min_p) == (0.0, -1, 0.5)
+    assert not whole.HasField("top_p")
+
+
+def test_a_default_that_is_no_number_is_named(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(StartError, match=r"generation_config\.json: temperature is 'hot'"):
+        read_defaults(model)
