@@ -1,0 +1,112 @@
+"""Settings of every process: precedence, and the one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem_decode.config import DecodeConfig
+from tandem_frontend.config import FrontendConfig
+from tandem_prefill.config import PrefillConfig
+from tandem_registry.config import RegistryConfig
+
+from tandem import config
+from tandem.errors import ConfigError
+
+NEEDED = ["--registry", "a:1", "--model", "m"]
+PROGRAMS = {
+    "tandem-registry": (RegistryConfig, []),
+    "tandem-prefill": (PrefillConfig, NEEDED),
+    "tandem-decode": (DecodeConfig, NEEDED),
+    "tandem-frontend": (FrontendConfig, NEEDED),
+}
+
+
+def decode(*argv: str, **environ: str) -> DecodeConfig:
+    return config.load(DecodeConfig, "tandem-decode", [*NEEDED, *argv], environ)
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "decode.toml"
+    file.write_text('port = 1\nworker_id = "from-file"\nlog_level = "error"\n')
+    loaded = decode("--config", str(file), "--port", "3", TANDEM_DECODE_PORT="2", TANDEM_DECODE_WORKER_ID="from-env")
+    assert (loaded.port, loaded.worker_id, loaded.log_level, loaded.threads) == (3, "from-env", "error", 1)
+
+
+def test_the_file_may_be_named_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "decode.toml").write_text("threads = 4\n[engine_extra]\nchunked_prefill_size = 128\n")
+    loaded = decode(TANDEM_DECODE_CONFIG=str(tmp_path / "decode.toml"))
+    assert loaded.threads == 4
+    assert loaded.engine_extra == {"chunked_prefill_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "key"),
+    [
+        (["--port", "70000"], {}, "port"),
+        (["--port", "x"], {}, "port"),
+        (["--role", "prefill"], {}, "role"),
+        (["--engine", "vllm"], {}, "engine"),
+        (["--engine-extra", "{"], {}, "engine_extra"),
+        (["--engine-extra", "[]"], {}, "engine_extra"),
+        (["--registry", "nowhere"], {}, "registry"),
+        (["--registry", "a:1,,b:2"], {}, "registry"),
+        (["--registry", "a:0"], {}, "registry"),
+        (["--worker-id", "a b"], {}, "worker_id"),
+        (["--kv-capacity-tokens", "1"], {}, "kv_capacity_tokens"),
+        (["--drain-timeout-s", "nan"], {}, "drain_timeout_s"),
+        (["--config", "/nowhere.toml"], {}, "config"),
+        ([], {"TANDEM_DECODE_PROT": "1"}, "prot"),
+        ([], {"TANDEM_DECODE_PORT": ""}, "port"),
+    ],
+)
+def test_a_wrong_value_names_its_key(argv: list[str], environ: dict[str, str], key: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        decode(*argv, **environ)
+    assert wrong.value.key == key
+    assert wrong.value.exit_status == 2
+    assert "\n" not in str(wrong.value)
+
+
+def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "decode.toml").write_text("prot = 1\n")
+    with pytest.raises(ConfigError) as wrong:
+        decode("--config", str(tmp_path / "decode.toml"))
+    assert wrong.value.key == "prot"
+
+
+@pytest.mark.parametrize("missing", ["registry", "model"])
+def test_what_is_needed_is_named(missing: str) -> None:
+    given = [
+        part
+        for flag, value in (("registry", "a:1"), ("model", "m"))
+        if flag != missing
+        for part in (f"--{flag}", value)
+    ]
+    with pytest.raises(ConfigError) as wrong:
+        config.load(FrontendConfig, "tandem-frontend", given, {})
+    assert wrong.value.key == missing
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_explains_itself(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config_type, argv = PROGRAMS[program]
+    assert json.loads(config.effective(config.load(config_type, program, argv, {})))["host"] == "127.0.0.1"
+    with pytest.raises(SystemExit) as ended:
+        config.load(config_type, program, ["--help"], {})
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in config_type.model_fields:
+        assert "--" + name.replace("_", "-") in shown
+
+
+def test_several_registries() -> None:
+    assert decode("--registry", "a:1, b:2").registry == ("a:1", "b:2")
+
+
+def test_worker_settings_reach_the_engine() -> None:
+    loaded: Any = decode("--role", "aggregated", "--dtype", "float32", "--threads", "2", "--engine-extra", '{"a": 1}')
+    settings = loaded.engine_settings(loaded.worker_role)
+    assert (settings.dtype, settings.threads, settings.extra, settings.model_name) == ("float32", 2, {"a": 1}, "m")

@@ -1,0 +1,94 @@
+"""Validation at its borders, and its ranges against what the contract says in words."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.validation import RANGES, checked_generate
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.errors import InvalidRequest
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENIZER = Tokenizer.open(REPOSITORY / "models" / "tandem-demo")
+SAMPLING = (REPOSITORY / "protos/tandem/api/types/v1/sampling.proto").read_text()
+
+
+def request_of(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt="Once", **fields)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_are_those_of_the_contract(name: str) -> None:
+    said = re.search(rf"// ([^\n]*)\n  optional float {name} = ", SAMPLING)
+    assert said is not None
+    words = re.search(r"(over )?(-?\d+) to (\d+)\b", said[1])
+    assert words is not None, said[1]
+    assert RANGES[name] == (float(words[2]), float(words[3]), words[1] is None)
+
+
+@pytest.mark.parametrize("name", RANGES)
+async def test_borders(name: str) -> None:
+    lowest, highest, with_lowest = RANGES[name]
+    inside = [highest, (lowest + highest) / 2, *([lowest] if with_lowest else [])]
+    for value in inside:
+        await checked_generate(request_of(sampling={name: value}), TOKENIZER)
+    outside = [highest + 0.01, lowest - 0.01, math.nan, math.inf, *([] if with_lowest else [lowest])]
+    for value in outside:
+        with pytest.raises(InvalidRequest) as refused:
+            await checked_generate(request_of(sampling={name: value}), TOKENIZER)
+        assert refused.value.field == f"sampling.{name}"
+
+
+@pytest.mark.parametrize("top_k", [-1, 1, 100_000])
+async def test_top_k_that_is_allowed(top_k: int) -> None:
+    assert (await checked_generate(request_of(sampling={"top_k": top_k}), TOKENIZER)).sampling.top_k == top_k
+
+
+async def test_what_is_left_open_is_settled() -> None:
+    wanted = await checked_generate(request_of(), TOKENIZER)
+    assert wanted.max_tokens == 2048 - len(wanted.token_ids)
+    assert re.fullmatch("[0-9a-f]{32}", wanted.request_id)
+    assert (wanted.min_tokens, wanted.guided, wanted.logprobs, wanted.priority) == (None, None, None, None)
+    assert not wanted.sampling.HasField("temperature")
+
+
+async def test_a_zero_is_a_zero() -> None:
+    wanted = await checked_generate(request_of(sampling={"temperature": 0.0, "seed": 0}, priority=0), TOKENIZER)
+    assert wanted.sampling.HasField("temperature")
+    assert wanted.sampling.HasField("seed")
+    assert wanted.priority == 0
+
+
+async def test_the_last_place_of_the_context_is_used() -> None:
+    wanted = await checked_generate(pb.GenerateRequest(token_ids={"ids": [5] * 2047}), TOKENIZER)
+    assert wanted.max_tokens == 1
+
+
+async def test_a_huge_prompt_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tokenised(*arguments: Any, **keywords: Any) -> list[int]:
+        raise AssertionError("20 MB were tokenised")
+
+    monkeypatch.setattr(Tokenizer, "encode", tokenised)
+    for text in ("x" * 20_000_000, "é" * 10_000_000):
+        begin_s = time.process_time()
+        with pytest.raises(InvalidRequest) as refused:
+            await checked_generate(pb.GenerateRequest(prompt=text), TOKENIZER)
+        assert refused.value.field == "prompt"
+        assert refused.value.metadata["limit"] == "2048"
+        # Far from what tokenising takes; processor time, because the machine may be busy.
+        assert time.process_time() - begin_s < 0.5
+
+
+async def test_request_ids() -> None:
+    assert (await checked_generate(request_of(request_id="a.B-9_" * 20), TOKENIZER)).request_id == "a.B-9_" * 20
+    for wrong in ("", "a b", "a" * 129, "ä", "a\n"):
+        with pytest.raises(InvalidRequest) as refused:
+            await checked_generate(request_of(request_id=wrong), TOKENIZER)
+        assert refused.value.field == "request_id"
