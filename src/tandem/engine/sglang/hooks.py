@@ -6,6 +6,7 @@ of host memory. None changes what is computed. SGLang only logs a hook that fail
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import pkgutil
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 FACTS_KEY = "tandem"
 """Under this key a request's facts stand in `meta_info`, and the engine's in SGLang's start-up message."""
 IDLE_POLL_MS = 1
+PROGRESS_DELAY_US = 5_000
+"""NIXL's progress thread looks at its connections this often, besides whenever one of them wakes it."""
 PEER_PROBE_TIMEOUT_S = 0.5
 STATUS_FRAMES = 5
 """Frames of SGLang's own status message: tag, room, status, rank, reason. A sixth, ours, holds the bytes moved."""
@@ -63,6 +66,7 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_say_host_memory, "before")
+        hooks["nixl._api.nixl_agent.__init__"] = (_progress_politely, "around")
     return hooks
 
 
@@ -278,3 +282,27 @@ def _wait_politely(result: None, scheduler: Any) -> None:
     """While requests wait for their other leg, SGLang spins, on the core that the other leg needs."""
     if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
         scheduler.idle_sleeper.poller.poll(IDLE_POLL_MS)
+
+
+def _progress_politely(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """NIXL's Python front sets the progress thread's delay to 0, with which it spins on a core, idle or not."""
+    bindings = importlib.import_module("nixl._api").nixlBind
+    config_type: Any = bindings.nixlAgentConfig
+    delay = config_type.pthrDelay
+
+    class PoliteConfig(config_type):  # type: ignore[misc]
+        """A configuration whose delay cannot be set to nothing."""
+
+        @property
+        def pthrDelay(self) -> int:  # noqa: N802 -- NIXL's name
+            return int(delay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, delay_us: int) -> None:  # noqa: N802
+            delay.__set__(self, max(delay_us, PROGRESS_DELAY_US))
+
+    bindings.nixlAgentConfig = PoliteConfig
+    try:
+        return original(*arguments, **keywords)
+    finally:
+        bindings.nixlAgentConfig = config_type

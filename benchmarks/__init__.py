@@ -1,0 +1,1 @@
+"""Measurements. Each prints its figures; README.md keeps them beside the command."""
