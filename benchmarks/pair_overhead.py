@@ -127,12 +127,20 @@ def report(bare: list[Measured], tandem: list[Measured]) -> None:
 
     ttft_ms = [1e3 * median([m.ttft_s for m in side]) for side in (bare, tandem)]
     rate = [median([m.tokens_per_s for m in side]) for side in (bare, tandem)]
-    print(json.dumps({
+    result = {
         "requests": len(bare),
-        "ttft_ms": {"bare": round(ttft_ms[0], 2), "tandem": round(ttft_ms[1], 2), "more": round(ttft_ms[1] - ttft_ms[0], 2)},
-        "tokens_per_s": {"bare": round(rate[0], 1), "tandem": round(rate[1], 1),
-                         "less_percent": round(100 * (1 - rate[1] / rate[0]), 2)},
-    }, indent=2))  # fmt: skip
+        "ttft_ms": {
+            "bare": round(ttft_ms[0], 2),
+            "tandem": round(ttft_ms[1], 2),
+            "more": round(ttft_ms[1] - ttft_ms[0], 2),
+        },
+        "tokens_per_s": {
+            "bare": round(rate[0], 1),
+            "tandem": round(rate[1], 1),
+            "less_percent": round(100 * (1 - rate[1] / rate[0]), 2),
+        },
+    }
+    print(json.dumps(result, indent=2))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import shutil
 import subprocess
 import sys
@@ -80,13 +81,14 @@ def build_image(root: Path, out: Path) -> None:
     )
 
 
-def checkout_protos(revision: str, out: Path) -> bool:
-    """Unpack `protos/` of a git revision below `out`; False when the revision has none."""
-    archive = subprocess.run(["git", "archive", revision, "protos"], cwd=ROOT, capture_output=True, check=False)
-    if archive.returncode != 0:
-        return False
-    subprocess.run(["tar", "-x", "-C", str(out)], input=archive.stdout, check=True)
-    return True
+def checkout_protos(revision: str, out: Path) -> None:
+    """Unpack `protos/` of a git revision (or of the same one at origin) below `out`; exit when there is none."""
+    for name in (revision, f"origin/{revision}"):
+        archive = subprocess.run(["git", "archive", name, "protos"], cwd=ROOT, capture_output=True, check=False)
+        if archive.returncode == 0:
+            subprocess.run(["tar", "-x", "-C", str(out)], input=archive.stdout, check=True)
+            return
+    sys.exit(f"buf breaking: {revision} has no protos to compare with")
 
 
 def lint(against: str) -> int:
@@ -96,9 +98,7 @@ def lint(against: str) -> int:
         build_image(PROTOS, image)
         config = str(ROOT / "buf.yaml")
         status = subprocess.run(["buf", "lint", str(image), "--config", config], check=False).returncode
-        if not checkout_protos(against, Path(folder)):
-            print(f"buf breaking: {against} has no protos to compare with")
-            return status
+        checkout_protos(against, Path(folder))
         build_image(Path(folder) / "protos", before)
         command = ["buf", "breaking", str(image), "--against", str(before), "--config", config]
         return subprocess.run(command, check=False).returncode or status
@@ -111,6 +111,8 @@ def main() -> int:
     parser.add_argument("--lint", action="store_true", help="run buf lint and buf breaking")
     parser.add_argument("--against", default="main", help="git revision that buf breaking compares with")
     arguments = parser.parse_args()
+    # The plugins of protoc, and buf, are in this environment, which need not be the active one.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if arguments.lint:
         return lint(arguments.against)
     with tempfile.TemporaryDirectory() as folder:
