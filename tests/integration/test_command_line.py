@@ -105,11 +105,12 @@ async def test_up_generate_status_and_ctrl_c(state: Path) -> None:
         assert "a cluster runs here already" in err
 
         children = psutil.Process(up.pid).children(recursive=True)
-        assert len(children) == 5
+        assert len(children) == 7
         up.send_signal(signal.SIGINT)
         assert await up.wait() == 0
         shown = await output_of(up)
-        assert shown.index("draining") < shown.index("frontend       ended") < shown.index("registry       ended")
+        ends = [shown.index(f"{name:<14} ended") for name in ("edge", "frontend", "registry")]
+        assert [shown.index("draining"), *ends] == sorted([shown.index("draining"), *ends])
         assert not [child for child in children if child.is_running()]
     assert not state.exists()
 
@@ -146,6 +147,7 @@ async def test_a_stale_state_is_told(state: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "sentence"),
     [
+        (["--frontends", "0"], 2, "frontends: there must be at least one"),
         (["--prefill", "0", "--decode", "0"], 2, "there must be a prefill and a decode worker"),
         (["--prefill", "1", "--decode", "0"], 2, "prefill and decode workers are only of use together"),
         (["--model", "/nowhere"], 1, "model directory /nowhere does not exist"),

@@ -9,11 +9,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from google.api.httpbody_pb2 import HttpBody
+
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
 from tandem.model.worker import Worker
 from tandem.rpc.messages import present
+from tandem_frontend.events import as_response, server_sent
 from tandem_frontend.generation import Generation
 from tandem_frontend.models import ServedModel, get_model, list_models
 from tandem_frontend.validation import checked_tokenize
@@ -33,7 +36,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """Stream a generation; a client that leaves closes it."""
         async with contextlib.aclosing(self._generation.generate(request, context.time_remaining())) as events:
             async for event in events:
-                yield _response(event)
+                yield as_response(event)
+
+    async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> AsyncIterator[HttpBody]:  # noqa: N802
+        """The same as server-sent events, for HTTP."""
+        async with contextlib.aclosing(self._generation.generate(request.generate, context.time_remaining())) as events:
+            async for body in server_sent(events):
+                yield body
 
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
@@ -78,11 +87,3 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if not request.model:
             raise InvalidRequest("model", "must be given")
         return pb.GetModelResponse(model=get_model(self._workers(), self._model, request.model))
-
-
-def _response(event: pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish) -> pb.GenerateResponse:
-    if isinstance(event, pb.GenerateChunk):
-        return pb.GenerateResponse(chunk=event)
-    if isinstance(event, pb.GenerateAccepted):
-        return pb.GenerateResponse(accepted=event)
-    return pb.GenerateResponse(finish=event)

@@ -60,7 +60,10 @@ def up(
     model: Model = DEMO_MODEL,
     model_name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the directory's.")] = None,
     engine: EngineName = "sglang",
-    port: Annotated[int, typer.Option(help="Port of the frontend; 0: the OS chooses.", min=0, max=65535)] = 0,
+    frontends: Annotated[int, typer.Option(help="Frontends.")] = 1,
+    port: Annotated[int, typer.Option(help="Port of the first frontend; 0: the OS chooses.", min=0, max=65535)] = 0,
+    edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Answer HTTP, through Envoy.")] = True,
+    http_port: Annotated[int, typer.Option(help="Port for HTTP; 0: the OS chooses.", min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kv_capacity_tokens: Annotated[int | None, typer.Option(help="Tokens whose KV each worker keeps.")] = None,
@@ -79,7 +82,10 @@ def up(
         prefill=prefill,
         decode=decode,
         aggregated=aggregated,
+        frontends=frontends,
         frontend_port=port,
+        edge=edge,
+        http_port=http_port,
         worker_flags=flags,
     )
     _run("up", up_command.up(spec, Console()))

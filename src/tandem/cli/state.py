@@ -22,6 +22,8 @@ class ClusterState:
     frontend: str
     registry: str
     model: str
+    http: str | None = None
+    """Where HTTP is answered; None: there is no edge."""
 
 
 def state_file() -> Path:

@@ -27,6 +27,8 @@ def check_spec(spec: ClusterSpec) -> None:
     for name in ("prefill", "decode", "aggregated"):
         if getattr(spec, name) < 0:
             raise ConfigError(name, "must not be negative")
+    if spec.frontends < 1:
+        raise ConfigError("frontends", "there must be at least one")
     if not spec.aggregated and not spec.prefill:
         raise ConfigError("prefill", "there must be a prefill and a decode worker, or an aggregated one")
     if bool(spec.prefill) != bool(spec.decode):
@@ -64,11 +66,12 @@ async def up(spec: ClusterSpec, console: Console) -> int:
             pid=os.getpid(),
             frontend=cluster.frontend.address,
             registry=cluster.registry.address,
+            http=cluster.edge.address if cluster.edge is not None else None,
             model=cluster.frontend.flags["model-name"],
         )
     )
     try:
-        console.print(f"\nfrontend  {cluster.frontend.address}\nregistry  {cluster.registry.address}", highlight=False)
+        _print_addresses(cluster, console)
         console.print(f"logs      {spec.log_directory}", highlight=False, soft_wrap=True)
         console.print(
             '\nTry `tandem generate "Once upon a time"`. Ctrl-C drains and stops the cluster.', highlight=False
@@ -76,6 +79,14 @@ async def up(spec: ClusterSpec, console: Console) -> int:
         return await _until_end(cluster, asked, console)
     finally:
         remove_state(os.getpid())
+
+
+def _print_addresses(cluster: LocalCluster, console: Console) -> None:
+    console.print()
+    if cluster.edge is not None:
+        console.print(f"http      http://{cluster.edge.address}", highlight=False)
+    for process in (*cluster.frontends, cluster.registry):
+        console.print(f"{process.role:<9} {process.address}", highlight=False)
 
 
 async def _unless_asked(cluster: LocalCluster, asked: asyncio.Event) -> bool:

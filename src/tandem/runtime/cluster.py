@@ -1,7 +1,7 @@
 """A cluster of service processes on this machine: started in order, watched, drained in order.
 
-    registry -> prefill, decode, aggregated workers and the frontend together
-    frontend -> workers -> registry
+    registry -> prefill, decode, aggregated workers and the frontends together -> edge
+    edge -> frontends -> workers -> registry
 
 Owns the processes and their logs. Used by the command line, tests and benchmarks; chooses no ports (the OS does) and
 prints nothing.
@@ -32,6 +32,7 @@ MODULES = {
     "decode": "tandem_decode",
     "aggregated": "tandem_decode",
     "frontend": "tandem_frontend",
+    "edge": "tandem.edge",
 }
 
 
@@ -46,12 +47,17 @@ class ClusterSpec:
     prefill: int = 1
     decode: int = 1
     aggregated: int = 0
+    frontends: int = 1
     frontend_port: int = 0
-    """0: the OS chooses."""
+    """Of the first frontend; 0: the OS chooses."""
+    edge: bool = False
+    """Whether an Envoy stands before the frontends, for HTTP."""
+    http_port: int = 0
+    """Of the edge; 0: the OS chooses."""
     worker_flags: dict[str, str] = field(default_factory=dict)
     """More settings of every worker, by flag name without dashes."""
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
-    """More settings of the processes of one role: registry, prefill, decode, aggregated or frontend."""
+    """More settings of the processes of one role: registry, prefill, decode, aggregated, frontend or edge."""
 
 
 class ProcessState(Enum):
@@ -155,7 +161,7 @@ class ClusterProcess:
         """The last line of its log, without the name it puts in front."""
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         last = lines[-1] if lines else f"it ended with status {self.exit_status} and said nothing"
-        return last.removeprefix(f"tandem-{MODULES[self.role].removeprefix('tandem_')}: ")
+        return last.removeprefix(f"tandem-{MODULES[self.role].removeprefix('tandem').lstrip('_.')}: ")
 
 
 class LocalCluster:
@@ -166,7 +172,11 @@ class LocalCluster:
         self.spec = spec
         self.on_change = on_change
         self.registry = self._process("registry", {"port": "0"})
-        self.frontend = self._process("frontend", {"port": str(spec.frontend_port)})
+        self.frontends = [
+            self._process("frontend", {"port": str(0 if number else spec.frontend_port)}, number)
+            for number in range(spec.frontends)
+        ]
+        self.edge = self._process("edge", {"port": str(spec.http_port)}) if spec.edge else None
         self.workers = [
             self._process(role, {"worker-id": f"{role}-{number}"}, number)
             for role, count in (("prefill", spec.prefill), ("decode", spec.decode), ("aggregated", spec.aggregated))
@@ -174,9 +184,18 @@ class LocalCluster:
         ]
 
     @property
+    def frontend(self) -> ClusterProcess:
+        """The first frontend."""
+        return self.frontends[0]
+
+    @property
     def processes(self) -> list[ClusterProcess]:
         """All of them, in the order of their start."""
-        return [self.registry, *self.workers, self.frontend]
+        return [self.registry, *self.workers, *self.frontends, *self._edges]
+
+    @property
+    def _edges(self) -> list[ClusterProcess]:
+        return [] if self.edge is None else [self.edge]
 
     def process(self, name: str) -> ClusterProcess:
         """One of them, by name."""
@@ -199,12 +218,15 @@ class LocalCluster:
         self.spec.log_directory.mkdir(parents=True, exist_ok=True)
         try:
             await self._bring_up(self.registry)
-            others = [*self.workers, self.frontend]
+            others = [*self.workers, *self.frontends]
             for process in others:
                 process.flags["registry"] = self.registry.address
             async with asyncio.TaskGroup() as group:
                 for process in others:
                     group.create_task(self._bring_up(process))
+            for edge in self._edges:
+                edge.flags["frontends"] = ",".join(frontend.address for frontend in self.frontends)
+                await self._bring_up(edge)
         except BaseException as failure:
             await self.stop()
             if isinstance(failure, BaseExceptionGroup):
@@ -214,7 +236,8 @@ class LocalCluster:
 
     async def stop(self) -> bool:
         """Drain and end everything, in order. Returns whether all ended cleanly. May be called twice."""
-        clean = await self._end([self.frontend])
+        clean = await self._end(self._edges)
+        clean &= await self._end(self.frontends)
         clean &= await self._end(self.workers)
         clean &= await self._end([self.registry])
         return clean
@@ -260,14 +283,15 @@ class LocalCluster:
 
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec
-        # One frontend, one registry: nobody else has to look elsewhere before a drain goes on.
+        # Nobody outside has to look elsewhere before a drain goes on: the edge tries another frontend by itself.
         own: dict[str, str] = {"drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
-        if role != "registry":
+        if role not in ("registry", "edge"):
             own |= {"model": str(spec.model), "model-name": spec.model_name or spec.model.resolve().name}
         if role in ("prefill", "decode", "aggregated"):
             own |= {"engine": spec.engine, **spec.worker_flags}
         if role == "aggregated":
             own |= {"role": "aggregated"}
         own |= spec.role_flags.get(role, {})
-        name = role if role in ("registry", "frontend") else f"{role}-{number}"
+        alone = role in ("registry", "edge") or (role == "frontend" and spec.frontends == 1)
+        name = role if alone else f"{role}-{number}"
         return ClusterProcess(name, role, own, spec.log_directory)

@@ -394,6 +394,30 @@ class GenerateFinish(_message.Message):
 Global___GenerateFinish: _TypeAlias = GenerateFinish  # noqa: Y015
 
 @_typing.final
+class GenerateEventsRequest(_message.Message):
+    """A generation wanted as server-sent events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generate(self) -> Global___GenerateRequest:
+        """The same as in Generate."""
+
+    def __init__(
+        self,
+        *,
+        generate: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateEventsRequest: _TypeAlias = GenerateEventsRequest  # noqa: Y015
+
+@_typing.final
 class GenerateUnaryRequest(_message.Message):
     """A generation wanted in one message."""
 

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from tandem.api.frontend.v1 import inference_service_pb2 as tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -27,7 +28,7 @@ if _version_not_supported:
 
 class InferenceServiceStub:
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     def __init__(self, channel):
@@ -40,6 +41,11 @@ class InferenceServiceStub:
                 '/tandem.api.frontend.v1.InferenceService/Generate',
                 request_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.GenerateEvents = channel.unary_stream(
+                '/tandem.api.frontend.v1.InferenceService/GenerateEvents',
+                request_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateEventsRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.GenerateUnary = channel.unary_unary(
                 '/tandem.api.frontend.v1.InferenceService/GenerateUnary',
@@ -70,11 +76,21 @@ class InferenceServiceStub:
 
 class InferenceServiceServicer:
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     def Generate(self, request, context):
         """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateEvents(self, request, context):
+        """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
+        protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
+        right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+        status after the first byte is invisible on HTTP/1.1.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +139,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateRequest.FromString,
                     response_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateResponse.SerializeToString,
             ),
+            'GenerateEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateEvents,
+                    request_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateEventsRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
             'GenerateUnary': grpc.unary_unary_rpc_method_handler(
                     servicer.GenerateUnary,
                     request_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryRequest.FromString,
@@ -158,7 +179,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     @staticmethod
@@ -178,6 +199,33 @@ class InferenceService:
             '/tandem.api.frontend.v1.InferenceService/Generate',
             tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateRequest.SerializeToString,
             tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.api.frontend.v1.InferenceService/GenerateEvents',
+            tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateEventsRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

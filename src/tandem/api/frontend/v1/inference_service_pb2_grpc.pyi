@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.api import httpbody_pb2 as _httpbody_pb2
 from grpc import aio as _aio
 from tandem.api.frontend.v1 import inference_service_pb2 as _inference_service_pb2
 import abc as _abc_1
@@ -28,7 +29,7 @@ GRPC_VERSION: str
 
 class InferenceServiceStub:
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     @_typing.overload
@@ -37,6 +38,12 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]
     """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+    GenerateEvents: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateEventsRequest, _httpbody_pb2.HttpBody]
+    """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
+    protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
+    right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+    status after the first byte is invisible on HTTP/1.1.
+    """
     GenerateUnary: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]
     """The same in one message."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
@@ -51,12 +58,18 @@ class InferenceServiceStub:
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+    GenerateEvents: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateEventsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
+    protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
+    right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+    status after the first byte is invisible on HTTP/1.1.
+    """
     GenerateUnary: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]  # type: ignore[assignment]
     """The same in one message."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -70,7 +83,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure.
+    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
     """
 
     @_abc_1.abstractmethod
@@ -80,6 +93,18 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.GenerateResponse], _abc.AsyncIterator[_inference_service_pb2.GenerateResponse]]:
         """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+
+    @_abc_1.abstractmethod
+    def GenerateEvents(
+        self,
+        request: _inference_service_pb2.GenerateEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
+        protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
+        right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+        status after the first byte is invisible on HTTP/1.1.
+        """
 
     @_abc_1.abstractmethod
     def GenerateUnary(

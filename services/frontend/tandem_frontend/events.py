@@ -1,0 +1,81 @@
+"""Generate's events as server-sent events, for HTTP behind a transcoding edge.
+
+Owns their form and the one place where a failure is a message of a stream: over HTTP/1.1 nobody sees the status of a
+stream that has begun. What failed before the first event stays a status. Knows nothing of OpenAI's events.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+
+from google.api.httpbody_pb2 import HttpBody
+from google.protobuf.json_format import MessageToJson
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.errors import TandemError
+from tandem_frontend.generation import Event
+from tandem_frontend.http_errors import error_body
+
+log = logging.getLogger(__name__)
+
+CONTENT_TYPE = "text/event-stream"
+
+
+async def server_sent(events: AsyncGenerator[Event, None]) -> AsyncGenerator[HttpBody, None]:
+    """One body for each event; the first one sets the content type of the whole answer.
+
+    Raises:
+        TandemError: nothing had been sent yet. Afterwards a failure is the last event.
+    """
+    content_type = CONTENT_TYPE
+    try:
+        async for event in events:
+            yield HttpBody(content_type=content_type, data=_framed(event_json(event)))
+            content_type = ""
+    except Exception as problem:
+        if content_type:
+            raise
+        # A defect too must be told here: the interceptor's status would reach no reader of HTTP/1.1.
+        if not isinstance(problem, TandemError):
+            log.error("defect behind a stream of events", exc_info=problem)
+            problem = TandemError(f"internal error: {type(problem).__name__}")
+        yield HttpBody(data=_framed(json.dumps(error_body(problem), ensure_ascii=False)))
+
+
+def as_response(event: Event) -> pb.GenerateResponse:
+    """An event as the contract's message."""
+    if isinstance(event, pb.GenerateChunk):
+        return pb.GenerateResponse(chunk=event)
+    if isinstance(event, pb.GenerateAccepted):
+        return pb.GenerateResponse(accepted=event)
+    return pb.GenerateResponse(finish=event)
+
+
+def event_json(event: Event) -> str:
+    """One line of protobuf JSON: original field names, empty fields included."""
+    if isinstance(event, pb.GenerateChunk) and not event.logprobs:
+        return _plain_chunk_json(event)
+    return message_json(event)
+
+
+def message_json(event: Event) -> str:
+    """`event_json` for every event, by the library."""
+    return MessageToJson(
+        as_response(event),
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+        indent=None,
+        ensure_ascii=False,
+    )
+
+
+def _plain_chunk_json(chunk: pb.GenerateChunk) -> str:
+    """The same for a chunk without logprobs, in 4 us instead of 16: gRPC itself takes some 30 for each message."""
+    text, token_ids = json.dumps(chunk.text, ensure_ascii=False), ", ".join(map(str, chunk.token_ids))
+    return f'{{"chunk": {{"index": {chunk.index}, "text": {text}, "token_ids": [{token_ids}], "logprobs": []}}}}'
+
+
+def _framed(line: str) -> bytes:
+    return f"data: {line}\n\n".encode()

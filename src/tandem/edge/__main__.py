@@ -1,0 +1,21 @@
+"""Entry point of `tandem-edge` and of `python -m tandem.edge`.
+
+Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tandem.edge.app import EdgeApp
+from tandem.edge.config import EdgeConfig
+from tandem.runtime import process
+
+
+def main() -> NoReturn:
+    """Run the edge until it is asked to end."""
+    process.leave(process.main("tandem-edge", EdgeConfig, EdgeApp))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Composition root of the edge: which parts there are, and the order in which they start and stop.
+
+Start: settings checked, keys read, Envoy ready. Drain: /healthz answers 503 while requests are still taken -> settle ->
+no new connection -> wait for the open requests. Stop: Envoy, its files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tandem.edge.config import EdgeConfig, check
+from tandem.edge.keys import read_keys
+from tandem.edge.process import EnvoyProcess
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+
+
+class EdgeApp:
+    """The edge as `tandem.runtime.process` runs it."""
+
+    def __init__(self, config: EdgeConfig) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        check(config)
+        self._config = config
+        keys = read_keys(config.api_keys) if config.api_keys is not None else ()
+        if not keys:
+            log.warning("no API keys: everyone who reaches %s may call", config.host)
+        self._envoy = EnvoyProcess(config, keys)
+        self._port = 0
+
+    @property
+    def address(self) -> str:
+        """host:port it serves at, once started."""
+        assert self._port, "address before start()"
+        host = self._config.reachable_host
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+
+    async def start(self) -> None:
+        """Return when it takes requests.
+
+        Raises:
+            StartError: it cannot; says why.
+        """
+        await self._envoy.start()
+        self._port = await self._envoy.admin.port()
+
+    async def drain(self) -> bool:
+        """See the module. Returns whether every request ended within the drain's bound."""
+        admin = self._envoy.admin
+        await admin.announce_end()
+        await asyncio.sleep(self._config.drain_settle_s)
+        await admin.close_listener()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                # Envoy's count is nothing that asyncio can wait for.
+                while await admin.open_requests():  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)
+        except TimeoutError:
+            log.error("requests still open after %g s: they end now", self._config.drain_timeout_s)
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Free everything, also when `start` failed."""
+        await self._envoy.stop()
+
+    async def wait_finished(self) -> str | None:
+        """Return a sentence when Envoy has ended by itself."""
+        return f"Envoy ended with status {await self._envoy.wait_ended()}"

