@@ -3,6 +3,7 @@
     TandemError
     ├── RequestError             the caller can repair it
     │   ├── InvalidRequest       a field is wrong                       INVALID_ARGUMENT
+    │   │   └── ContextExceeded  the prompt leaves no room to answer    INVALID_ARGUMENT
     │   ├── ModelNotFound        nobody serves that model               NOT_FOUND
     │   ├── WorkerNotFound       no such worker or lease                NOT_FOUND
     │   ├── DuplicateWorker      a live worker holds that id            ALREADY_EXISTS
@@ -61,6 +62,12 @@ class InvalidRequest(RequestError):
     def __init__(self, field: str, problem: str, **metadata: str | int | None) -> None:
         super().__init__(f"{field}: {problem}", field=field, **metadata)
         self.field = field
+
+
+class ContextExceeded(InvalidRequest):
+    """The prompt leaves no room in the model's context; `metadata["limit"]` is the context in tokens."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
 
 
 class ModelNotFound(RequestError):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from tandem_frontend.chat_template import ChatTemplate
 from tandem_frontend.model_defaults import read_defaults, with_defaults
 from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, Tokenizer
 
 from tandem.api.types.v1 import sampling_pb2
+from tandem.checkpoint import read_card
 from tandem.errors import InvalidRequest, StartError
 from tandem.testing.fake_model import write_fake_model
 
@@ -159,3 +164,30 @@ def test_a_default_that_is_no_number_is_named(model: Path) -> None:
     (model / "generation_config.json").write_text('{"temperature": "hot"}')
     with pytest.raises(StartError, match=r"generation_config\.json: temperature is 'hot'"):
         read_defaults(model)
+
+
+@given(text=st.text(max_size=60))
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(text: str) -> None:
+    tokenizer = demo_tokenizer()
+    ids = tokenizer._encode(text, False)
+    assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
+
+
+def test_a_special_token_is_its_name_and_an_unknown_one_is_nothing() -> None:
+    tokenizer = demo_tokenizer()
+    assert tokenizer.token_bytes(tokenizer.eos_token_ids[0]) == b"<|end|>"
+    assert tokenizer.token_bytes(tokenizer.vocabulary_size + 5) == b""
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"), [("<0xE2>", b"\xe2"), ("\u2581Hi", b" Hi"), ("<0xzz>", b"<0xzz>"), ("é", "é".encode())]
+)
+def test_tokens_of_sentencepiece_models(token: str, expected: bytes) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({token: 0}, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    assert Tokenizer(backend, read_card(DEMO), None).token_bytes(0) == expected
+
+
+@functools.cache
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.open(DEMO)

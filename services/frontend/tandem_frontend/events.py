@@ -7,18 +7,14 @@ stream that has begun. What failed before the first event stays a status. Knows 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 
 from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.json_format import MessageToJson
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.errors import TandemError
 from tandem_frontend.generation import Event
-from tandem_frontend.http_errors import error_body
-
-log = logging.getLogger(__name__)
+from tandem_frontend.http_errors import last_event
 
 CONTENT_TYPE = "text/event-stream"
 
@@ -37,11 +33,7 @@ async def server_sent(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Htt
     except Exception as problem:
         if content_type:
             raise
-        # A defect too must be told here: the interceptor's status would reach no reader of HTTP/1.1.
-        if not isinstance(problem, TandemError):
-            log.error("defect behind a stream of events", exc_info=problem)
-            problem = TandemError(f"internal error: {type(problem).__name__}")
-        yield HttpBody(data=_framed(json.dumps(error_body(problem), ensure_ascii=False)))
+        yield HttpBody(data=_framed(json.dumps(last_event(problem), ensure_ascii=False)))
 
 
 def as_response(event: Event) -> pb.GenerateResponse:

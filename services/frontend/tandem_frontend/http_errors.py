@@ -6,9 +6,12 @@ failures inside a stream.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from tandem.errors import TandemError
+
+log = logging.getLogger(__name__)
 
 TYPE_BY_CODE = {
     "INVALID_ARGUMENT": "invalid_request_error",
@@ -39,3 +42,14 @@ def error_body(error: TandemError) -> dict[str, Any]:
         "code": error.reason.lower(),
     }
     return {"error": told}
+
+
+def last_event(problem: Exception) -> dict[str, Any]:
+    """The error object with which a stream ends that has begun: over HTTP/1.1 nobody sees a status any more.
+
+    A defect too must be told here, for the same reason.
+    """
+    if isinstance(problem, TandemError):
+        return error_body(problem)
+    log.error("defect behind a stream of events", exc_info=problem)
+    return error_body(TandemError(f"internal error: {type(problem).__name__}"))

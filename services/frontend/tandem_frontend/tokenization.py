@@ -6,6 +6,7 @@ Owns the tokenizer's files and what is known of the model without its weights. N
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,18 @@ BLOCKING_CHARS_MAX = 8_192
 """Shorter texts are encoded at once (under 3 ms); longer ones in a thread, so that no stream waits for them."""
 SHRINK_MAX = 4
 """Normalisation may make a text shorter before it is cut into tokens (composed characters, collapsed spaces)."""
+_BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level tokenizers write printable bytes as themselves, and all others as letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_BY_CHARACTER = _byte_letters()
 
 
 class Tokenizer:
@@ -30,9 +43,11 @@ class Tokenizer:
         self.chat_template = chat_template
         """None where the model has none."""
         self._token_bytes_max = max(len(token.encode()) for token in backend.get_vocab())
-        self._special_texts = tuple(
-            token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.content
-        )
+        added = backend.get_added_tokens_decoder().values()
+        self._added_texts = frozenset(token.content for token in added)
+        # A tokenizer writes a token's bytes in letters of its own when its decoder is of this kind.
+        self._is_byte_level = "ByteLevel" in repr(backend.decoder)
+        self._special_texts = tuple(token.content for token in added if token.special and token.content)
 
     @classmethod
     def open(cls, model: Path) -> Tokenizer:
@@ -86,6 +101,19 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no whole character show as U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, also where they are only a part of a character; empty for an unknown id."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token in self._added_texts:
+            return token.encode()
+        if _BYTE_FALLBACK.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if self._is_byte_level and all(character in _BYTE_BY_CHARACTER for character in token):
+            return bytes(_BYTE_BY_CHARACTER[character] for character in token)
+        return token.replace("\u2581", " ").encode()
 
     def without_control(self, text: str) -> str:
         """A text in which no control token can be read: each one gets an invisible joiner behind its first character.

@@ -16,7 +16,7 @@ from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import sampling_pb2
-from tandem.errors import InvalidRequest
+from tandem.errors import ContextExceeded, InvalidRequest
 from tandem.rpc.messages import present
 from tandem_frontend.tokenization import Tokenizer
 
@@ -104,7 +104,7 @@ async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) ->
     """
     kind = request.WhichOneof("input")
     if kind == "prompt":
-        _check_size("prompt", request.prompt, tokenizer)
+        check_text("prompt", request.prompt, tokenizer)
         return await tokenizer.encode(request.prompt, add_special_tokens=True)
     if kind == "chat":
         return await _chat_ids(request.chat, tokenizer)
@@ -116,7 +116,7 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list
     if kind == "prompt":
         if not request.prompt:
             raise InvalidRequest("prompt", "must not be empty")
-        _check_size("prompt", request.prompt, tokenizer)
+        check_text("prompt", request.prompt, tokenizer)
         token_ids = await tokenizer.encode(request.prompt, add_special_tokens=True)
     elif kind == "chat":
         token_ids = await _chat_ids(request.chat, tokenizer)
@@ -127,7 +127,7 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list
     if not token_ids:
         raise InvalidRequest(kind, "must not be empty")
     # Also of a text: some checkpoints have added tokens beyond their embedding, and those would take an engine down.
-    _check_token_ids(kind, token_ids, tokenizer.vocabulary_size)
+    check_token_ids(kind, token_ids, tokenizer.vocabulary_size)
     if len(token_ids) >= tokenizer.context_tokens_max:
         raise _too_long(kind, f"{len(token_ids)} tokens", tokenizer.context_tokens_max)
     return token_ids
@@ -142,28 +142,37 @@ async def _chat_ids(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
     for number, message in enumerate(chat.messages):
         if not message.role:
             raise InvalidRequest(f"chat.messages[{number}].role", "must be given")
-        _check_size(f"chat.messages[{number}].content", message.content, tokenizer)
+        check_text(f"chat.messages[{number}].content", message.content, tokenizer)
         messages.append({"role": message.role, "content": tokenizer.without_control(message.content)})
     begin_answer = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     text = tokenizer.chat_template.render(messages, add_generation_prompt=begin_answer)
-    _check_size("chat", text, tokenizer)
+    check_text("chat", text, tokenizer)
     return await tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_size(field: str, text: str, tokenizer: Tokenizer) -> None:
-    """Refuse what cannot fit before any work is put into it."""
+def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
+    """Refuse what cannot fit before any work is put into it.
+
+    Raises:
+        ContextExceeded: names the field.
+    """
     # A character has a byte at least: a text that is long enough already need not be encoded to be measured.
     if len(text) > tokenizer.prompt_bytes_max or len(text.encode()) > tokenizer.prompt_bytes_max:
         raise _too_long(field, f"{len(text)} characters", tokenizer.context_tokens_max)
 
 
-def _too_long(field: str, size: str, context_tokens_max: int) -> InvalidRequest:
-    return InvalidRequest(
+def _too_long(field: str, size: str, context_tokens_max: int) -> ContextExceeded:
+    return ContextExceeded(
         field, f"{size} leave no room in the context of {context_tokens_max} tokens", limit=context_tokens_max
     )
 
 
-def _check_token_ids(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:
+def check_token_ids(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:
+    """Refuse ids that the model does not have.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
     for token_id in token_ids:
         if not 0 <= token_id < vocabulary_size:
             raise InvalidRequest(field, f"{token_id} is outside the vocabulary of {vocabulary_size} tokens")
@@ -183,7 +192,7 @@ def _check_sampling(sampling: sampling_pb2.Sampling, vocabulary_size: int) -> No
         raise InvalidRequest("sampling.top_k", f"must be 1 or more, or -1 for all, not {sampling.top_k}")
     if len(sampling.logit_bias) > LOGIT_BIASES_MAX:
         raise InvalidRequest("sampling.logit_bias", f"{len(sampling.logit_bias)} are more than {LOGIT_BIASES_MAX}")
-    _check_token_ids("sampling.logit_bias", sampling.logit_bias, vocabulary_size)
+    check_token_ids("sampling.logit_bias", sampling.logit_bias, vocabulary_size)
     for token_id, bias in sampling.logit_bias.items():
         if math.isnan(bias) or abs(bias) > 100:
             raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
@@ -203,7 +212,7 @@ def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> No
             raise InvalidRequest("stopping.stop", f"each must be 1 to {STOP_BYTES_MAX} bytes long")
     if len(stopping.stop_token_ids) > STOP_TOKENS_MAX:
         raise InvalidRequest("stopping.stop_token_ids", f"more than {STOP_TOKENS_MAX}")
-    _check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocabulary_size)
+    check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocabulary_size)
 
 
 def _check_rest(request: pb.GenerateRequest) -> None:

@@ -58,6 +58,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect of Tandem itself. INTERNAL."""
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 17
     """Some part of the cluster cannot be reached. UNAVAILABLE."""
+    ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 19
+    """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -100,4 +102,6 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
 """A defect of Tandem itself. INTERNAL."""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 17
 """Some part of the cluster cannot be reached. UNAVAILABLE."""
+ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
+"""The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
