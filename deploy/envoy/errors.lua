@@ -11,10 +11,7 @@ local TYPES = {
 local FAILED_PRECONDITION = "9"
 local ERROR_INFO = '"type.googleapis.com/google.rpc.ErrorInfo"'
 local RETRY_INFO = '"type.googleapis.com/google.rpc.RetryInfo"'
-local HIDDEN = {
-  "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding",
-  "x-envoy-upstream-healthchecked-cluster", "x-envoy-immediate-health-check-fail",
-}
+local HIDDEN = { "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding" }
 
 -- A reader of JSON: the value at a place, and the place behind it. Strings, numbers and literals stay as they are
 -- written, quotes included, so that nothing inside a string can look like structure, and nothing needs unescaping.

