@@ -18,6 +18,7 @@
     │   ├── Overloaded           try again after a while                RESOURCE_EXHAUSTED
     │   ├── DeadlinePassed       the caller's time is over              DEADLINE_EXCEEDED
     │   ├── RequestAborted       somebody asked for the abort           CANCELLED
+    │   ├── ParserFailed         the output could not be parsed         UNAVAILABLE
     │   └── EngineFailed         the engine broke its contract          INTERNAL
     └── StartError               a process cannot start; one sentence, no traceback
         └── ConfigError          names the key; exit status 2
@@ -189,6 +190,12 @@ class EngineFailed(ServiceError):
 
     code = "INTERNAL"
     reason = "ENGINE_FAILED"
+
+
+class ParserFailed(ServiceError):
+    """The process that parses tool calls and reasoning died, or its parser failed on the model's output."""
+
+    reason = "PARSER_FAILED"
 
 
 class StartError(TandemError):

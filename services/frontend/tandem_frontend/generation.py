@@ -108,7 +108,8 @@ class Generation:
         stop_tokens = StopTokens(
             wanted.stop_token_ids, tokenizer.eos_token_ids, wanted.min_tokens or 0, ignore_eos=wanted.ignore_eos
         )
-        return Relay(Detokenizer(tokenizer, wanted.token_ids), StopMatcher(wanted.stop), stop_tokens, accepted_time_s)
+        detokenizer = Detokenizer(tokenizer, wanted.token_ids, skip_special_tokens=wanted.skip_special_tokens)
+        return Relay(detokenizer, StopMatcher(wanted.stop), stop_tokens, accepted_time_s)
 
     def _accepted(self, wanted: CheckedRequest, dispatched: Dispatched) -> pb.GenerateAccepted:
         return pb.GenerateAccepted(

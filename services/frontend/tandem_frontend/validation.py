@@ -59,6 +59,7 @@ class CheckedRequest:
     priority: int | None
     cache_salt: str | None
     session_id: str | None
+    skip_special_tokens: bool
 
 
 async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
@@ -93,6 +94,7 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
         priority=present(request, "priority", request.priority),
         cache_salt=present(request, "cache_salt", request.cache_salt),
         session_id=present(request, "session_id", request.session_id),
+        skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
     )
 
 
@@ -234,10 +236,11 @@ def _check_guided(guided: sampling_pb2.Guided) -> None:
     grammar = getattr(guided, kind)
     if not 0 < len(grammar.encode()) <= GRAMMAR_BYTES_MAX:
         raise InvalidRequest(f"guided.{kind}", f"must be 1 to {GRAMMAR_BYTES_MAX} bytes long")
-    if kind == "json_schema":
+    if kind in ("json_schema", "structural_tag"):
         try:
             schema: Any = json.loads(grammar)
         except (ValueError, RecursionError) as problem:
-            raise InvalidRequest("guided.json_schema", f"is not JSON: {problem}") from None
-        if not isinstance(schema, dict | bool):
-            raise InvalidRequest("guided.json_schema", "is not a JSON object")
+            raise InvalidRequest(f"guided.{kind}", f"is not JSON: {problem}") from None
+        allowed = dict | bool if kind == "json_schema" else dict
+        if not isinstance(schema, allowed):
+            raise InvalidRequest(f"guided.{kind}", "is not a JSON object")

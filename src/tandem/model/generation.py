@@ -53,6 +53,8 @@ class Guided:
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None
+    """JSON: free text with parts in a grammar behind what begins them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

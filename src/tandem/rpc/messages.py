@@ -45,7 +45,7 @@ STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = ("queued", "prefill_start", "prefill_end", "kv_transfer_start", "kv_transfer_end")
-GRAMMARS = ("json_schema", "regex", "ebnf")
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 SAMPLING_SCALARS = (
     "temperature",
     "top_p",

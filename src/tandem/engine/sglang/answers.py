@@ -44,6 +44,7 @@ _FIELDS = {
     "json_schema": "guided.json_schema",
     "regex": "guided.regex",
     "ebnf": "guided.ebnf",
+    "structural_tag": "guided.structural_tag",
     "logprob": "top_logprobs",
     "priority": "priority",
     "bootstrap": "bootstrap",

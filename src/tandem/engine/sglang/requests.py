@@ -22,7 +22,7 @@ _SAMPLING_NAMES = (
     "frequency_penalty",
     "repetition_penalty",
 )
-_GUIDED_NAMES = ("json_schema", "regex", "ebnf")
+_GUIDED_NAMES = ("json_schema", "regex", "ebnf", "structural_tag")
 ROOM_MAX = 2**63 - 1
 PRETENDED_HOST = "2.2.2.2"
 """SGLang's FAKE_BOOTSTRAP_HOST: a request that names it meets nobody and moves no KV, whatever the transfer backend."""

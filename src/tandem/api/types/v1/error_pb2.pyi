@@ -58,6 +58,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect of Tandem itself. INTERNAL."""
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 17
     """Some part of the cluster cannot be reached. UNAVAILABLE."""
+    ERROR_REASON_PARSER_FAILED: _ErrorReason.ValueType  # 18
+    """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 19
     """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 
@@ -102,6 +104,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
 """A defect of Tandem itself. INTERNAL."""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 17
 """Some part of the cluster cannot be reached. UNAVAILABLE."""
+ERROR_REASON_PARSER_FAILED: ErrorReason.ValueType  # 18
+"""Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
 """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
