@@ -1,0 +1,119 @@
+"""`python -m tandem.engine.sglang.parsing`: the parser host as a process, started by `tandem.parsing`.
+
+Owns its start: names first, then SGLang's import, and one line that says ready or refused. Standard output carries
+answers only; whatever libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+from tandem.engine.sglang.environment import DEVICE_SWITCH, PLATFORM_NAME, STANDINS
+from tandem.engine.sglang.parsing.names import check_name, read_names
+from tandem.errors import ConfigError, StartError
+from tandem.runtime.parent import follow_parent
+
+VARIABLES = {
+    # It computes nothing: no device, no threads, no hub.
+    DEVICE_SWITCH: "cpu",
+    "SGLANG_PLATFORM": PLATFORM_NAME,
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+TOKENIZER_PARSERS = frozenset({"beam", "hunyuan", "inkling", "response_template"})
+
+
+def main() -> int:
+    """Serve until the input ends; returns the exit status."""
+    follow_parent(os.environ)
+    arguments = _arguments()
+    answers = _take_stdout()
+    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        host = _build(arguments)
+    except StartError as problem:
+        key = problem.key if isinstance(problem, ConfigError) else None
+        sentence = problem.message.removeprefix(f"{key}: ")
+        answers.write(json.dumps({"refused": sentence, "key": key}) + "\n")
+        answers.flush()
+        return problem.exit_status
+    answers.write(json.dumps({"ready": time.process_time()}) + "\n")
+    answers.flush()
+
+    def write(line: str) -> None:
+        answers.write(line)
+        answers.flush()
+
+    host.serve(sys.stdin, write)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tandem.engine.sglang.parsing", allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tool-parser")
+    parser.add_argument("--reasoning-parser")
+    return parser.parse_args()
+
+
+def _take_stdout() -> TextIO:
+    """The channel for answers; from now on descriptor 1 is standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def _build(arguments: argparse.Namespace) -> Any:
+    """Import SGLang and make the host.
+
+    Raises:
+        StartError: SGLang is not there, or cannot make such parsers.
+    """
+    given = {"tool_parser": arguments.tool_parser, "reasoning_parser": arguments.reasoning_parser}
+    names = read_names()
+    for setting, name in given.items():
+        check_name(setting, name, names[setting])
+    os.environ.update(VARIABLES)
+    sys.path.append(str(STANDINS))
+    warnings.filterwarnings("ignore")
+    try:
+        from tandem.engine.sglang.parsing.host import Host, wanted
+        from tandem.engine.sglang.parsing.stream import Formats
+
+        formats = Formats(**given, tokenizer=_tokenizer(arguments.model, set(given.values())))
+        probe = {"type": "function", "function": {"name": "probe"}}
+        host = Host(formats)
+        formats.open(wanted({"tools": [probe], "tool_choice": "auto", **NOTHING}))
+    except Exception as problem:
+        raise StartError(f"SGLang's parsers {given} cannot be used: {type(problem).__name__}: {problem}") from problem
+    # Its detectors warn of what a model wrote.
+    logging.getLogger("sglang").setLevel("CRITICAL")
+    return host
+
+
+NOTHING: dict[str, Any] = {"prompt": "", "template_kwargs": {}, "previous_calls": 0, "parallel": True}
+
+
+def _tokenizer(model: Path, names: set[str | None]) -> Any:
+    """For the few formats whose markers depend on the model's vocabulary."""
+    if not names & TOKENIZER_PARSERS:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""One stream of the parser host: text in, deltas out, the same however the text is cut.
+
+    text -> pieces -> reasoning -> content and tool calls
+
+Owns the order of the halves and which parser reads what. Knows no other stream, and does no input or output.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+from tandem.engine.sglang.parsing import grammar, reasoning
+from tandem.engine.sglang.parsing.pieces import Pieces
+from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
+from tandem.engine.sglang.parsing.whole_calls import WholeCalls
+
+WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|plugin|>"}
+"""Formats of which SGLang's streaming detector loses calls (docs/openai-tools.md) -> what begins the calls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a stream, or a grammar, is for."""
+
+    tools: list[Tool]
+    """Of a named choice only the one that is named."""
+    tool_choice: str | ToolChoice
+    prompt: str
+    template_kwargs: Mapping[str, Any]
+    previous_calls: int
+    parallel: bool
+
+
+class Formats:
+    """The parsers of this host, by the names it was started with."""
+
+    def __init__(self, tool_parser: str | None, reasoning_parser: str | None, tokenizer: Any) -> None:
+        self.tool_parser = tool_parser
+        self.reasoning_parser = reasoning_parser
+        self._tokenizer = tokenizer
+
+    def tools(self, wanted: Wanted) -> FunctionCallParser | None:
+        """The parser of a request's tool calls; None where no format is named."""
+        if self.tool_parser is None:
+            return None
+        return FunctionCallParser(
+            wanted.tools, self.tool_parser, tokenizer=self._tokenizer, tool_choice=wanted.tool_choice
+        )
+
+    def reasoning(self, wanted: Wanted) -> ReasoningParser | None:
+        """The parser of a request's reasoning; None where there is no format, or no reasoning can come."""
+        if self.reasoning_parser is None:
+            return None
+        return reasoning.make(
+            self.reasoning_parser,
+            wanted.prompt,
+            wanted.template_kwargs,
+            self._tokenizer,
+            before_tools=bool(wanted.tools),
+        )
+
+    def grammar(self, wanted: Wanted) -> dict[str, str] | None:
+        """See `grammar.constraint`."""
+        parser, thoughts = self.tools(wanted), self.reasoning(wanted)
+        markers = (thoughts.detector.think_start_token, thoughts.detector.think_end_token) if thoughts else ()
+        return grammar.constraint(
+            parser,
+            wanted.tools,
+            wanted.tool_choice,
+            parallel=wanted.parallel,
+            thinks=_thinks(thoughts),
+            think_tokens=markers,
+        )
+
+    def open(self, wanted: Wanted) -> Stream:
+        """A new stream."""
+        parser, thoughts = (self.tools(wanted) if wanted.tools else None), self.reasoning(wanted)
+        forced = bool(wanted.tools) and grammar.is_forced(wanted.tool_choice)
+        if forced and not (parser is not None and grammar.thinks_first(parser) and _thinks(thoughts)):
+            # The grammar begins with the call: there is nothing before it that could be reasoning.
+            thoughts = None
+        keeps = bool(wanted.tools) or self.reasoning_parser in reasoning.SPECIAL_TOKEN_PARSERS
+        return Stream(thoughts, self._calls(parser, wanted, forced=forced), keep_special_tokens=keeps)
+
+    def _calls(
+        self, parser: FunctionCallParser | None, wanted: Wanted, *, forced: bool
+    ) -> ToolText | WholeCalls | None:
+        if not wanted.tools:
+            return None
+        mint_id = _minter(self.tool_parser, wanted.previous_calls)
+        if forced and (parser is None or not parser.owns_tool_format()):
+            return ToolText(None, wanted.tools, "json", mint_id)
+        if parser is None or self.tool_parser is None:
+            return None
+        marker = WHOLE_CALL_FORMATS.get(self.tool_parser)
+        if marker is not None:
+            return WholeCalls(parser, marker, mint_id)
+        return ToolText(parser, wanted.tools, self.tool_parser, mint_id)
+
+
+class Stream:
+    """One request's output."""
+
+    def __init__(
+        self, thoughts: ReasoningParser | None, calls: ToolText | WholeCalls | None, *, keep_special_tokens: bool
+    ) -> None:
+        self._pieces = Pieces()
+        self._thoughts = thoughts
+        self._calls = calls
+        self.keep_special_tokens = keep_special_tokens
+        self._is_clear = False
+
+    def feed(self, text: str) -> list[Delta]:
+        """What became certain with the next text."""
+        deltas = [delta for piece in self._pieces.push(text) for delta in self._take(piece)]
+        # A word need not be whole to be shown, where the last piece was shown at once.
+        if self._is_clear and (word := self._pieces.take_word()):
+            deltas += self._take(word)
+        return _joined(deltas)
+
+    def close(self, *, complete: bool) -> list[Delta]:
+        """What is left at the end."""
+        deltas = [delta for piece in self._pieces.flush() for delta in self._take(piece)]
+        if self._thoughts is not None:
+            thought, rest = self._thoughts.parse_stream_end()
+            deltas += self._told(thought, rest)
+        if self._calls is not None:
+            deltas += self._calls.finish(complete=complete)
+        return _joined(deltas)
+
+    def _take(self, piece: str) -> list[Delta]:
+        if self._thoughts is None:
+            return self._told(None, piece)
+        thought, rest = self._thoughts.parse_stream_chunk(piece)
+        deltas = self._told(thought, rest)
+        if thought and not rest:
+            self._is_clear = thought.endswith(piece)
+        elif not rest:
+            self._is_clear = False
+        return deltas
+
+    def _told(self, thought: str | None, rest: str | None) -> list[Delta]:
+        deltas: list[Delta] = [["r", thought]] if thought else []
+        if rest and self._calls is None:
+            deltas.append(["c", rest])
+            self._is_clear = True
+        elif rest and self._calls is not None:
+            deltas += self._calls.push(rest)
+            self._is_clear = self._calls.is_clear
+        return deltas
+
+
+def _thinks(thoughts: ReasoningParser | None) -> bool:
+    """Whether the output begins with the rest of a block of reasoning."""
+    return thoughts is not None and bool(getattr(thoughts.detector, "_in_reasoning", False))
+
+
+def _minter(tool_parser: str | None, previous_calls: int) -> Callable[[str, int], str]:
+    """Ids of calls: random, but for the models whose templates want their own kind."""
+    if tool_parser == "kimi_k2":
+        return lambda name, index: f"functions.{name}:{previous_calls + index}"
+    if tool_parser == "kimi_k3":
+        return lambda name, index: f"{name}:{previous_calls + index}"
+    return lambda name, index: f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """Neighbours of one kind become one."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if last is not None and delta[0] != "s" and delta[:-1] == last[:-1]:
+            last[-1] += delta[-1]
+        else:
+            joined.append(list(delta))
+    return joined

@@ -1,0 +1,63 @@
+"""The second half of a stream for formats whose streaming detector is wrong: content as it comes, the calls at the end.
+
+Which formats these are is in `stream`; how SGLang's detectors fail on them, in docs/openai-tools.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+from tandem.engine.sglang.parsing.tool_text import Delta
+
+
+class WholeCalls:
+    """One stream's content and calls."""
+
+    def __init__(self, parser: FunctionCallParser, marker: str, mint_id: Callable[[str, int], str]) -> None:
+        """`marker` begins the part of the text that holds the calls."""
+        self._parser = parser
+        self._marker = marker
+        self._mint_id = mint_id
+        self._held = ""
+        self._found = False
+        self.is_clear = False
+
+    def push(self, piece: str) -> list[Delta]:
+        """Content before the marker comes out, but for white space that may be right before it."""
+        self._held += piece
+        if self._found or self._marker in self._held:
+            before, _, _ = self._held.partition(self._marker) if not self._found else ("", "", "")
+            self._found = True
+            self._held = self._held[len(before) :]
+            return [["c", before.rstrip()]] if before.strip() else []
+        kept = self._kept_chars()
+        out = self._held[: len(self._held) - kept]
+        self._held = self._held[len(out) :]
+        self.is_clear = not self._held
+        return [["c", out]] if out else []
+
+    def finish(self, *, complete: bool) -> list[Delta]:
+        """The calls, and content behind them. A text without a whole call is content."""
+        text, self._held = self._held, ""
+        if not text:
+            return []
+        if not self._found:
+            return [["c", text]]
+        normal, calls = self._parser.parse_non_stream(text)
+        if not calls:
+            return [["c", text]]
+        deltas: list[Delta] = [["c", normal.strip()]] if normal.strip() else []
+        for index, call in enumerate(calls):
+            deltas.append(["s", index, self._mint_id(call.name, index), call.name])
+            deltas.append(["a", index, call.parameters or "{}"])
+        return deltas
+
+    def _kept_chars(self) -> int:
+        """Length of the end of what is held that may still be the marker, with the white space before it."""
+        whole = len(self._held)
+        partial = next(
+            (n for n in range(min(whole, len(self._marker) - 1), 0, -1) if self._marker.startswith(self._held[-n:])), 0
+        )
+        return whole - len(self._held[: whole - partial].rstrip())
