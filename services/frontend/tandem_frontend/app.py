@@ -1,7 +1,7 @@
 """Composition root of the frontend: which parts there are, and the order in which they start and stop.
 
-Start: tokenizer, registry view, server, health SERVING. Drain: NOT_SERVING while requests are still taken -> settle ->
-end of admission -> wait for the open requests. Stop: server, view, channels.
+Start: tokenizer, parser host, registry view, server, health SERVING. Drain: NOT_SERVING while requests are still taken
+-> settle -> end of admission -> wait for the open requests. Stop: server, parser host, view, channels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.model.worker import Worker
+from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.registry_client import WorkerWatch
 from tandem.rpc.server import RpcServer
@@ -39,6 +40,12 @@ class FrontendApp:
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels()
+        self._parsers: Parsers | None = None
+        """None: neither tool calls nor reasoning are parsed."""
+        if config.tool_parser is not None or config.reasoning_parser is not None:
+            self._parsers = Parsers(
+                config.model, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser
+            )
 
     @property
     def address(self) -> str:
@@ -50,12 +57,14 @@ class FrontendApp:
         """Return when it serves; waits for a registry as long as it takes.
 
         Raises:
-            StartError: the port is taken, or the model directory has no readable tokenizer.
+            StartError: the port is taken, the model directory has no readable tokenizer, or SGLang has no such parsers.
         """
         config = self._config
         server = self._server = RpcServer()
         server.bind(config.host, config.port)
         tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
+        if self._parsers is not None:
+            await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
         watch = self._watch = WorkerWatch(config.registry, on_change=self._forget_gone)
         await watch.start()
@@ -87,6 +96,8 @@ class FrontendApp:
         """Free everything, also when `start` failed."""
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
+        if self._parsers is not None:
+            await self._parsers.stop()
         if self._watch is not None:
             await self._watch.close()
         await self._channels.close()

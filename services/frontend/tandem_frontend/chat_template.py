@@ -12,21 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import InvalidRequest, StartError
+from tandem_frontend.chat_messages import Message, flat, readable, with_text_arguments
 
-Message = dict[str, str]
+RESERVED_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})
+"""What a template is given in any case, and no request can give it beside."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
     """Renders messages."""
 
-    def __init__(self, template: jinja2.Template, special_tokens: dict[str, str]) -> None:
+    def __init__(
+        self,
+        template: jinja2.Template,
+        tool_template: jinja2.Template,
+        special_tokens: dict[str, str],
+        *,
+        takes_tools: bool,
+    ) -> None:
+        """`tool_template` is used where there are tools; most models have one for all."""
         self._template = template
+        self._tool_template = tool_template
         self._special_tokens = special_tokens
+        self.takes_tools = takes_tools
+        """Whether tools given to it can be seen in the prompt."""
 
     @classmethod
     def read(cls, model: Path) -> ChatTemplate | None:
@@ -38,34 +52,77 @@ class ChatTemplate:
         config_file, template_file = model / "tokenizer_config.json", model / "chat_template.jinja"
         config = _read_config(config_file)
         own_file = template_file.is_file()
-        source = template_file.read_text() if own_file else _default_of(config.get("chat_template"))
+        entry = config.get("chat_template")
+        source = template_file.read_text() if own_file else _named(entry, "default")
         if source is None:
             return None
-        try:
-            template = _environment().from_string(source)
-        except jinja2.TemplateError as problem:
-            file = template_file if own_file else config_file
-            raise StartError(f"{file}: the chat template is broken: {problem}", path=str(file)) from None
-        return cls(template, {name: _text_of(config[name]) for name in SPECIAL_NAMES if config.get(name)})
+        tool_source = (None if own_file else _named(entry, "tool_use")) or source
+        file = template_file if own_file else config_file
+        special_tokens = {name: _text_of(config[name]) for name in SPECIAL_NAMES if config.get(name)}
+        template, _ = _compile(source, file)
+        tool_template, variables = _compile(tool_source, file)
+        return cls(template, tool_template, special_tokens, takes_tools="tools" in variables)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> str:
         """One text; it is to be encoded without adding special tokens, for they are in it.
+
+        Args:
+            messages: as OpenAI has them, tool calls and their answers included.
+            add_generation_prompt: begin the assistant's turn at the end.
+            tools: as OpenAI has them.
+            template_kwargs: more variables for the template, such as enable_thinking; none of RESERVED_NAMES.
 
         Raises:
             InvalidRequest: the template refuses the messages.
         """
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
+        given = readable(messages)
+        attempts: list[tuple[list[dict[str, Any]], Any]] = [(given, tools or None), (with_text_arguments(given), tools)]
+        if tools:
+            attempts.append((given, flat(tools)))
+        first: InvalidRequest | None = None
+        for attempted, attempted_tools in attempts:
+            try:
+                return self._render(attempted, add_generation_prompt, attempted_tools or None, template_kwargs)
+            except (TypeError, jinja2.UndefinedError) as problem:
+                # What a template expects of calls and tools can only be learnt by trying.
+                first = first or InvalidRequest("chat", f"the model's chat template fails on it: {problem}")
+            except jinja2.TemplateError as problem:
+                raise InvalidRequest("chat", f"the model's chat template refuses it: {problem}") from None
+            except (ValueError, KeyError, OverflowError, RecursionError) as problem:
+                raise InvalidRequest("chat", f"the model's chat template fails on it: {problem}") from None
+        assert first is not None, "every attempt has returned or failed"
+        raise first
+
+    def _render(
+        self, messages: list[dict[str, Any]], begin_answer: bool, tools: Any, template_kwargs: dict[str, Any]
+    ) -> str:
+        template = self._tool_template if tools else self._template
+        return template.render(
+            {
+                "documents": None,
                 **self._special_tokens,
-            )
-        except jinja2.TemplateError as problem:
-            raise InvalidRequest("chat", f"the model's chat template refuses it: {problem}") from None
-        except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as problem:
-            raise InvalidRequest("chat", f"the model's chat template fails on it: {problem}") from None
+                **template_kwargs,
+                "messages": messages,
+                "add_generation_prompt": begin_answer,
+                "tools": tools,
+            }
+        )
+
+
+def _compile(source: str, file: Path) -> tuple[jinja2.Template, set[str]]:
+    """A template, and the variables it wants to be given."""
+    environment = _environment()
+    try:
+        return environment.from_string(source), jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as problem:
+        raise StartError(f"{file}: the chat template is broken: {problem}", path=str(file)) from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -100,11 +157,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _default_of(entry: Any) -> str | None:
-    """One template, or a list of named ones of which "default" is meant."""
+def _named(entry: Any, name: str) -> str | None:
+    """One template is the default; or a list of named ones."""
     if isinstance(entry, list):
-        return next((named["template"] for named in entry if named.get("name") == "default"), None)
-    return entry if isinstance(entry, str) else None
+        return next((named["template"] for named in entry if named.get("name") == name), None)
+    return entry if isinstance(entry, str) and name == "default" else None
 
 
 def _text_of(token: Any) -> str:

@@ -22,6 +22,8 @@ class FrontendConfig(ServiceConfig):
     leg_accept_timeout_s: float = Field(
         5, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
     )
+    tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
+    reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")
 
     @property
     def served_name(self) -> str:

@@ -68,6 +68,8 @@ def up(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kv_capacity_tokens: Annotated[int | None, typer.Option(help="Tokens whose KV each worker keeps.")] = None,
     engine_extra: Annotated[str, typer.Option(help="More arguments of the engine, as a JSON object.")] = "{}",
+    tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's tool calls.")] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
     log_dir: LogDirectory = None,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C, which drains it."""
@@ -87,6 +89,7 @@ def up(
         edge=edge,
         http_port=http_port,
         worker_flags=flags,
+        role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
     )
     _run("up", up_command.up(spec, Console()))
 
@@ -161,6 +164,10 @@ def health(
         return 0 if serving else 1
 
     _run("health", run())
+
+
+def _given(flags: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _run(command: str, work: Coroutine[Any, Any, int]) -> None:
