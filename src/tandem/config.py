@@ -11,11 +11,12 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tandem.errors import ConfigError
+from tandem.tls.paths import Tls
 
 
 class ServiceConfig(BaseModel):
@@ -35,6 +36,30 @@ class ServiceConfig(BaseModel):
     def reachable_host(self) -> str:
         """Host that other processes use."""
         return self.advertise_host or self.host
+
+
+class RpcServiceConfig(ServiceConfig):
+    """Settings of every process that serves and calls others over gRPC; the edge has rules of its own."""
+
+    tls_cert: Path | None = Field(None, description="certificate (PEM) this process presents; read again on change")
+    tls_key: Path | None = Field(None, description="private key of that certificate (PEM)")
+    tls_ca: Path | None = Field(None, description="CAs (PEM) whose certificates are accepted of every peer")
+
+    @property
+    def tls(self) -> Tls | None:
+        """What this process proves itself with; None: plaintext."""
+        if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
+            return None
+        return Tls(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca)
+
+    @model_validator(mode="after")
+    def _all_of_tls_or_nothing(self) -> Self:
+        """Half of it would be plaintext that looks like TLS."""
+        given = {"tls_cert": self.tls_cert, "tls_key": self.tls_key, "tls_ca": self.tls_ca}
+        missing = [key for key, value in given.items() if value is None]
+        if missing and len(missing) < len(given):
+            raise ConfigError(missing[0], "is missing: tls_cert, tls_key and tls_ca are given together or not at all")
+        return self
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -110,3 +110,24 @@ def test_worker_settings_reach_the_engine() -> None:
     loaded: Any = decode("--role", "aggregated", "--dtype", "float32", "--threads", "2", "--engine-extra", '{"a": 1}')
     settings = loaded.engine_settings(loaded.worker_role)
     assert (settings.dtype, settings.threads, settings.extra, settings.model_name) == ("float32", 2, {"a": 1}, "m")
+
+
+TLS = ("tls_cert", "tls_key", "tls_ca")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("given", [("tls_cert",), ("tls_key",), ("tls_ca",), TLS[:2], TLS[1:], (TLS[0], TLS[2])])
+def test_half_of_tls_names_what_is_missing(program: str, given: tuple[str, ...]) -> None:
+    config_type, argv = PROGRAMS[program]
+    prefix = program.upper().replace("-", "_")
+    with pytest.raises(ConfigError) as wrong:
+        config.load(config_type, program, argv, {f"{prefix}_{key.upper()}": "/x" for key in given})
+    assert wrong.value.key == next(key for key in TLS if key not in given)
+    assert "is missing" in str(wrong.value)
+
+
+def test_all_of_tls_or_nothing() -> None:
+    assert decode().tls is None
+    tls = decode("--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a").tls
+    assert tls is not None
+    assert (tls.cert, tls.key, tls.ca) == (Path("c"), Path("k"), Path("a"))

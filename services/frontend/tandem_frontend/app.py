@@ -39,7 +39,7 @@ class FrontendApp:
         self._admission = Admission(config.open_requests_max)
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
-        self._channels = Channels()
+        self._channels = Channels(config.tls)
         self._parsers: Parsers | None = None
         """None: neither tool calls nor reasoning are parsed."""
         if config.tool_parser is not None or config.reasoning_parser is not None:
@@ -57,16 +57,17 @@ class FrontendApp:
         """Return when it serves; waits for a registry as long as it takes.
 
         Raises:
-            StartError: the port is taken, the model directory has no readable tokenizer, or SGLang has no such parsers.
+            StartError: the port is taken, a TLS file cannot be used, the model directory has no readable tokenizer, or
+                SGLang has no such parsers.
         """
         config = self._config
-        server = self._server = RpcServer()
+        server = self._server = RpcServer(tls=config.tls)
         server.bind(config.host, config.port)
         tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
-        watch = self._watch = WorkerWatch(config.registry, on_change=self._forget_gone)
+        watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._forget_gone)
         await watch.start()
         rng = random.SystemRandom()
         dispatch = Dispatch(self._channels, rng)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tandem.config import ServiceConfig
+from tandem.config import RpcServiceConfig
 from tandem.rpc.addresses import Addresses
 
 
-class FrontendConfig(ServiceConfig):
+class FrontendConfig(RpcServiceConfig):
     """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
 
     registry: Addresses = Field(description="host:port of the registry, or several separated by commas")

@@ -47,7 +47,8 @@ class RegistryApp:
                     SERVICE_NAME,
                     lambda server: registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server),
                 )
-            ]
+            ],
+            tls=self._config.tls,
         )
         await self._server.start(self._config.host, self._config.port)
         await self._server.set_serving(True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tandem.config import ServiceConfig
+from tandem.config import RpcServiceConfig
 
 
-class RegistryConfig(ServiceConfig):
+class RegistryConfig(RpcServiceConfig):
     """Keeps the membership of a Tandem cluster: who is alive, in which role, where and in which epoch."""
 
     backend: str = Field(

@@ -1,6 +1,7 @@
 """Client side of gRPC: one channel policy for every call between Tandem's processes, and a pool by address.
 
-A channel is made once for an address and kept; long-lived streams and new calls share it.
+A channel is made once for an address and kept; long-lived streams and new calls share it. With TLS, channels are
+replaced when the certificate has been renewed; what runs on the former ones ends by itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import asyncio
 from collections.abc import Collection
 
 import grpc
+
+from tandem.rpc.credentials import ChannelCredentials
+from tandem.tls.paths import Tls
 
 MESSAGE_BYTES_MAX = 64 * 2**20
 
@@ -22,32 +26,58 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     # A restarted worker is reached again within a second instead of gRPC's default of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_http_proxy", 0),
 )
+
+# What gRPC calls the least backoff is the time one attempt to connect may take, handshake included.
+CONNECT_MS = 100
+CONNECT_TLS_MS = 2_000
+"""A busy machine takes longer than 100 ms for a handshake now and then, and the call would fail."""
 
 RETIRE_GRACE_S = 3_600.0
 """A worker can be gone from the registry and still be streaming."""
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to host:port with Tandem's policy."""
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+def open_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to host:port with Tandem's policy; without `tls` in plaintext.
+
+    Raises:
+        StartError: a file of `tls` cannot be used.
+    """
+    return _open(address, None if tls is None else ChannelCredentials(tls).current())
+
+
+def _open(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=(*OPTIONS, ("grpc.min_reconnect_backoff_ms", CONNECT_MS)))
+    options = (*OPTIONS, ("grpc.min_reconnect_backoff_ms", CONNECT_TLS_MS))
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 class Channels:
     """Channels by address, opened on first use and closed together."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
+        """Makes no I/O yet; without `tls` the channels are plaintext."""
+        self._credentials = None if tls is None else ChannelCredentials(tls)
+        self._opened_with: grpc.ChannelCredentials | None = None
         self._by_address: dict[str, grpc.aio.Channel] = {}
         self._retiring: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """The channel to an address."""
+        """The channel to an address. Ask again for each call: a renewed certificate comes with a new channel.
+
+        Raises:
+            StartError: a file of `tls` cannot be used, and never could.
+        """
+        credentials = None if self._credentials is None else self._credentials.current()
+        if credentials is not self._opened_with:
+            self.keep_only(())
+            self._opened_with = credentials
         channel = self._by_address.get(address)
         if channel is None:
-            channel = self._by_address[address] = open_channel(address)
+            channel = self._by_address[address] = _open(address, credentials)
         return channel
 
     def keep_only(self, addresses: Collection[str]) -> None:

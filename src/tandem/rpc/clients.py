@@ -1,4 +1,7 @@
-"""Calls a client makes: one function for each, failures as TandemError. For the command line, tests and benchmarks."""
+"""Calls a client makes: one function for each, failures as TandemError. For the command line, tests and benchmarks.
+
+Each takes the `Tls` of a cluster that asks for certificates; without it the call goes in plaintext.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,20 @@ from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
+from tandem.tls.paths import Tls
 
 CALL_TIMEOUT_S = 5.0
 
 
 async def generate(
-    address: str, request: frontend_pb.GenerateRequest, timeout_s: float | None = None
+    address: str, request: frontend_pb.GenerateRequest, timeout_s: float | None = None, *, tls: Tls | None = None
 ) -> AsyncGenerator[frontend_pb.GenerateResponse, None]:
     """Stream a generation from a frontend; closing the iterator cancels it.
 
     Raises:
         TandemError: the call failed.
     """
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = InferenceServiceStub(channel)
         call = stub.Generate(request, timeout=timeout_s)
         try:
@@ -40,37 +44,37 @@ async def generate(
             call.cancel()
 
 
-async def list_models(address: str) -> list[frontend_pb.Model]:
+async def list_models(address: str, *, tls: Tls | None = None) -> list[frontend_pb.Model]:
     """The models a frontend offers now.
 
     Raises:
         TandemError: the call failed.
     """
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = InferenceServiceStub(channel)
         response = await _answer(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
         return list(response.models)
 
 
-async def list_workers(address: str) -> list[registry_pb.ListedWorker]:
+async def list_workers(address: str, *, tls: Tls | None = None) -> list[registry_pb.ListedWorker]:
     """The workers a registry lists.
 
     Raises:
         TandemError: the call failed.
     """
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = RegistryServiceStub(channel)
         response = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
         return list(response.workers)
 
 
-async def worker_load(address: str, timeout_s: float = 2.0) -> worker_pb.WatchLoadResponse:
+async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> worker_pb.WatchLoadResponse:
     """How busy a worker is now.
 
     Raises:
         TandemError: the call failed.
     """
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
         response: worker_pb.WatchLoadResponse = await _answer(call.read())
@@ -78,13 +82,13 @@ async def worker_load(address: str, timeout_s: float = 2.0) -> worker_pb.WatchLo
         return response
 
 
-async def is_serving(address: str, service: str = "") -> bool:
+async def is_serving(address: str, service: str = "", *, tls: Tls | None = None) -> bool:
     """What grpc.health.v1 says of a process, or of one of its services.
 
     Raises:
         TandemError: the call failed.
     """
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         response = await _answer(stub.Check(request, timeout=CALL_TIMEOUT_S))

@@ -26,6 +26,7 @@ from tandem.rpc.channels import Channels
 from tandem.rpc.messages import STATES, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.runtime.clock import Clock, monotonic
+from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,20 @@ class Registration:
     """Keeps one start of one worker registered from `start` to `close`."""
 
     def __init__(
-        self, addresses: Sequence[str], worker: Worker, *, clock: Clock = monotonic, rng: random.Random | None = None
+        self,
+        addresses: Sequence[str],
+        worker: Worker,
+        *,
+        tls: Tls | None = None,
+        clock: Clock = monotonic,
+        rng: random.Random | None = None,
     ) -> None:
         """Makes no connection yet.
 
         Args:
             addresses: host:port of each registry; the next one is tried when one fails.
             worker: what is registered.
+            tls: what the worker presents to a registry that asks for certificates.
             clock: for the lease's end as seen from here.
             rng: spreads reconnections.
         """
@@ -63,7 +71,7 @@ class Registration:
         self._worker = worker
         self._clock = clock
         self._backoff = Backoff(rng=rng)
-        self._channels = Channels()
+        self._channels = Channels(tls)
         self._lease: _Lease | None = None
         self._granted = asyncio.Event()
         self._state_told = asyncio.Event()

@@ -1,10 +1,12 @@
 """Server side of gRPC: every Tandem process serves through this shape, with health and reflection.
 
-Owns the listener and the health state. Knows nothing of the services it carries.
+Owns the listener, who may connect to it, and the health state. Knows nothing of the services it carries.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,11 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.errors import StartError
 from tandem.rpc.channels import MESSAGE_BYTES_MAX
+from tandem.rpc.credentials import ServerCredentials
 from tandem.rpc.interceptors import ErrorInterceptor
+from tandem.tls.paths import Tls
+
+log = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -36,8 +42,13 @@ AddServicer = Callable[[grpc.aio.Server], None]
 class RpcServer:
     """A gRPC server with health (NOT_SERVING until told otherwise) and reflection."""
 
-    def __init__(self, services: Sequence[tuple[str, AddServicer]] = ()) -> None:
-        """Each service is its full protobuf name and the function that adds its servicer to a server."""
+    def __init__(self, services: Sequence[tuple[str, AddServicer]] = (), *, tls: Tls | None = None) -> None:
+        """Each service is its full protobuf name and the function that adds its servicer to a server.
+
+        With `tls` every caller must present a certificate, of health and reflection too.
+        """
+        self._tls = tls
+        self._credentials: ServerCredentials | None = None
         self._names: list[str] = []
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
         self._health: Any = health.aio.HealthServicer()
@@ -55,12 +66,21 @@ class RpcServer:
         """Take the port; `self.port` is the one in use (the OS chooses when 0 is given). Answers nothing yet.
 
         Raises:
-            StartError: the address cannot be listened on.
+            StartError: the address cannot be listened on, or a file of `tls` cannot be used.
         """
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            self.port = self._add_port(host, port)
         except RuntimeError:
             raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+
+    def _add_port(self, host: str, port: int) -> int:
+        if self._tls is None:
+            if not is_loopback(host):
+                log.warning("listening on %s without TLS: whoever reaches this port is served (see --tls-cert)", host)
+            return self._server.add_insecure_port(f"{host}:{port}")
+        credentials = self._credentials = ServerCredentials(self._tls)
+        log.info("callers must present a certificate; this process presents %r", credentials.material)
+        return self._server.add_secure_port(f"{host}:{port}", credentials.grpc)
 
     async def serve(self) -> None:
         """Answer calls on the port taken."""
@@ -81,3 +101,11 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give running calls `grace_s`, then cancel them. May be called twice."""
         await self._server.stop(grace_s)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine can reach that listening address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

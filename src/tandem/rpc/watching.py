@@ -26,6 +26,7 @@ from tandem.rpc.messages import worker_from_proto
 from tandem.rpc.registry_view import CONFIRM_GRACE_S, RegistryView, ViewGap
 from tandem.rpc.status import from_rpc_error
 from tandem.runtime.clock import Clock, monotonic
+from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class WorkerWatch:
         self,
         addresses: Sequence[str],
         *,
+        tls: Tls | None = None,
         on_change: Callable[[tuple[Worker, ...]], None] | None = None,
         clock: Clock = monotonic,
         confirm_grace_s: float = CONFIRM_GRACE_S,
@@ -57,6 +59,7 @@ class WorkerWatch:
 
         Args:
             addresses: host:port of each registry; tried in order, then from the first again.
+            tls: what is presented to a registry that asks for certificates.
             on_change: called with all workers after each change of the view; must not raise.
             clock: for `state` and the time of unconfirmed workers.
             confirm_grace_s: how long another registry process may not list a worker before the worker is dropped.
@@ -71,7 +74,7 @@ class WorkerWatch:
         self._state = WatchState(is_live=False, since_s=clock())
         self._workers: tuple[Worker, ...] = ()
         self._changed = asyncio.Event()
-        self._channels = Channels()
+        self._channels = Channels(tls)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property

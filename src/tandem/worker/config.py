@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tandem.config import ServiceConfig
+from tandem.config import RpcServiceConfig
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
 from tandem.model.worker import WorkerRole
@@ -28,7 +28,7 @@ def _parse_extra(value: Any) -> Any:
         raise ValueError(f"is not JSON: {problem}") from None
 
 
-class WorkerConfig(ServiceConfig):
+class WorkerConfig(RpcServiceConfig):
     """Settings every worker has."""
 
     registry: Addresses = Field(description="host:port of the registry, or several separated by commas")

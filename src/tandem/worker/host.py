@@ -56,9 +56,10 @@ class WorkerHost:
         """Return when the worker is registered; waits for a registry as long as it takes.
 
         Raises:
-            StartError: the port is taken, the engine cannot start or fails its canary, or the registry refuses.
+            StartError: the port is taken, a TLS file cannot be used, the engine cannot start or fails its canary, or
+                the registry refuses.
         """
-        server = self._server = RpcServer()
+        server = self._server = RpcServer(tls=self._config.tls)
         # First, because an engine takes long to start, only to find that somebody else listens here.
         server.bind(self._config.host, self._config.port)
         await self._engine.start()
@@ -116,7 +117,7 @@ class WorkerHost:
             raise StartError(f"the engine failed its canary: {problem}") from None
 
     async def _register(self, worker: Worker) -> None:
-        registration = self._registration = Registration(self._config.registry, worker)
+        registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         await registration.start()
         trouble = await _first(registration.wait_registered(), registration.wait_fenced(), self._engine.wait_failed())
         if trouble is not None:

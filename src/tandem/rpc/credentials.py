@@ -1,0 +1,68 @@
+"""What a server and the channels of a process prove themselves with: `Tls` becomes gRPC's credentials.
+
+Both sides follow the files. A server asks at every handshake. Channels of Python's gRPC keep what they were made with,
+so new credentials are made when the files have changed, and `tandem.rpc.channels` opens new channels with them.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from tandem.tls.material import Material, TlsFiles
+from tandem.tls.paths import Tls
+
+
+class ServerCredentials:
+    """Requires a certificate of every peer, and presents the one that lies in the files at that moment.
+
+    gRPC's core calls back into this object: it must live as long as the server.
+    """
+
+    def __init__(self, tls: Tls) -> None:
+        """Reads the files.
+
+        Raises:
+            StartError: names the file that cannot be used.
+        """
+        self._files = TlsFiles(tls)
+        self._in_use = self._files.current()
+        self.material = self._in_use
+        """As it was at the start."""
+        self.grpc = grpc.dynamic_ssl_server_credentials(
+            _configuration(self._in_use),
+            self._fetch,  # type: ignore[arg-type]  # the stubs do not know that it may return None
+            require_client_authentication=True,
+        )
+
+    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC before each handshake, from its own threads; None: as before. Never raises."""
+        material = self._files.current()
+        if material is self._in_use:
+            return None
+        self._in_use = material
+        return _configuration(material)
+
+
+class ChannelCredentials:
+    """The same certificate for all channels of one owner. Makes no I/O when made."""
+
+    def __init__(self, tls: Tls) -> None:
+        self._files = TlsFiles(tls)
+        self._of: Material | None = None
+        self._grpc: grpc.ChannelCredentials | None = None
+
+    def current(self) -> grpc.ChannelCredentials:
+        """Credentials to open a channel with now: the same object until the files have changed.
+
+        Raises:
+            StartError: the files cannot be used, and never could.
+        """
+        material = self._files.current()
+        if self._grpc is None or material is not self._of:
+            self._of = material
+            self._grpc = grpc.ssl_channel_credentials(material.ca, material.key, material.cert)
+        return self._grpc
+
+
+def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(material.key, material.cert)], material.ca)
