@@ -16,7 +16,7 @@ from tandem.cli import demo as demo_command
 from tandem.cli import generate as generate_command
 from tandem.cli import status as status_command
 from tandem.cli import up as up_command
-from tandem.cli.state import read_state
+from tandem.cli.state import find_tls, read_state
 from tandem.errors import ConfigError, StartError, TandemError
 from tandem.rpc import clients
 from tandem.runtime.cluster import ClusterSpec
@@ -35,6 +35,10 @@ Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face forma
 EngineName = Annotated[str, typer.Option(help="sglang or simulated.")]
 LogDirectory = Annotated[Path | None, typer.Option("--log-dir", help="Where the processes log; default: a new one.")]
 Address = Annotated[str | None, typer.Option(help="host:port; default: the cluster that `tandem up` runs here.")]
+TlsDirectory = Annotated[
+    Path | None,
+    typer.Option("--tls", help="Directory of `tandem certs`; default: what `tandem up` runs with here.", metavar="DIR"),
+]
 
 
 def main() -> None:
@@ -71,6 +75,7 @@ def up(
     tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's tool calls.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
     log_dir: LogDirectory = None,
+    tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C, which drains it."""
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
@@ -90,6 +95,7 @@ def up(
         http_port=http_port,
         worker_flags=flags,
         role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
+        tls=tls,
     )
     _run("up", up_command.up(spec, Console()))
 
@@ -110,6 +116,7 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Name of the model; default: the only one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each event.")] = False,
     address: Address = None,
+    tls: TlsDirectory = None,
 ) -> None:
     """Stream a completion to the terminal."""
     asked = generate_command.Asked(
@@ -123,6 +130,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
         as_json=as_json,
+        tls=find_tls(tls),
     )
 
     async def run() -> int:
@@ -135,11 +143,14 @@ def generate(
 def status(
     address: Annotated[str | None, typer.Option(help="host:port of a registry; default: of `tandem up` here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    tls: TlsDirectory = None,
 ) -> None:
     """Show the workers: roles, epochs, load."""
 
     async def run() -> int:
-        return await status_command.status(address or read_state().registry, Console(), as_json=as_json)
+        return await status_command.status(
+            address or read_state().registry, Console(), as_json=as_json, tls=find_tls(tls)
+        )
 
     _run("status", run())
 
@@ -155,15 +166,38 @@ def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogD
 def health(
     address: Annotated[str, typer.Argument(help="host:port of any Tandem process.")],
     service: Annotated[str, typer.Option(help="Full protobuf name of one of its services.")] = "",
+    tls: TlsDirectory = None,
 ) -> None:
     """Ask a process for its health: exit status 0 when it serves."""
 
     async def run() -> int:
-        serving = await clients.is_serving(address, service)
+        serving = await clients.is_serving(address, service, tls=find_tls(tls))
         print("serving" if serving else "not serving")
         return 0 if serving else 1
 
     _run("health", run())
+
+
+@app.command()
+def certs(
+    directory: Annotated[Path, typer.Argument(help="Where the certificates are made, or renewed.", metavar="DIR")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or IP address of a machine the services run on; may be given several times. Default: as before."
+        ),
+    ] = None,
+    days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 90,
+) -> None:
+    """Make a development CA and a certificate for each role, or renew the certificates of that CA."""
+
+    async def run() -> int:
+        # Making certificates needs a library that takes 70 ms to load, which other commands do not pay.
+        from tandem.cli import certs as certs_command
+
+        return certs_command.certs(directory, host or [], days, Console())
+
+    _run("certs", run())
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:

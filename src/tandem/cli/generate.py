@@ -15,6 +15,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.errors import NoWorkers
 from tandem.rpc import clients
+from tandem.tls.paths import Tls
 
 EXIT_INTERRUPTED = 130
 
@@ -34,6 +35,8 @@ class Asked:
     seed: int | None
     stop: tuple[str, ...]
     as_json: bool
+    tls: Tls | None = None
+    """None: plaintext."""
 
 
 async def generate(address: str, asked: Asked, console: Console) -> int:
@@ -56,13 +59,14 @@ async def generate(address: str, asked: Asked, console: Console) -> int:
 
 
 async def _stream(address: str, asked: Asked, console: Console) -> None:
-    await print_events(address, await build_request(address, asked), console, as_json=asked.as_json)
+    request = await build_request(address, asked)
+    await print_events(address, request, console, as_json=asked.as_json, tls=asked.tls)
 
 
 async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
     """The request; asks the frontend whether its model takes messages when that was left open."""
     request = pb.GenerateRequest(model=asked.model)
-    if asked.chat if asked.chat is not None else await _takes_messages(address, asked.model):
+    if asked.chat if asked.chat is not None else await _takes_messages(address, asked):
         if asked.system is not None:
             request.chat.messages.add(role="system", content=asked.system)
         request.chat.messages.add(role="user", content=asked.prompt)
@@ -78,12 +82,12 @@ async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
 
 
 async def print_events(
-    address: str, request: pb.GenerateRequest, console: Console, *, as_json: bool = False
+    address: str, request: pb.GenerateRequest, console: Console, *, as_json: bool = False, tls: Tls | None = None
 ) -> pb.GenerateFinish:
     """Show a stream's events as they come; returns its finish."""
     finish = pb.GenerateFinish()
     route = pb.Route()
-    async with contextlib.aclosing(clients.generate(address, request)) as responses:
+    async with contextlib.aclosing(clients.generate(address, request, tls=tls)) as responses:
         async for response in responses:
             if as_json:
                 print(MessageToJson(response, indent=None, preserving_proto_field_name=True), flush=True)
@@ -127,9 +131,9 @@ def tokens_per_s(finish: pb.GenerateFinish) -> float | None:
     return (finish.usage.completion_tokens - 1) / took_s if took_s > 0 else None
 
 
-async def _takes_messages(address: str, model: str | None) -> bool:
-    models = await clients.list_models(address)
+async def _takes_messages(address: str, asked: Asked) -> bool:
+    models = await clients.list_models(address, tls=asked.tls)
     if not models:
         raise NoWorkers("no model is served now: no worker is alive")
-    named = [m for m in models if model in (None, m.name)]
+    named = [m for m in models if asked.model in (None, m.name)]
     return bool(named) and named[0].has_chat_template

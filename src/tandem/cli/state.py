@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tandem.errors import StartError
+from tandem.tls.paths import Tls, client_tls
 
 VARIABLE = "TANDEM_STATE"
 DEFAULT = Path(".tandem") / "cluster.json"
@@ -24,6 +25,8 @@ class ClusterState:
     model: str
     http: str | None = None
     """Where HTTP is answered; None: there is no edge."""
+    tls: str | None = None
+    """Directory of its certificates; None: plaintext."""
 
 
 def state_file() -> Path:
@@ -70,3 +73,13 @@ def read_state() -> ClusterState:
     except PermissionError:
         pass
     return state
+
+
+def find_tls(directory: Path | None) -> Tls | None:
+    """What a command presents: of the directory given, else as the cluster that runs here wants it; None: plaintext."""
+    if directory is not None:
+        return client_tls(directory)
+    try:
+        return client_tls(read_state().tls)
+    except StartError:
+        return None

@@ -15,6 +15,7 @@ from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
 from tandem.errors import TandemError
 from tandem.rpc import clients
+from tandem.tls.paths import Tls
 
 COLUMNS = ("worker", "role", "state", "epoch", "address", "model", "running", "waiting", "KV tokens", "lease age")
 
@@ -22,14 +23,14 @@ Load = worker_service_pb.WatchLoadResponse | None
 """None: the worker does not answer."""
 
 
-async def status(address: str, console: Console, *, as_json: bool) -> int:
+async def status(address: str, console: Console, *, as_json: bool, tls: Tls | None = None) -> int:
     """Show the workers that a registry lists.
 
     Raises:
         TandemError: the registry does not answer.
     """
-    listed = await clients.list_workers(address)
-    loads = await asyncio.gather(*(_load(entry.worker.address) for entry in listed))
+    listed = await clients.list_workers(address, tls=tls)
+    loads = await asyncio.gather(*(_load(entry.worker.address, tls) for entry in listed))
     if as_json:
         print(json.dumps({"workers": [_row(entry, load) for entry, load in zip(listed, loads, strict=True)]}))
         return 0
@@ -45,9 +46,9 @@ async def status(address: str, console: Console, *, as_json: bool) -> int:
     return 0
 
 
-async def _load(address: str) -> Load:
+async def _load(address: str, tls: Tls | None) -> Load:
     try:
-        return await clients.worker_load(address)
+        return await clients.worker_load(address, tls=tls)
     except TandemError:
         return None
 

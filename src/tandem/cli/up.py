@@ -68,11 +68,14 @@ async def up(spec: ClusterSpec, console: Console) -> int:
             registry=cluster.registry.address,
             http=cluster.edge.address if cluster.edge is not None else None,
             model=cluster.frontend.flags["model-name"],
+            tls=None if spec.tls is None else str(spec.tls.resolve()),
         )
     )
     try:
         _print_addresses(cluster, console)
         console.print(f"logs      {spec.log_directory}", highlight=False, soft_wrap=True)
+        if spec.tls is not None:
+            console.print(f"TLS       {spec.tls}", highlight=False, soft_wrap=True)
         console.print(
             '\nTry `tandem generate "Once upon a time"`. Ctrl-C drains and stops the cluster.', highlight=False
         )
@@ -84,7 +87,8 @@ async def up(spec: ClusterSpec, console: Console) -> int:
 def _print_addresses(cluster: LocalCluster, console: Console) -> None:
     console.print()
     if cluster.edge is not None:
-        console.print(f"http      http://{cluster.edge.address}", highlight=False)
+        scheme = "http" if cluster.spec.tls is None else "https"
+        console.print(f"http      {scheme}://{cluster.edge.address}", highlight=False)
     for process in (*cluster.frontends, cluster.registry):
         console.print(f"{process.role:<9} {process.address}", highlight=False)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tandem.errors import StartError
 from tandem.runtime.parent import VARIABLE
+from tandem.tls.paths import Tls
 
 ANNOUNCE_POLL_S = 0.03
 STOP_TIMEOUT_S = 45.0
@@ -54,6 +55,8 @@ class ClusterSpec:
     """Whether an Envoy stands before the frontends, for HTTP."""
     http_port: int = 0
     """Of the edge; 0: the OS chooses."""
+    tls: Path | None = None
+    """Directory that `tandem certs` made: every process presents the certificate of its role. None: plaintext."""
     worker_flags: dict[str, str] = field(default_factory=dict)
     """More settings of every worker, by flag name without dashes."""
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -291,7 +294,23 @@ class LocalCluster:
             own |= {"engine": spec.engine, **spec.worker_flags}
         if role == "aggregated":
             own |= {"role": "aggregated"}
+        if spec.tls is not None:
+            own |= _tls_flags(spec.tls, role)
         own |= spec.role_flags.get(role, {})
         alone = role in ("registry", "edge") or (role == "frontend" and spec.frontends == 1)
         name = role if alone else f"{role}-{number}"
         return ClusterProcess(name, role, own, spec.log_directory)
+
+
+def _tls_flags(directory: Path, role: str) -> dict[str, str]:
+    """What a process of a role presents. An aggregated worker is a decode worker that does both halves."""
+    tls = Tls.in_directory(directory, "decode" if role == "aggregated" else role)
+    if role == "edge":
+        # HTTP clients see the same certificate as the frontends, and are asked for none.
+        listener = {"tls-cert": str(tls.cert), "tls-key": str(tls.key)}
+        return {
+            **listener,
+            **{f"upstream-{key}": value for key, value in listener.items()},
+            "upstream-tls-ca": str(tls.ca),
+        }
+    return {"tls-cert": str(tls.cert), "tls-key": str(tls.key), "tls-ca": str(tls.ca)}
