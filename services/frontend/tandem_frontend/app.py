@@ -12,6 +12,7 @@ import random
 from functools import partial
 
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.model.worker import Worker
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
@@ -23,6 +24,8 @@ from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.generation import Generation
 from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
+from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
+from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 from tandem_frontend.tokenization import Tokenizer
 
@@ -74,6 +77,8 @@ class FrontendApp:
         generation = Generation(model, watch.workers, self._admission, dispatch, config.leg_accept_timeout_s, rng)
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
+        openai = OpenAiServicer(generation, model, watch.workers, self._parsers)
+        server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
         await server.serve()
         await watch.wait_live()
         await server.set_serving(True)

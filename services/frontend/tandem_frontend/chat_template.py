@@ -33,14 +33,13 @@ class ChatTemplate:
         tool_template: jinja2.Template,
         special_tokens: dict[str, str],
         *,
-        takes_tools: bool,
+        variables: frozenset[str],
     ) -> None:
         """`tool_template` is used where there are tools; most models have one for all."""
         self._template = template
         self._tool_template = tool_template
         self._special_tokens = special_tokens
-        self.takes_tools = takes_tools
-        """Whether tools given to it can be seen in the prompt."""
+        self._variables = variables
 
     @classmethod
     def read(cls, model: Path) -> ChatTemplate | None:
@@ -61,7 +60,16 @@ class ChatTemplate:
         special_tokens = {name: _text_of(config[name]) for name in SPECIAL_NAMES if config.get(name)}
         template, _ = _compile(source, file)
         tool_template, variables = _compile(tool_source, file)
-        return cls(template, tool_template, special_tokens, takes_tools="tools" in variables)
+        return cls(template, tool_template, special_tokens, variables=frozenset(variables))
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools given to it can be seen in the prompt."""
+        return "tools" in self._variables
+
+    def takes(self, name: str) -> bool:
+        """Whether a variable that a request gives can be seen in the prompt."""
+        return name in self._variables and name not in RESERVED_NAMES
 
     def render(
         self,

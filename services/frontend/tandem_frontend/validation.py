@@ -164,9 +164,9 @@ def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
 
 
 def _too_long(field: str, size: str, context_tokens_max: int) -> ContextExceeded:
-    return ContextExceeded(
-        field, f"{size} leave no room in the context of {context_tokens_max} tokens", limit=context_tokens_max
-    )
+    # Client libraries know an overlong prompt by the words in the middle.
+    sentence = f"this model's maximum context length is {context_tokens_max} tokens; {size} leave no room to answer"
+    return ContextExceeded(field, sentence, limit=context_tokens_max)
 
 
 def check_token_ids(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:

@@ -28,8 +28,9 @@ if _version_not_supported:
 
 class OpenAiServiceStub:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     def __init__(self, channel):
@@ -67,8 +68,9 @@ class OpenAiServiceStub:
 
 class OpenAiServiceServicer:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     def ChatCompletions(self, request, context):
@@ -144,8 +146,9 @@ def add_OpenAiServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OpenAiService:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     @staticmethod

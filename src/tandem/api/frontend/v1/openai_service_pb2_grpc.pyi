@@ -29,8 +29,9 @@ GRPC_VERSION: str
 
 class OpenAiServiceStub:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     @_typing.overload
@@ -51,8 +52,9 @@ class OpenAiServiceStub:
 @_typing.type_check_only
 class OpenAiServiceAsyncStub(OpenAiServiceStub):
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,8 +71,9 @@ class OpenAiServiceAsyncStub(OpenAiServiceStub):
 
 class OpenAiServiceServicer(metaclass=_abc_1.ABCMeta):
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`.
-    Reserved: a frontend answers UNIMPLEMENTED until it has this door.
+    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,149 @@
+"""POST /v1/chat/completions: messages to a message, with tool calls and reasoning where a parser is configured."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.errors import InvalidRequest
+from tandem.parsing import ParsedStream, Parsers
+from tandem.rpc.messages import guided_to_proto
+from tandem_frontend.models import ServedModel
+from tandem_frontend.openai.chat_choice import ChatChoice
+from tandem_frontend.openai.door import Answer, Body, Door
+from tandem_frontend.openai.logprobs import TokenTexts
+from tandem_frontend.openai.messages import for_template
+from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
+from tandem_frontend.openai.translation import chat_request, for_choice
+from tandem_frontend.openai.usage import UsageSum
+from tandem_frontend.validation import check_text
+
+
+class ChatCompletions:
+    """The call."""
+
+    def __init__(self, door: Door, model: ServedModel, texts: TokenTexts, parsers: Parsers | None) -> None:
+        """`parsers` is None where neither tool calls nor reasoning are told apart from text."""
+        self._door = door
+        self._model = model
+        self._texts = texts
+        self._parsers = parsers
+
+    async def answer(self, wanted: ChatRequest, timeout_s: float | None) -> AsyncGenerator[Body, None]:
+        """The bodies of an answer.
+
+        Raises:
+            TandemError: its field is the contract's, or the parameter's own.
+        """
+        self._model.check_name(wanted.model)
+        request = chat_request(wanted)
+        tools = self._tools(wanted)
+        kwargs = self._template_kwargs(wanted)
+        prompt = self._prompt(wanted, tools, kwargs)
+        token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False)
+        await self._constrain(request, wanted, tools, prompt, kwargs)
+        async with contextlib.AsyncExitStack() as stack:
+            choices = []
+            for number in range(wanted.choice_count):
+                parsed = await self._parsed(wanted, tools, prompt, kwargs)
+                if parsed is not None:
+                    await stack.enter_async_context(parsed)
+                    request.skip_special_tokens = not parsed.keep_special_tokens
+                one_call = wanted.parallel_tool_calls is False
+                choices.append(ChatChoice(number, request, self._texts, parsed, one_call_only=one_call))
+            requests = [for_choice(request, token_ids, number) for number in range(wanted.choice_count)]
+            head = self._door.head(
+                f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if wanted.stream else "chat.completion"
+            )
+            answer = Answer(head, choices, UsageSum(wanted.choice_count))
+            bodies = self._door.bodies(requests, answer, timeout_s, wanted)
+            async with contextlib.aclosing(bodies):
+                async for body in bodies:
+                    yield body
+
+    def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
+        """The messages as the model reads them."""
+        tokenizer = self._model.tokenizer
+        if tokenizer.chat_template is None:
+            raise InvalidRequest("messages", "this model has no chat template; use /v1/completions")
+        messages = for_template(wanted.messages, tokenizer.without_control)
+        for number, message in enumerate(messages):
+            check_text(f"messages[{number}].content", message["content"], tokenizer)
+        text = tokenizer.chat_template.render(messages, add_generation_prompt=True, tools=tools or None, **kwargs)
+        check_text("messages", text, tokenizer)
+        return text
+
+    def _tools(self, wanted: ChatRequest) -> list[dict[str, Any]]:
+        """The tools the model is told of."""
+        if not wanted.tools:
+            if wanted.tool_choice not in (None, "none"):
+                raise InvalidRequest("tool_choice", "needs tools")
+            return []
+        if wanted.tool_choice == "none":
+            return []
+        template = self._model.tokenizer.chat_template
+        if template is None or not template.takes_tools:
+            raise InvalidRequest("tools", "this model's chat template takes none")
+        if self._parsers is None or self._parsers.tool_parser is None:
+            raise InvalidRequest("tools", "this frontend was started without a tool parser (--tool-parser)")
+        return [tool.model_dump(exclude_none=True) for tool in wanted.tools]
+
+    def _template_kwargs(self, wanted: ChatRequest) -> dict[str, Any]:
+        template = self._model.tokenizer.chat_template
+        kwargs = dict(wanted.chat_template_kwargs or {})
+        if wanted.reasoning_effort is not None:
+            if template is None or not template.takes("reasoning_effort"):
+                raise InvalidRequest("reasoning_effort", "this model's chat template takes none")
+            kwargs["reasoning_effort"] = wanted.reasoning_effort
+        for name in kwargs:
+            if template is None or not template.takes(name):
+                raise InvalidRequest("chat_template_kwargs", f"this model's chat template does not take {name[:64]!r}")
+        return kwargs
+
+    async def _constrain(
+        self,
+        request: pb.GenerateRequest,
+        wanted: ChatRequest,
+        tools: Sequence[dict[str, Any]],
+        prompt: str,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The grammar of the calls, where a call must be made or must follow its schema."""
+        if not tools or self._parsers is None:
+            return
+        guided = await self._parsers.constraint(
+            tools,
+            _choice(wanted),
+            parallel_tool_calls=wanted.parallel_tool_calls is not False,
+            prompt=prompt,
+            template_kwargs=kwargs,
+        )
+        if guided is None:
+            return
+        if request.HasField("guided"):
+            raise InvalidRequest("tools", "that must follow a schema cannot be combined with another grammar")
+        request.guided.CopyFrom(guided_to_proto(guided))
+
+    async def _parsed(
+        self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], prompt: str, kwargs: dict[str, Any]
+    ) -> ParsedStream | None:
+        """What tells calls and reasoning from text; None where there is nothing to tell."""
+        parsers = self._parsers
+        if parsers is None or not (tools or parsers.reasoning_parser):
+            return None
+        return await parsers.open(
+            tools,
+            tool_choice=_choice(wanted),
+            prompt=prompt,
+            template_kwargs=kwargs,
+            previous_calls=sum(len(getattr(message, "tool_calls", None) or ()) for message in wanted.messages),
+        )
+
+
+def _choice(wanted: ChatRequest) -> Any:
+    if isinstance(wanted.tool_choice, NamedToolChoice):
+        return wanted.tool_choice.model_dump()
+    return wanted.tool_choice or "auto"

@@ -1,0 +1,125 @@
+"""Messages of a chat: OpenAI's shapes, and what a chat template is given of them.
+
+Text only. Control tokens are taken out of everything a client wrote: its author must not be able to end a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tandem.errors import InvalidRequest
+from tandem_frontend.openai.fields import NotSupported, Schema
+
+
+class TextPart(Schema):
+    """A piece of text; the only kind of part that the models here read."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class SystemMessage(Schema):
+    """What the model is to be and do. `developer` is OpenAI's newer word for it."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Schema):
+    """What a person says."""
+
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class CalledFunction(Schema):
+    """A function the model called."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Schema):
+    """A call the model made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(Schema):
+    """What the model said before."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    refusal: NotSupported = None
+    audio: NotSupported = None
+    function_call: NotSupported = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolMessage(Schema):
+    """What a tool answered."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def for_template(
+    messages: Sequence[SystemMessage | UserMessage | AssistantMessage | ToolMessage], clean: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    """The messages as chat templates read them.
+
+    Args:
+        messages: as the client sent them.
+        clean: takes control tokens out of a text.
+
+    Raises:
+        InvalidRequest: names the message at fault.
+    """
+    return [_one(message, f"messages[{number}]", clean) for number, message in enumerate(messages)]
+
+
+def _one(message: Any, place: str, clean: Callable[[str], str]) -> dict[str, Any]:
+    # Templates were written before "developer" was; they know it as the system's voice.
+    role = "system" if message.role == "developer" else message.role
+    told: dict[str, Any] = {"role": role, "content": clean(_text(message.content))}
+    if message.name is not None:
+        told["name"] = clean(message.name)
+    if isinstance(message, ToolMessage):
+        told["tool_call_id"] = clean(message.tool_call_id)
+    if isinstance(message, AssistantMessage):
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequest(f"{place}.content", "must be given where there are no tool_calls")
+        if message.reasoning_content is not None:
+            told["reasoning_content"] = clean(message.reasoning_content)
+        if message.tool_calls:
+            told["tool_calls"] = [_call(call, clean) for call in message.tool_calls]
+    return told
+
+
+def _call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
+    function = {"name": clean(call.function.name), "arguments": clean(call.function.arguments)}
+    return {"id": clean(call.id), "type": "function", "function": function}
+
+
+def _text(content: str | list[TextPart] | None) -> str:
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)

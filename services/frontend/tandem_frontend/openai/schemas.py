@@ -1,0 +1,114 @@
+"""The two requests of OpenAI's API that generate: what may be in them.
+
+Pure shapes. What the values mean for a generation is translation's business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tandem_frontend.openai.fields import CommonFields, Int32, NotSupported, Schema
+from tandem_frontend.openai.messages import Message
+
+TOOLS_MAX = 128
+NAME_PATTERN = r"^[a-zA-Z0-9_.-]{1,64}$"
+
+
+class JsonSchema(Schema):
+    """The JSON schema an answer must follow."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Schema):
+    """Plain text: no grammar."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Schema):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Schema):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class Function(Schema):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Schema):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Schema):
+    """Names a function."""
+
+    name: str
+
+
+class NamedToolChoice(Schema):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(CommonFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Int32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int32 | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS_MAX)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    audio: NotSupported = None
+    functions: NotSupported = None
+    function_call: NotSupported = None
+    prediction: NotSupported = None
+    verbosity: NotSupported = None
+    web_search_options: NotSupported = None
+
+
+TokenIds = list[Int32]
+
+
+class CompletionRequest(CommonFields):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    echo: bool | None = None
+    logprobs: Int32 | None = None
+    best_of: Int32 | None = None
+    response_format: ResponseFormat | None = None
+
+    suffix: NotSupported = None

@@ -1,0 +1,97 @@
+"""OpenAiService on the wire: bodies in, bodies out, nothing else.
+
+Errors become statuses in tandem.rpc.interceptors, with the parameter's name as the client wrote it; the edge turns them
+into OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from google.api import httpbody_pb2
+
+from tandem.api.frontend.v1 import openai_service_pb2 as pb
+from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
+from tandem.errors import InvalidRequest, NotSupported
+from tandem.model.worker import Worker
+from tandem.parsing import Parsers
+from tandem_frontend.generation import Generation
+from tandem_frontend.models import ServedModel, get_model, list_models
+from tandem_frontend.openai import wire
+from tandem_frontend.openai.body import parse
+from tandem_frontend.openai.chat import ChatCompletions
+from tandem_frontend.openai.completions import Completions
+from tandem_frontend.openai.door import Door, renamed
+from tandem_frontend.openai.logprobs import TokenTexts
+from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
+from tandem_frontend.openai.translation import parameter
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAiService"].full_name
+
+
+class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
+    """Each method is one contract of openai_service.proto."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        parsers: Parsers | None,
+    ) -> None:
+        door, texts = Door(generation, model, workers), TokenTexts(model.tokenizer)
+        self._chat = ChatCompletions(door, model, texts, parsers)
+        self._completions = Completions(door, model, texts)
+        self._model = model
+        self._workers = workers
+        self._created_time_s = int(time.time())
+
+    async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """A chat completion, streamed or whole; a client that leaves closes it."""
+        wanted = parse(ChatRequest, request.data)
+        async with contextlib.aclosing(
+            _renaming(self._chat.answer(wanted, context.time_remaining()), wanted)
+        ) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """A completion, streamed or whole; a client that leaves closes it."""
+        wanted = parse(CompletionRequest, request.data)
+        answer = self._completions.answer(wanted, context.time_remaining())
+        async with contextlib.aclosing(_renaming(answer, wanted)) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
+        """No model here has them."""
+        raise NotSupported("embeddings are not served: the engines here generate text")
+
+    async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
+        """The models that can be asked for now."""
+        models = list_models(self._workers(), self._model)
+        return wire.whole({"object": "list", "data": [self._model_entry(model.name) for model in models]})
+
+    async def GetModel(self, request: pb.OpenAiServiceGetModelRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
+        """One of them."""
+        if not request.id:
+            raise InvalidRequest("model", "must be given")
+        return wire.whole(self._model_entry(get_model(self._workers(), self._model, request.id).name))
+
+    def _model_entry(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
+
+
+async def _renaming(
+    bodies: AsyncGenerator[httpbody_pb2.HttpBody, None], wanted: ChatRequest | CompletionRequest
+) -> AsyncGenerator[httpbody_pb2.HttpBody, None]:
+    """The same bodies; a refusal names the parameter instead of the contract's field."""
+    try:
+        async with contextlib.aclosing(bodies):
+            async for body in bodies:
+                yield body
+    except InvalidRequest as problem:
+        raise renamed(problem, lambda field: parameter(field, wanted)) from None

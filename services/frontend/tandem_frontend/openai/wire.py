@@ -1,0 +1,27 @@
+"""How answers look on the wire: JSON without spaces, and server-sent events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from google.api import httpbody_pb2
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON; every character as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def whole(value: Any) -> httpbody_pb2.HttpBody:
+    """An answer in one piece."""
+    return httpbody_pb2.HttpBody(content_type=JSON, data=to_json(value))
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
