@@ -99,6 +99,8 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
         "sleep_on_idle": True,
         # The figures `load` reads; SGLang's own default is every 15th step.
         "load_snapshot_publish_interval": 1,
+        # Where a schema allows any white space, a model can go on with it until its budget is used up.
+        "constrained_json_disable_any_whitespace": True,
     }
     if settings.kv_capacity_tokens is not None or device == "cpu":
         arguments["max_total_tokens"] = settings.kv_capacity_tokens or KV_CAPACITY_TOKENS_CPU
