@@ -44,7 +44,7 @@ def main() -> int:
         if not PYTHON.exists():
             step("environment", [sys.executable, "-m", "venv", str(ENVIRONMENT)])
         step("PyTorch", pip("-r", REQUIREMENTS / "torch.txt", *torch_source()))
-        names = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt")
+        names = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt")
         given = [part for name in names for part in ("-r", REQUIREMENTS / name)]
         step("libraries", pip("-c", REQUIREMENTS / "torch.txt", *given))
         step("SGLang and NIXL", pip("--no-deps", "-r", REQUIREMENTS / "cpu-engine-nodeps.txt"))

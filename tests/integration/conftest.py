@@ -37,3 +37,10 @@ async def simulated(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[L
     """A pair of simulated workers with a frontend and a registry."""
     async with running(tmp_path_factory.mktemp("simulated"), engine="simulated", worker_flags=SIMULATED) as cluster:
         yield cluster
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def http_pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    """A pair of SGLang engines behind a real Envoy; shared by all tests that speak HTTP to the real engine."""
+    async with running(tmp_path_factory.mktemp("http"), edge=True, worker_flags={"dtype": "float32"}) as cluster:
+        yield cluster
