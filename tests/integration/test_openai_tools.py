@@ -1,0 +1,149 @@
+"""Tool calls and reasoning through the whole way: the openai client, a real Envoy, a parser host, the real engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+from conftest import DEMO_MODEL
+
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.testing.tool_model import link_tool_model
+
+pytestmark = [
+    pytest.mark.engine_sglang,
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs requirements/cpu-engine.txt"),
+    pytest.mark.timeout(240),
+]
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"where": {"enum": ["bridge", "barn"]}, "twice": {"type": "boolean"}},
+    "required": ["where", "twice"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "look", "description": "Look there.", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "properties": {}}}},
+]
+LOOK: Any = {"type": "function", "function": {"name": "look"}}
+ASKED: dict[str, Any] = {
+    "model": "tool-model",
+    "messages": [{"role": "user", "content": "Where did Mia hide the red key?"}],
+    "temperature": 0,
+    "max_tokens": 120,
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def tool_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    """One aggregated engine of a model whose template takes tools, behind a frontend with parsers and an Envoy."""
+    folder = tmp_path_factory.mktemp("tools")
+    spec = ClusterSpec(
+        model=link_tool_model(folder / "tool-model", DEMO_MODEL),
+        log_directory=folder,
+        prefill=0,
+        decode=0,
+        aggregated=1,
+        edge=True,
+        worker_flags={"dtype": "float32"},
+        role_flags={"frontend": {"tool-parser": "qwen25", "reasoning-parser": "qwen3"}},
+    )
+    async with LocalCluster(spec) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(tool_cluster: LocalCluster) -> Any:
+    assert tool_cluster.edge is not None
+    url = f"http://{tool_cluster.edge.address}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as one:
+        yield one
+
+
+@pytest.mark.parametrize("choice", [LOOK, "required"])
+def test_a_forced_call_whole_and_streamed(client: openai.OpenAI, choice: Any) -> None:
+    tools = TOOLS[:1]
+    said = client.chat.completions.create(**ASKED, tools=tools, tool_choice=choice, parallel_tool_calls=False)
+    (call,) = said.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "look"
+    assert json.loads(call.function.arguments)["where"] in {"bridge", "barn"}
+    assert said.choices[0].finish_reason == "tool_calls"
+    assert said.choices[0].message.content is None
+    with client.chat.completions.stream(
+        **ASKED, tools=tools, tool_choice=choice, parallel_tool_calls=False
+    ) as stream:
+        final = stream.get_final_completion()
+    (streamed,) = final.choices[0].message.tool_calls or []
+    assert (streamed.function.name, streamed.function.arguments) == ("look", call.function.arguments)
+    assert final.choices[0].finish_reason == "tool_calls"
+
+
+def test_arguments_are_streamed_in_pieces(client: openai.OpenAI) -> None:
+    chunks = client.chat.completions.create(**ASKED, tools=TOOLS, tool_choice=LOOK, stream=True)
+    calls = [call for chunk in chunks for call in (chunk.choices[0].delta.tool_calls or []) if call.index == 0]
+    assert calls[0].id
+    assert calls[0].function is not None
+    assert calls[0].function.name == "look"
+    fragments = [call.function.arguments or "" for call in calls[1:] if call.function]
+    assert len(fragments) >= 1
+    assert set(json.loads("".join(fragments))) == {"where", "twice"}
+    assert not any(call.id for call in calls[1:])
+
+
+def test_a_call_and_its_answer_are_history(client: openai.OpenAI) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"where": "barn"}'}}
+    history: list[Any] = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Mia hid the red key in the old barn."},
+    ]
+    plain = client.chat.completions.create(**ASKED, tools=TOOLS)
+    said = client.chat.completions.create(**{**ASKED, "messages": history}, tools=TOOLS)
+    assert said.usage is not None
+    assert plain.usage is not None
+    assert said.usage.prompt_tokens > plain.usage.prompt_tokens + 20
+
+
+def test_tools_are_told_to_the_model_unless_it_may_not_call(client: openai.OpenAI) -> None:
+    def prompt_tokens(**more: Any) -> int:
+        usage = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, **more).usage
+        assert usage is not None
+        return usage.prompt_tokens
+
+    assert prompt_tokens(tools=TOOLS) > prompt_tokens() == prompt_tokens(tools=TOOLS, tool_choice="none")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_told_apart(client: openai.OpenAI, stream: bool) -> None:
+    extra = {"regex": "<think>(yes|no)</think>(barn|bridge)"}
+    said = client.chat.completions.create(**ASKED, extra_body=extra, stream=stream)
+    if stream:
+        made = [chunk.choices[0].delta for chunk in said]
+        reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in made)
+        content = "".join(delta.content or "" for delta in made)
+    else:
+        reasoning, content = said.choices[0].message.reasoning_content, said.choices[0].message.content
+    assert reasoning in {"yes", "no"}
+    assert content in {"barn", "bridge"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": LOOK, "extra_body": {"regex": "a"}}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ],
+)
+def test_what_cannot_be_called_is_named(client: openai.OpenAI, fields: Any, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**ASKED, **fields)
+    assert refused.value.param == param
