@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_layers(path: Path) -> None:
 def test_services_do_not_know_each_other(path: Path) -> None:
     own = next((name for name, root in SERVICES.items() if root in path.parents), None)
     assert not [name for name in imports_any(path, *SERVICES) if name.split(".")[0] != own]
+
+
+def test_a_frontend_and_its_parsers_import_no_engine() -> None:
+    program = (
+        "import sys, tandem_frontend.app, tandem.parsing; print({'torch', 'sglang', 'transformers'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def test_services_have_the_same_plumbing() -> None:

@@ -1,0 +1,63 @@
+"""What the parser host costs: its start, its memory, and the way there and back for each chunk.
+
+python benchmarks/parser_host.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from pathlib import Path
+
+import psutil
+
+from tandem.parsing import ParsedStream, Parsers
+
+MODEL = Path(__file__).parents[1] / "models" / "tandem-demo"
+TOOLS = [{"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}]
+CHUNKS = 2_000
+STREAMS = 64
+CALL = '<tool_call>\n{"name": "write", "arguments": {"text": "'
+
+
+async def feed_us(stream: ParsedStream, chunks: int = CHUNKS) -> list[float]:
+    times = []
+    for _ in range(chunks):
+        begin = time.perf_counter()
+        await stream.feed(" word")
+        times.append((time.perf_counter() - begin) * 1e6)
+    return times
+
+
+def show(name: str, times: list[float]) -> None:
+    ordered = sorted(times)
+    print(f"{name:<52} p50 {statistics.median(times):6.0f} us   p99 {ordered[len(ordered) * 99 // 100]:6.0f} us")
+
+
+async def main() -> None:
+    parsers = Parsers(MODEL, tool_parser="qwen25", reasoning_parser="qwen3")
+    begin = time.perf_counter()
+    await parsers.start()
+    host = psutil.Process(parsers.pid)
+    print(f"start {time.perf_counter() - begin:.1f} s, of that {sum(host.cpu_times()[:2]):.1f} s of CPU")
+    print(f"memory {host.memory_info().rss / 2**20:.0f} MiB")
+    show("a chunk of reasoning", await feed_us(await parsers.open(TOOLS, prompt="<think>\n")))
+    show("a chunk of content", await feed_us(await parsers.open(TOOLS)))
+    stream = await parsers.open(TOOLS)
+    await stream.feed(CALL)
+    show("a chunk of arguments, the first 500 of a call", await feed_us(stream, 500))
+    show("a chunk of arguments, behind 30,000 characters", [*await feed_us(stream, 5_500)][-500:])
+    begin, used = time.perf_counter(), sum(host.cpu_times()[:2])
+    streams = [await parsers.open(TOOLS) for _ in range(STREAMS)]
+    await asyncio.gather(*(feed_us(stream, 200) for stream in streams))
+    elapsed, cpu = time.perf_counter() - begin, sum(host.cpu_times()[:2]) - used
+    fed = STREAMS * 200
+    print(
+        f"{STREAMS} streams at once: {fed / elapsed:.0f} chunks/s, {cpu / fed * 1e6:.0f} us of the host's CPU for each"
+    )
+    print(f"memory at the end {host.memory_info().rss / 2**20:.0f} MiB")
+    await parsers.stop()
+
+
+asyncio.run(main())

@@ -1,0 +1,55 @@
+"""Grammars of forced tool calls on the real engine: what it then writes is read back as calls by the same parser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import generate, request_of
+from conftest import DEMO_MODEL, running
+
+from tandem.parsing import Content, Delta, Parsers, ToolCallArguments, ToolCallStart
+from tandem.rpc.messages import guided_to_proto
+
+pytestmark = [
+    pytest.mark.engine_sglang,
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs requirements/cpu-engine.txt"),
+    pytest.mark.timeout(300),
+]
+
+ARGUMENTS = {"type": "object", "properties": {"where": {"enum": ["bridge", "barn"]}}, "required": ["where"]}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "look", "parameters": ARGUMENTS, "strict": True}},
+    {"type": "function", "function": {"name": "wait", "parameters": {"type": "object"}}},
+]
+# A small model may write white space for ever where a grammar lets it.
+FLAGS = {"dtype": "float32", "engine-extra": '{"constrained_json_disable_any_whitespace": true}'}
+NAMED = {"type": "function", "function": {"name": "look"}}
+
+
+async def test_a_forced_call_is_a_call(tmp_path: Path) -> None:
+    async with running(tmp_path, prefill=0, decode=0, aggregated=1, worker_flags=FLAGS) as cluster:
+        # A structural tag in the model's format, and a JSON schema where no format is known.
+        for tool_parser in ("qwen25", "pythonic"):
+            parsers = Parsers(DEMO_MODEL, tool_parser=tool_parser, reasoning_parser=None)
+            await parsers.start()
+            try:
+                guided = await parsers.constraint(TOOLS, NAMED, parallel_tool_calls=False)
+                assert guided is not None
+                request = request_of("Where did Mia hide the red key?", max_tokens=160)
+                request.guided.CopyFrom(guided_to_proto(guided))
+                async with await parsers.open(TOOLS, tool_choice=NAMED) as parsed:
+                    request.skip_special_tokens = not parsed.keep_special_tokens
+                    deltas: list[Delta] = []
+                    for chunk in (await generate(cluster, request)).chunks:
+                        deltas += await parsed.feed(chunk.text)
+                    deltas += await parsed.close()
+            finally:
+                await parsers.stop()
+            assert not [delta for delta in deltas if isinstance(delta, Content)], (tool_parser, deltas)
+            assert next(delta.name for delta in deltas if isinstance(delta, ToolCallStart)) == "look", tool_parser
+            arguments = "".join(d.json_fragment for d in deltas if isinstance(d, ToolCallArguments) and d.index == 0)
+            assert json.loads(arguments)["where"] in ("bridge", "barn"), tool_parser
