@@ -31,11 +31,13 @@ class StubFrontend(pb_grpc.InferenceServiceServicer):
     def __init__(self) -> None:
         self.failure: Exception | None = None
         self.text = "text"
+        self.delay_s = 0.0
         self.stream: Callable[[], AsyncIterator[HttpBody]] | None = None
         self.seen: list[dict[str, Any]] = []
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
         self.seen.append(dict(context.invocation_metadata()))
+        await asyncio.sleep(self.delay_s)
         if self.failure is not None:
             raise self.failure
         return pb.DetokenizeResponse(text=self.text)

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from conftest import DEMO_MODEL
@@ -113,6 +114,27 @@ async def test_up_generate_status_and_ctrl_c(state: Path) -> None:
         assert [shown.index("draining"), *ends] == sorted([shown.index("draining"), *ends])
         assert not [child for child in children if child.is_running()]
     assert not state.exists()
+
+
+async def test_up_answers_http_before_several_frontends(state: Path) -> None:
+    async with cluster_up(state, "--frontends", "2", "--log-dir", str(state.parent / "logs")) as up:
+        told = json.loads(state.read_text())
+        async with httpx.AsyncClient(base_url=f"http://{told['http']}") as client:
+            answer = await client.post("/v1/generate:unary", json={"prompt": "Once", "stopping": {"max_tokens": 3}})
+        assert len(answer.json()["token_ids"]) == 3
+        status, _, err = await run(*TANDEM, "generate", "Once", "--max-tokens", "3", state=state)
+        assert status == 0, err
+        up.send_signal(signal.SIGINT)
+        assert await up.wait() == 0
+        shown = await output_of(up)
+        assert f"http      http://{told['http']}" in shown
+        assert shown.count("\nfrontend  ") == 2
+
+
+async def test_up_does_without_the_edge(state: Path) -> None:
+    async with cluster_up(state, "--no-edge") as up:
+        assert json.loads(state.read_text())["http"] is None
+        assert "envoy" not in [child.name() for child in psutil.Process(up.pid).children(recursive=True)]
 
 
 async def test_a_process_that_dies_takes_the_cluster_down(state: Path) -> None:

@@ -83,14 +83,6 @@ async def test_unary_has_the_same_tokens(client: httpx.AsyncClient) -> None:
     assert response.json()["token_ids"] == oracle(STORY, 12)
 
 
-async def test_a_large_answer_is_not_cut(client: httpx.AsyncClient) -> None:
-    body = {**asked(max_tokens=600), "logprobs": {"top_logprobs": 10}}
-    response = await client.post("/v1/generate:unary", json=body)
-    assert response.status_code == 200
-    assert len(response.content) > 200_000
-    assert len(response.json()["logprobs"]) == 600
-
-
 async def test_tokenize_and_detokenize(client: httpx.AsyncClient) -> None:
     ids = (await client.post("/v1/tokenize", json={"prompt": "Größe 🙂"})).json()["token_ids"]
     assert (await client.post("/v1/detokenize", json={"token_ids": ids})).json() == {"text": "Größe 🙂"}
@@ -178,9 +170,10 @@ async def test_no_answer_says_what_stands_behind(client: httpx.AsyncClient) -> N
 
 async def test_a_client_that_leaves_ends_both_legs(cluster: LocalCluster, client: httpx.AsyncClient) -> None:
     async with client.stream("POST", "/v1/generate", json=asked(max_tokens=1900)) as response:
-        async for line in response.aiter_lines():
-            if '"index": 3' in line:
-                break
+        # Not a loop with a break: httpx would close the connection there and then.
+        lines = response.aiter_lines()
+        while '"index": 3' not in await anext(lines):
+            pass
 
         async def open_legs() -> int:
             return (await clients.worker_load(cluster.process("decode-0").address)).open_legs

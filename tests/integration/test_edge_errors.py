@@ -125,6 +125,14 @@ async def test_what_is_no_error_is_left_alone(host: Host) -> None:
     assert (response.status_code, response.json()) == (200, {"text": stub.text})
 
 
+async def test_a_large_answer_is_not_cut(host: Host) -> None:
+    stub, client = host
+    stub.failure = None
+    stub.text = "x" * 12_000_000
+    response = await detokenize(client)
+    assert (response.status_code, response.json()) == (200, {"text": stub.text})
+
+
 async def test_nobody_there(tmp_path: Any) -> None:
     async with edge(tmp_path, "127.0.0.1:1") as process, client_of(process) as client:
         response = await detokenize(client)

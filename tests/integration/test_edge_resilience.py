@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from conftest import SIMULATED, running
 from edge_host import client_of, edge, stub_frontend
@@ -132,6 +133,24 @@ async def test_an_edge_that_is_asked_to_end_finishes_its_streams(tmp_path: Path)
         assert await ending == 0
 
 
+async def test_envoy_does_not_outlive_an_edge_that_is_killed(tmp_path: Path) -> None:
+    async with edge(tmp_path, "127.0.0.1:1") as process:
+        (envoy,) = psutil.Process(process.pid).children()
+        process.signal(signal.SIGKILL)
+        await process.wait_ended()
+        await assert_eventually(
+            lambda: not envoy.is_running() or envoy.status() == psutil.STATUS_ZOMBIE, bool, within_s=5, what="its end"
+        )
+
+
+async def test_an_edge_whose_envoy_dies_says_so_and_ends(tmp_path: Path) -> None:
+    async with edge(tmp_path, "127.0.0.1:1") as process:
+        (envoy,) = psutil.Process(process.pid).children()
+        envoy.kill()
+        assert await process.wait_ended() == 1
+        assert "cannot go on: Envoy ended with status -9" in process.log.read_text()
+
+
 async def test_a_reader_that_does_not_read_lets_a_frontend_run_ahead_by_little(tmp_path: Path) -> None:
     sent = 0
 
@@ -144,12 +163,13 @@ async def test_a_reader_that_does_not_read_lets_a_frontend_run_ahead_by_little(t
     async with stub_frontend() as (stub, address), edge(tmp_path, address) as process, client_of(process) as client:
         stub.stream = endless
         async with client.stream("POST", "/v1/generate", json={"prompt": "x"}) as response:
-            await anext(response.aiter_bytes(1000))
+            chunks = response.aiter_bytes(1000)
+            await anext(chunks)
             stuck = await _standing_still(lambda: sent)
-        assert stuck < 12 * 2**20
+        assert stuck < 8 * 2**20
 
 
-async def _standing_still(count) -> int:
+async def _standing_still(count: Callable[[], int]) -> int:
     """The count once it has not changed for a while."""
     end_time_s = time.monotonic() + 10
     last = -1

@@ -55,7 +55,7 @@ async def keyed_edge(
 ) -> AsyncIterator[ClusterProcess]:
     directory = tmp_path_factory.mktemp("edge")
     (directory / "keys").write_text(KEYS)
-    async with edge(directory, stub[1], api_keys=directory / "keys") as process:
+    async with edge(directory, stub[1], api_keys=directory / "keys", log_level="debug") as process:
         yield process
 
 
@@ -153,8 +153,10 @@ async def test_one_clients_malformed_metadata_harms_nobody(
 
 async def test_a_client_cannot_steer_envoy(stub: tuple[StubFrontend, str], open_edge: ClusterProcess) -> None:
     async with client_of(open_edge) as client:
+        stub[0].delay_s = 0.1
         steering = {"x-envoy-upstream-rq-timeout-ms": "1", "x-envoy-max-retries": "99", "x-client-id": "root"}
         assert (await detokenize(client, **steering)).status_code == 200
+    stub[0].delay_s = 0.0
     assert not set(steering) & set(stub[0].seen[-1])
 
 

@@ -29,8 +29,8 @@ READY_POLL_S = 0.02
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 SOCKET_PATH_BYTES_MAX = 100
-LEVELS = {"debug": "debug", "info": "warning", "warning": "warning", "error": "error"}
-"""Envoy tells at info what is debugging to us."""
+LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
+"""Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
 
 
 def find_binary(given: Path | None) -> Path:
