@@ -76,9 +76,7 @@ def test_a_forced_call_whole_and_streamed(client: openai.OpenAI, choice: Any) ->
     assert json.loads(call.function.arguments)["where"] in {"bridge", "barn"}
     assert said.choices[0].finish_reason == "tool_calls"
     assert said.choices[0].message.content is None
-    with client.chat.completions.stream(
-        **ASKED, tools=tools, tool_choice=choice, parallel_tool_calls=False
-    ) as stream:
+    with client.chat.completions.stream(**ASKED, tools=tools, tool_choice=choice, parallel_tool_calls=False) as stream:
         final = stream.get_final_completion()
     (streamed,) = final.choices[0].message.tool_calls or []
     assert (streamed.function.name, streamed.function.arguments) == ("look", call.function.arguments)

@@ -21,6 +21,8 @@ from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
 from tandem_frontend.validation import check_text
 
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
 
 class ChatCompletions:
     """The call."""
@@ -114,9 +116,10 @@ class ChatCompletions:
         """The grammar of the calls, where a call must be made or must follow its schema."""
         if not tools or self._parsers is None:
             return
+        choice = _choice(wanted)
         guided = await self._parsers.constraint(
-            tools,
-            _choice(wanted),
+            tools if choice == "auto" else [_strict(tool) for tool in tools],
+            choice,
             parallel_tool_calls=wanted.parallel_tool_calls is not False,
             prompt=prompt,
             template_kwargs=kwargs,
@@ -141,6 +144,11 @@ class ChatCompletions:
             template_kwargs=kwargs,
             previous_calls=sum(len(getattr(message, "tool_calls", None) or ()) for message in wanted.messages),
         )
+
+
+def _strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """A call that must be made follows its schema in any case: a grammar without one allows arguments of any kind."""
+    return {**tool, "function": {"parameters": NO_PARAMETERS, **tool["function"], "strict": True}}
 
 
 def _choice(wanted: ChatRequest) -> Any:

@@ -23,6 +23,8 @@ KINDS = {
 }
 """SGLang's kind of a constraint -> the field of Guided."""
 
+WHITE_SPACE_MAX = 2
+
 
 def is_forced(tool_choice: str | ToolChoice) -> bool:
     """Whether the model must call: any tool ("required") or one that is named."""
@@ -73,12 +75,42 @@ def constraint(
         return None
     if kind == "structural_tag":
         strip_structural_tag_excludes(grammar, think_tokens)
-    return {"kind": KINDS[kind], "grammar": _text(grammar)}
-
-
-def _text(grammar: Any) -> str:
-    if isinstance(grammar, str):
-        return grammar
     if hasattr(grammar, "model_dump"):
         grammar = grammar.model_dump(by_alias=True)
-    return json.dumps(grammar, ensure_ascii=False)
+    if kind == "structural_tag" and isinstance(grammar, dict):
+        grammar = _bounded(_triggered(grammar, one_only=not parallel))
+    return {"kind": KINDS[kind], "grammar": grammar if isinstance(grammar, str) else json.dumps(grammar)}
+
+
+def _triggered(grammar: dict[str, Any], *, one_only: bool) -> dict[str, Any]:
+    """SGLang's older form of a structural tag in xgrammar's own, which can also say that one call ends the output."""
+    if "structures" not in grammar:
+        return grammar
+    tags = [
+        {
+            "type": "tag",
+            "begin": structure["begin"],
+            "content": {"type": "json_schema", "json_schema": structure.get("schema") or {}},
+            "end": structure["end"],
+        }
+        for structure in grammar["structures"]
+    ]
+    form = {
+        "type": "triggered_tags",
+        "triggers": grammar["triggers"],
+        "tags": tags,
+        "at_least_one": grammar.get("at_least_one", False),
+        "stop_after_first": one_only,
+    }
+    return {"type": "structural_tag", "format": form}
+
+
+def _bounded(form: Any) -> Any:
+    """The same with a bound on white space in JSON: a model can otherwise go on with it until its budget is used up."""
+    if isinstance(form, list):
+        return [_bounded(inner) for inner in form]
+    if not isinstance(form, dict):
+        return form
+    if form.get("type") == "json_schema" and "json_schema" in form:
+        return {"max_whitespace_cnt": WHITE_SPACE_MAX, **form}
+    return {name: _bounded(inner) for name, inner in form.items()}
