@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,7 @@ import httpx
 import psutil
 import pytest
 from conftest import SIMULATED, running
-from edge_host import client_of, edge, stub_frontend
+from edge_host import admin_of, client_of, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from test_simulated_cluster import STORY, oracle
 
@@ -136,11 +137,13 @@ async def test_an_edge_that_is_asked_to_end_finishes_its_streams(tmp_path: Path)
 async def test_envoy_does_not_outlive_an_edge_that_is_killed(tmp_path: Path) -> None:
     async with edge(tmp_path, "127.0.0.1:1") as process:
         (envoy,) = psutil.Process(process.pid).children()
+        _, directory = admin_of(process)
         process.signal(signal.SIGKILL)
         await process.wait_ended()
         await assert_eventually(
             lambda: not envoy.is_running() or envoy.status() == psutil.STATUS_ZOMBIE, bool, within_s=5, what="its end"
         )
+        shutil.rmtree(directory)  # nobody was left to do it
 
 
 async def test_an_edge_whose_envoy_dies_says_so_and_ends(tmp_path: Path) -> None:
