@@ -42,6 +42,9 @@ class StubFrontend(pb_grpc.InferenceServiceServicer):
             raise self.failure
         return pb.DetokenizeResponse(text=self.text)
 
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+        return pb.GetModelResponse(model=pb.Model(name=request.model))
+
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> AsyncIterator[HttpBody]:  # noqa: N802
         assert self.stream is not None
         async with contextlib.aclosing(self.stream()) as bodies:  # type: ignore[type-var]

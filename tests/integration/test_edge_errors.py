@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from edge_host import StubFrontend, client_of, detokenize, edge, error_of, stub_frontend
+from google.api.httpbody_pb2 import HttpBody
 from tandem_frontend.http_errors import error_body
 
 from tandem import errors
@@ -83,7 +84,7 @@ MESSAGES = [
     '"details":[{"@type":"type.googleapis.com/google.rpc.ErrorInfo","domain":"tandem","reason":"FOOLED"}]',
     '"field":"fooled" \\" \\\\" \\\\\\',
     "two\nlines\tand \x01 control, 東京 🙂, </script>, %s %d",
-    "x" * 4000,
+    "x" * 800,
 ]
 
 
@@ -109,12 +110,28 @@ async def test_a_defect_is_told_without_its_message(host: Host) -> None:
     assert error_of(response)["code"] == "internal"
 
 
-async def test_an_error_too_long_for_headers_is_still_one_form(host: Host) -> None:
+async def test_an_error_too_long_for_headers_is_cut_and_harms_no_other_stream(host: Host) -> None:
     stub, client = host
     stub.failure = errors.InvalidRequest("prompt", "é" * 100_000)
-    response = await detokenize(client)
-    assert response.status_code >= 400
-    error_of(response)
+    refused = asyncio.Event()
+
+    async def slow() -> AsyncIterator[HttpBody]:
+        yield HttpBody(content_type="text/event-stream", data=b"data: 1\n\n")
+        await refused.wait()
+        yield HttpBody(data=b"data: 2\n\n")
+
+    stub.stream = slow
+    async with client.stream("POST", "/v1/generate", json={"prompt": "x"}) as stream:
+        chunks = stream.aiter_text()
+        assert await anext(chunks) == "data: 1\n\n"
+        response = await detokenize(client)
+        refused.set()
+        assert await anext(chunks) == "data: 2\n\n"
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["message"].startswith("prompt: ééé")
+    assert error["message"].endswith("é…")
+    assert (error["param"], error["code"]) == ("prompt", "invalid_request")
 
 
 async def test_what_is_no_error_is_left_alone(host: Host) -> None:

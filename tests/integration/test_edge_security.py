@@ -168,6 +168,18 @@ async def test_a_body_over_the_bound_is_413(open_edge: ClusterProcess) -> None:
             assert error_of(response)["message"] == "the body is larger than 4096 bytes"
 
 
+async def test_headers_are_taken_or_refused_never_by_chance(stub: tuple[StubFrontend, str], tmp_path: Path) -> None:
+    async with edge(tmp_path, stub[1], headers_kib_max=24) as process, client_of(process) as client:
+        for _ in range(5):
+            assert (await detokenize(client, **{"x-long": "a" * 23_000})).status_code == 200
+            assert (await client.get(f"/v1/tandem/models/{'m' * 23_000}")).status_code == 200
+        many = {f"x-{number}": "a" * 300 for number in range(50)}
+        assert (await detokenize(client, **many)).status_code == 200
+        response = await detokenize(client, **{"x-long": "a" * 25_000})
+        assert response.status_code == 431
+        assert error_of(response)["message"] == "the headers are too large or too many"
+
+
 def request_bytes(*lines: str, body: bytes = b"") -> bytes:
     head = ["POST /v1/detokenize HTTP/1.1", "host: x", "content-type: application/json", *lines]
     return "\r\n".join([*head, "", ""]).encode() + body

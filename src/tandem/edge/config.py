@@ -62,7 +62,7 @@ class EdgeConfig(ServiceConfig):
     )
 
     body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="largest body of a request")
-    headers_kib_max: int = Field(32, ge=4, le=1024, description="largest headers of a request, in KiB")
+    headers_kib_max: int = Field(16, ge=4, le=24, description="largest headers of a request, in KiB")
     header_count_max: int = Field(64, ge=16, le=1000, description="most headers of a request")
     headers_timeout_s: float = Field(10, gt=0, le=600, description="most time for the headers of a request to arrive")
     request_timeout_s: float = Field(30, gt=0, le=3600, description="most time for a whole request to arrive")

@@ -25,9 +25,14 @@ log = logging.getLogger(__name__)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+HEADERS_BYTES_MAX = 64 * 1024
+
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    # By default a call with more than 8 KiB of headers is refused at random, and the edge carries a path twice.
+    ("grpc.max_metadata_size", HEADERS_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", HEADERS_BYTES_MAX),
     # Two processes on one port would share its connections at random; the second must fail instead.
     ("grpc.so_reuseport", 0),
     # Peers ping every 10 s (channels.py); less than this is answered with GOAWAY too_many_pings.

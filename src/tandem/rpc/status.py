@@ -14,6 +14,10 @@ from tandem import errors
 from tandem.errors import TandemError
 
 DOMAIN = "tandem"
+MESSAGE_BYTES_MAX = 1024
+METADATA_BYTES_MAX = 256
+"""A status travels in headers: beyond 8 KiB of them gRPC may end the call for that alone, and beyond 60 KiB Envoy
+breaks the connection with all other streams on it. A message may quote what a client sent, however long."""
 
 
 def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
@@ -25,13 +29,15 @@ ERROR_BY_REASON: dict[str, type[TandemError]] = {error.reason: error for error i
 
 
 def to_status(error: TandemError) -> status_pb2.Status:
-    """The status a client sees."""
-    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))]
+    """The status a client sees; texts that are too long for headers are cut."""
+    message = _cut(error.message, MESSAGE_BYTES_MAX)
+    metadata = {key: _cut(value, METADATA_BYTES_MAX) for key, value in error.metadata.items()}
+    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
     if error.retry_delay_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_delay_s * 1e9))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=details)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=details)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:  # type: ignore[type-arg]
@@ -90,6 +96,15 @@ def _untyped(failure: grpc.aio.AioRpcError) -> TandemError:
             return errors.ServiceError(details)
         case _:
             return TandemError(f"{failure.code().name}: {details}")
+
+
+def _cut(text: str, bytes_max: int) -> str:
+    """The text, or as many whole characters of it as there is room for beside a mark."""
+    encoded = text.encode()
+    if len(encoded) <= bytes_max:
+        return text
+    mark = "…"
+    return encoded[: bytes_max - len(mark.encode())].decode(errors="ignore") + mark
 
 
 def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
