@@ -176,6 +176,8 @@ async def test_a_stale_state_is_told(state: Path) -> None:
         (["--engine", "vllm"], 1, "engine: "),
         (["--engine-extra", "{"], 1, "engine_extra: "),
         (["--engine-extra", '{"speed": 1}'], 1, "speed"),
+        (["--tool-parser", "hermess"], 1, "tool_parser"),
+        (["--reasoning-parser", "quen3"], 1, "reasoning_parser"),
     ],
 )
 async def test_what_cannot_start_is_one_sentence(state: Path, options: list[str], status: int, sentence: str) -> None:
