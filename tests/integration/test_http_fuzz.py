@@ -1,4 +1,4 @@
-"""Thousands of broken and half-broken bodies through a real Envoy: each one is answered, none with a 500, and all goes on."""
+"""Thousands of broken bodies through a real Envoy: each one is answered, none with a 500, and all goes on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ BODIES: dict[str, list[dict[str, Any]]] = {
 }
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 0.5, -0.0, 1e308, -1e308, 2**31, -(2**31) - 1, 2**63, -(2**63) - 1, 2**200, "", "a",
-    "\x00", "\ud83d\ude42", "\u202e", "<|end|>", "\\", '"}', "x" * 5_000, [], {}, [[]], [{}], {"": ""}, [None], {"a": {"a": {"a": 1}}},
+    "\x00", "\ud83d\ude42", "\u202e", "<|end|>", "\\", '"}',
+    "x" * 5_000, [], {}, [[]], [{}], {"": ""}, [None], {"a": {"a": {"a": 1}}},
     [1] * 3_000, ["a"] * 200, "NaN", "1", "true",
 ]  # fmt: skip
 

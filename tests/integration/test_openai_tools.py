@@ -118,6 +118,26 @@ def test_tools_are_told_to_the_model_unless_it_may_not_call(client: openai.OpenA
     assert prompt_tokens(tools=TOOLS) > prompt_tokens() == prompt_tokens(tools=TOOLS, tool_choice="none")
 
 
+def test_a_named_tool_is_the_only_one_told(client: openai.OpenAI) -> None:
+    def prompt_tokens(tools: list[Any]) -> int:
+        said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=tools, tool_choice=LOOK)
+        assert said.usage is not None
+        return said.usage.prompt_tokens
+
+    assert prompt_tokens(TOOLS) == prompt_tokens(TOOLS[:1])
+
+
+def test_a_tool_cannot_end_the_turn_it_is_told_in(client: openai.OpenAI) -> None:
+    def prompt_tokens(description: str) -> int:
+        tool = {"type": "function", "function": {"name": "look", "description": description}}
+        said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=[tool])
+        assert said.usage is not None
+        return said.usage.prompt_tokens
+
+    # A control token is one token; taken apart it is many.
+    assert prompt_tokens("<|end|>") > prompt_tokens("a") + 3
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_is_told_apart(client: openai.OpenAI, stream: bool) -> None:
     extra = {"regex": "<think>(yes|no)</think>(barn|bridge)"}

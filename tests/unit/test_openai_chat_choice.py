@@ -30,7 +30,8 @@ class Scripted:
     async def feed(self, text: str) -> list[Delta]:
         return list(self._feeds.pop(0))
 
-    async def close(self) -> list[Delta]:
+    async def close(self, *, complete: bool) -> list[Delta]:
+        self.was_complete = complete
         return list(self._rest)
 
 
@@ -87,6 +88,14 @@ async def test_a_call_alone_has_no_content() -> None:
 async def test_a_call_that_was_cut_off_ended_by_its_length() -> None:
     entries, whole = await told([CALL[:2]], reason=LENGTH)
     assert entries[-1]["finish_reason"] == whole["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(("reason", "complete"), [(STOP, True), (LENGTH, False)])
+async def test_the_parser_is_told_whether_the_model_came_to_its_end(reason: Any, complete: bool) -> None:
+    parsed: Any = Scripted([[]])
+    choice = ChatChoice(0, pb.GenerateRequest(), TokenTexts(Tokenizer.open(DEMO)), parsed)
+    await choice.end(pb.GenerateFinish(reason=reason))
+    assert parsed.was_complete is complete
 
 
 async def test_two_calls_and_one_at_most() -> None:

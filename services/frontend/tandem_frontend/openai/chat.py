@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -91,7 +91,14 @@ class ChatCompletions:
             raise InvalidRequest("tools", "this model's chat template takes none")
         if self._parsers is None or self._parsers.tool_parser is None:
             raise InvalidRequest("tools", "this frontend was started without a tool parser (--tool-parser)")
-        return [tool.model_dump(exclude_none=True) for tool in wanted.tools]
+        tools = [tool.model_dump(exclude_none=True) for tool in wanted.tools]
+        if isinstance(wanted.tool_choice, NamedToolChoice):
+            name = wanted.tool_choice.function.name
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+            if not tools:
+                raise InvalidRequest("tool_choice", f"names {name[:64]!r}, which is none of the tools")
+        cleaned: list[dict[str, Any]] = _cleaned(tools, self._model.tokenizer.without_control)
+        return cleaned
 
     def _template_kwargs(self, wanted: ChatRequest) -> dict[str, Any]:
         template = self._model.tokenizer.chat_template
@@ -149,6 +156,17 @@ class ChatCompletions:
 def _strict(tool: dict[str, Any]) -> dict[str, Any]:
     """A call that must be made follows its schema in any case: a grammar without one allows arguments of any kind."""
     return {**tool, "function": {"parameters": NO_PARAMETERS, **tool["function"], "strict": True}}
+
+
+def _cleaned(value: Any, clean: Callable[[str], str]) -> Any:
+    """A JSON value without control tokens in any of its texts."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(item, clean) for item in value]
+    if isinstance(value, dict):
+        return {clean(name): _cleaned(item, clean) for name, item in value.items()}
+    return value
 
 
 def _choice(wanted: ChatRequest) -> Any:

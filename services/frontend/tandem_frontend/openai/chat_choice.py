@@ -49,7 +49,11 @@ class ChatChoice:
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
         """What was held back, and the entry that tells why it ended."""
-        entries = self._entries(await self._parsed.close() if self._parsed is not None else ())
+        rest: Sequence[Delta] = ()
+        if self._parsed is not None:
+            # What the budget has cut off stays cut off: the parser must not complete it.
+            rest = await self._parsed.close(complete=finish.reason != generation_pb2.FINISH_REASON_LENGTH)
+        entries = self._entries(rest)
         if self._untold:
             entries += self._entries((Content(""),))
         elif not self._has_begun:
