@@ -9,10 +9,10 @@ import re
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import InvalidRequest
-from tandem.model.worker import Worker, WorkerRole, WorkerState
+from tandem.model.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState
 from tandem.rpc.messages import ROLE_BY_NUMBER, STATE_BY_NUMBER, worker_from_proto
 
-WORKER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
 WILDCARD_HOSTS = ("0.0.0.0", "[::]")
 MODEL_CHARACTERS_MAX = 256

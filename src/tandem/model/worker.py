@@ -5,8 +5,13 @@ Owns identity, capabilities, load and the compatibility rule. Where workers are 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from enum import Enum
+
+WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
+"""What the name of a worker may look like, in its settings and in the registry."""
+WORKER_ID_CHARS_MAX = 128
 
 
 class WorkerRole(Enum):
@@ -109,6 +114,13 @@ class EngineLoad:
     kv_capacity_tokens: int | None = None
     transferring_requests: int | None = None
     """Prefill: requests whose KV is on its way or still to be pulled. Decode: requests that wait for KV."""
+
+
+def default_worker_id(role: WorkerRole, address: str) -> str:
+    """The name of a worker that was given none: its role and its address, without what a name may not contain."""
+    place = re.sub("[^A-Za-z0-9._-]+", "-", address)
+    # Of a host that is too long the end is kept, and with it the port.
+    return f"{role.value}-{place[-(WORKER_ID_CHARS_MAX - len(role.value) - 1) :]}"
 
 
 def field_names() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from tandem.config import RpcServiceConfig
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
-from tandem.model.worker import WorkerRole
+from tandem.model.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.rpc.addresses import Addresses
 
 
@@ -34,8 +34,8 @@ class WorkerConfig(RpcServiceConfig):
     registry: Addresses = Field(description="host:port of the registry, or several separated by commas")
     worker_id: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$",
-        description="name in the registry, stable over restarts; default: role and address",
+        pattern=f"^{WORKER_ID_PATTERN}$",
+        description="name in the registry, stable over restarts; default: role-host-port",
     )
     model: Path = Field(description="model directory in Hugging Face format")
     model_name: str | None = Field(

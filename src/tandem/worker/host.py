@@ -18,7 +18,7 @@ from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServic
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
-from tandem.model.worker import Worker, WorkerRole, WorkerState
+from tandem.model.worker import Worker, WorkerRole, WorkerState, default_worker_id
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.worker.config import WorkerConfig
@@ -129,7 +129,7 @@ class WorkerHost:
     def _describe(self) -> Worker:
         bootstrap = self._engine.bootstrap_address()
         return Worker(
-            worker_id=self._config.worker_id or f"{self._role.value}-{self.address}",
+            worker_id=self._config.worker_id or default_worker_id(self._role, self.address),
             # Grows with every start, as long as this machine's clock does.
             epoch=time.time_ns() // 1_000_000,
             role=self._role,
