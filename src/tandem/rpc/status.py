@@ -1,9 +1,12 @@
 """Errors on the wire: `TandemError` to `google.rpc.Status` with ErrorInfo (and RetryInfo), and back.
 
-The only place that knows both sides. A status that carries no ErrorInfo of ours becomes the error that fits its code.
+The only place that knows both sides, and how much of an error fits into a response's metadata. A status that carries
+no ErrorInfo of ours becomes the error that fits its code.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -14,10 +17,14 @@ from tandem import errors
 from tandem.errors import TandemError
 
 DOMAIN = "tandem"
-MESSAGE_BYTES_MAX = 1024
-METADATA_BYTES_MAX = 256
-"""A status travels in headers: beyond 8 KiB of them gRPC may end the call for that alone, and beyond 60 KiB Envoy
-breaks the connection with all other streams on it. A message may quote what a client sent, however long."""
+
+# A peer takes 8 KiB of metadata by default and drops the type of an error with the rest. Message and details travel
+# side by side, the details in base64: with these bounds a whole status stays under 4 KiB.
+MESSAGE_BYTES_MAX = 1_000
+"""Of a message as HTTP/2 carries it: what is no printable ASCII takes three bytes for each of its own."""
+VALUE_BYTES_MAX = 256
+METADATA_BYTES_MAX = 1_000
+CUT = "..."
 
 
 def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
@@ -29,15 +36,14 @@ ERROR_BY_REASON: dict[str, type[TandemError]] = {error.reason: error for error i
 
 
 def to_status(error: TandemError) -> status_pb2.Status:
-    """The status a client sees; texts that are too long for headers are cut."""
-    message = _cut(error.message, MESSAGE_BYTES_MAX)
-    metadata = {key: _cut(value, METADATA_BYTES_MAX) for key, value in error.metadata.items()}
-    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
+    """The status a client sees."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_fitting(error.metadata))
+    details = [_pack(info)]
     if error.retry_delay_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_delay_s * 1e9))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=details)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_message(error.message), details=details)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:  # type: ignore[type-arg]
@@ -88,6 +94,9 @@ def _untyped(failure: grpc.aio.AioRpcError) -> TandemError:
             return errors.DeadlinePassed(details)
         case grpc.StatusCode.CANCELLED:
             return errors.RequestAborted(details)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
+            # gRPC's own sentence about a message beyond its limit: another try changes nothing.
+            return errors.InvalidRequest("request", details)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return errors.Overloaded(details)
         case grpc.StatusCode.UNIMPLEMENTED:
@@ -98,13 +107,38 @@ def _untyped(failure: grpc.aio.AioRpcError) -> TandemError:
             return TandemError(f"{failure.code().name}: {details}")
 
 
-def _cut(text: str, bytes_max: int) -> str:
-    """The text, or as many whole characters of it as there is room for beside a mark."""
-    encoded = text.encode()
-    if len(encoded) <= bytes_max:
-        return text
-    mark = "…"
-    return encoded[: bytes_max - len(mark.encode())].decode(errors="ignore") + mark
+def _message(text: str) -> str:
+    """A message short enough to travel, however much of a client's input it echoes."""
+    head = _encodable(text[: MESSAGE_BYTES_MAX + 1])
+    ends = list(accumulate(map(_carried_bytes, head)))
+    if not ends or ends[-1] <= MESSAGE_BYTES_MAX:
+        return head
+    return head[: sum(end <= MESSAGE_BYTES_MAX - len(CUT) for end in ends)] + CUT
+
+
+def _carried_bytes(character: str) -> int:
+    return 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+
+
+def _fitting(metadata: dict[str, str]) -> dict[str, str]:
+    """The facts of an error, each cut to its bound; the first ones where there are too many."""
+    fitting: dict[str, str] = {}
+    left_bytes = METADATA_BYTES_MAX
+    for key, value in metadata.items():
+        own = _encodable(value[: VALUE_BYTES_MAX + 1]).encode()
+        if len(own) > VALUE_BYTES_MAX:
+            own = own[: VALUE_BYTES_MAX - len(CUT)] + CUT.encode()
+        left_bytes -= len(key.encode()) + len(own)
+        if left_bytes < 0:
+            break
+        # A character that was cut in two goes as a whole.
+        fitting[key] = own.decode(errors="ignore")
+    return fitting
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair, as JSON can spell it, is no text that protobuf carries."""
+    return text.encode(errors="replace").decode()
 
 
 def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:

@@ -1,0 +1,108 @@
+"""Errors over a real channel: none loses its type, whatever it echoes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
+from tandem.errors import InvalidRequest, ModelNotFound, TandemError
+from tandem.rpc.channels import open_channel
+from tandem.rpc.server import RpcServer
+from tandem.rpc.status import ERROR_BY_REASON, _rebuild, from_rpc_error, to_status
+
+NAME = "tandem.api.registry.v1.RegistryService"
+
+
+class Failing(pb_grpc.RegistryServiceServicer):
+    """Answers List with an error."""
+
+    error: TandemError
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
+        raise self.error
+
+
+@asynccontextmanager
+async def failing(request_bytes_max: int = 2**20) -> AsyncIterator[tuple[Failing, Any]]:
+    servicer = Failing()
+    server = RpcServer(request_bytes_max=request_bytes_max)
+    server.add(NAME, lambda grpc_server: pb_grpc.add_RegistryServiceServicer_to_server(servicer, grpc_server))
+    await server.start("127.0.0.1", 0)
+    try:
+        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+            yield servicer, pb_grpc.RegistryServiceStub(channel)
+    finally:
+        await server.stop(0)
+
+
+async def seen(stub: Any, request: pb.ListRequest | None = None) -> TandemError:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await stub.List(request or pb.ListRequest(), timeout=10)
+    return from_rpc_error(failed.value)
+
+
+def assert_begins(cut: str, whole: str) -> None:
+    whole = whole.encode(errors="replace").decode()
+    assert cut == whole or (cut.endswith("...") and whole.startswith(cut.removesuffix("...")))
+
+
+# Half of a surrogate pair and control characters included: JSON can spell both.
+TEXTS = st.one_of(
+    st.text(st.characters(), max_size=40),
+    st.text(st.characters(), min_size=1, max_size=3).map(lambda text: text * 20_000),
+)
+METADATA = st.dictionaries(st.from_regex("[a-z_]{1,20}", fullmatch=True), TEXTS, max_size=12)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(ERROR_BY_REASON)), TEXTS, METADATA), min_size=1, max_size=20),
+)
+@settings(max_examples=15, deadline=None)
+async def test_every_error_arrives_as_what_it_was(errors: list[tuple[str, str, dict[str, str]]]) -> None:
+    async with failing() as (servicer, stub):
+        for reason, message, metadata in errors:
+            servicer.error = _rebuild(reason, message, metadata, 2.5)
+            assert to_status(servicer.error).ByteSize() < 3_000, "with the message and base64 this is 4 KiB"
+            got = await seen(stub)
+            assert type(got) is ERROR_BY_REASON[reason]
+            assert got.retry_delay_s == servicer.error.retry_delay_s
+            assert_begins(got.message, message)
+            assert set(got.metadata) == set(list(metadata)[: len(got.metadata)]), (
+                "the first ones, until there is no place"
+            )
+            for key, value in got.metadata.items():
+                assert_begins(value, metadata[key])
+
+
+async def test_a_few_long_values_all_arrive() -> None:
+    async with failing() as (servicer, stub):
+        servicer.error = ModelNotFound("no model " + "m" * 10**6, model="m" * 10**6, second="é" * 10**6, third="t")
+        got = await seen(stub)
+    assert isinstance(got, ModelNotFound)
+    assert len(got.message) == 1_000
+    sizes = {key: len(value.encode()) for key, value in got.metadata.items()}
+    assert sizes == {"model": 256, "second": 255, "third": 1}
+
+
+async def test_what_fits_is_not_touched() -> None:
+    async with failing() as (servicer, stub):
+        servicer.error = InvalidRequest("prompt", "f" * 992, limit=2048)
+        got = await seen(stub)
+    assert (got.message, got.metadata) == ("prompt: " + "f" * 992, {"field": "prompt", "limit": "2048"})
+
+
+@pytest.mark.parametrize(("bytes_over", "says"), [(10, "are more than 1000"), (2_000, "larger than max")])
+async def test_a_request_beyond_its_limit_names_the_request(bytes_over: int, says: str) -> None:
+    async with failing(request_bytes_max=1_000) as (_, stub):
+        got = await seen(stub, pb.ListRequest(model="m" * (1_000 + bytes_over)))
+    assert isinstance(got, InvalidRequest)
+    assert got.field == "request"
+    assert says in got.message
