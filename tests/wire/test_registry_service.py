@@ -161,6 +161,8 @@ async def test_a_start_that_is_not_newer_is_refused(stub: Any) -> None:
         ("Drain", pb.DrainRequest(epoch=1), "worker_id"),
         ("Drain", pb.DrainRequest(worker_id="a"), "epoch"),
         ("Deregister", pb.DeregisterRequest(), "lease_id"),
+        ("Deregister", pb.DeregisterRequest(lease_id="l" * 129), "lease_id"),
+        ("List", pb.ListRequest(model="m" * 2**20), "request"),
     ],
 )
 async def test_a_wrong_field_is_named(stub: Any, method: str, request_message: Any, field: str) -> None:
@@ -182,6 +184,31 @@ async def test_a_wrong_field_of_a_sign_of_life_is_named(stub: Any, message: pb.K
     error = await error_of(keeping.read())
     assert isinstance(error, InvalidRequest)
     assert error.field == field
+
+
+@pytest.mark.parametrize(
+    ("data", "field"), [(b"\xff\xff\xff", "request"), (b"\x0a\x02\xff\xfe", "lease_id")], ids=["garbage", "no UTF-8"]
+)
+async def test_a_sign_of_life_that_cannot_be_parsed_is_named(
+    channel: grpc.aio.Channel, data: bytes, field: str
+) -> None:
+    keeping: Any = channel.stream_stream("/tandem.api.registry.v1.RegistryService/KeepAlive")()
+    await keeping.write(data)
+    error = await error_of(keeping.read())
+    assert isinstance(error, InvalidRequest)
+    assert error.field == field
+
+
+async def test_signs_of_life_end_typed_when_the_registry_goes(
+    app: RegistryApp, stub: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeping = stub.KeepAlive()
+    await keeping.write(pb.KeepAliveRequest(lease_id=(await stub.Register(register_request())).lease_id))
+    await keeping.read()
+    assert await app.drain()
+    assert (await error_of(keeping.read())).reason == "DRAINING"
+    await app.stop()
+    assert not [record for record in caplog.records if record.exc_info], "a stop is no defect"
 
 
 async def test_drain_of_nobody_and_of_another_start(stub: Any) -> None:

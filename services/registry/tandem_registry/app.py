@@ -1,7 +1,7 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
 Start: backend, server, health SERVING. Drain: health NOT_SERVING while everything is still answered, then the end of
-the watch streams. Stop: the server, which cuts what is left (signs of life), then nothing holds the backend.
+all streams. Stop: the server, then nothing holds the backend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tandem_registry.config import RegistryConfig
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
-"""Streams of signs of life never end by themselves; this is for the last bytes of everything else."""
+"""For the last bytes: the ends of streams, each with its status."""
+REQUEST_BYTES_MAX = 2**20
+"""Of one request; that of a worker's entry has under a thousand."""
 
 
 class RegistryApp:
@@ -28,6 +30,7 @@ class RegistryApp:
             raise ConfigError("backend", f"{config.backend} is not available in this release; use memory")
         self._config = config
         self._backend: Backend | None = None
+        self._servicer: RegistryServicer | None = None
         self._server: RpcServer | None = None
 
     @property
@@ -40,7 +43,7 @@ class RegistryApp:
         """Return when it serves."""
         self._backend = MemoryBackend(self._config.lease_ttl_s)
         await self._backend.start()
-        servicer = RegistryServicer(self._backend)
+        servicer = self._servicer = RegistryServicer(self._backend)
         self._server = RpcServer(
             [
                 (
@@ -48,24 +51,23 @@ class RegistryApp:
                     lambda server: registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(servicer, server),
                 )
             ],
+            request_bytes_max=REQUEST_BYTES_MAX,
             tls=self._config.tls,
         )
         await self._server.start(self._config.host, self._config.port)
         await self._server.set_serving(True)
 
     async def drain(self) -> bool:
-        """Say that it goes, give everybody the settle time to look elsewhere, end the watch streams."""
+        """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
         assert self._server is not None, "drain() before start()"
-        assert self._backend is not None, "drain() before start()"
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
-        await self._backend.close()
+        await self._end_streams()
         return True
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
-        if self._backend is not None:
-            await self._backend.close()
+        await self._end_streams()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
 
@@ -73,3 +75,9 @@ class RegistryApp:
         """Return when leases are no longer watched over."""
         assert self._backend is not None, "wait_finished() before start()"
         return await self._backend.wait_failed()
+
+    async def _end_streams(self) -> None:
+        if self._servicer is not None:
+            self._servicer.end_signs_of_life()
+        if self._backend is not None:
+            await self._backend.close()

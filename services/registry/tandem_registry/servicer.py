@@ -5,6 +5,7 @@ Rules are in `validation` and `membership`, waiting in the backend; errors becom
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from google.protobuf import duration_pb2
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
-from tandem.errors import InvalidRequest
+from tandem.errors import Draining, InvalidRequest
 from tandem.model.worker import Worker
 from tandem.rpc.messages import worker_to_proto
 from tandem_registry.backends.port import Backend
@@ -39,6 +40,11 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._ending = asyncio.Event()
+
+    def end_signs_of_life(self) -> None:
+        """End the streams of signs of life, which never end by themselves, with Draining."""
+        self._ending.set()
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
         """Enter a worker and grant it a lease."""
@@ -53,9 +59,31 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Any
     ) -> AsyncIterator[pb.KeepAliveResponse]:
         """Answer each sign of life. The end of the stream leaves the lease to its time."""
-        async for request in request_iterator:
+        async for request in self._until_the_end(request_iterator):
             await self._backend.keep_alive(checked_lease_id(request.lease_id), checked_state(request.state))
             yield pb.KeepAliveResponse(time_to_live=_duration(self._backend.ttl_s))
+
+    async def _until_the_end(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveRequest]:
+        """Requests as they come.
+
+        Raises:
+            Draining: the registry is going away.
+        """
+        ending = asyncio.ensure_future(self._ending.wait())
+        coming: asyncio.Future[pb.KeepAliveRequest | None] = asyncio.ensure_future(anext(requests, None))
+        try:
+            while True:
+                await asyncio.wait({coming, ending}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    raise Draining("the registry is going away")
+                request = coming.result()
+                if request is None:
+                    return
+                yield request
+                coming = asyncio.ensure_future(anext(requests, None))
+        finally:
+            ending.cancel()
+            coming.cancel()
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """Send the view, then its changes, until the watcher leaves or falls behind."""

@@ -16,6 +16,8 @@ WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
 WILDCARD_HOSTS = ("0.0.0.0", "[::]")
 MODEL_CHARACTERS_MAX = 256
+LEASE_ID_CHARACTERS_MAX = 128
+HOST_CHARACTERS_MAX = 253
 PORT_MAX = 65535
 
 
@@ -51,8 +53,8 @@ def checked_epoch(field: str, epoch: int) -> int:
 
 def checked_lease_id(lease_id: str) -> str:
     """The id of a lease."""
-    if not lease_id:
-        raise InvalidRequest("lease_id", "must be given")
+    if not 1 <= len(lease_id) <= LEASE_ID_CHARACTERS_MAX:
+        raise InvalidRequest("lease_id", f"must have 1 to {LEASE_ID_CHARACTERS_MAX} characters")
     return lease_id
 
 
@@ -90,7 +92,7 @@ def _check_bootstrap(message: worker_pb2.Worker) -> None:
         return
     if not has_bootstrap:
         raise InvalidRequest("worker.bootstrap", "must be given on a worker of role prefill")
-    if not message.bootstrap.host:
-        raise InvalidRequest("worker.bootstrap.host", "must be given")
+    if not 1 <= len(message.bootstrap.host) <= HOST_CHARACTERS_MAX:
+        raise InvalidRequest("worker.bootstrap.host", f"must have 1 to {HOST_CHARACTERS_MAX} characters")
     if not 1 <= message.bootstrap.port <= PORT_MAX:
         raise InvalidRequest("worker.bootstrap.port", f"must be 1 to {PORT_MAX}, not {message.bootstrap.port}")

@@ -27,6 +27,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST."""
 
+    def __init__(self, request_bytes_max: int) -> None:
+        """A longer request is refused before it is parsed."""
+        self._request_bytes_max = request_bytes_max
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
@@ -37,26 +41,40 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or not method.startswith("/tandem."):
             return handler
-        return _wrap(handler, method)
+        return _wrap(handler, method, _deserializer(method, self._request_bytes_max))
 
 
-def _wrap(handler: Any, method: str) -> Handler:
+def _wrap(handler: Any, method: str, deserializer: Any) -> Handler:
     if handler.unary_unary:
         wrapped = _unary(handler.unary_unary, method)
-        return grpc.unary_unary_rpc_method_handler(wrapped, _deserializer(method), handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
     if handler.unary_stream:
         stream = _stream(handler.unary_stream, method)
-        return grpc.unary_stream_rpc_method_handler(stream, _deserializer(method), handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     if handler.stream_stream:
-        stream = _stream(handler.stream_stream, method)
-        return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
+        stream = _stream(_over_checked(handler.stream_stream), method)
+        return grpc.stream_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     return handler  # type: ignore[no-any-return]
 
 
-def _deserializer(method: str) -> Any:
+def _deserializer(method: str, request_bytes_max: int) -> Any:
     service, name = method.removeprefix("/").split("/")
     request = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
-    return checked_deserializer(GetMessageClass(request))
+    return checked_deserializer(GetMessageClass(request), request_bytes_max)
+
+
+def _over_checked(
+    behavior: Callable[[Any, Context], AsyncIterator[Any]],
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    """A behaviour over a stream of requests, in which one that cannot be parsed is raised where it is read."""
+
+    async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            if isinstance(request, TandemError):
+                raise request
+            yield request
+
+    return lambda requests, context: behavior(checked(requests), context)
 
 
 def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[[Any, Context], Awaitable[Any]]:

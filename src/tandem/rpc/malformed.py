@@ -1,6 +1,7 @@
 """Requests that are not what the contract says: names the field instead of letting gRPC answer INTERNAL.
 
-Owns the search for a string that is not UTF-8 in bytes that protobuf refused. Knows nothing of any service.
+Owns the search for a string that is not UTF-8 in bytes that protobuf refused, and the bound on a request's bytes.
+Knows nothing of any service.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from tandem.errors import InvalidRequest
 
 LENGTH_DELIMITED = 2
+SEARCH_BYTES_MAX = 256 * 2**10
+"""The search looks at every field; in more bytes than this there may be so many that everybody waits for it."""
 
 
-def checked_deserializer(message_type: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
+def checked_deserializer(
+    message_type: type[Message], request_bytes_max: int
+) -> Callable[[bytes], Message | InvalidRequest]:
     """A deserializer that returns the error instead of raising it: gRPC hides whatever a deserializer raises."""
 
     def deserialize(data: bytes) -> Message | InvalidRequest:
+        if len(data) > request_bytes_max:
+            return InvalidRequest(
+                "request", f"{len(data)} bytes are more than {request_bytes_max}", limit=request_bytes_max
+            )
         try:
             return message_type.FromString(data)
         except DecodeError:
-            field = find_invalid_utf8(data, message_type.DESCRIPTOR)
+            field = find_invalid_utf8(data, message_type.DESCRIPTOR) if len(data) <= SEARCH_BYTES_MAX else None
             if field is None:
                 return InvalidRequest("request", f"is not a protobuf {message_type.DESCRIPTOR.full_name}")
             return InvalidRequest(field, "is not valid UTF-8")

@@ -28,7 +28,6 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HEADERS_BYTES_MAX = 64 * 1024
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     # By default a call with more than 8 KiB of headers is refused at random, and the edge carries a path twice.
     ("grpc.max_metadata_size", HEADERS_BYTES_MAX),
@@ -41,21 +40,35 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+RECEIVED_FACTOR = 2
+"""So many times the bytes of the longest request are received at all: up to there a refusal is typed, and beyond it is
+gRPC's own RESOURCE_EXHAUSTED, which names nothing."""
+
 AddServicer = Callable[[grpc.aio.Server], None]
 
 
 class RpcServer:
     """A gRPC server with health (NOT_SERVING until told otherwise) and reflection."""
 
-    def __init__(self, services: Sequence[tuple[str, AddServicer]] = (), *, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        services: Sequence[tuple[str, AddServicer]] = (),
+        *,
+        request_bytes_max: int = MESSAGE_BYTES_MAX,
+        tls: Tls | None = None,
+    ) -> None:
         """Each service is its full protobuf name and the function that adds its servicer to a server.
 
-        With `tls` every caller must present a certificate, of health and reflection too.
+        A request of more than `request_bytes_max` is refused before it is parsed. With `tls` every caller must present a
+        certificate, of health and reflection too.
         """
         self._tls = tls
         self._credentials: ServerCredentials | None = None
         self._names: list[str] = []
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(request_bytes_max)],
+            options=(*OPTIONS, ("grpc.max_receive_message_length", RECEIVED_FACTOR * request_bytes_max)),
+        )
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name, add in services:
