@@ -95,6 +95,16 @@ async def test_a_stop_string_is_cut_out_across_chunks(simulated: LocalCluster) -
     assert stream.token_ids == oracle(STORY, len(stream.token_ids))
 
 
+async def test_no_stop_string_ends_a_stream_before_its_least_length(simulated: LocalCluster) -> None:
+    texts = [TOKENIZER.decode(oracle(STORY, count)) for count in (1, 20)]
+    stream = await generate(simulated, request_of(STORY, max_tokens=60, min_tokens=20, stop=[texts[0]]))
+    assert len(stream.token_ids) > 20
+    assert stream.token_ids == oracle(STORY, len(stream.token_ids))
+    assert stream.text.startswith(texts[1][:-1]), "what did not end it is shown"
+    least = await generate(simulated, request_of(STORY, max_tokens=20, min_tokens=20, stop=[texts[0]]))
+    assert (least.token_ids, least.text) == (oracle(STORY, 20), texts[1])
+
+
 @pytest.mark.parametrize("ignore_eos", [False, True])
 async def test_a_stop_token_ends_the_stream_and_shows_no_text(simulated: LocalCluster, ignore_eos: bool) -> None:
     tokens = oracle(STORY, 30)

@@ -36,6 +36,26 @@ def test_the_cutting_does_not_matter(pieces: list[str], stops: list[str]) -> Non
     assert run(pieces, stops) == oracle("".join(pieces), stops)
 
 
+@given(st.lists(LETTERS, max_size=8), STOPS, st.integers(0, 8))
+def test_a_stop_counts_where_it_is_complete(pieces: list[str], stops: list[str], first: int) -> None:
+    """Before piece number `first` a stop is text; one that began there and ends later counts as a whole."""
+    early, text = len("".join(pieces[:first])), "".join(pieces)
+    expected: tuple[str, str | None] = text, None
+    for end in range(early + 1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            expected = text[: end - len(max(ending, key=len))], max(ending, key=len)
+            break
+    matcher, out = StopMatcher(stops), ""
+    for number, piece in enumerate(pieces):
+        step = matcher.push(piece, may_end=number >= first)
+        out += step.text
+        if step.matched is not None:
+            assert (out, step.matched) == expected
+            return
+    assert (out + matcher.flush(), None) == expected
+
+
 @given(LETTERS, STOPS)
 def test_what_is_held_back_could_still_become_a_stop(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)

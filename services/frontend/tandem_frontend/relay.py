@@ -15,7 +15,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.rpc.messages import timestamp
 from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.stopping import StopMatcher, StopStep, StopTokens
 
 LEG_TIMES = ("prefill_start_time", "prefill_end_time", "kv_transfer_start_time", "kv_transfer_end_time")
 
@@ -75,7 +75,7 @@ class Relay:
         """
         rest = None
         if self._matched is None:
-            text = self._stops.push(self._detokenizer.flush())
+            text = self._push(self._detokenizer.flush())
             held = text.text if text.matched is not None else text.text + self._stops.flush()
             if text.matched is not None:
                 self._matched = generation_pb2.MatchedStop(stop=text.matched)
@@ -93,15 +93,19 @@ class Relay:
         """Add a token's text; whether it ends the generation as far as the client is concerned."""
         if self._stop_tokens.matches(token_id, self._token_count):
             # Its own text is not the client's; what was held back before it is.
-            step = self._stops.push(self._detokenizer.flush())
+            step = self._push(self._detokenizer.flush())
             texts.append(step.text if step.matched is not None else step.text + self._stops.flush())
             self._matched = generation_pb2.MatchedStop(token_id=token_id)
             return True
-        step = self._stops.push(self._detokenizer.push((token_id,)))
+        step = self._push(self._detokenizer.push((token_id,)))
         texts.append(step.text)
         if step.matched is not None:
             self._matched = generation_pb2.MatchedStop(stop=step.matched)
         return step.matched is not None
+
+    def _push(self, text: str) -> StopStep:
+        """Text of the newest token, searched for stop strings; those before the least number of tokens do not count."""
+        return self._stops.push(text, may_end=self._stop_tokens.may_end(self._token_count))
 
     def _chunk(
         self, text: str, token_ids: Sequence[int], logprobs: Sequence[generation_pb2.TokenLogprob]

@@ -34,14 +34,19 @@ class StopMatcher:
         self._matched_chars = [0] * len(self._stops)
         self._held = ""
 
-    def push(self, text: str) -> StopStep:
-        """Take the next piece. After a match, nothing more may be pushed."""
+    def push(self, text: str, *, may_end: bool = True) -> StopStep:
+        """Take the next piece. After a match, nothing more may be pushed.
+
+        Args:
+            text: the piece.
+            may_end: if not, a stop string that becomes complete in this piece is text like any other.
+        """
         if not self._stops:
             return StopStep(text)
         whole = self._held + text
         for place, char in enumerate(text, start=len(self._held)):
             stop = self._step(char)
-            if stop is not None:
+            if stop is not None and may_end:
                 self._held = ""
                 return StopStep(whole[: place + 1 - len(stop)], stop)
         certain = len(whole) - max(self._matched_chars)
@@ -87,7 +92,11 @@ class StopTokens:
 
     def matches(self, token_id: int, place: int) -> bool:
         """Whether a token ends the generation; `place` counts tokens from 1."""
-        return token_id in self._token_ids and place > self._min_tokens
+        return token_id in self._token_ids and self.may_end(place)
+
+    def may_end(self, place: int) -> bool:
+        """Whether a stop of any kind may end the generation at a token; `place` counts tokens from 1."""
+        return place > self._min_tokens
 
 
 def _fallbacks(stop: str) -> list[int]:
