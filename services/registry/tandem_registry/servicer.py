@@ -73,7 +73,8 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         coming: asyncio.Future[pb.KeepAliveRequest | None] = asyncio.ensure_future(anext(requests, None))
         try:
             while True:
-                await asyncio.wait({coming, ending}, return_when=asyncio.FIRST_COMPLETED)
+                waits: set[asyncio.Future[Any]] = {coming, ending}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
                     raise Draining("the registry is going away")
                 request = coming.result()
