@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tandem_frontend.sampling_ranges import RANGES
 from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.validation import RANGES, checked_generate
+from tandem_frontend.validation import checked_generate
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest

@@ -64,9 +64,10 @@ class FrontendApp:
                 SGLang has no such parsers.
         """
         config = self._config
-        server = self._server = RpcServer(tls=config.tls)
-        server.bind(config.host, config.port)
         tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
+        request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
+        server = self._server = RpcServer(request_bytes_max=request_bytes_max, tls=config.tls)
+        server.bind(config.host, config.port)
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))

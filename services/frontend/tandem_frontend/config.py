@@ -9,6 +9,9 @@ from pydantic import Field
 from tandem.config import RpcServiceConfig
 from tandem.rpc.addresses import Addresses
 
+REQUEST_BYTES_BASE = 2**20
+REQUEST_BYTES_PER_TOKEN = 16
+
 
 class FrontendConfig(RpcServiceConfig):
     """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
@@ -19,6 +22,12 @@ class FrontendConfig(RpcServiceConfig):
         None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"
     )
     open_requests_max: int = Field(256, ge=1, le=100_000, description="requests open at a time; more are refused")
+    request_bytes_max: int | None = Field(
+        None,
+        ge=64 * 2**10,
+        le=2**30,
+        description="most bytes of one request; default: 1 MiB, and 16 for each token of the model's context",
+    )
     leg_accept_timeout_s: float = Field(
         5, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
     )
@@ -29,3 +38,11 @@ class FrontendConfig(RpcServiceConfig):
     def served_name(self) -> str:
         """Name clients ask for."""
         return self.model_name or self.model.resolve().name
+
+    def request_bytes(self, context_tokens_max: int) -> int:
+        """Most bytes of one request to a model with that context.
+
+        The longest one that can be served is one token a character, each of them spelt as six bytes of JSON; what is
+        longer costs time and memory before it can be refused.
+        """
+        return self.request_bytes_max or REQUEST_BYTES_BASE + REQUEST_BYTES_PER_TOKEN * context_tokens_max

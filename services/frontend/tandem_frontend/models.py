@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.errors import ModelNotFound
+from tandem.errors import InvalidRequest, ModelNotFound
 from tandem.model.worker import Worker, WorkerRole, WorkerState
 from tandem_frontend.tokenization import Tokenizer
+
+NAME_CHARS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,21 @@ class ServedModel:
         """Refuse a request for another model; None is a request for the only one.
 
         Raises:
-            ModelNotFound
+            ModelNotFound, InvalidRequest
         """
         if name is not None and name != self.name:
+            check_name_length(name)
             raise ModelNotFound(f"no model {name!r} is served here; there is {self.name!r}", model=name)
+
+
+def check_name_length(name: str) -> None:
+    """Refuse what can be no model's name.
+
+    Raises:
+        InvalidRequest
+    """
+    if len(name) > NAME_CHARS_MAX:
+        raise InvalidRequest("model", f"must be at most {NAME_CHARS_MAX} characters long")
 
 
 def list_models(workers: Iterable[Worker], served: ServedModel) -> list[pb.Model]:

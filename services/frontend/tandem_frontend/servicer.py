@@ -18,8 +18,8 @@ from tandem.model.worker import Worker
 from tandem.rpc.messages import present
 from tandem_frontend.events import as_response, server_sent
 from tandem_frontend.generation import Generation
-from tandem_frontend.models import ServedModel, get_model, list_models
-from tandem_frontend.validation import checked_tokenize
+from tandem_frontend.models import ServedModel, check_name_length, get_model, list_models
+from tandem_frontend.validation import checked_detokenize, checked_tokenize
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -70,13 +70,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """Token ids to text."""
         self._model.check_name(present(request, "model", request.model))
         tokenizer = self._model.tokenizer
-        for token_id in request.token_ids:
-            if not 0 <= token_id < tokenizer.vocabulary_size:
-                raise InvalidRequest(
-                    "token_ids", f"{token_id} is outside the vocabulary of {tokenizer.vocabulary_size}"
-                )
+        token_ids = checked_detokenize(request, tokenizer)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special_tokens=skip))
+        return pb.DetokenizeResponse(text=await tokenizer.decode_all(token_ids, skip_special_tokens=skip))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
         """The models that can be asked for now."""
@@ -86,4 +82,5 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """One of them."""
         if not request.model:
             raise InvalidRequest("model", "must be given")
+        check_name_length(request.model)
         return pb.GetModelResponse(model=get_model(self._workers(), self._model, request.model))

@@ -13,11 +13,17 @@ from pathlib import Path
 import tokenizers
 
 from tandem.checkpoint import Card, read_card
-from tandem.errors import StartError
+from tandem.errors import ContextExceeded, StartError
 from tandem_frontend.chat_template import ChatTemplate
 
 BLOCKING_CHARS_MAX = 8_192
 """Shorter texts are encoded at once (under 3 ms); longer ones in a thread, so that no stream waits for them."""
+BLOCKING_TOKENS_MAX = 8_192
+"""The same for the way back."""
+ENCODED_CONTEXTS_MAX = 4
+"""No text is made into more tokens than so many contexts hold: each takes a hundred bytes on the way."""
+COUNTED_CHARS = 16_384
+"""A text that may be longer than that is counted first, in pieces of this size."""
 SHRINK_MAX = 4
 """Normalisation may make a text shorter before it is cut into tokens (composed characters, collapsed spaces)."""
 _BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
@@ -92,11 +98,25 @@ class Tokenizer:
         """No text longer than this can fit the context, however it is cut into tokens."""
         return self.context_tokens_max * self._token_bytes_max * SHRINK_MAX
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Control tokens in it are read as such."""
+    async def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> list[int]:
+        """Token ids of a text. Control tokens in it are read as such.
+
+        Raises:
+            ContextExceeded: it is far beyond the context; `field` is what the refusal names.
+        """
         if len(text) <= BLOCKING_CHARS_MAX:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+            return self._encode(text, add_special_tokens, field)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens, field)
+
+    async def decode_all(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """`decode` for a list of any length: no stream waits for it."""
+        if len(token_ids) <= BLOCKING_TOKENS_MAX:
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        # A batch, even of one, lets other threads run; decode() holds the interpreter's lock to its end.
+        texts = await asyncio.to_thread(
+            self._backend.decode_batch, [token_ids], skip_special_tokens=skip_special_tokens
+        )
+        return str(texts[0])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no whole character show as U+FFFD."""
@@ -125,5 +145,29 @@ class Tokenizer:
                 text = text.replace(special, f"{special[0]}\u2060{special[1:]}")
         return text
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
+        if len(text) > self._encoded_tokens_max:
+            self._check_count(text, field)
+        return self._encoding(text, add_special_tokens).ids
+
+    def _check_count(self, text: str, field: str) -> None:
+        """Count the tokens of a long text without holding more than a piece of them."""
+        count = 0
+        for begin in range(0, len(text), COUNTED_CHARS):
+            count += len(self._encoding(text[begin : begin + COUNTED_CHARS], False))
+            if count > self._encoded_tokens_max:
+                raise ContextExceeded(
+                    field,
+                    f"over {self._encoded_tokens_max} tokens are beyond this model's maximum context length of "
+                    f"{self.context_tokens_max} tokens",
+                    limit=self.context_tokens_max,
+                )
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        # A batch, even of one, lets other threads run; encode() holds the interpreter's lock to its end, in whatever
+        # thread it is, and everybody waits.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+
+    @property
+    def _encoded_tokens_max(self) -> int:
+        return ENCODED_CONTEXTS_MAX * self.context_tokens_max

@@ -6,11 +6,11 @@ grammar compiles) is left to it.
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +18,22 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import sampling_pb2
 from tandem.errors import ContextExceeded, InvalidRequest
 from tandem.rpc.messages import present
-from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.json_bounds import check_json_bounds
+from tandem_frontend.sampling_ranges import check_ranges
+from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, Tokenizer
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STOPS_MAX = 16
 STOP_BYTES_MAX = 1_024
 STOP_TOKENS_MAX = 64
-LOGIT_BIASES_MAX = 1_024
 TOP_LOGPROBS_MAX = 20
 CACHE_SALT_CHARS_MAX = 128
 SESSION_ID_CHARS_MAX = 128
 PRIORITY_MAX = 100
 GRAMMAR_BYTES_MAX = 256 * 1_024
-
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "temperature": (0, 2, True),
-    "top_p": (0, 1, False),
-    "min_p": (0, 1, True),
-    "presence_penalty": (-2, 2, True),
-    "frequency_penalty": (-2, 2, True),
-    "repetition_penalty": (0, 2, False),
-}
-"""Field of Sampling -> lowest, highest, whether the lowest itself is allowed."""
+PATTERN_BYTES_MAX = 16 * 1_024
+"""Of a grammar that is no JSON: how deeply it nests, nobody has counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +65,8 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
     request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
     if not REQUEST_ID.fullmatch(request_id):
         raise InvalidRequest("request_id", "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
-    _check_sampling(request.sampling, tokenizer.vocabulary_size)
+    check_ranges(request.sampling)
+    check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocabulary_size)
     _check_stopping(request.stopping, tokenizer.vocabulary_size)
     _check_rest(request)
     token_ids = await _prompt_ids(request, tokenizer)
@@ -113,6 +108,20 @@ async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) ->
     raise InvalidRequest("input", "one of prompt and chat must be given")
 
 
+def checked_detokenize(request: pb.DetokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a request; no more than the context holds.
+
+    Raises:
+        InvalidRequest: they are too many, or one is not the model's.
+    """
+    count, most = len(request.token_ids), tokenizer.context_tokens_max
+    if count > most:
+        raise InvalidRequest("token_ids", f"{count} are more than the {most} of the model's context", limit=most)
+    token_ids = list(request.token_ids)
+    check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
+    return token_ids
+
+
 async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
     kind = request.WhichOneof("input")
     if kind == "prompt":
@@ -123,6 +132,7 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list
     elif kind == "chat":
         token_ids = await _chat_ids(request.chat, tokenizer)
     elif kind == "token_ids":
+        check_token_count(kind, len(request.token_ids.ids), tokenizer)
         token_ids = list(request.token_ids.ids)
     else:
         raise InvalidRequest("input", "one of prompt, token_ids and chat must be given")
@@ -130,8 +140,7 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list
         raise InvalidRequest(kind, "must not be empty")
     # Also of a text: some checkpoints have added tokens beyond their embedding, and those would take an engine down.
     check_token_ids(kind, token_ids, tokenizer.vocabulary_size)
-    if len(token_ids) >= tokenizer.context_tokens_max:
-        raise _too_long(kind, f"{len(token_ids)} tokens", tokenizer.context_tokens_max)
+    check_token_count(kind, len(token_ids), tokenizer)
     return token_ids
 
 
@@ -140,16 +149,41 @@ async def _chat_ids(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
         raise InvalidRequest("chat", "this model has no chat template; use prompt")
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must not be empty")
-    messages = []
+    # Whatever a template makes of a message is a token at least.
+    check_token_count("chat.messages", len(chat.messages), tokenizer, what="messages")
+    if chat.ByteSize() <= BLOCKING_CHARS_MAX:
+        text = _rendered(chat, tokenizer)
+    else:
+        text = await asyncio.to_thread(_rendered, chat, tokenizer)
+    return await tokenizer.encode(text, add_special_tokens=False, field="chat")
+
+
+def _rendered(chat: pb.Chat, tokenizer: Tokenizer) -> str:
+    assert tokenizer.chat_template is not None, "checked before"
+    messages: list[dict[str, str]] = []
+    left_bytes = tokenizer.prompt_bytes_max
     for number, message in enumerate(chat.messages):
-        if not message.role:
-            raise InvalidRequest(f"chat.messages[{number}].role", "must be given")
-        check_text(f"chat.messages[{number}].content", message.content, tokenizer)
-        messages.append({"role": message.role, "content": tokenizer.without_control(message.content)})
+        check_role(f"chat.messages[{number}].role", message.role)
+        field, content = f"chat.messages[{number}].content", message.content
+        check_text(field, content, tokenizer)
+        left_bytes -= len(content.encode())
+        if left_bytes < 0:
+            raise _too_long("chat.messages", f"the contents up to message {number}", tokenizer.context_tokens_max)
+        messages.append({"role": message.role, "content": tokenizer.without_control(content)})
     begin_answer = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     text = tokenizer.chat_template.render(messages, add_generation_prompt=begin_answer)
     check_text("chat", text, tokenizer)
-    return await tokenizer.encode(text, add_special_tokens=False)
+    return text
+
+
+def check_role(field: str, role: str) -> None:
+    """Refuse what is no name: templates print roles as they are, so that one could end a turn and begin another's.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not ROLE.fullmatch(role):
+        raise InvalidRequest(field, "must be 1 to 64 characters of a-z, A-Z, 0-9, '_', '-'")
 
 
 def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
@@ -169,35 +203,26 @@ def _too_long(field: str, size: str, context_tokens_max: int) -> ContextExceeded
     return ContextExceeded(field, sentence, limit=context_tokens_max)
 
 
-def check_token_ids(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:
+def check_token_count(field: str, count: int, tokenizer: Tokenizer, *, what: str = "tokens") -> None:
+    """Refuse a list that cannot fit before anybody looks into it.
+
+    Raises:
+        ContextExceeded: names the field.
+    """
+    if count >= tokenizer.context_tokens_max:
+        raise _too_long(field, f"{count} {what}", tokenizer.context_tokens_max)
+
+
+def check_token_ids(field: str, token_ids: Collection[int], vocabulary_size: int) -> None:
     """Refuse ids that the model does not have.
 
     Raises:
         InvalidRequest: names the field.
     """
-    for token_id in token_ids:
-        if not 0 <= token_id < vocabulary_size:
-            raise InvalidRequest(field, f"{token_id} is outside the vocabulary of {vocabulary_size} tokens")
-
-
-def _check_sampling(sampling: sampling_pb2.Sampling, vocabulary_size: int) -> None:
-    for name, (lowest, highest, with_lowest) in RANGES.items():
-        if not sampling.HasField(name):  # type: ignore[arg-type]
-            continue
-        value = getattr(sampling, name)
-        # NaN compares false with everything.
-        inside = lowest < value <= highest or (with_lowest and value == lowest)
-        if not inside:
-            wanted = f"from {lowest:g} to {highest:g}" if with_lowest else f"over {lowest:g} and at most {highest:g}"
-            raise InvalidRequest(f"sampling.{name}", f"must be {wanted}, not {value:g}")
-    if sampling.HasField("top_k") and sampling.top_k != -1 and sampling.top_k < 1:
-        raise InvalidRequest("sampling.top_k", f"must be 1 or more, or -1 for all, not {sampling.top_k}")
-    if len(sampling.logit_bias) > LOGIT_BIASES_MAX:
-        raise InvalidRequest("sampling.logit_bias", f"{len(sampling.logit_bias)} are more than {LOGIT_BIASES_MAX}")
-    check_token_ids("sampling.logit_bias", sampling.logit_bias, vocabulary_size)
-    for token_id, bias in sampling.logit_bias.items():
-        if math.isnan(bias) or abs(bias) > 100:
-            raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
+    # In two steps: a prompt has up to a million of them, and these go over them in a few milliseconds.
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size)
+        raise InvalidRequest(field, f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
 
 
 def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> None:
@@ -234,8 +259,9 @@ def _check_guided(guided: sampling_pb2.Guided) -> None:
     if kind is None:
         return
     grammar = getattr(guided, kind)
-    if not 0 < len(grammar.encode()) <= GRAMMAR_BYTES_MAX:
-        raise InvalidRequest(f"guided.{kind}", f"must be 1 to {GRAMMAR_BYTES_MAX} bytes long")
+    bytes_max = PATTERN_BYTES_MAX if kind in ("regex", "ebnf") else GRAMMAR_BYTES_MAX
+    if not 0 < len(grammar.encode()) <= bytes_max:
+        raise InvalidRequest(f"guided.{kind}", f"must be 1 to {bytes_max} bytes long")
     if kind in ("json_schema", "structural_tag"):
         try:
             schema: Any = json.loads(grammar)
@@ -244,3 +270,4 @@ def _check_guided(guided: sampling_pb2.Guided) -> None:
         allowed = dict | bool if kind == "json_schema" else dict
         if not isinstance(schema, allowed):
             raise InvalidRequest(f"guided.{kind}", "is not a JSON object")
+        check_json_bounds(f"guided.{kind}", schema)

@@ -28,6 +28,8 @@ from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
+LEG_BYTES_MAX = 16 * 2**20
+"""Of one leg: a million token ids of five bytes, and a grammar."""
 
 RoleService = Callable[[Engine, Legs, Worker], tuple[str, AddServicer]]
 """Makes the service of the role: its full name, and what adds its servicer to a server."""
@@ -59,7 +61,7 @@ class WorkerHost:
             StartError: the port is taken, a TLS file cannot be used, the engine cannot start or fails its canary, or
                 the registry refuses.
         """
-        server = self._server = RpcServer(tls=self._config.tls)
+        server = self._server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=self._config.tls)
         # First, because an engine takes long to start, only to find that somebody else listens here.
         server.bind(self._config.host, self._config.port)
         await self._engine.start()

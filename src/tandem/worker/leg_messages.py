@@ -22,6 +22,8 @@ from tandem.rpc.messages import (
 )
 from tandem.worker.legs import LegKey
 
+REQUEST_ID_CHARS_MAX = 128
+
 
 def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
     """Which attempt of which request.
@@ -29,8 +31,8 @@ def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
     Raises:
         InvalidRequest: one of the two is missing.
     """
-    if not leg.request_id:
-        raise InvalidRequest("leg.request_id", "must be given")
+    if not 1 <= len(leg.request_id) <= REQUEST_ID_CHARS_MAX:
+        raise InvalidRequest("leg.request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters long")
     if leg.attempt < 1:
         raise InvalidRequest("leg.attempt", "must be 1 or more")
     return leg.request_id, leg.attempt

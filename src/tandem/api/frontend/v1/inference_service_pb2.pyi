@@ -50,7 +50,7 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.str
     """Keeps prefix caches of different tenants apart, at most 128 characters. Default: shared."""
     session_id: _builtins.str
-    """Requests of one session prefer workers that hold their prefix. Default: none."""
+    """Reserved: carried, not used for routing yet. At most 128 characters. Default: none."""
     skip_special_tokens: _builtins.bool
     """Leave special tokens out of the text. Default true. Tool calls of many models are written with them."""
     @_builtins.property
@@ -138,7 +138,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens, each below the size of the model's vocabulary."""
+        """The tokens, fewer than the context holds, each below the size of the model's vocabulary."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Chat(_message.Message):
     """Begin the assistant's turn after the last message. Default true."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """The messages, first to last, 1 or more."""
+        """The messages, first to last, 1 or more, and fewer than the context holds tokens."""
 
     def __init__(
         self,
@@ -192,7 +192,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks: "system", "user", "assistant" or another role the template knows."""
+    """Who speaks: "system", "user", "assistant" or another role the template knows; 1 to 64 characters of a-z, A-Z, 0-9,
+    '_', '-'.
+    """
     content: _builtins.str
     """What is said."""
     def __init__(
@@ -575,7 +577,7 @@ class DetokenizeRequest(_message.Message):
     """Leave out special tokens. Default true."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens, each below the size of the model's vocabulary."""
+        """The tokens, no more than the context holds, each below the size of the model's vocabulary."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ class InferenceServiceStub:
     GenerateUnary: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]
     """The same in one message."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
-    """Text or messages to token ids."""
+    """Text or messages to token ids; to four times as many at most as the context holds."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]
     """Token ids to text."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]
@@ -73,7 +73,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     GenerateUnary: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]  # type: ignore[assignment]
     """The same in one message."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Text or messages to token ids."""
+    """Text or messages to token ids; to four times as many at most as the context holds."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Token ids to text."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -120,7 +120,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.TokenizeResponse, _abc.Awaitable[_inference_service_pb2.TokenizeResponse]]:
-        """Text or messages to token ids."""
+        """Text or messages to token ids; to four times as many at most as the context holds."""
 
     @_abc_1.abstractmethod
     def Detokenize(

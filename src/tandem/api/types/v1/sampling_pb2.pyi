@@ -191,11 +191,11 @@ class Guided(_message.Message):
     EBNF_FIELD_NUMBER: _builtins.int
     STRUCTURAL_TAG_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema, as JSON text."""
+    """A JSON schema, as JSON text: at most 256 KiB, 64 levels and 2,000 values."""
     regex: _builtins.str
-    """A regular expression over the whole output."""
+    """A regular expression over the whole output, at most 16 KiB."""
     ebnf: _builtins.str
-    """A grammar in extended Backus-Naur form."""
+    """A grammar in extended Backus-Naur form, at most 16 KiB."""
     structural_tag: _builtins.str
     """Free text with parts in a grammar behind what begins them, as JSON text; the format is SGLang's."""
     def __init__(
