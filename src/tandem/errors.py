@@ -64,6 +64,11 @@ class InvalidRequest(RequestError):
         super().__init__(f"{field}: {problem}", field=field, **metadata)
         self.field = field
 
+    def renamed(self, field: str) -> InvalidRequest:
+        """The same refusal where the caller knows the field by another name."""
+        others = {key: value for key, value in self.metadata.items() if key != "field"}
+        return type(self)(field, self.message.removeprefix(f"{self.field}: "), **others)
+
 
 class ContextExceeded(InvalidRequest):
     """The prompt leaves no room in the model's context; `metadata["limit"]` is the context in tokens."""

@@ -410,6 +410,22 @@ async def test_workers_that_do_not_fit_are_refused_before_dispatch(tmp_path: Pat
         assert load.open_legs == 0
 
 
+async def test_a_prompt_that_the_engines_cannot_hold_is_named_as_the_client_knows_it(tmp_path: Path) -> None:
+    flags = {**SIMULATED, "kv-capacity-tokens": "64"}
+    async with running(tmp_path, engine="simulated", worker_flags=flags) as cluster:
+        requests = {
+            "prompt": request_of("word " * 100),
+            "chat": request_of(chat="word " * 100),
+            "token_ids": request_of(token_ids=[5] * 100),
+        }
+        for field, request in requests.items():
+            problem = await refusal(cluster, request)
+            assert isinstance(problem, InvalidRequest), problem
+            assert problem.field == problem.metadata["field"] == field
+            assert problem.message.startswith(f"{field}: ")
+        assert (await generate(cluster, request_of(STORY))).token_ids == oracle(STORY, 16)
+
+
 async def test_a_full_frontend_refuses_with_a_delay(tmp_path: Path) -> None:
     flags = {"frontend": {"open-requests-max": "2"}}
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, role_flags=flags) as cluster:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 from frontend_workers import CAPABILITIES, aggregated, decode, prefill
-from tandem_frontend.routing.candidates import Candidate, candidates
+from tandem_frontend.routing.candidates import Candidate, able_to_hold, candidates
 from tandem_frontend.routing.random_choice import choose
 
-from tandem.errors import IncompatibleWorkers, NoWorkers
+from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
 from tandem.model.worker import PAIR_FIELDS, Worker, WorkerState
 
 DIGEST = CAPABILITIES.tokenizer_digest
@@ -66,6 +66,20 @@ def test_a_tokenizer_that_is_not_the_frontends_is_named() -> None:
 def test_one_bad_pair_does_not_hide_a_good_one() -> None:
     good_prefill, good_decode, bad = prefill(), decode(), decode("decode-1", page_size_tokens=64)
     assert possible(good_prefill, bad, good_decode) == (Candidate(good_decode, (good_prefill,)),)
+
+
+def test_a_prompt_goes_where_there_is_room_for_it() -> None:
+    small, large = decode(context_tokens_max=64), decode("decode-1", context_tokens_max=128)
+    p, small_p = prefill(context_tokens_max=128), prefill("prefill-1", context_tokens_max=32)
+    workers = possible(p, small_p, small, large)
+    assert able_to_hold(workers, 31) == workers
+    assert able_to_hold(workers, 63) == (Candidate(small, (p,)), Candidate(large, (p,)))
+    assert able_to_hold(workers, 64) == able_to_hold(workers, 127) == (Candidate(large, (p,)),)
+    with pytest.raises(ContextExceeded) as refused:
+        able_to_hold(workers, 128)
+    assert refused.value.metadata == {"field": "token_ids", "limit": "128"}
+    with pytest.raises(ContextExceeded, match="the 32 that"):
+        able_to_hold(possible(small_p, large), 32)
 
 
 def test_mla_lets_tensor_parallelism_differ() -> None:

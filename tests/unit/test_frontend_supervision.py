@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 from frontend_workers import aggregated, decode, prefill
+from played_calls import ACCEPTED, PlayedCall
 from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.supervision import Attempt
@@ -16,7 +17,6 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
 from tandem.rpc.leg_calls import LegCall
 
-ACCEPTED = DecodeResponse(accepted=leg_pb2.LegAccepted(worker_id="w", epoch=7))
 FINISH = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
 ABORTED = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_ABORTED))
 ROOM = 42
@@ -24,39 +24,6 @@ ROOM = 42
 
 def tokens(index: int, *token_ids: int) -> DecodeResponse:
     return DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=token_ids))
-
-
-class PlayedCall:
-    """A leg's call that plays events; `say` adds one later. Reads like LegCall."""
-
-    def __init__(self, *events: Any) -> None:
-        self._events: asyncio.Queue[Any] = asyncio.Queue()
-        self.cancelled = asyncio.Event()
-        for event in events:
-            self.say(event)
-
-    def say(self, event: Any) -> None:
-        """An event, None for the end of the stream, or an error."""
-        self._events.put_nowait(event)
-
-    async def read(self) -> Any:
-        next_event = asyncio.ensure_future(self._events.get())
-        cancelled = asyncio.ensure_future(self.cancelled.wait())
-        try:
-            await asyncio.wait({next_event, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            cancelled.cancel()
-            if not next_event.done():
-                next_event.cancel()
-        if next_event.cancelled() or not next_event.done():
-            raise asyncio.CancelledError
-        event = next_event.result()
-        if isinstance(event, TandemError):
-            raise event
-        return event
-
-    def cancel(self) -> None:
-        self.cancelled.set()
 
 
 def attempt(decode_call: PlayedCall, prefill_call: PlayedCall | None, accept_timeout_s: float = 1.0) -> Attempt:

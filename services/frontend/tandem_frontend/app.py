@@ -13,12 +13,14 @@ from functools import partial
 
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
-from tandem.model.worker import Worker
+from tandem.model.worker import Start, Worker
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.registry_client import WorkerWatch
 from tandem.rpc.server import RpcServer
+from tandem.runtime.clock import monotonic
 from tandem_frontend.admission import Admission
+from tandem_frontend.attempts import Attempts
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.generation import Generation
@@ -26,6 +28,8 @@ from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
+from tandem_frontend.routing.refusals import Refusals
+from tandem_frontend.routing.routes import Routes
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 from tandem_frontend.tokenization import Tokenizer
 
@@ -43,6 +47,8 @@ class FrontendApp:
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
+        self._known_starts: set[tuple[str, Start]] = set()
+        """Address and start of the workers of the view."""
         self._parsers: Parsers | None = None
         """None: neither tool calls nor reasoning are parsed."""
         if config.tool_parser is not None or config.reasoning_parser is not None:
@@ -74,8 +80,11 @@ class FrontendApp:
         watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._forget_gone)
         await watch.start()
         rng = random.SystemRandom()
+        refusals = Refusals(monotonic)
+        routes = Routes(model, watch.workers, refusals, rng)
         dispatch = Dispatch(self._channels, rng)
-        generation = Generation(model, watch.workers, self._admission, dispatch, config.leg_accept_timeout_s, rng)
+        attempts = Attempts(routes, refusals, dispatch, config.leg_accept_timeout_s, monotonic)
+        generation = Generation(model, self._admission, attempts)
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers)
@@ -115,5 +124,7 @@ class FrontendApp:
         raise AssertionError("a future that nobody holds cannot be done")
 
     def _forget_gone(self, workers: tuple[Worker, ...]) -> None:
-        """Close connections to addresses that no worker has any more."""
-        self._channels.keep_only({worker.address for worker in workers})
+        """Close connections to starts that are over; a new one at the same address is not made to wait for theirs."""
+        starts = {(worker.address, worker.start) for worker in workers}
+        self._channels.keep_only({address for address, _ in starts & self._known_starts})
+        self._known_starts = starts

@@ -1,6 +1,7 @@
 """The whole way of a request, hop by hop, from a client's message to the finish of its stream.
 
     validate -> admit -> route -> dispatch -> supervise -> relay -> finish
+                         (again while no worker has taken it)
 
 Owns the order of the hops. Leaving `generate` early, at whatever point, ends both legs in their engines.
 """
@@ -8,25 +9,21 @@ Owns the order of the hops. Leaving `generate` early, at whatever point, ends bo
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.model.worker import Worker
 from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
+from tandem_frontend.attempts import Attempts
 from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.model_defaults import with_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.relay import Relay
-from tandem_frontend.routing.candidates import candidates
-from tandem_frontend.routing.random_choice import choose
 from tandem_frontend.stopping import StopMatcher, StopTokens
-from tandem_frontend.supervision import Attempt
-from tandem_frontend.validation import CheckedRequest, checked_generate
+from tandem_frontend.validation import CheckedRequest, checked_generate, naming_the_prompt
 
 Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 
@@ -34,22 +31,10 @@ Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 class Generation:
     """Generates for clients with the workers that are alive."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        workers: Callable[[], tuple[Worker, ...]],
-        admission: Admission,
-        dispatch: Dispatch,
-        leg_accept_timeout_s: float,
-        rng: random.Random,
-    ) -> None:
-        """`workers` tells the present view of the registry."""
+    def __init__(self, model: ServedModel, admission: Admission, attempts: Attempts) -> None:
         self._model = model
-        self._workers = workers
         self._admission = admission
-        self._dispatch = dispatch
-        self._leg_accept_timeout_s = leg_accept_timeout_s
-        self._rng = rng
+        self._attempts = attempts
 
     async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Stream a generation: accepted, chunks, exactly one finish.
@@ -65,20 +50,19 @@ class Generation:
         with self._admission.admit():
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
-            possible = candidates(self._workers(), self._model.name, self._model.tokenizer.digest)
-            route = choose(possible, self._rng)
-            dispatched = self._dispatch.send(route, self._leg(wanted), 1, timeout_s)
-            async with Attempt(dispatched, self._leg_accept_timeout_s) as attempt:
-                yield self._accepted(wanted, dispatched)
-                relay = self._relay(wanted, accepted_time_s)
-                async with contextlib.aclosing(attempt.tokens()) as batches:
-                    async for tokens in batches:
-                        yield relay.take(tokens)
-                        if relay.ends_the_legs:
-                            break
-                rest, finish = relay.finish(
-                    len(wanted.token_ids), attempt.decode_finish, attempt.prefill_finish, _route(dispatched)
-                )
+            relay = self._relay(wanted, accepted_time_s)
+            with naming_the_prompt(wanted.prompt_field):
+                async with self._attempts.taken(self._leg(wanted), timeout_s) as attempt:
+                    yield self._accepted(wanted, attempt.dispatched)
+                    async with contextlib.aclosing(attempt.tokens()) as batches:
+                        async for tokens in batches:
+                            yield relay.take(tokens)
+                            if relay.ends_the_legs:
+                                break
+                    route = _route(attempt.dispatched)
+                    rest, finish = relay.finish(
+                        len(wanted.token_ids), attempt.decode_finish, attempt.prefill_finish, route
+                    )
             # Both legs have ended here: a client that has the finish may rely on it.
             if rest is not None:
                 yield rest

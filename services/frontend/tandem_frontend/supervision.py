@@ -21,6 +21,8 @@ from tandem.errors import (
     NotSupported,
     Overloaded,
     RequestAborted,
+    ServiceError,
+    StaleEpoch,
     TandemError,
 )
 from tandem.model.worker import Worker
@@ -36,6 +38,9 @@ PREFILL_FINISH_TIMEOUT_S = 1.0
 
 SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
 """Failures of a leg that are about the request; all others are about the leg."""
+OF_ONE_WORKER = (ServiceError, StaleEpoch)
+"""Failures after which another worker may take the leg, but for those below."""
+OF_THE_REQUEST = (DeadlinePassed, RequestAborted)
 
 
 @dataclass(slots=True)
@@ -51,7 +56,7 @@ class Attempt:
 
     def __init__(self, dispatched: Dispatched, accept_timeout_s: float) -> None:
         route = dispatched.route
-        self._dispatched = dispatched
+        self.dispatched = dispatched
         self._accept_timeout_s = accept_timeout_s
         self._decode = _Leg("decode" if route.prefill else "aggregated", route.decode, dispatched.decode)
         self._prefill: _Leg | None = None
@@ -60,6 +65,8 @@ class Attempt:
         self._prefill_accepted = asyncio.Event()
         self._prefill_task: asyncio.Task[None] | None = None
         self._failure: TandemError | None = None
+        self.refused_by: Worker | None = None
+        """Who did not take its leg where another one may; nothing has been generated then."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
@@ -174,6 +181,8 @@ class Attempt:
 
     def _explain(self, leg: _Leg, problem: TandemError) -> TandemError:
         """What the client is told of a leg's failure."""
+        if leg.phase == "dispatch" and isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
+            self.refused_by = leg.worker
         if isinstance(problem, SAID_TO_THE_CLIENT):
             return problem
         facts: dict[str, Any] = {
@@ -181,8 +190,8 @@ class Attempt:
             **problem.metadata,
             "leg": leg.name,
             "worker": leg.worker.worker_id,
-            "attempt": self._dispatched.attempt,
-            "room": self._dispatched.room or None,
+            "attempt": self.dispatched.attempt,
+            "room": self.dispatched.room or None,
         }
         place = f"{leg.name} leg on {leg.worker.worker_id} failed in phase {facts['phase']}"
         return LegFailed(f"{place}: {problem.message}", **facts)

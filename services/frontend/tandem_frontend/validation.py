@@ -7,10 +7,11 @@ grammar compiles) is left to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,8 @@ class CheckedRequest:
     """A request as the hops after validation need it."""
 
     request_id: str
+    prompt_field: str
+    """The field its prompt came in."""
     token_ids: list[int]
     sampling: sampling_pb2.Sampling
     max_tokens: int
@@ -77,6 +80,7 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
     min_tokens = present(stopping, "min_tokens", min(stopping.min_tokens, max_tokens))
     return CheckedRequest(
         request_id=request_id,
+        prompt_field=str(request.WhichOneof("input")),
         token_ids=token_ids,
         sampling=request.sampling,
         max_tokens=max_tokens,
@@ -91,6 +95,17 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
         session_id=present(request, "session_id", request.session_id),
         skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
     )
+
+
+@contextlib.contextmanager
+def naming_the_prompt(field: str) -> Iterator[None]:
+    """Name a refusal of the token ids that workers get for the field the prompt came in: clients know no other."""
+    try:
+        yield
+    except InvalidRequest as problem:
+        if problem.field != "token_ids":
+            raise
+        raise problem.renamed(field) from None
 
 
 async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:

@@ -85,6 +85,10 @@ def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | Non
     return None
 
 
+Start = tuple[str, int]
+"""Worker id and epoch: one start of one worker, whatever else is said of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """One start of one worker process, as the registry lists it."""
@@ -101,6 +105,11 @@ class Worker:
     bootstrap_port: int | None = None
     """Where decode engines meet this prefill worker; prefill only."""
     state: WorkerState = WorkerState.SERVING
+
+    @property
+    def start(self) -> Start:
+        """Which start of which worker this is."""
+        return self.worker_id, self.epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

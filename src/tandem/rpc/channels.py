@@ -28,6 +28,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_http_proxy", 0),
+    # Otherwise channels of one process share connections by address, and a new one inherits a former one's back-off.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 # What gRPC calls the least backoff is the time one attempt to connect may take, handshake included.

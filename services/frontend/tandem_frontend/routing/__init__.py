@@ -1,1 +1,4 @@
-"""The routing hop: which workers serve a request. `candidates` says what is possible, `random_choice` decides."""
+"""The routing hop: which workers serve a request.
+
+`candidates` says what is possible, `routes` what is preferred, `random_choice` decides among equals.
+"""

@@ -5,11 +5,11 @@ Pure. Owns the reasons why nothing is possible; prefers nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from tandem.errors import IncompatibleWorkers, NoWorkers
-from tandem.model.worker import Worker, WorkerRole, WorkerState, incompatible_field
+from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
+from tandem.model.worker import Start, Worker, WorkerRole, WorkerState, incompatible_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,11 @@ class Route:
     """A decode worker, or an aggregated one."""
     prefill: Worker | None
     """None on an aggregated route."""
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """All who take part."""
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,43 @@ def candidates(workers: Iterable[Worker], model: str, tokenizer_digest: str) -> 
     if not found:
         raise _nothing(by_role[WorkerRole.PREFILL], by_role[WorkerRole.DECODE], model)
     return tuple(found)
+
+
+def without(possible: Iterable[Candidate], avoided: Collection[Start]) -> tuple[Candidate, ...]:
+    """What is left when some workers are left out; may be empty."""
+    left = []
+    for candidate in possible:
+        prefills = tuple(prefill for prefill in candidate.prefills if prefill.start not in avoided)
+        has_peer = bool(prefills) or not candidate.prefills
+        if candidate.decode.start not in avoided and has_peer:
+            left.append(Candidate(candidate.decode, prefills))
+    return tuple(left)
+
+
+def able_to_hold(possible: Sequence[Candidate], prompt_tokens: int) -> tuple[Candidate, ...]:
+    """Those whose engines have a place for a prompt and for one token more; never empty.
+
+    Raises:
+        ContextExceeded: there are none. An engine whose KV memory is small takes less than the model's context.
+    """
+    small = {
+        worker.start
+        for candidate in possible
+        for worker in (candidate.decode, *candidate.prefills)
+        if worker.capabilities.context_tokens_max <= prompt_tokens
+    }
+    left = without(possible, small)
+    if not left:
+        most = max(map(_context_tokens, possible))
+        raise ContextExceeded(
+            "token_ids", f"{prompt_tokens} tokens leave no room in the {most} that the engines take now", limit=most
+        )
+    return left
+
+
+def _context_tokens(candidate: Candidate) -> int:
+    own = candidate.decode.capabilities.context_tokens_max
+    return min(own, max((prefill.capabilities.context_tokens_max for prefill in candidate.prefills), default=own))
 
 
 def _suit(prefill: Worker, decode: Worker) -> bool:

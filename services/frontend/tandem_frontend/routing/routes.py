@@ -1,0 +1,66 @@
+"""Who serves an attempt: the registry's view, what has been tried, and the policy come together here.
+
+Owns the order in which routes are preferred. What is possible at all is `candidates`, the choice among equals
+`random_choice`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+
+from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
+from tandem.model.worker import Start, Worker
+from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.candidates import Candidate, Route, able_to_hold, candidates, without
+from tandem_frontend.routing.random_choice import choose
+from tandem_frontend.routing.refusals import Refusals
+
+
+class Routes:
+    """Chooses routes for the requests of one model."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        refusals: Refusals,
+        rng: random.Random,
+    ) -> None:
+        """`workers` tells the present view of the registry."""
+        self._model = model
+        self._workers = workers
+        self._refusals = refusals
+        self._rng = rng
+
+    def first(self, prompt_tokens: int) -> Route:
+        """The route of a request's first attempt.
+
+        Raises:
+            NoWorkers, IncompatibleWorkers, ContextExceeded
+        """
+        return self._preferred(self._possible(prompt_tokens), ())
+
+    def next(self, prompt_tokens: int, tried: Collection[Start], refused: Collection[Start]) -> Route | None:
+        """The route of another attempt; None when there is none without a worker that refused the request.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            tried: all workers of the attempts before; others are preferred.
+            refused: those among them that did not take their leg.
+        """
+        try:
+            possible = self._possible(prompt_tokens)
+        except (NoWorkers, IncompatibleWorkers, ContextExceeded):
+            return None
+        left = without(possible, refused)
+        return self._preferred(left, tried) if left else None
+
+    def _possible(self, prompt_tokens: int) -> tuple[Candidate, ...]:
+        possible = candidates(self._workers(), self._model.name, self._model.tokenizer.digest)
+        return able_to_hold(possible, prompt_tokens)
+
+    def _preferred(self, possible: Sequence[Candidate], tried: Collection[Start]) -> Route:
+        for avoided in (self._refusals.recent(), tried):
+            possible = without(possible, avoided) or possible
+        return choose(possible, self._rng)

@@ -1,0 +1,112 @@
+"""Workers that crash, come back, or are started twice, under a load of small requests on simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from calls import Stream, generate, request_of
+from conftest import SIMULATED, running
+
+from tandem.errors import TandemError
+from tandem.rpc import clients
+from tandem.runtime.cluster import LocalCluster
+from tandem.testing.eventually import assert_eventually
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
+
+CLIENTS = 6
+
+
+@dataclass
+class Load:
+    """What a steady load of requests has met."""
+
+    streams: list[Stream] = field(default_factory=list)
+    failures: list[TandemError] = field(default_factory=list)
+
+    async def client(self, cluster: LocalCluster, number: int) -> None:
+        while True:
+            try:
+                self.streams.append(await generate(cluster, request_of(f"Once {number}", max_tokens=10)))
+            except TandemError as problem:
+                self.failures.append(problem)
+            await asyncio.sleep(0.01)
+
+    async def wait_streams(self, count: int) -> None:
+        """Return when so many more streams have ended well."""
+        wanted = len(self.streams) + count
+
+        async def ended() -> int:
+            return len(self.streams)
+
+        await assert_eventually(ended, lambda ended: ended >= wanted, within_s=20, what=f"{count} more streams")
+
+
+@contextlib.asynccontextmanager
+async def under_load(cluster: LocalCluster) -> AsyncIterator[Load]:
+    load = Load()
+    tasks = [asyncio.create_task(load.client(cluster, number)) for number in range(CLIENTS)]
+    try:
+        yield load
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_only_the_streams_a_killed_worker_held_fail(tmp_path: Path) -> None:
+    pairs = {"prefill": 2, "decode": 2}
+    async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, **pairs) as cluster:
+        killed = cluster.process("decode-1")
+        killed.flags["port"] = killed.address.rpartition(":")[2]
+        async with under_load(cluster) as load:
+            await load.wait_streams(20)
+            assert not load.failures
+            killed.signal(signal.SIGKILL)
+            await killed.wait_ended()
+            # Its lease runs for 5 s more: half of all requests are sent to a worker that is gone.
+            await load.wait_streams(150)
+            assert len(load.failures) <= CLIENTS, "more than it can have held"
+            assert not [problem for problem in load.failures if problem.metadata["phase"] == "dispatch"], load.failures
+            second = [stream for stream in load.streams if stream.finish.route.attempt > 1]
+            assert second, "no request met the dead worker"
+            assert {stream.finish.route.decode_worker_id for stream in second} == {"decode-0"}
+            load.failures.clear()
+            await cluster.restart("decode-1")
+            await load.wait_streams(100)
+            assert not load.failures
+            assert "decode-1" in {stream.finish.route.decode_worker_id for stream in load.streams[-60:]}
+
+
+async def test_a_worker_that_is_back_at_its_address_is_used_at_once(tmp_path: Path) -> None:
+    """Also the only one there is: its new start gets a connection that knows nothing of former refusals."""
+    async with running(tmp_path, engine="simulated", worker_flags=SIMULATED) as cluster:
+        decode = cluster.process("decode-0")
+        decode.flags["port"] = decode.address.rpartition(":")[2]
+        for _ in range(3):
+            decode.signal(signal.SIGKILL)
+            await decode.wait_ended()
+            for _ in range(5):
+                # Each refusal makes gRPC wait longer before it tries again, up to a second.
+                with pytest.raises(TandemError):
+                    await generate(cluster, request_of("Once"))
+                await asyncio.sleep(0.2)
+            await cluster.restart("decode-0")
+            await asyncio.sleep(0.1)
+            assert len((await generate(cluster, request_of("Once"))).token_ids) == 16
+
+
+async def test_a_worker_without_a_name_is_found(tmp_path: Path) -> None:
+    async with running(tmp_path, engine="simulated", worker_flags=SIMULATED) as cluster:
+        nameless = cluster.process("decode-0")
+        await nameless.stop()
+        del nameless.flags["worker-id"]
+        await cluster.restart("decode-0")
+        ids = [entry.worker.worker_id for entry in await clients.list_workers(cluster.registry.address)]
+        assert f"decode-{nameless.address.replace(':', '-')}" in ids

@@ -1,0 +1,208 @@
+"""Which attempts are made at a request that a worker does not take, on calls that are played."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from frontend_workers import CAPABILITIES, aggregated, decode, prefill
+from played_calls import ACCEPTED, PlayedCall
+from tandem_frontend.attempts import Attempts
+from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
+from tandem_frontend.routing.routes import Routes
+
+from tandem.api.types.v1 import leg_pb2
+from tandem.errors import (
+    DeadlinePassed,
+    Draining,
+    InvalidRequest,
+    LegFailed,
+    NoWorkers,
+    Overloaded,
+    RequestAborted,
+    ServiceError,
+    StaleEpoch,
+    TandemError,
+)
+from tandem.model.worker import Worker
+from tandem.runtime.clock import ManualClock
+
+REFUSED = ServiceError("connection refused")
+TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)
+LEG = leg_pb2.LegRequest(request_id="r")
+
+
+class PlayedDispatch:
+    """Sends nothing: a leg is taken at once, unless its worker has an answer of its own."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, TandemError] = {}
+        self.sent: list[Dispatched] = []
+        self.timeouts_s: list[float | None] = []
+        self.on_send: Callable[[], None] = lambda: None
+
+    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+        self.on_send()
+        calls = [PlayedCall(self.answers.get(worker.worker_id, ACCEPTED)) for worker in route.workers]
+        prefill_call, decode_call = calls if len(calls) == 2 else (None, calls[0])
+        room = len(self.sent) + 1 if prefill_call else 0
+        dispatched = Dispatched(route, attempt, room, cast("Any", decode_call), cast("Any", prefill_call))
+        self.sent.append(dispatched)
+        self.timeouts_s.append(timeout_s)
+        return dispatched
+
+    def tried(self, number: int) -> set[str]:
+        return {worker.worker_id for worker in self.sent[number].route.workers}
+
+
+class Scene:
+    def __init__(self, *workers: Worker) -> None:
+        self.workers = workers
+        self.clock = ManualClock(100.0)
+        self.dispatch = PlayedDispatch()
+        refusals = Refusals(self.clock)
+        model = ServedModel("m", cast("Any", TOKENIZER), {})
+        routes = Routes(model, lambda: self.workers, refusals, random.Random(7))
+        self.attempts = Attempts(routes, refusals, cast("Dispatch", self.dispatch), 1.0, self.clock)
+
+    async def take(self, timeout_s: float | None = None) -> Dispatched:
+        async with self.attempts.taken(LEG, timeout_s) as attempt:
+            return attempt.dispatched
+
+
+def pairs(prefills: int, decodes: int) -> Scene:
+    return Scene(
+        *(prefill(f"prefill-{number}") for number in range(prefills)),
+        *(decode(f"decode-{number}") for number in range(decodes)),
+    )
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [REFUSED, Draining("going"), Overloaded("full"), StaleEpoch("restarted"), LegFailed("no answer")],
+    ids=lambda refusal: type(refusal).__name__,
+)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_leg_that_is_not_taken_goes_elsewhere(refusal: TandemError, role: str) -> None:
+    scene = pairs(2, 2)
+    scene.dispatch.answers = {f"{role}-0": refusal}
+    while len(scene.dispatch.sent) < 2:
+        # Until the draw meets the worker that refuses.
+        scene.dispatch.sent.clear()
+        taken = await scene.take()
+    first, second = scene.dispatch.sent
+    assert taken is second
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert first.room != second.room
+    assert not scene.dispatch.tried(0) & scene.dispatch.tried(1), "no worker twice while another is there"
+    for call in (first.prefill, first.decode):
+        assert cast("PlayedCall", call).cancelled.is_set()
+
+
+async def test_a_worker_without_alternative_is_tried_again_beside_another() -> None:
+    scene = pairs(1, 2)
+    scene.dispatch.answers = {"decode-0": REFUSED}
+    routes = []
+    for _ in range(20):
+        scene.clock.advance(AVOIDED_S)
+        routes.append((await scene.take()).route)
+    assert {route.decode.worker_id for route in routes} == {"decode-1"}
+    assert len(scene.dispatch.sent) > 20, "the other one was met and left"
+
+
+async def test_there_are_three_attempts_at_most() -> None:
+    scene = pairs(5, 5)
+    scene.dispatch.answers = {f"decode-{number}": REFUSED for number in range(5)}
+    with pytest.raises(LegFailed) as failed:
+        await scene.take()
+    assert failed.value.metadata["attempt"] == "3"
+    assert len(scene.dispatch.sent) == 3
+    assert len({dispatched.route.decode for dispatched in scene.dispatch.sent}) == 3
+
+
+async def test_without_another_worker_there_is_one_attempt() -> None:
+    scene = pairs(1, 1)
+    scene.dispatch.answers = {"decode-0": REFUSED}
+    with pytest.raises(LegFailed, match="connection refused"):
+        await scene.take()
+    assert len(scene.dispatch.sent) == 1
+
+
+async def test_an_aggregated_worker_is_an_alternative() -> None:
+    scene = Scene(prefill(), decode(), aggregated())
+    scene.dispatch.answers = {"prefill-0": REFUSED}
+    for _ in range(10):
+        scene.clock.advance(AVOIDED_S)
+        assert (await scene.take()).route.decode.worker_id == "aggregated-0"
+    assert len(scene.dispatch.sent) > 10
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [InvalidRequest("token_ids", "too long"), DeadlinePassed("late"), RequestAborted("asked for")],
+    ids=lambda failure: type(failure).__name__,
+)
+async def test_what_is_about_the_request_is_not_tried_again(failure: TandemError) -> None:
+    scene = pairs(2, 2)
+    scene.dispatch.answers = {f"decode-{number}": failure for number in range(2)}
+    with pytest.raises(TandemError):
+        await scene.take()
+    assert len(scene.dispatch.sent) == 1
+
+
+async def test_who_refused_is_avoided_for_a_while() -> None:
+    scene = pairs(1, 2)
+    scene.dispatch.answers = {"decode-0": REFUSED}
+    while len(scene.dispatch.sent) < 2:
+        scene.dispatch.sent.clear()
+        await scene.take()
+    scene.dispatch.sent.clear()
+    scene.dispatch.answers.clear()
+    scene.clock.advance(AVOIDED_S * 0.9)
+    for _ in range(20):
+        assert (await scene.take()).route.decode.worker_id == "decode-1"
+    scene.clock.advance(AVOIDED_S * 0.2)
+    assert {(await scene.take()).route.decode.worker_id for _ in range(20)} == {"decode-0", "decode-1"}
+
+
+async def test_a_new_start_is_another_worker() -> None:
+    """A restart that the registry has told of meanwhile is taken within the same request."""
+    scene = pairs(1, 1)
+    scene.dispatch.answers = {"decode-0": StaleEpoch("restarted")}
+
+    def restart() -> None:
+        if scene.dispatch.sent:
+            scene.dispatch.answers.clear()
+        else:
+            p, d = scene.workers
+            scene.workers = (p, replace(d, epoch=d.epoch + 1))
+
+    scene.dispatch.on_send = restart
+    assert (await scene.take()).route.decode.epoch == decode().epoch + 1
+    assert len(scene.dispatch.sent) == 2
+
+
+async def test_workers_that_are_all_gone_leave_the_failure_as_it_was() -> None:
+    scene = pairs(2, 2)
+    scene.dispatch.answers = {f"decode-{number}": REFUSED for number in range(2)}
+    scene.dispatch.on_send = lambda: setattr(scene, "workers", ())
+    with pytest.raises(LegFailed):
+        await scene.take()
+    with pytest.raises(NoWorkers):
+        await scene.take()
+
+
+async def test_attempts_share_the_clients_deadline() -> None:
+    scene = pairs(2, 2)
+    scene.dispatch.answers = {f"decode-{number}": REFUSED for number in range(2)}
+    scene.dispatch.on_send = lambda: scene.clock.advance(2)
+    with pytest.raises(LegFailed):
+        await scene.take(timeout_s=3.0)
+    assert scene.dispatch.timeouts_s == [3.0, 1.0]
