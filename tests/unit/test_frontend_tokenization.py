@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,46 @@ def test_the_models_defaults_fill_what_a_request_leaves_out(model: Path) -> None
     assert not whole.HasField("top_p")
 
 
-def test_a_default_that_is_no_number_is_named(model: Path) -> None:
-    (model / "generation_config.json").write_text('{"temperature": "hot"}')
-    with pytest.raises(StartError, match=r"generation_config\.json: temperature is 'hot'"):
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot', not a number"),
+        ('{"top_p": true}', "top_p is True, not a number"),
+        ('{"top_k": 1.5}', "top_k is 1.5, not a whole number"),
+        ('{"top_k": 99999999999}', "top_k is 99999999999, not a whole number of 32 bits"),
+        ('{"top_k": -2}', "top_k must be 1 or more"),
+        ('{"temperature": NaN}', "temperature must be from 0 to 2, not nan"),
+        ('{"top_p": 0}', "top_p must be over 0 and at most 1, not 0"),
+        ('{"repetition_penalty": 1e99}', "repetition_penalty must be over 0 and at most 2, not inf"),
+    ],
+)
+def test_a_default_that_no_request_could_have_is_named(model: Path, values: str, sentence: str) -> None:
+    (model / "generation_config.json").write_text(values)
+    with pytest.raises(StartError, match=rf"generation_config\.json: {re.escape(sentence)}"):
         read_defaults(model)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [[{"name": "default"}], [3], [{"name": "default", "template": 3}], 3, {"default": "x"}, [{"template": "x"}]],
+)
+def test_a_template_entry_of_a_strange_shape_is_named(model: Path, entry: Any) -> None:
+    edit(model / "tokenizer_config.json", chat_template=entry)
+    with pytest.raises(StartError, match=r"tokenizer_config\.json: chat_template is neither"):
+        ChatTemplate.read(model)
+
+
+@pytest.mark.parametrize("token", [{"text": "<s>"}, 3, ["<s>"]])
+def test_a_special_token_of_a_strange_shape_is_named(model: Path, token: Any) -> None:
+    edit(model / "tokenizer_config.json", bos_token=token)
+    with pytest.raises(StartError, match=r"tokenizer_config\.json: bos_token is neither"):
+        ChatTemplate.read(model)
+
+
+def test_a_template_file_that_is_not_utf8_is_named(model: Path) -> None:
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(StartError, match=r"chat_template\.jinja cannot be read"):
+        ChatTemplate.read(model)
 
 
 @given(text=st.text(max_size=60))

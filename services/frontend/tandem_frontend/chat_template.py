@@ -51,13 +51,13 @@ class ChatTemplate:
         config_file, template_file = model / "tokenizer_config.json", model / "chat_template.jinja"
         config = _read_config(config_file)
         own_file = template_file.is_file()
-        entry = config.get("chat_template")
-        source = template_file.read_text() if own_file else _named(entry, "default")
+        entry = _checked_entry(config, config_file)
+        source = _read_text(template_file) if own_file else _named(entry, "default")
         if source is None:
             return None
         tool_source = (None if own_file else _named(entry, "tool_use")) or source
         file = template_file if own_file else config_file
-        special_tokens = {name: _text_of(config[name]) for name in SPECIAL_NAMES if config.get(name)}
+        special_tokens = {name: _text_of(config, name, config_file) for name in SPECIAL_NAMES if config.get(name)}
         template, _ = _compile(source, file)
         tool_template, variables = _compile(tool_source, file)
         return cls(template, tool_template, special_tokens, variables=frozenset(variables))
@@ -165,6 +165,28 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise StartError(f"{file} cannot be read: {problem}", path=str(file)) from None
+
+
+def _checked_entry(config: dict[str, Any], file: Path) -> Any:
+    """The templates of a tokenizer's configuration: none, one, or several with names."""
+    entry = config.get("chat_template")
+    named = entry if isinstance(entry, list) else []
+    has_names = all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in named
+    )
+    if (entry is not None and not isinstance(entry, str | list)) or not has_names:
+        raise StartError(
+            f"{file}: chat_template is neither a text nor a list of objects with name and template", path=str(file)
+        )
+    return entry
+
+
 def _named(entry: Any, name: str) -> str | None:
     """One template is the default; or a list of named ones."""
     if isinstance(entry, list):
@@ -172,6 +194,10 @@ def _named(entry: Any, name: str) -> str | None:
     return entry if isinstance(entry, str) and name == "default" else None
 
 
-def _text_of(token: Any) -> str:
+def _text_of(config: dict[str, Any], name: str, file: Path) -> str:
     """Older files describe a token by an object."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+    token = config[name]
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise StartError(f"{file}: {name} is neither a text nor an object with content", path=str(file))
+    return text

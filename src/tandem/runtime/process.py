@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from tandem import config as configuration
 from tandem.config import ServiceConfig
-from tandem.errors import StartError
+from tandem.errors import ConfigError, StartError
 from tandem.runtime.parent import follow_parent
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,14 @@ def with_signals(stop_asked: asyncio.Event) -> None:
 
 
 def announce(file: Path, address: str) -> None:
-    """Tell whoever started this process where it serves. The file appears whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"address": address, "pid": os.getpid()}))
-    partial.rename(file)
+    """Tell whoever started this process where it serves. The file appears whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"address": address, "pid": os.getpid()}))
+        partial.rename(file)
+    except (OSError, ValueError) as problem:
+        raise ConfigError("announce_file", f"{file} cannot be written: {problem}") from None
