@@ -91,7 +91,7 @@ class WorkerNotFound(RequestError):
 
 
 class DuplicateWorker(RequestError):
-    """A live worker with a newer or equal epoch already holds that id or address."""
+    """A live worker already holds that id or address."""
 
     code = "ALREADY_EXISTS"
     reason = "DUPLICATE_WORKER"

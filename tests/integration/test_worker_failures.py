@@ -15,7 +15,7 @@ from conftest import SIMULATED, running
 
 from tandem.errors import TandemError
 from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.runtime.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -110,3 +110,49 @@ async def test_a_worker_without_a_name_is_found(tmp_path: Path) -> None:
         await cluster.restart("decode-0")
         ids = [entry.worker.worker_id for entry in await clients.list_workers(cluster.registry.address)]
         assert f"decode-{nameless.address.replace(':', '-')}" in ids
+
+
+@contextlib.asynccontextmanager
+async def second_start(cluster: LocalCluster, name: str, logs: Path) -> AsyncIterator[ClusterProcess]:
+    """Another process with the settings of one that is there, at an address of its own."""
+    first = cluster.process(name)
+    second = ClusterProcess(f"{name}-second", first.role, dict(first.flags), logs)
+    await second.start()
+    try:
+        yield second
+    finally:
+        await second.stop()
+
+
+async def test_a_second_process_with_the_name_of_a_live_one_ends(tmp_path: Path) -> None:
+    flags = {"registry": {"lease-ttl-s": "1"}}
+    async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, role_flags=flags) as cluster:
+        async with under_load(cluster) as load, second_start(cluster, "decode-0", tmp_path) as second:
+            assert await asyncio.wait_for(second.wait_ended(), 20) == 1
+            assert "another live process has this worker's place" in second.last_words()
+            assert f"at {cluster.process('decode-0').address}" in second.last_words()
+            await load.wait_streams(10)
+            assert not load.failures
+        assert cluster.process("decode-0").exit_status is None
+
+
+async def test_a_worker_whose_place_was_taken_finishes_its_streams_and_ends(tmp_path: Path) -> None:
+    flags = {"registry": {"lease-ttl-s": "1"}}
+    slow = {"engine-extra": '{"decode_step_s": 0.02}'}
+    async with running(tmp_path, engine="simulated", worker_flags=slow, role_flags=flags) as cluster:
+        first = cluster.process("decode-0")
+        stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=300)))
+
+        async def open_legs() -> int:
+            return (await clients.worker_load(first.address)).open_legs
+
+        await assert_eventually(open_legs, bool, within_s=5, what="an open leg")
+        # Frozen for longer than its lease, as a machine that swaps may be.
+        first.signal(signal.SIGSTOP)
+        async with second_start(cluster, "decode-0", tmp_path) as second:
+            await asyncio.wait_for(second.wait_ready(), 20)
+            first.signal(signal.SIGCONT)
+            assert len((await stream).token_ids) == 300
+            assert await asyncio.wait_for(first.wait_ended(), 10) == 1
+            assert "replaced by a newer start" in first.last_words()
+            assert len((await generate(cluster, request_of("Once"))).token_ids) == 16

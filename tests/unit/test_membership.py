@@ -83,13 +83,29 @@ def test_all_that_end_together_leave_in_one_change(scene: Scene) -> None:
     assert [len(change.removed) for change in scene.changes] == [0, 0, 2]
 
 
-def test_a_newer_start_replaces_the_older_one(scene: Scene) -> None:
+def test_a_newer_start_at_the_same_address_replaces_the_older_one(scene: Scene) -> None:
     old = scene.membership.register(make_worker(epoch=1, address="h:1"))
-    scene.membership.register(make_worker(epoch=2, address="h:2"))
+    scene.membership.register(make_worker(epoch=2, address="h:1"))
     assert scene.removed() == [("decode-0", 1, RemovalReason.REPLACED)]
     assert len(scene.changes) == 2, "coming and going are one change"
     with pytest.raises(WorkerNotFound):
         scene.membership.keep_alive(old.lease_id)
+
+
+def test_a_newer_start_elsewhere_waits_until_the_holder_has_missed_a_sign_of_life(scene: Scene) -> None:
+    holder = scene.membership.register(make_worker(epoch=1, address="h:1")).lease_id
+    for _ in range(5):
+        scene.clock.advance(TTL_S / 3)
+        with pytest.raises(DuplicateWorker) as refusal:
+            scene.membership.register(make_worker(epoch=2, address="h:2"))
+        scene.membership.keep_alive(holder)
+    assert refusal.value.metadata == {
+        "worker": "decode-0", "epoch": "1", "address": "h:1", "field": "worker_id", "lease_ttl_ms": "5000"
+    }  # fmt: skip
+    assert len(scene.changes) == 1, "the holder did not notice"
+    scene.clock.advance(TTL_S / 2 + 0.01)
+    scene.membership.register(make_worker(epoch=2, address="h:2"))
+    assert scene.removed() == [("decode-0", 1, RemovalReason.REPLACED)]
 
 
 @pytest.mark.parametrize("epoch", [4, 5])
@@ -97,7 +113,7 @@ def test_a_start_that_is_not_newer_is_refused_while_the_holder_lives(scene: Scen
     scene.membership.register(make_worker(epoch=5))
     with pytest.raises(DuplicateWorker) as refusal:
         scene.membership.register(make_worker(epoch=epoch, address="h:9"))
-    assert refusal.value.metadata == {"worker": "decode-0", "epoch": "5", "field": "worker_id"}
+    assert (refusal.value.metadata["epoch"], refusal.value.metadata["field"]) == ("5", "worker_id")
     scene.clock.advance(TTL_S)
     scene.membership.register(make_worker(epoch=epoch))
 
@@ -106,7 +122,7 @@ def test_another_worker_at_the_address_replaces_when_newer_and_is_refused_when_n
     scene.membership.register(make_worker("a", 5, "h:1"))
     with pytest.raises(DuplicateWorker) as refusal:
         scene.membership.register(make_worker("b", 4, "h:1"))
-    assert refusal.value.metadata == {"worker": "a", "epoch": "5", "field": "address"}
+    assert (refusal.value.metadata["worker"], refusal.value.metadata["field"]) == ("a", "address")
     scene.membership.register(make_worker("b", 6, "h:1"))
     assert scene.ids() == ["b"]
     assert scene.removed() == [("a", 5, RemovalReason.REPLACED)]
@@ -124,6 +140,7 @@ def test_a_refused_start_changes_nothing(scene: Scene) -> None:
 def test_one_start_can_take_the_places_of_two(scene: Scene) -> None:
     scene.membership.register(make_worker("a", 1, "h:1"))
     scene.membership.register(make_worker("b", 1, "h:2"))
+    scene.clock.advance(TTL_S * 0.9)
     scene.membership.register(make_worker("a", 2, "h:2"))
     assert scene.ids() == ["a"]
     assert sorted(scene.removed()) == [("a", 1, RemovalReason.REPLACED), ("b", 1, RemovalReason.REPLACED)]

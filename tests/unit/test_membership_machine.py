@@ -40,6 +40,10 @@ class MembershipMachine(RuleBasedStateMachine):
     def end(self, worker_id: str) -> None:
         self.ended.append(self.alive.pop(worker_id)[1])
 
+    def is_alive_elsewhere(self, holder: Worker, address: str) -> bool:
+        end_s = self.alive[holder.worker_id][2]
+        return holder.address != address and end_s - self.clock() >= TTL_S / 2
+
     @rule(worker_id=WORKER_IDS, epoch=EPOCHS, address=ADDRESSES)
     def register(self, worker_id: str, epoch: int, address: str) -> None:
         worker = make_worker(worker_id, epoch, address)
@@ -49,9 +53,10 @@ class MembershipMachine(RuleBasedStateMachine):
         except DuplicateWorker as refusal:
             holder = self.alive[refusal.metadata["worker"]][0]
             assert holder in rivals
-            assert holder.epoch >= epoch
+            assert holder.epoch >= epoch or self.is_alive_elsewhere(holder, address)
             return
         assert all(rival.epoch < epoch for rival in rivals), "an older or equal start fenced a newer one"
+        assert not any(self.is_alive_elsewhere(rival, address) for rival in rivals), "a live start was fenced"
         for rival in rivals:
             self.end(rival.worker_id)
         self.alive[worker_id] = (worker, grant.lease_id, self.clock() + TTL_S)

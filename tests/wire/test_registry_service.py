@@ -145,7 +145,9 @@ async def test_a_start_that_is_not_newer_is_refused(stub: Any) -> None:
     await stub.Register(register_request(epoch=5))
     by_id = await error_of(stub.Register(register_request(epoch=5, address="elsewhere:1")))
     assert isinstance(by_id, DuplicateWorker)
-    assert by_id.metadata == {"worker": "decode-0", "epoch": "5", "field": "worker_id"}
+    assert by_id.metadata == {
+        "worker": "decode-0", "epoch": "5", "address": "decode-0:1", "field": "worker_id", "lease_ttl_ms": "600"
+    }  # fmt: skip
     by_address = await error_of(stub.Register(register_request("other", epoch=4, address="decode-0:1")))
     assert isinstance(by_address, DuplicateWorker)
     assert by_address.metadata["field"] == "address"

@@ -42,8 +42,10 @@ def read_defaults(model: Path) -> dict[str, float]:
 def _check(file: Path, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise StartError(f"{file}: {name} is {value!r}, not a number", path=str(file))
+    sampling = sampling_pb2.Sampling()
     try:
-        check_ranges(sampling_pb2.Sampling(**{name: value}))
+        setattr(sampling, name, value)
+        check_ranges(sampling)
     except InvalidRequest as problem:
         said = problem.message.removeprefix(f"{problem.field}: ")
         raise StartError(f"{file}: {name} {said}", path=str(file)) from None

@@ -14,6 +14,8 @@ from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tandem.model.worker import Worker, WorkerState
 from tandem.runtime.clock import Clock
 
+FRESH_FRACTION = 0.5
+"""Of a lease's time. Signs of life come at every third of it: a holder that missed one may be dead."""
 PAUSE_MIN_S = 0.1
 """An expiry seen later than this was seen by a process that did not run, and so could not hear signs of life either."""
 
@@ -98,11 +100,12 @@ class Membership:
         """No lease is over before this time: spares looking at all of them at each call."""
 
     def register(self, worker: Worker) -> Grant:
-        """Enter one start of a worker.
+        """Enter one start of a worker. It takes the place of older starts at its address, which cannot be alive, and of
+        older starts of its id elsewhere that have missed a sign of life.
 
         Raises:
-            DuplicateWorker: a live worker holds the id or the address with an epoch that is not older. Metadata:
-                worker and epoch (of the holder), field.
+            DuplicateWorker: a worker holds the id or the address with an epoch that is not older, or the id at another
+                address where it is alive. Metadata: worker, epoch and address (of the holder), field, lease_ttl_ms.
         """
         self.expire()
         rivals = {
@@ -114,8 +117,9 @@ class Membership:
             if lease is not None
         }
         for field, rival in rivals.values():
-            if rival.worker.epoch >= worker.epoch:
-                raise _duplicate(field, worker, rival.worker)
+            is_elsewhere = rival.worker.address != worker.address
+            if rival.worker.epoch >= worker.epoch or (is_elsewhere and self._is_fresh(rival)):
+                raise self._duplicate(field, worker, rival.worker)
         for _, rival in rivals.values():
             self._forget(rival)
         now_s = self._clock()
@@ -212,6 +216,21 @@ class Membership:
             raise WorkerNotFound("that lease is over or was never granted: register again", lease=lease_id)
         return lease
 
+    def _is_fresh(self, lease: _Lease) -> bool:
+        return self._clock() - lease.renewed_s <= self.ttl_s * FRESH_FRACTION
+
+    def _duplicate(self, field: str, worker: Worker, holder: Worker) -> DuplicateWorker:
+        held = worker.address if field == "address" else worker.worker_id
+        why = "which is alive" if holder.epoch < worker.epoch else f"which is not older than epoch {worker.epoch}"
+        return DuplicateWorker(
+            f"{field} {held} is held by worker {holder.worker_id} of epoch {holder.epoch} at {holder.address}, {why}",
+            worker=holder.worker_id,
+            epoch=holder.epoch,
+            address=holder.address,
+            field=field,
+            lease_ttl_ms=int(self.ttl_s * 1_000),
+        )
+
     def _set_state(self, lease: _Lease, state: WorkerState) -> None:
         if lease.worker.state is not state:
             lease.worker = replace(lease.worker, state=state)
@@ -226,14 +245,3 @@ class Membership:
     def _change(self, *, upserted: tuple[Worker, ...] = (), removed: tuple[Removed, ...] = ()) -> None:
         self.revision += 1
         self._on_change(Change(revision=self.revision, upserted=upserted, removed=removed))
-
-
-def _duplicate(field: str, worker: Worker, holder: Worker) -> DuplicateWorker:
-    held = worker.address if field == "address" else worker.worker_id
-    return DuplicateWorker(
-        f"{field} {held} is held by live worker {holder.worker_id} of epoch {holder.epoch}, "
-        f"which is not older than epoch {worker.epoch}",
-        worker=holder.worker_id,
-        epoch=holder.epoch,
-        field=field,
-    )

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 REGISTER_TIMEOUT_S = 3.0
 DEREGISTER_TIMEOUT_S = 1.0
+LEASE_TTL_MS = 5_000
+"""Of a registry that does not say how long its leases live."""
 ANSWER_MIN_S = 0.5
 """However short a lease is, a loaded registry gets this long to answer a sign of life."""
 
@@ -77,6 +79,8 @@ class Registration:
         self._state_told = asyncio.Event()
         self._wake = asyncio.Event()
         self._is_outage_told = False
+        self._refused_since_s: float | None = None
+        """Since when somebody else has held this worker's id or address."""
         self._fenced: str | None = None
         self._is_fenced = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -88,7 +92,7 @@ class Registration:
 
     @property
     def fenced(self) -> str | None:
-        """Why this process must end (a newer start took its place, or no registry will ever take it); else None."""
+        """Why this process must end (another start has its place, or no registry will ever take it); else None."""
         return self._fenced
 
     async def wait_fenced(self) -> str:
@@ -152,7 +156,9 @@ class Registration:
             except DuplicateWorker as problem:
                 if int(problem.metadata.get("epoch", "0")) > self._worker.epoch:
                     return self._fence(f"replaced by a newer start: {problem}")
-                # Our own earlier lease, whose grant was lost on the way: it runs out by itself.
+                if self._has_outlived_a_lease(problem):
+                    return self._fence(f"another live process has this worker's place: {problem}")
+                # A dead start's lease, or our own whose grant was lost on the way: it runs out by itself.
                 log.info("waiting for a former lease to end: %s", problem)
             except TandemError as problem:
                 if not self._is_outage_told:
@@ -160,6 +166,15 @@ class Registration:
                     self._is_outage_told = True
                 self._attempt += 1
             await asyncio.sleep(self._backoff.next_s())
+
+    def _has_outlived_a_lease(self, problem: DuplicateWorker) -> bool:
+        """Whether refusals have gone on for longer than a lease lives that nobody keeps alive."""
+        now_s = self._clock()
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        lease_ttl_s = int(problem.metadata.get("lease_ttl_ms", LEASE_TTL_MS)) / 1_000
+        # The registry gives half a lease more after a pause of its own.
+        return now_s - self._refused_since_s > 1.5 * lease_ttl_s
 
     async def _register(self) -> None:
         worker = self._worker
@@ -172,6 +187,7 @@ class Registration:
         self._lease = _Lease(response.lease_id, ttl_s, self._clock() + ttl_s, worker.state)
         log.info("registered as %s of epoch %d with %s", worker.worker_id, worker.epoch, self._address())
         self._granted.set()
+        self._refused_since_s = None
         self._answered()
 
     async def _keep_alive(self) -> None:

@@ -2,7 +2,8 @@
 
 Start: engine -> canary -> listen -> register; nobody hears of a worker whose engine has not generated. Drain: DRAINING
 in the registry and NOT_SERVING to health checks while legs are still taken -> settle -> end of admission -> wait for
-the open legs (prefill: for every hand-over) -> deregister. Stop: server, then engine.
+the open legs (prefill: for every hand-over) -> deregister. Fenced (another start has its place): NOT_SERVING, end of
+admission, the open legs, exit status 1. Stop: server, then engine.
 """
 
 from __future__ import annotations
@@ -83,18 +84,10 @@ class WorkerHost:
         await self._registration.set_state(WorkerState.DRAINING)
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
-        self._legs.close_admission()
         try:
-            async with asyncio.timeout(self._config.drain_timeout_s):
-                await self._legs.wait_none()
-        except TimeoutError:
-            log.error(
-                "%d legs still open after %g s: they end now", self._legs.open_count, self._config.drain_timeout_s
-            )
-            return False
+            return await self._finish_legs(self._legs)
         finally:
             await self._registration.close()
-        return True
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
@@ -105,9 +98,32 @@ class WorkerHost:
         await self._engine.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return why the worker cannot go on, or None when a Drain call asked it to end."""
+        """Return why the worker cannot go on, or None when a Drain call asked it to end.
+
+        A worker that was fenced has finished its legs by then: their frontends hold on to them, but send no new ones.
+        """
         assert self._registration is not None, "wait_finished() before start()"
-        return await _first(self._engine.wait_failed(), self._registration.wait_fenced(), self._asked_to_drain())
+        assert self._server is not None, "wait_finished() before start()"
+        assert self._legs is not None, "wait_finished() before start()"
+        trouble = await _first(self._engine.wait_failed(), self._registration.wait_fenced(), self._asked_to_drain())
+        if self._registration.fenced is not None:
+            await self._server.set_serving(False)
+            await _first(self._engine.wait_failed(), self._until_legs_end(self._legs))
+        return trouble
+
+    async def _finish_legs(self, legs: Legs) -> bool:
+        """Admit no more legs and wait for the open ones. Returns whether all ended within the drain's bound."""
+        legs.close_admission()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await legs.wait_none()
+        except TimeoutError:
+            log.error("%d legs still open after %g s: they end now", legs.open_count, self._config.drain_timeout_s)
+            return False
+        return True
+
+    async def _until_legs_end(self, legs: Legs) -> None:
+        await self._finish_legs(legs)
 
     async def _pass_canary(self) -> None:
         try:

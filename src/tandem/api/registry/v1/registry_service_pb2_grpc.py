@@ -75,8 +75,9 @@ class RegistryServiceServicer:
 
     def Register(self, request, context):
         """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-        live. A newer epoch of the same worker id, or another worker at the same address, replaces the older one.
-        DUPLICATE_WORKER: a live worker holds the id with a newer or equal epoch.
+        live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
+        once that has given no sign of life for half its time to live.
+        DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,9 @@ class RegistryServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RegistryServiceAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterRequest, _registry_service_pb2.RegisterResponse]
     """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-    live. A newer epoch of the same worker id, or another worker at the same address, replaces the older one.
-    DUPLICATE_WORKER: a live worker holds the id with a newer or equal epoch.
+    live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
+    once that has given no sign of life for half its time to live.
+    DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
     """
     KeepAlive: _grpc.StreamStreamMultiCallable[_registry_service_pb2.KeepAliveRequest, _registry_service_pb2.KeepAliveResponse]
     """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
@@ -63,8 +64,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterRequest, _registry_service_pb2.RegisterResponse]  # type: ignore[assignment]
     """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-    live. A newer epoch of the same worker id, or another worker at the same address, replaces the older one.
-    DUPLICATE_WORKER: a live worker holds the id with a newer or equal epoch.
+    live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
+    once that has given no sign of life for half its time to live.
+    DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
     """
     KeepAlive: _aio.StreamStreamMultiCallable[_registry_service_pb2.KeepAliveRequest, _registry_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
     """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
@@ -92,8 +94,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.RegisterResponse, _abc.Awaitable[_registry_service_pb2.RegisterResponse]]:
         """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-        live. A newer epoch of the same worker id, or another worker at the same address, replaces the older one.
-        DUPLICATE_WORKER: a live worker holds the id with a newer or equal epoch.
+        live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
+        once that has given no sign of life for half its time to live.
+        DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
         """
 
     @_abc_1.abstractmethod

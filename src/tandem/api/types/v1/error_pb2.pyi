@@ -31,7 +31,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_WORKER_NOT_FOUND: _ErrorReason.ValueType  # 3
     """The registry knows no such worker or lease. Metadata: worker. NOT_FOUND."""
     ERROR_REASON_DUPLICATE_WORKER: _ErrorReason.ValueType  # 4
-    """A live worker already holds that id or address. Metadata: worker, field. ALREADY_EXISTS."""
+    """A live worker already holds that id or address. Metadata: worker, epoch, address, field, lease_ttl_ms.
+    ALREADY_EXISTS.
+    """
     ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 5
     """The call was meant for another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
     ERROR_REASON_WRONG_ROLE: _ErrorReason.ValueType  # 6
@@ -77,7 +79,9 @@ ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 2
 ERROR_REASON_WORKER_NOT_FOUND: ErrorReason.ValueType  # 3
 """The registry knows no such worker or lease. Metadata: worker. NOT_FOUND."""
 ERROR_REASON_DUPLICATE_WORKER: ErrorReason.ValueType  # 4
-"""A live worker already holds that id or address. Metadata: worker, field. ALREADY_EXISTS."""
+"""A live worker already holds that id or address. Metadata: worker, epoch, address, field, lease_ttl_ms.
+ALREADY_EXISTS.
+"""
 ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 5
 """The call was meant for another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
 ERROR_REASON_WRONG_ROLE: ErrorReason.ValueType  # 6
