@@ -8,7 +8,8 @@ local TYPES = {
   [401] = "authentication_error", [403] = "permission_error", [429] = "rate_limit_error",
   [408] = "timeout_error", [504] = "timeout_error", [499] = "api_error", [503] = "service_unavailable_error",
 }
-local FAILED_PRECONDITION = "9"
+local FAILED_PRECONDITION, RESOURCE_EXHAUSTED = "9", "8"
+local TOO_LARGE = '"REQUEST_TOO_LARGE"'
 local ERROR_INFO = '"type.googleapis.com/google.rpc.ErrorInfo"'
 local RETRY_INFO = '"type.googleapis.com/google.rpc.RetryInfo"'
 local HIDDEN = { "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding" }
@@ -106,6 +107,13 @@ local function rewritten(handle, http_status, body)
   if status['"code"'] == FAILED_PRECONDITION then
     http_status = 503
     handle:headers():replace(":status", "503")
+  end
+  local is_too_large = reason == TOO_LARGE
+    or (status['"code"'] == RESOURCE_EXHAUSTED and reason == nil
+      and string.find(status['"message"'] or "", "message larger than max", 1, true) ~= nil)
+  if is_too_large then
+    http_status = 413
+    handle:headers():replace(":status", "413")
   end
   if delay_s ~= nil then
     handle:headers():replace("retry-after", tostring(math.max(1, math.ceil(delay_s))))

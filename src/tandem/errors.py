@@ -3,7 +3,8 @@
     TandemError
     ├── RequestError             the caller can repair it
     │   ├── InvalidRequest       a field is wrong                       INVALID_ARGUMENT
-    │   │   └── ContextExceeded  the prompt leaves no room to answer    INVALID_ARGUMENT
+    │   │   ├── ContextExceeded  the prompt leaves no room to answer    INVALID_ARGUMENT
+    │   │   └── RequestTooLarge  more bytes than any request needs      INVALID_ARGUMENT
     │   ├── ModelNotFound        nobody serves that model               NOT_FOUND
     │   ├── WorkerNotFound       no such worker or lease                NOT_FOUND
     │   ├── DuplicateWorker      a live worker holds that id            ALREADY_EXISTS
@@ -74,6 +75,12 @@ class ContextExceeded(InvalidRequest):
     """The prompt leaves no room in the model's context; `metadata["limit"]` is the context in tokens."""
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The request has more bytes than any that can be served; `metadata["limit"]` says how many it may have."""
+
+    reason = "REQUEST_TOO_LARGE"
 
 
 class ModelNotFound(RequestError):

@@ -130,7 +130,7 @@ async def test_an_error_too_long_for_headers_is_cut_and_harms_no_other_stream(ho
     assert response.status_code == 400
     error = error_of(response)
     assert error["message"].startswith("prompt: ééé")
-    assert error["message"].endswith("é…")
+    assert error["message"].endswith("é...")
     assert (error["param"], error["code"]) == ("prompt", "invalid_request")
 
 

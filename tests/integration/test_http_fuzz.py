@@ -159,3 +159,17 @@ async def test_every_body_is_answered(cluster: LocalCluster) -> None:
     assert statuses[200] > CASES / 20
     assert statuses[400] > CASES / 5
     await assert_eventually(lambda: idle(cluster), bool, within_s=5, what="idle engines after all")
+
+
+BOUNDED = {"stopping": {"max_tokens": 1}}
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/generate:unary"])
+async def test_a_body_that_no_context_holds_is_too_large(cluster: LocalCluster, path: str) -> None:
+    assert cluster.edge is not None
+    async with httpx.AsyncClient(base_url=f"http://{cluster.edge.address}", timeout=20) as client:
+        for length in (1_500_000, 7_000_000):
+            answer = await client.post(path, json={"model": MODEL, "prompt": "x" * length})
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "request_too_large"
+        assert (await client.post(path, json={"model": MODEL, "prompt": "x", **BOUNDED})).status_code == 200

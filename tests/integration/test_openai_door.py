@@ -21,7 +21,7 @@ from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1.openai_service_pb2_grpc import OpenAiServiceStub
 from tandem.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
-from tandem.errors import ContextExceeded, InvalidRequest, ModelNotFound, NotSupported, TandemError
+from tandem.errors import ContextExceeded, InvalidRequest, ModelNotFound, NotSupported, RequestTooLarge, TandemError
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 from tandem.runtime.cluster import LocalCluster
@@ -228,7 +228,9 @@ BAD = [
     ("ChatCompletions", chat(logit_bias={"5": 1e300}), "logit_bias", InvalidRequest),
     ("ChatCompletions", chat(logprobs=True, top_logprobs=21), "top_logprobs", InvalidRequest),
     ("ChatCompletions", chat("word " * 3000), "messages", ContextExceeded),
-    ("ChatCompletions", chat("x" * 3_000_000), "messages[0].content", ContextExceeded),
+    ("ChatCompletions", chat("x" * 300_000), "messages[0].content", ContextExceeded),
+    ("ChatCompletions", chat("x" * 3_000_000), "request", RequestTooLarge),
+    ("ChatCompletions", chat(messages=[{"role": "user", "content": ""}] * 2048), "messages", ContextExceeded),
     ("ChatCompletions", chat(tool_choice="auto"), "tool_choice", InvalidRequest),
     ("ChatCompletions", chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", InvalidRequest),
     ("ChatCompletions", chat(reasoning_effort="low"), "reasoning_effort", InvalidRequest),

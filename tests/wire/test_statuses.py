@@ -99,7 +99,7 @@ async def test_what_fits_is_not_touched() -> None:
     assert (got.message, got.metadata) == ("prompt: " + "f" * 992, {"field": "prompt", "limit": "2048"})
 
 
-@pytest.mark.parametrize(("bytes_over", "says"), [(10, "are more than 1000"), (2_000, "larger than max")])
+@pytest.mark.parametrize(("bytes_over", "says"), [(10, "are more than 1000"), (17 * 2**20, "larger than max")])
 async def test_a_request_beyond_its_limit_names_the_request(bytes_over: int, says: str) -> None:
     async with failing(request_bytes_max=1_000) as (_, stub):
         got = await seen(stub, pb.ListRequest(model="m" * (1_000 + bytes_over)))

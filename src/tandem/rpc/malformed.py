@@ -14,7 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, RequestTooLarge
 
 LENGTH_DELIMITED = 2
 SEARCH_BYTES_MAX = 256 * 2**10
@@ -28,7 +28,7 @@ def checked_deserializer(
 
     def deserialize(data: bytes) -> Message | InvalidRequest:
         if len(data) > request_bytes_max:
-            return InvalidRequest(
+            return RequestTooLarge(
                 "request", f"{len(data)} bytes are more than {request_bytes_max}", limit=request_bytes_max
             )
         try:

@@ -40,9 +40,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
-RECEIVED_FACTOR = 2
-"""So many times the bytes of the longest request are received at all: up to there a refusal is typed, and beyond it is
-gRPC's own RESOURCE_EXHAUSTED, which names nothing."""
+RECEIVED_FACTOR, RECEIVED_BYTES_MIN = 2, 16 * 2**20
+"""So many times the bytes of the longest request are received at all, and never less than the edge lets through: up to
+there a refusal is typed, and beyond it is gRPC's own RESOURCE_EXHAUSTED, which names nothing."""
 
 AddServicer = Callable[[grpc.aio.Server], None]
 
@@ -59,15 +59,16 @@ class RpcServer:
     ) -> None:
         """Each service is its full protobuf name and the function that adds its servicer to a server.
 
-        A request of more than `request_bytes_max` is refused before it is parsed. With `tls` every caller must present a
-        certificate, of health and reflection too.
+        A request of more than `request_bytes_max` is refused before it is parsed. With `tls` every caller must present
+        a certificate, of health and reflection too.
         """
         self._tls = tls
         self._credentials: ServerCredentials | None = None
         self._names: list[str] = []
+        received_bytes_max = max(RECEIVED_BYTES_MIN, RECEIVED_FACTOR * request_bytes_max)
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor(request_bytes_max)],
-            options=(*OPTIONS, ("grpc.max_receive_message_length", RECEIVED_FACTOR * request_bytes_max)),
+            options=(*OPTIONS, ("grpc.max_receive_message_length", received_bytes_max)),
         )
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

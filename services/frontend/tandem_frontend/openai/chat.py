@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -19,7 +21,8 @@ from tandem_frontend.openai.messages import for_template
 from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
 from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
-from tandem_frontend.validation import check_text
+from tandem_frontend.tokenization import BLOCKING_CHARS_MAX
+from tandem_frontend.validation import check_text, check_token_count
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -44,8 +47,8 @@ class ChatCompletions:
         request = chat_request(wanted)
         tools = self._tools(wanted)
         kwargs = self._template_kwargs(wanted)
-        prompt = self._prompt(wanted, tools, kwargs)
-        token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False)
+        prompt = await self._prompt(wanted, tools, kwargs)
+        token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False, field="messages")
         await self._constrain(request, wanted, tools, prompt, kwargs)
         async with contextlib.AsyncExitStack() as stack:
             choices = []
@@ -66,15 +69,21 @@ class ChatCompletions:
                 async for body in bodies:
                     yield body
 
-    def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
+    async def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
         """The messages as the model reads them."""
         tokenizer = self._model.tokenizer
         if tokenizer.chat_template is None:
             raise InvalidRequest("messages", "this model has no chat template; use /v1/completions")
+        # Whatever a template makes of a message is a token at least.
+        check_token_count("messages", len(wanted.messages), tokenizer, what="messages")
         messages = for_template(wanted.messages, tokenizer.without_control)
         for number, message in enumerate(messages):
             check_text(f"messages[{number}].content", message["content"], tokenizer)
-        text = tokenizer.chat_template.render(messages, add_generation_prompt=True, tools=tools or None, **kwargs)
+        chars = sum(len(message["content"]) for message in messages)
+        render = partial(
+            tokenizer.chat_template.render, messages, add_generation_prompt=True, tools=tools or None, **kwargs
+        )
+        text = render() if chars <= BLOCKING_CHARS_MAX else await asyncio.to_thread(render)
         check_text("messages", text, tokenizer)
         return text
 

@@ -16,7 +16,7 @@ from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_l
 from tandem_frontend.openai.schemas import CompletionRequest
 from tandem_frontend.openai.translation import completion_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
-from tandem_frontend.validation import check_text, check_token_ids
+from tandem_frontend.validation import check_text, check_token_count, check_token_ids
 
 PROMPTS_MAX = 128
 
@@ -68,6 +68,7 @@ class Completions:
                 check_text("prompt", prompt, tokenizer)
                 prompts.append((prompt, await tokenizer.encode(prompt, add_special_tokens=True)))
             else:
+                check_token_count("prompt", len(prompt), tokenizer)
                 check_token_ids("prompt", prompt, tokenizer.vocabulary_size)
                 prompts.append((tokenizer.decode(prompt) if wanted.echo else "", prompt))
         return prompts

@@ -16,7 +16,7 @@ from google.api import httpbody_pb2
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
-from tandem.errors import InvalidRequest, RequestAborted, TandemError
+from tandem.errors import RequestAborted
 from tandem.model.worker import Worker
 from tandem_frontend.generation import Generation
 from tandem_frontend.http_errors import last_event
@@ -128,18 +128,6 @@ class Door:
         self, requests: Sequence[pb.GenerateRequest], timeout_s: float | None
     ) -> AsyncGenerator[tuple[int, Any], None]:
         return merged([self._generation.generate(request, timeout_s) for request in requests])
-
-
-def renamed(problem: TandemError, rename: Callable[[str], str]) -> TandemError:
-    """The same refusal with the parameter's name as the client knows it."""
-    if not isinstance(problem, InvalidRequest):
-        return problem
-    field = rename(problem.field)
-    message = problem.message.removeprefix(f"{problem.field}: ")
-    facts = {key: value for key, value in problem.metadata.items() if key != "field"}
-    own = type(problem).__new__(type(problem))
-    InvalidRequest.__init__(own, field, message, **facts)
-    return own
 
 
 async def _told(answer: Answer, number: int, event: Any) -> list[dict[str, Any]]:

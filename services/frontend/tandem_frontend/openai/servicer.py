@@ -24,7 +24,7 @@ from tandem_frontend.openai import wire
 from tandem_frontend.openai.body import parse
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
-from tandem_frontend.openai.door import Door, renamed
+from tandem_frontend.openai.door import Door
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
@@ -94,4 +94,4 @@ async def _renaming(
             async for body in bodies:
                 yield body
     except InvalidRequest as problem:
-        raise renamed(problem, lambda field: parameter(field, wanted)) from None
+        raise problem.renamed(parameter(problem.field, wanted)) from None

@@ -64,6 +64,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 19
     """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
+    ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 20
+    """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -112,4 +114,6 @@ ERROR_REASON_PARSER_FAILED: ErrorReason.ValueType  # 18
 """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
 """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
+ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 20
+"""The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
