@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_engines import DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
+from tandem.engine.simulated.wire import ConnectionLost, Line
 from tandem.errors import LegFailed
 from tandem.model.generation import Bootstrap, FinishReason
 from tandem.model.worker import WorkerRole, incompatible_field
@@ -72,6 +76,49 @@ async def test_a_stopped_prefill_engine_ends_waiting_decodes(model_path: Path) -
             await asyncio.wait_for(leg, 2)
         with pytest.raises(LegFailed, match="no prefill engine at"):
             await collect(decode, request(bootstrap=Bootstrap(host="127.0.0.1", port=1, room=5)))
+
+
+@pytest.mark.parametrize(("host", "port"), [("a" * 300, 1), ("..", 1), ("\x00", 1), ("127.0.0.1", 99_999)])
+async def test_a_host_that_cannot_be_one_is_a_failed_leg(model_path: Path, host: str, port: int) -> None:
+    async with running(model_path, DECODE) as decode:
+        with pytest.raises(LegFailed, match="no prefill engine at") as caught:
+            await collect(decode, request(bootstrap=Bootstrap(host=host, port=port, room=5)))
+        assert caught.value.metadata["phase"] == "bootstrap"
+        assert len(str(caught.value)) < 300
+        assert (await decode.load()).kv_used_tokens == 0
+
+
+async def test_a_decode_leg_that_goes_before_the_kv_is_no_defect(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The connection breaks at the moment at which prefill begins to send: nothing may be left unawaited or unread."""
+    defects: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
+
+    async def lost(line: Line, kind: str, **body: Any) -> None:
+        if kind == "begin":
+            line.close()
+            # Longer than the server needs to see that the connection is gone.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.2)
+            raise ConnectionLost("gone")
+        await send(line, kind, **body)
+
+    send = Line.send
+
+    async def endings() -> list[type]:
+        async with running(model_path, PREFILL) as prefill, running(model_path, DECODE) as decode:
+            where = room(prefill)
+            legs = [collect(engine, request(bootstrap=where)) for engine in (prefill, decode)]
+            return [type(ending) for ending in await asyncio.gather(*legs, return_exceptions=True)]
+
+    monkeypatch.setattr(Line, "send", lost)
+    # In a task of its own: what asyncio complains about only when it goes, a traceback would keep alive.
+    assert await asyncio.create_task(endings()) == [LegFailed, LegFailed]
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert defects == []
+    assert [str(warning.message) for warning in recwarn if "never awaited" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("role", [PREFILL, DECODE])

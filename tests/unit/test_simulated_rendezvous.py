@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -46,7 +47,7 @@ def at(server: Served, room: int = 7) -> Bootstrap:
 
 async def hand_over(server: Served, room: int = 7) -> None:
     async with server.meet(room) as peer:
-        await server.hand_over(peer, room, HEADER, digest([1]), asyncio.sleep(0))
+        await server.hand_over(peer, room, HEADER, digest([1]), partial(asyncio.sleep, 0))
 
 
 async def test_hand_over(server: Served) -> None:
@@ -59,7 +60,7 @@ async def test_rooms_do_not_mix(server: Served) -> None:
 
     async def send(room: int) -> None:
         async with server.meet(room) as peer:
-            await server.hand_over(peer, room, HEADER, digest([room]), asyncio.sleep(0))
+            await server.hand_over(peer, room, HEADER, digest([room]), partial(asyncio.sleep, 0))
 
     received, _ = await asyncio.gather(
         asyncio.gather(*(puller().pull(at(server, room), 4) for room in rooms)),

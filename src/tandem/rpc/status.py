@@ -6,6 +6,7 @@ no ErrorInfo of ours becomes the error that fits its code.
 
 from __future__ import annotations
 
+import asyncio
 from itertools import accumulate
 
 import grpc
@@ -47,9 +48,16 @@ def to_status(error: TandemError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:  # type: ignore[type-arg]
-    """End a call with an error. Raises grpc's own AbortError, as `context.abort` does."""
+    """End a call with an error. Raises grpc's own AbortError, as `context.abort` does.
+
+    Raises:
+        asyncio.CancelledError: the call is dead already, and nobody hears the error. gRPC would log a traceback.
+    """
     status = rpc_status.to_status(to_status(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) -> TandemError:

@@ -6,6 +6,7 @@ names it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,7 +62,7 @@ def _refuse(key: str, expected: str, value: object) -> ConfigError:
 
 def _is_number(value: object) -> bool:
     # bool is an int to Python; `decode_step_s: true` is a mistake all the same.
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _positive_number(key: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from tandem.errors import LegFailed, StartError
 from tandem.model.generation import Bootstrap
 
 HELLO_TIMEOUT_S = 5.0
+HOST_SHOWN_CHARS = 64
 T = TypeVar("T")
 
 
@@ -37,6 +38,8 @@ class DecodePeer:
             ConnectionLost: it went away meanwhile.
         """
         task = asyncio.ensure_future(work)
+        # However it ends: when the peer is lost, its own error is the same loss, and nobody else looks at it.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             await asyncio.wait((task, self.done), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -100,16 +103,16 @@ class BootstrapServer:
             peer.line.close()
 
     async def hand_over(
-        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, moving: Awaitable[None]
+        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, move: Callable[[], Awaitable[None]]
     ) -> None:
-        """Send a prompt's KV and wait until decode has it all.
+        """Send a prompt's KV, which takes as long as `move`, and wait until decode has it all.
 
         Raises:
             ConnectionLost: the peer went away.
             LegFailed: it did not confirm in time, or not everything.
         """
         await peer.line.send("begin", prompt_tokens=header.prompt_tokens, size_bytes=header.size_bytes)
-        await peer.unless_lost(moving)
+        await peer.unless_lost(move())
         await peer.line.send("end", state=state.hex())
         try:
             async with asyncio.timeout(self._transfer_timeout_s):
@@ -240,8 +243,9 @@ class KvPuller:
         try:
             async with asyncio.timeout(self._bootstrap_timeout_s):
                 reader, writer = await asyncio.open_connection(bootstrap.host, bootstrap.port, limit=LINE_BYTES_MAX)
-        except OSError as problem:
-            where = f"{bootstrap.host}:{bootstrap.port}"
+        except (OSError, ValueError, OverflowError) as problem:
+            # The last two: a host that is no name (an empty label, a NUL, too long), a port beyond 65535.
+            where = f"{bootstrap.host[:HOST_SHOWN_CHARS]}:{bootstrap.port}"
             problem_text = f"no prefill engine at {where}: {str(problem) or 'timed out'}"
             raise leg_failed("decode", "bootstrap", bootstrap.room, problem_text) from None
         return Line(reader, writer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from tandem.engine.simulated.admission import Admission
 from tandem.engine.simulated.kv_events import KvEventLog
@@ -107,9 +108,9 @@ class Machine:
             tokens = len(leg.request.token_ids)
             pages_tokens = self.pool.pages_for(tokens) * self.pool.page_size_tokens
             header = KvHeader(tokens, pages_tokens * self._capabilities.kv_bytes_per_token)
-            moving = self._clock.sleep(self._timing.transfer_s(header.size_bytes))
+            move = partial(self._clock.sleep, self._timing.transfer_s(header.size_bytes))
             leg.kv_transfer_start_time_s = self._clock.time_s()
-            await self.server.hand_over(peer, room, header, digest(leg.request.token_ids), moving)
+            await self.server.hand_over(peer, room, header, digest(leg.request.token_ids), move)
             leg.kv_transfer_end_time_s = self._clock.time_s()
             leg.kv_transfer_bytes = header.size_bytes
 
