@@ -92,8 +92,10 @@ def read_card(path: Path) -> Card:
         raise StartError(f"model directory {path} does not exist", path=str(path))
     config = _read_json(path / "config.json")
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(key), int):
-            raise StartError(f"{path / 'config.json'} has no whole number {key}", path=str(path / "config.json"))
+        if not _is_count(config.get(key)) or config[key] < 1:
+            raise StartError(
+                f"{path / 'config.json'} has no whole number {key} from 1 up", path=str(path / "config.json")
+            )
     digest = tokenizer_digest(path)
     _check_tokenizer_fits(path / "tokenizer.json", config["vocab_size"])
     return Card(
@@ -137,13 +139,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Both files may say it, and an engine stops at what either says."""
     generation = path / "generation_config.json"
-    values = [config.get("eos_token_id")]
+    values = {path / "config.json": config.get("eos_token_id")}
     if generation.is_file():
-        values.append(_read_json(generation).get("eos_token_id"))
+        values[generation] = _read_json(generation).get("eos_token_id")
     token_ids: list[int] = []
-    for value in values:
-        token_ids += value if isinstance(value, list) else [] if value is None else [int(value)]
+    for file, value in values.items():
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(_is_count(token_id) for token_id in found):
+            raise StartError(f"{file}: eos_token_id is neither a token id nor a list of them", path=str(file))
+        token_ids += found
     return tuple(dict.fromkeys(token_ids))
+
+
+def _is_count(value: Any) -> bool:
+    """A whole number from 0 up; to Python, true is one too."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
@@ -153,6 +163,8 @@ def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not vocabulary:
         raise StartError(f"{file} is damaged: it holds no vocabulary", path=str(file))
+    if isinstance(vocabulary, dict) and not all(map(_is_count, vocabulary.values())):
+        raise StartError(f"{file} is damaged: its vocabulary has a token without an id", path=str(file))
     highest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
     if highest >= vocabulary_size:
         raise StartError(

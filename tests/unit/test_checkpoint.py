@@ -56,7 +56,7 @@ def test_missing_or_unreadable_json(model: Path, name: str, content: str | bytes
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
-@pytest.mark.parametrize("value", ["absent", "12", None])
+@pytest.mark.parametrize("value", ["absent", "12", None, -5, 0, True])
 def test_config_without_a_needed_number(model: Path, key: str, value: Any) -> None:
     edit_config(model, **{key: value})
     assert key in refused(model)
@@ -143,6 +143,21 @@ def test_generation_config_adds_to_the_ends(model: Path, value: Any, ids: tuple[
     content = {} if value == "absent" else {"eos_token_id": value}
     (model / "generation_config.json").write_text(json.dumps(content))
     assert read_checkpoint(model).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["k", [2, "k"], 1.5, True, -1, {}])
+def test_an_end_of_sequence_that_is_no_token(model: Path, name: str, value: Any) -> None:
+    file = model / name
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**content, "eos_token_id": value}))
+    assert refused(model).startswith(f"{file}: eos_token_id is neither")
+
+
+@pytest.mark.parametrize("ids", [{"a": "b"}, {"a": None}, {"a": 1.5}])
+def test_a_vocabulary_without_ids(model: Path, ids: dict[str, Any]) -> None:
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}}))
+    assert str(model / "tokenizer.json") in refused(model)
 
 
 def test_no_end_of_sequence(model: Path) -> None:
