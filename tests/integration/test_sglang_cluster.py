@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import random
 import signal
 import sys
@@ -22,14 +23,15 @@ import pytest
 import pytest_asyncio
 from calls import Stream, generate, refusal, request_of
 from conftest import DEMO_MODEL, running
+from scheduler_faults import FAULT_TOKENS, SENTENCE, plug_in
 from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, worker_pb2
-from tandem.errors import InvalidRequest, LegFailed
+from tandem.errors import EngineFailed, InvalidRequest, LegFailed
 from tandem.rpc import clients
 from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import open_decode
+from tandem.rpc.leg_calls import open_decode, open_prefill
 from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tools.demo_model import facts
@@ -311,6 +313,34 @@ async def test_without_transfer_parity_and_recall_collapse(
             got = await sabotaged_tokens(listed.worker, ids, number, 40)
             right += TOKENIZER.decode(got).strip() == prompt.answer
         assert right == 0
+
+
+async def test_a_prefill_scheduler_that_raises_ends_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would keep the process alive: the worker would stay in the registry, and every request hang."""
+    path = [str(plug_in(tmp_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    async with running(tmp_path, decode=0, frontends=0) as cluster:
+        prefill = cluster.process("prefill-0")
+        (listed,) = await clients.list_workers(cluster.registry.address)
+        leg = leg_pb2.LegRequest(
+            request_id="faulty",
+            attempt=1,
+            worker_epoch=listed.worker.epoch,
+            model=listed.worker.capabilities.model,
+            token_ids=FAULT_TOKENS,
+            stopping={"max_tokens": 1},  # type: ignore[arg-type]
+            bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=1, room=1),
+        )
+        channels = Channels()
+        call = open_prefill(channels, prefill.address, leg, 30)
+        assert await call.read() is not None, "the leg was not accepted"
+        with pytest.raises(EngineFailed, match=SENTENCE):
+            await call.read()
+        async with asyncio.timeout(10):
+            assert await prefill.wait_ended() == 1
+        assert SENTENCE in prefill.last_words()
+        assert not await clients.list_workers(cluster.registry.address)
+        await channels.close()
 
 
 @pytest.mark.parametrize(

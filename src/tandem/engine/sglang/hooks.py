@@ -99,19 +99,17 @@ def _report_start_failure(original: Callable[..., Any], *arguments: Any, **keywo
     try:
         return original(*arguments, **keywords)
     except Exception as problem:
-        reports.leave(reports.sentence_of(problem))
         log.debug("the scheduler could not start", exc_info=True)
         # An exception would make SGLang log a traceback and send SIGQUIT to the worker.
-        raise SystemExit(1) from None
+        reports.end(problem)
 
 
 def _report_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     try:
         return original(*arguments, **keywords)
     except Exception as problem:
-        reports.leave(reports.sentence_of(problem))
         log.exception("the scheduler failed")
-        raise SystemExit(1) from None
+        reports.end(problem)
 
 
 def _leave_logging_alone(*arguments: Any, **keywords: Any) -> None:
@@ -263,7 +261,8 @@ def _meet_carefully(original: Callable[..., Any], manager: Any, bootstrap_addr: 
     try:
         requests.get(f"http://{bootstrap_addr}/health", timeout=PEER_PROBE_TIMEOUT_S)
         return bool(original(manager, bootstrap_addr))
-    except requests.RequestException as problem:
+    except (requests.RequestException, ValueError) as problem:
+        # ValueError: a host that no URL can hold, for which requests has no error of its own.
         log.warning("prefill at %s does not answer: %s", bootstrap_addr, problem)
     except RuntimeError as problem:
         log.error("prefill at %s does not suit this engine: %s", bootstrap_addr, problem)

@@ -5,8 +5,11 @@ SGLang logs a traceback and sends its parent SIGQUIT; neither tells a program, o
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from tandem.engine.sglang.environment import REPORT_FILE
 
@@ -31,6 +34,19 @@ def leave(sentence: str) -> None:
     except OSError:
         # Somebody was first, or the parent is gone with its directory: nobody reads this one.
         return
+
+
+def end(problem: BaseException) -> NoReturn:
+    """Leave the sentence and end this process now, with status 1.
+
+    Not by an exception: SGLang's prefill scheduler has a thread that is no daemon and never ends, for which the
+    interpreter would wait for ever, with the parent none the wiser and every request waiting for its time-out.
+    """
+    leave(sentence_of(problem))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def read(file: Path) -> str | None:
