@@ -69,7 +69,9 @@ class Engine(Protocol):
         `FinishReason.ABORTED`.
 
         Raises:
-            InvalidRequest: the engine refuses a value; `field` names it.
+            InvalidRequest: the engine refuses a value; `field` names it. May also come late: a grammar may turn out
+                to allow nothing only while it is followed.
+            NotSupported: this engine cannot do what a field asks.
             LegFailed: the hand-over between the two legs failed.
             EngineFailed: the engine died or broke its contract.
         """

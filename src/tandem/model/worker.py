@@ -44,7 +44,7 @@ class Capabilities:
     model_digest: str
     tokenizer_digest: str
     context_tokens_max: int
-    """Prompt plus completion."""
+    """Prompt plus completion: what the engine really takes, below the model's where its KV memory is smaller."""
     kv_capacity_tokens: int
     running_requests_max: int
     vocabulary_size: int

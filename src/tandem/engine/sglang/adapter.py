@@ -22,7 +22,7 @@ from tandem.checkpoint import Checkpoint, read_checkpoint
 from tandem.engine.port import BootstrapAddress, KvEvent
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, environment, figures, probe, reports, requests
-from tandem.engine.sglang.answers import Answers, invalid
+from tandem.engine.sglang.answers import Answers
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.hooks import FACTS_KEY
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
@@ -270,7 +270,7 @@ class SglangEngine:
         except TandemError as problem:
             run.queue.put_nowait(problem)
         except ValueError as problem:
-            run.queue.put_nowait(invalid(str(problem)))
+            run.queue.put_nowait(run.answers.refused(str(problem)))
         except Exception as problem:
             log.exception("request %s broke in the engine's front half", request.request_id)
             run.queue.put_nowait(EngineFailed(reports.sentence_of(problem)))

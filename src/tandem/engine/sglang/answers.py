@@ -8,8 +8,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tandem.engine.sglang import grammars
 from tandem.engine.sglang.hooks import FACTS_KEY
-from tandem.errors import EngineFailed, InvalidRequest, LegFailed, TandemError
+from tandem.errors import (
+    ContextExceeded,
+    EngineFailed,
+    InvalidRequest,
+    LegFailed,
+    NotSupported,
+    RequestError,
+    TandemError,
+)
 from tandem.model.generation import (
     EngineFinish,
     EngineRequest,
@@ -40,17 +49,15 @@ _FIELDS = {
     "logit_bias": "sampling.logit_bias",
     "min_new_tokens": "stopping.min_tokens",
     "max_new_tokens": "stopping.max_tokens",
-    "grammar": "guided",
-    "json_schema": "guided.json_schema",
-    "regex": "guided.regex",
-    "ebnf": "guided.ebnf",
-    "structural_tag": "guided.structural_tag",
-    "logprob": "top_logprobs",
+    "logprob": "logprobs.top_logprobs",
     "priority": "priority",
     "bootstrap": "bootstrap",
 }
 """Words in SGLang's refusals, and the field each one is about."""
 _ROOT_CAUSE = re.compile(r"KVTransferError\([^)]*\): (.*)$", re.DOTALL)
+_TOO_LONG = ("maximum allowed length", "model's context length")
+_COMPILER_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+"""What XGrammar puts before its sentence: a time, and a line of its own source."""
 _BOOTSTRAP_WORDS = ("bootstrap", "Could not fetch", "parallel info")
 
 
@@ -121,8 +128,8 @@ class Answers:
 
     def _error(self, reason: dict[str, Any]) -> TandemError:
         message = _plain(reason.get("message") or "the engine gave the request up")
-        if reason.get("status_code") == BAD_REQUEST:
-            return invalid(message)
+        if reason.get("status_code") == BAD_REQUEST or "Grammar accept_token failed" in message:
+            return self.refused(message)
         if self._request.bootstrap is None:
             return EngineFailed(message)
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
@@ -130,12 +137,26 @@ class Answers:
         phase = "bootstrap" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transfer"
         return LegFailed(message, phase=phase, room=self._request.bootstrap.room)
 
+    def refused(self, message: str) -> RequestError:
+        """A refusal of SGLang's, with the field it is most likely about."""
+        plain = _plain(message)
+        if "grammar" in plain.lower():
+            return self._grammar_refused(plain)
+        if any(words in plain for words in _TOO_LONG):
+            return ContextExceeded("token_ids", f"{len(self._request.token_ids)} tokens are more than fit")
+        field = next((name for word, name in _FIELDS.items() if word in plain.lower()), "token_ids")
+        return InvalidRequest(field, plain)
 
-def invalid(message: str) -> InvalidRequest:
-    """A refusal of SGLang's, with the field it is most likely about."""
-    plain = _plain(message)
-    field = next((name for word, name in _FIELDS.items() if word in plain.lower()), "token_ids")
-    return InvalidRequest(field, plain)
+    def _grammar_refused(self, message: str) -> RequestError:
+        field = grammars.field_of(self._request.guided)
+        if "--grammar-backend none" in message:
+            return NotSupported("this engine knows no guided decoding", field=field)
+        if "accept_token failed" in message:
+            return InvalidRequest(field, "allows nothing after what was generated")
+        if grammars.TIMED_OUT in message:
+            return InvalidRequest(field, "takes too long to compile")
+        _, _, cause = message.partition(" grammar: ")
+        return InvalidRequest(field, f"cannot be used: {_COMPILER_PLACE.sub('', cause or message)}")
 
 
 def _plain(message: str) -> str:

@@ -23,6 +23,7 @@ STANDINS = Path(__file__).with_name("standins")
 
 HANDOVER_TIMEOUT_S = 30
 HEARTBEAT_INTERVAL_S = 1.0
+GRAMMAR_LOOKS_MAX = 1_000
 
 
 def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[str, str | None]:
@@ -52,6 +53,8 @@ def defaults(device: str) -> dict[str, str]:
         "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(HANDOVER_TIMEOUT_S),
         "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(HANDOVER_TIMEOUT_S),
         "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL_S),
+        # Looks of 5 ms at a grammar that is being compiled, so 5 s and more; SGLang's own are 10,000.
+        "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": str(GRAMMAR_LOOKS_MAX),
         # The model is a directory on this machine: nothing here needs to ask a hub.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -1,7 +1,8 @@
 """What Tandem adds inside SGLang's processes, through SGLang's own hook registry: figures, sentences, and CPU manners.
 
-Every hook either notes a fact in the ledger, turns a silent end into a sentence, or (on a CPU only) says what is true
-of host memory. None changes what is computed. SGLang only logs a hook that fails to apply; `probe.check_hooks` refuses.
+Every hook here either notes a fact in the ledger, turns a silent end into a sentence, lifts a bound without a reason,
+or (on a CPU only) says what is true of host memory; `grammars` refuses what cannot be used. None changes what is
+computed. SGLang only logs a hook that fails to apply; `probe.check_hooks` refuses.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tandem.engine.sglang import reports
+from tandem.engine.sglang import grammars, reports
 from tandem.engine.sglang.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 FACTS_KEY = "tandem"
 """Under this key a request's facts stand in `meta_info`, and the engine's in SGLang's start-up message."""
+_MAX_REQ_LEN_AT = 4
+"""Where TpModelWorker.get_worker_info tells max_req_len; max_req_input_len follows."""
 IDLE_POLL_MS = 1
 PROGRESS_DELAY_US = 5_000
 """NIXL's progress thread looks at its connections this often, besides whenever one of them wakes it."""
@@ -30,6 +33,7 @@ STATUS_FRAMES = 5
 """Frames of SGLang's own status message: tag, room, status, rank, reason. A sixth, ours, holds the bytes moved."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _CHANNELS = "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels"
 _NIXL = "sglang.srt.disaggregation.nixl.conn"
 _SENDS = ("send_kvcache", "send_kvcache_slice", "send_kvcache_mixed", "send_kvcache_dcp")
@@ -47,6 +51,8 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_SCHEDULER}.get_output_streamer_class": (_streamer_class, "after"),
         f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
+        f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
+        **grammars.targets(),
     }
     if device == "cpu":
         hooks[f"{_SCHEDULER}.on_idle"] = (_wait_politely, "after")
@@ -76,6 +82,8 @@ def register_in_child(device: str) -> None:
 
     for name in ("decode", "prefill"):
         logging.getLogger(f"sglang.srt.disaggregation.{name}").addFilter(_not_about_aborts)
+    # What is wrong with a grammar is told to whoever sent it; SGLang would log the whole of it as an error.
+    logging.getLogger("sglang.srt.constrained").setLevel(logging.CRITICAL)
     for target, (hook, kind) in targets(device).items():
         HookRegistry.register(target, hook, HookType(kind))
 
@@ -136,13 +144,35 @@ def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     device = "cpu" if str(pool.device).startswith("cpu") else "cuda"
     info[FACTS_KEY] = {
         "hooks": in_place(list(targets(device))),
-        "context_tokens_max": scheduler.model_config.context_len,
+        "context_tokens_max": _context_tokens_max(scheduler),
         "running_requests_max": scheduler.max_running_requests,
         "page_size_tokens": scheduler.page_size,
         "kv_dtype": str(pool.dtype).removeprefix("torch."),
         "kv_bytes_per_token": sum(page_bytes) // scheduler.page_size,
     }
     return info
+
+
+def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """SGLang keeps 5 places of the context back for what no code of its own uses any more; this takes them.
+
+    With speculative decoding the places are used, and stay.
+    """
+    server_args = worker.server_args
+    if server_args.speculative_algorithm is not None:
+        return info
+    kv_tokens, context_tokens = info[0], worker.model_config.context_len
+    # A request gets `max_req_len - prompt - 1` tokens at most, and its prompt must be below `max_req_input_len`.
+    max_req_len = min(context_tokens + 1, kv_tokens - 1)
+    at = _MAX_REQ_LEN_AT
+    return (*info[:at], max_req_len, max_req_len - 1, *info[at + 2 :])
+
+
+def _context_tokens_max(scheduler: Any) -> int:
+    """Most tokens of prompt and completion that the scheduler really takes."""
+    # One page is the allocator's reserve, and the last page of a prompt may be nearly empty.
+    kv_tokens = scheduler.max_total_num_tokens - 2 * scheduler.page_size
+    return int(min(scheduler.max_req_len - 1, scheduler.max_req_input_len, kv_tokens))
 
 
 def _streamer_class(streamer: type, scheduler: Any) -> type:

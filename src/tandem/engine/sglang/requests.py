@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from tandem.errors import InvalidRequest
+from tandem.engine.sglang import grammars
+from tandem.errors import ContextExceeded, InvalidRequest
 from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
 from tandem.model.worker import WorkerRole
 
@@ -23,7 +26,10 @@ _SAMPLING_NAMES = (
     "repetition_penalty",
 )
 _GUIDED_NAMES = ("json_schema", "regex", "ebnf", "structural_tag")
+_HOST = re.compile(r"[A-Za-z0-9_.:%\[\]-]{1,253}")
 ROOM_MAX = 2**63 - 1
+TOP_LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 100
 PRETENDED_HOST = "2.2.2.2"
 """SGLang's FAKE_BOOTSTRAP_HOST: a request that names it meets nobody and moves no KV, whatever the transfer backend."""
 _numbers = itertools.count(1)
@@ -40,27 +46,56 @@ def check(request: EngineRequest, role: WorkerRole, vocabulary_size: int, contex
     """Refuse what this engine cannot run.
 
     Raises:
-        InvalidRequest: names the field.
+        InvalidRequest, ContextExceeded: names the field.
     """
     if not request.token_ids:
         raise InvalidRequest("token_ids", "is empty")
-    # SGLang's embedding would read past its table and take the scheduler down.
-    wrong = next((t for t in request.token_ids if not 0 <= t < vocabulary_size), None)
-    if wrong is not None:
-        raise InvalidRequest("token_ids", f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
+    # SGLang would index past a table with any of these, and its scheduler end with all its requests.
+    _check_in_vocabulary("token_ids", request.token_ids, vocabulary_size)
+    _check_in_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, vocabulary_size)
+    _check_in_vocabulary("sampling.logit_bias", request.sampling.logit_bias, vocabulary_size)
     if len(request.token_ids) >= context_tokens_max:
-        raise InvalidRequest(
-            "token_ids", f"{len(request.token_ids)} tokens leave no room in a context of {context_tokens_max}"
+        raise ContextExceeded(
+            "token_ids",
+            f"{len(request.token_ids)} tokens leave no room in a context of {context_tokens_max}",
+            limit=context_tokens_max,
         )
     if request.stopping.max_tokens < 1:
         raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {request.stopping.max_tokens}")
+    _check_options(request)
+    _check_bootstrap(request, role)
+
+
+def _check_in_vocabulary(field: str, token_ids: Iterable[int], vocabulary_size: int) -> None:
+    wrong = next((t for t in token_ids if not 0 <= t < vocabulary_size), None)
+    if wrong is not None:
+        raise InvalidRequest(field, f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
+
+
+def _check_options(request: EngineRequest) -> None:
+    """What SGLang finds out in its scheduler, which then ends, or in a thread that cannot be stopped."""
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
+        raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}, not {request.top_logprobs}")
+    for token_id, bias in request.sampling.logit_bias.items():
+        # NaN compares false with everything.
+        if not abs(bias) <= LOGIT_BIAS_MAX:
+            raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
+    if request.guided is not None:
+        grammars.check(request.guided)
+
+
+def _check_bootstrap(request: EngineRequest, role: WorkerRole) -> None:
     pairs = role is not WorkerRole.AGGREGATED
     if pairs and request.bootstrap is None:
         raise InvalidRequest("bootstrap", f"a {role.value} engine works only with a peer")
     if not pairs and request.bootstrap is not None:
         raise InvalidRequest("bootstrap", "an aggregated engine has no peer")
-    if request.bootstrap is not None and not 0 < request.bootstrap.room <= ROOM_MAX:
+    if request.bootstrap is None:
+        return
+    if not 0 < request.bootstrap.room <= ROOM_MAX:
         raise InvalidRequest("bootstrap.room", f"must be a positive number of 63 bits, not {request.bootstrap.room}")
+    if not _HOST.fullmatch(request.bootstrap.host):
+        raise InvalidRequest("bootstrap.host", "is no name or address of a host")
 
 
 def check_peer(request: EngineRequest, transfer_backend: str) -> None:

@@ -181,7 +181,9 @@ class WorkerCapabilities(_message.Message):
     tokenizer_digest: _builtins.str
     """Pair. SHA-256, hex, over the tokenizer's files."""
     context_tokens_max: _builtins.int
-    """Most tokens of prompt and completion together."""
+    """Most tokens of prompt and completion together, so that a prompt has one less at most. Below the model's own context
+    where the memory for KV is smaller.
+    """
     kv_capacity_tokens: _builtins.int
     """Tokens whose KV fits into the engine's memory."""
     running_requests_max: _builtins.int

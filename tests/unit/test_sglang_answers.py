@@ -1,0 +1,68 @@
+"""SGLang's refusals, told as ours: the field is the caller's, the words are not SGLang's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tandem.engine.sglang.answers import Answers
+from tandem.errors import ContextExceeded, InvalidRequest, LegFailed, TandemError
+from tandem.model.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
+
+REGEX = Guided(regex="(red")
+
+
+def answered(message: str, status_code: int | None, **values: Any) -> TandemError:
+    """The error for an abort of SGLang's."""
+    request = EngineRequest(
+        request_id="r",
+        token_ids=(1, 2),
+        sampling=Sampling(),
+        stopping=Stopping(max_tokens=1),
+        bootstrap=Bootstrap(host="127.0.0.1", port=1, room=1),
+        **values,
+    )
+    reason = {"type": "abort", "message": message, "status_code": status_code}
+    with pytest.raises(TandemError) as caught:
+        Answers(request).read({"meta_info": {"finish_reason": reason}, "output_ids": []})
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("message", "status_code", "sentence"),
+    [
+        (
+            "Failed to compile regex grammar: [21:05:34] /project/cpp/regex_converter.cc:83: Regex parsing error at "
+            "position 4: The parenthesis is not closed.\n",
+            400,
+            "guided.regex: cannot be used: Regex parsing error at position 4: The parenthesis is not closed.",
+        ),
+        (
+            "Grammar accept_token failed for req x with token 5: Tokens not accepted: 5\nKey string: (red",
+            500,
+            "guided.regex: allows nothing after what was generated",
+        ),
+        ("Grammar preprocessing timed out: req.grammar_key=('regex', '(red')", 400, "guided.regex: takes too long"),
+    ],
+)
+def test_what_is_wrong_with_a_grammar_names_the_one_that_was_given(
+    message: str, status_code: int, sentence: str
+) -> None:
+    problem = answered(message, status_code, guided=REGEX)
+    assert isinstance(problem, InvalidRequest)
+    assert str(problem).startswith(sentence)
+    assert problem.field == "guided.regex"
+
+
+def test_context_is_told_in_words_of_our_own() -> None:
+    problem = answered("Input length (2047 tokens) exceeds the maximum allowed length (2042 tokens). Use a ...", 400)
+    assert isinstance(problem, ContextExceeded)
+    assert "2042" not in str(problem)
+
+
+def test_other_refusals_and_failures() -> None:
+    problem = answered("min_p must be in [0, 1], got 3.", 400)
+    assert isinstance(problem, InvalidRequest)
+    assert problem.field == "sampling.min_p"
+    assert isinstance(answered("Decode transfer failed", 500, guided=REGEX), LegFailed)
