@@ -15,6 +15,9 @@ from tandem.errors import ConfigError, StartError
 from tandem.model.worker import WorkerRole
 
 KV_CAPACITY_TOKENS_CPU = 16_384
+RESERVED_SHARE = 8
+RESERVED_TOKENS_MAX = 512
+"""SGLang's own default."""
 FREE_PORTS = (20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections, so nobody takes one in the meantime."""
 FREE_PORT_TRIES = 100
@@ -123,6 +126,10 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
     }
     if settings.role is WorkerRole.DECODE and device == "cpu":
         arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+    if settings.role is WorkerRole.DECODE and settings.kv_capacity_tokens is not None:
+        # SGLang takes no prompt unless this much is free besides: on a small pool, never.
+        share_tokens = settings.kv_capacity_tokens // RESERVED_SHARE
+        arguments["num_reserved_decode_tokens"] = min(RESERVED_TOKENS_MAX, share_tokens)
     return arguments
 
 

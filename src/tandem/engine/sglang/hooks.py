@@ -171,7 +171,11 @@ def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
 def _context_tokens_max(scheduler: Any) -> int:
     """Most tokens of prompt and completion that the scheduler really takes."""
     # One page is the allocator's reserve, and the last page of a prompt may be nearly empty.
-    kv_tokens = scheduler.max_total_num_tokens - 2 * scheduler.page_size
+    reserve_tokens = 2 * scheduler.page_size
+    if scheduler.disaggregation_mode.value == "decode":
+        # A prompt for which this much is not free besides waits until its time is over.
+        reserve_tokens += scheduler.server_args.num_reserved_decode_tokens
+    kv_tokens = scheduler.max_total_num_tokens - reserve_tokens
     return int(min(scheduler.max_req_len - 1, scheduler.max_req_input_len, kv_tokens))
 
 

@@ -1,0 +1,30 @@
+"""Arguments that Tandem gives SGLang for a reason of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang import arguments
+from tandem.model.worker import WorkerRole
+
+PORTS = arguments.Ports(server=1, distributed=2, bootstrap=3)
+
+
+def settings(role: WorkerRole, kv_capacity_tokens: int | None = None) -> EngineSettings:
+    return EngineSettings(role=role, model_path=Path("m"), model_name="m", kv_capacity_tokens=kv_capacity_tokens)
+
+
+@pytest.mark.parametrize(("kv_capacity_tokens", "reserved"), [(512, 64), (64, 8), (4_096, 512), (10**6, 512)])
+def test_a_small_pool_on_decode_reserves_little(kv_capacity_tokens: int, reserved: int) -> None:
+    """With SGLang's 512 a decode engine of 512 tokens would never take a prompt, its canary included."""
+    found = arguments._role_arguments(settings(WorkerRole.DECODE, kv_capacity_tokens), "cpu", PORTS)
+    assert found["num_reserved_decode_tokens"] == reserved
+    assert reserved < kv_capacity_tokens / 4
+
+
+def test_elsewhere_nothing_is_reserved() -> None:
+    for role, capacity in ((WorkerRole.PREFILL, 512), (WorkerRole.DECODE, None), (WorkerRole.AGGREGATED, 512)):
+        assert "num_reserved_decode_tokens" not in arguments._role_arguments(settings(role, capacity), "cpu", PORTS)
