@@ -16,7 +16,7 @@ from typing import Any
 from engine_process import EngineProcess, Generation, Result
 
 from tandem.engine.settings import EngineSettings
-from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.model.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
 from tandem.model.worker import WorkerRole
 from tandem.testing.eventually import assert_eventually
 
@@ -24,6 +24,15 @@ PROMPT_LENGTHS = (1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 127, 1
 CONCURRENT = 8
 REFERENCE_TOKENS = 16
 FIRST_ORDINARY_TOKEN_ID = 10
+GREEDY = Sampling(temperature=0.0)
+DRAWN = (
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=1.0, seed=-(2**63)),
+    Sampling(temperature=0.7, seed=2**63 - 1, top_p=0.9, top_k=50),
+    Sampling(temperature=1.3, seed=7, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5),
+)
+"""Draws that repeat."""
+DRAWN_LENGTH = 40
 _numbers = itertools.count(1)
 
 
@@ -40,13 +49,16 @@ def request_of(
     bootstrap: Bootstrap | None = None,
     top_logprobs: int | None = None,
     ignore_eos: bool = True,
+    sampling: Sampling = GREEDY,
+    guided: Guided | None = None,
     **stopping: Any,
 ) -> EngineRequest:
-    """A greedy request under a fresh id."""
+    """A request under a fresh id, greedy unless told else."""
     return EngineRequest(
         request_id=f"contract-{next(_numbers):06d}",
         token_ids=token_ids,
-        sampling=Sampling(temperature=0.0),
+        sampling=sampling,
+        guided=guided,
         stopping=Stopping(max_tokens=max_tokens, ignore_eos=ignore_eos, **stopping),
         top_logprobs=top_logprobs,
         bootstrap=bootstrap,
@@ -112,6 +124,7 @@ class Fleet:
         self._extra = extra
         self._running: tuple[str, list[EngineProcess]] = ("", [])
         self._reference: dict[int, Result] | None = None
+        self._drawn: list[list[int]] | None = None
 
     async def aggregated(self) -> EngineProcess:
         """One engine that does everything."""
@@ -135,6 +148,15 @@ class Fleet:
                 for length in PROMPT_LENGTHS
             }
         return self._reference
+
+    async def drawn(self) -> list[list[int]]:
+        """The aggregated engine's tokens for each of DRAWN, one at a time."""
+        if self._drawn is None:
+            engine = await self.aggregated()
+            prompt = prompt_of(DRAWN_LENGTH, engine.capabilities.vocabulary_size)
+            requests = [request_of(prompt, sampling=sampling) for sampling in DRAWN]
+            self._drawn = [(await engine.generate(request).all()).token_ids for request in requests]
+        return self._drawn
 
     async def unstarted(self) -> EngineProcess:
         """A process with an engine that was made and never started; the caller closes it."""

@@ -201,7 +201,30 @@ async def test_refuses_a_wrong_prompt_by_name(engine: EngineProcess, wrong: str)
     }[wrong]
     with pytest.raises(RemoteError) as caught:
         await engine.generate(request_of(tokens, 4)).all()
-    assert (caught.value.name, caught.value.metadata.get("field")) == ("InvalidRequest", "token_ids")
+    name = "ContextExceeded" if wrong == "context" else "InvalidRequest"
+    assert (caught.value.name, caught.value.metadata.get("field")) == (name, "token_ids")
+    assert len(await greedy(engine)) == 24
+
+
+async def test_the_whole_context_can_be_used(engine: EngineProcess) -> None:
+    context = engine.capabilities.context_tokens_max
+    for left in (1, 2, 6):
+        result = await engine.generate(request_of(prompt(engine, context - left), 50)).all()
+        assert (len(result.token_ids), result.finish.reason) == (left, FinishReason.LENGTH)
+    with pytest.raises(RemoteError) as caught:
+        await engine.generate(request_of(prompt(engine, context), 1)).all()
+    assert (caught.value.name, caught.value.metadata) == (
+        "ContextExceeded",
+        {"field": "token_ids", "limit": str(context)},
+    )
+    await assert_idle(engine)
+
+
+@pytest.mark.parametrize("count", [-5, 21, 2000])
+async def test_refuses_a_wrong_count_of_rivals(engine: EngineProcess, count: int) -> None:
+    with pytest.raises(RemoteError) as caught:
+        await engine.generate(request_of(prompt(engine), 4, top_logprobs=count)).all()
+    assert (caught.value.name, caught.value.metadata["field"]) == ("InvalidRequest", "logprobs.top_logprobs")
     assert len(await greedy(engine)) == 24
 
 
@@ -241,3 +264,5 @@ async def test_reference_for_the_pair_is_taken(fleet: Fleet) -> None:
     reference = await fleet.reference()
     assert len(reference) >= 20
     assert len({tuple(r.token_ids) for r in reference.values()}) == len(reference), "prompts do not tell apart"
+
+    await fleet.drawn()

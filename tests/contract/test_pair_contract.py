@@ -7,9 +7,9 @@ import time
 
 import pytest
 import pytest_asyncio
-from fleet import CONCURRENT, PROMPT_LENGTHS, Fleet, Pair, prompt_of, request_of
+from fleet import CONCURRENT, DRAWN, DRAWN_LENGTH, PROMPT_LENGTHS, Fleet, Pair, prompt_of, request_of
 
-from tandem.model.generation import FinishReason
+from tandem.model.generation import FinishReason, Sampling
 from tandem.model.worker import incompatible_field
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def pair(fleet: Fleet) -> Pair:
-    await fleet.reference()  # before the pair, because it is the aggregated engine's
+    await fleet.reference()  # before the pair, because these two are the aggregated engine's
+    await fleet.drawn()
     return await fleet.pair()
 
 
@@ -126,6 +127,22 @@ async def test_continuation_over_the_pair(pair: Pair, fleet: Fleet) -> None:
     expected = (await fleet.reference())[65].token_ids
     _, decode = await pair.run(prompt(pair, 65) + tuple(expected[:6]), len(expected) - 6)
     assert decode.token_ids == expected[6:]
+
+
+async def test_a_seed_draws_what_the_aggregated_engine_draws(pair: Pair, fleet: Fleet) -> None:
+    for sampling, expected in zip(DRAWN, await fleet.drawn(), strict=True):
+        prefill, decode = await pair.run(prompt(pair, DRAWN_LENGTH), sampling=sampling)
+        assert decode.token_ids == expected
+        assert prefill.token_ids == expected[:1]
+
+
+async def test_both_legs_draw_the_same_first_token_without_a_seed(pair: Pair) -> None:
+    firsts = set()
+    for _ in range(6):
+        prefill, decode = await pair.run(prompt(pair, DRAWN_LENGTH), 4, sampling=Sampling(temperature=2.0))
+        assert prefill.token_ids == decode.token_ids[:1]
+        firsts.add(decode.token_ids[0])
+    assert len(firsts) > 1
 
 
 async def test_rests_as_it_began(pair: Pair) -> None:

@@ -27,7 +27,7 @@ from scheduler_faults import FAULT_TOKENS, SENTENCE, plug_in
 from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import generation_pb2, leg_pb2, worker_pb2
+from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
 from tandem.errors import EngineFailed, InvalidRequest, LegFailed
 from tandem.rpc import clients
 from tandem.rpc.channels import Channels
@@ -184,6 +184,51 @@ async def test_a_grammar_that_does_not_compile_is_named(pair: LocalCluster) -> N
     assert isinstance(problem, InvalidRequest), problem
     assert problem.metadata["field"].startswith("guided")
     assert (await generate(pair, parity_request(5))).token_ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [
+        ("regex", r"[^\s\S]"),
+        ("regex", r"a[^\s\S]"),
+        ("ebnf", 'root ::= root "a"'),
+        ("json_schema", '{"$ref":"#/$defs/a","$defs":{"a":{"$ref":"#/$defs/a"}}}'),
+        ("json_schema", '{"items":' * 900 + "{}" + "}" * 900),
+    ],
+    ids=["never", "dead end", "left recursion", "endless reference", "deep"],
+)
+async def test_a_grammar_that_cannot_be_followed_is_named(pair: LocalCluster, kind: str, grammar: str) -> None:
+    request = request_of("Once upon a time", max_tokens=12)
+    setattr(request.guided, kind, grammar)
+    begin_s = time.monotonic()
+    problem = await refusal(pair, request)
+    assert isinstance(problem, InvalidRequest), problem
+    assert problem.metadata["field"] == f"guided.{kind}"
+    assert time.monotonic() - begin_s < 8
+    assert (await generate(pair, parity_request(5))).token_ids
+
+
+async def test_a_seed_repeats_a_draw(pair: LocalCluster) -> None:
+    def drawn(**sampling: Any) -> pb.GenerateRequest:
+        request = request_of("Once upon a time", max_tokens=24, ignore_eos=True)
+        request.sampling.MergeFrom(sampling_pb2.Sampling(temperature=1.0, **sampling))
+        return request
+
+    async def texts(*requests: pb.GenerateRequest) -> list[str]:
+        return [stream.text for stream in await asyncio.gather(*(generate(pair, r) for r in requests))]
+
+    filters = {"top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+    first = await texts(drawn(seed=1), drawn(), drawn(seed=2), drawn(seed=1, **filters), drawn())
+    second = await texts(drawn(), drawn(seed=1, **filters), drawn(seed=2), drawn(seed=1), drawn())
+    assert (first[0], first[2], first[3]) == (second[3], second[2], second[1])
+    assert len({first[0], first[2], first[1], first[4], second[0], second[4]}) == 6
+
+
+async def test_the_last_places_of_the_context_can_be_used(pair: LocalCluster) -> None:
+    for left in (1, 2, 5):
+        stream = await generate(pair, request_of(token_ids=prompt_of(2048 - left), max_tokens=50, ignore_eos=True))
+        assert len(stream.token_ids) == left
+        assert stream.finish.reason == generation_pb2.FINISH_REASON_LENGTH
 
 
 @pytest.mark.parametrize("stop_by", ["token", "string"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import arguments
+from tandem.engine.sglang import arguments, environment
 from tandem.model.worker import WorkerRole
 
 PORTS = arguments.Ports(server=1, distributed=2, bootstrap=3)
@@ -28,3 +28,9 @@ def test_a_small_pool_on_decode_reserves_little(kv_capacity_tokens: int, reserve
 def test_elsewhere_nothing_is_reserved() -> None:
     for role, capacity in ((WorkerRole.PREFILL, 512), (WorkerRole.DECODE, None), (WorkerRole.AGGREGATED, 512)):
         assert "num_reserved_decode_tokens" not in arguments._role_arguments(settings(role, capacity), "cpu", PORTS)
+
+
+def test_nothing_is_compiled_at_its_first_use_on_a_cpu() -> None:
+    for device, wanted in (("cpu", "1"), ("cuda", None)):
+        values = environment.variables(settings(WorkerRole.DECODE), device, Path("report"))
+        assert values.get("TORCHDYNAMO_DISABLE") == wanted

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.checkpoint import read_checkpoint
-from tandem.engine.simulated.tokens import NO_STATE, Vocabulary, advance, digest, expected_tokens, read_vocabulary
+from tandem.engine.simulated.tokens import (
+    NO_STATE,
+    Vocabulary,
+    advance,
+    digest,
+    drawn,
+    expected_tokens,
+    read_vocabulary,
+)
+from tandem.errors import StartError
 from tandem.testing.fake_model import EOS_TOKEN_ID, SPECIAL_TOKENS, write_fake_model
 
 VOCABULARY = Vocabulary(range(3, 200), 2)
@@ -85,3 +96,17 @@ def test_vocabulary_of_a_model_leaves_out_what_is_special(tmp_path: Path) -> Non
 @pytest.mark.parametrize("count", [1, 7])
 def test_expected_tokens_counts(count: int) -> None:
     assert len(expected_tokens(VOCABULARY, [5], count)) == count
+
+
+@pytest.mark.parametrize("added", [[3], 3, [{"special": True}], ["x"]])
+def test_damaged_added_tokens_are_one_sentence(tmp_path: Path, added: Any) -> None:
+    file = write_fake_model(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "added_tokens": added}))
+    with pytest.raises(StartError, match=r"tokenizer\.json is damaged: its added tokens"):
+        read_vocabulary(read_checkpoint(tmp_path))
+
+
+def test_a_seed_changes_what_follows_and_repeats() -> None:
+    state = digest([1, 2, 3])
+    assert drawn(state, 5) == drawn(state, 5)
+    assert len({drawn(state, seed) for seed in (0, 1, -1, 2**63 - 1, -(2**63))} | {state}) == 6

@@ -33,6 +33,7 @@ class Sampling:
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    """Both legs of an attempt get the same: the first token is drawn by one, the others by the other."""
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 

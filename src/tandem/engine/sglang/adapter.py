@@ -26,7 +26,7 @@ from tandem.engine.sglang.answers import Answers
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.hooks import FACTS_KEY
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
-from tandem.model.generation import EngineRequest, TokenBatch
+from tandem.model.generation import EngineRequest, Sampling, TokenBatch
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 
 log = logging.getLogger(__name__)
@@ -207,13 +207,19 @@ class SglangEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
         """See the port."""
         requests.check_peer(request, self._settings.transfer_backend)
+        requests.check_seed(request, self._settings.extra)
         async with contextlib.aclosing(self._generate(request)) as batches:
             async for batch in batches:
                 yield batch
 
     async def canary(self) -> None:
         """See the port. As SGLang's own warm-up does: the peer is one that SGLang only pretends to meet."""
-        request = requests.canary(self._settings.role)
+        await self._pass_canary(requests.CANARY_GREEDY)
+        # Two at once: what is compiled for a batch of one is compiled again for the first larger one.
+        await asyncio.gather(*(self._pass_canary(requests.CANARY_DRAWN) for _ in range(2)))
+
+    async def _pass_canary(self, sampling: Sampling) -> None:
+        request = requests.canary(self._settings.role, sampling)
         async with contextlib.aclosing(self._generate(request)) as batches:
             token_count = 0
             async for batch in batches:

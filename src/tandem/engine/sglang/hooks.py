@@ -1,8 +1,9 @@
 """What Tandem adds inside SGLang's processes, through SGLang's own hook registry: figures, sentences, and CPU manners.
 
 Every hook here either notes a fact in the ledger, turns a silent end into a sentence, lifts a bound without a reason,
-or (on a CPU only) says what is true of host memory; `grammars` refuses what cannot be used. None changes what is
-computed. SGLang only logs a hook that fails to apply; `probe.check_hooks` refuses.
+or (on a CPU only) says what is true of host memory; `draws` makes seeds count and `grammars` refuses what cannot be
+used. None changes what a request without a seed gets. SGLang only logs a hook that fails to apply; `probe.check_hooks`
+refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tandem.engine.sglang import grammars, reports
+from tandem.engine.sglang import draws, grammars, reports
 from tandem.engine.sglang.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
         f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
+        **draws.targets(),
         **grammars.targets(),
     }
     if device == "cpu":

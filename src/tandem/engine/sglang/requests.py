@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tandem.engine.sglang import grammars
-from tandem.errors import ContextExceeded, InvalidRequest
+from tandem.errors import ContextExceeded, InvalidRequest, NotSupported
 from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
 from tandem.model.worker import WorkerRole
 
@@ -32,6 +32,11 @@ TOP_LOGPROBS_MAX = 20
 LOGIT_BIAS_MAX = 100
 PRETENDED_HOST = "2.2.2.2"
 """SGLang's FAKE_BOOTSTRAP_HOST: a request that names it meets nobody and moves no KV, whatever the transfer backend."""
+CANARY_GREEDY = Sampling(temperature=0.0)
+CANARY_DRAWN = Sampling(
+    temperature=1.0, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1, seed=1
+)
+"""Everything that SGLang compiles or loads at its first use, so that no client waits for it."""
 _numbers = itertools.count(1)
 
 
@@ -98,6 +103,21 @@ def _check_bootstrap(request: EngineRequest, role: WorkerRole) -> None:
         raise InvalidRequest("bootstrap.host", "is no name or address of a host")
 
 
+def check_seed(request: EngineRequest, extra: dict[str, Any]) -> None:
+    """Refuse a seed where the engine was started in a way that draws without `draws`.
+
+    Raises:
+        NotSupported: names the field.
+    """
+    sampling = request.sampling
+    if sampling.seed is None:
+        return
+    if extra.get("speculative_algorithm"):
+        raise NotSupported("this engine decodes speculatively and knows no seeds", field="sampling.seed")
+    if extra.get("enable_deterministic_inference") and sampling.min_p:
+        raise NotSupported("this engine knows no min_p together with a seed", field="sampling.min_p")
+
+
 def check_peer(request: EngineRequest, transfer_backend: str) -> None:
     """Refuse a request that asks SGLang to pretend: decode would answer from KV that never came.
 
@@ -109,13 +129,13 @@ def check_peer(request: EngineRequest, transfer_backend: str) -> None:
         raise InvalidRequest("bootstrap.host", f"{PRETENDED_HOST} is no engine's address")
 
 
-def canary(role: WorkerRole) -> EngineRequest:
+def canary(role: WorkerRole, sampling: Sampling) -> EngineRequest:
     """The smallest request that runs the model in a role."""
     room = random.randrange(1, ROOM_MAX)  # noqa: S311 -- tells rooms apart, protects nothing
     return EngineRequest(
         request_id=f"canary-{room}",
         token_ids=(0,),
-        sampling=Sampling(temperature=0.0),
+        sampling=sampling,
         stopping=Stopping(max_tokens=2, ignore_eos=True),
         bootstrap=None if role is WorkerRole.AGGREGATED else Bootstrap(host=PRETENDED_HOST, port=1, room=room),
     )

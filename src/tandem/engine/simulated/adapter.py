@@ -18,12 +18,13 @@ from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.runs import Machine
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
-from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
+from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
 from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, Sampling, Stopping, TokenBatch
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CAPACITY_TOKENS = 16_384
+TOP_LOGPROBS_MAX = 20
 TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
 
 
@@ -171,9 +172,12 @@ class SimulatedEngine:
             raise InvalidRequest("token_ids", "must not be empty")
         if not all(0 <= t < capabilities.vocabulary_size for t in tokens):
             raise InvalidRequest("token_ids", f"all must be from 0 to {capabilities.vocabulary_size - 1}")
-        longest = min(capabilities.context_tokens_max, machine.pool.capacity_tokens) - 1
+        longest = capabilities.context_tokens_max - 1
         if len(tokens) > longest:
-            raise InvalidRequest("token_ids", f"{len(tokens)} tokens are more than the {longest} that fit")
+            problem = f"{len(tokens)} tokens are more than the {longest} that fit"
+            raise ContextExceeded("token_ids", problem, limit=longest + 1)
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
+            raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
         if stopping.max_tokens < 1:
             raise InvalidRequest("stopping.max_tokens", "must be 1 at least")
         if (stopping.min_tokens or 0) > stopping.max_tokens:
@@ -194,14 +198,15 @@ class SimulatedEngine:
             raise StartError(f"{checkpoint.path / 'config.json'}: dtype {dtype} is not known to the simulated engine")
         aggregated = settings.role is WorkerRole.AGGREGATED
         page = self._options.page_size_tokens
+        kv_capacity_tokens = (settings.kv_capacity_tokens or KV_CAPACITY_TOKENS) // page * page
         return Capabilities(
             engine="simulated",
             engine_version=tandem.__version__,
             model=settings.model_name,
             model_digest=checkpoint.model_digest,
             tokenizer_digest=checkpoint.tokenizer_digest,
-            context_tokens_max=checkpoint.context_tokens_max,
-            kv_capacity_tokens=(settings.kv_capacity_tokens or KV_CAPACITY_TOKENS) // page * page,
+            context_tokens_max=min(checkpoint.context_tokens_max, kv_capacity_tokens),
+            kv_capacity_tokens=kv_capacity_tokens,
             running_requests_max=settings.running_requests_max,
             vocabulary_size=checkpoint.vocabulary_size,
             eos_token_ids=checkpoint.eos_token_ids,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance
+from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, drawn
 from tandem.model.generation import (
     EngineFinish,
     EngineRequest,
@@ -28,6 +28,8 @@ class Leg:
     token_budget: int
     """New tokens at most: the smallest of max_tokens, what the context leaves, and what KV memory leaves."""
     eos_after_tokens: int | None
+    draw_seed: int | None = None
+    """None: greedy."""
     batches: asyncio.Queue[TokenBatch | BaseException] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[EngineFinish] | None = None
     emitted: list[int] = field(default_factory=list)
@@ -44,11 +46,12 @@ class Leg:
 
     def emit_next(self, state: SequenceState) -> SequenceState:
         """Put out the token that follows `state`; returns the state after it."""
-        token_id = self._choose(state)
+        chooser = state if self.draw_seed is None else drawn(state, self.draw_seed)
+        token_id = self._choose(chooser)
         self.emitted.append(token_id)
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.top_logprobs is not None:
-            logprobs = (self.vocabulary.logprob(state, token_id, self.request.top_logprobs),)
+            logprobs = (self.vocabulary.logprob(chooser, token_id, self.request.top_logprobs),)
         self.batches.put_nowait(TokenBatch(token_ids=(token_id,), logprobs=logprobs))
         return advance(state, token_id)
 

@@ -6,6 +6,7 @@ Every step may be cancelled; leaving a block gives back what it took. Endings an
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -50,6 +51,7 @@ class Machine:
         self._vocabulary = vocabulary
         self._clock = clock
         self._timing = Timing(options, seed)
+        self._random = random.Random(seed)  # noqa: S311 -- draws nobody asked to repeat, no secret
         self._moves_kv = capabilities.transfer_backend != "fake"
         # Held while a prompt is computed: the next prompt waits for it, and so do an aggregated engine's decode steps.
         self._compute = asyncio.Lock()
@@ -63,8 +65,19 @@ class Machine:
             vocabulary=self._vocabulary,
             token_budget=1 if self._role is WorkerRole.PREFILL else budget,
             eos_after_tokens=self._options.eos_after_tokens,
+            draw_seed=self._draw_seed(request),
             queued_time_s=self._clock.time_s(),
         )
+
+    def _draw_seed(self, request: EngineRequest) -> int | None:
+        """The seed of a request that draws; this engine's model is greedy unless a temperature or a seed says else."""
+        sampling = request.sampling
+        if sampling.temperature == 0 or (sampling.temperature is None and sampling.seed is None):
+            return None
+        if sampling.seed is not None:
+            return sampling.seed
+        # The room is random and known to both legs, which must draw the same first token.
+        return request.bootstrap.room if request.bootstrap is not None else self._random.getrandbits(63)
 
     async def run(self, leg: Leg) -> EngineFinish:
         """Do one leg from the queue to its last token."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from tandem.checkpoint import Checkpoint
+from tandem.errors import StartError
 from tandem.model.generation import TokenLogprob
 
 SequenceState = bytes
@@ -27,6 +28,11 @@ _START: SequenceState = blake2b(b"tandem simulated engine", digest_size=STATE_BY
 def advance(state: SequenceState, token_id: int) -> SequenceState:
     """The state after one more token."""
     return blake2b(state + token_id.to_bytes(8, "little"), digest_size=STATE_BYTES).digest()
+
+
+def drawn(state: SequenceState, seed: int) -> SequenceState:
+    """What the next token is chosen by when it is drawn: the same seed after the same tokens draws the same."""
+    return blake2b(state + seed.to_bytes(9, "little", signed=True), digest_size=STATE_BYTES, person=b"draw").digest()
 
 
 def digest(token_ids: Iterable[int]) -> SequenceState:
@@ -93,7 +99,11 @@ def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabula
     pieces = tokenizer.get("model", {}).get("vocab")
     # Unigram tokenizers list their pieces by position; the others map each piece to its id.
     ids: Iterable[int] = pieces.values() if isinstance(pieces, dict) else range(len(pieces or ()))
-    special = {added["id"] for added in tokenizer.get("added_tokens", ()) if added.get("special")}
+    try:
+        special = {added["id"] for added in tokenizer.get("added_tokens", ()) if added.get("special")}
+    except (TypeError, KeyError, AttributeError):
+        file = checkpoint.path / "tokenizer.json"
+        raise StartError(f"{file} is damaged: its added tokens are not a list of tokens", path=str(file)) from None
     excluded = special.union(checkpoint.eos_token_ids)
     ordinary = sorted(i for i in ids if i < checkpoint.vocabulary_size and i not in excluded)
     if not ordinary:

@@ -70,7 +70,10 @@ class Sampling(_message.Message):
     repetition_penalty: _builtins.float
     """Divides (positive) or multiplies (negative) the logit of each token seen, over 0 to 2. Default 1."""
     seed: _builtins.int
-    """Makes sampling repeatable on the same engine and batch shape. Default: not repeatable."""
+    """Makes sampling repeatable: the same seed after the same tokens draws the same token, on one worker or on a pair,
+    whoever else is in the batch. Only the rounding of a batch of another shape may tip a draw. Any number. Default: not
+    repeatable.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logit of a token id, -100 to 100."""
