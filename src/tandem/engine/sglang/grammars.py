@@ -49,9 +49,10 @@ def check(guided: Guided) -> None:
         InvalidRequest: names the field.
     """
     field = field_of(guided)
-    if guided.json_schema is not None:
+    told = guided.json_schema if guided.json_schema is not None else guided.structural_tag
+    if told is not None:
         try:
-            schema = json.loads(guided.json_schema)
+            schema = json.loads(told)
         except (ValueError, RecursionError) as problem:
             raise InvalidRequest(field, f"is not JSON: {problem}") from None
         _check_schema(field, schema)
