@@ -1,19 +1,23 @@
 """Entry point of `tandem-prefill` and of `python -m tandem_prefill`.
 
-Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
+`tandem.runtime.process`.
 """
 
 from __future__ import annotations
 
 from typing import NoReturn
 
-from tandem.runtime import process
-from tandem_prefill.app import build
-from tandem_prefill.config import PrefillConfig
+from tandem.runtime.beginning import begin
 
 
 def main() -> NoReturn:
     """Run the worker until it is asked to end."""
+    begin()
+    from tandem.runtime import process
+    from tandem_prefill.app import build
+    from tandem_prefill.config import PrefillConfig
+
     process.leave(process.main("tandem-prefill", PrefillConfig, build))
 
 

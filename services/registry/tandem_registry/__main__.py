@@ -1,19 +1,23 @@
 """Entry point of `tandem-registry` and of `python -m tandem_registry`.
 
-Owns nothing but the names of the parts; the life of the process is `tandem.runtime.process`.
+Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
+`tandem.runtime.process`.
 """
 
 from __future__ import annotations
 
 from typing import NoReturn
 
-from tandem.runtime import process
-from tandem_registry.app import RegistryApp
-from tandem_registry.config import RegistryConfig
+from tandem.runtime.beginning import begin
 
 
 def main() -> NoReturn:
     """Run the registry until it is asked to end."""
+    begin()
+    from tandem.runtime import process
+    from tandem_registry.app import RegistryApp
+    from tandem_registry.config import RegistryConfig
+
     process.leave(process.main("tandem-registry", RegistryConfig, RegistryApp))
 
 

@@ -23,6 +23,7 @@ from tandem.edge.config import EdgeConfig
 from tandem.edge.keys import ApiKey
 from tandem.edge.render import Places, render
 from tandem.errors import StartError
+from tandem.runtime import run_directory
 from tandem.runtime.parent import PR_SET_PDEATHSIG
 
 READY_POLL_S = 0.02
@@ -130,7 +131,7 @@ class EnvoyProcess:
 
 def _private_directory() -> Path:
     """A directory for its owner only, short enough for a socket in it."""
-    directory = Path(tempfile.mkdtemp(prefix="tandem-edge-"))
+    directory = run_directory.make_inside("tandem-edge-")
     if len(bytes(directory / "admin.sock")) > SOCKET_PATH_BYTES_MAX:
         directory.rmdir()
         directory = Path(tempfile.mkdtemp(prefix="tandem-edge-", dir="/tmp"))

@@ -1,4 +1,4 @@
-"""A child that ends when its parent does, however the parent ends: the kernel sends it SIGTERM.
+"""A child that ends when its parent does, however the parent ends: the kernel sends it a signal.
 
 For the processes of a local cluster, so that killing `tandem up` leaves nothing behind. Asked for through the
 environment, by the parent; a service started by itself knows nothing of it.
@@ -16,12 +16,25 @@ VARIABLE = "TANDEM_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
 
-def follow_parent(environ: Mapping[str, str]) -> None:
-    """Tie this process to the parent that the environment names; nothing where none is named, or not on Linux."""
+def follow_parent(environ: Mapping[str, str]) -> bool:
+    """Tie this process to the parent that the environment names; nothing where none is named, or not on Linux.
+
+    Returns whether that parent is still there.
+    """
     named = environ.get(VARIABLE)
-    if named is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return named is None or follow(int(named), signal.SIGTERM)
+
+
+def follow(parent_pid: int, number: signal.Signals) -> bool:
+    """Let the kernel send that signal when the parent ends. Returns whether the parent is still there."""
+    if not sys.platform.startswith("linux"):
+        return True
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     # It may have died before the kernel was told.
-    if os.getppid() != int(named):
-        raise SystemExit(f"the parent process {named} is gone")
+    return os.getppid() == parent_pid
+
+
+def is_orphan(environ: Mapping[str, str]) -> bool:
+    """Whether the parent that the environment names is gone."""
+    named = environ.get(VARIABLE)
+    return named is not None and os.getppid() != int(named)

@@ -2,6 +2,8 @@
 
     parse -> start -> announce -> (a signal, or a failure) -> drain -> stop -> exit status
 
+A signal before it serves ends it at once: there is nothing to drain.
+
 Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain bound was hit; 2 a setting is wrong;
 70 a second signal cut the drain short.
 """
@@ -9,11 +11,13 @@ Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain boun
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
@@ -21,11 +25,17 @@ from typing import NoReturn, Protocol, TypeVar
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
-from tandem.runtime.parent import follow_parent
+from tandem.runtime import run_directory
+from tandem.runtime.parent import is_orphan
 
 log = logging.getLogger(__name__)
 
 EXIT_SECOND_SIGNAL = 70
+ABANDON_TIMEOUT_S = 1.5
+"""Most time for a service to free what it has before it serves; an engine's imports cannot be interrupted."""
+
+ORPHAN_LOOK_S = 0.05
+"""By then every thread of a parent that dies is gone."""
 
 
 class Service(Protocol):
@@ -58,7 +68,6 @@ C = TypeVar("C", bound=ServiceConfig)
 
 def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> int:
     """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
-    follow_parent(os.environ)
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
         set_up_logging(config.log_level)
@@ -73,12 +82,22 @@ def leave(exit_status: int) -> NoReturn:
     """End the process without the interpreter's own end.
 
     Libraries leave threads behind in a worker's process (gRPC's poller, SGLang's), and the interpreter trips over them
-    after the sentence that counts has been printed. Everything of ours is stopped by now.
+    after the sentence that counts has been printed. Everything of ours is stopped by now; what is not is killed.
     """
+    for pid in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run_directory.remove_if_empty()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_status)
+
+
+def _children() -> list[int]:
+    """Processes started by this one that have not been waited for; none where the kernel does not say."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for file in lists for pid in file.read_text().split()]
 
 
 def set_up_logging(level: str) -> None:
@@ -91,13 +110,13 @@ def set_up_logging(level: str) -> None:
 async def serve(service: Service, announce_file: Path | None = None) -> int:
     """Start, wait for a signal or the service's own end, drain, stop. Returns the exit status."""
     stop_asked = asyncio.Event()
+    with_signals(stop_asked)
+    if not await _start(service, stop_asked):
+        log.info("asked to end before it served")
+        return 0
     try:
-        with_signals(stop_asked)
-        started = await _start(service, stop_asked)
         # An engine may have installed handlers of its own while it started.
         with_signals(stop_asked)
-        if not started:
-            return 0
         if announce_file is not None:
             announce(announce_file, service.address)
         failure = await _wait_end(service, stop_asked)
@@ -110,17 +129,32 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
 
 
 async def _start(service: Service, stop_asked: asyncio.Event) -> bool:
-    """Whether it started; False when a signal came first."""
+    """Whether it started; False when a signal came first, and it has freed everything."""
     starting = asyncio.ensure_future(service.start())
     asked = asyncio.ensure_future(stop_asked.wait())
     await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
-    if starting.done():
+    if not starting.done():
+        await _abandon(service, starting)
+        return False
+    try:
         await starting
-        return True
-    starting.cancel()
-    await asyncio.wait({starting})
-    return False
+    except BaseException:
+        await service.stop()
+        raise
+    return True
+
+
+async def _abandon(service: Service, starting: asyncio.Future[None]) -> None:
+    """Free what a service has got so far; what cannot be freed in time goes with the process."""
+    try:
+        async with asyncio.timeout(ABANDON_TIMEOUT_S):
+            starting.cancel()
+            await asyncio.wait({starting})
+            await service.stop()
+    except TimeoutError:
+        log.info("ended while it started")
+        leave(0)
 
 
 async def _wait_end(service: Service, stop_asked: asyncio.Event) -> str | None:
@@ -140,8 +174,12 @@ def with_signals(stop_asked: asyncio.Event) -> None:
 
     def handle(number: int) -> None:
         if stop_asked.is_set():
+            # The kernel tells of a parent's death once for each of its threads.
+            time.sleep(ORPHAN_LOOK_S)
+            if is_orphan(os.environ):
+                return
             log.error("second signal %s: ending without draining", signal.Signals(number).name)
-            os._exit(EXIT_SECOND_SIGNAL)
+            leave(EXIT_SECOND_SIGNAL)
         stop_asked.set()
 
     loop = asyncio.get_running_loop()

@@ -28,10 +28,14 @@ from tandem.engine.sglang.hooks import FACTS_KEY
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
 from tandem.model.generation import EngineRequest, Sampling, TokenBatch
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
+from tandem.runtime import run_directory
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+BUILDING_END_S = 0.5
+"""Most time to wait for the end of a start that was given up."""
 
 
 class _Run:
@@ -59,6 +63,7 @@ class SglangEngine:
         self._failure: str | None = None
         self._failed = asyncio.Event()
         self._directory: Path | None = None
+        self._files: list[Path] = []
         self._thread: ThreadPoolExecutor | None = None
         self._building: asyncio.Future[None] | None = None
         self._children: Children | None = None
@@ -75,7 +80,7 @@ class SglangEngine:
         """See the port. SIGQUIT belongs to this engine from here on: SGLang's children send it when they fail."""
         probe.check_installed(self._settings.transfer_backend)
         self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
-        self._directory = Path(tempfile.mkdtemp(prefix="tandem-sglang-"))
+        self._directory = run_directory.make_inside("tandem-sglang-")
         self._children = Children(self._directory / "report", self._fail)
         self._listen_to_sigquit()
         # One thread that lives as long as the engine, see `launch.construct`.
@@ -116,6 +121,8 @@ class SglangEngine:
         settings, children, directory = self._settings, self._children, self._directory
         assert children is not None
         assert directory is not None
+        # SGLang makes the files of its sockets here, and leaves them behind when it does not come to its end.
+        tempfile.tempdir = str(directory)
         device = _device(settings.device)
         environment.apply(settings, device, directory / "report")
         probe.check_offers(settings.transfer_backend, device)
@@ -126,7 +133,7 @@ class SglangEngine:
         try:
             from tandem.engine.sglang import launch
 
-            engine = launch.construct(given, children.add)
+            engine = launch.construct(given, children.add, self._files.append)
         except Exception as problem:
             log.debug("SGLang could not be started", exc_info=True)
             left = reports.read(directory / "report")
@@ -161,9 +168,12 @@ class SglangEngine:
             run.queue.put_nowait(run.answers.aborted())
         if self._children is not None:
             await self._children.end()
+        self._remove_files()
         if self._building is not None:
-            with contextlib.suppress(Exception):
-                await self._building
+            # Importing SGLang cannot be interrupted: the thread finds out when it is through, or goes with the process.
+            await asyncio.wait({self._building}, timeout=BUILDING_END_S)
+            if self._building.done() and not self._building.cancelled():
+                self._building.exception()
             # Children that were started while the first ones were being ended.
             assert self._children is not None
             await self._children.end()
@@ -176,7 +186,13 @@ class SglangEngine:
             launch.dismantle(self._engine)
         if self._thread is not None:
             self._thread.shutdown(wait=False)
+        self._remove_files()
+
+    def _remove_files(self) -> None:
+        for file in self._files:
+            file.unlink(missing_ok=True)
         if self._directory is not None:
+            tempfile.tempdir = None
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _listen_to_sigquit(self) -> None:

@@ -34,6 +34,9 @@ class Children:
     def add(self, name: str, process: BaseProcess) -> None:
         """Take charge of a process that has just been started."""
         self._processes.append((name, process))
+        if self._ending:
+            process.kill()
+            return
         self._loop.call_soon_threadsafe(self._watch, name, process)
 
     async def end(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 IPC = "ipc://"
@@ -26,7 +27,9 @@ class GuestTokenizerManager(TokenizerManager):  # type: ignore[misc]
         """Nothing: SGLang would install signal handlers here and start a task that ends the process on an error."""
 
 
-def construct(arguments: dict[str, Any], on_child: Callable[[str, BaseProcess], None]) -> Any:
+def construct(
+    arguments: dict[str, Any], on_child: Callable[[str, BaseProcess], None], on_file: Callable[[Path], None]
+) -> Any:
     """Build SGLang's engine; blocks until the model is loaded.
 
     Must run on a thread that lives as long as the engine: the children ask the kernel to kill them when the thread that
@@ -35,6 +38,7 @@ def construct(arguments: dict[str, Any], on_child: Callable[[str, BaseProcess], 
     Args:
         arguments: of ServerArgs.
         on_child: called with the name of each child and the process, as soon as it runs.
+        on_file: called with each file that SGLang leaves behind when its children are killed, before it exists.
     """
 
     class GuestEngine(Engine):  # type: ignore[misc]
@@ -45,8 +49,9 @@ def construct(arguments: dict[str, Any], on_child: Callable[[str, BaseProcess], 
             return init_tokenizer_manager(server_args, port_args, GuestTokenizerManager)
 
         @classmethod
-        def _launch_scheduler_processes(cls, *positional: Any, **keywords: Any) -> Any:
-            result, processes = super()._launch_scheduler_processes(*positional, **keywords)
+        def _launch_scheduler_processes(cls, server_args: Any, port_args: Any, *more: Any, **keywords: Any) -> Any:
+            on_file(Path(shm_path_for(port_args.instance_id)))
+            result, processes = super()._launch_scheduler_processes(server_args, port_args, *more, **keywords)
             for process in processes:
                 on_child("scheduler", process)
             return result, processes

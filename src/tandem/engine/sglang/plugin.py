@@ -6,9 +6,11 @@ SGLang calls both in its main process and in every child. They do nothing unless
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 
 from tandem.engine.sglang.environment import plugin_device
+from tandem.runtime.parent import follow
 
 
 def activate() -> str | None:
@@ -23,9 +25,14 @@ def register() -> None:
         return
     from tandem.engine.sglang import hooks
 
-    if multiprocessing.parent_process() is None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
         hooks.register_in_main()
         return
+    # SGLang asks for the same, but does not look whether its parent has died by then.
+    assert parent.pid is not None
+    if not follow(parent.pid, signal.SIGKILL):
+        os._exit(1)
     # A signal to the whole group (Ctrl-C, systemd) reaches the children too, and must not end them before their parent
     # has drained. They end when the parent says so, and by PR_SET_PDEATHSIG when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

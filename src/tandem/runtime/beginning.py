@@ -1,0 +1,31 @@
+"""The first moments of a process, while its modules are still being imported: a signal ends it silently.
+
+Imports the standard library only, and is called before anything else is imported: importing takes up to a second, and
+an interrupt in it would show a traceback. Once a process serves, its signals are `process.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NoReturn
+
+from tandem.runtime import run_directory
+from tandem.runtime.parent import follow_parent
+
+EXIT_INTERRUPTED = 130
+
+
+def begin() -> None:
+    """End silently when interrupted, and when the parent that the environment names is gone."""
+    # An interrupt that is ignored, as in a shell's background job, stays ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: _leave(EXIT_INTERRUPTED))
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(128 + signal.SIGTERM))
+    if not follow_parent(os.environ):
+        _leave(1)
+
+
+def _leave(exit_status: int) -> NoReturn:
+    run_directory.remove_if_empty()
+    os._exit(exit_status)
