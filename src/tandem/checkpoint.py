@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tandem.errors import StartError
+from tandem.errors import ConfigError, StartError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WHOLE_FILE_BYTES_MAX = 64 * 2**20
@@ -74,6 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Check that a model directory is whole and read what it says of itself.
 
     Raises:
+        ConfigError: there is no such directory.
         StartError: one sentence that names the directory or the file at fault.
     """
     card = read_card(path)
@@ -86,10 +87,11 @@ def read_card(path: Path) -> Card:
     """Check what describes a model and read it; its weights may be elsewhere.
 
     Raises:
+        ConfigError: there is no such directory.
         StartError: one sentence that names the directory or the file at fault.
     """
     if not path.is_dir():
-        raise StartError(f"model directory {path} does not exist", path=str(path))
+        raise ConfigError("model", f"there is no directory {path}")
     config = _read_json(path / "config.json")
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not _is_count(config.get(key)) or config[key] < 1:

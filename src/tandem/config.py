@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tandem import settings_text
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -83,7 +84,7 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
     except ValidationError as problem:
         first = problem.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigError(key, f"{first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
+        raise ConfigError(key, settings_text.sentence(config_type.model_fields, first)) from None
 
 
 def effective(config: BaseModel) -> str:
@@ -109,10 +110,8 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
-        default = "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)})"
-        parser.add_argument(
-            _flag(name), dest=name, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%")
-        )
+        explanation = settings_text.explanation(field).replace("%", "%%")
+        parser.add_argument(_flag(name), dest=name, metavar=settings_text.metavar(name, field), help=explanation)
     return parser
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tandem import checkpoint
 from tandem.checkpoint import read_card, read_checkpoint, tokenizer_digest
-from tandem.errors import StartError
+from tandem.errors import ConfigError, StartError
 from tandem.testing.fake_model import write_fake_model, write_fake_weights
 
 
@@ -42,7 +42,9 @@ def test_whole_directory(model: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="model: there is no directory") as caught:
+        read_checkpoint(tmp_path / "nowhere")
+    assert caught.value.exit_status == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

@@ -117,7 +117,7 @@ async def test_an_id_runs_once(model_path: Path) -> None:
 
 
 async def test_starts_that_cannot_work(model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="does not exist"):
+    with pytest.raises(StartError, match="model: there is no directory"):
         async with running(tmp_path / "nowhere", AGGREGATED):
             pass
     with pytest.raises(StartError, match="two pages"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 
 from tandem.api.registry.v1 import registry_service_pb2_grpc
-from tandem.errors import ConfigError
 from tandem.rpc.server import RpcServer
 from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.backends.port import Backend
@@ -26,8 +25,6 @@ class RegistryApp:
     """The registry as `tandem.runtime.process` runs it."""
 
     def __init__(self, config: RegistryConfig) -> None:
-        if config.backend != "memory":
-            raise ConfigError("backend", f"{config.backend} is not available in this release; use memory")
         self._config = config
         self._backend: Backend | None = None
         self._servicer: RegistryServicer | None = None

@@ -17,6 +17,7 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.errors import InvalidRequest
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 from tandem.tls.paths import Tls
@@ -86,12 +87,18 @@ async def is_serving(address: str, service: str = "", *, tls: Tls | None = None)
     """What grpc.health.v1 says of a process, or of one of its services.
 
     Raises:
+        InvalidRequest: it carries no such service.
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
-        response = await _answer(stub.Check(request, timeout=CALL_TIMEOUT_S))
+        try:
+            response = await stub.Check(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            if failure.code() is grpc.StatusCode.NOT_FOUND:
+                raise InvalidRequest("service", f"{address} carries no service {service!r}") from None
+            raise from_rpc_error(failure) from None
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 

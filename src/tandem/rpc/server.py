@@ -18,6 +18,7 @@ from tandem.errors import StartError
 from tandem.rpc.channels import MESSAGE_BYTES_MAX
 from tandem.rpc.credentials import ServerCredentials
 from tandem.rpc.interceptors import ErrorInterceptor
+from tandem.rpc.listening import check_listenable
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class RpcServer:
         Raises:
             StartError: the address cannot be listened on, or a file of `tls` cannot be used.
         """
+        check_listenable(host, port)
         try:
             self.port = self._add_port(host, port)
         except RuntimeError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang import known_arguments
 from tandem.errors import ConfigError, StartError
 from tandem.model.worker import WorkerRole
 
@@ -53,6 +54,8 @@ def check_settings(settings: EngineSettings) -> None:
     for name, count in (("threads", settings.threads), ("running_requests_max", settings.running_requests_max)):
         if count < 1:
             raise ConfigError(name, f"must be at least 1, not {count}")
+    if settings.extra:
+        _check_names(settings.extra, known_arguments.read_names())
 
 
 def choose_ports(settings: EngineSettings) -> Ports:
@@ -163,13 +166,17 @@ OWNED = frozenset(
 def _extra_arguments(settings: EngineSettings) -> dict[str, Any]:
     from sglang.srt.server_args import ServerArgs
 
-    known = set(ServerArgs.__struct_fields__)
-    for name in settings.extra:
-        if name in OWNED:
-            raise ConfigError(f"extra.{name}", "is settled by a setting of the worker's own")
-        if name not in known:
-            raise ConfigError(f"extra.{name}", "is not an argument of SGLang's ServerArgs")
+    _check_names(settings.extra, frozenset(ServerArgs.__struct_fields__))
     return settings.extra
+
+
+def _check_names(extra: dict[str, Any], known: frozenset[str]) -> None:
+    """`known` is empty when nobody can say."""
+    for name in extra:
+        if name in OWNED:
+            raise ConfigError(f"engine_extra.{name}", "is settled by a setting of the worker's own")
+        if known and name not in known:
+            raise ConfigError(f"engine_extra.{name}", "is not an argument of SGLang's ServerArgs")
 
 
 def _bind_problem(host: str, port: int) -> str | None:

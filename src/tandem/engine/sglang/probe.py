@@ -32,7 +32,7 @@ GENERATE_ARGUMENTS = (
     "external_trace_header",
 )
 ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))
-INSTALL = "install requirements/cpu-engine.txt (or tandem[sglang] on a GPU machine)"
+INSTALL = 'run `make setup` in a checkout, or `pip install "tandem[sglang]"` on a GPU machine'
 
 
 def check_installed(transfer_backend: str) -> None:
