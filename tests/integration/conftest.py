@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import AsyncIterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -44,3 +46,19 @@ async def http_pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[L
     """A pair of SGLang engines behind a real Envoy; shared by all tests that speak HTTP to the real engine."""
     async with running(tmp_path_factory.mktemp("http"), edge=True, worker_flags={"dtype": "float32"}) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state file of the test's own, not there yet."""
+    return tmp_path / "state" / "cluster.json"
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A directory for temporary files, with a path short enough for sockets; empty at the end of the test."""
+    directory = Path(tempfile.mkdtemp(prefix="t"))
+    yield directory
+    left = [path.name for path in directory.iterdir()]
+    shutil.rmtree(directory)
+    assert not left

@@ -1,4 +1,4 @@
-"""The tandem command and the four programs as a person runs them: output, exit statuses, signals."""
+"""The tandem command against a cluster that serves: output, exit statuses, refusals."""
 
 from __future__ import annotations
 
@@ -7,73 +7,36 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
-from conftest import DEMO_MODEL
+import pytest_asyncio
+from command_line import (
+    SIMULATED,
+    TANDEM,
+    children_of,
+    cluster_up,
+    environment,
+    output_of,
+    run,
+    started,
+    state_of,
+    wait_state,
+)
+from conftest import REPOSITORY
 
-from tandem.testing.eventually import assert_eventually
-
-pytestmark = pytest.mark.timeout(60)
-
-TANDEM = [sys.executable, "-m", "tandem.cli"]
-SIMULATED = ["--engine", "simulated", "--model", str(DEMO_MODEL)]
-
-
-async def run(*command: str, state: Path, stdin: bytes | None = None) -> tuple[int | None, str, str]:
-    """Exit status, standard output and standard error of a command."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "TANDEM_STATE": str(state), "COLUMNS": "200"},
-    )
-    out, err = await process.communicate(stdin)
-    return process.returncode, out.decode(), err.decode()
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 
 
-@asynccontextmanager
-async def cluster_up(state: Path, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`tandem up` in the foreground of its own process, ready."""
-    process = await asyncio.create_subprocess_exec(
-        *TANDEM,
-        "up",
-        *SIMULATED,
-        *options,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, "TANDEM_STATE": str(state)},
-    )
-    try:
-
-        async def ready() -> bool:
-            assert process.returncode is None, await process.stdout.read()  # type: ignore[union-attr]
-            return state.exists()
-
-        await assert_eventually(ready, bool, within_s=20, what="a state file")
-        yield process
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-            await process.wait()
-
-
-async def output_of(process: asyncio.subprocess.Process) -> str:
-    assert process.stdout is not None
-    return (await process.stdout.read()).decode()
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "cluster.json"
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def serving(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """The state file of a cluster with two decode workers and an edge."""
+    state = tmp_path_factory.mktemp("serving") / "cluster.json"
+    async with cluster_up(state, "--decode", "2"):
+        yield state
 
 
 async def test_up_generate_status_and_ctrl_c(state: Path) -> None:
@@ -92,158 +55,109 @@ async def test_up_generate_status_and_ctrl_c(state: Path) -> None:
         assert [event["chunk"].get("index", 0) for event in events[1:-1]] == [0, 1, 2]
         assert events[-1]["finish"]["reason"] == "FINISH_REASON_LENGTH"
 
-        status, out, _ = await run(*TANDEM, "status", state=state)
-        assert status == 0
-        for name in ("prefill-0", "decode-0", "aggregated-0", "serving", "tandem-demo"):
-            assert name in out
-        status, out, _ = await run(*TANDEM, "status", "--json", state=state)
-        workers = {row["worker"]["worker_id"]: row for row in json.loads(out)["workers"]}
-        assert set(workers) == {"prefill-0", "decode-0", "aggregated-0"}
-        assert all(row["load"]["measured_time"] and int(row["worker"]["epoch"]) > 0 for row in workers.values())
-
         status, _, err = await run(*TANDEM, "up", *SIMULATED, state=state)
         assert status == 1
         assert "a cluster runs here already" in err
 
-        children = psutil.Process(up.pid).children(recursive=True)
+        children = children_of(up)
         assert len(children) == 7
         up.send_signal(signal.SIGINT)
         assert await up.wait() == 0
-        shown = await output_of(up)
-        ends = [shown.index(f"{name:<14} ended") for name in ("edge", "frontend", "registry")]
-        assert [shown.index("draining"), *ends] == sorted([shown.index("draining"), *ends])
+        shown = (await output_of(up)).partition("stopping (Ctrl-C again to end at once)")[2]
+        names = ("edge", "frontend", "aggregated-0", "registry")
+        steps = [shown.index(f"{name:<14} {word}") for name in names for word in ("draining", "ended")]
+        assert steps == sorted(steps)
+        assert "ready" not in shown
         assert not [child for child in children if child.is_running()]
     assert not state.exists()
 
 
-async def test_up_answers_http_before_several_frontends(state: Path) -> None:
-    async with cluster_up(state, "--frontends", "2", "--log-dir", str(state.parent / "logs")) as up:
-        told = json.loads(state.read_text())
-        async with httpx.AsyncClient(base_url=f"http://{told['http']}") as client:
-            answer = await client.post("/v1/generate:unary", json={"prompt": "Once", "stopping": {"max_tokens": 3}})
-        assert len(answer.json()["token_ids"]) == 3
-        status, _, err = await run(*TANDEM, "generate", "Once", "--max-tokens", "3", state=state)
-        assert status == 0, err
-        up.send_signal(signal.SIGINT)
-        assert await up.wait() == 0
-        shown = await output_of(up)
-        assert f"http      http://{told['http']}" in shown
-        assert shown.count("\nfrontend  ") == 2
+async def test_status_is_readable_at_80_columns(serving: Path) -> None:
+    status, out, _ = await run(*TANDEM, "status", state=serving)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [line.split() for line in out.splitlines()[1:]]
+    status, out, _ = await run(*TANDEM, "status", "--json", state=serving)
+    workers = {row["worker"]["worker_id"]: row for row in json.loads(out)["workers"]}
+    assert out.startswith('{\n  "workers": [\n')
+    assert set(workers) == {"prefill-0", "decode-0", "decode-1"}
+    assert all(row["load"]["measured_time"] and int(row["worker"]["epoch"]) > 0 for row in workers.values())
+    shown = {cells[0]: (cells[1], cells[2], cells[-1]) for cells in rows}
+    assert shown == {
+        name: (name.partition("-")[0], "serving", row["worker"]["address"]) for name, row in workers.items()
+    }
 
 
-async def test_up_does_without_the_edge(state: Path) -> None:
-    async with cluster_up(state, "--no-edge") as up:
-        assert json.loads(state.read_text())["http"] is None
-        assert "envoy" not in [child.name() for child in psutil.Process(up.pid).children(recursive=True)]
-
-
-async def test_a_process_that_dies_takes_the_cluster_down(state: Path) -> None:
-    async with cluster_up(state) as up:
-        victim = next(
-            child for child in psutil.Process(up.pid).children() if "tandem_decode" in " ".join(child.cmdline())
-        )
-        victim.kill()
-        assert await up.wait() == 1
-        assert "decode-0 has ended (status -9)" in await output_of(up)
-    assert not state.exists()
-
-
-async def test_nothing_runs_here(state: Path) -> None:
-    for command in (["generate", "x"], ["status"]):
-        status, _, err = await run(*TANDEM, *command, state=state)
-        assert status == 1
-        assert "start one with `tandem up`" in err
-        assert "Traceback" not in err
-
-
-async def test_a_stale_state_is_told(state: Path) -> None:
-    gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
-    await gone.wait()
-    state.parent.mkdir()
-    state.write_text(json.dumps({"pid": gone.pid, "frontend": "127.0.0.1:1", "registry": "127.0.0.1:1", "model": "m"}))
-    status, _, err = await run(*TANDEM, "generate", "x", state=state)
-    assert status == 1
-    assert "is gone" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "status", "sentence"),
-    [
-        (["--frontends", "0"], 2, "frontends: there must be at least one"),
-        (["--prefill", "0", "--decode", "0"], 2, "there must be a prefill and a decode worker"),
-        (["--prefill", "1", "--decode", "0"], 2, "prefill and decode workers are only of use together"),
-        (["--model", "/nowhere"], 1, "model directory /nowhere does not exist"),
-        (["--engine", "vllm"], 1, "engine: "),
-        (["--engine-extra", "{"], 1, "engine_extra: "),
-        (["--engine-extra", '{"speed": 1}'], 1, "speed"),
-        (["--tool-parser", "hermess"], 1, "tool_parser"),
-        (["--reasoning-parser", "quen3"], 1, "reasoning_parser"),
-    ],
-)
-async def test_what_cannot_start_is_one_sentence(state: Path, options: list[str], status: int, sentence: str) -> None:
-    ended, out, err = await run(*TANDEM, "up", *SIMULATED, *options, state=state)
-    assert ended == status, err
-    assert sentence in err
-    assert len(err.strip().splitlines()) == 1
-    assert "Traceback" not in out + err
-
-
-async def test_a_port_in_use_is_one_sentence(state: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        ended, _, err = await run(*TANDEM, "up", *SIMULATED, "--port", str(port), state=state)
-    assert ended == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in err
-    assert len(err.strip().splitlines()) == 1
-
-
-async def test_refusals_are_one_sentence(state: Path) -> None:
-    async with cluster_up(state):
-        for options, words in (
-            (["--max-tokens", "0"], "stopping.max_tokens: must be 1 or more, not 0 (INVALID_REQUEST)"),
-            (["--model", "gpt"], "no model 'gpt' is served here"),
-            (["--temperature", "nan"], "sampling.temperature"),
-        ):
-            status, _, err = await run(*TANDEM, "generate", "x", *options, state=state)
+async def test_while_it_starts_that_is_said(state: Path) -> None:
+    async with started(state, "up", *SIMULATED) as up:
+        await wait_state(up, state, "starting")
+        os.kill(up.pid, signal.SIGSTOP)
+        try:
+            for command in (["generate", "x"], ["status"]):
+                status, _, err = await run(*TANDEM, *command, state=state)
+                assert status == 1
+                assert f"a cluster is starting here; its log is {state.parent}/logs/" in err
+            status, _, err = await run(*TANDEM, "up", *SIMULATED, state=state)
             assert status == 1
-            assert words in err
-            assert "Traceback" not in err
+            assert "a cluster is starting here already" in err
+        finally:
+            os.kill(up.pid, signal.SIGCONT)
 
 
-async def test_ctrl_c_cancels_a_generation(state: Path) -> None:
-    async with cluster_up(state):
-        process = await asyncio.create_subprocess_exec(
-            *TANDEM,
-            *["generate", "x", "--plain", "--json", "--max-tokens", "2000"],
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "TANDEM_STATE": str(state)},
-        )
-        assert process.stdout is not None
-        await process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = await process.communicate()
-        assert process.returncode == 130
-        assert b"Traceback" not in err
+async def test_refusals_are_one_sentence(serving: Path) -> None:
+    addresses = state_of(serving)
+    for command, exit_status, words in (
+        (["generate", "x", "--max-tokens", "0"], 1, "stopping.max_tokens: must be 1 or more, not 0 (INVALID_REQU"),
+        (["generate", "x", "--model", "gpt"], 1, "no model 'gpt' is served here"),
+        (["generate", "x", "--temperature", "nan"], 1, "sampling.temperature"),
+        (["generate", "x", "--plain", "--system", "Be brief."], 2, "--system: is of use with --chat only"),
+        (["generate", "x", "--top-k", "0"], 1, "sampling.top_k"),
+        (["generate", "x", "--min-p", "7"], 1, "sampling.min_p"),
+        (["generate", "x", "--presence-penalty", "7"], 1, "sampling.presence_penalty"),
+        (["generate", "x", "--frequency-penalty", "7"], 1, "sampling.frequency_penalty"),
+        (["generate", "x", "--repetition-penalty", "7"], 1, "sampling.repetition_penalty"),
+        (["generate", "x", "--logprobs", "99"], 1, "logprobs.top_logprobs"),
+        (["generate", "x", "--address", addresses["registry"]], 1, "is not a frontend of Tandem"),
+        (["generate", "x", "--plain", "--address", addresses["registry"]], 1, "is not a frontend of Tandem"),
+        (["status", "--address", addresses["frontend"]], 1, "is not a registry of Tandem"),
+        (["health", addresses["frontend"], "--service", "bogus"], 2, "carries no service 'bogus'"),
+    ):
+        status, _, err = await run(*TANDEM, *command, state=serving)
+        assert status == exit_status, err
+        assert words in err
+        assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("module", ["tandem_registry", "tandem_prefill", "tandem_decode", "tandem_frontend"])
-async def test_a_wrong_setting_of_a_program_exits_2_and_names_it(state: Path, module: str) -> None:
-    ended, _, err = await run(sys.executable, "-m", module, "--port", "99999", state=state)
-    assert ended == 2
-    name = module.replace("_", "-")
-    assert re.fullmatch(rf"{name}: (port|registry): .*", err.strip()), err
+async def test_log_probabilities_stand_below_the_text(serving: Path) -> None:
+    status, _, err = await run(
+        *TANDEM, "generate", "x", "--max-tokens", "3", "--logprobs", "2", "--seed", "1", state=serving
+    )
+    assert status == 0
+    assert len(re.findall(r"token \d+: -\d+\.\d{3}  \(likeliest \d+: \S+  \d+: \S+\)", err)) == 3
 
 
-async def test_health_of_a_process(state: Path) -> None:
-    async with cluster_up(state):
-        address = json.loads(state.read_text())["frontend"]
-        assert (await run(*TANDEM, "health", address, state=state))[:2] == (0, "serving\n")
-    status, _, err = await run(*TANDEM, "health", address, state=state)
+async def test_ctrl_c_cancels_a_generation(serving: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *TANDEM,
+        *["generate", "x", "--plain", "--json", "--max-tokens", "2000"],
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment(serving),
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+async def test_health_of_a_process(serving: Path) -> None:
+    address = state_of(serving)["frontend"]
+    assert (await run(*TANDEM, "health", address, state=serving))[:2] == (0, "serving\n")
+    status, _, err = await run(*TANDEM, "health", "127.0.0.1:1", state=serving)
     assert status == 1
-    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
 
 
 async def test_demo_tells_what_happened(state: Path) -> None:
@@ -258,3 +172,15 @@ async def test_demo_tells_what_happened(state: Path) -> None:
         assert words in out
     moved: Any = re.search(r"KV moved over NIXL\s+([\d,]+) bytes", out)
     assert int(moved[1].replace(",", "")) > 0
+
+
+async def test_the_readme_talks_to_a_cluster(serving: Path) -> None:
+    """Its Python, word for word but for the port, which it shares with its own `tandem up`."""
+    readme = (REPOSITORY / "README.md").read_text()
+    snippet = readme.partition("```python\n")[2].partition("```")[0]
+    assert "tandem up --prefill 1 --decode 2 --port 50051 " in readme
+    assert "127.0.0.1:50051" in snippet
+    program = snippet.replace("127.0.0.1:50051", state_of(serving)["frontend"])
+    status, out, err = await run(sys.executable, "-c", program, state=serving)
+    assert (status, err) == (0, "")
+    assert "bytes of KV moved" in out

@@ -1,6 +1,22 @@
-"""`python -m tandem.cli` is the `tandem` command."""
+"""Entry point of `tandem` and of `python -m tandem.cli`.
 
-from tandem.cli.app import main
+Owns nothing but the first moment, in which an interrupt must not show a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tandem.runtime.beginning import begin
+
+
+def main() -> None:
+    """Run the command line."""
+    begin()
+    from tandem.cli.app import run
+
+    sys.exit(run())
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,7 @@
-"""The options of `tandem`. What each subcommand does is in the file of its name; errors become one sentence here."""
+"""The options of `tandem`. What each subcommand does is in the file of its name; errors become one sentence here.
+
+The subcommands are imported when they run, so that `tandem --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import demo as demo_command
-from tandem.cli import generate as generate_command
-from tandem.cli import status as status_command
-from tandem.cli import up as up_command
-from tandem.cli.state import find_tls, read_state
 from tandem.errors import ConfigError, StartError, TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,11 +25,19 @@ app = typer.Typer(
 )
 
 DEMO_MODEL = Path("models") / "tandem-demo"
+"""In a checkout; anywhere else --model must be given."""
 EXIT_FAILED = 1
+PLAIN_WORDS = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+}
 
-Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.")]
+Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.", metavar="DIRECTORY")]
 EngineName = Annotated[str, typer.Option(help="sglang or simulated.")]
-LogDirectory = Annotated[Path | None, typer.Option("--log-dir", help="Where the processes log; default: a new one.")]
+LogDirectory = Annotated[
+    Path | None,
+    typer.Option("--log-dir", help="Where the processes log; default: a new one in .tandem/logs.", metavar="DIRECTORY"),
+]
 Address = Annotated[str | None, typer.Option(help="host:port; default: the cluster that `tandem up` runs here.")]
 TlsDirectory = Annotated[
     Path | None,
@@ -41,9 +45,19 @@ TlsDirectory = Annotated[
 ]
 
 
-def main() -> None:
-    """Entry point of `tandem`."""
-    app()
+def run() -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        return int(app(prog_name="tandem", standalone_mode=False) or 0)
+    except TyperException as problem:
+        words = problem.format_message()
+        for given, plain in PLAIN_WORDS.items():
+            words = words.replace(given, plain)
+        # Called without arguments, it has shown the help, and there is nothing to say.
+        if words:
+            context = getattr(problem, "ctx", None)
+            print(f"{context.command_path if context else 'tandem'}: {words}", file=sys.stderr)
+        return problem.exit_code
 
 
 @app.callback(invoke_without_command=True)
@@ -65,9 +79,9 @@ def up(
     model_name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the directory's.")] = None,
     engine: EngineName = "sglang",
     frontends: Annotated[int, typer.Option(help="Frontends.")] = 1,
-    port: Annotated[int, typer.Option(help="Port of the first frontend; 0: the OS chooses.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="Port of the first frontend; 0: the OS chooses.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Answer HTTP, through Envoy.")] = True,
-    http_port: Annotated[int, typer.Option(help="Port for HTTP; 0: the OS chooses.", min=0, max=65535)] = 0,
+    http_port: Annotated[int, typer.Option(help="Port for HTTP; 0: the OS chooses.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     kv_capacity_tokens: Annotated[int | None, typer.Option(help="Tokens whose KV each worker keeps.")] = None,
@@ -78,12 +92,17 @@ def up(
     tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C, which drains it."""
+    from rich.console import Console
+
+    from tandem.cli import up as up_command
+    from tandem.runtime.cluster import ClusterSpec
+
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
     if kv_capacity_tokens is not None:
         flags["kv-capacity-tokens"] = str(kv_capacity_tokens)
     spec = ClusterSpec(
         model=model,
-        log_directory=up_command.log_directory(log_dir),
+        log_directory=log_dir,
         model_name=model_name,
         engine=engine,
         prefill=prefill,
@@ -97,7 +116,7 @@ def up(
         role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
         tls=tls,
     )
-    _run("up", up_command.up(spec, Console()))
+    _end("up", up_command.up(spec, Console()))
 
 
 @app.command()
@@ -106,6 +125,14 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, over 0 to 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; -1: all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least part of the likeliest token's probability.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Against tokens already there, -2 to 2.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time, -2 to 2.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Divides their logits, over 0 to 2.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Show log probabilities, and those of the N likeliest tokens.", metavar="N")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
     chat: Annotated[
@@ -119,14 +146,25 @@ def generate(
     tls: TlsDirectory = None,
 ) -> None:
     """Stream a completion to the terminal."""
+    from rich.console import Console
+
+    from tandem.cli import generate as generate_command
+    from tandem.cli.state import find_tls, read_state
+
     asked = generate_command.Asked(
-        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        prompt=_standard_input() if prompt == "-" else prompt,
         chat=chat,
         system=system,
         model=model,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logprobs=logprobs,
         seed=seed,
         stop=tuple(stop or ()),
         as_json=as_json,
@@ -136,30 +174,38 @@ def generate(
     async def run() -> int:
         return await generate_command.generate(address or read_state().frontend, asked, Console(stderr=True))
 
-    _run("generate", run())
+    _end("generate", run())
 
 
 @app.command()
 def status(
     address: Annotated[str | None, typer.Option(help="host:port of a registry; default: of `tandem up` here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
     tls: TlsDirectory = None,
 ) -> None:
-    """Show the workers: roles, epochs, load."""
+    """Show the workers: roles, states, load. More of each with --json."""
+    from rich.console import Console
+
+    from tandem.cli import status as status_command
+    from tandem.cli.state import find_tls, read_state
 
     async def run() -> int:
         return await status_command.status(
             address or read_state().registry, Console(), as_json=as_json, tls=find_tls(tls)
         )
 
-    _run("status", run())
+    _end("status", run())
 
 
 @app.command()
 def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogDirectory = None) -> None:
     """Start a cluster, stream one answer through it, tell what happened, stop it."""
-    spec = ClusterSpec(model=model, engine=engine, log_directory=up_command.log_directory(log_dir))
-    _run("demo", demo_command.demo(spec, Console()))
+    from rich.console import Console
+
+    from tandem.cli import demo as demo_command
+    from tandem.runtime.cluster import ClusterSpec
+
+    _end("demo", demo_command.demo(ClusterSpec(model=model, engine=engine, log_directory=log_dir), Console()))
 
 
 @app.command()
@@ -169,13 +215,10 @@ def health(
     tls: TlsDirectory = None,
 ) -> None:
     """Ask a process for its health: exit status 0 when it serves."""
+    from tandem.cli import health as health_command
+    from tandem.cli.state import find_tls
 
-    async def run() -> int:
-        serving = await clients.is_serving(address, service, tls=find_tls(tls))
-        print("serving" if serving else "not serving")
-        return 0 if serving else 1
-
-    _run("health", run())
+    _end("health", health_command.health(address, service, find_tls(tls)))
 
 
 @app.command()
@@ -193,27 +236,48 @@ def certs(
 
     async def run() -> int:
         # Making certificates needs a library that takes 70 ms to load, which other commands do not pay.
+        from rich.console import Console
+
         from tandem.cli import certs as certs_command
 
         return certs_command.certs(directory, host or [], days, Console())
 
-    _run("certs", run())
+    _end("certs", run())
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _run(command: str, work: Coroutine[Any, Any, int]) -> None:
+def _end(command: str, work: Coroutine[Any, Any, int]) -> None:
     """Run a subcommand to its exit status; what it raises on purpose becomes one sentence."""
     try:
         exit_status = asyncio.run(work)
-    except (ConfigError, StartError) as problem:
-        exit_status = problem.exit_status
-        print(f"tandem {command}: {problem}", file=sys.stderr)
+    except ConfigError as problem:
+        exit_status = _say(command, _as_option(problem), problem.exit_status)
+    except StartError as problem:
+        exit_status = _say(command, str(problem), problem.exit_status)
     except TandemError as problem:
-        exit_status = EXIT_FAILED
-        print(f"tandem {command}: {problem} ({problem.reason})", file=sys.stderr)
-    except KeyboardInterrupt:
-        exit_status = generate_command.EXIT_INTERRUPTED
+        exit_status = _say(command, f"{problem} ({problem.reason})", EXIT_FAILED)
     raise typer.Exit(exit_status)
+
+
+def _say(command: str, sentence: str, exit_status: int) -> int:
+    print(f"tandem {command}: {sentence}", file=sys.stderr)
+    return exit_status
+
+
+def _as_option(problem: ConfigError) -> str:
+    """The sentence about a setting, with the name it has on this command line."""
+    key, _, inner = problem.key.partition(".")
+    if not key.isidentifier():
+        return str(problem)
+    words = problem.message.removeprefix(f"{problem.key}: ")
+    return f"--{key.replace('_', '-')}: {f'{inner}: ' if inner else ''}{words}"
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as problem:
+        raise typer.BadParameter(f"standard input is not UTF-8 (byte {problem.start})") from None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from rich.console import Console
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem.cli.checks import check_spec
 from tandem.cli.generate import print_events, tokens_per_s
+from tandem.cli.interruption import EXIT_INTERRUPTED, Interruption
+from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
@@ -24,31 +28,45 @@ async def demo(spec: ClusterSpec, console: Console) -> int:
     """Start, stream, tell, stop. Returns the exit status: 0 only when KV moved and the stream had its finish.
 
     Raises:
+        ConfigError: a setting is wrong; nothing has been started.
         TandemError: a process did not start, or the request failed.
     """
+    check_spec(spec)
+    cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory)))
+    interruption = Interruption(console, cluster.kill)
     begin_s = time.monotonic()
     console.print(
         f"starting registry, prefill, decode and frontend ({spec.engine}, {spec.model.name})", highlight=False
     )
     with Readiness(console) as readiness:
-        cluster = LocalCluster(spec, readiness.changed)
-        await cluster.start()
+        cluster.on_change = readiness.changed
+        await interruption.unless_asked(cluster.start())
+    if interruption.asked.is_set():
+        # It may have come up at the very moment of the signal.
+        await cluster.stop()
+        return EXIT_INTERRUPTED
     try:
-        console.print(f"\n[bold]>[/] {STORY}\n", highlight=False)
-        request = pb.GenerateRequest()
-        request.sampling.temperature = 0.0
-        request.stopping.max_tokens = MAX_TOKENS
-        request.chat.messages.add(role="user", content=STORY)
-        finish = await print_events(cluster.frontend.address, request, console)
+        finish = await interruption.unless_asked(_stream(cluster, console))
     finally:
-        console.print("\nstopping", highlight=False)
+        console.print(highlight=False)
         with Readiness(console) as readiness:
             cluster.on_change = readiness.changed
             clean = await cluster.stop()
+    if finish is None:
+        return EXIT_INTERRUPTED
     _tell(finish, console)
     console.print(f"all in {time.monotonic() - begin_s:.1f} s", style="dim", highlight=False)
     moved = finish.timings.kv_transfer_bytes > 0 and finish.reason != generation_pb2.FINISH_REASON_UNSPECIFIED
     return 0 if moved and clean else 1
+
+
+async def _stream(cluster: LocalCluster, console: Console) -> pb.GenerateFinish:
+    console.print(f"\n[bold]>[/] {STORY}\n", highlight=False)
+    request = pb.GenerateRequest()
+    request.sampling.temperature = 0.0
+    request.stopping.max_tokens = MAX_TOKENS
+    request.chat.messages.add(role="user", content=STORY)
+    return await print_events(cluster.frontend.address, request, console)
 
 
 def _tell(finish: pb.GenerateFinish, console: Console) -> None:

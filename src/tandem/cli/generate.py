@@ -13,11 +13,22 @@ from rich.console import Console
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
-from tandem.errors import NoWorkers
+from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
 from tandem.rpc import clients
 from tandem.tls.paths import Tls
 
 EXIT_INTERRUPTED = 130
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+"""Names in the contract, and here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +43,14 @@ class Asked:
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
     seed: int | None
+    logprobs: int | None
+    """Likeliest tokens to tell of beside each chosen one; None: no log probabilities."""
     stop: tuple[str, ...]
     as_json: bool
     tls: Tls | None = None
@@ -43,8 +61,11 @@ async def generate(address: str, asked: Asked, console: Console) -> int:
     """Stream a completion to standard output, and a summary to `console`. Returns the exit status.
 
     Raises:
+        ConfigError: two options do not go together.
         TandemError: the request was refused or failed.
     """
+    if asked.system is not None and asked.chat is False:
+        raise ConfigError("system", "is of use with --chat only; plain text has no system message")
     streaming = asyncio.create_task(_stream(address, asked, console))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, streaming.cancel)
@@ -64,20 +85,23 @@ async def _stream(address: str, asked: Asked, console: Console) -> None:
 
 
 async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
-    """The request; asks the frontend whether its model takes messages when that was left open."""
+    """The request; asks the frontend whether its model takes messages, which also tells whether it is one."""
     request = pb.GenerateRequest(model=asked.model)
-    if asked.chat if asked.chat is not None else await _takes_messages(address, asked):
+    takes_messages = await _takes_messages(address, asked)
+    if takes_messages if asked.chat is None else asked.chat:
         if asked.system is not None:
             request.chat.messages.add(role="system", content=asked.system)
         request.chat.messages.add(role="user", content=asked.prompt)
     else:
         request.prompt = asked.prompt
-    for name in ("temperature", "top_p", "seed"):
+    for name in SAMPLING:
         if getattr(asked, name) is not None:
             setattr(request.sampling, name, getattr(asked, name))
     if asked.max_tokens is not None:
         request.stopping.max_tokens = asked.max_tokens
     request.stopping.stop.extend(asked.stop)
+    if asked.logprobs is not None:
+        request.logprobs.top_logprobs = asked.logprobs
     return request
 
 
@@ -87,6 +111,7 @@ async def print_events(
     """Show a stream's events as they come; returns its finish."""
     finish = pb.GenerateFinish()
     route = pb.Route()
+    logprobs: list[generation_pb2.TokenLogprob] = []
     async with contextlib.aclosing(clients.generate(address, request, tls=tls)) as responses:
         async for response in responses:
             if as_json:
@@ -94,14 +119,24 @@ async def print_events(
             elif response.HasField("chunk"):
                 sys.stdout.write(response.chunk.text)
                 sys.stdout.flush()
+                logprobs.extend(response.chunk.logprobs)
             if response.HasField("accepted"):
                 route.CopyFrom(response.accepted.route)
             elif response.HasField("finish"):
                 finish.CopyFrom(response.finish)
     if not as_json:
         sys.stdout.write("\n")
+        sys.stdout.flush()
+        for logprob in logprobs:
+            console.print(_line(logprob), style="dim", highlight=False, soft_wrap=True)
         console.print(summary(finish), style="dim", highlight=False, soft_wrap=True)
     return finish
+
+
+def _line(chosen: generation_pb2.TokenLogprob) -> str:
+    """A token's log probability, and those of the likeliest at its place."""
+    others = "  ".join(f"{other.token_id}: {other.logprob:.3f}" for other in chosen.top)
+    return f"token {chosen.token_id}: {chosen.logprob:.3f}" + (f"  (likeliest {others})" if others else "")
 
 
 def summary(finish: pb.GenerateFinish) -> str:
@@ -132,7 +167,10 @@ def tokens_per_s(finish: pb.GenerateFinish) -> float | None:
 
 
 async def _takes_messages(address: str, asked: Asked) -> bool:
-    models = await clients.list_models(address, tls=asked.tls)
+    try:
+        models = await clients.list_models(address, tls=asked.tls)
+    except NotSupported:
+        raise StartError(f"{address} is not a frontend of Tandem") from None
     if not models:
         raise NoWorkers("no model is served now: no worker is alive")
     named = [m for m in models if asked.model in (None, m.name)]

@@ -1,10 +1,11 @@
 """What a person sees while a cluster starts and stops: one line for each process, with the time it takes.
 
-On a terminal the lines live; elsewhere each change is a line of its own.
+On a terminal the lines live; elsewhere each change is a line of its own, and so is a long wait.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import TracebackType
 
@@ -13,8 +14,10 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
-from tandem.runtime.cluster import ClusterProcess, ProcessState
+from tandem.runtime.cluster_process import ClusterProcess, ProcessState
 
+REMIND_INTERVAL_S = 10.0
+WAITING = (ProcessState.STARTING, ProcessState.DRAINING)
 MARKS = {ProcessState.READY: "[green]✓[/]", ProcessState.ENDED: "[dim]·[/]"}
 
 
@@ -26,12 +29,15 @@ class Readiness:
         self._begin_s: dict[str, float] = {}
         self._took_s: dict[str, float] = {}
         self._seen: dict[str, tuple[ClusterProcess, ProcessState]] = {}
+        self._reminder: asyncio.TimerHandle | None = None
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._table, transient=False)
 
     def __enter__(self) -> Readiness:
         """Begin to show."""
         if self._console.is_terminal:
             self._live.start()
+        else:
+            self._remind_later()
         return self
 
     def __exit__(
@@ -39,12 +45,14 @@ class Readiness:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
+        if self._reminder is not None:
+            self._reminder.cancel()
 
     def changed(self, process: ClusterProcess) -> None:
         """A process has another state than before."""
         if self._seen.get(process.name, (None, None))[1] is process.state:
             return
-        if process.state in (ProcessState.STARTING, ProcessState.STOPPING):
+        if process.state in WAITING:
             self._begin_s[process.name] = time.monotonic()
         self._took_s[process.name] = time.monotonic() - self._begin_s.get(process.name, time.monotonic())
         self._seen[process.name] = (process, process.state)
@@ -57,10 +65,21 @@ class Readiness:
             parts += [process.address, f"pid {process.pid}", f"after {self._took_s[process.name]:.1f} s"]
         return "  ".join(parts)
 
+    def _remind_later(self) -> None:
+        self._reminder = asyncio.get_running_loop().call_later(REMIND_INTERVAL_S, self._remind)
+
+    def _remind(self) -> None:
+        """Nobody should have to wonder whether it hangs."""
+        waiting = [(name, state) for name, (_, state) in self._seen.items() if state in WAITING]
+        for name, state in waiting:
+            took_s = time.monotonic() - self._begin_s[name]
+            self._console.print(f"{name:<14} still {state.value} after {took_s:.0f} s", highlight=False)
+        self._remind_later()
+
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for process, state in self._seen.values():
-            waiting = state in (ProcessState.STARTING, ProcessState.STOPPING)
+            waiting = state in WAITING
             took_s = time.monotonic() - self._begin_s[process.name] if waiting else self._took_s[process.name]
             mark = Spinner("dots") if waiting else MARKS[state]
             where = f"{process.address}  [dim]pid {process.pid}[/]" if state is ProcessState.READY else ""

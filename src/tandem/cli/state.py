@@ -1,17 +1,35 @@
-"""The file by which `tandem generate` and `tandem status` find the cluster that `tandem up` runs in this directory."""
+"""The file by which `tandem generate` and `tandem status` find the cluster that `tandem up` runs in this directory.
+
+It is there from the moment a cluster starts, and says so; a second cluster is refused as long as it names a process
+that lives.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tandem.errors import StartError
 from tandem.tls.paths import Tls, client_tls
 
 VARIABLE = "TANDEM_STATE"
 DEFAULT = Path(".tandem") / "cluster.json"
+HINT = "start one with `tandem up`, or give --address"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartingCluster:
+    """A cluster that does not serve yet."""
+
+    pid: int
+    """Of the `tandem up` that owns it."""
+    log: str
+    """Directory of the processes' logs."""
+    state: str = "starting"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +41,13 @@ class ClusterState:
     frontend: str
     registry: str
     model: str
+    log: str
+    """Directory of the processes' logs."""
     http: str | None = None
     """Where HTTP is answered; None: there is no edge."""
     tls: str | None = None
     """Directory of its certificates; None: plaintext."""
+    state: str = "serving"
 
 
 def state_file() -> Path:
@@ -34,42 +55,99 @@ def state_file() -> Path:
     return Path(os.environ.get(VARIABLE) or DEFAULT)
 
 
-def write_state(state: ClusterState) -> None:
-    """Say that a cluster runs."""
+def claim_state(state: StartingCluster) -> None:
+    """Say that a cluster starts here, if none does or runs.
+
+    Raises:
+        StartError: there is one already, or the file cannot be written.
+    """
     file = state_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(state), indent=2) + "\n")
-    partial.rename(file)
+    partial = _write_partial(state)
+    try:
+        check_nobody_runs()
+        file.unlink(missing_ok=True)
+        # Fails where another one was a moment faster.
+        os.link(partial, file)
+    except FileExistsError:
+        check_nobody_runs()
+        raise StartError(f"another cluster has just been started here ({file})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_state(state: ClusterState) -> None:
+    """Say that the cluster serves."""
+    _write_partial(state).rename(state_file())
 
 
 def remove_state(pid: int) -> None:
     """Say that the cluster of that process has ended; the file of another one is left alone."""
-    try:
-        if read_state().pid == pid:
+    with contextlib.suppress(StartError):
+        if _read().pid == pid:
             state_file().unlink(missing_ok=True)
+
+
+def check_nobody_runs() -> None:
+    """Refuse to take the place of a cluster that starts or runs.
+
+    Raises:
+        StartError: there is one already.
+    """
+    try:
+        state = _read()
     except StartError:
-        pass
+        return
+    verb = "is starting" if isinstance(state, StartingCluster) else "runs"
+    raise StartError(
+        f"a cluster {verb} here already (process {state.pid}, {state_file()}): stop it, or set TANDEM_STATE elsewhere"
+    )
 
 
 def read_state() -> ClusterState:
     """The running cluster.
 
     Raises:
-        StartError: none runs; says what to do.
+        StartError: none runs, or it is still starting; says what to do.
     """
-    file = state_file()
-    hint = "start one with `tandem up`, or give --address"
+    state = _read()
+    if isinstance(state, StartingCluster):
+        raise StartError(f"a cluster is starting here; its log is {state.log}")
+    return state
+
+
+def read_log_directory() -> Path | None:
+    """Where the cluster that starts or runs here logs; None when there is none."""
     try:
-        state = ClusterState(**json.loads(file.read_text()))
+        return Path(_read().log)
+    except StartError:
+        return None
+
+
+def _write_partial(state: StartingCluster | ClusterState) -> Path:
+    file = state_file()
+    partial = file.with_suffix(f".{state.pid}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(state), indent=2) + "\n")
+    except OSError as problem:
+        raise StartError(f"{file} cannot be written ({problem.strerror}): set TANDEM_STATE elsewhere") from None
+    return partial
+
+
+def _read() -> StartingCluster | ClusterState:
+    file = state_file()
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+        kind = StartingCluster if values.get("state") == "starting" else ClusterState
+        state = kind(**values)
     except FileNotFoundError:
-        raise StartError(f"no cluster runs here ({file} is missing): {hint}") from None
-    except (ValueError, TypeError) as problem:
+        raise StartError(f"no cluster runs here ({file} is missing): {HINT}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise StartError(f"{file} is not readable: {problem}") from None
     try:
         os.kill(state.pid, 0)
     except ProcessLookupError:
-        raise StartError(f"the cluster of {file} is gone (process {state.pid} has ended): {hint}") from None
+        raise StartError(f"the cluster of {file} is gone (process {state.pid} has ended): {HINT}") from None
     except PermissionError:
         pass
     return state

@@ -2,86 +2,86 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-import tempfile
-from pathlib import Path
+from dataclasses import replace
 
 from rich.console import Console
 
+from tandem.cli.checks import check_spec
+from tandem.cli.interruption import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL, Interruption
+from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
-from tandem.cli.state import ClusterState, read_state, remove_state, state_file, write_state
-from tandem.errors import ConfigError, StartError
+from tandem.cli.state import (
+    ClusterState,
+    StartingCluster,
+    check_nobody_runs,
+    claim_state,
+    remove_state,
+    write_state,
+)
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
-
-EXIT_SECOND_SIGNAL = 70
-
-
-def check_spec(spec: ClusterSpec) -> None:
-    """Refuse a cluster that could answer nothing.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    for name in ("prefill", "decode", "aggregated"):
-        if getattr(spec, name) < 0:
-            raise ConfigError(name, "must not be negative")
-    if spec.frontends < 1:
-        raise ConfigError("frontends", "there must be at least one")
-    if not spec.aggregated and not spec.prefill:
-        raise ConfigError("prefill", "there must be a prefill and a decode worker, or an aggregated one")
-    if bool(spec.prefill) != bool(spec.decode):
-        missing = "decode" if spec.prefill else "prefill"
-        raise ConfigError(missing, "prefill and decode workers are only of use together")
+from tandem.runtime.restarts import RestartPolicy, Restarts
 
 
-def check_nobody_runs() -> None:
-    """Refuse to take the place of a cluster that runs.
+async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:
+    """Run a cluster until a signal comes or nothing of it can serve any more. Returns the exit status.
+
+    `policy` says how often a process that dies is started again.
 
     Raises:
-        StartError: one runs already.
+        ConfigError: a setting is wrong; nothing has been started.
+        StartError: a process did not start, or a cluster runs here already.
     """
-    try:
-        state = read_state()
-    except StartError:
-        return
-    raise StartError(
-        f"a cluster runs here already (process {state.pid}, {state_file()}): stop it, or set TANDEM_STATE elsewhere"
-    )
-
-
-async def up(spec: ClusterSpec, console: Console) -> int:
-    """Run a cluster until a signal comes or a process fails. Returns the exit status."""
-    check_spec(spec)
     check_nobody_runs()
-    asked = _listen()
-    with Readiness(console) as readiness:
-        cluster = LocalCluster(spec, readiness.changed)
-        started = await _unless_asked(cluster, asked)
-    if not started:
-        return 0
-    write_state(
-        ClusterState(
-            pid=os.getpid(),
-            frontend=cluster.frontend.address,
-            registry=cluster.registry.address,
-            http=cluster.edge.address if cluster.edge is not None else None,
-            model=cluster.frontend.flags["model-name"],
-            tls=None if spec.tls is None else str(spec.tls.resolve()),
-        )
-    )
+    check_spec(spec)
+    cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory)))
+    claim_state(StartingCluster(pid=os.getpid(), log=str(cluster.log_directory.resolve())))
     try:
-        _print_addresses(cluster, console)
-        console.print(f"logs      {spec.log_directory}", highlight=False, soft_wrap=True)
-        if spec.tls is not None:
-            console.print(f"TLS       {spec.tls}", highlight=False, soft_wrap=True)
-        console.print(
-            '\nTry `tandem generate "Once upon a time"`. Ctrl-C drains and stops the cluster.', highlight=False
-        )
-        return await _until_end(cluster, asked, console)
+        return await _run(cluster, console, policy)
     finally:
         remove_state(os.getpid())
+
+
+async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | None) -> int:
+    def end_at_once() -> None:
+        cluster.kill()
+        remove_state(os.getpid())
+
+    interruption = Interruption(console, end_at_once)
+    with Readiness(console) as readiness:
+        cluster.on_change = readiness.changed
+        await interruption.unless_asked(cluster.start())
+    if interruption.asked.is_set():
+        # It may have come up at the very moment of the signal.
+        await cluster.stop()
+        return EXIT_INTERRUPTED
+    cluster.on_change = lambda process: None
+    interruption.second_status = EXIT_SECOND_SIGNAL
+    write_state(_state(cluster))
+    _print_addresses(cluster, console)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    await interruption.unless_asked(Restarts(cluster, tell, policy).run())
+    if not interruption.asked.is_set():
+        tell("nothing here can serve any more")
+    with Readiness(console) as readiness:
+        cluster.on_change = readiness.changed
+        clean = await cluster.stop()
+    return 0 if clean and interruption.asked.is_set() else 1
+
+
+def _state(cluster: LocalCluster) -> ClusterState:
+    return ClusterState(
+        pid=os.getpid(),
+        frontend=cluster.frontend.address,
+        registry=cluster.registry.address,
+        http=cluster.edge.address if cluster.edge is not None else None,
+        model=cluster.frontend.flags["model-name"],
+        log=str(cluster.log_directory.resolve()),
+        tls=None if cluster.spec.tls is None else str(cluster.spec.tls.resolve()),
+    )
 
 
 def _print_addresses(cluster: LocalCluster, console: Console) -> None:
@@ -91,55 +91,7 @@ def _print_addresses(cluster: LocalCluster, console: Console) -> None:
         console.print(f"http      {scheme}://{cluster.edge.address}", highlight=False)
     for process in (*cluster.frontends, cluster.registry):
         console.print(f"{process.role:<9} {process.address}", highlight=False)
-
-
-async def _unless_asked(cluster: LocalCluster, asked: asyncio.Event) -> bool:
-    """Start the cluster; False when it was asked to end first."""
-    starting = asyncio.create_task(cluster.start())
-    waiting = asyncio.create_task(asked.wait())
-    await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if starting.done():
-        await starting
-        return True
-    starting.cancel()
-    await asyncio.wait({starting})
-    return False
-
-
-async def _until_end(cluster: LocalCluster, asked: asyncio.Event, console: Console) -> int:
-    waiting = asyncio.create_task(asked.wait())
-    failing = asyncio.create_task(cluster.wait_failed())
-    await asyncio.wait({waiting, failing}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    failed = failing.done()
-    if failed:
-        process = failing.result()
-        console.print(f"\n{process.name} has ended (status {process.exit_status}): {process.last_words()}", style="red")
-    failing.cancel()
-    console.print("\ndraining", highlight=False)
-    with Readiness(console) as readiness:
-        for process in cluster.processes:
-            readiness.changed(process)
-        cluster.on_change = readiness.changed
-        clean = await cluster.stop()
-    return 0 if clean and not failed else 1
-
-
-def _listen() -> asyncio.Event:
-    """Set by the first SIGINT or SIGTERM; the second one ends this process, and with it its children, at once."""
-    asked = asyncio.Event()
-
-    def handle() -> None:
-        if asked.is_set():
-            os._exit(EXIT_SECOND_SIGNAL)
-        asked.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, handle)
-    return asked
-
-
-def log_directory(given: Path | None) -> Path:
-    """Where the processes log: as given, or a fresh temporary directory."""
-    return given if given is not None else Path(tempfile.mkdtemp(prefix="tandem-logs-"))
+    console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
+    if cluster.spec.tls is not None:
+        console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)
+    console.print('\nTry `tandem generate "Once upon a time"`. Ctrl-C drains and stops the cluster.', highlight=False)

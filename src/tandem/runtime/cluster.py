@@ -1,40 +1,26 @@
-"""A cluster of service processes on this machine: started in order, watched, drained in order.
+"""A cluster of service processes on this machine: started in order, drained in order.
 
     registry -> prefill, decode, aggregated workers and the frontends together -> edge
     edge -> frontends -> workers -> registry
 
-Owns the processes and their logs. Used by the command line, tests and benchmarks; chooses no ports (the OS does) and
-prints nothing.
+Owns which processes there are, and their directory for temporary files. Used by the command line, tests and benchmarks;
+chooses no ports (the OS does) and prints nothing. What follows the death of a process is `restarts.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import signal
-import sys
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
-from tandem.errors import StartError
-from tandem.runtime.parent import VARIABLE
+from tandem.runtime import run_directory
+from tandem.runtime.cluster_process import ClusterProcess, ProcessState
 from tandem.tls.paths import Tls
 
-ANNOUNCE_POLL_S = 0.03
-STOP_TIMEOUT_S = 45.0
-"""Longer than any service's own drain and stop with the settings below."""
-MODULES = {
-    "registry": "tandem_registry",
-    "prefill": "tandem_prefill",
-    "decode": "tandem_decode",
-    "aggregated": "tandem_decode",
-    "frontend": "tandem_frontend",
-    "edge": "tandem.edge",
-}
+KEPT_PORTS = ("registry", "frontend", "edge")
+"""Roles whose address others have been told: one that is started again takes the same port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +28,8 @@ class ClusterSpec:
     """What a cluster consists of."""
 
     model: Path
-    log_directory: Path
+    log_directory: Path | None = None
+    """Where the processes log; must be known by the time a cluster is made of it."""
     model_name: str | None = None
     engine: str = "sglang"
     prefill: int = 1
@@ -63,117 +50,17 @@ class ClusterSpec:
     """More settings of the processes of one role: registry, prefill, decode, aggregated, frontend or edge."""
 
 
-class ProcessState(Enum):
-    """Where a process of the cluster is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    STOPPING = "stopping"
-    ENDED = "ended"
-
-
-class ClusterProcess:
-    """One service process."""
-
-    def __init__(self, name: str, role: str, flags: dict[str, str], log_directory: Path) -> None:
-        self.name = name
-        self.role = role
-        self.flags = flags
-        self.log = log_directory / f"{name}.log"
-        self.state = ProcessState.STARTING
-        self.address = ""
-        """host:port, once ready."""
-        self._announce = log_directory / f"{name}.announce.json"
-        self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def pid(self) -> int:
-        """Of the running process."""
-        assert self._process is not None, "pid before start()"
-        return self._process.pid
-
-    @property
-    def exit_status(self) -> int | None:
-        """None while it runs; negative: ended by that signal."""
-        return None if self._process is None else self._process.returncode
-
-    async def start(self) -> None:
-        """Start it; `wait_ready` tells when it serves."""
-        self.state = ProcessState.STARTING
-        self._announce.unlink(missing_ok=True)
-        flags = {**self.flags, "announce-file": str(self._announce)}
-        arguments = [f"--{key}={value}" for key, value in flags.items()]
-        with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                MODULES[self.role],
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # Ctrl-C in the terminal is for the parent, which drains its children in order.
-                start_new_session=True,
-                env={**os.environ, VARIABLE: str(os.getpid())},
-            )
-
-    async def wait_ready(self) -> None:
-        """Return when it serves.
-
-        Raises:
-            StartError: it ended first; the message is its own last sentence.
-        """
-        assert self._process is not None, "wait_ready() before start()"
-        # A file's appearance is nothing that asyncio can wait for.
-        while not self._announce.exists():
-            if self._process.returncode is not None:
-                self.state = ProcessState.ENDED
-                raise StartError(f"{self.name} did not start: {self.last_words()}")
-            await asyncio.sleep(ANNOUNCE_POLL_S)
-        self.address = json.loads(self._announce.read_text())["address"]
-        self.state = ProcessState.READY
-
-    async def wait_ended(self) -> int:
-        """Return its exit status when it ends."""
-        assert self._process is not None, "wait_ended() before start()"
-        return await self._process.wait()
-
-    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int | None:
-        """Ask it to end and wait; kill it when it takes too long. Returns the exit status."""
-        if self._process is None:
-            return None
-        if self._process.returncode is None:
-            self.state = ProcessState.STOPPING
-            self.signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._process.wait()
-            except TimeoutError:
-                self.signal(signal.SIGKILL)
-                await self._process.wait()
-        self.state = ProcessState.ENDED
-        return self._process.returncode
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself; harmless after its end."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-
-    def last_words(self) -> str:
-        """The last line of its log, without the name it puts in front."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        last = lines[-1] if lines else f"it ended with status {self.exit_status} and said nothing"
-        return last.removeprefix(f"tandem-{MODULES[self.role].removeprefix('tandem').lstrip('_.')}: ")
-
-
 class LocalCluster:
     """Processes of one cluster. Use as an async context manager, or call `start` and `stop`."""
 
     def __init__(self, spec: ClusterSpec, on_change: Callable[[ClusterProcess], None] = lambda process: None) -> None:
         """`on_change` is called whenever a process changes its state."""
+        assert spec.log_directory is not None, "a cluster logs somewhere"
         self.spec = spec
+        self.log_directory = spec.log_directory
         self.on_change = on_change
+        self._run: Path | None = None
+        self._serves = False
         self.registry = self._process("registry", {"port": "0"})
         self.frontends = [
             self._process("frontend", {"port": str(0 if number else spec.frontend_port)}, number)
@@ -213,12 +100,14 @@ class LocalCluster:
         await self.stop()
 
     async def start(self) -> None:
-        """Return when every process serves; stops them all when one does not.
+        """Return when every process serves; ends them all when one does not.
 
         Raises:
+            ConfigError: a process refused a setting.
             StartError: names the process and says why.
         """
-        self.spec.log_directory.mkdir(parents=True, exist_ok=True)
+        self.log_directory.mkdir(parents=True, exist_ok=True)
+        self._run = run_directory.make()
         try:
             await self._bring_up(self.registry)
             others = [*self.workers, *self.frontends]
@@ -230,6 +119,7 @@ class LocalCluster:
             for edge in self._edges:
                 edge.flags["frontends"] = ",".join(frontend.address for frontend in self.frontends)
                 await self._bring_up(edge)
+            self._serves = True
         except BaseException as failure:
             await self.stop()
             if isinstance(failure, BaseExceptionGroup):
@@ -238,49 +128,60 @@ class LocalCluster:
             raise
 
     async def stop(self) -> bool:
-        """Drain and end everything, in order. Returns whether all ended cleanly. May be called twice."""
-        clean = await self._end(self._edges)
-        clean &= await self._end(self.frontends)
-        clean &= await self._end(self.workers)
-        clean &= await self._end([self.registry])
+        """Drain and end everything, in order. Returns whether all ended cleanly. May be called twice.
+
+        Before all of it serves there is nothing to drain, and it ends at once.
+        """
+        if self._serves:
+            steps = [self._edges, self.frontends, self.workers, [self.registry]]
+        else:
+            steps = [[*self._edges, *self.frontends, *self.workers], [self.registry]]
+        clean = True
+        for processes in steps:
+            clean &= await self._end(processes)
+        self._remove_run()
         return clean
 
-    async def wait_failed(self) -> ClusterProcess:
-        """Return the first process that ends by itself."""
-        ends = {asyncio.create_task(process.wait_ended()): process for process in self.processes}
-        try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            process = ends[done.pop()]
-            process.state = ProcessState.ENDED
-            return process
-        finally:
-            for task in ends:
-                task.cancel()
+    def kill(self) -> None:
+        """End everything at once, without draining, and leave nothing behind."""
+        for process in self.processes:
+            process.kill()
+        self._remove_run()
 
     async def restart(self, name: str) -> ClusterProcess:
-        """Start a process again that has ended."""
+        """Start a process again that has ended.
+
+        Raises:
+            StartError: it did not start; says why.
+        """
         process = self.process(name)
-        assert process.exit_status is not None, f"{name} still runs"
+        assert not process.runs, f"{name} still runs"
         await self._bring_up(process)
         return process
 
-    def kill(self) -> None:
-        """End everything at once, without draining."""
-        for process in self.processes:
-            process.signal(signal.SIGKILL)
-
     async def _bring_up(self, process: ClusterProcess) -> None:
-        await process.start()
+        assert self._run is not None, "a process before start()"
+        await process.start(self._run)
         self.on_change(process)
         await process.wait_ready()
+        if process.role in KEPT_PORTS:
+            process.flags["port"] = process.address.rpartition(":")[2]
         self.on_change(process)
+
+    def _remove_run(self) -> None:
+        if self._run is not None:
+            shutil.rmtree(self._run, ignore_errors=True)
 
     async def _end(self, processes: Sequence[ClusterProcess]) -> bool:
         async def end(process: ClusterProcess) -> bool:
-            was_running = process.exit_status is None
+            if not process.runs:
+                return True
+            if process.state is ProcessState.READY:
+                process.state = ProcessState.DRAINING
+                self.on_change(process)
             status = await process.stop()
             self.on_change(process)
-            return not was_running or status in (0, None)
+            return status == 0
 
         return all(await asyncio.gather(*(end(process) for process in processes)))
 
@@ -299,7 +200,7 @@ class LocalCluster:
         own |= spec.role_flags.get(role, {})
         alone = role in ("registry", "edge") or (role == "frontend" and spec.frontends == 1)
         name = role if alone else f"{role}-{number}"
-        return ClusterProcess(name, role, own, spec.log_directory)
+        return ClusterProcess(name, role, own, self.log_directory)
 
 
 def _tls_flags(directory: Path, role: str) -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""What `tandem up` and `tandem demo` look at before they start anything: a wrong setting is told at once.
+
+Owns the order of the checks. What is allowed is said by the settings of the workers and by their engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+from tandem import config as configuration
+from tandem.checkpoint import read_checkpoint
+from tandem.cli.app import DEMO_MODEL
+from tandem.engine.factory import create_engine
+from tandem.errors import ConfigError
+from tandem.model.worker import WorkerRole
+from tandem.rpc.addresses import PORT_MAX
+from tandem.rpc.listening import listen_problem
+from tandem.runtime.cluster import ClusterSpec
+from tandem.worker.config import WorkerConfig
+
+HOST = "127.0.0.1"
+
+
+def check_spec(spec: ClusterSpec) -> None:
+    """Refuse a cluster that cannot start, or that could answer nothing.
+
+    Raises:
+        ConfigError: names the setting.
+        StartError: something that is needed is not installed, or the model is damaged.
+    """
+    _check_counts(spec)
+    if spec.model == DEMO_MODEL and not spec.model.is_dir():
+        raise ConfigError("model", f"must be given here: its default, {DEMO_MODEL}, is in a checkout of Tandem only")
+    _check_worker(spec)
+    read_checkpoint(spec.model)
+    _check_ports(spec)
+    if spec.edge:
+        from tandem.edge.process import find_binary
+
+        find_binary(None)
+
+
+def _check_counts(spec: ClusterSpec) -> None:
+    for name in ("prefill", "decode", "aggregated"):
+        if getattr(spec, name) < 0:
+            raise ConfigError(name, f"must be 0 or more, not {getattr(spec, name)}")
+    if spec.frontends < 1:
+        raise ConfigError("frontends", f"must be 1 or more, not {spec.frontends}")
+    if not spec.aggregated and not spec.prefill:
+        raise ConfigError("prefill", "there must be a prefill and a decode worker, or an aggregated one")
+    if bool(spec.prefill) != bool(spec.decode):
+        missing = "decode" if spec.prefill else "prefill"
+        raise ConfigError(missing, "prefill and decode workers are only of use together")
+
+
+def _check_worker(spec: ClusterSpec) -> None:
+    flags = {"registry": f"{HOST}:1", "model": str(spec.model), "engine": spec.engine, **spec.worker_flags}
+    if spec.model_name is not None:
+        flags["model-name"] = spec.model_name
+    arguments = [f"--{key}={value}" for key, value in flags.items()]
+    config = configuration.load(WorkerConfig, "tandem-worker", arguments, {})
+    settings = config.engine_settings(WorkerRole.AGGREGATED if not spec.prefill else WorkerRole.PREFILL)
+    create_engine(config.engine, settings)
+    if config.engine == "sglang":
+        from tandem.engine.sglang import probe
+
+        probe.check_installed(config.transfer_backend)
+        if config.device == "cuda" and not _has_nvidia_driver():
+            raise ConfigError("device", "must be auto or cpu here: this machine has no NVIDIA driver")
+
+
+def _has_nvidia_driver() -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/nvidiactl")
+    return True
+
+
+def _check_ports(spec: ClusterSpec) -> None:
+    ports = {"port": spec.frontend_port, "http_port": spec.http_port if spec.edge else 0}
+    for name, port in ports.items():
+        if not 0 <= port <= PORT_MAX:
+            raise ConfigError(name, f"must be a whole number from 0 to {PORT_MAX}, not {port}")
+        problem = listen_problem(HOST, port)
+        if problem is not None:
+            raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 takes a free one")
+    if spec.edge and spec.http_port and spec.http_port == spec.frontend_port:
+        raise ConfigError("http_port", "must not be the port of the frontend too")

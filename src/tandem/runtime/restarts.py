@@ -1,0 +1,106 @@
+"""What follows the death of a process of a local cluster: one line that says so, a pause, another start.
+
+Owns how often that is tried, and when nothing can serve any more. A cluster goes on with what is left of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tandem.errors import StartError
+from tandem.runtime.clock import Clock, monotonic
+from tandem.runtime.cluster import LocalCluster
+from tandem.runtime.cluster_process import ClusterProcess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """How often a process is started again, and after which pauses."""
+
+    count_max: int = 5
+    """Within the window."""
+    window_s: float = 600.0
+    first_delay_s: float = 1.0
+    """Doubles with each restart within the window."""
+
+
+class RestartBudget:
+    """The restarts of one process."""
+
+    def __init__(self, policy: RestartPolicy, clock: Clock) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._taken_s: deque[float] = deque()
+
+    def take_delay_s(self) -> float | None:
+        """The pause before the next restart, which counts from now on; None when there have been too many."""
+        now_s = self._clock()
+        while self._taken_s and now_s - self._taken_s[0] > self._policy.window_s:
+            self._taken_s.popleft()
+        count = len(self._taken_s)
+        if count >= self._policy.count_max:
+            return None
+        self._taken_s.append(now_s)
+        return float(self._policy.first_delay_s * 2**count)
+
+
+class Restarts:
+    """Watches over the processes of a cluster that has been started."""
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        tell: Callable[[str], None],
+        policy: RestartPolicy | None = None,
+        clock: Clock = monotonic,
+    ) -> None:
+        """`tell` is given one line for each event."""
+        self._cluster = cluster
+        self._tell = tell
+        self._policy = policy or RestartPolicy()
+        self._clock = clock
+        self._given_up: set[ClusterProcess] = set()
+        self._hopeless = asyncio.Event()
+
+    async def run(self) -> None:
+        """Return when nothing can serve any more. Cancel it before the cluster is stopped."""
+        hopeless = asyncio.create_task(self._hopeless.wait())
+        tasks = {hopeless, *(asyncio.create_task(self._keep(process)) for process in self._cluster.processes)}
+        waiting = tasks
+        try:
+            while not hopeless.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _keep(self, process: ClusterProcess) -> bool:
+        """Start it again as often as the policy allows; False in the end."""
+        budget = RestartBudget(self._policy, self._clock)
+        while True:
+            await process.wait_ended()
+            delay_s = budget.take_delay_s()
+            if delay_s is None:
+                self._tell(f"{process.epitaph()}; given up after {self._policy.count_max} restarts")
+                self._give_up(process)
+                return False
+            self._tell(f"{process.epitaph()}; starting it again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+            try:
+                await self._cluster.restart(process.name)
+            except StartError:
+                continue
+            self._tell(f"{process.name} serves again at {process.address} (pid {process.pid})")
+
+    def _give_up(self, process: ClusterProcess) -> None:
+        self._given_up.add(process)
+        left = {p.role for p in self._cluster.processes if p not in self._given_up}
+        needed = {p.role for p in self._cluster.processes if p.role in ("registry", "frontend", "edge")}
+        if not needed <= left or not ("aggregated" in left or {"prefill", "decode"} <= left):
+            self._hopeless.set()

@@ -1,0 +1,128 @@
+"""A process of a local cluster that dies: said in one line, started again, and the end when nothing can serve."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from calls import generate, request_of
+from command_line import (
+    TANDEM,
+    child_of,
+    children_of,
+    cluster_up,
+    environment,
+    gone,
+    line_with,
+    output_of,
+    run,
+    state_of,
+    wait_state,
+)
+from conftest import DEMO_MODEL, running
+
+from tandem.errors import TandemError
+from tandem.runtime.restarts import RestartPolicy, Restarts
+from tandem.testing.eventually import assert_eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def test_a_dead_worker_is_told_and_started_again(state: Path) -> None:
+    async with cluster_up(state, "--no-edge") as up:
+        log = Path(state_of(state)["log"]) / "decode-0.log"
+        child_of(up, "tandem_decode").kill()
+        line = await line_with(up, "decode-0 was")
+        said, _, rest = line.partition("; log: ")
+        assert said == "decode-0 was killed by signal 9"
+        assert rest.endswith("; starting it again in 1 s")
+        assert Path(rest.partition(";")[0]).resolve() == log.resolve()
+        line = await line_with(up, "decode-0 serves")
+        assert re.fullmatch(r"decode-0 serves again at \S+ \(pid \d+\)", line)
+
+        async def answer() -> tuple[int | None, str, str]:
+            return await run(*TANDEM, "generate", "x", "--max-tokens", "2", state=state)
+
+        await assert_eventually(answer, lambda found: found[0] == 0, within_s=10, what="an answer")
+        up.send_signal(signal.SIGINT)
+        assert await up.wait() == 0
+
+
+async def test_registry_frontend_and_edge_come_back_where_they_were(state: Path) -> None:
+    async with cluster_up(state) as up:
+        addresses = state_of(state)
+        for module, key in (("tandem_registry", "registry"), ("tandem_frontend", "frontend"), ("tandem.edge", "http")):
+            child_of(up, module).kill()
+            await line_with(up, "was killed by signal 9")
+            assert f"serves again at {addresses[key]} " in await line_with(up, "serves again")
+        up.send_signal(signal.SIGINT)
+        shown = await output_of(up)
+        assert await up.wait() == 0, shown
+
+
+async def test_the_cause_is_never_a_line_that_only_informs(tmp_path: Path) -> None:
+    async with running(tmp_path, engine="simulated") as cluster:
+        process = cluster.process("decode-0")
+        process.signal(signal.SIGTERM)
+        await process.wait_ended()
+        assert " INFO " in process.log.read_text()
+        assert process.epitaph() == f"decode-0 ended with status 0; log: {process.log}"
+        with process.log.open("a") as log:
+            log.write("2026-01-01 00:00:00,000 ERROR tandem.x the engine has died\n")
+            log.write("2026-01-01 00:00:00,001 INFO tandem.x leaving\n")
+        assert process.epitaph() == f"decode-0 ended with status 0 (the engine has died); log: {process.log}"
+
+
+async def test_it_goes_on_with_what_is_left_and_ends_when_nothing_can_serve(tmp_path: Path) -> None:
+    lines: list[str] = []
+    policy = RestartPolicy(count_max=1, first_delay_s=0.01)
+    flags = {"registry": {"lease-ttl-s": "1"}}
+    async with running(tmp_path, engine="simulated", decode=2, role_flags=flags) as cluster:
+        restarts = asyncio.create_task(Restarts(cluster, lines.append, policy).run())
+
+        async def route() -> str:
+            try:
+                return (await generate(cluster, request_of("Hi"))).finish.route.decode_worker_id
+            except TandemError as problem:
+                return str(problem)
+
+        async def dies(name: str, words: str) -> None:
+            cluster.process(name).kill()
+            await assert_eventually(lambda: lines[-1:], lambda last: words in str(last), within_s=20, what=words)
+
+        await dies("decode-0", "decode-0 serves again")
+        await dies("decode-0", "given up after 1 restarts")
+        await assert_eventually(route, lambda found: found == "decode-1", within_s=10, what="an answer of decode-1")
+        assert not restarts.done()
+        await dies("decode-1", "decode-1 serves again")
+        await dies("decode-1", "given up after 1 restarts")
+        async with asyncio.timeout(5):
+            await restarts
+
+
+async def test_up_ends_with_status_1_when_nothing_can_serve(state: Path, tmp_path: Path) -> None:
+    program = f"""
+import asyncio
+from pathlib import Path
+from rich.console import Console
+from tandem.cli.up import up
+from tandem.runtime.cluster import ClusterSpec
+from tandem.runtime.restarts import RestartPolicy
+spec = ClusterSpec(model=Path({str(DEMO_MODEL)!r}), engine="simulated")
+raise SystemExit(asyncio.run(up(spec, Console(), RestartPolicy(count_max=0))))
+"""
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-c", program], stdout=asyncio.subprocess.PIPE, env=environment(state)
+    )
+    await wait_state(process, state, "serving")
+    children = children_of(process)
+    child_of(process, "tandem_decode").kill()
+    assert (await line_with(process, "decode-0 was killed by signal 9")).endswith("; given up after 0 restarts")
+    await line_with(process, "nothing here can serve any more")
+    assert await process.wait() == 1
+    await gone(children, 1)
+    assert not state.exists()

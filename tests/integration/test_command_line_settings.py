@@ -1,0 +1,132 @@
+"""What is wrong is told in one sentence before anything starts: settings, ports, directories, no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import SIMULATED, TANDEM, run
+
+pytestmark = pytest.mark.timeout(60)
+
+PROGRAMS = ("tandem_registry", "tandem_prefill", "tandem_decode", "tandem_frontend")
+
+
+async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tuple[int | None, str]:
+    """Exit status and the one sentence; nothing was started, and nothing is left."""
+    ended, out, err = await run(*TANDEM, *arguments, state=state, cwd=cwd)
+    assert not out
+    assert len(err.strip().splitlines()) == 1, err
+    assert not state.parent.exists()
+    return ended, err.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--frontends", "0"], "--frontends: must be 1 or more, not 0"),
+        (["--prefill", "-1"], "--prefill: must be 0 or more, not -1"),
+        (["--prefill", "two"], "'--prefill': must be a whole number"),
+        (["--prefill", "0", "--decode", "0"], "--prefill: there must be a prefill and a decode worker"),
+        (["--prefill", "1", "--decode", "0"], "--decode: prefill and decode workers are only of use together"),
+        (["--model", "/nowhere"], "--model: there is no directory /nowhere"),
+        (["--model-name", ""], "--model-name: must be 1 to 128 characters long, not ''"),
+        (["--engine", "vllm"], "--engine: must be sglang or simulated, not 'vllm'"),
+        (["--device", "tpu"], "--device: must be auto, cpu or cuda, not 'tpu'"),
+        (["--dtype", "int4"], "--dtype: must be auto, float32, bfloat16 or float16, not 'int4'"),
+        (["--kv-capacity-tokens", "1"], "--kv-capacity-tokens: must be a whole number from 64 up, not '1'"),
+        (["--engine-extra", "{"], "--engine-extra: is not JSON: "),
+        (["--engine-extra", "[]"], "--engine-extra: must be a JSON object"),
+        (["--engine-extra", '{"speed": 1}'], "--engine-extra: speed: the simulated engine knows only "),
+        (["--port", "65536"], "--port: must be a whole number from 0 to 65535, not 65536"),
+        (["--log-dir", "/dev/null"], "--log-dir: /dev/null is not a directory"),
+        (["--log-dir", "/dev/null/x"], "--log-dir: /dev/null/x is not a directory, or lies in a file"),
+        (["--log-dir", "/proc/x"], "--log-dir: /proc/x cannot be made: "),
+        (["--bogus"], "No such option: --bogus"),
+    ],
+)
+async def test_a_wrong_setting_of_up_names_its_flag(state: Path, options: list[str], sentence: str) -> None:
+    ended, err = await refused(state, "up", *SIMULATED, *options)
+    assert ended == 2
+    assert err.startswith("tandem up: ")
+    assert sentence in err
+
+
+async def test_the_demo_checks_too(state: Path) -> None:
+    assert await refused(state, "demo", *SIMULATED, "--engine", "vllm") == (
+        2,
+        "tandem demo: --engine: must be sglang or simulated, not 'vllm'",
+    )
+
+
+async def test_outside_a_checkout_the_model_must_be_given(state: Path, tmp_path: Path) -> None:
+    ended, err = await refused(state, "up", "--engine", "simulated", cwd=tmp_path)
+    assert ended == 2
+    assert "--model: must be given here" in err
+
+
+async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag in ("--port", "--http-port"):
+            ended, err = await refused(state, "up", *SIMULATED, flag, str(port))
+            assert ended == 2
+            assert f"{flag}: cannot listen on 127.0.0.1:{port} (the port is in use); 0 takes a free one" in err
+        ended, out, err = await run(sys.executable, "-m", "tandem_registry", "--port", str(port), state=state)
+    assert (ended, out) == (1, "")
+    said = [line for line in err.splitlines() if " INFO " not in line]
+    assert said == [f"tandem-registry: cannot listen on 127.0.0.1:{port}: the port is in use"]
+
+
+async def test_a_damaged_model_is_told_before_anything_starts(state: Path, tmp_path: Path) -> None:
+    ended, err = await refused(state, "up", "--engine", "simulated", "--model", str(tmp_path))
+    assert ended == 1
+    assert err == f"tandem up: {tmp_path / 'config.json'} is missing"
+
+
+async def test_nothing_runs_here(state: Path) -> None:
+    for command in (["generate", "x"], ["status"]):
+        ended, err = await refused(state, *command)
+        assert ended == 1
+        assert "start one with `tandem up`" in err
+
+
+async def test_a_stale_state_is_told(state: Path) -> None:
+    gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await gone.wait()
+    state.parent.mkdir()
+    where = {"frontend": "127.0.0.1:1", "registry": "127.0.0.1:1", "model": "m", "log": "/"}
+    state.write_text(json.dumps({"pid": gone.pid, **where}))
+    status, _, err = await run(*TANDEM, "generate", "x", state=state)
+    assert status == 1
+    assert "is gone" in err
+
+
+async def test_a_prompt_that_is_not_text_is_told(state: Path) -> None:
+    status, _, err = await run(*TANDEM, "generate", "-", state=state, stdin=b"Hi \xff")
+    assert status == 2
+    assert err == "tandem generate: Invalid value: standard input is not UTF-8 (byte 3)\n"
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+async def test_a_wrong_setting_of_a_program_exits_2_and_names_it(state: Path, module: str) -> None:
+    ended, _, err = await run(sys.executable, "-m", module, "--port", "99999", state=state)
+    assert ended == 2
+    name = module.replace("_", "-")
+    assert re.fullmatch(rf"{name}: (port: must be a whole number from 0 to 65535|registry: must be given).*\n", err)
+
+
+@pytest.mark.parametrize("module", ["tandem_prefill", "tandem_frontend"])
+async def test_a_missing_model_of_a_program_is_a_wrong_setting(state: Path, module: str) -> None:
+    arguments = ["--registry", "127.0.0.1:1", "--model", "/nowhere"]
+    arguments += ["--engine", "simulated"] if module == "tandem_prefill" else []
+    ended, _, err = await run(sys.executable, "-m", module, *arguments, state=state)
+    assert ended == 2
+    assert err.splitlines()[-1] == f"{module.replace('_', '-')}: model: there is no directory /nowhere"
