@@ -117,7 +117,7 @@ async def second_start(cluster: LocalCluster, name: str, logs: Path) -> AsyncIte
     """Another process with the settings of one that is there, at an address of its own."""
     first = cluster.process(name)
     second = ClusterProcess(f"{name}-second", first.role, dict(first.flags), logs)
-    await second.start()
+    await second.start(logs)
     try:
         yield second
     finally:
