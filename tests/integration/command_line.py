@@ -103,10 +103,16 @@ def children_of(process: asyncio.subprocess.Process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty when it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def child_of(process: asyncio.subprocess.Process, module: str) -> psutil.Process:
-    return next(
-        child for child in psutil.Process(process.pid).children() if module in " ".join(child.cmdline()).split()
-    )
+    return next(child for child in psutil.Process(process.pid).children() if module in words_of(child))
 
 
 async def gone(children: list[psutil.Process], within_s: float) -> None:

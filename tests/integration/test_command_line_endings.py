@@ -24,6 +24,7 @@ from command_line import (
     state_of,
     took_s,
     wait_state,
+    words_of,
 )
 
 from tandem.testing.eventually import assert_eventually
@@ -42,7 +43,7 @@ async def some_children(process: asyncio.subprocess.Process, module: str) -> lis
         return children_of(process)
 
     def is_there(children: list[psutil.Process]) -> bool:
-        return any(module in child.cmdline() for child in children if child.is_running())
+        return any(module in words_of(child) for child in children)
 
     return await assert_eventually(now, is_there, within_s=20, what=module)
 

@@ -9,11 +9,13 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from command_line import children_of, gone, started, took_s
+from command_line import children_of, gone, started, took_s, words_of
 from conftest import DEMO_MODEL
 
 from tandem.engine.sglang import known_arguments
@@ -22,11 +24,27 @@ from tandem.testing.eventually import assert_eventually
 pytestmark = [
     pytest.mark.engine_sglang,
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs requirements/cpu-engine.txt"),
-    pytest.mark.timeout(200),
+    pytest.mark.timeout(300),
 ]
 
 AT_ONCE_S = 6.0
 """Two seconds, and some more: imports hold Python's lock, and the machine may have other work."""
+
+
+@asynccontextmanager
+async def worker(temporary: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A decode worker that waits for a registry that is not there; killed at the end if need be."""
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "tandem_decode", "--registry", "127.0.0.1:1", "--model", str(DEMO_MODEL)],
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def until(process: asyncio.subprocess.Process, moment: str, temporary: Path) -> list[psutil.Process]:
@@ -38,50 +56,44 @@ async def until(process: asyncio.subprocess.Process, moment: str, temporary: Pat
     def has_come(children: list[psutil.Process]) -> bool:
         if moment == "importing":
             return bool(list(temporary.rglob("tandem-sglang-*")))
-        return any("spawn_main" in " ".join(child.cmdline()) for child in children if child.is_running())
+        return any("spawn_main" in " ".join(words_of(child)) for child in children)
 
-    return await assert_eventually(now, has_come, within_s=90, what=moment)
+    return await assert_eventually(now, has_come, within_s=120, what=moment)
 
 
 async def shared_memory(children: list[psutil.Process]) -> Path:
     """The file in which the scheduler among them keeps its figures, once it is there."""
 
     def now() -> list[str]:
-        maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in children if child.is_running()]
+        maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in children if words_of(child)]
         return re.findall(r"/dev/shm/sglang_loads_\S+", "\n".join(maps))
 
-    return Path((await assert_eventually(now, bool, within_s=60, what="shared memory"))[0])
+    return Path((await assert_eventually(now, bool, within_s=120, what="shared memory"))[0])
 
 
 @pytest.mark.parametrize("moment", ["importing", "loading"])
 async def test_a_worker_that_starts_ends_at_once(temporary: Path, moment: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "tandem_decode", "--registry", "127.0.0.1:1", "--model", str(DEMO_MODEL)],
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(temporary)},
-    )
-    children = await until(process, moment, temporary)
-    shared = await shared_memory(children) if moment == "loading" else None
-    assert await took_s(process, process.terminate) < AT_ONCE_S
-    assert process.returncode == 0
-    await gone(children, 1)
+    async with worker(temporary) as process:
+        children = await until(process, moment, temporary)
+        shared = await shared_memory(children) if moment == "loading" else None
+        assert await took_s(process, process.terminate) < AT_ONCE_S
+        assert process.returncode == 0
+        await gone(children, 1)
     assert shared is None or not shared.exists()
 
 
 async def test_a_killed_worker_leaves_no_process() -> None:
     """Killed before its child has asked the kernel to be told."""
     directory = Path(tempfile.mkdtemp(prefix="t"))
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "tandem_decode", "--registry", "127.0.0.1:1", "--model", str(DEMO_MODEL)],
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(directory)},
-    )
-    children = await until(process, "loading", directory)
-    process.kill()
-    await process.wait()
-    # It imports SGLang first.
-    await gone(children, 90)
-    shutil.rmtree(directory)
+    try:
+        async with worker(directory) as process:
+            children = await until(process, "loading", directory)
+            process.kill()
+            await process.wait()
+            # It imports SGLang first.
+            await gone(children, 90)
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
