@@ -174,13 +174,37 @@ async def test_demo_tells_what_happened(state: Path) -> None:
     assert int(moved[1].replace(",", "")) > 0
 
 
+def blocks_of(page: str, language: str) -> list[str]:
+    """The code of a page in a language."""
+    return [part.partition("```")[0] for part in page.split(f"```{language}\n")[1:]]
+
+
 async def test_the_readme_talks_to_a_cluster(serving: Path) -> None:
-    """Its Python, word for word but for the port, which it shares with its own `tandem up`."""
+    """Its Python, word for word but for the ports, which it shares with its own `tandem up`."""
     readme = (REPOSITORY / "README.md").read_text()
-    snippet = readme.partition("```python\n")[2].partition("```")[0]
-    assert "tandem up --prefill 1 --decode 2 --port 50051 " in readme
-    assert "127.0.0.1:50051" in snippet
-    program = snippet.replace("127.0.0.1:50051", state_of(serving)["frontend"])
-    status, out, err = await run(sys.executable, "-c", program, state=serving)
-    assert (status, err) == (0, "")
-    assert "bytes of KV moved" in out
+    assert "tandem up --prefill 1 --decode 2 --port 50051 --http-port 8080 " in readme
+    over_http, native = blocks_of(readme, "python")
+    assert "127.0.0.1:8080" in over_http
+    assert "127.0.0.1:50051" in native
+    state = state_of(serving)
+    for program, seen in ((over_http, ""), (native, "bytes of KV moved")):
+        own = program.replace("127.0.0.1:8080", state["http"]).replace("127.0.0.1:50051", state["frontend"])
+        # The simulated engine goes on until it is told to stop.
+        own = own.replace("temperature=0,", "temperature=0, max_tokens=9,")
+        status, out, err = await run(sys.executable, "-c", own, state=serving)
+        assert (status, err) == (0, "")
+        assert out
+        assert seen in out
+
+
+async def test_the_readmes_curl_examples_work_as_written(serving: Path) -> None:
+    (block,) = blocks_of((REPOSITORY / "README.md").read_text(), "sh")
+    commands = block.replace("\\\n", " ").strip().splitlines()
+    assert len(commands) == 2
+    for command in commands:
+        own = command.replace("127.0.0.1:8080", state_of(serving)["http"])
+        own = own.replace('"temperature": 0', '"temperature": 0, "max_tokens": 9')
+        status, out, err = await run("bash", "-c", own, state=serving)
+        assert (status, err) == (0, "")
+        assert '"finish' in out
+        assert '"error"' not in out
