@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +19,7 @@ from tandem.errors import InvalidRequest, ModelNotFound, TandemError
 from tandem.rpc.channels import open_channel
 from tandem.rpc.server import RpcServer
 from tandem.rpc.status import ERROR_BY_REASON, _rebuild, from_rpc_error, to_status
+from tandem.testing.eventually import assert_eventually
 
 NAME = "tandem.api.registry.v1.RegistryService"
 
@@ -26,8 +29,20 @@ class Failing(pb_grpc.RegistryServiceServicer):
 
     error: TandemError
 
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
+        self.requests.append(request)
         raise self.error
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
+        self.requests.append(request)
+        try:
+            raise ValueError("a cause with frames of its own")
+        except ValueError:
+            raise self.error  # noqa: B904
+        yield pb.WatchResponse()
 
 
 @asynccontextmanager
@@ -97,6 +112,27 @@ async def test_what_fits_is_not_touched() -> None:
         servicer.error = InvalidRequest("prompt", "f" * 992, limit=2048)
         got = await seen(stub)
     assert (got.message, got.metadata) == ("prompt: " + "f" * 992, {"field": "prompt", "limit": "2048"})
+
+
+async def test_a_refused_request_does_not_wait_for_the_garbage_collector() -> None:
+    """It may be of many megabytes, and its client may come again at once."""
+    async with failing() as (servicer, stub):
+        gc.collect()
+        gc.disable()
+        try:
+            servicer.error = InvalidRequest("model", "is wrong")
+            await seen(stub)
+            servicer.error = InvalidRequest("model", "is wrong")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Watch(pb.WatchRequest()).read()
+
+            async def holders() -> list[int]:
+                # One is the list of the servicer, one the call that counts.
+                return [sys.getrefcount(servicer.requests[number]) - 2 for number in range(2)]
+
+            await assert_eventually(holders, lambda counts: counts == [0, 0], within_s=2, what="nobody holds a request")
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize(("bytes_over", "says"), [(10, "are more than 1000"), (17 * 2**20, "larger than max")])

@@ -86,7 +86,10 @@ def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> C
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as problem:
-            await abort(context, _as_error(problem, method))
+            failure = _as_error(problem, method)
+        request = None
+        await abort(context, failure)
+        raise AssertionError("abort raises")
 
     return handle
 
@@ -95,7 +98,7 @@ def _stream(
     behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-        responses = None
+        responses, failure = None, None
         try:
             if isinstance(request, TandemError):
                 raise request
@@ -105,18 +108,27 @@ def _stream(
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as problem:
-            await abort(context, _as_error(problem, method))
+            failure = _as_error(problem, method)
         finally:
             if responses is not None:
                 # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
                 # be closed here and now, not when the garbage collector finds it.
                 await responses.aclose()  # type: ignore[attr-defined]
+        if failure is not None:
+            request = None
+            await abort(context, failure)
 
     return handle
 
 
 def _as_error(problem: Exception, method: str) -> TandemError:
+    """The error a client is told, without a way back to the request.
+
+    gRPC keeps what `abort` raises in a cycle that waits for the garbage collector. Whatever can be reached from there
+    waits too: of a client that is refused, all its megabytes, again and again.
+    """
     if isinstance(problem, TandemError):
+        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
         return problem
     log.error("defect in the handler of %s", method, exc_info=problem)
     return TandemError(f"internal error in {method}: {type(problem).__name__}")
