@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,21 @@ def refused_param(schema: type[Schema], data: bytes) -> str | None:
 def test_any_bytes_are_a_refusal(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(ChatRequest, data)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"model":"m","messages":[' + b",".join([b"{}"] * 350_000) + b"]}", "messages[0].role"),
+        (b'{"model":"m","messages":[],"stop_token_ids":[' + b"{}," * 350_000 + b"0]}", "stop_token_ids[0]"),
+        (b"{" + b",".join(b'"k%d":0' % number for number in range(90_000)) + b"}", "body"),
+    ],
+    ids=["messages", "token ids", "names"],
+)
+def test_a_million_faults_are_not_told_one_by_one(body: bytes, param: str) -> None:
+    begin_s = time.process_time()
+    with pytest.raises(InvalidRequest) as refused:
+        parse(ChatRequest, body)
+    assert refused.value.field == param
+    # To collect them all takes some six seconds.
+    assert time.process_time() - begin_s < 1.5

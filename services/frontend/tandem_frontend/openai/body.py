@@ -14,6 +14,8 @@ from tandem_frontend.openai.fields import Schema
 S = TypeVar("S", bound=Schema)
 
 PLACE_CHARS_MAX = 200
+FAULTS_MAX = 1_000
+"""More are not looked at one by one: each becomes an object with a sentence of its own first."""
 SENTENCES = {
     "missing": "must be given",
     "extra_forbidden": "is not a parameter of this API",
@@ -35,6 +37,8 @@ def parse(schema: type[S], data: bytes) -> S:
 
 
 def _explained(problem: ValidationError, data: bytes) -> InvalidRequest:
+    if problem.error_count() > FAULTS_MAX:
+        return InvalidRequest("body", f"has {problem.error_count()} faults")
     errors = problem.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
         return InvalidRequest("body", f"is not JSON: {errors[0]['ctx']['error']}")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from functools import partial
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -47,7 +46,12 @@ class ChatCompletions:
         request = chat_request(wanted)
         tools = self._tools(wanted)
         kwargs = self._template_kwargs(wanted)
-        prompt = await self._prompt(wanted, tools, kwargs)
+        check_token_count("messages", len(wanted.messages), self._model.tokenizer, what="messages")
+        if _chars(wanted) <= BLOCKING_CHARS_MAX:
+            prompt = self._prompt(wanted, tools, kwargs)
+        else:
+            # Cleaning and rendering go over everything a client sent; others are served meanwhile.
+            prompt = await asyncio.to_thread(self._prompt, wanted, tools, kwargs)
         token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False, field="messages")
         await self._constrain(request, wanted, tools, prompt, kwargs)
         async with contextlib.AsyncExitStack() as stack:
@@ -69,21 +73,15 @@ class ChatCompletions:
                 async for body in bodies:
                     yield body
 
-    async def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
+    def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
         """The messages as the model reads them."""
         tokenizer = self._model.tokenizer
         if tokenizer.chat_template is None:
             raise InvalidRequest("messages", "this model has no chat template; use /v1/completions")
-        # Whatever a template makes of a message is a token at least.
-        check_token_count("messages", len(wanted.messages), tokenizer, what="messages")
         messages = for_template(wanted.messages, tokenizer.without_control)
         for number, message in enumerate(messages):
             check_text(f"messages[{number}].content", message["content"], tokenizer)
-        chars = sum(len(message["content"]) for message in messages)
-        render = partial(
-            tokenizer.chat_template.render, messages, add_generation_prompt=True, tools=tools or None, **kwargs
-        )
-        text = render() if chars <= BLOCKING_CHARS_MAX else await asyncio.to_thread(render)
+        text = tokenizer.chat_template.render(messages, add_generation_prompt=True, tools=tools or None, **kwargs)
         check_text("messages", text, tokenizer)
         return text
 
@@ -165,6 +163,14 @@ class ChatCompletions:
 def _strict(tool: dict[str, Any]) -> dict[str, Any]:
     """A call that must be made follows its schema in any case: a grammar without one allows arguments of any kind."""
     return {**tool, "function": {"parameters": NO_PARAMETERS, **tool["function"], "strict": True}}
+
+
+def _chars(wanted: ChatRequest) -> int:
+    """About as many as there are to render."""
+    contents = (getattr(message, "content", None) or "" for message in wanted.messages)
+    return sum(
+        len(content) if isinstance(content, str) else sum(len(part.text) for part in content) for content in contents
+    )
 
 
 def _cleaned(value: Any, clean: Callable[[str], str]) -> Any:

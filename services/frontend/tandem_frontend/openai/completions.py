@@ -70,7 +70,7 @@ class Completions:
             else:
                 check_token_count("prompt", len(prompt), tokenizer)
                 check_token_ids("prompt", prompt, tokenizer.vocabulary_size)
-                prompts.append((tokenizer.decode(prompt) if wanted.echo else "", prompt))
+                prompts.append((await tokenizer.decode_all(prompt) if wanted.echo else "", prompt))
         return prompts
 
 

@@ -6,14 +6,26 @@ are those of the contracts and are checked behind this door, in one place for al
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+T = TypeVar("T")
 
 CHOICES_MAX = 128
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class FirstFault(FailFast):
+    """Validation of a list ends at its first wrong element; hashable, as parts of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+Many = Annotated[list[T], FirstFault()]
+"""A list of a client's: the first wrong element is enough, a million of them would be collected for seconds."""
 NotSupported: TypeAlias = None
 """Type of a parameter of OpenAI's that is refused unless it is absent or null."""
 
@@ -43,7 +55,7 @@ class CommonFields(Schema):
     seed: Int64 | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: Int32 | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -53,7 +65,7 @@ class CommonFields(Schema):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Int32 | None = None
-    stop_token_ids: list[Int32] | None = None
+    stop_token_ids: Many[Int32] | None = None
     ignore_eos: bool | None = None
     regex: str | None = None
     ebnf: str | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.fields import NotSupported, Schema
+from tandem_frontend.openai.fields import Many, NotSupported, Schema
 
 
 class TextPart(Schema):
@@ -21,7 +21,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[Many[TextPart], Field(min_length=1)]
 
 
 class SystemMessage(Schema):
@@ -61,7 +61,7 @@ class AssistantMessage(Schema):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
     refusal: NotSupported = None
     audio: NotSupported = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem_frontend.openai.fields import CommonFields, Int32, NotSupported, Schema
+from tandem_frontend.openai.fields import CommonFields, Int32, Many, NotSupported, Schema
 from tandem_frontend.openai.messages import Message
 
 TOOLS_MAX = 128
@@ -79,16 +79,16 @@ class NamedToolChoice(Schema):
 class ChatRequest(CommonFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: Int32 | None = None
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=TOOLS_MAX)] | None = None
+    tools: Annotated[Many[Tool], Field(max_length=TOOLS_MAX)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     audio: NotSupported = None
@@ -99,13 +99,13 @@ class ChatRequest(CommonFields):
     web_search_options: NotSupported = None
 
 
-TokenIds = list[Int32]
+TokenIds = Many[Int32]
 
 
 class CompletionRequest(CommonFields):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: str | Many[str] | TokenIds | Many[TokenIds]
     echo: bool | None = None
     logprobs: Int32 | None = None
     best_of: Int32 | None = None
