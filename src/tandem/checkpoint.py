@@ -1,7 +1,8 @@
 """A model directory in Hugging Face format, read without torch: is it whole, and what does it say of itself?
 
 Owns the checks a process makes before it loads anything, and the two digests by which workers and frontends recognise
-that they hold the same model and the same tokenizer. Refuses to load weights.
+that they hold the same model and the same tokenizer. Refuses to load weights, and to guess: a foreign tokenizer of the
+same size as the right one is not noticed here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ WHOLE_FILE_BYTES_MAX = 64 * 2**20
 SAMPLE_COUNT = 16
 SAMPLE_BYTES = 64 * 2**10
 HEADER_BYTES_MAX = 100 * 2**20
+EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     card = read_card(path)
     return Checkpoint(
-        **{field.name: getattr(card, field.name) for field in fields(card)}, model_digest=_model_digest(path)
+        **{field.name: getattr(card, field.name) for field in fields(card)},
+        model_digest=_model_digest(path, card.vocabulary_size),
     )
 
 
@@ -99,12 +102,13 @@ def read_card(path: Path) -> Card:
                 f"{path / 'config.json'} has no whole number {key} from 1 up", path=str(path / "config.json")
             )
     digest = tokenizer_digest(path)
-    _check_tokenizer_fits(path / "tokenizer.json", config["vocab_size"])
+    eos_token_ids = _eos_token_ids(path, config)
+    _check_tokenizer_fits(path / "tokenizer.json", config["vocab_size"], eos_token_ids)
     return Card(
         path=path,
         config=config,
         tokenizer_digest=digest,
-        eos_token_ids=_eos_token_ids(path, config),
+        eos_token_ids=eos_token_ids,
         vocabulary_size=config["vocab_size"],
         context_tokens_max=config["max_position_embeddings"],
     )
@@ -140,16 +144,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Both files may say it, and an engine stops at what either says."""
+    found = {path / "config.json": config.get("eos_token_id")}
     generation = path / "generation_config.json"
-    values = {path / "config.json": config.get("eos_token_id")}
     if generation.is_file():
-        values[generation] = _read_json(generation).get("eos_token_id")
+        found[generation] = _read_json(generation).get("eos_token_id")
     token_ids: list[int] = []
-    for file, value in values.items():
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_count(token_id) for token_id in found):
+    for file, value in found.items():
+        said = value if isinstance(value, list) else [] if value is None else [value]
+        # Some makers write -1 where they mean none.
+        said = [] if said == [-1] else said
+        if not all(map(_is_count, said)):
             raise StartError(f"{file}: eos_token_id is neither a token id nor a list of them", path=str(file))
-        token_ids += found
+        token_ids += said
     return tuple(dict.fromkeys(token_ids))
 
 
@@ -158,52 +164,93 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_tokenizer_fits(file: Path, vocabulary_size: int) -> None:
-    """Two directories were mixed up. Added tokens may lie beyond: some checkpoints have a padding token there."""
+def _check_tokenizer_fits(file: Path, vocabulary_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    """Refuse a tokenizer that no model with this configuration can have been trained with: two directories mixed up.
+
+    Three signs are sure, and none of them is seen in sound checkpoints. Ordinary tokens beyond the vocabulary: only
+    added tokens lie there, such as a padding token. Not one of the tokens that end a sequence. Fewer tokens than half
+    of the vocabulary: what makers pad it with is a few hundredths.
+    """
+    ordinary, added = _tokenizer_ids(file)
+    problem = ""
+    if max(ordinary) >= vocabulary_size:
+        problem = f"its token {max(ordinary)} is beyond the vocabulary of {vocabulary_size}"
+    usable = {token_id for token_id in ordinary | added if token_id < vocabulary_size}
+    if not problem and eos_token_ids and usable.isdisjoint(eos_token_ids):
+        problem = f"it has none of the tokens that end a sequence ({', '.join(map(str, eos_token_ids))})"
+    if not problem and 2 * len(usable) < vocabulary_size:
+        problem = f"it has {len(usable)} tokens for a vocabulary of {vocabulary_size}"
+    if problem:
+        raise StartError(f"{file} does not match the model: {problem}", path=str(file))
+
+
+def _tokenizer_ids(file: Path) -> tuple[set[int], set[int]]:
+    """Token ids of the vocabulary, and those of added tokens."""
     tokenizer = _read_json(file)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not vocabulary:
         raise StartError(f"{file} is damaged: it holds no vocabulary", path=str(file))
-    if isinstance(vocabulary, dict) and not all(map(_is_count, vocabulary.values())):
-        raise StartError(f"{file} is damaged: its vocabulary has a token without an id", path=str(file))
-    highest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
-    if highest >= vocabulary_size:
-        raise StartError(
-            f"{file} does not match the model: its token {highest} is beyond the vocabulary of {vocabulary_size}",
-            path=str(file),
-        )
+    # Unigram tokenizers list their pieces by position; the others map each piece to its id.
+    ordinary = list(range(len(vocabulary))) if isinstance(vocabulary, list) else list(vocabulary.values())
+    try:
+        added = [entry["id"] for entry in tokenizer.get("added_tokens") or ()]
+    except (TypeError, KeyError):
+        raise StartError(f"{file} is damaged: an added token has no id", path=str(file)) from None
+    if not all(map(_is_count, ordinary + added)):
+        raise StartError(f"{file} is damaged: a token's id is no whole number", path=str(file))
+    return set(ordinary), set(added)
 
 
-def _model_digest(path: Path) -> str:
+def _model_digest(path: Path, vocabulary_size: int) -> str:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise StartError(f"{path} holds no weights (*.safetensors)", path=str(path))
     digest = hashlib.sha256((path / "config.json").read_bytes())
+    embedding_rows: dict[Path, int] = {}
     for file in files:
         size_bytes = file.stat().st_size
         digest.update(f"{file.name}\0{size_bytes}\0".encode())
         with file.open("rb") as stream:
-            _check_safetensors(file, stream, size_bytes)
+            shapes = _read_shapes(file, stream, size_bytes)
             _digest_weights(digest, stream, size_bytes)
+        if shapes.get(EMBEDDING_NAME):
+            embedding_rows[file] = shapes[EMBEDDING_NAME][0]
+    _check_embedding_fits(embedding_rows, vocabulary_size)
     return digest.hexdigest()
 
 
-def _check_safetensors(file: Path, stream: BinaryIO, size_bytes: int) -> None:
-    """The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps."""
+def _check_embedding_fits(rows_by_file: dict[Path, int], vocabulary_size: int) -> None:
+    """Every token needs its row. Files that share the embedding hold a part of it each; other names are not judged."""
+    if rows_by_file and sum(rows_by_file.values()) < vocabulary_size:
+        file, rows = next(iter(rows_by_file.items()))
+        raise StartError(
+            f"{file} does not match config.json: {rows} rows of {EMBEDDING_NAME} for a vocabulary of {vocabulary_size}",
+            path=str(file),
+        )
+
+
+def _read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, list[int]]:
+    """Shape of each tensor by name, once the file is known to be as long as its header says.
+
+    The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps.
+    """
     header_bytes = int.from_bytes(stream.read(8), "little")
     if header_bytes > min(HEADER_BYTES_MAX, size_bytes - 8):
         raise StartError(f"{file} is damaged: its header is longer than the file", path=str(file))
     try:
         header = json.loads(stream.read(header_bytes))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+        shapes = {name: [int(length) for length in tensor["shape"]] for name, tensor in tensors.items()}
+        expected_bytes = 8 + header_bytes + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise StartError(f"{file} is damaged: its header is not readable", path=str(file)) from None
-    expected_bytes = 8 + header_bytes + max(ends, default=0)
     if expected_bytes != size_bytes:
         raise StartError(
             f"{file} is truncated or damaged: {size_bytes} bytes where its header says {expected_bytes}", path=str(file)
         )
+    return shapes
 
 
 def _digest_weights(digest: Any, stream: BinaryIO, size_bytes: int) -> None:

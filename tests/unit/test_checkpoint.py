@@ -148,7 +148,7 @@ def test_generation_config_adds_to_the_ends(model: Path, value: Any, ids: tuple[
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("value", ["k", [2, "k"], 1.5, True, -1, {}])
+@pytest.mark.parametrize("value", ["k", [2, "k"], 1.5, True, -2, [2, -1], {}])
 def test_an_end_of_sequence_that_is_no_token(model: Path, name: str, value: Any) -> None:
     file = model / name
     content = json.loads(file.read_text()) if file.is_file() else {}
@@ -178,11 +178,104 @@ def test_latent_attention(model: Path) -> None:
     assert (found.kv_layout, found.is_mla, found.kv_bytes_per_token(2)) == ("mla:2x32+8", True, 2 * 40 * 2)
 
 
-def test_tokenizer_of_another_model(model: Path) -> None:
-    size = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"])
-    edit_config(model, vocab_size=size - 1)
-    with pytest.raises(StartError, match=rf"tokenizer\.json does not match the model: its token {size - 1} is beyond"):
-        read_checkpoint(model)
+def edit_tokenizer(directory: Path, /, **changes: Any) -> None:
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def vocabulary_of(size: int) -> dict[str, Any]:
+    return {"type": "BPE", "vocab": {f"piece {i}": i for i in range(size)}, "merges": []}
+
+
+@pytest.mark.parametrize("read", [read_card, read_checkpoint])
+def test_tokenizer_of_a_larger_model(model: Path, read: Any) -> None:
+    edit_config(model, vocab_size=511)
+    with pytest.raises(StartError, match=r"tokenizer\.json does not match the model: its token 511 is beyond .* 511$"):
+        read(model)
+
+
+def test_tokenizer_of_a_much_smaller_model(model: Path) -> None:
+    edit_tokenizer(model, model=vocabulary_of(255), added_tokens=[])
+    assert refused(model).endswith("tokenizer.json does not match the model: it has 255 tokens for a vocabulary of 512")
+    edit_tokenizer(model, added_tokens=[{"id": 255, "content": "<|end|>"}])
+    read_checkpoint(model)
+
+
+@pytest.mark.parametrize("vocabulary_size", [512, 513, 576, 1024])
+def test_a_padded_vocabulary_is_no_mismatch(model: Path, vocabulary_size: int) -> None:
+    """Makers round the embedding up to a multiple that suits their hardware."""
+    edit_config(model, vocab_size=vocabulary_size)
+    assert read_checkpoint(model).vocabulary_size == vocabulary_size
+
+
+def test_added_tokens_may_lie_beyond_the_vocabulary(model: Path) -> None:
+    """A padding token without a row in the embedding is seen in sound checkpoints."""
+    edit_tokenizer(model, added_tokens=[{"id": 2, "content": "</s>"}, {"id": 512, "content": "<pad>"}])
+    read_checkpoint(model)
+
+
+def test_tokenizer_without_the_end_of_sequence(model: Path) -> None:
+    edit_config(model, vocab_size=600, eos_token_id=598)
+    (model / "generation_config.json").write_text('{"eos_token_id": [599, 600]}')
+    edit_tokenizer(model, added_tokens=[{"id": 600, "content": "beyond the embedding: never emitted"}])
+    assert refused(model).endswith("it has none of the tokens that end a sequence (598, 599, 600)")
+    # One of several is enough: a list may name tokens of a sibling model.
+    edit_tokenizer(model, added_tokens=[{"id": 599, "content": "<|end|>"}])
+    assert read_checkpoint(model).eos_token_ids == (598, 599, 600)
+
+
+@pytest.mark.parametrize("value", [None, [], -1, [-1]])
+def test_without_a_known_end_there_is_nothing_to_miss(model: Path, value: Any) -> None:
+    edit_config(model, eos_token_id=value)
+    read_checkpoint(model)
+
+
+def test_pieces_of_a_unigram_tokenizer_are_counted_by_position(model: Path) -> None:
+    pieces = [[f"piece {i}", -1.0] for i in range(513)]
+    edit_tokenizer(model, model={"type": "Unigram", "vocab": pieces})
+    assert "its token 512 is beyond" in refused(model)
+    edit_tokenizer(model, model={"type": "Unigram", "vocab": pieces[:512]})
+    read_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": None},
+        {"model": {}},
+        {"model": {"vocab": {}}},
+        {"model": {"vocab": {"a": "0"}}},
+        {"model": {"vocab": {"a": [0]}}},
+        {"model": {"vocab": {"a": None}}},
+        {"added_tokens": [{"content": "x"}]},
+        {"added_tokens": ["x"]},
+        {"added_tokens": [{"id": "7"}]},
+        {"added_tokens": 7},
+    ],
+)
+def test_damaged_tokenizer(model: Path, changes: dict[str, Any]) -> None:
+    edit_tokenizer(model, **changes)
+    assert refused(model).startswith(f"{model / 'tokenizer.json'} is damaged")
+
+
+def write_embedding(file: Path, rows: int, name: str = checkpoint.EMBEDDING_NAME) -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": [rows, 1], "data_offsets": [0, 4 * rows]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * rows))
+
+
+def test_an_embedding_with_fewer_rows_than_tokens(model: Path) -> None:
+    write_embedding(model / "model.safetensors", 511)
+    sentence = "model.safetensors does not match config.json: 511 rows of model.embed_tokens.weight"
+    assert sentence in refused(model)
+    write_embedding(model / "model.safetensors", 512)
+    read_checkpoint(model)
+
+
+def test_an_embedding_in_parts_and_one_of_another_name(model: Path) -> None:
+    write_embedding(model / "model.safetensors", 300)
+    write_embedding(model / "model-2.safetensors", 212)
+    write_embedding(model / "model-3.safetensors", 1, name="vision.embed_tokens.weight")
+    read_checkpoint(model)
 
 
 def test_card_needs_no_weights(model: Path) -> None:

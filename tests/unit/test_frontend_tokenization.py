@@ -93,12 +93,16 @@ def test_a_frontend_needs_no_weights(model: Path) -> None:
     assert Tokenizer.open(model).vocabulary_size == 512
 
 
+VOCABULARY_WITHOUT_RULES = json.dumps({"model": {"vocab": {f"piece {i}": i for i in range(512)}}})
+
+
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
         ("tokenizer.json", None, "tokenizer.json is missing"),
         ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
-        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', "tokenizer.json is not a tokenizer"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', "tokenizer.json does not match the model"),
+        ("tokenizer.json", VOCABULARY_WITHOUT_RULES, "tokenizer.json is not a tokenizer"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
         ("chat_template.jinja", "{% for %}", "chat_template.jinja: the chat template is broken"),
         ("config.json", None, "config.json is missing"),
