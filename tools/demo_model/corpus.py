@@ -139,12 +139,13 @@ def _chat_story(rng: random.Random) -> list[Turn]:
     )
     turns = [*_system(rng), Turn("user", rng.choice(_ASK_STORY).format(subject), PROMPT_WEIGHT)]
     turns.append(Turn("assistant", stories.tell_story(rng, cast), STORY_WEIGHT))
-    for pair in rng.sample(_story_questions(cast), rng.randint(0, 3)):
+    for pair in rng.sample(story_questions(cast), rng.randint(0, 3)):
         turns += _exchange(pair)
     return turns
 
 
-def _story_questions(cast: stories.Cast) -> list[tuple[str, str]]:
+def story_questions(cast: stories.Cast) -> list[tuple[str, str]]:
+    """Returns the questions about a story of this cast, with their right answers."""
     hero, friend = cast.hero, cast.friend
     hidden = f"{hero.name} hid the {cast.treasure} {cast.hiding_place}."
     return [
