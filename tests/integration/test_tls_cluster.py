@@ -22,6 +22,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from calls import request_of
+from command_line import wait_state
 from conftest import DEMO_MODEL, SIMULATED, running
 from cryptography import x509
 
@@ -273,7 +274,7 @@ async def test_the_command_line_needs_no_flags_beside_up(tmp_path: Path) -> None
         env={**os.environ, "TANDEM_STATE": str(state)},
     )
     try:
-        await assert_eventually(lambda: state.exists() or up.returncode is not None, within_s=30, what="a state file")
+        await wait_state(up, state, "serving")
         address = json.loads(state.read_text())["frontend"]
         for command in (["generate", "x", "--max-tokens", "3"], ["status"], ["health", address]):
             status, out, err = await run(*TANDEM, *command, state=state)
@@ -293,8 +294,8 @@ async def test_the_command_line_needs_no_flags_beside_up(tmp_path: Path) -> None
 async def test_certs_refuses_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for options, status, words in (
-        ([str(tmp_path / "c"), "--days", "0"], 2, "tandem certs: days: must be from 1 to 825, not 0"),
-        ([str(tmp_path / "c"), "--host", "a b"], 2, "tandem certs: host: 'a b' is neither a host name nor an IP"),
+        ([str(tmp_path / "c"), "--days", "0"], 2, "tandem certs: --days: must be from 1 to 825, not 0"),
+        ([str(tmp_path / "c"), "--host", "a b"], 2, "tandem certs: --host: 'a b' is neither a host name nor an IP"),
         ([str(tmp_path / "file")], 1, "cannot be written: "),
     ):
         ended, _, err = await run(*TANDEM, "certs", *options, state=tmp_path / "none")
