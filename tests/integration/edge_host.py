@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.edge.admin import Admin
 from tandem.edge.contracts import HEALTH_SERVICE_NAME
 from tandem.rpc.server import RpcServer
+from tandem.runtime import run_directory
 from tandem.runtime.cluster import ClusterProcess
 
 JSON = {"content-type": "application/json"}
@@ -70,12 +72,16 @@ async def edge(logs: Path, frontends: str, **flags: Any) -> AsyncIterator[Cluste
     given = {"frontends": frontends, "port": "0", "threads": "1", "drain-settle-s": "0", "drain-timeout-s": "5"}
     given |= {key.replace("_", "-"): str(value) for key, value in flags.items()}
     process = ClusterProcess("edge", "edge", given, logs)
+    # Not the test's own directory: the path of a socket is short.
+    run = run_directory.make()
     try:
-        await process.start()
+        await process.start(run)
         await process.wait_ready()
         yield process
     finally:
         await process.stop()
+        # The last process in it has removed it, unless it was killed.
+        shutil.rmtree(run, ignore_errors=True)
 
 
 @asynccontextmanager
