@@ -1,0 +1,73 @@
+"""What OpenAI's door costs by itself: `python -m benchmarks.openai_door`.
+
+Streams a chat through the door's servicer in this process, over a generation that costs next to nothing, and prints the
+processor time of one event in microseconds, with and without what the generation itself took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from google.api import httpbody_pb2
+from tandem_frontend.models import ServedModel
+from tandem_frontend.openai.servicer import OpenAiServicer
+from tandem_frontend.tokenization import Tokenizer
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
+
+MODEL = Path("models") / "tandem-demo"
+
+
+class Nothing:
+    """A generation that is there at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncIterator[Any]:
+        yield pb.GenerateAccepted(request_id="x")
+        for index in range(self.count):
+            yield pb.GenerateChunk(index=index, text=" word", token_ids=[5])
+        yield pb.GenerateFinish(reason=generation_pb2.FINISH_REASON_STOP)
+
+
+class Call:
+    """All the door asks of a call."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+
+async def measure(count: int) -> dict[str, float]:
+    generation: Any = Nothing(count)
+    servicer = OpenAiServicer(generation, ServedModel(MODEL.name, Tokenizer.open(MODEL), {}), lambda: (), None)
+    body = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    request = httpbody_pb2.HttpBody(data=json.dumps(body).encode())
+    whole_us = []
+    for _ in range(3):
+        begin_s = time.process_time()
+        async for _ in servicer.ChatCompletions(request, Call()):
+            pass
+        whole_us.append(1e6 * (time.process_time() - begin_s) / count)
+    begin_s = time.process_time()
+    async for _ in generation.generate(pb.GenerateRequest(), None):
+        pass
+    alone_us = 1e6 * (time.process_time() - begin_s) / count
+    return {"event_us": round(min(whole_us), 2), "of_it_generation_us": round(alone_us, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=20_000)
+    print(json.dumps(asyncio.run(measure(parser.parse_args().events))))
+
+
+if __name__ == "__main__":
+    main()
