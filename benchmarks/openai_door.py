@@ -47,7 +47,7 @@ class Call:
 
 async def measure(count: int) -> dict[str, float]:
     generation: Any = Nothing(count)
-    servicer = OpenAiServicer(generation, ServedModel(MODEL.name, Tokenizer.open(MODEL), {}), lambda: (), None)
+    servicer = OpenAiServicer(generation, ServedModel(MODEL.name, Tokenizer.open(MODEL), {}), lambda: (), None, 256)
     body = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     request = httpbody_pb2.HttpBody(data=json.dumps(body).encode())
     whole_us = []

@@ -309,3 +309,43 @@ async def test_a_failure_after_the_first_byte_is_the_last_event(tmp_path: Path, 
     assert list(error) == ["message", "type", "param", "code"]
     assert (error["type"], error["param"], error["code"]) == ("service_unavailable_error", None, "leg_failed")
     assert "decode-0" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        completion(["x"] * 65, n=2),
+        completion(["x"] * 129),
+        completion([[5]] * 128, n=128, stop=["a"]),
+    ],
+)
+async def test_more_choices_than_can_be_taken_are_refused_before_any_is_made(
+    simulated: LocalCluster, body: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await ask(simulated.frontend.address, "Completions", body)
+    assert refused.value.field in {"n", "prompt"}
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        {"stop": ["a"] * 100_000},
+        {"stop_token_ids": [5] * 100_000},
+        {"logit_bias": {str(number): 1 for number in range(1_100)}},
+        {"regex": "a" * 20_000},
+        {"cache_salt": "s" * 200},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"a": "b" * 70_000}}}},
+    ],
+)
+async def test_what_each_choice_would_be_given_is_bounded(simulated: LocalCluster, bomb: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await ask(simulated.frontend.address, "Completions", completion([[5]] * 64, n=2, max_tokens=1, **bomb))
+    assert refused.value.field == next(iter(bomb))
+
+
+async def test_a_models_name_may_be_percent_encoded(simulated: LocalCluster) -> None:
+    async with open_channel(simulated.frontend.address) as channel:
+        stub: Any = OpenAiServiceStub(channel)
+        one = await stub.GetModel(pb.OpenAiServiceGetModelRequest(id="tandem%2Ddemo"), timeout=5)
+        assert json.loads(one.data)["id"] == MODEL

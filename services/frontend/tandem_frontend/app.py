@@ -87,7 +87,7 @@ class FrontendApp:
         generation = Generation(model, self._admission, attempts)
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
-        openai = OpenAiServicer(generation, model, watch.workers, self._parsers)
+        openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
         await server.serve()
         await watch.wait_live()

@@ -19,9 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tandem.errors import InvalidRequest, StartError
 from tandem_frontend.chat_messages import Message, flat, readable, with_text_arguments
 
-RESERVED_NAMES = frozenset({"messages", "tools", "add_generation_prompt"})
-"""What a template is given in any case, and no request can give it beside."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+RESERVED_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *SPECIAL_NAMES}
+)
+"""What a template is given in any case, and no request can give it beside."""
 
 
 class ChatTemplate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 from google.api.httpbody_pb2 import HttpBody
 
@@ -83,4 +84,4 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if not request.model:
             raise InvalidRequest("model", "must be given")
         check_name_length(request.model)
-        return pb.GetModelResponse(model=get_model(self._workers(), self._model, request.model))
+        return pb.GetModelResponse(model=get_model(self._workers(), self._model, unquote(request.model)))

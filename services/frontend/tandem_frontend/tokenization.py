@@ -141,8 +141,11 @@ class Tokenizer:
         For the content of messages, whose author must not be able to end a turn or to begin another's.
         """
         for special in self._special_texts:
-            if special in text:
-                text = text.replace(special, f"{special[0]}\u2060{special[1:]}")
+            # A token of one character has no inside.
+            harmless = f"{special[0]}\u2060{special[1:]}" if len(special) > 1 else ""
+            # What is left may make the same token again, where its end is its beginning too.
+            while special in text:
+                text = text.replace(special, harmless)
         return text
 
     def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:

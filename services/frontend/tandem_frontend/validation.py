@@ -32,7 +32,7 @@ TOP_LOGPROBS_MAX = 20
 CACHE_SALT_CHARS_MAX = 128
 SESSION_ID_CHARS_MAX = 128
 PRIORITY_MAX = 100
-GRAMMAR_BYTES_MAX = 256 * 1_024
+GRAMMAR_BYTES_MAX = 64 * 1_024
 PATTERN_BYTES_MAX = 16 * 1_024
 """Of a grammar that is no JSON: how deeply it nests, nobody has counted."""
 

@@ -53,6 +53,13 @@ class EdgeApp:
 
     async def drain(self) -> bool:
         """See the module. Returns whether every request ended within the drain's bound."""
+        try:
+            return await self._drained()
+        except OSError as problem:
+            log.error("Envoy has ended before its requests: %s", problem)
+            return False
+
+    async def _drained(self) -> bool:
         admin = self._envoy.admin
         await admin.announce_end()
         await asyncio.sleep(self._config.drain_settle_s)

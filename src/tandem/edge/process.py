@@ -92,6 +92,8 @@ class EnvoyProcess:
             # Its remark that api_key_auth is marked as unfinished: docs/adr/0002 knows.
             *("--component-log-level", "misc:error"),
             stdin=asyncio.subprocess.DEVNULL,
+            # A signal to the whole group (Ctrl-C) is for the edge alone, which lets open requests end first.
+            start_new_session=True,
             preexec_fn=_end_with_parent(),
         )
         await self._wait_ready(self._process)

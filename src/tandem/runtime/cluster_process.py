@@ -153,7 +153,7 @@ class ClusterProcess:
 
     def epitaph(self) -> str:
         """How it ended, why, and where its log is, in one line."""
-        words = self.last_words() if self.exit_status is not None and self.exit_status >= 0 else None
+        words = self.last_words() if self.exit_status is not None and self.exit_status > 0 else None
         return f"{self.name} {self._ending()}{f' ({words})' if words else ''}; log: {self.log}"
 
     def last_words(self) -> str | None:

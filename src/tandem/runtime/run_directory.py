@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from tandem.runtime import parent
+
 VARIABLE = "TANDEM_RUN_DIRECTORY"
 
 
@@ -25,8 +27,8 @@ def make_inside(prefix: str) -> Path:
 
 
 def remove_if_empty() -> None:
-    """Remove the cluster's directory unless another process still has something in it."""
+    """Remove the cluster's directory if nobody is left who would: the parent is gone, and no other child is in it."""
     directory = os.environ.get(VARIABLE)
-    if directory is not None:
+    if directory is not None and parent.is_orphan(os.environ):
         with contextlib.suppress(OSError):
             Path(directory).rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -16,7 +16,7 @@ from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.chat_choice import ChatChoice
 from tandem_frontend.openai.door import Answer, Body, Door
 from tandem_frontend.openai.logprobs import TokenTexts
-from tandem_frontend.openai.messages import for_template
+from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
 from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
@@ -36,18 +36,20 @@ class ChatCompletions:
         self._texts = texts
         self._parsers = parsers
 
-    async def answer(self, wanted: ChatRequest, timeout_s: float | None) -> AsyncGenerator[Body, None]:
-        """The bodies of an answer.
+    async def answer(self, wanted: ChatRequest, body_bytes: int, timeout_s: float | None) -> AsyncGenerator[Body, None]:
+        """The bodies of an answer. `body_bytes` is how long the request was.
 
         Raises:
             TandemError: its field is the contract's, or the parameter's own.
         """
         self._model.check_name(wanted.model)
+        if wanted.choice_count > self._door.choices_max:
+            raise InvalidRequest("n", f"must be at most {self._door.choices_max} here")
         request = chat_request(wanted)
         tools = self._tools(wanted)
         kwargs = self._template_kwargs(wanted)
         check_token_count("messages", len(wanted.messages), self._model.tokenizer, what="messages")
-        if _chars(wanted) <= BLOCKING_CHARS_MAX:
+        if body_bytes <= BLOCKING_CHARS_MAX:
             prompt = self._prompt(wanted, tools, kwargs)
         else:
             # Cleaning and rendering go over everything a client sent; others are served meanwhile.
@@ -104,7 +106,7 @@ class ChatCompletions:
             tools = [tool for tool in tools if tool["function"]["name"] == name]
             if not tools:
                 raise InvalidRequest("tool_choice", f"names {name[:64]!r}, which is none of the tools")
-        cleaned: list[dict[str, Any]] = _cleaned(tools, self._model.tokenizer.without_control)
+        cleaned: list[dict[str, Any]] = without_control(tools, self._model.tokenizer.without_control)
         return cleaned
 
     def _template_kwargs(self, wanted: ChatRequest) -> dict[str, Any]:
@@ -117,7 +119,8 @@ class ChatCompletions:
         for name in kwargs:
             if template is None or not template.takes(name):
                 raise InvalidRequest("chat_template_kwargs", f"this model's chat template does not take {name[:64]!r}")
-        return kwargs
+        cleaned: dict[str, Any] = without_control(kwargs, self._model.tokenizer.without_control)
+        return cleaned
 
     async def _constrain(
         self,
@@ -163,25 +166,6 @@ class ChatCompletions:
 def _strict(tool: dict[str, Any]) -> dict[str, Any]:
     """A call that must be made follows its schema in any case: a grammar without one allows arguments of any kind."""
     return {**tool, "function": {"parameters": NO_PARAMETERS, **tool["function"], "strict": True}}
-
-
-def _chars(wanted: ChatRequest) -> int:
-    """About as many as there are to render."""
-    contents = (getattr(message, "content", None) or "" for message in wanted.messages)
-    return sum(
-        len(content) if isinstance(content, str) else sum(len(part.text) for part in content) for content in contents
-    )
-
-
-def _cleaned(value: Any, clean: Callable[[str], str]) -> Any:
-    """A JSON value without control tokens in any of its texts."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, list):
-        return [_cleaned(item, clean) for item in value]
-    if isinstance(value, dict):
-        return {clean(name): _cleaned(item, clean) for name, item in value.items()}
-    return value
 
 
 def _choice(wanted: ChatRequest) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator
@@ -17,8 +18,6 @@ from tandem_frontend.openai.schemas import CompletionRequest
 from tandem_frontend.openai.translation import completion_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
 from tandem_frontend.validation import check_text, check_token_count, check_token_ids
-
-PROMPTS_MAX = 128
 
 
 class Completions:
@@ -38,6 +37,10 @@ class Completions:
         self._model.check_name(wanted.model)
         request = completion_request(wanted)
         prompts = await self._prompts(wanted)
+        if len(prompts) * wanted.choice_count > self._door.choices_max:
+            raise InvalidRequest(
+                "n", f"with {len(prompts)} prompts makes more than {self._door.choices_max} choices of one request"
+            )
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         requests: list[pb.GenerateRequest] = []
         choices: list[CompletionChoice] = []
@@ -58,12 +61,14 @@ class Completions:
             given = [given]
         if not given:
             raise InvalidRequest("prompt", "must not be empty")
-        if len(given) > PROMPTS_MAX:
-            raise InvalidRequest("prompt", f"{len(given)} prompts are more than {PROMPTS_MAX}")
+        if len(given) > self._door.choices_max:
+            raise InvalidRequest("prompt", f"{len(given)} prompts are more than {self._door.choices_max}")
         prompts: list[tuple[str, list[int]]] = []
         for prompt in given:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
+            # Many short ones are as much work as a long one; others are served between them.
+            await asyncio.sleep(0)
             if isinstance(prompt, str):
                 check_text("prompt", prompt, tokenizer)
                 prompts.append((prompt, await tokenizer.encode(prompt, add_special_tokens=True)))

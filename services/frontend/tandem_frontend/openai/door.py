@@ -23,7 +23,7 @@ from tandem_frontend.http_errors import last_event
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai import wire
 from tandem_frontend.openai.choices import merged
-from tandem_frontend.openai.fields import CommonFields
+from tandem_frontend.openai.fields import CHOICES_MAX, CommonFields
 from tandem_frontend.openai.usage import UsageSum
 
 Body: TypeAlias = httpbody_pb2.HttpBody
@@ -58,7 +58,16 @@ class Answer:
 class Door:
     """Runs requests that have been checked and tokenised."""
 
-    def __init__(self, generation: Generation, model: ServedModel, workers: Callable[[], tuple[Worker, ...]]) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        open_requests_max: int,
+    ) -> None:
+        """`open_requests_max` is the frontend's: more choices than that could never be taken."""
+        self.choices_max = min(CHOICES_MAX, open_requests_max)
+        """Of one request, over all its prompts."""
         self._generation = generation
         self._model = model
         self._workers = workers

@@ -10,9 +10,13 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from tandem_frontend.sampling_ranges import LOGIT_BIASES_MAX
+from tandem_frontend.validation import CACHE_SALT_CHARS_MAX, PATTERN_BYTES_MAX, STOP_TOKENS_MAX, STOPS_MAX
+
 T = TypeVar("T")
 
 CHOICES_MAX = 128
+"""Of one request, over all its prompts. What each one is given is bounded here too, before it is copied for each."""
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -53,9 +57,9 @@ class CommonFields(Schema):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: Int64 | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=LOGIT_BIASES_MAX)] | None = None
     max_tokens: Int32 | None = None
-    stop: str | Many[str] | None = None
+    stop: str | Annotated[Many[str], Field(max_length=STOPS_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -65,12 +69,12 @@ class CommonFields(Schema):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Int32 | None = None
-    stop_token_ids: Many[Int32] | None = None
+    stop_token_ids: Annotated[Many[Int32], Field(max_length=STOP_TOKENS_MAX)] | None = None
     ignore_eos: bool | None = None
-    regex: str | None = None
-    ebnf: str | None = None
+    regex: Annotated[str, Field(max_length=PATTERN_BYTES_MAX)] | None = None
+    ebnf: Annotated[str, Field(max_length=PATTERN_BYTES_MAX)] | None = None
     priority: Int32 | None = None
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, Field(max_length=CACHE_SALT_CHARS_MAX)] | None = None
 
     # Accepted because to ignore them harms nobody.
     user: str | None = None

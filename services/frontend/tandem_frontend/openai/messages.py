@@ -5,6 +5,7 @@ Text only. Control tokens are taken out of everything a client wrote: its author
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -110,12 +111,37 @@ def _one(message: Any, place: str, clean: Callable[[str], str]) -> dict[str, Any
         if message.reasoning_content is not None:
             told["reasoning_content"] = clean(message.reasoning_content)
         if message.tool_calls:
-            told["tool_calls"] = [_call(call, clean) for call in message.tool_calls]
+            told["tool_calls"] = [
+                _call(call, f"{place}.tool_calls[{number}]", clean) for number, call in enumerate(message.tool_calls)
+            ]
     return told
 
 
-def _call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
-    function = {"name": clean(call.function.name), "arguments": clean(call.function.arguments)}
+def without_control(value: Any, clean: Callable[[str], str]) -> Any:
+    """A JSON value without control tokens in any of its texts."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [without_control(item, clean) for item in value]
+    if isinstance(value, dict):
+        return {clean(name): without_control(item, clean) for name, item in value.items()}
+    return value
+
+
+def _call(call: ToolCall, place: str, clean: Callable[[str], str]) -> dict[str, Any]:
+    """Arguments are a text of JSON: what is escaped in it is read first, and cleaned then."""
+    field = f"{place}.function.arguments"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+        # JSON can spell half of a surrogate pair, which no text can hold.
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(field, "is not valid Unicode") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest(field, "is not JSON") from None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(field, "must be a JSON object")
+    function = {"name": clean(call.function.name), "arguments": without_control(arguments, clean)}
     return {"id": clean(call.id), "type": "function", "function": function}
 
 

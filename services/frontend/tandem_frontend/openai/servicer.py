@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 from google.api import httpbody_pb2
 
@@ -41,8 +42,9 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
         parsers: Parsers | None,
+        open_requests_max: int,
     ) -> None:
-        door, texts = Door(generation, model, workers), TokenTexts(model.tokenizer)
+        door, texts = Door(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(door, model, texts, parsers)
         self._completions = Completions(door, model, texts)
         self._model = model
@@ -53,7 +55,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """A chat completion, streamed or whole; a client that leaves closes it."""
         wanted = parse(ChatRequest, request.data)
         async with contextlib.aclosing(
-            _renaming(self._chat.answer(wanted, context.time_remaining()), wanted)
+            _renaming(self._chat.answer(wanted, len(request.data), context.time_remaining()), wanted)
         ) as bodies:
             async for body in bodies:
                 yield body
@@ -79,7 +81,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """One of them."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
-        return wire.whole(self._model_entry(get_model(self._workers(), self._model, request.id).name))
+        return wire.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
 
     def _model_entry(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
@@ -95,3 +97,7 @@ async def _renaming(
                 yield body
     except InvalidRequest as problem:
         raise problem.renamed(parameter(problem.field, wanted)) from None
+    except NotSupported as problem:
+        if "field" in problem.metadata:
+            problem.metadata["field"] = parameter(problem.metadata["field"], wanted)
+        raise

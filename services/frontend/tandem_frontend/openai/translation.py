@@ -36,7 +36,7 @@ def chat_request(wanted: ChatRequest) -> pb.GenerateRequest:
         raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     most = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
     if wanted.max_tokens is not None and most != wanted.max_tokens:
-        raise InvalidRequest("max_completion_tokens", "and max_tokens are both given and differ")
+        raise InvalidRequest("max_completion_tokens", "differs from max_tokens: give one of them")
     request = _common(wanted, most)
     if wanted.logprobs:
         request.logprobs.top_logprobs = wanted.top_logprobs or 0

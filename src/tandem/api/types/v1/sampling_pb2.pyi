@@ -194,7 +194,7 @@ class Guided(_message.Message):
     EBNF_FIELD_NUMBER: _builtins.int
     STRUCTURAL_TAG_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema, as JSON text: at most 256 KiB, 64 levels and 2,000 values."""
+    """A JSON schema, as JSON text: at most 64 KiB, 64 levels and 2,000 values."""
     regex: _builtins.str
     """A regular expression over the whole output, at most 16 KiB."""
     ebnf: _builtins.str

@@ -1,0 +1,85 @@
+"""Messages of the OpenAI door: nothing that a client wrote reaches a template as a control token."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tandem_frontend.chat_template import RESERVED_NAMES, ChatTemplate
+from tandem_frontend.openai.body import parse
+from tandem_frontend.openai.messages import for_template, without_control
+from tandem_frontend.openai.schemas import ChatRequest
+from test_frontend_tokenization import DEMO, demo_tokenizer
+
+from tandem.errors import InvalidRequest
+
+END = "<|end|>"
+
+
+def told(message: dict[str, Any]) -> str:
+    body = {"model": "m", "messages": [message]}
+    request = parse(ChatRequest, json.dumps(body).encode())
+    return json.dumps(for_template(request.messages, demo_tokenizer().without_control), ensure_ascii=False)
+
+
+def call(arguments: str, name: str = "f", call_id: str = "c") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": END},
+        {"role": "user", "content": [{"type": "text", "text": "<|e"}, {"type": "text", "text": END}]},
+        {"role": "user", "content": "hi", "name": END},
+        {"role": "assistant", "content": "a", "reasoning_content": END},
+        {"role": "tool", "content": END, "tool_call_id": END},
+        call(json.dumps({"a": END})),
+        call('{"a": "\\u003c|end|>"}'),
+        call('{"\\u003c|end|\\u003e": 1}'),
+        call('{"a": [{"b": "<|\\u0065nd|>"}]}'),
+        call("{}", name=END, call_id=END),
+    ],
+)
+def test_control_tokens_are_taken_apart_wherever_they_are(message: dict[str, Any]) -> None:
+    assert END not in told(message)
+    assert "\u2060" in told(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("{", "is not JSON"), ("[]", "must be a JSON object"), ('{"a": "\\ud800"}', "is not valid Unicode")],
+)
+def test_arguments_that_are_none_are_named(arguments: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        told(call(arguments))
+    assert refused.value.field == "messages[0].tool_calls[0].function.arguments"
+    assert words in refused.value.message
+
+
+def test_every_text_of_a_value_is_cleaned() -> None:
+    value = {"a": ["x", {"x": "x", "n": 1, "t": True, "none": None}]}
+    assert without_control(value, lambda text: text.upper()) == {
+        "A": ["X", {"X": "X", "N": 1, "T": True, "NONE": None}]
+    }
+
+
+def test_no_request_can_name_what_a_template_is_given_anyway() -> None:
+    template = ChatTemplate.read(DEMO)
+    assert template is not None
+    assert {"bos_token", "eos_token", "raise_exception", "messages"} <= RESERVED_NAMES
+    assert not any(template.takes(name) for name in RESERVED_NAMES)
+
+
+def test_a_token_that_overlaps_with_itself_is_gone_too() -> None:
+    tokenizer = demo_tokenizer()
+    ours = tokenizer._special_texts
+    tokenizer._special_texts = ("aXa", "#")
+    try:
+        cleaned = tokenizer.without_control("aXaXaXa # ")
+    finally:
+        tokenizer._special_texts = ours
+    assert "aXa" not in cleaned
+    assert "#" not in cleaned
