@@ -184,7 +184,8 @@ async def test_abort_of_what_is_not_there(engine: EngineProcess) -> None:
 
 
 async def test_abort_hits_only_its_request(engine: EngineProcess) -> None:
-    stays, goes = (engine.generate(request_of(prompt(engine), 200)) for _ in range(2))
+    # Long enough not to be over before the abort arrives.
+    stays, goes = (engine.generate(request_of(prompt(engine), count)) for count in (200, 1_500))
     await goes.tokens(2)
     assert await engine.abort(goes.request.request_id)
     assert (await goes.all()).finish.reason is FinishReason.ABORTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import time
@@ -181,3 +182,35 @@ async def _standing_still(count: Callable[[], int]) -> int:
         last = count()
         await asyncio.sleep(0.5)
     return last
+
+
+async def test_ctrl_c_in_a_terminal_lets_open_requests_end(tmp_path: Path) -> None:
+    async with stub_frontend() as (stub, address), edge(tmp_path, address) as process, client_of(process) as client:
+        go_on = asyncio.Event()
+
+        async def slow() -> AsyncIterator[HttpBody]:
+            yield HttpBody(content_type="text/event-stream", data=b"data: 1\n\n")
+            await go_on.wait()
+            yield HttpBody(data=b"data: 2\n\n")
+
+        stub.stream = slow
+        async with client.stream("POST", "/v1/generate", json={"prompt": "x"}) as stream:
+            chunks = stream.aiter_text()
+            assert await anext(chunks) == "data: 1\n\n"
+            # A terminal sends it to the whole group of processes.
+            os.killpg(process.pid, signal.SIGINT)
+            await asyncio.sleep(0.3)
+            go_on.set()
+            assert await anext(chunks) == "data: 2\n\n"
+        assert await process.wait_ended() == 0
+
+
+async def test_an_edge_of_a_cluster_comes_back_after_it_was_asked_to_end(tmp_path: Path) -> None:
+    async with running(tmp_path, engine="simulated", edge=True) as cluster:
+        assert cluster.edge is not None
+        cluster.edge.signal(signal.SIGTERM)
+        assert await cluster.edge.wait_ended() == 0
+        assert " (" not in cluster.edge.epitaph()
+        await cluster.restart("edge")
+        async with client_of(cluster.edge) as client:
+            assert (await client.get("/v1/models")).status_code == 200

@@ -102,7 +102,7 @@ def test_expected_tokens_counts(count: int) -> None:
 def test_damaged_added_tokens_are_one_sentence(tmp_path: Path, added: Any) -> None:
     file = write_fake_model(tmp_path) / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "added_tokens": added}))
-    with pytest.raises(StartError, match=r"tokenizer\.json is damaged: its added tokens"):
+    with pytest.raises(StartError, match=r"tokenizer\.json is damaged: an added token"):
         read_vocabulary(read_checkpoint(tmp_path))
 
 

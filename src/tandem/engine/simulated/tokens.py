@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from tandem.checkpoint import Checkpoint
-from tandem.errors import StartError
 from tandem.model.generation import TokenLogprob
 
 SequenceState = bytes
@@ -99,11 +98,7 @@ def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabula
     pieces = tokenizer.get("model", {}).get("vocab")
     # Unigram tokenizers list their pieces by position; the others map each piece to its id.
     ids: Iterable[int] = pieces.values() if isinstance(pieces, dict) else range(len(pieces or ()))
-    try:
-        special = {added["id"] for added in tokenizer.get("added_tokens", ()) if added.get("special")}
-    except (TypeError, KeyError, AttributeError):
-        file = checkpoint.path / "tokenizer.json"
-        raise StartError(f"{file} is damaged: its added tokens are not a list of tokens", path=str(file)) from None
+    special = {added["id"] for added in tokenizer.get("added_tokens") or () if added.get("special")}
     excluded = special.union(checkpoint.eos_token_ids)
     ordinary = sorted(i for i in ids if i < checkpoint.vocabulary_size and i not in excluded)
     if not ordinary:
