@@ -1,0 +1,28 @@
+"""Which connections a frontend keeps when the registry's view changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from frontend_workers import decode, prefill
+from tandem_frontend.app import FrontendApp
+from tandem_frontend.config import FrontendConfig
+
+from tandem.model.worker import WorkerState
+
+
+async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:
+    """The former one may be waiting after its last refusal, for up to a second."""
+    app = FrontendApp(FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo")))
+    try:
+        d, p = decode(), prefill()
+        app._forget_gone((d, p))
+        former, other = app._channels.get(d.address), app._channels.get(p.address)
+        app._forget_gone((replace(d, state=WorkerState.DRAINING), p))
+        assert app._channels.get(d.address) is former, "the same start"
+        app._forget_gone((replace(d, epoch=d.epoch + 1), p))
+        assert app._channels.get(d.address) is not former
+        assert app._channels.get(p.address) is other
+    finally:
+        await app.stop()
