@@ -27,7 +27,6 @@ from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 CONTENT = "Where did Mia hide the red key?"
-PACE = {"engine-extra": '{"decode_step_s": 0.005}'}
 
 
 @dataclass
@@ -35,8 +34,14 @@ class Door:
     """What one door has cost so far."""
 
     ttft_s: list[float]
-    processor_s: float = 0.0
+    frontend_s: float = 0.0
+    edge_s: float = 0.0
     messages: int = 0
+
+    @property
+    def processor_s(self) -> float:
+        """Of both."""
+        return self.frontend_s + self.edge_s
 
 
 def processor_s(pids: list[int]) -> float:
@@ -80,23 +85,25 @@ async def over_http(client: httpx.AsyncClient, max_tokens: int) -> tuple[float, 
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    flags = {"engine-extra": json.dumps({"decode_step_s": arguments.step_s})}
     logs = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    spec = ClusterSpec(model=MODEL, engine="simulated", edge=True, log_directory=logs, worker_flags=PACE)
+    spec = ClusterSpec(model=MODEL, engine="simulated", edge=True, log_directory=logs, worker_flags=flags)
     doors = {"grpc": Door([]), "http": Door([])}
     async with LocalCluster(spec) as cluster, open_channel(cluster.frontend.address) as channel:
         assert cluster.edge is not None
-        pids = [cluster.frontend.pid, cluster.edge.pid]
+        pids = [[cluster.frontend.pid], [cluster.edge.pid]]
         async with httpx.AsyncClient(base_url=f"http://{cluster.edge.address}", timeout=60) as client:
             stub = InferenceServiceStub(channel)
             for number in range(arguments.warm + arguments.rounds):
                 for name, ask in (("grpc", lambda: native(stub, arguments.max_tokens)),
                                   ("http", lambda: over_http(client, arguments.max_tokens))):  # fmt: skip
-                    before_s = processor_s(pids)
+                    before_s = [processor_s(one) for one in pids]
                     streams = await asyncio.gather(*(ask() for _ in range(arguments.streams)))
-                    spent_s = processor_s(pids) - before_s
+                    spent_s = [processor_s(one) - was_s for one, was_s in zip(pids, before_s, strict=True)]
                     if number >= arguments.warm:
                         doors[name].ttft_s += [ttft_s for ttft_s, _ in streams]
-                        doors[name].processor_s += spent_s
+                        doors[name].frontend_s += spent_s[0]
+                        doors[name].edge_s += spent_s[1]
                         doors[name].messages += sum(messages for _, messages in streams)
     return report(doors)
 
@@ -110,7 +117,8 @@ def report(doors: dict[str, Door]) -> dict[str, Any]:
         "ttft_ms_median": {**{n: round(v, 2) for n, v in ttft_ms.items()},
                            "more": round(ttft_ms["http"] - ttft_ms["grpc"], 2)},
         "processor_us_per_message": {**{n: round(v, 1) for n, v in cost_us.items()},
-                                     "more": round(cost_us["http"] - cost_us["grpc"], 1)},
+                                     "more": round(cost_us["http"] - cost_us["grpc"], 1),
+                                     "edge_alone": round(1e6 * doors["http"].edge_s / doors["http"].messages, 1)},
     }  # fmt: skip
 
 
@@ -119,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--step-s", type=float, default=0.005, help="time between tokens of a stream")
     parser.add_argument("--max-tokens", type=int, default=200)
     print(json.dumps(asyncio.run(measure(parser.parse_args())), indent=2))
 
