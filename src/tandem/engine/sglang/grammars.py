@@ -15,11 +15,9 @@ from dataclasses import fields
 from typing import Any
 
 from tandem.errors import InvalidRequest
+from tandem.json_bounds import check_json_bounds
 from tandem.model.generation import Guided
 
-DEPTH_MAX = 64
-"""Of a JSON schema: compiling takes the third power of its depth, minutes at 900."""
-NODES_MAX = 2_000
 REPEATS_MAX = 100
 """Repetitions without an upper end in a regular expression or a grammar: compiling takes the third power."""
 STEP_CPU_S_MAX = 0.25
@@ -55,29 +53,26 @@ def check(guided: Guided) -> None:
             schema = json.loads(told)
         except (ValueError, RecursionError) as problem:
             raise InvalidRequest(field, f"is not JSON: {problem}") from None
-        _check_schema(field, schema)
+        # Compiling takes the third power of the depth: minutes at 900.
+        check_json_bounds(field, schema)
+        _check_patterns(field, schema)
     if guided.regex is not None:
         _check_repeats(field, guided.regex, _IN_REGEX)
     if guided.ebnf is not None:
         _check_repeats(field, guided.ebnf, _IN_EBNF)
 
 
-def _check_schema(field: str, schema: Any) -> None:
-    count = 0
-    waiting = [(schema, 1)]
+def _check_patterns(field: str, schema: Any) -> None:
+    """The regular expressions inside of a schema."""
+    waiting = [schema]
     while waiting:
-        node, depth = waiting.pop()
-        count += 1
-        if depth > DEPTH_MAX + 1:
-            raise InvalidRequest(field, f"is nested deeper than {DEPTH_MAX} levels")
-        if count > NODES_MAX:
-            raise InvalidRequest(field, f"has more than {NODES_MAX} values")
+        node = waiting.pop()
         if isinstance(node, dict):
             if isinstance(node.get("pattern"), str):
                 _check_repeats(field, node["pattern"], _IN_REGEX)
-            waiting += ((child, depth + 1) for child in node.values())
+            waiting += node.values()
         elif isinstance(node, list):
-            waiting += ((child, depth + 1) for child in node)
+            waiting += node
 
 
 def _check_repeats(field: str, text: str, pattern: re.Pattern[str]) -> None:
