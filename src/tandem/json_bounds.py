@@ -1,7 +1,7 @@
 """How deep and how large a client's JSON may be, before anybody works on it recursively.
 
-Pure. Knows nothing of schemas: whether one compiles, only an engine can tell. Frontends ask it first, and an engine again,
-for whoever calls a worker himself.
+Pure. Knows nothing of schemas: whether one compiles, only an engine can tell. Frontends ask it first, and an engine
+again, for whoever calls a worker himself.
 """
 
 from __future__ import annotations

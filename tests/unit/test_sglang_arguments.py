@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import arguments, environment
+from tandem.engine.sglang import arguments, hooks
 from tandem.model.worker import WorkerRole
 
 PORTS = arguments.Ports(server=1, distributed=2, bootstrap=3)
@@ -30,7 +30,6 @@ def test_elsewhere_nothing_is_reserved() -> None:
         assert "num_reserved_decode_tokens" not in arguments._role_arguments(settings(role, capacity), "cpu", PORTS)
 
 
-def test_nothing_is_compiled_at_its_first_use_on_a_cpu() -> None:
-    for device, wanted in (("cpu", "1"), ("cuda", None)):
-        values = environment.variables(settings(WorkerRole.DECODE), device, Path("report"))
-        assert values.get("TORCHDYNAMO_DISABLE") == wanted
+def test_penalties_are_not_compiled_at_their_first_use_on_a_cpu() -> None:
+    for device, count in (("cpu", 2), ("cuda", 0)):
+        assert sum(target.endswith(".apply_scaling_penalties") for target in hooks.targets(device)) == count

@@ -32,7 +32,7 @@ def check(role: WorkerRole = WorkerRole.AGGREGATED, **values: Any) -> None:
 
 
 def nested(depth: int) -> str:
-    return '{"items":' * depth + "{}" + "}" * depth
+    return '{"items":' * (depth - 1) + "{}" + "}" * (depth - 1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import sampling_pb2
 from tandem.errors import ContextExceeded, InvalidRequest
-from tandem.rpc.messages import present
 from tandem.json_bounds import check_json_bounds
+from tandem.rpc.messages import present
 from tandem_frontend.sampling_ranges import check_ranges
 from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, Tokenizer
 

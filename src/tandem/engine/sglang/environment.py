@@ -42,9 +42,6 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(settings.threads),
             "MKL_NUM_THREADS": str(settings.threads),
-            # SGLang compiles a few small functions at their first use, in the scheduler's loop: on a CPU the first
-            # repetition penalty would hold every stream up for tens of seconds, to save microseconds.
-            "TORCHDYNAMO_DISABLE": "1",
         }
     return values
 
