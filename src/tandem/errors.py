@@ -111,6 +111,13 @@ class StaleEpoch(RequestError):
     reason = "STALE_EPOCH"
 
 
+class RevisionAhead(RequestError):
+    """The watcher knows a later revision than this registry: it came here from a replica that is ahead."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "REVISION_AHEAD"
+
+
 class WrongRole(RequestError):
     """This worker does not play the role the call needs."""
 

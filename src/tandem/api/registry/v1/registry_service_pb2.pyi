@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tandem.api.types.v1 import worker_pb2 as _worker_pb2
@@ -48,6 +49,54 @@ REMOVAL_REASON_LEASE_EXPIRED: RemovalReason.ValueType  # 2
 REMOVAL_REASON_REPLACED: RemovalReason.ValueType  # 3
 """A newer start of it, or another worker at its address, took its place."""
 Global___RemovalReason: _TypeAlias = RemovalReason  # noqa: Y015
+
+class _ViewSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ViewSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ViewSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VIEW_SOURCE_UNSPECIFIED: _ViewSource.ValueType  # 0
+    """Not said."""
+    VIEW_SOURCE_LIVE: _ViewSource.ValueType  # 1
+    """From where membership is kept, now."""
+    VIEW_SOURCE_LAST_KNOWN: _ViewSource.ValueType  # 2
+    """From where membership was kept when it was last heard of; what has changed since is not in it."""
+
+class ViewSource(_ViewSource, metaclass=_ViewSourceEnumTypeWrapper):
+    """Where a registry's view comes from."""
+
+VIEW_SOURCE_UNSPECIFIED: ViewSource.ValueType  # 0
+"""Not said."""
+VIEW_SOURCE_LIVE: ViewSource.ValueType  # 1
+"""From where membership is kept, now."""
+VIEW_SOURCE_LAST_KNOWN: ViewSource.ValueType  # 2
+"""From where membership was kept when it was last heard of; what has changed since is not in it."""
+Global___ViewSource: _TypeAlias = ViewSource  # noqa: Y015
+
+class _ListedHealth:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ListedHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ListedHealth.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LISTED_HEALTH_UNSPECIFIED: _ListedHealth.ValueType  # 0
+    """Nothing: nobody checks it there."""
+    LISTED_HEALTH_PASSING: _ListedHealth.ValueType  # 1
+    """It answers its health check."""
+    LISTED_HEALTH_CRITICAL: _ListedHealth.ValueType  # 2
+    """It does not, or says that it does not serve."""
+
+class ListedHealth(_ListedHealth, metaclass=_ListedHealthEnumTypeWrapper):
+    """What the place where membership is kept says of a worker's or frontend's health."""
+
+LISTED_HEALTH_UNSPECIFIED: ListedHealth.ValueType  # 0
+"""Nothing: nobody checks it there."""
+LISTED_HEALTH_PASSING: ListedHealth.ValueType  # 1
+"""It answers its health check."""
+LISTED_HEALTH_CRITICAL: ListedHealth.ValueType  # 2
+"""It does not, or says that it does not serve."""
+Global___ListedHealth: _TypeAlias = ListedHealth  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
@@ -162,19 +211,36 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    KNOWN_REGISTRY_ID_FIELD_NUMBER: _builtins.int
+    KNOWN_REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Only workers of this model. Default: all."""
+    known_registry_id: _builtins.str
+    """registry_id of the view the watcher holds. Default: it holds none."""
+    known_revision: _builtins.int
+    """Revision of the view the watcher holds; counts only under the same registry_id. Default: it holds none."""
     def __init__(
         self,
         *,
         model: _builtins.str | None = ...,
+        known_registry_id: _builtins.str | None = ...,
+        known_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_known_registry_id", b"_known_registry_id", "_known_revision", b"_known_revision", "_model", b"_model", "known_registry_id", b"known_registry_id", "known_revision", b"known_revision", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_registry_id", b"_known_registry_id", "_known_revision", b"_known_revision", "_model", b"_model", "known_registry_id", b"known_registry_id", "known_revision", b"known_revision", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__known_registry_id: _TypeAlias = _typing.Literal["known_registry_id"]  # noqa: Y015
+    _WhichOneofArgType__known_registry_id: _TypeAlias = _typing.Literal["_known_registry_id", b"_known_registry_id"]  # noqa: Y015
+    _WhichOneofReturnType__known_revision: _TypeAlias = _typing.Literal["known_revision"]  # noqa: Y015
+    _WhichOneofArgType__known_revision: _TypeAlias = _typing.Literal["_known_revision", b"_known_revision"]  # noqa: Y015
     _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__known_registry_id) -> _WhichOneofReturnType__known_registry_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__known_revision) -> _WhichOneofReturnType__known_revision | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
@@ -189,10 +255,15 @@ class WatchResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    PREVIOUS_REVISION_FIELD_NUMBER: _builtins.int
     registry_id: _builtins.str
-    """Names the registry process that counts the revisions; another one means: start again from its snapshot."""
+    """Names whoever counts the revisions: one registry process, or all replicas over one Consul. Another one means: start
+    again from its snapshot.
+    """
     revision: _builtins.int
-    """Revision of the view after this step; contiguous within one registry_id and an unfiltered watch."""
+    """Revision of the view after this step; grows within one registry_id, not always by one."""
+    previous_revision: _builtins.int
+    """Delta only: the revision it follows. A watcher that holds another one has missed a step. Default: revision - 1."""
     @_builtins.property
     def snapshot(self) -> Global___ViewSnapshot:
         """The whole view; always the first message."""
@@ -208,13 +279,19 @@ class WatchResponse(_message.Message):
         revision: _builtins.int = ...,
         snapshot: Global___ViewSnapshot | None = ...,
         delta: Global___ViewDelta | None = ...,
+        previous_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_revision", b"_previous_revision", "delta", b"delta", "event", b"event", "previous_revision", b"previous_revision", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "registry_id", b"registry_id", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_revision", b"_previous_revision", "delta", b"delta", "event", b"event", "previous_revision", b"previous_revision", "registry_id", b"registry_id", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__previous_revision: _TypeAlias = _typing.Literal["previous_revision"]  # noqa: Y015
+    _WhichOneofArgType__previous_revision: _TypeAlias = _typing.Literal["_previous_revision", b"_previous_revision"]  # noqa: Y015
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "delta"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_revision) -> _WhichOneofReturnType__previous_revision | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
@@ -336,13 +413,29 @@ class ListResponse(_message.Message):
     REGISTRY_ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    FRONTENDS_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SOURCE_SINCE_FIELD_NUMBER: _builtins.int
     registry_id: _builtins.str
-    """Names the registry process that counts the revisions."""
+    """Names whoever counts the revisions: one registry process, or all replicas over one Consul."""
     revision: _builtins.int
     """Revision of the view."""
+    replica_id: _builtins.str
+    """Names the registry process that answers."""
+    source: Global___ViewSource.ValueType
+    """Where its view comes from."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ListedWorker]:
         """The workers, ordered by worker_id, with the age of their leases."""
+
+    @_builtins.property
+    def frontends(self) -> _containers.RepeatedCompositeFieldContainer[Global___ListedFrontend]:
+        """The frontends, ordered by frontend_id, with the age of their leases."""
+
+    @_builtins.property
+    def source_since(self) -> _timestamp_pb2.Timestamp:
+        """Since when it comes from there."""
 
     def __init__(
         self,
@@ -350,10 +443,14 @@ class ListResponse(_message.Message):
         registry_id: _builtins.str = ...,
         revision: _builtins.int = ...,
         workers: _abc.Iterable[Global___ListedWorker] | None = ...,
+        frontends: _abc.Iterable[Global___ListedFrontend] | None = ...,
+        replica_id: _builtins.str = ...,
+        source: Global___ViewSource.ValueType = ...,
+        source_since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source_since", b"source_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["registry_id", b"registry_id", "revision", b"revision", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontends", b"frontends", "registry_id", b"registry_id", "replica_id", b"replica_id", "revision", b"revision", "source", b"source", "source_since", b"source_since", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,27 +464,73 @@ class ListedWorker(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     LEASE_AGE_FIELD_NUMBER: _builtins.int
+    LEASE_KEEPER_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    lease_keeper: _builtins.str
+    """replica_id of the registry that keeps its lease."""
+    health: Global___ListedHealth.ValueType
+    """What is said of its health."""
     @_builtins.property
     def worker(self) -> _worker_pb2.Worker:
         """The worker."""
 
     @_builtins.property
     def lease_age(self) -> _duration_pb2.Duration:
-        """Time since its last sign of life."""
+        """Time since its last sign of life. Absent: another replica keeps its lease, or nobody does now."""
 
     def __init__(
         self,
         *,
         worker: _worker_pb2.Worker | None = ...,
         lease_age: _duration_pb2.Duration | None = ...,
+        lease_keeper: _builtins.str = ...,
+        health: Global___ListedHealth.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_age", b"lease_age", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_age", b"lease_age", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "lease_age", b"lease_age", "lease_keeper", b"lease_keeper", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListedWorker: _TypeAlias = ListedWorker  # noqa: Y015
+
+@_typing.final
+class ListedFrontend(_message.Message):
+    """A frontend and its lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONTEND_FIELD_NUMBER: _builtins.int
+    LEASE_AGE_FIELD_NUMBER: _builtins.int
+    LEASE_KEEPER_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    lease_keeper: _builtins.str
+    """replica_id of the registry that keeps its lease."""
+    health: Global___ListedHealth.ValueType
+    """What is said of its health."""
+    @_builtins.property
+    def frontend(self) -> _worker_pb2.Frontend:
+        """The frontend."""
+
+    @_builtins.property
+    def lease_age(self) -> _duration_pb2.Duration:
+        """Time since its last sign of life. Absent: another replica keeps its lease, or nobody does now."""
+
+    def __init__(
+        self,
+        *,
+        frontend: _worker_pb2.Frontend | None = ...,
+        lease_age: _duration_pb2.Duration | None = ...,
+        lease_keeper: _builtins.str = ...,
+        health: Global___ListedHealth.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frontend", b"frontend", "lease_age", b"lease_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend", b"frontend", "health", b"health", "lease_age", b"lease_age", "lease_keeper", b"lease_keeper"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListedFrontend: _TypeAlias = ListedFrontend  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
@@ -480,3 +623,111 @@ class DeregisterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeregisterResponse: _TypeAlias = DeregisterResponse  # noqa: Y015
+
+@_typing.final
+class RegisterFrontendRequest(_message.Message):
+    """Enters a frontend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONTEND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frontend(self) -> _worker_pb2.Frontend:
+        """The frontend; its state is SERVING or DRAINING."""
+
+    def __init__(
+        self,
+        *,
+        frontend: _worker_pb2.Frontend | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frontend", b"frontend"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend", b"frontend"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterFrontendRequest: _TypeAlias = RegisterFrontendRequest  # noqa: Y015
+
+@_typing.final
+class RegisterFrontendResponse(_message.Message):
+    """Grants a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """Names the lease in the other calls."""
+    @_builtins.property
+    def time_to_live(self) -> _duration_pb2.Duration:
+        """Time the lease lives without a sign of life."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        time_to_live: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_live", b"time_to_live"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "time_to_live", b"time_to_live"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterFrontendResponse: _TypeAlias = RegisterFrontendResponse  # noqa: Y015
+
+@_typing.final
+class WatchFrontendsRequest(_message.Message):
+    """Asks for the frontends and their changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only frontends of this model. Default: all."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___WatchFrontendsRequest: _TypeAlias = WatchFrontendsRequest  # noqa: Y015
+
+@_typing.final
+class WatchFrontendsResponse(_message.Message):
+    """All frontends at one moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGISTRY_ID_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FRONTENDS_FIELD_NUMBER: _builtins.int
+    registry_id: _builtins.str
+    """Names whoever counts the revisions."""
+    revision: _builtins.int
+    """Revision of the view."""
+    @_builtins.property
+    def frontends(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Frontend]:
+        """The frontends, ordered by frontend_id."""
+
+    def __init__(
+        self,
+        *,
+        registry_id: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        frontends: _abc.Iterable[_worker_pb2.Frontend] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontends", b"frontends", "registry_id", b"registry_id", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFrontendsResponse: _TypeAlias = WatchFrontendsResponse  # noqa: Y015

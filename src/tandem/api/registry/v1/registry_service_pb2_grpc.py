@@ -66,6 +66,16 @@ class RegistryServiceStub:
                 request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterResponse.FromString,
                 _registered_method=True)
+        self.RegisterFrontend = channel.unary_unary(
+                '/tandem.api.registry.v1.RegistryService/RegisterFrontend',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendResponse.FromString,
+                _registered_method=True)
+        self.WatchFrontends = channel.unary_stream(
+                '/tandem.api.registry.v1.RegistryService/WatchFrontends',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -93,7 +103,8 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The view: one snapshot first, then a delta for each change, with contiguous revisions, without end.
+        """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
+        REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,7 +125,22 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Deregister(self, request, context):
-        """Takes a worker out of the view at once.
+        """Takes a worker or a frontend out of the view at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterFrontend(self, request, context):
+        """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
+        The rules and errors are those of Register.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchFrontends(self, request, context):
+        """The frontends: all of them at once, and again after each change, without end. For edges and tools.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +178,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.Deregister,
                     request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterRequest.FromString,
                     response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterResponse.SerializeToString,
+            ),
+            'RegisterFrontend': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterFrontend,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendResponse.SerializeToString,
+            ),
+            'WatchFrontends': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchFrontends,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -318,6 +354,60 @@ class RegistryService:
             '/tandem.api.registry.v1.RegistryService/Deregister',
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterRequest.SerializeToString,
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.DeregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterFrontend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/RegisterFrontend',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.RegisterFrontendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchFrontends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/WatchFrontends',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.FromString,
             options,
             channel_credentials,
             insecure,

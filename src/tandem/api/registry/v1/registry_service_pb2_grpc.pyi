@@ -47,13 +47,21 @@ class RegistryServiceStub:
     WORKER_NOT_FOUND: the lease is over; register again.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.WatchRequest, _registry_service_pb2.WatchResponse]
-    """The view: one snapshot first, then a delta for each change, with contiguous revisions, without end."""
+    """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
+    REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+    """
     List: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.ListRequest, _registry_service_pb2.ListResponse]
     """The view at this moment."""
     Drain: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.DrainRequest, _registry_service_pb2.DrainResponse]
     """Marks a worker as draining; frontends stop choosing it. It keeps its lease."""
     Deregister: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.DeregisterRequest, _registry_service_pb2.DeregisterResponse]
-    """Takes a worker out of the view at once."""
+    """Takes a worker or a frontend out of the view at once."""
+    RegisterFrontend: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterFrontendRequest, _registry_service_pb2.RegisterFrontendResponse]
+    """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
+    The rules and errors are those of Register.
+    """
+    WatchFrontends: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]
+    """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -74,13 +82,21 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     WORKER_NOT_FOUND: the lease is over; register again.
     """
     Watch: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchRequest, _registry_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """The view: one snapshot first, then a delta for each change, with contiguous revisions, without end."""
+    """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
+    REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+    """
     List: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ListRequest, _registry_service_pb2.ListResponse]  # type: ignore[assignment]
     """The view at this moment."""
     Drain: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DrainRequest, _registry_service_pb2.DrainResponse]  # type: ignore[assignment]
     """Marks a worker as draining; frontends stop choosing it. It keeps its lease."""
     Deregister: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeregisterRequest, _registry_service_pb2.DeregisterResponse]  # type: ignore[assignment]
-    """Takes a worker out of the view at once."""
+    """Takes a worker or a frontend out of the view at once."""
+    RegisterFrontend: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterFrontendRequest, _registry_service_pb2.RegisterFrontendResponse]  # type: ignore[assignment]
+    """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
+    The rules and errors are those of Register.
+    """
+    WatchFrontends: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]  # type: ignore[assignment]
+    """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
@@ -116,7 +132,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.WatchResponse], _abc.AsyncIterator[_registry_service_pb2.WatchResponse]]:
-        """The view: one snapshot first, then a delta for each change, with contiguous revisions, without end."""
+        """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
+        REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+        """
 
     @_abc_1.abstractmethod
     def List(
@@ -140,6 +158,24 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.DeregisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.DeregisterResponse, _abc.Awaitable[_registry_service_pb2.DeregisterResponse]]:
-        """Takes a worker out of the view at once."""
+        """Takes a worker or a frontend out of the view at once."""
+
+    @_abc_1.abstractmethod
+    def RegisterFrontend(
+        self,
+        request: _registry_service_pb2.RegisterFrontendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.RegisterFrontendResponse, _abc.Awaitable[_registry_service_pb2.RegisterFrontendResponse]]:
+        """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
+        The rules and errors are those of Register.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchFrontends(
+        self,
+        request: _registry_service_pb2.WatchFrontendsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.WatchFrontendsResponse], _abc.AsyncIterator[_registry_service_pb2.WatchFrontendsResponse]]:
+        """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -66,6 +66,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 20
     """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
+    ERROR_REASON_REVISION_AHEAD: _ErrorReason.ValueType  # 21
+    """The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -116,4 +118,6 @@ ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
 """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 20
 """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
+ERROR_REASON_REVISION_AHEAD: ErrorReason.ValueType  # 21
+"""The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

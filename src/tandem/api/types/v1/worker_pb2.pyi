@@ -84,6 +84,8 @@ class Worker(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     BOOTSTRAP_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_DIGEST_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
     epoch: _builtins.int
@@ -94,6 +96,12 @@ class Worker(_message.Message):
     """host:port of its gRPC server."""
     state: Global___WorkerState.ValueType
     """Where it is in its life."""
+    capabilities_digest: _builtins.str
+    """SHA-256, hex, over `capabilities`: one line "name=value" and a line feed for each field, in the order of their
+    numbers, lists with commas, truth as "true" or "false". Absent: not checked.
+    """
+    release: _builtins.str
+    """Release of Tandem it runs, for example "0.1.0". Default: unknown."""
     @_builtins.property
     def capabilities(self) -> Global___WorkerCapabilities:
         """What its engine can do."""
@@ -112,14 +120,60 @@ class Worker(_message.Message):
         capabilities: Global___WorkerCapabilities | None = ...,
         bootstrap: Global___BootstrapAddress | None = ...,
         state: Global___WorkerState.ValueType = ...,
+        capabilities_digest: _builtins.str | None = ...,
+        release: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bootstrap", b"bootstrap", "capabilities", b"capabilities"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "epoch", b"epoch", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "epoch", b"epoch", "release", b"release", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__capabilities_digest: _TypeAlias = _typing.Literal["capabilities_digest"]  # noqa: Y015
+    _WhichOneofArgType__capabilities_digest: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__capabilities_digest) -> _WhichOneofReturnType__capabilities_digest | None: ...
+
+Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class Frontend(_message.Message):
+    """One start of one frontend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONTEND_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    frontend_id: _builtins.str
+    """Stable over restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
+    epoch: _builtins.int
+    """Grows with every start of the frontend (milliseconds since the Unix epoch at its start)."""
+    address: _builtins.str
+    """host:port of its gRPC server."""
+    model: _builtins.str
+    """The model it serves, under the name clients ask for."""
+    state: Global___WorkerState.ValueType
+    """Where it is in its life."""
+    release: _builtins.str
+    """Release of Tandem it runs, for example "0.1.0". Default: unknown."""
+    def __init__(
+        self,
+        *,
+        frontend_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        address: _builtins.str = ...,
+        model: _builtins.str = ...,
+        state: Global___WorkerState.ValueType = ...,
+        release: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "frontend_id", b"frontend_id", "model", b"model", "release", b"release", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Worker: _TypeAlias = Worker  # noqa: Y015
+Global___Frontend: _TypeAlias = Frontend  # noqa: Y015
 
 @_typing.final
 class BootstrapAddress(_message.Message):
