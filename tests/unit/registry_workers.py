@@ -1,7 +1,8 @@
-"""Workers as the unit tests of membership make them: whole, but only what a test names matters."""
+"""Workers and frontends as the unit tests of membership make them: whole, but only what a test names matters."""
 
 from __future__ import annotations
 
+from tandem.model.frontend import Frontend
 from tandem.model.worker import Capabilities, Worker, WorkerRole, WorkerState
 
 
@@ -38,3 +39,7 @@ def make_worker(
         capabilities=capabilities,
         state=state,
     )
+
+
+def make_frontend(frontend_id: str = "frontend-0", epoch: int = 1, address: str | None = None) -> Frontend:
+    return Frontend(frontend_id=frontend_id, epoch=epoch, address=address or f"{frontend_id}:2", model="tiny")

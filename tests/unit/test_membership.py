@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from registry_workers import make_worker
-from tandem_registry.membership import Change, Membership, RemovalReason
+from registry_workers import make_frontend, make_worker
+from tandem_registry.membership import Membership
+from tandem_registry.view import Change, RemovalReason
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tandem.model.worker import WorkerState
@@ -21,6 +22,7 @@ class Scene:
         self.changes: list[Change] = []
         lease_ids = itertools.count(1)
         self.membership = Membership(
+            keeper="r",
             ttl_s=TTL_S,
             clock=self.clock,
             new_lease_id=lambda: f"lease-{next(lease_ids)}",
@@ -28,11 +30,11 @@ class Scene:
         )
 
     def ids(self) -> list[str]:
-        return [entry.worker.worker_id for entry in self.membership.view().entries]
+        return [entry.member.worker_id for entry in self.membership.view().workers]
 
     def removed(self) -> list[tuple[str, int, RemovalReason]]:
         gone = [removed for change in self.changes for removed in change.removed]
-        return [(removed.worker.worker_id, removed.worker.epoch, removed.reason) for removed in gone]
+        return [(removed.member.member_id, removed.member.epoch, removed.reason) for removed in gone]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_a_sign_of_life_gives_the_whole_time_anew(scene: Scene) -> None:
     scene.clock.advance(4)
     scene.membership.keep_alive(lease_id)
     assert scene.membership.next_expiry_s() == 109.0
-    assert scene.membership.view().entries[0].lease_age_s == 0
+    assert scene.membership.view().workers[0].lease_age_s == 0
     assert len(scene.changes) == 1, "a sign of life is no change of the view"
 
 
@@ -151,9 +153,9 @@ def test_drain_marks_once_and_keeps_the_lease(scene: Scene) -> None:
     assert scene.membership.drain("decode-0", 3) == 2
     scene.membership.register(make_worker("other"))
     assert scene.membership.drain("decode-0", 3) == 2, "the revision that first showed it"
-    assert scene.membership.view().entries[0].worker.state is WorkerState.DRAINING
+    assert scene.membership.view().workers[0].member.state is WorkerState.DRAINING
     scene.membership.keep_alive(lease_id)
-    assert scene.membership.view().entries[0].worker.state is WorkerState.DRAINING
+    assert scene.membership.view().workers[0].member.state is WorkerState.DRAINING
 
 
 def test_drain_names_an_unknown_worker_and_another_start(scene: Scene) -> None:
@@ -197,3 +199,31 @@ def test_pauses_extend_a_lease_only_once(scene: Scene) -> None:
     assert scene.ids() == ["decode-0"]
     scene.clock.advance(60)
     assert scene.ids() == []
+
+
+def test_a_frontend_holds_a_lease_like_a_worker(scene: Scene) -> None:
+    grant = scene.membership.register(make_frontend())
+    scene.membership.register(make_worker())
+    scene.clock.advance(3)
+    scene.membership.keep_alive(grant.lease_id, WorkerState.DRAINING)
+    (entry,) = scene.membership.view().frontends
+    assert (entry.member.state, entry.lease_age_s, entry.keeper) == (WorkerState.DRAINING, 0, "r")
+    scene.clock.advance(2)
+    assert scene.ids() == [], "each lease has its own time"
+    assert len(scene.membership.view().frontends) == 1
+    scene.membership.deregister(grant.lease_id)
+    assert scene.membership.view().frontends == ()
+    assert [change.revision for change in scene.changes] == [1, 2, 3, 4, 5], "one count for all members"
+
+
+def test_a_frontend_and_a_worker_may_share_an_id_but_not_an_address(scene: Scene) -> None:
+    scene.membership.register(make_worker("one", epoch=5))
+    scene.membership.register(make_frontend("one", epoch=5))
+    with pytest.raises(DuplicateWorker) as refusal:
+        scene.membership.register(make_frontend("two", epoch=4, address="one:1"))
+    assert refusal.value.metadata["field"] == "address"
+    with pytest.raises(DuplicateWorker) as refusal:
+        scene.membership.register(make_frontend("one", epoch=5, address="elsewhere:1"))
+    assert refusal.value.metadata["field"] == "frontend_id"
+    with pytest.raises(WorkerNotFound):
+        scene.membership.drain("two", 5)

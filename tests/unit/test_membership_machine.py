@@ -7,23 +7,32 @@ import itertools
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from registry_workers import make_worker
-from tandem_registry.membership import Change, Membership, RemovalReason
+from registry_workers import make_frontend, make_worker
+from tandem_registry.membership import Membership
+from tandem_registry.view import Change, Listed, RemovalReason
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tandem.model.frontend import Member
 from tandem.model.worker import Worker, WorkerState
 from tandem.rpc.registry_view import RegistryView
 from tandem.runtime.clock import ManualClock
 
 TTL_S = 8.0
-WORKER_IDS = st.sampled_from(["a", "b", "c"])
+KEYS = st.tuples(st.sampled_from(["worker", "frontend"]), st.sampled_from(["a", "b", "c"]))
 ADDRESSES = st.sampled_from(["h:1", "h:2", "h:3"])
 EPOCHS = st.integers(1, 6)
 STATES = st.sampled_from([None, *WorkerState])
 
 
+Key = tuple[str, str]
+
+
+def key_of(member: Member) -> Key:
+    return member.kind, member.member_id
+
+
 class MembershipMachine(RuleBasedStateMachine):
-    """`alive` is the model: worker id -> (worker, lease id, end of its lease)."""
+    """`alive` is the model: kind and id -> (member, lease id, end of its lease)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,46 +40,56 @@ class MembershipMachine(RuleBasedStateMachine):
         self.changes: list[Change] = []
         self.lease_ids = (f"lease-{number}" for number in itertools.count())
         self.membership = Membership(
-            ttl_s=TTL_S, clock=self.clock, new_lease_id=self.lease_ids.__next__, on_change=self.changes.append
+            keeper="r",
+            ttl_s=TTL_S,
+            clock=self.clock,
+            new_lease_id=self.lease_ids.__next__,
+            on_change=self.changes.append,
         )
-        self.alive: dict[str, tuple[Worker, str, float]] = {}
+        self.alive: dict[Key, tuple[Member, str, float]] = {}
         self.ended: list[str] = []
         self.replayed: list[RegistryView] = []
 
-    def end(self, worker_id: str) -> None:
-        self.ended.append(self.alive.pop(worker_id)[1])
+    def end(self, key: Key) -> None:
+        self.ended.append(self.alive.pop(key)[1])
 
-    def is_alive_elsewhere(self, holder: Worker, address: str) -> bool:
-        end_s = self.alive[holder.worker_id][2]
+    def listed(self, key: Key) -> Member:
+        view = self.membership.view()
+        entries: list[Listed] = [*view.workers, *view.frontends]
+        return next(entry.member for entry in entries if key_of(entry.member) == key)
+
+    def is_alive_elsewhere(self, holder: Member, address: str) -> bool:
+        end_s = self.alive[key_of(holder)][2]
         return holder.address != address and end_s - self.clock() >= TTL_S / 2
 
-    @rule(worker_id=WORKER_IDS, epoch=EPOCHS, address=ADDRESSES)
-    def register(self, worker_id: str, epoch: int, address: str) -> None:
-        worker = make_worker(worker_id, epoch, address)
-        rivals = [w for w, _, _ in self.alive.values() if w.worker_id == worker_id or w.address == address]
+    @rule(key=KEYS, epoch=EPOCHS, address=ADDRESSES)
+    def register(self, key: Key, epoch: int, address: str) -> None:
+        kind, member_id = key
+        member = (make_worker if kind == "worker" else make_frontend)(member_id, epoch, address)
+        rivals = [m for m, _, _ in self.alive.values() if key_of(m) == key or m.address == address]
         try:
-            grant = self.membership.register(worker)
+            grant = self.membership.register(member)
         except DuplicateWorker as refusal:
-            holder = self.alive[refusal.metadata["worker"]][0]
-            assert holder in rivals
+            held = (refusal.metadata["worker"], refusal.metadata["address"])
+            holder = next(m for m in rivals if (m.member_id, m.address) == held)
             assert holder.epoch >= epoch or self.is_alive_elsewhere(holder, address)
             return
         assert all(rival.epoch < epoch for rival in rivals), "an older or equal start fenced a newer one"
         assert not any(self.is_alive_elsewhere(rival, address) for rival in rivals), "a live start was fenced"
         for rival in rivals:
-            self.end(rival.worker_id)
-        self.alive[worker_id] = (worker, grant.lease_id, self.clock() + TTL_S)
+            self.end(key_of(rival))
+        self.alive[key] = (member, grant.lease_id, self.clock() + TTL_S)
         assert grant.revision == self.membership.revision
 
-    @rule(worker_id=WORKER_IDS, state=STATES)
-    def keep_alive(self, worker_id: str, state: WorkerState | None) -> None:
-        if worker_id not in self.alive:
+    @rule(key=KEYS, state=STATES)
+    def keep_alive(self, key: Key, state: WorkerState | None) -> None:
+        if key not in self.alive:
             return
-        worker, lease_id, _ = self.alive[worker_id]
+        member, lease_id, _ = self.alive[key]
         self.membership.keep_alive(lease_id, state)
-        kept = next(e.worker for e in self.membership.view().entries if e.worker.worker_id == worker_id)
-        assert kept.state is (state or worker.state)
-        self.alive[worker_id] = (kept, lease_id, self.clock() + TTL_S)
+        kept = self.listed(key)
+        assert kept.state is (state or member.state)
+        self.alive[key] = (kept, lease_id, self.clock() + TTL_S)
 
     @rule(data=st.data())
     def use_a_lease_that_is_over(self, data: st.DataObject) -> None:
@@ -84,11 +103,12 @@ class MembershipMachine(RuleBasedStateMachine):
                 continue
             raise AssertionError("a lease that was over was taken")
 
-    @rule(worker_id=WORKER_IDS, epoch=EPOCHS)
-    def drain(self, worker_id: str, epoch: int) -> None:
-        holder = self.alive.get(worker_id)
+    @rule(key=KEYS, epoch=EPOCHS)
+    def drain(self, key: Key, epoch: int) -> None:
+        key = ("worker", key[1])
+        holder = self.alive.get(key)
         try:
-            revision = self.membership.drain(worker_id, epoch)
+            revision = self.membership.drain(key[1], epoch)
         except WorkerNotFound:
             assert holder is None
         except StaleEpoch:
@@ -98,15 +118,15 @@ class MembershipMachine(RuleBasedStateMachine):
             assert holder is not None
             assert holder[0].epoch == epoch
             assert revision <= self.membership.revision
-            drained = next(e.worker for e in self.membership.view().entries if e.worker.worker_id == worker_id)
+            drained = self.listed(key)
             assert drained.state is WorkerState.DRAINING
-            self.alive[worker_id] = (drained, *holder[1:])
+            self.alive[key] = (drained, *holder[1:])
 
-    @rule(worker_id=WORKER_IDS)
-    def deregister(self, worker_id: str) -> None:
-        if worker_id in self.alive:
-            assert self.membership.deregister(self.alive[worker_id][1]) == self.membership.revision
-            self.end(worker_id)
+    @rule(key=KEYS)
+    def deregister(self, key: Key) -> None:
+        if key in self.alive:
+            assert self.membership.deregister(self.alive[key][1]) == self.membership.revision
+            self.end(key)
 
     @rule(seconds=st.integers(1, 10))
     def pass_time(self, seconds: int) -> None:
@@ -115,18 +135,18 @@ class MembershipMachine(RuleBasedStateMachine):
         while (next_s := self.membership.next_expiry_s()) is not None and next_s <= end_s:
             self.clock.now_s = next_s
             self.membership.expire()
-            over = {worker_id for worker_id, (_, _, lease_end_s) in self.alive.items() if lease_end_s <= next_s}
-            assert over == {gone.worker.worker_id for gone in self.changes[-1].removed}
+            over = {key for key, (_, _, lease_end_s) in self.alive.items() if lease_end_s <= next_s}
+            assert over == {key_of(gone.member) for gone in self.changes[-1].removed}
             assert {gone.reason for gone in self.changes[-1].removed} == {RemovalReason.LEASE_EXPIRED}
-            for worker_id in over:
-                self.end(worker_id)
+            for key in over:
+                self.end(key)
         self.clock.now_s = end_s
 
     @rule()
     def begin_to_watch(self) -> None:
         view = self.membership.view()
         watcher = RegistryView(self.clock)
-        watcher.apply_snapshot("r", view.revision, [entry.worker for entry in view.entries])
+        watcher.apply_snapshot("r", view.revision, [entry.member for entry in view.workers])
         self.replayed.append(watcher)
 
     @invariant()
@@ -137,17 +157,20 @@ class MembershipMachine(RuleBasedStateMachine):
     @invariant()
     def the_view_is_the_models(self) -> None:
         view = self.membership.view()
-        assert [e.worker for e in view.entries] == [self.alive[key][0] for key in sorted(self.alive)]
-        addresses = [e.worker.address for e in view.entries]
+        members = [entry.member for entry in [*view.frontends, *view.workers]]
+        assert members == [self.alive[key][0] for key in sorted(self.alive)]
+        addresses = [member.address for member in members]
         assert len(set(addresses)) == len(addresses)
 
     @invariant()
     def every_watcher_sees_the_same(self) -> None:
-        expected = tuple(entry.worker for entry in self.membership.view().entries)
+        expected = tuple(entry.member for entry in self.membership.view().workers)
         for watcher in self.replayed:
             for change in self.changes[watcher.revision :]:
-                removed = [(gone.worker.worker_id, gone.worker.epoch) for gone in change.removed]
-                watcher.apply_delta("r", change.revision, change.upserted, removed)
+                gone = [removed.member for removed in change.removed]
+                removed = [(member.member_id, member.epoch) for member in gone if isinstance(member, Worker)]
+                upserted = [member for member in change.upserted if isinstance(member, Worker)]
+                watcher.apply_delta("r", change.revision, upserted, removed)
             assert watcher.workers() == expected
 
 

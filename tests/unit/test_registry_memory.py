@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from registry_workers import make_worker
-from tandem_registry.backends import memory
+from tandem_registry.backends import subscriptions
 from tandem_registry.backends.memory import MemoryBackend
-from tandem_registry.membership import Change, RemovalReason
+from tandem_registry.view import Change, RemovalReason, View
 
-from tandem.errors import Draining, Overloaded
+from tandem.errors import Draining, Overloaded, RevisionAhead
 from tandem.testing.eventually import assert_eventually
 
 TTL_S = 0.2
@@ -19,7 +19,7 @@ TTL_S = 0.2
 
 @pytest.fixture
 async def backend() -> AsyncIterator[MemoryBackend]:
-    backend = MemoryBackend(TTL_S, pending_changes_max=4)
+    backend = MemoryBackend(TTL_S, pending_steps_max=4)
     await backend.start()
     yield backend
     await backend.close()
@@ -28,36 +28,36 @@ async def backend() -> AsyncIterator[MemoryBackend]:
 async def test_a_silent_worker_is_swept_without_any_call(backend: MemoryBackend) -> None:
     subscription = await backend.subscribe()
     await backend.register(make_worker())
-    changes = subscription.changes()
-    assert (await anext(changes)).upserted == (make_worker(),)
+    steps = subscription.steps()
+    assert (await anext(steps)).upserted == (make_worker(),)
     async with asyncio.timeout(TTL_S + 0.5):
-        gone = await anext(changes)
+        gone = await anext(steps)
     assert [removed.reason for removed in gone.removed] == [RemovalReason.LEASE_EXPIRED]
 
 
 async def test_a_watcher_that_is_too_slow_is_ended_and_keeps_no_memory(backend: MemoryBackend) -> None:
     slow, quick = await backend.subscribe(), await backend.subscribe()
-    quick_changes = quick.changes()
+    quick_steps = quick.steps()
     for epoch in range(1, 7):
         await backend.register(make_worker(epoch=epoch))
-        await anext(quick_changes)
+        await anext(quick_steps)
         assert slow.pending_count <= 4
     assert slow.pending_count == 0
     assert backend.watcher_count == 1
     with pytest.raises(Overloaded):
-        await anext(slow.changes())
+        await anext(slow.steps())
 
 
 async def test_a_watcher_at_its_bound_misses_nothing(backend: MemoryBackend) -> None:
     subscription = await backend.subscribe()
     for epoch in range(1, 5):
         await backend.register(make_worker(epoch=epoch))
-    changes = subscription.changes()
-    assert [(await anext(changes)).revision for _ in range(4)] == [1, 2, 3, 4]
+    steps = subscription.steps()
+    assert [(await anext(steps)).revision for _ in range(4)] == [1, 2, 3, 4]
 
 
 async def test_watchers_are_counted_and_bounded(backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "WATCHERS_MAX", 1)
+    monkeypatch.setattr(subscriptions, "WATCHERS_MAX", 1)
     first = await backend.subscribe()
     with pytest.raises(Overloaded):
         await backend.subscribe()
@@ -71,9 +71,9 @@ async def test_closing_ends_watchers_after_what_they_have_not_read(backend: Memo
     subscription = await backend.subscribe()
     await backend.register(make_worker())
     await backend.close()
-    seen: list[Change] = []
+    seen: list[Change | View] = []
     with pytest.raises(Draining):  # noqa: PT012 -- the loop is what raises, at its end
-        async for change in subscription.changes():
+        async for change in subscription.steps():
             seen.append(change)
     assert len(seen) == 1
     with pytest.raises(Draining):
@@ -89,3 +89,12 @@ async def test_the_death_of_the_sweep_is_told(backend: MemoryBackend, monkeypatc
     monkeypatch.setattr(backend._membership, "next_expiry_s", fail)
     await backend.register(make_worker())
     assert "broken" in await assert_eventually(lambda: waiting.result() if waiting.done() else "")
+
+
+async def test_a_watcher_that_knows_more_than_the_registry_is_told_so(backend: MemoryBackend) -> None:
+    grant = await backend.register(make_worker())
+    (await backend.subscribe((backend.replica_id, grant.revision))).close()
+    (await backend.subscribe(("another registry", grant.revision + 1))).close()
+    with pytest.raises(RevisionAhead):
+        await backend.subscribe((backend.replica_id, grant.revision + 1))
+    assert backend.watcher_count == 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from registry_workers import make_worker
-from tandem_registry.validation import checked_state, checked_worker
+from registry_workers import make_frontend, make_worker
+from tandem_registry.validation import checked_frontend, checked_state, checked_worker
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import InvalidRequest
-from tandem.rpc.messages import worker_to_proto
+from tandem.model.worker import capabilities_digest, field_names
+from tandem.rpc.messages import frontend_to_proto, worker_to_proto
 
 
 def valid(role: worker_pb2.WorkerRole.ValueType = worker_pb2.WORKER_ROLE_DECODE) -> worker_pb2.Worker:
@@ -84,3 +87,43 @@ def test_the_state_of_a_sign_of_life_may_be_absent_but_not_unknown() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         checked_state(9)
     assert refusal.value.field == "state"
+
+
+def test_a_digest_that_fits_passes_and_another_one_is_refused() -> None:
+    fitting = capabilities_digest(make_worker().capabilities)
+    message = changed(valid(), lambda w: setattr(w, "capabilities_digest", fitting))
+    assert checked_worker(message).capabilities_digest == fitting
+    message.capabilities.vocabulary_size += 1
+    with pytest.raises(InvalidRequest) as refusal:
+        checked_worker(message)
+    assert refusal.value.field == "worker.capabilities_digest"
+    message.ClearField("capabilities_digest")
+    assert checked_worker(message).capabilities_digest is None
+
+
+def test_the_digest_is_the_contracts() -> None:
+    """Written out once, as worker.proto says it: another implementation must get the same."""
+    text = (
+        "engine=simulated\nengine_version=1\nmodel=tiny\nmodel_digest=m\ntokenizer_digest=t\n"
+        "context_tokens_max=2048\nkv_capacity_tokens=4096\nrunning_requests_max=8\nvocabulary_size=512\n"
+        "eos_token_ids=2,3\npage_size_tokens=1\nkv_dtype=float32\nkv_layout=mha:2x2x32\nkv_bytes_per_token=1024\n"
+        "transfer_backend=simulated\ntensor_parallel_size=1\nis_mla=false\n"
+    )
+    capabilities = replace(make_worker().capabilities, eos_token_ids=(2, 3))
+    assert capabilities_digest(capabilities) == hashlib.sha256(text.encode()).hexdigest()
+    numbers = [field.number for field in worker_pb2.WorkerCapabilities.DESCRIPTOR.fields]
+    named = [worker_pb2.WorkerCapabilities.DESCRIPTOR.fields_by_name[name].number for name in field_names()]
+    assert named == sorted(numbers), "the digest covers every field of the contract, in the order of their numbers"
+
+
+def test_a_whole_frontend_passes_and_each_rule_names_its_field() -> None:
+    message = frontend_to_proto(make_frontend())
+    assert checked_frontend(message) == make_frontend()
+    wrong = {"frontend_id": "a b", "epoch": 0, "address": "0.0.0.0:1", "model": "", "state": 9, "release": "r" * 65}
+    for field, value in wrong.items():
+        broken = worker_pb2.Frontend()
+        broken.CopyFrom(message)
+        setattr(broken, field, value)
+        with pytest.raises(InvalidRequest) as refusal:
+            checked_frontend(broken)
+        assert refusal.value.field == f"frontend.{field}"

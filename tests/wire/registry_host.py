@@ -12,8 +12,9 @@ from tandem_registry.config import RegistryConfig
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.errors import TandemError
+from tandem.model.frontend import Frontend
 from tandem.model.worker import Capabilities, Worker, WorkerRole
-from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.messages import frontend_to_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 
 TTL_S = 0.6
@@ -70,3 +71,10 @@ async def error_of(call: Awaitable[Any]) -> TandemError:
     except grpc.aio.AioRpcError as failure:
         return from_rpc_error(failure)
     raise AssertionError("the call succeeded")
+
+
+def frontend_request(
+    frontend_id: str = "frontend-0", epoch: int = 1, address: str | None = None, model: str = "tiny"
+) -> pb.RegisterFrontendRequest:
+    frontend = Frontend(frontend_id=frontend_id, epoch=epoch, address=address or f"{frontend_id}:2", model=model)
+    return pb.RegisterFrontendRequest(frontend=frontend_to_proto(frontend))

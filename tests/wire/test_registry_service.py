@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,13 +12,29 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from registry_host import TTL_S, error_of, make_worker, port_of, register_request, serve_registry
+from registry_host import (
+    TTL_S,
+    error_of,
+    frontend_request,
+    make_worker,
+    port_of,
+    register_request,
+    serve_registry,
+)
 from tandem_registry.app import RegistryApp
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
-from tandem.errors import DuplicateWorker, InvalidRequest, Overloaded, StaleEpoch, StartError, WorkerNotFound
+from tandem.errors import (
+    DuplicateWorker,
+    InvalidRequest,
+    Overloaded,
+    RevisionAhead,
+    StaleEpoch,
+    StartError,
+    WorkerNotFound,
+)
 from tandem.rpc.channels import open_channel
 from tandem.rpc.messages import worker_to_proto
 
@@ -156,6 +173,8 @@ async def test_a_start_that_is_not_newer_is_refused(stub: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "request_message", "field"),
     [
+        ("RegisterFrontend", pb.RegisterFrontendRequest(), "frontend"),
+        ("RegisterFrontend", frontend_request(epoch=0), "frontend.epoch"),
         ("Register", pb.RegisterRequest(), "worker"),
         ("Register", register_request("not an id"), "worker.worker_id"),
         ("Register", register_request(epoch=0), "worker.epoch"),
@@ -221,6 +240,83 @@ async def test_drain_of_nobody_and_of_another_start(stub: Any) -> None:
     stale = await error_of(stub.Drain(pb.DrainRequest(worker_id="decode-0", epoch=1)))
     assert isinstance(stale, StaleEpoch)
     assert stale.metadata == {"worker": "decode-0", "expected": "1", "actual": "2"}
+
+
+async def test_a_digest_that_does_not_fit_is_refused_and_nothing_is_lost(stub: Any) -> None:
+    await stub.Register(register_request("a"))
+    request = register_request("b")
+    request.worker.capabilities_digest = "0" * 64
+    error = await error_of(stub.Register(request))
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "worker.capabilities_digest"
+    assert await listed(stub) == ["a"]
+
+
+async def test_a_role_that_does_not_exist_is_refused(stub: Any) -> None:
+    request = register_request()
+    request.worker.role = 9
+    error = await error_of(stub.Register(request))
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "worker.role"
+    assert await listed(stub) == []
+
+
+async def test_a_watch_from_the_future_is_told_so(stub: Any) -> None:
+    granted = await stub.Register(register_request())
+    known_registry_id = (await stub.List(pb.ListRequest())).registry_id
+    ahead = pb.WatchRequest(known_registry_id=known_registry_id, known_revision=granted.revision + 1_000)
+    error = await error_of(stub.Watch(ahead).read())
+    assert isinstance(error, RevisionAhead)
+    assert error.metadata["field"] == "known_revision"
+    for known in (
+        pb.WatchRequest(known_registry_id=known_registry_id, known_revision=granted.revision),
+        pb.WatchRequest(known_registry_id="another", known_revision=granted.revision + 1_000),
+    ):
+        assert len((await stub.Watch(known).read()).snapshot.workers) == 1
+
+
+async def test_a_delta_names_the_revision_it_follows(stub: Any) -> None:
+    """Changes of frontends are none of a watcher of workers: the next delta follows the one it got."""
+    watch = stub.Watch(pb.WatchRequest())
+    held = (await watch.read()).revision
+    for number in range(3):
+        await stub.Register(register_request(f"w-{number}"))
+        await stub.RegisterFrontend(frontend_request(f"f-{number}"))
+        step = await watch.read()
+        assert step.previous_revision == held
+        assert step.revision > held
+        assert [worker.worker_id for worker in step.delta.upserted] == [f"w-{number}"]
+        held = step.revision
+
+
+async def test_frontends_are_listed_and_watched_whole(stub: Any) -> None:
+    await stub.RegisterFrontend(frontend_request("other", model="other"))
+    watch = stub.WatchFrontends(pb.WatchFrontendsRequest(model="tiny"))
+    assert (await watch.read()).frontends == []
+    granted = await stub.RegisterFrontend(frontend_request("b"))
+    assert granted.time_to_live.ToNanoseconds() / 1e9 == pytest.approx(TTL_S)
+    await stub.RegisterFrontend(frontend_request("a"))
+    seen = [[frontend.frontend_id for frontend in (await watch.read()).frontends] for _ in range(2)]
+    assert seen == [["b"], ["a", "b"]]
+    view = await stub.List(pb.ListRequest(model="tiny"))
+    assert [entry.frontend.frontend_id for entry in view.frontends] == ["a", "b"]
+    assert view.workers == []
+    keeping = stub.KeepAlive()
+    await keeping.write(pb.KeepAliveRequest(lease_id=granted.lease_id, state=worker_pb2.WORKER_STATE_DRAINING))
+    await keeping.read()
+    assert (await watch.read()).frontends[1].state == worker_pb2.WORKER_STATE_DRAINING
+    await stub.Deregister(pb.DeregisterRequest(lease_id=granted.lease_id))
+    assert [frontend.frontend_id for frontend in (await watch.read()).frontends] == ["a"]
+    keeping.cancel()
+
+
+async def test_a_list_says_who_answers_and_where_its_view_is_from(stub: Any) -> None:
+    await stub.Register(register_request())
+    view = await stub.List(pb.ListRequest())
+    assert view.source == pb.VIEW_SOURCE_LIVE
+    assert abs(view.source_since.ToNanoseconds() / 1e9 - time.time()) < 30
+    assert view.replica_id
+    assert view.workers[0].lease_keeper == view.replica_id
 
 
 async def test_health_is_watched_through_a_drain(app: RegistryApp, channel: grpc.aio.Channel, stub: Any) -> None:

@@ -1,7 +1,7 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: backend, server, health SERVING. Drain: health NOT_SERVING while everything is still answered, then the end of
-all streams. Stop: the server, then nothing holds the backend.
+Start: backend, server, health SERVING, and others are told. Drain: nobody finds it any more, health NOT_SERVING while
+everything is still answered, then the end of all streams. Stop: the server, then nothing holds the backend.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ class RegistryApp:
         )
         await self._server.start(self._config.host, self._config.port)
         await self._server.set_serving(True)
+        await self._backend.announce(self.address)
 
     async def drain(self) -> bool:
         """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
         assert self._server is not None, "drain() before start()"
+        assert self._backend is not None
+        await self._backend.withdraw()
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
         await self._end_streams()

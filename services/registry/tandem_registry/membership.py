@@ -1,4 +1,4 @@
-"""Membership: the state machine that says who is alive, and numbers each change of that view.
+"""Membership: the state machine that says which members (workers and frontends) are alive, and numbers each change.
 
 Pure: the clock, the source of lease ids and the receiver of changes are given. Owns leases, epochs and revisions; knows
 neither gRPC, nor watchers, nor when to look again (`next_expiry_s` tells whoever does).
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tandem.model.frontend import Frontend, Member
 from tandem.model.worker import Worker, WorkerState
 from tandem.runtime.clock import Clock
+from tandem_registry.view import Change, Listed, RemovalReason, Removed, View
 
 FRESH_FRACTION = 0.5
 """Of a lease's time. Signs of life come at every third of it: a holder that missed one may be dead."""
@@ -20,51 +21,9 @@ PAUSE_MIN_S = 0.1
 """An expiry seen later than this was seen by a process that did not run, and so could not hear signs of life either."""
 
 
-class RemovalReason(Enum):
-    """Why a worker left the view."""
-
-    DEREGISTERED = "deregistered"
-    LEASE_EXPIRED = "lease_expired"
-    REPLACED = "replaced"
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """A worker that left, as it was."""
-
-    worker: Worker
-    reason: RemovalReason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One step of the view. What was removed goes first, then what came or changed."""
-
-    revision: int
-    """Of the view after this step; one more than before it."""
-    upserted: tuple[Worker, ...] = ()
-    removed: tuple[Removed, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A worker of the view and the time since its last sign of life."""
-
-    worker: Worker
-    lease_age_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The whole view at one revision, ordered by worker id."""
-
-    revision: int
-    entries: tuple[Listed, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease, and the revision of the view that first holds its worker."""
+    """A lease, and the revision of the view that first holds its member."""
 
     lease_id: str
     revision: int
@@ -73,11 +32,11 @@ class Grant:
 @dataclass(slots=True)
 class _Lease:
     lease_id: str
-    worker: Worker
+    member: Member
     renewed_s: float
     expires_s: float
     revision: int
-    """Of the last change of this worker's entry."""
+    """Of the last change of this member's entry."""
     is_extended: bool = False
     """Whether it outlives its time because this process was paused; at most once between two signs of life."""
 
@@ -86,50 +45,59 @@ class Membership:
     """All leases. Every method lets leases that are over expire first, so that nothing is decided by the dead."""
 
     def __init__(
-        self, *, ttl_s: float, clock: Clock, new_lease_id: Callable[[], str], on_change: Callable[[Change], None]
+        self,
+        *,
+        keeper: str,
+        ttl_s: float,
+        clock: Clock,
+        new_lease_id: Callable[[], str],
+        on_change: Callable[[Change], None],
     ) -> None:
+        self.keeper = keeper
+        """Names this table: whoever keeps its leases and counts its revisions."""
         self.ttl_s = ttl_s
         self.revision = 0
         self._clock = clock
         self._new_lease_id = new_lease_id
         self._on_change = on_change
         self._leases: dict[str, _Lease] = {}
-        self._by_worker_id: dict[str, _Lease] = {}
+        self._by_id: dict[tuple[str, str], _Lease] = {}
+        """By kind and id."""
         self._by_address: dict[str, _Lease] = {}
         self._not_before_s = 0.0
         """No lease is over before this time: spares looking at all of them at each call."""
 
-    def register(self, worker: Worker) -> Grant:
-        """Enter one start of a worker. It takes the place of older starts at its address, which cannot be alive, and of
+    def register(self, member: Member) -> Grant:
+        """Enter one start of a member. It takes the place of older starts at its address, which cannot be alive, and of
         older starts of its id elsewhere that have missed a sign of life.
 
         Raises:
-            DuplicateWorker: a worker holds the id or the address with an epoch that is not older, or the id at another
+            DuplicateWorker: a member holds the id or the address with an epoch that is not older, or the id at another
                 address where it is alive. Metadata: worker, epoch and address (of the holder), field, lease_ttl_ms.
         """
         self.expire()
         rivals = {
             id(lease): (field, lease)
             for field, lease in (
-                ("address", self._by_address.get(worker.address)),
-                ("worker_id", self._by_worker_id.get(worker.worker_id)),
+                ("address", self._by_address.get(member.address)),
+                (f"{member.kind}_id", self._by_id.get((member.kind, member.member_id))),
             )
             if lease is not None
         }
         for field, rival in rivals.values():
-            is_elsewhere = rival.worker.address != worker.address
-            if rival.worker.epoch >= worker.epoch or (is_elsewhere and self._is_fresh(rival)):
-                raise self._duplicate(field, worker, rival.worker)
+            is_elsewhere = rival.member.address != member.address
+            if rival.member.epoch >= member.epoch or (is_elsewhere and self._is_fresh(rival)):
+                raise self._duplicate(field, member, rival.member)
         for _, rival in rivals.values():
             self._forget(rival)
         now_s = self._clock()
-        lease = _Lease(self._new_lease_id(), worker, now_s, now_s + self.ttl_s, self.revision + 1)
+        lease = _Lease(self._new_lease_id(), member, now_s, now_s + self.ttl_s, self.revision + 1)
         self._leases[lease.lease_id] = lease
-        self._by_worker_id[worker.worker_id] = lease
-        self._by_address[worker.address] = lease
+        self._by_id[(member.kind, member.member_id)] = lease
+        self._by_address[member.address] = lease
         self._not_before_s = min(self._not_before_s, lease.expires_s)
-        replaced = tuple(Removed(rival.worker, RemovalReason.REPLACED) for _, rival in rivals.values())
-        self._change(upserted=(worker,), removed=replaced)
+        replaced = tuple(Removed(rival.member, RemovalReason.REPLACED) for _, rival in rivals.values())
+        self._change(upserted=(member,), removed=replaced)
         return Grant(lease.lease_id, self.revision)
 
     def keep_alive(self, lease_id: str, state: WorkerState | None = None) -> None:
@@ -153,40 +121,46 @@ class Membership:
             StaleEpoch: another start of it is alive.
         """
         self.expire()
-        lease = self._by_worker_id.get(worker_id)
+        lease = self._by_id.get((Worker.kind, worker_id))
         if lease is None:
             raise WorkerNotFound(f"no live worker is called {worker_id!r}", worker=worker_id)
-        if lease.worker.epoch != epoch:
-            actual = lease.worker.epoch
+        actual = lease.member.epoch
+        if actual != epoch:
             problem = f"worker {worker_id} was started again: its epoch is {actual}, not {epoch}"
             raise StaleEpoch(problem, worker=worker_id, expected=epoch, actual=actual)
         self._set_state(lease, WorkerState.DRAINING)
         return lease.revision
 
     def deregister(self, lease_id: str) -> int:
-        """Take a worker out. Returns the revision that first lacks it.
+        """Take a member out. Returns the revision that first lacks it.
 
         Raises:
             WorkerNotFound: the lease is over.
         """
         lease = self._lease(lease_id)
         self._forget(lease)
-        self._change(removed=(Removed(lease.worker, RemovalReason.DEREGISTERED),))
+        self._change(removed=(Removed(lease.member, RemovalReason.DEREGISTERED),))
         return self.revision
 
     def view(self) -> View:
         """The view at this moment."""
         self.expire()
         now_s = self._clock()
-        leases = (self._by_worker_id[worker_id] for worker_id in sorted(self._by_worker_id))
-        return View(self.revision, tuple(Listed(lease.worker, now_s - lease.renewed_s) for lease in leases))
+        workers, frontends = [], []
+        for _, lease in sorted(self._by_id.items()):
+            age_s, member = now_s - lease.renewed_s, lease.member
+            if isinstance(member, Frontend):
+                frontends.append(Listed(member, age_s, self.keeper))
+            else:
+                workers.append(Listed(member, age_s, self.keeper))
+        return View(self.keeper, self.revision, tuple(workers), tuple(frontends))
 
     def next_expiry_s(self) -> float | None:
         """When to call `expire` next; None while there is no lease."""
         return min((lease.expires_s for lease in self._leases.values()), default=None)
 
     def expire(self) -> None:
-        """Take out the workers whose leases are over: one change for all of them."""
+        """Take out the members whose leases are over: one change for all of them."""
         now_s = self._clock()
         if now_s < self._not_before_s:
             return
@@ -195,7 +169,7 @@ class Membership:
         for lease in over:
             self._forget(lease)
         if over:
-            self._change(removed=tuple(Removed(lease.worker, RemovalReason.LEASE_EXPIRED) for lease in over))
+            self._change(removed=tuple(Removed(lease.member, RemovalReason.LEASE_EXPIRED) for lease in over))
         next_s = self.next_expiry_s()
         self._not_before_s = now_s + self.ttl_s if next_s is None else next_s
 
@@ -219,12 +193,13 @@ class Membership:
     def _is_fresh(self, lease: _Lease) -> bool:
         return self._clock() - lease.renewed_s <= self.ttl_s * FRESH_FRACTION
 
-    def _duplicate(self, field: str, worker: Worker, holder: Worker) -> DuplicateWorker:
-        held = worker.address if field == "address" else worker.worker_id
-        why = "which is alive" if holder.epoch < worker.epoch else f"which is not older than epoch {worker.epoch}"
+    def _duplicate(self, field: str, member: Member, holder: Member) -> DuplicateWorker:
+        held = member.address if field == "address" else member.member_id
+        who = f"{holder.kind} {holder.member_id} of epoch {holder.epoch} at {holder.address}"
+        why = "which is alive" if holder.epoch < member.epoch else f"which is not older than epoch {member.epoch}"
         return DuplicateWorker(
-            f"{field} {held} is held by worker {holder.worker_id} of epoch {holder.epoch} at {holder.address}, {why}",
-            worker=holder.worker_id,
+            f"{field} {held} is held by {who}, {why}",
+            worker=holder.member_id,
             epoch=holder.epoch,
             address=holder.address,
             field=field,
@@ -232,16 +207,16 @@ class Membership:
         )
 
     def _set_state(self, lease: _Lease, state: WorkerState) -> None:
-        if lease.worker.state is not state:
-            lease.worker = replace(lease.worker, state=state)
+        if lease.member.state is not state:
+            lease.member = replace(lease.member, state=state)
             lease.revision = self.revision + 1
-            self._change(upserted=(lease.worker,))
+            self._change(upserted=(lease.member,))
 
     def _forget(self, lease: _Lease) -> None:
         del self._leases[lease.lease_id]
-        del self._by_worker_id[lease.worker.worker_id]
-        del self._by_address[lease.worker.address]
+        del self._by_id[(lease.member.kind, lease.member.member_id)]
+        del self._by_address[lease.member.address]
 
-    def _change(self, *, upserted: tuple[Worker, ...] = (), removed: tuple[Removed, ...] = ()) -> None:
+    def _change(self, *, upserted: tuple[Member, ...] = (), removed: tuple[Removed, ...] = ()) -> None:
         self.revision += 1
         self._on_change(Change(revision=self.revision, upserted=upserted, removed=removed))

@@ -9,30 +9,23 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf import duration_pb2
-
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
 from tandem.errors import Draining, InvalidRequest
-from tandem.model.worker import Worker
-from tandem.rpc.messages import worker_to_proto
 from tandem_registry.backends.port import Backend
-from tandem_registry.membership import Change, RemovalReason
+from tandem_registry.backends.subscriptions import Known
 from tandem_registry.validation import (
     checked_epoch,
+    checked_frontend,
     checked_lease_id,
     checked_state,
     checked_worker,
     checked_worker_id,
 )
+from tandem_registry.view import View
+from tandem_registry.view_messages import FrontendList, Snapshots, delta, duration, is_of_workers, listing
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
-
-REMOVAL_REASONS = {
-    RemovalReason.DEREGISTERED: pb.REMOVAL_REASON_DEREGISTERED,
-    RemovalReason.LEASE_EXPIRED: pb.REMOVAL_REASON_LEASE_EXPIRED,
-    RemovalReason.REPLACED: pb.REMOVAL_REASON_REPLACED,
-}
 
 
 class RegistryServicer(pb_grpc.RegistryServiceServicer):
@@ -41,6 +34,7 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._ending = asyncio.Event()
+        self._snapshots = Snapshots()
 
     def end_signs_of_life(self) -> None:
         """End the streams of signs of life, which never end by themselves, with Draining."""
@@ -52,8 +46,17 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
             raise InvalidRequest("worker", "must be given")
         grant = await self._backend.register(checked_worker(request.worker))
         return pb.RegisterResponse(
-            lease_id=grant.lease_id, time_to_live=_duration(self._backend.ttl_s), revision=grant.revision
+            lease_id=grant.lease_id, time_to_live=duration(self._backend.ttl_s), revision=grant.revision
         )
+
+    async def RegisterFrontend(  # noqa: N802
+        self, request: pb.RegisterFrontendRequest, context: Any
+    ) -> pb.RegisterFrontendResponse:
+        """Enter a frontend and grant it a lease."""
+        if not request.HasField("frontend"):
+            raise InvalidRequest("frontend", "must be given")
+        grant = await self._backend.register(checked_frontend(request.frontend))
+        return pb.RegisterFrontendResponse(lease_id=grant.lease_id, time_to_live=duration(self._backend.ttl_s))
 
     async def KeepAlive(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Any
@@ -61,7 +64,7 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         """Answer each sign of life. The end of the stream leaves the lease to its time."""
         async for request in self._until_the_end(request_iterator):
             await self._backend.keep_alive(checked_lease_id(request.lease_id), checked_state(request.state))
-            yield pb.KeepAliveResponse(time_to_live=_duration(self._backend.ttl_s))
+            yield pb.KeepAliveResponse(time_to_live=duration(self._backend.ttl_s))
 
     async def _until_the_end(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveRequest]:
         """Requests as they come.
@@ -89,17 +92,34 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """Send the view, then its changes, until the watcher leaves or falls behind."""
         model = request.model if request.HasField("model") else None
-        registry_id = self._backend.registry_id
-        subscription = await self._backend.subscribe()
+        subscription = await self._backend.subscribe(_known(request))
         try:
             view = subscription.snapshot
-            workers = [worker_to_proto(entry.worker) for entry in view.entries if _serves(entry.worker, model)]
-            snapshot = pb.ViewSnapshot(workers=workers)
-            yield pb.WatchResponse(registry_id=registry_id, revision=view.revision, snapshot=snapshot)
-            async for change in subscription.changes():
-                # A change of other models' workers is an empty delta: revisions stay contiguous for every watcher.
-                delta = _delta(change, model)
-                yield pb.WatchResponse(registry_id=registry_id, revision=change.revision, delta=delta)
+            registry_id, revision = view.registry_id, view.revision
+            yield self._snapshots.message(view, model)
+            async for step in subscription.steps():
+                if isinstance(step, View):
+                    registry_id = step.registry_id
+                    yield self._snapshots.message(step, model)
+                elif is_of_workers(step):
+                    yield delta(registry_id, revision, step, model)
+                else:
+                    continue
+                revision = step.revision
+        finally:
+            subscription.close()
+
+    async def WatchFrontends(  # noqa: N802
+        self, request: pb.WatchFrontendsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchFrontendsResponse]:
+        """Send all frontends, now and after each change of them."""
+        subscription = await self._backend.subscribe()
+        try:
+            frontends = FrontendList(subscription.snapshot, request.model if request.HasField("model") else None)
+            yield frontends.message()
+            async for step in subscription.steps():
+                if frontends.apply(step):
+                    yield frontends.message()
         finally:
             subscription.close()
 
@@ -107,12 +127,7 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         """The view at this moment."""
         model = request.model if request.HasField("model") else None
         view = await self._backend.view()
-        workers = [
-            pb.ListedWorker(worker=worker_to_proto(entry.worker), lease_age=_duration(entry.lease_age_s))
-            for entry in view.entries
-            if _serves(entry.worker, model)
-        ]
-        return pb.ListResponse(registry_id=self._backend.registry_id, revision=view.revision, workers=workers)
+        return listing(self._backend.replica_id, self._backend.origin, view, model)
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:  # noqa: N802
         """Mark a worker as draining."""
@@ -121,30 +136,12 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         return pb.DrainResponse(revision=revision)
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
-        """Take a worker out."""
+        """Take a worker or a frontend out."""
         return pb.DeregisterResponse(revision=await self._backend.deregister(checked_lease_id(request.lease_id)))
 
 
-def _serves(worker: Worker, model: str | None) -> bool:
-    return model is None or worker.capabilities.model == model
-
-
-def _delta(change: Change, model: str | None) -> pb.ViewDelta:
-    return pb.ViewDelta(
-        upserted=[worker_to_proto(worker) for worker in change.upserted if _serves(worker, model)],
-        removed=[
-            pb.RemovedWorker(
-                worker_id=removed.worker.worker_id,
-                epoch=removed.worker.epoch,
-                reason=REMOVAL_REASONS[removed.reason],
-            )
-            for removed in change.removed
-            if _serves(removed.worker, model)
-        ],
-    )
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def _known(request: pb.WatchRequest) -> Known | None:
+    """The view that a watcher says it holds."""
+    if request.HasField("known_registry_id") and request.HasField("known_revision"):
+        return request.known_registry_id, request.known_revision
+    return None

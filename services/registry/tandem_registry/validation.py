@@ -1,4 +1,4 @@
-"""What a worker says about itself, checked field by field before it enters the view.
+"""What a worker or frontend says about itself, checked field by field before it enters the view.
 
 Owns the rules and the dotted names of the fields at fault. Whether somebody else holds the id is membership's question.
 """
@@ -9,13 +9,15 @@ import re
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import InvalidRequest
-from tandem.model.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState
-from tandem.rpc.messages import ROLE_BY_NUMBER, STATE_BY_NUMBER, worker_from_proto
+from tandem.model.frontend import Frontend
+from tandem.model.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
+from tandem.rpc.messages import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
 
 WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
 WILDCARD_HOSTS = ("0.0.0.0", "[::]")
 MODEL_CHARACTERS_MAX = 256
+RELEASE_CHARACTERS_MAX = 64
 LEASE_ID_CHARACTERS_MAX = 128
 HOST_CHARACTERS_MAX = 253
 PORT_MAX = 65535
@@ -27,18 +29,36 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
     Raises:
         InvalidRequest: names the first field at fault, as a path from the request ("worker.address").
     """
-    _check_identity(message)
-    _check_address(message.address)
+    _check_start("worker", "worker.worker_id", message.worker_id, message)
+    if message.role not in ROLE_BY_NUMBER:
+        raise InvalidRequest("worker.role", "must be PREFILL, DECODE or AGGREGATED")
     if not message.HasField("capabilities"):
         raise InvalidRequest("worker.capabilities", "must be given")
-    if not 1 <= len(message.capabilities.model) <= MODEL_CHARACTERS_MAX:
-        raise InvalidRequest("worker.capabilities.model", f"must have 1 to {MODEL_CHARACTERS_MAX} characters")
+    _check_model("worker.capabilities.model", message.capabilities.model)
     _check_bootstrap(message)
-    return worker_from_proto(message)
+    worker = worker_from_proto(message)
+    if worker.capabilities_digest is not None and worker.capabilities_digest != capabilities_digest(
+        worker.capabilities
+    ):
+        raise InvalidRequest(
+            "worker.capabilities_digest", "does not fit worker.capabilities: the entry was changed on its way"
+        )
+    return worker
+
+
+def checked_frontend(message: worker_pb2.Frontend) -> Frontend:
+    """The frontend of a request.
+
+    Raises:
+        InvalidRequest: names the first field at fault, as a path from the request ("frontend.address").
+    """
+    _check_start("frontend", "frontend.frontend_id", message.frontend_id, message)
+    _check_model("frontend.model", message.model)
+    return frontend_from_proto(message)
 
 
 def checked_worker_id(field: str, worker_id: str) -> str:
-    """The id of a worker, under the name its field has in the request."""
+    """The id of a worker or frontend, under the name its field has in the request."""
     if not WORKER_ID.fullmatch(worker_id):
         raise InvalidRequest(field, "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
     return worker_id
@@ -67,21 +87,27 @@ def checked_state(number: int) -> WorkerState | None:
     return STATE_BY_NUMBER[worker_pb2.WorkerState.ValueType(number)]
 
 
-def _check_identity(message: worker_pb2.Worker) -> None:
-    checked_worker_id("worker.worker_id", message.worker_id)
-    checked_epoch("worker.epoch", message.epoch)
-    if message.role not in ROLE_BY_NUMBER:
-        raise InvalidRequest("worker.role", "must be PREFILL, DECODE or AGGREGATED")
+def _check_start(path: str, id_path: str, member_id: str, message: worker_pb2.Worker | worker_pb2.Frontend) -> None:
+    checked_worker_id(id_path, member_id)
+    checked_epoch(f"{path}.epoch", message.epoch)
     if message.state not in STATE_BY_NUMBER:
-        raise InvalidRequest("worker.state", "must be SERVING or DRAINING")
+        raise InvalidRequest(f"{path}.state", "must be SERVING or DRAINING")
+    _check_address(f"{path}.address", message.address)
+    if len(message.release) > RELEASE_CHARACTERS_MAX:
+        raise InvalidRequest(f"{path}.release", f"must have at most {RELEASE_CHARACTERS_MAX} characters")
 
 
-def _check_address(address: str) -> None:
+def _check_address(field: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
-        raise InvalidRequest("worker.address", f"must be host:port with a port of 1 to {PORT_MAX}")
+        raise InvalidRequest(field, f"must be host:port with a port of 1 to {PORT_MAX}")
     if host in WILDCARD_HOSTS:
-        raise InvalidRequest("worker.address", f"{host} is no address that others can call: set advertise_host")
+        raise InvalidRequest(field, f"{host} is no address that others can call: set advertise_host")
+
+
+def _check_model(field: str, model: str) -> None:
+    if not 1 <= len(model) <= MODEL_CHARACTERS_MAX:
+        raise InvalidRequest(field, f"must have 1 to {MODEL_CHARACTERS_MAX} characters")
 
 
 def _check_bootstrap(message: worker_pb2.Worker) -> None:

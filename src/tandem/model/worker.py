@@ -5,9 +5,11 @@ Owns identity, capabilities, load and the compatibility rule. Where workers are 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, fields
 from enum import Enum
+from typing import ClassVar
 
 WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 """What the name of a worker may look like, in its settings and in the registry."""
@@ -93,6 +95,8 @@ Start = tuple[str, int]
 class Worker:
     """One start of one worker process, as the registry lists it."""
 
+    kind: ClassVar[str] = "worker"
+
     worker_id: str
     """Stable over restarts, for example "decode-0"."""
     epoch: int
@@ -105,6 +109,15 @@ class Worker:
     bootstrap_port: int | None = None
     """Where decode engines meet this prefill worker; prefill only."""
     state: WorkerState = WorkerState.SERVING
+    capabilities_digest: str | None = None
+    """`capabilities_digest(capabilities)` where it was made; None: not checked."""
+    release: str = ""
+    """Release of Tandem it runs; empty: unknown."""
+
+    @property
+    def member_id(self) -> str:
+        """Its id, under the name that is common to all members."""
+        return self.worker_id
 
     @property
     def start(self) -> Start:
@@ -132,6 +145,21 @@ def default_worker_id(role: WorkerRole, address: str) -> str:
     return f"{role.value}-{place[-(WORKER_ID_CHARS_MAX - len(role.value) - 1) :]}"
 
 
+def capability_text(value: object) -> str:
+    """A capability as text: lists with commas, truth as "true" or "false"."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def capabilities_digest(capabilities: Capabilities) -> str:
+    """SHA-256, hex, over all capabilities: one line "name=value" and a line feed each, in the contract's order."""
+    lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in field_names())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def field_names() -> tuple[str, ...]:
-    """Names of all capability fields, in order."""
+    """Names of all capability fields, in the order of their numbers in the contract."""
     return tuple(f.name for f in fields(Capabilities))

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
 from tandem.engine.port import BootstrapAddress
+from tandem.model.frontend import Frontend
 from tandem.model.generation import (
     Bootstrap,
     EngineFinish,
@@ -85,6 +86,8 @@ def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
         address=worker.address,
         capabilities=worker_pb2.WorkerCapabilities(**capabilities),
         state=STATES[worker.state],
+        capabilities_digest=worker.capabilities_digest,
+        release=worker.release,
     )
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
         message.bootstrap.host = worker.bootstrap_host
@@ -106,6 +109,32 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
         bootstrap_host=message.bootstrap.host if has_bootstrap else None,
         bootstrap_port=message.bootstrap.port if has_bootstrap else None,
         state=STATE_BY_NUMBER[message.state],
+        capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
+        release=message.release,
+    )
+
+
+def frontend_to_proto(frontend: Frontend) -> worker_pb2.Frontend:
+    """One start of a frontend, whole."""
+    return worker_pb2.Frontend(
+        frontend_id=frontend.frontend_id,
+        epoch=frontend.epoch,
+        address=frontend.address,
+        model=frontend.model,
+        state=STATES[frontend.state],
+        release=frontend.release,
+    )
+
+
+def frontend_from_proto(message: worker_pb2.Frontend) -> Frontend:
+    """One start of a frontend. KeyError for a state this release does not know."""
+    return Frontend(
+        frontend_id=message.frontend_id,
+        epoch=message.epoch,
+        address=message.address,
+        model=message.model,
+        state=STATE_BY_NUMBER[message.state],
+        release=message.release,
     )
 
 

@@ -1,47 +1,43 @@
 """What the registry asks of a place that keeps membership.
 
-Owns the shape only. Its errors are those of `tandem_registry.membership`, and Draining once it is closing.
+Owns the shape only. Its errors are those of `tandem_registry.membership`, ServiceError while the place cannot be
+reached, and Draining once it is closing.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Protocol
 
-from tandem.model.worker import Worker, WorkerState
-from tandem_registry.membership import Change, Grant, View
-
-
-class Subscription(Protocol):
-    """One watcher's way into the view: where it begins, and every change from there on without a gap."""
-
-    snapshot: View
-    """The view it begins with."""
-
-    def changes(self) -> AsyncIterator[Change]:
-        """All changes after the snapshot.
-
-        Raises:
-            Overloaded: the watcher took too long; it must begin again from a new snapshot.
-            Draining: the registry is going away.
-        """
-        ...
-
-    def close(self) -> None:
-        """The watcher has left. May be called twice."""
-        ...
+from tandem.model.frontend import Member
+from tandem.model.worker import WorkerState
+from tandem_registry.backends.subscriptions import Known, Subscription
+from tandem_registry.membership import Grant
+from tandem_registry.view import Origin, View
 
 
 class Backend(Protocol):
     """Keeps leases and tells of changes."""
 
-    registry_id: str
-    """Names whoever counts the revisions."""
+    replica_id: str
+    """Names this process among the registries over one place."""
     ttl_s: float
     """Time a lease lives without a sign of life."""
 
+    @property
+    def origin(self) -> Origin:
+        """Where the view comes from at this moment."""
+        ...
+
     async def start(self) -> None:
         """Begin to watch over leases."""
+        ...
+
+    async def announce(self, address: str) -> None:
+        """This registry serves at host:port: let others find it."""
+        ...
+
+    async def withdraw(self) -> None:
+        """This registry goes: let nobody find it any more. May be called twice."""
         ...
 
     async def close(self) -> None:
@@ -52,8 +48,12 @@ class Backend(Protocol):
         """Return one sentence when it can no longer watch over leases; never returns otherwise."""
         ...
 
-    async def register(self, worker: Worker) -> Grant:
-        """Enter one start of a worker."""
+    async def register(self, member: Member) -> Grant:
+        """Enter one start of a member.
+
+        Raises:
+            InvalidRequest: the place cannot keep a field of it.
+        """
         ...
 
     async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
@@ -65,17 +65,18 @@ class Backend(Protocol):
         ...
 
     async def deregister(self, lease_id: str) -> int:
-        """Take a worker out; the revision that first lacks it."""
+        """Take a member out; the revision that first lacks it."""
         ...
 
     async def view(self) -> View:
         """The view at this moment."""
         ...
 
-    async def subscribe(self) -> Subscription:
-        """Begin to watch.
+    async def subscribe(self, known: Known | None = None) -> Subscription:
+        """Begin to watch, as one who holds the view `known`.
 
         Raises:
             Overloaded: there are too many watchers.
+            RevisionAhead: `known` is ahead of this replica.
         """
         ...
