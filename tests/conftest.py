@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
+
+from tandem.errors import StartError
+from tandem.runtime.consul_binary import find_consul
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
 """Pools that live as long as the process, whoever used them first."""
@@ -44,3 +49,14 @@ def no_thread_is_left() -> Iterator[None]:
     yield
     left = [t.name for t in set(threading.enumerate()) - before if not t.daemon and not t.name.startswith(KEPT_THREADS)]
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def consul_binary() -> Path:
+    """Consul's binary, fetched when there is none. Where it cannot be had a test is skipped; in CI it fails."""
+    try:
+        return find_consul(tell=print)
+    except StartError as problem:
+        if os.environ.get("CI"):
+            pytest.fail(str(problem))
+        pytest.skip(str(problem))
