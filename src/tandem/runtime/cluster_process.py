@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -32,6 +33,7 @@ MODULES = {
     "frontend": "tandem_frontend",
     "edge": "tandem.edge",
 }
+CONSUL_SECRETS = frozenset({"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_AUTH"})
 LOGGED = re.compile(r"\d{4}-\d\d-\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ (.*)")
 
 
@@ -55,6 +57,8 @@ class ClusterProcess:
         self.state = ProcessState.STARTING
         self.address = ""
         """host:port, once ready."""
+        self.secrets: dict[str, str] = {}
+        """Variables of this process only; a command line is open to everybody on the machine."""
         self._announce = log_directory / f"{name}.announce.json"
         self._log_begin_bytes = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -79,22 +83,32 @@ class ClusterProcess:
         """Start it; `wait_ready` tells when it serves. `run` is the cluster's directory for temporary files."""
         self.state = ProcessState.STARTING
         self._announce.unlink(missing_ok=True)
-        flags = {**self.flags, "announce-file": str(self._announce)}
-        arguments = [f"--{key}={value}" for key, value in flags.items()]
         with self.log.open("ab") as log:
             self._log_begin_bytes = log.tell()
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                MODULES[self.role],
-                *arguments,
+                *self._command(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 # Ctrl-C in the terminal is for the parent, which drains its children in order.
                 start_new_session=True,
-                env={**os.environ, parent.VARIABLE: str(os.getpid()), run_directory.VARIABLE: str(run)},
+                env=self._environment(run),
+                preexec_fn=self._before_exec(),
             )
+
+    def _command(self) -> list[str]:
+        flags = {**self.flags, "announce-file": str(self._announce)}
+        return [sys.executable, "-m", MODULES[self.role], *(f"--{key}={value}" for key, value in flags.items())]
+
+    def _environment(self, run: Path) -> dict[str, str]:
+        """This process's, without what is only for Consul, and with what is only for this one."""
+        inherited = {key: value for key, value in os.environ.items() if key not in CONSUL_SECRETS}
+        own = {parent.VARIABLE: str(os.getpid()), run_directory.VARIABLE: str(run)}
+        return {**inherited, **own, **self.secrets}
+
+    def _before_exec(self) -> Callable[[], None] | None:
+        """What the child does before the program begins; a service ties itself to its parent."""
+        return None
 
     async def wait_ready(self) -> None:
         """Return when it serves.
@@ -104,8 +118,7 @@ class ClusterProcess:
             StartError: it ended first; the message is its own last sentence.
         """
         assert self._process is not None, "wait_ready() before start()"
-        # A file's appearance is nothing that asyncio can wait for.
-        while not self._announce.exists():
+        while (address := await self._serving_at()) is None:
             if self._process.returncode is not None:
                 self.state = ProcessState.ENDED
                 words = self.last_words() or f"{self._ending()} and said nothing; log: {self.log}"
@@ -113,8 +126,15 @@ class ClusterProcess:
                     raise ConfigError(f"a setting of {self.name}", words)
                 raise StartError(f"{self.name} did not start: {words}")
             await asyncio.sleep(ANNOUNCE_POLL_S)
-        self.address = json.loads(self._announce.read_text())["address"]
+        self.address = address
         self.state = ProcessState.READY
+
+    async def _serving_at(self) -> str | None:
+        """Its address; None while it does not serve. A file's appearance is nothing that asyncio can wait for."""
+        if not self._announce.exists():
+            return None
+        address: str = json.loads(self._announce.read_text())["address"]
+        return address
 
     async def wait_ended(self) -> int:
         """Return its exit status when it ends; nothing of its group is left then."""
@@ -158,17 +178,20 @@ class ClusterProcess:
 
     def last_words(self) -> str | None:
         """The last line of this start's log that can say why it ended; None when none can."""
-        lines: list[str] = []
-        if self.log.exists():
-            with self.log.open("rb") as log:
-                log.seek(self._log_begin_bytes)
-                lines = log.read().decode(errors="replace").splitlines()
         program = f"tandem-{MODULES[self.role].removeprefix('tandem').lstrip('_.')}: "
-        for line in reversed(lines):
+        for line in reversed(self._lines()):
             logged = LOGGED.fullmatch(line.strip())
             if line.strip() and (logged is None or logged[1] in ("ERROR", "CRITICAL")):
                 return (logged[2] if logged else line.strip()).removeprefix(program)
         return None
+
+    def _lines(self) -> list[str]:
+        """What this start has logged."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as log:
+            log.seek(self._log_begin_bytes)
+            return log.read().decode(errors="replace").splitlines()
 
     def _ending(self) -> str:
         status = self.exit_status

@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from tandem.errors import ConfigError, StartError
 from tandem.tls.paths import CA_NAME, certificate_file, key_file
 
-NAMES = ("registry", "frontend", "prefill", "decode", "edge", "client")
+NAMES = ("registry", "frontend", "prefill", "decode", "edge", "consul", "client")
 DAYS_MAX = 825
 CA_DAYS = 3650
 CLOCK_SKEW = timedelta(minutes=5)
