@@ -30,7 +30,7 @@ NEEDED = ["--registry", "a:1", "--model", "m"]
         (["--canary-timeout-s", "0"], "canary_timeout_s: must be a number above 0, up to 600, not '0'"),
         (["--drain-timeout-s", "nan"], "drain_timeout_s: must be a number from 0 to 3600, not 'nan'"),
         (["--model-name", ""], "model_name: must be 1 to 128 characters long, not ''"),
-        (["--registry", "nowhere"], "registry: 'nowhere' is not host:port"),
+        (["--registry", "nowhere"], "registry: 'nowhere' is neither host:port nor srv://NAME@HOST:PORT"),
         (["--engine-extra", "[]"], "engine_extra: must be a JSON object"),
     ],
 )

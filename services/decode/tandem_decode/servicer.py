@@ -28,6 +28,6 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def Decode(self, request: pb.DecodeRequest, context: Any) -> AsyncIterator[pb.DecodeResponse]:  # noqa: N802
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
         async with contextlib.aclosing(self._decode.admit(request.leg)) as batches:
-            yield pb.DecodeResponse(accepted=accepted(self._worker))
+            yield pb.DecodeResponse(accepted=accepted(self._worker, request.leg))
             async for event in leg_events(batches):
                 yield pb.DecodeResponse(**event)

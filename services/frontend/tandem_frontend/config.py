@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tandem.config import RpcServiceConfig
-from tandem.rpc.addresses import Addresses
+from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
 REQUEST_BYTES_BASE = 2**20
 REQUEST_BYTES_PER_TOKEN = 16
@@ -16,7 +16,7 @@ REQUEST_BYTES_PER_TOKEN = 16
 class FrontendConfig(RpcServiceConfig):
     """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
 
-    registry: Addresses = Field(description="host:port of the registry, or several separated by commas")
+    registry: Addresses = Field(description=REGISTRY_TEXT)
     model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
     model_name: str | None = Field(
         None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"

@@ -28,6 +28,6 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.PrefillResponse]:  # noqa: N802
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
         async with contextlib.aclosing(self._prefill.admit(request.leg)) as batches:
-            yield pb.PrefillResponse(accepted=accepted(self._worker))
+            yield pb.PrefillResponse(accepted=accepted(self._worker, request.leg))
             async for event in leg_events(batches):
                 yield pb.PrefillResponse(**event)

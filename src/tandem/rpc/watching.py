@@ -1,6 +1,7 @@
 """The watch of frontends and tools: keeps a registry's view up to date, and keeps it when the registry is gone.
 
-Owns the stream, the order of addresses and the waiting; the merge is `tandem.rpc.registry_view`. Chooses no worker.
+Owns the stream and the waiting. The merge is `tandem.rpc.registry_view`, the order of addresses
+`tandem.rpc.address_book`. Chooses no worker.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import grpc
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
-from tandem.errors import DeadlinePassed, ServiceError, TandemError
+from tandem.errors import DeadlinePassed, RevisionAhead, ServiceError, TandemError
 from tandem.model.worker import Worker
+from tandem.rpc.address_book import AddressBook
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.rpc.messages import worker_from_proto
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_TIMEOUT_S = 3.0
 """A registry that is frozen accepts connections and never answers; the next address gets its turn after this."""
+AHEAD_PATIENCE_S = 3.0
+"""Replicas that are behind catch up in less. Where all of them stay behind, what they have is the truth by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +62,21 @@ class WorkerWatch:
         """Makes no connection yet.
 
         Args:
-            addresses: host:port of each registry; tried in order, then from the first again.
+            addresses: of registries, as settings have them; another one is tried when one fails.
             tls: what is presented to a registry that asks for certificates.
             on_change: called with all workers after each change of the view; must not raise.
             clock: for `state` and the time of unconfirmed workers.
-            confirm_grace_s: how long another registry process may not list a worker before the worker is dropped.
+            confirm_grace_s: how long a worker may be missing from what is no proof of its absence.
             rng: spreads reconnections.
         """
-        assert addresses, "a watch needs the address of a registry"
-        self._addresses = tuple(addresses)
+        self._book = AddressBook(addresses, clock=clock, rng=rng)
         self._on_change = on_change
         self._clock = clock
         self._view = RegistryView(clock, confirm_grace_s)
         self._backoff = Backoff(rng=rng)
         self._state = WatchState(is_live=False, since_s=clock())
+        self._ahead_since_s: float | None = None
+        """Since when registries have said that they know less than this watch."""
         self._workers: tuple[Worker, ...] = ()
         self._changed = asyncio.Event()
         self._channels = Channels(tls)
@@ -130,30 +135,44 @@ class WorkerWatch:
 
     async def _follow(self) -> None:
         """Try the addresses in turn for ever; one line in the log for an outage, one for its end."""
-        attempt = 0
         is_outage_told = False
         while True:
-            address, asked_s = self._addresses[attempt % len(self._addresses)], 0.0
+            asked_s = 0.0
             try:
-                await self._watch(address)
+                await self._watch(await self._book.current())
             except TandemError as problem:
+                if isinstance(problem, RevisionAhead):
+                    self._note_ahead()
                 if self._state.is_live or not is_outage_told:
-                    log.warning("registry %s: %s; keeping %d known workers", address, problem, len(self._workers))
+                    log.warning("registry %s: %s; keeping %d known workers", self._book, problem, len(self._workers))
                     is_outage_told = True
                 self._set_live(False)
                 asked_s = problem.retry_delay_s or 0.0
-            attempt += 1
+            self._book.failed()
             await asyncio.sleep(max(asked_s, self._backoff.next_s()))
+
+    def _note_ahead(self) -> None:
+        if self._ahead_since_s is None:
+            self._ahead_since_s = self._clock()
+
+    def _request(self) -> pb.WatchRequest:
+        """What is known goes along, so that no replica that lags behind takes the view back in time."""
+        request = pb.WatchRequest()
+        is_patient = self._ahead_since_s is None or self._clock() - self._ahead_since_s < AHEAD_PATIENCE_S
+        if self._view.registry_id is not None and is_patient:
+            request.known_registry_id, request.known_revision = self._view.registry_id, self._view.revision
+        return request
 
     async def _watch(self, address: str) -> None:
         """Follow one stream to its end, which is always an error."""
-        call = RegistryServiceStub(self._channels.get(address)).Watch(pb.WatchRequest())
+        call = RegistryServiceStub(self._channels.get(address)).Watch(self._request())
         try:
             async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
                 first = await call.read()
             if not _is_step(first) or first.WhichOneof("event") != "snapshot":
                 raise ServiceError("the stream did not begin with a snapshot")
             self._apply(first)
+            self._ahead_since_s = None
             self._set_live(True)
             self._backoff.reset()
             log.info("registry %s: following %s, %d workers", address, first.registry_id, len(self._workers))
@@ -174,7 +193,9 @@ class WorkerWatch:
             self._view.apply_snapshot(step.registry_id, step.revision, _readable(step.snapshot.workers))
         else:
             removed = [(gone.worker_id, gone.epoch) for gone in step.delta.removed]
-            self._view.apply_delta(step.registry_id, step.revision, _readable(step.delta.upserted), removed)
+            previous = step.previous_revision if step.HasField("previous_revision") else step.revision - 1
+            upserted = _readable(step.delta.upserted)
+            self._view.apply_delta(step.registry_id, previous, step.revision, upserted, removed)
         self._tell()
 
     def _tell(self) -> None:

@@ -17,6 +17,12 @@ class Clock(Protocol):
 monotonic: Clock = time.monotonic
 
 
+def since_boot() -> float:
+    """Monotonic seconds that go on while the machine sleeps, where it can tell; for leases, which go on elsewhere."""
+    clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock_id)
+
+
 class ManualClock:
     """A clock that goes only when told to."""
 

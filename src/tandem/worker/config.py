@@ -15,7 +15,7 @@ from tandem.config import RpcServiceConfig
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
 from tandem.model.worker import WORKER_ID_PATTERN, WorkerRole
-from tandem.rpc.addresses import Addresses
+from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
 
 def _parse_extra(value: Any) -> Any:
@@ -31,7 +31,7 @@ def _parse_extra(value: Any) -> Any:
 class WorkerConfig(RpcServiceConfig):
     """Settings every worker has."""
 
-    registry: Addresses = Field(description="host:port of the registry, or several separated by commas")
+    registry: Addresses = Field(description=REGISTRY_TEXT)
     worker_id: str | None = Field(
         None,
         pattern=f"^{WORKER_ID_PATTERN}$",

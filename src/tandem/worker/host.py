@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from tandem.model.worker import Worker, WorkerRole, WorkerState, default_worker_
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.worker.config import WorkerConfig
+from tandem.worker.identity import Identity, next_epoch
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 
@@ -47,6 +47,7 @@ class WorkerHost:
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
+        self._heart: asyncio.Task[None] | None = None
         self._drain_asked = asyncio.Event()
 
     @property
@@ -68,13 +69,16 @@ class WorkerHost:
         await self._engine.start()
         await self._pass_canary()
         worker = self._describe()
-        self._legs = Legs(self._engine, worker)
-        servicer = WorkerServicer(self._engine, self._legs, worker, self._drain_asked.set)
+        registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
+        identity = Identity(worker, registration)
+        self._legs = Legs(self._engine, identity)
+        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         server.add(*self._role_service(self._engine, self._legs, worker))
         await server.serve()
         await server.set_serving(True)
-        await self._register(worker)
+        self._heart = asyncio.create_task(identity.beat(), name="heartbeat")
+        await self._register(registration)
 
     async def drain(self) -> bool:
         """See the module. Returns whether every leg ended within the drain's bound."""
@@ -91,6 +95,9 @@ class WorkerHost:
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
+        if self._heart is not None:
+            self._heart.cancel()
+            await asyncio.wait({self._heart})
         if self._registration is not None:
             await self._registration.close()
         if self._server is not None:
@@ -134,8 +141,7 @@ class WorkerHost:
         except EngineFailed as problem:
             raise StartError(f"the engine failed its canary: {problem}") from None
 
-    async def _register(self, worker: Worker) -> None:
-        registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
+    async def _register(self, registration: Registration) -> None:
         await registration.start()
         trouble = await _first(registration.wait_registered(), registration.wait_fenced(), self._engine.wait_failed())
         if trouble is not None:
@@ -148,8 +154,7 @@ class WorkerHost:
         bootstrap = self._engine.bootstrap_address()
         return Worker(
             worker_id=self._config.worker_id or default_worker_id(self._role, self.address),
-            # Grows with every start, as long as this machine's clock does.
-            epoch=time.time_ns() // 1_000_000,
+            epoch=next_epoch(),
             role=self._role,
             address=self.address,
             capabilities=self._engine.capabilities(),

@@ -53,9 +53,9 @@ def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> Engi
     )
 
 
-def accepted(worker: Worker) -> leg_pb2.LegAccepted:
-    """The first event of every leg."""
-    return leg_pb2.LegAccepted(worker_id=worker.worker_id, epoch=worker.epoch)
+def accepted(worker: Worker, leg: leg_pb2.LegRequest) -> leg_pb2.LegAccepted:
+    """The first event of every leg: it was admitted, so the epoch it names is the worker's."""
+    return leg_pb2.LegAccepted(worker_id=worker.worker_id, epoch=leg.worker_epoch)
 
 
 async def leg_events(batches: AsyncIterator[TokenBatch]) -> AsyncIterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The legs a worker has open: who asked for them, which engine request each one is, and how they end.
 
 Owns the checks that need no engine (epoch, model, drain), the table of open legs, and the facts an error carries
-(leg, worker, attempt, room). Knows no gRPC and no role: what a leg asks of the engine comes in as an EngineRequest.
+(leg, worker, attempt, room). Which epoch counts is `identity`'s. Knows no gRPC and no role: what a leg asks of the
+engine comes in as an EngineRequest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, cast
 from tandem.engine.port import Engine
 from tandem.errors import Draining, EngineFailed, InvalidRequest, LegFailed, ModelNotFound, StaleEpoch, TandemError
 from tandem.model.generation import EngineRequest, TokenBatch
-from tandem.model.worker import Worker
+from tandem.worker.identity import Identity
 
 LegKey = tuple[str, int]
 """Request id and attempt."""
@@ -23,9 +24,9 @@ LegKey = tuple[str, int]
 class Legs:
     """Open legs of one worker."""
 
-    def __init__(self, engine: Engine, worker: Worker) -> None:
+    def __init__(self, engine: Engine, identity: Identity) -> None:
         self._engine = engine
-        self._worker = worker
+        self._identity = identity
         self._open: dict[LegKey, str] = {}
         self._is_closed = False
         self._changed = asyncio.Event()
@@ -41,7 +42,7 @@ class Legs:
         Raises:
             StaleEpoch
         """
-        worker = self._worker
+        worker = self._identity.current()
         if worker_epoch != worker.epoch:
             raise StaleEpoch(
                 f"worker {worker.worker_id} is now in epoch {worker.epoch}, not {worker_epoch}",
@@ -56,8 +57,8 @@ class Legs:
         Raises:
             StaleEpoch, ModelNotFound, Draining
         """
-        worker = self._worker
         self.check_epoch(worker_epoch)
+        worker = self._identity.current()
         if model != worker.capabilities.model:
             raise ModelNotFound(
                 f"worker {worker.worker_id} serves {worker.capabilities.model}, not {model}", model=model
@@ -115,9 +116,10 @@ class Legs:
         changed.set()
 
     def _located(self, problem: TandemError, key: LegKey, request: EngineRequest) -> TandemError:
+        worker = self._identity.current()
         facts: dict[str, Any] = {
-            "leg": self._worker.role.value,
-            "worker": self._worker.worker_id,
+            "leg": worker.role.value,
+            "worker": worker.worker_id,
             "attempt": key[1],
             "room": request.bootstrap.room if request.bootstrap else None,
         }

@@ -12,8 +12,8 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine, KvEvent
 from tandem.errors import InvalidRequest
-from tandem.model.worker import Worker
 from tandem.rpc.messages import present, timestamp, worker_to_proto
+from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
@@ -33,16 +33,16 @@ LOAD_FIGURES = (
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
     """Each method is one contract of worker_service.proto."""
 
-    def __init__(self, engine: Engine, legs: Legs, worker: Worker, ask_drain: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, legs: Legs, identity: Identity, ask_drain: Callable[[], None]) -> None:
         """`ask_drain` makes the process drain and end."""
         self._engine = engine
         self._legs = legs
-        self._worker = worker
+        self._identity = identity
         self._ask_drain = ask_drain
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:  # noqa: N802
         """Who this worker is."""
-        return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._worker))
+        return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._identity.current()))
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
         """The load now, and then at each interval."""
@@ -96,7 +96,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         return pb.WatchLoadResponse(
             sequence=sequence,
             measured_time=timestamp(time.time()),
-            epoch=self._worker.epoch,
+            epoch=self._identity.current().epoch,
             open_legs=self._legs.open_count,
             **figures,
         )

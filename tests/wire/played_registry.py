@@ -1,0 +1,89 @@
+"""A registry that answers what a test tells it to, over a real socket, and remembers what it was asked and when."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
+from tandem.errors import TandemError, WorkerNotFound
+from tandem.model.worker import Worker
+from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.server import RpcServer
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
+
+
+class PlayedRegistry(pb_grpc.RegistryServiceServicer):
+    """Grants every lease; what it says to a watch and to signs of life can be set."""
+
+    def __init__(self, registry_id: str = "played", ttl_s: float = 5.0) -> None:
+        self.registry_id = registry_id
+        self.ttl_s = ttl_s
+        self.address = ""
+        self.revision = 0
+        self.workers: tuple[Worker, ...] = ()
+        self.steps: asyncio.Queue[pb.WatchResponse] = asyncio.Queue()
+        self.watch_error: Callable[[pb.WatchRequest], TandemError | None] = lambda request: None
+        self.watched: list[pb.WatchRequest] = []
+        self.registered: list[tuple[float, pb.RegisterRequest]] = []
+        """Time of arrival and request."""
+        self.leases: set[str] = set()
+        self.ending = asyncio.Event()
+        """Ends every stream with an error."""
+
+    async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
+        self.registered.append((time.monotonic(), request))
+        lease_id = f"{request.worker.worker_id}.{request.worker.epoch}.{len(self.registered)}"
+        self.leases.add(lease_id)
+        return pb.RegisterResponse(lease_id=lease_id, time_to_live=_duration(self.ttl_s), revision=1)
+
+    async def KeepAlive(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Any
+    ) -> AsyncIterator[pb.KeepAliveResponse]:
+        async for request in request_iterator:
+            if request.lease_id not in self.leases:
+                raise WorkerNotFound("no such lease")
+            yield pb.KeepAliveResponse(time_to_live=_duration(self.ttl_s))
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
+        self.watched.append(request)
+        error = self.watch_error(request)
+        if error is not None:
+            raise error
+        snapshot = pb.ViewSnapshot(workers=map(worker_to_proto, self.workers))
+        yield pb.WatchResponse(registry_id=self.registry_id, revision=self.revision, snapshot=snapshot)
+        while True:
+            yield await self.steps.get()
+
+    def step(self, previous: int | None, revision: int, upserted: Iterable[Worker] = ()) -> None:
+        """Send a delta to whoever watches."""
+        delta = pb.ViewDelta(upserted=map(worker_to_proto, upserted))
+        step = pb.WatchResponse(registry_id=self.registry_id, revision=revision, delta=delta)
+        if previous is not None:
+            step.previous_revision = previous
+        self.steps.put_nowait(step)
+
+
+@asynccontextmanager
+async def play_registry(registry: PlayedRegistry, port: int = 0) -> AsyncIterator[PlayedRegistry]:
+    server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
+    await server.start("127.0.0.1", port)
+    registry.address = f"127.0.0.1:{server.port}"
+    try:
+        yield registry
+    finally:
+        await server.stop(0)
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
