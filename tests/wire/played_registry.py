@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -33,17 +33,31 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
         self.steps: asyncio.Queue[pb.WatchResponse] = asyncio.Queue()
         self.watch_error: Callable[[pb.WatchRequest], TandemError | None] = lambda request: None
         self.watched: list[pb.WatchRequest] = []
-        self.registered: list[tuple[float, pb.RegisterRequest]] = []
-        """Time of arrival and request."""
+        self.registered: list[tuple[float, str, int]] = []
+        """Time of arrival, id and epoch."""
         self.leases: set[str] = set()
-        self.ending = asyncio.Event()
-        """Ends every stream with an error."""
+        self.stop: Callable[[], Awaitable[None]]
+        """Goes away, while `play_registry` serves it."""
+        self.register_error: Callable[[str, int], TandemError | None] = lambda member_id, epoch: None
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
-        self.registered.append((time.monotonic(), request))
-        lease_id = f"{request.worker.worker_id}.{request.worker.epoch}.{len(self.registered)}"
-        self.leases.add(lease_id)
+        lease_id = self._grant(request.worker.worker_id, request.worker.epoch)
         return pb.RegisterResponse(lease_id=lease_id, time_to_live=_duration(self.ttl_s), revision=1)
+
+    async def RegisterFrontend(  # noqa: N802
+        self, request: pb.RegisterFrontendRequest, context: Any
+    ) -> pb.RegisterFrontendResponse:
+        lease_id = self._grant(request.frontend.frontend_id, request.frontend.epoch)
+        return pb.RegisterFrontendResponse(lease_id=lease_id, time_to_live=_duration(self.ttl_s))
+
+    def _grant(self, member_id: str, epoch: int) -> str:
+        self.registered.append((time.monotonic(), member_id, epoch))
+        error = self.register_error(member_id, epoch)
+        if error is not None:
+            raise error
+        lease_id = f"{member_id}.{epoch}.{len(self.registered)}"
+        self.leases.add(lease_id)
+        return lease_id
 
     async def KeepAlive(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Any
@@ -52,6 +66,10 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
             if request.lease_id not in self.leases:
                 raise WorkerNotFound("no such lease")
             yield pb.KeepAliveResponse(time_to_live=_duration(self.ttl_s))
+
+    async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
+        self.leases.discard(request.lease_id)
+        return pb.DeregisterResponse(revision=1)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         self.watched.append(request)
@@ -77,6 +95,7 @@ async def play_registry(registry: PlayedRegistry, port: int = 0) -> AsyncIterato
     server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
     await server.start("127.0.0.1", port)
     registry.address = f"127.0.0.1:{server.port}"
+    registry.stop = partial(server.stop, 0)
     try:
         yield registry
     finally:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import tandem
 from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
-from tandem.model.worker import Worker, WorkerRole, WorkerState, default_worker_id
+from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.worker.config import WorkerConfig
@@ -151,13 +152,15 @@ class WorkerHost:
         await self._drain_asked.wait()
 
     def _describe(self) -> Worker:
-        bootstrap = self._engine.bootstrap_address()
+        bootstrap, capabilities = self._engine.bootstrap_address(), self._engine.capabilities()
         return Worker(
             worker_id=self._config.worker_id or default_worker_id(self._role, self.address),
             epoch=next_epoch(),
             role=self._role,
             address=self.address,
-            capabilities=self._engine.capabilities(),
+            capabilities=capabilities,
+            capabilities_digest=capabilities_digest(capabilities),
+            release=tandem.__version__,
             bootstrap_host=bootstrap.host if bootstrap else None,
             bootstrap_port=bootstrap.port if bootstrap else None,
         )

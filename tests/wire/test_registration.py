@@ -1,0 +1,141 @@
+"""A place in the registry: how it is kept, lost and taken again, by one member and by a whole fleet at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from played_registry import PlayedRegistry, play_registry
+from registry_host import make_worker, port_of
+
+from tandem.errors import DuplicateWorker, TandemError
+from tandem.model.frontend import Frontend
+from tandem.model.worker import WorkerState
+from tandem.rpc.registry_client import Registration
+from tandem.testing.eventually import assert_eventually
+
+FLEET = 60
+FRONTEND = Frontend(frontend_id="frontend-0", epoch=1, address="frontend-0:1", model="tiny")
+
+
+@asynccontextmanager
+async def registered(registries: Sequence[PlayedRegistry], *members: Any, **options: Any) -> AsyncIterator[Any]:
+    addresses = [registry.address for registry in registries]
+    places = [Registration(addresses, m, rng=random.Random(n), **options) for n, m in enumerate(members)]
+    try:
+        for place in places:
+            await place.start()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(place.wait_registered() for place in places))
+        yield places[0] if len(places) == 1 else places
+    finally:
+        await asyncio.gather(*(place.close() for place in places))
+
+
+def arrivals(registry: PlayedRegistry) -> list[float]:
+    return sorted(time_s for time_s, *_ in registry.registered)
+
+
+def busiest(times: Sequence[float], window_s: float) -> int:
+    """Most arrivals within any stretch of that length."""
+    return max(sum(begin <= time_s < begin + window_s for time_s in times) for begin in times)
+
+
+async def test_a_fleet_whose_leases_are_lost_does_not_register_in_one_moment() -> None:
+    registry = PlayedRegistry()
+    fleet = [make_worker(f"w{number}") for number in range(FLEET)]
+    async with play_registry(registry), registered([registry], *fleet) as places:
+        registry.leases.clear()
+        registry.registered.clear()
+        # All of them have something to say at the same moment, and hear that their leases are over.
+        await asyncio.gather(*(place.set_state(WorkerState.DRAINING, timeout_s=0) for place in places))
+        await assert_eventually(lambda: len(registry.registered) == FLEET, within_s=10)
+        times = arrivals(registry)
+        # Drawn from one second; without the draw they come within a tenth.
+        assert times[-1] - times[0] > 0.6
+        assert busiest(times, 0.1) < FLEET / 3
+
+
+async def test_a_fleet_whose_registry_was_started_again_does_not_come_back_in_one_moment() -> None:
+    former, new = PlayedRegistry(), PlayedRegistry()
+    fleet = [make_worker(f"w{number}") for number in range(FLEET)]
+    async with play_registry(former), registered([former], *fleet) as places:
+        port = port_of(former.address)
+        await former.stop()
+        async with play_registry(new, port):
+            await assert_eventually(lambda: len(new.registered) == FLEET, within_s=15)
+            times = arrivals(new)
+            assert times[-1] - times[0] > 0.8
+            assert busiest(times, 0.1) < FLEET / 3
+            assert all(place.registered for place in places)
+
+
+async def test_a_new_epoch_is_registered_at_once_and_the_old_lease_forgotten() -> None:
+    registry = PlayedRegistry(ttl_s=30)
+    async with play_registry(registry), registered([registry], make_worker(epoch=3)) as place:
+        place.renew(8)
+        assert not place.registered
+        await asyncio.wait_for(place.wait_registered(), 2)
+        assert [epoch for *_, epoch in registry.registered] == [3, 8]
+        assert place.registered
+
+
+async def test_a_member_that_was_replaced_while_it_slept_ends_though_its_new_epoch_is_later() -> None:
+    registry = PlayedRegistry()
+
+    def held(member_id: str, epoch: int) -> TandemError | None:
+        return DuplicateWorker("held", worker=member_id, epoch=5, address="elsewhere:1") if epoch > 3 else None
+
+    async with play_registry(registry), registered([registry], make_worker(epoch=3)) as place:
+        registry.register_error = held
+        place.renew(8)
+        assert "replaced by a newer start" in await asyncio.wait_for(place.wait_fenced(), 2)
+
+
+async def test_a_grant_that_was_lost_on_the_way_is_not_taken_for_a_replacement() -> None:
+    registry = PlayedRegistry()
+    worker = make_worker(epoch=3)
+
+    def held_by_itself(member_id: str, epoch: int) -> TandemError | None:
+        is_first = sum(known == 8 for *_, known in registry.registered) == 1
+        held = DuplicateWorker("held", worker=member_id, epoch=8, address=worker.address)
+        return held if epoch == 8 and is_first else None
+
+    async with play_registry(registry), registered([registry], worker) as place:
+        registry.register_error = held_by_itself
+        place.renew(8)
+        await asyncio.wait_for(place.wait_registered(), 5)
+        assert place.fenced is None
+
+
+async def test_another_registry_is_called_when_one_is_gone() -> None:
+    first, second = PlayedRegistry(), PlayedRegistry()
+    async with play_registry(first), play_registry(second), registered([first, second], make_worker()) as place:
+        assert not second.registered
+        await first.stop()
+        await assert_eventually(lambda: second.registered, within_s=10)
+        await assert_eventually(lambda: place.registered)
+
+
+async def test_a_frontend_whose_place_is_taken_goes_on_trying() -> None:
+    registry = PlayedRegistry(ttl_s=0.3)
+    async with play_registry(registry), registered([registry], FRONTEND, may_be_fenced=False) as place:
+        registry.register_error = lambda member_id, epoch: DuplicateWorker("held", epoch=99, address="elsewhere:1")
+        registry.leases.clear()
+        await assert_eventually(lambda: len(registry.registered) >= 3, within_s=10)
+        assert place.fenced is None
+        registry.register_error = lambda member_id, epoch: None
+        await asyncio.wait_for(place.wait_registered(), 5)
+
+
+@pytest.mark.parametrize("member", [make_worker(), FRONTEND], ids=["worker", "frontend"])
+async def test_leaving_gives_the_lease_back(member: Any) -> None:
+    registry = PlayedRegistry()
+    async with play_registry(registry):
+        async with registered([registry], member):
+            assert len(registry.leases) == 1
+        assert not registry.leases
