@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from calls import Stream, generate, request_of
+from calls import generate, request_of
 from conftest import SIMULATED, running
+from steady_load import CLIENTS, under_load
 
 from tandem.errors import TandemError
 from tandem.rpc import clients
@@ -19,45 +19,6 @@ from tandem.runtime.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
-
-CLIENTS = 6
-
-
-@dataclass
-class Load:
-    """What a steady load of requests has met."""
-
-    streams: list[Stream] = field(default_factory=list)
-    failures: list[TandemError] = field(default_factory=list)
-
-    async def client(self, cluster: LocalCluster, number: int) -> None:
-        while True:
-            try:
-                self.streams.append(await generate(cluster, request_of(f"Once {number}", max_tokens=10)))
-            except TandemError as problem:
-                self.failures.append(problem)
-            await asyncio.sleep(0.01)
-
-    async def wait_streams(self, count: int) -> None:
-        """Return when so many more streams have ended well."""
-        wanted = len(self.streams) + count
-
-        async def ended() -> int:
-            return len(self.streams)
-
-        await assert_eventually(ended, lambda ended: ended >= wanted, within_s=20, what=f"{count} more streams")
-
-
-@contextlib.asynccontextmanager
-async def under_load(cluster: LocalCluster) -> AsyncIterator[Load]:
-    load = Load()
-    tasks = [asyncio.create_task(load.client(cluster, number)) for number in range(CLIENTS)]
-    try:
-        yield load
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
 
 
 async def test_only_the_streams_a_killed_worker_held_fail(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,11 +32,12 @@ from tandem.errors import (
     StaleEpoch,
     TandemError,
 )
-from tandem.model.worker import Worker
+from tandem.model.worker import Start, Worker
 from tandem.runtime.clock import ManualClock
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)
+ACCEPT_TIMEOUT_S = 4.0
 LEG = leg_pb2.LegRequest(request_id="r")
 
 
@@ -44,19 +46,24 @@ class PlayedDispatch:
 
     def __init__(self) -> None:
         self.answers: dict[str, TandemError] = {}
+        self.frozen: set[str] = set()
+        """Workers that answer nothing."""
         self.sent: list[Dispatched] = []
         self.timeouts_s: list[float | None] = []
         self.on_send: Callable[[], None] = lambda: None
 
     def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
         self.on_send()
-        calls = [PlayedCall(self.answers.get(worker.worker_id, ACCEPTED)) for worker in route.workers]
+        calls = [self.call(worker.worker_id) for worker in route.workers]
         prefill_call, decode_call = calls if len(calls) == 2 else (None, calls[0])
         room = len(self.sent) + 1 if prefill_call else 0
         dispatched = Dispatched(route, attempt, room, cast("Any", decode_call), cast("Any", prefill_call))
         self.sent.append(dispatched)
         self.timeouts_s.append(timeout_s)
         return dispatched
+
+    def call(self, worker_id: str) -> PlayedCall:
+        return PlayedCall() if worker_id in self.frozen else PlayedCall(self.answers.get(worker_id, ACCEPTED))
 
     def tried(self, number: int) -> set[str]:
         return {worker.worker_id for worker in self.sent[number].route.workers}
@@ -69,8 +76,16 @@ class Scene:
         self.dispatch = PlayedDispatch()
         refusals = Refusals(self.clock)
         model = ServedModel("m", cast("Any", TOKENIZER), {})
-        routes = Routes(model, lambda: self.workers, refusals, random.Random(7))
-        self.attempts = Attempts(routes, refusals, cast("Dispatch", self.dispatch), 1.0, self.clock)
+        self.unhealthy: set[Start] = set()
+        self.asked: list[str] = []
+        routes = Routes(model, lambda: self.workers, lambda: self.unhealthy, refusals, random.Random(7))
+        self.attempts = Attempts(
+            routes, refusals, cast("Dispatch", self.dispatch), self.answers, ACCEPT_TIMEOUT_S, self.clock
+        )
+
+    async def answers(self, worker: Worker) -> bool:
+        self.asked.append(worker.worker_id)
+        return worker.worker_id not in self.dispatch.frozen
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
         async with self.attempts.taken(LEG, timeout_s) as attempt:
@@ -206,3 +221,47 @@ async def test_attempts_share_the_clients_deadline() -> None:
     with pytest.raises(LegFailed):
         await scene.take(timeout_s=3.0)
     assert scene.dispatch.timeouts_s == [3.0, 1.0]
+
+
+async def test_who_is_unhealthy_is_avoided_but_not_excluded() -> None:
+    scene = pairs(2, 2)
+    scene.unhealthy = {("decode-0", 7), ("prefill-1", 7)}
+    for _ in range(20):
+        assert {worker.worker_id for worker in (await scene.take()).route.workers} == {"prefill-0", "decode-1"}
+    scene.unhealthy |= {("decode-1", 7), ("prefill-0", 7)}
+    routes = [(await scene.take()).route for _ in range(40)]
+    assert {worker.worker_id for route in routes for worker in route.workers} >= {"decode-0", "decode-1", "prefill-1"}
+
+
+async def test_a_leg_does_not_wait_for_a_worker_that_does_not_answer_at_all() -> None:
+    scene = pairs(1, 2)
+    scene.dispatch.frozen = {"decode-0"}
+    began_s = time.monotonic()
+    while "decode-0" not in scene.asked:
+        assert (await scene.take()).route.decode.worker_id == "decode-1"
+    assert time.monotonic() - began_s < ACCEPT_TIMEOUT_S
+    assert scene.asked == ["decode-0"], "who takes its leg is not asked"
+
+
+async def test_a_slow_worker_that_answers_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = pairs(1, 2)
+
+    async def answers(worker: Worker) -> bool:
+        scene.asked.append(worker.worker_id)
+        for sent in scene.dispatch.sent:
+            cast("PlayedCall", sent.decode).say(ACCEPTED)
+        return True
+
+    monkeypatch.setattr(scene.attempts, "_answers", answers)
+    scene.dispatch.frozen = {"decode-0", "decode-1"}
+    assert (await scene.take()).attempt == 1
+    assert len(scene.asked) == 1
+
+
+async def test_a_request_that_has_nowhere_else_to_go_waits_for_a_frozen_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = pairs(1, 1)
+    monkeypatch.setattr(scene.attempts, "_accept_timeout_s", 0.8)
+    scene.dispatch.frozen = {"decode-0"}
+    with pytest.raises(LegFailed, match=r"no answer within 0\.8 s"):
+        await scene.take()
+    assert not scene.asked

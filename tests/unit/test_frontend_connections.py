@@ -17,11 +17,11 @@ async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:
     app = FrontendApp(FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo")))
     try:
         d, p = decode(), prefill()
-        app._forget_gone((d, p))
+        app._follow((d, p))
         former, other = app._channels.get(d.address), app._channels.get(p.address)
-        app._forget_gone((replace(d, state=WorkerState.DRAINING), p))
+        app._follow((replace(d, state=WorkerState.DRAINING), p))
         assert app._channels.get(d.address) is former, "the same start"
-        app._forget_gone((replace(d, epoch=d.epoch + 1), p))
+        app._follow((replace(d, epoch=d.epoch + 1), p))
         assert app._channels.get(d.address) is not former
         assert app._channels.get(p.address) is other
     finally:

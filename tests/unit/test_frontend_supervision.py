@@ -15,6 +15,7 @@ from tandem_frontend.supervision import Attempt
 from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
+from tandem.model.worker import Worker
 from tandem.rpc.leg_calls import LegCall
 
 FINISH = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
@@ -31,7 +32,11 @@ def attempt(decode_call: PlayedCall, prefill_call: PlayedCall | None, accept_tim
     dispatched = Dispatched(
         route, 1, ROOM if prefill_call else 0, cast("LegCall", decode_call), cast("LegCall | None", prefill_call)
     )
-    return Attempt(dispatched, accept_timeout_s)
+
+    async def is_lost(worker: Worker) -> bool:
+        return False
+
+    return Attempt(dispatched, accept_timeout_s, is_lost)
 
 
 async def drain(attempt: Attempt) -> list[int]:

@@ -30,6 +30,7 @@ from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 from tandem_frontend.tokenization import Tokenizer
 
@@ -47,6 +48,7 @@ class FrontendApp:
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
+        self._health = WorkerHealth(self._channels)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
         self._parsers: Parsers | None = None
@@ -77,13 +79,15 @@ class FrontendApp:
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
-        watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._forget_gone)
+        watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._follow)
         await watch.start()
+        await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
-        routes = Routes(model, watch.workers, refusals, rng)
+        routes = Routes(model, watch.workers, self._health.unhealthy, refusals, rng)
         dispatch = Dispatch(self._channels, rng)
-        attempts = Attempts(routes, refusals, dispatch, config.leg_accept_timeout_s, monotonic)
+        answers, timeout_s = self._health.answers, config.leg_accept_timeout_s
+        attempts = Attempts(routes, refusals, dispatch, answers, timeout_s, monotonic)
         generation = Generation(model, self._admission, attempts)
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
@@ -116,6 +120,7 @@ class FrontendApp:
             await self._parsers.stop()
         if self._watch is not None:
             await self._watch.close()
+        await self._health.close()
         await self._channels.close()
 
     async def wait_finished(self) -> str | None:
@@ -123,8 +128,12 @@ class FrontendApp:
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a future that nobody holds cannot be done")
 
-    def _forget_gone(self, workers: tuple[Worker, ...]) -> None:
-        """Close connections to starts that are over; a new one at the same address is not made to wait for theirs."""
+    def _follow(self, workers: tuple[Worker, ...]) -> None:
+        """Follow the health of these, and close connections to starts that are over.
+
+        A new start at the same address is not made to wait for a connection of the former one.
+        """
         starts = {(worker.address, worker.start) for worker in workers}
         self._channels.keep_only({address for address, _ in starts & self._known_starts})
         self._known_starts = starts
+        self._health.follow(workers)

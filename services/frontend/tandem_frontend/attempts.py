@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.errors import TandemError
-from tandem.model.worker import Start
+from tandem.model.worker import Start, Worker
 from tandem.runtime.clock import Clock
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.routing.refusals import Refusals
@@ -28,8 +28,16 @@ class Attempts:
     """Makes attempts at requests."""
 
     def __init__(
-        self, routes: Routes, refusals: Refusals, dispatch: Dispatch, accept_timeout_s: float, clock: Clock
+        self,
+        routes: Routes,
+        refusals: Refusals,
+        dispatch: Dispatch,
+        answers: Callable[[Worker], Awaitable[bool]],
+        accept_timeout_s: float,
+        clock: Clock,
     ) -> None:
+        """`answers` asks a worker that is slow to take its leg whether it serves."""
+        self._answers = answers
         self._routes = routes
         self._refusals = refusals
         self._dispatch = dispatch
@@ -60,7 +68,13 @@ class Attempts:
         route, number = self._routes.first(prompt_tokens), 1
         while True:
             left_s = None if timeout_s is None else max(0.0, timeout_s - (self._clock() - begin_s))
-            attempt = Attempt(self._dispatch.send(route, leg, number, left_s), self._accept_timeout_s)
+
+            async def is_lost(worker: Worker, number: int = number) -> bool:
+                """Whether a worker that is slow does not answer at all, and the request has somewhere else to go."""
+                elsewhere = number < ATTEMPTS_MAX and self._routes.next(prompt_tokens, tried, {*refused, worker.start})
+                return bool(elsewhere) and not await self._answers(worker)
+
+            attempt = Attempt(self._dispatch.send(route, leg, number, left_s), self._accept_timeout_s, is_lost)
             try:
                 return await stack.enter_async_context(attempt)
             except TandemError as problem:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,6 +36,9 @@ T = TypeVar("T")
 PREFILL_FINISH_TIMEOUT_S = 1.0
 """After decode's end, prefill's account is already on its way; the client does not wait for it longer."""
 
+SLOW_ACCEPT_S = 0.5
+"""A worker takes a leg at once, before its engine sees it. One that has not by now may be frozen."""
+
 SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
 """Failures of a leg that are about the request; all others are about the leg."""
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
@@ -54,8 +57,24 @@ class _Leg:
 class Attempt:
     """Both legs of one attempt. Use as an async context manager: leaving it ends both legs, in every phase."""
 
-    def __init__(self, dispatched: Dispatched, accept_timeout_s: float) -> None:
+    def __init__(
+        self,
+        dispatched: Dispatched,
+        accept_timeout_s: float,
+        is_lost: Callable[[Worker], Awaitable[bool]],
+        slow_accept_s: float = SLOW_ACCEPT_S,
+    ) -> None:
+        """Sends nothing: the legs are on their way.
+
+        Args:
+            dispatched: the legs.
+            accept_timeout_s: a worker that has not taken its leg by then has failed.
+            is_lost: asked of a worker that is slow to take its leg: whether to wait no longer.
+            slow_accept_s: when it is.
+        """
         route = dispatched.route
+        self._is_lost = is_lost
+        self._slow_accept_s = slow_accept_s
         self.dispatched = dispatched
         self._accept_timeout_s = accept_timeout_s
         self._decode = _Leg("decode" if route.prefill else "aggregated", route.decode, dispatched.decode)
@@ -127,11 +146,17 @@ class Attempt:
 
     async def _accepted(self, leg: _Leg) -> None:
         """Wait until a leg's worker has taken it."""
+        reading = asyncio.ensure_future(_next(leg))
         try:
             async with asyncio.timeout(self._accept_timeout_s):
-                event = await _next(leg)
+                await asyncio.wait({reading}, timeout=self._slow_accept_s)
+                if not reading.done() and await self._is_lost(leg.worker) and not reading.done():
+                    raise LegFailed("no answer, neither to the leg nor to a question about its health")
+                event = await reading
         except TimeoutError:
             raise LegFailed(f"no answer within {self._accept_timeout_s:g} s") from None
+        finally:
+            reading.cancel()
         if event.WhichOneof("event") != "accepted":
             raise LegFailed("the stream did not begin with accepted")
         leg.phase = "prefill" if self._prefill is None else "bootstrap"

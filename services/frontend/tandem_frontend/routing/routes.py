@@ -24,12 +24,14 @@ class Routes:
         self,
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
+        unhealthy: Callable[[], Collection[Start]],
         refusals: Refusals,
         rng: random.Random,
     ) -> None:
-        """`workers` tells the present view of the registry."""
+        """`workers` tells the present view of the registry, `unhealthy` who of them is better left alone."""
         self._model = model
         self._workers = workers
+        self._unhealthy = unhealthy
         self._refusals = refusals
         self._rng = rng
 
@@ -61,6 +63,6 @@ class Routes:
         return able_to_hold(possible, prompt_tokens)
 
     def _preferred(self, possible: Sequence[Candidate], tried: Collection[Start]) -> Route:
-        for avoided in (self._refusals.recent(), tried):
+        for avoided in (self._unhealthy(), self._refusals.recent(), tried):
             possible = without(possible, avoided) or possible
         return choose(possible, self._rng)

@@ -1,0 +1,149 @@
+"""What a frontend sees of its workers' health by itself, without a registry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from registry_host import make_worker
+from tandem_frontend.routing.worker_health import WorkerHealth
+
+from tandem.model.worker import Start, Worker
+from tandem.rpc.channels import Channels
+from tandem.rpc.server import RpcServer
+from tandem.testing.eventually import assert_eventually
+
+SERVER = """
+import asyncio
+from tandem.rpc.server import RpcServer
+
+async def serve():
+    server = RpcServer()
+    await server.start("127.0.0.1", 0)
+    await server.set_serving(True)
+    print(server.port, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(serve())
+"""
+
+
+@contextlib.asynccontextmanager
+async def serving(port: int = 0) -> AsyncIterator[RpcServer]:
+    server = RpcServer()
+    await server.start("127.0.0.1", port)
+    await server.set_serving(True)
+    try:
+        yield server
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def following(*workers: Worker) -> AsyncIterator[WorkerHealth]:
+    channels = Channels()
+    health = WorkerHealth(channels)
+    try:
+        await health.start()
+        health.follow(workers)
+        yield health
+    finally:
+        await health.close()
+        await channels.close()
+
+
+def worker_at(port: int, worker_id: str = "decode-0") -> Worker:
+    return make_worker(worker_id, address=f"127.0.0.1:{port}")
+
+
+async def unhealthy_is(health: WorkerHealth, *starts: Start, within_s: float) -> None:
+    await assert_eventually(health.unhealthy, lambda seen: seen == set(starts), within_s=within_s)
+
+
+async def settled(health: WorkerHealth) -> None:
+    """Every worker has been asked more than once."""
+    await asyncio.sleep(1.2)
+    assert not health.unhealthy()
+
+
+async def test_a_worker_that_stops_serving_is_known_by_its_word_and_again_when_it_is_back() -> None:
+    async with serving() as server, following(worker := worker_at(server.port)) as health:
+        await settled(health)
+        await server.set_serving(False)
+        await unhealthy_is(health, worker.start, within_s=0.5)
+        await server.set_serving(True)
+        await unhealthy_is(health, within_s=0.5)
+
+
+async def test_a_worker_that_is_gone_is_known_at_once_and_found_again_at_its_address() -> None:
+    async with contextlib.AsyncExitStack() as life, serving() as other:
+        server = await life.enter_async_context(serving())
+        gone = worker_at(server.port)
+        async with following(gone, worker_at(other.port, "decode-1")) as health:
+            await settled(health)
+            await life.aclose()
+            await unhealthy_is(health, gone.start, within_s=0.5)
+            async with serving(server.port):
+                await unhealthy_is(health, within_s=5)
+
+
+async def test_a_worker_that_was_never_there_is_unhealthy() -> None:
+    async with serving() as server:
+        port = server.port
+    async with following(worker := worker_at(port)) as health:
+        await unhealthy_is(health, worker.start, within_s=3)
+
+
+async def test_a_frozen_worker_is_known_within_a_second_and_again_when_it_goes_on() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        worker = worker_at(int(await process.stdout.readline()))
+        async with following(worker) as health:
+            await settled(health)
+            process.send_signal(signal.SIGSTOP)
+            await unhealthy_is(health, worker.start, within_s=1.5)
+            process.send_signal(signal.SIGCONT)
+            await unhealthy_is(health, within_s=3)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_a_worker_is_asked_at_once_when_somebody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large fleet its turn would come much later."""
+    monkeypatch.setattr("tandem_frontend.routing.worker_health.CHECK_INTERVAL_S", 3600.0)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        worker = worker_at(int(await process.stdout.readline()))
+        async with following(worker) as health:
+            assert await health.answers(worker)
+            process.send_signal(signal.SIGSTOP)
+            assert not await health.answers(worker)
+            assert health.unhealthy() == {worker.start}
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_whoever_leaves_the_view_is_forgotten_and_a_new_start_begins_anew() -> None:
+    async with serving() as server:
+        port = server.port
+    async with following(worker := worker_at(port)) as health:
+        await unhealthy_is(health, worker.start, within_s=3)
+        health.follow([replace(worker, epoch=2)])
+        assert not health.unhealthy()
+        await unhealthy_is(health, (worker.worker_id, 2), within_s=3)
+        before = {task.get_name() for task in asyncio.all_tasks()}
+        assert "health-decode-0" in before
+        health.follow([])
+        assert not health.unhealthy()
+        await assert_eventually(
+            lambda: {task.get_name() for task in asyncio.all_tasks()}, lambda names: "health-decode-0" not in names
+        )
