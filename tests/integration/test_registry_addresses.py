@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from consul_agent import consul_agent
+from consul_host import ConsulHost, consul_agent
 
 from tandem.errors import ServiceError
 from tandem.rpc.address_book import AddressBook
@@ -16,30 +16,37 @@ from tandem.rpc.resolving import resolve_srv
 pytestmark = pytest.mark.timeout(60)
 
 
-async def test_consul_tells_more_registries_than_fit_into_its_answers_over_udp(tmp_path: Path) -> None:
-    async with consul_agent(tmp_path) as consul:
+async def register(consul: ConsulHost, service_id: str, port: int, tag: str = "registry") -> None:
+    service = {"ID": service_id, "Name": "tandem", "Tags": [tag], "Address": "127.0.0.1", "Port": port}
+    await consul.access.put("/v1/agent/service/register", service)
+
+
+async def test_consul_tells_more_registries_than_fit_into_its_answers_over_udp(
+    consul_binary: Path, tmp_path: Path
+) -> None:
+    async with consul_agent(consul_binary, tmp_path) as consul:
         for number in range(5):
-            consul.register(f"registry-{number}", 50051 + number, "registry")
-        consul.register("decode-0", 60000, "decode")
-        srv = parse_srv(f"srv://registry.tandem.service.consul@127.0.0.1:{consul.dns_port}")
+            await register(consul, f"registry-{number}", 50051 + number)
+        await register(consul, "decode-0", 60000, "decode")
+        srv = parse_srv(f"srv://registry.tandem.service.consul@{consul.dns}")
         assert srv is not None
         found = await resolve_srv(srv, random.Random(1))
         assert sorted(found) == [f"127.0.0.1:{50051 + number}" for number in range(5)]
 
 
-async def test_a_registry_that_left_is_not_told_and_one_that_came_is(tmp_path: Path) -> None:
-    async with consul_agent(tmp_path) as consul:
-        form = f"srv://registry.tandem.service.consul@127.0.0.1:{consul.dns_port}"
+async def test_a_registry_that_left_is_not_told_and_one_that_came_is(consul_binary: Path, tmp_path: Path) -> None:
+    async with consul_agent(consul_binary, tmp_path) as consul:
+        form = f"srv://registry.tandem.service.consul@{consul.dns}"
         book = AddressBook([form], clock=iter(range(0, 10**6, 100)).__next__)
         with pytest.raises(ServiceError):
             await book.current()
-        consul.register("registry-0", 50051, "registry")
+        await register(consul, "registry-0", 50051)
         assert await book.current() == "127.0.0.1:50051"
-        consul.register("registry-1", 50052, "registry")
-        consul.ask("PUT", "agent/service/deregister/registry-0")
+        await register(consul, "registry-1", 50052)
+        await consul.access.put("/v1/agent/service/deregister/registry-0")
         book.failed()
         assert await book.current() == "127.0.0.1:50052"
         # An agent that has lost its memory knows no registry at all; that is no proof that there is none.
-        consul.ask("PUT", "agent/service/deregister/registry-1")
+        await consul.access.put("/v1/agent/service/deregister/registry-1")
         book.failed()
         assert await book.current() == "127.0.0.1:50052"

@@ -1,7 +1,8 @@
 """Composition root of the frontend: which parts there are, and the order in which they start and stop.
 
-Start: tokenizer, parser host, registry view, server, health SERVING. Drain: NOT_SERVING while requests are still taken
--> settle -> end of admission -> wait for the open requests. Stop: server, parser host, view, channels.
+Start: tokenizer, parser host, registry view, server, health SERVING, and only then its own place in the registry, for
+which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken -> settle -> end of
+admission -> wait for the open requests -> leave the registry. Stop: server, parser host, view, channels.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import logging
 import random
 from functools import partial
 
+import tandem
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
-from tandem.model.worker import Start, Worker
+from tandem.model.frontend import Frontend, default_frontend_id
+from tandem.model.worker import Start, Worker, WorkerState
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
-from tandem.rpc.registry_client import WorkerWatch
+from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.server import RpcServer
-from tandem.runtime.clock import monotonic
+from tandem.runtime.clock import epoch_now, monotonic
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.config import FrontendConfig
@@ -48,6 +51,7 @@ class FrontendApp:
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
+        self._registration: Registration | None = None
         self._health = WorkerHealth(self._channels)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
@@ -96,12 +100,23 @@ class FrontendApp:
         await server.serve()
         await watch.wait_live()
         await server.set_serving(True)
+        await self._register()
 
     async def drain(self) -> bool:
         """See the module. Returns whether every request ended within the drain's bound."""
         assert self._server is not None, "drain() before start()"
+        assert self._registration is not None, "drain() before start()"
+        # A registry that cannot be reached is not waited for.
+        await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
+        try:
+            return await self._finish_requests()
+        finally:
+            await self._registration.close()
+
+    async def _finish_requests(self) -> bool:
+        """Admit no more requests and wait for the open ones. Returns whether all ended within the drain's bound."""
         self._admission.close()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
@@ -114,6 +129,8 @@ class FrontendApp:
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
+        if self._registration is not None:
+            await self._registration.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         if self._parsers is not None:
@@ -127,6 +144,19 @@ class FrontendApp:
         """Never returns: a frontend ends only when it is asked to."""
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a future that nobody holds cannot be done")
+
+    async def _register(self) -> None:
+        """Begin to be found by edges and tools. Clients that know the way are served without."""
+        config = self._config
+        frontend = Frontend(
+            frontend_id=config.frontend_id or default_frontend_id(self.address),
+            epoch=epoch_now(),
+            address=self.address,
+            model=config.served_name,
+            release=tandem.__version__,
+        )
+        self._registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
+        await self._registration.start()
 
     def _follow(self, workers: tuple[Worker, ...]) -> None:
         """Follow the health of these, and close connections to starts that are over.

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tandem.config import RpcServiceConfig
+from tandem.model.worker import WORKER_ID_PATTERN
 from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
 REQUEST_BYTES_BASE = 2**20
@@ -17,6 +18,11 @@ class FrontendConfig(RpcServiceConfig):
     """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
 
     registry: Addresses = Field(description=REGISTRY_TEXT)
+    frontend_id: str | None = Field(
+        None,
+        pattern=f"^{WORKER_ID_PATTERN}$",
+        description="name in the registry, stable over restarts; default: frontend-host-port",
+    )
     model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
     model_name: str | None = Field(
         None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.model.worker import Worker, WorkerState
+from tandem.model.worker import Worker, WorkerState, id_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +37,8 @@ class Frontend:
 
 Member = Worker | Frontend
 """Whoever holds a lease. Ids are unique within one kind, addresses within a cluster."""
+
+
+def default_frontend_id(address: str) -> str:
+    """The name of a frontend that was given none."""
+    return id_at(Frontend.kind, address)

@@ -139,10 +139,15 @@ class EngineLoad:
 
 
 def default_worker_id(role: WorkerRole, address: str) -> str:
-    """The name of a worker that was given none: its role and its address, without what a name may not contain."""
+    """The name of a worker that was given none."""
+    return id_at(role.value, address)
+
+
+def id_at(kind: str, address: str) -> str:
+    """What something is and its address, without what a name may not contain."""
     place = re.sub("[^A-Za-z0-9._-]+", "-", address)
     # Of a host that is too long the end is kept, and with it the port.
-    return f"{role.value}-{place[-(WORKER_ID_CHARS_MAX - len(role.value) - 1) :]}"
+    return f"{kind}-{place[-(WORKER_ID_CHARS_MAX - len(kind) - 1) :]}"
 
 
 def capability_text(value: object) -> str:

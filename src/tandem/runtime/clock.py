@@ -23,6 +23,11 @@ def since_boot() -> float:
     return time.clock_gettime(clock_id)
 
 
+def epoch_now() -> int:
+    """The number of a start that begins now: grows with every start, as long as this machine's clock does."""
+    return time.time_ns() // 1_000_000
+
+
 class ManualClock:
     """A clock that goes only when told to."""
 

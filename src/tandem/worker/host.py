@@ -22,8 +22,9 @@ from tandem.errors import EngineFailed, StartError
 from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
+from tandem.runtime.clock import epoch_now
 from tandem.worker.config import WorkerConfig
-from tandem.worker.identity import Identity, next_epoch
+from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 
@@ -155,7 +156,7 @@ class WorkerHost:
         bootstrap, capabilities = self._engine.bootstrap_address(), self._engine.capabilities()
         return Worker(
             worker_id=self._config.worker_id or default_worker_id(self._role, self.address),
-            epoch=next_epoch(),
+            epoch=epoch_now(),
             role=self._role,
             address=self.address,
             capabilities=capabilities,

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 from tandem.model.worker import Worker
 from tandem.rpc.registry_client import LeaseTime
-from tandem.runtime.clock import Clock, since_boot
+from tandem.runtime.clock import Clock, epoch_now, since_boot
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +44,11 @@ class Leased(Protocol):
         ...
 
 
-def next_epoch() -> int:
-    """Grows with every start, as long as this machine's clock does."""
-    return time.time_ns() // 1_000_000
-
-
 class Identity:
     """The worker as it is now."""
 
     def __init__(
-        self, worker: Worker, place: Leased, *, clock: Clock = since_boot, new_epoch: Callable[[], int] = next_epoch
+        self, worker: Worker, place: Leased, *, clock: Clock = since_boot, new_epoch: Callable[[], int] = epoch_now
     ) -> None:
         self._worker = worker
         self._place = place
