@@ -170,7 +170,7 @@ class MembershipMachine(RuleBasedStateMachine):
                 gone = [removed.member for removed in change.removed]
                 removed = [(member.member_id, member.epoch) for member in gone if isinstance(member, Worker)]
                 upserted = [member for member in change.upserted if isinstance(member, Worker)]
-                watcher.apply_delta("r", change.revision, upserted, removed)
+                watcher.apply_delta("r", change.revision - 1, change.revision, upserted, removed)
             assert watcher.workers() == expected
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import grpc
 import pytest
 from registry_host import make_worker
 from tandem_frontend.routing.worker_health import WorkerHealth
@@ -130,6 +131,19 @@ async def test_a_worker_is_asked_at_once_when_somebody_waits_for_it(monkeypatch:
     finally:
         process.kill()
         await process.wait()
+
+
+async def test_a_channel_that_was_replaced_is_left_and_its_worker_still_followed() -> None:
+    """As after a certificate's renewal: a former channel stays open until nothing uses it."""
+    async with serving() as server, following(worker := worker_at(server.port)) as health:
+        await settled(health)
+        channels = health._channels
+        former = channels.get(worker.address)
+        channels.keep_only(())
+        await assert_eventually(lambda: former.get_state(), lambda s: s is grpc.ChannelConnectivity.SHUTDOWN)
+        assert not health.unhealthy()
+        await server.set_serving(False)
+        await unhealthy_is(health, worker.start, within_s=1)
 
 
 async def test_whoever_leaves_the_view_is_forgotten_and_a_new_start_begins_anew() -> None:

@@ -9,10 +9,11 @@ no view.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 
-from tandem.errors import DeadlinePassed, NotSupported, TandemError
+from tandem.errors import DeadlinePassed, NotSupported, StartError, TandemError
 from tandem.model.worker import Start, Worker
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
@@ -36,6 +37,8 @@ class WorkerHealth:
         self._channels = channels
         self._opening = asyncio.Semaphore(OPENING_MAX)
         self._followed: dict[Start, tuple[Worker, asyncio.Task[None]]] = {}
+        self._on: dict[Start, object] = {}
+        """The channel of each stream."""
         self._down: set[Start] = set()
         """Whose stream of health ended, or who said that it does not serve."""
         self._silent: dict[Start, asyncio.Task[None]] = {}
@@ -58,8 +61,7 @@ class WorkerHealth:
             self._forget(start)
         for start, worker in wanted.items():
             if start not in self._followed:
-                task = asyncio.create_task(self._watch(worker), name=f"health-{worker.worker_id}")
-                self._followed[start] = (worker, task)
+                self._begin(worker)
         self._changed.set()
 
     async def answers(self, worker: Worker) -> bool:
@@ -87,10 +89,23 @@ class WorkerHealth:
         if tasks:
             await asyncio.wait(tasks)
 
+    def _begin(self, worker: Worker) -> None:
+        task = asyncio.create_task(self._watch(worker), name=f"health-{worker.worker_id}")
+        self._followed[worker.start] = (worker, task)
+
+    def _follow_channel(self, worker: Worker) -> None:
+        """Leave a channel that was replaced, as all are when the certificate has been renewed: it waits for that."""
+        channel = self._on.get(worker.start)
+        if channel is not None and channel is not self._channels.get(worker.address):
+            self._on.pop(worker.start)
+            self._followed[worker.start][1].cancel()
+            self._begin(worker)
+
     def _forget(self, start: Start) -> None:
         _, task = self._followed.pop(start)
         task.cancel()
         self._down.discard(start)
+        self._on.pop(start, None)
         asking = self._silent.pop(start, None)
         if asking is not None:
             asking.cancel()
@@ -115,14 +130,15 @@ class WorkerHealth:
         on connecting to one that is, and nothing is to be done until it has.
         """
         is_down = worker.start in self._down
+        channel = self._on[worker.start] = self._channels.get(worker.address)
         watch: HealthWatch | None = None
         try:
-            if not is_down:
-                async with self._opening, asyncio.timeout(OPENING_TIMEOUT_S):
-                    watch = HealthWatch(self._channels.get(worker.address), waits=False)
-                    self._note(worker, "" if await watch.read() else "it says so")
+            if is_down:
+                watch = HealthWatch(channel, waits=True)
             else:
-                watch = HealthWatch(self._channels.get(worker.address), waits=True)
+                async with self._opening, asyncio.timeout(OPENING_TIMEOUT_S):
+                    watch = HealthWatch(channel, waits=False)
+                    self._note(worker, "" if await watch.read() else "it says so")
             while True:
                 self._note(worker, "" if await watch.read() else "it says so")
                 backoff.reset()
@@ -166,6 +182,11 @@ class WorkerHealth:
             pause_s = max(CHECK_INTERVAL_S / max(1, len(workers)), 1 / CHECKS_PER_S_MAX)
             for worker in workers:
                 await asyncio.sleep(pause_s)
-                if worker.start in self._followed and worker.start not in self.unhealthy():
+                if worker.start not in self._followed:
+                    continue
+                # Without usable TLS files there is no channel at all, which the stream itself tells.
+                with contextlib.suppress(StartError):
+                    self._follow_channel(worker)
+                if worker.start not in self._down and worker.start not in self._silent:
                     asked = {task for task in asked if not task.done()}
                     asked.add(asyncio.create_task(self.answers(worker)))
