@@ -20,7 +20,7 @@ TTL_S = 0.2
 @pytest.fixture
 async def backend() -> AsyncIterator[MemoryBackend]:
     backend = MemoryBackend(TTL_S, pending_steps_max=4)
-    await backend.start()
+    await backend.start("")
     yield backend
     await backend.close()
 

@@ -48,8 +48,8 @@ def test_what_is_missing_does_not_show_what_is_given() -> None:
 
 def test_only_what_is_there_is_offered() -> None:
     with pytest.raises(ConfigError) as wrong:
-        config.load(RegistryConfig, "tandem-registry", ["--backend", "consul"], {})
-    assert str(wrong.value) == "backend: must be memory, not 'consul'"
+        config.load(RegistryConfig, "tandem-registry", ["--backend", "etcd"], {})
+    assert str(wrong.value) == "backend: must be memory or consul, not 'etcd'"
 
 
 @pytest.mark.parametrize("config_type", TYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,18 +17,31 @@ from tandem.model.frontend import Frontend
 from tandem.model.worker import Capabilities, Worker, WorkerRole
 from tandem.rpc.messages import frontend_to_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
+from tests.integration.consul_host import ConsulHost
 
 TTL_S = 0.6
 
 
 @asynccontextmanager
-async def serve_registry(port: int = 0, ttl_s: float = TTL_S) -> AsyncIterator[RegistryApp]:
-    app = RegistryApp(RegistryConfig(port=port, lease_ttl_s=ttl_s, drain_settle_s=0.1))
+async def serve_registry(port: int = 0, ttl_s: float = TTL_S, **settings: Any) -> AsyncIterator[RegistryApp]:
+    app = RegistryApp(RegistryConfig(port=port, lease_ttl_s=ttl_s, drain_settle_s=0.1, **settings))
     try:
         await app.start()
         yield app
     finally:
         await app.stop()
+
+
+def consul_settings(consul: ConsulHost) -> dict[str, Any]:
+    """Of a registry over that agent, under a name that no other test uses. Its checks are off: the workers of these
+    tests are names, and nobody listens at their addresses.
+    """
+    return {
+        "backend": "consul",
+        "consul_address": consul.address,
+        "consul_service": f"t-{uuid.uuid4().hex[:12]}",
+        "consul_checks": False,
+    }
 
 
 def port_of(address: str) -> int:

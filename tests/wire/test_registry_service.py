@@ -1,4 +1,4 @@
-"""Each contract of registry_service.proto, over a socket."""
+"""Each contract of registry_service.proto, over a socket, wherever membership is kept."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from registry_host import (
     TTL_S,
+    consul_settings,
     error_of,
     frontend_request,
     make_worker,
@@ -39,9 +40,17 @@ from tandem.rpc.channels import open_channel
 from tandem.rpc.messages import worker_to_proto
 
 
+@pytest.fixture(params=["memory", "consul"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Where membership is kept; in Consul each test has a service name of its own."""
+    if request.param == "memory":
+        return {}
+    return consul_settings(request.getfixturevalue("consul"))
+
+
 @pytest_asyncio.fixture
-async def app() -> AsyncIterator[RegistryApp]:
-    async with serve_registry() as app:
+async def app(settings: dict[str, Any]) -> AsyncIterator[RegistryApp]:
+    async with serve_registry(**settings) as app:
         yield app
 
 
@@ -65,7 +74,7 @@ async def test_register_then_list(stub: Any) -> None:
     assert granted.lease_id
     assert granted.time_to_live.ToNanoseconds() / 1e9 == pytest.approx(TTL_S)
     view = await stub.List(pb.ListRequest())
-    assert view.revision == granted.revision == 1
+    assert view.revision == granted.revision > 0
     assert view.registry_id
     assert view.workers[0].worker == worker_to_proto(make_worker())
     assert 0 <= view.workers[0].lease_age.ToNanoseconds() / 1e9 < TTL_S
@@ -87,7 +96,8 @@ async def test_watch_begins_with_a_snapshot_and_goes_on_with_every_change(stub: 
     gone = await watch.read()
     assert gone.delta.removed[0].reason == pb.REMOVAL_REASON_DEREGISTERED
     steps = [snapshot, replaced, drained, gone]
-    assert [step.revision for step in steps] == [1, 2, 3, 4]
+    assert [step.previous_revision for step in steps[1:]] == [step.revision for step in steps[:-1]]
+    assert snapshot.revision < replaced.revision < drained.revision < gone.revision
     assert {step.registry_id for step in steps} == {snapshot.registry_id}
 
 
@@ -96,16 +106,17 @@ async def test_watch_and_list_can_be_of_one_model(stub: Any) -> None:
     await stub.Register(register_request("b", model="two"))
     assert await listed(stub, "two") == ["b"]
     watch = stub.Watch(pb.WatchRequest(model="two"))
-    assert [worker.worker_id for worker in (await watch.read()).snapshot.workers] == ["b"]
+    first = await watch.read()
+    assert [worker.worker_id for worker in first.snapshot.workers] == ["b"]
     await stub.Register(register_request("a", epoch=2, model="one"))
     await stub.Register(register_request("c", model="two"))
     elsewhere = await watch.read()
-    assert elsewhere.revision == 3
+    assert elsewhere.previous_revision == first.revision
     assert not elsewhere.delta.upserted
     assert not elsewhere.delta.removed
     step = await watch.read()
     assert [worker.worker_id for worker in step.delta.upserted] == ["c"]
-    assert step.revision == 4
+    assert step.previous_revision == elsewhere.revision
     # A worker that changes its model leaves this view and enters no other one here.
     await stub.Register(register_request("b", epoch=2, model="one"))
     step = await watch.read()

@@ -1,6 +1,6 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: backend, server, health SERVING, and others are told. Drain: nobody finds it any more, health NOT_SERVING while
+Start: port, backend, server, health SERVING. Drain: nobody finds it any more, health NOT_SERVING while
 everything is still answered, then the end of all streams. Stop: the server, then nothing holds the backend.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 
 from tandem.api.registry.v1 import registry_service_pb2_grpc
 from tandem.rpc.server import RpcServer
-from tandem_registry.backends.memory import MemoryBackend
+from tandem_registry.backends.choice import open_backend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
@@ -38,8 +38,7 @@ class RegistryApp:
 
     async def start(self) -> None:
         """Return when it serves."""
-        self._backend = MemoryBackend(self._config.lease_ttl_s)
-        await self._backend.start()
+        self._backend = open_backend(self._config)
         servicer = self._servicer = RegistryServicer(self._backend)
         self._server = RpcServer(
             [
@@ -51,9 +50,10 @@ class RegistryApp:
             request_bytes_max=REQUEST_BYTES_MAX,
             tls=self._config.tls,
         )
-        await self._server.start(self._config.host, self._config.port)
+        self._server.bind(self._config.host, self._config.port)
+        await self._backend.start(self.address)
+        await self._server.serve()
         await self._server.set_serving(True)
-        await self._backend.announce(self.address)
 
     async def drain(self) -> bool:
         """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
@@ -80,4 +80,5 @@ class RegistryApp:
         if self._servicer is not None:
             self._servicer.end_signs_of_life()
         if self._backend is not None:
+            await self._backend.withdraw()
             await self._backend.close()

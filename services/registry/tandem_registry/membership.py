@@ -6,7 +6,7 @@ neither gRPC, nor watchers, nor when to look again (`next_expiry_s` tells whoeve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
@@ -29,6 +29,25 @@ class Grant:
     revision: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A member with a lease that somebody else keeps, where it may stand in the way of a new one."""
+
+    member: Member
+    is_alive: bool
+    """Whether there is a recent sign that it lives."""
+    is_kept: bool = True
+    """Whether its keeper is alive; else its own process may ask for the same lease anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lease of this table, as those who write it down see it."""
+
+    lease_id: str
+    member: Member
+
+
 @dataclass(slots=True)
 class _Lease:
     lease_id: str
@@ -37,6 +56,8 @@ class _Lease:
     expires_s: float
     revision: int
     """Of the last change of this member's entry."""
+    is_heard: bool = True
+    """Whether a sign of life came here; not yet, right after it was taken over from another keeper."""
     is_extended: bool = False
     """Whether it outlives its time because this process was paused; at most once between two signs of life."""
 
@@ -67,38 +88,62 @@ class Membership:
         self._not_before_s = 0.0
         """No lease is over before this time: spares looking at all of them at each call."""
 
-    def register(self, member: Member) -> Grant:
+    def register(self, member: Member, others: Iterable[Rival] = ()) -> Grant:
         """Enter one start of a member. It takes the place of older starts at its address, which cannot be alive, and of
-        older starts of its id elsewhere that have missed a sign of life.
+        older starts of its id elsewhere that have missed a sign of life. `others` are rivals that this table has not.
 
         Raises:
             DuplicateWorker: a member holds the id or the address with an epoch that is not older, or the id at another
                 address where it is alive. Metadata: worker, epoch and address (of the holder), field, lease_ttl_ms.
         """
         self.expire()
-        rivals = {
-            id(lease): (field, lease)
-            for field, lease in (
-                ("address", self._by_address.get(member.address)),
-                (f"{member.kind}_id", self._by_id.get((member.kind, member.member_id))),
-            )
-            if lease is not None
-        }
-        for field, rival in rivals.values():
-            is_elsewhere = rival.member.address != member.address
-            if rival.member.epoch >= member.epoch or (is_elsewhere and self._is_fresh(rival)):
-                raise self._duplicate(field, member, rival.member)
-        for _, rival in rivals.values():
-            self._forget(rival)
-        now_s = self._clock()
-        lease = _Lease(self._new_lease_id(), member, now_s, now_s + self.ttl_s, self.revision + 1)
-        self._leases[lease.lease_id] = lease
-        self._by_id[(member.kind, member.member_id)] = lease
-        self._by_address[member.address] = lease
-        self._not_before_s = min(self._not_before_s, lease.expires_s)
-        replaced = tuple(Removed(rival.member, RemovalReason.REPLACED) for _, rival in rivals.values())
+        own = {id(lease): lease for lease in self._in_the_way(member)}
+        for lease in own.values():
+            self._check_rival(member, Rival(lease.member, self._is_fresh(lease), lease.is_heard))
+        for rival in others:
+            self._check_rival(member, rival)
+        for lease in own.values():
+            self._forget(lease)
+        replaced = tuple(Removed(lease.member, RemovalReason.REPLACED) for lease in own.values())
+        lease = self._enter(self._new_lease_id(), member, is_heard=True)
         self._change(upserted=(member,), removed=replaced)
         return Grant(lease.lease_id, self.revision)
+
+    def adopt(self, lease_id: str, member: Member, *, is_heard: bool) -> None:
+        """Take over a lease that another keeper granted. Older starts of its id or at its address give way."""
+        older = {id(lease): lease for lease in self._in_the_way(member)}
+        for lease in older.values():
+            self._forget(lease)
+        self._enter(lease_id, member, is_heard=is_heard)
+        replaced = tuple(Removed(lease.member, RemovalReason.REPLACED) for lease in older.values())
+        self._change(upserted=(member,), removed=replaced)
+
+    def give_up(self, lease_id: str) -> None:
+        """Forget a lease that another keeper has taken over, or that was never written down; nothing is said of it."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            self._forget(lease)
+
+    def held(self) -> tuple[Held, ...]:
+        """All leases, those that are over included until `expire`."""
+        return tuple(Held(lease.lease_id, lease.member) for lease in self._leases.values())
+
+    def lease_of(self, kind: str, member_id: str) -> Held | None:
+        """The lease of a member; None: this table has none."""
+        lease = self._by_id.get((kind, member_id))
+        return None if lease is None else Held(lease.lease_id, lease.member)
+
+    def age_s(self, lease_id: str) -> float | None:
+        """Time since the last sign of life; None: none came here, or there is no such lease."""
+        lease = self._leases.get(lease_id)
+        return None if lease is None or not lease.is_heard else self._clock() - lease.renewed_s
+
+    def vouch(self, is_alive: Callable[[Held], bool]) -> None:
+        """Let leases that were taken over and not heard of yet live on, for those who are known to live."""
+        end_s = self._clock() + self.ttl_s
+        for lease in self._leases.values():
+            if not lease.is_heard and is_alive(Held(lease.lease_id, lease.member)):
+                lease.expires_s = end_s
 
     def keep_alive(self, lease_id: str, state: WorkerState | None = None) -> None:
         """Hear a sign of life; the lease lives for its whole time from now on.
@@ -109,7 +154,7 @@ class Membership:
         lease = self._lease(lease_id)
         lease.renewed_s = self._clock()
         lease.expires_s = lease.renewed_s + self.ttl_s
-        lease.is_extended = False
+        lease.is_extended, lease.is_heard = False, True
         if state is not None:
             self._set_state(lease, state)
 
@@ -193,6 +238,27 @@ class Membership:
     def _is_fresh(self, lease: _Lease) -> bool:
         return self._clock() - lease.renewed_s <= self.ttl_s * FRESH_FRACTION
 
+    def _in_the_way(self, member: Member) -> list[_Lease]:
+        found = (self._by_address.get(member.address), self._by_id.get((member.kind, member.member_id)))
+        return [lease for lease in found if lease is not None]
+
+    def _check_rival(self, member: Member, rival: Rival) -> None:
+        is_elsewhere = rival.member.address != member.address
+        is_same_start = not is_elsewhere and _start(rival.member) == _start(member)
+        if is_same_start and not rival.is_kept:
+            return
+        if rival.member.epoch >= member.epoch or (is_elsewhere and rival.is_alive):
+            raise self._duplicate(_field(member, rival.member), member, rival.member)
+
+    def _enter(self, lease_id: str, member: Member, *, is_heard: bool) -> _Lease:
+        now_s = self._clock()
+        lease = _Lease(lease_id, member, now_s, now_s + self.ttl_s, self.revision + 1, is_heard)
+        self._leases[lease_id] = lease
+        self._by_id[(member.kind, member.member_id)] = lease
+        self._by_address[member.address] = lease
+        self._not_before_s = min(self._not_before_s, lease.expires_s)
+        return lease
+
     def _duplicate(self, field: str, member: Member, holder: Member) -> DuplicateWorker:
         held = member.address if field == "address" else member.member_id
         who = f"{holder.kind} {holder.member_id} of epoch {holder.epoch} at {holder.address}"
@@ -220,3 +286,13 @@ class Membership:
     def _change(self, *, upserted: tuple[Member, ...] = (), removed: tuple[Removed, ...] = ()) -> None:
         self.revision += 1
         self._on_change(Change(revision=self.revision, upserted=upserted, removed=removed))
+
+
+def _start(member: Member) -> tuple[str, str, int]:
+    return member.kind, member.member_id, member.epoch
+
+
+def _field(member: Member, rival: Member) -> str:
+    """In which field a rival stands in the way."""
+    has_same_id = (rival.kind, rival.member_id) == (member.kind, member.member_id)
+    return f"{member.kind}_id" if has_same_id else "address"

@@ -49,12 +49,9 @@ class MemoryBackend:
         """Watchers that are subscribed now."""
         return self._subscriptions.count
 
-    async def start(self) -> None:
-        """Begin to watch over leases."""
+    async def start(self, address: str) -> None:
+        """Begin to watch over leases. Nobody looks for this registry here."""
         self._sweeper = asyncio.create_task(self._sweep(), name="lease-sweep")
-
-    async def announce(self, address: str) -> None:
-        """Nobody looks for this registry here."""
 
     async def withdraw(self) -> None:
         """Nobody looks for this registry here."""

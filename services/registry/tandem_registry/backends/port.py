@@ -28,12 +28,12 @@ class Backend(Protocol):
         """Where the view comes from at this moment."""
         ...
 
-    async def start(self) -> None:
-        """Begin to watch over leases."""
-        ...
+    async def start(self, address: str) -> None:
+        """Begin to watch over leases, and let others find this registry, which serves at host:port.
 
-    async def announce(self, address: str) -> None:
-        """This registry serves at host:port: let others find it."""
+        Raises:
+            StartError: the place does not take this registry.
+        """
         ...
 
     async def withdraw(self) -> None:

@@ -1,0 +1,381 @@
+"""Membership in Consul: one of any number of replicas that tell the same view.
+
+Composition: `client` speaks, `follower` reads, `keeper` keeps own leases, `ledger` writes, `publisher` tells. Owns
+their tasks and the waiting of calls; no rule is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable
+
+import tandem
+from tandem.errors import Draining, DuplicateWorker, ServiceError, StartError, WorkerNotFound
+from tandem.model.frontend import Member
+from tandem.model.worker import Worker, WorkerState
+from tandem.runtime.clock import Clock, monotonic
+from tandem_registry.backends.consul.client import ConsulClient
+from tandem_registry.backends.consul.fleet import Entry, Fleet
+from tandem_registry.backends.consul.follower import Follower
+from tandem_registry.backends.consul.keeper import Keeper, Leftover
+from tandem_registry.backends.consul.ledger import Ledger
+from tandem_registry.backends.consul.publisher import Publisher
+from tandem_registry.backends.consul.records import Record, Replica, check_fits, service_id
+from tandem_registry.backends.consul.settings import ConsulSettings
+from tandem_registry.backends.consul.transport import ConsulRefused, ConsulUnavailable
+from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
+from tandem_registry.membership import Grant
+from tandem_registry.view import Health, Origin, View
+
+log = logging.getLogger(__name__)
+
+START_WAIT_S = 5.0
+"""A registry serves without Consul after this long, and says so to whoever asks."""
+SEEN_TIMEOUT_S = 2.0
+"""From a write to the moment when the view shows it; a client waits three seconds."""
+LEAVE_TIMEOUT_S = 0.8
+"""The same for a member that goes; it waits for one second."""
+INTERVAL_MIN_S = 1.0
+LEFTOVER_RETRY_S = 30.0
+SWEEP_MAX_S = 1.0
+
+
+class ConsulBackend:
+    """Leases of this replica, the view of all."""
+
+    def __init__(
+        self, settings: ConsulSettings, ttl_s: float, *, checks_tls: bool = False, clock: Clock = monotonic
+    ) -> None:
+        """Opens no connection yet. `checks_tls`: members serve with TLS."""
+        self.replica_id = uuid.uuid4().hex
+        self.ttl_s = ttl_s
+        self._settings = settings
+        self._checks_tls = checks_tls
+        self._clock = clock
+        self._subscriptions = Subscriptions()
+        self._publisher = Publisher(self._subscriptions, time.time())
+        self._client: ConsulClient | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._leftovers: dict[tuple[str, str], float] = {}
+        self._removals: set[asyncio.Task[None]] = set()
+        self._held: asyncio.TimerHandle | None = None
+        self._waiting: tuple[str, Fleet] | None = None
+        """An answer that is held back."""
+        self._problem: ServiceError | None = None
+        self._answered = asyncio.Event()
+        self._own_entry_id = ""
+        self._is_withdrawn = self._is_closing = False
+
+    @property
+    def origin(self) -> Origin:
+        """Where the view comes from at this moment."""
+        return self._publisher.origin
+
+    @property
+    def watcher_count(self) -> int:
+        """Watchers that are subscribed now."""
+        return self._subscriptions.count
+
+    async def start(self, address: str) -> None:
+        """Follow Consul and let others find this registry at `address`.
+
+        Raises:
+            ConfigError: a setting of Consul cannot be used.
+            StartError: Consul refuses this registry.
+        """
+        interval_s = max(INTERVAL_MIN_S, self.ttl_s / 2)
+        client = self._client = ConsulClient(self._settings, interval_s=interval_s, checks_tls=self._checks_tls)
+        self._ledger = Ledger(client, self.replica_id, self._clock)
+        self._keeper = Keeper(
+            replica_id=self.replica_id,
+            service=self._settings.service,
+            ttl_s=self.ttl_s,
+            clock=self._clock,
+            ledger=self._ledger,
+            new_lease_id=lambda: uuid.uuid4().hex,
+        )
+        self._follower = Follower(
+            client,
+            new_id=lambda: uuid.uuid4().hex,
+            on_fleet=self._take,
+            on_lost=self._lose,
+            explains=self._keeper.explains,
+            clock=self._clock,
+        )
+        await self._ledger.start()
+        self._announce(address)
+        self._tasks = [
+            asyncio.create_task(self._follower.run(), name="consul-follower"),
+            asyncio.create_task(self._sweep(), name="lease-sweep"),
+        ]
+        if not client.has_checks:
+            self._tasks.append(asyncio.create_task(self._say_alive(interval_s), name="consul-alive"))
+        await self._wait_answered()
+
+    async def withdraw(self) -> None:
+        """Let others take over at once. May be called twice."""
+        if not self._is_withdrawn and self._client is not None:
+            self._is_withdrawn = True
+            self._ledger.want(self._own_entry_id, None)
+            if self._problem is not None:
+                return
+            with contextlib.suppress(TimeoutError, ServiceError):
+                async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                    await self._ledger.written(self._own_entry_id)
+
+    async def close(self) -> None:
+        """End all subscriptions with Draining and refuse everything from now on. May be called twice."""
+        self._is_closing = True
+        self._subscriptions.end(_draining())
+        if self._held is not None:
+            self._held.cancel()
+        if self._client is None:
+            return
+        tasks = [*self._tasks, *self._removals]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await self._ledger.close()
+        await self._client.close()
+
+    async def wait_failed(self) -> str:
+        """Return one sentence when one of the tasks has died; never returns otherwise."""
+        assert self._tasks, "wait_failed() before start()"
+        done, _ = await asyncio.wait([*self._tasks, *self._ledger.tasks], return_when=asyncio.FIRST_COMPLETED)
+        task = done.pop()
+        problem = None if task.cancelled() else task.exception()
+        return f"{task.get_name()} has ended: {problem!r}"
+
+    async def register(self, member: Member) -> Grant:
+        """Enter one start of a member; returns when Consul shows it."""
+        check_fits(member)
+        self._check_live()
+        if self.replica_id not in self._keeper.fleet.replicas:
+            raise ConsulUnavailable("Consul does not list this registry, or its check of it fails")
+        grant, entry_id = self._keeper.register(member)
+        key = (member.kind, member.member_id)
+
+        def is_seen(entry: Entry | None) -> bool:
+            return entry is not None and entry.record.lease_id == grant.lease_id
+
+        try:
+            async with asyncio.timeout(SEEN_TIMEOUT_S):
+                await self._ledger.written(entry_id)
+                await self._follower.wait_for(
+                    lambda: is_seen(self._keeper.fleet.winners.get(key)) or not self._holds(member, grant)
+                )
+        except (TimeoutError, ServiceError) as problem:
+            if self._holds(member, grant):
+                self._keeper.give_up(grant.lease_id, entry_id)
+            raise ConsulUnavailable(f"{entry_id} was not entered in Consul in time: {problem}") from None
+        if not self._holds(member, grant):
+            raise DuplicateWorker(
+                f"{member.kind}_id {member.member_id} was entered at another registry meanwhile",
+                worker=member.member_id,
+                field=f"{member.kind}_id",
+                lease_ttl_ms=int(self.ttl_s * 1_000),
+            )
+        return Grant(grant.lease_id, self._keeper.fleet.index)
+
+    async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
+        """Hear a sign of life, of a lease granted by any replica."""
+        self._check_open()
+        try:
+            self._keeper.keep_alive(lease_id, state)
+        except WorkerNotFound:
+            await self._look_again()
+            self._keeper.keep_alive(lease_id, state)
+
+    async def drain(self, worker_id: str, epoch: int) -> int:
+        """Mark a worker as draining; the revision that first shows it."""
+        self._check_open()
+        try:
+            self._keeper.drain(worker_id, epoch)
+        except WorkerNotFound:
+            await self._look_again()
+            self._keeper.drain(worker_id, epoch)
+
+        def is_seen() -> bool:
+            entry = self._keeper.fleet.winners.get((Worker.kind, worker_id))
+            member = None if entry is None else entry.record.member
+            return not isinstance(member, Worker) or member.state is WorkerState.DRAINING
+
+        return await self._seen(is_seen, SEEN_TIMEOUT_S, f"{worker_id} is marked here")
+
+    async def deregister(self, lease_id: str) -> int:
+        """Take a member out; the revision that first lacks it."""
+        self._check_open()
+        try:
+            member = self._keeper.deregister(lease_id)
+        except WorkerNotFound:
+            await self._look_again()
+            member = self._keeper.deregister(lease_id)
+        key, epoch = (member.kind, member.member_id), member.epoch
+
+        def is_seen() -> bool:
+            entry = self._keeper.fleet.members.get(key)
+            return entry is None or entry.record.member.epoch > epoch
+
+        return await self._seen(is_seen, LEAVE_TIMEOUT_S, f"{member.member_id} has left here")
+
+    async def view(self) -> View:
+        """The view at this moment."""
+        self._check_open()
+        registry_id = self._publisher.registry_id
+        assert registry_id is not None
+        return self._publisher.fleet.view(registry_id, self._keeper.ages_s())
+
+    async def subscribe(self, known: Known | None = None) -> Subscription:
+        """Begin to watch."""
+        self._check_open()
+        # Without an await in between, no change can fall between the snapshot and the first push.
+        return self._subscriptions.add(self._publisher.snapshot(), known)
+
+    def _announce(self, address: str) -> None:
+        replica = Replica(
+            replica_id=self.replica_id,
+            epoch=int(time.time() * 1_000),
+            address=address,
+            release=tandem.__version__,
+        )
+        record = Record(member=replica, keeper=self.replica_id)
+        self._own_entry_id = service_id(self._settings.service, record)
+        self._ledger.want(self._own_entry_id, record)
+
+    async def _wait_answered(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_WAIT_S):
+                await self._answered.wait()
+        if isinstance(self._problem, ConsulRefused):
+            raise StartError(str(self._problem))
+        if self._publisher.registry_id is None:
+            log.warning("serving without a view until Consul answers: %s", self._problem)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SEEN_TIMEOUT_S):
+                await self._follower.wait_for(lambda: self.replica_id in self._keeper.fleet.replicas)
+
+    def _take(self, registry_id: str, fleet: Fleet) -> None:
+        """One answer of Consul."""
+        if self._problem is not None:
+            log.info("Consul answers again, at index %d", fleet.index)
+        self._problem = None
+        self._ledger.resume()
+        if registry_id != self._publisher.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
+            self._ledger.all_missing()
+        leftovers = [] if self._is_withdrawn else self._keeper.take(fleet)
+        if self._own_entry_id not in {entry.service_id for entry in fleet.entries}:
+            self._ledger.missing(self._own_entry_id, Health.PASSING)
+        self._remove(leftovers)
+        self._waiting = (registry_id, fleet)
+        missing = self._publisher.missing(registry_id, fleet, self._keeper.own_keys())
+        if not missing:
+            self._publish()
+        elif self._held is None:
+            log.warning("Consul has lost %d members that are known here: they get time to come back", len(missing))
+            self._publisher.hold(time.time())
+            self._held = asyncio.get_running_loop().call_later(self.ttl_s, self._publish)
+        self._answered.set()
+
+    def _publish(self) -> None:
+        """What Consul says is the view."""
+        if self._held is not None:
+            self._held.cancel()
+            self._held = None
+        if self._waiting is not None and self._problem is None:
+            self._publisher.publish(*self._waiting, self._keeper.reasons, time.time())
+            self._keeper.forget_reasons()
+
+    def _lose(self, problem: ServiceError) -> None:
+        """Consul does not answer."""
+        if self._problem is None:
+            log.warning("the last known view is told until Consul answers: %s", problem)
+        self._problem = problem
+        self._ledger.pause()
+        self._publisher.lost(time.time())
+        self._answered.set()
+
+    async def _sweep(self) -> None:
+        """Wake up for each expiry; a lease that is new is never the first to end."""
+        while True:
+            self._keeper.sweep(is_live=self._problem is None)
+            next_s = self._keeper.membership.next_expiry_s()
+            wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
+            await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))
+
+    async def _say_alive(self, interval_s: float) -> None:
+        """Where Consul checks nobody, this registry tells that it lives."""
+        while True:
+            await asyncio.sleep(interval_s)
+            with contextlib.suppress(ServiceError):
+                await self._client_of().say_alive(self._own_entry_id)
+
+    def _remove(self, leftovers: list[Leftover]) -> None:
+        now_s = self._clock()
+        for leftover in leftovers:
+            place = (leftover.node, leftover.service_id)
+            if now_s - self._leftovers.get(place, -LEFTOVER_RETRY_S) >= LEFTOVER_RETRY_S:
+                self._leftovers[place] = now_s
+                task = asyncio.create_task(self._remove_one(leftover), name="consul-leftover")
+                self._removals.add(task)
+                task.add_done_callback(self._removals.discard)
+
+    async def _remove_one(self, leftover: Leftover) -> None:
+        try:
+            if leftover.is_only_one:
+                await self._client_of().deregister(leftover.service_id)
+            await self._client_of().deregister_elsewhere(leftover.node, leftover.service_id)
+        except ServiceError as problem:
+            log.info("%s of a dead registry stays for now: %s", leftover.service_id, problem)
+
+    async def _seen(self, is_seen: Callable[[], bool], timeout_s: float, what: str) -> int:
+        """The revision that shows something; it is done here in any case, and Consul hears of it when it can."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._follower.wait_for(is_seen)
+        except TimeoutError:
+            raise ConsulUnavailable(f"{what}, and Consul does not show it yet") from None
+        return self._keeper.fleet.index
+
+    async def _look_again(self) -> None:
+        """Before somebody is told that a lease is over: Consul may know it, and this replica not yet.
+
+        Raises:
+            ServiceError: Consul cannot be asked; nothing is known of it.
+        """
+        if self._is_withdrawn:
+            raise _draining()
+        self._check_live()
+        try:
+            async with asyncio.timeout(SEEN_TIMEOUT_S):
+                await self._follower.catch_up()
+        except TimeoutError:
+            raise ConsulUnavailable("Consul does not say whether that lease is over") from None
+
+    def _holds(self, member: Member, grant: Grant) -> bool:
+        held = self._keeper.membership.lease_of(member.kind, member.member_id)
+        return held is not None and held.lease_id == grant.lease_id
+
+    def _check_live(self) -> None:
+        self._check_open()
+        if self._problem is not None:
+            raise ConsulUnavailable(f"only the last known view is there: {self._problem}")
+
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise _draining()
+        if self._publisher.registry_id is None:
+            raise ConsulUnavailable(f"there is no view yet: {self._problem}")
+
+    def _client_of(self) -> ConsulClient:
+        assert self._client is not None
+        return self._client
+
+
+def _draining() -> Draining:
+    return Draining("the registry is going away")

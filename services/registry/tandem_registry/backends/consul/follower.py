@@ -1,0 +1,162 @@
+"""Follows one service of Consul: each answer as a fleet, in the order of its indexes, under the name of its generation.
+
+Owns blocking queries, what an index that goes backwards means, and the doubt in an answer that is suddenly empty.
+Decides nothing about members.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from tandem.errors import ServiceError
+from tandem.rpc.backoff import Backoff
+from tandem.runtime.clock import Clock
+from tandem_registry.backends.consul.answers import AnswerReader
+from tandem_registry.backends.consul.client import Answer, ConsulClient, Generation
+from tandem_registry.backends.consul.fleet import Fleet, fleet_of
+from tandem_registry.backends.consul.records import Replica
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 5.0
+"""A silent Consul is noticed after this and the time for an answer."""
+GAP_MIN_S = 0.02
+"""Changes within this time make one step."""
+GAP_FACTOR = 3
+"""After an answer rest so many times what it took: a storm of changes costs a quarter of a core, not all of it."""
+SUSPECT_PAUSE_S = 0.3
+"""Before a suddenly empty answer is asked for again."""
+
+
+class Follower:
+    """One task's work."""
+
+    def __init__(
+        self,
+        client: ConsulClient,
+        *,
+        new_id: Callable[[], str],
+        on_fleet: Callable[[str, Fleet], None],
+        on_lost: Callable[[ServiceError], None],
+        explains: Callable[[Fleet], bool],
+        clock: Clock,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`on_fleet` gets the registry id and the fleet at each new index; `on_lost` why there is no answer.
+
+        `explains` says whether all members of a fleet have been ended by this replica, so that none may follow.
+        """
+        self._client = client
+        self._new_id = new_id
+        self._on_fleet = on_fleet
+        self._on_lost = on_lost
+        self._explains = explains
+        self._clock = clock
+        self._backoff = Backoff(rng=rng)
+        self._reader = AnswerReader()
+        self._registry_id = ""
+        self._fleet = Fleet()
+        self._arrived = asyncio.Event()
+        self._refresh = asyncio.Lock()
+        self._refresh_count = 0
+
+    async def run(self) -> None:
+        """Follow without end."""
+        while True:
+            try:
+                await self._follow()
+            except ServiceError as problem:
+                self._on_lost(problem)
+                await asyncio.sleep(self._backoff.next_s())
+
+    async def wait_for(self, accept: Callable[[], bool]) -> None:
+        """Return as soon as it is so; looks after each answer. Bound it with asyncio.timeout."""
+        while not accept():
+            await self._arrived.wait()
+
+    async def catch_up(self) -> None:
+        """Return when everything has been told that Consul held when this was called.
+
+        Raises:
+            ServiceError: Consul cannot be asked.
+        """
+        wanted = self._refresh_count + 1
+        async with self._refresh:
+            # Whoever waited here meanwhile is served by the one question asked after all of them came.
+            if self._refresh_count >= wanted:
+                return
+            self._refresh_count += 1
+            answer = await self._client.health(Answer(self._fleet.index, None), is_consistent=True)
+            await self.wait_for(lambda: self._fleet.index >= answer.index)
+
+    async def _follow(self) -> None:
+        """Until the generation may be another one."""
+        answer = await self._begin()
+        while True:
+            worked_s = self._tell(answer)
+            self._backoff.reset()
+            await asyncio.sleep(max(GAP_MIN_S, GAP_FACTOR * worked_s))
+            newer = await self._client.health(answer, WAIT_S)
+            if newer.index < answer.index:
+                return
+            if newer.instances is None:
+                if await self._is_another_generation():
+                    return
+            elif self._is_suspect(newer):
+                log.warning(
+                    "Consul lists nobody at index %d, after %d entries: asked again", newer.index, self._count()
+                )
+                await asyncio.sleep(SUSPECT_PAUSE_S)
+                return
+            answer = newer
+
+    async def _begin(self) -> Answer:
+        """The first answer of a generation, or of one that goes on."""
+        while True:
+            before = await self._client.generation()
+            answer = await self._client.health(is_consistent=True)
+            is_known = before is not None and before.registry_id == self._registry_id
+            if before is None or (is_known and answer.index < self._fleet.index):
+                await self._begin_generation(before, answer)
+                continue
+            after = await self._client.generation()
+            if after != before:
+                continue
+            if not is_known:
+                self._reader.forget()
+                self._registry_id, self._fleet = before.registry_id, Fleet()
+            return answer
+
+    async def _begin_generation(self, before: Generation | None, answer: Answer) -> None:
+        """Consul's data are new, or older than what was seen of them: revisions must not be counted on."""
+        if await self._client.begin_generation(self._new_id(), before):
+            log.warning("Consul begins anew at index %d (was at %d)", answer.index, self._fleet.index)
+
+    async def _is_another_generation(self) -> bool:
+        now = await self._client.generation()
+        return now is None or now.registry_id != self._registry_id
+
+    def _is_suspect(self, answer: Answer) -> bool:
+        return (
+            self._count() > 0
+            and not self._explains(self._fleet)
+            and not any(
+                (instance["Service"]["Meta"] or {}).get("kind") != Replica.kind for instance in answer.instances or ()
+            )
+        )
+
+    def _count(self) -> int:
+        return sum(not isinstance(entry.record.member, Replica) for entry in self._fleet.entries)
+
+    def _tell(self, answer: Answer) -> float:
+        """Hand an answer on; returns how long that took."""
+        began_s = self._clock()
+        if answer.instances is not None:
+            self._fleet = fleet_of(answer.index, self._reader.entries(answer.instances))
+        self._on_fleet(self._registry_id, self._fleet)
+        arrived, self._arrived = self._arrived, asyncio.Event()
+        arrived.set()
+        return self._clock() - began_s

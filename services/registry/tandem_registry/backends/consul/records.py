@@ -1,0 +1,206 @@
+"""What Consul keeps of a member: one service instance, with tags for people and DNS, and meta that holds it whole.
+
+Pure. Owns names and forms of what is written, and the check that what is read is what was written. Load is never in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+from tandem.errors import InvalidRequest
+from tandem.model.frontend import Frontend
+from tandem.model.worker import (
+    Capabilities,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    capabilities_digest,
+    capability_text,
+    field_names,
+)
+
+VALUE_BYTES_MAX = 512
+"""Of one value of meta; Consul refuses more, and more than 64 of them."""
+SERVICE_NAME_PATTERN = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+"""The name of the service is a label of DNS."""
+SERVICE_ID_WITHOUT = re.compile("[^A-Za-z0-9._-]")
+
+
+class Unreadable(ValueError):
+    """An entry of Consul is none of ours, or was changed; says what does not fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One start of a registry that serves."""
+
+    kind: ClassVar[str] = "registry"
+
+    replica_id: str
+    epoch: int
+    address: str
+    release: str = ""
+
+    @property
+    def member_id(self) -> str:
+        """Its address: a restart takes the place of the start before."""
+        return SERVICE_ID_WITHOUT.sub("-", self.address)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A member and its lease, as written by the replica that keeps it."""
+
+    member: Worker | Frontend | Replica
+    lease_id: str = ""
+    keeper: str
+    """Id of the replica that wrote it."""
+    term: int = 1
+    """Grows each time another replica takes the lease over."""
+    is_gone: bool = False
+    """Says that the member has left, where an older entry of it cannot be removed."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Kind and id: one member, whatever its start."""
+        return self.member.kind, self.member.member_id
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Of several entries of one member the highest counts: the newest start, last taken over."""
+        return self.member.epoch, self.term, self.keeper
+
+
+def service_id(service: str, record: Record) -> str:
+    """Names the entry at an agent. Two starts of a member never overwrite each other."""
+    kind, member_id = record.key
+    return f"{service}-{kind}-{member_id}-{record.member.epoch}"
+
+
+def tags(record: Record) -> list[str]:
+    """What the entry is found by: `decode.<service>.service.consul`."""
+    member = record.member
+    return [member.role.value if isinstance(member, Worker) else member.kind]
+
+
+def place(record: Record) -> tuple[str, int]:
+    """Host and port, as Consul's DNS answers them."""
+    host, _, port = record.member.address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def meta(record: Record) -> dict[str, str]:
+    """The record as Consul's meta: one key for each field."""
+    member = record.member
+    written = {
+        "kind": member.kind,
+        "id": member.replica_id if isinstance(member, Replica) else member.member_id,
+        "epoch": str(member.epoch),
+        "release": member.release,
+        "keeper": record.keeper,
+        "term": str(record.term),
+    }
+    if not isinstance(member, Replica):
+        written |= {"lease_id": record.lease_id, "state": "gone" if record.is_gone else member.state.value}
+    if isinstance(member, Frontend):
+        written["model"] = member.model
+    if isinstance(member, Worker):
+        written |= _worker_meta(member)
+    return written
+
+
+def _worker_meta(worker: Worker) -> dict[str, str]:
+    written = {name: capability_text(getattr(worker.capabilities, name)) for name in field_names()}
+    written["role"] = worker.role.value
+    if worker.capabilities_digest is not None:
+        written["capabilities_digest"] = worker.capabilities_digest
+    if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
+        written |= {"bootstrap_host": worker.bootstrap_host, "bootstrap_port": str(worker.bootstrap_port)}
+    return written
+
+
+def check_fits(member: Worker | Frontend) -> None:
+    """Whether Consul can keep a member whole.
+
+    Raises:
+        InvalidRequest: names the field that is too long, as a path from the request.
+    """
+    for key, value in meta(Record(member=member, keeper="")).items():
+        size_bytes = len(value.encode())
+        if size_bytes > VALUE_BYTES_MAX:
+            within = "capabilities." if key in field_names() and isinstance(member, Worker) else ""
+            problem = f"has {size_bytes} bytes, and Consul keeps at most {VALUE_BYTES_MAX}"
+            raise InvalidRequest(f"{member.kind}.{within}{key}", problem)
+
+
+def record_of(address: str, port: int, written: Mapping[str, str]) -> Record:
+    """The record that an entry of Consul holds.
+
+    Raises:
+        Unreadable: it is none of ours, of a newer release, or was changed.
+    """
+    try:
+        return _record_of(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", written)
+    except KeyError as missing:
+        raise Unreadable(f"its meta has no {missing}") from None
+    except ValueError as problem:
+        raise Unreadable(str(problem)) from None
+
+
+def _record_of(address: str, written: Mapping[str, str]) -> Record:
+    kind, keeper, term = written["kind"], written["keeper"], int(written["term"])
+    common: dict[str, Any] = {
+        "epoch": int(written["epoch"]),
+        "address": address,
+        "release": written.get("release", ""),
+    }
+    if kind == Replica.kind:
+        return Record(member=Replica(replica_id=written["id"], **common), keeper=keeper, term=term)
+    is_gone = written["state"] == "gone"
+    common["state"] = WorkerState.DRAINING if is_gone else WorkerState(written["state"])
+    member: Worker | Frontend
+    if kind == Frontend.kind:
+        member = Frontend(frontend_id=written["id"], model=written["model"], **common)
+    elif kind == Worker.kind:
+        member = _worker_of(written, common)
+    else:
+        raise ValueError(f"its kind {kind!r} is unknown")
+    return Record(member=member, lease_id=written["lease_id"], keeper=keeper, term=term, is_gone=is_gone)
+
+
+def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:
+    capabilities = Capabilities(**{field.name: _capability(field, written) for field in fields(Capabilities)})
+    digest = written.get("capabilities_digest")
+    if digest is not None and digest != capabilities_digest(capabilities):
+        raise ValueError("its capabilities do not fit its digest")
+    port = written.get("bootstrap_port")
+    return Worker(
+        worker_id=written["id"],
+        role=WorkerRole(written["role"]),
+        capabilities=capabilities,
+        capabilities_digest=digest,
+        bootstrap_host=written.get("bootstrap_host"),
+        bootstrap_port=None if port is None else int(port),
+        **common,
+    )
+
+
+def _capability(field: Any, written: Mapping[str, str]) -> Any:
+    """One capability from its text, by the type it is declared with."""
+    if field.name not in written and field.default is not MISSING:
+        return field.default
+    text = written[field.name]
+    match field.type:
+        case "int":
+            return int(text)
+        case "bool":
+            if text not in ("true", "false"):
+                raise ValueError(f"its {field.name} is neither true nor false")
+            return text == "true"
+        case "tuple[int, ...]":
+            return tuple(int(item) for item in text.split(",") if item)
+        case _:
+            return text

@@ -1,0 +1,89 @@
+"""How an agent of Consul is reached, and what is shown to it.
+
+Owns the forms of address, token and certificates, checked once at start. Tokens are sent and never shown.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tandem.errors import ConfigError
+
+DEFAULT_PORTS = {"http": 8500, "https": 8501}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsulSettings:
+    """One agent and one service name."""
+
+    address: str = "127.0.0.1:8500"
+    """host:port, or a URL of http or https."""
+    service: str = "tandem"
+    token: str = field(default="", repr=False)
+    token_file: Path | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    has_checks: bool = True
+    """Whether the agent checks the health of members."""
+
+    def place(self) -> tuple[str, str, int]:
+        """Scheme, host and port.
+
+        Raises:
+            ConfigError: names consul_address.
+        """
+        url = self.address if "://" in self.address else f"http://{self.address}"
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as problem:
+            raise ConfigError("consul_address", f"cannot be read: {problem}") from None
+        is_bare = parts.path in ("", "/") and not parts.query and not parts.fragment
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or not is_bare or parts.username is not None:
+            raise ConfigError("consul_address", "must be host:port, http://host:port or https://host:port")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        return parts.scheme, host, DEFAULT_PORTS[parts.scheme] if port is None else port
+
+    def read_token(self) -> str:
+        """The token as it is now; empty: none.
+
+        Raises:
+            ConfigError: its file cannot be read; names consul_token_file.
+        """
+        if self.token_file is None:
+            return self.token
+        try:
+            token = self.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ConfigError("consul_token_file", f"{self.token_file} cannot be read: {_words(problem)}") from None
+        if not token or not token.isprintable() or " " in token:
+            raise ConfigError("consul_token_file", f"{self.token_file} holds no token, which is one word")
+        return token
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """What this process proves itself with and trusts; None: plaintext.
+
+        Raises:
+            ConfigError: a file cannot be used; names its setting.
+        """
+        if self.place()[0] == "http":
+            return None
+        try:
+            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
+        except OSError as problem:
+            raise ConfigError("consul_ca", f"{self.ca} cannot be used: {_words(problem)}") from None
+        if self.cert is not None:
+            try:
+                context.load_cert_chain(self.cert, self.key)
+            except OSError as problem:
+                pair = f"{self.cert} with {self.key}"
+                raise ConfigError("consul_cert", f"{pair} cannot be used: {_words(problem)}") from None
+        return context
+
+
+def _words(problem: Exception) -> str:
+    return str(getattr(problem, "strerror", None) or problem)
