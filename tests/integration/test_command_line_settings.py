@@ -47,6 +47,11 @@ async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tupl
         (["--log-dir", "/dev/null"], "--log-dir: /dev/null is not a directory"),
         (["--log-dir", "/dev/null/x"], "--log-dir: /dev/null/x is not a directory, or lies in a file"),
         (["--log-dir", "/proc/x"], "--log-dir: /proc/x cannot be made: "),
+        (["--registries", "0"], "--registries: must be 1 or more, not 0"),
+        (["--registries", "2"], "--registries: more than one need --consul"),
+        (["--consul", "nowhere"], "--consul: must be host:port, or an http or https URL, not 'nowhere'"),
+        (["--consul", "--consul-ca", "x"], "--consul-ca: needs the address of an agent that runs already"),
+        (["--consul", "a:1", "--consul-token-file", "/nowhere"], "--consul-token-file: /nowhere cannot be read"),
         (["--bogus"], "No such option: --bogus"),
     ],
 )

@@ -5,17 +5,18 @@ The subcommands are imported when they run, so that `tandem --help` answers at o
 
 from __future__ import annotations
 
-import asyncio
+import os
 import sys
-from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.errors import ConfigError, StartError, TandemError
+from tandem.cli.arguments import with_value
+from tandem.cli.endings import end
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +27,6 @@ app = typer.Typer(
 
 DEMO_MODEL = Path("models") / "tandem-demo"
 """In a checkout; anywhere else --model must be given."""
-EXIT_FAILED = 1
 PLAIN_WORDS = {
     "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
     "Input should be a valid number, unable to parse string as a number": "must be a number",
@@ -48,7 +48,7 @@ TlsDirectory = Annotated[
 def run() -> int:
     """Run the command line; returns the exit status."""
     try:
-        return int(app(prog_name="tandem", standalone_mode=False) or 0)
+        return int(app(with_value(sys.argv[1:]), prog_name="tandem", standalone_mode=False) or 0)
     except TyperException as problem:
         words = problem.format_message()
         for given, plain in PLAIN_WORDS.items():
@@ -90,21 +90,48 @@ def up(
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
     log_dir: LogDirectory = None,
     tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
+    registries: Annotated[int, typer.Option(help="Registries; more than one need --consul.")] = 1,
+    consul: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep membership in Consul: in an agent of the cluster's own, or in the one at that address.",
+            metavar="[ADDRESS]",
+        ),
+    ] = None,
+    consul_service: Annotated[str, typer.Option(help="Name of this cluster in Consul.")] = "tandem",
+    consul_token_file: Annotated[
+        Path | None, typer.Option(help="Holds the ACL token; default: of $CONSUL_HTTP_TOKEN.", metavar="FILE")
+    ] = None,
+    consul_ca: Annotated[
+        Path | None, typer.Option(help="CAs of that agent's certificate; default: of --tls.", metavar="FILE")
+    ] = None,
+    consul_cert: Annotated[
+        Path | None, typer.Option(help="Certificate shown to that agent; default: of --tls.", metavar="FILE")
+    ] = None,
+    consul_key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C, which drains it."""
     from rich.console import Console
 
     from tandem.cli import up as up_command
+    from tandem.cli.consul_options import read_options
     from tandem.runtime.cluster import ClusterSpec
 
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
     if kv_capacity_tokens is not None:
         flags["kv-capacity-tokens"] = str(kv_capacity_tokens)
+    files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
+
+    async def run() -> int:
+        kept_in = read_options(consul, consul_service, environ=os.environ, **files)
+        return await up_command.up(replace(spec, consul=kept_in), Console())
+
     spec = ClusterSpec(
         model=model,
         log_directory=log_dir,
         model_name=model_name,
         engine=engine,
+        registries=registries,
         prefill=prefill,
         decode=decode,
         aggregated=aggregated,
@@ -116,7 +143,7 @@ def up(
         role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
         tls=tls,
     )
-    _end("up", up_command.up(spec, Console()))
+    end("up", run())
 
 
 @app.command()
@@ -174,27 +201,28 @@ def generate(
     async def run() -> int:
         return await generate_command.generate(address or read_state().frontend, asked, Console(stderr=True))
 
-    _end("generate", run())
+    end("generate", run())
 
 
 @app.command()
 def status(
-    address: Annotated[str | None, typer.Option(help="host:port of a registry; default: of `tandem up` here.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of registries, with commas; default: of `tandem up` here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
     tls: TlsDirectory = None,
 ) -> None:
-    """Show the workers: roles, states, load. More of each with --json."""
+    """Show workers, frontends and registries: states, load, leases, where the view is from. More with --json."""
     from rich.console import Console
 
     from tandem.cli import status as status_command
     from tandem.cli.state import find_tls, read_state
 
     async def run() -> int:
-        return await status_command.status(
-            address or read_state().registry, Console(), as_json=as_json, tls=find_tls(tls)
-        )
+        addresses = (address or read_state().registry).split(",")
+        return await status_command.status(addresses, Console(), as_json=as_json, tls=find_tls(tls))
 
-    _end("status", run())
+    end("status", run())
 
 
 @app.command()
@@ -205,7 +233,7 @@ def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogD
     from tandem.cli import demo as demo_command
     from tandem.runtime.cluster import ClusterSpec
 
-    _end("demo", demo_command.demo(ClusterSpec(model=model, engine=engine, log_directory=log_dir), Console()))
+    end("demo", demo_command.demo(ClusterSpec(model=model, engine=engine, log_directory=log_dir), Console()))
 
 
 @app.command()
@@ -218,7 +246,7 @@ def health(
     from tandem.cli import health as health_command
     from tandem.cli.state import find_tls
 
-    _end("health", health_command.health(address, service, find_tls(tls)))
+    end("health", health_command.health(address, service, find_tls(tls)))
 
 
 @app.command()
@@ -242,38 +270,11 @@ def certs(
 
         return certs_command.certs(directory, host or [], days, Console())
 
-    _end("certs", run())
+    end("certs", run())
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def _end(command: str, work: Coroutine[Any, Any, int]) -> None:
-    """Run a subcommand to its exit status; what it raises on purpose becomes one sentence."""
-    try:
-        exit_status = asyncio.run(work)
-    except ConfigError as problem:
-        exit_status = _say(command, _as_option(problem), problem.exit_status)
-    except StartError as problem:
-        exit_status = _say(command, str(problem), problem.exit_status)
-    except TandemError as problem:
-        exit_status = _say(command, f"{problem} ({problem.reason})", EXIT_FAILED)
-    raise typer.Exit(exit_status)
-
-
-def _say(command: str, sentence: str, exit_status: int) -> int:
-    print(f"tandem {command}: {sentence}", file=sys.stderr)
-    return exit_status
-
-
-def _as_option(problem: ConfigError) -> str:
-    """The sentence about a setting, with the name it has on this command line."""
-    key, _, inner = problem.key.partition(".")
-    if not key.isidentifier():
-        return str(problem)
-    words = problem.message.removeprefix(f"{problem.key}: ")
-    return f"--{key.replace('_', '-')}: {f'{inner}: ' if inner else ''}{words}"
 
 
 def _standard_input() -> str:

@@ -46,8 +46,11 @@ def _check_counts(spec: ClusterSpec) -> None:
     for name in ("prefill", "decode", "aggregated"):
         if getattr(spec, name) < 0:
             raise ConfigError(name, f"must be 0 or more, not {getattr(spec, name)}")
-    if spec.frontends < 1:
-        raise ConfigError("frontends", f"must be 1 or more, not {spec.frontends}")
+    for name in ("frontends", "registries"):
+        if getattr(spec, name) < 1:
+            raise ConfigError(name, f"must be 1 or more, not {getattr(spec, name)}")
+    if spec.registries > 1 and spec.consul is None:
+        raise ConfigError("registries", "more than one need --consul, which keeps what they know")
     if not spec.aggregated and not spec.prefill:
         raise ConfigError("prefill", "there must be a prefill and a decode worker, or an aggregated one")
     if bool(spec.prefill) != bool(spec.decode):

@@ -40,11 +40,16 @@ class ClusterState:
     """Of the `tandem up` that owns it."""
     frontend: str
     registry: str
+    """Several are separated by commas."""
     model: str
     log: str
     """Directory of the processes' logs."""
     http: str | None = None
     """Where HTTP is answered; None: there is no edge."""
+    consul: str | None = None
+    """URL of the Consul that keeps its membership; None: the registry does."""
+    consul_dns: str | None = None
+    """host:port of the DNS of that Consul; None: not known."""
     tls: str | None = None
     """Directory of its certificates; None: plaintext."""
     state: str = "serving"

@@ -1,13 +1,15 @@
-"""`tandem status`: who is alive, in which role, and how busy.
+"""`tandem status`: who is alive, in which role, how busy, on which lease; and where each registry knows it from.
 
-On a terminal a line for each worker, as narrow as its names allow; the rest is in --json, whose fields are those of the
-contracts: see docs/command-line.md.
+Three tables, as narrow as their names allow; the rest is in --json, whose fields are those of the contracts: see
+docs/command-line.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -16,42 +18,51 @@ from rich.console import Console
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
-from tandem.errors import NotSupported, StartError, TandemError
+from tandem.cli.membership import Answer, Membership, ask_all
+from tandem.errors import TandemError
 from tandem.rpc import clients
 from tandem.tls.paths import Tls
 
-COLUMNS = ("WORKER", "ROLE", "STATE", "RUNNING", "WAITING", "KV USED", "ADDRESS")
+BUSY = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "KV USED", "ADDRESS")
+LEASES = ("NAME", "LEASE AGE", "EPOCH", "HEALTH", "KEPT BY")
+REGISTRIES = ("REGISTRY", "REVISION", "ITS VIEW")
+NOTHING = "-"
 
 Load = worker_service_pb.WatchLoadResponse | None
 """None: the worker does not answer."""
 
 
-async def status(address: str, console: Console, *, as_json: bool, tls: Tls | None = None) -> int:
-    """Show the workers that a registry lists.
+async def status(addresses: Sequence[str], console: Console, *, as_json: bool, tls: Tls | None = None) -> int:
+    """Show what the registries list, and how busy the workers are.
 
     Raises:
-        StartError: it is not a registry.
-        TandemError: the registry does not answer.
+        StartError: an address is not that of a registry.
+        TandemError: no registry answers.
     """
-    try:
-        listed = await clients.list_workers(address, tls=tls)
-    except NotSupported:
-        raise StartError(f"{address} is not a registry of Tandem") from None
-    loads = await asyncio.gather(*(_load(entry.worker.address, tls) for entry in listed))
-    rows = list(zip(listed, loads, strict=True))
+    fleet = await ask_all(addresses, tls)
+    loads = await asyncio.gather(*(_load(entry.worker.address, tls) for entry in fleet.workers))
     if as_json:
-        print(json.dumps({"workers": [_row(entry, load) for entry, load in rows]}, indent=2))
+        print(json.dumps(_as_json(fleet, loads), indent=2))
         return 0
-    if not listed:
+    if not fleet.workers:
         console.print("no worker is registered")
-        return 0
-    lines = [COLUMNS, *(_cells(entry, load) for entry, load in rows)]
+    if fleet.workers or fleet.frontends:
+        busy = [_busy(entry, load) for entry, load in zip(fleet.workers, loads, strict=True)]
+        _show(console, BUSY, [*busy, *map(_frontend, fleet.frontends)])
+        console.print()
+        _show(console, LEASES, _leases(fleet))
+    console.print()
+    _show(console, REGISTRIES, [_registry(answer) for answer in fleet.answers])
+    return 0
+
+
+def _show(console: Console, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         # Wrapped by the terminal when names are long, never cut.
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return 0
 
 
 async def _load(address: str, tls: Tls | None) -> Load:
@@ -61,18 +72,59 @@ async def _load(address: str, tls: Tls | None) -> Load:
         return None
 
 
-def _cells(entry: registry_pb.ListedWorker, load: Load) -> tuple[str, ...]:
+def _busy(entry: registry_pb.ListedWorker, load: Load) -> tuple[str, ...]:
     worker = entry.worker
-    state = worker_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
     return (
         worker.worker_id,
         worker_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower(),
-        state if load is not None else "silent",
+        _state(worker.state) if load is not None else "silent",
         _figure(load, "running_requests"),
         _figure(load, "waiting_requests"),
         _kv_used(load),
         worker.address,
     )
+
+
+def _frontend(entry: registry_pb.ListedFrontend) -> tuple[str, ...]:
+    frontend = entry.frontend
+    return (
+        frontend.frontend_id,
+        "frontend",
+        _state(frontend.state),
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        frontend.address,
+    )
+
+
+def _leases(fleet: Membership) -> list[tuple[str, ...]]:
+    workers = [_lease(fleet, entry, entry.worker.worker_id, entry.worker.epoch) for entry in fleet.workers]
+    frontends = [_lease(fleet, entry, entry.frontend.frontend_id, entry.frontend.epoch) for entry in fleet.frontends]
+    return [*workers, *frontends]
+
+
+def _lease(
+    fleet: Membership, entry: registry_pb.ListedWorker | registry_pb.ListedFrontend, name: str, epoch: int
+) -> tuple[str, ...]:
+    age = f"{entry.lease_age.ToNanoseconds() / 1e9:.1f} s" if entry.HasField("lease_age") else NOTHING
+    health = registry_pb.ListedHealth.Name(entry.health).removeprefix("LISTED_HEALTH_").lower()
+    keeper = fleet.keeper_address(entry.lease_keeper) if entry.lease_keeper else NOTHING
+    return name, age, str(epoch), NOTHING if health == "unspecified" else health, keeper
+
+
+def _registry(answer: Answer) -> tuple[str, ...]:
+    if answer.listed is None:
+        return answer.address, NOTHING, f"does not answer: {answer.problem}"
+    words = "live" if answer.is_live else "last known"
+    if not answer.is_live and answer.since is not None:
+        ago_s = (datetime.now(UTC) - answer.since).total_seconds()
+        words = f"last known since {answer.since.astimezone():%H:%M:%S}, {max(0.0, ago_s):.0f} s ago"
+    return answer.address, str(answer.listed.revision), words
+
+
+def _state(number: worker_pb2.WorkerState.ValueType) -> str:
+    return worker_pb2.WorkerState.Name(number).removeprefix("WORKER_STATE_").lower()
 
 
 def _kv_used(load: Load) -> str:
@@ -85,7 +137,25 @@ def _figure(load: Load, name: str) -> str:
     return str(getattr(load, name)) if load is not None and load.HasField(name) else "?"  # type: ignore[arg-type]
 
 
-def _row(entry: registry_pb.ListedWorker, load: Load) -> dict[str, Any]:
-    row: dict[str, Any] = MessageToDict(entry, preserving_proto_field_name=True)
-    row["load"] = None if load is None else MessageToDict(load, preserving_proto_field_name=True)
-    return row
+def _as_json(fleet: Membership, loads: Sequence[Load]) -> dict[str, Any]:
+    return {
+        "workers": [
+            {**_fields(entry), "load": None if load is None else _fields(load)}
+            for entry, load in zip(fleet.workers, loads, strict=True)
+        ],
+        "frontends": [_fields(entry) for entry in fleet.frontends],
+        "registries": [_registry_fields(answer) for answer in fleet.answers],
+    }
+
+
+def _registry_fields(answer: Answer) -> dict[str, Any]:
+    if answer.listed is None:
+        return {"address": answer.address, "problem": str(answer.problem)}
+    names = ("registry_id", "revision", "replica_id", "source", "source_since")
+    said = _fields(answer.listed)
+    return {"address": answer.address, **{name: said[name] for name in names if name in said}}
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return fields

@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from tandem.cli.checks import check_spec
+from tandem.cli.consul_options import check_consul, dns_address, ui_url
 from tandem.cli.interruption import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL, Interruption
 from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
@@ -34,6 +35,7 @@ async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None =
     """
     check_nobody_runs()
     check_spec(spec)
+    await check_consul(spec, console)
     cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory)))
     claim_state(StartingCluster(pid=os.getpid(), log=str(cluster.log_directory.resolve())))
     try:
@@ -57,8 +59,9 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
         return EXIT_INTERRUPTED
     cluster.on_change = lambda process: None
     interruption.second_status = EXIT_SECOND_SIGNAL
-    write_state(_state(cluster))
-    _print_addresses(cluster, console)
+    state = await _state(cluster)
+    write_state(state)
+    _print_addresses(cluster, state, console)
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -72,25 +75,34 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
     return 0 if clean and interruption.asked.is_set() else 1
 
 
-def _state(cluster: LocalCluster) -> ClusterState:
+async def _state(cluster: LocalCluster) -> ClusterState:
     return ClusterState(
         pid=os.getpid(),
         frontend=cluster.frontend.address,
-        registry=cluster.registry.address,
+        registry=",".join(registry.address for registry in cluster.registries),
         http=cluster.edge.address if cluster.edge is not None else None,
+        consul=ui_url(cluster),
+        consul_dns=await dns_address(cluster),
         model=cluster.frontend.flags["model-name"],
         log=str(cluster.log_directory.resolve()),
         tls=None if cluster.spec.tls is None else str(cluster.spec.tls.resolve()),
     )
 
 
-def _print_addresses(cluster: LocalCluster, console: Console) -> None:
+def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Console) -> None:
     console.print()
     if cluster.edge is not None:
         scheme = "http" if cluster.spec.tls is None else "https"
         console.print(f"http      {scheme}://{cluster.edge.address}", highlight=False)
-    for process in (*cluster.frontends, cluster.registry):
+    for process in (*cluster.frontends, *cluster.registries):
         console.print(f"{process.role:<9} {process.address}", highlight=False)
+    if state.consul is not None:
+        console.print(f"consul    {state.consul}", highlight=False, soft_wrap=True)
+    if state.consul_dns is not None:
+        host, _, port = state.consul_dns.rpartition(":")
+        console.print(
+            f"DNS       dig @{host} -p {port} {cluster.dns_name('decode')} SRV", highlight=False, soft_wrap=True
+        )
     console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
     if cluster.spec.tls is not None:
         console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)

@@ -63,10 +63,19 @@ async def list_workers(address: str, *, tls: Tls | None = None) -> list[registry
     Raises:
         TandemError: the call failed.
     """
+    return list((await list_members(address, tls=tls)).workers)
+
+
+async def list_members(address: str, *, tls: Tls | None = None) -> registry_pb.ListResponse:
+    """All that a registry lists, and where it knows it from.
+
+    Raises:
+        TandemError: the call failed.
+    """
     async with open_channel(address, tls) as channel:
         stub: Any = RegistryServiceStub(channel)
-        response = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
-        return list(response.workers)
+        response: registry_pb.ListResponse = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
+        return response
 
 
 async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> worker_pb.WatchLoadResponse:

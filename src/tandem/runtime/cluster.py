@@ -1,7 +1,7 @@
 """A cluster of service processes on this machine: started in order, drained in order.
 
-    registry -> prefill, decode, aggregated workers and the frontends together -> edge
-    edge -> frontends -> workers -> registry
+    consul -> registries -> prefill, decode, aggregated workers and the frontends together -> edge
+    edge -> frontends -> workers -> registries -> consul
 
 Owns which processes there are, and their directory for temporary files. Used by the command line, tests and benchmarks;
 chooses no ports (the OS does) and prints nothing. What follows the death of a process is `restarts.py`'s.
@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tandem.runtime import run_directory
+from tandem.runtime.cluster_consul import ClusterConsul
 from tandem.runtime.cluster_process import ClusterProcess, ProcessState
+from tandem.runtime.consul_agent import ConsulAgent
 from tandem.tls.paths import Tls
 
 KEPT_PORTS = ("registry", "frontend", "edge")
@@ -35,6 +37,10 @@ class ClusterSpec:
     prefill: int = 1
     decode: int = 1
     aggregated: int = 0
+    registries: int = 1
+    """More than one need a Consul, which keeps what they know."""
+    consul: ClusterConsul | None = None
+    """Where the registries keep membership; None: in their own memory."""
     frontends: int = 1
     frontend_port: int = 0
     """Of the first frontend; 0: the OS chooses."""
@@ -61,7 +67,8 @@ class LocalCluster:
         self.on_change = on_change
         self._run: Path | None = None
         self._serves = False
-        self.registry = self._process("registry", {"port": "0"})
+        self.consul = None if spec.consul is None else spec.consul.make_agent(spec.log_directory, spec.tls)
+        self.registries = [self._registry(number) for number in range(spec.registries)]
         self.frontends = [
             self._process("frontend", {"port": str(0 if number else spec.frontend_port)}, number)
             for number in range(spec.frontends)
@@ -74,6 +81,11 @@ class LocalCluster:
         ]
 
     @property
+    def registry(self) -> ClusterProcess:
+        """The first registry."""
+        return self.registries[0]
+
+    @property
     def frontend(self) -> ClusterProcess:
         """The first frontend."""
         return self.frontends[0]
@@ -81,7 +93,11 @@ class LocalCluster:
     @property
     def processes(self) -> list[ClusterProcess]:
         """All of them, in the order of their start."""
-        return [self.registry, *self.workers, *self.frontends, *self._edges]
+        return [*self._consuls, *self.registries, *self.workers, *self.frontends, *self._edges]
+
+    @property
+    def _consuls(self) -> list[ConsulAgent]:
+        return [] if self.consul is None else [self.consul]
 
     @property
     def _edges(self) -> list[ClusterProcess]:
@@ -90,6 +106,11 @@ class LocalCluster:
     def process(self, name: str) -> ClusterProcess:
         """One of them, by name."""
         return next(process for process in self.processes if process.name == name)
+
+    def dns_name(self, role: str) -> str:
+        """Under which Consul's DNS finds the processes of a role."""
+        assert self.spec.consul is not None, "names are Consul's"
+        return f"{role}.{self.spec.consul.service}.service.consul"
 
     async def __aenter__(self) -> LocalCluster:
         """Start it."""
@@ -109,13 +130,12 @@ class LocalCluster:
         self.log_directory.mkdir(parents=True, exist_ok=True)
         self._run = run_directory.make()
         try:
-            await self._bring_up(self.registry)
+            await self._bring_up_all(self._consuls)
+            await self._bring_up_all(self.registries)
             others = [*self.workers, *self.frontends]
             for process in others:
-                process.flags["registry"] = self.registry.address
-            async with asyncio.TaskGroup() as group:
-                for process in others:
-                    group.create_task(self._bring_up(process))
+                process.flags["registry"] = ",".join(registry.address for registry in self.registries)
+            await self._bring_up_all(others)
             for edge in self._edges:
                 edge.flags["frontends"] = ",".join(frontend.address for frontend in self.frontends)
                 await self._bring_up(edge)
@@ -132,12 +152,13 @@ class LocalCluster:
 
         Before all of it serves there is nothing to drain, and it ends at once.
         """
+        steps: list[Sequence[ClusterProcess]]
         if self._serves:
-            steps = [self._edges, self.frontends, self.workers, [self.registry]]
+            steps = [self._edges, self.frontends, self.workers]
         else:
-            steps = [[*self._edges, *self.frontends, *self.workers], [self.registry]]
+            steps = [[*self._edges, *self.frontends, *self.workers]]
         clean = True
-        for processes in steps:
+        for processes in (*steps, self.registries, self._consuls):
             clean &= await self._end(processes)
         self._remove_run()
         return clean
@@ -159,6 +180,11 @@ class LocalCluster:
         await self._bring_up(process)
         return process
 
+    async def _bring_up_all(self, processes: Sequence[ClusterProcess]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for process in processes:
+                group.create_task(self._bring_up(process))
+
     async def _bring_up(self, process: ClusterProcess) -> None:
         assert self._run is not None, "a process before start()"
         await process.start(self._run)
@@ -171,6 +197,8 @@ class LocalCluster:
     def _remove_run(self) -> None:
         if self._run is not None:
             shutil.rmtree(self._run, ignore_errors=True)
+        for agent in self._consuls:
+            agent.clean()
 
     async def _end(self, processes: Sequence[ClusterProcess]) -> bool:
         async def end(process: ClusterProcess) -> bool:
@@ -185,6 +213,13 @@ class LocalCluster:
 
         return all(await asyncio.gather(*(end(process) for process in processes)))
 
+    def _registry(self, number: int) -> ClusterProcess:
+        consul, tls = self.spec.consul, self.spec.tls
+        flags = {} if consul is None else consul.registry_flags(self.consul, tls)
+        registry = self._process("registry", {"port": "0", **flags}, number)
+        registry.secrets = {} if consul is None else consul.registry_secrets()
+        return registry
+
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec
         # Nobody outside has to look elsewhere before a drain goes on: the edge tries another frontend by itself.
@@ -198,7 +233,7 @@ class LocalCluster:
         if spec.tls is not None:
             own |= _tls_flags(spec.tls, role)
         own |= spec.role_flags.get(role, {})
-        alone = role in ("registry", "edge") or (role == "frontend" and spec.frontends == 1)
+        alone = role == "edge" or {"frontend": spec.frontends, "registry": spec.registries}.get(role) == 1
         name = role if alone else f"{role}-{number}"
         return ClusterProcess(name, role, own, self.log_directory)
 

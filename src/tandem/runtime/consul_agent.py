@@ -23,6 +23,7 @@ from typing import Any
 from tandem.errors import StartError
 from tandem.runtime import parent
 from tandem.runtime.cluster_process import ClusterProcess
+from tandem.runtime.consul_binary import find_consul
 from tandem.runtime.consul_http import ConsulAccess
 from tandem.tls.paths import Tls
 
@@ -79,8 +80,11 @@ class AgentSpec:
 class ConsulAgent(ClusterProcess):
     """One agent."""
 
-    def __init__(self, binary: Path, log_directory: Path, spec: AgentSpec | None = None) -> None:
-        """Makes no I/O but drawing ports; its data are in a directory beside its log."""
+    def __init__(self, binary: Path | None, log_directory: Path, spec: AgentSpec | None = None) -> None:
+        """Makes no I/O but drawing ports; its data are in a directory beside its log.
+
+        `binary`: None: the one on PATH, or else a copy that is fetched at the first start.
+        """
         self.spec = spec or AgentSpec()
         super().__init__(self.spec.name, "consul", {}, log_directory)
         self.ports = AgentPorts.draw()
@@ -102,6 +106,8 @@ class ConsulAgent(ClusterProcess):
 
     async def start(self, run: Path) -> None:
         """Start it, with the data it has."""
+        if self._binary is None:
+            self._binary = await asyncio.to_thread(find_consul)
         version = await asyncio.to_thread(_version, self._binary)
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._configuration.write_text(json.dumps(self._settings(version), indent=2))

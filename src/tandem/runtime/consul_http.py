@@ -92,6 +92,21 @@ class ConsulAccess:
         return context
 
 
+def read_token_file(file: Path) -> str:
+    """The token that a file holds.
+
+    Raises:
+        StartError: it cannot be read, or holds none.
+    """
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise StartError(f"{file} cannot be read: {_words(problem)}") from None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise StartError(f"{file} holds no token: one word is expected in it")
+    return token
+
+
 def _words(problem: object) -> str:
     if isinstance(problem, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted ({problem.verify_message})"

@@ -1,0 +1,128 @@
+"""Consul on the command line: what the options of `tandem up` mean together, and what it says of Consul.
+
+Owns the options and the variables that Consul's own tools read as well. A token is passed on, never shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from tandem.cli.arguments import CONSUL as OPTION
+from tandem.cli.arguments import LOCAL
+from tandem.errors import ConfigError, StartError
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.runtime.cluster_consul import DEFAULT_SERVICE, ClusterConsul
+from tandem.runtime.consul_binary import find_consul
+from tandem.runtime.consul_http import ConsulAccess, read_token_file
+from tandem.tls.paths import Tls
+
+ADDRESS = re.compile(r"(https?://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
+SERVICE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def read_options(
+    address: str | None,
+    service: str = DEFAULT_SERVICE,
+    *,
+    token_file: Path | None = None,
+    ca: Path | None = None,
+    cert: Path | None = None,
+    key: Path | None = None,
+    environ: Mapping[str, str],
+) -> ClusterConsul | None:
+    """The Consul that a cluster is to use; None: none.
+
+    Raises:
+        ConfigError: names the option that is wrong, or of no use without another one.
+    """
+    given = {"consul_token_file": token_file, "consul_ca": ca, "consul_cert": cert, "consul_key": key}
+    if address is None or address == LOCAL:
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(name, f"needs the address of an agent that runs already: {OPTION} ADDRESS")
+    if not SERVICE.fullmatch(service):
+        raise ConfigError("consul_service", f"must be a name of DNS: a-z, 0-9 and '-', 63 at most, not {service!r}")
+    if address is None:
+        if service != DEFAULT_SERVICE:
+            raise ConfigError("consul_service", f"needs {OPTION}")
+        return None
+    if address == LOCAL:
+        return ClusterConsul(service=service)
+    if not ADDRESS.fullmatch(address) or not ("://" in address or re.search(r":[0-9]+$", address)):
+        raise ConfigError("consul", f"must be host:port, or an http or https URL, not {address!r}")
+    if (cert is None) != (key is None):
+        raise ConfigError("consul_key" if key is None else "consul_cert", "is missing: certificate and key go together")
+    if cert is not None and ca is None:
+        raise ConfigError("consul_ca", "is missing: it says whose certificates are accepted from the agent")
+    token = environ.get("CONSUL_HTTP_TOKEN", "").strip() if token_file is None else ""
+    if token_file is None and not token and environ.get("CONSUL_HTTP_TOKEN_FILE"):
+        token_file = Path(environ["CONSUL_HTTP_TOKEN_FILE"])
+    return ClusterConsul(
+        address=address, service=service, token=token, token_file=token_file, ca=ca, cert=cert, key=key
+    )
+
+
+async def check_consul(spec: ClusterSpec, console: Console) -> None:
+    """Refuse a Consul that is not there; fetches the binary of an agent of the cluster's own.
+
+    Raises:
+        ConfigError: names the option.
+        StartError: there is no Consul, and none can be had.
+    """
+    consul = spec.consul
+    if consul is None:
+        return
+    if consul.address is None:
+        _check_certificates(spec.tls)
+        await asyncio.to_thread(find_consul, tell=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        return
+    try:
+        if consul.token_file is not None:
+            read_token_file(consul.token_file)
+    except StartError as problem:
+        raise ConfigError("consul_token_file", str(problem)) from None
+    if not await consul.access(spec.tls).get("/v1/status/leader"):
+        raise StartError(f"Consul at {consul.address} has no leader")
+
+
+def ui_url(cluster: LocalCluster) -> str | None:
+    """Where a browser finds Consul; None: there is none."""
+    access = _access(cluster)
+    return None if access is None else f"{access.url}/ui"
+
+
+async def dns_address(cluster: LocalCluster) -> str | None:
+    """host:port of Consul's DNS; None: there is none, or the agent does not tell."""
+    access = _access(cluster)
+    if access is None:
+        return None
+    if cluster.consul is not None:
+        return cluster.consul.dns
+    try:
+        told = await access.get("/v1/agent/self")
+        port = int(told["DebugConfig"]["DNSPort"])
+    except (StartError, KeyError, TypeError, ValueError):
+        # The token may be one that cannot read this.
+        return None
+    host = re.sub(r"^https?://|:[0-9]+/?$|/$", "", access.url)
+    return f"{host}:{port}" if port > 0 else None
+
+
+def _access(cluster: LocalCluster) -> ConsulAccess | None:
+    if cluster.consul is not None:
+        return cluster.consul.access
+    return None if cluster.spec.consul is None else cluster.spec.consul.access(cluster.spec.tls)
+
+
+def _check_certificates(directory: Path | None) -> None:
+    if directory is None:
+        return
+    tls = Tls.in_directory(directory, "consul")
+    for file in (tls.cert, tls.key):
+        if not file.exists():
+            raise ConfigError("tls", f"{file} is missing: `tandem certs {directory}` makes it")

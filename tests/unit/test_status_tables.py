@@ -1,0 +1,76 @@
+"""What `tandem status` makes of the answers of several registries."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.cli import membership, status
+from tandem.cli.membership import ask_all
+from tandem.errors import StartError, TandemError
+
+
+def view(replica: str, revision: int, *, live: bool = True, ages: dict[str, float | None]) -> pb.ListResponse:
+    listed = pb.ListResponse(registry_id="one", replica_id=replica, revision=revision)
+    listed.source = pb.VIEW_SOURCE_LIVE if live else pb.VIEW_SOURCE_LAST_KNOWN
+    listed.source_since.FromNanoseconds(time.time_ns() - 17_000_000_000)
+    for worker_id, age_s in ages.items():
+        entry = listed.workers.add(lease_keeper="b", health=pb.LISTED_HEALTH_PASSING)
+        entry.worker.worker_id, entry.worker.epoch = worker_id, 7
+        if age_s is not None:
+            entry.lease_age.FromMilliseconds(int(age_s * 1e3))
+    return listed
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, pb.ListResponse | TandemError]:
+    found: dict[str, pb.ListResponse | TandemError] = {}
+
+    async def list_members(address: str, *, tls: object) -> pb.ListResponse:
+        answer = found[address]
+        if isinstance(answer, TandemError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(membership.clients, "list_members", list_members)
+    return found
+
+
+async def test_an_age_comes_from_the_replica_that_keeps_the_lease(
+    answers: dict[str, pb.ListResponse | TandemError],
+) -> None:
+    answers["a:1"] = view("a", 9, ages={"w": None, "x": None})
+    answers["b:1"] = view("b", 8, ages={"w": 0.4, "gone": 3.0})
+    fleet = await ask_all(["a:1", "b:1"], None)
+    assert status._leases(fleet) == [("w", "0.4 s", "7", "passing", "b:1"), ("x", "-", "7", "passing", "b:1")]
+
+
+async def test_a_live_view_counts_before_a_later_one_that_is_only_remembered(
+    answers: dict[str, pb.ListResponse | TandemError],
+) -> None:
+    answers["a:1"] = view("a", 9, live=False, ages={"old": 60.0})
+    answers["b:1"] = view("b", 3, ages={"new": 0.1})
+    answers["c:1"] = StartError("connection refused")
+    fleet = await ask_all(["a:1", "b:1", "c:1"], None)
+    assert [entry.worker.worker_id for entry in fleet.workers] == ["new"]
+    remembered, live, dead = (status._registry(answer) for answer in fleet.answers)
+    assert live == ("b:1", "3", "live")
+    assert dead == ("c:1", "-", "does not answer: connection refused")
+    assert remembered[:2] == ("a:1", "9")
+    assert remembered[2].startswith("last known since ")
+    assert remembered[2].endswith(", 17 s ago")
+    told = status._as_json(fleet, [None])
+    assert [registry.get("source") for registry in told["registries"]] == [
+        "VIEW_SOURCE_LAST_KNOWN",
+        "VIEW_SOURCE_LIVE",
+        None,
+    ]
+    assert told["registries"][2] == {"address": "c:1", "problem": "connection refused"}
+
+
+async def test_when_none_answers_the_first_reason_is_told(answers: dict[str, pb.ListResponse | TandemError]) -> None:
+    answers["a:1"] = StartError("connection refused")
+    with pytest.raises(StartError, match="connection refused"):
+        await ask_all(["a:1"], None)
