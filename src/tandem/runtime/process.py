@@ -25,7 +25,7 @@ from typing import NoReturn, Protocol, TypeVar
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
-from tandem.runtime import run_directory
+from tandem.runtime import open_files, run_directory
 from tandem.runtime.parent import is_orphan
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
         set_up_logging(config.log_level)
+        open_files.allow_many()
         log.info("%s settings %s", program, configuration.effective(config))
         return asyncio.run(serve(build(config), config.announce_file))
     except StartError as problem:
