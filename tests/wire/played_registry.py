@@ -38,10 +38,14 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
         self.leases: set[str] = set()
         self.stop: Callable[[], Awaitable[None]]
         """Goes away, while `play_registry` serves it."""
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        """Whether Register is answered at once; else when this is set."""
         self.register_error: Callable[[str, int], TandemError | None] = lambda member_id, epoch: None
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
         lease_id = self._grant(request.worker.worker_id, request.worker.epoch)
+        await self.may_answer.wait()
         return pb.RegisterResponse(lease_id=lease_id, time_to_live=_duration(self.ttl_s), revision=1)
 
     async def RegisterFrontend(  # noqa: N802

@@ -16,6 +16,7 @@ from tandem.errors import DuplicateWorker, TandemError
 from tandem.model.frontend import Frontend
 from tandem.model.worker import WorkerState
 from tandem.rpc.registry_client import Registration
+from tandem.runtime.clock import ManualClock
 from tandem.testing.eventually import assert_eventually
 
 FLEET = 60
@@ -71,7 +72,7 @@ async def test_a_fleet_whose_registry_was_started_again_does_not_come_back_in_on
             times = arrivals(new)
             assert times[-1] - times[0] > 0.8
             assert busiest(times, 0.1) < FLEET / 3
-            assert all(place.registered for place in places)
+            await assert_eventually(lambda: all(place.registered for place in places))
 
 
 async def test_a_new_epoch_is_registered_at_once_and_the_old_lease_forgotten() -> None:
@@ -82,6 +83,42 @@ async def test_a_new_epoch_is_registered_at_once_and_the_old_lease_forgotten() -
         await asyncio.wait_for(place.wait_registered(), 2)
         assert [epoch for *_, epoch in registry.registered] == [3, 8]
         assert place.registered
+
+
+async def test_a_lease_that_is_granted_to_a_former_epoch_is_not_kept() -> None:
+    """It was asked for before a pause, and granted after it."""
+    registry = PlayedRegistry(ttl_s=30)
+    async with play_registry(registry):
+        registry.may_answer.clear()
+        place = Registration([registry.address], make_worker(epoch=3))
+        try:
+            await place.start()
+            await assert_eventually(lambda: len(registry.registered) == 1)
+            place.renew(8)
+            registry.may_answer.set()
+            await asyncio.wait_for(place.wait_registered(), 5)
+            assert [epoch for *_, epoch in registry.registered] == [3, 8]
+        finally:
+            await place.close()
+        assert registry.leases == {"decode-0.3.1"}, "the one of epoch 8 was given back"
+
+
+async def test_a_lease_ends_a_leases_time_after_it_was_asked_for() -> None:
+    """Not after the answer: the registry's clock ran meanwhile."""
+    registry, clock = PlayedRegistry(ttl_s=30), ManualClock()
+    async with play_registry(registry):
+        registry.may_answer.clear()
+        place = Registration([registry.address], make_worker(), clock=clock)
+        try:
+            await place.start()
+            await assert_eventually(lambda: len(registry.registered) == 1)
+            clock.advance(2)
+            registry.may_answer.set()
+            await asyncio.wait_for(place.wait_registered(), 5)
+            assert place.lease_time is not None
+            assert place.lease_time.end_s == 30
+        finally:
+            await place.close()
 
 
 async def test_a_member_that_was_replaced_while_it_slept_ends_though_its_new_epoch_is_later() -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
+import psutil
 import pytest
 from registry_host import make_worker
 from tandem_frontend.routing.worker_health import WorkerHealth
@@ -19,6 +20,7 @@ from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
 from tandem.testing.eventually import assert_eventually
 
+FLEET = 250
 SERVER = """
 import asyncio
 from tandem.rpc.server import RpcServer
@@ -144,6 +146,24 @@ async def test_a_channel_that_was_replaced_is_left_and_its_worker_still_followed
         assert not health.unhealthy()
         await server.set_serving(False)
         await unhealthy_is(health, worker.start, within_s=1)
+
+
+async def test_a_large_fleet_is_connected_to_without_taking_anybody_for_dead(caplog: pytest.LogCaptureFixture) -> None:
+    """All at once, the connections would not be made within the time that gRPC gives each."""
+    server = RpcServer()
+    await server.start("0.0.0.0", 0)
+    await server.set_serving(True)
+    try:
+        # Another address of loopback for each: another connection.
+        fleet = [make_worker(f"w{n}", address=f"127.0.{n // 250}.{n % 250 + 1}:{server.port}") for n in range(FLEET)]
+        before = psutil.Process().num_fds()
+        async with following(*fleet) as health:
+            # Both ends of each are in this process.
+            await assert_eventually(psutil.Process().num_fds, lambda count: count - before >= 2 * FLEET, within_s=30)
+            await settled(health)
+        assert not [record for record in caplog.records if record.name.endswith("worker_health")]
+    finally:
+        await server.stop(0)
 
 
 async def test_whoever_leaves_the_view_is_forgotten_and_a_new_start_begins_anew() -> None:
