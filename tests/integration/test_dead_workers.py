@@ -49,13 +49,16 @@ async def test_nothing_is_sent_to_a_dead_worker_though_the_registry_is_dead_too(
 
 
 async def test_a_frozen_worker_is_left_alone_until_it_goes_on(tmp_path: Path) -> None:
-    async with running(tmp_path, **PAIRS) as cluster, under_load(cluster) as load:
+    # Frozen for less than a lease: it stays the worker that the frontend knows.
+    flags = {"registry": {"lease-ttl-s": "20"}}
+    async with running(tmp_path, **PAIRS, role_flags=flags) as cluster, under_load(cluster) as load:
         await load.wait_streams(20)
         await kill_registry(cluster)
         frozen = cluster.process("decode-1")
         frozen.signal(signal.SIGSTOP)
         frozen_s = time.monotonic()
-        await asyncio.sleep(3.5)
+        # A leg that meets it takes a second to go elsewhere, and is forgotten after another one.
+        await asyncio.sleep(6)
         late = load.since(frozen_s + 1.5)
         assert len(late) > 20
         assert decoders(late) == {"decode-0"}

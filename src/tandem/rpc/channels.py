@@ -33,9 +33,10 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 # What gRPC calls the least backoff is the time one attempt to connect may take, handshake included.
-CONNECT_MS = 100
+CONNECT_MS = 1_000
 CONNECT_TLS_MS = 2_000
-"""A busy machine takes longer than 100 ms for a handshake now and then, and the call would fail."""
+"""A busy machine takes longer than 100 ms for a handshake now and then, and the call would fail. A peer that refuses
+does so at once, and workers that are silent are `tandem_frontend.routing.worker_health`'s to notice."""
 
 RETIRE_GRACE_S = 3_600.0
 """A worker can be gone from the registry and still be streaming."""
