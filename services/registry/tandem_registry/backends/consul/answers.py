@@ -57,8 +57,13 @@ def _entry(node: str, service_id: str, record: Record, checks: list[dict[str, An
     for check in checks:
         if not check["ServiceID"]:
             is_node_alive = is_node_alive and check["Status"] != "critical"
-        elif check["Status"] == "critical":
+        elif _is_critical(check):
             health = Health.CRITICAL
         elif health is Health.UNKNOWN:
             health = Health.PASSING
     return Entry(node, service_id, record, health, is_node_alive)
+
+
+def _is_critical(check: dict[str, Any]) -> bool:
+    """An agent that was restarted says critical of everything until it has looked: with no word about why."""
+    return check["Status"] == "critical" and bool(check["Output"] or check["Notes"])

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 
 import tandem
-from tandem.errors import Draining, DuplicateWorker, ServiceError, StartError, WorkerNotFound
+from tandem.errors import Draining, DuplicateWorker, Overloaded, ServiceError, StartError, WorkerNotFound
 from tandem.model.frontend import Member
 from tandem.model.worker import Worker, WorkerState
 from tandem.runtime.clock import Clock, monotonic
@@ -26,10 +26,10 @@ from tandem_registry.backends.consul.ledger import Ledger
 from tandem_registry.backends.consul.publisher import Publisher
 from tandem_registry.backends.consul.records import Record, Replica, check_fits, service_id
 from tandem_registry.backends.consul.settings import ConsulSettings
-from tandem_registry.backends.consul.transport import ConsulRefused, ConsulUnavailable
+from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
 from tandem_registry.membership import Grant
-from tandem_registry.view import Health, Origin, View
+from tandem_registry.view import Origin, View
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,11 @@ SEEN_TIMEOUT_S = 2.0
 """From a write to the moment when the view shows it; a client waits three seconds."""
 LEAVE_TIMEOUT_S = 0.8
 """The same for a member that goes; it waits for one second."""
+REGISTRATIONS_MAX = 64
+"""At once: an agent enters a few hundred a second, and whoever waited in vain would only be written and removed."""
 INTERVAL_MIN_S = 1.0
+HOLD_S = 2.0
+"""With a lease's time: how long those may take to come back whom Consul has lost."""
 LEFTOVER_RETRY_S = 30.0
 SWEEP_MAX_S = 1.0
 
@@ -156,7 +160,9 @@ class ConsulBackend:
         check_fits(member)
         self._check_live()
         if self.replica_id not in self._keeper.fleet.replicas:
-            raise ConsulUnavailable("Consul does not list this registry, or its check of it fails")
+            raise ServiceError("Consul does not list this registry, or its check of it fails")
+        if self._ledger.awaited_count >= REGISTRATIONS_MAX:
+            raise Overloaded(f"{REGISTRATIONS_MAX} registrations are on their way to Consul already")
         grant, entry_id = self._keeper.register(member)
         key = (member.kind, member.member_id)
 
@@ -172,7 +178,7 @@ class ConsulBackend:
         except (TimeoutError, ServiceError) as problem:
             if self._holds(member, grant):
                 self._keeper.give_up(grant.lease_id, entry_id)
-            raise ConsulUnavailable(f"{entry_id} was not entered in Consul in time: {problem}") from None
+                raise ServiceError(f"{entry_id} was not entered in Consul in time: {problem}") from None
         if not self._holds(member, grant):
             raise DuplicateWorker(
                 f"{member.kind}_id {member.member_id} was entered at another registry meanwhile",
@@ -251,7 +257,7 @@ class ConsulBackend:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_WAIT_S):
                 await self._answered.wait()
-        if isinstance(self._problem, ConsulRefused):
+        if self._problem is not None and is_refusal(self._problem):
             raise StartError(str(self._problem))
         if self._publisher.registry_id is None:
             log.warning("serving without a view until Consul answers: %s", self._problem)
@@ -269,8 +275,7 @@ class ConsulBackend:
         if registry_id != self._publisher.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
             self._ledger.all_missing()
         leftovers = [] if self._is_withdrawn else self._keeper.take(fleet)
-        if self._own_entry_id not in {entry.service_id for entry in fleet.entries}:
-            self._ledger.missing(self._own_entry_id, Health.PASSING)
+        self._check_own_entry()
         self._remove(leftovers)
         self._waiting = (registry_id, fleet)
         missing = self._publisher.missing(registry_id, fleet, self._keeper.own_keys())
@@ -279,8 +284,12 @@ class ConsulBackend:
         elif self._held is None:
             log.warning("Consul has lost %d members that are known here: they get time to come back", len(missing))
             self._publisher.hold(time.time())
-            self._held = asyncio.get_running_loop().call_later(self.ttl_s, self._publish)
+            self._held = asyncio.get_running_loop().call_later(self.ttl_s + HOLD_S, self._publish)
         self._answered.set()
+
+    def _check_own_entry(self) -> None:
+        if all(entry.service_id != self._own_entry_id for entry in self._keeper.fleet.entries):
+            self._ledger.missing(self._own_entry_id)
 
     def _publish(self) -> None:
         """What Consul says is the view."""
@@ -304,6 +313,8 @@ class ConsulBackend:
         """Wake up for each expiry; a lease that is new is never the first to end."""
         while True:
             self._keeper.sweep(is_live=self._problem is None)
+            if self._problem is None and self._publisher.registry_id is not None:
+                self._check_own_entry()
             next_s = self._keeper.membership.next_expiry_s()
             wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
             await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))
@@ -339,7 +350,7 @@ class ConsulBackend:
             async with asyncio.timeout(timeout_s):
                 await self._follower.wait_for(is_seen)
         except TimeoutError:
-            raise ConsulUnavailable(f"{what}, and Consul does not show it yet") from None
+            raise ServiceError(f"{what}, and Consul does not show it yet") from None
         return self._keeper.fleet.index
 
     async def _look_again(self) -> None:
@@ -355,7 +366,7 @@ class ConsulBackend:
             async with asyncio.timeout(SEEN_TIMEOUT_S):
                 await self._follower.catch_up()
         except TimeoutError:
-            raise ConsulUnavailable("Consul does not say whether that lease is over") from None
+            raise ServiceError("Consul does not say whether that lease is over") from None
 
     def _holds(self, member: Member, grant: Grant) -> bool:
         held = self._keeper.membership.lease_of(member.kind, member.member_id)
@@ -364,13 +375,13 @@ class ConsulBackend:
     def _check_live(self) -> None:
         self._check_open()
         if self._problem is not None:
-            raise ConsulUnavailable(f"only the last known view is there: {self._problem}")
+            raise ServiceError(f"only the last known view is there: {self._problem}")
 
     def _check_open(self) -> None:
         if self._is_closing:
             raise _draining()
         if self._publisher.registry_id is None:
-            raise ConsulUnavailable(f"there is no view yet: {self._problem}")
+            raise ServiceError(f"there is no view yet: {self._problem}")
 
     def _client_of(self) -> ConsulClient:
         assert self._client is not None

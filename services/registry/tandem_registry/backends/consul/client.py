@@ -13,9 +13,10 @@ from typing import Any
 from consul import base
 from consul.callback import CB
 
+from tandem.errors import ServiceError
 from tandem_registry.backends.consul.records import Record, meta, place, service_id, tags
 from tandem_registry.backends.consul.settings import ConsulSettings
-from tandem_registry.backends.consul.transport import ANSWER_TIMEOUT_S, ConsulRefused, TandemConsul
+from tandem_registry.backends.consul.transport import ANSWER_TIMEOUT_S, TandemConsul, is_refusal
 from tandem_registry.view import Health
 
 DEREGISTER_CRITICAL_AFTER = "1m"
@@ -138,7 +139,7 @@ class ConsulClient:
         state = getattr(record.member, "state", None)
         if record.is_gone or (state is not None and state.value == "draining"):
             # It says so itself, and must not be found any more; its lease ends by the rules of leases.
-            return {"TTL": NEVER, "Status": "critical", "Notes": "it does not take anything new"}
+            return {"TTL": NEVER, "Status": "critical", "Notes": "it takes nothing new"}
         status = "critical" if health is Health.CRITICAL else "passing"
         if not self.has_checks:
             if record.key[0] == "registry":
@@ -152,6 +153,8 @@ class ConsulClient:
             "FailuresBeforeCritical": FAILURES_BEFORE_CRITICAL,
             "DeregisterCriticalServiceAfter": DEREGISTER_CRITICAL_AFTER,
             "Status": status,
+            # Without a word of why, critical only says that the agent has not looked yet.
+            "Notes": "it was critical when it was entered again" if health is Health.CRITICAL else "",
         }
 
     @property
@@ -162,7 +165,7 @@ class ConsulClient:
         """The answer; asked again with the token of now when the one in use was refused."""
         try:
             return await request()
-        except ConsulRefused:
-            if not self._consul.read_token_again():
+        except ServiceError as problem:
+            if not is_refusal(problem) or not self._consul.read_token_again():
                 raise
             return await request()

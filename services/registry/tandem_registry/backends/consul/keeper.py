@@ -15,7 +15,7 @@ from tandem.model.frontend import Member
 from tandem.model.worker import Worker, WorkerState
 from tandem.runtime.clock import Clock
 from tandem_registry.backends.consul.fleet import Entry, Fleet, Key
-from tandem_registry.backends.consul.ledger import SETTLE_S, Ledger
+from tandem_registry.backends.consul.ledger import SETTLE_S, Ledger, Urgency
 from tandem_registry.backends.consul.records import Record, Replica, service_id
 from tandem_registry.membership import Grant, Held, Membership, Rival
 from tandem_registry.view import Change, Health, RemovalReason
@@ -61,6 +61,8 @@ class Keeper:
         self._clock = clock
         self._ledger = ledger
         self._terms: dict[str, int] = {}
+        self._is_incomplete = False
+        """Whether Consul lacked an entry that may have been on its way."""
         self._replaced: dict[str, float] = {}
         """Service ids that go once their replacement is seen, and since when."""
 
@@ -113,6 +115,8 @@ class Keeper:
         """End leases that are over. Those that were taken over and not heard of here live on as long as Consul's checks
         pass; while Consul cannot be asked, nothing speaks against them.
         """
+        if is_live and self._is_incomplete:
+            self._compare_all(self._own_entries())
         self.membership.vouch(lambda held: not is_live or self._passes(held))
         self.membership.expire()
 
@@ -136,13 +140,20 @@ class Keeper:
     def take(self, fleet: Fleet) -> list[Leftover]:
         """Compare what Consul shows with what is kept here; returns what is to be removed of dead replicas."""
         self.fleet = fleet
-        own = {entry.service_id: entry for entry in fleet.entries if entry.record.keeper == self.replica_id}
-        for held in self.membership.held():
-            self._compare(held, own)
+        own = self._own_entries()
+        self._compare_all(own)
         self._remove_unwanted(own)
         if not fleet.replicas or min(fleet.replicas) != self.replica_id:
             return []
         return self._inherit()
+
+    def _own_entries(self) -> dict[str, Entry]:
+        return {entry.service_id: entry for entry in self.fleet.entries if entry.record.keeper == self.replica_id}
+
+    def _compare_all(self, own: dict[str, Entry]) -> None:
+        self._is_incomplete = False
+        for held in self.membership.held():
+            self._compare(held, own)
 
     def _compare(self, held: Held, own: dict[str, Entry]) -> None:
         record = self._record(held)
@@ -157,7 +168,7 @@ class Keeper:
             else:
                 self._ledger.disown(entry_id)
         elif entry_id not in own:
-            self._ledger.missing(entry_id, Health.PASSING)
+            self._is_incomplete = self._ledger.missing(entry_id) or self._is_incomplete
 
     def _remove_unwanted(self, own: dict[str, Entry]) -> None:
         """Entries of this replica that no lease stands behind."""
@@ -214,11 +225,17 @@ class Keeper:
             record = self._record(held)
             entry_id = service_id(self._service, record)
             self._replaced.pop(entry_id, None)
-            self._ledger.want(entry_id, record, self._health(record.key))
+            self._ledger.want(entry_id, record, self._health(record.key), self._urgency(record))
         for removed in change.removed:
             member = removed.member
             self.reasons[(member.kind, member.member_id, member.epoch)] = removed.reason
             self._end(member, removed.reason)
+
+    def _urgency(self, record: Record) -> Urgency:
+        entry = self.fleet.winners.get(record.key)
+        if entry is None or entry.record.member.epoch != record.member.epoch:
+            return Urgency.AWAITED
+        return Urgency.UNSEEN if entry.record.member == record.member else Urgency.SEEN
 
     def _end(self, member: Member, reason: RemovalReason) -> None:
         entry_id = service_id(self._service, Record(member=member, keeper=self.replica_id))

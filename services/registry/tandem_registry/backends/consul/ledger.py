@@ -7,25 +7,35 @@ failure. Decides nothing: `keeper` wants, and the answers of Consul say what is 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from tandem.errors import ServiceError
 from tandem.rpc.backoff import Backoff
 from tandem.runtime.clock import Clock
 from tandem_registry.backends.consul.client import ConsulClient
 from tandem_registry.backends.consul.records import Record
-from tandem_registry.backends.consul.transport import ConsulRefused
+from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.view import Health
 
 log = logging.getLogger(__name__)
 
 WRITERS = 4
-SETTLE_S = 2.0
+SETTLE_S = 1.0
 """An agent tells the servers within this time what was written to it."""
 SPREAD_S = 0.5
 """After an outage all replicas write again, each beginning at a moment of its own."""
+
+
+class Urgency(IntEnum):
+    """Which write goes first: somebody waits for it, the view lacks it, or it changes nothing that is seen."""
+
+    AWAITED = 0
+    SEEN = 1
+    UNSEEN = 2
 
 
 @dataclass(slots=True)
@@ -51,8 +61,10 @@ class Ledger:
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 -- spreads load, protects nothing
         self._lines: dict[str, _Line] = {}
-        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._queue: asyncio.PriorityQueue[tuple[Urgency, int, str]] = asyncio.PriorityQueue()
+        self._numbers = itertools.count()
         self._writers: list[asyncio.Task[None]] = []
+        self._told = ""
         self._reachable = asyncio.Event()
         self._reachable.set()
 
@@ -75,12 +87,23 @@ class Ledger:
         """They never end by themselves."""
         return self._writers
 
-    def want(self, entry_id: str, record: Record | None, health: Health = Health.PASSING) -> None:
+    @property
+    def awaited_count(self) -> int:
+        """Entries that somebody waits for."""
+        return sum(bool(line.waiters) for line in self._lines.values())
+
+    def want(
+        self,
+        entry_id: str,
+        record: Record | None,
+        health: Health = Health.PASSING,
+        urgency: Urgency = Urgency.SEEN,
+    ) -> None:
         """Let Consul hold that entry, or none; returns before it does."""
         line = self._lines.setdefault(entry_id, _Line(record))
         line.record, line.health = record, health
         line.version += 1
-        self._enqueue(entry_id, line)
+        self._enqueue(entry_id, line, urgency)
 
     def disown(self, entry_id: str) -> None:
         """The entry is another replica's now: do nothing about it any more."""
@@ -112,13 +135,16 @@ class Ledger:
         line.waiters.append((line.version, waiter))
         await waiter
 
-    def missing(self, entry_id: str, health: Health) -> None:
-        """Consul does not show what was written: write it again, unless it may be on its way."""
+    def missing(self, entry_id: str) -> bool:
+        """Consul does not show what was written: write it again, unless it may be on its way. Returns whether to look
+        again later.
+        """
         line = self._lines.get(entry_id)
-        if line is None or line.record is None or line.is_queued:
-            return
-        if line.written_version >= line.version and self._clock() - line.written_s >= SETTLE_S:
-            self.want(entry_id, line.record, health)
+        if line is None or line.record is None:
+            return False
+        if not line.is_queued and self._clock() - line.written_s >= SETTLE_S:
+            self.want(entry_id, line.record, line.health)
+        return True
 
     def all_missing(self) -> None:
         """Consul begins anew: write everything again."""
@@ -136,15 +162,15 @@ class Ledger:
         """Consul can be reached."""
         self._reachable.set()
 
-    def _enqueue(self, entry_id: str, line: _Line) -> None:
+    def _enqueue(self, entry_id: str, line: _Line, urgency: Urgency) -> None:
         if not line.is_queued:
             line.is_queued = True
-            self._queue.put_nowait(entry_id)
+            self._queue.put_nowait((urgency, next(self._numbers), entry_id))
 
     async def _write_all(self) -> None:
         backoff = Backoff(rng=self._rng)
         while True:
-            entry_id = await self._queue.get()
+            urgency, _, entry_id = await self._queue.get()
             if not self._reachable.is_set():
                 await self._reachable.wait()
                 await asyncio.sleep(self._rng.uniform(0, SPREAD_S))
@@ -153,17 +179,14 @@ class Ledger:
                 continue
             try:
                 await self._write(entry_id, line)
-            except ConsulRefused as refusal:
-                log.error("%s is not written: %s", entry_id, refusal)
-                self._fail(line, refusal)
             except ServiceError as problem:
-                log.debug("%s is not written yet: %s", entry_id, problem)
+                self._tell(entry_id, line, problem)
             else:
                 backoff.reset()
                 continue
             # The id stays queued, so that no other writer takes it.
             await asyncio.sleep(backoff.next_s())
-            self._queue.put_nowait(entry_id)
+            self._queue.put_nowait((urgency, next(self._numbers), entry_id))
 
     async def _write(self, entry_id: str, line: _Line) -> None:
         """Write until what is held is what is wanted."""
@@ -185,7 +208,14 @@ class Ledger:
         if line.record is None and self._lines.get(entry_id) is line:
             del self._lines[entry_id]
 
-    def _fail(self, line: _Line, error: ServiceError) -> None:
+    def _tell(self, entry_id: str, line: _Line, error: ServiceError) -> None:
+        """Say once what keeps failing; whoever waits for what is refused waits in vain."""
+        if not is_refusal(error):
+            log.debug("%s is not written yet: %s", entry_id, error)
+            return
+        if str(error) != self._told:
+            log.error("%s is not written: %s", entry_id, error)
+            self._told = str(error)
         for _, waiter in line.waiters:
             if not waiter.done():
                 waiter.set_exception(error)

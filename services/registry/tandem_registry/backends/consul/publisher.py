@@ -26,6 +26,7 @@ class Publisher:
         self.origin = Origin(is_live=False, since_s=now_s)
         self._subscriptions = subscriptions
         self._snapshot: View | None = None
+        self._is_holding = False
 
     def lost(self, now_s: float) -> None:
         """Consul does not answer: the view is the last known one from now on."""
@@ -33,19 +34,22 @@ class Publisher:
 
     def missing(self, registry_id: str, fleet: Fleet, own_keys: Collection[Key]) -> list[Key]:
         """Published members that an answer has no entry of, although nobody can have taken them out: all of them in a
-        new generation, and those whose leases are kept here in the present one.
+        new generation, and those whose leases are kept here in the present one. Once somebody is missing, everybody is
+        waited for.
         """
         if self.registry_id is None:
             return []
         absent = [key for key in self.fleet.members if key not in fleet.winners]
-        return absent if registry_id != self.registry_id else [key for key in absent if key in own_keys]
+        if registry_id != self.registry_id or any(key in own_keys for key in absent) or self._is_holding:
+            return absent
+        return []
 
     def publish(
         self, registry_id: str, fleet: Fleet, reasons: Mapping[tuple[str, str, int], RemovalReason], now_s: float
     ) -> None:
         """Let this be the view, and tell the difference."""
         before, self.fleet = self.fleet, fleet
-        self._snapshot = None
+        self._snapshot, self._is_holding = None, False
         is_new, is_first = registry_id != self.registry_id, self.registry_id is None
         self.registry_id = registry_id
         self._set_live(True, now_s)
@@ -57,6 +61,7 @@ class Publisher:
 
     def hold(self, now_s: float) -> None:
         """The last view stays, although Consul answers."""
+        self._is_holding = True
         self._set_live(False, now_s)
 
     def snapshot(self) -> View:

@@ -24,14 +24,12 @@ ANSWER_TIMEOUT_S = 5.0
 """For an answer that Consul does not delay on purpose."""
 SHOWN_CHARACTERS = 200
 TOO_MANY = 429
+TOKEN_SETTING = "consul_token"  # noqa: S105 -- the name of a setting
 
 
-class ConsulUnavailable(ServiceError):
-    """Consul cannot be reached, has no leader, or is overloaded. Another try makes sense."""
-
-
-class ConsulRefused(ServiceError):
-    """Consul does not let this registry do that: its token is unknown, or may not."""
+def is_refusal(error: ServiceError) -> bool:
+    """Whether Consul does not let this registry do that: its token is unknown, or may not."""
+    return error.metadata.get("setting") == TOKEN_SETTING
 
 
 class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
@@ -59,8 +57,8 @@ class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
         """One request.
 
         Raises:
-            ConsulUnavailable: there is no answer, or one that says that Consul cannot.
-            ConsulRefused: it may not.
+            ServiceError: there is no answer, or one that says that Consul cannot, or that this registry may not
+                (`is_refusal`).
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
@@ -69,20 +67,21 @@ class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
             ) as answer:
                 body = await answer.read()
         except TimeoutError:
-            raise ConsulUnavailable(f"Consul at {self._where} does not answer") from None
+            raise ServiceError(f"Consul at {self._where} does not answer") from None
         except (aiohttp.ClientError, OSError) as problem:
-            raise ConsulUnavailable(f"Consul at {self._where} cannot be reached: {_words(problem)}") from None
+            raise ServiceError(f"Consul at {self._where} cannot be reached: {_words(problem)}") from None
         self._check(answer.status, body)
         return callback(base.Response(answer.status, answer.headers, body))
 
     def _check(self, status: int, body: bytes) -> None:
         words = body[:SHOWN_CHARACTERS].decode(errors="replace").strip()
         if status in (401, 403):
-            raise ConsulRefused(f"Consul at {self._where} refuses the token of this registry (consul_token): {words}")
+            sentence = f"Consul at {self._where} refuses the token of this registry (consul_token): {words}"
+            raise ServiceError(sentence, setting=TOKEN_SETTING)
         if status >= 500 or status == TOO_MANY:
-            raise ConsulUnavailable(f"Consul at {self._where} cannot: {words or status}")
+            raise ServiceError(f"Consul at {self._where} cannot: {words or status}")
         if status >= 300 and status != 404:
-            raise ConsulUnavailable(f"Consul at {self._where} answers {status}: {words}")
+            raise ServiceError(f"Consul at {self._where} answers {status}: {words}")
 
     def get(self, callback: Any, path: str, params: Any = None, headers: Any = None, raw: bool = False) -> Any:
         """As py-consul's parts call it."""
