@@ -54,11 +54,6 @@ async def test_workers_say_their_release_and_the_digest_of_what_they_can_do(simu
         assert worker.capabilities_digest == capabilities_digest(worker.capabilities)
 
 
-async def test_a_frontend_without_a_name_is_called_after_its_address(simulated: LocalCluster) -> None:
-    named = f"frontend-{simulated.frontend.address.replace(':', '-')}"
-    await assert_eventually(lambda: frontends(simulated), lambda known: named in known)
-
-
 async def test_a_frontend_that_drains_says_so_and_leaves_at_its_end(tmp_path: Path) -> None:
     slow = {"engine-extra": '{"decode_step_s": 0.02}'}
     async with running(tmp_path, engine="simulated", worker_flags=slow) as cluster:

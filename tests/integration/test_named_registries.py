@@ -55,7 +55,7 @@ async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_pat
         first, second = cluster.registries
         async with (
             named(cluster, "decode-0", tmp_path, **{"worker-id": "decode-named", "port": "0"}),
-            named(cluster, "frontend", tmp_path, port="0") as frontend,
+            named(cluster, "frontend", tmp_path, **{"frontend-id": "frontend-named", "port": "0"}) as frontend,
         ):
             assert (await finish_of(frontend)).usage.completion_tokens == 16
             await assert_eventually(lambda: ids(second), lambda known: "decode-named" in known)

@@ -16,6 +16,18 @@ from tandem.testing.eventually import assert_eventually
 MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
 
 
+async def test_one_without_a_name_is_called_after_its_address() -> None:
+    registry = PlayedRegistry()
+    async with play_registry(registry):
+        app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
+        try:
+            await app.start()
+            await assert_eventually(lambda: registry.registered)
+            assert registry.registered[0][1] == f"frontend-{app.address.replace(':', '-')}"
+        finally:
+            await app.stop()
+
+
 async def test_it_serves_before_and_without_being_registered() -> None:
     registry = PlayedRegistry()
     errors = iter([ServiceError("not now"), InvalidRequest("frontend.address", "is no address")])
