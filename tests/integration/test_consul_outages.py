@@ -183,18 +183,24 @@ async def test_a_generation_that_was_removed_is_begun_anew(scene: Scene) -> None
     assert len({watch.steps[-1][0] for watch in scene.watches}) == 1
 
 
-async def test_entries_that_an_agent_loses_are_written_again(scene: Scene) -> None:
-    """Somebody clears the agent: a watcher learns nothing of it."""
-    await asyncio.sleep(SETTLE_S)
-    for entry in await scene.consul.services(scene.site.service):
-        await scene.consul.access.put(f"/v1/agent/service/deregister/{entry['Service']['ID']}")
+async def test_entries_that_an_agent_loses_are_written_again(consul: ConsulHost) -> None:
+    """Somebody clears the agent: those who watch at the keeper learn nothing of it."""
+    async with AsyncExitStack() as stack:
+        site = Site(consul)
+        registry = await stack.enter_async_context(site.registry())
+        workers = [await stack.enter_async_context(played_worker(name, registry)) for name in WORKERS]
+        watch = await stack.enter_async_context(watched(registry))
+        scene = Scene(site, [registry], workers, [watch])
+        await asyncio.sleep(SETTLE_S)
+        for entry in await consul.services(site.service):
+            await consul.access.put(f"/v1/agent/service/deregister/{entry['Service']['ID']}")
 
-    async def ids() -> set[str]:
-        return {entry["Service"]["Meta"]["id"] for entry in await scene.consul.services(scene.site.service)}
+        async def ids() -> set[str]:
+            return {entry["Service"]["Meta"]["id"] for entry in await consul.services(site.service)}
 
-    await assert_eventually(ids, lambda found: found >= set(WORKERS), within_s=5)
-    await scene.all_live()
-    scene.check_nothing_was_seen()
+        await assert_eventually(ids, lambda found: found >= set(WORKERS), within_s=5)
+        await scene.all_live()
+        scene.check_nothing_was_seen()
 
 
 async def test_a_foreign_or_changed_entry_is_ignored_with_one_line(

@@ -44,11 +44,8 @@ def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
     host, port = place(entry.record)
     status = "critical" if entry.health is Health.CRITICAL else "passing"
     words = "connection refused" if status == "critical" else ""
-    own = (
-        [{"ServiceID": entry.service_id, "Status": status, "Output": words, "Notes": ""}]
-        if entry.health is not Health.UNKNOWN
-        else []
-    )
+    own = {"ServiceID": entry.service_id, "Status": status, "Output": words, "Notes": ""}
+    checks = [] if entry.health is Health.UNKNOWN else [own]
     serf = {"ServiceID": "", "Status": "passing" if entry.is_node_alive else "critical"}
     return {
         "Node": {"Node": entry.node},
@@ -59,5 +56,5 @@ def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
             "Meta": meta(entry.record),
             "ModifyIndex": modify_index,
         },
-        "Checks": [serf, *own],
+        "Checks": [serf, *checks],
     }

@@ -274,9 +274,11 @@ class ConsulBackend:
         self._ledger.resume()
         if registry_id != self._publisher.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
             self._ledger.all_missing()
-        leftovers = [] if self._is_withdrawn else self._keeper.take(fleet)
+        if self._is_withdrawn:
+            self._keeper.fleet = fleet
+        else:
+            self._keeper.take(fleet)
         self._check_own_entry()
-        self._remove(leftovers)
         self._waiting = (registry_id, fleet)
         missing = self._publisher.missing(registry_id, fleet, self._keeper.own_keys())
         if not missing:
@@ -315,6 +317,7 @@ class ConsulBackend:
             self._keeper.sweep(is_live=self._problem is None)
             if self._problem is None and self._publisher.registry_id is not None:
                 self._check_own_entry()
+                self._remove([] if self._is_withdrawn else self._keeper.inherit())
             next_s = self._keeper.membership.next_expiry_s()
             wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
             await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))

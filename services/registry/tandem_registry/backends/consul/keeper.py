@@ -63,6 +63,8 @@ class Keeper:
         self._terms: dict[str, int] = {}
         self._is_incomplete = False
         """Whether Consul lacked an entry that may have been on its way."""
+        self._absent: dict[str, float] = {}
+        """Keepers of entries that are not among the live replicas, and since when."""
         self._replaced: dict[str, float] = {}
         """Service ids that go once their replacement is seen, and since when."""
 
@@ -137,15 +139,28 @@ class Keeper:
         shown = {(*key, entry.record.member.epoch) for key, entry in self.fleet.members.items()}
         self.reasons = {start: reason for start, reason in self.reasons.items() if start in shown}
 
-    def take(self, fleet: Fleet) -> list[Leftover]:
-        """Compare what Consul shows with what is kept here; returns what is to be removed of dead replicas."""
+    def take(self, fleet: Fleet) -> None:
+        """Compare what Consul shows with what is kept here."""
         self.fleet = fleet
         own = self._own_entries()
         self._compare_all(own)
         self._remove_unwanted(own)
-        if not fleet.replicas or min(fleet.replicas) != self.replica_id:
+        absent = {entry.record.keeper for entry in fleet.entries} - fleet.replicas - {self.replica_id}
+        now_s = self._clock()
+        self._absent = {keeper: self._absent.get(keeper, now_s) for keeper in absent}
+
+    def inherit(self) -> list[Leftover]:
+        """Take over what dead replicas have left, if that is this one's part; returns what is to be removed of it.
+
+        A replica is dead when it was absent for a lease's time. Members that live have come to another one by then.
+        """
+        dead = {keeper for keeper in self._absent if self._is_dead(keeper)}
+        if not dead or min(self.fleet.replicas, default="") != self.replica_id:
             return []
-        return self._inherit()
+        return self._inherit(dead)
+
+    def _is_dead(self, keeper: str) -> bool:
+        return self._clock() - self._absent.get(keeper, self._clock()) >= self.membership.ttl_s
 
     def _own_entries(self) -> dict[str, Entry]:
         return {entry.service_id: entry for entry in self.fleet.entries if entry.record.keeper == self.replica_id}
@@ -188,13 +203,12 @@ class Keeper:
             if is_useless:
                 self._ledger.want(entry_id, None)
 
-    def _inherit(self) -> list[Leftover]:
-        """What dead replicas have left: their leases, and entries that do not count."""
+    def _inherit(self, dead: set[str]) -> list[Leftover]:
         leftovers = []
         names = [entry.service_id for entry in self.fleet.entries]
         for entry in self.fleet.entries:
             record = entry.record
-            if record.keeper in self.fleet.replicas or isinstance(record.member, Replica):
+            if record.keeper not in dead or isinstance(record.member, Replica):
                 continue
             if self.fleet.winners[record.key] is entry and not record.is_gone:
                 self._adopt(entry, is_heard=False)
@@ -263,7 +277,7 @@ class Keeper:
             is_rival = entry.record.key == key or other.address == member.address
             is_own = entry.record.keeper == self.replica_id
             if is_rival and not is_own and not entry.record.is_gone and not isinstance(other, Replica):
-                is_kept = entry.record.keeper in self.fleet.replicas
+                is_kept = not self._is_dead(entry.record.keeper)
                 found.append(Rival(other, self._is_alive(entry, is_kept=is_kept), is_kept))
         return found
 
