@@ -129,8 +129,8 @@ async def test_a_silent_worker_leaves_every_view_when_its_lease_ends(site: Site)
         await assert_eventually(lambda: worker_ids(two), lambda ids: ids == ["w"])
         await worker.fall_silent()
         silent_s = loop.time()
-        await assert_eventually(lambda: worker_ids(two), lambda ids: ids == [], within_s=TTL_S + 2)
-        assert loop.time() - silent_s < TTL_S + 1
+        await assert_eventually(lambda: worker_ids(two), lambda ids: ids == [], within_s=TTL_S + 4)
+        assert loop.time() - silent_s < TTL_S + 3, "a lease, a sweep, and what a loaded machine takes"
         assert await worker_ids(one) == []
 
 
@@ -244,7 +244,7 @@ async def test_a_worker_of_another_replica_can_be_drained_and_taken_out(site: Si
 
 async def test_of_two_starts_at_two_replicas_the_newer_one_counts(site: Site) -> None:
     """Both replicas are asked at the same moment; whichever grants first, the view and the leases agree in the end."""
-    async with site.registry() as one, site.registry() as two:
+    async with site.registry(lease_ttl_s=30) as one, site.registry(lease_ttl_s=30) as two:
         for epoch in range(1, 6):
             answers = await asyncio.gather(
                 register(one, epoch=10 * epoch), register(two, epoch=10 * epoch + 1), return_exceptions=True

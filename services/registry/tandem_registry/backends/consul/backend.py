@@ -72,6 +72,7 @@ class ConsulBackend:
         self._problem: ServiceError | None = None
         self._answered = asyncio.Event()
         self._own_entry_id = ""
+        self._registering_count = 0
         self._is_withdrawn = self._is_closing = False
 
     @property
@@ -161,8 +162,15 @@ class ConsulBackend:
         self._check_live()
         if self.replica_id not in self._keeper.fleet.replicas:
             raise ServiceError("Consul does not list this registry, or its check of it fails")
-        if self._ledger.awaited_count >= REGISTRATIONS_MAX:
+        if self._registering_count >= REGISTRATIONS_MAX:
             raise Overloaded(f"{REGISTRATIONS_MAX} registrations are on their way to Consul already")
+        self._registering_count += 1
+        try:
+            return await self._register(member)
+        finally:
+            self._registering_count -= 1
+
+    async def _register(self, member: Member) -> Grant:
         grant, entry_id = self._keeper.register(member)
         key = (member.kind, member.member_id)
 

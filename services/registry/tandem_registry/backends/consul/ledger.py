@@ -87,11 +87,6 @@ class Ledger:
         """They never end by themselves."""
         return self._writers
 
-    @property
-    def awaited_count(self) -> int:
-        """Entries that somebody waits for."""
-        return sum(bool(line.waiters) for line in self._lines.values())
-
     def want(
         self,
         entry_id: str,
