@@ -15,8 +15,8 @@ import pytest_asyncio
 from tandem.errors import StartError
 from tandem.runtime.consul_binary import find_consul
 
-# A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks, which
-# nobody needs here, it can die of that while calls are running.
+# A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
+# which nobody needs here, it can die of that while calls are running.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")

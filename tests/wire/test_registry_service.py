@@ -38,6 +38,7 @@ from tandem.errors import (
 )
 from tandem.rpc.channels import open_channel
 from tandem.rpc.messages import worker_to_proto
+from tandem.testing.eventually import assert_eventually
 
 
 @pytest.fixture(params=["memory", "consul"])
@@ -150,8 +151,12 @@ async def test_a_sign_of_life_can_carry_the_state(stub: Any) -> None:
     keeping = stub.KeepAlive()
     await keeping.write(pb.KeepAliveRequest(lease_id=lease_id, state=worker_pb2.WORKER_STATE_DRAINING))
     await keeping.read()
-    (entry,) = (await stub.List(pb.ListRequest())).workers
-    assert entry.worker.state == worker_pb2.WORKER_STATE_DRAINING
+
+    async def states() -> list[int]:
+        return [entry.worker.state for entry in (await stub.List(pb.ListRequest())).workers]
+
+    await assert_eventually(states, lambda found: found == [worker_pb2.WORKER_STATE_DRAINING], within_s=TTL_S)
+    keeping.cancel()
 
 
 async def test_a_sign_of_life_for_a_lease_that_is_over(stub: Any) -> None:
