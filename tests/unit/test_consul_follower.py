@@ -1,0 +1,176 @@
+"""Following Consul's indexes: generations, indexes that go backwards, answers that are suddenly empty, outages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from consul_entries import instance, make_entry, registry_entry
+from registry_workers import make_worker
+from tandem_registry.backends.consul import follower
+from tandem_registry.backends.consul.client import Answer, Generation
+from tandem_registry.backends.consul.fleet import Entry, Fleet
+from tandem_registry.backends.consul.follower import Follower
+
+from tandem.errors import ServiceError
+from tandem.runtime.clock import monotonic
+from tandem.testing.eventually import assert_eventually
+
+
+class PlayedConsul:
+    """Consul's side of `ConsulClient`: data at an index, a key, and a switch that cuts the link."""
+
+    def __init__(self) -> None:
+        self.index = 10
+        self.key: Generation | None = None
+        self.entries: list[Entry] = [registry_entry("one"), make_entry(make_worker("a"))]
+        self.is_cut = False
+        self.consistent_reads = 0
+        self.names = iter("ghijklmn")
+        """Of generations."""
+        self._changed = asyncio.Event()
+
+    def change(self, index: int, *entries: Entry) -> None:
+        self.index, self.entries = index, list(entries)
+        self._wake()
+
+    def cut(self, *, is_cut: bool = True) -> None:
+        self.is_cut = is_cut
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def health(self, after: Answer | None = None, wait_s: float = 0.0, *, is_consistent: bool = False) -> Answer:
+        self.consistent_reads += is_consistent
+        if after is not None and wait_s and after.index == self.index and not self.is_cut:
+            await self._changed.wait()
+        if self.is_cut:
+            raise ServiceError("cut")
+        known = None if after is None else after.index
+        instances = [instance(entry, self.index) for entry in self.entries]
+        return Answer(self.index, None if self.index == known else instances)
+
+    async def generation(self) -> Generation | None:
+        if self.is_cut:
+            raise ServiceError("cut")
+        return self.key
+
+    async def begin_generation(self, registry_id: str, instead_of: Generation | None) -> bool:
+        if self.key != instead_of:
+            return False
+        self.key = Generation(registry_id, (instead_of.modify_index if instead_of else 0) + 1)
+        return True
+
+
+class Told:
+    """What the follower told."""
+
+    def __init__(self) -> None:
+        self.views: list[tuple[str, int, int]] = []
+        """Registry id, index, number of workers."""
+        self.losses = 0
+
+    def fleet(self, registry_id: str, fleet: Fleet) -> None:
+        self.views.append((registry_id, fleet.index, len(fleet.members)))
+
+    def lost(self, problem: ServiceError) -> None:
+        self.losses += 1
+
+
+@asynccontextmanager
+async def following(consul: Any, *, explains: bool = False) -> AsyncIterator[Told]:
+    told = Told()
+    subject = Follower(
+        consul,
+        new_id=lambda: next(consul.names),
+        on_fleet=told.fleet,
+        on_lost=told.lost,
+        explains=lambda fleet: explains,
+        clock=monotonic,
+    )
+    task = asyncio.create_task(subject.run())
+    try:
+        await assert_eventually(lambda: told.views)
+        yield told
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower, "SUSPECT_PAUSE_S", 0.05)
+
+
+async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_name() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as one, following(consul) as two:
+        assert one.views == two.views == [("g", 10, 1)]
+        consul.change(12, registry_entry("one"), make_entry(make_worker("a")), make_entry(make_worker("b")))
+        await assert_eventually(lambda: one.views[-1] == two.views[-1] == ("g", 12, 2))
+
+
+async def test_an_index_that_goes_backwards_begins_a_generation() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as one, following(consul) as two:
+        consul.change(4, registry_entry("one"), make_entry(make_worker("a")))
+        await assert_eventually(lambda: one.views[-1][1] == two.views[-1][1] == 4)
+        began = one.views[0][0]
+        await assert_eventually(lambda: one.views[-1] == two.views[-1], what="one name on both")
+        assert one.views[-1][0] != began
+        assert consul.key is not None
+        assert consul.key.registry_id == one.views[-1][0]
+
+
+async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothing() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as told:
+        honest = consul.health
+
+        async def deposed(*args: Any, is_consistent: bool = False, **more: Any) -> Answer:
+            answer = await honest(*args, is_consistent=is_consistent, **more)
+            return answer if is_consistent else Answer(3, [])
+
+        consul.health = deposed  # type: ignore[method-assign]
+        consul.change(11, *consul.entries)
+        await assert_eventually(lambda: told.views[-1][1] == 11)
+        assert {(registry_id, workers) for registry_id, _, workers in told.views} == {("g", 1)}
+
+
+async def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as told:
+        full, reads = consul.entries, consul.consistent_reads
+        consul.change(11, registry_entry("one"))
+        await asyncio.sleep(0.01)
+        consul.change(12, *full)
+        await assert_eventually(lambda: told.views[-1] == ("g", 12, 1))
+        assert all(workers == 1 for _, _, workers in told.views), "the empty answer was told to nobody"
+        assert consul.consistent_reads > reads
+        consul.change(13, registry_entry("one"))
+        await assert_eventually(lambda: told.views[-1] == ("g", 13, 0), what="a doubt that was cleared")
+
+
+async def test_an_empty_answer_that_is_ones_own_doing_needs_no_second_one() -> None:
+    consul = PlayedConsul()
+    async with following(consul, explains=True) as told:
+        reads = consul.consistent_reads
+        consul.change(11, registry_entry("one"))
+        await assert_eventually(lambda: told.views[-1] == ("g", 11, 0))
+        assert consul.consistent_reads == reads
+
+
+async def test_an_outage_is_told_and_what_comes_after_it() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as told:
+        consul.cut()
+        await assert_eventually(lambda: told.losses)
+        consul.key = None
+        consul.index = 20
+        consul.cut(is_cut=False)
+        await assert_eventually(lambda: told.views[-1] == ("h", 20, 1))
