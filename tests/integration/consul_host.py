@@ -155,6 +155,18 @@ class ConsulHost:
         return found
 
 
+async def dns_counts(agent: ConsulAgent, name: str) -> tuple[int, int]:
+    """Status and number of answers that an agent's DNS gives to a question for addresses, over TCP."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    question = b"\x00\x01\x01\x00\x00\x01" + bytes(6) + labels + b"\x00\x00\x01\x00\x01"
+    reader, writer = await asyncio.open_connection("127.0.0.1", agent.ports.dns)
+    writer.write(len(question).to_bytes(2, "big") + question)
+    answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+    writer.close()
+    await writer.wait_closed()
+    return answer[3] & 15, int.from_bytes(answer[6:8], "big")
+
+
 async def _until(look: Any, accepted: Any, what: str) -> None:
     async def now() -> Any:
         return look()

@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import REPOSITORY
-from consul_host import consul_agent, consul_servers
+from consul_host import consul_agent, consul_servers, dns_counts
 
 from tandem.errors import StartError
 from tandem.runtime.consul_agent import AgentSpec, ConsulAgent
@@ -22,6 +21,7 @@ from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
 
+NO_SUCH_NAME = 3
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -53,12 +53,8 @@ async def test_it_listens_on_loopback_only_and_answers_dns(consul_binary: Path, 
         assert local == {"127.0.0.1"}
         service = {"Name": "fleet", "Tags": ["decode"], "Port": 7}
         await host.access.put("/v1/agent/service/register", service)
-        question = b"\x00\x01\x01\x00\x00\x01" + bytes(6) + b"\x05fleet\x07service\x06consul\x00\x00\x01\x00\x01"
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-            asking.settimeout(5)
-            asking.sendto(question, ("127.0.0.1", host.first.ports.dns))
-            answer = await asyncio.to_thread(asking.recv, 512)
-        assert answer.endswith(bytes([127, 0, 0, 1]))
+        assert await dns_counts(host.first, "decode.fleet.service.consul") == (0, 1)
+        assert await dns_counts(host.first, "prefill.fleet.service.consul") == (NO_SUCH_NAME, 0)
         assert [entry["Service"]["Port"] for entry in await host.services("fleet")] == [7]
 
 

@@ -73,6 +73,8 @@ class AgentSpec:
     """What its own starter shows it."""
     token: str = ""
     """What its own starter shows it."""
+    configuration: tuple[Path, ...] = ()
+    """Files of configuration that are read first; what stands above counts more."""
     more: tuple[tuple[str, Any], ...] = ()
     """More of its configuration, by key."""
 
@@ -150,7 +152,8 @@ class ConsulAgent(ClusterProcess):
 
     def _command(self) -> list[str]:
         mode = ["-dev"] if self.spec.in_memory else []
-        return [str(self._binary), "agent", *mode, "-ui", f"-config-file={self._configuration}"]
+        files = [f"-config-file={file}" for file in (*self.spec.configuration, self._configuration)]
+        return [str(self._binary), "agent", *mode, "-ui", *files]
 
     def _before_exec(self) -> Callable[[], None] | None:
         own_pid = os.getpid()

@@ -35,6 +35,8 @@ CA_DAYS = 3650
 CLOCK_SKEW = timedelta(minutes=5)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 CONSUL_DOMAIN = "tandem.service.consul"
+CONSUL_SERVER = "server.dc1.consul"
+"""What Consul's servers must hold where they verify each other's names; only the certificate for Consul does."""
 HOST_NAME = re.compile(r"(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.I)
 
 
@@ -140,6 +142,8 @@ def _issue(
 ) -> Issued:
     key = ec.generate_private_key(ec.SECP256R1())
     names = [_general_name(host) for host in (*LOCAL_HOSTS, name, f"{name}.{CONSUL_DOMAIN}")]
+    if name == "consul":
+        names.append(_general_name(CONSUL_SERVER))
     names += extra or _former_names(certificate_file(directory, name))
     issuer = authority.certificate
     issuer_key = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
