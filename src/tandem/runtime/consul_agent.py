@@ -140,6 +140,17 @@ class ConsulAgent(ClusterProcess):
         except StartError:
             return ""
 
+    async def answers(self) -> bool:
+        """Whether there is a leader that has caught up.
+
+        One that has just been elected answers from before it has read its own data: a key that is there is missing.
+        """
+        try:
+            await self.access.get("/v1/health/service/consul?consistent", timeout_s=1.0)
+        except StartError:
+            return False
+        return True
+
     def last_words(self) -> str | None:
         """The last line of its log that can say why it ended, with the error that may follow on lines of its own."""
         lines = self._lines()
@@ -165,9 +176,9 @@ class ConsulAgent(ClusterProcess):
         return follow
 
     async def _serving_at(self) -> str | None:
-        """Its address, once there is a leader. Its own word counts: somebody else may answer at that port."""
+        """Its address, once it is as good as before. Its own word counts: somebody else may answer at that port."""
         runs = any(line.startswith(RUNNING) for line in self._lines())
-        return self.access.url.partition("://")[2] if runs and await self.leader() else None
+        return self.access.url.partition("://")[2] if runs and await self.answers() else None
 
     def _settings(self, version: tuple[int, ...]) -> dict[str, Any]:
         spec = self.spec
