@@ -90,10 +90,10 @@ async def check_consul(spec: ClusterSpec, console: Console) -> None:
         raise StartError(f"Consul at {consul.address} has no leader")
 
 
-def ui_url(cluster: LocalCluster) -> str | None:
-    """Where a browser finds Consul; None: there is none."""
+def consul_url(cluster: LocalCluster) -> str | None:
+    """Where Consul answers HTTP; None: there is none."""
     access = _access(cluster)
-    return None if access is None else f"{access.url}/ui"
+    return None if access is None else access.url
 
 
 async def dns_address(cluster: LocalCluster) -> str | None:

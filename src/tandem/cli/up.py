@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from tandem.cli.checks import check_spec
-from tandem.cli.consul_options import check_consul, dns_address, ui_url
+from tandem.cli.consul_options import check_consul, consul_url, dns_address
 from tandem.cli.interruption import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL, Interruption
 from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
@@ -81,7 +81,7 @@ async def _state(cluster: LocalCluster) -> ClusterState:
         frontend=cluster.frontend.address,
         registry=",".join(registry.address for registry in cluster.registries),
         http=cluster.edge.address if cluster.edge is not None else None,
-        consul=ui_url(cluster),
+        consul=consul_url(cluster),
         consul_dns=await dns_address(cluster),
         model=cluster.frontend.flags["model-name"],
         log=str(cluster.log_directory.resolve()),
@@ -97,7 +97,7 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
     for process in (*cluster.frontends, *cluster.registries):
         console.print(f"{process.role:<9} {process.address}", highlight=False)
     if state.consul is not None:
-        console.print(f"consul    {state.consul}", highlight=False, soft_wrap=True)
+        console.print(f"consul    {state.consul}/ui", highlight=False, soft_wrap=True)
     if state.consul_dns is not None:
         host, _, port = state.consul_dns.rpartition(":")
         console.print(
