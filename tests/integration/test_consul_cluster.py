@@ -41,7 +41,7 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, **own) as cluster:
         assert cluster.consul is not None
         before = await clients.list_members(cluster.registry.address)
-        for process in (cluster.consul, cluster.registries[0]):
+        for process in (cluster.registries[0], cluster.consul):
             address = process.address
             process.kill()
             await process.wait_ended()

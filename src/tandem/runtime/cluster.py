@@ -69,10 +69,7 @@ class LocalCluster:
         self._serves = False
         self.consul = None if spec.consul is None else spec.consul.make_agent(spec.log_directory, spec.tls)
         self.registries = [self._registry(number) for number in range(spec.registries)]
-        self.frontends = [
-            self._process("frontend", {"port": str(0 if number else spec.frontend_port)}, number)
-            for number in range(spec.frontends)
-        ]
+        self.frontends = [self._frontend(number) for number in range(spec.frontends)]
         self.edge = self._process("edge", {"port": str(spec.http_port)}) if spec.edge else None
         self.workers = [
             self._process(role, {"worker-id": f"{role}-{number}"}, number)
@@ -212,6 +209,10 @@ class LocalCluster:
             return status == 0
 
         return all(await asyncio.gather(*(end(process) for process in processes)))
+
+    def _frontend(self, number: int) -> ClusterProcess:
+        port = 0 if number else self.spec.frontend_port
+        return self._process("frontend", {"port": str(port), "frontend-id": f"frontend-{number}"}, number)
 
     def _registry(self, number: int) -> ClusterProcess:
         consul, tls = self.spec.consul, self.spec.tls
