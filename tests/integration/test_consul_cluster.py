@@ -41,7 +41,7 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, **own) as cluster:
         assert cluster.consul is not None
         before = await clients.list_members(cluster.registry.address)
-        for process in (cluster.registries[0], cluster.consul):
+        for process in (cluster.consul, cluster.registries[0], cluster.consul):
             address = process.address
             process.kill()
             await process.wait_ended()
@@ -50,10 +50,10 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
             await cluster.restart(process.name)
             assert process.address == address
 
-        async def views() -> list[tuple[str, registry_pb.ViewSource.ValueType]]:
+        async def views() -> list[tuple[str, registry_pb.ViewSource.ValueType, int]]:
             listed = [await clients.list_members(registry.address) for registry in cluster.registries]
-            return [(one.registry_id, one.source) for one in listed]
+            return [(one.registry_id, one.source, len(one.workers)) for one in listed]
 
         # The same life of Consul's data: it came back with them.
-        live = (before.registry_id, registry_pb.VIEW_SOURCE_LIVE)
+        live = (before.registry_id, registry_pb.VIEW_SOURCE_LIVE, 2)
         await assert_eventually(views, lambda found: found == [live, live], within_s=30, what="the same view as before")
