@@ -1,0 +1,147 @@
+"""An edge's watch of the registry's frontends, over a socket: what it is told, and what it keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
+from tandem.api.types.v1 import worker_pb2
+from tandem.errors import Draining
+from tandem.model.worker import WorkerState
+from tandem.rpc.frontend_watching import FrontendWatch
+from tandem.rpc.server import RpcServer
+from tandem.testing.eventually import assert_eventually
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
+
+
+class TellingRegistry(pb_grpc.RegistryServiceServicer):
+    """Tells the lists a test puts into it, to whoever watches."""
+
+    def __init__(self, registry_id: str) -> None:
+        self.registry_id = registry_id
+        self.refuses = False
+        self.watchers = 0
+        self._told = asyncio.Event()
+        self._last = pb.WatchFrontendsResponse(registry_id=registry_id)
+
+    def tell(self, *addresses: str, revision: int | None = None, draining: tuple[str, ...] = ()) -> None:
+        frontends = [
+            worker_pb2.Frontend(
+                frontend_id=address,
+                epoch=1,
+                address=address,
+                state=worker_pb2.WORKER_STATE_DRAINING if address in draining else worker_pb2.WORKER_STATE_SERVING,
+            )
+            for address in addresses
+        ]
+        number = self._last.revision + 1 if revision is None else revision
+        self._last = pb.WatchFrontendsResponse(registry_id=self.registry_id, revision=number, frontends=frontends)
+        told, self._told = self._told, asyncio.Event()
+        told.set()
+
+    async def WatchFrontends(self, request: Any, context: Any) -> AsyncIterator[pb.WatchFrontendsResponse]:  # noqa: N802
+        if self.refuses:
+            raise Draining("going away")
+        self.watchers += 1
+        try:
+            while True:
+                told = self._told
+                yield self._last
+                await told.wait()
+        finally:
+            self.watchers -= 1
+
+
+@contextlib.asynccontextmanager
+async def telling(registry_id: str = "r1", port: int = 0) -> AsyncIterator[tuple[TellingRegistry, str]]:
+    registry = TellingRegistry(registry_id)
+    server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
+    await server.start("127.0.0.1", port)
+    try:
+        yield registry, f"127.0.0.1:{server.port}"
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def watching(*addresses: str, confirm_grace_s: float = 10) -> AsyncIterator[FrontendWatch]:
+    watch = FrontendWatch(addresses, confirm_grace_s=confirm_grace_s)
+    await watch.start()
+    try:
+        yield watch
+    finally:
+        await watch.close()
+
+
+async def until(watch: FrontendWatch, *addresses: str) -> None:
+    def known() -> tuple[str, ...]:
+        return tuple(frontend.address for frontend in watch.frontends())
+
+    await assert_eventually(known, lambda seen: seen == addresses, what=f"frontends {addresses}")
+
+
+async def test_every_change_is_told_and_wakes() -> None:
+    async with telling() as (registry, address), watching(address) as watch:
+        change = watch.next_change
+        registry.tell("a:1", "b:1")
+        await asyncio.wait_for(change.wait(), 5)
+        await until(watch, "a:1", "b:1")
+        assert watch.state.is_live
+        registry.tell("b:1", draining=("b:1",))
+        await until(watch, "b:1")
+        assert [frontend.state for frontend in watch.frontends()] == [WorkerState.DRAINING]
+
+
+async def test_frontends_outlive_their_registry_and_follow_the_next() -> None:
+    async with telling("r1") as (registry, address):
+        port = int(address.rpartition(":")[2])
+        watcher = watching(address, confirm_grace_s=1)
+        watch = await watcher.__aenter__()
+        registry.tell("a:1", "b:1")
+        await until(watch, "a:1", "b:1")
+    try:
+        await assert_eventually(lambda: watch.state.is_live, lambda live: not live, what="the outage")
+        await until(watch, "a:1", "b:1")
+        async with telling("r2", port) as (registry, _):
+            # Empty, as a registry is that has just begun: nothing of it is believed.
+            await assert_eventually(lambda: watch.state.is_live, what="the next registry")
+            await until(watch, "a:1", "b:1")
+            registry.tell("b:1", "c:1")
+            await until(watch, "a:1", "b:1", "c:1")
+            await until(watch, "b:1", "c:1")  # after its time
+    finally:
+        await watcher.__aexit__(None, None, None)
+
+
+async def test_a_registry_that_refuses_or_is_gone_gives_the_next_its_turn() -> None:
+    async with telling("r1") as (first, address), telling("r1") as (second, other):
+        first.refuses = True
+        second.tell("a:1")
+        async with watching("127.0.0.1:1", address, other) as watch:
+            await until(watch, "a:1")
+            assert second.watchers == 1
+
+
+async def test_a_frozen_registry_gives_the_next_its_turn() -> None:
+    """It accepts connections and answers nothing, as a process does that was stopped by a signal."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        async with telling() as (registry, address), watching(f"127.0.0.1:{frozen.getsockname()[1]}", address) as watch:
+            registry.tell("a:1")
+            await until(watch, "a:1")
+
+
+async def test_a_watch_that_is_closed_leaves_nothing_and_still_tells() -> None:
+    async with telling() as (registry, address):
+        async with watching(address) as watch:
+            registry.tell("a:1")
+            await until(watch, "a:1")
+        await watch.close()
+        await until(watch, "a:1")
+        await assert_eventually(lambda: registry.watchers, lambda count: count == 0, what="the end of its stream")
