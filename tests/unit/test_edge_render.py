@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from tandem.edge import contracts
 from tandem.edge.config import EdgeConfig
+from tandem.edge.endpoints import Endpoint, assignment
 from tandem.edge.keys import ApiKey
 from tandem.edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Places, quoted, render
 
@@ -133,6 +135,46 @@ def test_names_and_addresses_of_frontends() -> None:
         {"san_type": "IP_ADDRESS", "matcher": {"exact": "::1"}},
         {"san_type": "DNS", "matcher": {"exact": "frontend.example"}},
     ]
+
+
+def frontends_cluster(**settings: Any) -> dict[str, Any]:
+    (cluster,) = loaded(render(EdgeConfig(**settings), (), PLACES)[PLACES.config])["static_resources"]["clusters"]
+    return cluster
+
+
+def test_names_are_looked_up_where_the_settings_say() -> None:
+    def dns(**settings: Any) -> dict[str, Any]:
+        return frontends_cluster(frontends="frontend.example:3", **settings)["cluster_type"]["typed_config"]
+
+    assert dns()["dns_refresh_rate"] == "1.000s"
+    assert "typed_dns_resolver_config" not in dns()
+    resolver = dns(dns_server="[::1]:8600", dns_refresh_s=0.5)["typed_dns_resolver_config"]["typed_config"]
+    assert resolver["resolvers"] == [{"socket_address": {"address": "::1", "port_value": 8600}}]
+    assert resolver["dns_resolver_options"]["use_tcp_for_dns_lookups"] is True
+
+
+def test_frontends_of_a_registry_are_in_a_file_that_envoy_watches() -> None:
+    config = EdgeConfig(registry="127.0.0.1:7400", upstream_tls_ca="/ca")
+    files = render(config, (), PLACES, (Endpoint("10.0.0.1", 1), Endpoint("::1", 2, is_draining=True)))
+    cluster = frontends_cluster(registry="127.0.0.1:7400")
+    assert cluster["type"] == "EDS"
+    assert "load_assignment" not in cluster
+    source = cluster["eds_cluster_config"]["eds_config"]["path_config_source"]
+    assert source == {"path": str(PLACES.endpoints)}
+    (told,) = json.loads(files[PLACES.endpoints])["resources"]
+    assert told["cluster_name"] == cluster["name"]
+    assert [entry.get("health_status") for entry in found(told, "lb_endpoints")[0]] == [None, "DRAINING"]
+    (ca,) = loaded(files[PLACES.secret("frontends_ca")])["resources"]
+    names = ca["validation_context"]["match_typed_subject_alt_names"]
+    assert names == [{"san_type": "DNS", "matcher": {"exact": "frontend"}}]
+
+
+def test_nobody_is_marked_where_everybody_drains() -> None:
+    told = json.loads(
+        assignment((Endpoint("10.0.0.1", 1, is_draining=True), Endpoint("10.0.0.2", 1, is_draining=True)))
+    )
+    assert not found(told, "health_status")
+    assert found(json.loads(assignment(())), "lb_endpoints") == [[]]
 
 
 def test_descriptors_are_whole() -> None:

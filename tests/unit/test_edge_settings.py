@@ -47,6 +47,51 @@ def test_a_wrong_setting_names_its_key(argv: list[str], key: str) -> None:
     assert wrong.value.key == key
 
 
+NAMED = ["--frontends", "frontend.tandem.service.consul:50051"]
+FOLLOWED = ["--registry", "127.0.0.1:7400,127.0.0.2:7400"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        ([], "frontends"),
+        ([*NAMED, *FOLLOWED], "registry"),
+        (["--registry", "nowhere"], "registry"),
+        ([*FOLLOWED, "--dns-server", "127.0.0.1:8600"], "dns_server"),
+        ([*FOLLOWED, "--upstream-tls-ca", __file__], "upstream_tls_cert"),
+        (["--frontends", "frontend..consul:1"], "frontends"),
+        (["--frontends=-frontend.consul:1"], "frontends"),
+        (["--frontends", "front end:1"], "frontends"),
+        (["--frontends", f"{'a' * 64}.consul:1"], "frontends"),
+        (["--frontends", f"{'a.' * 127}consul:1"], "frontends"),
+        (["--frontends", "10.0.0.256:1"], "frontends"),
+        ([*NAMED, "--dns-server", "127.0.0.1"], "dns_server"),
+        ([*NAMED, "--dns-server", "consul.example:8600"], "dns_server"),
+        ([*NAMED, "--dns-server", "127.0.0.1:8600,127.0.0.2:8600"], "dns_server"),
+        ([*NAMED, "--dns-refresh-s", "0"], "dns_refresh_s"),
+        (["--frontends", "127.0.0.1:1", "--dns-server", "127.0.0.1:8600"], "dns_server"),
+    ],
+)
+def test_a_wrong_way_to_the_frontends_names_its_key(argv: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        check(config.load(EdgeConfig, "tandem-edge", argv, {}))
+    assert wrong.value.key == key
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        FOLLOWED,
+        NAMED,
+        [*NAMED, "--dns-server", "127.0.0.1:8600"],
+        [*NAMED, "--dns-server", "[::1]:8600", "--dns-refresh-s", "0.5"],
+        ["--frontends", "10.0.0.1:1,[::1]:2,localhost:3,frontend_1.example.:4"],
+    ],
+)
+def test_there_are_two_ways_to_the_frontends(argv: list[str]) -> None:
+    check(config.load(EdgeConfig, "tandem-edge", argv, {}))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
 def test_loopback_may_be_open(host: str) -> None:
     check(load("--host", host))

@@ -1,7 +1,8 @@
 """Composition root of the edge: which parts there are, and the order in which they start and stop.
 
-Start: settings checked, keys read, Envoy ready. Drain: /healthz answers 503 while requests are still taken -> settle ->
-no new connection -> wait for the open requests. Stop: Envoy, its files.
+Start: settings checked, keys read, frontends heard of from the registry where it is followed, Envoy ready. Drain:
+/healthz answers 503 while requests are still taken -> settle -> no new connection -> wait for the open requests. Stop:
+the watch of the registry, Envoy, its files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import asyncio
 import logging
 
 from tandem.edge.config import EdgeConfig, check
+from tandem.edge.discovery import Discovery
 from tandem.edge.keys import read_keys
+from tandem.edge.names import Names
 from tandem.edge.process import EnvoyProcess
+from tandem.rpc.frontend_watching import FrontendWatch
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class EdgeApp:
         if not keys:
             log.warning("no API keys: everyone who reaches %s may call", config.host)
         self._envoy = EnvoyProcess(config, keys)
+        self._discovery: Discovery | None = None
         self._port = 0
 
     @property
@@ -48,7 +53,13 @@ class EdgeApp:
         Raises:
             StartError: it cannot; says why.
         """
-        await self._envoy.start()
+        if self._config.registry is None:
+            await self._envoy.start()
+        else:
+            watch = FrontendWatch(self._config.registry, tls=self._config.registry_tls)
+            self._discovery = Discovery(watch, Names(), self._config.dns_refresh_s)
+            await self._envoy.start(await self._discovery.first())
+            self._discovery.follow(self._envoy.take)
         self._port = await self._envoy.admin.port()
 
     async def drain(self) -> bool:
@@ -76,6 +87,8 @@ class EdgeApp:
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
+        if self._discovery is not None:
+            await self._discovery.stop()
         await self._envoy.stop()
 
     async def wait_finished(self) -> str | None:

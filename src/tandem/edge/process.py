@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -15,16 +14,16 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from tandem.edge.admin import Admin
 from tandem.edge.config import EdgeConfig
+from tandem.edge.endpoints import Endpoint, assignment, replace
 from tandem.edge.keys import ApiKey
 from tandem.edge.render import Places, render
 from tandem.errors import StartError
 from tandem.runtime import run_directory
-from tandem.runtime.parent import PR_SET_PDEATHSIG
 
 READY_POLL_S = 0.02
 READY_TIMEOUT_S = 20.0
@@ -32,6 +31,15 @@ STOP_TIMEOUT_S = 5.0
 SOCKET_PATH_BYTES_MAX = 100
 LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
 """Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
+
+TIED = """\
+import os, signal, sys
+from tandem.runtime.parent import follow
+if follow(int(sys.argv[1]), signal.SIGTERM):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes Envoy, once the kernel will end it with the edge. Not done between fork and exec of the edge itself: a child
+of a process that has called over gRPC died there."""
 
 
 def find_binary(given: Path | None) -> Path:
@@ -72,8 +80,8 @@ class EnvoyProcess:
         assert self._places is not None, "admin before start()"
         return Admin(self._places.admin_socket)
 
-    async def start(self) -> None:
-        """Return when it takes requests.
+    async def start(self, endpoints: Sequence[Endpoint] = ()) -> None:
+        """Return when it takes requests; `endpoints` are the frontends that the registry lists, where it is followed.
 
         Raises:
             StartError: there is no binary, the port is taken, or Envoy refuses the configuration.
@@ -81,11 +89,11 @@ class EnvoyProcess:
         binary = find_binary(self._config.envoy)
         _check_port(self._config.listen_host, self._config.port)
         self._places = Places(directory=_private_directory())
-        for file, content in render(self._config, self._keys, self._places).items():
+        for file, content in render(self._config, self._keys, self._places, endpoints).items():
             file.touch(mode=0o600)
             file.write_bytes(content)
         self._process = await asyncio.create_subprocess_exec(
-            binary,
+            *(sys.executable, "-c", TIED, str(os.getpid()), str(binary)),
             *("--config-path", str(self._places.config), "--concurrency", str(self._config.threads)),
             *("--log-level", LEVELS[self._config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
             *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
@@ -94,7 +102,6 @@ class EnvoyProcess:
             stdin=asyncio.subprocess.DEVNULL,
             # A signal to the whole group (Ctrl-C) is for the edge alone, which lets open requests end first.
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
         )
         await self._wait_ready(self._process)
 
@@ -109,6 +116,15 @@ class EnvoyProcess:
                     await asyncio.sleep(READY_POLL_S)
         except TimeoutError:
             raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s") from None
+
+    def take(self, endpoints: Sequence[Endpoint]) -> None:
+        """Replace the frontends that the registry lists, all at once.
+
+        Raises:
+            OSError: the file cannot be written; those before stay.
+        """
+        assert self._places is not None, "take() before start()"
+        replace(self._places.endpoints, assignment(endpoints))
 
     async def wait_ended(self) -> int:
         """Return its exit status when it ends."""
@@ -149,15 +165,3 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as problem:
             raise StartError(f"cannot listen on {host}:{port}: {problem.strerror}") from None
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """Run in the child before Envoy: the kernel ends it when this process is killed."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-    return ask

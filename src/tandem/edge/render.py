@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,13 +18,16 @@ import jinja2
 from markupsafe import Markup
 
 from tandem.edge import contracts
-from tandem.edge.config import EdgeConfig
+from tandem.edge.config import EdgeConfig, is_ip, split
+from tandem.edge.endpoints import Endpoint, assignment
 from tandem.edge.keys import ApiKey
 
 PARTS = files("tandem.edge").joinpath("envoy")
 TEMPLATE = "edge.yaml.jinja"
 SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
 ERRORS_LUA = "errors.lua"
+FRONTEND_NAME = "frontend"
+"""In the certificate of every frontend that `tandem certs` makes."""
 
 LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
 NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
@@ -54,6 +58,11 @@ class Places:
     def lua(self) -> Path:
         """The filter that gives errors their form."""
         return self.directory / ERRORS_LUA
+
+    @property
+    def endpoints(self) -> Path:
+        """The frontends that the registry lists; Envoy watches it."""
+        return self.directory / "endpoints.json"
 
     def secret(self, name: str) -> Path:
         """What Envoy watches for one TLS secret."""
@@ -93,8 +102,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3f}s"
 
 
-def render(config: EdgeConfig, keys: tuple[ApiKey, ...], places: Places) -> dict[Path, bytes]:
-    """Every file Envoy needs. All of them are for its owner only: one holds the clients' keys."""
+def render(
+    config: EdgeConfig, keys: tuple[ApiKey, ...], places: Places, endpoints: Sequence[Endpoint] = ()
+) -> dict[Path, bytes]:
+    """Every file Envoy needs. All of them are for its owner only: one holds the clients' keys.
+
+    `endpoints` are the frontends that the registry lists, where it is followed.
+    """
     values = {
         "config": config,
         "keys": keys,
@@ -102,13 +116,16 @@ def render(config: EdgeConfig, keys: tuple[ApiKey, ...], places: Places) -> dict
         "routes": contracts.http_routes(),
         "services": contracts.SERVICE_NAMES,
         "health_service": contracts.HEALTH_SERVICE_NAME,
-        "frontends": [_endpoint(address) for address in config.frontends],
+        "frontends": [_place(address) for address in config.frontends or ()],
+        "dns_server": None if config.dns_server is None else _place(config.dns_server),
     }
     rendered = {
         places.config: _render(TEMPLATE, values),
         places.descriptors: contracts.descriptor_set(),
         places.lua: PARTS.joinpath(ERRORS_LUA).read_bytes(),
     }
+    if config.registry is not None:
+        rendered[places.endpoints] = assignment(endpoints)
     for name, cert, key, ca in (
         (LISTENER_SECRET, config.tls_cert, config.tls_key, None),
         (CLIENT_SECRET, config.upstream_tls_cert, config.upstream_tls_key, None),
@@ -128,19 +145,16 @@ def _render(template: str, values: dict[str, Any]) -> bytes:
     return environment.from_string(PARTS.joinpath(template).read_text()).render(values).encode()
 
 
-def _endpoint(address: str) -> dict[str, Any]:
-    host, _, port = address.rpartition(":")
-    return {"host": host.strip("[]"), "port": int(port)}
+def _place(address: str) -> dict[str, Any]:
+    host, port = split(address)
+    return {"host": host, "port": port}
 
 
 def _names(config: EdgeConfig) -> list[dict[str, Any]]:
     """Names of which a frontend's certificate must have one, each with the kind it is."""
-    hosts = config.upstream_tls_names or dict.fromkeys(_endpoint(a)["host"] for a in config.frontends)
-    return [{"name": host, "kind": "IP_ADDRESS" if _is_ip(host) else "DNS"} for host in hosts]
-
-
-def _is_ip(host: str) -> bool:
-    return ":" in host or re.fullmatch(r"[0-9.]+", host) is not None
+    frontends = [FRONTEND_NAME] if config.frontends is None else [split(address)[0] for address in config.frontends]
+    hosts = config.upstream_tls_names or dict.fromkeys(frontends)
+    return [{"name": host, "kind": "IP_ADDRESS" if is_ip(host) else "DNS"} for host in hosts]
 
 
 def _absolute(file: Path | None) -> str | None:

@@ -1,0 +1,80 @@
+"""From the registry's list to endpoints: places, names, and what is kept when a name or a file cannot be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tandem.edge.discovery import endpoints_of
+from tandem.edge.endpoints import Endpoint, replace
+from tandem.edge.names import Names, ask_system
+from tandem.model.frontend import Frontend
+from tandem.model.worker import WorkerState
+
+
+def frontend(address: str, is_draining: bool = False) -> Frontend:
+    state = WorkerState.DRAINING if is_draining else WorkerState.SERVING
+    return Frontend(frontend_id=f"{address}-{state.value}", epoch=1, address=address, model="tiny", state=state)
+
+
+def test_each_place_is_an_endpoint_once() -> None:
+    frontends = [
+        frontend("10.0.0.2:5"),
+        frontend("[::1]:5", is_draining=True),
+        frontend("two:6"),
+        frontend("10.0.0.2:5", is_draining=True),  # a former start, which the registry has not given up yet
+        frontend("unknown:7"),
+    ]
+    addresses = {
+        "10.0.0.2": ("10.0.0.2",),
+        "::1": ("::1",),
+        "two": ("10.0.0.3", "10.0.0.4"),
+        "unknown": (),
+    }
+    assert endpoints_of(frontends, addresses) == (
+        Endpoint("10.0.0.2", 5),
+        Endpoint("10.0.0.3", 6),
+        Endpoint("10.0.0.4", 6),
+        Endpoint("::1", 5, is_draining=True),
+    )
+
+
+async def test_the_last_answer_for_a_name_is_kept() -> None:
+    asked: list[str] = []
+
+    async def ask(host: str) -> tuple[str, ...]:
+        asked.append(host)
+        if len(asked) > 1:
+            raise OSError("nobody answers")
+        return ("10.0.0.9",)
+
+    names = Names(ask)
+    for _ in range(2):
+        assert await names.addresses(["frontend", "10.0.0.1"]) == {"frontend": ("10.0.0.9",), "10.0.0.1": ("10.0.0.1",)}
+    assert asked == ["frontend", "frontend"]
+    assert await names.addresses([]) == {}
+    assert await names.addresses(["frontend"]) == {"frontend": ()}
+
+
+async def test_the_system_is_asked_for_ipv4_first() -> None:
+    assert await ask_system("localhost") == ("127.0.0.1",)
+
+
+def test_a_file_is_replaced_by_a_rename_and_stays_private(tmp_path: Path) -> None:
+    file = tmp_path / "endpoints.json"
+    replace(file, b"1")
+    inode = file.stat().st_ino
+    with file.open("rb") as before:
+        replace(file, b"22")
+        assert before.read() == b"1"
+    assert file.read_bytes() == b"22"
+    assert file.stat().st_ino != inode
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["endpoints.json"]
+
+
+def test_what_cannot_be_written_leaves_what_was(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        replace(tmp_path / "gone" / "endpoints.json", b"1")
