@@ -55,21 +55,24 @@ class StubFrontend(pb_grpc.InferenceServiceServicer):
 
 
 @asynccontextmanager
-async def stub_frontend() -> AsyncIterator[tuple[StubFrontend, str]]:
+async def stub_frontend(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[tuple[StubFrontend, str]]:
+    """A frontend that is healthy, and its address; its text is its address until the test says otherwise."""
     stub = StubFrontend()
     server = RpcServer([(HEALTH_SERVICE_NAME, partial(pb_grpc.add_InferenceServiceServicer_to_server, stub))])
-    await server.start("127.0.0.1", 0)
+    await server.start(host, port)
     await server.set_serving(True)
+    stub.text = address = f"{host}:{server.port}"
     try:
-        yield stub, f"127.0.0.1:{server.port}"
+        yield stub, address
     finally:
         await server.stop(0)
 
 
 @asynccontextmanager
-async def edge(logs: Path, frontends: str, **flags: Any) -> AsyncIterator[ClusterProcess]:
-    """tandem-edge as a process of its own, ready."""
-    given = {"frontends": frontends, "port": "0", "threads": "1", "drain-settle-s": "0", "drain-timeout-s": "5"}
+async def edge(logs: Path, frontends: str | None = None, **flags: Any) -> AsyncIterator[ClusterProcess]:
+    """tandem-edge as a process of its own, ready. Without `frontends`, `flags` say where it learns of them."""
+    given = {"port": "0", "threads": "1", "drain-settle-s": "0", "drain-timeout-s": "5"}
+    given |= {} if frontends is None else {"frontends": frontends}
     given |= {key.replace("_", "-"): str(value) for key, value in flags.items()}
     process = ClusterProcess("edge", "edge", given, logs)
     # Not the test's own directory: the path of a socket is short.
