@@ -68,6 +68,9 @@ FOLLOWED = ["--registry", "127.0.0.1:7400,127.0.0.2:7400"]
         ([*NAMED, "--dns-server", "127.0.0.1"], "dns_server"),
         ([*NAMED, "--dns-server", "consul.example:8600"], "dns_server"),
         ([*NAMED, "--dns-server", "127.0.0.1:8600,127.0.0.2:8600"], "dns_server"),
+        ([*NAMED, "--dns-server", "srv://consul.example"], "dns_server"),
+        (["--frontends", "srv://frontend.tandem.service.consul@127.0.0.1:8600"], "frontends"),
+        (["--registry", "srv://registry..consul"], "registry"),
         ([*NAMED, "--dns-refresh-s", "0"], "dns_refresh_s"),
         (["--frontends", "127.0.0.1:1", "--dns-server", "127.0.0.1:8600"], "dns_server"),
     ],
@@ -83,6 +86,7 @@ def test_a_wrong_way_to_the_frontends_names_its_key(argv: list[str], key: str) -
     [
         FOLLOWED,
         NAMED,
+        ["--registry", "srv://registry.tandem.service.consul@127.0.0.1:8600"],
         [*NAMED, "--dns-server", "127.0.0.1:8600"],
         [*NAMED, "--dns-server", "[::1]:8600", "--dns-refresh-s", "0.5"],
         ["--frontends", "10.0.0.1:1,[::1]:2,localhost:3,frontend_1.example.:4"],

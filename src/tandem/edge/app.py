@@ -92,5 +92,14 @@ class EdgeApp:
         await self._envoy.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return a sentence when Envoy has ended by itself."""
-        return f"Envoy ended with status {await self._envoy.wait_ended()}"
+        """Return a sentence when Envoy has ended by itself. A defect in following the registry is raised."""
+        ended = asyncio.ensure_future(self._envoy.wait_ended())
+        followed = [] if self._discovery is None else [self._discovery.following]
+        try:
+            await asyncio.wait([ended, *followed], return_when=asyncio.FIRST_COMPLETED)
+            for task in followed:
+                if task.done():
+                    await task
+            return f"Envoy ended with status {await ended}"
+        finally:
+            ended.cancel()

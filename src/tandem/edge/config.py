@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError
-from tandem.rpc.addresses import Addresses, parse_addresses
+from tandem.rpc.addresses import Addresses, parse_addresses, parse_srv
 from tandem.tls.paths import Tls
 
 ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
@@ -170,6 +170,10 @@ def _check_sources(config: EdgeConfig) -> None:
         return
     if config.frontends is None:
         raise ConfigError("frontends", "must be given, or registry")
+    for key, addresses in (("frontends", config.frontends), ("dns_server", (config.dns_server or "127.0.0.1:53",))):
+        for address in addresses:
+            if parse_srv(address) is not None:
+                raise ConfigError(key, f"must be host:port, not {address!r}: Envoy asks DNS for addresses, not for SRV")
     hosts = [split(address)[0] for address in config.frontends]
     for host in hosts:
         if not is_ip(host) and (not DNS_NAME.fullmatch(host) or re.fullmatch(r"[0-9.]+", host)):

@@ -55,6 +55,12 @@ class Discovery:
         """Call `tell` after each change from now on, until `stop`."""
         self._task = asyncio.create_task(self._follow(tell), name="discovery")
 
+    @property
+    def following(self) -> asyncio.Task[None]:
+        """Ends by `stop`, or by a defect."""
+        assert self._task is not None, "following before follow()"
+        return self._task
+
     async def stop(self) -> None:
         """Follow no more. May be called twice, and before `first`."""
         if self._task is not None:
