@@ -6,68 +6,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from functools import partial
-from typing import Any
 
-from tandem.api.registry.v1 import registry_service_pb2 as pb
-from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
-from tandem.api.types.v1 import worker_pb2
-from tandem.errors import Draining
+from telling_registry import telling
+
 from tandem.model.worker import WorkerState
 from tandem.rpc.frontend_watching import FrontendWatch
-from tandem.rpc.server import RpcServer
 from tandem.testing.eventually import assert_eventually
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
-
-
-class TellingRegistry(pb_grpc.RegistryServiceServicer):
-    """Tells the lists a test puts into it, to whoever watches."""
-
-    def __init__(self, registry_id: str) -> None:
-        self.registry_id = registry_id
-        self.refuses = False
-        self.watchers = 0
-        self._told = asyncio.Event()
-        self._last = pb.WatchFrontendsResponse(registry_id=registry_id)
-
-    def tell(self, *addresses: str, revision: int | None = None, draining: tuple[str, ...] = ()) -> None:
-        frontends = [
-            worker_pb2.Frontend(
-                frontend_id=address,
-                epoch=1,
-                address=address,
-                state=worker_pb2.WORKER_STATE_DRAINING if address in draining else worker_pb2.WORKER_STATE_SERVING,
-            )
-            for address in addresses
-        ]
-        number = self._last.revision + 1 if revision is None else revision
-        self._last = pb.WatchFrontendsResponse(registry_id=self.registry_id, revision=number, frontends=frontends)
-        told, self._told = self._told, asyncio.Event()
-        told.set()
-
-    async def WatchFrontends(self, request: Any, context: Any) -> AsyncIterator[pb.WatchFrontendsResponse]:  # noqa: N802
-        if self.refuses:
-            raise Draining("going away")
-        self.watchers += 1
-        try:
-            while True:
-                told = self._told
-                yield self._last
-                await told.wait()
-        finally:
-            self.watchers -= 1
-
-
-@contextlib.asynccontextmanager
-async def telling(registry_id: str = "r1", port: int = 0) -> AsyncIterator[tuple[TellingRegistry, str]]:
-    registry = TellingRegistry(registry_id)
-    server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
-    await server.start("127.0.0.1", port)
-    try:
-        yield registry, f"127.0.0.1:{server.port}"
-    finally:
-        await server.stop(0)
 
 
 @contextlib.asynccontextmanager
