@@ -1,9 +1,9 @@
 """Two ways for the edge to find frontends, side by side: `python -m benchmarks.edge_discovery`.
 
-Starts real frontends, a registry and a Consul agent, and two edges before the same frontends at the same time: one
-follows the registry, the other asks Consul's DNS over TCP. Both are under the same steady load while frontends join,
-drain and are killed, and while Consul and the registry are killed and come back empty. Prints what each edge's clients
-saw of it.
+Starts real frontends, a registry over a Consul agent, and two edges before the same frontends at the same time: one
+follows the registry, the other asks Consul's DNS over TCP. The registry enters each frontend in Consul, for both. Both
+are under the same steady load while frontends join, drain and are killed, and while Consul and the registry are killed
+and come back, Consul without its data. Prints what each edge's clients saw of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 import httpx
 
-from tandem.edge.contracts import HEALTH_SERVICE_NAME
 from tandem.rpc.frontend_watching import FrontendWatch
 from tandem.runtime import run_directory
 from tandem.runtime.cluster_process import ClusterProcess
@@ -95,7 +94,8 @@ class Bench:
         self.logs, self.run = logs, run
         self.consul = ConsulAgent(find_consul(tell=print), logs, AgentSpec(in_memory=True))
         self.port = AgentPorts.draw().server
-        self.registry = ClusterProcess("registry", "registry", {"port": "0", "lease-ttl-s": str(LEASE_S)}, logs)
+        kept = {"backend": "consul", "consul-address": self.consul.access.address.removeprefix("http://")}
+        self.registry = ClusterProcess("registry", "registry", {"port": "0", "lease-ttl-s": str(LEASE_S), **kept}, logs)
         self.processes: list[ClusterProcess] = []
         self.frontends: dict[str, ClusterProcess] = {}
         self.loads: dict[str, Load] = {}
@@ -137,17 +137,6 @@ class Bench:
         for process in reversed(self.processes):
             await process.stop()
 
-    async def enter(self, host: str) -> None:
-        """What is said to Consul of a frontend, by hand: its DNS and its checks are what is measured."""
-        address = f"{host}:{self.port}"
-        interval = f"{max(1.0, LEASE_S / 2):g}s"
-        check = {"GRPC": f"{address}/{HEALTH_SERVICE_NAME}", "Interval": interval, "Timeout": "1s", "Status": "passing"}
-        service = {"ID": host, "Name": "tandem", "Tags": ["frontend"], "Address": host, "Port": self.port}
-        await self.consul.access.put("/v1/agent/service/register", {**service, "Check": check})
-
-    async def leave(self, host: str) -> None:
-        await self.consul.access.put(f"/v1/agent/service/deregister/{host}")
-
     async def listed(self, address: str, is_listed: bool) -> None:
         """Return when the registry lists a frontend, or lists it no more."""
         assert self.watch is not None
@@ -156,15 +145,12 @@ class Bench:
             await changed.wait()
             changed = self.watch.next_change
 
-    async def join(self, host: str) -> dict[str, float]:
-        """Start a frontend; when the registry and Consul had it."""
-        address = f"{host}:{self.port}"
+    async def join(self, host: str) -> float:
+        """Start a frontend; when the registry had it."""
         starting = asyncio.create_task(self.start(self.frontends[host]))
-        await self.listed(address, True)
-        registered_s = {"registry": time.time()}
+        await self.listed(f"{host}:{self.port}", True)
+        registered_s = time.time()
         await starting
-        registered_s["dns"] = time.time()
-        await self.enter(host)
         return registered_s
 
     async def measured_join(self, host: str) -> dict[str, Any]:
@@ -172,18 +158,17 @@ class Bench:
         await asyncio.sleep(SETTLE_S + 0.5)  # Envoy writes its log every 0.2 s
         found = {}
         for name, load in self.loads.items():
-            requests_s = load.requests_s(f"{host}:{self.port}", registered_s[name])
+            requests_s = load.requests_s(f"{host}:{self.port}", registered_s)
             found[name] = {"first_request_ms": round(1e3 * min(requests_s))}
         return found
 
     async def end(self, host: str, number: signal.Signals) -> dict[str, Any]:
-        """End a frontend; what the clients saw of it. Consul's entry goes when the registry's goes."""
+        """End a frontend; what the clients saw of it until the registry listed it no more, and a little longer."""
         address, frontend = f"{host}:{self.port}", self.frontends[host]
         ended_s = time.time()
         frontend.signal(number)
         await frontend.wait_ended()
         await self.listed(address, False)
-        await self.leave(host)
         await asyncio.sleep(SETTLE_S)
         found = {}
         for name, load in self.loads.items():
@@ -192,7 +177,7 @@ class Bench:
         return found
 
     async def outage(self, process: ClusterProcess) -> dict[str, Any]:
-        """Kill Consul or the registry; then start it empty, and see what clients see until it is filled again."""
+        """Kill Consul or the registry; then start it again, Consul without its data; how many requests failed."""
         begin_s = time.time()
         process.kill()
         await process.wait_ended()
@@ -201,12 +186,8 @@ class Bench:
         begin_s = time.time()
         await self.start(process)
         await asyncio.sleep(OUTAGE_S)
-        empty = {name: load.failures(begin_s)["failed"] for name, load in self.loads.items()}
-        if process is self.consul:
-            for host in HOSTS[:2]:
-                await self.enter(host)
-        await asyncio.sleep(SETTLE_S)
-        return {"failed_while_dead": dead, "failed_while_empty": empty}
+        back = {name: load.failures(begin_s)["failed"] for name, load in self.loads.items()}
+        return {"failed_while_dead": dead, "failed_when_back": back}
 
 
 async def measure(rounds: int) -> dict[str, Any]:

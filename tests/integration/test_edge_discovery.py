@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import json
 import signal
 import socket
 import time
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import SIMULATED, running
 from consul_host import ConsulHost, consul_agent
 from edge_host import StubFrontend, client_of, detokenize, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
+from test_edge_resilience import CLIENTS, Load, took_part, two_frontends
 
 from tandem.edge.contracts import HEALTH_SERVICE_NAME
 from tandem.model.frontend import Frontend
@@ -23,11 +27,14 @@ from tandem.model.worker import WorkerState
 from tandem.rpc.registration import Registration
 from tandem.runtime import run_directory
 from tandem.runtime.cluster import ClusterProcess
+from tandem.runtime.cluster_consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 
 LEASE_S = 1.0
+FOUND_DEAD_S = 3.0
+"""By then Envoy has missed two health checks of a frontend, one in each second."""
 NAME = "frontend.tandem.service.consul"
 
 
@@ -251,3 +258,64 @@ async def test_frontends_of_consul_come_and_go_and_outlive_its_death(consul_bina
                 await asyncio.sleep(1)
             assert set(outcomes) == {200}
             assert await answering(client, 20) == set(addresses[:4])
+
+
+def requests_to(process: ClusterProcess, frontend: str, since_s: float) -> int:
+    """How many requests that began since then the edge sent to a frontend."""
+    lines = [line for line in process.log.read_text().splitlines() if f'"frontend":"{frontend}"' in line]
+    times = [datetime.datetime.fromisoformat(json.loads(line)["time"]).timestamp() for line in lines]
+    return sum(time_s >= since_s for time_s in times)
+
+
+async def test_a_cluster_over_consul_serves_on_without_consul_and_without_a_registry(
+    consul_binary: Path, tmp_path: Path
+) -> None:
+    consul = ClusterConsul(binary=consul_binary)
+    spec = {"engine": "simulated", "edge": True, "frontends": 2, "consul": consul, "worker_flags": SIMULATED}
+    async with running(tmp_path, **spec) as cluster:
+        assert cluster.edge is not None
+        assert cluster.consul is not None
+        assert "frontends" not in cluster.edge.flags
+        async with client_of(cluster.edge) as client:
+            load = Load(client)
+            async with load.running():
+                for frontend in cluster.frontends:
+                    await took_part(cluster, frontend.address)
+                for process in (cluster.consul, cluster.registry):
+                    process.kill()
+                    await process.wait_ended()
+                await load.more(CLIENTS * 5)
+            assert load.wrong == []
+            # Nobody is left who could say that this one is gone.
+            victim = cluster.frontends[1]
+            load.stopped = False
+            async with load.running():
+                victim.kill()
+                await victim.wait_ended()
+                killed_s = time.time()
+                await asyncio.sleep(FOUND_DEAD_S)
+                wrong_count = len(load.wrong)
+                await load.more(CLIENTS * 10)
+            assert wrong_count <= CLIENTS, load.wrong
+            assert load.wrong[wrong_count:] == []
+        await asyncio.sleep(0.3)  # Envoy writes its log every 0.2 s
+        assert requests_to(cluster.edge, victim.address, killed_s + FOUND_DEAD_S) == 0
+        assert requests_to(cluster.edge, cluster.frontend.address, killed_s + FOUND_DEAD_S) > CLIENTS
+
+
+async def test_a_frontend_that_is_started_again_joins_under_an_edge_that_runs_on(tmp_path: Path) -> None:
+    async with two_frontends(tmp_path) as (cluster, load):
+        leaver = cluster.frontends[0]
+        async with load.running():
+            await took_part(cluster, leaver.address)
+            assert await leaver.stop() == 0
+            await load.more(CLIENTS * 2)
+            begun_s = time.time()
+            await cluster.restart(leaver.name)
+            assert cluster.edge is not None
+            edge_process = cluster.edge
+            count = lambda: requests_to(edge_process, leaver.address, begun_s)  # noqa: E731
+            await assert_eventually(
+                count, lambda seen: seen > CLIENTS, within_s=10, what="requests to the one that is back"
+            )
+        assert load.wrong == []

@@ -130,12 +130,10 @@ class LocalCluster:
             await self._bring_up_all(self._consuls)
             await self._bring_up_all(self.registries)
             others = [*self.workers, *self.frontends]
-            for process in others:
+            for process in (*others, *self._edges):
                 process.flags["registry"] = ",".join(registry.address for registry in self.registries)
             await self._bring_up_all(others)
-            for edge in self._edges:
-                edge.flags["frontends"] = ",".join(frontend.address for frontend in self.frontends)
-                await self._bring_up(edge)
+            await self._bring_up_all(self._edges)
             self._serves = True
         except BaseException as failure:
             await self.stop()
