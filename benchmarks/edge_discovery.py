@@ -38,7 +38,8 @@ CLIENTS = 4
 PAUSE_S = 0.01
 LEASE_S = 2.0
 SETTLE_S = 2.0
-OUTAGE_S = 4.0
+OUTAGE_S = 3.0
+STEPS = ("join", "drain", "kill", "registry_killed", "consul_killed")
 
 
 @dataclass
@@ -159,6 +160,7 @@ class Bench:
         found = {}
         for name, load in self.loads.items():
             requests_s = load.requests_s(f"{host}:{self.port}", registered_s)
+            assert requests_s, f"the edge that asks {name} sent {host} nothing"
             found[name] = {"first_request_ms": round(1e3 * min(requests_s))}
         return found
 
@@ -187,12 +189,12 @@ class Bench:
         await self.start(process)
         await asyncio.sleep(OUTAGE_S)
         back = {name: load.failures(begin_s)["failed"] for name, load in self.loads.items()}
-        return {"failed_while_dead": dead, "failed_when_back": back}
+        return {name: {"failed_while_dead": dead[name], "failed_when_back": back[name]} for name in self.loads}
 
 
 async def measure(rounds: int) -> dict[str, Any]:
     logs, run = Path(tempfile.mkdtemp(prefix="tandem-bench-")), run_directory.make()
-    bench, steps = Bench(logs, run), {"join": [], "drain": [], "kill": []}
+    bench, steps = Bench(logs, run), {how: [] for how in STEPS}
     visitor = HOSTS[2]
     try:
         await bench.up()
@@ -202,12 +204,13 @@ async def measure(rounds: int) -> dict[str, Any]:
                 for how, number in (("drain", signal.SIGTERM), ("kill", signal.SIGKILL)):
                     steps["join"].append(await bench.measured_join(visitor))
                     steps[how].append(await bench.end(visitor, number))
-            outages = {"registry": await bench.outage(bench.registry), "consul": await bench.outage(bench.consul)}
+            for how, process in (("consul_killed", bench.consul), ("registry_killed", bench.registry)):
+                steps[how] = [await bench.outage(process) for _ in range(rounds)]
         answered = {name: load.answered for name, load in bench.loads.items()}
     finally:
         await bench.down()
         shutil.rmtree(run, ignore_errors=True)
-    return {"answered": answered, **{how: summary(found) for how, found in steps.items()}, "outages": outages}
+    return {"answered": answered, **{how: summary(found) for how, found in steps.items()}}
 
 
 def summary(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:

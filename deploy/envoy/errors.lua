@@ -147,7 +147,8 @@ function envoy_on_response(handle)
   local told = rewritten(handle, http_status, buffer:getBytes(0, buffer:length()))
   if told ~= nil then
     local length = buffer:setBytes(told)
-    headers:replace("content-type", "application/json")
-    headers:replace("content-length", tostring(length))
+    -- Asked for again: where the body came later than the headers, the former object is dead.
+    handle:headers():replace("content-type", "application/json")
+    handle:headers():replace("content-length", tostring(length))
   end
 end

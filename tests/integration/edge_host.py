@@ -34,11 +34,15 @@ class StubFrontend(pb_grpc.InferenceServiceServicer):
         self.failure: Exception | None = None
         self.text = "text"
         self.delay_s = 0.0
+        self.headers_first = False
+        """Whether the answer's headers are on their way before it is known how the call ends."""
         self.stream: Callable[[], AsyncIterator[HttpBody]] | None = None
         self.seen: list[dict[str, Any]] = []
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
         self.seen.append(dict(context.invocation_metadata()))
+        if self.headers_first:
+            await context.send_initial_metadata(())
         await asyncio.sleep(self.delay_s)
         if self.failure is not None:
             raise self.failure

@@ -30,6 +30,7 @@ async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
         client_of(process) as client,
     ):
         yield stub, client
+        assert "script log" not in process.log.read_text(), "the filter itself has failed"
 
 
 class Forbidden(TandemError):
@@ -173,3 +174,13 @@ async def test_a_silent_frontend_is_504(tmp_path: Any) -> None:
         response = await client.post("/v1/generate", json={"prompt": "x"})
         assert response.status_code == 504
         assert error_of(response)["type"] == "timeout_error"
+
+
+async def test_a_failure_that_comes_after_the_headers_has_the_same_form(host: Host) -> None:
+    stub, client = host
+    stub.failure, stub.headers_first, stub.delay_s = errors.ModelNotFound("no", model="m"), True, 0.1
+    try:
+        error = error_of(await detokenize(client))
+    finally:
+        stub.failure, stub.headers_first, stub.delay_s = None, False, 0.0
+    assert (error["message"], error["code"]) == ("no", "model_not_found")

@@ -142,6 +142,11 @@ def frontends_cluster(**settings: Any) -> dict[str, Any]:
     return cluster
 
 
+@pytest.mark.parametrize("source", [{"frontends": "127.0.0.1:1"}, {"registry": "127.0.0.1:7400"}])
+def test_what_health_checks_find_counts_at_once(source: dict[str, str]) -> None:
+    assert frontends_cluster(**source)["common_lb_config"]["update_merge_window"] == "0s"
+
+
 def test_names_are_looked_up_where_the_settings_say() -> None:
     def dns(**settings: Any) -> dict[str, Any]:
         return frontends_cluster(frontends="frontend.example:3", **settings)["cluster_type"]["typed_config"]
