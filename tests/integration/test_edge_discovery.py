@@ -257,7 +257,8 @@ async def test_frontends_of_consul_come_and_go_and_outlive_its_death(consul_bina
             async with until_it_ends(client) as outcomes:
                 await asyncio.sleep(1)
             assert set(outcomes) == {200}
-            assert await answering(client, 20) == set(addresses[:4])
+            # Drawn at random: a few requests need not reach each of them.
+            await until_answering(client, *addresses[:4])
 
 
 def requests_to(process: ClusterProcess, frontend: str, since_s: float) -> int:
