@@ -111,6 +111,7 @@ class Membership:
 
     def adopt(self, lease_id: str, member: Member, *, is_heard: bool) -> None:
         """Take over a lease that another keeper granted. Older starts of its id or at its address give way."""
+        assert not self.holds(lease_id), "a lease that is held here would give way to itself"
         older = {id(lease): lease for lease in self._in_the_way(member)}
         for lease in older.values():
             self._forget(lease)
@@ -127,6 +128,10 @@ class Membership:
     def held(self) -> tuple[Held, ...]:
         """All leases, those that are over included until `expire`."""
         return tuple(Held(lease.lease_id, lease.member) for lease in self._leases.values())
+
+    def holds(self, lease_id: str) -> bool:
+        """Whether this table has the lease, over or not."""
+        return lease_id in self._leases
 
     def lease_of(self, kind: str, member_id: str) -> Held | None:
         """The lease of a member; None: this table has none."""

@@ -211,7 +211,9 @@ class Keeper:
             if record.keeper not in dead or isinstance(record.member, Replica):
                 continue
             if self.fleet.winners[record.key] is entry and not record.is_gone:
-                self._adopt(entry, is_heard=False)
+                # Until its own entry is seen, this replica may be shown the dead one's again.
+                if not self.membership.holds(record.lease_id):
+                    self._adopt(entry, is_heard=False)
             elif len(self._others(record.key)) == 1 or not record.is_gone:
                 leftovers.append(Leftover(entry.node, entry.service_id, names.count(entry.service_id) == 1))
         return leftovers

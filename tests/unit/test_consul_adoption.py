@@ -1,0 +1,42 @@
+"""Leases of dead registries: who takes them over keeps them, however often Consul shows the dead one's entry."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from registry_workers import make_worker
+from tandem_registry.backends.consul.client import ConsulClient
+from tandem_registry.backends.consul.fleet import Entry, Fleet, fleet_of
+from tandem_registry.backends.consul.keeper import Keeper
+from tandem_registry.backends.consul.ledger import SETTLE_S, Ledger
+from tandem_registry.backends.consul.records import Record, Replica, service_id
+from tandem_registry.view import Health
+
+OWN, DEAD = "own", "dead"
+WORKER = make_worker("decode-0", 7, "127.0.0.1:7")
+WRITTEN = Record(member=WORKER, lease_id="lease", keeper=DEAD, term=3)
+ENTRY_ID = service_id("tandem", WRITTEN)
+
+
+def shown(index: int, worker: Record) -> Fleet:
+    """Consul's answer: this registry, and one worker."""
+    replica = Record(member=Replica(replica_id=OWN, epoch=1, address="127.0.0.1:1"), keeper=OWN)
+    records = (replica, worker)
+    return fleet_of(index, [Entry("node", service_id("tandem", r), r, Health.PASSING) for r in records])
+
+
+def test_a_lease_that_was_taken_over_stays_while_its_own_entry_is_on_its_way() -> None:
+    now_s = [100.0]
+    ledger = Ledger(cast("ConsulClient", None), OWN, lambda: now_s[0])
+    arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: now_s[0]}
+    keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
+    for index in (1, 2):
+        keeper.take(shown(index, WRITTEN))
+        now_s[0] += 0.05
+    adopted = ledger.wanted(ENTRY_ID)
+    assert adopted is not None
+    assert (adopted.keeper, adopted.term, adopted.lease_id) == (OWN, 4, "lease")
+    now_s[0] += 2 * SETTLE_S
+    keeper.take(shown(3, adopted))
+    assert ledger.wanted(ENTRY_ID) == adopted, "it removes the lease it has taken over"
+    keeper.keep_alive("lease", None)
