@@ -1,0 +1,111 @@
+"""Registry and Consul go away under a steady load, each in its own way, and no request fails.
+
+Every outage is proved before anything is judged, lasts for longer than a lease, and has a worker killed in its midst,
+which nobody can tell the frontends then but the worker's own silence. Afterwards everybody is registered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tandem.testing.eventually import assert_eventually
+from tests.faults.consul_proofs import generation, kill_first, lose_leader
+from tests.faults.cut_proxy import Cut
+from tests.faults.demo_answers import demo_answers
+from tests.faults.fault_cluster import Plan, fault_cluster
+from tests.faults.outage import Course, Place, last_known, live, silent, through_outage
+from tests.faults.process_faults import kill
+from tests.faults.steady_load import Shape
+from tests.integration.consul_host import consul_servers
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
+
+LEASE_S = 2.0
+COURSE = Course(shape=Shape(rate_per_s=20), oracle=demo_answers, floor=20, victim="decode-0")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def place(consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
+    """Two registries over one agent that keeps its data."""
+    async with place_with(consul_binary, tmp_path_factory.mktemp("outages"), servers=1) as place:
+        yield place
+
+
+@asynccontextmanager
+async def place_with(binary: Path, logs: Path, servers: int) -> AsyncIterator[Place]:
+    async with (
+        consul_servers(binary, logs, servers) as consul,
+        fault_cluster(logs, Plan(consul=consul.address, lease_s=LEASE_S)) as cluster,
+    ):
+        yield Place(cluster, consul)
+
+
+async def test_one_of_two_registries_is_killed(place: Place) -> None:
+    async def begin(place: Place) -> None:
+        await kill(place.cluster.registries[0])
+
+    async def end(place: Place) -> None:
+        await place.cluster.restart("registry-0")
+
+    await through_outage(place, COURSE, begin, end, live)
+
+
+async def test_both_registries_are_killed(place: Place) -> None:
+    async def begin(place: Place) -> None:
+        for registry in place.cluster.registries:
+            await kill(registry)
+
+    async def end(place: Place) -> None:
+        await place.cluster.restart("registry-0", "registry-1")
+
+    await through_outage(place, COURSE, begin, end, silent)
+
+
+async def test_consul_is_killed(place: Place) -> None:
+    before = await generation(place.consul)
+
+    async def end(place: Place) -> None:
+        await place.consul.restart(place.consul.first)
+
+    await through_outage(place, COURSE, lambda place: kill_first(place.consul), end, last_known)
+    assert await generation(place.consul) == before, "it came back without its memory"
+
+
+async def test_consul_comes_back_with_nothing(place: Place) -> None:
+    before = await generation(place.consul)
+
+    async def end(place: Place) -> None:
+        await place.consul.restart(place.consul.first, empty=True)
+
+    await through_outage(place, COURSE, lambda place: kill_first(place.consul), end, last_known)
+    assert await generation(place.consul) != before, "it has kept its memory"
+
+
+@pytest.mark.parametrize("cut", [Cut.SILENT, Cut.RESET])
+async def test_the_links_to_consul_are_cut(place: Place, cut: Cut) -> None:
+    links = place.cluster.consul_links
+
+    async def begin(place: Place) -> None:
+        for link in links:
+            await link.sever(cut)
+        for link in links:
+            await assert_eventually(lambda link=link: link.held_count, within_s=10, what="something that was held back")
+
+    async def end(place: Place) -> None:
+        for link in links:
+            await link.heal()
+
+    await through_outage(place, COURSE, begin, end, last_known)
+
+
+async def test_three_servers_lose_two_and_with_them_their_leader(consul_binary: Path, tmp_path: Path) -> None:
+    async def end(place: Place) -> None:
+        await place.consul.restart(*place.consul.agents[1:])
+
+    async with place_with(consul_binary, tmp_path, servers=3) as place:
+        await through_outage(place, COURSE, lambda place: lose_leader(place.consul), end, last_known)
