@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -93,7 +92,6 @@ class ClusterProcess:
                 # Ctrl-C in the terminal is for the parent, which drains its children in order.
                 start_new_session=True,
                 env=self._environment(run),
-                preexec_fn=self._before_exec(),
             )
 
     def _command(self) -> list[str]:
@@ -105,10 +103,6 @@ class ClusterProcess:
         inherited = {key: value for key, value in os.environ.items() if key not in CONSUL_SECRETS}
         own = {parent.VARIABLE: str(os.getpid()), run_directory.VARIABLE: str(run)}
         return {**inherited, **own, **self.secrets}
-
-    def _before_exec(self) -> Callable[[], None] | None:
-        """What the child does before the program begins; a service ties itself to its parent."""
-        return None
 
     async def wait_ready(self) -> None:
         """Return when it serves.

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,16 +162,8 @@ class ConsulAgent(ClusterProcess):
     def _command(self) -> list[str]:
         mode = ["-dev"] if self.spec.in_memory else []
         files = [f"-config-file={file}" for file in (*self.spec.configuration, self._configuration)]
-        return [str(self._binary), "agent", *mode, "-ui", *files]
-
-    def _before_exec(self) -> Callable[[], None] | None:
-        own_pid = os.getpid()
-
-        def follow() -> None:
-            if not parent.follow(own_pid, signal.SIGTERM):
-                os._exit(1)
-
-        return follow
+        ends_with_us = [sys.executable, "-m", parent.__name__]
+        return [*ends_with_us, str(self._binary), "agent", *mode, "-ui", *files]
 
     async def _serving_at(self) -> str | None:
         """Its address, once it is as good as before. Its own word counts: somebody else may answer at that port."""

@@ -1,7 +1,9 @@
 """A child that ends when its parent does, however the parent ends: the kernel sends it a signal.
 
 For the processes of a local cluster, so that killing `tandem up` leaves nothing behind. Asked for through the
-environment, by the parent; a service started by itself knows nothing of it.
+environment, by the parent; a service started by itself knows nothing of it. A program that is not ours is started as
+`python -m tandem.runtime.parent PROGRAM ARGUMENT ...` and replaces that process: Python between fork and exec, in a
+process whose threads are inside gRPC, ends now and then in a segmentation fault.
 """
 
 from __future__ import annotations
@@ -38,3 +40,14 @@ def is_orphan(environ: Mapping[str, str]) -> bool:
     """Whether the parent that the environment names is gone."""
     named = environ.get(VARIABLE)
     return named is not None and os.getppid() != int(named)
+
+
+def main() -> None:
+    """Tie this process to its parent, and become the program that the arguments name."""
+    if not follow_parent(os.environ):
+        sys.exit(1)
+    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606 -- becoming another program is the purpose
+
+
+if __name__ == "__main__":
+    main()
