@@ -1,4 +1,4 @@
-"""What the options of `tandem up` say of Consul: an address that may be left out, files, a token that is not shown."""
+"""What options of `tandem up` say of Consul: an address that may be left out, files, and a token that is not shown."""
 
 from __future__ import annotations
 

@@ -231,7 +231,6 @@ class LocalCluster:
             own |= {"role": "aggregated"}
         if spec.tls is not None:
             own |= _tls_flags(spec.tls, role)
-        own |= spec.role_flags.get(role, {})
         alone = role == "edge" or {"frontend": spec.frontends, "registry": spec.registries}.get(role) == 1
         name = role if alone else f"{role}-{number}"
         if role == "frontend":
