@@ -34,7 +34,9 @@ async def test_only_the_streams_a_killed_worker_held_fail(tmp_path: Path) -> Non
             # Its lease runs for 5 s more: half of all requests are sent to a worker that is gone.
             await load.wait_streams(150)
             assert len(load.failures) <= CLIENTS, "more than it can have held"
-            assert not [problem for problem in load.failures if problem.metadata["phase"] == "dispatch"], load.failures
+            assert not [problem for problem in load.failures if problem.metadata["phase"] == "dispatched"], (
+                load.failures
+            )
             second = [stream for stream in load.streams if stream.finish.route.attempt > 1]
             assert second, "no request met the dead worker"
             assert {stream.finish.route.decode_worker_id for stream in second} == {"decode-0"}

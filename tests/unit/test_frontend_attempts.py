@@ -18,6 +18,7 @@ from tandem_frontend.models import ServedModel
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
 from tandem_frontend.routing.routes import Routes
+from tandem_frontend.supervision import Bounds
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.errors import (
@@ -79,17 +80,17 @@ class Scene:
         self.unhealthy: set[Start] = set()
         self.asked: list[str] = []
         routes = Routes(model, lambda: self.workers, lambda: self.unhealthy, refusals, random.Random(7))
-        self.attempts = Attempts(
-            routes, refusals, cast("Dispatch", self.dispatch), self.answers, ACCEPT_TIMEOUT_S, self.clock
-        )
+        dispatch, bounds = cast("Dispatch", self.dispatch), Bounds(accept_s=ACCEPT_TIMEOUT_S, silence_s=1.0, slow_s=0.2)
+        rng = random.Random(7)
+        self.attempts = Attempts(routes, refusals, dispatch, self.answers, bounds, self.clock, rng)
 
     async def answers(self, worker: Worker) -> bool:
         self.asked.append(worker.worker_id)
         return worker.worker_id not in self.dispatch.frozen
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
-        async with self.attempts.taken(LEG, timeout_s) as attempt:
-            return attempt.dispatched
+        async with self.attempts.taken(LEG, timeout_s) as stream:
+            return stream.attempt.dispatched
 
 
 def pairs(prefills: int, decodes: int) -> Scene:
@@ -252,7 +253,7 @@ async def test_a_slow_worker_that_answers_has_its_time(monkeypatch: pytest.Monke
             cast("PlayedCall", sent.decode).say(ACCEPTED)
         return True
 
-    monkeypatch.setattr(scene.attempts, "_answers", answers)
+    monkeypatch.setattr(scene.attempts, "answers", answers)
     scene.dispatch.frozen = {"decode-0", "decode-1"}
     assert (await scene.take()).attempt == 1
     assert len(scene.asked) == 1
@@ -260,7 +261,7 @@ async def test_a_slow_worker_that_answers_has_its_time(monkeypatch: pytest.Monke
 
 async def test_a_request_that_has_nowhere_else_to_go_waits_for_a_frozen_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = pairs(1, 1)
-    monkeypatch.setattr(scene.attempts, "_accept_timeout_s", 0.8)
+    monkeypatch.setattr(scene.attempts, "bounds", Bounds(accept_s=0.8, silence_s=1.0, slow_s=0.2))
     scene.dispatch.frozen = {"decode-0"}
     with pytest.raises(LegFailed, match=r"no answer within 0\.8 s"):
         await scene.take()

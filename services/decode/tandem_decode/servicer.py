@@ -29,5 +29,6 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
         async with contextlib.aclosing(self._decode.admit(request.leg)) as batches:
             yield pb.DecodeResponse(accepted=accepted(self._worker, request.leg))
-            async for event in leg_events(batches):
-                yield pb.DecodeResponse(**event)
+            async with contextlib.aclosing(leg_events(batches, self._worker.role)) as events:
+                async for event in events:
+                    yield pb.DecodeResponse(**event)

@@ -35,6 +35,7 @@ from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
+from tandem_frontend.supervision import Bounds
 from tandem_frontend.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,8 @@ class FrontendApp:
         refusals = Refusals(monotonic)
         routes = Routes(model, watch.workers, self._health.unhealthy, refusals, rng)
         dispatch = Dispatch(self._channels, rng)
-        answers, timeout_s = self._health.answers, config.leg_accept_timeout_s
-        attempts = Attempts(routes, refusals, dispatch, answers, timeout_s, monotonic)
+        bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
+        attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
         generation = Generation(model, self._admission, attempts)
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))

@@ -1,27 +1,38 @@
-"""The attempts at one request, up to the one whose legs are taken: how many there are, and where each one goes.
+"""The attempts at one request: how many there are, where each one goes, and the one stream of tokens they make.
 
-Owns the retry policy of requests. Only what no worker has taken is tried again, so nothing is generated twice; from
-there on an attempt is the supervisor's business.
+Owns the retry policy of requests. An attempt that breaks before its first token is made again elsewhere; one that
+breaks later is continued there, from the token after the last that was passed on. What happens inside an attempt is the
+supervisor's business.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable
 
-from tandem.api.types.v1 import leg_pb2
-from tandem.errors import TandemError
+from tandem.api.types.v1 import generation_pb2, leg_pb2
+from tandem.errors import LegFailed, TandemError
+from tandem.model.request_state import Phase, RequestState
 from tandem.model.worker import Start, Worker
 from tandem.runtime.clock import Clock
+from tandem_frontend.continuation import continued, obstacle
 from tandem_frontend.dispatch import Dispatch
+from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
-from tandem_frontend.supervision import Attempt
+from tandem_frontend.supervision import Attempt, Bounds
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 3
+"""In a row without a token."""
+BREAKS_MAX = 4
+"""Of one stream, over all its attempts: a request that breaks whatever serves it must not go round for ever."""
+PAUSE_MAX_S = 0.05
+"""Before another attempt. All requests of a dead worker come back at the same moment."""
 
 
 class Attempts:
@@ -33,20 +44,35 @@ class Attempts:
         refusals: Refusals,
         dispatch: Dispatch,
         answers: Callable[[Worker], Awaitable[bool]],
-        accept_timeout_s: float,
+        bounds: Bounds,
         clock: Clock,
+        rng: random.Random,
     ) -> None:
-        """`answers` asks a worker that is slow to take its leg whether it serves."""
-        self._answers = answers
-        self._routes = routes
-        self._refusals = refusals
-        self._dispatch = dispatch
-        self._accept_timeout_s = accept_timeout_s
-        self._clock = clock
+        """`answers` asks a worker whose leg is slow to speak whether it serves."""
+        self.answers = answers
+        self.routes = routes
+        self.refusals = refusals
+        self.dispatch = dispatch
+        self.bounds = bounds
+        self.clock = clock
+        self.rng = rng
+        self._open: set[RequestStream] = set()
+
+    def notice(self, workers: Iterable[Worker]) -> None:
+        """Take note of a new view: attempts at a start of a worker that has a newer one are at a dead process.
+
+        A worker that has merely left the view may have lost its registry and nothing else: its legs go on speaking, or
+        are ended for their silence.
+        """
+        epochs = {worker.worker_id: worker.epoch for worker in workers}
+        for stream in list(self._open):
+            for worker in stream.attempt.dispatched.route.workers:
+                if epochs.get(worker.worker_id, 0) > worker.epoch:
+                    stream.attempt.lose(worker, f"worker {worker.worker_id} was started again")
 
     @contextlib.asynccontextmanager
-    async def taken(self, leg: leg_pb2.LegRequest, timeout_s: float | None) -> AsyncIterator[Attempt]:
-        """An attempt whose legs their workers have taken; leaving it ends both legs.
+    async def taken(self, leg: leg_pb2.LegRequest, timeout_s: float | None) -> AsyncIterator[RequestStream]:
+        """The stream of a request whose legs their workers have taken; leaving it ends all legs.
 
         Args:
             leg: what all legs of the request share.
@@ -55,36 +81,168 @@ class Attempts:
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            yield await self._first_taken(stack, leg, timeout_s)
-
-    async def _first_taken(
-        self, stack: contextlib.AsyncExitStack, leg: leg_pb2.LegRequest, timeout_s: float | None
-    ) -> Attempt:
-        begin_s = self._clock()
-        tried: set[Start] = set()
-        refused: set[Start] = set()
-        prompt_tokens = len(leg.token_ids)
-        route, number = self._routes.first(prompt_tokens), 1
-        while True:
-            left_s = None if timeout_s is None else max(0.0, timeout_s - (self._clock() - begin_s))
-
-            async def is_lost(worker: Worker, number: int = number) -> bool:
-                """Whether a worker that is slow does not answer at all, and the request has somewhere else to go."""
-                elsewhere = number < ATTEMPTS_MAX and self._routes.next(prompt_tokens, tried, {*refused, worker.start})
-                return bool(elsewhere) and not await self._answers(worker)
-
-            attempt = Attempt(self._dispatch.send(route, leg, number, left_s), self._accept_timeout_s, is_lost)
+        async with RequestStream(self, leg, timeout_s) as stream:
+            self._open.add(stream)
             try:
-                return await stack.enter_async_context(attempt)
+                yield stream
+            finally:
+                self._open.discard(stream)
+
+
+class RequestStream:
+    """The tokens of one request over all its attempts. Entering it makes the first attempt that is taken."""
+
+    def __init__(self, attempts: Attempts, leg: leg_pb2.LegRequest, timeout_s: float | None) -> None:
+        self._attempts = attempts
+        self._leg = leg
+        self._timeout_s = timeout_s
+        self._begin_s = attempts.clock()
+        self.state = RequestState()
+        self._sent: list[int] = []
+        self._break_count = 0
+        self._fruitless_count = 0
+        """Attempts since the last token."""
+        self._tried: set[Start] = set()
+        self._failed: set[Start] = set()
+        self._stack = contextlib.AsyncExitStack()
+        self._attempt: Attempt | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """The present attempt."""
+        assert self._attempt is not None, "attempt before a worker has taken it"
+        return self._attempt
+
+    async def __aenter__(self) -> RequestStream:
+        try:
+            await self._take(self._attempts.routes.first(len(self._leg.token_ids)))
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stack.aclose()
+        if not self.state.phase.is_last:
+            self.state.abort()
+
+    async def tokens(self, is_over: Callable[[], bool]) -> AsyncGenerator[leg_pb2.LegTokens, None]:
+        """Tokens of the request as they come, each once, from whichever attempt; ends when nothing more will come.
+
+        Args:
+            is_over: whether the client has its whole answer; a leg that breaks then is not missed.
+
+        Raises:
+            LegFailed: an attempt broke and there is no other one. Metadata `continuation` says why there is none where
+                tokens had been passed on: guided, penalties, breaks or workers.
+            TandemError: the request itself is at fault, or its deadline has passed.
+        """
+        while True:
+            begin = len(self._sent)
+            try:
+                async with contextlib.aclosing(self.attempt.tokens()) as batches:
+                    async for tokens in batches:
+                        self._sent += tokens.token_ids
+                        self._fruitless_count = 0
+                        tokens.index += begin
+                        yield tokens
+            except LegFailed as problem:
+                if not is_over() and not self._is_complete():
+                    await self._go_on(problem)
+                    continue
+            self.state.finish()
+            return
+
+    def finish(self) -> leg_pb2.LegFinish | None:
+        """What the decode leg says at the end; of one that broke after its last token, what is known here."""
+        told = self.attempt.decode_finish
+        if told is None and self._is_complete():
+            return leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
+        return told
+
+    def _is_complete(self) -> bool:
+        return len(self._sent) >= self._leg.stopping.max_tokens
+
+    async def _go_on(self, problem: LegFailed) -> None:
+        """Have another attempt take the rest of a stream that broke."""
+        self._break_count += 1
+        self._note_failed()
+        why_not = obstacle(self._leg) if self._sent else None
+        if why_not is None and self._break_count > BREAKS_MAX:
+            why_not = "breaks"
+        if why_not is not None:
+            raise self._without_continuation(problem, why_not)
+        await self._stack.aclose()
+        route = await self._another()
+        if route is None:
+            raise self._without_continuation(problem, "workers")
+        log.warning(
+            "%s: %s; going on after %d tokens with attempt %d",
+            self._leg.request_id, problem, len(self._sent), self.state.attempt + 1,
+        )  # fmt: skip
+        try:
+            await self._take(route)
+        except TandemError as another:
+            raise self._without_continuation(problem, "workers") from another
+
+    async def _take(self, route: Route) -> None:
+        """Make attempts until one is taken, each on another route."""
+        leg = self._present_leg()
+        while True:
+            try:
+                return await self._try(route, leg)
             except TandemError as problem:
-                if attempt.refused_by is None:
+                if self.attempt.refused_by is None:
                     raise
-                self._refusals.note(attempt.refused_by)
-                refused.add(attempt.refused_by.start)
-                tried.update(worker.start for worker in route.workers)
-                another = self._routes.next(prompt_tokens, tried, refused) if number < ATTEMPTS_MAX else None
+                self._note_failed()
+                another = await self._another()
                 if another is None:
                     raise
-                log.info("attempt %d at %s: %s; trying another route", number, leg.request_id, problem)
-                route, number = another, number + 1
+                log.info("attempt %d at %s: %s; trying another route", self.state.attempt, leg.request_id, problem)
+                route = another
+
+    async def _try(self, route: Route, leg: leg_pb2.LegRequest) -> None:
+        if self.state.phase is not Phase.QUEUED:
+            self.state.requeue()
+        self._fruitless_count += 1
+        self._tried.update(worker.start for worker in route.workers)
+        dispatched = self._attempts.dispatch.send(route, leg, self.state.attempt + 1, self._left_s())
+        self._attempt = Attempt(dispatched, self._attempts.bounds, self._is_lost, self.state)
+        await self._stack.enter_async_context(self._attempt)
+
+    def _note_failed(self) -> None:
+        worker = self.attempt.failed_worker
+        if worker is not None:
+            self._attempts.refusals.note(worker)
+            self._failed.add(worker.start)
+
+    async def _is_lost(self, worker: Worker) -> bool:
+        """Whether a worker that is slow does not answer at all, and the request has somewhere else to go."""
+        return self._next_route({*self._failed, worker.start}) is not None and not await self._attempts.answers(worker)
+
+    def _next_route(self, failed: Collection[Start]) -> Route | None:
+        may_go_on = not self._sent or obstacle(self._leg) is None
+        if self._fruitless_count >= ATTEMPTS_MAX or not may_go_on:
+            return None
+        prompt_tokens = len(self._leg.token_ids) + len(self._sent)
+        return self._attempts.routes.next(prompt_tokens, self._tried, failed)
+
+    async def _another(self) -> Route | None:
+        """The route of another attempt, after a pause that spreads those that broke together."""
+        route = self._next_route(self._failed)
+        if route is not None:
+            await asyncio.sleep(self._attempts.rng.uniform(0, PAUSE_MAX_S))
+        return route
+
+    def _present_leg(self) -> leg_pb2.LegRequest:
+        return continued(self._leg, self._sent) if self._sent else self._leg
+
+    def _left_s(self) -> float | None:
+        if self._timeout_s is None:
+            return None
+        return max(0.0, self._timeout_s - (self._attempts.clock() - self._begin_s))
+
+    def _without_continuation(self, problem: LegFailed, why_not: str) -> LegFailed:
+        if self._sent:
+            problem.metadata["continuation"] = why_not
+        return problem

@@ -35,7 +35,10 @@ class FrontendConfig(RpcServiceConfig):
         description="most bytes of one request; default: 1 MiB, and 16 for each token of the model's context",
     )
     leg_accept_timeout_s: float = Field(
-        5, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
+        2, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
+    )
+    leg_silence_timeout_s: float = Field(
+        2, ge=1, le=300, description="a worker that has taken a leg and says nothing for this long has failed"
     )
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")

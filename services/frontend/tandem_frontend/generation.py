@@ -1,7 +1,7 @@
 """The whole way of a request, hop by hop, from a client's message to the finish of its stream.
 
     validate -> admit -> route -> dispatch -> supervise -> relay -> finish
-                         (again while no worker has taken it)
+                         (again, from where it broke, when a leg fails)
 
 Owns the order of the hops. Leaving `generate` early, at whatever point, ends both legs in their engines.
 """
@@ -52,16 +52,16 @@ class Generation:
             wanted = await checked_generate(request, self._model.tokenizer)
             relay = self._relay(wanted, accepted_time_s)
             with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.taken(self._leg(wanted), timeout_s) as attempt:
-                    yield self._accepted(wanted, attempt.dispatched)
-                    async with contextlib.aclosing(attempt.tokens()) as batches:
+                async with self._attempts.taken(self._leg(wanted), timeout_s) as stream:
+                    yield self._accepted(wanted, stream.attempt.dispatched)
+                    async with contextlib.aclosing(stream.tokens(relay.is_over)) as batches:
                         async for tokens in batches:
                             yield relay.take(tokens)
                             if relay.ends_the_legs:
                                 break
-                    route = _route(attempt.dispatched)
+                    route = _route(stream.attempt.dispatched)
                     rest, finish = relay.finish(
-                        len(wanted.token_ids), attempt.decode_finish, attempt.prefill_finish, route
+                        len(wanted.token_ids), stream.finish(), stream.attempt.prefill_finish, route
                     )
             # Both legs have ended here: a client that has the finish may rely on it.
             if rest is not None:

@@ -43,6 +43,10 @@ class Relay:
             return False
         return self._matched.HasField("stop") or not self._stop_tokens.engine_stops_too
 
+    def is_over(self) -> bool:
+        """A stop has matched: the client has everything but the finish."""
+        return self._matched is not None
+
     def take(self, tokens: leg_pb2.LegTokens) -> pb.GenerateChunk:
         """The chunk behind the next tokens; up to the stop, if one matches among them."""
         now_s = time.time()
@@ -85,7 +89,8 @@ class Relay:
         finish.usage.completion_tokens = self._token_count
         computing = prefill if prefill is not None else decode
         if computing is not None:
-            finish.usage.cached_tokens = computing.usage.cached_tokens
+            # After a continuation the engine's prompt held tokens of the answer too.
+            finish.usage.cached_tokens = min(computing.usage.cached_tokens, prompt_tokens)
         self._fill_timings(finish.timings, decode, prefill)
         return rest, finish
 

@@ -29,5 +29,6 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
         async with contextlib.aclosing(self._prefill.admit(request.leg)) as batches:
             yield pb.PrefillResponse(accepted=accepted(self._worker, request.leg))
-            async for event in leg_events(batches):
-                yield pb.PrefillResponse(**event)
+            async with contextlib.aclosing(leg_events(batches, self._worker.role)) as events:
+                async for event in events:
+                    yield pb.PrefillResponse(**event)

@@ -23,6 +23,7 @@ from tandem.model.generation import (
     Stopping,
     TokenLogprob,
 )
+from tandem.model.request_state import Phase
 from tandem.model.worker import Capabilities, Worker, WorkerRole, WorkerState, field_names
 
 T = TypeVar("T")
@@ -41,8 +42,17 @@ FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: generation_pb2.FINISH_REASON_ABORTED,
 }
+PHASES = {
+    Phase.QUEUED: leg_pb2.LEG_PHASE_QUEUED,
+    Phase.BOOTSTRAPPING: leg_pb2.LEG_PHASE_BOOTSTRAPPING,
+    Phase.PREFILLING: leg_pb2.LEG_PHASE_PREFILLING,
+    Phase.TRANSFERRING: leg_pb2.LEG_PHASE_TRANSFERRING,
+    Phase.DECODING: leg_pb2.LEG_PHASE_DECODING,
+}
+"""Phases a leg can tell of; those before and after are the frontend's."""
 ROLE_BY_NUMBER = {number: role for role, number in ROLES.items()}
 STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
+PHASE_BY_NUMBER = {number: phase for phase, number in PHASES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = ("queued", "prefill_start", "prefill_end", "kv_transfer_start", "kv_transfer_end")

@@ -5,14 +5,17 @@ Pure translation, the same for both roles; the response types differ in name onl
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.errors import InvalidRequest
 from tandem.model.generation import Bootstrap, EngineRequest, TokenBatch
-from tandem.model.worker import Worker
+from tandem.model.request_state import Phase
+from tandem.model.worker import Worker, WorkerRole
 from tandem.rpc.messages import (
+    PHASES,
     finish_to_proto,
     guided_from_proto,
     logprob_to_proto,
@@ -21,6 +24,7 @@ from tandem.rpc.messages import (
     stopping_from_proto,
 )
 from tandem.worker.legs import LegKey
+from tandem.worker.silences import with_silences
 
 REQUEST_ID_CHARS_MAX = 128
 
@@ -58,13 +62,22 @@ def accepted(worker: Worker, leg: leg_pb2.LegRequest) -> leg_pb2.LegAccepted:
     return leg_pb2.LegAccepted(worker_id=worker.worker_id, epoch=leg.worker_epoch)
 
 
-async def leg_events(batches: AsyncIterator[TokenBatch]) -> AsyncIterator[dict[str, Any]]:
-    """Each event after `accepted`, as the keyword arguments of PrefillResponse or DecodeResponse."""
+async def leg_events(batches: AsyncIterator[TokenBatch], role: WorkerRole) -> AsyncGenerator[dict[str, Any], None]:
+    """Each event after `accepted`, as the keyword arguments of PrefillResponse or DecodeResponse.
+
+    A leg that waits says so several times a second: silence means that its worker is frozen or gone.
+    """
     index = 0
-    async for batch in batches:
-        if batch.token_ids:
-            logprobs = [logprob_to_proto(logprob) for logprob in batch.logprobs]
-            yield {"tokens": leg_pb2.LegTokens(index=index, token_ids=batch.token_ids, logprobs=logprobs)}
-            index += len(batch.token_ids)
-        if batch.finish is not None:
-            yield {"finish": finish_to_proto(batch.finish)}
+    phase = Phase.PREFILLING if role is WorkerRole.AGGREGATED else Phase.BOOTSTRAPPING
+    async with contextlib.aclosing(with_silences(batches)) as steps:
+        async for batch in steps:
+            if batch is None:
+                yield {"progress": leg_pb2.LegProgress(phase=PHASES[phase])}
+                continue
+            if batch.token_ids:
+                phase = Phase.TRANSFERRING if role is WorkerRole.PREFILL else Phase.DECODING
+                logprobs = [logprob_to_proto(logprob) for logprob in batch.logprobs]
+                yield {"tokens": leg_pb2.LegTokens(index=index, token_ids=batch.token_ids, logprobs=logprobs)}
+                index += len(batch.token_ids)
+            if batch.finish is not None:
+                yield {"finish": finish_to_proto(batch.finish)}

@@ -1,0 +1,158 @@
+"""The state machine of a request under every order of events that two legs can produce."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tandem.model.request_state import IN_ATTEMPT, ORDER, LegRole, Phase, RequestState
+
+PAIR = (LegRole.PREFILL, LegRole.DECODE)
+
+
+class RequestMachine(RuleBasedStateMachine):
+    """Legs that speak in any order the contract allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = RequestState()
+        self.highest = 0
+        self.tokens = 0
+
+    def running(self, *, taken: bool) -> list[LegRole]:
+        legs = self.state.legs.values()
+        return [leg.role for leg in legs if leg.is_taken is taken and not leg.phase.is_last]
+
+    @precondition(lambda self: self.state.phase is Phase.QUEUED)
+    @rule(pair=st.booleans())
+    def dispatch(self, pair: bool) -> None:
+        before = self.state.attempt
+        self.state.dispatch(*(PAIR if pair else (LegRole.AGGREGATED,)))
+        assert self.state.attempt == before + 1
+        self.highest = 0
+
+    @precondition(lambda self: self.running(taken=False))
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        self.state.take(data.draw(st.sampled_from(self.running(taken=False))))
+
+    @precondition(lambda self: self.running(taken=True))
+    @rule(data=st.data(), phase=st.sampled_from(IN_ATTEMPT))
+    def progress(self, data: st.DataObject, phase: Phase) -> None:
+        self.state.progress(data.draw(st.sampled_from(self.running(taken=True))), phase)
+
+    @precondition(lambda self: self.running(taken=True))
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def speak(self, data: st.DataObject, count: int) -> None:
+        role = data.draw(st.sampled_from(self.running(taken=True)))
+        self.state.tokens(role, count)
+        if role is not LegRole.PREFILL:
+            self.tokens += count
+            assert self.state.phase is Phase.DECODING
+
+    @precondition(lambda self: self.running(taken=True))
+    @rule(data=st.data())
+    def end_leg(self, data: st.DataObject) -> None:
+        self.state.end_leg(data.draw(st.sampled_from(self.running(taken=True))))
+
+    @precondition(lambda self: self.state.phase in IN_ATTEMPT)
+    @rule()
+    def requeue(self) -> None:
+        self.state.requeue()
+        assert not self.state.legs
+
+    @precondition(lambda self: self.state.phase in IN_ATTEMPT)
+    @rule()
+    def finish(self) -> None:
+        self.state.finish()
+
+    @precondition(lambda self: not self.state.phase.is_last)
+    @rule()
+    def abort(self) -> None:
+        self.state.abort()
+
+    @precondition(lambda self: self.state.phase.is_last)
+    @rule()
+    def another_request(self) -> None:
+        self.state, self.tokens = RequestState(), 0
+
+    @invariant()
+    def an_attempt_never_goes_back(self) -> None:
+        if self.state.phase in IN_ATTEMPT:
+            place = ORDER.index(self.state.phase)
+            assert place >= self.highest
+            self.highest = place
+
+    @invariant()
+    def tokens_are_counted_over_all_attempts(self) -> None:
+        assert self.state.token_count == self.tokens
+        assert self.state.continuation_count <= max(0, self.state.attempt - 1)
+
+    @invariant()
+    def nothing_is_bootstrapping_before_both_legs_are_taken(self) -> None:
+        if self.state.phase is Phase.BOOTSTRAPPING:
+            assert all(leg.is_taken for leg in self.state.legs.values())
+
+
+RequestMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestRequestMachine = RequestMachine.TestCase
+
+
+def test_the_way_of_a_pair() -> None:
+    state = RequestState()
+    state.dispatch(*PAIR)
+    assert state.phase is Phase.DISPATCHED
+    state.take(LegRole.DECODE)
+    assert state.phase is Phase.DISPATCHED, "one leg is still on its way"
+    state.take(LegRole.PREFILL)
+    assert state.phase is Phase.BOOTSTRAPPING
+    state.progress(LegRole.PREFILL, Phase.PREFILLING)
+    assert state.phase is Phase.PREFILLING
+    state.tokens(LegRole.PREFILL, 1)
+    assert state.phase is Phase.TRANSFERRING
+    state.tokens(LegRole.DECODE, 1)
+    assert (state.phase, state.token_count) == (Phase.DECODING, 1)
+    state.end_leg(LegRole.PREFILL)
+    state.end_leg(LegRole.DECODE)
+    state.finish()
+    assert state.phase is Phase.FINISHED
+
+
+def test_an_attempt_after_tokens_is_a_continuation() -> None:
+    state = RequestState()
+    state.dispatch(*PAIR)
+    state.requeue()
+    state.dispatch(LegRole.AGGREGATED)
+    assert state.continuation_count == 0
+    state.take(LegRole.AGGREGATED)
+    state.tokens(LegRole.AGGREGATED, 2)
+    state.requeue()
+    state.dispatch(*PAIR)
+    assert (state.attempt, state.continuation_count, state.token_count) == (3, 1, 2)
+
+
+def _ended() -> RequestState:
+    state = RequestState()
+    state.dispatch(LegRole.AGGREGATED)
+    state.finish()
+    return state
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        lambda: RequestState().take(LegRole.DECODE),
+        lambda: RequestState().finish(),
+        lambda: RequestState().requeue(),
+        lambda: RequestState().dispatch(LegRole.DECODE),
+        lambda: _ended().abort(),
+        lambda: _ended().dispatch(*PAIR),
+        lambda: _ended().tokens(LegRole.AGGREGATED, 1),
+    ],
+)
+def test_what_cannot_be_is_an_assertion(impossible: object) -> None:
+    assert callable(impossible)
+    with pytest.raises(AssertionError):
+        impossible()
