@@ -1,35 +1,205 @@
-"""The bound on open requests, and the end of admission."""
+"""Places with the workers: how many there are, who gets the next, and what becomes of those who wait."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
+from frontend_workers import decode, prefill
 from tandem_frontend.admission import Admission
+from tandem_frontend.capacity import Capacity
+from tandem_frontend.waiting_line import Demand
 
-from tandem.errors import Draining, Overloaded
+from tandem.errors import DeadlinePassed, Draining, Overloaded
+from tandem.model.worker import EngineLoad, Start
+from tandem.runtime.clock import ManualClock, monotonic
+
+ONE = Demand(tokens=10)
+
+
+class Fixed:
+    """Room for so many requests."""
+
+    def __init__(self, requests_max: int) -> None:
+        self.requests_max = requests_max
+
+    def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
+        return held_requests < self.requests_max
+
+
+def admission(open_requests_max: int = 100, requests_max: int = 1) -> Admission:
+    return Admission(open_requests_max, Fixed(requests_max), monotonic)
+
+
+async def served(places: Admission, demand: Demand, order: list[str], name: str, hold_s: float = 0.0) -> None:
+    with places.admit():
+        async with places.place(demand):
+            order.append(name)
+            await asyncio.sleep(hold_s)
 
 
 async def test_places_are_given_back_however_a_request_ends() -> None:
-    admission = Admission(1)
-    with contextlib.suppress(ValueError), admission.admit():
-        raise ValueError
-    with admission.admit():
-        assert admission.open_count == 1
-        with pytest.raises(Overloaded) as refused, admission.admit():
+    places = admission(1)
+    with contextlib.suppress(ValueError), places.admit():
+        async with places.place(ONE):
+            raise ValueError
+    with places.admit():
+        assert places.open_count == 1
+        with pytest.raises(Overloaded) as refused, places.admit():
             pass
         assert refused.value.retry_delay_s is not None
-    assert admission.open_count == 0
-
-
-async def test_a_closed_door_lets_those_inside_finish() -> None:
-    admission = Admission(2)
-    with admission.admit():
-        admission.close()
-        with pytest.raises(Draining), admission.admit():
+        async with places.place(ONE):
             pass
-        waiting = asyncio.create_task(admission.wait_none())
+    assert places.open_count == 0
+
+
+async def test_a_closed_door_lets_those_inside_and_in_line_finish() -> None:
+    places, order = admission(), list[str]()
+    first = asyncio.create_task(served(places, ONE, order, "inside", 0.05))
+    second = asyncio.create_task(served(places, ONE, order, "in line"))
+    await asyncio.sleep(0.01)
+    assert (places.open_count, places.waiting_count) == (2, 1)
+    places.close()
+    with pytest.raises(Draining), places.admit():
+        pass
+    await asyncio.wait_for(places.wait_none(), 1)
+    await asyncio.gather(first, second)
+    assert order == ["inside", "in line"]
+
+
+async def test_who_waits_is_let_in_by_priority() -> None:
+    places, order = admission(), list[str]()
+    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.02))
+    await asyncio.sleep(0)
+    tasks = [
+        asyncio.create_task(served(places, Demand(tokens=10, priority=priority), order, str(priority)))
+        for priority in (0, 2, 1)
+    ]
+    await asyncio.gather(holding, *tasks)
+    assert order == ["holds", "2", "1", "0"]
+
+
+async def test_who_leaves_the_line_costs_nobody_a_place() -> None:
+    places, order = admission(), list[str]()
+    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.05))
+    await asyncio.sleep(0)
+    gone = asyncio.create_task(served(places, ONE, order, "gone"))
+    stays = asyncio.create_task(served(places, ONE, order, "stays"))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await asyncio.gather(holding, stays)
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert order == ["holds", "stays"]
+    assert (places.open_count, places.waiting_count) == (0, 0)
+
+
+async def test_who_is_cancelled_at_the_moment_of_his_turn_gives_it_on() -> None:
+    places = admission()
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(places.place(ONE))
+        gone = asyncio.create_task(places.place(ONE).__aenter__())
+        stays = asyncio.create_task(places.place(ONE).__aenter__())
         await asyncio.sleep(0)
-        assert not waiting.done()
-    await asyncio.wait_for(waiting, 1)
+        await stack.aclose()
+        gone.cancel()
+        await asyncio.wait_for(stays, 1)
+    assert gone.cancelled()
+
+
+async def test_a_deadline_that_passes_in_line_is_told_as_such() -> None:
+    places = admission()
+    async with places.place(ONE):
+        with pytest.raises(DeadlinePassed):
+            async with places.place(Demand(tokens=10, deadline_s=monotonic() + 0.05)):
+                pass
+    assert places.waiting_count == 0
+
+
+async def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> None:
+    clock = ManualClock(0.0)
+    places = Admission(100, Fixed(1), clock)
+    for _ in range(4):
+        async with places.place(Demand(tokens=100)):
+            clock.advance(1.0)
+    # Some 130 tokens a second, and 400 of the same tenant are waiting, all of them more urgent.
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(places.place(ONE))
+        demand = Demand(tokens=100, deadline_s=6.9)
+        waiting = [asyncio.create_task(places.place(demand).__aenter__()) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="deadline") as refused:
+            async with places.place(Demand(tokens=100, deadline_s=7.0)):
+                pass
+        assert refused.value.retry_delay_s is not None
+        assert refused.value.retry_delay_s > 1.0
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+
+async def test_a_refusal_is_quick_however_long_the_line_is() -> None:
+    places = admission(open_requests_max=2_000)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2_000):
+            stack.enter_context(places.admit())
+        begin_s = time.perf_counter()
+        for _ in range(100):
+            with pytest.raises(Overloaded), places.admit():
+                pass
+        assert (time.perf_counter() - begin_s) / 100 < 0.01
+
+
+async def test_room_that_comes_is_given_to_the_line() -> None:
+    room = Fixed(1)
+    places, order = Admission(10, room, monotonic), list[str]()
+    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.1))
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(served(places, ONE, order, "waits"))
+    await asyncio.sleep(0.01)
+    assert order == ["holds"]
+    room.requests_max = 2
+    places.look_again()
+    await asyncio.wait_for(waiting, 0.05)
+    await holding
+
+
+def capacity(*loads: EngineLoad | None) -> Capacity:
+    workers = tuple(decode(f"decode-{number}") for number in range(len(loads)))
+    by_start: dict[Start, EngineLoad | None] = {w.start: load for w, load in zip(workers, loads, strict=True)}
+    return Capacity(decode().capabilities.model, lambda: (prefill(), *workers), by_start.__getitem__)
+
+
+def test_room_is_what_the_workers_have_less_what_others_hold_there() -> None:
+    own = decode().capabilities
+    whole = capacity(None, None)
+    most = 2 * (own.running_requests_max + max(2, own.running_requests_max // 4))
+    assert whole.fits(most - 1, 0, 1)
+    assert not whole.fits(most, 0, 1)
+    assert whole.fits(1, 0, 2 * own.kv_capacity_tokens)
+    assert not whole.fits(1, 1, 2 * own.kv_capacity_tokens)
+    busy = EngineLoad(running_requests=most // 2 - 1, waiting_requests=0, kv_used_tokens=100)
+    shared = capacity(busy, busy)
+    assert shared.fits(1, 0, 1)
+    full = EngineLoad(running_requests=most // 2 - 1, waiting_requests=1, kv_used_tokens=100)
+    assert not capacity(full, full).fits(1, 0, 1)
+    assert shared.fits(1, 0, 2 * own.kv_capacity_tokens - 200)
+    assert not shared.fits(1, 0, 2 * own.kv_capacity_tokens - 199)
+
+
+def test_what_this_frontend_holds_is_not_counted_twice() -> None:
+    own = decode().capabilities
+    loads = EngineLoad(running_requests=3, waiting_requests=0, kv_used_tokens=300)
+    assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)
+
+
+def test_one_request_always_has_room() -> None:
+    """A prompt longer than what is free, or figures that are wrong, must not hold a frontend up for ever."""
+    full = EngineLoad(running_requests=10**6, waiting_requests=10**6, kv_used_tokens=10**9)
+    assert capacity(full).fits(0, 0, 10**9)
+
+
+def test_without_workers_nobody_waits() -> None:
+    assert capacity().fits(50, 10**9, 10**9)

@@ -19,11 +19,13 @@ from tandem.model.frontend import Frontend, default_frontend_id
 from tandem.model.worker import Start, Worker, WorkerState
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
+from tandem.rpc.load_watching import LoadWatch
 from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.server import RpcServer
 from tandem.runtime.clock import epoch_now, monotonic
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts
+from tandem_frontend.capacity import Capacity
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.generation import Generation
@@ -48,7 +50,9 @@ class FrontendApp:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
-        self._admission = Admission(config.open_requests_max)
+        self._admission: Admission | None = None
+        self._attempts: Attempts | None = None
+        self._loads: LoadWatch | None = None
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
@@ -85,15 +89,18 @@ class FrontendApp:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
         watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._follow)
-        await watch.start()
+        loads = self._loads = LoadWatch(self._channels, on_change=self._look_again)
+        room = Capacity(config.served_name, watch.workers, loads.of)
+        admission = self._admission = Admission(config.open_requests_max, room, monotonic)
         await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
         routes = Routes(model, watch.workers, self._health.unhealthy, refusals, rng)
         dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
-        attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
-        generation = Generation(model, self._admission, attempts)
+        attempts = self._attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
+        generation = Generation(model, admission, attempts)
+        await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
@@ -138,6 +145,8 @@ class FrontendApp:
             await self._parsers.stop()
         if self._watch is not None:
             await self._watch.close()
+        if self._loads is not None:
+            await self._loads.close()
         await self._health.close()
         await self._channels.close()
 
@@ -160,7 +169,7 @@ class FrontendApp:
         await self._registration.start()
 
     def _follow(self, workers: tuple[Worker, ...]) -> None:
-        """Follow the health of these, and close connections to starts that are over.
+        """Follow the health and load of these, and close connections to starts that are over.
 
         A new start at the same address is not made to wait for a connection of the former one.
         """
@@ -168,3 +177,13 @@ class FrontendApp:
         self._channels.keep_only({address for address, _ in starts & self._known_starts})
         self._known_starts = starts
         self._health.follow(workers)
+        if self._loads is not None:
+            self._loads.follow(workers)
+        if self._attempts is not None:
+            self._attempts.notice(workers)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Somebody who waits may have room now."""
+        if self._admission is not None:
+            self._admission.look_again()

@@ -1,6 +1,6 @@
 """The whole way of a request, hop by hop, from a client's message to the finish of its stream.
 
-    validate -> admit -> route -> dispatch -> supervise -> relay -> finish
+    validate -> admit -> wait -> route -> dispatch -> supervise -> relay -> finish
                          (again, from where it broke, when a leg fails)
 
 Owns the order of the hops. Leaving `generate` early, at whatever point, ends both legs in their engines.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
-from tandem_frontend.attempts import Attempts
+from tandem_frontend.attempts import Attempts, RequestStream
+from tandem_frontend.caller import Caller
 from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.model_defaults import with_defaults
@@ -24,6 +25,7 @@ from tandem_frontend.models import ServedModel
 from tandem_frontend.relay import Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
 from tandem_frontend.validation import CheckedRequest, checked_generate, naming_the_prompt
+from tandem_frontend.waiting_line import Demand
 
 Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 
@@ -36,12 +38,12 @@ class Generation:
         self._admission = admission
         self._attempts = attempts
 
-    async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: pb.GenerateRequest, caller: Caller) -> AsyncGenerator[Event, None]:
         """Stream a generation: accepted, chunks, exactly one finish.
 
         Args:
             request: as the client sent it.
-            timeout_s: what is left of the client's deadline; None: it has none.
+            caller: who asks, and until when.
 
         Raises:
             TandemError: the one ending of a stream without a finish.
@@ -51,22 +53,25 @@ class Generation:
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
             relay = self._relay(wanted, accepted_time_s)
-            with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.taken(self._leg(wanted), timeout_s) as stream:
-                    yield self._accepted(wanted, stream.attempt.dispatched)
-                    async with contextlib.aclosing(stream.tokens(relay.is_over)) as batches:
-                        async for tokens in batches:
-                            yield relay.take(tokens)
-                            if relay.ends_the_legs:
-                                break
-                    route = _route(stream.attempt.dispatched)
-                    rest, finish = relay.finish(
-                        len(wanted.token_ids), stream.finish(), stream.attempt.prefill_finish, route
-                    )
+            async with self._admission.place(_demand(wanted, caller)), self._served(wanted, caller) as stream:
+                yield self._accepted(wanted, stream.attempt.dispatched)
+                async with contextlib.aclosing(stream.tokens(relay.is_over)) as batches:
+                    async for tokens in batches:
+                        yield relay.take(tokens)
+                        if relay.ends_the_legs:
+                            break
+                route, prefill = _route(stream.attempt.dispatched), stream.attempt.prefill_finish
+                rest, finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
             # Both legs have ended here: a client that has the finish may rely on it.
             if rest is not None:
                 yield rest
             yield finish
+
+    @contextlib.asynccontextmanager
+    async def _served(self, wanted: CheckedRequest, caller: Caller) -> AsyncIterator[RequestStream]:
+        with naming_the_prompt(wanted.prompt_field):
+            async with self._attempts.taken(self._leg(wanted), caller.left_s()) as stream:
+                yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
         """What both legs share."""
@@ -102,6 +107,16 @@ class Generation:
             prompt_tokens=len(wanted.token_ids),
             route=_route(dispatched),
         )
+
+
+def _demand(wanted: CheckedRequest, caller: Caller) -> Demand:
+    """The KV it may hold, counted when it is asked for: what it really needs is known only at its end."""
+    return Demand(
+        tokens=len(wanted.token_ids) + wanted.max_tokens,
+        priority=wanted.priority or 0,
+        tenant=caller.tenant,
+        deadline_s=caller.deadline_s,
+    )
 
 
 def _route(dispatched: Dispatched) -> pb.Route:

@@ -17,6 +17,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
 from tandem.model.worker import Worker
 from tandem.rpc.messages import present
+from tandem_frontend.caller import caller_of
 from tandem_frontend.events import as_response, server_sent
 from tandem_frontend.generation import Generation
 from tandem_frontend.models import ServedModel, check_name_length, get_model, list_models
@@ -35,13 +36,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
         """Stream a generation; a client that leaves closes it."""
-        async with contextlib.aclosing(self._generation.generate(request, context.time_remaining())) as events:
+        async with contextlib.aclosing(self._generation.generate(request, caller_of(context))) as events:
             async for event in events:
                 yield as_response(event)
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> AsyncIterator[HttpBody]:  # noqa: N802
         """The same as server-sent events, for HTTP."""
-        async with contextlib.aclosing(self._generation.generate(request.generate, context.time_remaining())) as events:
+        async with contextlib.aclosing(self._generation.generate(request.generate, caller_of(context))) as events:
             async for body in server_sent(events):
                 yield body
 
@@ -49,7 +50,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """The same in one message."""
         response = pb.GenerateUnaryResponse()
         texts: list[str] = []
-        async with contextlib.aclosing(self._generation.generate(request.generate, context.time_remaining())) as events:
+        async with contextlib.aclosing(self._generation.generate(request.generate, caller_of(context))) as events:
             async for event in events:
                 if isinstance(event, pb.GenerateAccepted):
                     response.request_id, response.model = event.request_id, event.model

@@ -5,12 +5,14 @@ Pure translation: no defaults are invented and nothing is validated here.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TypeVar
 
 from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
+from tandem.api.worker.v1 import worker_service_pb2
 from tandem.engine.port import BootstrapAddress
 from tandem.model.frontend import Frontend
 from tandem.model.generation import (
@@ -24,7 +26,7 @@ from tandem.model.generation import (
     TokenLogprob,
 )
 from tandem.model.request_state import Phase
-from tandem.model.worker import Capabilities, Worker, WorkerRole, WorkerState, field_names
+from tandem.model.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ PHASE_BY_NUMBER = {number: phase for phase, number in PHASES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = ("queued", "prefill_start", "prefill_end", "kv_transfer_start", "kv_transfer_end")
+LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 SAMPLING_SCALARS = (
     "temperature",
@@ -146,6 +149,16 @@ def frontend_from_proto(message: worker_pb2.Frontend) -> Frontend:
         state=STATE_BY_NUMBER[message.state],
         release=message.release,
     )
+
+
+def load_figures(load: EngineLoad) -> dict[str, int | None]:
+    """The figures of a load as keyword arguments of WatchLoadResponse."""
+    return {name: getattr(load, name) for name in LOAD_FIGURES}
+
+
+def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
+    """The figures an engine tells; those it does not tell are None."""
+    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIGURES})
 
 
 def sampling_to_proto(sampling: Sampling) -> sampling_pb2.Sampling:

@@ -12,7 +12,7 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine, KvEvent
 from tandem.errors import InvalidRequest
-from tandem.rpc.messages import present, timestamp, worker_to_proto
+from tandem.rpc.messages import load_figures, present, timestamp, worker_to_proto
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 
@@ -20,14 +20,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 LOAD_INTERVAL_MS = 1_000
 LOAD_INTERVAL_MIN_MS = 10
 LOAD_INTERVAL_MAX_MS = 60_000
-LOAD_FIGURES = (
-    "running_requests",
-    "waiting_requests",
-    "waiting_tokens",
-    "kv_used_tokens",
-    "kv_capacity_tokens",
-    "transferring_requests",
-)
 
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
@@ -92,13 +84,12 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
 
     async def _measure(self, sequence: int) -> pb.WatchLoadResponse:
         load = await self._engine.load()
-        figures = {name: getattr(load, name) for name in LOAD_FIGURES}
         return pb.WatchLoadResponse(
             sequence=sequence,
             measured_time=timestamp(time.time()),
             epoch=self._identity.current().epoch,
             open_legs=self._legs.open_count,
-            **figures,
+            **load_figures(load),
         )
 
 

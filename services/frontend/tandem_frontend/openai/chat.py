@@ -12,6 +12,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
 from tandem.parsing import ParsedStream, Parsers
 from tandem.rpc.messages import guided_to_proto
+from tandem_frontend.caller import Caller
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.chat_choice import ChatChoice
 from tandem_frontend.openai.door import Answer, Body, Door
@@ -36,7 +37,7 @@ class ChatCompletions:
         self._texts = texts
         self._parsers = parsers
 
-    async def answer(self, wanted: ChatRequest, body_bytes: int, timeout_s: float | None) -> AsyncGenerator[Body, None]:
+    async def answer(self, wanted: ChatRequest, body_bytes: int, caller: Caller) -> AsyncGenerator[Body, None]:
         """The bodies of an answer. `body_bytes` is how long the request was.
 
         Raises:
@@ -70,7 +71,7 @@ class ChatCompletions:
                 f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if wanted.stream else "chat.completion"
             )
             answer = Answer(head, choices, UsageSum(wanted.choice_count))
-            bodies = self._door.bodies(requests, answer, timeout_s, wanted)
+            bodies = self._door.bodies(requests, answer, caller, wanted)
             async with contextlib.aclosing(bodies):
                 async for body in bodies:
                     yield body

@@ -10,6 +10,7 @@ from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
+from tandem_frontend.caller import Caller
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.door import Answer, Body, Door
 from tandem_frontend.openai.finishes import finish_reason
@@ -28,7 +29,7 @@ class Completions:
         self._model = model
         self._texts = texts
 
-    async def answer(self, wanted: CompletionRequest, timeout_s: float | None) -> AsyncGenerator[Body, None]:
+    async def answer(self, wanted: CompletionRequest, caller: Caller) -> AsyncGenerator[Body, None]:
         """The bodies of an answer.
 
         Raises:
@@ -49,7 +50,7 @@ class Completions:
                 requests.append(for_choice(request, token_ids, number))
                 choices.append(CompletionChoice(len(choices), text if wanted.echo else "", request, self._texts))
         answer = Answer(self._door.head(answer_id, "text_completion"), choices, UsageSum(wanted.choice_count))
-        async with contextlib.aclosing(self._door.bodies(requests, answer, timeout_s, wanted)) as bodies:
+        async with contextlib.aclosing(self._door.bodies(requests, answer, caller, wanted)) as bodies:
             async for body in bodies:
                 yield body
 

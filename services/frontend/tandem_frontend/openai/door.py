@@ -18,6 +18,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.errors import RequestAborted
 from tandem.model.worker import Worker
+from tandem_frontend.caller import Caller
 from tandem_frontend.generation import Generation
 from tandem_frontend.http_errors import last_event
 from tandem_frontend.models import ServedModel
@@ -92,7 +93,7 @@ class Door:
         return f"fp_{hashlib.sha256(serving[0].encode() if serving else b'').hexdigest()[:10]}"
 
     def bodies(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, timeout_s: float | None, wanted: CommonFields
+        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, wanted: CommonFields
     ) -> AsyncGenerator[Body, None]:
         """The answer, as the request wants it: one piece, or server-sent events.
 
@@ -100,26 +101,26 @@ class Door:
             TandemError: a choice failed before the first body; its field is the contract's.
         """
         if wanted.stream:
-            return self._stream(requests, answer, timeout_s, with_usage=wanted.includes_usage)
-        return self._whole(requests, answer, timeout_s)
+            return self._stream(requests, answer, caller, with_usage=wanted.includes_usage)
+        return self._whole(requests, answer, caller)
 
     async def _whole(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, timeout_s: float | None
+        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller
     ) -> AsyncGenerator[Body, None]:
-        async with contextlib.aclosing(self._run(requests, timeout_s)) as events:
+        async with contextlib.aclosing(self._run(requests, caller)) as events:
             async for number, event in events:
                 await _told(answer, number, event)
         choices = [choice.told() for choice in answer.choices]
         yield wire.whole({**answer.head, "choices": choices, "usage": answer.usage.told()})
 
     async def _stream(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, timeout_s: float | None, *, with_usage: bool
+        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, *, with_usage: bool
     ) -> AsyncGenerator[Body, None]:
         has_begun = False
         # With include_usage every event has the field, and only the last one a value.
         tail = {"usage": None} if with_usage else {}
         try:
-            async with contextlib.aclosing(self._run(requests, timeout_s)) as events:
+            async with contextlib.aclosing(self._run(requests, caller)) as events:
                 async for number, event in events:
                     for choice in await _told(answer, number, event):
                         yield _event(wire.event({**answer.head, "choices": [choice], **tail}), has_begun)
@@ -133,10 +134,8 @@ class Door:
             yield _event(wire.event({**answer.head, "choices": [], "usage": answer.usage.told()}), has_begun)
         yield _event(wire.DONE, has_begun)
 
-    def _run(
-        self, requests: Sequence[pb.GenerateRequest], timeout_s: float | None
-    ) -> AsyncGenerator[tuple[int, Any], None]:
-        return merged([self._generation.generate(request, timeout_s) for request in requests])
+    def _run(self, requests: Sequence[pb.GenerateRequest], caller: Caller) -> AsyncGenerator[tuple[int, Any], None]:
+        return merged([self._generation.generate(request, caller) for request in requests])
 
 
 async def _told(answer: Answer, number: int, event: Any) -> list[dict[str, Any]]:

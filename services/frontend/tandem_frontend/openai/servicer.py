@@ -19,6 +19,7 @@ from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.model.worker import Worker
 from tandem.parsing import Parsers
+from tandem_frontend.caller import caller_of
 from tandem_frontend.generation import Generation
 from tandem_frontend.models import ServedModel, get_model, list_models
 from tandem_frontend.openai import wire
@@ -55,7 +56,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """A chat completion, streamed or whole; a client that leaves closes it."""
         wanted = parse(ChatRequest, request.data)
         async with contextlib.aclosing(
-            _renaming(self._chat.answer(wanted, len(request.data), context.time_remaining()), wanted)
+            _renaming(self._chat.answer(wanted, len(request.data), caller_of(context)), wanted)
         ) as bodies:
             async for body in bodies:
                 yield body
@@ -63,7 +64,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """A completion, streamed or whole; a client that leaves closes it."""
         wanted = parse(CompletionRequest, request.data)
-        answer = self._completions.answer(wanted, context.time_remaining())
+        answer = self._completions.answer(wanted, caller_of(context))
         async with contextlib.aclosing(_renaming(answer, wanted)) as bodies:
             async for body in bodies:
                 yield body

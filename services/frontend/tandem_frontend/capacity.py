@@ -1,0 +1,67 @@
+"""How much the workers have room for: their own word of what they can hold, less what is there now.
+
+Pure. Counts the workers that stream answers (decode and aggregated), because a request stays there longest and its KV
+is whole there. What one of them says of its load is old by up to a second; what this frontend has there is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from tandem.model.worker import EngineLoad, Start, Worker, WorkerRole, WorkerState
+
+QUEUED_FRACTION = 0.25
+"""Requests an engine may have in its own queue, for each that it runs: it must never have to wait for the next."""
+QUEUED_MIN = 2
+
+
+class Capacity:
+    """Room of the workers of one model."""
+
+    def __init__(
+        self,
+        model: str,
+        workers: Callable[[], tuple[Worker, ...]],
+        load: Callable[[Start], EngineLoad | None],
+    ) -> None:
+        """`workers` tells the present view, `load` what a worker has last said of itself (None: nothing lately)."""
+        self._model = model
+        self._workers = workers
+        self._load = load
+
+    def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
+        """Whether one more request has room. Without any worker it has: routing then says that there is none."""
+        streaming = [worker for worker in self._workers() if self._streams(worker)]
+        if not streaming:
+            return True
+        if held_requests == 0:
+            # Whatever the others do and however long it is: one request at a time always goes on.
+            return True
+        told_requests, told_tokens = self._told(streaming)
+        requests_max = sum(map(_requests_max, streaming))
+        tokens_max = sum(worker.capabilities.kv_capacity_tokens for worker in streaming)
+        # What the workers tell holds this frontend's requests too, but for the newest.
+        has_tokens = max(held_tokens, told_tokens) + tokens <= tokens_max
+        return max(held_requests, told_requests) < requests_max and has_tokens
+
+    def _told(self, streaming: Iterable[Worker]) -> tuple[int, int]:
+        """Requests and tokens of all frontends, as the workers tell them."""
+        requests = tokens = 0
+        for worker in streaming:
+            load = self._load(worker.start)
+            if load is not None:
+                requests += (load.running_requests or 0) + (load.waiting_requests or 0)
+                tokens += load.kv_used_tokens or 0
+        return requests, tokens
+
+    def _streams(self, worker: Worker) -> bool:
+        return (
+            worker.role is not WorkerRole.PREFILL
+            and worker.state is WorkerState.SERVING
+            and worker.capabilities.model == self._model
+        )
+
+
+def _requests_max(worker: Worker) -> int:
+    running = worker.capabilities.running_requests_max
+    return running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
