@@ -125,6 +125,7 @@ class FrontendApp:
 
     async def _finish_requests(self) -> bool:
         """Admit no more requests and wait for the open ones. Returns whether all ended within the drain's bound."""
+        assert self._admission is not None, "drain() before start()"
         self._admission.close()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):

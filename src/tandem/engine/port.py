@@ -105,6 +105,13 @@ class Engine(Protocol):
         """
         ...
 
+    def stalled(self) -> str | None:
+        """One sentence while the engine lives but cannot answer, known without asking it; None otherwise.
+
+        Requests end with EngineFailed when it begins, and are refused so until it is over.
+        """
+        ...
+
     async def wait_failed(self) -> str:
         """Return one sentence when the engine has died by itself; never return otherwise."""
         ...

@@ -58,6 +58,9 @@ class WorkerConfig(RpcServiceConfig):
     )
     bootstrap_port: int = Field(0, ge=0, le=65535, description="port of the bootstrap server (prefill); 0: any")
     seed: int = Field(0, ge=0, description="seed of the engine")
+    canary_period_s: float = Field(
+        10, ge=0.5, le=3600, description="an engine that has told no token for this long must pass a canary"
+    )
     canary_timeout_s: float = Field(60, gt=0, le=600, description="most time for the generation that proves the engine")
     engine_extra: Annotated[dict[str, Any], BeforeValidator(_parse_extra)] = Field(
         default_factory=dict, description="more arguments of the engine, as a JSON object"

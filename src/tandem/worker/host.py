@@ -24,6 +24,7 @@ from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.runtime.clock import epoch_now
 from tandem.worker.config import WorkerConfig
+from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
@@ -49,7 +50,9 @@ class WorkerHost:
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
-        self._heart: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._health: EngineHealth | None = None
+        self._is_leaving = False
         self._drain_asked = asyncio.Event()
 
     @property
@@ -79,7 +82,12 @@ class WorkerHost:
         server.add(*self._role_service(self._engine, self._legs, worker))
         await server.serve()
         await server.set_serving(True)
-        self._heart = asyncio.create_task(identity.beat(), name="heartbeat")
+        legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
+        health = self._health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._tell_health)
+        self._tasks = [
+            asyncio.create_task(identity.beat(), name="heartbeat"),
+            asyncio.create_task(health.watch(), name="engine-health"),
+        ]
         await self._register(registration)
 
     async def drain(self) -> bool:
@@ -88,7 +96,7 @@ class WorkerHost:
         assert self._legs is not None, "drain() before start()"
         assert self._registration is not None, "drain() before start()"
         await self._registration.set_state(WorkerState.DRAINING)
-        await self._server.set_serving(False)
+        await self._leave(self._server)
         await asyncio.sleep(self._config.drain_settle_s)
         try:
             return await self._finish_legs(self._legs)
@@ -97,9 +105,10 @@ class WorkerHost:
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.wait({self._heart})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._registration is not None:
             await self._registration.close()
         if self._server is not None:
@@ -116,9 +125,19 @@ class WorkerHost:
         assert self._legs is not None, "wait_finished() before start()"
         trouble = await _first(self._engine.wait_failed(), self._registration.wait_fenced(), self._asked_to_drain())
         if self._registration.fenced is not None:
-            await self._server.set_serving(False)
+            await self._leave(self._server)
             await _first(self._engine.wait_failed(), self._until_legs_end(self._legs))
         return trouble
+
+    async def _leave(self, server: RpcServer) -> None:
+        """NOT_SERVING from here on, whatever the engine's health."""
+        self._is_leaving = True
+        await server.set_serving(False)
+
+    async def _tell_health(self, trouble: str | None) -> None:
+        assert self._server is not None, "health before start()"
+        if not self._is_leaving:
+            await self._server.set_serving(trouble is None)
 
     async def _finish_legs(self, legs: Legs) -> bool:
         """Admit no more legs and wait for the open ones. Returns whether all ended within the drain's bound."""

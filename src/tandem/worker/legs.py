@@ -29,6 +29,8 @@ class Legs:
         self._identity = identity
         self._open: dict[LegKey, str] = {}
         self._is_closed = False
+        self.batch_count = 0
+        """Batches the engine has answered with since the start: while it grows, the engine works."""
         self._changed = asyncio.Event()
 
     @property
@@ -82,6 +84,7 @@ class Legs:
             batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(request))
             async with contextlib.aclosing(batches):
                 async for batch in batches:
+                    self.batch_count += 1
                     yield batch
         except (LegFailed, EngineFailed) as problem:
             raise self._located(problem, key, request) from None

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STOP_LOOK_S = 0.25
 BUILDING_END_S = 0.5
 """Most time to wait for the end of a start that was given up."""
 
@@ -69,6 +70,8 @@ class SglangEngine:
         self._children: Children | None = None
         self._engine: Any = None
         self._answering: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._stall: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._ports: arguments.Ports
         self._checkpoint: Checkpoint
@@ -104,6 +107,10 @@ class SglangEngine:
         assert self._failure is not None
         return self._failure
 
+    def stalled(self) -> str | None:
+        """See the port."""
+        return self._stall
+
     async def _until_built(self, building: asyncio.Future[None]) -> None:
         failed = asyncio.create_task(self._failed.wait())
         try:
@@ -115,6 +122,7 @@ class SglangEngine:
             raise StartError(self._failure)
         await building
         self._answering = asyncio.create_task(self._answer())
+        self._looking = asyncio.create_task(self._look_for_stops(), name="stopped-children")
 
     def _build(self) -> None:
         """On the engine's thread: import SGLang, look it over, load the model."""
@@ -163,6 +171,20 @@ class SglangEngine:
         for run in self._runs.values():
             run.queue.put_nowait(EngineFailed(sentence))
 
+    async def _look_for_stops(self) -> None:
+        """Break every request while a child is stopped, and take new ones when it goes on."""
+        assert self._children is not None
+        while True:
+            await asyncio.sleep(STOP_LOOK_S)
+            stall = self._children.stopped()
+            if stall is not None and self._stall is None:
+                log.error("%s: %d requests end here", stall, len(self._runs))
+                for run in self._runs.values():
+                    run.queue.put_nowait(EngineFailed(stall))
+            elif stall is None and self._stall is not None:
+                log.warning("SGLang's processes go on")
+            self._stall = stall
+
     async def _stop(self) -> None:
         for run in self._runs.values():
             run.queue.put_nowait(run.answers.aborted())
@@ -177,9 +199,10 @@ class SglangEngine:
             # Children that were started while the first ones were being ended.
             assert self._children is not None
             await self._children.end()
-        if self._answering is not None:
-            self._answering.cancel()
-            await asyncio.wait({self._answering})
+        for task in (self._answering, self._looking):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         if self._engine is not None:
             from tandem.engine.sglang import launch
 
@@ -326,6 +349,8 @@ class SglangEngine:
             raise EngineFailed(self._failure)
         if self._engine is None or self._stopping is not None:
             raise EngineFailed("the engine does not run")
+        if self._stall is not None:
+            raise EngineFailed(self._stall)
 
 
 def _device(wanted: str) -> str:

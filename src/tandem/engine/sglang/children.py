@@ -1,7 +1,8 @@
 """The processes SGLang starts for one engine: watched from the moment they exist, ended together.
 
 Owns the sentence that says how one died. Watches by the kernel's own signal (the process's sentinel becomes readable),
-so that a death is known at once, where SGLang's watchdog looks once a second and then ends the whole worker.
+so that a death is known at once, where SGLang's watchdog looks once a second and then ends the whole worker. A process
+that is only stopped sends no signal: it is asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,21 @@ from pathlib import Path
 from tandem.engine.sglang import reports
 
 END_TIMEOUT_S = 5.0
+STOPPED_STATES = ("T", "t")
+"""Of /proc/PID/stat: by a signal, and by a debugger."""
+
+
+def process_state(pid: int | None) -> str:
+    """The kernel's letter for what a process does; "" where the system has no /proc.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    stat = Path(f"/proc/{pid}/stat")
+    if pid is None or not stat.parent.parent.is_dir():
+        return ""
+    # The name in parentheses may hold anything, so the state is looked for behind its end.
+    return stat.read_text().rpartition(")")[2].split()[0]
 
 
 class Children:
@@ -60,6 +76,14 @@ class Children:
             hint = " (most often by the kernel, for want of memory)" if number is signal.SIGKILL else ""
             return f"SGLang's {name} was killed by {number.name}{hint}"
         return f"SGLang's {name} ended with exit status {exit_code}"
+
+    def stopped(self) -> str | None:
+        """Which of them is stopped (SIGSTOP, a debugger), in one sentence; None when none is."""
+        for name, process in list(self._processes):
+            with contextlib.suppress(ValueError, OSError):
+                if process_state(process.pid) in STOPPED_STATES:
+                    return f"SGLang's {name} is stopped and answers nothing"
+        return None
 
     def _watch(self, name: str, process: BaseProcess) -> None:
         if not self._ending:

@@ -145,6 +145,10 @@ class SimulatedEngine:
             raise NotSupported("this simulated engine keeps no prefix cache or was started without KV events")
         return log.read(from_sequence)
 
+    def stalled(self) -> str | None:
+        """See the port. The engine is this process: when it is stopped, so is whoever would ask."""
+        return None
+
     async def wait_failed(self) -> str:
         """Never returns: this engine has no process that could die by itself."""
         await asyncio.get_running_loop().create_future()
