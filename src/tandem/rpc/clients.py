@@ -13,6 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.api.frontend.v1 import inference_service_pb2 as frontend_pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.api.process.v1 import process_service_pb2 as process_pb
+from tandem.api.process.v1.process_service_pb2_grpc import ProcessServiceStub
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
@@ -89,6 +91,19 @@ async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None =
         call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
         response: worker_pb.WatchLoadResponse = await _answer(call.read())
         call.cancel()
+        return response
+
+
+async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb.GetFiguresResponse:
+    """What a process holds now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = ProcessServiceStub(channel)
+        request = process_pb.GetFiguresRequest()
+        response: process_pb.GetFiguresResponse = await _answer(stub.GetFigures(request, timeout=CALL_TIMEOUT_S))
         return response
 
 

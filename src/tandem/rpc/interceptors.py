@@ -25,11 +25,20 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST."""
+    """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST.
+
+    It stands around every handler of Tandem, and so it also counts the calls that are being answered.
+    """
 
     def __init__(self, request_bytes_max: int) -> None:
         """A longer request is refused before it is parsed."""
         self._request_bytes_max = request_bytes_max
+        self._open = _OpenCalls()
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that are being answered now."""
+        return self._open.count
 
     async def intercept_service(
         self,
@@ -41,18 +50,31 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or not method.startswith("/tandem."):
             return handler
-        return _wrap(handler, method, _deserializer(method, self._request_bytes_max))
+        return _wrap(handler, method, _deserializer(method, self._request_bytes_max), self._open)
 
 
-def _wrap(handler: Any, method: str, deserializer: Any) -> Handler:
+class _OpenCalls:
+    """Counts calls from their first byte to their last."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self.count -= 1
+
+
+def _wrap(handler: Any, method: str, deserializer: Any, open_calls: _OpenCalls) -> Handler:
     if handler.unary_unary:
-        wrapped = _unary(handler.unary_unary, method)
+        wrapped = _unary(handler.unary_unary, method, open_calls)
         return grpc.unary_unary_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
     if handler.unary_stream:
-        stream = _stream(handler.unary_stream, method)
+        stream = _stream(handler.unary_stream, method, open_calls)
         return grpc.unary_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     if handler.stream_stream:
-        stream = _stream(_over_checked(handler.stream_stream), method)
+        stream = _stream(_over_checked(handler.stream_stream), method, open_calls)
         return grpc.stream_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     return handler  # type: ignore[no-any-return]
 
@@ -77,12 +99,15 @@ def _over_checked(
     return lambda requests, context: behavior(checked(requests), context)
 
 
-def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+def _unary(
+    behavior: Callable[[Any, Context], Awaitable[Any]], method: str, open_calls: _OpenCalls
+) -> Callable[[Any, Context], Awaitable[Any]]:
     async def handle(request: Any, context: Context) -> Any:
         try:
-            if isinstance(request, TandemError):
-                raise request
-            return await behavior(request, context)
+            with open_calls:
+                if isinstance(request, TandemError):
+                    raise request
+                return await behavior(request, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as problem:
@@ -95,10 +120,11 @@ def _unary(behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> C
 
 
 def _stream(
-    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str
+    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str, open_calls: _OpenCalls
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
         responses, failure = None, None
+        open_calls.count += 1
         try:
             if isinstance(request, TandemError):
                 raise request
@@ -110,6 +136,7 @@ def _stream(
         except Exception as problem:
             failure = _as_error(problem, method)
         finally:
+            open_calls.count -= 1
             if responses is not None:
                 # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
                 # be closed here and now, not when the garbage collector finds it.

@@ -8,17 +8,21 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem.api.process.v1.process_service_pb2_grpc import add_ProcessServiceServicer_to_server
 from tandem.errors import StartError
 from tandem.rpc.channels import MESSAGE_BYTES_MAX
 from tandem.rpc.credentials import ServerCredentials
 from tandem.rpc.interceptors import ErrorInterceptor
 from tandem.rpc.listening import check_listenable
+from tandem.rpc.process_figures import SERVICE_NAME as PROCESS_SERVICE_NAME
+from tandem.rpc.process_figures import ProcessServicer
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ AddServicer = Callable[[grpc.aio.Server], None]
 
 
 class RpcServer:
-    """A gRPC server with health (NOT_SERVING until told otherwise) and reflection."""
+    """A gRPC server with health (NOT_SERVING until told otherwise), reflection and the figures of its process."""
 
     def __init__(
         self,
@@ -67,12 +71,15 @@ class RpcServer:
         self._credentials: ServerCredentials | None = None
         self._names: list[str] = []
         received_bytes_max = max(RECEIVED_BYTES_MIN, RECEIVED_FACTOR * request_bytes_max)
+        interceptor = ErrorInterceptor(request_bytes_max)
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(request_bytes_max)],
+            interceptors=[interceptor],
             options=(*OPTIONS, ("grpc.max_receive_message_length", received_bytes_max)),
         )
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        figures = ProcessServicer(lambda: interceptor.open_calls)
+        self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, figures))
         for name, add in services:
             self.add(name, add)
         self.port = 0
