@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import baseline
 import pytest
 import pytest_asyncio
 
@@ -23,9 +24,11 @@ SIMULATED = {"engine-extra": '{"decode_step_s": 0.004}'}
 
 @asynccontextmanager
 async def running(logs: Path, **spec: Any) -> AsyncIterator[LocalCluster]:
-    """A cluster of the demo model; its logs go into the test's directory."""
+    """A cluster of the demo model, logging into the test's directory. Nothing of its requests is left in the end."""
     async with LocalCluster(ClusterSpec(model=DEMO_MODEL, log_directory=logs, **spec)) as cluster:
+        before = await baseline.take(cluster)
         yield cluster
+        await baseline.assert_back(cluster, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,66 @@
+"""Nothing is left of a test's requests: each process of a cluster is compared with itself from before them.
+
+Judges only processes that are the same ones at the end and can be asked; whoever was killed on purpose has no baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.rpc import clients
+from tandem.runtime.cluster import LocalCluster
+from tandem.runtime.cluster_process import ClusterProcess, ProcessState
+from tandem.testing.eventually import assert_eventually
+
+SLACK = {"open_calls": 3, "tasks": 12, "threads": 6, "descriptors": 12}
+"""Streams between the processes themselves, which may come only after the first look, with their tasks and sockets. A
+leak of one for each request is far more in any test of dozens."""
+WORKERS = ("prefill", "decode", "aggregated")
+WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What each process held, by pid."""
+
+    figures: dict[int, dict[str, int]]
+
+
+async def take(cluster: LocalCluster) -> Baseline:
+    """Look at every process."""
+    return Baseline({process.pid: await _figures(process) for process in _askable(cluster)})
+
+
+async def assert_back(cluster: LocalCluster, baseline: Baseline) -> None:
+    """Wait until every process is back where it was."""
+    for process in _askable(cluster):
+        if process.pid in baseline.figures:
+            before = baseline.figures[process.pid]
+
+            async def grown(process: ClusterProcess = process, before: dict[str, int] = before) -> dict[str, int]:
+                now = await _figures(process)
+                return {name: now[name] for name, most in _bounds(before).items() if now[name] > most}
+
+            what = f"{process.name} as before ({before})"
+            await assert_eventually(grown, lambda more: not more, within_s=WITHIN_S, every_s=0.1, what=what)
+
+
+def _bounds(before: dict[str, int]) -> dict[str, int]:
+    return {name: before[name] + SLACK.get(name, 0) for name in before}
+
+
+async def _figures(process: ClusterProcess) -> dict[str, int]:
+    told = await clients.process_figures(process.address)
+    figures = {name: getattr(told, name) for name in SLACK}
+    if process.role in WORKERS:
+        load = await clients.worker_load(process.address)
+        figures |= {"open_legs": load.open_legs, "running_requests": load.running_requests}
+        figures |= {"waiting_requests": load.waiting_requests, "transferring_requests": load.transferring_requests}
+    return figures
+
+
+def _askable(cluster: LocalCluster) -> list[ClusterProcess]:
+    if cluster.spec.tls is not None:
+        return []
+    known = [p for p in cluster.processes if p.role in (*WORKERS, "frontend", "registry")]
+    return [process for process in known if process.runs and process.state is ProcessState.READY]
