@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, running
+from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.adapter import SimulatedEngine
@@ -29,10 +29,10 @@ async def test_tokens_are_the_published_function(model_path: Path) -> None:
 
 
 async def test_fault_at_decode(model_path: Path) -> None:
-    async with running(model_path, AGGREGATED, fail_at="decode") as engine:
+    async with running(model_path, AGGREGATED, faults=[{"point": "decode_step", "kind": "fail"}]) as engine:
         with pytest.raises(EngineFailed):
             await collect(engine, request())
-        assert (await engine.load()).kv_used_tokens == 0
+        await assert_eventually(engine.load, lambda load: load.kv_used_tokens == 0)
 
 
 async def test_end_of_sequence(model_path: Path) -> None:
@@ -46,17 +46,34 @@ async def test_end_of_sequence(model_path: Path) -> None:
 
 
 async def test_what_does_not_fit_waits_in_turn(model_path: Path) -> None:
+    prompts = [tuple(range(20 + place, 60 + place)) for place in range(3)]
     async with running(model_path, AGGREGATED, kv_capacity_tokens=128, decode_step_s=0.01) as engine:
-        legs = [asyncio.create_task(collect(engine, request(max_tokens=40))) for _ in range(3)]
+        legs = [asyncio.create_task(collect(engine, request(prompt, max_tokens=40))) for prompt in prompts]
         await asyncio.sleep(0.05)
         load = await engine.load()
         assert (load.running_requests, load.waiting_requests, load.waiting_tokens) == (1, 2, 2 * len(PROMPT))
-        assert load.kv_used_tokens == 80
+        assert load.kv_used_tokens == 48
         assert all(finish.completion_tokens == 40 for _, finish in await asyncio.gather(*legs))
         tokens, finish = await collect(engine, request(max_tokens=1000))
         assert (finish.reason, len(tokens)) == (FinishReason.LENGTH, 128 - len(PROMPT))
         with pytest.raises(InvalidRequest):
             await collect(engine, request(tuple(range(20, 148))))
+
+
+async def test_load_tells_where_every_page_is(model_path: Path) -> None:
+    slow = {"transfer_bytes_per_s": 48 * 512 * 10, "decode_step_s": 0.02}
+    async with running(model_path, PREFILL, **slow) as prefill, running(model_path, DECODE, **slow) as decode:
+        where = room(prefill)
+        legs = [asyncio.create_task(collect(e, request(max_tokens=30, bootstrap=where))) for e in (prefill, decode)]
+        for engine in (prefill, decode):
+            load = await assert_eventually(engine.load, lambda load: load.kv_transferring_tokens == 48)
+            assert (load.kv_used_tokens, load.kv_cached_tokens, load.kv_free_tokens) == (48, 0, 16_384 - 48)
+        load = await assert_eventually(decode.load, lambda load: load.running_requests)
+        assert (load.kv_transferring_tokens, load.transferring_requests) == (0, 0)
+        assert load.kv_used_tokens in (48, 64, 80)
+        load = await assert_eventually(prefill.load, lambda load: load.kv_used_tokens == 0)
+        assert (load.kv_cached_tokens, load.kv_free_tokens) == (32, 16_384 - 32)
+        await asyncio.gather(*legs)
 
 
 async def test_kv_events_follow_the_cache(model_path: Path) -> None:
@@ -80,7 +97,8 @@ async def test_flush_is_refused_while_a_request_runs(model_path: Path) -> None:
         assert not await engine.flush_cache()
         leg.cancel()
         await asyncio.wait((leg,))
-        assert await engine.flush_cache()
+        assert not await engine.flush_cache(), "the step in hand still holds its pages"
+        await assert_eventually(engine.flush_cache)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from simulated_engines import DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
+from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.rendezvous import BootstrapServer
 from tandem.engine.simulated.wire import ConnectionLost, Line
 from tandem.errors import LegFailed
 from tandem.model.generation import Bootstrap, FinishReason
-from tandem.model.worker import WorkerRole, incompatible_field
+from tandem.model.worker import EngineLoad, WorkerRole, incompatible_field
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
 
@@ -22,6 +24,15 @@ from tandem.testing.fake_model import write_fake_model
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_fake_model(tmp_path_factory.mktemp("model"))
+
+
+def server(engine: SimulatedEngine) -> BootstrapServer:
+    assert engine._machine is not None
+    return engine._machine._hand_over.server
+
+
+def at_rest(load: EngineLoad) -> bool:
+    return (load.running_requests, load.transferring_requests, load.kv_used_tokens) == (0, 0, 0)
 
 
 async def test_decode_speaks_of_what_it_received_not_of_its_own_prompt(model_path: Path) -> None:
@@ -49,8 +60,9 @@ async def test_kv_of_another_length_is_refused(model_path: Path) -> None:
 
 @pytest.mark.parametrize("gone", ["prefill", "decode"])
 async def test_a_leg_that_is_aborted_ends_the_other_one(model_path: Path, gone: str) -> None:
-    # Slow prefill: both legs have met and neither has finished.
-    async with running(model_path, PREFILL, prefill_tokens_per_s=4) as prefill, running(model_path, DECODE) as decode:
+    # Slow prefill: both legs have met and neither has finished. Pages come back when the chunk in hand is computed.
+    slow = {"prefill_tokens_per_s": 80, "chunked_prefill_tokens": 16}
+    async with running(model_path, PREFILL, **slow) as prefill, running(model_path, DECODE) as decode:
         where = room(prefill)
         requests = {"prefill": request(bootstrap=where), "decode": request(bootstrap=where)}
         engines = {"prefill": prefill, "decode": decode}
@@ -63,14 +75,13 @@ async def test_a_leg_that_is_aborted_ends_the_other_one(model_path: Path, gone: 
         assert caught.value.metadata == {"leg": left, "phase": "transfer", "room": str(where.room)}
         assert (await legs[gone])[1].reason is FinishReason.ABORTED
         for engine in (prefill, decode):
-            load = await engine.load()
-            assert (load.running_requests, load.transferring_requests, load.kv_used_tokens) == (0, 0, 0)
+            await assert_eventually(engine.load, at_rest, what="an engine without legs")
 
 
 async def test_a_stopped_prefill_engine_ends_waiting_decodes(model_path: Path) -> None:
     async with running(model_path, PREFILL) as prefill, running(model_path, DECODE) as decode:
         leg = asyncio.create_task(collect(decode, request(bootstrap=room(prefill))))
-        await assert_eventually(lambda: prefill._machine is not None and len(prefill._machine.server._early_decodes))
+        await assert_eventually(lambda: len(server(prefill)._early_decodes))
         await prefill.stop()
         with pytest.raises(LegFailed, match="bootstrap"):
             await asyncio.wait_for(leg, 2)
@@ -85,7 +96,7 @@ async def test_a_host_that_cannot_be_one_is_a_failed_leg(model_path: Path, host:
             await collect(decode, request(bootstrap=Bootstrap(host=host, port=port, room=5)))
         assert caught.value.metadata["phase"] == "bootstrap"
         assert len(str(caught.value)) < 300
-        assert (await decode.load()).kv_used_tokens == 0
+        await assert_eventually(decode.load, at_rest)
 
 
 async def test_a_decode_leg_that_goes_before_the_kv_is_no_defect(
@@ -129,14 +140,14 @@ async def test_waiting_for_a_peer_is_bounded(model_path: Path, role: WorkerRole)
         with pytest.raises(LegFailed) as caught:
             await collect(engine, request(bootstrap=room(prefill)))
         assert caught.value.metadata["phase"] == "bootstrap"
-        assert (await engine.load()).kv_used_tokens == 0
+        await assert_eventually(engine.load, at_rest)
 
 
 @pytest.mark.parametrize("role", [PREFILL, DECODE])
-@pytest.mark.parametrize("phase", ["bootstrap", "transfer"])
-async def test_fault_in_the_hand_over(model_path: Path, role: WorkerRole, phase: str) -> None:
+@pytest.mark.parametrize("point", ["bootstrap", "transfer_begin", "transfer_middle", "transfer_end"])
+async def test_fault_in_the_hand_over(model_path: Path, role: WorkerRole, point: str) -> None:
     bounds = {"bootstrap_timeout_s": 0.3}
-    faults = {role: {"fail_at": phase}}
+    faults = {role: {"faults": [{"point": point, "kind": "fail"}]}}
     async with (
         running(model_path, PREFILL, **bounds, **faults.get(PREFILL, {})) as prefill,
         running(model_path, DECODE, **bounds, **faults.get(DECODE, {})) as decode,
@@ -149,7 +160,12 @@ async def test_fault_in_the_hand_over(model_path: Path, role: WorkerRole, phase:
         )
         broken = legs[0 if role is PREFILL else 1]
         assert isinstance(broken, LegFailed)
-        assert (broken.metadata["leg"], broken.metadata["phase"]) == (role.value, phase)
+        assert (broken.metadata["leg"], broken.metadata["phase"]) == (role.value, point.split("_")[0])
+        fired = (prefill if role is PREFILL else decode).faults.fired
+        assert [(fault.point, fault.kind) for fault in fired] == [(point, "fail")]
+        assert all(isinstance(leg, LegFailed) for leg in legs)
+        for engine in (prefill, decode):
+            await assert_eventually(engine.load, at_rest)
 
 
 async def test_sabotaged_engines_move_nothing(model_path: Path) -> None:

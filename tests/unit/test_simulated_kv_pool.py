@@ -8,18 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from simulated_legs import PAGE
 
 from tandem.engine.port import KvEvent
-from tandem.engine.simulated.admission import Admission
 from tandem.engine.simulated.kv_events import KvEventLog
-from tandem.engine.simulated.kv_pool import KvLease, KvPool, block_hashes
+from tandem.engine.simulated.kv_pages import PageNames, page_names
+from tandem.engine.simulated.kv_pool import KvLease, KvPool
 
-PAGE = 4
 CAPACITY_PAGES = 12
+Held = tuple[KvLease, list[int]]
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Any order of reserve, release and flush; few different tokens, so that prefixes collide often."""
+    """Any order of what can happen to pages; few different tokens, so that prefixes collide often."""
 
     leases = Bundle("leases")
 
@@ -29,37 +30,63 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = KvPool(CAPACITY_PAGES * PAGE, PAGE, log=self.log)
         self.live: list[KvLease] = []
 
-    @rule(target=leases, prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30), more=st.integers(1, 20))
-    def reserve(self, prompt: list[int], more: int) -> tuple[KvLease | None, list[int]]:
-        total_tokens = len(prompt) + more
-        lease = self.pool.reserve(prompt, total_tokens)
-        if lease is None:
-            assert self.live or total_tokens > CAPACITY_PAGES * PAGE, "an empty pool refused what fits"
-        else:
-            self.live.append(lease)
-            assert lease.private_pages + len(lease.shared) == self.pool.pages_for(total_tokens)
-            assert lease.cached_tokens < len(prompt)
-        return lease, prompt + [1] * (more - 1)
+    @rule(target=leases, sequence=st.lists(st.integers(0, 1), min_size=1, max_size=50))
+    def open(self, sequence: list[int]) -> Held:
+        names = page_names(sequence[:-1], PAGE)
+        lease = self.pool.open(names)
+        assert lease.cached_tokens == self.pool.cached_pages(names) * PAGE < len(sequence)
+        self.live.append(lease)
+        return lease, sequence
 
-    @rule(pair=consumes(leases), kept=st.integers(0, 60))
-    def release(self, pair: tuple[KvLease | None, list[int]], kept: int) -> None:
-        lease, sequence = pair
-        if lease is not None:
-            self.live.remove(lease)
-            self.pool.release(lease, sequence[:kept])
+    @rule(held=leases, tokens=st.integers(0, 50))
+    def grow(self, held: Held, tokens: int) -> None:
+        lease, sequence = held
+        tokens = min(tokens, len(sequence))
+        before, available = lease.pages, self.pool.available_pages
+        grown = self.pool.grow(lease, tokens)
+        needed = max(self.pool.pages_for(tokens) - before, 0)
+        assert grown == (needed <= available)
+        assert lease.pages == before + (needed if grown else 0)
+
+    @rule(held=leases)
+    def checkpoint(self, held: Held) -> None:
+        lease, sequence = held
+        pages = min(lease.pages, len(sequence) // PAGE)
+        self.pool.checkpoint(lease, page_names(sequence, PAGE)[:pages], sequence)
+        assert len(lease.shared) == pages
+
+    @rule(held=leases, moving=st.booleans())
+    def move(self, held: Held, moving: bool) -> None:
+        self.pool.set_moving(held[0], moving)
+
+    @rule(held=consumes(leases))
+    def close(self, held: Held) -> None:
+        self.live.remove(held[0])
+        self.pool.close(held[0])
 
     @rule()
     def flush(self) -> None:
         assert self.pool.flush() == (not self.live)
 
+    @rule()
+    def withhold(self) -> None:
+        self.pool.withhold()
+        assert self.pool.available_pages == 0
+
+    @rule()
+    def restore(self) -> None:
+        self.pool.restore()
+
     @invariant()
     def pages_are_conserved(self) -> None:
-        pool = self.pool
-        private_pages = sum(lease.private_pages for lease in self.live)
-        shared_pages = len({name for lease in self.live for name in lease.shared})
-        assert pool.free_pages >= 0
-        assert pool.used_tokens == (private_pages + shared_pages) * PAGE
-        assert pool.free_pages + pool.evictable_pages + private_pages + shared_pages == CAPACITY_PAGES
+        self.pool.check()
+        account = self.pool.account()
+        everything = account.free + account.cached + account.lent + account.transferring + account.withheld
+        assert everything == CAPACITY_PAGES
+        if not self.live:
+            assert account.lent == account.transferring == 0
+        if not any(lease.moving for lease in self.live):
+            assert account.transferring == 0
 
     @invariant()
     def events_tell_the_cache(self) -> None:
@@ -69,7 +96,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert event.sequence == events[0].sequence + place
             apply(event, known)
         if events and events[0].sequence == 1:
-            assert known == set(self.pool._cached)
+            assert known == set(self.pool._tree)
 
 
 def apply(event: KvEvent, known: set[int]) -> None:
@@ -85,102 +112,107 @@ def apply(event: KvEvent, known: set[int]) -> None:
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def used(pool: KvPool, sequence: list[int], salt: str | None = None) -> KvLease:
+    """A lease that computed a whole sequence and is still open."""
+    names = page_names(sequence, PAGE, salt)
+    lease = pool.open(names[: (len(sequence) - 1) // PAGE])
+    assert pool.grow(lease, len(sequence))
+    pool.checkpoint(lease, names, sequence)
+    return lease
 
 
 def test_repeated_prefix_is_cached_but_never_the_last_token() -> None:
     pool = KvPool(100, PAGE)
     prompt = list(range(16))
-    first = pool.reserve(prompt, 20)
-    assert first is not None
-    pool.release(first, prompt)
-    again = pool.reserve(prompt, 20)
-    assert again is not None
-    assert (first.cached_tokens, again.cached_tokens) == (0, 12)
+    pool.close(used(pool, prompt))
+    assert used(pool, prompt).cached_tokens == 12
 
 
 def test_salt_keeps_caches_apart() -> None:
     pool = KvPool(100, PAGE)
     prompt = list(range(16))
     for salt, cached_tokens in (("a", 0), ("b", 0), ("a", 12)):
-        lease = pool.reserve(prompt, 20, salt)
-        assert lease is not None
+        lease = used(pool, prompt, salt)
         assert lease.cached_tokens == cached_tokens
-        pool.release(lease, prompt)
+        pool.close(lease)
 
 
 def test_least_recently_used_goes_first() -> None:
     pool = KvPool(6 * PAGE, PAGE)
     old, new = list(range(9)), list(range(100, 109))
     for prompt in (old, new, old):
-        lease = pool.reserve(prompt, 9)
-        assert lease is not None
-        pool.release(lease, prompt)
-    big = pool.reserve([7] * 15, 16)
-    assert big is not None
-    pool.release(big)
-    seen = [pool.reserve(prompt, 9) for prompt in (old, new)]
-    assert [lease.cached_tokens for lease in seen if lease] == [8, 0]
+        pool.close(used(pool, prompt))
+    big = pool.open()
+    assert pool.grow(big, 16)
+    pool.close(big)
+    assert [pool.cached_pages(page_names(prompt, PAGE)) for prompt in (old, new)] == [2, 0]
 
 
-def test_a_lease_is_released_once() -> None:
+def test_a_branch_is_evicted_from_its_end() -> None:
+    pool = KvPool(4 * PAGE, PAGE)
+    pool.close(used(pool, list(range(16))))
+    assert pool.grow(pool.open(), 2 * PAGE)
+    assert pool.cached_pages(page_names(list(range(16)), PAGE)) == 2
+
+
+def test_two_legs_that_computed_the_same_hold_it_once() -> None:
     pool = KvPool(100, PAGE)
-    lease = pool.reserve([1], 2)
-    assert lease is not None
-    pool.release(lease)
+    prompt = list(range(8))
+    leases = [pool.open(), pool.open()]
+    for lease in leases:
+        assert pool.grow(lease, 8)
+    assert pool.account().lent == 4
+    for lease in leases:
+        pool.checkpoint(lease, page_names(prompt, PAGE), prompt)
+    assert pool.account().lent == 2
+    pool.close(leases[0])
+    assert (pool.account().lent, pool.account().cached) == (2, 0)
+    pool.close(leases[1])
+    assert (pool.account().lent, pool.account().cached) == (0, 2)
+
+
+def test_a_page_that_a_running_leg_holds_too_is_not_in_transfer() -> None:
+    pool = KvPool(100, PAGE)
+    runs, moves = used(pool, list(range(8))), used(pool, list(range(12)))
+    pool.set_moving(moves, True)
+    assert (pool.account().lent, pool.account().transferring) == (2, 1)
+    pool.close(runs)
+    assert (pool.account().lent, pool.account().transferring) == (0, 3)
+
+
+def test_a_lease_is_closed_once() -> None:
+    pool = KvPool(100, PAGE)
+    lease = pool.open()
+    pool.close(lease)
     with pytest.raises(AssertionError, match="twice"):
-        pool.release(lease)
+        pool.close(lease)
+
+
+def test_a_page_that_was_lost_is_found_out() -> None:
+    pool = KvPool(100, PAGE)
+    lease = pool.open()
+    pool.grow(lease, 8)
+    lease.private_pages = 1
+    with pytest.raises(AssertionError):
+        pool.check()
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))
-def test_block_names_depend_on_all_before(tokens: list[int]) -> None:
-    names = block_hashes(tokens, PAGE)
+def test_page_names_depend_on_all_before(tokens: list[int]) -> None:
+    names = page_names(tokens, PAGE)
     assert len(names) == len(tokens) // PAGE
     if names:
-        assert block_hashes([tokens[0] + 1, *tokens[1:]], PAGE)[-1] != names[-1]
+        assert page_names([tokens[0] + 1, *tokens[1:]], PAGE)[-1] != names[-1]
 
 
-async def test_admission_is_first_come_first_served() -> None:
-    pool = KvPool(8 * PAGE, PAGE)
-    admission = Admission(pool, 2)
-    order: list[str] = []
-
-    async def run(name: str, tokens: int) -> None:
-        lease = await admission.admit([1], tokens, None)
-        order.append(name)
-        await asyncio.sleep(0)
-        admission.release(lease)
-
-    await asyncio.gather(run("a", 20), run("big", 30), run("small", 1))
-    assert order == ["a", "big", "small"]
-    assert (admission.running_requests, admission.waiting_requests, pool.used_tokens) == (0, 0, 0)
-
-
-async def test_cancelled_head_of_the_queue_lets_the_next_in() -> None:
-    pool = KvPool(8 * PAGE, PAGE)
-    admission = Admission(pool, 4)
-    first = await admission.admit([1], 20, None)
-    big = asyncio.create_task(admission.admit([1], 30, None))
-    small = asyncio.create_task(admission.admit([1, 2], 4, None))
-    await asyncio.sleep(0)
-    assert (admission.waiting_requests, admission.waiting_tokens) == (2, 3)
-    big.cancel()
-    admission.release(await small)
-    admission.release(first)
-    assert (admission.running_requests, admission.waiting_requests, pool.used_tokens) == (0, 0, 0)
-
-
-async def test_cancelled_at_the_moment_of_the_grant_gives_back() -> None:
-    pool = KvPool(8 * PAGE, PAGE)
-    admission = Admission(pool, 1)
-    first = await admission.admit([1], 4, None)
-    second = asyncio.create_task(admission.admit([1], 4, None))
-    await asyncio.sleep(0)
-    admission.release(first)  # grants the second, whose task has not run yet
-    second.cancel()
-    await asyncio.wait((second,))
-    assert second.cancelled()
-    assert (admission.running_requests, pool.used_tokens) == (0, 0)
+@given(st.lists(st.integers(0, 5), max_size=40), st.lists(st.integers(0, 40), max_size=6))
+def test_names_of_a_growing_sequence_are_those_of_the_whole(tokens: list[int], lengths: list[int]) -> None:
+    names = PageNames(PAGE)
+    for length in lengths:
+        assert names.of(tokens[:length]) == page_names(tokens[:length], PAGE)
 
 
 async def test_readers_of_events_miss_nothing_and_see_a_gap() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated_engines import PROMPT
+from simulated_legs import leg_of
 
 from tandem.engine.factory import create_engine
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.options import Options, parse_options
+from tandem.engine.simulated.steps import Chunk, Step
 from tandem.engine.simulated.timing import Timing
 from tandem.errors import ConfigError
 from tandem.model.worker import WorkerRole
@@ -17,9 +21,7 @@ from tandem.model.worker import WorkerRole
 
 def test_defaults_and_values() -> None:
     assert parse_options({}) == Options()
-    assert parse_options({"decode_step_s": 0, "fail_at": "transfer", "eos_after_tokens": 3}) == Options(
-        decode_step_s=0, fail_at="transfer", eos_after_tokens=3
-    )
+    assert parse_options({"decode_step_s": 0, "eos_after_tokens": 3}) == Options(decode_step_s=0, eos_after_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,11 @@ def test_defaults_and_values() -> None:
         ("bootstrap_timeout_s", None),
         ("eos_after_tokens", 0),
         ("prefix_cache", 1),
-        ("fail_at", "lunch"),
+        ("faults", {}),
+        ("chunked_prefill_tokens", 100),
+        ("mixed_chunk", 1),
+        ("profile", "pigeon"),
+        ("reserved_decode_tokens", -1),
     ],
 )
 def test_mistakes_are_named(key: str, value: Any) -> None:
@@ -58,16 +64,57 @@ def test_settings_are_checked_too(key: str, value: str) -> None:
     assert caught.value.key == key
 
 
+def step_of(*prompts: int, decodes: int = 0, context_tokens: int = 0) -> Step:
+    legs = []
+    for _ in range(decodes):
+        leg = leg_of(PROMPT)
+        leg.computed_tokens = context_tokens
+        legs.append(leg)
+    return Step(tuple(Chunk(leg_of(PROMPT), 0, tokens, first=True) for tokens in prompts), tuple(legs))
+
+
 def test_jitter_is_seeded_and_bounded() -> None:
     options = Options(decode_step_s=1.0, jitter=0.25)
     one, same, other = (Timing(options, seed) for seed in (1, 1, 2))
-    durations_s = [one.decode_step_s() for _ in range(50)]
-    assert durations_s == [same.decode_step_s() for _ in range(50)]
-    assert durations_s != [other.decode_step_s() for _ in range(50)]
+    step = step_of(decodes=1)
+    durations_s = [one.step_s(step) for _ in range(50)]
+    assert durations_s == [same.step_s(step) for _ in range(50)]
+    assert durations_s != [other.step_s(step) for _ in range(50)]
     assert all(0.75 <= d <= 1.25 for d in durations_s)
     assert max(durations_s) - min(durations_s) > 0.2
 
 
 def test_durations_follow_the_rates() -> None:
     timing = Timing(Options(prefill_tokens_per_s=100, transfer_bytes_per_s=1000, decode_step_s=0.5), 0)
-    assert (timing.prefill_s(50), timing.transfer_s(250), timing.decode_step_s()) == (0.5, 0.25, 0.5)
+    assert timing.step_s(step_of(50)) == timing.step_s(step_of(20, 30)) == 0.5
+    assert timing.step_s(step_of(decodes=1)) == timing.step_s(step_of(decodes=9)) == 0.5
+    assert timing.transfer_s(250) == 0.25
+
+
+def test_a_step_costs_by_its_batch_its_context_and_the_square_of_its_prompts() -> None:
+    timing = Timing(
+        Options(
+            prefill_step_s=1, prefill_tokens_per_s=10, prefill_pair_s=0.02, decode_step_s=2, decode_request_s=0.5,
+            decode_context_token_s=0.01, transfer_latency_s=3, transfer_bytes_per_s=10,
+        ),
+        0,
+    )  # fmt: skip
+    assert timing.step_s(step_of(10)) == pytest.approx(1 + 1 + 0.02 * 50)
+    later = Step((Chunk(leg_of(PROMPT), 100, 10, first=False),))
+    assert timing.step_s(later) == pytest.approx(1 + 1 + 0.02 * 1050)
+    assert timing.step_s(step_of(decodes=4, context_tokens=25)) == pytest.approx(2 + 4 * 0.5 + 4 * 0.25)
+    assert timing.step_s(step_of(10, decodes=4, context_tokens=25)) == pytest.approx(3 + 4 * 0.5 + 4 * 0.25)
+    assert (timing.transfer_s(10), timing.transfer_s(10, begun=True)) == (4, 1)
+
+
+def test_a_profile_takes_the_place_of_the_defaults_and_not_of_what_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"options": {"decode_step_s": 0.5, "jitter": 0.1}}))
+    options = parse_options({"profile": str(file), "jitter": 0.2})
+    assert (options.decode_step_s, options.jitter) == (0.5, 0.2)
+    file.write_text(json.dumps({"options": {"decode_steps_s": 0.5}}))
+    with pytest.raises(ConfigError, match="decode_steps_s"):
+        parse_options({"profile": str(file)})
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="profile"):
+        parse_options({"profile": str(file)})

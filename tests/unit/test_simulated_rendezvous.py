@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
 import pytest_asyncio
@@ -45,9 +44,14 @@ def at(server: Served, room: int = 7) -> Bootstrap:
     return Bootstrap(host="127.0.0.1", port=server.port, room=room)
 
 
+async def parts(*sizes_bytes: int) -> AsyncGenerator[int]:
+    for size_bytes in sizes_bytes or (HEADER.size_bytes,):
+        yield size_bytes
+
+
 async def hand_over(server: Served, room: int = 7) -> None:
     async with server.meet(room) as peer:
-        await server.hand_over(peer, room, HEADER, digest([1]), partial(asyncio.sleep, 0))
+        await server.hand_over(peer, room, HEADER, digest([1]), parts())
 
 
 async def test_hand_over(server: Served) -> None:
@@ -60,7 +64,7 @@ async def test_rooms_do_not_mix(server: Served) -> None:
 
     async def send(room: int) -> None:
         async with server.meet(room) as peer:
-            await server.hand_over(peer, room, HEADER, digest([room]), partial(asyncio.sleep, 0))
+            await server.hand_over(peer, room, HEADER, digest([room]), parts())
 
     received, _ = await asyncio.gather(
         asyncio.gather(*(puller().pull(at(server, room), 4) for room in rooms)),

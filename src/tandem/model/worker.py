@@ -136,6 +136,12 @@ class EngineLoad:
     kv_capacity_tokens: int | None = None
     transferring_requests: int | None = None
     """Prefill: requests whose KV is on its way or still to be pulled. Decode: requests that wait for KV."""
+    kv_transferring_tokens: int | None = None
+    """The part of kv_used_tokens whose pages are held for a hand-over alone."""
+    kv_cached_tokens: int | None = None
+    """Tokens' worth of pages that the prefix cache keeps and no request holds: they can be evicted."""
+    kv_free_tokens: int | None = None
+    """Tokens' worth of pages that hold nothing. Used, cached and free ones together are the capacity."""
 
 
 def default_worker_id(role: WorkerRole, address: str) -> str:

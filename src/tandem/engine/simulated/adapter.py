@@ -1,25 +1,28 @@
-"""The simulated engine behind the engine port: checks requests, owns the tasks of its legs and their endings.
+"""The simulated engine behind the engine port: checks settings and requests, and says what the engine is and holds.
 
-What a leg does lives in `runs`; here is its life: from `generate`, through abort or failure, to exactly one ending.
+What happens to a request is in `machine`; here is only what the port asks for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
-from functools import partial
 
 import tandem
 from tandem.checkpoint import Checkpoint, read_checkpoint
 from tandem.engine.port import BootstrapAddress, KvEvent
 from tandem.engine.settings import EngineSettings
+from tandem.engine.simulated import figures
+from tandem.engine.simulated.faults import FaultInjected, Faults
 from tandem.engine.simulated.leg import Leg
+from tandem.engine.simulated.machine import Machine
+from tandem.engine.simulated.network import Network, TcpNetwork
 from tandem.engine.simulated.options import parse_options
-from tandem.engine.simulated.runs import Machine
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
 from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
-from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, Sampling, Stopping, TokenBatch
+from tandem.model.generation import EngineRequest, Sampling, Stopping, TokenBatch
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,8 +34,13 @@ TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fak
 class SimulatedEngine:
     """An `Engine` made of hashes and timers."""
 
-    def __init__(self, settings: EngineSettings, clock: Clock | None = None) -> None:
+    def __init__(self, settings: EngineSettings, clock: Clock | None = None, network: Network | None = None) -> None:
         """Check the settings; nothing is opened before `start`.
+
+        Args:
+            settings: see `Options` for what `extra` may say.
+            clock: default: real time.
+            network: default: TCP.
 
         Raises:
             ConfigError: a key of `extra`, the dtype or the transfer backend is not known.
@@ -45,10 +53,16 @@ class SimulatedEngine:
             known = ", ".join(TRANSFER_BACKENDS)
             raise ConfigError("transfer_backend", f"must be one of {known}, not {settings.transfer_backend!r}")
         self._clock = clock or SystemClock()
+        self._network = network or TcpNetwork()
         self._machine: Machine | None = None
         self._capabilities: Capabilities | None = None
         self._bootstrap_port: int | None = None
-        self._legs: dict[str, Leg] = {}
+        self._canaries = itertools.count(1)
+
+    @property
+    def faults(self) -> Faults:
+        """The fault rules of a started engine, for tests in its own process."""
+        return self._running().faults
 
     async def start(self) -> None:
         """Read the model directory and, as prefill, listen for decode engines. See the port."""
@@ -60,21 +74,22 @@ class SimulatedEngine:
         if capabilities.kv_capacity_tokens < 2 * self._options.page_size_tokens:
             raise StartError("kv_capacity_tokens: must hold two pages at least")
         machine = Machine(
-            self._settings.role, self._options, capabilities, vocabulary, self._clock, self._settings.seed
+            self._settings.role,
+            self._options,
+            capabilities,
+            vocabulary,
+            self._clock,
+            self._network,
+            self._settings.seed,
         )
-        if self._settings.role is WorkerRole.PREFILL:
-            self._bootstrap_port = await machine.server.start(self._settings.host, self._settings.bootstrap_port)
+        self._bootstrap_port = await machine.start(self._settings.host, self._settings.bootstrap_port)
         self._capabilities, self._machine = capabilities, machine
 
     async def stop(self) -> None:
         """Abort everything and close the sockets."""
         machine, self._machine = self._machine, None
-        tasks = [leg.task for leg in self._legs.values() if leg.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         if machine is not None:
-            await machine.server.stop()
+            await machine.stop()
 
     def capabilities(self) -> Capabilities:
         """What the engine can do."""
@@ -92,47 +107,44 @@ class SimulatedEngine:
         """Run one leg. See the port."""
         machine = self._running()
         self._check(request, machine)
-        leg = machine.new_leg(request)
-        self._legs[request.request_id] = leg
-        leg.task = asyncio.create_task(machine.run(leg), name=f"simulated-leg-{request.request_id}")
-        leg.task.add_done_callback(partial(self._settle, leg))
+        leg = machine.begin(request)
         try:
-            while True:
-                item = await leg.batches.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.finish is not None:
-                    return
+            while not (batch := await _next_batch(leg)).finish:
+                yield batch
+            yield batch
         finally:
-            leg.task.cancel()
-            await asyncio.wait((leg.task,))
+            if not leg.over:
+                machine.abort(request.request_id)
 
     async def canary(self) -> None:
         """Compute a prompt of one token. See the port."""
         machine = self._running()
         canary = EngineRequest(
-            request_id="canary", token_ids=(0,), sampling=Sampling(temperature=0.0), stopping=Stopping(max_tokens=1)
+            request_id=f"canary-{next(self._canaries)}",
+            token_ids=(0,),
+            sampling=Sampling(temperature=0.0),
+            stopping=Stopping(max_tokens=1),
         )
-        await machine.run_canary(machine.new_leg(canary))
+        try:
+            await machine.faults.reach("canary", canary.request_id)
+        except FaultInjected as fault:
+            raise EngineFailed(str(fault)) from None
+        leg = machine.begin(canary)
+        try:
+            while not (await _next_batch(leg)).finish:
+                pass
+        finally:
+            if not leg.over:
+                machine.abort(canary.request_id)
 
     async def abort(self, request_id: str) -> bool:
         """Stop working on a request."""
-        leg = self._legs.get(request_id)
-        return leg is not None and leg.task is not None and leg.task.cancel()
+        return self._machine is not None and self._machine.abort(request_id)
 
     async def load(self) -> EngineLoad:
         """How busy the engine is now."""
         machine = self._running()
-        legs = self._legs.values()
-        return EngineLoad(
-            running_requests=sum(leg.admitted and not leg.transferring for leg in legs),
-            waiting_requests=machine.admission.waiting_requests,
-            waiting_tokens=machine.admission.waiting_tokens,
-            kv_used_tokens=machine.pool.used_tokens,
-            kv_capacity_tokens=machine.pool.capacity_tokens,
-            transferring_requests=sum(leg.transferring for leg in legs),
-        )
+        return figures.load(machine.legs, machine.pool)
 
     async def flush_cache(self) -> bool:
         """Forget the prefix cache; refused while requests run."""
@@ -150,23 +162,14 @@ class SimulatedEngine:
         return None
 
     async def wait_failed(self) -> str:
-        """Never returns: this engine has no process that could die by itself."""
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError("a future that nobody holds cannot be done")
-
-    def _settle(self, leg: Leg, task: asyncio.Task[EngineFinish]) -> None:
-        """The one ending of a leg, however its task ended."""
-        del self._legs[leg.request.request_id]
-        if task.cancelled():
-            leg.batches.put_nowait(TokenBatch(finish=leg.finish(FinishReason.ABORTED)))
-        elif (problem := task.exception()) is not None:
-            leg.batches.put_nowait(problem)
-        else:
-            leg.batches.put_nowait(TokenBatch(finish=task.result()))
+        """Returns when a fault has killed the engine, or a defect of its own."""
+        return await asyncio.shield(self._running().failed)
 
     def _running(self) -> Machine:
         if self._machine is None:
             raise EngineFailed("the simulated engine is not running")
+        if self._machine.failed.done():
+            raise EngineFailed(self._machine.failed.result())
         return self._machine
 
     def _check(self, request: EngineRequest, machine: Machine) -> None:
@@ -188,7 +191,7 @@ class SimulatedEngine:
             raise InvalidRequest("stopping.min_tokens", "must not be above max_tokens")
         if (request.bootstrap is None) != (self._settings.role is WorkerRole.AGGREGATED):
             raise InvalidRequest("bootstrap", f"does not suit an engine in role {self._settings.role.value}")
-        if request.request_id in self._legs:
+        if machine.knows(request.request_id):
             raise InvalidRequest("request_id", "is running already")
         if request.guided is not None:
             raise NotSupported("the simulated engine knows no guided decoding", field="guided")
@@ -221,3 +224,10 @@ class SimulatedEngine:
             transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
             is_mla=checkpoint.is_mla,
         )
+
+
+async def _next_batch(leg: Leg) -> TokenBatch:
+    item = await leg.batches.get()
+    if isinstance(item, BaseException):
+        raise item
+    return item

@@ -1,18 +1,32 @@
-"""KV memory in pages: what running requests hold, what the prefix cache keeps, what is free.
+"""KV memory in pages: what legs hold, what is on its way to a peer, what the prefix cache keeps, what is free.
 
-Owns the account only (there are no bytes) and checks nothing it is not asked. Pages of the prefix cache are named by a
-hash over all tokens before them, so that equal prefixes share pages; those that no request holds are evicted, least
-recently used first. At any time: free + cached + private = capacity.
+Owns the account only: there are no bytes. Pages of the prefix cache are shared by name; those that nobody holds are
+evicted leaf by leaf, the least recently used first. At any time, every page is counted exactly once:
+free + cached + lent + transferring + withheld = capacity.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, field
 
 from tandem.engine.simulated.kv_events import KvEventLog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvAccount:
+    """Where every page is at one moment."""
+
+    free: int
+    cached: int
+    """In the prefix cache and held by nobody: can be evicted."""
+    lent: int
+    """Held by legs that wait, compute or decode."""
+    transferring: int
+    """Held by legs whose KV is on its way, and by no other."""
+    withheld: int
+    """Taken away by a fault."""
 
 
 @dataclass(slots=True)
@@ -20,29 +34,26 @@ class _Block:
     """One cached page."""
 
     holders: int = 0
+    moving: int = 0
+    """Holders whose KV is on its way."""
 
 
 @dataclass(slots=True, eq=False)
 class KvLease:
-    """The pages of one request, from admission to release."""
+    """The pages of one leg, from its admission to its release."""
 
-    shared: tuple[int, ...]
-    """Hashes of the cached pages it reads."""
-    private_pages: int
-    cached_tokens: int
-    salt: str | None = None
-    released: bool = False
+    shared: list[int] = field(default_factory=list)
+    """Names of the cached pages it holds: the beginning of its sequence."""
+    private_pages: int = 0
+    cached_tokens: int = 0
+    """Tokens found in the cache when the lease was opened."""
+    moving: bool = False
+    closed: bool = False
 
-
-def block_hashes(token_ids: Sequence[int], page_size_tokens: int, salt: str | None = None) -> list[int]:
-    """Names of the full pages of a sequence; each depends on all tokens before its end and on the salt."""
-    parent = blake2b((salt or "").encode(), digest_size=8).digest()
-    hashes = []
-    for start in range(0, len(token_ids) - page_size_tokens + 1, page_size_tokens):
-        page = b"".join(t.to_bytes(8, "little") for t in token_ids[start : start + page_size_tokens])
-        parent = blake2b(parent + page, digest_size=8).digest()
-        hashes.append(int.from_bytes(parent, "little", signed=True))
-    return hashes
+    @property
+    def pages(self) -> int:
+        """All pages it holds."""
+        return len(self.shared) + self.private_pages
 
 
 class KvPool:
@@ -55,103 +66,177 @@ class KvPool:
         self.capacity_pages = capacity_tokens // page_size_tokens
         self._prefix_cache = prefix_cache
         self._log = log
-        self._private_pages = 0
-        self._leases = 0
-        # Least recently used first. A chain is always touched from its end to its root, so that a page stands before
-        # its parent here and is evicted before it.
-        self._cached: OrderedDict[int, _Block] = OrderedDict()
+        self._free = self.capacity_pages
+        self._withheld = 0
+        self._leases: set[KvLease] = set()
+        self._private = {False: 0, True: 0}
+        self._shared = {False: 0, True: 0}
+        """Cached pages that somebody holds, by whether all who hold them are moving."""
+        self._tree: dict[int, _Block] = {}
+        # Least recently used first. Pages are let go from the end of a sequence to its beginning, so that a page
+        # stands before its parent here and goes before it.
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
-    def free_pages(self) -> int:
-        """Pages that hold nothing."""
-        return self.capacity_pages - self._private_pages - len(self._cached)
+    def available_pages(self) -> int:
+        """Pages that can be had at once: free ones, and cached ones that nobody holds."""
+        return self._free + len(self._idle)
 
     @property
-    def evictable_pages(self) -> int:
-        """Cached pages that no request holds."""
-        return sum(1 for block in self._cached.values() if block.holders == 0)
-
-    @property
-    def used_tokens(self) -> int:
-        """Tokens' worth of pages that running requests hold, shared ones counted once."""
-        return (self.capacity_pages - self.free_pages - self.evictable_pages) * self.page_size_tokens
+    def available_tokens(self) -> int:
+        """Tokens that fit in the available pages."""
+        return self.available_pages * self.page_size_tokens
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens that fit in all pages."""
         return self.capacity_pages * self.page_size_tokens
 
+    def account(self) -> KvAccount:
+        """Where every page is."""
+        return KvAccount(
+            free=self._free,
+            cached=len(self._idle),
+            lent=self._private[False] + self._shared[False],
+            transferring=self._private[True] + self._shared[True],
+            withheld=self._withheld,
+        )
+
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take, the last one perhaps not full."""
         return -(-tokens // self.page_size_tokens)
 
-    def reserve(self, prompt: Sequence[int], total_tokens: int, salt: str | None = None) -> KvLease | None:
-        """Take the pages of a request for its whole life, evicting as needed; None when they do not fit now."""
-        shared = self._cached_prefix(prompt, salt)
-        private_pages = self.pages_for(total_tokens) - len(shared)
-        self._hold(shared)
-        if private_pages > self.free_pages + self.evictable_pages:
-            self._let_go(shared)
-            return None
-        self._evict(private_pages - self.free_pages)
-        self._private_pages += private_pages
-        self._leases += 1
-        return KvLease(tuple(shared), private_pages, len(shared) * self.page_size_tokens, salt)
+    def tokens_for(self, tokens: int) -> int:
+        """Tokens rounded up to whole pages."""
+        return self.pages_for(tokens) * self.page_size_tokens
 
-    def release(self, lease: KvLease, computed: Sequence[int] = ()) -> None:
-        """Give a request's pages back; full pages of `computed` (a prefix of what it ran) stay in the cache."""
-        assert not lease.released, "a lease was released twice"
-        lease.released = True
-        self._leases -= 1
-        self._private_pages -= lease.private_pages
-        self._let_go(lease.shared)
-        if self._prefix_cache:
-            self._store(computed, lease.salt, lease.private_pages + len(lease.shared))
+    def cached_pages(self, names: Sequence[int]) -> int:
+        """How many of the first pages of a sequence are in the cache."""
+        return next((i for i, name in enumerate(names) if name not in self._tree), len(names))
+
+    def open(self, names: Sequence[int] = ()) -> KvLease:
+        """Begin a lease with the pages of a sequence that are in the cache."""
+        lease = KvLease(shared=list(names[: self.cached_pages(names)]))
+        lease.cached_tokens = len(lease.shared) * self.page_size_tokens
+        self._hold(lease.shared, moving=False)
+        self._leases.add(lease)
+        return lease
+
+    def grow(self, lease: KvLease, tokens: int) -> bool:
+        """Make a lease hold so many tokens, evicting as needed; False, and nothing is done, if they do not fit."""
+        pages = self.pages_for(tokens) - lease.pages
+        if pages <= 0:
+            return True
+        if pages > self.available_pages:
+            return False
+        self._evict(pages - self._free)
+        self._free -= pages
+        self._private[lease.moving] += pages
+        lease.private_pages += pages
+        return True
+
+    def checkpoint(self, lease: KvLease, names: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Put the full pages that a leg has computed into the cache, where it goes on holding them.
+
+        A page that another leg has put there meanwhile is given back, and the other's is held instead.
+        """
+        if not self._prefix_cache:
+            return
+        known = len(lease.shared)
+        added = list(names[known:])
+        stored = known + self.cached_pages(added)
+        for name in names[stored:]:
+            self._tree[name] = _Block()
+        self._hold(added, moving=lease.moving)
+        lease.shared += added
+        lease.private_pages -= len(added)
+        self._private[lease.moving] -= len(added)
+        self._free += stored - known
+        if len(names) > stored and self._log:
+            page = self.page_size_tokens
+            parent = names[stored - 1] if stored else None
+            self._log.stored(names[stored:], parent, token_ids[stored * page : len(names) * page])
+
+    def set_moving(self, lease: KvLease, moving: bool) -> None:
+        """Say whether a lease's KV is on its way to or from a peer."""
+        if lease.moving == moving:
+            return
+        self._private[lease.moving] -= lease.private_pages
+        self._private[moving] += lease.private_pages
+        lease.moving = moving
+        for name in lease.shared:
+            block = self._tree[name]
+            self._recount(block, holders=0, moving=1 if moving else -1)
+
+    def close(self, lease: KvLease) -> None:
+        """Give a lease's pages back; those in the cache stay there."""
+        assert not lease.closed, "a lease was closed twice"
+        lease.closed = True
+        self._leases.remove(lease)
+        self._private[lease.moving] -= lease.private_pages
+        self._free += lease.private_pages
+        for name in reversed(lease.shared):
+            block = self._tree[name]
+            self._recount(block, holders=-1, moving=-int(lease.moving))
+            if not block.holders:
+                self._idle[name] = None
 
     def flush(self) -> bool:
-        """Forget the prefix cache; refused while a request runs."""
+        """Forget the prefix cache; refused while a lease is open."""
         if self._leases:
             return False
-        self._cached.clear()
+        self._free += len(self._tree)
+        self._tree.clear()
+        self._idle.clear()
         if self._log:
             self._log.cleared()
         return True
 
-    def _cached_prefix(self, prompt: Sequence[int], salt: str | None) -> list[int]:
-        found: list[int] = []
-        if not self._prefix_cache:
-            return found
-        # The last prompt token is always computed: its output is the first new token.
-        for name in block_hashes(prompt[:-1], self.page_size_tokens, salt):
-            if name not in self._cached:
-                break
-            found.append(name)
-        return found
+    def withhold(self) -> None:
+        """Take away every page that can be had."""
+        self._evict(len(self._idle))
+        self._withheld += self._free
+        self._free = 0
 
-    def _hold(self, names: Sequence[int]) -> None:
-        for name in reversed(names):
-            self._cached[name].holders += 1
-            self._cached.move_to_end(name)
+    def restore(self) -> None:
+        """Give back what was withheld."""
+        self._free += self._withheld
+        self._withheld = 0
 
-    def _let_go(self, names: Sequence[int]) -> None:
+    def check(self) -> None:
+        """Count everything anew and compare; an AssertionError says that pages were made, lost or held twice."""
+        counted = {False: 0, True: 0}
+        holders: dict[int, list[bool]] = {}
+        for lease in self._leases:
+            counted[lease.moving] += lease.private_pages
+            for name in lease.shared:
+                holders.setdefault(name, []).append(lease.moving)
+        for moving in holders.values():
+            counted[all(moving)] += 1
+        account = self.account()
+        assert (account.lent, account.transferring) == (counted[False], counted[True]), (account, counted)
+        assert set(self._idle) == self._tree.keys() - holders.keys(), "an idle page is held, or a held one idle"
+        total = account.free + account.cached + account.lent + account.transferring + account.withheld
+        assert total == self.capacity_pages, f"{account} is not {self.capacity_pages} pages"
+        assert account.free >= 0, account
+
+    def _hold(self, names: Sequence[int], *, moving: bool) -> None:
         for name in names:
-            self._cached[name].holders -= 1
+            self._idle.pop(name, None)
+            self._recount(self._tree[name], holders=1, moving=int(moving))
+
+    def _recount(self, block: _Block, *, holders: int, moving: int) -> None:
+        if block.holders:
+            self._shared[block.moving == block.holders] -= 1
+        block.holders += holders
+        block.moving += moving
+        if block.holders:
+            self._shared[block.moving == block.holders] += 1
 
     def _evict(self, pages: int) -> None:
-        for name in [n for n, block in self._cached.items() if block.holders == 0][: max(pages, 0)]:
-            del self._cached[name]
+        for _ in range(pages):
+            name, _ = self._idle.popitem(last=False)
+            del self._tree[name]
+            self._free += 1
             if self._log:
                 self._log.removed(name)
-
-    def _store(self, computed: Sequence[int], salt: str | None, pages_max: int) -> None:
-        names = block_hashes(computed, self.page_size_tokens, salt)[:pages_max]
-        known = next((i for i, name in enumerate(names) if name not in self._cached), len(names))
-        new = names[known:]
-        for name in new:
-            self._cached[name] = _Block()
-        for name in reversed(names):
-            self._cached.move_to_end(name)
-        if new and self._log:
-            page = self.page_size_tokens
-            parent = names[known - 1] if known else None
-            self._log.stored(new, parent, computed[known * page : len(names) * page])

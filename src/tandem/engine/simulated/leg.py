@@ -1,14 +1,18 @@
-"""One leg while it runs: what it was asked, what it has emitted, and when which part of it happened.
+"""One leg inside the engine: what it was asked, where it is, what it has emitted, and when which part of it happened.
 
-Owns the rules by which a generation ends (stop tokens, end of sequence, budget). Waiting is the adapter's business.
+Owns the rules by which a generation ends (stop tokens, end of sequence, budget), and that its end is told once. When
+a leg computes is the scheduler's business.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from enum import Enum
 
-from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, drawn
+from tandem.engine.simulated.kv_pages import PageNames
+from tandem.engine.simulated.kv_pool import KvLease
+from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, digest, drawn
 from tandem.model.generation import (
     EngineFinish,
     EngineRequest,
@@ -19,6 +23,27 @@ from tandem.model.generation import (
 )
 
 
+class Phase(Enum):
+    """Where in the engine a leg is."""
+
+    BOOTSTRAP = "bootstrap"
+    """Not in the scheduler yet: a prefill leg waits for its peer."""
+    PREALLOCATING = "preallocating"
+    """A decode leg waits for memory for its prompt."""
+    WAITING = "waiting"
+    """For its turn: to compute its prompt or, when its KV has come, for a place in the batch."""
+    PREFILLING = "prefilling"
+    """Some of its prompt is computed or being computed."""
+    RUNNING = "running"
+    """In the decode batch."""
+    TRANSFERRING = "transferring"
+    """Its KV is on its way to or from the other leg."""
+    RETRACTED = "retracted"
+    """A decode leg that gave up its pages for others; its KV is kept outside the pool."""
+    GONE = "gone"
+    """It holds nothing any more."""
+
+
 @dataclass(slots=True, eq=False)
 class Leg:
     """A request inside the engine."""
@@ -27,16 +52,34 @@ class Leg:
     vocabulary: Vocabulary
     token_budget: int
     """New tokens at most: the smallest of max_tokens, what the context leaves, and what KV memory leaves."""
-    eos_after_tokens: int | None
+    page_names: PageNames
+    eos_after_tokens: int | None = None
     draw_seed: int | None = None
     """None: greedy."""
+    phase: Phase = Phase.BOOTSTRAP
+    lease: KvLease | None = None
+    computed_tokens: int = 0
+    """Tokens of its sequence whose KV exists."""
+    state: SequenceState | None = None
+    """What the next token is chosen by; None until the prompt has been computed or received."""
+    over: bool = False
+    """Its end has been told, and it says nothing more; what it holds is given back when the scheduler comes to it."""
+    reaped: bool = False
+    """The scheduler has come to it: only a leg in the decode batch still holds something then."""
+    kv_came: bool = False
+    """Decode: the hand-over is through."""
+    kv_went: bool = False
+    """Prefill: the hand-over is through."""
+    pages_granted: asyncio.Event = field(default_factory=asyncio.Event)
+    computed_parts: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    """Prefill: `computed_tokens` after each chunk, for whoever hands the KV over."""
     batches: asyncio.Queue[TokenBatch | BaseException] = field(default_factory=asyncio.Queue)
-    task: asyncio.Task[EngineFinish] | None = None
+    task: asyncio.Task[None] | None = None
+    """Meets the other leg and moves the KV."""
     emitted: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     recomputed_tokens: int | None = None
-    transferring: bool = False
-    admitted: bool = False
+    retraction_count: int = 0
     queued_time_s: float | None = None
     prefill_start_time_s: float | None = None
     prefill_end_time_s: float | None = None
@@ -44,16 +87,42 @@ class Leg:
     kv_transfer_end_time_s: float | None = None
     kv_transfer_bytes: int | None = None
 
-    def emit_next(self, state: SequenceState) -> SequenceState:
-        """Put out the token that follows `state`; returns the state after it."""
-        chooser = state if self.draw_seed is None else drawn(state, self.draw_seed)
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Length of the prompt and of all that was emitted."""
+        return self.prompt_tokens + len(self.emitted)
+
+    @property
+    def left_tokens(self) -> int:
+        """Tokens it may still emit."""
+        return self.token_budget - len(self.emitted)
+
+    def sequence(self) -> list[int]:
+        """The prompt and all that was emitted."""
+        return [*self.request.token_ids, *self.emitted]
+
+    def names(self, tokens: int | None = None) -> list[int]:
+        """Names of the full pages of its first so many tokens (None: of all)."""
+        return self.page_names.of(self.sequence()[:tokens])
+
+    def emit_next(self) -> None:
+        """Put out the next token."""
+        if self.state is None:
+            self.state = digest(self.request.token_ids)
+        chooser = self.state if self.draw_seed is None else drawn(self.state, self.draw_seed)
         token_id = self._choose(chooser)
         self.emitted.append(token_id)
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.top_logprobs is not None:
             logprobs = (self.vocabulary.logprob(chooser, token_id, self.request.top_logprobs),)
-        self.batches.put_nowait(TokenBatch(token_ids=(token_id,), logprobs=logprobs))
-        return advance(state, token_id)
+        if not self.over:
+            self.batches.put_nowait(TokenBatch(token_ids=(token_id,), logprobs=logprobs))
+        self.state = advance(self.state, token_id)
 
     def end(self) -> EngineFinish | None:
         """The finish, if the token just emitted was the last one."""
@@ -70,12 +139,18 @@ class Leg:
         assert finish is not None, "a leg was ended before its last token"
         return finish
 
+    def tell_end(self, ending: EngineFinish | BaseException) -> None:
+        """Put out how it ended; nothing may be emitted afterwards."""
+        assert not self.over, "the end of a leg was told twice"
+        self.over = True
+        self.batches.put_nowait(TokenBatch(finish=ending) if isinstance(ending, EngineFinish) else ending)
+
     def finish(self, reason: FinishReason, matched_token_id: int | None = None) -> EngineFinish:
         """The account of this leg as it stands."""
         return EngineFinish(
             reason=reason,
             matched_token_id=matched_token_id,
-            prompt_tokens=len(self.request.token_ids),
+            prompt_tokens=self.prompt_tokens,
             completion_tokens=len(self.emitted),
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
@@ -88,10 +163,6 @@ class Leg:
                 kv_transfer_bytes=self.kv_transfer_bytes,
             ),
         )
-
-    def sequence(self) -> list[int]:
-        """Tokens whose KV exists: the prompt and all emitted tokens but the last, which was never run."""
-        return [*self.request.token_ids, *self.emitted[:-1]]
 
     def _choose(self, state: SequenceState) -> int:
         place = len(self.emitted) + 1

@@ -1,59 +1,117 @@
 """What `EngineSettings.extra` may say to the simulated engine, checked before anything starts.
 
-Owns the defaults, which are small so that tests take seconds. An unknown or malformed key is a ConfigError that
-names it.
+Owns the defaults, which are small so that tests take seconds, and the profiles: measured values of a real engine that
+take the defaults' place. An unknown or malformed key is a ConfigError that names it.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from tandem.engine.simulated.faults import FaultRule, parse_rules
 from tandem.errors import ConfigError
 
-FAIL_AT = ("canary", "bootstrap", "transfer", "decode")
+PROFILES = Path(__file__).parent / "profiles"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The timing model, the bounds of the rendezvous and the faults of one simulated engine."""
+    """The timing model, the scheduler, the bounds of the rendezvous and the faults of one simulated engine."""
 
+    profile: str | None = None
+    """A fitted profile: the name of one that comes with Tandem, or the path of a JSON file. Other keys go before it."""
+
+    prefill_step_s: float = 0.0
+    """Time of a forward pass over prompts, however short they are."""
     prefill_tokens_per_s: float = 1e6
-    """One prompt at a time; prompt tokens found in the prefix cache cost nothing."""
+    """Prompt tokens found in the prefix cache cost nothing."""
+    prefill_pair_s: float = 0.0
+    """Time for each pair of a prompt token and one before it: why long prompts cost more than their length."""
     decode_step_s: float = 0.001
-    """Time between two tokens of one request, whatever the batch."""
+    """Time of one step, in which every running request gets a token."""
+    decode_request_s: float = 0.0
+    """What each running request adds to a step."""
+    decode_context_token_s: float = 0.0
+    """What each token in the context of a running request adds to a step."""
+    transfer_latency_s: float = 0.0
+    """Time of each part of a hand-over, however small it is."""
     transfer_bytes_per_s: float = 10e9
-    """Bandwidth of the hand-over, for each request on its own."""
+    """Bandwidth of a prefill engine; its hand-overs take turns, part by part."""
     jitter: float = 0.0
     """Every duration is scaled by a seeded random factor from 1 - jitter to 1 + jitter."""
+
     page_size_tokens: int = 16
+    chunked_prefill_tokens: int = 2048
+    """Prompt tokens of one step at most, a whole number of pages; a longer prompt is computed in several."""
+    prefill_tokens_max: int = 16_384
+    """Prompt tokens of all requests of one step at most."""
+    mixed_chunk: bool = False
+    """Running requests get a token in steps over prompts too."""
+    new_token_ratio: float = 0.7
+    """The share of its new tokens that a request is first believed to emit, when others ask for memory."""
+    reserved_decode_tokens: int = 512
+    """Decode: memory kept free for each request beyond its prompt, an eighth of the whole at most."""
+    prefix_cache: bool = True
+    kv_events: bool = True
+
     bootstrap_timeout_s: float = 30.0
     """How long one leg waits for the other to come."""
     transfer_timeout_s: float = 30.0
     """How long one leg waits for the other to move on once they have met, the prefill's computing included."""
+
     eos_after_tokens: int | None = None
     """Place in this generation (from 1) at which the end-of-sequence token comes; None: never."""
     eos_chance: float = 0.0
     """Chance of the end-of-sequence token at each place, drawn from the sequence so far: a continuation agrees."""
-    prefix_cache: bool = True
-    kv_events: bool = True
-    fail_at: str | None = None
-    """"bootstrap", "transfer" or "decode": every request breaks there."""
+
+    faults: tuple[FaultRule, ...] = ()
+    control_file: Path | None = None
+    """A JSON file with a list of faults that take the place of `faults` whenever it changes."""
 
 
 def parse_options(extra: dict[str, Any]) -> Options:
-    """Check `extra` key by key.
+    """Check `extra` key by key, on top of its profile.
 
     Raises:
         ConfigError: names the key as `engine_extra.<key>`.
     """
+    values = {**_read_profile(extra.get("profile")), **extra}
     known = {f.name for f in fields(Options)}
-    for key, value in extra.items():
+    for key, value in values.items():
         if key not in known:
             raise ConfigError(f"engine_extra.{key}", f"the simulated engine knows only {', '.join(sorted(known))}")
         _CHECKS.get(key, _positive_number)(key, value)
-    return Options(**extra)
+    if "faults" in values:
+        values["faults"] = parse_rules(values["faults"], "engine_extra.faults")
+    if values.get("control_file") is not None:
+        values["control_file"] = Path(values["control_file"])
+    options = Options(**values)
+    if options.chunked_prefill_tokens % options.page_size_tokens:
+        problem = f"must be a multiple of page_size_tokens ({options.page_size_tokens})"
+        raise ConfigError("engine_extra.chunked_prefill_tokens", problem)
+    return options
+
+
+def _read_profile(name: Any) -> dict[str, Any]:
+    """The options of a profile; none when no profile is named."""
+    if name is None:
+        return {}
+    if not isinstance(name, str) or not name:
+        raise _refuse("profile", "the name of a profile or the path of one", name)
+    file = PROFILES / f"{name}.json" if "/" not in name and not name.endswith(".json") else Path(name)
+    try:
+        options = json.loads(file.read_text())["options"]
+    except (OSError, ValueError, TypeError, KeyError):
+        known = ", ".join(sorted(path.stem for path in PROFILES.glob("*.json")))
+        raise _refuse("profile", f"one of {known}, or a JSON file with `options`", name) from None
+    if not isinstance(options, dict) or "profile" in options:
+        raise _refuse("profile", "a file whose `options` are an object without a profile", name)
+    return options
 
 
 def _refuse(key: str, expected: str, value: object) -> ConfigError:
@@ -85,9 +143,19 @@ def _positive_int(key: str, value: Any) -> None:
         raise _refuse(key, "a whole number from 1 up", value)
 
 
+def _int_from_0(key: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _refuse(key, "a whole number from 0 up", value)
+
+
 def _optional_positive_int(key: str, value: Any) -> None:
     if value is not None:
         _positive_int(key, value)
+
+
+def _optional_text(key: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise _refuse(key, "a text", value)
 
 
 def _flag(key: str, value: Any) -> None:
@@ -95,18 +163,29 @@ def _flag(key: str, value: Any) -> None:
         raise _refuse(key, "true or false", value)
 
 
-def _fail_at(key: str, value: Any) -> None:
-    if value is not None and value not in FAIL_AT:
-        raise _refuse(key, f"one of {', '.join(FAIL_AT)}", value)
+def _checked_elsewhere(key: str, value: Any) -> None:
+    pass
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "profile": _optional_text,
+    "prefill_step_s": _number_from_0,
+    "prefill_pair_s": _number_from_0,
     "decode_step_s": _number_from_0,
+    "decode_request_s": _number_from_0,
+    "decode_context_token_s": _number_from_0,
+    "transfer_latency_s": _number_from_0,
     "jitter": _fraction,
-    "eos_chance": _fraction,
     "page_size_tokens": _positive_int,
-    "eos_after_tokens": _optional_positive_int,
+    "chunked_prefill_tokens": _positive_int,
+    "prefill_tokens_max": _positive_int,
+    "mixed_chunk": _flag,
+    "new_token_ratio": _fraction,
+    "reserved_decode_tokens": _int_from_0,
     "prefix_cache": _flag,
     "kv_events": _flag,
-    "fail_at": _fail_at,
+    "eos_after_tokens": _optional_positive_int,
+    "eos_chance": _fraction,
+    "faults": _checked_elsewhere,
+    "control_file": _optional_text,
 }

@@ -1,20 +1,21 @@
-"""Where the two legs of one attempt meet and KV is handed over: a TCP server in the prefill engine, a client in decode.
+"""Where the two legs of one attempt meet and KV is handed over: a server in the prefill engine, a client in decode.
 
-The socket is real, so that killing, freezing or cutting either process has real effects; the KV itself is a 16-byte
-state and a count of bytes. Owns the bounds: nobody waits longer than the options say, and a closed socket ends the
-wait at once.
+The socket is real unless time is virtual, so that killing, freezing or cutting either process has real effects; the KV
+itself is a 16-byte state and a count of bytes. Owns the bounds: nobody waits longer than the options say, and a closed
+socket ends the wait at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tandem.engine.simulated.network import Listener, Network, TcpNetwork, Writer
 from tandem.engine.simulated.tokens import SequenceState
-from tandem.engine.simulated.wire import LINE_BYTES_MAX, ConnectionLost, KvHeader, Line, parse_state
+from tandem.engine.simulated.wire import ConnectionLost, KvHeader, Line, parse_state
 from tandem.errors import LegFailed, StartError
 from tandem.model.generation import Bootstrap
 
@@ -55,10 +56,11 @@ class DecodePeer:
 class BootstrapServer:
     """The prefill engine's side."""
 
-    def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float) -> None:
+    def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float, network: Network | None = None) -> None:
         self._bootstrap_timeout_s = bootstrap_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
-        self._server: asyncio.Server | None = None
+        self._network = network or TcpNetwork()
+        self._listener: Listener | None = None
         self._early_decodes: dict[int, DecodePeer] = {}
         self._early_prefills: dict[int, asyncio.Future[DecodePeer]] = {}
         self._connections: set[asyncio.Task[None]] = set()
@@ -70,21 +72,21 @@ class BootstrapServer:
             StartError: the address cannot be bound.
         """
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=LINE_BYTES_MAX)
+            self._listener = await self._network.listen(self._serve, host, port)
         except OSError as problem:
             raise StartError(f"bootstrap server cannot listen on {host}:{port}: {problem}") from None
-        return int(self._server.sockets[0].getsockname()[1])
+        return self._listener.port
 
     async def stop(self) -> None:
         """Hang up on everybody and stop listening."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
-        for connection in self._connections:
+        listener, self._listener = self._listener, None
+        closing = asyncio.ensure_future(listener.close())
+        connections = list(self._connections)
+        for connection in connections:
             connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
+        await asyncio.gather(closing, *connections, return_exceptions=True)
 
     @asynccontextmanager
     async def meet(self, room: int) -> AsyncIterator[DecodePeer]:
@@ -103,16 +105,25 @@ class BootstrapServer:
             peer.line.close()
 
     async def hand_over(
-        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, move: Callable[[], Awaitable[None]]
+        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, parts: AsyncGenerator[int]
     ) -> None:
-        """Send a prompt's KV, which takes as long as `move`, and wait until decode has it all.
+        """Send a prompt's KV and wait until decode has it all.
+
+        Args:
+            peer: who gets it.
+            room: where they met.
+            header: what is sent in all.
+            state: what stands for the KV.
+            parts: moves the KV, and yields the bytes of each part that has been moved.
 
         Raises:
             ConnectionLost: the peer went away.
             LegFailed: it did not confirm in time, or not everything.
         """
         await peer.line.send("begin", prompt_tokens=header.prompt_tokens, size_bytes=header.size_bytes)
-        await peer.unless_lost(move())
+        async with aclosing(parts):
+            async for size_bytes in parts:
+                await peer.line.send("part", size_bytes=size_bytes)
         await peer.line.send("end", state=state.hex())
         try:
             async with asyncio.timeout(self._transfer_timeout_s):
@@ -143,7 +154,7 @@ class BootstrapServer:
         finally:
             del self._early_prefills[room]
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
@@ -199,16 +210,34 @@ class ReceivedKv:
     end_time_s: float
 
 
+async def _nothing(point: str) -> None:
+    pass
+
+
 class KvPuller:
     """The decode engine's side."""
 
-    def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float, time_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        bootstrap_timeout_s: float,
+        transfer_timeout_s: float,
+        time_s: Callable[[], float],
+        network: Network | None = None,
+    ) -> None:
         self._bootstrap_timeout_s = bootstrap_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
         self._time_s = time_s
+        self._network = network or TcpNetwork()
 
-    async def pull(self, bootstrap: Bootstrap, prompt_tokens: int) -> ReceivedKv:
+    async def pull(
+        self, bootstrap: Bootstrap, prompt_tokens: int, reach: Callable[[str], Awaitable[None]] = _nothing
+    ) -> ReceivedKv:
         """Meet the prefill leg and take its KV.
+
+        Args:
+            bootstrap: where, and in which room.
+            prompt_tokens: how many tokens' KV is expected.
+            reach: called at the named points of the transfer.
 
         Raises:
             LegFailed: phase "bootstrap" or "transfer".
@@ -221,7 +250,7 @@ class KvPuller:
                 await line.receive("met")
             phase = "transfer"
             async with asyncio.timeout(self._transfer_timeout_s):
-                return await self._receive(line, prompt_tokens)
+                return await self._receive(line, prompt_tokens, reach)
         except TimeoutError:
             raise leg_failed("decode", phase, bootstrap.room, "the prefill leg did not answer in time") from None
         except ConnectionLost as lost:
@@ -229,20 +258,30 @@ class KvPuller:
         finally:
             line.close()
 
-    async def _receive(self, line: Line, prompt_tokens: int) -> ReceivedKv:
+    async def _receive(self, line: Line, prompt_tokens: int, reach: Callable[[str], Awaitable[None]]) -> ReceivedKv:
         begin = await line.receive("begin", prompt_tokens=int, size_bytes=int)
         begin_time_s = self._time_s()
         if begin["prompt_tokens"] != prompt_tokens:
             raise ConnectionLost(f"it sent KV of {begin['prompt_tokens']} tokens for {prompt_tokens}")
+        await reach("transfer_begin")
+        size_bytes, half_bytes = 0, -(-begin["size_bytes"] // 2)
+        while size_bytes < begin["size_bytes"]:
+            part_bytes = (await line.receive("part", size_bytes=int))["size_bytes"]
+            if part_bytes <= 0:
+                raise ConnectionLost(f"it sent a part of {part_bytes} bytes")
+            if size_bytes < half_bytes <= size_bytes + part_bytes:
+                await reach("transfer_middle")
+            size_bytes += part_bytes
         end = await line.receive("end", state=str)
-        received = ReceivedKv(parse_state(end["state"]), begin["size_bytes"], begin_time_s, self._time_s())
+        await reach("transfer_end")
+        received = ReceivedKv(parse_state(end["state"]), size_bytes, begin_time_s, self._time_s())
         await line.send("done", size_bytes=received.size_bytes)
         return received
 
     async def _connect(self, bootstrap: Bootstrap) -> Line:
         try:
             async with asyncio.timeout(self._bootstrap_timeout_s):
-                reader, writer = await asyncio.open_connection(bootstrap.host, bootstrap.port, limit=LINE_BYTES_MAX)
+                reader, writer = await self._network.connect(bootstrap.host, bootstrap.port)
         except (OSError, ValueError, OverflowError) as problem:
             # The last two: a host that is no name (an empty label, a NUL, too long), a port beyond 65535.
             where = f"{bootstrap.host[:HOST_SHOWN_CHARS]}:{bootstrap.port}"

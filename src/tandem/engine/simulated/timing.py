@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from tandem.engine.simulated.options import Options
+if TYPE_CHECKING:
+    from tandem.engine.simulated.options import Options
+    from tandem.engine.simulated.steps import Step
 
 
 class Clock(Protocol):
@@ -38,23 +40,39 @@ class SystemClock:
 
 
 class Timing:
-    """Durations of prefill, transfer and decode steps, jittered by a seeded generator."""
+    """Durations of forward passes and transfers, jittered by a seeded generator."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self._options = options
         self._random = random.Random(seed)  # noqa: S311 -- repeatable jitter, no secret
 
-    def prefill_s(self, tokens: int) -> float:
-        """Time to compute the KV of so many prompt tokens."""
-        return self._jittered(tokens / self._options.prefill_tokens_per_s)
+    def step_s(self, step: Step) -> float:
+        """Time of one forward pass."""
+        return self._jittered(self.prefill_s(step) + self.decode_s(step))
 
-    def transfer_s(self, size_bytes: int) -> float:
-        """Time to move so many bytes of KV."""
-        return self._jittered(size_bytes / self._options.transfer_bytes_per_s)
+    def prefill_s(self, step: Step) -> float:
+        """What the prompts in a step cost, without jitter."""
+        if not step.chunks:
+            return 0.0
+        tokens = sum(chunk.new_tokens for chunk in step.chunks)
+        pairs = sum(chunk.new_tokens * (chunk.start_tokens + chunk.new_tokens / 2) for chunk in step.chunks)
+        o = self._options
+        return o.prefill_step_s + tokens / o.prefill_tokens_per_s + pairs * o.prefill_pair_s
 
-    def decode_step_s(self) -> float:
-        """Time until the next token of a request."""
-        return self._jittered(self._options.decode_step_s)
+    def decode_s(self, step: Step) -> float:
+        """What one more token for each running leg costs, without jitter."""
+        if not step.decodes:
+            return 0.0
+        context_tokens = sum(leg.computed_tokens for leg in step.decodes)
+        o = self._options
+        # In a step over prompts, the running legs only add their own share.
+        fixed_s = 0.0 if step.chunks else o.decode_step_s
+        return fixed_s + len(step.decodes) * o.decode_request_s + context_tokens * o.decode_context_token_s
+
+    def transfer_s(self, size_bytes: int, *, begun: bool = False) -> float:
+        """Time to move a part of some KV, or (`begun`) what is left of it."""
+        latency_s = 0.0 if begun else self._options.transfer_latency_s
+        return self._jittered(latency_s + size_bytes / self._options.transfer_bytes_per_s)
 
     def _jittered(self, duration_s: float) -> float:
         return duration_s * (1 + self._options.jitter * self._random.uniform(-1, 1))

@@ -1,7 +1,8 @@
-"""The lines that two simulated engines exchange over one TCP connection per room.
+"""The lines that two simulated engines exchange over one connection per room.
 
-decode -> prefill: hello {room}; prefill -> decode: met, begin {prompt_tokens, size_bytes}, end {state};
-decode -> prefill: done {size_bytes}. Each is one JSON object on one line; Python's JSON keeps a 63-bit room whole.
+decode -> prefill: hello {room}; prefill -> decode: met, begin {prompt_tokens, size_bytes}, part {size_bytes} for each
+part that has moved, end {state}; decode -> prefill: done {size_bytes}, the sum of what came. Each is one JSON object on
+one line; Python's JSON keeps a 63-bit room whole.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.engine.simulated.network import Writer
 from tandem.engine.simulated.tokens import STATE_BYTES, SequenceState
-
-LINE_BYTES_MAX = 4096
 
 
 class ConnectionLost(Exception):
@@ -31,7 +31,7 @@ class KvHeader:
 class Line:
     """One end of a connection, message by message."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: Writer) -> None:
         self._reader = reader
         self._writer = writer
 
