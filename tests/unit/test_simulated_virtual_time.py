@@ -1,0 +1,147 @@
+"""Engines on virtual time: a run repeats to the last event, hours pass in moments, and a deadlock is found at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated_engines import AGGREGATED, DECODE, PREFILL, collect, request, room
+
+from tandem.checkpoint import read_checkpoint
+from tandem.engine.settings import EngineSettings
+from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.network import MemoryNetwork
+from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
+from tandem.engine.simulated.virtual_time import EPOCH_TIME_S, Deadlock, LoopClock, run_virtually
+from tandem.errors import TandemError
+from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.model.worker import WorkerRole
+from tandem.testing.fake_model import write_fake_model
+
+Event = tuple[float, int, str, Any]
+CHAOS = [
+    {"point": "transfer_middle", "kind": "fail", "chance": 0.1},
+    {"point": "bootstrap", "kind": "delay", "delay_s": 0.7, "chance": 0.2},
+    {"point": "decode_step", "kind": "delay", "delay_s": 0.3, "chance": 0.01},
+    {"point": "decode_step", "kind": "exhaust", "delay_s": 1.0, "nth": 100},
+]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_model(tmp_path_factory.mktemp("model"))
+
+
+def engine_of(model_path: Path, role: WorkerRole, network: MemoryNetwork, seed: int = 0, **extra: Any) -> Any:
+    settings = EngineSettings(
+        role=role, model_path=model_path, model_name="m", kv_capacity_tokens=1024, seed=seed, extra=extra
+    )
+    return SimulatedEngine(settings, LoopClock(), network)
+
+
+async def pair_under_load(model_path: Path, seed: int) -> list[Event]:
+    """Everything that 60 requests to a pair saw, in order, with its time."""
+    network, draw = MemoryNetwork(), random.Random(seed)
+    extra = {"jitter": 0.3, "decode_step_s": 0.02, "prefill_tokens_per_s": 2_000, "chunked_prefill_tokens": 64}
+    prefill = engine_of(model_path, PREFILL, network, seed, transfer_bytes_per_s=1e6, faults=CHAOS[:2], **extra)
+    decode = engine_of(model_path, DECODE, network, seed + 1, faults=CHAOS[2:], **extra)
+    await prefill.start()
+    await decode.start()
+    history: list[Event] = []
+    clock = asyncio.get_running_loop()
+    vocabulary = read_vocabulary(read_checkpoint(model_path))
+
+    async def leg(number: int, engine: SimulatedEngine, what: EngineRequest) -> None:
+        tokens: list[int] = []
+        try:
+            async for batch in engine.generate(what):
+                tokens += batch.token_ids
+                history.append((clock.time(), number, "batch", (batch.token_ids, str(batch.finish))))
+        except TandemError as problem:
+            history.append((clock.time(), number, type(problem).__name__, str(problem)))
+        assert tokens == expected_tokens(vocabulary, what.token_ids, len(tokens)), "lost, repeated or crossed"
+
+    async def abort(engine: SimulatedEngine, request_id: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        history.append((clock.time(), 0, "abort", (request_id, await engine.abort(request_id))))
+
+    address = prefill.bootstrap_address()
+    async with asyncio.TaskGroup() as group:
+        for number in range(1, 61):
+            await asyncio.sleep(draw.expovariate(20))
+            what = EngineRequest(
+                request_id=f"request-{number}",
+                token_ids=tuple(draw.randrange(20, 300) for _ in range(draw.randrange(1, 300))),
+                sampling=Sampling(temperature=0.0),
+                stopping=Stopping(max_tokens=draw.randrange(1, 60)),
+                bootstrap=Bootstrap(host=address.host, port=address.port, room=number),
+            )
+            for engine in (prefill, decode):
+                group.create_task(leg(number, engine, what))
+                if draw.random() < 0.1:
+                    group.create_task(abort(engine, what.request_id, draw.random()))
+    await asyncio.sleep(60)
+    for engine in (prefill, decode):
+        load = await engine.load()
+        assert (load.running_requests, load.waiting_requests, load.transferring_requests) == (0, 0, 0)
+        assert load.kv_used_tokens == 0
+        assert load.kv_free_tokens + load.kv_cached_tokens == load.kv_capacity_tokens
+        assert engine.faults.fired, "a run without faults says nothing about them"
+        await engine.stop()
+    return history
+
+
+def test_the_same_seeds_make_the_same_history(model_path: Path) -> None:
+    one, same, other = (run_virtually(pair_under_load(model_path, seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    kinds = {kind for _, _, kind, _ in one}
+    assert kinds == {"batch", "abort", "LegFailed"}
+
+
+def test_hours_pass_in_moments(model_path: Path) -> None:
+    async def slow() -> float:
+        engine = engine_of(model_path, AGGREGATED, MemoryNetwork(), decode_step_s=60.0)
+        await engine.start()
+        tokens, finish = await collect(engine, request(max_tokens=100))
+        assert len(tokens) == 100
+        await engine.stop()
+        assert finish.timings is not None
+        assert finish.timings.queued_time_s == EPOCH_TIME_S
+        return asyncio.get_running_loop().time()
+
+    begin_s = time.monotonic()
+    assert run_virtually(slow()) == pytest.approx(99 * 60, abs=0.1)
+    assert time.monotonic() - begin_s < 5
+
+
+def test_a_wait_that_cannot_end_is_found(model_path: Path) -> None:
+    async def stuck() -> None:
+        engine = engine_of(model_path, AGGREGATED, MemoryNetwork(), faults=[{"point": "admit", "kind": "hang"}])
+        await engine.start()
+        await collect(engine, request())
+
+    with pytest.raises(Deadlock):
+        run_virtually(stuck())
+
+
+def test_nobody_listens_in_memory(model_path: Path) -> None:
+    async def lonely() -> str:
+        engine = engine_of(model_path, DECODE, MemoryNetwork())
+        await engine.start()
+        prefill = engine_of(model_path, PREFILL, MemoryNetwork())
+        await prefill.start()
+        try:
+            await collect(engine, request(bootstrap=room(prefill)))
+        except TandemError as problem:
+            return str(problem)
+        finally:
+            await engine.stop()
+            await prefill.stop()
+        return ""
+
+    assert "no prefill engine at" in run_virtually(lonely())
