@@ -101,6 +101,9 @@ class WatchLoadResponse(_message.Message):
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFERRING_REQUESTS_FIELD_NUMBER: _builtins.int
     OPEN_LEGS_FIELD_NUMBER: _builtins.int
+    KV_TRANSFERRING_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_FREE_TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     epoch: _builtins.int
@@ -119,6 +122,12 @@ class WatchLoadResponse(_message.Message):
     """Prefill: requests whose KV is still to be pulled. Decode: requests that wait for KV."""
     open_legs: _builtins.int
     """Legs this worker's service holds open now."""
+    kv_transferring_tokens: _builtins.int
+    """The part of kv_used_tokens that is held for a hand-over alone."""
+    kv_cached_tokens: _builtins.int
+    """Tokens whose KV the prefix cache keeps for nobody: their memory can be had at once."""
+    kv_free_tokens: _builtins.int
+    """Tokens that fit in memory that holds nothing. Used, cached and free ones together are the capacity."""
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured."""
@@ -136,13 +145,22 @@ class WatchLoadResponse(_message.Message):
         kv_capacity_tokens: _builtins.int | None = ...,
         transferring_requests: _builtins.int | None = ...,
         open_legs: _builtins.int = ...,
+        kv_transferring_tokens: _builtins.int | None = ...,
+        kv_cached_tokens: _builtins.int | None = ...,
+        kv_free_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "epoch", b"epoch", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "epoch", b"epoch", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_cached_tokens: _TypeAlias = _typing.Literal["kv_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_cached_tokens: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_capacity_tokens: _TypeAlias = _typing.Literal["kv_capacity_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_capacity_tokens: _TypeAlias = _typing.Literal["_kv_capacity_tokens", b"_kv_capacity_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__kv_free_tokens: _TypeAlias = _typing.Literal["kv_free_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_free_tokens: _TypeAlias = _typing.Literal["_kv_free_tokens", b"_kv_free_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__kv_transferring_tokens: _TypeAlias = _typing.Literal["kv_transferring_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_transferring_tokens: _TypeAlias = _typing.Literal["_kv_transferring_tokens", b"_kv_transferring_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_used_tokens: _TypeAlias = _typing.Literal["kv_used_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_used_tokens: _TypeAlias = _typing.Literal["_kv_used_tokens", b"_kv_used_tokens"]  # noqa: Y015
     _WhichOneofReturnType__running_requests: _TypeAlias = _typing.Literal["running_requests"]  # noqa: Y015
@@ -154,7 +172,13 @@ class WatchLoadResponse(_message.Message):
     _WhichOneofReturnType__waiting_tokens: _TypeAlias = _typing.Literal["waiting_tokens"]  # noqa: Y015
     _WhichOneofArgType__waiting_tokens: _TypeAlias = _typing.Literal["_waiting_tokens", b"_waiting_tokens"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cached_tokens) -> _WhichOneofReturnType__kv_cached_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_capacity_tokens) -> _WhichOneofReturnType__kv_capacity_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_free_tokens) -> _WhichOneofReturnType__kv_free_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_transferring_tokens) -> _WhichOneofReturnType__kv_transferring_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_used_tokens) -> _WhichOneofReturnType__kv_used_tokens | None: ...
     @_typing.overload
