@@ -145,3 +145,49 @@ def test_nobody_listens_in_memory(model_path: Path) -> None:
         return ""
 
     assert "no prefill engine at" in run_virtually(lonely())
+
+
+async def handed_over(model_path: Path, prompts: list[int], **options: Any) -> list[tuple[float, float, float]]:
+    """Of requests of so many prompt tokens, sent at once: when prefill was through, and when the KV began and ended."""
+    network = MemoryNetwork()
+    prefill = engine_of(model_path, PREFILL, network, **options)
+    decode = engine_of(model_path, DECODE, network)
+    await prefill.start()
+    await decode.start()
+    legs = []
+    for place, length in enumerate(prompts):
+        where, tokens = room(prefill), tuple(range(20 + place, 20 + place + length))
+        legs += [collect(engine, request(tokens, bootstrap=where)) for engine in (decode, prefill)]
+    finishes = [finish for _, finish in await asyncio.gather(*legs)]
+    await prefill.stop()
+    await decode.stop()
+    times = []
+    for decoded, prefilled in zip(finishes[::2], finishes[1::2], strict=True):
+        p, d = prefilled.timings, decoded.timings
+        assert p is not None
+        assert d is not None
+        assert d.kv_transfer_bytes == p.kv_transfer_bytes
+        moments = (p.prefill_end_time_s, p.kv_transfer_start_time_s, d.kv_transfer_end_time_s)
+        times.append(tuple(round(moment - EPOCH_TIME_S, 3) for moment in moments if moment is not None))
+    return times  # type: ignore[return-value]
+
+
+def test_kv_moves_while_the_next_chunk_is_computed(model_path: Path) -> None:
+    # Chunks of 16 tokens take 1 s each; a page of 16 tokens, 8,192 bytes, takes 0.5 s.
+    options = {"prefill_tokens_per_s": 16, "chunked_prefill_tokens": 16, "transfer_bytes_per_s": 16_384}
+    assert run_virtually(handed_over(model_path, [80], **options)) == [(5.0, 1.0, 5.5)]
+    # Computed in one go, nothing can move before.
+    options["chunked_prefill_tokens"] = 160
+    assert run_virtually(handed_over(model_path, [80], **options)) == [(5.0, 5.0, 7.5)]
+
+
+def test_hand_overs_share_one_bandwidth(model_path: Path) -> None:
+    options = {"prefill_tokens_per_s": 1e9, "transfer_bytes_per_s": 16_384, "transfer_latency_s": 0.25}
+    times = run_virtually(handed_over(model_path, [32, 32], **options))
+    # Each moves in two halves, with the latency once: 0.75 s and 0.5 s, in turn.
+    assert sorted(end_s for _, _, end_s in times) == [2.0, 2.5]
+
+
+def test_pages_that_are_not_full_are_moved_whole_and_once(model_path: Path) -> None:
+    options = {"prefill_tokens_per_s": 16, "chunked_prefill_tokens": 16, "transfer_bytes_per_s": 16_384}
+    assert run_virtually(handed_over(model_path, [17], **options)) == [(1.062, 1.0, 2.0)]
