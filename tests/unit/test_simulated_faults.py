@@ -107,6 +107,17 @@ async def test_exhausted_memory_retracts_and_comes_back(model_path: Path, engine
     await assert_eventually(engine.load, at_rest)
 
 
+async def test_memory_without_an_end_comes_back_with_other_rules(engine: SimulatedEngine) -> None:
+    engine.faults.replace(rule("finish", "exhaust", nth=1))
+    await collect(engine, request())
+    waits = asyncio.create_task(collect(engine, request(tuple(range(30, 70)))))
+    load = await assert_eventually(engine.load, lambda load: load.waiting_requests)
+    assert load.kv_free_tokens == load.kv_cached_tokens == 0
+    engine.faults.replace(())
+    assert (await asyncio.wait_for(waits, 5))[1].completion_tokens == 8
+    await assert_eventually(engine.load, at_rest)
+
+
 async def test_a_crash_fails_everybody_and_is_told_in_one_sentence(model_path: Path) -> None:
     async with running(model_path, PREFILL) as prefill, running(model_path, DECODE, decode_step_s=0.01) as decode:
         told = asyncio.create_task(decode.wait_failed())

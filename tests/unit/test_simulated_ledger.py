@@ -117,6 +117,9 @@ class LedgerMachine(RuleBasedStateMachine):
             elif leg.phase in (Phase.RUNNING, Phase.TRANSFERRING, Phase.PREFILLING):
                 assert leg.lease is not None, leg.phase
         assert len(self.scheduler.running) <= 4
+        if self.step is None:
+            # The last token that came out has no KV yet, and it alone.
+            assert all(leg.computed_tokens == leg.sequence_tokens - 1 for leg in self.scheduler.running)
 
     def teardown(self) -> None:
         self.pool.restore()

@@ -12,7 +12,7 @@ from simulated_legs import leg_of
 
 from tandem.engine.factory import create_engine
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated.options import Options, parse_options
+from tandem.engine.simulated.options import PROFILES, Options, parse_options
 from tandem.engine.simulated.steps import Chunk, Step
 from tandem.engine.simulated.timing import Timing
 from tandem.errors import ConfigError
@@ -105,6 +105,12 @@ def test_a_step_costs_by_its_batch_its_context_and_the_square_of_its_prompts() -
     assert timing.step_s(step_of(decodes=4, context_tokens=25)) == pytest.approx(2 + 4 * 0.5 + 4 * 0.25)
     assert timing.step_s(step_of(10, decodes=4, context_tokens=25)) == pytest.approx(3 + 4 * 0.5 + 4 * 0.25)
     assert (timing.transfer_s(10), timing.transfer_s(10, begun=True)) == (4, 1)
+
+
+@pytest.mark.parametrize("profile", [path.stem for path in PROFILES.glob("*.json")])
+def test_profiles_that_come_with_tandem_load(profile: str) -> None:
+    fitted = parse_options({"profile": profile})
+    assert fitted.decode_step_s > Options().decode_step_s, "no profile was read"
 
 
 def test_a_profile_takes_the_place_of_the_defaults_and_not_of_what_is_said(tmp_path: Path) -> None:

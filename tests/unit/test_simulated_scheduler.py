@@ -147,9 +147,14 @@ def test_who_has_the_longest_prompt_is_retracted_and_goes_on_without_a_repeated_
 
 def test_a_decode_engine_keeps_the_kv_of_whom_it_retracts() -> None:
     bench, legs = retracting(WorkerRole.DECODE)
-    steps = bench.run()
-    assert sum(leg.retraction_count for leg in legs) > 0
-    assert not any(step.chunks for step in steps)
+    while not any(leg.retraction_count for leg in legs):
+        assert bench.step() is not None
+    assert bench.scheduler._ratio.value > 0.4, "the belief in few new tokens was not corrected"
+    retracted = next(leg for leg in legs if leg.retraction_count)
+    emitted, steps = len(retracted.emitted), 0
+    while bench.step() is not None:
+        steps += retracted in bench.scheduler.running
+    assert len(retracted.emitted) - emitted <= steps + 1, "a token came without a step"
     for leg in legs:
         assert leg.over
         assert_stream_is_right(leg)
@@ -226,6 +231,24 @@ def test_a_decode_engine_grants_memory_with_a_reserve_for_those_before() -> None
     bench.run()
     assert late.pages_granted.is_set()
     assert [leg.over for leg in legs] == [True] * 4
+
+
+def test_a_decode_engine_has_three_places_for_each_that_runs_on_a_small_batch() -> None:
+    for places, granted in ((1, 3), (2, 6)):
+        bench = Bench(role=WorkerRole.DECODE, places=places)
+        legs = [leg_of(prompt(4, 100 * place), 4) for place in range(8)]
+        for leg in legs:
+            bench.scheduler.ask_pages(leg)
+        bench.step()
+        assert sum(leg.pages_granted.is_set() for leg in legs) == granted
+
+
+def test_a_retracted_leg_that_is_alone_needs_no_reserve() -> None:
+    bench = Bench(pages=4, role=WorkerRole.DECODE, reserved_decode_tokens=8)
+    leg = leg_of(prompt(8), 8)
+    leg.computed_tokens = 4 * PAGE
+    bench.scheduler.preallocation.retracted.append(leg)
+    assert bench.scheduler.preallocation.resume([]) == [leg]
 
 
 def test_whoever_is_over_leaves_the_batch_after_one_more_pass_and_says_nothing() -> None:
