@@ -52,7 +52,7 @@ async def test_what_does_not_fit_waits_in_turn(model_path: Path) -> None:
         await asyncio.sleep(0.05)
         load = await engine.load()
         assert (load.running_requests, load.waiting_requests, load.waiting_tokens) == (1, 2, 2 * len(PROMPT))
-        assert load.kv_used_tokens == 48
+        assert load.kv_used_tokens in (48, 64, 80), "the prompt's pages and one or two more"
         assert all(finish.completion_tokens == 40 for _, finish in await asyncio.gather(*legs))
         tokens, finish = await collect(engine, request(max_tokens=1000))
         assert (finish.reason, len(tokens)) == (FinishReason.LENGTH, 128 - len(PROMPT))
@@ -61,7 +61,7 @@ async def test_what_does_not_fit_waits_in_turn(model_path: Path) -> None:
 
 
 async def test_load_tells_where_every_page_is(model_path: Path) -> None:
-    slow = {"transfer_bytes_per_s": 48 * 512 * 10, "decode_step_s": 0.02}
+    slow = {"transfer_bytes_per_s": 48 * 512, "decode_step_s": 0.05}
     async with running(model_path, PREFILL, **slow) as prefill, running(model_path, DECODE, **slow) as decode:
         where = room(prefill)
         legs = [asyncio.create_task(collect(e, request(max_tokens=30, bootstrap=where))) for e in (prefill, decode)]
@@ -91,7 +91,7 @@ async def test_kv_events_follow_the_cache(model_path: Path) -> None:
 
 
 async def test_flush_is_refused_while_a_request_runs(model_path: Path) -> None:
-    async with running(model_path, AGGREGATED, decode_step_s=0.05) as engine:
+    async with running(model_path, AGGREGATED, decode_step_s=0.3) as engine:
         leg = asyncio.create_task(collect(engine, request()))
         await assert_eventually(engine.load, lambda load: load.running_requests)
         assert not await engine.flush_cache()

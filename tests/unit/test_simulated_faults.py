@@ -97,7 +97,7 @@ async def test_an_abort_that_is_never_carried_out_is_a_leak_that_load_shows(engi
 
 
 async def test_exhausted_memory_retracts_and_comes_back(model_path: Path, engine: SimulatedEngine) -> None:
-    engine.faults.replace(rule("decode_step", "exhaust", nth=4, delay_s=0.1))
+    engine.faults.replace(rule("decode_step", "exhaust", nth=4, delay_s=0.5))
     prompts = [tuple(range(20 + place, 60 + place)) for place in range(2)]
     legs = [asyncio.create_task(collect(engine, request(prompt, max_tokens=30))) for prompt in prompts]
     load = await assert_eventually(engine.load, lambda load: load.kv_free_tokens == 0)

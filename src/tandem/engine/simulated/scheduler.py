@@ -109,9 +109,8 @@ class Scheduler:
     def rest(self) -> None:
         """Nothing is left to do: check that nothing was lost."""
         self._ratio.reset()
-        if not self.legs:
-            account = self._pool.account()
-            assert account.lent == account.transferring == 0, f"no leg is left, and yet {account}"
+        account = self._pool.account()
+        assert self.legs or account.lent == account.transferring == 0, f"no leg is left, and yet {account}"
 
     # --- Prompts
 
