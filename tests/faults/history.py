@@ -91,7 +91,7 @@ class History:
 
 
 def _was_refused(failure: TandemError | None) -> bool:
-    return failure is not None and failure.metadata.get("phase") == "dispatch"
+    return failure is not None and failure.metadata.get("phase") == "dispatched"
 
 
 def percentile(values: Sequence[float], share: float) -> float:

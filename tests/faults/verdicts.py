@@ -69,7 +69,7 @@ def held_by(worker_id: str, killed_s: float) -> Callable[[Asked], bool]:
             problem is not None
             and asked.start_s < killed_s
             and problem.metadata.get("worker") == worker_id
-            and problem.metadata.get("phase") != "dispatch"
+            and problem.metadata.get("phase") != "dispatched"
         )
 
     return held

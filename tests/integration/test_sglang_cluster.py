@@ -335,7 +335,7 @@ async def test_a_killed_engine_is_one_typed_error_in_seconds(pair: LocalCluster)
     assert time.monotonic() - begin_s < 4
     assert failed.value.metadata["leg"] == "decode"
     assert failed.value.metadata["worker"] == "decode-0"
-    assert failed.value.metadata["phase"] == "decode"
+    assert failed.value.metadata["phase"] == "decoding"
 
 
 async def test_without_transfer_parity_and_recall_collapse(

@@ -30,13 +30,16 @@ def test_a_lease_that_was_taken_over_stays_while_its_own_entry_is_on_its_way() -
     ledger = Ledger(cast("ConsulClient", None), OWN, lambda: now_s[0])
     arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: now_s[0]}
     keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
-    for index in (1, 2):
+    keeper.take(shown(1, WRITTEN))
+    # A replica is dead when it has been absent for a lease's time.
+    now_s[0] += 61.0
+    for index in (2, 3):
         keeper.take(shown(index, WRITTEN))
         now_s[0] += 0.05
     adopted = ledger.wanted(ENTRY_ID)
     assert adopted is not None
     assert (adopted.keeper, adopted.term, adopted.lease_id) == (OWN, 4, "lease")
     now_s[0] += 2 * SETTLE_S
-    keeper.take(shown(3, adopted))
+    keeper.take(shown(4, adopted))
     assert ledger.wanted(ENTRY_ID) == adopted, "it removes the lease it has taken over"
     keeper.keep_alive("lease", None)

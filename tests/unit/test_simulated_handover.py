@@ -20,6 +20,8 @@ from tandem.model.worker import EngineLoad, WorkerRole, incompatible_field
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
 
+PHASES = {"bootstrap": "bootstrapping", "transfer": "transferring"}
+
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,7 +56,7 @@ async def test_kv_of_another_length_is_refused(model_path: Path) -> None:
             return_exceptions=True,
         )
     assert [(type(e), e.metadata["phase"]) for e in endings if isinstance(e, LegFailed)] == [
-        (LegFailed, "transfer")
+        (LegFailed, "transferring")
     ] * 2
 
 
@@ -72,7 +74,7 @@ async def test_a_leg_that_is_aborted_ends_the_other_one(model_path: Path, gone: 
         left = ({"prefill", "decode"} - {gone}).pop()
         with pytest.raises(LegFailed) as caught:
             await asyncio.wait_for(legs[left], 2)
-        assert caught.value.metadata == {"leg": left, "phase": "transfer", "room": str(where.room)}
+        assert caught.value.metadata == {"leg": left, "phase": "transferring", "room": str(where.room)}
         assert (await legs[gone])[1].reason is FinishReason.ABORTED
         for engine in (prefill, decode):
             await assert_eventually(engine.load, at_rest, what="an engine without legs")
@@ -94,7 +96,7 @@ async def test_a_host_that_cannot_be_one_is_a_failed_leg(model_path: Path, host:
     async with running(model_path, DECODE) as decode:
         with pytest.raises(LegFailed, match="no prefill engine at") as caught:
             await collect(decode, request(bootstrap=Bootstrap(host=host, port=port, room=5)))
-        assert caught.value.metadata["phase"] == "bootstrap"
+        assert caught.value.metadata["phase"] == "bootstrapping"
         assert len(str(caught.value)) < 300
         await assert_eventually(decode.load, at_rest)
 
@@ -139,7 +141,7 @@ async def test_waiting_for_a_peer_is_bounded(model_path: Path, role: WorkerRole)
         engine = prefill if role is PREFILL else decode
         with pytest.raises(LegFailed) as caught:
             await collect(engine, request(bootstrap=room(prefill)))
-        assert caught.value.metadata["phase"] == "bootstrap"
+        assert caught.value.metadata["phase"] == "bootstrapping"
         await assert_eventually(engine.load, at_rest)
 
 
@@ -160,7 +162,7 @@ async def test_fault_in_the_hand_over(model_path: Path, role: WorkerRole, point:
         )
         broken = legs[0 if role is PREFILL else 1]
         assert isinstance(broken, LegFailed)
-        assert (broken.metadata["leg"], broken.metadata["phase"]) == (role.value, point.split("_")[0])
+        assert (broken.metadata["leg"], broken.metadata["phase"]) == (role.value, PHASES[point.split("_")[0]])
         fired = (prefill if role is PREFILL else decode).faults.fired
         assert [(fault.point, fault.kind) for fault in fired] == [(point, "fail")]
         assert all(isinstance(leg, LegFailed) for leg in legs)

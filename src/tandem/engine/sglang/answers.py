@@ -134,7 +134,7 @@ class Answers:
             return EngineFailed(message)
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
         # SGLang's prefill says "Prefill bootstrap failed", its decode "Decode transfer failed" for either phase.
-        phase = "bootstrap" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transfer"
+        phase = "bootstrapping" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transferring"
         return LegFailed(message, phase=phase, room=self._request.bootstrap.room)
 
     def refused(self, message: str) -> RequestError:

@@ -118,7 +118,7 @@ class HandOver:
         try:
             await self._faults.reach(point, leg.request.request_id)
         except FaultInjected as fault:
-            phase = "bootstrap" if point == "bootstrap" else "transfer"
+            phase = "bootstrapping" if point == "bootstrap" else "transferring"
             raise leg_failed(role, phase, _room(leg).room, str(fault)) from None
 
     def _pages(self, tokens: int) -> int:

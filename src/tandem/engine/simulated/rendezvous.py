@@ -93,14 +93,15 @@ class BootstrapServer:
         """Wait for the decode leg of a room; leaving the block hangs up.
 
         Raises:
-            LegFailed: nobody came in time (phase "bootstrap"), or the peer was lost inside the block ("transfer").
+            LegFailed: nobody came in time (phase "bootstrapping"), or the peer was lost inside the block
+                ("transferring").
         """
         peer = await self._wait_for_decode(room)
         try:
             await peer.line.send("met")
             yield peer
         except ConnectionLost as lost:
-            raise leg_failed("prefill", "transfer", room, f"the decode leg was lost: {lost}") from None
+            raise leg_failed("prefill", "transferring", room, f"the decode leg was lost: {lost}") from None
         finally:
             peer.line.close()
 
@@ -129,16 +130,16 @@ class BootstrapServer:
             async with asyncio.timeout(self._transfer_timeout_s):
                 received_bytes = await peer.done
         except TimeoutError:
-            raise leg_failed("prefill", "transfer", room, "the decode leg did not confirm its KV in time") from None
+            raise leg_failed("prefill", "transferring", room, "the decode leg did not confirm its KV in time") from None
         if received_bytes != header.size_bytes:
             problem = f"the decode leg has {received_bytes} of {header.size_bytes} KV bytes"
-            raise leg_failed("prefill", "transfer", room, problem)
+            raise leg_failed("prefill", "transferring", room, problem)
 
     async def _wait_for_decode(self, room: int) -> DecodePeer:
         if room in self._early_decodes:
             return self._early_decodes.pop(room)
         if room in self._early_prefills:
-            raise leg_failed("prefill", "bootstrap", room, "another prefill leg waits in that room")
+            raise leg_failed("prefill", "bootstrapping", room, "another prefill leg waits in that room")
         arrival: asyncio.Future[DecodePeer] = asyncio.get_running_loop().create_future()
         self._early_prefills[room] = arrival
         try:
@@ -149,7 +150,7 @@ class BootstrapServer:
             if arrival.done() and not arrival.cancelled():
                 arrival.result().line.close()
             if isinstance(problem, TimeoutError):
-                raise leg_failed("prefill", "bootstrap", room, "no decode leg came in time") from None
+                raise leg_failed("prefill", "bootstrapping", room, "no decode leg came in time") from None
             raise
         finally:
             del self._early_prefills[room]
@@ -240,15 +241,15 @@ class KvPuller:
             reach: called at the named points of the transfer.
 
         Raises:
-            LegFailed: phase "bootstrap" or "transfer".
+            LegFailed: phase "bootstrapping" or "transferring".
         """
         line = await self._connect(bootstrap)
-        phase = "bootstrap"
+        phase = "bootstrapping"
         try:
             async with asyncio.timeout(self._bootstrap_timeout_s):
                 await line.send("hello", room=bootstrap.room)
                 await line.receive("met")
-            phase = "transfer"
+            phase = "transferring"
             async with asyncio.timeout(self._transfer_timeout_s):
                 return await self._receive(line, prompt_tokens, reach)
         except TimeoutError:
@@ -286,7 +287,7 @@ class KvPuller:
             # The last two: a host that is no name (an empty label, a NUL, too long), a port beyond 65535.
             where = f"{bootstrap.host[:HOST_SHOWN_CHARS]}:{bootstrap.port}"
             problem_text = f"no prefill engine at {where}: {str(problem) or 'timed out'}"
-            raise leg_failed("decode", "bootstrap", bootstrap.room, problem_text) from None
+            raise leg_failed("decode", "bootstrapping", bootstrap.room, problem_text) from None
         return Line(reader, writer)
 
 
