@@ -131,9 +131,11 @@ class Relay:
         for leg in (prefill, decode):
             if leg is None:
                 continue
-            # Of a transfer both legs tell; decode's account comes last and counts, because there it has arrived.
+            # Of a transfer both legs tell. Its end is decode's to say, because there it has arrived; its start is
+            # prefill's, because decode makes its pages known long before there is anything to put into them.
             for name in LEG_TIMES:
-                if leg.timings.HasField(name):  # type: ignore[arg-type]
+                told = name == "kv_transfer_start_time" and timings.HasField("kv_transfer_start_time")
+                if leg.timings.HasField(name) and not told:  # type: ignore[arg-type]
                     getattr(timings, name).CopyFrom(getattr(leg.timings, name))
             if leg.timings.HasField("kv_transfer_bytes"):
                 timings.kv_transfer_bytes = leg.timings.kv_transfer_bytes

@@ -240,13 +240,14 @@ def _note_room(manager: Any, bootstrap_room: int, status: Any) -> None:
 
     if status == KVPoll.Transferring:
         _sending.room, _sending.handles = bootstrap_room, []
+        # Not after the pages have been handed over: with many small ones, most of the time goes there.
+        _ledger.began(bootstrap_room, time.time())
 
 
 def _note_handles(result: Any, *arguments: Any, **keywords: Any) -> None:
     """Writes of KV pages, so that those of the metadata buffers are not counted as KV."""
     room = getattr(_sending, "room", None)
     if room is not None and result is not None:
-        _ledger.began(room, time.time())
         _sending.handles.extend(result if isinstance(result, list) else [result])
 
 

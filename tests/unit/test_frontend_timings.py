@@ -1,0 +1,45 @@
+"""Times of a hand-over in a stream's finish: each from the leg that can know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tandem_frontend.detokenization import Detokenizer
+from tandem_frontend.relay import Relay
+from tandem_frontend.stopping import StopMatcher, StopTokens
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import leg_pb2
+
+
+class Letters:
+    """A tokenizer of one letter for each token."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+
+def leg(start_s: int | None, end_s: int | None) -> leg_pb2.LegFinish:
+    finish = leg_pb2.LegFinish()
+    if start_s is not None:
+        finish.timings.kv_transfer_start_time.FromSeconds(start_s)
+    if end_s is not None:
+        finish.timings.kv_transfer_end_time.FromSeconds(end_s)
+    return finish
+
+
+def times(decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None) -> tuple[int, int]:
+    relay = Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), 0.0)
+    _, finish = relay.finish(1, decode, prefill, pb.Route())
+    timings = finish.timings
+    return timings.kv_transfer_start_time.seconds, timings.kv_transfer_end_time.seconds
+
+
+def test_a_transfer_starts_when_prefill_writes_and_ends_when_decode_has_it() -> None:
+    assert times(leg(100, 140), leg(130, 138)) == (130, 140)
+
+
+def test_the_leg_that_is_left_tells_both() -> None:
+    assert times(leg(100, 140), None) == (100, 140)
+    assert times(leg(100, 140), leg(None, None)) == (100, 140)
+    assert times(None, leg(130, 138)) == (130, 138)
