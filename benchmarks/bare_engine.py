@@ -1,8 +1,9 @@
 """One bare sglang.Engine in its own process, driven over stdin and stdout: what Tandem is compared with.
 
 No Tandem service is involved: token ids go into `Engine.async_generate`, times are taken beside it. Tandem's plugin is
-switched on, because SGLang does not run on a plain CPU without it. Lines in: JSON with rid, token_ids, max_tokens and
-the meeting place; lines out: the times of each token, on the machine's monotonic clock.
+switched on, because SGLang does not run on a plain CPU without it. Arguments: role, model, and more of EngineSettings
+as JSON. Lines in: JSON with rid, token_ids, max_tokens and the meeting place; lines out: the times of each token, on
+the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def main() -> None:
     role, model = WorkerRole(sys.argv[1]), Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    settings = EngineSettings(role=role, model_path=model, model_name="bare", dtype="float32", device="cpu")
-    environment.apply(settings, "cpu", Path("/dev/null"))
+    settings = EngineSettings(role=role, model_path=model, model_name="bare", **json.loads(sys.argv[3]))
+    environment.apply(settings, settings.device, Path("/dev/null"))
     ports = arguments.choose_ports(settings)
-    given = arguments.server_arguments(settings, "cpu", ports)
+    given = arguments.server_arguments(settings, settings.device, ports)
     from sglang.srt.entrypoints.engine import Engine
 
     engine = Engine(**given, skip_tokenizer_init=True)

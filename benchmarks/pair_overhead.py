@@ -26,6 +26,7 @@ from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 START_TIMEOUT_S = 180
+ON_A_CPU = {"dtype": "float32", "device": "cpu"}
 
 
 @dataclass
@@ -47,9 +48,9 @@ class BareEngine:
         self._process = process
 
     @classmethod
-    async def start(cls, role: str) -> BareEngine:
+    async def start(cls, role: str, model: Path = MODEL, settings: dict | None = None) -> BareEngine:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.bare_engine", role, str(MODEL),
+            sys.executable, "-m", "benchmarks.bare_engine", role, str(model), json.dumps(settings or ON_A_CPU),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         return cls(process)
@@ -101,7 +102,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         where, _ = await asyncio.gather(prefill.read(), decode.read())
         print("the bare pair is up", file=sys.stderr, flush=True)
         logs = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-        spec = ClusterSpec(model=MODEL, log_directory=logs, worker_flags={"dtype": "float32", "device": "cpu"})
+        spec = ClusterSpec(model=MODEL, log_directory=logs, worker_flags=ON_A_CPU)
         async with LocalCluster(spec) as cluster, open_channel(cluster.frontend.address) as channel:
             print("the cluster is up", file=sys.stderr, flush=True)
             stub = InferenceServiceStub(channel)

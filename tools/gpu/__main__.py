@@ -1,0 +1,123 @@
+"""`python -m tools.gpu`: carry the project to a GPU machine, and measure it there. docs/gpu.md says how."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from pathlib import Path
+
+from tools.gpu import payload, pieces
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "models" / "tandem-demo"
+
+
+def main() -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="fetch the packages, thin them, and write pieces")
+    packing.add_argument("work", type=Path, help="a scratch folder; 15 GB")
+    packing.add_argument("--piece-mib", type=int, default=56)
+    packing.add_argument("--architecture", type=int, default=90, help="compute capability to keep, times ten")
+    unpacking = commands.add_parser("unpack", help="put one piece together, on the machine")
+    unpacking.add_argument("piece", type=Path)
+    unpacking.add_argument("folder", type=Path)
+    commands.add_parser("facts", help="what this machine is")
+    making = commands.add_parser("model", help="write a model with random weights")
+    making.add_argument("folder", type=Path)
+    making.add_argument("--shape", default="llama-8b")
+    making.add_argument("--device", default="cuda")
+    _add_run(commands.add_parser("run", help="measure"))
+    reporting = commands.add_parser("report", help="print tables of a results file")
+    reporting.add_argument("results", type=Path)
+    return _COMMANDS[(given := parser.parse_args()).command](given)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--model", type=Path, required=True, help="the large model; `model` makes one")
+    parser.add_argument("--demo", type=Path, default=DEMO)
+    parser.add_argument("--out", type=Path, required=True, help="where results.json and the logs go")
+    parser.add_argument("--deadline-s", type=float, default=520)
+    parser.add_argument("--steps", default="", help="names with commas; default: all")
+    parser.add_argument("--kv-tokens", type=int, default=220_000)
+    parser.add_argument("--frontends", type=int, default=4)
+    parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument("--extra", default="{}", help="more arguments of every engine, as JSON")
+
+
+def _pack(given: argparse.Namespace) -> int:
+    written = payload.build(given.work, given.architecture, given.piece_mib * 2**20)
+    print(f"{len(written)} pieces below {given.work}")
+    return 0
+
+
+def _unpack(given: argparse.Namespace) -> int:
+    print(f"{pieces.unpack(given.piece, given.folder)} units")
+    return 0
+
+
+def _facts(given: argparse.Namespace) -> int:
+    from tools.gpu.machine import facts
+
+    print(json.dumps(facts(), indent=1))
+    return 0
+
+
+def _model(given: argparse.Namespace) -> int:
+    from tools.gpu.llama import write
+
+    print(write(given.folder, given.shape, DEMO, given.device))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    from tools.gpu import machine, measures, runs
+    from tools.gpu.results import Results
+    from tools.gpu.shapes import Load, Machine
+
+    given.out.mkdir(parents=True, exist_ok=True)
+    on_gpu = given.device == "cuda"
+    size = measures.GPU if on_gpu else measures.REHEARSAL
+    logs = given.out / "logs"
+    requests = max(size.levels) + size.decodes
+    plan = runs.Plan(
+        machine=Machine(
+            device=given.device, gpus=given.gpus if on_gpu else 0, dtype=given.dtype, logs=logs,
+            extra=json.loads(given.extra),
+        ),
+        size=size,
+        demo=given.demo,
+        model=given.model,
+        steps=tuple(given.steps.split(",")) if given.steps else runs.STEPS,
+        load=Load(kv_capacity_tokens=given.kv_tokens, running_requests_max=requests, frontends=given.frontends),
+        demo_load=Load(kv_capacity_tokens=16_384, running_requests_max=16),
+        callers=given.callers,
+    )  # fmt: skip
+    results = Results(given.out / "results.json", given.deadline_s)
+    results.keep("machine", machine.facts())
+    results.keep("arguments", {name: str(value) for name, value in vars(given).items()})
+    try:
+        asyncio.run(runs.Run(plan, results).all())
+    finally:
+        runs.save_logs(logs, given.out)
+    # Processes that a failed step left behind must not keep this one.
+    os._exit(0)
+
+
+def _report(given: argparse.Namespace) -> int:
+    from tools.gpu.report import tables
+
+    print(tables(json.loads(given.results.read_text())))
+    return 0
+
+
+_COMMANDS = {"pack": _pack, "unpack": _unpack, "facts": _facts, "model": _model, "run": _run, "report": _report}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""Statistics of streams: pure functions from times of arrival to the figures of a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """One request as its client saw it. Times are seconds on one monotonic clock."""
+
+    begin_s: float
+    arrivals_s: tuple[float, ...]
+    """Of each token; tokens of one message arrive at the same time."""
+    failure: str | None = None
+    moved_bytes: int | None = None
+    recomputed_tokens: int | None = None
+    moving_s: float | None = None
+    """From the first page that was written to the word that all had arrived."""
+    token_ids: tuple[int, ...] = ()
+    end_s: float | None = None
+    """When its client was told how it ended."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.arrivals_s[0] - self.begin_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between tokens (ITL); 0 between tokens of one message."""
+        return [later - earlier for earlier, later in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The nearest-rank quantile: a value that really occurred."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def spread_ms(values_s: Sequence[float]) -> dict[str, float]:
+    """Median, tail and maximum, in milliseconds; empty for no values."""
+    if not values_s:
+        return {}
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+    figures = {name: round(1e3 * quantile(values_s, share), 3) for name, share in shares.items()}
+    return {**figures, "max": round(1e3 * max(values_s), 3), "mean": round(1e3 * statistics.fmean(values_s), 3)}
+
+
+def summary(streams: Sequence[Streamed]) -> dict[str, object]:
+    """What a level of load came to. Failed streams are counted, and are in no other figure."""
+    good = [stream for stream in streams if stream.failure is None and stream.arrivals_s]
+    failures = sorted({stream.failure for stream in streams if stream.failure is not None})
+    figures: dict[str, object] = {
+        "requests": len(streams),
+        "failed": len(streams) - len(good),
+        "failures": failures[:5],
+    }
+    if not good:
+        return figures
+    wall_s = max(s.arrivals_s[-1] for s in good) - min(s.begin_s for s in good)
+    tokens = sum(len(s.arrivals_s) for s in good)
+    # A stream's own mean: what a reader of it sees, whatever the messages' sizes.
+    paces_s = [statistics.fmean(s.gaps_s) for s in good if s.gaps_s]
+    return {
+        **figures,
+        "tokens": tokens,
+        "wall_s": round(wall_s, 3),
+        "tokens_per_s": round(tokens / wall_s, 1),
+        "ttft_ms": spread_ms([s.ttft_s for s in good]),
+        "itl_ms": spread_ms([gap for s in good for gap in s.gaps_s]),
+        "tpot_ms": spread_ms(paces_s),
+    }
+
+
+def transfers(streams: Sequence[Streamed]) -> dict[str, object]:
+    """Bytes and pace of the KV that moved for these requests."""
+    moved = [s for s in streams if s.moved_bytes is not None and s.moving_s]
+    if not moved:
+        return {}
+    paces = [s.moved_bytes / s.moving_s / 1e9 for s in moved if s.moved_bytes is not None and s.moving_s]
+    return {
+        "requests": len(moved),
+        "bytes": sum(s.moved_bytes or 0 for s in moved),
+        "recomputed_tokens": sum(s.recomputed_tokens or 0 for s in moved),
+        "moving_ms": spread_ms([s.moving_s for s in moved if s.moving_s]),
+        "gbytes_per_s_p50": round(quantile(paces, 0.5), 2),
+        "gbytes_per_s_max": round(max(paces), 2),
+    }
+
+
+def within(streams: Sequence[Streamed], begin_s: float, end_s: float) -> list[float]:
+    """Gaps that ended between two moments."""
+    gaps = []
+    for stream in streams:
+        for earlier, later in zip(stream.arrivals_s, stream.arrivals_s[1:], strict=False):
+            if begin_s <= later <= end_s:
+                gaps.append(later - earlier)
+    return gaps

@@ -1,0 +1,62 @@
+"""The results file: written anew after each measurement, so that a run that is cut short loses nothing before it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """Figures by name, and when to stop taking more."""
+
+    def __init__(self, file: Path, deadline_s: float) -> None:
+        """`deadline_s` counts from now."""
+        self._file = file
+        self._begin_s = time.monotonic()
+        self._end_s = self._begin_s + deadline_s
+        self.figures: dict[str, Any] = {}
+
+    @property
+    def left_s(self) -> float:
+        """Time until the deadline."""
+        return self._end_s - time.monotonic()
+
+    def keep(self, name: str, value: Any) -> None:
+        """Note a figure and write all of them."""
+        self.figures[name] = value
+        scratch = self._file.with_suffix(".part")
+        scratch.write_text(json.dumps(self.figures, indent=1))
+        scratch.replace(self._file)
+
+    async def take(self, name: str, needed_s: float, measure: Callable[[], Awaitable[Any]]) -> bool:
+        """Measure, unless too little time is left; a failure is a result, and the next measurement goes on.
+
+        Returns:
+            Whether there is a figure.
+        """
+        if self.left_s < needed_s:
+            self.keep(name, {"skipped": f"{self.left_s:.0f} s were left, and it takes {needed_s:.0f}"})
+            return False
+        begin_s = time.monotonic()
+        try:
+            value = await measure()
+        except Exception as problem:
+            traceback.print_exc()
+            self.keep(name, {"error": f"{type(problem).__name__}: {problem}", "after_s": _since(begin_s)})
+            return False
+        self.keep(name, value)
+        self.tell(f"{name}: {_since(begin_s)} s")
+        return True
+
+    def tell(self, line: str) -> None:
+        """One line for whoever watches, with the time since the start."""
+        print(f"[{time.monotonic() - self._begin_s:6.1f}] {line}", file=sys.stderr, flush=True)
+
+
+def _since(begin_s: float) -> float:
+    return round(time.monotonic() - begin_s, 1)

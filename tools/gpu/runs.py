@@ -1,0 +1,176 @@
+"""One whole run, its measurements in the order of their worth: `python -m tools.gpu run`.
+
+Owns the order and the deadline. A measurement that fails or finds no time is noted as such, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.checkpoint import read_checkpoint
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tools.gpu import copies, endings, measures, overhead, shapes
+from tools.gpu.callers import Callers
+from tools.gpu.figures import Streamed
+from tools.gpu.measures import Size
+from tools.gpu.results import Results
+from tools.gpu.shapes import Load, Machine
+
+PARITY_CONCURRENT = 8
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead")
+TAIL_LINES = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is run, on which models, with how much work."""
+
+    machine: Machine
+    size: Size
+    demo: Path
+    model: Path
+    steps: tuple[str, ...] = STEPS
+    load: Load
+    demo_load: Load
+    callers: int = 2
+
+
+class Run:
+    """The state of one run."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan = plan
+        self.results = results
+        self.callers = Callers(plan.callers)
+
+    async def all(self) -> None:
+        """Every step of the plan."""
+        steps: dict[str, Callable[[], Awaitable[None]]] = {
+            "parity": self._parity,
+            "pair": functools.partial(self._shape, "pair", shapes.pair),
+            "aggregated": functools.partial(self._shape, "aggregated", shapes.aggregated),
+            "two_aggregated": functools.partial(self._shape, "two_aggregated", shapes.two_aggregated),
+            "copies": self._copies,
+            "overhead": self._overhead,
+        }
+        try:
+            await self.callers.warm()
+            for step in self.plan.steps:
+                # Each keeps its own figures; what is kept here is that it came to its end, or why it did not.
+                await self.results.take(f"step_{step}", 0, steps[step])
+        finally:
+            self.callers.close()
+        self.results.keep("left_s", round(self.results.left_s))
+
+    async def _parity(self) -> None:
+        """The demo model: streams of the pair beside those of an aggregated worker, one at a time and eight at once."""
+        plan = self.plan
+        checkpoint = read_checkpoint(plan.demo)
+        per_token = checkpoint.kv_bytes_per_token(DTYPE_BYTES[plan.machine.dtype])
+        heard: dict[tuple[str, int], list[Streamed]] = {}
+
+        async def listen(shape: str, cluster: LocalCluster) -> None:
+            for concurrent in (1, PARITY_CONCURRENT):
+                streams = await measures.parity_streams(cluster, plan.size, checkpoint.vocabulary_size, concurrent)
+                heard[shape, concurrent] = streams
+
+        for shape, make in (("aggregated", shapes.aggregated), ("pair", shapes.pair)):
+            spec = make(plan.machine, plan.demo, plan.demo_load, f"demo-{shape}")
+            await self._with(f"demo_{shape}", spec, functools.partial(listen, shape))
+        for concurrent in (1, PARITY_CONCURRENT):
+            pair, alone = heard.get(("pair", concurrent)), heard.get(("aggregated", 1))
+            if pair and alone:
+                self.results.keep(f"parity_{concurrent}", measures.parity(plan.size, per_token, pair, alone))
+        # What batches alone change, so that it can be told from what the hand-over changes.
+        batched, alone = heard.get(("aggregated", PARITY_CONCURRENT)), heard.get(("aggregated", 1))
+        if batched and alone:
+            self.results.keep("aggregated_batched", measures.parity(plan.size, per_token, batched, alone))
+
+    async def _shape(self, shape: str, make: Callable[..., ClusterSpec]) -> None:
+        """The large model on one shape of cluster: throughput, long prompts, and for the pair its endings."""
+        plan = self.plan
+        spec = make(plan.machine, plan.model, plan.load, f"model-{shape}")
+        await self._with(shape, spec, functools.partial(self._on_model, shape))
+
+    async def _on_model(self, shape: str, cluster: LocalCluster) -> None:
+        plan, take = self.plan, self.results.take
+        vocabulary = read_checkpoint(plan.model).vocabulary_size
+        warm = functools.partial(measures.throughput, cluster, self.callers, plan.size, vocabulary)
+        await take(f"{shape}_warm", 5, functools.partial(warm, min(8, plan.size.levels[-1])))
+        for level in plan.size.levels:
+            await take(f"{shape}_{level}", 10, functools.partial(warm, level))
+        busy = functools.partial(measures.interference, cluster, self.callers, plan.size, vocabulary)
+        await take(f"{shape}_interference", 15, busy)
+        if shape == "pair":
+            cancel = functools.partial(endings.cancel, cluster, plan.size, vocabulary)
+            decoding = {"at_token": 8, "prompt_tokens": plan.size.prompt_tokens}
+            prefilling = {"at_token": 0, "prompt_tokens": plan.size.long_prompt_tokens}
+            await take("cancel_decoding", 10, functools.partial(cancel, **decoding))
+            await take("cancel_prefilling", 10, functools.partial(cancel, **prefilling))
+
+    async def _copies(self) -> None:
+        machine = self.plan.machine
+        if machine.device == "cpu":
+            pairs, sizes = [("cpu", "cpu")], copies.SIZES_BYTES[:2]
+        else:
+            pairs, sizes = [("cuda:0", f"cuda:{machine.gpu(1)}")], copies.SIZES_BYTES
+        for places in pairs:
+            name = f"copies_{places[0]}_{places[1]}".replace(":", "")
+            await self.results.take(name, 20, functools.partial(asyncio.to_thread, copies.measure, places, sizes))
+
+    async def _overhead(self) -> None:
+        """Beside bare engines; then, on the same cluster and without them, engines are killed."""
+        plan = self.plan
+        load = overhead.shared(plan.load)
+        vocabulary = read_checkpoint(plan.model).vocabulary_size
+
+        async def use(cluster: LocalCluster) -> None:
+            rounds = overhead.ROUNDS if plan.machine.gpus else overhead.ROUNDS_REHEARSED
+            compare = functools.partial(overhead.compare, cluster, pair, plan.size.new_tokens, vocabulary, rounds)
+            await self.results.take("overhead", 20, compare)
+            await pair.stop()
+            kill = functools.partial(endings.kill, cluster, plan.size, vocabulary)
+            await self.results.take("kill_decode", 40, functools.partial(kill, "decode", plan.size.prompt_tokens))
+            await self.results.take(
+                "kill_prefill", 40, functools.partial(kill, "prefill", plan.size.long_prompt_tokens)
+            )
+
+        pair = await overhead.BarePair.start(plan.machine, plan.model, load)
+        try:
+            await self._with("beside_bare", shapes.pair(plan.machine, plan.model, load, "overhead"), use)
+        finally:
+            await pair.stop()
+
+    async def _with(self, name: str, spec: ClusterSpec, use: Callable[[LocalCluster], Awaitable[None]]) -> None:
+        """A cluster for one step; the ends of its logs are kept when something fails."""
+
+        async def step() -> dict[str, Any]:
+            begin_left_s = self.results.left_s
+            cluster = LocalCluster(spec)
+            shapes.place(cluster, self.plan.machine)
+            async with cluster:
+                started_s = round(begin_left_s - self.results.left_s, 1)
+                self.results.tell(f"{name} serves after {started_s} s")
+                await use(cluster)
+            return {"started_s": started_s}
+
+        if not await self.results.take(name, 20, step):
+            self.results.keep(f"{name}_logs", tails(spec.log_directory))
+
+
+def tails(logs: Path | None) -> dict[str, list[str]]:
+    """The last lines of each process."""
+    files = sorted(logs.glob("*.log")) if logs is not None and logs.is_dir() else []
+    return {file.stem: file.read_text(errors="replace").splitlines()[-TAIL_LINES:] for file in files}
+
+
+def save_logs(logs: Path, out: Path) -> None:
+    """All logs as one archive."""
+    shutil.make_archive(str(out / "logs"), "gztar", logs)
