@@ -226,6 +226,25 @@ def status(
 
 
 @app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Name of the worker, as `tandem status` shows it.")],
+    address: Annotated[
+        str | None, typer.Option(help="host:port of registries, with commas; default: of `tandem up` here.")
+    ] = None,
+    tls: TlsDirectory = None,
+) -> None:
+    """Let a worker finish what it has and end; `tandem up` then starts it again."""
+    from tandem.cli import drain as drain_command
+    from tandem.cli.state import find_tls, read_state
+
+    async def run() -> int:
+        addresses = (address or read_state().registry).split(",")
+        return await drain_command.drain(worker, addresses, find_tls(tls))
+
+    end("drain", run())
+
+
+@app.command()
 def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogDirectory = None) -> None:
     """Start a cluster, stream one answer through it, tell what happened, stop it."""
     from rich.console import Console

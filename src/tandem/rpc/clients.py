@@ -94,6 +94,25 @@ async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None =
         return response
 
 
+async def drain_worker(address: str, epoch: int, *, tls: Tls | None = None) -> AsyncGenerator[int, None]:
+    """Ask one start of a worker to finish and end; its open legs, each time one has ended, down to none.
+
+    Raises:
+        StaleEpoch: it was started again.
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        call = stub.Drain(worker_pb.DrainRequest(worker_epoch=epoch))
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                yield response.open_legs
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+
+
 async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb.GetFiguresResponse:
     """What a process holds now.
 

@@ -84,8 +84,8 @@ class Restarts:
         """Start it again as often as the policy allows; False in the end."""
         budget = RestartBudget(self._policy, self._clock)
         while True:
-            await process.wait_ended()
-            delay_s = budget.take_delay_s()
+            # One that ended well was asked to (`tandem drain`): it has not failed, and comes back.
+            delay_s = self._policy.first_delay_s if await process.wait_ended() == 0 else budget.take_delay_s()
             if delay_s is None:
                 self._tell(f"{process.epitaph()}; given up after {self._policy.count_max} restarts")
                 self._give_up(process)
