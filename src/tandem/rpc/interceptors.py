@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -33,12 +34,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, request_bytes_max: int) -> None:
         """A longer request is refused before it is parsed."""
         self._request_bytes_max = request_bytes_max
-        self._open = _OpenCalls()
-
-    @property
-    def open_calls(self) -> int:
-        """Calls that are being answered now."""
-        return self._open.count
+        self.calls = Calls()
+        """That are being answered, and that have failed."""
 
     async def intercept_service(
         self,
@@ -50,14 +47,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or not method.startswith("/tandem."):
             return handler
-        return _wrap(handler, method, _deserializer(method, self._request_bytes_max), self._open)
+        return _wrap(handler, method, _deserializer(method, self._request_bytes_max), self.calls)
 
 
-class _OpenCalls:
-    """Counts calls from their first byte to their last."""
+class Calls:
+    """Counts calls from their first byte to their last, and how those that failed did."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.failures: Counter[str] = Counter()
+        """By the reason of the error."""
 
     def __enter__(self) -> None:
         self.count += 1
@@ -66,15 +65,15 @@ class _OpenCalls:
         self.count -= 1
 
 
-def _wrap(handler: Any, method: str, deserializer: Any, open_calls: _OpenCalls) -> Handler:
+def _wrap(handler: Any, method: str, deserializer: Any, calls: Calls) -> Handler:
     if handler.unary_unary:
-        wrapped = _unary(handler.unary_unary, method, open_calls)
+        wrapped = _unary(handler.unary_unary, method, calls)
         return grpc.unary_unary_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
     if handler.unary_stream:
-        stream = _stream(handler.unary_stream, method, open_calls)
+        stream = _stream(handler.unary_stream, method, calls)
         return grpc.unary_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     if handler.stream_stream:
-        stream = _stream(_over_checked(handler.stream_stream), method, open_calls)
+        stream = _stream(_over_checked(handler.stream_stream), method, calls)
         return grpc.stream_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
     return handler  # type: ignore[no-any-return]
 
@@ -100,11 +99,11 @@ def _over_checked(
 
 
 def _unary(
-    behavior: Callable[[Any, Context], Awaitable[Any]], method: str, open_calls: _OpenCalls
+    behavior: Callable[[Any, Context], Awaitable[Any]], method: str, calls: Calls
 ) -> Callable[[Any, Context], Awaitable[Any]]:
     async def handle(request: Any, context: Context) -> Any:
         try:
-            with open_calls:
+            with calls:
                 if isinstance(request, TandemError):
                     raise request
                 return await behavior(request, context)
@@ -112,6 +111,7 @@ def _unary(
             raise
         except Exception as problem:
             failure = _as_error(problem, method)
+            calls.failures[failure.reason] += 1
         request = None
         await abort(context, failure)
         raise AssertionError("abort raises")
@@ -120,11 +120,11 @@ def _unary(
 
 
 def _stream(
-    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str, open_calls: _OpenCalls
+    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str, calls: Calls
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
         responses, failure = None, None
-        open_calls.count += 1
+        calls.count += 1
         try:
             if isinstance(request, TandemError):
                 raise request
@@ -135,8 +135,9 @@ def _stream(
             raise
         except Exception as problem:
             failure = _as_error(problem, method)
+            calls.failures[failure.reason] += 1
         finally:
-            open_calls.count -= 1
+            calls.count -= 1
             if responses is not None:
                 # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
                 # be closed here and now, not when the garbage collector finds it.

@@ -9,13 +9,13 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tandem
 from tandem.api.process.v1 import process_service_pb2 as pb
 from tandem.api.process.v1 import process_service_pb2_grpc as pb_grpc
+from tandem.rpc.interceptors import Calls
 from tandem.rpc.messages import timestamp
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ProcessService"].full_name
@@ -25,9 +25,9 @@ SELF = Path("/proc/self")
 class ProcessServicer(pb_grpc.ProcessServiceServicer):
     """The contract of process_service.proto."""
 
-    def __init__(self, open_calls: Callable[[], int]) -> None:
-        """`open_calls` counts the calls that are being answered, the present one among them."""
-        self._open_calls = open_calls
+    def __init__(self, calls: Calls) -> None:
+        """`calls` counts those that are being answered, the present one among them, and those that failed."""
+        self._calls = calls
         self._started_time = timestamp(time.time())
 
     async def GetFigures(self, request: pb.GetFiguresRequest, context: Any) -> pb.GetFiguresResponse:  # noqa: N802
@@ -36,11 +36,12 @@ class ProcessServicer(pb_grpc.ProcessServiceServicer):
             release=tandem.__version__,
             pid=os.getpid(),
             started_time=self._started_time,
-            open_calls=self._open_calls() - 1,
+            open_calls=self._calls.count - 1,
             tasks=len(asyncio.all_tasks()),
             threads=threading.active_count(),
             descriptors=_descriptors(),
             resident_bytes=_resident_bytes(),
+            failed_calls=self._calls.failures,
         )
 
 

@@ -78,7 +78,7 @@ class RpcServer:
         )
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        figures = ProcessServicer(lambda: interceptor.open_calls)
+        figures = ProcessServicer(interceptor.calls)
         self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, figures))
         for name, add in services:
             self.add(name, add)

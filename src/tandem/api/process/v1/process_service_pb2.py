@@ -25,17 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tandem/api/process/v1/process_service.proto\x12\x15tandem.api.process.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x13\n\x11GetFiguresRequest\"\xf2\x01\n\x12GetFiguresResponse\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x30\n\x0cstarted_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nopen_calls\x18\x04 \x01(\x05\x12\r\n\x05tasks\x18\x05 \x01(\x05\x12\x0f\n\x07threads\x18\x06 \x01(\x05\x12\x18\n\x0b\x64\x65scriptors\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eresident_bytes\x18\x08 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_descriptorsB\x11\n\x0f_resident_bytes2s\n\x0eProcessService\x12\x61\n\nGetFigures\x12(.tandem.api.process.v1.GetFiguresRequest\x1a).tandem.api.process.v1.GetFiguresResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tandem/api/process/v1/process_service.proto\x12\x15tandem.api.process.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x13\n\x11GetFiguresRequest\"\xf8\x02\n\x12GetFiguresResponse\x12\x0f\n\x07release\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x30\n\x0cstarted_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nopen_calls\x18\x04 \x01(\x05\x12\r\n\x05tasks\x18\x05 \x01(\x05\x12\x0f\n\x07threads\x18\x06 \x01(\x05\x12\x18\n\x0b\x64\x65scriptors\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eresident_bytes\x18\x08 \x01(\x03H\x01\x88\x01\x01\x12P\n\x0c\x66\x61iled_calls\x18\t \x03(\x0b\x32:.tandem.api.process.v1.GetFiguresResponse.FailedCallsEntry\x1a\x32\n\x10\x46\x61iledCallsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x0e\n\x0c_descriptorsB\x11\n\x0f_resident_bytes2s\n\x0eProcessService\x12\x61\n\nGetFigures\x12(.tandem.api.process.v1.GetFiguresRequest\x1a).tandem.api.process.v1.GetFiguresResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.process.v1.process_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETFIGURESRESPONSE_FAILEDCALLSENTRY']._loaded_options = None
+  _globals['_GETFIGURESRESPONSE_FAILEDCALLSENTRY']._serialized_options = b'8\001'
   _globals['_GETFIGURESREQUEST']._serialized_start=103
   _globals['_GETFIGURESREQUEST']._serialized_end=122
   _globals['_GETFIGURESRESPONSE']._serialized_start=125
-  _globals['_GETFIGURESRESPONSE']._serialized_end=367
-  _globals['_PROCESSSERVICE']._serialized_start=369
-  _globals['_PROCESSSERVICE']._serialized_end=484
+  _globals['_GETFIGURESRESPONSE']._serialized_end=501
+  _globals['_GETFIGURESRESPONSE_FAILEDCALLSENTRY']._serialized_start=416
+  _globals['_GETFIGURESRESPONSE_FAILEDCALLSENTRY']._serialized_end=466
+  _globals['_PROCESSSERVICE']._serialized_start=503
+  _globals['_PROCESSSERVICE']._serialized_end=618
 # @@protoc_insertion_point(module_scope)

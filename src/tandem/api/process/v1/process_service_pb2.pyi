@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -40,6 +42,26 @@ class GetFiguresResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FailedCallsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RELEASE_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     STARTED_TIME_FIELD_NUMBER: _builtins.int
@@ -48,6 +70,7 @@ class GetFiguresResponse(_message.Message):
     THREADS_FIELD_NUMBER: _builtins.int
     DESCRIPTORS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    FAILED_CALLS_FIELD_NUMBER: _builtins.int
     release: _builtins.str
     """Release of Tandem."""
     pid: _builtins.int
@@ -66,6 +89,12 @@ class GetFiguresResponse(_message.Message):
     def started_time(self) -> _timestamp_pb2.Timestamp:
         """When it began."""
 
+    @_builtins.property
+    def failed_calls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Calls that ended with an error since it began, by the reason of their ErrorInfo; failures that a client saw inside a
+        stream of HTTP are not among them.
+        """
+
     def __init__(
         self,
         *,
@@ -77,10 +106,11 @@ class GetFiguresResponse(_message.Message):
         threads: _builtins.int = ...,
         descriptors: _builtins.int | None = ...,
         resident_bytes: _builtins.int | None = ...,
+        failed_calls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_descriptors", b"_descriptors", "_resident_bytes", b"_resident_bytes", "descriptors", b"descriptors", "resident_bytes", b"resident_bytes", "started_time", b"started_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_descriptors", b"_descriptors", "_resident_bytes", b"_resident_bytes", "descriptors", b"descriptors", "open_calls", b"open_calls", "pid", b"pid", "release", b"release", "resident_bytes", b"resident_bytes", "started_time", b"started_time", "tasks", b"tasks", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_descriptors", b"_descriptors", "_resident_bytes", b"_resident_bytes", "descriptors", b"descriptors", "failed_calls", b"failed_calls", "open_calls", b"open_calls", "pid", b"pid", "release", b"release", "resident_bytes", b"resident_bytes", "started_time", b"started_time", "tasks", b"tasks", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__descriptors: _TypeAlias = _typing.Literal["descriptors"]  # noqa: Y015
     _WhichOneofArgType__descriptors: _TypeAlias = _typing.Literal["_descriptors", b"_descriptors"]  # noqa: Y015
