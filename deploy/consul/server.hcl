@@ -16,6 +16,8 @@ ports {
   dns   = 8600
 }
 
+ui = true
+
 acl {
   enabled        = true
   default_policy = "deny"

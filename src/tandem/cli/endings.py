@@ -26,13 +26,19 @@ def end(command: str, work: Coroutine[Any, Any, int]) -> NoReturn:
     except StartError as problem:
         exit_status = _say(command, str(problem), problem.exit_status)
     except TandemError as problem:
-        exit_status = _say(command, f"{problem} ({problem.reason})", EXIT_FAILED)
+        exit_status = _say(command, f"{problem} ({_reason(problem)})", EXIT_FAILED)
     raise typer.Exit(exit_status)
 
 
 def _say(command: str, sentence: str, exit_status: int) -> int:
     print(f"tandem {command}: {sentence}", file=sys.stderr)
     return exit_status
+
+
+def _reason(problem: TandemError) -> str:
+    """The reason, and why a broken stream did not go on where that is known."""
+    why_not = problem.metadata.get("continuation")
+    return problem.reason if why_not is None else f"{problem.reason}; not continued: {why_not}"
 
 
 def _as_option(problem: ConfigError) -> str:
