@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from registry_workers import make_worker
@@ -9,7 +10,9 @@ from tandem_registry.backends.consul.client import ConsulClient
 from tandem_registry.backends.consul.fleet import Entry, Fleet, fleet_of
 from tandem_registry.backends.consul.keeper import Keeper
 from tandem_registry.backends.consul.ledger import SETTLE_S, Ledger
+from tandem_registry.backends.consul.publisher import Publisher
 from tandem_registry.backends.consul.records import Record, Replica, service_id
+from tandem_registry.backends.subscriptions import Subscriptions
 from tandem_registry.view import Health
 
 OWN, DEAD = "own", "dead"
@@ -31,10 +34,12 @@ def test_a_lease_that_was_taken_over_stays_while_its_own_entry_is_on_its_way() -
     arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: now_s[0]}
     keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
     keeper.take(shown(1, WRITTEN))
+    keeper.inherit()
     # A replica is dead when it has been absent for a lease's time.
     now_s[0] += 61.0
     for index in (2, 3):
         keeper.take(shown(index, WRITTEN))
+        keeper.inherit()
         now_s[0] += 0.05
     adopted = ledger.wanted(ENTRY_ID)
     assert adopted is not None
@@ -43,3 +48,30 @@ def test_a_lease_that_was_taken_over_stays_while_its_own_entry_is_on_its_way() -
     keeper.take(shown(4, adopted))
     assert ledger.wanted(ENTRY_ID) == adopted, "it removes the lease it has taken over"
     keeper.keep_alive("lease", None)
+
+
+def test_a_former_registry_at_ones_own_address_is_removed() -> None:
+    """A killed registry's entry would pass its check for ever: the one that was started again answers it."""
+    arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: 0.0}
+    ledger = Ledger(cast("ConsulClient", None), OWN, lambda: 0.0)
+    keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
+    # The clock went back between the two: the dead one looks newer.
+    replicas = {OWN: ("127.0.0.1:1", 5), DEAD: ("127.0.0.1:1", 9), "elsewhere": ("127.0.0.1:2", 1)}
+    records = {
+        name: Record(member=Replica(replica_id=name, epoch=epoch, address=address), keeper=name)
+        for name, (address, epoch) in replicas.items()
+    }
+    entries = [Entry("node", service_id("tandem", r), r, Health.PASSING) for r in records.values()]
+    keeper.take(fleet_of(1, entries))
+    assert [leftover.service_id for leftover in keeper.former_selves()] == [service_id("tandem", records[DEAD])]
+
+
+def test_a_former_start_in_old_data_is_no_news() -> None:
+    """Consul restored from a copy lists a worker's start of before: the view waits for the present one's entry."""
+    newer = replace(WRITTEN, member=replace(WORKER, epoch=8), lease_id="newer")
+    publisher = Publisher(Subscriptions(), 0.0)
+    publisher.publish("one", shown(5, newer), {}, 0.0)
+    old = shown(3, WRITTEN)
+    assert publisher.missing("another", old, ()) == [newer.key]
+    assert publisher.missing("one", old, ()) == [], "in one life of the data the winner counts"
+    assert publisher.missing("another", shown(6, newer), ()) == []

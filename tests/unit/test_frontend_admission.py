@@ -195,6 +195,14 @@ def test_what_this_frontend_holds_is_not_counted_twice() -> None:
     assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)
 
 
+def test_a_worker_that_counts_wrongly_closes_only_its_own_door() -> None:
+    wrong = EngineLoad(running_requests=2**31 - 1, waiting_requests=-5, kv_used_tokens=2**31 - 1)
+    own = decode().capabilities
+    assert capacity(wrong, None).fits(1, 0, own.kv_capacity_tokens)
+    negative = EngineLoad(running_requests=-(2**31), kv_used_tokens=-(2**31))
+    assert not capacity(negative).fits(1, 1, own.kv_capacity_tokens)
+
+
 def test_one_request_always_has_room() -> None:
     """A prompt longer than what is free, or figures that are wrong, must not hold a frontend up for ever."""
     full = EngineLoad(running_requests=10**6, waiting_requests=10**6, kv_used_tokens=10**9)

@@ -58,9 +58,10 @@ class MembershipMachine(RuleBasedStateMachine):
         entries: list[Listed] = [*view.workers, *view.frontends]
         return next(entry.member for entry in entries if key_of(entry.member) == key)
 
-    def is_alive_elsewhere(self, holder: Member, address: str) -> bool:
+    def is_alive_elsewhere(self, holder: Member, kind: str, address: str) -> bool:
+        """Elsewhere, or at the same address as a member of another kind: then it is not that one's former start."""
         end_s = self.alive[key_of(holder)][2]
-        return holder.address != address and end_s - self.clock() >= TTL_S / 2
+        return (holder.address != address or holder.kind != kind) and end_s - self.clock() >= TTL_S / 2
 
     @rule(key=KEYS, epoch=EPOCHS, address=ADDRESSES)
     def register(self, key: Key, epoch: int, address: str) -> None:
@@ -72,10 +73,10 @@ class MembershipMachine(RuleBasedStateMachine):
         except DuplicateWorker as refusal:
             held = (refusal.metadata["worker"], refusal.metadata["address"])
             holder = next(m for m in rivals if (m.member_id, m.address) == held)
-            assert holder.epoch >= epoch or self.is_alive_elsewhere(holder, address)
+            assert holder.epoch >= epoch or self.is_alive_elsewhere(holder, kind, address)
             return
         assert all(rival.epoch < epoch for rival in rivals), "an older or equal start fenced a newer one"
-        assert not any(self.is_alive_elsewhere(rival, address) for rival in rivals), "a live start was fenced"
+        assert not any(self.is_alive_elsewhere(rival, kind, address) for rival in rivals), "a live start was fenced"
         for rival in rivals:
             self.end(key_of(rival))
         self.alive[key] = (member, grant.lease_id, self.clock() + TTL_S)

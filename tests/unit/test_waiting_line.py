@@ -14,8 +14,39 @@ def order(*demands: Demand) -> list[int]:
     return [line.take()[0] for _ in range(len(line))]
 
 
-def test_a_higher_priority_goes_first() -> None:
-    assert order(Demand(tokens=1), Demand(tokens=1, priority=5), Demand(tokens=1, priority=-5)) == [1, 0, 2]
+def test_a_higher_priority_of_a_tenant_goes_first() -> None:
+    demands = (Demand(tokens=1), Demand(tokens=1, priority=5), Demand(tokens=1, priority=-5))
+    assert order(*demands) == [1, 0, 2]
+
+
+def test_no_priority_of_one_tenant_holds_up_another() -> None:
+    loud = [Demand(tokens=10, tenant="loud", priority=100)] * 50
+    assert order(*loud, Demand(tokens=10, tenant="quiet")).index(50) <= 1
+
+
+def test_who_comes_again_at_once_has_no_more_turns_than_who_waits() -> None:
+    """A tenant with one request at a time leaves the line with each, and must not begin anew for it."""
+    line: WaitingLine[int] = WaitingLine()
+    for number in range(1000):
+        line.add(number, Demand(tokens=10, tenant="many"))
+    line.add(1000, Demand(tokens=10, tenant="one at a time"))
+    given = {"many": 0, "one at a time": 0}
+    for number in range(1001, 1401):
+        _, demand = line.take()
+        given[demand.tenant] += demand.tokens
+        if demand.tenant == "one at a time":
+            line.add(number, demand)
+    assert abs(given["many"] - given["one at a time"]) <= 20
+
+
+def test_tickets_that_left_are_not_kept() -> None:
+    line: WaitingLine[int] = WaitingLine()
+    line.add(-1, Demand(tokens=1, priority=1))
+    for number in range(10_000):
+        line.add(number, Demand(tokens=1))
+        line.remove(number)
+    assert len(line) == 1
+    assert sum(len(tenant.heap) for tenant in line._tenants.values()) < 100
 
 
 def test_within_a_tenant_the_earliest_deadline_goes_first() -> None:
@@ -79,7 +110,8 @@ def test_nobody_is_lost_or_served_twice(steps: list[tuple[Demand, str]]) -> None
             first = line.first()
             taken = line.take()
             assert taken == first
-            assert taken[1].priority == max(d.priority for d in waiting.values())
+            own = [d for d in waiting.values() if d.tenant == taken[1].tenant]
+            assert taken[1].priority == max(d.priority for d in own)
             del waiting[taken[0]]
         assert len(line) == len(waiting)
         assert line.tokens == sum(d.tokens for d in waiting.values())

@@ -50,8 +50,10 @@ class Capacity:
         for worker in streaming:
             load = self._load(worker.start)
             if load is not None:
-                requests += (load.running_requests or 0) + (load.waiting_requests or 0)
-                tokens += load.kv_used_tokens or 0
+                # No more than it can have: one that counts wrongly must not close the door of all others.
+                told = (load.running_requests or 0) + (load.waiting_requests or 0)
+                requests += min(max(0, told), _requests_max(worker))
+                tokens += min(max(0, load.kv_used_tokens or 0), worker.capabilities.kv_capacity_tokens)
         return requests, tokens
 
     def _streams(self, worker: Worker) -> bool:

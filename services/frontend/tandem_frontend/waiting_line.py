@@ -1,8 +1,8 @@
 """The line of requests that wait for a place: who is next.
 
-Pure: holds tickets and orders them, wakes nobody. A higher priority goes first. Within a priority, tenants take turns
-by the tokens they ask for, so that one tenant's thousand requests do not hold up another one's first. Within a tenant,
-the earliest deadline goes first, then the earlier request.
+Pure: holds tickets and orders them, wakes nobody. Tenants take turns by the tokens they ask for, so that neither a
+thousand requests nor a high priority of one tenant holds up another one's first. Within a tenant, a higher priority
+goes first, then the earliest deadline, then the earlier request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
+
+GONE_MIN = 32
+"""Fewer tickets that left are not worth tidying a heap for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,24 +32,33 @@ class Demand:
     deadline_s: float | None = None
     """On the frontend's clock; None: it has none."""
 
+    @property
+    def urgency(self) -> tuple[int, float]:
+        """The least goes first among a tenant's own."""
+        return -self.priority, math.inf if self.deadline_s is None else self.deadline_s
+
 
 @dataclass(slots=True)
 class _Tenant(Generic[T]):
     turn: float
-    """Tokens it was given, counted from when it last had nothing waiting: the least goes next."""
-    waiting: list[tuple[float, int, T]] = field(default_factory=list)
-    """Heap of (deadline, arrival, ticket)."""
+    """Tokens it was given, on a scale that all tenants share: the least goes next."""
+    waiting_count: int = 0
+    heap: list[tuple[tuple[int, float], int, T]] = field(default_factory=list)
+    """(urgency, arrival, ticket); may hold tickets that have left."""
 
 
 class WaitingLine(Generic[T]):
     """Tickets of those who wait."""
 
     def __init__(self) -> None:
-        self._classes: dict[int, dict[str, _Tenant[T]]] = {}
+        self._tenants: dict[str, _Tenant[T]] = {}
+        """With tickets that wait."""
+        self._turns: dict[str, float] = {}
+        """Turns of tenants that have none now, while they are ahead of whoever went last."""
+        self._turn = 0.0
+        """Of whoever went last: a tenant that comes anew begins there, not before."""
         self._demands: dict[T, Demand] = {}
         self._arrivals = itertools.count()
-        self._turns: dict[int, float] = {}
-        """For each priority, the turn of whoever went last: a tenant that comes anew begins there, not before."""
         self.tokens = 0
         """Tokens asked for by all who wait."""
 
@@ -58,25 +70,37 @@ class WaitingLine(Generic[T]):
         assert ticket not in self._demands, "one ticket twice"
         self._demands[ticket] = demand
         self.tokens += demand.tokens
-        tenants = self._classes.setdefault(demand.priority, {})
-        tenant = tenants.setdefault(demand.tenant, _Tenant(self._turns.get(demand.priority, 0.0)))
-        deadline_s = math.inf if demand.deadline_s is None else demand.deadline_s
-        heapq.heappush(tenant.waiting, (deadline_s, next(self._arrivals), ticket))
+        tenant = self._tenants.get(demand.tenant)
+        if tenant is None:
+            turn = max(self._turn, self._turns.pop(demand.tenant, 0.0))
+            tenant = self._tenants[demand.tenant] = _Tenant(turn)
+        tenant.waiting_count += 1
+        heapq.heappush(tenant.heap, (demand.urgency, next(self._arrivals), ticket))
 
     def remove(self, ticket: T) -> None:
         """Leave the line without a place. Harmless for one who is not in it."""
         demand = self._demands.pop(ticket, None)
-        if demand is not None:
-            self.tokens -= demand.tokens
-            self._forget_gone(demand.priority, demand.tenant)
+        if demand is None:
+            return
+        self.tokens -= demand.tokens
+        tenant = self._tenants[demand.tenant]
+        tenant.waiting_count -= 1
+        if not tenant.waiting_count:
+            del self._tenants[demand.tenant]
+            self._turns[demand.tenant] = tenant.turn
+        else:
+            self._tidy(tenant)
+        if not self._demands:
+            # Nobody waits, so nobody is owed a turn.
+            self._turns.clear()
+            self._turn = 0.0
 
     def first(self) -> tuple[T, Demand] | None:
         """Who is next; None when nobody waits."""
         if not self._demands:
             return None
-        tenants = self._classes[max(self._classes)]
-        tenant = min(tenants.values(), key=lambda tenant: (tenant.turn, tenant.waiting[0]))
-        ticket = tenant.waiting[0][2]
+        tenant = min(self._tenants.values(), key=lambda tenant: (tenant.turn, tenant.heap[0][:2]))
+        ticket = tenant.heap[0][2]
         return ticket, self._demands[ticket]
 
     def take(self) -> tuple[T, Demand]:
@@ -84,34 +108,25 @@ class WaitingLine(Generic[T]):
         first = self.first()
         assert first is not None, "nobody waits"
         ticket, demand = first
-        tenant = self._classes[demand.priority][demand.tenant]
-        self._turns[demand.priority] = tenant.turn
+        tenant = self._tenants[demand.tenant]
+        self._turn = tenant.turn
         tenant.turn += demand.tokens
+        self._turns = {name: turn for name, turn in self._turns.items() if turn > self._turn}
         self.remove(ticket)
         return ticket, demand
 
     def tokens_before(self, demand: Demand) -> int:
-        """Tokens of those who would certainly go before a newcomer: all of a higher priority, and his own tenant's."""
+        """Tokens of those who certainly go before a newcomer: his own tenant's that are as urgent or more."""
         return sum(
             waiting.tokens
             for waiting in self._demands.values()
-            if waiting.priority > demand.priority
-            or (waiting.priority == demand.priority and waiting.tenant == demand.tenant and _earlier(waiting, demand))
+            if waiting.tenant == demand.tenant and waiting.urgency <= demand.urgency
         )
 
-    def _forget_gone(self, priority: int, name: str) -> None:
-        tenants = self._classes[priority]
-        waiting = tenants[name].waiting
-        while waiting and waiting[0][2] not in self._demands:
-            heapq.heappop(waiting)
-        if not waiting:
-            del tenants[name]
-        if not tenants:
-            del self._classes[priority]
-            self._turns.pop(priority, None)
-
-
-def _earlier(waiting: Demand, newcomer: Demand) -> bool:
-    if newcomer.deadline_s is None:
-        return True
-    return waiting.deadline_s is not None and waiting.deadline_s <= newcomer.deadline_s
+    def _tidy(self, tenant: _Tenant[T]) -> None:
+        """Forget tickets that have left: those at the head at once, the others when they are most of the heap."""
+        if len(tenant.heap) - tenant.waiting_count > max(GONE_MIN, tenant.waiting_count):
+            tenant.heap = [place for place in tenant.heap if place[2] in self._demands]
+            heapq.heapify(tenant.heap)
+        while tenant.heap[0][2] not in self._demands:
+            heapq.heappop(tenant.heap)

@@ -252,7 +252,9 @@ class Membership:
         is_same_start = not is_elsewhere and _start(rival.member) == _start(member)
         if is_same_start and not rival.is_kept:
             return
-        if rival.member.epoch >= member.epoch or (is_elsewhere and rival.is_alive):
+        # A frontend with a worker's address is a mistake, not its next start.
+        is_another_kind = rival.member.kind != member.kind
+        if rival.member.epoch >= member.epoch or ((is_elsewhere or is_another_kind) and rival.is_alive):
             raise self._duplicate(_field(member, rival.member), member, rival.member)
 
     def _enter(self, lease_id: str, member: Member, *, is_heard: bool) -> _Lease:

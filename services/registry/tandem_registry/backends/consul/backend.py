@@ -325,7 +325,7 @@ class ConsulBackend:
             self._keeper.sweep(is_live=self._problem is None)
             if self._problem is None and self._publisher.registry_id is not None:
                 self._check_own_entry()
-                self._remove([] if self._is_withdrawn else self._keeper.inherit())
+                self._remove([] if self._is_withdrawn else [*self._keeper.inherit(), *self._keeper.former_selves()])
             next_s = self._keeper.membership.next_expiry_s()
             wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
             await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))

@@ -203,6 +203,18 @@ class Keeper:
             if is_useless:
                 self._ledger.want(entry_id, None)
 
+    def former_selves(self) -> list[Leftover]:
+        """Entries of former registries at this one's address, where only this one can listen. A killed one's would pass
+        its check for ever, because this registry answers it.
+        """
+        replicas = [entry for entry in self.fleet.entries if isinstance(entry.record.member, Replica)]
+        addresses = {entry.record.member.address for entry in replicas if entry.record.keeper == self.replica_id}
+        return [
+            Leftover(entry.node, entry.service_id, is_only_one=True)
+            for entry in replicas
+            if entry.record.member.address in addresses and entry.record.keeper != self.replica_id
+        ]
+
     def _inherit(self, dead: set[str]) -> list[Leftover]:
         leftovers = []
         names = [entry.service_id for entry in self.fleet.entries]

@@ -33,13 +33,17 @@ class Publisher:
         self._set_live(False, now_s)
 
     def missing(self, registry_id: str, fleet: Fleet, own_keys: Collection[Key]) -> list[Key]:
-        """Published members that an answer has no entry of, although nobody can have taken them out: all of them in a
-        new generation, and those whose leases are kept here in the present one. Once somebody is missing, everybody is
-        waited for.
+        """Published members that an answer has no entry of, or that of a former start, although nobody can have taken
+        them out: all of them in a new generation, and those whose leases are kept here in the present one. Once
+        somebody is missing, everybody is waited for.
         """
         if self.registry_id is None:
             return []
-        absent = [key for key in self.fleet.members if key not in fleet.winners]
+        absent = [
+            key
+            for key, entry in self.fleet.members.items()
+            if key not in fleet.winners or fleet.winners[key].record.member.epoch < entry.record.member.epoch
+        ]
         if registry_id != self.registry_id or any(key in own_keys for key in absent) or self._is_holding:
             return absent
         return []

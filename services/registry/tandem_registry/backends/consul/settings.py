@@ -52,15 +52,17 @@ class ConsulSettings:
         """The token as it is now; empty: none.
 
         Raises:
-            ConfigError: its file cannot be read; names consul_token_file.
+            ConfigError: its file cannot be read, or it is no token; names consul_token_file or consul_token.
         """
         if self.token_file is None:
+            if self.token and not _is_one_word(self.token):
+                raise ConfigError("consul_token", "is no token, which is one word")
             return self.token
         try:
             token = self.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as problem:
             raise ConfigError("consul_token_file", f"{self.token_file} cannot be read: {_words(problem)}") from None
-        if not token or not token.isprintable() or " " in token:
+        if not _is_one_word(token):
             raise ConfigError("consul_token_file", f"{self.token_file} holds no token, which is one word")
         return token
 
@@ -87,3 +89,7 @@ class ConsulSettings:
 
 def _words(problem: Exception) -> str:
     return str(getattr(problem, "strerror", None) or problem)
+
+
+def _is_one_word(token: str) -> bool:
+    return bool(token) and token.isascii() and token.isprintable() and " " not in token
