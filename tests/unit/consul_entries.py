@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from tandem_registry.backends.consul.fleet import Entry
@@ -45,7 +47,7 @@ def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
     status = "critical" if entry.health is Health.CRITICAL else "passing"
     words = "connection refused" if status == "critical" else ""
     own = {"ServiceID": entry.service_id, "Status": status, "Output": words, "Notes": ""}
-    checks = [] if entry.health is Health.UNKNOWN else [own]
+    checks: list[dict[str, Any]] = [] if entry.health is Health.UNKNOWN else [own]
     serf = {"ServiceID": "", "Status": "passing" if entry.is_node_alive else "critical"}
     return {
         "Node": {"Node": entry.node},
@@ -58,3 +60,13 @@ def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
         },
         "Checks": [serf, *checks],
     }
+
+
+def answer_of(entries: Iterable[Entry]) -> bytes:
+    """The answer of /v1/health/service as Consul writes it."""
+    return body_of(instance(entry) for entry in entries)
+
+
+def body_of(instances: Iterable[dict[str, Any]]) -> bytes:
+    """As Consul writes JSON: without spaces, and with a line feed at the end."""
+    return json.dumps(list(instances), separators=(",", ":")).encode() + b"\n"

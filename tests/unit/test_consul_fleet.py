@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from consul_entries import instance, make_entry, make_replica, registry_entry
+from consul_entries import answer_of, make_entry, make_replica, registry_entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry_workers import make_frontend, make_worker
@@ -77,8 +77,7 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
         reader, held, fleet = AnswerReader(), {}, Fleet()
         at: dict[int, Any] = {}
         for index in read:
-            answer = [instance(entry, modify_index=100 * index + n) for n, entry in enumerate(history[index])]
-            after = fleet_of(index, reader.entries(answer))
+            after = fleet_of(index, reader.entries(answer_of(history[index])))
             change = change_between(fleet, after)
             for gone in change.removed if change else ():
                 held.pop((gone.member.kind, gone.member.member_id))
@@ -160,24 +159,3 @@ def test_reasons_are_those_known_else_what_the_answer_tells() -> None:
         "c": RemovalReason.REPLACED,
     }
     assert change_between(after, replace(after, index=9)) is None, "who keeps a lease, and load, are no change of view"
-
-
-def test_what_was_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = AnswerReader()
-    answer = [instance(make_entry(make_worker("a"))), instance(make_entry(make_worker("b")))]
-    first = reader.entries(answer)
-    answer[1] = instance(make_entry(make_worker("b", state=WorkerState.DRAINING)), modify_index=2)
-    second = reader.entries(answer)
-    assert second[0].record is first[0].record
-    assert second[1].record != first[1].record
-
-
-def test_a_check_that_an_agent_has_not_made_yet_says_nothing() -> None:
-    """A restarted agent calls everything critical until it has looked."""
-    answer = instance(make_entry(make_worker(), health=Health.CRITICAL))
-    (own,) = [check for check in answer["Checks"] if check["ServiceID"]]
-    assert fleet_of(1, AnswerReader().entries([answer])).view("g").workers == ()
-    own["Output"] = ""
-    assert len(fleet_of(1, AnswerReader().entries([answer])).view("g").workers) == 1
-    own["Notes"] = "maintenance"
-    assert fleet_of(1, AnswerReader().entries([answer])).view("g").workers == ()

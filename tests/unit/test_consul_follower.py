@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from consul_entries import instance, make_entry, registry_entry
+from consul_entries import answer_of, make_entry, registry_entry
 from registry_workers import make_worker
 from tandem_registry.backends.consul import follower
 from tandem_registry.backends.consul.client import Answer, Generation
@@ -52,8 +52,7 @@ class PlayedConsul:
         if self.is_cut:
             raise ServiceError("cut")
         known = None if after is None else after.index
-        instances = [instance(entry, self.index) for entry in self.entries]
-        return Answer(self.index, None if self.index == known else instances)
+        return Answer(self.index, None if self.index == known else answer_of(self.entries))
 
     async def generation(self) -> Generation | None:
         if self.is_cut:
@@ -134,7 +133,7 @@ async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothi
 
         async def deposed(*args: Any, is_consistent: bool = False, **more: Any) -> Answer:
             answer = await honest(*args, is_consistent=is_consistent, **more)
-            return answer if is_consistent else Answer(3, [])
+            return answer if is_consistent else Answer(3, b"[]")
 
         consul.health = deposed  # type: ignore[method-assign]
         consul.change(11, *consul.entries)

@@ -5,7 +5,6 @@ Owns the requests and their forms. When they are made, and what answers mean, is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,16 @@ DEREGISTER_CRITICAL_AFTER = "1m"
 FAILURES_BEFORE_CRITICAL = 2
 """One check that gets no answer in time may be a busy worker's."""
 NEVER = "8760h"
+NOBODY = 'Service.ID == ""'
+"""Selects no instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Consul's answer about the service at one index; `instances` is None where nothing changed."""
+    """Consul's answer about the service at one index, as `answers` reads it; None where nothing changed."""
 
     index: int
-    instances: list[dict[str, Any]] | None
+    body: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,20 @@ class ConsulClient:
             params = [("index", after.index), ("wait", f"{int(wait_s * 1000)}ms")]
         if is_consistent:
             params.append(("consistent", "1"))
-        known = None if after is None else after.index
+        # Consul adds up to a sixteenth to the wait, so that not all of its clients return at once.
+        answer = await self._ask(params, wait_s * 17 / 16 + ANSWER_TIMEOUT_S)
+        return Answer(answer.index, None) if after is not None and answer.index == after.index else answer
+
+    async def index(self) -> int:
+        """The index of the service at this moment, as its leader knows it: without the service, which is megabytes."""
+        return (await self._ask([("consistent", "1"), ("filter", NOBODY)], ANSWER_TIMEOUT_S)).index
+
+    async def _ask(self, params: list[tuple[str, Any]], timeout_s: float) -> Answer:
+        path = f"/v1/health/service/{self._service}"
 
         def read(response: base.Response) -> Answer:
-            index = int(response.headers["X-Consul-Index"])
-            # A thousand workers are megabytes: nothing new is not parsed.
-            return Answer(index, None if index == known else json.loads(response.body))
+            return Answer(int(response.headers["X-Consul-Index"]), response.body)
 
-        # Consul adds up to a sixteenth to the wait, so that not all of its clients return at once.
-        timeout_s = wait_s * 17 / 16 + ANSWER_TIMEOUT_S
-        path = f"/v1/health/service/{self._service}"
         answer: Answer = await self._allowed(
             lambda: self._consul.http.send(
                 read, "GET", path, params, headers=self._consul.prepare_headers(), timeout_s=timeout_s

@@ -89,29 +89,30 @@ class Follower:
             if self._refresh_count >= wanted:
                 return
             self._refresh_count += 1
-            answer = await self._client.health(Answer(self._fleet.index, None), is_consistent=True)
-            await self.wait_for(lambda: self._fleet.index >= answer.index)
+            index = await self._client.index()
+            await self.wait_for(lambda: self._fleet.index >= index)
 
     async def _follow(self) -> None:
         """Until the generation may be another one."""
-        answer = await self._begin()
+        fleet, read_s = self._read(await self._begin())
         while True:
-            worked_s = self._tell(answer)
+            worked_s = read_s + self._tell(fleet)
             self._backoff.reset()
             await asyncio.sleep(max(GAP_MIN_S, GAP_FACTOR * worked_s))
-            newer = await self._client.health(answer, WAIT_S)
-            if newer.index < answer.index:
+            answer = await self._client.health(Answer(fleet.index, None), WAIT_S)
+            if answer.index < fleet.index:
                 return
-            if newer.instances is None:
+            if answer.body is None:
                 if await self._is_another_generation():
                     return
-            elif self._is_suspect(newer):
-                log.warning(
-                    "Consul lists nobody at index %d, after %d entries: asked again", newer.index, self._count()
-                )
+                read_s = 0.0
+                continue
+            fleet, read_s = self._read(answer)
+            if self._is_suspect(fleet):
+                count = _count(self._fleet)
+                log.warning("Consul lists nobody at index %d, after %d entries: asked again", fleet.index, count)
                 await asyncio.sleep(SUSPECT_PAUSE_S)
                 return
-            answer = newer
 
     async def _begin(self) -> Answer:
         """The first answer of a generation, or of one that goes on."""
@@ -126,7 +127,6 @@ class Follower:
             if after != before:
                 continue
             if not is_known:
-                self._reader.forget()
                 self._registry_id, self._fleet = before.registry_id, Fleet()
             return answer
 
@@ -139,24 +139,25 @@ class Follower:
         now = await self._client.generation()
         return now is None or now.registry_id != self._registry_id
 
-    def _is_suspect(self, answer: Answer) -> bool:
-        return (
-            self._count() > 0
-            and not self._explains(self._fleet)
-            and not any(
-                (instance["Service"]["Meta"] or {}).get("kind") != Replica.kind for instance in answer.instances or ()
-            )
-        )
+    def _is_suspect(self, fleet: Fleet) -> bool:
+        return _count(fleet) == 0 < _count(self._fleet) and not self._explains(self._fleet)
 
-    def _count(self) -> int:
-        return sum(not isinstance(entry.record.member, Replica) for entry in self._fleet.entries)
-
-    def _tell(self, answer: Answer) -> float:
-        """Hand an answer on; returns how long that took."""
+    def _read(self, answer: Answer) -> tuple[Fleet, float]:
+        """What an answer means, and how long it took to find out."""
         began_s = self._clock()
-        if answer.instances is not None:
-            self._fleet = fleet_of(answer.index, self._reader.entries(answer.instances))
-        self._on_fleet(self._registry_id, self._fleet)
+        assert answer.body is not None, "an answer that says that nothing changed"
+        fleet = fleet_of(answer.index, self._reader.entries(answer.body))
+        return fleet, self._clock() - began_s
+
+    def _tell(self, fleet: Fleet) -> float:
+        """Hand on what Consul shows; returns how long that took."""
+        began_s = self._clock()
+        self._fleet = fleet
+        self._on_fleet(self._registry_id, fleet)
         arrived, self._arrived = self._arrived, asyncio.Event()
         arrived.set()
         return self._clock() - began_s
+
+
+def _count(fleet: Fleet) -> int:
+    return sum(not isinstance(entry.record.member, Replica) for entry in fleet.entries)

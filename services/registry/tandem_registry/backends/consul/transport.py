@@ -22,6 +22,8 @@ CONNECTIONS_MAX = 8
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 """For an answer that Consul does not delay on purpose."""
+READ_BUFFER_BYTES = 2**22
+"""So much of an answer is taken without a pause; aiohttp's own 64 KiB are many for megabytes."""
 SHOWN_CHARACTERS = 200
 TOO_MANY = 429
 TOKEN_SETTING = "consul_token"  # noqa: S105 -- the name of a setting
@@ -39,7 +41,13 @@ class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
         super().__init__(*args, **kwargs)
         tls = settings.tls_context()
         connector = aiohttp.TCPConnector(limit=CONNECTIONS_MAX, ssl=True if tls is None else tls)
-        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            trust_env=False,
+            # The agent is near: to compress an answer takes it longer than to send it.
+            headers={"Accept-Encoding": "identity"},
+            read_bufsize=READ_BUFFER_BYTES,
+        )
         self._where = settings.address
         self.timeout_s = ANSWER_TIMEOUT_S
 
