@@ -173,3 +173,18 @@ async def test_an_outage_is_told_and_what_comes_after_it() -> None:
         consul.index = 20
         consul.cut(is_cut=False)
         await assert_eventually(lambda: told.views[-1] == ("h", 20, 1))
+
+
+async def test_an_answer_that_cannot_be_read_is_an_outage() -> None:
+    consul = PlayedConsul()
+    async with following(consul) as told:
+        honest = consul.health
+
+        async def garbled(*args: Any, is_consistent: bool = False, **more: Any) -> Answer:
+            answer = await honest(*args, is_consistent=is_consistent, **more)
+            return answer if is_consistent else Answer(answer.index, b"<html>")
+
+        consul.health = garbled  # type: ignore[method-assign]
+        consul.change(11, *consul.entries)
+        await assert_eventually(lambda: told.losses)
+        await assert_eventually(lambda: told.views[-1] == ("g", 11, 1), what="the answer to the next question")
