@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from tandem.errors import TandemError
 
@@ -34,7 +35,29 @@ class Asked:
     workers: tuple[str, ...] = ()
     """Prefill and decode worker that took it."""
     tokens: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+    """When each of them came."""
+    finish_count: int = 0
+    """How often the stream said that it is whole: once, or it failed."""
+    last_attempt: int | None = None
+    """Which attempt finished it; more than `attempt`: it broke after it was taken and was begun again or continued."""
+    misplaced_count: int = 0
+    """Chunks that did not begin where the one before ended."""
     failure: TandemError | None = None
+
+    @property
+    def went_on(self) -> bool:
+        """Whether workers that had it lost it, and others took it."""
+        return self.last_attempt is not None and self.attempt is not None and self.last_attempt > self.attempt
+
+    def gap_after_s(self, fault_s: float) -> float | None:
+        """From a fault, or from the last token before the next where some still came, to the first token of the rest.
+
+        The longest pause between two events that ends after the fault; None: nothing came after it.
+        """
+        heard = [self.accepted_s or self.start_s, *self.token_times_s]
+        pauses = [later - max(earlier, fault_s) for earlier, later in pairwise(heard) if later > fault_s]
+        return max(pauses, default=None)
 
     def runs_at(self, time_s: float) -> bool:
         """Whether its workers had it at that moment."""

@@ -124,7 +124,12 @@ def _note(asked: Asked, event: pb.GenerateResponse) -> None:
         asked.accepted_s, asked.attempt = now_s(), route.attempt
         asked.workers = tuple(filter(None, (route.prefill_worker_id, route.decode_worker_id)))
     elif kind == "chunk":
+        asked.misplaced_count += event.chunk.index != len(asked.token_times_s)
         asked.tokens.extend(event.chunk.token_ids)
+        asked.token_times_s.append(now_s())
+    elif kind == "finish":
+        asked.finish_count += 1
+        asked.last_attempt = event.finish.route.attempt
 
 
 @asynccontextmanager

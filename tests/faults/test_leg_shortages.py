@@ -1,0 +1,132 @@
+"""Engines that fail hand-overs or run out of memory, readers that do not read, frontends and registries that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.errors import ServiceError
+from tandem.rpc import clients
+from tandem.rpc.channels import open_channel
+from tandem.testing.eventually import assert_eventually
+from tests.faults import verdicts
+from tests.faults.demo_answers import demo_answers
+from tests.faults.history import now_s
+from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
+from tests.faults.leg_course import FLOOR, one_ending_each, under_load
+from tests.faults.leg_report import figures_of, report
+from tests.faults.process_faults import kill
+from tests.faults.steady_load import Shape, SteadyLoad, steady_load
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
+
+SLOW_READER_TOKENS = 1_500
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LegCluster]:
+    async with leg_cluster(tmp_path_factory.mktemp("shortages")) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("point", ["bootstrap", "transfer_begin", "transfer_middle", "transfer_end"])
+async def test_every_third_hand_over_of_one_worker_fails(cluster: LegCluster, point: str) -> None:
+    async with under_load(cluster, f"every third {point} of prefill-0 fails") as course:
+        before = len(cluster.fired("prefill-0"))
+        course.fault_s = now_s()
+        cluster.inject("prefill-0", {"point": point, "kind": "fail", "chance": 0.33})
+        await course.answered(40)
+        assert len(cluster.fired("prefill-0")) > before, "void: no hand-over failed"
+    again = course.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
+    verdicts.is_large_enough(again, 1, "what was begun again")
+
+
+async def test_a_decode_worker_without_memory_gives_it_back(cluster: LegCluster) -> None:
+    async with under_load(cluster, "KV memory of decode-0 exhausted for a second") as course:
+        await course.hold("decode-0", "decoding")
+        before = len(cluster.fired("decode-0"))
+        course.fault_s = now_s()
+        cluster.inject("decode-0", {"point": "decode_step", "kind": "exhaust", "nth": 1, "delay_s": 1.0})
+        await assert_eventually(lambda: len(cluster.fired("decode-0")) > before, what="exhausted memory")
+        await course.answered(20)
+
+
+async def test_a_reader_that_does_not_read_holds_up_nobody_else(cluster: LegCluster) -> None:
+    prompt = tuple(range(20, 40))
+    async with under_load(cluster, "a reader that does not read") as course:
+        async with open_channel(cluster.frontends[0].address) as channel:
+            stub: Any = InferenceServiceStub(channel)
+            call = stub.Generate(_greedy(prompt, SLOW_READER_TOKENS), timeout=60)
+            tokens: list[int] = []
+            while not tokens:
+                tokens += (await call.read()).chunk.token_ids
+            course.fault_s = now_s()
+            await course.answered(30)
+            async for event in call:
+                tokens += event.chunk.token_ids
+        assert tokens == demo_answers(prompt, SLOW_READER_TOKENS)
+    attempts = {asked.last_attempt for asked in course.load.history.asked}
+    assert attempts == {1}, "somebody was sent elsewhere"
+
+
+async def test_a_killed_registry_is_nothing(cluster: LegCluster) -> None:
+    async with under_load(cluster, "kill of the registry") as course:
+        await course.hold("decode-0", "decoding")
+        course.fault_s = await kill(cluster.registries[0])
+        await course.answered(30)
+    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+
+
+async def test_a_killed_frontend_leaves_no_leg(cluster: LegCluster) -> None:
+    killed, other = cluster.frontends
+    shape = Shape(rate_per_s=8, long_every=1, long_tokens=400, deadline_s=30)
+    async with cluster.views() as views:
+        await cluster.restore(views)
+        async with steady_load([killed.address], shape) as load, steady_load([other.address]) as rest:
+            await load.wait_running(4)
+            await rest.wait_ended(FLOOR)
+            killed_s = await kill(killed)
+            # No more requests meet it: what counts is what it had.
+            left = asyncio.create_task(_legs_end(cluster, rest))
+            await rest.wait_ended(FLOOR)
+            legs_s = await left
+        await cluster.restore(views)
+    await cluster.assert_idle()
+    had = load.history.running_at(killed_s)
+    verdicts.is_large_enough(had, 4, "what the frontend had")
+    assert all(isinstance(asked.failure, ServiceError) for asked in had.asked), had.lines()
+    one_ending_each(load.history)
+    late = had.where(lambda asked: (asked.end_s or 0.0) - killed_s > IDLE_WITHIN_S + BUSY_MACHINE_S)
+    assert not len(late), f"clients that were told late:\n{late.lines()}"
+    verdicts.tokens_are_exact(had, demo_answers)
+    verdicts.none_failed(rest.history)
+    report("kill of a frontend: its own clients", figures_of(load.history.begun(0, killed_s), killed_s, legs_s))
+    report("kill of a frontend: those of the other one", figures_of(rest.history, killed_s))
+
+
+async def _legs_end(cluster: LegCluster, rest: SteadyLoad) -> float:
+    """Return when the workers have no more legs than the other frontend has requests; how long it took."""
+    begin_s = now_s()
+
+    async def too_many() -> int:
+        loads = [await clients.worker_load(worker.address) for worker in cluster.of_role("decode")]
+        open_ones = rest.history.where(lambda asked: asked.end_s is None)
+        return sum(load.open_legs for load in loads) - len(open_ones)
+
+    within_s = IDLE_WITHIN_S + BUSY_MACHINE_S
+    await assert_eventually(too_many, lambda count: count <= 0, within_s=within_s, what="no leg of a dead frontend")
+    return now_s() - begin_s
+
+
+def _greedy(prompt: tuple[int, ...], max_tokens: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        token_ids={"ids": prompt},  # type: ignore[arg-type]
+        sampling={"temperature": 0.0},  # type: ignore[arg-type]
+        stopping={"max_tokens": max_tokens, "ignore_eos": True},  # type: ignore[arg-type]
+    )
