@@ -192,7 +192,8 @@ class RequestStream:
             try:
                 return await self._try(route, leg)
             except TandemError as problem:
-                if self.attempt.refused_by is None:
+                if self.attempt.failed_worker is None:
+                    # About the request itself: another worker would say the same.
                     raise
                 self._note_failed()
                 another = await self._another()

@@ -110,8 +110,6 @@ class Attempt:
         self._prefill_accepted = asyncio.Event()
         self._prefill_task: asyncio.Task[None] | None = None
         self._failure: TandemError | None = None
-        self.refused_by: Worker | None = None
-        """Who did not take its leg where another one may; nothing has been generated then."""
         self.failed_worker: Worker | None = None
         """Whose leg failed first, in whatever phase, where another worker may do better."""
         self.decode_finish: leg_pb2.LegFinish | None = None
@@ -303,10 +301,9 @@ class Attempt:
 
     def _explain(self, leg: _Leg, problem: TandemError) -> TandemError:
         """What the client is told of a leg's failure."""
-        if isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
+        is_blamed = not (leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING)
+        if is_blamed and isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
             self.failed_worker = self.failed_worker or leg.worker
-            if leg.phase is Phase.DISPATCHED:
-                self.refused_by = leg.worker
         if isinstance(problem, SAID_TO_THE_CLIENT):
             return problem
         facts: dict[str, Any] = {

@@ -1,0 +1,93 @@
+"""Two orders of events that broke promises of attempts once, played one by one on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tandem_frontend.attempts import Attempts
+from tandem_frontend.dispatch import Dispatched
+from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.refusals import Refusals
+from tandem_frontend.routing.routes import Routes
+from tandem_frontend.supervision import Bounds
+
+from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
+from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
+from tandem.engine.simulated.virtual_time import run_virtually
+from tandem.errors import LegFailed, ServiceError
+from tandem.model.worker import Worker
+from tests.faults.leg_world import CAPABILITIES, fleet, now_s
+from tests.unit.played_calls import ACCEPTED, PlayedCall
+
+LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_pb2.Stopping(max_tokens=4))
+FINISH = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
+
+
+def tokens(index: int, *ids: int) -> DecodeResponse:
+    return DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=ids))
+
+
+class Scripted:
+    """Stands for Dispatch: each attempt meets the next pair of calls, decode's first."""
+
+    def __init__(self, workers: tuple[Worker, ...], *calls: tuple[PlayedCall, PlayedCall]) -> None:
+        self.calls = calls
+        self.sent: list[Route] = []
+        refusals = Refusals(now_s)
+        model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
+        routes = Routes(model, lambda: workers, tuple, refusals, random.Random(3))
+        bounds = Bounds(accept_s=2.0, silence_s=2.0)
+        self.attempts = Attempts(routes, refusals, cast("Any", self), self.answers, bounds, now_s, random.Random(4))
+
+    async def answers(self, worker: Worker) -> bool:
+        return True
+
+    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+        decode, prefill = self.calls[len(self.sent)]
+        self.sent.append(route)
+        return Dispatched(route, attempt, attempt, cast("Any", decode), cast("Any", prefill))
+
+    async def stream(self) -> list[int]:
+        got: list[int] = []
+        async with self.attempts.taken(LEG, None) as whole:
+            async for batch in whole.tokens(lambda: False):
+                got += batch.token_ids
+        return got
+
+
+def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> None:
+    async def live() -> None:
+        scripted = Scripted(
+            fleet(2, 2, CAPABILITIES),
+            (PlayedCall(), PlayedCall(ACCEPTED, LegFailed("nobody came to the room"))),
+            (PlayedCall(ACCEPTED, tokens(0, 5, 6, 7, 8), FINISH), PlayedCall(ACCEPTED, FINISH)),
+        )
+        assert await scripted.stream() == [5, 6, 7, 8]
+        first, second = scripted.sent
+        assert first.prefill != second.prefill
+
+    run_virtually(live())
+
+
+def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_decode_does_later() -> None:
+    async def live() -> None:
+        decode, prefill = PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED)
+        scripted = Scripted(fleet(2, 1, CAPABILITIES), (decode, prefill))
+        streaming = asyncio.create_task(scripted.stream())
+        await asyncio.sleep(0.1)
+        prefill.say(ServiceError("connection reset"))
+        await asyncio.sleep(0.1)
+        assert not streaming.done(), "the KV is there: prefill is not needed any more"
+        decode.say(ServiceError("connection reset"))
+        with pytest.raises(LegFailed) as failed:
+            await streaming
+        assert failed.value.metadata["worker"] == "decode-0"
+        assert failed.value.metadata["continuation"] == "workers"
+        assert len(scripted.sent) == 1, "the worker on which it broke got it again"
+
+    run_virtually(live())
