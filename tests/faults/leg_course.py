@@ -1,7 +1,7 @@
-"""One fault of a leg under a steady load, from a whole cluster to a whole cluster, and what must be true of every one.
+"""One fault of a leg under a steady load, from whole to whole, and what must be true of every one.
 
-Owns the order of things: whole, load, victims in a phase, fault with proof, answers meanwhile, repair, answers after it,
-no leg left. What breaks is the caller's. Nothing may fail, nothing come twice, and no page be lost.
+Owns the order of things: whole, load, victims in a phase, fault with proof, answers meanwhile, repair, answers after
+it, no leg left. What breaks is the caller's. Nothing may fail, nothing come twice, and no page be lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Workers killed and stopped in every phase of a leg, under a steady load: no stream fails, and each is the undisturbed one.
+"""Workers killed and stopped in every phase of a leg, under a steady load: no stream fails, and each is exact.
 
 The phase is held by the engines' own faults, so that the victim has requests in it when it is struck.
 """

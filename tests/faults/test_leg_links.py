@@ -1,4 +1,4 @@
-"""The way from the frontends to one decode worker breaks under a steady load; the worker itself and its registry do not.
+"""The way from the frontends to one decode worker breaks under a steady load; worker and registry go on.
 
 The worker is registered with the address of a link, so the frontends' legs and questions pass it and nothing else does.
 """
@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 import pytest_asyncio
 
+from tandem.rpc import clients
+from tandem.testing.eventually import assert_eventually
 from tests.faults.cut_proxy import Cut
 from tests.faults.fault_cluster import CUT_WORKER
 from tests.faults.history import now_s
@@ -52,9 +54,6 @@ async def test_a_broken_hop_loses_nobody_a_token(cluster: LegCluster, cuts: Sequ
 
 async def _is_left_alone(cluster: LegCluster) -> None:
     """The worker behind the link has no leg left; asked past the link, where it really listens."""
-    from tandem.rpc import clients
-    from tandem.testing.eventually import assert_eventually
-
     port = cluster.processes[CUT_WORKER].address.rpartition(":")[2]
 
     async def legs() -> int:

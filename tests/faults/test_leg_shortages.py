@@ -1,4 +1,4 @@
-"""Engines that fail hand-overs or run out of memory, readers that do not read, frontends and registries that are killed."""
+"""Engines that fail hand-overs or run out of memory, readers that do not read, dead frontends and registries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
@@ -68,7 +69,7 @@ async def test_a_reader_that_does_not_read_holds_up_nobody_else(cluster: LegClus
                 tokens += (await call.read()).chunk.token_ids
             course.fault_s = now_s()
             await course.answered(30)
-            async for event in call:
+            while (event := await call.read()) is not grpc.aio.EOF:
                 tokens += event.chunk.token_ids
         assert tokens == demo_answers(prompt, SLOW_READER_TOKENS)
     attempts = {asked.last_attempt for asked in course.load.history.asked}
