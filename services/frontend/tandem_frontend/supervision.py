@@ -161,7 +161,8 @@ class Attempt:
                 self._state.end_leg(self._decode.role)
             elif kind == "progress":
                 self._note_progress(self._decode, event.progress)
-        if self._prefill_task is not None:
+        # Of an aborted request prefill has no account to give: it may still wait for decode.
+        if self._prefill_task is not None and self.decode_finish.reason != generation_pb2.FINISH_REASON_ABORTED:
             await asyncio.wait({self._prefill_task}, timeout=PREFILL_FINISH_TIMEOUT_S)
 
     def lose(self, worker: Worker, why: str) -> None:
