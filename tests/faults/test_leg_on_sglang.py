@@ -26,7 +26,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.fault_cluster import FaultCluster, Plan, fault_cluster
 from tests.faults.history import Asked, History, now_s
 from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.leg_report import figures_of, report
+from tests.faults.leg_report import LINES, figures_of, report
 from tests.faults.process_faults import frozen, kill
 from tests.faults.steady_load import _note
 
@@ -40,6 +40,8 @@ pytestmark = [
 TOKENS = 120
 DRAW = random.Random(11)
 LONG_PROMPTS = 6
+KV_OF_A_DEAD_PEER_S = 60.0
+"""SGLang gives the memory of a hand-over back when it has noticed by itself that its peer is gone."""
 
 
 def prompt_of(length: int) -> tuple[int, ...]:
@@ -111,6 +113,10 @@ async def decoding(history: History, least: int = 10) -> str:
 async def kv_used(cluster: FaultCluster) -> dict[str, int]:
     loads = {w.name: await clients.worker_load(w.address) for w in cluster.workers if w.runs}
     return {name: load.kv_used_tokens + load.open_legs + load.running_requests for name, load in loads.items()}
+
+
+async def legs(cluster: FaultCluster) -> int:
+    return sum([(await clients.worker_load(w.address)).open_legs for w in cluster.workers if w.runs])
 
 
 async def assert_no_kv(cluster: FaultCluster, within_s: float = IDLE_WITHIN_S + BUSY_MACHINE_S) -> None:
@@ -206,5 +212,7 @@ async def test_without_any_prefill_worker_left_a_request_fails_typed_and_leaves_
         assert isinstance(asked.failure, LegFailed) or asked.failure.reason == "UNAVAILABLE", asked.told()
         assert (asked.end_s or 0.0) - times["killed"] < 2.0 + BUSY_MACHINE_S, asked.told()
     await cluster.processes["prefill-0"].wait_ended()
-    await assert_no_kv(cluster)
+    await assert_eventually(lambda: legs(cluster), lambda count: not count, within_s=IDLE_WITHIN_S + BUSY_MACHINE_S)
+    await assert_no_kv(cluster, within_s=KV_OF_A_DEAD_PEER_S)
     report("SGLang: kill of the only prefill worker", figures_of(history, times["killed"]))
+    LINES.append(f"SGLang: KV of hand-overs whose prefill worker died was free after {now_s() - times['killed']:.1f} s")
