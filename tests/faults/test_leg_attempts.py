@@ -1,4 +1,4 @@
-"""Two orders of events that broke promises of attempts once, played one by one on virtual time."""
+"""Orders of events that broke promises of attempts once, played one by one on virtual time."""
 
 from __future__ import annotations
 
@@ -89,5 +89,17 @@ def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_dec
         assert failed.value.metadata["worker"] == "decode-0"
         assert failed.value.metadata["continuation"] == "workers"
         assert len(scripted.sent) == 1, "the worker on which it broke got it again"
+
+    run_virtually(live())
+
+
+def test_a_decode_leg_that_was_aborted_does_not_wait_for_its_prefill_leg() -> None:
+    async def live() -> None:
+        aborted = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_ABORTED))
+        prefill = PlayedCall(ACCEPTED)
+        scripted = Scripted(fleet(1, 1, CAPABILITIES), (PlayedCall(ACCEPTED, aborted), prefill))
+        assert await scripted.stream() == []
+        assert prefill.cancelled.is_set()
+        assert now_s() < 0.1, "the prefill engine holds the request for whoever waits"
 
     run_virtually(live())

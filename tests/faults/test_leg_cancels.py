@@ -175,6 +175,5 @@ async def test_a_request_that_is_given_up_leaves_both_engines_within_a_second(
     finally:
         inject(rules(cluster, role))
     assert left_s < IDLE_WITHIN_S + BUSY_MACHINE_S
-    LINES.append(
-        f"given up {give_up.__name__.replace('_', ' ')}, {phase}: both engines idle after {left_s * 1e3:.0f} ms"
-    )
+    way = give_up.__name__.replace("_", " ")
+    LINES.append(f"given up {way}, {phase}: both engines idle after {left_s * 1e3:.0f} ms")
