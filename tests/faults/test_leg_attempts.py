@@ -19,7 +19,7 @@ from tandem_frontend.supervision import Bounds
 from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.engine.simulated.virtual_time import run_virtually
-from tandem.errors import LegFailed, ServiceError
+from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.model.worker import Worker
 from tests.faults.leg_world import CAPABILITIES, fleet, now_s
 from tests.unit.played_calls import ACCEPTED, PlayedCall
@@ -101,5 +101,19 @@ def test_a_decode_leg_that_was_aborted_does_not_wait_for_its_prefill_leg() -> No
         assert await scripted.stream() == []
         assert prefill.cancelled.is_set()
         assert now_s() < 0.1, "the prefill engine holds the request for whoever waits"
+
+    run_virtually(live())
+
+
+def test_a_deadline_that_passes_in_another_attempt_is_told_as_that() -> None:
+    async def live() -> None:
+        scripted = Scripted(
+            fleet(2, 2, CAPABILITIES),
+            (PlayedCall(ACCEPTED, tokens(0, 5), ServiceError("connection reset")), PlayedCall(ACCEPTED, FINISH)),
+            (PlayedCall(DeadlinePassed("the deadline has passed")), PlayedCall(ACCEPTED)),
+        )
+        with pytest.raises(DeadlinePassed):
+            await scripted.stream()
+        assert len(scripted.sent) == 2
 
     run_virtually(live())

@@ -14,7 +14,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.errors import LegFailed, TandemError
+from tandem.errors import DeadlinePassed, LegFailed, TandemError
 from tandem.model.request_state import Phase, RequestState
 from tandem.model.worker import Start, Worker
 from tandem.runtime.clock import Clock
@@ -182,6 +182,9 @@ class RequestStream:
         )  # fmt: skip
         try:
             await self._take(route)
+        except DeadlinePassed:
+            # Of the request, whichever attempt it passes in.
+            raise
         except TandemError as another:
             raise self._without_continuation(problem, "workers") from another
 
