@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos clean
+.PHONY: help setup demo test faults lint protos clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,9 @@ demo: setup ## start a cluster, stream an answer through it, stop it
 
 test: setup ## every test
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+faults: setup ## break everything that can break, with a line of figures for each scenario
+	@$(BIN)/python -m pytest tests/faults $(PYTEST_FLAGS)
 
 lint: setup ## ruff, mypy, drift of the generated code, buf
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ Membership is in the memory of one registry: Consul's faults are judged elsewher
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.errors import TandemError
 from tandem.rpc import clients
 from tandem.runtime.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
@@ -25,6 +28,8 @@ IDLE_WITHIN_S = 1.0
 BUSY_MACHINE_S = 1.0
 """Slack of every bound in seconds that is judged here: other work runs on the same cores."""
 
+AUDIT_EVERY_S = 0.25
+AUDIT_TIMEOUT_S = 0.5
 HELD_AT = {"bootstrapping": "bootstrap", "prefilling": "prefill_chunk", "transferring": "transfer_middle"}
 """The point of a prefill engine at which a request stays in a phase. Who decodes needs no hold."""
 
@@ -48,6 +53,25 @@ class LegCluster(FaultCluster):
     def fired(self, name: str) -> list[dict[str, Any]]:
         """Every fault that has happened in that worker's engine."""
         return fired(self.logs / f"{name}.rules")
+
+    @asynccontextmanager
+    async def audited(self) -> AsyncIterator[list[int]]:
+        """Add up the pages of every worker again and again while the block runs; yields what is unaccounted for."""
+        found: list[int] = []
+        audit = asyncio.create_task(self._audit(found), name="audit")
+        try:
+            yield found
+        finally:
+            audit.cancel()
+            await asyncio.wait({audit})
+
+    async def _audit(self, found: list[int]) -> None:
+        while True:
+            for worker in self.workers:
+                # Who is dead or stands still is asked again when it is back.
+                with contextlib.suppress(TandemError):
+                    found.append(unaccounted(await clients.worker_load(worker.address, AUDIT_TIMEOUT_S)))
+            await asyncio.sleep(AUDIT_EVERY_S)
 
     async def assert_idle(self, within_s: float = IDLE_WITHIN_S + BUSY_MACHINE_S) -> None:
         """No leg, no request and no page of one is left with any worker that runs, and every page is accounted for."""

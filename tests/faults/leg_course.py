@@ -71,7 +71,10 @@ async def under_load(
     async with cluster.views() as views:
         cluster.release()
         await cluster.restore(views)
-        async with steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load:
+        async with (
+            cluster.audited() as unaccounted,
+            steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load,
+        ):
             course = Course(cluster, load)
             await course.answered()
             begun_s = now_s()
@@ -82,6 +85,8 @@ async def under_load(
             course.over_s = now_s()
             await course.answered()
     await cluster.assert_idle()
+    assert len(unaccounted) >= FLOOR, "void: the workers' memory was hardly looked at"
+    assert not any(unaccounted), f"pages that are neither used nor cached nor free: {unaccounted}"
     history = load.history
     _judge(history, course, but)
     report(scenario, figures_of(history, course.fault_s, _detected_s(cluster, course.fault_s)))
