@@ -65,10 +65,13 @@ class Fault:
 
 
 class Room:
-    """A line that moves."""
+    """For so many requests; the others wait in line."""
+
+    def __init__(self, requests_max: int) -> None:
+        self.requests_max = requests_max
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
-        return held_requests < 6
+        return held_requests < self.requests_max
 
 
 class History:
@@ -85,7 +88,7 @@ class History:
         routes = Routes(model, self.world.view, self.world.unhealthy, refusals, self.rng)
         bounds = Bounds(accept_s=2.0, silence_s=2.0)
         self.attempts = Attempts(routes, refusals, cast("Any", self.world), self.world.answers, bounds, now_s, self.rng)
-        self.admission = Admission(12, Room(), now_s)
+        self.admission = Admission(self.rng.randint(4, 12), Room(self.rng.randint(1, 6)), now_s)
         self.clients = [self._client(number) for number in range(self.rng.randint(2, 9))]
         self.faults: list[Fault] = []
 
