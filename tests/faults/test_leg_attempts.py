@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -115,5 +116,25 @@ def test_a_deadline_that_passes_in_another_attempt_is_told_as_that() -> None:
         with pytest.raises(DeadlinePassed):
             await scripted.stream()
         assert len(scripted.sent) == 2
+
+    run_virtually(live())
+
+
+def test_a_newer_start_of_a_worker_ends_what_its_former_one_still_holds_open() -> None:
+    async def live() -> None:
+        workers = fleet(2, 2, CAPABILITIES)
+        scripted = Scripted(
+            workers,
+            (PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED, FINISH)),
+            (PlayedCall(ACCEPTED, tokens(0, 6, 7, 8), FINISH), PlayedCall(ACCEPTED, FINISH)),
+        )
+        streaming = asyncio.create_task(scripted.stream())
+        await asyncio.sleep(0.1)
+        # As after a machine's loss: nothing ends the connection to the process that is gone.
+        gone = scripted.sent[0].decode
+        newer = replace(gone, epoch=gone.epoch + 1)
+        scripted.attempts.notice(newer if worker == gone else worker for worker in workers)
+        assert await streaming == [5, 6, 7, 8]
+        assert now_s() < 0.2, "it was only noticed by its silence"
 
     run_virtually(live())
