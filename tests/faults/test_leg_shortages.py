@@ -27,7 +27,7 @@ from tests.faults.steady_load import Shape, SteadyLoad, steady_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 
-SLOW_READER_TOKENS = 1_500
+SLOW_READER_TOKENS = 800
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
