@@ -79,13 +79,13 @@ def test_only_what_a_killed_worker_held_is_excused() -> None:
     excused = verdicts.held_by("d", KILLED_S)
     assert excused(asked(KILLED_S - 1, failure=leg_failed("d", "decode")))
     assert not excused(asked(KILLED_S - 1))
-    assert not excused(asked(KILLED_S - 1, failure=leg_failed("d", "dispatch")))
+    assert not excused(asked(KILLED_S - 1, failure=leg_failed("d", "dispatched")))
     assert not excused(asked(KILLED_S - 1, failure=leg_failed("other", "decode")))
     assert not excused(asked(KILLED_S + 0.01, failure=leg_failed("d", "decode")))
 
 
 @pytest.mark.parametrize(
-    "later", [{}, {"workers": ("p", "e"), "attempt": 2}, {"workers": (), "failure": leg_failed("d", "dispatch")}]
+    "later", [{}, {"workers": ("p", "e"), "attempt": 2}, {"workers": (), "failure": leg_failed("d", "dispatched")}]
 )
 def test_a_request_that_was_sent_to_a_dead_worker_is_found(later: dict[str, object]) -> None:
     with pytest.raises(AssertionError, match="1 requests were"):

@@ -281,7 +281,7 @@ class ConsulBackend:
         self._problem = None
         self._ledger.resume()
         if registry_id != self._publisher.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
-            self._ledger.all_missing()
+            self._ledger.all_missing(self._own_entry_id)
         if self._is_withdrawn:
             self._keeper.fleet = fleet
         else:

@@ -28,6 +28,10 @@ SETTLE_S = 1.0
 """An agent tells the servers within this time what was written to it."""
 SPREAD_S = 0.5
 """After an outage all replicas write again, each beginning at a moment of its own."""
+REWRITES_PER_S = 100
+"""When Consul has lost everything, each entry is written at a moment of its own, in all at about this rate ..."""
+REWRITE_MAX_S = 2.0
+"""... but within this time."""
 
 
 class Urgency(IntEnum):
@@ -48,6 +52,7 @@ class _Line:
     version: int = 0
     written_version: int = -1
     written_s: float = 0.0
+    not_before_s: float = 0.0
     is_queued: bool = False
     waiters: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
 
@@ -141,10 +146,12 @@ class Ledger:
             self.want(entry_id, line.record, line.health)
         return True
 
-    def all_missing(self) -> None:
-        """Consul begins anew: write everything again."""
+    def all_missing(self, first: str) -> None:
+        """Consul begins anew: write everything again, spread over a while; the entry that is named at once."""
+        now_s, spread_s = self._clock(), min(REWRITE_MAX_S, max(SPREAD_S, len(self._lines) / REWRITES_PER_S))
         for entry_id, line in list(self._lines.items()):
             if line.record is not None:
+                line.not_before_s = 0.0 if entry_id == first else now_s + self._rng.uniform(0, spread_s)
                 self.want(entry_id, line.record, line.health)
             elif not line.is_queued:
                 del self._lines[entry_id]
@@ -171,6 +178,10 @@ class Ledger:
                 await asyncio.sleep(self._rng.uniform(0, SPREAD_S))
             line = self._lines.get(entry_id)
             if line is None:
+                continue
+            if (delay_s := line.not_before_s - self._clock()) > 0:
+                again = (urgency, next(self._numbers), entry_id)
+                asyncio.get_running_loop().call_later(delay_s, self._queue.put_nowait, again)
                 continue
             try:
                 await self._write(entry_id, line)
