@@ -57,3 +57,11 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
         # The same life of Consul's data: it came back with them.
         live = (before.registry_id, registry_pb.VIEW_SOURCE_LIVE, 2)
         await assert_eventually(views, lambda found: found == [live, live], within_s=30, what="the same view as before")
+
+        async def entered() -> list[str]:
+            services = (await cluster.consul.access.get("/v1/agent/services")).values()  # type: ignore[union-attr]
+            return sorted(f"{one['Address']}:{one['Port']}" for one in services if "registry" in one["Tags"])
+
+        # A killed registry's entry would pass its check for ever, because the one that was started again answers it.
+        own_addresses = sorted(registry.address for registry in cluster.registries)
+        await assert_eventually(entered, lambda found: found == own_addresses, within_s=15, what="one entry each")
