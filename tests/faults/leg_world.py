@@ -19,6 +19,7 @@ from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
 from tandem.model.worker import Capabilities, Start, Worker, WorkerRole
+from tandem.observe.trace_context import Headers
 
 SILENCE_S = 0.4
 """After so long a worker says that it still works on a leg."""
@@ -166,7 +167,9 @@ class World:
         self.played[newer.start] = Played(newer)
         return newer
 
-    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+    def send(
+        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+    ) -> Dispatched:
         """Take an attempt."""
         assert route.prefill is not None
         decode, prefill = Call(), Call()

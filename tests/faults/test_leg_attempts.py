@@ -22,6 +22,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import Headers
 from tests.faults.leg_world import CAPABILITIES, fleet, now_s
 from tests.unit.played_calls import ACCEPTED, PlayedCall
 
@@ -48,7 +49,9 @@ class Scripted:
     async def answers(self, worker: Worker) -> bool:
         return True
 
-    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+    def send(
+        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+    ) -> Dispatched:
         decode, prefill = self.calls[len(self.sent)]
         self.sent.append(route)
         return Dispatched(route, attempt, attempt, cast("Any", decode), cast("Any", prefill))

@@ -34,6 +34,7 @@ from tandem.errors import (
     TandemError,
 )
 from tandem.model.worker import Start, Worker
+from tandem.observe.trace_context import Headers
 from tandem.runtime.clock import ManualClock
 
 REFUSED = ServiceError("connection refused")
@@ -53,7 +54,9 @@ class PlayedDispatch:
         self.timeouts_s: list[float | None] = []
         self.on_send: Callable[[], None] = lambda: None
 
-    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+    def send(
+        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+    ) -> Dispatched:
         self.on_send()
         calls = [self.call(worker.worker_id) for worker in route.workers]
         prefill_call, decode_call = calls if len(calls) == 2 else (None, calls[0])

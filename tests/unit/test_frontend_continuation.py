@@ -26,6 +26,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
 from tandem.model.request_state import Phase
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import Headers
 from tandem.runtime.clock import ManualClock
 
 PROMPT = (11, 12, 13)
@@ -53,6 +54,7 @@ class Fleet:
         self.faults = faults or {}
         self.sent: list[Dispatched] = []
         self.legs: list[leg_pb2.LegRequest] = []
+        self.headers: list[Headers] = []
         workers = (*(prefill(f"prefill-{n}") for n in range(2)), *(decode(f"decode-{n}") for n in range(decodes)))
         clock = ManualClock(100.0)
         refusals = Refusals(clock)
@@ -64,7 +66,9 @@ class Fleet:
     async def answers(self, worker: Worker) -> bool:
         return True
 
-    def send(self, route: Route, sent: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+    def send(
+        self, route: Route, sent: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+    ) -> Dispatched:
         tokens = answer(tuple(sent.token_ids), sent.stopping.max_tokens)
         events: list[Any] = [
             DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=[token]))
@@ -78,6 +82,7 @@ class Fleet:
         calls = PlayedCall(ACCEPTED, *events), PlayedCall(ACCEPTED, finish)
         self.sent.append(Dispatched(route, attempt, attempt, cast("Any", calls[0]), cast("Any", calls[1])))
         self.legs.append(sent)
+        self.headers.append(headers)
         return self.sent[-1]
 
 

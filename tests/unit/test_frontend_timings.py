@@ -10,6 +10,7 @@ from tandem_frontend.stopping import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
+from tandem.observe.course import Course
 
 
 class Letters:
@@ -29,7 +30,7 @@ def leg(start_s: int | None, end_s: int | None) -> leg_pb2.LegFinish:
 
 
 def times(decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None) -> tuple[int, int]:
-    relay = Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), 0.0)
+    relay = Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), Course())
     _, finish = relay.finish(1, decode, prefill, pb.Route())
     timings = finish.timings
     return timings.kv_transfer_start_time.seconds, timings.kv_transfer_end_time.seconds

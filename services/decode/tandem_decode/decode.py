@@ -12,6 +12,7 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.errors import InvalidRequest, WrongRole
 from tandem.model.generation import TokenBatch
 from tandem.model.worker import Worker, WorkerRole
+from tandem.observe.trace_context import TraceContext
 from tandem.rpc.messages import bootstrap_from_proto
 from tandem.worker.leg_messages import engine_request, leg_key
 from tandem.worker.legs import Legs
@@ -26,8 +27,8 @@ class Decode:
         self._legs = legs
         self._worker = worker
 
-    def admit(self, leg: leg_pb2.LegRequest) -> AsyncGenerator[TokenBatch, None]:
-        """Check a leg and return its batches, which begin to run when they are read.
+    def admit(self, leg: leg_pb2.LegRequest, parent: TraceContext | None) -> AsyncGenerator[TokenBatch, None]:
+        """Check a leg and return its batches, which begin to run when they are read. `parent` is the caller's span.
 
         Raises:
             StaleEpoch, ModelNotFound, Draining, WrongRole, InvalidRequest
@@ -42,11 +43,11 @@ class Decode:
                 role=self._worker.role.value,
             )
         if not has_peer:
-            return self._legs.run(leg_key(leg), engine_request(leg, None))
+            return self._legs.run(leg_key(leg), engine_request(leg, None), parent)
         if not leg.bootstrap.host:
             raise InvalidRequest("leg.bootstrap.host", "must be given")
         if not 0 < leg.bootstrap.port <= PORT_MAX:
             raise InvalidRequest("leg.bootstrap.port", f"must be 1 to {PORT_MAX}")
         if leg.bootstrap.room < 1:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number")
-        return self._legs.run(leg_key(leg), engine_request(leg, bootstrap_from_proto(leg.bootstrap)))
+        return self._legs.run(leg_key(leg), engine_request(leg, bootstrap_from_proto(leg.bootstrap)), parent)

@@ -12,6 +12,7 @@ from typing import Any
 from tandem.api.decode.v1 import decode_service_pb2 as pb
 from tandem.api.decode.v1 import decode_service_pb2_grpc as pb_grpc
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import caller_span
 from tandem.worker.leg_messages import accepted, leg_events
 from tandem_decode.decode import Decode
 
@@ -27,7 +28,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
     async def Decode(self, request: pb.DecodeRequest, context: Any) -> AsyncIterator[pb.DecodeResponse]:  # noqa: N802
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
-        async with contextlib.aclosing(self._decode.admit(request.leg)) as batches:
+        async with contextlib.aclosing(self._decode.admit(request.leg, caller_span(context))) as batches:
             yield pb.DecodeResponse(accepted=accepted(self._worker, request.leg))
             async with contextlib.aclosing(leg_events(batches, self._worker.role)) as events:
                 async for event in events:

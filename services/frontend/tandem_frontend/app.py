@@ -17,6 +17,8 @@ from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServi
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.model.frontend import Frontend, default_frontend_id
 from tandem.model.worker import Start, Worker, WorkerState
+from tandem.observe.course import Course
+from tandem.observe.courses import Courses
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.load_watching import LoadWatch
@@ -50,6 +52,7 @@ class FrontendApp:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
+        self._courses: Courses[Course] = Courses()
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
@@ -99,7 +102,7 @@ class FrontendApp:
         dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         attempts = self._attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
-        generation = Generation(model, admission, attempts)
+        generation = Generation(model, admission, attempts, self._courses)
         await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))

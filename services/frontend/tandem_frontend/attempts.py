@@ -17,9 +17,12 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import DeadlinePassed, LegFailed, TandemError
 from tandem.model.request_state import Phase, RequestState
 from tandem.model.worker import Start, Worker
+from tandem.observe.course import Course
+from tandem.observe.trace_context import headers_of
 from tandem.runtime.clock import Clock
 from tandem_frontend.continuation import continued, obstacle
 from tandem_frontend.dispatch import Dispatch
+from tandem_frontend.record import Record
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
@@ -71,17 +74,20 @@ class Attempts:
                     stream.attempt.lose(worker, f"worker {worker.worker_id} was started again")
 
     @contextlib.asynccontextmanager
-    async def taken(self, leg: leg_pb2.LegRequest, timeout_s: float | None) -> AsyncIterator[RequestStream]:
+    async def taken(
+        self, leg: leg_pb2.LegRequest, timeout_s: float | None, record: Record | None = None
+    ) -> AsyncIterator[RequestStream]:
         """The stream of a request whose legs their workers have taken; leaving it ends all legs.
 
         Args:
             leg: what all legs of the request share.
             timeout_s: what is left of the client's deadline; None: no deadline.
+            record: where to write what happens.
 
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        async with RequestStream(self, leg, timeout_s) as stream:
+        async with RequestStream(self, leg, timeout_s, record or Record(Course())) as stream:
             self._open.add(stream)
             try:
                 yield stream
@@ -92,8 +98,9 @@ class Attempts:
 class RequestStream:
     """The tokens of one request over all its attempts. Entering it makes the first attempt that is taken."""
 
-    def __init__(self, attempts: Attempts, leg: leg_pb2.LegRequest, timeout_s: float | None) -> None:
+    def __init__(self, attempts: Attempts, leg: leg_pb2.LegRequest, timeout_s: float | None, record: Record) -> None:
         self._attempts = attempts
+        self._record = record
         self._leg = leg
         self._timeout_s = timeout_s
         self._begin_s = attempts.clock()
@@ -115,7 +122,9 @@ class RequestStream:
 
     async def __aenter__(self) -> RequestStream:
         try:
-            await self._take(self._attempts.routes.first(len(self._leg.token_ids)))
+            with self._record.routing():
+                route = self._attempts.routes.first(len(self._leg.token_ids))
+            await self._take(route)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -210,8 +219,11 @@ class RequestStream:
             self.state.requeue()
         self._fruitless_count += 1
         self._tried.update(worker.start for worker in route.workers)
-        dispatched = self._attempts.dispatch.send(route, leg, self.state.attempt + 1, self._left_s())
-        self._attempt = Attempt(dispatched, self._attempts.bounds, self._is_lost, self.state)
+        course = self._record.begin_attempt(self.state.attempt + 1, route, len(self._sent))
+        headers = headers_of(course.trace)
+        dispatched = self._attempts.dispatch.send(route, leg, self.state.attempt + 1, self._left_s(), headers)
+        course.room = dispatched.room
+        self._attempt = Attempt(dispatched, self._attempts.bounds, self._is_lost, self.state, course)
         await self._stack.enter_async_context(self._attempt)
 
     def _note_failed(self) -> None:
@@ -233,7 +245,8 @@ class RequestStream:
 
     async def _another(self) -> Route | None:
         """The route of another attempt, after a pause that spreads those that broke together."""
-        route = self._next_route(self._failed)
+        with self._record.routing():
+            route = self._next_route(self._failed)
         if route is not None:
             await asyncio.sleep(self._attempts.rng.uniform(0, PAUSE_MAX_S))
         return route

@@ -6,9 +6,11 @@ theirs, or are one tenant together.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.observe.trace_context import TraceContext, parsed
 from tandem.runtime.clock import Clock, monotonic
 
 TENANT_HEADER = "x-client-id"
@@ -23,18 +25,28 @@ class Caller:
     deadline_s: float | None = None
     """On `clock`; None: the caller waits for ever."""
     clock: Clock = monotonic
+    operation: str = "generate"
+    """What the door is called in records: generate, chat, text_completion."""
+    received_s: float = 0.0
+    """When the call came, since the Unix epoch; 0: not told."""
+    trace: TraceContext | None = None
+    """The span it comes from."""
 
     def left_s(self) -> float | None:
         """What is left of the deadline; None: there is none."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - self.clock())
 
 
-def caller_of(context: Any, clock: Clock = monotonic) -> Caller:
+def caller_of(context: Any, operation: str = "generate", clock: Clock = monotonic) -> Caller:
     """The caller of a gRPC call (a grpc.aio.ServicerContext)."""
     left_s = context.time_remaining()
-    tenant = dict(context.invocation_metadata() or ()).get(TENANT_HEADER, "")
+    metadata = dict(context.invocation_metadata() or ())
+    tenant = metadata.get(TENANT_HEADER, "")
     return Caller(
         tenant=str(tenant)[:TENANT_CHARS_MAX],
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
+        operation=operation,
+        received_s=time.time(),
+        trace=parsed(metadata),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import Headers
 from tandem.rpc.channels import Channels
 from tandem.rpc.leg_calls import LegCall, open_decode, open_prefill
 from tandem_frontend.routing.candidates import Route
@@ -36,7 +37,9 @@ class Dispatch:
         self._channels = channels
         self._rng = rng
 
-    def send(self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None) -> Dispatched:
+    def send(
+        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+    ) -> Dispatched:
         """Send the legs of one attempt.
 
         Args:
@@ -44,10 +47,11 @@ class Dispatch:
             leg: what both legs share: everything but attempt, epoch and bootstrap.
             attempt: its number, from 1.
             timeout_s: what is left of the client's deadline; None: no deadline.
+            headers: what tells the workers which trace the legs belong to.
         """
         if route.prefill is None:
             decode_leg = _addressed(leg, route.decode, attempt, None)
-            decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s)
+            decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s, headers)
             return Dispatched(route, attempt, 0, decode, None)
         room = self._rng.getrandbits(ROOM_BITS) or 1
         prefill_host, prefill_port = route.prefill.bootstrap_host, route.prefill.bootstrap_port
@@ -56,9 +60,9 @@ class Dispatch:
         bootstrap = leg_pb2.Bootstrap(host=prefill_host, port=prefill_port, room=room)
         # Decode has the longer way before it can receive: it goes first.
         decode_leg = _addressed(leg, route.decode, attempt, bootstrap)
-        decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s)
+        decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s, headers)
         prefill_leg = _addressed(leg, route.prefill, attempt, bootstrap)
-        prefill = open_prefill(self._channels, route.prefill.address, prefill_leg, timeout_s)
+        prefill = open_prefill(self._channels, route.prefill.address, prefill_leg, timeout_s, headers)
         return Dispatched(route, attempt, room, decode, prefill)
 
 

@@ -9,11 +9,12 @@ Owns the order of the hops. Leaving `generate` early, at whatever point, ends bo
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
+from tandem.observe.course import Course
+from tandem.observe.courses import Courses
 from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts, RequestStream
@@ -22,6 +23,7 @@ from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.model_defaults import with_defaults
 from tandem_frontend.models import ServedModel
+from tandem_frontend.record import Record, course_of
 from tandem_frontend.relay import Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
 from tandem_frontend.validation import CheckedRequest, checked_generate, naming_the_prompt
@@ -33,10 +35,14 @@ Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 class Generation:
     """Generates for clients with the workers that are alive."""
 
-    def __init__(self, model: ServedModel, admission: Admission, attempts: Attempts) -> None:
+    def __init__(
+        self, model: ServedModel, admission: Admission, attempts: Attempts, courses: Courses[Course] | None = None
+    ) -> None:
+        """`courses` is told of every request; None: nobody wants to know."""
         self._model = model
         self._admission = admission
         self._attempts = attempts
+        self._courses: Courses[Course] = courses or Courses()
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller) -> AsyncGenerator[Event, None]:
         """Stream a generation: accepted, chunks, exactly one finish.
@@ -48,12 +54,15 @@ class Generation:
         Raises:
             TandemError: the one ending of a stream without a finish.
         """
-        accepted_time_s = time.time()
-        with self._admission.admit():
+        with (
+            self._courses.following(course_of(request, caller, self._model.name)) as course,
+            self._admitted(course) as record,
+        ):
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
-            relay = self._relay(wanted, accepted_time_s)
-            async with self._admission.place(_demand(wanted, caller)), self._served(wanted, caller) as stream:
+            record.checked(wanted)
+            relay = self._relay(wanted, course)
+            async with self._served(wanted, caller, record) as stream:
                 yield self._accepted(wanted, stream.attempt.dispatched)
                 async with contextlib.aclosing(stream.tokens(relay.is_over)) as batches:
                     async for tokens in batches:
@@ -63,15 +72,26 @@ class Generation:
                 route, prefill = _route(stream.attempt.dispatched), stream.attempt.prefill_finish
                 rest, finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
             # Both legs have ended here: a client that has the finish may rely on it.
+            record.finish(finish)
             if rest is not None:
                 yield rest
             yield finish
 
+    @contextlib.contextmanager
+    def _admitted(self, course: Course) -> Iterator[Record]:
+        record = Record(course, self._courses.child)
+        record.arrive()
+        with self._admission.admit():
+            record.step("admit")
+            yield record
+
     @contextlib.asynccontextmanager
-    async def _served(self, wanted: CheckedRequest, caller: Caller) -> AsyncIterator[RequestStream]:
-        with naming_the_prompt(wanted.prompt_field):
-            async with self._attempts.taken(self._leg(wanted), caller.left_s()) as stream:
-                yield stream
+    async def _served(self, wanted: CheckedRequest, caller: Caller, record: Record) -> AsyncIterator[RequestStream]:
+        async with self._admission.place(_demand(wanted, caller)):
+            record.step("wait")
+            with naming_the_prompt(wanted.prompt_field):
+                async with self._attempts.taken(self._leg(wanted), caller.left_s(), record) as stream:
+                    yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
         """What both legs share."""
@@ -92,13 +112,13 @@ class Generation:
             cache_salt=wanted.cache_salt,
         )
 
-    def _relay(self, wanted: CheckedRequest, accepted_time_s: float) -> Relay:
+    def _relay(self, wanted: CheckedRequest, course: Course) -> Relay:
         tokenizer = self._model.tokenizer
         stop_tokens = StopTokens(
             wanted.stop_token_ids, tokenizer.eos_token_ids, wanted.min_tokens or 0, ignore_eos=wanted.ignore_eos
         )
         detokenizer = Detokenizer(tokenizer, wanted.token_ids, skip_special_tokens=wanted.skip_special_tokens)
-        return Relay(detokenizer, StopMatcher(wanted.stop), stop_tokens, accepted_time_s)
+        return Relay(detokenizer, StopMatcher(wanted.stop), stop_tokens, course)
 
     def _accepted(self, wanted: CheckedRequest, dispatched: Dispatched) -> pb.GenerateAccepted:
         return pb.GenerateAccepted(

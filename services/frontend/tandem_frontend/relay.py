@@ -6,13 +6,13 @@ nothing and cancels nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from google.protobuf import duration_pb2
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2
+from tandem.observe.course import Course
 from tandem.rpc.messages import timestamp
 from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.stopping import StopMatcher, StopStep, StopTokens
@@ -23,15 +23,12 @@ LEG_TIMES = ("prefill_start_time", "prefill_end_time", "kv_transfer_start_time",
 class Relay:
     """One client's stream."""
 
-    def __init__(
-        self, detokenizer: Detokenizer, stops: StopMatcher, stop_tokens: StopTokens, accepted_time_s: float
-    ) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher, stop_tokens: StopTokens, course: Course) -> None:
+        """`course` is told of tokens, and tells their times."""
         self._detokenizer = detokenizer
         self._stops = stops
         self._stop_tokens = stop_tokens
-        self._accepted_time_s = accepted_time_s
-        self._first_token_time_s: float | None = None
-        self._last_token_time_s: float | None = None
+        self._course = course
         self._next_index = 0
         self._token_count = 0
         self._matched: generation_pb2.MatchedStop | None = None
@@ -49,10 +46,8 @@ class Relay:
 
     def take(self, tokens: leg_pb2.LegTokens) -> pb.GenerateChunk:
         """The chunk behind the next tokens; up to the stop, if one matches among them."""
-        now_s = time.time()
-        if self._first_token_time_s is None:
-            self._first_token_time_s = now_s
-        self._last_token_time_s = now_s
+        course = self._course
+        now_s = course.clock()
         texts: list[str] = []
         taken = 0
         for token_id in tokens.token_ids:
@@ -60,6 +55,7 @@ class Relay:
             self._token_count += 1
             if self._ends(token_id, texts):
                 break
+        course.note_tokens(now_s, taken)
         return self._chunk("".join(texts), tokens.token_ids[:taken], tokens.logprobs[:taken])
 
     def finish(
@@ -127,7 +123,8 @@ class Relay:
     def _fill_timings(
         self, timings: generation_pb2.Timings, decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None
     ) -> None:
-        timings.accepted_time.CopyFrom(timestamp(self._accepted_time_s))
+        begin_s, first_s, last_s = self._course.begin_s, self._course.first_token_s, self._course.last_token_s
+        timings.accepted_time.CopyFrom(timestamp(begin_s))
         for leg in (prefill, decode):
             if leg is None:
                 continue
@@ -141,9 +138,9 @@ class Relay:
                 timings.kv_transfer_bytes = leg.timings.kv_transfer_bytes
         if decode is not None and decode.timings.HasField("recomputed_tokens"):
             timings.recomputed_tokens = decode.timings.recomputed_tokens
-        if self._first_token_time_s is not None and self._last_token_time_s is not None:
-            timings.first_token_time.CopyFrom(timestamp(self._first_token_time_s))
-            timings.last_token_time.CopyFrom(timestamp(self._last_token_time_s))
+        if first_s is not None and last_s is not None:
+            timings.first_token_time.CopyFrom(timestamp(first_s))
+            timings.last_token_time.CopyFrom(timestamp(last_s))
             waited = duration_pb2.Duration()
-            waited.FromNanoseconds(max(0, int((self._first_token_time_s - self._accepted_time_s) * 1e9)))
+            waited.FromNanoseconds(max(0, int((first_s - begin_s) * 1e9)))
             timings.time_to_first_token.CopyFrom(waited)

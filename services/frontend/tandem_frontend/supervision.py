@@ -28,6 +28,7 @@ from tandem.errors import (
 )
 from tandem.model.request_state import LegRole, Phase, RequestState
 from tandem.model.worker import Worker
+from tandem.observe.course import AttemptCourse
 from tandem.rpc.leg_calls import LegCall, LegEvent
 from tandem.rpc.messages import PHASE_BY_NUMBER
 from tandem_frontend.dispatch import Dispatched
@@ -83,6 +84,7 @@ class Attempt:
         bounds: Bounds,
         is_lost: Callable[[Worker], Awaitable[bool]],
         state: RequestState | None = None,
+        course: AttemptCourse | None = None,
     ) -> None:
         """Sends nothing: the legs are on their way.
 
@@ -91,6 +93,7 @@ class Attempt:
             bounds: how long they may be silent.
             is_lost: asked of a worker whose leg is slow to speak: whether to wait no longer.
             state: of the request, when it has one beyond this attempt.
+            course: where to write what happens.
         """
         route = dispatched.route
         self._is_lost = is_lost
@@ -99,6 +102,7 @@ class Attempt:
         self._bounds = bounds
         self._loop = asyncio.get_running_loop()
         self._state = state or RequestState()
+        self._course = course or AttemptCourse()
         now_s = self._loop.time()
         streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
         self._decode = _Leg(streaming, route.decode, dispatched.decode, now_s)
@@ -190,6 +194,7 @@ class Attempt:
         if event.WhichOneof("event") != "accepted":
             raise LegFailed("the stream did not begin with accepted")
         self._state.take(leg.role)
+        self._course.accepted(leg.role.value)
         leg.phase = Phase.PREFILLING if leg.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
 
     async def _follow_prefill(self, leg: _Leg) -> None:
@@ -247,6 +252,7 @@ class Attempt:
             self._prefill_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({self._prefill_task})
+        self._course.end(self.prefill_finish, self.decode_finish)
 
     def _legs(self) -> tuple[_Leg, ...]:
         return (self._decode,) if self._prefill is None else (self._prefill, self._decode)
@@ -305,6 +311,8 @@ class Attempt:
         is_blamed = not (leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING)
         if is_blamed and isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
             self.failed_worker = self.failed_worker or leg.worker
+        if is_blamed:
+            self._course.broke(leg.role.value, leg.worker, leg.phase.value, problem.reason)
         if isinstance(problem, SAID_TO_THE_CLIENT):
             return problem
         facts: dict[str, Any] = {

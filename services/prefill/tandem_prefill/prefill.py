@@ -12,6 +12,7 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.errors import InvalidRequest
 from tandem.model.generation import Bootstrap, TokenBatch
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import TraceContext
 from tandem.worker.leg_messages import engine_request, leg_key
 from tandem.worker.legs import Legs
 
@@ -25,8 +26,8 @@ class Prefill:
         self._legs = legs
         self._host, self._port = worker.bootstrap_host, worker.bootstrap_port
 
-    def admit(self, leg: leg_pb2.LegRequest) -> AsyncGenerator[TokenBatch, None]:
-        """Check a leg and return its batches, which begin to run when they are read.
+    def admit(self, leg: leg_pb2.LegRequest, parent: TraceContext | None) -> AsyncGenerator[TokenBatch, None]:
+        """Check a leg and return its batches, which begin to run when they are read. `parent` is the caller's span.
 
         Raises:
             StaleEpoch, ModelNotFound, Draining, InvalidRequest
@@ -35,4 +36,4 @@ class Prefill:
         if not leg.HasField("bootstrap") or leg.bootstrap.room < 1:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number: a prefill leg has a peer")
         bootstrap = Bootstrap(host=self._host, port=self._port, room=leg.bootstrap.room)
-        return self._legs.run(leg_key(leg), engine_request(leg, bootstrap))
+        return self._legs.run(leg_key(leg), engine_request(leg, bootstrap), parent)

@@ -12,6 +12,7 @@ from typing import Any
 from tandem.api.prefill.v1 import prefill_service_pb2 as pb
 from tandem.api.prefill.v1 import prefill_service_pb2_grpc as pb_grpc
 from tandem.model.worker import Worker
+from tandem.observe.trace_context import caller_span
 from tandem.worker.leg_messages import accepted, leg_events
 from tandem_prefill.prefill import Prefill
 
@@ -27,7 +28,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
 
     async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.PrefillResponse]:  # noqa: N802
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
-        async with contextlib.aclosing(self._prefill.admit(request.leg)) as batches:
+        async with contextlib.aclosing(self._prefill.admit(request.leg, caller_span(context))) as batches:
             yield pb.PrefillResponse(accepted=accepted(self._worker, request.leg))
             async with contextlib.aclosing(leg_events(batches, self._worker.role)) as events:
                 async for event in events:

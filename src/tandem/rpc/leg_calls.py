@@ -14,6 +14,7 @@ from tandem.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tandem.api.prefill.v1 import prefill_service_pb2
 from tandem.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from tandem.api.types.v1 import leg_pb2
+from tandem.observe.trace_context import Headers
 from tandem.rpc.channels import Channels
 from tandem.rpc.status import from_rpc_error
 
@@ -45,13 +46,17 @@ class LegCall:
         self._call.cancel()
 
 
-def open_prefill(channels: Channels, address: str, leg: leg_pb2.LegRequest, timeout_s: float | None) -> LegCall:
+def open_prefill(
+    channels: Channels, address: str, leg: leg_pb2.LegRequest, timeout_s: float | None, headers: Headers = ()
+) -> LegCall:
     """Send a prefill leg to a worker."""
     stub: Any = PrefillServiceStub(channels.get(address))
-    return LegCall(stub.Prefill(prefill_service_pb2.PrefillRequest(leg=leg), timeout=timeout_s))
+    return LegCall(stub.Prefill(prefill_service_pb2.PrefillRequest(leg=leg), timeout=timeout_s, metadata=headers))
 
 
-def open_decode(channels: Channels, address: str, leg: leg_pb2.LegRequest, timeout_s: float | None) -> LegCall:
+def open_decode(
+    channels: Channels, address: str, leg: leg_pb2.LegRequest, timeout_s: float | None, headers: Headers = ()
+) -> LegCall:
     """Send a decode leg to a worker."""
     stub: Any = DecodeServiceStub(channels.get(address))
-    return LegCall(stub.Decode(decode_service_pb2.DecodeRequest(leg=leg), timeout=timeout_s))
+    return LegCall(stub.Decode(decode_service_pb2.DecodeRequest(leg=leg), timeout=timeout_s, metadata=headers))

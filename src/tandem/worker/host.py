@@ -20,6 +20,8 @@ from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
 from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
+from tandem.observe.course import LegCourse
+from tandem.observe.courses import Courses
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.runtime.clock import epoch_now
@@ -47,6 +49,7 @@ class WorkerHost:
         self._role = role
         self._role_service = role_service
         self._engine = create_engine(config.engine, config.engine_settings(role))
+        self._courses: Courses[LegCourse] = Courses()
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
@@ -76,7 +79,7 @@ class WorkerHost:
         worker = self._describe()
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
-        self._legs = Legs(self._engine, identity)
+        self._legs = Legs(self._engine, identity, self._courses)
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         server.add(*self._role_service(self._engine, self._legs, worker))

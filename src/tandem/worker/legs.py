@@ -15,6 +15,9 @@ from typing import Any, cast
 from tandem.engine.port import Engine
 from tandem.errors import Draining, EngineFailed, InvalidRequest, LegFailed, ModelNotFound, StaleEpoch, TandemError
 from tandem.model.generation import EngineRequest, TokenBatch
+from tandem.observe.course import LegCourse
+from tandem.observe.courses import Courses
+from tandem.observe.trace_context import TraceContext
 from tandem.worker.identity import Identity
 
 LegKey = tuple[str, int]
@@ -24,7 +27,9 @@ LegKey = tuple[str, int]
 class Legs:
     """Open legs of one worker."""
 
-    def __init__(self, engine: Engine, identity: Identity) -> None:
+    def __init__(self, engine: Engine, identity: Identity, courses: Courses[LegCourse] | None = None) -> None:
+        """`courses` is told of every leg that runs; None: nobody wants to know."""
+        self._courses: Courses[LegCourse] = courses or Courses()
         self._engine = engine
         self._identity = identity
         self._open: dict[LegKey, str] = {}
@@ -68,8 +73,15 @@ class Legs:
         if self._is_closed:
             raise Draining(f"worker {worker.worker_id} is going away", worker=worker.worker_id)
 
-    async def run(self, key: LegKey, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
+    async def run(
+        self, key: LegKey, request: EngineRequest, parent: TraceContext | None = None
+    ) -> AsyncGenerator[TokenBatch, None]:
         """Run one leg; closing this, or cancelling its reader, aborts it in the engine.
+
+        Args:
+            key: which attempt of which request.
+            request: what the engine is asked for.
+            parent: the caller's span.
 
         Raises:
             InvalidRequest: this attempt of the request is here already, or the engine refuses a value.
@@ -80,12 +92,14 @@ class Legs:
         self._open[key] = request.request_id
         self._notify()
         try:
-            # Every adapter's iterator is a generator; only a generator can be told to end now.
-            batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(request))
-            async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    self.batch_count += 1
-                    yield batch
+            with self._courses.following(self._course(key, request, parent)) as course:
+                # Every adapter's iterator is a generator; only a generator can be told to end now.
+                batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(request))
+                async with contextlib.aclosing(batches):
+                    async for batch in batches:
+                        self.batch_count += 1
+                        _note(course, batch)
+                        yield batch
         except (LegFailed, EngineFailed) as problem:
             raise self._located(problem, key, request) from None
         finally:
@@ -114,6 +128,20 @@ class Legs:
         while self._open:
             await self._changed.wait()
 
+    def _course(self, key: LegKey, request: EngineRequest, parent: TraceContext | None) -> LegCourse:
+        worker = self._identity.current()
+        return LegCourse(
+            request_id=key[0],
+            attempt=key[1],
+            role=worker.role.value,
+            worker_id=worker.worker_id,
+            epoch=worker.epoch,
+            model=worker.capabilities.model,
+            room=request.bootstrap.room if request.bootstrap else 0,
+            parent=parent,
+            prompt_tokens=len(request.token_ids),
+        )
+
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -130,3 +158,10 @@ class Legs:
             if value is not None:
                 problem.metadata.setdefault(name, str(value))
         return problem
+
+
+def _note(course: LegCourse, batch: TokenBatch) -> None:
+    if batch.token_ids:
+        course.note_tokens(course.clock(), len(batch.token_ids))
+    if batch.finish is not None:
+        course.finish(batch.finish)

@@ -56,7 +56,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """A chat completion, streamed or whole; a client that leaves closes it."""
         wanted = parse(ChatRequest, request.data)
         async with contextlib.aclosing(
-            _renaming(self._chat.answer(wanted, len(request.data), caller_of(context)), wanted)
+            _renaming(self._chat.answer(wanted, len(request.data), caller_of(context, "chat")), wanted)
         ) as bodies:
             async for body in bodies:
                 yield body
@@ -64,7 +64,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """A completion, streamed or whole; a client that leaves closes it."""
         wanted = parse(CompletionRequest, request.data)
-        answer = self._completions.answer(wanted, caller_of(context))
+        answer = self._completions.answer(wanted, caller_of(context, "text_completion"))
         async with contextlib.aclosing(_renaming(answer, wanted)) as bodies:
             async for body in bodies:
                 yield body

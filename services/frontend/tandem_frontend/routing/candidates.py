@@ -6,10 +6,21 @@ Pure. Owns the reasons why nothing is possible; prefers nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
 from tandem.model.worker import Start, Worker, WorkerRole, WorkerState, incompatible_field
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """How a route came to be chosen; for whoever asks later."""
+
+    candidates_count: int = 0
+    """Pairs and aggregated workers that were possible."""
+    candidates: str = ""
+    """Some of the workers among them, by name."""
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +31,7 @@ class Route:
     """A decode worker, or an aggregated one."""
     prefill: Worker | None
     """None on an aggregated route."""
+    pick: Pick = field(default=Pick(), compare=False)
 
     @property
     def workers(self) -> tuple[Worker, ...]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
 from tandem.model.worker import Start, Worker
 from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.candidates import Candidate, Route, able_to_hold, candidates, without
+from tandem_frontend.routing.candidates import Candidate, Pick, Route, able_to_hold, candidates, without
 from tandem_frontend.routing.random_choice import choose
 from tandem_frontend.routing.refusals import Refusals
+
+NAMED_MAX = 8
+"""Candidates of a role that are told by name."""
 
 
 class Routes:
@@ -63,6 +67,20 @@ class Routes:
         return able_to_hold(possible, prompt_tokens)
 
     def _preferred(self, possible: Sequence[Candidate], tried: Collection[Start]) -> Route:
-        for avoided in (self._unhealthy(), self._refusals.recent(), tried):
-            possible = without(possible, avoided) or possible
-        return choose(possible, self._rng)
+        every, left_out = possible, list[str]()
+        avoiding = {"unhealthy": self._unhealthy(), "refused": self._refusals.recent(), "tried": tried}
+        for name, avoided in avoiding.items():
+            if avoided:
+                before, possible = possible, without(possible, avoided) or possible
+                left_out += [name] if possible != before else []
+        route = choose(possible, self._rng)
+        return replace(route, pick=_pick(every, possible, left_out))
+
+
+def _pick(every: Sequence[Candidate], left: Sequence[Candidate], left_out: Sequence[str]) -> Pick:
+    """What can be told of a choice; bounded, because a fleet has a million pairs."""
+    count, left_count = (sum(len(candidate.prefills) or 1 for candidate in some) for some in (every, left))
+    names = [candidate.decode.worker_id for candidate in every[:NAMED_MAX]]
+    names += [prefill.worker_id for prefill in every[0].prefills[:NAMED_MAX]]
+    without_them = f", without {' and '.join(left_out)} ones" if left_out else ""
+    return Pick(count, " ".join(names), f"random among {left_count} of {count}{without_them}")

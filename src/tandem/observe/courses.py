@@ -1,0 +1,106 @@
+"""The courses of a process: those that are open, the last ones that have closed, and who is told when one closes.
+
+Owns how an ending is read from what is raised. A sink that fails is logged and never reaches the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from tandem.errors import TandemError
+from tandem.observe.course import Course, LegCourse
+from tandem.observe.trace_context import TraceContext, TraceIds
+
+log = logging.getLogger(__name__)
+
+CLOSED_KEPT = 256
+
+C = TypeVar("C", Course, LegCourse)
+
+
+class Courses(Generic[C]):
+    """Opens and closes courses."""
+
+    def __init__(
+        self,
+        sinks: Sequence[Callable[[C], None]] = (),
+        *,
+        closed_kept: int = CLOSED_KEPT,
+        ids: TraceIds | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Each sink is called once with each course that closes; `ids` is None where no spans are exported."""
+        self.sinks: list[Callable[[C], None]] = list(sinks)
+        self.ids = ids
+        self.clock = clock
+        self._open: dict[int, C] = {}
+        self._closed: deque[C] = deque(maxlen=closed_kept)
+
+    @property
+    def open(self) -> list[C]:
+        """Those that run now, the oldest first."""
+        return list(self._open.values())
+
+    @property
+    def closed(self) -> list[C]:
+        """The last ones, the newest last."""
+        return list(self._closed)
+
+    def find(self, request_id: str) -> list[C]:
+        """All that are known of a request, closed ones first: a client may use an id again, legs share theirs."""
+        known = self.closed + self.open
+        return [course for course in known if course.request_id == request_id]
+
+    def child(self, parent: TraceContext | None) -> TraceContext | None:
+        """The span below `parent`; where nothing is exported `parent` itself, which is then passed on."""
+        return parent if self.ids is None else self.ids.child(parent)
+
+    @contextlib.contextmanager
+    def following(self, course: C) -> Iterator[C]:
+        """Have a course open; whatever leaves this is its ending."""
+        self._begin(course)
+        try:
+            yield course
+        except TandemError as problem:
+            course.fail(problem.reason, problem.message)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            if not course.outcome:
+                course.cancel()
+            raise
+        except Exception as problem:
+            course.fail(TandemError.reason, type(problem).__name__)
+            raise
+        finally:
+            self._close(course)
+
+    def _begin(self, course: C) -> None:
+        course.clock = self.clock
+        course.begin_s = course.begin_s or self.clock()
+        course.trace = self.child(course.parent)
+        self._open[id(course)] = course
+
+    def _close(self, course: C) -> None:
+        course.end_s = self.clock()
+        if not course.outcome:
+            course.cancel()
+        del self._open[id(course)]
+        self._closed.append(course)
+        for sink in self.sinks:
+            try:
+                sink(course)
+            except Exception:
+                # The one place besides the interceptor: what is told of a request must not change its ending.
+                log.exception("a request could not be told of")
+
+
+def trace_ids(sample_ratio: float) -> TraceIds:
+    """Ids that nobody can guess or meet twice."""
+    return TraceIds(sample_ratio, random.SystemRandom())

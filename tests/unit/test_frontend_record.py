@@ -1,0 +1,83 @@
+"""What the hops write into the record of a request, on legs that are played."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from tandem_frontend.attempts import ATTEMPTS_MAX, RequestStream
+from tandem_frontend.record import Record
+from test_frontend_continuation import KILLED, Fleet, leg
+
+from tandem.errors import LegFailed
+from tandem.observe.course import Course
+from tandem.observe.courses import Courses, trace_ids
+from tandem.observe.trace_context import TraceContext
+
+
+@asynccontextmanager
+async def taken(fleet: Fleet, record: Record) -> AsyncIterator[RequestStream]:
+    async with fleet.attempts.taken(leg(), None, record) as stream:
+        yield stream
+
+
+async def read(fleet: Fleet, record: Record) -> None:
+    async with taken(fleet, record) as stream:
+        async for tokens in stream.tokens(lambda: False):
+            record.course.note_tokens(record.course.clock(), len(tokens.token_ids))
+
+
+async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:
+    fleet, courses = Fleet(), Courses[Course]()
+    with courses.following(Course()) as course:
+        await read(fleet, Record(course))
+        course.finish("length", 3, 10, 0)
+    assert [step.name for step in course.steps] == ["route"]
+    (attempt,) = course.attempts
+    (sent,) = fleet.sent
+    assert attempt.decode_worker == sent.route.decode
+    assert attempt.prefill_worker == sent.route.prefill
+    assert attempt.room == sent.room
+    assert (attempt.outcome, attempt.candidates_count) == ("finished", 8)
+    assert "random among 8 of 8" in attempt.why
+    assert attempt.prefill_finish is not None
+    assert attempt.decode_finish is not None
+    times = [attempt.begin_s, attempt.decode_accepted_s, attempt.first_token_s, attempt.last_token_s, attempt.end_s]
+    assert times == sorted(time_s for time_s in times if time_s is not None)
+    assert course.token_count == 10
+
+
+async def test_a_broken_stream_tells_who_broke_it_and_what_went_on() -> None:
+    fleet, courses = Fleet(faults={1: (4, KILLED)}), Courses[Course](ids=trace_ids(1.0))
+    with courses.following(Course()) as course:
+        await read(fleet, Record(course, courses.child))
+    first, second = course.attempts
+    assert (first.outcome, first.failed_leg, first.failed_worker) == ("broken", "decode", fleet.sent[0].route.decode)
+    assert first.reason == KILLED.reason
+    assert (second.outcome, second.tokens_before, second.failed_leg) == ("finished", 4, "")
+    assert "tried" in second.why or "refused" in second.why
+    assert first.trace is not None
+    assert second.trace is not None
+    assert course.trace is not None
+    assert first.trace.trace_id == second.trace.trace_id == course.trace.trace_id
+    assert len({first.trace.span_id, second.trace.span_id, course.trace.span_id}) == 3
+    assert [headers[0][1].split("-")[2] for headers in fleet.headers] == [
+        f"{attempt.trace.span_id:016x}" for attempt in course.attempts if attempt.trace
+    ]
+
+
+async def test_a_request_that_fails_for_good_says_so() -> None:
+    fleet, courses = Fleet(faults=dict.fromkeys(range(1, 9), (0, KILLED))), Courses[Course]()
+    with pytest.raises(LegFailed), courses.following(Course()) as course:
+        await read(fleet, Record(course))
+    assert (course.outcome, course.reason) == ("failed", "LEG_FAILED")
+    assert {attempt.outcome for attempt in course.attempts} == {"broken"}
+    assert len(course.attempts) == ATTEMPTS_MAX
+
+
+async def test_the_callers_span_is_passed_on_where_nothing_is_exported() -> None:
+    fleet, courses = Fleet(), Courses[Course]()
+    with courses.following(Course(parent=TraceContext(7, 8, False, "v=1"))) as course:
+        await read(fleet, Record(course, courses.child))
+    assert dict(fleet.headers[0]) == {"traceparent": f"00-{7:032x}-{8:016x}-00", "tracestate": "v=1"}
