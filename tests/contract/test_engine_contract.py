@@ -124,11 +124,13 @@ async def test_timings_are_ordered_and_now(engine: EngineProcess) -> None:
     assert timings is not None
     assert timings.queued_time_s is not None
     assert timings.prefill_end_time_s is not None
+    assert timings.first_token_time_s is not None
     assert_ordered(
         before_s - 0.1,
         timings.queued_time_s,
         timings.prefill_start_time_s,
         timings.prefill_end_time_s,
+        timings.first_token_time_s,
         time.time() + 0.1,
     )
 

@@ -117,10 +117,16 @@ class EngineTimings:
     """When things happened inside one engine, in seconds since the Unix epoch; None: did not happen or not known."""
 
     queued_time_s: float | None = None
+    bootstrap_end_time_s: float | None = None
+    """Prefill: the legs had found each other; from here on the prompt waited for its turn."""
+    preallocation_end_time_s: float | None = None
+    """Decode: memory for the prompt's KV was set aside; from here on the leg waited for the KV."""
     prefill_start_time_s: float | None = None
     prefill_end_time_s: float | None = None
     kv_transfer_start_time_s: float | None = None
     kv_transfer_end_time_s: float | None = None
+    first_token_time_s: float | None = None
+    """The engine had the first token: computed, or come with the KV."""
     kv_transfer_bytes: int | None = None
     """Bytes of KV received (decode) or sent (prefill) by this engine for this request, as it counted them."""
 

@@ -1,7 +1,8 @@
 """The course of a request: one record of what happened to it and when, written on the way, read when it closes.
 
 Everything that is told of a request (spans, metrics, its line in the log, `tandem trace`) is derived from this one
-record. Times are seconds since the Unix epoch on this process's clock. No prompt, no token id and no secret enters it.
+record. Times are seconds since the Unix epoch on this process's clock. No token id and no secret enters it, and no
+prompt unless the operator has asked for that.
 Writing costs a few attribute sets for each attempt and one call for each batch of tokens; nothing is computed here.
 """
 
@@ -150,6 +151,8 @@ class Course(Tokens):
     completion_tokens: int = 0
     cached_tokens: int = 0
     max_tokens: int | None = None
+    prompt: str | None = None
+    """Only where the operator has asked for it (`trace_prompts`)."""
     steps: list[Step] = field(default_factory=list)
     attempts: list[AttemptCourse] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)

@@ -57,7 +57,16 @@ STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
 PHASE_BY_NUMBER = {number: phase for phase, number in PHASES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
-TIMES = ("queued", "prefill_start", "prefill_end", "kv_transfer_start", "kv_transfer_end")
+TIMES = (
+    "queued",
+    "bootstrap_end",
+    "preallocation_end",
+    "prefill_start",
+    "prefill_end",
+    "kv_transfer_start",
+    "kv_transfer_end",
+    "first_token",
+)
 LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 SAMPLING_SCALARS = (

@@ -32,10 +32,13 @@ BAD_REQUEST = 400
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 _TIMINGS = (
     "queued_time_s",
+    "bootstrap_end_time_s",
+    "preallocation_end_time_s",
     "prefill_start_time_s",
     "prefill_end_time_s",
     "kv_transfer_start_time_s",
     "kv_transfer_end_time_s",
+    "first_token_time_s",
     "kv_transfer_bytes",
 )
 _FIELDS = {

@@ -209,12 +209,16 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
     stats = req.time_stats
     transfer, recomputed_tokens = _ledger.close(req.bootstrap_room, req.rid)
     decodes = mode == "decode"
+    first_token = stats.decode_prebuilt_finish_time if decodes else stats.prefill_finished_time
     return {
         "queued_time_s": time_s(stats.scheduler_recv_time),
+        "bootstrap_end_time_s": time_s(stats.wait_queue_entry_time) if mode == "prefill" else None,
+        "preallocation_end_time_s": time_s(stats.decode_transfer_queue_entry_time) if decodes else None,
         "prefill_start_time_s": None if decodes else time_s(stats.forward_entry_time),
         "prefill_end_time_s": None if decodes else time_s(stats.prefill_finished_time),
         "kv_transfer_start_time_s": transfer.start_s,
         "kv_transfer_end_time_s": transfer.end_s,
+        "first_token_time_s": time_s(first_token),
         "kv_transfer_bytes": transfer.moved_bytes,
         "recomputed_tokens": recomputed_tokens if decodes else None,
     }

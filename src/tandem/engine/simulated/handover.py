@@ -55,6 +55,7 @@ class HandOver:
         await self._reach(leg, "prefill", "bootstrap")
         # The order is SGLang's: first meet, so that decode has memory for the KV, then compute.
         async with self.server.meet(bootstrap.room) as peer:
+            leg.bootstrap_end_time_s = self._clock.time_s()
             self._scheduler.submit(leg)
             self._wake()
             await peer.unless_lost(self._send_to(leg, peer, bootstrap.room))
@@ -65,6 +66,7 @@ class HandOver:
         """A decode leg: wait for memory, meet prefill, and take the KV."""
         bootstrap = _room(leg)
         await leg.pages_granted.wait()
+        leg.preallocation_end_time_s = self._clock.time_s()
         await self._reach(leg, "decode", "bootstrap")
         received = await self._puller.pull(
             bootstrap, leg.prompt_tokens, lambda point: self._reach(leg, "decode", point)

@@ -7,6 +7,7 @@ a leg computes is the scheduler's business.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -80,11 +81,16 @@ class Leg:
     cached_tokens: int = 0
     recomputed_tokens: int | None = None
     retraction_count: int = 0
+    time_s: Callable[[], float] | None = None
+    """The engine's clock; None: nobody asks for times."""
     queued_time_s: float | None = None
+    bootstrap_end_time_s: float | None = None
+    preallocation_end_time_s: float | None = None
     prefill_start_time_s: float | None = None
     prefill_end_time_s: float | None = None
     kv_transfer_start_time_s: float | None = None
     kv_transfer_end_time_s: float | None = None
+    first_token_time_s: float | None = None
     kv_transfer_bytes: int | None = None
 
     @property
@@ -117,6 +123,8 @@ class Leg:
         chooser = self.state if self.draw_seed is None else drawn(self.state, self.draw_seed)
         token_id = self._choose(chooser)
         self.emitted.append(token_id)
+        if self.first_token_time_s is None and self.time_s is not None:
+            self.first_token_time_s = self.time_s()
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.request.top_logprobs is not None:
             logprobs = (self.vocabulary.logprob(chooser, token_id, self.request.top_logprobs),)
@@ -156,10 +164,13 @@ class Leg:
             recomputed_tokens=self.recomputed_tokens,
             timings=EngineTimings(
                 queued_time_s=self.queued_time_s,
+                bootstrap_end_time_s=self.bootstrap_end_time_s,
+                preallocation_end_time_s=self.preallocation_end_time_s,
                 prefill_start_time_s=self.prefill_start_time_s,
                 prefill_end_time_s=self.prefill_end_time_s,
                 kv_transfer_start_time_s=self.kv_transfer_start_time_s,
                 kv_transfer_end_time_s=self.kv_transfer_end_time_s,
+                first_token_time_s=self.first_token_time_s,
                 kv_transfer_bytes=self.kv_transfer_bytes,
             ),
         )

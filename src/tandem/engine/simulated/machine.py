@@ -204,6 +204,7 @@ class Machine:
             page_names=PageNames(self.pool.page_size_tokens, request.cache_salt),
             eos_after_tokens=self._options.eos_after_tokens,
             draw_seed=self._draw_seed(request),
+            time_s=self._clock.time_s,
             queued_time_s=self._clock.time_s(),
         )
 

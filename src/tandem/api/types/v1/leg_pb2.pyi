@@ -308,6 +308,9 @@ class LegTimings(_message.Message):
     KV_TRANSFER_END_TIME_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    BOOTSTRAP_END_TIME_FIELD_NUMBER: _builtins.int
+    PREALLOCATION_END_TIME_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
     kv_transfer_bytes: _builtins.int
     """Bytes of KV received (decode) or sent (prefill), as counted by the engine."""
     recomputed_tokens: _builtins.int
@@ -332,6 +335,18 @@ class LegTimings(_message.Message):
     def kv_transfer_end_time(self) -> _timestamp_pb2.Timestamp:
         """KV had moved."""
 
+    @_builtins.property
+    def bootstrap_end_time(self) -> _timestamp_pb2.Timestamp:
+        """Prefill: the legs had found each other; from here on the prompt waited for its turn."""
+
+    @_builtins.property
+    def preallocation_end_time(self) -> _timestamp_pb2.Timestamp:
+        """Decode: memory for the prompt's KV was set aside; from here on the leg waited for the KV."""
+
+    @_builtins.property
+    def first_token_time(self) -> _timestamp_pb2.Timestamp:
+        """The engine had the first token: computed, or come with the KV."""
+
     def __init__(
         self,
         *,
@@ -342,10 +357,13 @@ class LegTimings(_message.Message):
         kv_transfer_end_time: _timestamp_pb2.Timestamp | None = ...,
         kv_transfer_bytes: _builtins.int | None = ...,
         recomputed_tokens: _builtins.int | None = ...,
+        bootstrap_end_time: _timestamp_pb2.Timestamp | None = ...,
+        preallocation_end_time: _timestamp_pb2.Timestamp | None = ...,
+        first_token_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "bootstrap_end_time", b"bootstrap_end_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "preallocation_end_time", b"preallocation_end_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "bootstrap_end_time", b"bootstrap_end_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "preallocation_end_time", b"preallocation_end_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_transfer_bytes: _TypeAlias = _typing.Literal["kv_transfer_bytes"]  # noqa: Y015
     _WhichOneofArgType__kv_transfer_bytes: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes"]  # noqa: Y015
