@@ -19,6 +19,8 @@ from tandem import settings_text
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
+CONVENTIONS = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
+
 
 class ServiceConfig(BaseModel):
     """Settings every Tandem process has."""
@@ -32,6 +34,19 @@ class ServiceConfig(BaseModel):
     drain_timeout_s: float = Field(30, ge=0, le=3600, description="most time for running requests to finish")
     announce_file: Path | None = Field(None, description="write address and process id there, as JSON, once serving")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
+    log_format: str = Field(
+        "auto",
+        pattern="^(auto|json|text)$",
+        description="json (one object a line), text (for a terminal), auto (text on a terminal, else json)",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^(https?://)?[^\s/]+$",
+        description="OTLP collector over gRPC (host:port, or a URL); default: OTEL_EXPORTER_OTLP_ENDPOINT, or none",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="part of the requests whose trace is exported, where the caller has not decided"
+    )
 
     @property
     def reachable_host(self) -> str:
@@ -75,6 +90,7 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
     flags = vars(_parser(config_type, program).parse_args(argv))
     config_file = flags.pop("config", None) or environ.get(f"{_prefix(program)}CONFIG")
     values = {
+        **_from_convention(config_type, environ),
         **_from_file(config_type, config_file),
         **_from_environment(config_type, _prefix(program), environ),
         **{key: value for key, value in flags.items() if value is not None},
@@ -126,6 +142,12 @@ def _from_file(config_type: type[BaseModel], file: str | None) -> dict[str, Any]
         if key not in config_type.model_fields:
             raise ConfigError(key, f"is not a setting ({file})")
     return values
+
+
+def _from_convention(config_type: type[BaseModel], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Variables that people set for all their programs; whatever is said to this one alone counts more."""
+    given = {key: environ[name] for key, name in CONVENTIONS.items() if environ.get(name)}
+    return {key: value.rstrip("/") for key, value in given.items() if key in config_type.model_fields}
 
 
 def _from_environment(config_type: type[BaseModel], prefix: str, environ: Mapping[str, str]) -> dict[str, Any]:

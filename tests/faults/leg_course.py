@@ -25,7 +25,7 @@ FLOOR = 10
 """Answers before, during and after each fault; with fewer the run is void."""
 HELD_MIN = 2
 """Requests the victim must have in the phase when it is struck."""
-AGAIN = re.compile(r"^(?P<time>\S+ \S+) .*(going on after|trying another route)", re.MULTILINE)
+AGAIN = re.compile(r'^{"time": "(?P<time>[^"]+)".*(going on after|trying another route)', re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def _detected_s(cluster: LegCluster, fault_s: float) -> float | None:
     """From the fault to the first leg that a frontend sent elsewhere after it, by the frontends' own logs."""
     wall_s = datetime.now(UTC).timestamp() - now_s() + fault_s
     times = [
-        datetime.strptime(found["time"], "%Y-%m-%d %H:%M:%S,%f").replace(tzinfo=UTC).timestamp() - wall_s
+        datetime.fromisoformat(found["time"]).timestamp() - wall_s
         for frontend in cluster.frontends
         for found in AGAIN.finditer(frontend.log.read_text())
     ]

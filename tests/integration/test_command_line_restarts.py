@@ -69,12 +69,16 @@ async def test_the_cause_is_never_a_line_that_only_informs(tmp_path: Path) -> No
         process = cluster.process("decode-0")
         process.signal(signal.SIGTERM)
         await process.wait_ended()
-        assert " INFO " in process.log.read_text()
+        assert '"level": "INFO"' in process.log.read_text()
         assert process.epitaph() == f"decode-0 ended with status 0; log: {process.log}"
         with process.log.open("a") as log:
             log.write("2026-01-01 00:00:00,000 ERROR tandem.x the engine has died\n")
             log.write("2026-01-01 00:00:00,001 INFO tandem.x leaving\n")
         assert process.last_words() == "the engine has died"
+        with process.log.open("a") as log:
+            log.write('{"time": "2026", "level": "ERROR", "logger": "tandem.x", "message": "no \\"memory\\""}\n')
+            log.write('{"time": "2026", "level": "INFO", "logger": "tandem.x", "message": "leaving"}\n')
+        assert process.last_words() == 'no "memory"'
         # It is no cause of a clean end, however long ago it was.
         assert process.epitaph() == f"decode-0 ended with status 0; log: {process.log}"
 

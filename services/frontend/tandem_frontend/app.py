@@ -19,6 +19,8 @@ from tandem.model.frontend import Frontend, default_frontend_id
 from tandem.model.worker import Start, Worker, WorkerState
 from tandem.observe.course import Course
 from tandem.observe.courses import Courses
+from tandem.observe.logs import log_request
+from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.load_watching import LoadWatch
@@ -52,7 +54,8 @@ class FrontendApp:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
-        self._courses: Courses[Course] = Courses()
+        self._courses: Courses[Course] = Courses([log_request])
+        self._spans: SpanExport | None = None
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
@@ -76,6 +79,10 @@ class FrontendApp:
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
+    @property
+    def _frontend_id(self) -> str:
+        return self._config.frontend_id or default_frontend_id(self.address)
+
     async def start(self) -> None:
         """Return when it serves; waits for a registry as long as it takes.
 
@@ -88,6 +95,9 @@ class FrontendApp:
         request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
         server = self._server = RpcServer(request_bytes_max=request_bytes_max, tls=config.tls)
         server.bind(config.host, config.port)
+        self._spans = export_spans(
+            self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._frontend_id)
+        )
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
@@ -102,7 +112,7 @@ class FrontendApp:
         dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         attempts = self._attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
-        generation = Generation(model, admission, attempts, self._courses)
+        generation = Generation(model, admission, attempts, self._courses, tells_prompts=config.trace_prompts)
         await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
@@ -153,6 +163,8 @@ class FrontendApp:
             await self._loads.close()
         await self._health.close()
         await self._channels.close()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     async def wait_finished(self) -> str | None:
         """Never returns: a frontend ends only when it is asked to."""
@@ -163,7 +175,7 @@ class FrontendApp:
         """Begin to be found by edges and tools. Clients that know the way are served without."""
         config = self._config
         frontend = Frontend(
-            frontend_id=config.frontend_id or default_frontend_id(self.address),
+            frontend_id=self._frontend_id,
             epoch=epoch_now(),
             address=self.address,
             model=config.served_name,

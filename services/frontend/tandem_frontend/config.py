@@ -43,6 +43,8 @@ class FrontendConfig(RpcServiceConfig):
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")
 
+    trace_prompts: bool = Field(False, description="tell prompts in traces; they are personal data of your users")
+
     @property
     def served_name(self) -> str:
         """Name clients ask for."""

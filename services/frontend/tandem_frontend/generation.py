@@ -29,6 +29,8 @@ from tandem_frontend.stopping import StopMatcher, StopTokens
 from tandem_frontend.validation import CheckedRequest, checked_generate, naming_the_prompt
 from tandem_frontend.waiting_line import Demand
 
+PROMPT_TOKENS_TOLD = 1024
+"""Of a prompt in a trace, where those are wanted; collectors refuse large spans."""
 Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 
 
@@ -36,9 +38,16 @@ class Generation:
     """Generates for clients with the workers that are alive."""
 
     def __init__(
-        self, model: ServedModel, admission: Admission, attempts: Attempts, courses: Courses[Course] | None = None
+        self,
+        model: ServedModel,
+        admission: Admission,
+        attempts: Attempts,
+        courses: Courses[Course] | None = None,
+        *,
+        tells_prompts: bool = False,
     ) -> None:
-        """`courses` is told of every request; None: nobody wants to know."""
+        """`courses` is told of every request, and of its prompt if so wanted; None: nobody wants to know."""
+        self._tells_prompts = tells_prompts
         self._model = model
         self._admission = admission
         self._attempts = attempts
@@ -61,6 +70,8 @@ class Generation:
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
             record.checked(wanted)
+            if self._tells_prompts:
+                course.prompt = await self._told_prompt(wanted)
             relay = self._relay(wanted, course)
             async with self._served(wanted, caller, record) as stream:
                 yield self._accepted(wanted, stream.attempt.dispatched)
@@ -76,6 +87,11 @@ class Generation:
             if rest is not None:
                 yield rest
             yield finish
+
+    async def _told_prompt(self, wanted: CheckedRequest) -> str:
+        """What the model reads, as far as it is told."""
+        ids = wanted.token_ids[:PROMPT_TOKENS_TOLD]
+        return await self._model.tokenizer.decode_all(ids, skip_special_tokens=False)
 
     @contextlib.contextmanager
     def _admitted(self, course: Course) -> Iterator[Record]:

@@ -89,6 +89,9 @@ def up(
     tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's tool calls.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
     log_dir: LogDirectory = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OTLP collector (gRPC) for traces of all processes.", metavar="HOST:PORT")
+    ] = None,
     tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
     registries: Annotated[int, typer.Option(help="Registries; more than one need --consul.")] = 1,
     consul: Annotated[
@@ -142,6 +145,7 @@ def up(
         worker_flags=flags,
         role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
         tls=tls,
+        otlp_endpoint=otlp_endpoint,
     )
     end("up", run())
 

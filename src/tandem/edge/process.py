@@ -23,6 +23,7 @@ from tandem.edge.endpoints import Endpoint, assignment, replace
 from tandem.edge.keys import ApiKey
 from tandem.edge.render import Places, render
 from tandem.errors import StartError
+from tandem.observe.logs import is_text
 from tandem.runtime import parent, run_directory
 
 READY_POLL_S = 0.02
@@ -31,6 +32,10 @@ STOP_TIMEOUT_S = 5.0
 SOCKET_PATH_BYTES_MAX = 100
 LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
 """Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
+
+JSON_LOG_FORMAT = (
+    '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "service": "envoy", "logger": "%n", "message": "%j"}'
+)
 
 
 def find_binary(given: Path | None) -> Path:
@@ -87,6 +92,7 @@ class EnvoyProcess:
             *(sys.executable, "-m", parent.__name__, str(binary)),
             *("--config-path", str(self._places.config), "--concurrency", str(self._config.threads)),
             *("--log-level", LEVELS[self._config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
+            *(() if is_text(self._config.log_format) else ("--log-format", JSON_LOG_FORMAT)),
             *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
             # Its remark that api_key_auth is marked as unfinished: docs/adr/0002 knows.
             *("--component-log-level", "misc:error"),

@@ -26,6 +26,8 @@ PARTS = files("tandem.edge").joinpath("envoy")
 TEMPLATE = "edge.yaml.jinja"
 SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
 ERRORS_LUA = "errors.lua"
+OTLP_PORT = 4317
+"""Of a collector whose address names none."""
 FRONTEND_NAME = "frontend"
 """In the certificate of every frontend that `tandem certs` makes."""
 
@@ -118,6 +120,7 @@ def render(
         "health_service": contracts.HEALTH_SERVICE_NAME,
         "frontends": [_place(address) for address in config.frontends or ()],
         "dns_server": None if config.dns_server is None else _place(config.dns_server),
+        "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),
     }
     rendered = {
         places.config: _render(TEMPLATE, values),
@@ -148,6 +151,14 @@ def _render(template: str, values: dict[str, Any]) -> bytes:
 def _place(address: str) -> dict[str, Any]:
     host, port = split(address)
     return {"host": host, "port": port}
+
+
+def _collector(endpoint: str) -> dict[str, Any]:
+    """Where spans go: host:port, or a URL."""
+    scheme, separator, address = endpoint.rpartition("://")
+    if not re.search(r":\d+$", address):
+        address = f"{address}:{OTLP_PORT}"
+    return {**_place(address), "tls": bool(separator) and scheme == "https"}
 
 
 def _names(config: EdgeConfig) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
 """What a process tells of its requests: one record of each, and what is derived from it.
 
-In reading order: trace_context, course, courses.
+In reading order: trace_context, course, courses, logs, span_names, spans, tracing.
 """

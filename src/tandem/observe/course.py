@@ -161,7 +161,7 @@ class Course(Tokens):
     reason: str = ""
     """The FinishReason's name in small letters, or ErrorInfo's reason."""
     message: str = ""
-    """The failure's sentence."""
+    """The failure's sentence; of a refused value the name of its field."""
 
     def step(self, name: str, begin_s: float, **attributes: Any) -> float:
         """A step of the frontend's has ended now; returns now."""

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from tandem.errors import TandemError
+from tandem.errors import RequestError, TandemError
 from tandem.observe.course import Course, LegCourse
+from tandem.observe.logs import about
 from tandem.observe.trace_context import TraceContext, TraceIds
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Courses(Generic[C]):
         try:
             yield course
         except TandemError as problem:
-            course.fail(problem.reason, problem.message)
+            course.fail(problem.reason, _told(problem))
             raise
         except (asyncio.CancelledError, GeneratorExit):
             if not course.outcome:
@@ -86,6 +87,7 @@ class Courses(Generic[C]):
         course.begin_s = course.begin_s or self.clock()
         course.trace = self.child(course.parent)
         self._open[id(course)] = course
+        about.set(course)
 
     def _close(self, course: C) -> None:
         course.end_s = self.clock()
@@ -99,6 +101,11 @@ class Courses(Generic[C]):
             except Exception:
                 # The one place besides the interceptor: what is told of a request must not change its ending.
                 log.exception("a request could not be told of")
+
+
+def _told(problem: TandemError) -> str:
+    """Of a value that is refused only the name of its field: the value is the client's own."""
+    return problem.metadata.get("field", "") if isinstance(problem, RequestError) else problem.message
 
 
 def trace_ids(sample_ratio: float) -> TraceIds:

@@ -58,10 +58,8 @@ def _request_spans(course: Course, new_id: NewId) -> list[Span]:
     own.events += course.events
     if course.first_token_s is not None:
         own.events.append(Event("first token", course.first_token_s, {names.TTFT_S: course.ttft_s}))
-    spans = [own]
-    for step in course.steps:
-        spans.append(_below(own, new_id(), step.name, step.begin_s, step.end_s))
-    routes = (span for span in spans if span.name == names.ROUTE)
+    spans = [own, *(_below(own, new_id(), step.name, step.begin_s, step.end_s) for step in course.steps)]
+    routes = [span for span in spans if span.name == names.ROUTE]
     earlier: AttemptCourse | None = None
     for attempt, route in itertools.zip_longest(course.attempts, routes):
         if attempt is None:
@@ -110,7 +108,7 @@ def _request_attributes(course: Course) -> dict[str, Any]:
         names.INPUT_TOKENS: course.prompt_tokens,
         names.OUTPUT_TOKENS: course.completion_tokens or course.token_count,
     }
-    optional = {
+    optional: dict[str, Any] = {
         names.TENANT: course.tenant or None,
         names.MAX_TOKENS: course.max_tokens,
         names.TTFT_S: course.ttft_s,
@@ -254,6 +252,12 @@ def _below(
     parent: Span, span_id: int, name: str, begin_s: float, end_s: float, attributes: dict[str, Any] | None = None
 ) -> Span:
     return Span(
-        name, parent.trace_id, span_id, parent.span_id, begin_s, max(begin_s, end_s), attributes or {}, state=parent.state
+        name,
+        parent.trace_id,
+        span_id,
+        parent.span_id,
+        begin_s,
+        max(begin_s, end_s),
+        attributes or {},
+        state=parent.state,
     )
-

@@ -77,9 +77,13 @@ class TraceIds:
         self._sampled_below = int(sample_ratio * 2**_RATIO_BITS)
         self._rng = rng
 
+    def span_id(self) -> int:
+        """Of a span whose trace is known."""
+        return self._rng.getrandbits(64) or 1
+
     def child(self, parent: TraceContext | None) -> TraceContext:
         """A new span below `parent`, or the first one of a new trace."""
-        span_id = self._rng.getrandbits(64) or 1
+        span_id = self.span_id()
         if parent is not None:
             return TraceContext(parent.trace_id, span_id, parent.is_sampled, parent.state)
         trace_id = self._rng.getrandbits(128) or 1

@@ -48,6 +48,8 @@ class ClusterSpec:
     """Whether an Envoy stands before the frontends, for HTTP."""
     http_port: int = 0
     """Of the edge; 0: the OS chooses."""
+    otlp_endpoint: str | None = None
+    """Collector that all processes export to; None: nothing is exported, unless the environment says so."""
     tls: Path | None = None
     """Directory that `tandem certs` made: every process presents the certificate of its role. None: plaintext."""
     worker_flags: dict[str, str] = field(default_factory=dict)
@@ -223,6 +225,8 @@ class LocalCluster:
         spec = self.spec
         # Nobody outside has to look elsewhere before a drain goes on: the edge tries another frontend by itself.
         own: dict[str, str] = {"drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
+        if spec.otlp_endpoint is not None:
+            own |= {"otlp-endpoint": spec.otlp_endpoint}
         if role not in ("registry", "edge"):
             own |= {"model": str(spec.model), "model-name": spec.model_name or spec.model.resolve().name}
         if role in ("prefill", "decode", "aggregated"):

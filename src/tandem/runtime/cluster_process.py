@@ -33,7 +33,12 @@ MODULES = {
     "edge": "tandem.edge",
 }
 CONSUL_SECRETS = frozenset({"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_AUTH"})
-LOGGED = re.compile(r"\d{4}-\d\d-\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ (.*)")
+LEVELS = "DEBUG|INFO|WARNING|ERROR|CRITICAL"
+LOGGED = re.compile(
+    rf"\d{{4}}-\d\d-\d\d \S+ (?P<level>{LEVELS}) \S+ (?P<text>.*)"
+    rf'|\{{"time": "[^"]*", "level": "(?P<json_level>{LEVELS})".*?"message": (?P<json>"(?:[^"\\]|\\.)*").*'
+)
+"""A line of ours as text, or as JSON; the children of an engine log as they like."""
 
 
 class ProcessState(Enum):
@@ -175,8 +180,8 @@ class ClusterProcess:
         program = f"tandem-{MODULES[self.role].removeprefix('tandem').lstrip('_.')}: "
         for line in reversed(self._lines()):
             logged = LOGGED.fullmatch(line.strip())
-            if line.strip() and (logged is None or logged[1] in ("ERROR", "CRITICAL")):
-                return (logged[2] if logged else line.strip()).removeprefix(program)
+            if line.strip() and (logged is None or (logged["level"] or logged["json_level"]) in ("ERROR", "CRITICAL")):
+                return _said(logged, line.strip()).removeprefix(program)
         return None
 
     def _lines(self) -> list[str]:
@@ -191,6 +196,13 @@ class ClusterProcess:
         status = self.exit_status
         assert status is not None, "it still runs"
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _said(logged: re.Match[str] | None, line: str) -> str:
+    """What a line says."""
+    if logged is None:
+        return line
+    return str(json.loads(logged["json"])) if logged["json"] else logged["text"]
 
 
 def _kill_group(pid: int) -> None:

@@ -25,6 +25,7 @@ from typing import NoReturn, Protocol, TypeVar
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
+from tandem.observe import logs
 from tandem.runtime import open_files, run_directory
 from tandem.runtime.parent import is_orphan
 
@@ -70,7 +71,7 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
     """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
-        set_up_logging(config.log_level)
+        logs.set_up(config.log_level, config.log_format, program)
         open_files.allow_many()
         log.info("%s settings %s", program, configuration.effective(config))
         return asyncio.run(serve(build(config), config.announce_file))
@@ -99,13 +100,6 @@ def _children() -> list[int]:
     """Processes started by this one that have not been waited for; none where the kernel does not say."""
     lists = Path("/proc/self/task").glob("*/children")
     return [int(pid) for file in lists for pid in file.read_text().split()]
-
-
-def set_up_logging(level: str) -> None:
-    """One line an event on standard error, UTC."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
 
 
 async def serve(service: Service, announce_file: Path | None = None) -> int:

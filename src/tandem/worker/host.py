@@ -22,6 +22,8 @@ from tandem.errors import EngineFailed, StartError
 from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
+from tandem.observe.logs import log_leg
+from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.runtime.clock import epoch_now
@@ -49,7 +51,8 @@ class WorkerHost:
         self._role = role
         self._role_service = role_service
         self._engine = create_engine(config.engine, config.engine_settings(role))
-        self._courses: Courses[LegCourse] = Courses()
+        self._courses: Courses[LegCourse] = Courses([log_leg])
+        self._spans: SpanExport | None = None
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
@@ -77,6 +80,12 @@ class WorkerHost:
         await self._engine.start()
         await self._pass_canary()
         worker = self._describe()
+        self._spans = export_spans(
+            self._courses,
+            self._config.otlp_endpoint,
+            self._config.trace_sample_ratio,
+            resource(self._role.value, worker.worker_id),
+        )
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
         self._legs = Legs(self._engine, identity, self._courses)
@@ -117,6 +126,8 @@ class WorkerHost:
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         await self._engine.stop()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     async def wait_finished(self) -> str | None:
         """Return why the worker cannot go on, or None when a Drain call asked it to end.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncGenerator, Sequence
 
 from tandem_frontend.generation import Event
@@ -31,7 +32,13 @@ async def merged(generations: Sequence[AsyncGenerator[Event, None]]) -> AsyncGen
 
 
 async def _raced(generations: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
-    waits = {_next(generation): number for number, generation in enumerate(generations)}
+    # Of each its own, kept over its steps: whatever is logged in it belongs to one request.
+    contexts = [contextvars.copy_context() for _ in generations]
+
+    def step(number: int) -> asyncio.Task[Event | None]:
+        return asyncio.create_task(_next(generations[number]), context=contexts[number])
+
+    waits = {step(number): number for number in range(len(generations))}
     try:
         while waits:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -39,7 +46,7 @@ async def _raced(generations: Sequence[AsyncGenerator[Event, None]]) -> AsyncGen
                 number = waits.pop(wait)
                 event = wait.result()
                 if event is not None:
-                    waits[_next(generations[number])] = number
+                    waits[step(number)] = number
                     yield number, event
     finally:
         for wait in waits:
@@ -48,6 +55,6 @@ async def _raced(generations: Sequence[AsyncGenerator[Event, None]]) -> AsyncGen
         await asyncio.gather(*waits, return_exceptions=True)
 
 
-def _next(generation: AsyncGenerator[Event, None]) -> asyncio.Future[Event | None]:
+async def _next(generation: AsyncGenerator[Event, None]) -> Event | None:
     """The next event; None after the last."""
-    return asyncio.ensure_future(anext(generation, None))
+    return await anext(generation, None)

@@ -1,0 +1,133 @@
+"""What a line of the log says: ids of the request whose work it is, one line at its end, nothing that is secret."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from frontend_workers import decode, prefill
+
+from tandem.errors import InvalidRequest, LegFailed
+from tandem.observe import logs
+from tandem.observe.course import AttemptCourse, Course, LegCourse
+from tandem.observe.courses import Courses
+from tandem.observe.trace_context import TraceContext
+
+log = logging.getLogger("tandem.test")
+
+
+Stream = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def stream(capsys: Stream) -> Iterator[Stream]:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    logs.about.set(None)
+    yield capsys
+    root.handlers[:], root.level = before
+    logs.about.set(None)
+
+
+def entries(stream: Stream) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.readouterr().err.splitlines()]
+
+
+def test_a_line_is_one_object(stream: Stream) -> None:
+    logs.set_up("info", "auto", "tandem-test")
+    log.info("two\nlines of %s", "text")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        log.exception("a defect")
+    first, second = entries(stream)
+    assert (first["level"], first["service"], first["logger"]) == ("INFO", "tandem-test", "tandem.test")
+    assert first["message"] == "two\nlines of text"
+    assert first["time"].endswith("Z")
+    assert "request_id" not in first
+    assert "ValueError: broken" in second["exception"]
+
+
+def test_a_terminal_gets_text(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logs.set_up("info", "auto", "tandem-test")
+    with Courses[Course]().following(Course(request_id="r-1")):
+        log.warning("look")
+    assert stream.readouterr().err.endswith(" WARNING tandem.test look [request_id=r-1]\n")
+
+
+async def test_lines_of_requests_at_the_same_time_do_not_mix(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-test")
+    courses: Courses[Course] = Courses()
+
+    async def request(name: str) -> None:
+        with courses.following(Course(request_id=name, parent=TraceContext(int(name[1:]), 1))):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                log.info("work of %s", name)
+
+    await asyncio.gather(*(asyncio.create_task(request(f"r{number}")) for number in range(1, 4)))
+    told = entries(stream)
+    assert len(told) == 9
+    for entry in told:
+        assert entry["message"] == f"work of {entry['request_id']}"
+        assert int(entry["trace_id"], 16) == int(entry["request_id"][1:])
+
+
+def test_a_request_is_one_line_when_it_ends(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-frontend")
+    courses: Courses[Course] = Courses([logs.log_request])
+    attempt = AttemptCourse(room=77, prefill_worker=prefill(), decode_worker=decode())
+    course = Course(request_id="r-1", operation="chat", model="m", tenant="alice", parent=TraceContext(10, 11))
+    with courses.following(course):
+        course.add_attempt(attempt)
+        course.note_tokens(course.clock(), 3)
+        course.finish("stop", 9, 3, 8)
+    (entry,) = entries(stream)
+    for name, value in {
+        "logger": "tandem.request",
+        "request_id": "r-1",
+        "trace_id": f"{10:032x}",
+        "operation": "chat",
+        "model": "m",
+        "tenant": "alice",
+        "outcome": "finished",
+        "reason": "stop",
+        "prompt_tokens": 9,
+        "completion_tokens": 3,
+        "cached_tokens": 8,
+        "attempts": 1,
+        "workers": ["prefill-0", "decode-0"],
+        "room": 77,
+    }.items():
+        assert entry[name] == value, name
+    assert 0 <= entry["ttft_ms"] <= entry["duration_ms"]
+
+
+def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
+    logs.set_up("debug", "json", "tandem-frontend")
+    courses: Courses[Course] = Courses([logs.log_request])
+    course = Course(request_id="r-1", prompt="my secret prompt")
+    with contextlib.suppress(InvalidRequest), courses.following(course):
+        raise InvalidRequest("guided.regex", "my secret pattern cannot be used")
+    (entry,) = entries(stream)
+    assert "secret" not in json.dumps(entry)
+    assert "secret" not in course.message
+    assert (entry["outcome"], entry["reason"]) == ("refused", "INVALID_REQUEST")
+
+
+def test_a_leg_that_fails_is_news_and_one_that_finishes_is_not(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-decode")
+    courses: Courses[LegCourse] = Courses([logs.log_leg])
+    with courses.following(LegCourse(request_id="fine")) as course:
+        course.outcome = "finished"
+    with contextlib.suppress(LegFailed), courses.following(LegCourse(request_id="broken", role="decode", attempt=2)):
+        raise LegFailed("no KV came")
+    (entry,) = entries(stream)
+    assert (entry["request_id"], entry["attempt"], entry["reason"]) == ("broken", 2, "LEG_FAILED")
