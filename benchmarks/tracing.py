@@ -1,7 +1,7 @@
 """What telling of requests costs a frontend: `python -m benchmarks.tracing --before ../checkout-before`.
 
 Starts clusters of simulated workers side by side: with traces off, with every request traced, and, where the checkout
-of an earlier state is given (with an environment of its own), of that state. Requests go to them in turns, so that
+of an earlier state is given, of that state in this environment. Requests go to them in turns, so that
 whatever else the machine does hits all alike. What is compared is the processor time of the frontend's process for
 each request, from /proc: the exporting thread and the line in the log are in it. Also prints what the parts cost
 alone: a record's way through its hops, its spans, and one batch of tokens.
@@ -32,8 +32,8 @@ from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceSt
 from tandem.observe.course import AttemptCourse, Course
 from tandem.observe.courses import Courses, trace_ids
 from tandem.observe.logs import log_request
+from tandem.observe.otlp import Encoder
 from tandem.observe.spans import spans_of
-from tandem.observe.tracing import _Encoder
 from tandem.rpc.channels import open_channel
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
@@ -96,11 +96,14 @@ asyncio.run(main())
 
 
 @asynccontextmanager
-async def cluster_before(python: Path) -> AsyncIterator[tuple[str, int]]:
-    """A cluster of another checkout, with its own environment."""
+async def cluster_before(checkout: Path) -> AsyncIterator[tuple[str, int]]:
+    """A cluster of another checkout's code."""
+    roots = [checkout / "src", *sorted((checkout / "services").iterdir())]
+    path = os.pathsep.join(str(root.resolve()) for root in roots)
     logs = tempfile.mkdtemp(prefix="tandem-bench-")
     child = await asyncio.create_subprocess_exec(
-        *(str(python), "-c", CHILD, str(MODEL.resolve()), logs, json.dumps(FAST)),
+        *(sys.executable, "-c", CHILD, str(MODEL.resolve()), logs, json.dumps(FAST)),
+        env={**os.environ, "PYTHONPATH": path},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -195,7 +198,7 @@ def parts() -> dict[str, float]:
 
     off, traced = Courses[Course](), Courses[Course](ids=trace_ids(1.0))
     closed = whole(traced)
-    encoder, new_id = _Encoder({}), trace_ids(1.0).span_id
+    encoder, new_id = Encoder({}), trace_ids(1.0).span_id
     logging.getLogger("tandem.request").setLevel(logging.INFO)
     logging.getLogger().addHandler(logging.NullHandler())
     return {
@@ -204,7 +207,7 @@ def parts() -> dict[str, float]:
         "record_traced": _us(lambda: whole(traced), 5_000),
         "log_line_without_writing": _us(lambda: log_request(closed), 5_000),
         "spans": _us(lambda: spans_of(closed, new_id), 5_000),
-        "spans_as_the_sdks": _us(lambda: encoder.encoded([closed]), 2_000),
+        "spans_as_bytes": _us(lambda: encoder.request([closed]).SerializeToString(), 2_000),
     }
 
 
@@ -220,7 +223,7 @@ def _us(work: Any, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", type=Path, help="Python of an environment with the state to compare with")
+    parser.add_argument("--before", type=Path, help="checkout of the state to compare with")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--requests", type=int, default=100, help="of each round and cluster")
     parser.add_argument("--tokens", type=int, default=64)

@@ -10,16 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import tandem
 from tandem.observe.course import Course, LegCourse
 from tandem.observe.courses import Courses, trace_ids
-from tandem.observe.spans import Span, is_sampled, spans_of
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan
+from tandem.observe.spans import is_sampled
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +28,6 @@ INTERVAL_S = 1.0
 EXPORT_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 """Most time that the end of a process waits for a collector."""
-SCOPE = "tandem"
 
 
 class SpanExport:
@@ -48,7 +44,10 @@ class SpanExport:
         self._wake = threading.Event()
         self._is_closing = False
         self._is_failing = False
-        self._encoder = _Encoder(resource)
+        # Imported with the exporter: both need OpenTelemetry's packages.
+        from tandem.observe.otlp import Encoder
+
+        self._encoder = Encoder(resource)
         self._exporter = _exporter(endpoint)
         self._thread = threading.Thread(target=self._run, name="span-export", daemon=True)
         self._thread.start()
@@ -89,7 +88,7 @@ class SpanExport:
     def _send(self) -> None:
         batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
         try:
-            taken = self._exporter.export(self._encoder.encoded(batch)).name == "SUCCESS"
+            taken = self._exporter.export(self._encoder.request(batch)).name == "SUCCESS"
         except Exception as problem:
             # The end of this thread would be the end of all traces, and nobody would notice.
             log.debug("spans could not be sent", exc_info=True)
@@ -137,51 +136,16 @@ def resource(role: str, instance: str) -> dict[str, str]:
 def _exporter(endpoint: str) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
+    class Exporter(OTLPSpanExporter):
+        """The SDK's, with its credentials, headers and retries, for messages that are encoded already."""
+
+        def _translate_data(self, data: Any) -> Any:
+            return data
+
+        def _count_data(self, data: Any) -> int:
+            return len(data.resource_spans[0].scope_spans[0].spans)
+
     # It would log each of its tries; `_tell` says what an operator needs.
     logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
     url = endpoint if "://" in endpoint else f"http://{endpoint}"
-    return OTLPSpanExporter(endpoint=url, timeout=EXPORT_TIMEOUT_S)
-
-
-class _Encoder:
-    """Our spans as those of OpenTelemetry's SDK."""
-
-    def __init__(self, resource: Mapping[str, str]) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-
-        self._resource = Resource.create(dict(resource))
-        self._scope = InstrumentationScope(SCOPE)
-        self._ids = trace_ids(1.0)
-
-    def encoded(self, courses: Sequence[Course | LegCourse]) -> list[ReadableSpan]:
-        """The spans of courses."""
-        return [self._span(span) for course in courses for span in spans_of(course, self._ids.span_id)]
-
-    def _span(self, span: Span) -> ReadableSpan:
-        from opentelemetry.sdk.trace import Event, ReadableSpan
-        from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
-        from opentelemetry.trace.span import TraceState
-
-        def context(span_id: int, *, is_remote: bool = False) -> SpanContext:
-            return SpanContext(span.trace_id, span_id, is_remote, TraceFlags(TraceFlags.SAMPLED), state)
-
-        state = TraceState.from_header([span.state]) if span.state else None
-        return ReadableSpan(
-            name=span.name,
-            context=context(span.span_id),
-            parent=None if span.parent_id is None else context(span.parent_id, is_remote=span.is_parent_remote),
-            resource=self._resource,
-            attributes=span.attributes,
-            events=[Event(e.name, e.attributes, _ns(e.time_s)) for e in span.events],
-            links=[Link(context(span_id), attributes) for span_id, attributes in span.links],
-            kind=SpanKind[span.kind.upper()],
-            status=Status(StatusCode.UNSET) if span.error is None else Status(StatusCode.ERROR, span.error),
-            start_time=_ns(span.begin_s),
-            end_time=_ns(span.end_s),
-            instrumentation_scope=self._scope,
-        )
-
-
-def _ns(time_s: float) -> int:
-    return int(time_s * 1e9)
+    return Exporter(endpoint=url, timeout=EXPORT_TIMEOUT_S)

@@ -1,0 +1,104 @@
+"""Traces of the real engine at a real OTLP receiver: parentage, order, times that add up, and the bytes of the KV."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from calls import Stream, generate, request_of
+from conftest import DEMO_MODEL, running
+from otlp_receiver import Received, Receiver, receiver
+from test_traces import ALL, DECODE_STEPS, FRONTEND_STEPS, PREFILL_STEPS, one
+
+from tandem.rpc import clients
+from tandem.runtime.cluster import LocalCluster
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(300)]
+
+FLOAT32_BYTES = 4
+STORY = "Once upon a time there was a fox who lived in a small house by the river with her friends. "
+TTFT_SHARE = 0.05
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def collector() -> AsyncIterator[Receiver]:
+    async with receiver() as kept:
+        yield kept
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def pair(collector: Receiver, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    logs = tmp_path_factory.mktemp("traces-sglang")
+    async with running(logs, otlp_endpoint=collector.address, worker_flags={"dtype": "float32"}) as cluster:
+        for _ in range(3):
+            # The first requests compile and connect.
+            await generate(cluster, request_of(STORY, max_tokens=4))
+        yield cluster
+
+
+async def traced(pair: LocalCluster, collector: Receiver, prompt: str) -> tuple[Stream, list[Received]]:
+    stream = await generate(pair, request_of(prompt, max_tokens=16))
+    return stream, await collector.trace(stream.accepted.request_id, *ALL)
+
+
+async def test_one_tree_in_order(pair: LocalCluster, collector: Receiver) -> None:
+    _, spans = await traced(pair, collector, STORY * 8)
+    root = one(spans, "generate")
+    attempt = one(spans, "attempt", root)
+    prefill, decode = one(spans, "prefill leg", attempt), one(spans, "decode leg", attempt)
+    for parent, names in ((root, FRONTEND_STEPS), (prefill, PREFILL_STEPS), (decode, DECODE_STEPS)):
+        steps = [one(spans, name, parent) for name in names]
+        assert [s.begin_s for s in steps] == sorted(s.begin_s for s in steps), names
+    for child in (attempt, prefill, decode):
+        assert root.begin_s <= child.begin_s <= child.end_s <= root.end_s + 0.005, child.name
+    # Decode has memory for the KV before prefill computes, and its first token after the KV has come.
+    assert one(spans, "pre-allocate").end_s <= one(spans, "prefill").end_s
+    assert one(spans, "transfer").end_s <= one(spans, "first token").end_s
+    assert len(spans) == len(ALL)
+
+
+async def test_times_add_up_to_what_the_client_waits(pair: LocalCluster, collector: Receiver) -> None:
+    """The way to the first token, span by span: nothing is counted twice, and next to nothing is missing."""
+    shares = []
+    for number in range(5):
+        stream, spans = await traced(pair, collector, f"{number} {STORY * 12}")
+        ttft_s = stream.finish.timings.time_to_first_token.ToNanoseconds() / 1e9
+        decode = one(spans, "decode leg")
+        own_s = [one(spans, name).duration_s for name in ("tokenise", "admit", "wait", "route")]
+        # A leg is accepted a moment after it has begun: what counts is when it began.
+        sent_s = decode.begin_s - one(spans, "attempt").begin_s
+        leg_s = [one(spans, n, decode).duration_s for n in ("submit", "pre-allocate", "wait for KV", "first token")]
+        back_s = decode.begin_s + sum(leg_s)
+        shares.append((sum(own_s) + sent_s + sum(leg_s)) / ttft_s)
+        assert back_s == pytest.approx(one(spans, "first token", decode).end_s, abs=0.001), "a gap between two steps"
+    assert sorted(shares)[len(shares) // 2] == pytest.approx(1.0, abs=TTFT_SHARE), shares
+
+
+async def test_the_bytes_are_the_models_arithmetic(pair: LocalCluster, collector: Receiver) -> None:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token_bytes = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head_dim * FLOAT32_BYTES
+    workers = await clients.list_workers(pair.registry.address)
+    page_tokens = workers[0].worker.capabilities.page_size_tokens
+    for repeats in (1, 7):
+        stream, spans = await traced(pair, collector, f"{repeats} {STORY * repeats}")
+        pages = -(-stream.accepted.prompt_tokens // page_tokens)
+        for name in ("prefill leg", "transfer", "decode leg", "wait for KV", "generate"):
+            assert one(spans, name).attributes["tandem.kv_transfer_bytes"] == pages * page_tokens * token_bytes, name
+        assert one(spans, "decode leg").attributes["tandem.recomputed_tokens"] == 0
+
+
+async def test_every_log_is_json_with_the_ids_of_the_request(pair: LocalCluster, collector: Receiver) -> None:
+    stream, spans = await traced(pair, collector, "Zebedee whispers")
+    lines = [json.loads(line) for line in Path(pair.frontend.log).read_text().splitlines()]
+    (told,) = [line for line in lines if line.get("request_id") == stream.accepted.request_id]
+    root = one(spans, "generate")
+    assert told["trace_id"] == root.trace_id
+    assert told["ttft_ms"] == pytest.approx(root.attributes["tandem.ttft_s"] * 1000, abs=0.01)
+    assert told["workers"] == ["prefill-0", "decode-0"]
+    for process in pair.processes:
+        assert not re.search("Zebedee|whispers", process.log.read_text()), process.name
