@@ -11,15 +11,20 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tandem import settings_text
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
 CONVENTIONS = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
+
+
+def _as_url(value: Any) -> Any:
+    """Without a scheme an exporter would take TLS for granted."""
+    return f"http://{value}" if isinstance(value, str) and value and "://" not in value else value
 
 
 class ServiceConfig(BaseModel):
@@ -39,9 +44,9 @@ class ServiceConfig(BaseModel):
         pattern="^(auto|json|text)$",
         description="json (one object a line), text (for a terminal), auto (text on a terminal, else json)",
     )
-    otlp_endpoint: str | None = Field(
+    otlp_endpoint: Annotated[str | None, BeforeValidator(_as_url)] = Field(
         None,
-        pattern=r"^(https?://)?[^\s/]+$",
+        pattern=r"^https?://[^\s/]+$",
         description="OTLP collector over gRPC (host:port, or a URL); default: OTEL_EXPORTER_OTLP_ENDPOINT, or none",
     )
     trace_sample_ratio: float = Field(

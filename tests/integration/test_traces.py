@@ -24,7 +24,7 @@ from tandem.testing.eventually import assert_eventually
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
 STORY = "Once upon a time there was a fox"
-FRONTEND_STEPS = ("tokenise", "admit", "wait", "route", "attempt", "finish")
+FRONTEND_STEPS = ("admit", "tokenise", "wait", "route", "attempt", "finish")
 PREFILL_STEPS = ("submit", "bootstrap", "queue", "prefill", "transfer")
 DECODE_STEPS = ("submit", "pre-allocate", "wait for KV", "first token", "stream")
 ALL = ("generate", *FRONTEND_STEPS, "dispatch", "prefill leg", *PREFILL_STEPS, "decode leg", *DECODE_STEPS)

@@ -16,12 +16,14 @@ from test_traces import ALL, DECODE_STEPS, FRONTEND_STEPS, PREFILL_STEPS, one
 
 from tandem.rpc import clients
 from tandem.runtime.cluster import LocalCluster
+from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(300)]
 
 FLOAT32_BYTES = 4
 STORY = "Once upon a time there was a fox who lived in a small house by the river with her friends. "
 TTFT_SHARE = 0.05
+ENGINE = "tandem-engine"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -33,7 +35,8 @@ async def collector() -> AsyncIterator[Receiver]:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def pair(collector: Receiver, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     logs = tmp_path_factory.mktemp("traces-sglang")
-    async with running(logs, otlp_endpoint=collector.address, worker_flags={"dtype": "float32"}) as cluster:
+    flags = {"dtype": "float32", "engine-spans": "true"}
+    async with running(logs, otlp_endpoint=collector.address, worker_flags=flags) as cluster:
         for _ in range(3):
             # The first requests compile and connect.
             await generate(cluster, request_of(STORY, max_tokens=4))
@@ -42,7 +45,18 @@ async def pair(collector: Receiver, tmp_path_factory: pytest.TempPathFactory) ->
 
 async def traced(pair: LocalCluster, collector: Receiver, prompt: str) -> tuple[Stream, list[Received]]:
     stream = await generate(pair, request_of(prompt, max_tokens=16))
-    return stream, await collector.trace(stream.accepted.request_id, *ALL)
+    spans = await collector.trace(stream.accepted.request_id, *ALL)
+    return stream, [span for span in spans if span.service != ENGINE]
+
+
+async def test_the_engines_own_spans_are_below_the_legs(pair: LocalCluster, collector: Receiver) -> None:
+    _, spans = await traced(pair, collector, STORY)
+    legs = {one(spans, f"{role} leg").span_id for role in ("prefill", "decode")}
+
+    def parents() -> set[str]:
+        return {s.parent_id for s in collector.spans if s.service == ENGINE} & legs
+
+    await assert_eventually(parents, lambda found: found == legs, within_s=15, what="spans of both engines")
 
 
 async def test_one_tree_in_order(pair: LocalCluster, collector: Receiver) -> None:

@@ -131,3 +131,29 @@ def test_all_of_tls_or_nothing() -> None:
     tls = decode("--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a").tls
     assert tls is not None
     assert (tls.cert, tls.key, tls.ca) == (Path("c"), Path("k"), Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv", "endpoint"),
+    [
+        ({}, [], None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4317/"}, [], "http://all:4317"),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://all:4317", "TANDEM_DECODE_OTLP_ENDPOINT": "https://own:1"},
+            [],
+            "https://own:1",
+        ),
+        ({"TANDEM_DECODE_OTLP_ENDPOINT": "https://own:1"}, ["--otlp-endpoint", "flag:2"], "http://flag:2"),
+    ],
+)
+def test_a_collector_is_the_one_of_all_programs_unless_this_one_is_told_another(
+    environ: dict[str, str], argv: list[str], endpoint: str | None
+) -> None:
+    assert decode(*argv, **environ).otlp_endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["http://", "ftp://a:1", "http://a:1/v1/traces", "a b"])
+def test_a_collector_that_cannot_be_is_refused_by_name(endpoint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        decode("--otlp-endpoint", endpoint)
+    assert refused.value.key == "otlp_endpoint"

@@ -62,6 +62,9 @@ class WorkerConfig(RpcServiceConfig):
         10, ge=0.5, le=3600, description="an engine that has told no token for this long must pass a canary"
     )
     canary_timeout_s: float = Field(60, gt=0, le=600, description="most time for the generation that proves the engine")
+    engine_spans: bool = Field(
+        False, description="trace also what SGLang itself traces; its scheduler's loop pays for that"
+    )
     engine_extra: Annotated[dict[str, Any], BeforeValidator(_parse_extra)] = Field(
         default_factory=dict, description="more arguments of the engine, as a JSON object"
     )
@@ -70,6 +73,16 @@ class WorkerConfig(RpcServiceConfig):
     def served_name(self) -> str:
         """Name clients ask for."""
         return self.model_name or self.model.resolve().name
+
+    def _engine_tracing(self) -> dict[str, Any]:
+        """SGLang's arguments for spans of its own."""
+        if not self.engine_spans or self.otlp_endpoint is None or self.engine != "sglang":
+            return {}
+        return {
+            "enable_trace": True,
+            "otlp_traces_endpoint": self.otlp_endpoint.partition("://")[2],
+            "otlp_service_name": "tandem-engine",
+        }
 
     def engine_settings(self, role: WorkerRole) -> EngineSettings:
         """The engine's part."""
@@ -87,5 +100,5 @@ class WorkerConfig(RpcServiceConfig):
             threads=self.threads,
             seed=self.seed,
             log_level=self.log_level if self.log_level != "info" else "warning",
-            extra=self.engine_extra,
+            extra={**self._engine_tracing(), **self.engine_extra},
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any, cast
 
 from tandem.engine.port import Engine
@@ -94,7 +95,8 @@ class Legs:
         try:
             with self._courses.following(self._course(key, request, parent)) as course:
                 # Every adapter's iterator is a generator; only a generator can be told to end now.
-                batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(request))
+                traced = self._traced(request, course)
+                batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(traced))
                 async with contextlib.aclosing(batches):
                     async for batch in batches:
                         self.batch_count += 1
@@ -127,6 +129,12 @@ class Legs:
         """Return when no leg is open."""
         while self._open:
             await self._changed.wait()
+
+    def _traced(self, request: EngineRequest, course: LegCourse) -> EngineRequest:
+        """With what makes the leg's span the parent of the engine's own, where spans are exported."""
+        if self._courses.ids is None or course.trace is None or not course.trace.is_sampled:
+            return request
+        return replace(request, trace_headers=dict(course.trace.headers()))
 
     def _course(self, key: LegKey, request: EngineRequest, parent: TraceContext | None) -> LegCourse:
         worker = self._identity.current()

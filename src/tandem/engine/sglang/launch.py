@@ -72,7 +72,18 @@ def construct(
     engine = GuestEngine(**arguments)
     # Ours watches the children already; this one sends SIGQUIT to the whole process.
     engine.tokenizer_manager._subprocess_watchdog.stop()
+    if arguments.get("enable_trace"):
+        _trace_here(engine)
     return engine
+
+
+def _trace_here(engine: Any) -> None:
+    """SGLang's scheduler begins to trace by itself; in this process only its HTTP server would."""
+    from sglang.srt.observability import trace
+
+    args = engine.server_args
+    trace.process_tracing_init(args.otlp_traces_endpoint, args.otlp_service_name, trace_modules=args.trace_modules)
+    trace.trace_set_thread_info(f"{args.disaggregation_mode} front half")
 
 
 def scheduler_info(engine: Any) -> dict[str, Any]:

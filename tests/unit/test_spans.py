@@ -1,0 +1,111 @@
+"""From a closed course to spans: which there are, whose children they are, what they say; and OTLP's bytes of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from frontend_workers import decode, prefill
+from opentelemetry.proto.trace.v1 import trace_pb2
+
+from tandem.api.types.v1 import leg_pb2
+from tandem.errors import LegFailed
+from tandem.model.generation import EngineFinish, EngineTimings, FinishReason
+from tandem.observe.course import AttemptCourse, Course, LegCourse
+from tandem.observe.courses import Courses, trace_ids
+from tandem.observe.otlp import Encoder
+from tandem.observe.spans import Span, is_sampled, spans_of
+from tandem.observe.trace_context import TraceContext
+
+PARENT = TraceContext(7, 8, state="v=1")
+
+
+def spans(course: Course | LegCourse) -> list[Span]:
+    numbers = itertools.count(1000)
+    return spans_of(course, lambda: next(numbers))
+
+
+def finished() -> Course:
+    courses: Courses[Course] = Courses(ids=trace_ids(1.0))
+    with courses.following(Course(request_id="r", model="m", parent=PARENT)) as course:
+        for name in ("tokenise", "admit", "wait", "route"):
+            course.step(name, course.clock())
+        workers = {"prefill_worker": prefill(), "decode_worker": decode()}
+        first = course.add_attempt(AttemptCourse(trace=courses.child(course.trace), begin_s=course.clock(), **workers))
+        first.accepted("prefill")
+        first.broke("decode", decode(), "decoding", "LEG_FAILED")
+        first.end(None, None)
+        course.step("route", course.clock())
+        second = course.add_attempt(
+            AttemptCourse(
+                number=2, trace=courses.child(course.trace), begin_s=course.clock(), tokens_before=3, **workers
+            )
+        )
+        second.accepted("prefill")
+        second.accepted("decode")
+        course.note_tokens(course.clock(), 4)
+        finish = leg_pb2.LegFinish()
+        finish.timings.kv_transfer_bytes = 4096
+        second.end(None, finish)
+        course.finish("stop", 9, 4, 0)
+    return course
+
+
+def test_attempts_are_siblings_and_the_second_is_linked_to_the_first() -> None:
+    found = spans(finished())
+    root = found[0]
+    assert (root.trace_id, root.parent_id, root.is_parent_remote, root.state) == (7, 8, True, "v=1")
+    first, second = (span for span in found if span.name == "attempt")
+    assert first.parent_id == second.parent_id == root.span_id
+    assert second.links == [(first.span_id, {"tandem.continues": True})]
+    assert (first.error, second.error) == ("LEG_FAILED", None)
+    assert [span.name for span in found if span.parent_id == first.span_id] == [], "one leg was never accepted"
+    assert [span.name for span in found if span.parent_id == second.span_id] == ["dispatch"]
+    assert root.attributes["tandem.kv_transfer_bytes"] == 4096
+    routes = [span.attributes["tandem.attempt"] for span in found if span.name == "route"]
+    assert routes == [1, 2]
+
+
+def test_a_step_that_did_not_happen_has_no_span() -> None:
+    timings = EngineTimings(queued_time_s=10.0, preallocation_end_time_s=11.0)
+    with Courses[LegCourse](ids=trace_ids(1.0)).following(LegCourse(role="decode", begin_s=9.0)) as course:
+        course.finish(EngineFinish(reason=FinishReason.ABORTED, timings=timings))
+    assert [(span.name, span.begin_s, span.end_s) for span in spans(course)[1:]] == [
+        ("submit", 9.0, 10.0),
+        ("pre-allocate", 10.0, 11.0),
+    ]
+
+
+def test_a_leg_that_failed_says_why_and_one_that_was_left_is_no_error() -> None:
+    courses: Courses[LegCourse] = Courses(ids=trace_ids(1.0))
+    failed = LegCourse(role="prefill")
+    with pytest.raises(LegFailed), courses.following(failed):
+        raise LegFailed("no peer came")
+    with courses.following(LegCourse(role="prefill")) as left:
+        pass
+    assert spans(failed)[0].error == "no peer came"
+    assert spans(left)[0].error is None
+
+
+def test_the_wire_carries_all_of_it() -> None:
+    course = finished()
+    request = Encoder({"service.name": "tandem-frontend"}).request([course])
+    (resource_spans,) = request.resource_spans
+    assert resource_spans.resource.attributes[0].value.string_value == "tandem-frontend"
+    root, *others = resource_spans.scope_spans[0].spans
+    assert (root.trace_id.hex(), root.parent_span_id.hex(), root.trace_state) == (f"{7:032x}", f"{8:016x}", "v=1")
+    assert root.kind == trace_pb2.Span.SPAN_KIND_SERVER
+    assert root.flags & trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+    assert [event.name for event in root.events] == ["first token"]
+    broken, going_on = (span for span in others if span.name == "attempt")
+    assert broken.status.code == trace_pb2.Status.STATUS_CODE_ERROR
+    assert going_on.links[0].span_id == broken.span_id
+    assert going_on.links[0].attributes[0].value.bool_value is True
+    assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in (root, *others))
+    assert {span.trace_id for span in others} == {root.trace_id}
+
+
+def test_what_is_not_sampled_has_no_spans() -> None:
+    assert not is_sampled(Course())
+    assert not is_sampled(Course(trace=TraceContext(1, 2, False)))
+    assert is_sampled(Course(trace=TraceContext(1, 2)))
