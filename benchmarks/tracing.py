@@ -40,7 +40,6 @@ from tandem.runtime.cluster import ClusterSpec, LocalCluster
 MODEL = Path("models") / "tandem-demo"
 FAST = {"engine-extra": json.dumps({"decode_step_s": 0.0005})}
 PROMPT = "Once upon a time there was a fox"
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Sink:
@@ -68,9 +67,8 @@ class Sink:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process and its threads, without its children."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
+    """Processor time of a process and its threads, without its children, to the nanosecond."""
+    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 @asynccontextmanager
@@ -224,8 +222,8 @@ def _us(work: Any, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, help="checkout of the state to compare with")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=100, help="of each round and cluster")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=20, help="of each round and cluster")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--parts", action="store_true", help="only what the parts cost alone")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -208,3 +210,35 @@ async def test_a_client_that_leaves_is_no_error(cluster: LocalCluster, collector
     for name in ("generate", "decode leg"):
         span = one(spans, name)
         assert (span.attributes["tandem.outcome"], span.span.status.code) == ("cancelled", 0)
+
+
+async def test_a_prompt_is_told_where_the_operator_wants_it_and_one_worker_is_one_leg(
+    collector: Receiver, tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"engine": "simulated", "prefill": 0, "decode": 0, "aggregated": 1}
+    flags = {"frontend": {"trace-prompts": "true"}}
+    async with running(tmp_path, otlp_endpoint=collector.address, role_flags=flags, **shape) as cluster:
+        stream = await generate(cluster, request_of("Zebedee keeps a secret", max_tokens=4))
+        spans = await collector.trace(stream.accepted.request_id, "generate", "aggregated leg")
+        assert one(spans, "generate").attributes["tandem.prompt"].endswith("Zebedee keeps a secret")
+        leg = one(spans, "aggregated leg", one(spans, "attempt"))
+        assert [s.name for s in spans if s.parent_id == leg.span_id] == ["submit", "queue", "prefill", "stream"]
+        assert "tandem.room" not in leg.attributes
+        assert "Zebedee" not in cluster.frontend.log.read_text()
+
+
+async def test_requests_and_the_end_of_a_cluster_do_not_wait_for_a_dead_collector(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{unused.getsockname()[1]}"
+        async with running(tmp_path, otlp_endpoint=dead, engine="simulated", edge=True) as cluster:
+            assert cluster.edge is not None
+            async with httpx.AsyncClient(base_url=f"http://{cluster.edge.address}") as client:
+                for _ in range(20):
+                    body = {"prompt": STORY, "max_tokens": 4, "temperature": 0, "model": "tandem-demo"}
+                    assert (await client.post("/v1/completions", json=body)).status_code == 200
+            told = await assert_eventually(
+                cluster.frontend.log.read_text, lambda text: "spans are not sent" in text, within_s=15, what="a warning"
+            )
+            assert told.count("spans are not sent") == 1
+    assert {process.exit_status for process in cluster.processes} == {0}

@@ -18,7 +18,7 @@ from tandem.rpc import clients
 from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(600)]
 
 FLOAT32_BYTES = 4
 STORY = "Once upon a time there was a fox who lived in a small house by the river with her friends. "

@@ -93,6 +93,15 @@ def test_a_frontend_and_its_parsers_import_no_engine() -> None:
     assert found.stdout.strip() == "set()"
 
 
+def test_a_process_that_exports_nothing_imports_nothing_for_it() -> None:
+    program = (
+        "import sys, tandem_frontend.app, tandem_prefill.app, tandem_registry.app, tandem.edge.app;"
+        "print({name for name in sys.modules if name.startswith('opentelemetry')})"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_services_have_the_same_plumbing() -> None:
     for root in SERVICES.values():
         names = {path.name for path in root.glob("*.py")}
