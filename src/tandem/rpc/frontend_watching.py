@@ -1,40 +1,32 @@
 """The watch of edges: keeps the registry's list of frontends up to date, and keeps it when the registry is gone.
 
-Owns the stream and the waiting. The merge is `tandem.rpc.frontend_view`, the order of addresses
-`tandem.rpc.address_book`. Sends no request to a frontend.
+Owns what the stream says. The merge is `tandem.rpc.frontend_view`, trying registries in turn `tandem.rpc.following`.
+Sends no request to a frontend.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
-
-import grpc
+from typing import Any, TypeGuard
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
-from tandem.errors import ServiceError, TandemError
 from tandem.model.frontend import Frontend
-from tandem.rpc.address_book import AddressBook
-from tandem.rpc.backoff import Backoff
-from tandem.rpc.channels import Channels
+from tandem.rpc.following import SNAPSHOT_TIMEOUT_S, RegistryFollower
 from tandem.rpc.frontend_view import FrontendView
 from tandem.rpc.messages import frontend_from_proto
 from tandem.rpc.registry_view import CONFIRM_GRACE_S
-from tandem.rpc.status import from_rpc_error
-from tandem.rpc.watching import SNAPSHOT_TIMEOUT_S, WatchState
 from tandem.runtime.clock import Clock, monotonic
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
 
 
-class FrontendWatch:
+class FrontendWatch(RegistryFollower):
     """All frontends a registry lists, or listed when it was last heard of."""
 
     def __init__(
@@ -55,113 +47,38 @@ class FrontendWatch:
             confirm_grace_s: how long a frontend may be missing from what is no proof of its absence.
             rng: spreads reconnections.
         """
-        self._book = AddressBook(addresses, clock=clock, rng=rng)
-        self._clock = clock
         self._view = FrontendView(clock, confirm_grace_s)
-        self._backoff = Backoff(rng=rng)
-        self._state = WatchState(is_live=False, since_s=clock())
-        self._changed = asyncio.Event()
-        self._channels = Channels(tls)
-        self._tasks: list[asyncio.Task[None]] = []
-
-    @property
-    def state(self) -> WatchState:
-        """Live, or the last known list and since when."""
-        return self._state
+        super().__init__(addresses, self._view, "frontends", tls, clock, rng)
 
     def frontends(self) -> tuple[Frontend, ...]:
         """All frontends, ordered by id."""
         return self._view.frontends()
-
-    async def start(self) -> None:
-        """Begin to follow; returns at once, whether or not a registry can be reached."""
-        assert not self._tasks, "start() twice"
-        self._tasks = [
-            asyncio.create_task(self._follow(), name="frontend-watch"),
-            asyncio.create_task(self._drop_overdue(), name="frontend-watch-overdue"),
-        ]
-
-    async def close(self) -> None:
-        """Stop following and free everything; the last list stays readable. May be called twice."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._channels.close()
 
     @property
     def next_change(self) -> asyncio.Event:
         """Set as soon as anything more is heard. Take it before looking, so that nothing is missed in between."""
         return self._changed
 
-    async def _follow(self) -> None:
-        """Try the addresses in turn for ever; one line in the log for an outage, one for its end."""
-        is_outage_told = False
-        while True:
-            asked_s = 0.0
-            try:
-                await self._watch(await self._book.current())
-            except TandemError as problem:
-                if self._state.is_live or not is_outage_told:
-                    known = len(self.frontends())
-                    log.warning("registry %s: %s; keeping %d known frontends", self._book, problem, known)
-                    is_outage_told = True
-                self._set_live(False)
-                asked_s = problem.retry_delay_s or 0.0
-            self._book.failed()
-            await asyncio.sleep(max(asked_s, self._backoff.next_s()))
+    def _open(self, stub: RegistryServiceStub) -> Any:
+        return stub.WatchFrontends(pb.WatchFrontendsRequest())
 
-    async def _watch(self, address: str) -> None:
-        """Follow one stream to its end, which is always an error."""
-        call = RegistryServiceStub(self._channels.get(address)).WatchFrontends(pb.WatchFrontendsRequest())
-        try:
-            async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
-                heard = await call.read()
-            while _is_list(heard):
-                self._apply(heard)
-                if not self._state.is_live:
-                    self._set_live(True)
-                    self._backoff.reset()
-                    log.info(
-                        "registry %s: following %s, %d frontends", address, heard.registry_id, len(heard.frontends)
-                    )
-                heard = await call.read()
-            raise ServiceError("the registry ended the stream")
-        except TimeoutError:
-            raise ServiceError(f"no frontends within {SNAPSHOT_TIMEOUT_S:g} s") from None
-        except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
-        finally:
-            call.cancel()
+    async def _listen(self, call: Any, address: str) -> None:
+        async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+            heard = await call.read()
+        while _is_list(heard):
+            self._apply(heard)
+            if not self._state.is_live:
+                self._heard_from(address, heard.registry_id)
+            heard = await call.read()
+
+    def _count(self) -> int:
+        return len(self.frontends())
 
     def _apply(self, heard: pb.WatchFrontendsResponse) -> None:
         frontends = _readable(heard.frontends)
         if not self._view.apply(heard.registry_id, heard.revision, frontends):
             log.warning("the registry lists no frontend any more; keeping %d known ones", len(self.frontends()))
         self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    def _set_live(self, is_live: bool) -> None:
-        if is_live != self._state.is_live:
-            self._state = WatchState(is_live, self._clock())
-            self._wake()
-
-    async def _drop_overdue(self) -> None:
-        """Give up frontends that a live registry did not confirm in time. Nobody is given up during an outage."""
-        while True:
-            changed, next_s = self._changed, self._view.next_drop_s()
-            wait_s = None
-            if self._state.is_live and next_s is not None:
-                if self._view.drop_overdue():
-                    self._wake()
-                    continue
-                wait_s = max(0.0, next_s - self._clock())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await changed.wait()
 
 
 def _is_list(read: object) -> TypeGuard[pb.WatchFrontendsResponse]:

@@ -1,52 +1,35 @@
 """The watch of frontends and tools: keeps a registry's view up to date, and keeps it when the registry is gone.
 
-Owns the stream and the waiting. The merge is `tandem.rpc.registry_view`, the order of addresses
-`tandem.rpc.address_book`. Chooses no worker.
+Owns what the stream says and who waits for it. The merge is `tandem.rpc.registry_view`, trying registries in turn
+`tandem.rpc.following`. Chooses no worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
-
-import grpc
+from typing import Any, TypeGuard
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import DeadlinePassed, RevisionAhead, ServiceError, TandemError
 from tandem.model.worker import Worker
-from tandem.rpc.address_book import AddressBook
-from tandem.rpc.backoff import Backoff
-from tandem.rpc.channels import Channels
+from tandem.rpc.following import SNAPSHOT_TIMEOUT_S, RegistryFollower
 from tandem.rpc.messages import worker_from_proto
 from tandem.rpc.registry_view import CONFIRM_GRACE_S, RegistryView, ViewGap
-from tandem.rpc.status import from_rpc_error
 from tandem.runtime.clock import Clock, monotonic
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_TIMEOUT_S = 3.0
-"""A registry that is frozen accepts connections and never answers; the next address gets its turn after this."""
 AHEAD_PATIENCE_S = 3.0
 """Replicas that are behind catch up in less. Where all of them stay behind, what they have is the truth by now."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchState:
-    """Whether the view follows a registry now, and since when it does or does not (on the watch's clock)."""
-
-    is_live: bool
-    since_s: float
-
-
-class WorkerWatch:
+class WorkerWatch(RegistryFollower):
     """All workers a registry lists, or listed when it was last heard of."""
 
     def __init__(
@@ -69,23 +52,12 @@ class WorkerWatch:
             confirm_grace_s: how long a worker may be missing from what is no proof of its absence.
             rng: spreads reconnections.
         """
-        self._book = AddressBook(addresses, clock=clock, rng=rng)
-        self._on_change = on_change
-        self._clock = clock
         self._view = RegistryView(clock, confirm_grace_s)
-        self._backoff = Backoff(rng=rng)
-        self._state = WatchState(is_live=False, since_s=clock())
+        super().__init__(addresses, self._view, "workers", tls, clock, rng)
+        self._on_change = on_change
         self._ahead_since_s: float | None = None
         """Since when registries have said that they know less than this watch."""
         self._workers: tuple[Worker, ...] = ()
-        self._changed = asyncio.Event()
-        self._channels = Channels(tls)
-        self._tasks: list[asyncio.Task[None]] = []
-
-    @property
-    def state(self) -> WatchState:
-        """Live, or the last known view and since when."""
-        return self._state
 
     def workers(self) -> tuple[Worker, ...]:
         """All workers of the view, ordered by id."""
@@ -94,22 +66,6 @@ class WorkerWatch:
     def unconfirmed(self) -> tuple[Worker, ...]:
         """Those among them that only a former registry listed."""
         return self._view.unconfirmed()
-
-    async def start(self) -> None:
-        """Begin to follow; returns at once, whether or not a registry can be reached."""
-        assert not self._tasks, "start() twice"
-        self._tasks = [
-            asyncio.create_task(self._follow(), name="registry-watch"),
-            asyncio.create_task(self._drop_overdue(), name="registry-watch-overdue"),
-        ]
-
-    async def close(self) -> None:
-        """Stop following and free everything; the last view stays readable. May be called twice."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._channels.close()
 
     async def wait_live(self) -> None:
         """Return when a registry has told its view."""
@@ -133,26 +89,8 @@ class WorkerWatch:
             ) from None
         return self._workers
 
-    async def _follow(self) -> None:
-        """Try the addresses in turn for ever; one line in the log for an outage, one for its end."""
-        is_outage_told = False
-        while True:
-            asked_s = 0.0
-            try:
-                await self._watch(await self._book.current())
-            except TandemError as problem:
-                if isinstance(problem, RevisionAhead):
-                    self._note_ahead()
-                if self._state.is_live or not is_outage_told:
-                    log.warning("registry %s: %s; keeping %d known workers", self._book, problem, len(self._workers))
-                    is_outage_told = True
-                self._set_live(False)
-                asked_s = problem.retry_delay_s or 0.0
-            self._book.failed()
-            await asyncio.sleep(max(asked_s, self._backoff.next_s()))
-
-    def _note_ahead(self) -> None:
-        if self._ahead_since_s is None:
+    def _note(self, problem: TandemError) -> None:
+        if isinstance(problem, RevisionAhead) and self._ahead_since_s is None:
             self._ahead_since_s = self._clock()
 
     def _request(self) -> pb.WatchRequest:
@@ -163,30 +101,25 @@ class WorkerWatch:
             request.known_registry_id, request.known_revision = self._view.registry_id, self._view.revision
         return request
 
-    async def _watch(self, address: str) -> None:
-        """Follow one stream to its end, which is always an error."""
-        call = RegistryServiceStub(self._channels.get(address)).Watch(self._request())
+    def _open(self, stub: RegistryServiceStub) -> Any:
+        return stub.Watch(self._request())
+
+    async def _listen(self, call: Any, address: str) -> None:
+        async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+            first = await call.read()
+        if not _is_step(first) or first.WhichOneof("event") != "snapshot":
+            raise ServiceError("the stream did not begin with a snapshot")
         try:
-            async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
-                first = await call.read()
-            if not _is_step(first) or first.WhichOneof("event") != "snapshot":
-                raise ServiceError("the stream did not begin with a snapshot")
             self._apply(first)
             self._ahead_since_s = None
-            self._set_live(True)
-            self._backoff.reset()
-            log.info("registry %s: following %s, %d workers", address, first.registry_id, len(self._workers))
+            self._heard_from(address, first.registry_id)
             while _is_step(step := await call.read()):
                 self._apply(step)
-            raise ServiceError("the registry ended the stream")
-        except TimeoutError:
-            raise ServiceError(f"no snapshot within {SNAPSHOT_TIMEOUT_S:g} s") from None
         except ViewGap as gap:
             raise ServiceError(str(gap)) from None
-        except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
-        finally:
-            call.cancel()
+
+    def _count(self) -> int:
+        return len(self._workers)
 
     def _apply(self, step: pb.WatchResponse) -> None:
         if step.WhichOneof("event") == "snapshot":
@@ -206,29 +139,6 @@ class WorkerWatch:
             if self._on_change is not None:
                 self._on_change(workers)
         self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    def _set_live(self, is_live: bool) -> None:
-        if is_live != self._state.is_live:
-            self._state = WatchState(is_live, self._clock())
-            self._wake()
-
-    async def _drop_overdue(self) -> None:
-        """Give up workers that a live registry did not confirm in time. Nobody is given up during an outage."""
-        while True:
-            changed, next_s = self._changed, self._view.next_drop_s()
-            wait_s = None
-            if self._state.is_live and next_s is not None:
-                if self._view.drop_overdue():
-                    self._tell()
-                    continue
-                wait_s = max(0.0, next_s - self._clock())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await changed.wait()
 
 
 def _is_step(read: object) -> TypeGuard[pb.WatchResponse]:
