@@ -13,6 +13,7 @@ from calls import request_of
 from conftest import SIMULATED, running
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.cli.membership import registry_addresses
 from tandem.rpc import clients
 from tandem.runtime.cluster import ClusterProcess, LocalCluster
 from tandem.runtime.cluster_consul import ClusterConsul
@@ -58,6 +59,8 @@ async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_pat
             named(cluster, "frontend", tmp_path, **{"frontend-id": "frontend-named", "port": "0"}) as frontend,
         ):
             assert (await finish_of(frontend)).usage.completion_tokens == 16
+            found = await registry_addresses(f"srv://registry.tandem.service.consul@{cluster.consul.dns}")
+            assert set(found) == {first.address, second.address}
             await assert_eventually(lambda: ids(second), lambda known: "decode-named" in known)
             for gone, left in ((first, second), (second, first)):
                 gone.signal(signal.SIGKILL)

@@ -54,6 +54,13 @@ def test_a_name_says_what_to_ask_and_whom(text: str, srv: SrvName | None) -> Non
         "a:65536",
         "a:1,",
         "http://a:1",
+        "-:1",
+        ".:1",
+        "a b:1",
+        "a..b:1",
+        "::1:1",
+        "[::1:1",
+        "[a]:1",
         "srv://",
         "srv://@dns",
         "srv://a..b",
@@ -69,7 +76,7 @@ def test_a_name_says_what_to_ask_and_whom(text: str, srv: SrvName | None) -> Non
 )
 def test_a_wrong_form_names_the_setting(text: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        load(DecodeConfig, "tandem-decode", ["--registry", text, "--model", "m"], {})
+        load(DecodeConfig, "tandem-decode", [f"--registry={text}", "--model", "m"], {})
     assert refusal.value.key == "registry"
 
 

@@ -10,6 +10,7 @@ from tandem_registry.backends.consul.settings import ConsulSettings
 from tandem_registry.config import RegistryConfig
 
 from tandem import config
+from tandem.config import load
 from tandem.errors import ConfigError
 
 
@@ -36,6 +37,13 @@ def test_addresses_that_are_none(address: str) -> None:
         ConsulSettings(address=address).place()
     assert wrong.value.key == "consul_address"
     assert "word" not in str(wrong.value)
+
+
+def test_a_password_in_the_address_is_refused_before_settings_are_logged() -> None:
+    with pytest.raises(ConfigError) as wrong:
+        load(RegistryConfig, "tandem-registry", ["--consul-address", "http://me:word@consul"], {})
+    assert wrong.value.key == "consul_address"
+    assert "word@" not in str(wrong.value)
 
 
 def test_a_token_comes_from_its_file_each_time_it_is_read(tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ class RegistryConfig(RpcServiceConfig):
         """Half of a pair would be noticed only when Consul refuses."""
         if self.consul_token is not None and self.consul_token_file is not None:
             raise ConfigError("consul_token_file", "is given beside consul_token: give one of them")
+        if "@" in self.consul_address:
+            # Before the settings are logged: what stands there may be a password.
+            raise ConfigError(
+                "consul_address", "must hold no user and no password; Consul takes a token: consul_token_file"
+            )
         if (self.consul_cert is None) != (self.consul_key is None):
             missing = "consul_key" if self.consul_key is None else "consul_cert"
             raise ConfigError(missing, "is missing: consul_cert and consul_key are given together or not at all")

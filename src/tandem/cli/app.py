@@ -211,7 +211,7 @@ def generate(
 @app.command()
 def status(
     address: Annotated[
-        str | None, typer.Option(help="host:port of registries, with commas; default: of `tandem up` here.")
+        str | None, typer.Option(help="Registries: host:port or srv://NAME, with commas; default: of `tandem up` here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
     tls: TlsDirectory = None,
@@ -220,10 +220,11 @@ def status(
     from rich.console import Console
 
     from tandem.cli import status as status_command
+    from tandem.cli.membership import registry_addresses
     from tandem.cli.state import find_tls, read_state
 
     async def run() -> int:
-        addresses = (address or read_state().registry).split(",")
+        addresses = await registry_addresses(address or read_state().registry)
         return await status_command.status(addresses, Console(), as_json=as_json, tls=find_tls(tls))
 
     end("status", run())
@@ -233,16 +234,17 @@ def status(
 def drain(
     worker: Annotated[str, typer.Argument(help="Name of the worker, as `tandem status` shows it.")],
     address: Annotated[
-        str | None, typer.Option(help="host:port of registries, with commas; default: of `tandem up` here.")
+        str | None, typer.Option(help="Registries: host:port or srv://NAME, with commas; default: of `tandem up` here.")
     ] = None,
     tls: TlsDirectory = None,
 ) -> None:
     """Let a worker finish what it has and end; `tandem up` then starts it again."""
     from tandem.cli import drain as drain_command
+    from tandem.cli.membership import registry_addresses
     from tandem.cli.state import find_tls, read_state
 
     async def run() -> int:
-        addresses = (address or read_state().registry).split(",")
+        addresses = await registry_addresses(address or read_state().registry)
         return await drain_command.drain(worker, addresses, find_tls(tls))
 
     end("drain", run())

@@ -6,6 +6,7 @@ Owns the asking and the merging; showing is `status.py`'s.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from typing import Any
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.errors import NotSupported, StartError, TandemError
 from tandem.rpc import clients
+from tandem.rpc.addresses import parse_addresses, parse_srv
+from tandem.rpc.resolving import resolve_srv
 from tandem.tls.paths import Tls
 
 
@@ -51,6 +54,22 @@ class Membership:
         """Address of a registry, where it has answered; else its id."""
         by_id = {answer.listed.replica_id: answer.address for answer in self.answers if answer.listed is not None}
         return by_id.get(replica_id, replica_id)
+
+
+async def registry_addresses(text: str) -> list[str]:
+    """The addresses behind a setting's words for registries: DNS is asked once for each name.
+
+    Raises:
+        StartError: one of the forms is malformed.
+        ServiceError: DNS has no answer for a name.
+    """
+    try:
+        parsed = [(form, parse_srv(form)) for form in parse_addresses(text)]
+    except ValueError as problem:
+        raise StartError(f"--address: {problem}") from None
+    rng = random.Random()  # noqa: S311 -- an order of equals, protects nothing
+    found = [(form,) if srv is None else await resolve_srv(srv, rng) for form, srv in parsed]
+    return list(dict.fromkeys(address for addresses in found for address in addresses))
 
 
 async def ask_all(addresses: Sequence[str], tls: Tls | None) -> Membership:

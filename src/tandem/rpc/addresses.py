@@ -5,6 +5,7 @@ Owns the words only; nothing is asked of DNS here (`tandem.rpc.resolving`).
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ DNS_PORT = 53
 SRV_PREFIX = "srv://"
 FORMS = "host:port, or srv://NAME@HOST:PORT (a name, and the DNS server to ask)"
 REGISTRY_TEXT = f"the registry: {FORMS}; several are separated by commas"
+HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?", re.ASCII)
 NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
 
 
@@ -66,11 +68,21 @@ def _checked(address: str) -> str:
 
 
 def _host_and_port(text: str, address: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
+    host, _, port = text.rpartition(":")
     is_port = port.isascii() and port.isdigit() and 0 < int(port) <= PORT_MAX
-    if not colon or not host or "/" in host or "@" in host or not is_port:
+    if not _is_host(host) or not is_port:
         raise ValueError(f"{address!r} is neither host:port nor srv://NAME@HOST:PORT")
     return host, int(port)
+
+
+def _is_host(text: str) -> bool:
+    """A name, or an IP address: of version 6 in brackets."""
+    if text.startswith("["):
+        try:
+            return text.endswith("]") and ipaddress.ip_address(text[1:-1]).version == 6
+        except ValueError:
+            return False
+    return HOST.fullmatch(text) is not None
 
 
 Addresses = Annotated[tuple[str, ...], BeforeValidator(parse_addresses)]
