@@ -12,6 +12,7 @@ import pytest
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
@@ -41,10 +42,13 @@ class Scripted:
         self.calls = calls
         self.sent: list[Route] = []
         refusals = Refusals(now_s)
+        breakers = Breakers(now_s, random.Random(3))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
-        routes = Routes(model, lambda: workers, tuple, refusals, random.Random(3))
+        routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(3))
         bounds = Bounds(accept_s=2.0, silence_s=2.0)
-        self.attempts = Attempts(routes, refusals, cast("Any", self), self.answers, bounds, now_s, random.Random(4))
+        self.attempts = Attempts(
+            routes, refusals, breakers, cast("Any", self), self.answers, bounds, now_s, random.Random(4)
+        )
 
     async def answers(self, worker: Worker) -> bool:
         return True

@@ -19,6 +19,7 @@ import pytest
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import ATTEMPTS_MAX, Attempts, RequestStream
 from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
 from tandem_frontend.supervision import Bounds
@@ -84,10 +85,14 @@ class History:
         counts = (3, 3) if self.is_single else (self.rng.randint(1, 3), self.rng.randint(1, 4))
         self.world = World(self.rng, fleet(*counts, CAPABILITIES))
         refusals = Refusals(now_s)
+        breakers = self.breakers = Breakers(now_s, self.rng, self.world.unhealthy)
+        breakers.follow(self.world.workers)
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
-        routes = Routes(model, self.world.view, self.world.unhealthy, refusals, self.rng)
+        routes = Routes(model, self.world.view, self.world.unhealthy, refusals, breakers, self.rng)
         bounds = Bounds(accept_s=2.0, silence_s=2.0)
-        self.attempts = Attempts(routes, refusals, cast("Any", self.world), self.world.answers, bounds, now_s, self.rng)
+        self.attempts = Attempts(
+            routes, refusals, breakers, cast("Any", self.world), self.world.answers, bounds, now_s, self.rng
+        )
         self.admission = Admission(self.rng.randint(4, 12), Room(self.rng.randint(1, 6)), now_s)
         self.clients = [self._client(number) for number in range(self.rng.randint(2, 9))]
         self.faults: list[Fault] = []
@@ -154,6 +159,7 @@ class History:
             played.kill()
             await asyncio.sleep(self.rng.uniform(0.01, 1.5))
             self.world.restart(worker)
+            self.breakers.follow(self.world.workers)
             self.attempts.notice(self.world.workers)
         elif kind == "stop":
             played.thawed.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from played_calls import ACCEPTED, PlayedCall
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.dispatch import Dispatch, Dispatched
 from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
 from tandem_frontend.routing.routes import Routes
@@ -79,13 +81,14 @@ class Scene:
         self.clock = ManualClock(100.0)
         self.dispatch = PlayedDispatch()
         refusals = Refusals(self.clock)
+        breakers = self.breakers = Breakers(self.clock, random.Random(7))
         model = ServedModel("m", cast("Any", TOKENIZER), {})
         self.unhealthy: set[Start] = set()
         self.asked: list[str] = []
-        routes = Routes(model, lambda: self.workers, lambda: self.unhealthy, refusals, random.Random(7))
+        routes = Routes(model, lambda: self.workers, lambda: self.unhealthy, refusals, breakers, random.Random(7))
         dispatch, bounds = cast("Dispatch", self.dispatch), Bounds(accept_s=ACCEPT_TIMEOUT_S, silence_s=1.0, slow_s=0.2)
         rng = random.Random(7)
-        self.attempts = Attempts(routes, refusals, dispatch, self.answers, bounds, self.clock, rng)
+        self.attempts = Attempts(routes, refusals, breakers, dispatch, self.answers, bounds, self.clock, rng)
 
     async def answers(self, worker: Worker) -> bool:
         self.asked.append(worker.worker_id)
@@ -189,6 +192,32 @@ async def test_who_refused_is_avoided_for_a_while() -> None:
         assert (await scene.take()).route.decode.worker_id == "decode-1"
     scene.clock.advance(AVOIDED_S * 0.2)
     assert {(await scene.take()).route.decode.worker_id for _ in range(20)} == {"decode-0", "decode-1"}
+
+
+@pytest.mark.parametrize(
+    ("refusal", "counts"),
+    [
+        (REFUSED, True),
+        (LegFailed("no answer"), True),
+        (Overloaded("full"), False),
+        (Draining("going"), False),
+        (StaleEpoch("restarted"), False),
+        (InvalidRequest("token_ids", "too long"), False),
+        (DeadlinePassed("late"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_only_its_own_faults_open_the_breaker_of_a_worker(refusal: TandemError, counts: bool) -> None:
+    scene = pairs(1, 2)
+    scene.breakers.follow(scene.workers)
+    scene.dispatch.answers = {"decode-0": refusal}
+    for _ in range(60):
+        scene.clock.advance(AVOIDED_S + 0.1)
+        with contextlib.suppress(TandemError):
+            async with scene.attempts.taken(LEG, None) as stream:
+                # As if its tokens had come.
+                stream._note_answer()
+    assert set(scene.breakers.states()) == ({("decode-0", 7)} if counts else set())
 
 
 async def test_a_new_start_is_another_worker() -> None:

@@ -16,6 +16,7 @@ from tandem_frontend.attempts import ATTEMPTS_MAX, BREAKS_MAX, Attempts
 from tandem_frontend.continuation import continued, obstacle
 from tandem_frontend.dispatch import Dispatch, Dispatched
 from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
@@ -58,10 +59,13 @@ class Fleet:
         workers = (*(prefill(f"prefill-{n}") for n in range(2)), *(decode(f"decode-{n}") for n in range(decodes)))
         clock = ManualClock(100.0)
         refusals = Refusals(clock)
+        breakers = Breakers(clock, random.Random(7))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
-        routes = Routes(model, lambda: workers, tuple, refusals, random.Random(7))
+        routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(7))
         bounds = Bounds(accept_s=1.0, silence_s=1.0)
-        self.attempts = Attempts(routes, refusals, cast("Dispatch", self), self.answers, bounds, clock, _no_pause())
+        self.attempts = Attempts(
+            routes, refusals, breakers, cast("Dispatch", self), self.answers, bounds, clock, _no_pause()
+        )
 
     async def answers(self, worker: Worker) -> bool:
         return True

@@ -37,6 +37,7 @@ from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
@@ -64,6 +65,7 @@ class FrontendApp:
         self._channels = Channels(config.tls)
         self._registration: Registration | None = None
         self._health = WorkerHealth(self._channels)
+        self._breakers = Breakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
         self._parsers: Parsers | None = None
@@ -108,10 +110,12 @@ class FrontendApp:
         await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
-        routes = Routes(model, watch.workers, self._health.unhealthy, refusals, rng)
+        routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
-        attempts = self._attempts = Attempts(routes, refusals, dispatch, self._health.answers, bounds, monotonic, rng)
+        attempts = self._attempts = Attempts(
+            routes, refusals, self._breakers, dispatch, self._health.answers, bounds, monotonic, rng
+        )
         generation = Generation(model, admission, attempts, self._courses, tells_prompts=config.trace_prompts)
         await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
@@ -193,6 +197,7 @@ class FrontendApp:
         self._channels.keep_only({address for address, _ in starts & self._known_starts})
         self._known_starts = starts
         self._health.follow(workers)
+        self._breakers.follow(workers)
         if self._loads is not None:
             self._loads.follow(workers)
         if self._attempts is not None:

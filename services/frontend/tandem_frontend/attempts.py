@@ -23,6 +23,7 @@ from tandem.runtime.clock import Clock
 from tandem_frontend.continuation import continued, obstacle
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.record import Record
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
@@ -45,6 +46,7 @@ class Attempts:
         self,
         routes: Routes,
         refusals: Refusals,
+        breakers: Breakers,
         dispatch: Dispatch,
         answers: Callable[[Worker], Awaitable[bool]],
         bounds: Bounds,
@@ -55,6 +57,7 @@ class Attempts:
         self.answers = answers
         self.routes = routes
         self.refusals = refusals
+        self.breakers = breakers
         self.dispatch = dispatch
         self.bounds = bounds
         self.clock = clock
@@ -113,6 +116,10 @@ class RequestStream:
         self._failed: set[Start] = set()
         self._stack = contextlib.AsyncExitStack()
         self._attempt: Attempt | None = None
+        self._sent_s = 0.0
+        """When the present attempt was sent."""
+        self._has_answered = False
+        """Whether a token has come from it."""
 
     @property
     def attempt(self) -> Attempt:
@@ -131,6 +138,9 @@ class RequestStream:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        if self._has_answered and self.attempt.failed_worker is None and not isinstance(exception[1], TandemError):
+            # Also of a client that has enough, or leaves: its worker did what it was asked for until then.
+            self._attempts.breakers.succeeded(self.attempt.dispatched.route.decode, self._sent_s)
         await self._stack.aclose()
         if not self.state.phase.is_last:
             self.state.abort()
@@ -151,6 +161,8 @@ class RequestStream:
             try:
                 async with contextlib.aclosing(self.attempt.tokens()) as batches:
                     async for tokens in batches:
+                        if not self._has_answered:
+                            self._note_answer()
                         self._sent += tokens.token_ids
                         self._fruitless_count = 0
                         tokens.index += begin
@@ -219,6 +231,8 @@ class RequestStream:
             self.state.requeue()
         self._fruitless_count += 1
         self._tried.update(worker.start for worker in route.workers)
+        self._has_answered = False
+        self._sent_s = self._attempts.breakers.sent(route.workers)
         course = self._record.begin_attempt(self.state.attempt + 1, route, len(self._sent))
         headers = headers_of(course.trace)
         dispatched = self._attempts.dispatch.send(route, leg, self.state.attempt + 1, self._left_s(), headers)
@@ -226,7 +240,16 @@ class RequestStream:
         self._attempt = Attempt(dispatched, self._attempts.bounds, self._is_lost, self.state, course)
         await self._stack.enter_async_context(self._attempt)
 
+    def _note_answer(self) -> None:
+        """The first token: the KV has come, which is all that prefill has to do."""
+        self._has_answered = True
+        prefill = self.attempt.dispatched.route.prefill
+        if prefill is not None:
+            self._attempts.breakers.succeeded(prefill, self._sent_s)
+
     def _note_failed(self) -> None:
+        if self.attempt.faulty_worker is not None:
+            self._attempts.breakers.failed(self.attempt.faulty_worker, self._sent_s)
         worker = self.attempt.failed_worker
         if worker is not None:
             self._attempts.refusals.note(worker)
@@ -245,11 +268,12 @@ class RequestStream:
 
     async def _another(self) -> Route | None:
         """The route of another attempt, after a pause that spreads those that broke together."""
+        if self._next_route(self._failed) is None:
+            return None
+        await asyncio.sleep(self._attempts.rng.uniform(0, PAUSE_MAX_S))
+        # Chosen after the pause, so that what was learnt in it counts, and no probe is chosen twice.
         with self._record.routing():
-            route = self._next_route(self._failed)
-        if route is not None:
-            await asyncio.sleep(self._attempts.rng.uniform(0, PAUSE_MAX_S))
-        return route
+            return self._next_route(self._failed)
 
     def _present_leg(self) -> leg_pb2.LegRequest:
         return continued(self._leg, self._sent) if self._sent else self._leg

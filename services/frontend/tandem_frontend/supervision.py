@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import (
     DeadlinePassed,
+    Draining,
     InvalidRequest,
     LegFailed,
     NotSupported,
@@ -45,6 +46,8 @@ SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
 """Failures after which another worker may take the leg, but for those below."""
 OF_THE_REQUEST = (DeadlinePassed, RequestAborted)
+NO_FAULT = (Draining, Overloaded, StaleEpoch)
+"""What a worker may say of itself without being broken: it has no room, it goes away, it was started again."""
 LOOK_S = 0.25
 """Between looks at the clock: a timer for each event would cost more than the event."""
 
@@ -116,6 +119,8 @@ class Attempt:
         self._failure: TandemError | None = None
         self.failed_worker: Worker | None = None
         """Whose leg failed first, in whatever phase, where another worker may do better."""
+        self.faulty_worker: Worker | None = None
+        """The same one where it failed, and did not merely refuse: what breakers count."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
@@ -310,6 +315,8 @@ class Attempt:
         """What the client is told of a leg's failure."""
         is_blamed = not (leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING)
         if is_blamed and isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
+            if self.failed_worker is None and not isinstance(problem, NO_FAULT):
+                self.faulty_worker = leg.worker
             self.failed_worker = self.failed_worker or leg.worker
         if is_blamed:
             self._course.broke(leg.role.value, leg.worker, leg.phase.value, problem.reason)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
 from tandem.model.worker import Start, Worker
 from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Candidate, Pick, Route, able_to_hold, candidates, without
 from tandem_frontend.routing.random_choice import choose
 from tandem_frontend.routing.refusals import Refusals
@@ -30,6 +31,7 @@ class Routes:
         workers: Callable[[], tuple[Worker, ...]],
         unhealthy: Callable[[], Collection[Start]],
         refusals: Refusals,
+        breakers: Breakers,
         rng: random.Random,
     ) -> None:
         """`workers` tells the present view of the registry, `unhealthy` who of them is better left alone."""
@@ -37,6 +39,7 @@ class Routes:
         self._workers = workers
         self._unhealthy = unhealthy
         self._refusals = refusals
+        self._breakers = breakers
         self._rng = rng
 
     def first(self, prompt_tokens: int) -> Route:
@@ -68,7 +71,12 @@ class Routes:
 
     def _preferred(self, possible: Sequence[Candidate], tried: Collection[Start]) -> Route:
         every, left_out = possible, list[str]()
-        avoiding = {"unhealthy": self._unhealthy(), "refused": self._refusals.recent(), "tried": tried}
+        avoiding = {
+            "unhealthy": self._unhealthy(),
+            "failing": self._breakers.left_out(),
+            "refused": self._refusals.recent(),
+            "tried": tried,
+        }
         for name, avoided in avoiding.items():
             if avoided:
                 before, possible = possible, without(possible, avoided) or possible

@@ -1,0 +1,107 @@
+"""Workers that fail every request, alone and all at once: who is left out, who never is, and how soon that ends.
+
+The engine fails by its own rules, so health, connections and canaries all say that the worker is well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from tandem_frontend.routing.breaker import OPEN_MAX_S
+
+from tandem.testing.eventually import assert_eventually
+from tests.faults import verdicts
+from tests.faults.history import now_s
+from tests.faults.leg_cluster import LegCluster, leg_cluster
+from tests.faults.leg_course import under_load
+from tests.faults.steady_load import Shape, steady_load
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
+
+WATCHED_S = 8.0
+PROBES_MAX = 6
+"""Of one frontend in that time: after one second, two, four, each drawn from its upper half, and one in flight."""
+SHAPE = Shape(rate_per_s=24, long_every=0, deadline_s=20)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LegCluster]:
+    async with leg_cluster(tmp_path_factory.mktemp("breakers")) as cluster:
+        yield cluster
+
+
+def told(cluster: LegCluster, words: str) -> list[int]:
+    """How often each frontend has said so."""
+    return [len(re.findall(words, frontend.log.read_text())) for frontend in cluster.frontends]
+
+
+async def left_out_by_all(cluster: LegCluster, name: str) -> None:
+    sentence = rf"worker {name} is sent nothing"
+    before = told(cluster, sentence)
+    opened = lambda: [now - then for now, then in zip(told(cluster, sentence), before, strict=True)]  # noqa: E731
+    await assert_eventually(opened, all, within_s=20, what=f"breakers of {name}")
+
+
+@pytest.mark.parametrize(("victim", "point"), [("decode-0", "decode_step"), ("prefill-0", "prefill_chunk")])
+async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCluster, victim: str, point: str) -> None:
+    others = rf"worker (?!{victim})\S+ is sent nothing"
+    others_before = told(cluster, others)
+    closed_words = f"worker {victim} does its work again"
+    async with under_load(cluster, f"{victim} fails every request") as course:
+        course.fault_s = now_s()
+        cluster.inject(victim, {"point": point, "kind": "fail"})
+        await left_out_by_all(cluster, victim)
+        # What was on its way when the last breaker opened.
+        await asyncio.sleep(0.5)
+        before, asked_s = len(cluster.fired(victim)), now_s()
+        await asyncio.sleep(WATCHED_S)
+        failed = cluster.fired(victim)[before:]
+        asked = len(course.load.history.begun(asked_s))
+        reached = len({fired["request_id"] for fired in failed})
+        assert 1 <= reached <= PROBES_MAX * len(cluster.frontends), f"{reached} of {asked} requests reached {victim}"
+        assert told(cluster, others) == others_before, "somebody else is left out"
+        cluster.release()
+        healed_s = now_s()
+        closed = told(cluster, closed_words)
+        again = lambda: [now - then for now, then in zip(told(cluster, closed_words), closed, strict=True)]  # noqa: E731
+        await assert_eventually(again, all, within_s=OPEN_MAX_S + 4, what="closed breakers")
+        served_s = now_s()
+        await course.answered()
+        assert served_s - healed_s < OPEN_MAX_S + 4
+    verdicts.went_to(course.load.history, victim, served_s)
+    shared = course.load.history.begun(served_s).served_by(victim)
+    verdicts.is_large_enough(shared, 2, f"what {victim} got after its breaker had closed")
+
+
+async def test_a_burst_in_which_all_fail_leaves_nobody_out(cluster: LegCluster) -> None:
+    sentence = "is sent nothing"
+    async with cluster.views() as views:
+        cluster.release()
+        await cluster.restore(views)
+        before = told(cluster, sentence)
+        async with steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load:
+            await load.wait_ended(20)
+            for _ in range(3):
+                for worker in cluster.workers:
+                    point = "prefill_chunk" if worker.role == "prefill" else "decode_step"
+                    cluster.inject(worker.name, {"point": point, "kind": "fail"})
+                fired = {worker.name: len(cluster.fired(worker.name)) for worker in cluster.workers}
+                struck = lambda: [len(cluster.fired(name)) - then for name, then in fired.items() if "prefill" in name]  # noqa: B023, E731
+                await assert_eventually(struck, all, within_s=10, what="failures of all")
+                await asyncio.sleep(0.4)
+                cluster.release()
+                over_s = now_s()
+                await load.wait_ended(20)
+            await asyncio.sleep(1.0)
+            await load.wait_ended(40)
+        lost = load.history.failed()
+        verdicts.is_large_enough(lost, 3, "what the bursts have cost")
+        verdicts.none_failed(load.history.begun(over_s + 1.0))
+        assert told(cluster, sentence) == before, "a burst that struck all left somebody out"
+        later = load.history.begun(over_s + 1.0)
+        for worker in cluster.workers:
+            verdicts.went_to(later, worker.name, over_s)

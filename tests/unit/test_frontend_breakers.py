@@ -1,0 +1,332 @@
+"""Breakers of workers: what opens one, what must not, how it closes, and that some workers are always left."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from frontend_workers import decode, prefill
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tandem_frontend.routing.breaker import FORGIVEN_S, OPEN_FIRST_S, OPEN_MAX_S, PROBE_S, Breaker, BreakerState
+from tandem_frontend.routing.breakers import MOMENT_S, STRIKES_MAX, Breakers
+
+from tandem.model.worker import Start, Worker, WorkerState
+from tandem.runtime.clock import ManualClock
+
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+
+
+class Scene:
+    """Workers whose results a test tells."""
+
+    def __init__(self, *workers: Worker) -> None:
+        self.clock = ManualClock(100.0)
+        self.unhealthy: set[Start] = set()
+        self.breakers = Breakers(self.clock, random.Random(1), lambda: self.unhealthy)
+        self.workers = workers
+        self.ill: set[Start] = set()
+        """Who does nothing well."""
+        self.breakers.follow(workers)
+
+    def result(self, worker: Worker, *, good: bool) -> None:
+        sent_s = self.breakers.sent([worker])
+        (self.breakers.succeeded if good else self.breakers.failed)(worker, sent_s)
+
+    def moments(self, count: int, *failing: Worker, every_s: float = 1.1 * MOMENT_S) -> None:
+        """So many moments in which these fail one request, and then all others that are well do one."""
+        for _ in range(count):
+            for worker in failing:
+                self.result(worker, good=False)
+            self.clock.advance(every_s)
+            self.breakers.left_out()
+            for worker in self.workers:
+                if worker not in failing and worker.start not in self.ill:
+                    self.result(worker, good=True)
+
+    def state(self, worker: Worker) -> BreakerState:
+        return self.breakers.states().get(worker.start, CLOSED)
+
+    def until_probe(self, worker: Worker) -> float:
+        """Let time pass until a request may go there."""
+        begin_s = self.clock()
+        while worker.start in self.breakers.left_out():
+            self.clock.advance(0.01)
+        return self.clock() - begin_s
+
+
+def decodes(count: int) -> Scene:
+    """That have all worked before."""
+    scene = Scene(*(decode(f"decode-{number}") for number in range(count)))
+    scene.moments(1)
+    return scene
+
+
+def test_who_fails_what_its_peers_can_do_is_left_out() -> None:
+    scene = decodes(2)
+    bad, good = scene.workers
+    scene.moments(STRIKES_MAX - 1, bad)
+    assert not scene.breakers.left_out()
+    scene.moments(1, bad)
+    assert scene.breakers.left_out() == {bad.start}
+    assert (scene.state(bad), scene.state(good)) == (OPEN, CLOSED)
+
+
+def test_what_it_does_well_takes_strikes_away() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.moments(STRIKES_MAX - 1, bad)
+    scene.moments(STRIKES_MAX - 1)
+    scene.moments(STRIKES_MAX - 1, bad)
+    assert scene.state(bad) is CLOSED
+
+
+def test_many_failures_at_one_moment_are_one() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.ill.add(bad.start)
+    for _ in range(50):
+        scene.result(bad, good=False)
+    scene.moments(1)
+    assert scene.state(bad) is CLOSED
+    scene.moments(STRIKES_MAX - 1, bad)
+    assert scene.state(bad) is OPEN
+
+
+def test_failures_while_nobody_works_are_no_strikes() -> None:
+    """One after the other, so that no two are at one moment."""
+    scene = decodes(3)
+    scene.moments(1)
+    for _ in range(20):
+        for worker in scene.workers:
+            scene.result(worker, good=False)
+            scene.clock.advance(2 * MOMENT_S)
+            scene.breakers.left_out()
+    assert not scene.breakers.states()
+
+
+def test_who_stands_alone_is_never_left_out() -> None:
+    scene = Scene(prefill(), decode("decode-0"), decode("decode-1", page_size_tokens=64))
+    scene.moments(20, decode("decode-0"))
+    assert not scene.breakers.states(), "nobody could stand in for it"
+
+
+def test_at_most_half_are_left_out() -> None:
+    scene = decodes(5)
+    # One after the other: at one moment it would be nobody's fault.
+    for worker in scene.workers[:4]:
+        scene.ill.add(worker.start)
+        scene.moments(2 * STRIKES_MAX, worker)
+    assert len(scene.breakers.states()) == 2
+    assert len(scene.breakers.left_out()) <= 2
+
+
+def test_a_worker_that_does_not_serve_is_none_that_is_left() -> None:
+    scene = decodes(2)
+    bad, dead = scene.workers
+    scene.unhealthy = {dead.start}
+    scene.moments(5 * STRIKES_MAX, bad)
+    assert scene.state(bad) is CLOSED
+
+
+def test_a_fleet_that_shrinks_lets_somebody_in_again() -> None:
+    scene = decodes(4)
+    scene.ill = {worker.start for worker in scene.workers[:2]}
+    for worker in scene.workers[:2]:
+        scene.moments(STRIKES_MAX, worker)
+    scene.breakers.sent(scene.workers)
+    assert len(scene.breakers.left_out()) == 2
+    scene.breakers.follow(scene.workers[:2])
+    assert len(scene.breakers.left_out()) == 1
+    scene.breakers.follow([scene.workers[0], replace(scene.workers[1], state=WorkerState.DRAINING)])
+    assert not scene.breakers.left_out()
+
+
+def test_a_new_start_begins_anew() -> None:
+    scene = decodes(2)
+    bad, good = scene.workers
+    scene.moments(STRIKES_MAX, bad)
+    newer = replace(bad, epoch=bad.epoch + 1)
+    scene.breakers.follow([newer, good])
+    assert not scene.breakers.left_out()
+    assert scene.state(newer) is CLOSED
+
+
+def test_one_probe_at_a_time() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.moments(STRIKES_MAX, bad)
+    assert scene.until_probe(bad) + 2 * MOMENT_S >= OPEN_FIRST_S / 2 - 0.02
+    assert scene.state(bad) is OPEN
+    sent_s = scene.breakers.sent([bad])
+    assert scene.state(bad) is HALF_OPEN
+    assert scene.breakers.left_out() == {bad.start}, "a second one goes beside the probe"
+    scene.clock.advance(0.1)
+    scene.breakers.succeeded(bad, sent_s)
+    assert scene.state(bad) is CLOSED
+    assert not scene.breakers.left_out()
+
+
+def test_a_probe_without_a_verdict_makes_room_for_the_next() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.moments(STRIKES_MAX, bad)
+    scene.until_probe(bad)
+    scene.breakers.sent([bad])
+    assert PROBE_S - 0.1 < scene.until_probe(bad) < PROBE_S + 0.1
+
+
+def test_what_was_sent_before_it_opened_is_no_probe() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    early_s = scene.breakers.sent([bad])
+    scene.moments(STRIKES_MAX, bad)
+    scene.breakers.succeeded(bad, early_s)
+    assert scene.state(bad) is OPEN
+    scene.until_probe(bad)
+    scene.breakers.failed(bad, early_s)
+    assert not scene.breakers.left_out(), "a late failure counts against the next probe"
+
+
+def test_one_that_had_nowhere_else_to_go_is_no_probe() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.moments(STRIKES_MAX, bad)
+    for _ in range(20):
+        scene.breakers.failed(bad, scene.breakers.sent([bad]))
+    assert scene.until_probe(bad) <= OPEN_FIRST_S, "a burst in which all are tried keeps it out for long"
+    scene.moments(5, bad)
+    scene.breakers.succeeded(bad, scene.breakers.sent([bad]))
+    assert scene.state(bad) is CLOSED
+
+
+def test_it_stays_open_for_longer_each_time_up_to_a_bound() -> None:
+    scene = decodes(2)
+    bad, _ = scene.workers
+    scene.moments(STRIKES_MAX, bad)
+    waits_s = []
+    for _ in range(12):
+        waits_s.append(scene.until_probe(bad))
+        scene.breakers.failed(bad, scene.breakers.sent([bad]))
+    assert waits_s[4] > 4 * OPEN_FIRST_S
+    assert max(waits_s) <= OPEN_MAX_S + 0.02
+    assert len({round(wait_s, 2) for wait_s in waits_s[6:]}) > 1, "no jitter: all frontends would probe together"
+
+
+def test_an_opening_after_a_long_time_is_a_first_one() -> None:
+    breaker = Breaker(random.Random(0))
+    for _ in range(8):
+        breaker.open(breaker.until_s if breaker.state is OPEN else 0.0)
+    breaker.sent(breaker.until_s)
+    probe_s = breaker.until_s - PROBE_S
+    assert breaker.succeed(probe_s, probe_s)
+    again_s = probe_s + FORGIVEN_S / 2
+    breaker.open(again_s)
+    assert breaker.until_s - again_s >= OPEN_MAX_S / 2, "it was forgiven too soon"
+    breaker.sent(breaker.until_s)
+    assert breaker.succeed(breaker.until_s, breaker.until_s)
+    later_s = breaker.until_s + FORGIVEN_S + 1
+    breaker.open(later_s)
+    assert breaker.until_s - later_s <= OPEN_FIRST_S
+
+
+def test_who_fails_most_of_its_requests_is_left_out() -> None:
+    scene = decodes(3)
+    bad = scene.workers[0]
+    scene.ill = {bad.start}
+    for number in range(8 * STRIKES_MAX):
+        scene.result(bad, good=not number % 3)
+        scene.moments(1)
+        if scene.state(bad) is OPEN:
+            return
+    raise AssertionError("two of three requests fail, and it goes on")
+
+
+def test_who_fails_a_request_now_and_then_is_not() -> None:
+    scene = decodes(3)
+    for number in range(200):
+        scene.result(scene.workers[0], good=bool(number % 4))
+        scene.moments(1)
+    assert not scene.breakers.states()
+
+
+@pytest.mark.parametrize("fleet", [16, 8])
+def test_two_bad_workers_of_many_are_left_out(fleet: int) -> None:
+    scene = decodes(fleet)
+    scene.ill = {worker.start for worker in scene.workers[:2]}
+    scene.moments(STRIKES_MAX, *scene.workers[:2])
+    is_large = fleet * (1 / 8) > 1
+    assert set(scene.breakers.states()) == (scene.ill if is_large else set())
+
+
+TICKS = st.lists(st.tuples(st.sampled_from(["well", "burst", "rest"]), st.integers(1, 8)), max_size=40)
+
+
+@given(TICKS, st.integers(2, 6), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_bursts_that_strike_all_open_nothing(ticks: list[tuple[str, int]], count: int, rng: random.Random) -> None:
+    """However often they come, in whatever order they strike, and whatever is done well between them."""
+    scene = decodes(count)
+    for kind, repeats in ticks:
+        for _ in range(repeats if kind != "rest" else 0):
+            for worker in rng.sample(scene.workers, count):
+                scene.result(worker, good=kind == "well")
+                scene.clock.advance(MOMENT_S / 2 / count)
+        scene.clock.advance(MOMENT_S * 1.5)
+        assert not scene.breakers.left_out()
+    assert not scene.breakers.states()
+
+
+class BreakersMachine(RuleBasedStateMachine):
+    """Any results of any workers in any order, in a fleet that changes: never more than half, never all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scene = Scene(*(decode(f"decode-{number}") for number in range(6)), prefill())
+        self.probes: dict[Start, float] = {}
+
+    @rule(number=st.integers(0, 6), good=st.booleans())
+    def result(self, number: int, good: bool) -> None:
+        self.scene.result(self.scene.workers[number], good=good)
+
+    @rule(number=st.integers(0, 5), count=st.integers(1, 8))
+    def fail_among_peers_that_work(self, number: int, count: int) -> None:
+        self.scene.moments(count, self.scene.workers[number])
+
+    @rule(seconds=st.floats(0, 12))
+    def let_time_pass(self, seconds: float) -> None:
+        self.scene.clock.advance(seconds)
+
+    @rule(numbers=st.sets(st.integers(0, 6)))
+    def change_the_view(self, numbers: set[int]) -> None:
+        self.scene.breakers.follow(self.scene.workers[number] for number in numbers)
+
+    @rule(numbers=st.sets(st.integers(0, 6)))
+    def change_health(self, numbers: set[int]) -> None:
+        self.scene.unhealthy = {self.scene.workers[number].start for number in numbers}
+
+    @rule()
+    def probe(self) -> None:
+        """Whoever is let in again takes one request, and is left out until there is a verdict."""
+        scene = self.scene
+        for start, state in scene.breakers.states().items():
+            worker = next(worker for worker in scene.workers if worker.start == start)
+            if state is OPEN and start not in scene.breakers.left_out():
+                scene.breakers.sent([worker])
+
+    @invariant()
+    def some_are_left(self) -> None:
+        breakers = self.scene.breakers
+        left_out = breakers.left_out()
+        assert left_out <= breakers.states().keys()
+        view = [worker.start for worker in self.scene.workers if worker.start in breakers._peers_of]
+        healthy = [start for start in view if start[0] != "prefill-0" and start not in self.scene.unhealthy]
+        assert len(left_out) <= len(healthy) // 2
+        assert ("prefill-0", 7) not in left_out
+        assert not left_out & self.scene.unhealthy
+
+
+BreakersMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestBreakersMachine = BreakersMachine.TestCase
