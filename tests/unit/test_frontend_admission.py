@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 
 import pytest
 from frontend_workers import decode, prefill
@@ -140,6 +141,70 @@ async def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> N
         await asyncio.wait(waiting)
 
 
+async def test_a_request_that_would_not_be_done_by_its_deadline_is_refused_at_once() -> None:
+    """It would get its place in time, and an engine would work on it in vain."""
+    clock = ManualClock(0.0)
+    places = Admission(100, Fixed(1), clock)
+    async with places.place(Demand(tokens=100)):
+        clock.advance(2.0)
+    async with places.place(ONE):
+        with pytest.raises(Overloaded, match=r"itself 2\.0 s"):
+            async with places.place(Demand(tokens=10, deadline_s=3.9)):
+                pass
+        longer = asyncio.create_task(places.place(Demand(tokens=10, deadline_s=4.1)).__aenter__())
+        await asyncio.sleep(0)
+        assert places.waiting_count == 1
+        longer.cancel()
+        await asyncio.wait({longer})
+
+
+async def test_a_newcomer_does_not_push_others_beyond_their_deadlines() -> None:
+    clock = ManualClock(0.0)
+    places = Admission(100, Fixed(1), clock)
+    for _ in range(4):
+        async with places.place(Demand(tokens=100)):
+            clock.advance(1.0)
+    async with places.place(ONE):
+        # A hundred tokens a second: it has its place in no time, its end after one second.
+        waits = asyncio.create_task(places.place(Demand(tokens=100, deadline_s=6.0)).__aenter__())
+        await asyncio.sleep(0)
+        urgent = Demand(tokens=150, deadline_s=5.9)
+        with pytest.raises(Overloaded, match="that wait already"):
+            async with places.place(urgent):
+                pass
+        small = asyncio.create_task(places.place(replace(urgent, tokens=10)).__aenter__())
+        await asyncio.sleep(0)
+        before_all = asyncio.create_task(places.place(replace(urgent, priority=1)).__aenter__())
+        await asyncio.sleep(0)
+        assert places.waiting_count == 3, "a higher priority goes first, and a small one pushes nobody too far"
+        for task in (waits, before_all, small):
+            task.cancel()
+        await asyncio.wait({waits, before_all, small})
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_nobody_is_worked_for_who_will_have_gone_while_others_wait(others: int) -> None:
+    clock = ManualClock(0.0)
+    room = Fixed(1)
+    places = Admission(100, room, clock)
+    async with places.place(Demand(tokens=100)):
+        clock.advance(2.0)
+    holding = places.place(ONE)
+    await holding.__aenter__()
+    late = asyncio.create_task(places.place(Demand(tokens=10, deadline_s=5.0)).__aenter__())
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(places.place(Demand(tokens=10)).__aenter__()) for _ in range(others)]
+    await asyncio.sleep(0)
+    clock.advance(1.5)
+    room.requests_max = 2
+    places.look_again()
+    await asyncio.wait({late, *waiting}, timeout=1)
+    assert late.done()
+    assert (type(late.exception()) is Overloaded) is bool(others)
+    assert all(task.done() and task.exception() is None for task in waiting), "his place went to nobody"
+    assert places.waiting_count == 0
+
+
 async def test_a_refusal_is_quick_however_long_the_line_is() -> None:
     places = admission(open_requests_max=2_000)
     with contextlib.ExitStack() as stack:
@@ -184,9 +249,30 @@ def test_room_is_what_the_workers_have_less_what_others_hold_there() -> None:
     shared = capacity(busy, busy)
     assert shared.fits(1, 0, 1)
     full = EngineLoad(running_requests=most // 2 - 1, waiting_requests=1, kv_used_tokens=100)
-    assert not capacity(full, full).fits(1, 0, 1)
+    assert not capacity(full, full).fits(most // 2, 0, 1)
     assert shared.fits(1, 0, 2 * own.kv_capacity_tokens - 200)
     assert not shared.fits(1, 0, 2 * own.kv_capacity_tokens - 199)
+
+
+def test_places_that_this_frontend_gives_back_are_room_at_once() -> None:
+    """The workers' next word is a second away."""
+    most = decode().capabilities.running_requests_max * 5 // 4
+    full = capacity(EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0))
+    own = most // 2
+    assert not full.fits(own, 0, 1)
+    assert full.fits(own - 1, 0, 1)
+    assert not full.fits(own, 0, 1)
+
+
+def test_who_has_less_than_the_others_gets_a_little_more() -> None:
+    """Otherwise those who came first would fill all that becomes free."""
+    most = decode().capabilities.running_requests_max * 5 // 4
+    told = EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0)
+    few = capacity(told)
+    assert few.fits(1, 0, 1)
+    assert not few.fits(2, 0, 1), "no more than one beyond the room"
+    many = capacity(told)
+    assert not many.fits(most - 1, 0, 1)
 
 
 def test_what_this_frontend_holds_is_not_counted_twice() -> None:

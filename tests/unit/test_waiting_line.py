@@ -117,3 +117,16 @@ def test_nobody_is_lost_or_served_twice(steps: list[tuple[Demand, str]]) -> None
         assert line.tokens == sum(d.tokens for d in waiting.values())
     assert sorted(line.take()[0] for _ in range(len(line))) == sorted(waiting)
     assert line.first() is None
+
+
+def test_what_goes_before_a_newcomer_counts_the_turns_of_others() -> None:
+    line: WaitingLine[str] = WaitingLine()
+    for number in range(10):
+        line.add(f"a{number}", Demand(tokens=10, tenant="a"))
+    assert line.tokens_before(Demand(tokens=10, tenant="a")) == 100
+    assert line.tokens_before(Demand(tokens=10, tenant="b")) == 0, "his turn comes at once"
+    for number in range(3):
+        line.add(f"b{number}", Demand(tokens=10, tenant="b"))
+    assert line.tokens_before(Demand(tokens=10, tenant="b")) == 30 + 30
+    assert line.tokens_before(Demand(tokens=10, tenant="a")) == 100 + 30, "of another tenant no more than waits"
+    assert line.tokens_before(Demand(tokens=10, tenant="b", priority=1)) == 0

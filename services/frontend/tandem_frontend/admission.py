@@ -8,19 +8,22 @@ Everything is decided before the first byte.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.runtime.clock import Clock
+from tandem_frontend.pace import Pace
 from tandem_frontend.waiting_line import Demand, WaitingLine
 
 RETRY_DELAY_MIN_S = 1.0
 RETRY_DELAY_MAX_S = 30.0
-RATE_WINDOW_S = 5.0
-"""Over which the speed of the line is averaged."""
+SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
+"""Of the requests that ended lately: as long as so many of them take, a newcomer must have, and whoever has waited and
+has not even the time of half of them is not begun. The most urgent go first, so in overload all are at that edge."""
+WAIT_MARGIN = 1.25
+"""The line may move more slowly than it did."""
 
 
 class Room(Protocol):
@@ -42,7 +45,7 @@ class Admission:
         self._open_count = 0
         self._held_requests = 0
         self._held_tokens = 0
-        self._rate = _Rate(clock)
+        self._pace = Pace(clock)
         self._is_closed = False
         self._none = asyncio.Event()
         self._none.set()
@@ -85,14 +88,15 @@ class Admission:
         """Wait in line for room with the workers, and hold it.
 
         Raises:
-            Overloaded: its deadline would pass in the line, as fast as that moves now.
+            Overloaded: its deadline would pass before its end, as fast as the line moves and requests end now.
             DeadlinePassed: it has passed in the line.
         """
         await self._wait(demand)
+        begin_s = self._clock()
         try:
             yield
         finally:
-            self._rate.note(demand.tokens)
+            self._pace.note(demand, self._clock() - begin_s)
             self._held_requests -= 1
             self._held_tokens -= demand.tokens
             self.look_again()
@@ -100,7 +104,13 @@ class Admission:
     def look_again(self) -> None:
         """Let in who has room now: a request has ended, or the workers have changed."""
         while (first := self._line.first()) is not None and self._fits(first[1]):
-            place, demand = self._line.take()
+            place, demand = first
+            if len(self._line) > 1 and self._is_late(demand, 0.0, HOPELESS_SHARE):
+                # Others wait: no engine works for a client who will have gone before the end.
+                self._line.remove(place)
+                place.set_exception(self._too_late(demand, 0.0, HOPELESS_SHARE))
+                continue
+            self._line.take()
             self._hold(demand)
             place.set_result(None)
 
@@ -123,7 +133,7 @@ class Admission:
             async with asyncio.timeout(None if demand.deadline_s is None else demand.deadline_s - self._clock()):
                 await asyncio.shield(place)
         except BaseException as problem:
-            if place.done():
+            if place.done() and place.exception() is None:
                 # It was let in at the very moment it left.
                 self._held_requests -= 1
                 self._held_tokens -= demand.tokens
@@ -136,13 +146,36 @@ class Admission:
     def _refuse_the_late(self, demand: Demand) -> None:
         if demand.deadline_s is None:
             return
-        wait_s = self._rate.seconds(self._line.tokens_before(demand))
-        if wait_s is not None and self._clock() + wait_s >= demand.deadline_s:
-            left_s = demand.deadline_s - self._clock()
-            raise Overloaded(
-                f"the line takes about {wait_s:.1f} s, and the request's deadline leaves {max(0.0, left_s):.1f} s",
-                retry_delay_s=self._delay_s(self._line.tokens),
-            )
+        before = self._line.tokens_before(demand)
+        wait_s = self._pace.seconds(before)
+        if wait_s is None:
+            return
+        if self._is_late(demand, WAIT_MARGIN * wait_s, SURE_SHARE):
+            raise self._too_late(demand, wait_s, SURE_SHARE)
+        own_s = self._pace.seconds(demand.tokens) or 0.0
+        for other, others_before in self._line.overtaken(demand):
+            wait_s = self._pace.seconds(others_before) or 0.0
+            pushed_s = WAIT_MARGIN * wait_s + own_s
+            # Whoever cannot be saved holds nobody up; whoever is doubtful already is not pushed further.
+            if self._is_late(other, pushed_s, SURE_SHARE) and not self._is_late(other, wait_s, HOPELESS_SHARE):
+                raise Overloaded(
+                    "requests that wait already would miss their deadlines",
+                    retry_delay_s=self._delay_s(self._line.tokens),
+                )
+
+    def _is_late(self, demand: Demand, wait_s: float, share: float) -> bool:
+        """Whether the deadline passes before it ends, if it waits so long and then takes as such a share of others."""
+        if demand.deadline_s is None:
+            return False
+        return self._clock() + wait_s + self._pace.held_s(demand, share) >= demand.deadline_s
+
+    def _too_late(self, demand: Demand, wait_s: float, share: float) -> Overloaded:
+        left_s = (demand.deadline_s or 0.0) - self._clock()
+        return Overloaded(
+            f"the line takes about {wait_s:.1f} s and the request itself {self._pace.held_s(demand, share):.1f} s, "
+            f"and its deadline leaves {max(0.0, left_s):.1f} s",
+            retry_delay_s=self._delay_s(self._line.tokens),
+        )
 
     def _fits(self, demand: Demand) -> bool:
         return self._room.fits(self._held_requests, self._held_tokens, demand.tokens)
@@ -152,32 +185,5 @@ class Admission:
         self._held_tokens += demand.tokens
 
     def _delay_s(self, tokens: int) -> float:
-        wait_s = self._rate.seconds(tokens)
+        wait_s = self._pace.seconds(tokens)
         return min(RETRY_DELAY_MAX_S, max(RETRY_DELAY_MIN_S, wait_s or 0.0))
-
-
-class _Rate:
-    """Tokens a second that places were given back for, in the last seconds."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._ended: deque[tuple[float, int]] = deque()
-
-    def note(self, tokens: int) -> None:
-        """A request of so many tokens has given its place back."""
-        self._ended.append((self._clock(), tokens))
-        self._forget()
-
-    def seconds(self, tokens: int) -> float | None:
-        """How long so many tokens take; None when nothing has ended lately, so that nobody knows."""
-        self._forget()
-        ended = sum(count for _, count in self._ended)
-        if not ended:
-            return None
-        elapsed_s = max(self._clock() - self._ended[0][0], 0.5)
-        return tokens * elapsed_s / ended
-
-    def _forget(self) -> None:
-        oldest_s = self._clock() - RATE_WINDOW_S
-        while self._ended and self._ended[0][0] < oldest_s:
-            self._ended.popleft()

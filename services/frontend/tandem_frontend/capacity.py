@@ -1,7 +1,8 @@
 """How much the workers have room for: their own word of what they can hold, less what is there now.
 
 Pure. Counts the workers that stream answers (decode and aggregated), because a request stays there longest and its KV
-is whole there. What one of them says of its load is old by up to a second; what this frontend has there is known.
+is whole there. What one of them says of its load is old by up to a second; what this frontend has there is known. So
+what others have there is reckoned when the workers' word is new, and what this frontend has is counted beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from tandem.model.worker import EngineLoad, Start, Worker, WorkerRole, WorkerSta
 QUEUED_FRACTION = 0.25
 """Requests an engine may have in its own queue, for each that it runs: it must never have to wait for the next."""
 QUEUED_MIN = 2
+FAIR_FRACTION = 0.05
+"""So much more than there is room for, one at least, is taken by a frontend that has less there than all others: a
+frontend fills its own places as they become free, and whoever came late would never have as many."""
 
 
 class Capacity:
@@ -28,6 +32,9 @@ class Capacity:
         self._model = model
         self._workers = workers
         self._load = load
+        self._told = (0, 0)
+        self._others = (0, 0)
+        """Requests and tokens of other frontends, as of when the workers' word last changed."""
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         """Whether one more request has room. Without any worker it has: routing then says that there is none."""
@@ -37,14 +44,18 @@ class Capacity:
         if held_requests == 0:
             # Whatever the others do and however long it is: one request at a time always goes on.
             return True
-        told_requests, told_tokens = self._told(streaming)
+        told = self._sum(streaming)
+        if told != self._told:
+            self._told = told
+            self._others = max(0, told[0] - held_requests), max(0, told[1] - held_tokens)
+        others_requests, others_tokens = self._others
         requests_max = sum(map(_requests_max, streaming))
+        if held_requests < others_requests:
+            requests_max += max(1, int(requests_max * FAIR_FRACTION))
         tokens_max = sum(worker.capabilities.kv_capacity_tokens for worker in streaming)
-        # What the workers tell holds this frontend's requests too, but for the newest.
-        has_tokens = max(held_tokens, told_tokens) + tokens <= tokens_max
-        return max(held_requests, told_requests) < requests_max and has_tokens
+        return held_requests + others_requests < requests_max and held_tokens + others_tokens + tokens <= tokens_max
 
-    def _told(self, streaming: Iterable[Worker]) -> tuple[int, int]:
+    def _sum(self, streaming: Iterable[Worker]) -> tuple[int, int]:
         """Requests and tokens of all frontends, as the workers tell them."""
         requests = tokens = 0
         for worker in streaming:

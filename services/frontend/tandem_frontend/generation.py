@@ -149,6 +149,7 @@ def _demand(wanted: CheckedRequest, caller: Caller) -> Demand:
     """The KV it may hold, counted when it is asked for: what it really needs is known only at its end."""
     return Demand(
         tokens=len(wanted.token_ids) + wanted.max_tokens,
+        answer_tokens=wanted.max_tokens,
         priority=wanted.priority or 0,
         tenant=caller.tenant,
         deadline_s=caller.deadline_s,

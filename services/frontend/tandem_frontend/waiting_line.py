@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -18,6 +18,8 @@ T = TypeVar("T", bound=Hashable)
 
 GONE_MIN = 32
 """Fewer tickets that left are not worth tidying a heap for."""
+OVERTAKEN_MAX = 512
+"""Of one tenant: about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class Demand:
 
     tokens: int
     """Prompt and completion at most: the KV it may hold."""
+    answer_tokens: int = 0
+    """Completion at most, which its time depends on; 0: not known."""
     priority: int = 0
     """Higher goes earlier."""
     tenant: str = ""
@@ -43,6 +47,8 @@ class _Tenant(Generic[T]):
     turn: float
     """Tokens it was given, on a scale that all tenants share: the least goes next."""
     waiting_count: int = 0
+    tokens: int = 0
+    """Asked for by those of it that wait."""
     heap: list[tuple[tuple[int, float], int, T]] = field(default_factory=list)
     """(urgency, arrival, ticket); may hold tickets that have left."""
 
@@ -72,9 +78,10 @@ class WaitingLine(Generic[T]):
         self.tokens += demand.tokens
         tenant = self._tenants.get(demand.tenant)
         if tenant is None:
-            turn = max(self._turn, self._turns.pop(demand.tenant, 0.0))
-            tenant = self._tenants[demand.tenant] = _Tenant(turn)
+            tenant = self._tenants[demand.tenant] = _Tenant(self._turn_of(demand.tenant))
+            self._turns.pop(demand.tenant, None)
         tenant.waiting_count += 1
+        tenant.tokens += demand.tokens
         heapq.heappush(tenant.heap, (demand.urgency, next(self._arrivals), ticket))
 
     def remove(self, ticket: T) -> None:
@@ -85,6 +92,7 @@ class WaitingLine(Generic[T]):
         self.tokens -= demand.tokens
         tenant = self._tenants[demand.tenant]
         tenant.waiting_count -= 1
+        tenant.tokens -= demand.tokens
         if not tenant.waiting_count:
             del self._tenants[demand.tenant]
             self._turns[demand.tenant] = tenant.turn
@@ -116,12 +124,41 @@ class WaitingLine(Generic[T]):
         return ticket, demand
 
     def tokens_before(self, demand: Demand) -> int:
-        """Tokens of those who certainly go before a newcomer: his own tenant's that are as urgent or more."""
-        return sum(
+        """Tokens of those who go before a newcomer: his own tenant's that are as urgent, and other tenants' turns."""
+        own = sum(
             waiting.tokens
             for waiting in self._demands.values()
             if waiting.tenant == demand.tenant and waiting.urgency <= demand.urgency
         )
+        return self._with_others(demand.tenant, own)
+
+    def overtaken(self, demand: Demand) -> Iterator[tuple[Demand, int]]:
+        """Those that a newcomer would push back for his deadline's sake, each with the tokens that go before it now.
+
+        None where so many wait that looking at each would take too long.
+        """
+        tenant = self._tenants.get(demand.tenant)
+        if tenant is None or len(tenant.heap) > OVERTAKEN_MAX:
+            return
+        own = 0
+        for urgency, _, ticket in sorted(tenant.heap, key=lambda place: place[:2]):
+            waiting = self._demands.get(ticket)
+            if waiting is None:
+                continue
+            if urgency > demand.urgency and waiting.priority == demand.priority:
+                yield waiting, self._with_others(demand.tenant, own)
+            own += waiting.tokens
+
+    def _with_others(self, name: str, own: int) -> int:
+        """Tokens that go before, of a tenant whose own are so many: other tenants take their turns meanwhile."""
+        turn = self._turn_of(name) + own
+        others = (tenant for other, tenant in self._tenants.items() if other != name)
+        return own + int(sum(min(max(0.0, turn - tenant.turn), tenant.tokens) for tenant in others))
+
+    def _turn_of(self, name: str) -> float:
+        """A tenant's turn, also of one that does not wait yet."""
+        tenant = self._tenants.get(name)
+        return tenant.turn if tenant is not None else max(self._turn, self._turns.get(name, 0.0))
 
     def _tidy(self, tenant: _Tenant[T]) -> None:
         """Forget tickets that have left: those at the head at once, the others when they are most of the heap."""
