@@ -37,8 +37,11 @@ HELD_AT = {"bootstrapping": "bootstrap", "prefilling": "prefill_chunk", "transfe
 class LegCluster(FaultCluster):
     """See the module; use `leg_cluster`."""
 
+    engine = ENGINE
+    """Options of every worker's engine."""
+
     def worker_flags(self, name: str, registries: str) -> dict[str, str]:
-        extra = {**ENGINE, "control_file": str(self.logs / f"{name}.rules")}
+        extra = {**self.engine, "control_file": str(self.logs / f"{name}.rules")}
         return {**super().worker_flags(name, registries), "engine-extra": json.dumps(extra)}
 
     def inject(self, name: str, *rules: dict[str, Any]) -> None:
@@ -122,9 +125,12 @@ def unaccounted(load: worker_pb.WatchLoadResponse) -> int:
 
 
 @asynccontextmanager
-async def leg_cluster(logs: Path, plan: Plan | None = None) -> AsyncIterator[LegCluster]:
+async def leg_cluster(
+    logs: Path, plan: Plan | None = None, engine: dict[str, Any] | None = None
+) -> AsyncIterator[LegCluster]:
     """Two prefill and two decode workers with two frontends, as long as the block, unless the plan says otherwise."""
     async with AsyncExitStack() as stack:
         cluster = LegCluster(plan or Plan(registries=1), logs, stack)
+        cluster.engine = engine or ENGINE
         await cluster.start()
         yield cluster

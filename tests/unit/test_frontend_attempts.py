@@ -298,3 +298,13 @@ async def test_a_request_that_has_nowhere_else_to_go_waits_for_a_frozen_worker(m
     with pytest.raises(LegFailed, match=r"no answer within 0\.8 s"):
         await scene.take()
     assert not scene.asked
+
+
+async def test_who_is_left_out_by_his_breaker_gets_nothing_while_another_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = pairs(1, 2)
+    monkeypatch.setattr(scene.breakers, "left_out", lambda: {("decode-0", 7)})
+    assert {(await scene.take()).route.decode.worker_id for _ in range(20)} == {"decode-1"}
+    scene.workers = scene.workers[:2]
+    assert (await scene.take()).route.decode.worker_id == "decode-0", "avoided, never excluded"

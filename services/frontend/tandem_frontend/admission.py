@@ -22,8 +22,8 @@ RETRY_DELAY_MAX_S = 30.0
 SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
 """Of the requests that ended lately: as long as so many of them take, a newcomer must have, and whoever has waited and
 has not even the time of half of them is not begun. The most urgent go first, so in overload all are at that edge."""
-WAIT_MARGIN = 1.25
-"""The line may move more slowly than it did."""
+WAIT_MARGIN = 2.0
+"""The line may come to move half as fast. With less, whoever is let in stands at the edge all the time he waits."""
 
 
 class Room(Protocol):
