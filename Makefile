@@ -26,7 +26,7 @@ test: setup ## every test
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 faults: setup ## break everything that can break, with a line of figures for each scenario
-	@$(BIN)/python -m pytest tests/faults $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)
 
 lint: setup ## ruff, mypy, drift of the generated code, buf
 	$(BIN)/ruff check .

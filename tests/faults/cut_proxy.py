@@ -1,7 +1,7 @@
-"""A TCP link that can be cut: it stands between two processes and carries bytes until it is told not to.
+"""A TCP link that can be cut or slowed: it stands between two processes and carries bytes until it is told not to.
 
-Three cuts: SILENT keeps connections and carries nothing, as a cable that was pulled; RESET breaks them and each new
-one; CLOSED refuses new ones too, as a host without the process. Owns the link and counts what it kept from passing.
+What it does meanwhile is a `Cut`. Owns the link, and counts what met the cut: a fault that nothing has met proves
+nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from enum import Enum
 
 PIECE_BYTES = 64 * 2**10
+LATE_S = 0.1
+TRICKLE_BYTES, TRICKLE_EVERY_S = 24, 0.02
 
 
 class Cut(Enum):
@@ -22,8 +24,21 @@ class Cut(Enum):
 
     NONE = "none"
     SILENT = "silent"
+    """Connections stay and carry nothing, as over a cable that was pulled."""
     RESET = "reset"
+    """Connections break, and each new one too."""
     CLOSED = "closed"
+    """And new ones are refused, as by a host without the process."""
+    HALF = "half-closed"
+    """Both ends are told that nothing more comes (FIN), and what they say goes nowhere; no reset tells them so."""
+    LATE = "late"
+    """Each piece waits for `LATE_S` in each direction."""
+    TRICKLE = "trickle"
+    """`TRICKLE_BYTES` go on each `TRICKLE_EVERY_S`."""
+
+
+SLOWED = frozenset({Cut.LATE, Cut.TRICKLE})
+"""Everything arrives."""
 
 
 class CutProxy:
@@ -33,7 +48,7 @@ class CutProxy:
         """`target` is host:port; it need not be there yet. Port 0: the OS chooses."""
         self.cut = Cut.NONE
         self.held_count = 0
-        """Pieces and connections that a cut kept from passing: the proof that it was felt."""
+        """Pieces and connections that met a cut: the proof that it was felt."""
         self._target_host, _, self._target_port = target.rpartition(":")
         self._host, self._port = host, port
         self._server: asyncio.Server | None = None
@@ -62,19 +77,21 @@ class CutProxy:
             await asyncio.wait(carriers)
 
     async def sever(self, cut: Cut) -> None:
-        """Cut the link."""
+        """Cut or slow the link."""
         assert cut is not Cut.NONE, "heal() ends a cut"
         self.cut, self.held_count = cut, 0
         self._healed.clear()
         if cut is Cut.CLOSED:
             await self._close_server()
-        if cut is not Cut.SILENT:
-            for writer in list(self._writers):
-                _break(writer)
+        for writer in list(self._writers):
+            self._meet(writer)
 
     async def heal(self) -> None:
-        """Carry again. What a silent cut held back goes on, as TCP does it."""
-        self.cut = Cut.NONE
+        """Carry again. What a silent cut held back goes on, as TCP does it; what was half-closed is closed."""
+        was, self.cut = self.cut, Cut.NONE
+        if was is Cut.HALF:
+            for writer in list(self._writers):
+                writer.close()
         self._healed.set()
         if self._server is None:
             await self.start()
@@ -94,7 +111,7 @@ class CutProxy:
         self._writers.add(near)
         far: asyncio.StreamWriter | None = None
         try:
-            await self._pass_or_hold(near)
+            await self._admit(near_reader, near)
             far_reader, far = await asyncio.open_connection(self._target_host, int(self._target_port))
             self._writers.add(far)
             tasks = [
@@ -108,28 +125,72 @@ class CutProxy:
                     task.cancel()
                 await asyncio.wait(tasks)
         except OSError:
-            # The target is not there: whoever came is told the hard way.
+            # The target is not there, or the cut is of that kind: whoever came is told the hard way.
             _break(near)
         finally:
             for writer in filter(None, (near, far)):
                 self._writers.discard(writer)
                 writer.close()
 
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Let a new connection through, as far as the cut allows."""
+        if self.cut is Cut.NONE or self.cut in SLOWED:
+            return
+        self._meet(writer)
+        if self.cut is not Cut.HALF:
+            self._refuse_broken()
+            await self._healed.wait()
+            return
+        while await reader.read(PIECE_BYTES):
+            self.held_count += 1
+        raise ConnectionResetError("it left a half-closed connection")
+
+    def _meet(self, writer: asyncio.StreamWriter) -> None:
+        """What a connection feels when it meets the cut."""
+        if self.cut in SLOWED:
+            return
+        self.held_count += 1
+        if self.cut in (Cut.RESET, Cut.CLOSED):
+            _break(writer)
+        if self.cut is Cut.HALF:
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.write_eof()
+
+    def _refuse_broken(self) -> None:
+        if self.cut in (Cut.RESET, Cut.CLOSED):
+            raise ConnectionResetError("the link is cut")
+
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while piece := await reader.read(PIECE_BYTES):
-                await self._pass_or_hold(writer)
-                writer.write(piece)
-                await writer.drain()
+                await self._pass(piece, writer)
+            if self.cut in (Cut.SILENT, Cut.HALF):
+                # Nor does the news that somebody has left.
+                self.held_count += 1
+                await self._healed.wait()
 
-    async def _pass_or_hold(self, writer: asyncio.StreamWriter) -> None:
-        if self.cut is Cut.NONE:
-            return
-        self.held_count += 1
-        if self.cut is not Cut.SILENT:
-            _break(writer)
-            raise ConnectionResetError("the link is cut")
-        await self._healed.wait()
+    async def _pass(self, piece: bytes, writer: asyncio.StreamWriter) -> None:
+        """Carry a piece in the way of the present cut, which may change meanwhile."""
+        while self.cut is not Cut.NONE:
+            self.held_count += 1
+            self._refuse_broken()
+            if self.cut is Cut.HALF:
+                return
+            if self.cut is Cut.SILENT:
+                await self._healed.wait()
+            elif self.cut is Cut.LATE:
+                await asyncio.sleep(LATE_S)
+                break
+            else:
+                writer.write(piece[:TRICKLE_BYTES])
+                piece = piece[TRICKLE_BYTES:]
+                if not piece:
+                    break
+                await asyncio.sleep(TRICKLE_EVERY_S)
+        # A cut that came while it waited: what is half-closed takes nothing more.
+        if self.cut is not Cut.HALF:
+            writer.write(piece)
+            await writer.drain()
 
 
 def _break(writer: asyncio.StreamWriter) -> None:

@@ -58,6 +58,11 @@ class FaultCluster:
         """All ways to and from `CUT_WORKER`."""
 
     @property
+    def links(self) -> list[CutProxy]:
+        """All that can be cut."""
+        return [*self.consul_links, *self.worker_links]
+
+    @property
     def registries(self) -> list[ClusterProcess]:
         return self.of_role("registry")
 
@@ -84,8 +89,8 @@ class FaultCluster:
             for role, number in workers:
                 group.create_task(self._start_worker(f"{role}-{number}", role, registries))
             for number in range(self.plan.frontends):
-                flags = {"model": str(DEMO_MODEL), "registry": registries}
-                group.create_task(self.add(f"frontend-{number}", "frontend", flags))
+                name = f"frontend-{number}"
+                group.create_task(self.add(name, "frontend", await self.frontend_flags(name, registries)))
 
     async def add(self, name: str, role: str, flags: dict[str, str]) -> ClusterProcess:
         """Start one more process; it keeps its port when it is started again."""
@@ -106,6 +111,10 @@ class FaultCluster:
     def worker_flags(self, name: str, registries: str) -> dict[str, str]:
         """Settings of a worker of that name."""
         return {"worker-id": name, "model": str(DEMO_MODEL), "registry": registries, **self.plan.worker_flags}
+
+    async def frontend_flags(self, name: str, registries: str) -> dict[str, str]:
+        """Settings of a frontend of that name."""
+        return {"model": str(DEMO_MODEL), "registry": registries, "frontend-id": name}
 
     async def cut_off(self, cut: Cut) -> None:
         """Cut the whole network of `CUT_WORKER`."""
@@ -131,7 +140,7 @@ class FaultCluster:
 
     async def restore(self, views: Views) -> None:
         """Heal all links, start again whatever has ended, and return when everybody knows everybody."""
-        for link in (*self.consul_links, *self.worker_links):
+        for link in self.links:
             if link.cut is not Cut.NONE:
                 await link.heal()
         await self.restart(*(name for name, process in self.processes.items() if not process.runs))

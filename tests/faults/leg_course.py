@@ -7,7 +7,7 @@ it, no leg left. What breaks is the caller's. Nothing may fail, nothing come twi
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,15 +65,28 @@ class Course:
 
 @asynccontextmanager
 async def under_load(
-    cluster: LegCluster, scenario: str, *, but: Callable[[Asked], bool] = lambda asked: False
+    cluster: LegCluster,
+    scenario: str,
+    *,
+    but: Callable[[Asked], bool] = lambda asked: False,
+    doors: Sequence[str] = (),
+    shape: Shape = SHAPE,
 ) -> AsyncIterator[Course]:
-    """Run a scenario's block under a load; repair, end the load, judge and report. `but` names who may fail."""
+    """Run a scenario's block under a load; repair, end the load, judge and report.
+
+    Args:
+        cluster: where.
+        scenario: its name in the report.
+        but: names who may fail.
+        doors: where clients come in; empty: at the frontends themselves.
+        shape: of the load.
+    """
     async with cluster.views() as views:
         cluster.release()
         await cluster.restore(views)
         async with (
             cluster.audited() as unaccounted,
-            steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load,
+            steady_load(doors or [frontend.address for frontend in cluster.frontends], shape) as load,
         ):
             course = Course(cluster, load)
             await course.answered()

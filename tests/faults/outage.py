@@ -103,6 +103,11 @@ def last_known(views: Views) -> bool:
     return views.sources() == {pb.VIEW_SOURCE_LAST_KNOWN}
 
 
+def answering(views: Views) -> bool:
+    """Some registry answers, whatever it knows."""
+    return bool(views.sources())
+
+
 def silent(views: Views) -> bool:
     """No registry answers."""
     return not views.sources()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -177,6 +178,55 @@ async def test_a_broken_link_breaks_what_is_there_and_what_comes(cut: Cut, met: 
             await said_back(link.address)
         await link.heal()
         _, writer = await said_back(link.address)
+        writer.close()
+
+
+async def test_a_silent_link_carries_no_news_of_an_end_either() -> None:
+    async with echo() as target, cut_proxy(target) as link:
+        reader, writer = await said_back(link.address)
+        await link.sever(Cut.SILENT)
+        writer.write_eof()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 0.2)
+        await link.heal()
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+
+
+async def test_a_half_closed_link_says_that_nothing_comes_and_resets_nobody() -> None:
+    async with echo() as target, cut_proxy(target) as link:
+        reader, writer = await said_back(link.address)
+        await link.sever(Cut.HALF)
+        assert await asyncio.wait_for(reader.read(), 5) == b"", "no end was told"
+        for _ in range(3):  # a reset would refuse the second one
+            writer.write(b"into nothing\n")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        newer, newest = await asyncio.open_connection(*link.address.split(":"))
+        assert await asyncio.wait_for(newer.read(), 5) == b""
+        assert link.held_count >= 4
+        newest.close()
+        writer.close()
+        await link.heal()
+        _, writer = await said_back(link.address)
+        writer.close()
+
+
+@pytest.mark.parametrize(("cut", "least_s"), [(Cut.LATE, 0.2), (Cut.TRICKLE, 0.1)])
+async def test_a_slowed_link_carries_everything_later(cut: Cut, least_s: float) -> None:
+    line = bytes(range(32, 127)) * 2 + b"\n"
+    async with echo() as target, cut_proxy(target) as link:
+        reader, writer = await said_back(link.address)
+        await link.sever(cut)
+        begin_s = time.monotonic()
+        writer.write(line)
+        assert await asyncio.wait_for(reader.readline(), 5) == line
+        assert time.monotonic() - begin_s > least_s
+        assert link.held_count
+        # What is new is slowed too, and is let in.
+        _, newer = await said_back(link.address)
+        newer.close()
+        await link.heal()
         writer.close()
 
 

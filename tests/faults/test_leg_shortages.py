@@ -41,9 +41,11 @@ async def test_every_third_hand_over_of_one_worker_fails(cluster: LegCluster, po
     async with under_load(cluster, f"every third {point} of prefill-0 fails") as course:
         before = len(cluster.fired("prefill-0"))
         course.fault_s = now_s()
-        cluster.inject("prefill-0", {"point": point, "kind": "fail", "chance": 0.33})
+        cluster.inject("prefill-0", {"point": point, "kind": "fail", "every": 3})
         await course.answered(40)
-        assert len(cluster.fired("prefill-0")) > before, "void: no hand-over failed"
+        passes = [fault["passed"] for fault in cluster.fired("prefill-0")[before:]]
+        assert len(passes) > 1, "void: no hand-over failed"
+        assert passes == list(range(3, 3 * len(passes) + 1, 3)), "not every third one"
     again = course.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
     verdicts.is_large_enough(again, 1, "what was begun again")
 

@@ -18,7 +18,7 @@ from tests.faults.consul_proofs import generation, kill_first, lose_leader
 from tests.faults.cut_proxy import Cut
 from tests.faults.demo_answers import demo_answers
 from tests.faults.fault_cluster import Plan, fault_cluster
-from tests.faults.outage import Course, Place, last_known, live, silent, through_outage
+from tests.faults.outage import Course, Place, Step, answering, last_known, live, silent, through_outage
 from tests.faults.process_faults import kill
 from tests.faults.steady_load import Shape
 from tests.integration.consul_host import consul_servers
@@ -86,21 +86,36 @@ async def test_consul_comes_back_with_nothing(place: Place) -> None:
     assert await generation(place.consul) != before, "it has kept its memory"
 
 
-@pytest.mark.parametrize("cut", [Cut.SILENT, Cut.RESET])
+def matrix(*cuts: Cut) -> list[object]:
+    return [pytest.param(cut, marks=pytest.mark.fault_matrix, id=cut.value) for cut in cuts]
+
+
+@pytest.mark.parametrize("cut", [Cut.SILENT, Cut.RESET, *matrix(Cut.CLOSED, Cut.HALF)])
 async def test_the_links_to_consul_are_cut(place: Place, cut: Cut) -> None:
-    links = place.cluster.consul_links
+    await through_outage(place, COURSE, cutting(cut), heal_all, last_known)
+
+
+@pytest.mark.parametrize("cut", matrix(Cut.LATE, Cut.TRICKLE))
+async def test_the_links_to_consul_are_slow(place: Place, cut: Cut) -> None:
+    # Late, the view is still the present one; over a trickle it may be or not, and nothing fails for it.
+    await through_outage(place, COURSE, cutting(cut), heal_all, live if cut is Cut.LATE else answering)
+
+
+def cutting(cut: Cut) -> Step:
+    """Cuts all links to Consul, and proves it."""
 
     async def begin(place: Place) -> None:
-        for link in links:
+        for link in place.cluster.consul_links:
             await link.sever(cut)
-        for link in links:
-            await assert_eventually(lambda link=link: link.held_count, within_s=10, what="something that was held back")
+        for link in place.cluster.consul_links:
+            await assert_eventually(lambda link=link: link.held_count, within_s=10, what="something that met the cut")
 
-    async def end(place: Place) -> None:
-        for link in links:
-            await link.heal()
+    return begin
 
-    await through_outage(place, COURSE, begin, end, last_known)
+
+async def heal_all(place: Place) -> None:
+    for link in place.cluster.consul_links:
+        await link.heal()
 
 
 async def test_three_servers_lose_two_and_with_them_their_leader(consul_binary: Path, tmp_path: Path) -> None:

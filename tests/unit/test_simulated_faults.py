@@ -167,6 +167,12 @@ def test_when_a_rule_fires() -> None:
     assert passes(nth=3) == [3]
     assert passes(nth=3, times=2) == [3, 4]
     assert passes(times=2) == [1, 2]
+    assert passes(every=3) == [3, 6]
+    assert passes(every=3, nth=1) == [1, 4, 7]
+    assert passes(every=2, nth=5) == [5, 7]
+    assert passes(every=2, times=3) == [2, 4, 6]
+    assert passes(every=1) == passes()
+    assert set(passes(every=2, chance=0.5)) < {2, 4, 6, 8}
     assert passes(chance=0.0) == []
     some = passes(chance=0.5)
     assert some == passes(chance=0.5)
@@ -184,6 +190,8 @@ def test_when_a_rule_fires() -> None:
         ([{"point": "admit", "kind": "fall"}], "faults[0].kind"),
         ([{"point": "admit", "kind": "fail"}, {"point": "admit", "kind": "fail", "nth": 0}], "faults[1].nth"),
         ([{"point": "admit", "kind": "fail", "times": True}], "faults[0].times"),
+        ([{"point": "admit", "kind": "fail", "every": 0}], "faults[0].every"),
+        ([{"point": "admit", "kind": "fail", "every": 2.0}], "faults[0].every"),
         ([{"point": "admit", "kind": "fail", "chance": 2}], "faults[0].chance"),
         ([{"point": "admit", "kind": "delay"}], "faults[0].delay_s"),
         ([{"point": "admit", "kind": "delay", "delay_s": -1}], "faults[0].delay_s"),

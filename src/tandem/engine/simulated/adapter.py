@@ -101,7 +101,8 @@ class SimulatedEngine:
         """Where decode engines meet this one."""
         if self._bootstrap_port is None:
             return None
-        return BootstrapAddress(host=self._settings.host, port=self._bootstrap_port)
+        port = self._options.bootstrap_told_port or self._bootstrap_port
+        return BootstrapAddress(host=self._settings.host, port=port)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenBatch]:
         """Run one leg. See the port."""

@@ -48,9 +48,11 @@ class FaultRule:
     nth: int | None = None
     """The pass at which it fires, from 1; without it, every pass."""
     times: int | None = None
-    """How often it fires at most. Default: once with `nth`, else without end."""
+    """How often it fires at most. Default: once with `nth` alone, else without end."""
     chance: float | None = None
     """From the n-th pass on, the seeded chance of each pass; default: certain."""
+    every: int | None = None
+    """Only each so many-th pass, exactly: the n-th and those that far apart after it. Default for `nth`: `every`."""
     delay_s: float | None = None
 
 
@@ -84,7 +86,7 @@ def _parse_rule(rule: Any, key: str) -> FaultRule:
     for name, allowed in (("point", POINTS), ("kind", KINDS)):
         if rule[name] not in allowed:
             raise ConfigError(f"{key}.{name}", f"must be one of {', '.join(allowed)}, not {rule[name]!r}")
-    for name in ("nth", "times"):
+    for name in ("nth", "times", "every"):
         value = rule.get(name)
         if value is not None and (type(value) is not int or value < 1):
             raise ConfigError(f"{key}.{name}", f"must be a whole number from 1 up, not {value!r}")
@@ -105,18 +107,24 @@ class _Counter:
         self.rule = rule
         self._random = random.Random(seed)  # noqa: S311 -- a run must repeat
         self.passed = 0
-        self._left = rule.times if rule.times is not None else (1 if rule.nth and rule.chance is None else None)
+        is_once = rule.nth is not None and rule.chance is None and rule.every is None
+        self._left = rule.times if rule.times is not None else (1 if is_once else None)
 
     def due(self) -> bool:
         """Count a pass; whether the rule fires on it."""
         self.passed += 1
-        if self._left == 0 or self.passed < (self.rule.nth or 1):
+        if self._left == 0 or not self._is_turn():
             return False
         if self.rule.chance is not None and self._random.random() >= self.rule.chance:
             return False
         if self._left is not None:
             self._left -= 1
         return True
+
+    def _is_turn(self) -> bool:
+        """Whether this pass is one of those that the rule is about."""
+        first, every = self.rule.nth or self.rule.every or 1, self.rule.every or 1
+        return self.passed >= first and (self.passed - first) % every == 0
 
 
 class Faults:

@@ -63,6 +63,8 @@ class Options:
     """How long one leg waits for the other to come."""
     transfer_timeout_s: float = 30.0
     """How long one leg waits for the other to move on once they have met, the prefill's computing included."""
+    bootstrap_told_port: int | None = None
+    """Port that decode engines are told, where something that a test can cut stands before the one listened at."""
 
     eos_after_tokens: int | None = None
     """Place in this generation (from 1) at which the end-of-sequence token comes; None: never."""
@@ -153,6 +155,12 @@ def _optional_positive_int(key: str, value: Any) -> None:
         _positive_int(key, value)
 
 
+def _optional_port(key: str, value: Any) -> None:
+    _optional_positive_int(key, value)
+    if value is not None and value > 65_535:
+        raise _refuse(key, "a port", value)
+
+
 def _optional_text(key: str, value: Any) -> None:
     if value is not None and (not isinstance(value, str) or not value):
         raise _refuse(key, "a text", value)
@@ -184,6 +192,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "reserved_decode_tokens": _int_from_0,
     "prefix_cache": _flag,
     "kv_events": _flag,
+    "bootstrap_told_port": _optional_port,
     "eos_after_tokens": _optional_positive_int,
     "eos_chance": _fraction,
     "faults": _checked_elsewhere,
