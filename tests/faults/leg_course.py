@@ -71,6 +71,7 @@ async def under_load(
     but: Callable[[Asked], bool] = lambda asked: False,
     doors: Sequence[str] = (),
     shape: Shape = SHAPE,
+    kind: type[SteadyLoad] = SteadyLoad,
 ) -> AsyncIterator[Course]:
     """Run a scenario's block under a load; repair, end the load, judge and report.
 
@@ -80,13 +81,14 @@ async def under_load(
         but: names who may fail.
         doors: where clients come in; empty: at the frontends themselves.
         shape: of the load.
+        kind: how its clients speak.
     """
     async with cluster.views() as views:
         cluster.release()
         await cluster.restore(views)
         async with (
             cluster.audited() as unaccounted,
-            steady_load(doors or [frontend.address for frontend in cluster.frontends], shape) as load,
+            steady_load(doors or [frontend.address for frontend in cluster.frontends], shape, kind) as load,
         ):
             course = Course(cluster, load)
             await course.answered()

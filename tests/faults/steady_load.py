@@ -18,6 +18,7 @@ import grpc
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.errors import TandemError
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
@@ -50,14 +51,14 @@ class SteadyLoad:
         self.shape = shape or Shape()
         self._frontends = tuple(frontends)
         self._draw = random.Random(seed)
-        self._channels: list[grpc.aio.Channel] = []
+        self._doors: list[Any] = []
         self._open: set[asyncio.Task[None]] = set()
         self._clock: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to ask."""
         assert self._clock is None, "start() twice"
-        self._channels = [open_channel(address) for address in self._frontends]
+        self._doors = [self.open_door(address) for address in self._frontends]
         self._clock = asyncio.create_task(self._ask(), name="steady-load")
 
     async def stop(self) -> History:
@@ -67,9 +68,30 @@ class SteadyLoad:
         await asyncio.wait({self._clock})
         if self._open:
             await asyncio.wait(self._open)
-        for channel in self._channels:
-            await channel.close()
+        for door in self._doors:
+            await self.close_door(door)
         return self.history
+
+    def open_door(self, address: str) -> Any:
+        """What requests to a frontend are made with."""
+        return open_channel(address)
+
+    async def close_door(self, door: Any) -> None:
+        """Free it."""
+        await door.close()
+
+    async def events(self, door: Any, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        """One stream.
+
+        Raises:
+            TandemError: it ended without a finish.
+        """
+        stub: Any = InferenceServiceStub(door)
+        try:
+            async for event in stub.Generate(request, timeout=self.shape.deadline_s):
+                yield event
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
 
     async def wait_ended(self, count: int, within_s: float = 20.0) -> None:
         """Return when so many requests that begin from now on have ended, well or not."""
@@ -93,7 +115,7 @@ class SteadyLoad:
             number += 1
 
     async def _one(self, number: int) -> None:
-        shape, place = self.shape, number % len(self._channels)
+        shape, place = self.shape, number % len(self._doors)
         is_long = shape.long_every > 0 and number % shape.long_every == 0
         prompt = shape.prompts[number % len(shape.prompts)] if shape.prompts else self._drawn()
         max_tokens = shape.long_tokens if is_long else shape.short_tokens
@@ -104,12 +126,11 @@ class SteadyLoad:
             sampling={"temperature": 0.0},  # type: ignore[arg-type]
             stopping={"max_tokens": max_tokens, "ignore_eos": True},  # type: ignore[arg-type]
         )
-        stub: Any = InferenceServiceStub(self._channels[place])
         try:
-            async for event in stub.Generate(request, timeout=shape.deadline_s):
+            async for event in self.events(self._doors[place], request):
                 _note(asked, event)
-        except grpc.aio.AioRpcError as failure:
-            asked.failure = from_rpc_error(failure)
+        except TandemError as failure:
+            asked.failure = failure
         finally:
             asked.end_s = now_s()
 
@@ -133,9 +154,11 @@ def _note(asked: Asked, event: pb.GenerateResponse) -> None:
 
 
 @asynccontextmanager
-async def steady_load(frontends: Sequence[str], shape: Shape | None = None) -> AsyncIterator[SteadyLoad]:
+async def steady_load(
+    frontends: Sequence[str], shape: Shape | None = None, kind: type[SteadyLoad] = SteadyLoad
+) -> AsyncIterator[SteadyLoad]:
     """A load that runs as long as the block, and whose requests have all ended after it."""
-    load = SteadyLoad(frontends, shape)
+    load = kind(frontends, shape)
     await load.start()
     try:
         yield load

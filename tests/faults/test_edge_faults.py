@@ -1,0 +1,111 @@
+"""The way from Envoy to a frontend cut and slowed in every way, and Envoy itself killed and stopped, under a load of HTTP.
+
+A stream is with one frontend: where its connection breaks it ends, and its client sees a body without a finish. What
+has not begun is asked of the other frontend, and its client notices nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tandem.testing.eventually import assert_eventually
+from tests.faults import verdicts
+from tests.faults.cut_proxy import SLOWED, Cut
+from tests.faults.edge_cluster import NOTICED_S, EdgeCluster, edge_cluster
+from tests.faults.history import Asked, now_s
+from tests.faults.http_load import HttpLoad
+from tests.faults.leg_cluster import BUSY_MACHINE_S
+from tests.faults.leg_course import FLOOR, Course, under_load
+from tests.faults.process_faults import frozen, prove_gone, prove_refused
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
+
+ON_ITS_WAY_S = 0.1
+"""What Envoy has written before it reads that the connection is broken may have been served: it is not asked again."""
+BROKEN_S = 0.5
+"""A stream whose connection breaks is told so by then; whatever begins later must go well."""
+
+
+def cuts(smoke: Cut) -> list[object]:
+    every = [cut for cut in Cut if cut is not Cut.NONE]
+    return [pytest.param(cut, id=cut.value, marks=[] if cut is smoke else pytest.mark.fault_matrix) for cut in every]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EdgeCluster]:
+    async with edge_cluster(tmp_path_factory.mktemp("edge-faults")) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("cut", cuts(Cut.RESET))
+async def test_a_cut_way_to_a_frontend_ends_at_most_what_it_carried(cluster: EdgeCluster, cut: Cut) -> None:
+    course: Course | None = None
+
+    def was_carried(asked: Asked) -> bool:
+        assert course is not None
+        is_there = asked.start_s < course.fault_s + ON_ITS_WAY_S
+        return cut not in (*SLOWED, Cut.SILENT) and is_there
+
+    scenario = f"Envoy to frontend-0: {cut.value}"
+    doors = [cluster.edge.address]
+    async with under_load(cluster, scenario, but=was_carried, doors=doors, kind=HttpLoad) as course:
+        await course.load.wait_running(4)
+        course.fault_s = now_s()
+        await cluster.link.sever(cut)
+        await assert_eventually(lambda: cluster.link.held_count, within_s=10, what="something that met the cut")
+        await course.answered(20)
+        if cut is Cut.SILENT:
+            await _nobody_new_is_held_up(course)
+    if cut not in (*SLOWED, Cut.SILENT):
+        carried = course.load.history.failed()
+        verdicts.is_large_enough(carried, 1, "what the connection carried")
+        late = carried.where(lambda asked: (asked.end_s or 0) - course.fault_s > BROKEN_S + BUSY_MACHINE_S)
+        assert not len(late), f"clients that were told late:\n{late.lines()}"
+
+
+async def _nobody_new_is_held_up(course: Course) -> None:
+    """What is asked after Envoy's health checks have had their time goes to the other frontend."""
+    noticed_s = course.fault_s + NOTICED_S + BUSY_MACHINE_S
+    await assert_eventually(lambda: now_s() > noticed_s, within_s=20, what="the time of two health checks")
+    await course.answered(2 * FLOOR)
+    later = course.load.history.begun(noticed_s, now_s() - 3.0 - BUSY_MACHINE_S)
+    held_up = later.where(lambda asked: asked.end_s is None)
+    assert not len(held_up), f"sent to a frontend that says nothing:\n{held_up.lines()}"
+
+
+async def test_a_killed_envoy_ends_its_streams_in_both_engines(cluster: EdgeCluster) -> None:
+    back_s = float("inf")
+    but = lambda asked: asked.start_s < back_s  # noqa: E731
+    doors = [cluster.edge.address]
+    async with under_load(cluster, "kill of Envoy", but=but, doors=doors, kind=HttpLoad) as course:
+        await course.load.wait_running(4)
+        envoy, address = cluster.envoy, cluster.edge.address
+        course.fault_s = now_s()
+        envoy.kill()
+        await prove_gone(envoy.pid)
+        await prove_refused(address)
+        # Nobody can come in: whatever the workers still have is the dead Envoy's.
+        await cluster.assert_idle()
+        assert await asyncio.wait_for(cluster.edge.wait_ended(), 5) == 1, "an edge without its Envoy goes on"
+        await course.answered()
+        await cluster.restart("edge")
+        back_s = now_s()
+        assert cluster.edge.address == address
+    had = course.load.history.running_at(course.fault_s)
+    verdicts.is_large_enough(had, 4, "what Envoy carried")
+
+
+@pytest.mark.fault_matrix
+async def test_a_stopped_envoy_is_a_pause(cluster: EdgeCluster) -> None:
+    doors = [cluster.edge.address]
+    async with under_load(cluster, "stop of Envoy for 2 s", doors=doors, kind=HttpLoad) as course:
+        await course.load.wait_running(4)
+        async with frozen(cluster.envoy.pid) as course.fault_s:
+            await asyncio.sleep(2.0)
+        await course.answered(20)
+    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    assert cluster.envoy.is_running()
