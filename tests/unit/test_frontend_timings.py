@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.relay import Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
@@ -11,6 +12,7 @@ from tandem_frontend.stopping import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.observe.course import Course
+from tandem.runtime.clock import ManualClock, SteadyTime
 
 
 class Letters:
@@ -29,9 +31,13 @@ def leg(start_s: int | None, end_s: int | None) -> leg_pb2.LegFinish:
     return finish
 
 
+def relay_at(time: SteadyTime) -> Relay:
+    course = Course(clock=time, begin_s=time.begin_time_s)
+    return Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), course)
+
+
 def times(decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None) -> tuple[int, int]:
-    relay = Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), Course())
-    _, finish = relay.finish(1, decode, prefill, pb.Route())
+    _, finish = relay_at(SteadyTime()).finish(1, decode, prefill, pb.Route())
     timings = finish.timings
     return timings.kv_transfer_start_time.seconds, timings.kv_transfer_end_time.seconds
 
@@ -44,3 +50,19 @@ def test_the_leg_that_is_left_tells_both() -> None:
     assert times(leg(100, 140), None) == (100, 140)
     assert times(leg(100, 140), leg(None, None)) == (100, 140)
     assert times(None, leg(130, 138)) == (130, 138)
+
+
+@pytest.mark.parametrize("jump_s", [3_600.0, -3_600.0])
+def test_a_clock_that_is_set_during_a_request_changes_no_order_and_no_duration(jump_s: float) -> None:
+    wall, clock = ManualClock(1e9), ManualClock(50.0)
+    relay = relay_at(SteadyTime(wall, clock))
+    for passed_s in (0.25, 0.5):
+        wall.advance(passed_s + jump_s)
+        clock.advance(passed_s)
+        relay.take(leg_pb2.LegTokens(token_ids=[1]))
+    _, finish = relay.finish(1, None, None, pb.Route())
+    timings = finish.timings
+    assert timings.time_to_first_token.ToMilliseconds() == 250
+    assert timings.accepted_time.ToMilliseconds() == 1e12
+    assert timings.first_token_time.ToMilliseconds() == 1e12 + 250
+    assert timings.last_token_time.ToMilliseconds() == 1e12 + 750

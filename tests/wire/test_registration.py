@@ -154,6 +154,50 @@ async def test_a_grant_that_was_lost_on_the_way_is_not_taken_for_a_replacement()
         assert place.fenced is None
 
 
+def held_at(address: str, epoch: int) -> Any:
+    """A registry that has a start of that epoch there."""
+
+    def held(member_id: str, asked_epoch: int) -> TandemError | None:
+        problem = DuplicateWorker("held", worker=member_id, epoch=epoch, address=address)
+        return problem if asked_epoch <= epoch else None
+
+    return held
+
+
+@pytest.mark.parametrize("member", [make_worker(epoch=3), FRONTEND], ids=["worker", "frontend"])
+async def test_a_start_whose_clock_went_back_outruns_the_one_of_before_at_once(member: Any) -> None:
+    registry = PlayedRegistry(ttl_s=30)
+    registry.register_error = held_at(member.address, 8)
+    async with play_registry(registry), registered([registry], member) as place:
+        assert [epoch for *_, epoch in registry.registered] == [member.epoch, 9]
+        assert place.registered
+
+
+async def test_whose_address_was_taken_does_not_outrun_the_thief() -> None:
+    registry, worker = PlayedRegistry(ttl_s=0.3), make_worker(epoch=3)
+    async with play_registry(registry), registered([registry], worker) as place:
+        registry.register_error = held_at(worker.address, 8)
+        registry.leases.clear()
+        assert "another live process" in await asyncio.wait_for(place.wait_fenced(), 12)
+        assert {epoch for *_, epoch in registry.registered} == {3}
+
+
+async def test_a_start_whose_clock_went_back_waits_for_the_lease_of_one_elsewhere() -> None:
+    registry = PlayedRegistry(ttl_s=30)
+    registry.register_error = held_at("elsewhere:1", 8)
+    async with play_registry(registry):
+        place = Registration([registry.address], make_worker(epoch=3))
+        try:
+            await place.start()
+            await assert_eventually(lambda: len(registry.registered) >= 2)
+            assert place.fenced is None, "it had no place to lose"
+            registry.register_error = lambda member_id, epoch: None
+            await asyncio.wait_for(place.wait_registered(), 5)
+            assert registry.registered[-1][-1] == 3
+        finally:
+            await place.close()
+
+
 async def test_another_registry_is_called_when_one_is_gone() -> None:
     first, second = PlayedRegistry(), PlayedRegistry()
     async with play_registry(first), play_registry(second), registered([first, second], make_worker()) as place:

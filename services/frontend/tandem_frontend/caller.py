@@ -6,12 +6,11 @@ theirs, or are one tenant together.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.observe.trace_context import TraceContext, parsed
-from tandem.runtime.clock import Clock, monotonic
+from tandem.runtime.clock import Clock, SteadyTime, monotonic
 
 TENANT_HEADER = "x-client-id"
 TENANT_CHARS_MAX = 128
@@ -27,8 +26,8 @@ class Caller:
     clock: Clock = monotonic
     operation: str = "generate"
     """What the door is called in records: generate, chat, text_completion."""
-    received_s: float = 0.0
-    """When the call came, since the Unix epoch; 0: not told."""
+    time: SteadyTime = field(default_factory=SteadyTime)
+    """The time of day for all that is told of the request; began when the call came."""
     trace: TraceContext | None = None
     """The span it comes from."""
 
@@ -47,6 +46,5 @@ def caller_of(context: Any, operation: str = "generate", clock: Clock = monotoni
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
         operation=operation,
-        received_s=time.time(),
         trace=parsed(metadata),
     )

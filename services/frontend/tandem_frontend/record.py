@@ -28,7 +28,8 @@ def course_of(request: pb.GenerateRequest, caller: Caller, model: str) -> Course
         model=model,
         tenant=caller.tenant,
         parent=caller.trace,
-        begin_s=caller.received_s,
+        clock=caller.time,
+        begin_s=caller.time.begin_time_s,
     )
 
 

@@ -142,5 +142,5 @@ class Relay:
             timings.first_token_time.CopyFrom(timestamp(first_s))
             timings.last_token_time.CopyFrom(timestamp(last_s))
             waited = duration_pb2.Duration()
-            waited.FromNanoseconds(max(0, int((first_s - begin_s) * 1e9)))
+            waited.FromNanoseconds(int((first_s - begin_s) * 1e9))
             timings.time_to_first_token.CopyFrom(waited)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import grpc
@@ -63,8 +63,9 @@ class Registration:
         self._rng = rng or random.Random()  # noqa: S311 -- spreads load, protects nothing
         self._book = AddressBook(addresses, clock=clock, rng=self._rng)
         self._member = member
-        self._held_epoch = member.epoch
-        """Of the last lease, or of the first one to be: whoever has a later one has taken this member's place."""
+        self._held_epoch: int | None = None
+        """Of the last lease: whoever has a later one has taken this member's place. None: it never had one."""
+        self._outrun: Callable[[int], None] = lambda epoch: self.renew(epoch + 1)
         self._may_be_fenced = may_be_fenced
         self._clock = clock
         self._backoff = Backoff(rng=self._rng)
@@ -132,6 +133,13 @@ class Registration:
                 await self._state_told.wait()
         return self._state_told.is_set()
 
+    def when_outrun(self, outrun: Callable[[int], None]) -> None:
+        """Have somebody else renew it where a start of before has a later epoch; by default it does so itself.
+
+        `outrun` is given that epoch, and calls `renew` with a later one.
+        """
+        self._outrun = outrun
+
     def renew(self, epoch: int) -> None:
         """Register anew, at once, as a new start of the same member; its former lease is nothing to it any more."""
         self._member = replace(self._member, epoch=epoch)
@@ -179,6 +187,11 @@ class Registration:
         return self._spread_s() if was_heard else self._backoff.next_s()
 
     def _after_refusal(self, problem: InvalidRequest | DuplicateWorker) -> float | None:
+        later_epoch = self._later_epoch_of_before(problem)
+        if later_epoch is not None:
+            log.warning("a start of before was epoch %d: this machine's clock has gone back", later_epoch)
+            self._outrun(later_epoch)
+            return 0.0
         reason = self._final(problem)
         if reason is None:
             # A dead start's lease, or our own whose grant was lost on the way: it runs out by itself.
@@ -199,14 +212,26 @@ class Registration:
             return f"the registry refuses this {self._member.kind}: {problem}"
         facts = problem.metadata
         epoch = int(facts.get("epoch", "0"))
-        # Only this process can listen at its own address: what is listed there is a start of before, even if a clock
-        # that went back since makes it look newer. Its lease runs out.
-        is_own = facts.get("address") == self._member.address
-        if epoch > self._held_epoch and not is_own:
+        # Who never had a place cannot have lost it: its clock may have gone back, and the other's lease may run out.
+        if self._held_epoch is not None and epoch > self._held_epoch and not self._is_own(problem):
             return f"replaced by a newer start: {problem}"
         if self._has_outlived_a_lease(problem):
             return f"another live process has this {self._member.kind}'s place: {problem}"
         return None
+
+    def _later_epoch_of_before(self, problem: InvalidRequest | DuplicateWorker) -> int | None:
+        """The epoch of a start of before, where it is what stands in the way of this one's first lease; else None.
+
+        Only this process can listen at its own address, so what is listed there is dead. That is not so once this one
+        has had a lease: then somebody has taken its address, and two that outran each other would never end.
+        """
+        if self._held_epoch is not None or not isinstance(problem, DuplicateWorker) or not self._is_own(problem):
+            return None
+        epoch = int(problem.metadata.get("epoch", "0"))
+        return epoch if epoch >= self._member.epoch else None
+
+    def _is_own(self, problem: InvalidRequest | DuplicateWorker) -> bool:
+        return problem.metadata.get("address") == self._member.address
 
     def _has_outlived_a_lease(self, problem: DuplicateWorker) -> bool:
         """Whether refusals have gone on for longer than a lease lives that nobody keeps alive."""

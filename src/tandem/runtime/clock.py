@@ -28,6 +28,23 @@ def epoch_now() -> int:
     return time.time_ns() // 1_000_000
 
 
+class SteadyTime:
+    """Time of day during one course of events: read once, and continued by the monotonic clock.
+
+    A machine's clock that is set meanwhile changes neither the order of what happens nor how long it takes.
+    """
+
+    def __init__(self, wall: Clock = time.time, clock: Clock = monotonic) -> None:
+        self._clock = clock
+        self._begin_s = clock()
+        self.begin_time_s = wall()
+        """When it began, since the Unix epoch."""
+
+    def __call__(self) -> float:
+        """Seconds since the Unix epoch."""
+        return self.begin_time_s + self._clock() - self._begin_s
+
+
 class ManualClock:
     """A clock that goes only when told to."""
 

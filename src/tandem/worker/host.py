@@ -88,6 +88,7 @@ class WorkerHost:
         )
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
+        registration.when_outrun(identity.outrun)
         self._legs = Legs(self._engine, identity, self._courses)
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))

@@ -65,6 +65,10 @@ class Identity:
             self._begin_anew(now_s - ran_s)
         return self._worker
 
+    def outrun(self, epoch: int) -> None:
+        """Become a later start than one of before, whose epoch is later than a clock that went back can tell."""
+        self._take_epoch(max(epoch + 1, self._new_epoch()))
+
     async def beat(self) -> None:
         """Look at the clock for ever; after a pause, the registry hears of the new epoch without a leg's coming."""
         while True:
@@ -81,6 +85,9 @@ class Identity:
 
     def _begin_anew(self, pause_s: float) -> None:
         former = self._worker.epoch
-        self._worker = replace(self._worker, epoch=max(former + 1, self._new_epoch()))
+        self._take_epoch(max(former + 1, self._new_epoch()))
         log.warning("this process did not run for %.1f s: epoch %d after %d", pause_s, self._worker.epoch, former)
-        self._place.renew(self._worker.epoch)
+
+    def _take_epoch(self, epoch: int) -> None:
+        self._worker = replace(self._worker, epoch=epoch)
+        self._place.renew(epoch)
