@@ -96,9 +96,14 @@ class FaultCluster:
         """Start one more process; it keeps its port when it is started again."""
         own = {"port": str(free_port()), "drain-settle-s": "0", "drain-timeout-s": "5", **flags}
         process = self.processes[name] = ClusterProcess(name, role, own, self.logs)
+        process.secrets = self.environment(name)
         await process.start(self._run)
         await process.wait_ready()
         return process
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Variables of that process only."""
+        return {}
 
     async def restart(self, *names: str) -> None:
         """Start processes again that have ended, at their addresses."""

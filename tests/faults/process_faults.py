@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.history import now_s
 
 PROOF_WITHIN_S = 5.0
+PORTS = 12_000, 32_000
 
 
 def state_of(pid: int) -> str | None:
@@ -91,8 +93,13 @@ def knock(address: str, timeout_s: float = 0.5) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A port nobody listens on now.
+
+    Drawn from below those that the kernel gives to whoever asks for any: one of those may be a connection's of somebody
+    else by the time it is listened on.
+    """
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
