@@ -1,0 +1,174 @@
+"""A client's stream under any cutting into batches and any number of continuations, against the whole answer at once.
+
+The engine behind it draws each token from all tokens before it, so a continuation that begins in the wrong place, or
+with the wrong tokens, ends in another text. Text, stop strings and indices are judged when the stream has its finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from tandem_frontend.continuation import continued
+from tandem_frontend.detokenization import REPLACEMENT, Detokenizer
+from tandem_frontend.relay import Relay
+from tandem_frontend.stopping import StopMatcher, StopTokens
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
+from tandem.runtime.clock import SteadyTime
+
+PIECES = (b"", b"a", b"b", b"ab", b" ", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode())
+"""Of tokens: the first is the end of a sequence; some are parts of a character only."""
+EOS = 0
+PROMPT = (1, 2, 4)
+CACHED_TOKENS = 64
+
+
+class Pieces:
+    """A tokenizer of bytes."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return b"".join(PIECES[token_id] for token_id in token_ids).decode(errors="replace")
+
+
+def next_token(sequence: Sequence[int], seed: int) -> int:
+    return hashlib.sha256(bytes([*sequence, seed])).digest()[0] % len(PIECES)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the client has asked for."""
+
+    seed: int
+    stops: list[str]
+    stop_token_ids: list[int]
+    max_tokens: int
+    min_tokens: int
+    ignore_eos: bool
+
+    def answer(self) -> list[int]:
+        sequence = list(PROMPT)
+        for _ in range(self.max_tokens):
+            sequence.append(next_token(sequence, self.seed))
+        return sequence[len(PROMPT) :]
+
+    def stop_place(self) -> int | None:
+        """The place of the first token that ends it, from 1."""
+        ids = {*self.stop_token_ids, *(() if self.ignore_eos else (EOS,))}
+        places = (place for place, token_id in enumerate(self.answer(), 1) if token_id in ids)
+        return next((place for place in places if place > self.min_tokens), None)
+
+    def expected(self) -> tuple[str, int, str | None]:
+        """Text, number of tokens, and the stop string that ended it: by a search of the whole text."""
+        stop_place = self.stop_place()
+        ids = self.answer()[: self.max_tokens if stop_place is None else stop_place - 1]
+        text, known_chars = Pieces().decode(ids), 0
+        for place in range(1, len(ids) + 1):
+            certain_chars = len(Pieces().decode(ids[:place]).rstrip(REPLACEMENT))
+            for end in range(known_chars + 1, certain_chars + 1):
+                ending = [stop for stop in self.stops if text[:end].endswith(stop)]
+                if ending and place > self.min_tokens:
+                    stop = max(ending, key=len)
+                    return text[: end - len(stop)], place, stop
+            known_chars = max(known_chars, certain_chars)
+        return text, self.max_tokens if stop_place is None else stop_place, None
+
+
+WANTED = st.builds(
+    Wanted,
+    seed=st.integers(0, 255),
+    stops=st.lists(st.text("ab é🙂", min_size=1, max_size=4), max_size=3),
+    stop_token_ids=st.lists(st.integers(1, len(PIECES) - 1), max_size=1),
+    max_tokens=st.integers(1, 40),
+    min_tokens=st.integers(0, 6),
+    ignore_eos=st.booleans(),
+)
+
+
+class RelayMachine(RuleBasedStateMachine):
+    """One stream; `leg` is what the present attempt was sent."""
+
+    @initialize(wanted=WANTED)
+    def ask(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
+        self.relay = Relay(Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops), stop_tokens, SteadyTime())
+        stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
+        self.whole_leg = leg_pb2.LegRequest(token_ids=PROMPT, stopping=stopping)
+        self.leg, self.emitted = self.whole_leg, list[int]()
+        self.sent: list[int] = []
+        self.chunks: list[pb.GenerateChunk] = []
+        self.finishes: list[pb.GenerateFinish] = []
+
+    @precondition(lambda self: self.finishes)
+    @rule(wanted=WANTED)
+    def ask_again(self, wanted: Wanted) -> None:
+        self.ask(wanted)
+
+    @property
+    def left(self) -> int:
+        return 0 if self.relay.is_over() else self.leg.stopping.max_tokens - len(self.emitted)
+
+    @precondition(lambda self: not self.finishes and self.left)
+    @rule(count=st.integers(1, 5))
+    def tokens_come(self, count: int) -> None:
+        batch = leg_pb2.LegTokens(index=len(self.emitted))
+        for _ in range(min(count, self.left)):
+            token_id = next_token([*self.leg.token_ids, *self.emitted], self.wanted.seed)
+            self.emitted.append(token_id)
+            batch.token_ids.append(token_id)
+            batch.logprobs.add(token_id=token_id)
+        self.sent += batch.token_ids
+        chunk = self.relay.take(batch)
+        assert len(chunk.token_ids) == len(chunk.logprobs)
+        self.chunks.append(chunk)
+
+    @precondition(lambda self: not self.finishes and self.left)
+    @rule()
+    def the_attempt_breaks(self) -> None:
+        """Another one goes on from the token after the last."""
+        self.leg = continued(self.whole_leg, self.sent) if self.sent else self.whole_leg
+        self.emitted = []
+
+    @precondition(lambda self: not self.finishes and not self.left)
+    @rule()
+    def it_is_over(self) -> None:
+        end = leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
+        prefill = leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
+        prefill.usage.cached_tokens = CACHED_TOKENS
+        rest, finish = self.relay.finish(len(PROMPT), None if self.relay.ends_the_legs else end, prefill, pb.Route())
+        if rest is not None:
+            self.chunks.append(rest)
+        self.finishes.append(finish)
+        self._judge(finish)
+
+    def _judge(self, finish: pb.GenerateFinish) -> None:
+        text, count, stop = self.wanted.expected()
+        assert "".join(chunk.text for chunk in self.chunks) == text
+        assert [token_id for chunk in self.chunks for token_id in chunk.token_ids] == self.wanted.answer()[:count]
+        assert [chunk.index for chunk in self.chunks] == list(range(len(self.chunks)))
+        assert finish.usage.completion_tokens == count
+        assert finish.usage.cached_tokens <= finish.usage.prompt_tokens == len(PROMPT)
+        assert finish.matched_stop.stop == (stop or "")
+        is_stopped = stop is not None or self.wanted.stop_place() is not None
+        expected = generation_pb2.FINISH_REASON_STOP if is_stopped else generation_pb2.FINISH_REASON_LENGTH
+        assert finish.reason == expected
+
+    def teardown(self) -> None:
+        """Whatever the rules have done, the stream comes to its one finish."""
+        if not hasattr(self, "relay"):
+            return
+        while self.left and not self.finishes:
+            self.tokens_come(3)
+        if not self.finishes:
+            self.it_is_over()
+        assert len(self.finishes) == 1
+
+
+TestRelay = RelayMachine.TestCase
+TestRelay.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
