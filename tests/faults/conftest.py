@@ -1,4 +1,4 @@
-"""Prints what the scenarios of legs came to, at the end of a run of this directory."""
+"""Prints what the scenarios came to, at the end of a run of this directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tests.faults import leg_report
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if leg_report.LINES:
-        terminalreporter.section("faults of legs")
+        terminalreporter.section("faults")
         terminalreporter.write_line(leg_report.HEAD)
         for line in leg_report.LINES:
             terminalreporter.write_line(line)
+        terminalreporter.write_line(leg_report.total())

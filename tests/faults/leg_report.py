@@ -5,6 +5,7 @@ Owns the figures and their form. Judges nothing; `conftest.py` prints the lines 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ from tests.faults.history import Asked, History, percentile
 
 LINES: list[str] = []
 """Of the scenarios of this run, in their order."""
+_COUNTED: list[Figures] = []
+
+SCENARIO_CHARS = 59
+COUNTS = ("asked", "failed", "continued", "again", "refused", "duplicated")
 
 HEAD = (
-    f"{'scenario':<52}{'asked':>6}{'failed':>7}{'cont.':>6}{'again':>6}{'refused':>8}{'twice':>6}"
+    f"{'scenario':<{SCENARIO_CHARS + 1}}{'asked':>6}{'failed':>7}{'cont.':>6}{'again':>6}{'refused':>8}{'twice':>6}"
     f"{'detect ms':>11}{'recover ms: median, worst':>27}"
 )
 
@@ -59,8 +64,28 @@ def figures_of(history: History, fault_s: float, detect_s: float | None = None) 
 
 def report(scenario: str, figures: Figures) -> None:
     """Add a scenario's line."""
-    LINES.append(
-        f"{scenario:<52}{figures.asked:>6}{figures.failed:>7}{figures.continued:>6}{figures.again:>6}"
+    _COUNTED.append(figures)
+    LINES.append(_line(scenario, figures))
+
+
+def report_test(history: History, fault_s: float) -> None:
+    """Add the line of the test that runs, for scenarios that have no other name."""
+    name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0]
+    report(name.removeprefix("test_").replace("_", " ")[:SCENARIO_CHARS], figures_of(history, fault_s))
+
+
+def total() -> str:
+    """All scenarios together."""
+    sums = (sum(getattr(each, name) for each in _COUNTED) for name in COUNTS)
+    detected = [each.detect_s for each in _COUNTED if each.detect_s is not None]
+    gaps_s = tuple(gap_s for each in _COUNTED for gap_s in each.gaps_s)
+    whole = Figures(*sums, detect_s=max(detected, default=None), gaps_s=gaps_s)
+    return _line(f"{len(_COUNTED)} scenarios (detect: the longest)", whole)
+
+
+def _line(scenario: str, figures: Figures) -> str:
+    return (
+        f"{scenario:<{SCENARIO_CHARS + 1}}{figures.asked:>6}{figures.failed:>7}{figures.continued:>6}{figures.again:>6}"
         f"{figures.refused:>8}{figures.duplicated:>6}{_ms(figures.detect_s):>11}{_spread(figures.gaps_s):>27}"
     )
 

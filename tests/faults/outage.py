@@ -14,6 +14,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
 from tests.faults.fault_cluster import FaultCluster
 from tests.faults.history import History, now_s
+from tests.faults.leg_report import report_test
 from tests.faults.process_faults import kill
 from tests.faults.steady_load import Shape, steady_load
 from tests.faults.verdicts import Oracle
@@ -91,6 +92,7 @@ async def through_outage(
             await cluster.restore(views)
             await load.wait_ended(course.floor)
     _judge(load.history, course, times)
+    report_test(load.history, times.begun_s)
 
 
 def live(views: Views) -> bool:

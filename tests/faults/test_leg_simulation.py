@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,8 +32,10 @@ from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.errors import DeadlinePassed, LegFailed, Overloaded, TandemError
 from tandem.model.request_state import Phase
 from tandem.model.worker import Worker
+from tests.faults.fault_cluster import REPOSITORY
 from tests.faults.leg_world import CAPABILITIES, Sent, World, answer, fleet, now_s
 
+SEED_VARIABLE = "TANDEM_FAULT_SEED"
 SEEDS = 2_000
 PARTS = 8
 AFTER_A_KILL_S = 0.5
@@ -226,23 +230,32 @@ def _judge_time(fault: Fault, earlier: Sent, later: Sent) -> None:
         assert took_s < bound_s, (fault, earlier.request_id, took_s)
 
 
+def judged(seed: int) -> History:
+    """One history that has kept every promise; the failure of another says how it is repeated."""
+
+    async def live() -> History:
+        history = History(seed)
+        await history.run()
+        return history
+
+    history = run_virtually(live())
+    try:
+        judge(history)
+    except AssertionError as wrong:
+        again = (
+            f"{SEED_VARIABLE}={seed} .venv/bin/python -m pytest {Path(__file__).relative_to(REPOSITORY)} -k repeated"
+        )
+        raise AssertionError(f"{wrong}\nTo repeat it: {again}") from wrong
+    return history
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_history_keeps_what_is_promised(part: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)  # thousands of legs break
     met = dict.fromkeys(("kill", "stop", "hand-over", "again", "finished", "left", "late"), 0)
     for seed in range(part, SEEDS, PARTS):
-
-        async def live(seed: int = seed) -> History:
-            history = History(seed)
-            await history.run()
-            return history
-
-        history = run_virtually(live())
-        try:
-            judge(history)
-        except AssertionError as wrong:
-            raise AssertionError(f"seed {seed}: {wrong}") from wrong
+        history = judged(seed)
         for fault in history.faults:
             met[fault.kind] += 1
         met["again"] += len(history.world.sent) - len({sent.request_id for sent in history.world.sent})
@@ -250,3 +263,19 @@ def test_every_history_keeps_what_is_promised(part: int, caplog: pytest.LogCaptu
         met["left"] += sum(client.left for client in history.clients)
         met["late"] += sum(isinstance(client.failure, DeadlinePassed) for client in history.clients)
     assert min(met.values()) > 5, f"void: these seeds meet too little: {met}"
+
+
+@pytest.mark.skipif(SEED_VARIABLE not in os.environ, reason=f"{SEED_VARIABLE} names the history to be repeated")
+def test_one_history_is_repeated() -> None:
+    judged(int(os.environ[SEED_VARIABLE]))
+
+
+def test_a_broken_promise_says_how_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def condemn(history: History) -> None:
+        raise AssertionError("a promise")
+
+    monkeypatch.setattr(f"{__name__}.judge", condemn)
+    with pytest.raises(
+        AssertionError, match=rf"a promise\nTo repeat it: {SEED_VARIABLE}=17 .*simulation.py -k repeated"
+    ):
+        judged(17)

@@ -20,6 +20,7 @@ from tests.faults.cut_proxy import Cut
 from tests.faults.demo_answers import demo_answers, direct_calls
 from tests.faults.fault_cluster import CUT_WORKER, FaultCluster, Plan, fault_cluster
 from tests.faults.history import now_s
+from tests.faults.leg_report import report_test
 from tests.faults.outage import AVOIDED_WITHIN_S
 from tests.faults.process_faults import frozen, kill
 from tests.faults.steady_load import Shape, SteadyLoad, steady_load
@@ -53,10 +54,12 @@ async def observed(cluster: FaultCluster) -> AsyncIterator[tuple[SteadyLoad, Vie
         await cluster.whole(views)
         async with steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load:
             await load.wait_ended(FLOOR)
+            begun_s = now_s()
             yield load, views
             await cluster.restore(views)
             await load.wait_ended(FLOOR)
     verdicts.tokens_are_exact(load.history, demo_answers)
+    report_test(load.history, begun_s)
 
 
 async def test_a_killed_worker_is_gone_everywhere_within_its_lease(cluster: FaultCluster) -> None:
