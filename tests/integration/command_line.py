@@ -19,6 +19,9 @@ from conftest import DEMO_MODEL
 from tandem.testing.eventually import assert_eventually
 
 TANDEM = [sys.executable, "-m", "tandem.cli"]
+STARTS_WITHIN_S = 60.0
+"""Of processes that are started. Python's imports are most of it: a second with a core of its own, and many times that
+where a dozen others want the core too. What is promised in seconds has a bound of its own where it is tested."""
 SIMULATED = ["--engine", "simulated", "--model", str(DEMO_MODEL)]
 
 
@@ -74,7 +77,9 @@ async def wait_state(process: asyncio.subprocess.Process, state: Path, wanted: s
         assert process.returncode is None, await process.stdout.read()  # type: ignore[union-attr]
         return state_of(state).get("state")
 
-    await assert_eventually(now, lambda found: found == wanted, within_s=30, what=f"a cluster that is {wanted}")
+    await assert_eventually(
+        now, lambda found: found == wanted, within_s=STARTS_WITHIN_S, what=f"a cluster that is {wanted}"
+    )
 
 
 @asynccontextmanager
@@ -93,9 +98,13 @@ async def output_of(process: asyncio.subprocess.Process) -> str:
 async def line_with(process: asyncio.subprocess.Process, words: str) -> str:
     """The next line of its output that has these words."""
     assert process.stdout is not None
-    while line := (await process.stdout.readline()).decode():
-        if words in line:
-            return line.rstrip("\n")
+    try:
+        async with asyncio.timeout(STARTS_WITHIN_S):
+            while line := (await process.stdout.readline()).decode():
+                if words in line:
+                    return line.rstrip("\n")
+    except TimeoutError:
+        raise AssertionError(f"it did not say {words!r} within {STARTS_WITHIN_S} s") from None
     raise AssertionError(f"it ended without saying {words!r}")
 
 
