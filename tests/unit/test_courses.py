@@ -85,8 +85,8 @@ def test_the_last_ones_are_kept_and_found() -> None:
 
 def test_tokens_are_noted_with_their_times() -> None:
     clock = ManualClock(10.0)
-    courses: Courses[Course] = Courses(clock=clock)
-    with courses.following(Course()) as course:
+    courses: Courses[Course] = Courses()
+    with courses.following(Course(clock=clock)) as course:
         for number, (now_s, count) in enumerate([(11.0, 1), (11.5, 2), (12.5, 1)]):
             if number != 1:
                 course.add_attempt(AttemptCourse(number=len(course.attempts) + 1))

@@ -8,7 +8,6 @@ Writing costs a few attribute sets for each attempt and one call for each batch 
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.model.generation import EngineFinish
 from tandem.model.worker import Worker
 from tandem.observe.trace_context import TraceContext
+from tandem.runtime.clock import SteadyTime
 
 FINISHED, FAILED, REFUSED, CANCELLED = "finished", "failed", "refused", "cancelled"
 """How a course ends. Refused: before any worker was asked. Cancelled: whoever asked has left."""
@@ -38,7 +38,8 @@ def _gaps() -> array[float]:
 class Tokens:
     """When tokens came."""
 
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=SteadyTime)
+    """The time of day, which goes on evenly from the first look at it: a clock that is set changes no order."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     token_count: int = 0
@@ -79,7 +80,7 @@ class AttemptCourse:
     """One attempt: both legs, as the frontend saw them."""
 
     number: int = 1
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=SteadyTime)
     trace: TraceContext | None = None
     """Its own span, which is the parent of its legs'; the caller's where nothing is exported."""
     room: int = 0

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -35,12 +34,10 @@ class Courses(Generic[C]):
         *,
         closed_kept: int = CLOSED_KEPT,
         ids: TraceIds | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Each sink is called once with each course that closes; `ids` is None where no spans are exported."""
         self.sinks: list[Callable[[C], None]] = list(sinks)
         self.ids = ids
-        self.clock = clock
         self._open: dict[int, C] = {}
         self._closed: deque[C] = deque(maxlen=closed_kept)
 
@@ -83,14 +80,13 @@ class Courses(Generic[C]):
             self._close(course)
 
     def _begin(self, course: C) -> None:
-        course.clock = self.clock
-        course.begin_s = course.begin_s or self.clock()
+        course.begin_s = course.begin_s or course.clock()
         course.trace = self.child(course.parent)
         self._open[id(course)] = course
         about.set(course)
 
     def _close(self, course: C) -> None:
-        course.end_s = self.clock()
+        course.end_s = course.clock()
         if not course.outcome:
             course.cancel()
         del self._open[id(course)]
