@@ -36,6 +36,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._request_bytes_max = request_bytes_max
         self.calls = Calls()
         """That are being answered, and that have failed."""
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(
         self,
@@ -43,11 +44,24 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """Wrap the handler gRPC found; unknown methods and foreign services (health, reflection) pass unchanged."""
+        self._keep(asyncio.current_task())
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith("/tandem."):
             return handler
         return _wrap(handler, method, _deserializer(method, self._request_bytes_max), self.calls)
+
+
+    async def wait_ended(self, timeout_s: float) -> None:
+        """Return when gRPC has ended its own part of every call too, foreign services' included."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def _keep(self, task: asyncio.Task[Any] | None) -> None:
+        """gRPC answers each call in a task of its own, and this is called in it."""
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
 
 class Calls:

@@ -31,6 +31,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 HEADERS_BYTES_MAX = 64 * 1024
+CANCELLED_TIMEOUT_S = 1.0
+"""Most time for calls that were cancelled to come to their end."""
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -71,7 +73,7 @@ class RpcServer:
         self._credentials: ServerCredentials | None = None
         self._names: list[str] = []
         received_bytes_max = max(RECEIVED_BYTES_MIN, RECEIVED_FACTOR * request_bytes_max)
-        interceptor = ErrorInterceptor(request_bytes_max)
+        interceptor = self._interceptor = ErrorInterceptor(request_bytes_max)
         self._server = grpc.aio.server(
             interceptors=[interceptor],
             options=(*OPTIONS, ("grpc.max_receive_message_length", received_bytes_max)),
@@ -127,8 +129,13 @@ class RpcServer:
             await self._health.set(name, SERVING if serving else NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Close the listener, give running calls `grace_s`, then cancel them. May be called twice."""
+        """Close the listener, give running calls `grace_s`, then cancel them. May be called twice.
+
+        gRPC cancels them and does not wait: where the loop ended first, it logged an error for each, and that was the
+        last line of a process that had said why it ended.
+        """
         await self._server.stop(grace_s)
+        await self._interceptor.wait_ended(CANCELLED_TIMEOUT_S)
 
 
 def is_loopback(host: str) -> bool:
