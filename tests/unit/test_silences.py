@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -82,3 +83,34 @@ async def test_a_cancelled_reader_cancels_the_leg() -> None:
     with pytest.raises(asyncio.CancelledError):
         await reader
     await asyncio.wait_for(ended.wait(), 1)
+
+
+@pytest.mark.parametrize("last", [FINISH, EngineFailed("gone")])
+async def test_a_reader_that_leaves_when_it_is_over_leaves_no_complaint(
+    last: TokenBatch | EngineFailed, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = asyncio.Event()
+
+    async def ending() -> AsyncGenerator[TokenBatch, None]:
+        await over.wait()
+        if isinstance(last, EngineFailed):
+            raise last
+        return
+        yield last
+
+    async def read() -> None:
+        async for _ in with_silences(ending(), silence_s=60):
+            pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.sleep(0.02)
+    over.set()
+    # The step ends in the next turn of the loop, before the reader hears of it: then it is told to leave.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    reader.cancel()
+    await asyncio.wait({reader})
+    assert reader.cancelled(), "void: it heard of the end"
+    del reader
+    gc.collect()
+    assert not caplog.records

@@ -48,3 +48,7 @@ async def with_silences(
             if not step.done():
                 step.cancel()
                 await asyncio.wait({step})
+            if not step.cancelled():
+                # A reader that leaves when the last step has just ended asks for nothing any more; asyncio would log
+                # what it ended with as an error.
+                step.exception()
