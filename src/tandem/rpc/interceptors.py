@@ -51,14 +51,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         return _wrap(handler, method, _deserializer(method, self._request_bytes_max), self.calls)
 
-
     async def wait_ended(self, timeout_s: float) -> None:
         """Return when gRPC has ended its own part of every call too, foreign services' included."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
     def _keep(self, task: asyncio.Task[Any] | None) -> None:
-        """gRPC answers each call in a task of its own, and this is called in it."""
+        """Called in the task that gRPC makes for each call."""
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
