@@ -56,7 +56,16 @@ def load(snapshots: Iterable[Any], role: WorkerRole) -> EngineLoad:
         kv_used_tokens=sum(s.num_used_tokens for s in every),
         kv_capacity_tokens=sum(s.max_total_num_tokens for s in every),
         transferring_requests=None if role is WorkerRole.AGGREGATED else sum(_transferring(s, role) for s in every),
+        kv_transferring_tokens=_sum(s.kv_transferring_tokens for s in every),
+        kv_cached_tokens=_sum(s.kv_cached_tokens for s in every),
+        kv_free_tokens=_sum(s.kv_free_tokens for s in every),
     )
+
+
+def _sum(figures: Iterable[int | None]) -> int | None:
+    """Over all ranks, where every one tells its own."""
+    told = list(figures)
+    return None if None in told else sum(figure for figure in told if figure is not None)
 
 
 def _waiting(snapshot: Any) -> int:

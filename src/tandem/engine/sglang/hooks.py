@@ -36,6 +36,7 @@ STATUS_FRAMES = 5
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _CHANNELS = "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels"
+_LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 _SCALING = ("sglang.srt.sampling.sampling_batch_info", "sglang.srt.sampling.penaltylib.repetition_penalty")
 """Both know the function by a name of their own."""
 _NIXL = "sglang.srt.disaggregation.nixl.conn"
@@ -55,6 +56,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
         f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
+        f"{_LOADS}.get_loads": (_account_for_pages, "after"),
         **draws.targets(),
         **grammars.targets(),
     }
@@ -222,6 +224,12 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
         "kv_transfer_bytes": transfer.moved_bytes,
         "recomputed_tokens": recomputed_tokens if decodes else None,
     }
+
+
+def _account_for_pages(snapshot: Any, inquirer: Any) -> Any:
+    from tandem.engine.sglang import pages
+
+    return pages.account(snapshot, inquirer)
 
 
 def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:

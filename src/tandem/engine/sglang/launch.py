@@ -17,6 +17,8 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from tandem.engine.sglang import pages
+
 IPC = "ipc://"
 
 
@@ -68,6 +70,7 @@ def construct(
         def shutdown(self) -> None:
             """Registered to run at exit, where it would kill children that are not SGLang's."""
 
+    pages.read_accounts()
     logging.getLogger("sglang").setLevel(arguments["log_level"].upper())
     engine = GuestEngine(**arguments)
     # Ours watches the children already; this one sends SIGQUIT to the whole process.
