@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
 from tests.faults.demo_answers import demo_answers
+from tests.faults.fault_cluster import FaultCluster
 from tests.faults.history import Asked, History, now_s
 from tests.faults.leg_cluster import HELD_AT, LegCluster
 from tests.faults.leg_report import figures_of, report
@@ -104,7 +105,7 @@ async def under_load(
     assert not any(unaccounted), f"pages that are neither used nor cached nor free: {unaccounted}"
     history = load.history
     _judge(history, course, but)
-    report(scenario, figures_of(history, course.fault_s, _detected_s(cluster, course.fault_s)))
+    report(scenario, figures_of(history, course.fault_s, detected_s(cluster, course.fault_s)))
     assert begun_s < course.fault_s < course.over_s
 
 
@@ -134,7 +135,7 @@ def gaps_are_short(history: History, course: Course, worker_id: str, within_s: f
     assert not len(late), f"no token within {within_s} s:\n" + "\n".join(told)
 
 
-def _detected_s(cluster: LegCluster, fault_s: float) -> float | None:
+def detected_s(cluster: FaultCluster, fault_s: float) -> float | None:
     """From the fault to the first leg that a frontend sent elsewhere after it, by the frontends' own logs."""
     wall_s = datetime.now(UTC).timestamp() - now_s() + fault_s
     times = [
