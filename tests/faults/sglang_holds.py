@@ -48,6 +48,9 @@ class Holds:
         except FileNotFoundError:
             return False
 
+    def are_over(self, room):
+        return self.file.with_name(f"{room}.free").exists()
+
     def tell(self, phase, room):
         self.told.write(json.dumps({"phase": phase, "room": room, "time_s": time.monotonic()}) + "\\n")
 
@@ -69,6 +72,7 @@ def register():
     def step(scheduler, batch, *arguments, **keywords):
         wanted = {"prefill": "prefilling", "decode": "decoding"}[scheduler.disaggregation_mode.value]
         held = [room for phase, room in (rids.get(req.rid, (None, 0)) for req in batch.reqs) if phase == wanted]
+        held = [room for room in held if not holds.are_over(room)]
         if held and holds.at(wanted):
             for room in held:
                 holds.tell(wanted, room)
@@ -96,7 +100,7 @@ def register():
         passes[room] = passes.get(room, 0) + 1
         if passes[room] == 2 and holds.at("transferring"):
             holds.tell("transferring", room)
-            while holds.at("transferring"):
+            while holds.at("transferring") and not holds.are_over(room):
                 time.sleep(0.01)
 
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
@@ -139,6 +143,10 @@ class Holds:
         for file in [self.directory / worker for worker in workers] or list(self.directory.iterdir()):
             if not file.suffix:
                 file.unlink(missing_ok=True)
+
+    def free(self, room: int) -> None:
+        """Let one request go on, whoever holds it: others may wait behind it."""
+        (self.directory / f"{room}.free").touch()
 
     def held(self) -> list[Held]:
         """Whatever has been held so far, in all workers."""

@@ -143,8 +143,8 @@ class SglangFleet(FaultCluster):
         await ended(streams)
 
     async def forget(self) -> None:
-        """Empty every prefix cache: what is cached has no phases to be held in."""
-        for worker in self.workers:
+        """Empty every prefix cache: what is cached has no phases to be held in. Decode has none."""
+        for worker in (worker for worker in self.of_role("prefill") if worker.runs):
             async with open_channel(worker.address) as channel:
                 stub: Any = WorkerServiceStub(channel)
                 epoch = (await stub.GetCapabilities(worker_pb.GetCapabilitiesRequest())).worker.epoch
@@ -167,6 +167,7 @@ class SglangFleet(FaultCluster):
                         lambda stream=stream: self.is_in_phase(stream, now_s()), within_s=20, what=f"hold: {phase}"
                     )
                     break
+                self.holds.free(stream.rooms[-1])
             else:
                 raise AssertionError(f"void: no request of {TRIES_MAX} came to {victim}")
         return streams
