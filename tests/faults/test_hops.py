@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
-from tandem.errors import ServiceError
+from tandem.errors import DeadlinePassed, ServiceError
 from tandem.rpc import clients
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
@@ -21,6 +21,7 @@ from tests.faults.history import Asked, now_s
 from tests.faults.hop_cluster import CUT_PREFILL, HAND_OVER_TIMEOUT_S, Hop, HopCluster, hop_cluster
 from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
 from tests.faults.leg_course import Course, gaps_are_short, under_load
+from tests.faults.steady_load import Shape
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 
@@ -29,6 +30,7 @@ BROKEN_S = 0.5
 """From a broken connection to a request's next token."""
 SILENT_S = 2.0
 """From a connection that says nothing any more."""
+IMPATIENT = Shape(rate_per_s=16, long_every=4, long_tokens=140, deadline_s=3)
 LEASES_PASS_S = 2.5
 """Longer than a lease of this cluster."""
 SMOKE = {
@@ -133,6 +135,24 @@ async def test_a_cut_way_of_a_client_is_nothing_to_the_others(cluster: HopCluste
         assert not len(late), f"clients that were told late:\n{late.lines()}"
     else:
         assert not len(course.load.history.failed())
+
+
+@pytest.mark.fault_matrix
+async def test_a_black_hole_before_a_client_ends_with_its_deadlines(cluster: HopCluster) -> None:
+    door = cluster.doors[0]
+    but = lambda asked: asked.frontend == door and isinstance(asked.failure, DeadlinePassed)  # noqa: E731
+    name = f"{Hop.CLIENT.value}: silent beyond the deadlines"
+    async with under_load(cluster, name, but=but, doors=cluster.doors, shape=IMPATIENT) as course:
+        await course.load.wait_running(4)
+        await cut_and_prove(course, cluster, Hop.CLIENT, Cut.SILENT)
+        had = course.load.history.running_at(course.fault_s).where(lambda asked: asked.frontend == door)
+        over_s = course.fault_s + IMPATIENT.deadline_s
+        await assert_eventually(lambda: now_s() > over_s, within_s=10, what="the deadlines of who is cut off")
+        # The clients cannot say that they have left: the frontend has their deadlines too.
+        await _holds_no_more_than_the_others(cluster, course)
+        await course.answered(20)
+    late = had.where(lambda asked: (asked.end_s or 0) - asked.start_s > IMPATIENT.deadline_s + BUSY_MACHINE_S)
+    assert not len(late), f"clients that waited beyond their deadlines:\n{late.lines()}"
 
 
 def _by(cluster: HopCluster, cut: Cut) -> Callable[[Asked], bool]:

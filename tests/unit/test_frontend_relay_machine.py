@@ -22,10 +22,13 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.runtime.clock import SteadyTime
 
-PIECES = (b"", b"a", b"b", b"ab", b" ", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode())
+PIECES = (
+    *(b"", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode()),
+    *(b" ", b"a", b"b", b"a", b"b", b"aa", b"ab", b"ba"),
+)
 """Of tokens: the first is the end of a sequence; some are parts of a character only."""
 EOS = 0
-PROMPT = (1, 2, 4)
+PROMPT = (9, 10, 8)
 CACHED_TOKENS = 64
 
 
@@ -79,11 +82,13 @@ class Wanted:
         return text, self.max_tokens if stop_place is None else stop_place, None
 
 
+OVERLAPPING = ("aab", "abab", "aba", "bba")
+"""A stop string that has begun may begin anew inside of what has matched."""
 WANTED = st.builds(
     Wanted,
     seed=st.integers(0, 255),
-    stops=st.lists(st.text("ab é🙂", min_size=1, max_size=4), max_size=3),
-    stop_token_ids=st.lists(st.integers(1, len(PIECES) - 1), max_size=1),
+    stops=st.lists(st.text("ab é🙂", min_size=1, max_size=4) | st.sampled_from(OVERLAPPING), max_size=3),
+    stop_token_ids=st.lists(st.integers(1, 8), max_size=1),
     max_tokens=st.integers(1, 40),
     min_tokens=st.integers(0, 6),
     ignore_eos=st.booleans(),

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 from simulated_legs import PAGE
 
 from tandem.engine.port import KvEvent
@@ -37,6 +37,15 @@ class PoolMachine(RuleBasedStateMachine):
         assert lease.cached_tokens == self.pool.cached_pages(names) * PAGE < len(sequence)
         self.live.append(lease)
         return lease, sequence
+
+    @rule(target=leases, beginning=st.integers(0, 1), length=st.integers(1, 24))
+    def compute(self, beginning: int, length: int) -> Held:
+        """A whole leg as the scheduler makes it, of one of two sequences: legs share pages and press others out."""
+        sequence = [beginning] * length
+        held = self.open(sequence)
+        if self.pool.grow(held[0], length):
+            self.checkpoint(held)
+        return held
 
     @rule(held=leases, tokens=st.integers(0, 50))
     def grow(self, held: Held, tokens: int) -> None:
@@ -68,6 +77,7 @@ class PoolMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         assert self.pool.flush() == (not self.live)
 
+    @precondition(lambda self: len(self.live) > 1)
     @rule()
     def withhold(self) -> None:
         self.pool.withhold()
@@ -112,7 +122,7 @@ def apply(event: KvEvent, known: set[int]) -> None:
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def used(pool: KvPool, sequence: list[int], salt: str | None = None) -> KvLease:
