@@ -20,7 +20,7 @@ from tandem_frontend.stopping import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
-from tandem.runtime.clock import SteadyTime
+from tandem.observe.course import Course
 
 PIECES = (
     *(b"", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode()),
@@ -102,7 +102,7 @@ class RelayMachine(RuleBasedStateMachine):
     def ask(self, wanted: Wanted) -> None:
         self.wanted = wanted
         stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
-        self.relay = Relay(Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops), stop_tokens, SteadyTime())
+        self.relay = Relay(Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops), stop_tokens, Course())
         stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
         self.whole_leg = leg_pb2.LegRequest(token_ids=PROMPT, stopping=stopping)
         self.leg, self.emitted = self.whole_leg, list[int]()
