@@ -222,7 +222,13 @@ async def test_a_prompt_is_told_where_the_operator_wants_it_and_one_worker_is_on
         spans = await collector.trace(stream.accepted.request_id, "generate", "aggregated leg")
         assert one(spans, "generate").attributes["tandem.prompt"].endswith("Zebedee keeps a secret")
         leg = one(spans, "aggregated leg", one(spans, "attempt"))
-        assert [s.name for s in spans if s.parent_id == leg.span_id] == ["submit", "queue", "prefill", "stream"]
+        assert [s.name for s in spans if s.parent_id == leg.span_id] == [
+            "submit",
+            "queue",
+            "prefill",
+            "first token",
+            "stream",
+        ]
         assert "tandem.room" not in leg.attributes
         assert "Zebedee" not in cluster.frontend.log.read_text()
 

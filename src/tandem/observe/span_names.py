@@ -14,6 +14,9 @@ SUBMIT = "submit"
 BOOTSTRAP, QUEUE, PREFILL, TRANSFER = "bootstrap", "queue", "prefill", "transfer"
 PREALLOCATE, WAIT_FOR_KV, FIRST_TOKEN, STREAM = "pre-allocate", "wait for KV", "first token", "stream"
 
+IN_ENGINE = "in the engine"
+"""The event of the first token's span: the scheduler had it."""
+
 OPERATION, MODEL = "gen_ai.operation.name", "gen_ai.request.model"
 INPUT_TOKENS, OUTPUT_TOKENS = "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"
 FINISH_REASONS, MAX_TOKENS = "gen_ai.response.finish_reasons", "gen_ai.request.max_tokens"

@@ -169,6 +169,10 @@ def _leg_spans(course: LegCourse, new_id: NewId) -> list[Span]:
     for name, begin_s, end_s in _leg_steps(course, timings) if timings is not None else ():
         if begin_s is not None and end_s is not None:
             spans.append(_below(own, new_id(), name, begin_s, end_s))
+    if timings is not None and timings.first_token_time_s is not None:
+        for span in spans:
+            if span.name == names.FIRST_TOKEN:
+                span.events.append(Event(names.IN_ENGINE, timings.first_token_time_s))
     if timings is not None and timings.kv_transfer_bytes is not None:
         for span in spans:
             if span.name in (names.TRANSFER, names.WAIT_FOR_KV):
@@ -177,15 +181,17 @@ def _leg_spans(course: LegCourse, new_id: NewId) -> list[Span]:
 
 
 def _leg_steps(course: LegCourse, timings: EngineTimings) -> tuple[tuple[str, float | None, float | None], ...]:
-    """Name, begin and end of each step, as the engine tells them; only `submit` and `stream` touch the worker's own."""
+    """Name, begin and end of each step: the engine's times, between the worker's own of its first and last word."""
     submit = names.SUBMIT, course.begin_s, timings.queued_time_s
+    # To the worker, not to the scheduler: on a busy core a token waits between the two as long as for its computing.
+    stream = names.STREAM, course.first_token_s, course.last_token_s
     if course.role == "decode":
         return (
             submit,
             (names.PREALLOCATE, timings.queued_time_s, timings.preallocation_end_time_s),
             (names.WAIT_FOR_KV, timings.preallocation_end_time_s, timings.kv_transfer_end_time_s),
-            (names.FIRST_TOKEN, timings.kv_transfer_end_time_s, timings.first_token_time_s),
-            (names.STREAM, timings.first_token_time_s, course.last_token_s),
+            (names.FIRST_TOKEN, timings.kv_transfer_end_time_s, course.first_token_s),
+            stream,
         )
     queued = timings.bootstrap_end_time_s if course.role == "prefill" else timings.queued_time_s
     computing = (
@@ -196,7 +202,7 @@ def _leg_steps(course: LegCourse, timings: EngineTimings) -> tuple[tuple[str, fl
     )
     if course.role == "prefill":
         return (*computing, (names.TRANSFER, timings.kv_transfer_start_time_s, timings.kv_transfer_end_time_s))
-    return (*computing, (names.STREAM, timings.first_token_time_s, course.last_token_s))
+    return (*computing, (names.FIRST_TOKEN, timings.prefill_end_time_s, course.first_token_s), stream)
 
 
 def _leg_attributes(course: LegCourse) -> dict[str, Any]:
