@@ -29,7 +29,16 @@ STORY = "Once upon a time there was a fox"
 FRONTEND_STEPS = ("admit", "tokenise", "wait", "route", "attempt", "finish")
 PREFILL_STEPS = ("submit", "bootstrap", "queue", "prefill", "transfer")
 DECODE_STEPS = ("submit", "pre-allocate", "wait for KV", "first token", "stream")
-ALL = ("generate", *FRONTEND_STEPS, "dispatch", "prefill leg", *PREFILL_STEPS, "decode leg", *DECODE_STEPS)
+ALL = (
+    "generate",
+    *FRONTEND_STEPS,
+    "dispatch",
+    "await first token",
+    "prefill leg",
+    *PREFILL_STEPS,
+    "decode leg",
+    *DECODE_STEPS,
+)
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
@@ -70,6 +79,7 @@ async def test_a_request_is_one_tree(cluster: LocalCluster, collector: Receiver)
         assert one(spans, name, root).service == "tandem-frontend"
     attempt = one(spans, "attempt", root)
     one(spans, "dispatch", attempt)
+    one(spans, "await first token", attempt)
     legs = {role: one(spans, f"{role} leg", attempt) for role in ("prefill", "decode")}
     assert (legs["prefill"].service, legs["prefill"].instance) == ("tandem-prefill", route.prefill_worker_id)
     assert (legs["decode"].service, legs["decode"].instance) == ("tandem-decode", route.decode_worker_id)

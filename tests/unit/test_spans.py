@@ -60,7 +60,7 @@ def test_attempts_are_siblings_and_the_second_is_linked_to_the_first() -> None:
     assert second.links == [(first.span_id, {"tandem.continues": True})]
     assert (first.error, second.error) == ("LEG_FAILED", None)
     assert [span.name for span in found if span.parent_id == first.span_id] == [], "one leg was never accepted"
-    assert [span.name for span in found if span.parent_id == second.span_id] == ["dispatch"]
+    assert [span.name for span in found if span.parent_id == second.span_id] == ["dispatch", "await first token"]
     assert root.attributes["tandem.kv_transfer_bytes"] == 4096
     routes = [span.attributes["tandem.attempt"] for span in found if span.name == "route"]
     assert routes == [1, 2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # Spans of the frontend, beside the request's own, which is named after its operation.
 TOKENISE, VALIDATE, ADMIT, WAIT, ROUTE = "tokenise", "validate", "admit", "wait", "route"
-ATTEMPT, DISPATCH, FINISH = "attempt", "dispatch", "finish"
+ATTEMPT, DISPATCH, AWAIT, FINISH = "attempt", "dispatch", "await first token", "finish"
 # Spans of a worker: the leg's own, and its steps in the engine.
 LEG = {"prefill": "prefill leg", "decode": "decode leg", "aggregated": "aggregated leg"}
 SUBMIT = "submit"

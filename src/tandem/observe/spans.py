@@ -97,6 +97,8 @@ def _attempt_spans(
     known = [time_s for time_s in accepted if time_s is not None]
     if known and len(known) == len(accepted):
         yield _below(span, new_id(), names.DISPATCH, attempt.begin_s, max(known))
+        if attempt.first_token_s is not None:
+            yield _below(span, new_id(), names.AWAIT, max(known), attempt.first_token_s)
 
 
 def _request_attributes(course: Course) -> dict[str, Any]:
