@@ -83,6 +83,12 @@ class RpcServiceConfig(ServiceConfig):
         return self
 
 
+class AdminConfig(RpcServiceConfig):
+    """Settings of every process that can be asked for a profile."""
+
+    admin_enabled: bool = Field(False, description="give profiles to whoever may call; they slow the process down")
+
+
 C = TypeVar("C", bound=BaseModel)
 
 

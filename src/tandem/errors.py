@@ -7,9 +7,11 @@
     │   │   └── RequestTooLarge  more bytes than any request needs      INVALID_ARGUMENT
     │   ├── ModelNotFound        nobody serves that model               NOT_FOUND
     │   ├── WorkerNotFound       no such worker or lease                NOT_FOUND
+    │   ├── RequestNotFound      no such request, or no longer          NOT_FOUND
     │   ├── DuplicateWorker      a live worker holds that id            ALREADY_EXISTS
     │   ├── StaleEpoch           the worker was restarted since         FAILED_PRECONDITION
     │   ├── WrongRole            a worker cannot serve that call        FAILED_PRECONDITION
+    │   ├── AdminDisabled        a setting does not allow it            FAILED_PRECONDITION
     │   └── NotSupported         this engine or model cannot            UNIMPLEMENTED
     ├── ServiceError             the cluster must repair it; most can be tried again
     │   ├── NoWorkers            no live worker of a needed role        UNAVAILABLE
@@ -20,6 +22,7 @@
     │   ├── DeadlinePassed       the caller's time is over              DEADLINE_EXCEEDED
     │   ├── RequestAborted       somebody asked for the abort           CANCELLED
     │   ├── ParserFailed         the output could not be parsed         UNAVAILABLE
+    │   ├── ProfileFailed        there is no profile to be sent         INTERNAL
     │   └── EngineFailed         the engine broke its contract          INTERNAL
     └── StartError               a process cannot start; one sentence, no traceback
         └── ConfigError          names the key; exit status 2
@@ -97,6 +100,13 @@ class WorkerNotFound(RequestError):
     reason = "WORKER_NOT_FOUND"
 
 
+class RequestNotFound(RequestError):
+    """The frontend knows no request of that id, or no longer."""
+
+    code = "NOT_FOUND"
+    reason = "REQUEST_NOT_FOUND"
+
+
 class DuplicateWorker(RequestError):
     """A live worker already holds that id or address."""
 
@@ -123,6 +133,13 @@ class WrongRole(RequestError):
 
     code = "FAILED_PRECONDITION"
     reason = "WRONG_ROLE"
+
+
+class AdminDisabled(RequestError):
+    """The process was not started with the setting that allows this; `metadata["setting"]` names it."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "ADMIN_DISABLED"
 
 
 class NotSupported(RequestError):
@@ -215,6 +232,13 @@ class ParserFailed(ServiceError):
     """The process that parses tool calls and reasoning died, or its parser failed on the model's output."""
 
     reason = "PARSER_FAILED"
+
+
+class ProfileFailed(ServiceError):
+    """A profile was not recorded, or is too large to be sent."""
+
+    code = "INTERNAL"
+    reason = "PROFILE_FAILED"
 
 
 class StartError(TandemError):

@@ -13,6 +13,7 @@ import random
 from functools import partial
 
 import tandem
+from tandem.api.admin.v1.admin_service_pb2_grpc import add_ProfileServiceServicer_to_server
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.model.frontend import Frontend, default_frontend_id
@@ -21,9 +22,13 @@ from tandem.observe.course import Course
 from tandem.observe.courses import Courses
 from tandem.observe.logs import log_request
 from tandem.observe.tracing import SpanExport, export_spans, resource
+from tandem.observe.cpu_profile import CpuProfiler
+from tandem.observe.profiles import Profiles
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.load_watching import LoadWatch
+from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
+from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.server import RpcServer
 from tandem.runtime.clock import epoch_now, monotonic
@@ -122,6 +127,8 @@ class FrontendApp:
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
+        profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled))
+        server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
         await server.serve()
         await watch.wait_live()
         await server.set_serving(True)

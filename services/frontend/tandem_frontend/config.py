@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tandem.config import RpcServiceConfig
+from tandem.config import AdminConfig
 from tandem.model.worker import WORKER_ID_PATTERN
 from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
@@ -14,7 +14,7 @@ REQUEST_BYTES_BASE = 2**20
 REQUEST_BYTES_PER_TOKEN = 16
 
 
-class FrontendConfig(RpcServiceConfig):
+class FrontendConfig(AdminConfig):
     """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
 
     registry: Addresses = Field(description=REGISTRY_TEXT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from tandem.model.generation import EngineRequest, TokenBatch
@@ -102,6 +103,30 @@ class Engine(Protocol):
 
         Raises:
             NotSupported: this engine was started without KV events.
+        """
+        ...
+
+    async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
+        """Begin to record what the engine computes. One profile at a time; requests go on, slower.
+
+        Args:
+            directory: where the files will be; it is there, and empty.
+            steps_max: most steps to record; the engine stops by itself when they are done.
+            with_stack: whether each operation tells its Python frames.
+
+        Raises:
+            NotSupported: this engine cannot.
+            ProfileFailed: it refuses now.
+            EngineFailed: it has died.
+        """
+        ...
+
+    async def stop_profile(self) -> None:
+        """Stop recording and return when the files are written, one for each rank. No step runs meanwhile.
+
+        Raises:
+            ProfileFailed: there is no profile.
+            EngineFailed: the engine has died.
         """
         ...
 

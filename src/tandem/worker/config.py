@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tandem.config import RpcServiceConfig
+from tandem.config import AdminConfig
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
 from tandem.model.worker import WORKER_ID_PATTERN, WorkerRole
@@ -28,7 +28,7 @@ def _parse_extra(value: Any) -> Any:
         raise ValueError(f"is not JSON: {problem}") from None
 
 
-class WorkerConfig(RpcServiceConfig):
+class WorkerConfig(AdminConfig):
     """Settings every worker has."""
 
     registry: Addresses = Field(description=REGISTRY_TEXT)

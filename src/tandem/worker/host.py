@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import tandem
+from tandem.api.admin.v1.admin_service_pb2_grpc import add_ProfileServiceServicer_to_server
 from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
@@ -24,11 +25,15 @@ from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
 from tandem.observe.logs import log_leg
 from tandem.observe.tracing import SpanExport, export_spans, resource
+from tandem.observe.profiles import Profiles
+from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
+from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.runtime.clock import epoch_now
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
+from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
@@ -93,6 +98,8 @@ class WorkerHost:
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         server.add(*self._role_service(self._engine, self._legs, worker))
+        profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))
+        server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
         await server.serve()
         await server.set_serving(True)
         legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)

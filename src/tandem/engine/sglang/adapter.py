@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from tandem.checkpoint import Checkpoint, read_checkpoint
 from tandem.engine.port import BootstrapAddress, KvEvent
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import arguments, environment, figures, probe, reports, requests
+from tandem.engine.sglang import arguments, environment, figures, probe, profiling, reports, requests
 from tandem.engine.sglang.answers import Answers
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.hooks import FACTS_KEY
@@ -73,6 +73,7 @@ class SglangEngine:
         self._looking: asyncio.Task[None] | None = None
         self._stall: str | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._profile_directory: Path
         self._ports: arguments.Ports
         self._checkpoint: Checkpoint
         self._capabilities: Capabilities
@@ -324,6 +325,21 @@ class SglangEngine:
         """See the port."""
         answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
         return bool(answer.success)
+
+    async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
+        """See the port."""
+        self._check_alive()
+        device = _device(self._settings.device)
+        manager = self._engine.tokenizer_manager
+        await self._unless_failed(
+            profiling.start(manager, directory, device, steps_max=steps_max, with_stack=with_stack)
+        )
+        self._profile_directory = directory
+
+    async def stop_profile(self) -> None:
+        """See the port."""
+        self._check_alive()
+        await self._unless_failed(profiling.stop(self._engine.tokenizer_manager, self._profile_directory))
 
     async def kv_events(self, from_sequence: int | None) -> AsyncGenerator[KvEvent, None]:
         """See the port: not carried over from SGLang's own event socket."""

@@ -69,7 +69,7 @@ def check_offers(transfer_backend: str, device: str) -> None:
     missing = [name for name in GENERATE_ARGUMENTS if name not in accepted]
     if missing:
         raise StartError(f"sglang {SGLANG_VERSION}: Engine.async_generate does not accept {', '.join(missing)}")
-    for name in ("abort_request", "handle_loop", "flush_cache"):
+    for name in ("abort_request", "handle_loop", "flush_cache", "start_profile", "stop_profile"):
         if not hasattr(manager, name):
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}")
     if transfer_backend == "nixl":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import tandem
 from tandem.checkpoint import Checkpoint, read_checkpoint
@@ -157,6 +158,14 @@ class SimulatedEngine:
         if log is None:
             raise NotSupported("this simulated engine keeps no prefix cache or was started without KV events")
         return log.read(from_sequence)
+
+    async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
+        """See the port."""
+        raise NotSupported("the simulated engine computes nothing that could be profiled", field="format")
+
+    async def stop_profile(self) -> None:
+        """See the port."""
+        raise AssertionError("stop_profile() before start_profile()")
 
     def stalled(self) -> str | None:
         """See the port. The engine is this process: when it is stopped, so is whoever would ask."""

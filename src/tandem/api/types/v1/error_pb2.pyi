@@ -68,6 +68,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
     ERROR_REASON_REVISION_AHEAD: _ErrorReason.ValueType  # 21
     """The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
+    ERROR_REASON_ADMIN_DISABLED: _ErrorReason.ValueType  # 22
+    """The process was not started with the setting that allows this. Metadata: setting. FAILED_PRECONDITION."""
+    ERROR_REASON_REQUEST_NOT_FOUND: _ErrorReason.ValueType  # 23
+    """The frontend knows no request of that id, or no longer. Metadata: request_id. NOT_FOUND."""
+    ERROR_REASON_PROFILE_FAILED: _ErrorReason.ValueType  # 24
+    """A profile was not recorded, or is too large to be sent. Metadata: limit where it is too large. INTERNAL."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -120,4 +126,10 @@ ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 20
 """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
 ERROR_REASON_REVISION_AHEAD: ErrorReason.ValueType  # 21
 """The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
+ERROR_REASON_ADMIN_DISABLED: ErrorReason.ValueType  # 22
+"""The process was not started with the setting that allows this. Metadata: setting. FAILED_PRECONDITION."""
+ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason.ValueType  # 23
+"""The frontend knows no request of that id, or no longer. Metadata: request_id. NOT_FOUND."""
+ERROR_REASON_PROFILE_FAILED: ErrorReason.ValueType  # 24
+"""A profile was not recorded, or is too large to be sent. Metadata: limit where it is too large. INTERNAL."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

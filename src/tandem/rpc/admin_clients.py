@@ -1,0 +1,104 @@
+"""Calls of operators: timelines and figures of frontends, load of workers, profiles. Failures come as TandemError.
+
+Owns the calls only. Each takes the `Tls` of a cluster that asks for certificates; without it the call goes in plaintext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+
+from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub, ProfileServiceStub
+from tandem.errors import ProfileFailed
+from tandem.rpc.channels import open_channel
+from tandem.rpc.status import from_rpc_error
+from tandem.tls.paths import Tls
+
+CALL_TIMEOUT_S = 5.0
+
+
+async def request_timeline(address: str, request_id: str, *, tls: Tls | None = None) -> pb.RequestTimeline:
+    """The course of a request, from a frontend.
+
+    Raises:
+        RequestNotFound: it knows none of that id.
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = FrontendAdminServiceStub(channel)
+        request = pb.GetRequestTimelineRequest(request_id=request_id)
+        try:
+            response = await stub.GetRequestTimeline(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        timeline: pb.RequestTimeline = response.timeline
+        return timeline
+
+
+async def list_requests(
+    address: str, request: pb.ListRequestsRequest, *, tls: Tls | None = None
+) -> pb.ListRequestsResponse:
+    """One page of the requests a frontend knows.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = FrontendAdminServiceStub(channel)
+        try:
+            response: pb.ListRequestsResponse = await stub.ListRequests(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        return response
+
+
+async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> pb.WatchFiguresResponse:
+    """A frontend's figures now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = FrontendAdminServiceStub(channel)
+        call = stub.WatchFigures(pb.WatchFiguresRequest(), timeout=timeout_s)
+        try:
+            response: pb.WatchFiguresResponse = await call.read()
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+        return response
+
+
+async def capture_profile(
+    address: str, request: pb.CaptureProfileRequest, *, tls: Tls | None = None
+) -> AsyncGenerator[tuple[str, bytes], None]:
+    """Name and content of each file of a process's profile; closing the iterator ends the recording.
+
+    Raises:
+        AdminDisabled: the process gives none.
+        ProfileFailed: it sent less than it said.
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = ProfileServiceStub(channel)
+        call = stub.CaptureProfile(request)
+        name, size_bytes, data = "", 0, bytearray()
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                if response.HasField("chunk"):
+                    data += response.chunk
+                if name and len(data) == size_bytes:
+                    yield name, bytes(data)
+                    name = ""
+                if response.HasField("file"):
+                    name, size_bytes, data = response.file.name, response.file.size_bytes, bytearray()
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+        if name:
+            raise ProfileFailed(f"{name} has {len(data)} bytes of {size_bytes}")

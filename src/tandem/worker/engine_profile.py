@@ -1,0 +1,27 @@
+"""The profile of a worker: its engine's own. Owns nothing but the way from `tandem.observe.profiles` to the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.engine.port import Engine
+from tandem.observe.profiles import Wanted
+
+CHROME_TRACE = "chrome_trace"
+
+
+class EngineProfiler:
+    """A `tandem.observe.profiles.Profiler`."""
+
+    forms: tuple[str, ...] = (CHROME_TRACE,)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+        """Have the engine record."""
+        await self._engine.start_profile(directory, steps_max=wanted.steps_max, with_stack=wanted.with_stack)
+
+    async def stop(self) -> None:
+        """Have it write what it has recorded."""
+        await self._engine.stop_profile()

@@ -1,0 +1,75 @@
+"""Figures over the last seconds: how exact they are, what they forget, and that they do not grow."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.observe.sliding import BUCKETS, LATENCY_SLICES, LATENCY_WINDOW_S, RATE_WINDOW_S, LatencyWindow, RateWindow
+from tandem.runtime.clock import ManualClock
+
+ERROR = 0.0251
+
+
+@given(st.lists(st.floats(min_value=20e-6, max_value=900), min_size=1, max_size=300))
+def test_percentiles_are_within_their_error(values: list[float]) -> None:
+    window = LatencyWindow(ManualClock(5.0))
+    for value in values:
+        window.add(value)
+    told = window.latencies()
+    assert told is not None
+    assert told.count == len(values)
+    assert told.longest_s == max(values)
+    for part, seen in ((0.5, told.p50_s), (0.9, told.p90_s), (0.99, told.p99_s)):
+        rank = next(r for r in range(1, len(values) + 1) if r >= len(values) * part)
+        assert seen == pytest.approx(sorted(values)[rank - 1], rel=ERROR)
+
+
+def test_what_is_older_than_the_window_is_forgotten() -> None:
+    clock = ManualClock(100.0)
+    window = LatencyWindow(clock)
+    window.add(8.0)
+    clock.advance(LATENCY_WINDOW_S - LATENCY_WINDOW_S / LATENCY_SLICES)
+    window.add(0.001)
+    told = window.latencies()
+    assert told is not None
+    assert (told.count, told.longest_s) == (2, 8.0)
+    clock.advance(LATENCY_WINDOW_S / LATENCY_SLICES)
+    told = window.latencies()
+    assert told is not None
+    assert (told.count, told.longest_s) == (1, 0.001)
+    clock.advance(10 * LATENCY_WINDOW_S)
+    assert window.latencies() is None
+
+
+def test_the_window_never_grows() -> None:
+    clock = ManualClock()
+    window = LatencyWindow(clock)
+
+    def held_bytes() -> int:
+        return sum(sys.getsizeof(counts) for counts in window._counts)
+
+    rng = random.Random(1)
+    before = held_bytes()
+    for _ in range(5_000):
+        clock.advance(rng.expovariate(10))
+        window.add(rng.choice((0.0, 1e-9, rng.random(), 1e6)), rng.randint(1, 9))
+    assert held_bytes() == before < LATENCY_SLICES * (BUCKETS * 8 + 400)
+
+
+def test_a_rate_is_of_the_last_seconds() -> None:
+    clock = ManualClock(3.3)
+    rate = RateWindow(clock)
+    assert rate.per_s() == 0
+    for _ in range(20):
+        rate.add(25)
+        clock.advance(0.25)
+    assert rate.per_s() == pytest.approx(100, rel=0.1)
+    assert rate.total == 500
+    clock.advance(RATE_WINDOW_S + 1)
+    assert rate.per_s() == 0
+    assert rate.total == 500
