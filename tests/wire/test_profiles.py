@@ -22,6 +22,7 @@ from tandem.rpc.channels import open_channel
 from tandem.rpc.profile_servicer import SERVICE_NAME, ProfileServicer
 from tandem.rpc.server import RpcServer
 from tandem.runtime import run_directory
+from tandem.testing.eventually import assert_eventually
 
 
 @pytest.fixture(autouse=True)
@@ -131,9 +132,11 @@ async def test_whoever_leaves_ends_the_recording(run: Path) -> None:
             assert (await call.read()).started.duration_ms == 60_000
             assert profiler._recorder is not None
             call.cancel()
-        async with asyncio.timeout(5):
-            while list(run.iterdir()):
-                await asyncio.sleep(0.01)
+
+        async def left() -> list[Path]:
+            return list(run.iterdir())
+
+        await assert_eventually(left, lambda found: not found, within_s=5, what="the end of the recording")
         assert profiler._recorder is None
         assert await captured(address, duration_ms=100)
 

@@ -13,7 +13,10 @@ import random
 from functools import partial
 
 import tandem
-from tandem.api.admin.v1.admin_service_pb2_grpc import add_ProfileServiceServicer_to_server
+from tandem.api.admin.v1.admin_service_pb2_grpc import (
+    add_FrontendAdminServiceServicer_to_server,
+    add_ProfileServiceServicer_to_server,
+)
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.model.frontend import Frontend, default_frontend_id
@@ -32,11 +35,14 @@ from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.server import RpcServer
 from tandem.runtime.clock import epoch_now, monotonic
+from tandem_frontend.admin_servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
+from tandem_frontend.admin_servicer import FrontendAdminServicer
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.capacity import Capacity
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.dispatch import Dispatch
+from tandem_frontend.figures import Figures
 from tandem_frontend.generation import Generation
 from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
@@ -60,7 +66,9 @@ class FrontendApp:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
-        self._courses: Courses[Course] = Courses([log_request])
+        self._courses: Courses[Course] = Courses([log_request], closed_kept=config.timelines_kept)
+        self._figures = Figures(self._courses)
+        self._looking: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
@@ -127,6 +135,9 @@ class FrontendApp:
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
+        told = FrontendAdminServicer(self._courses, self._figures, lambda: admission.waiting_count)
+        server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, told))
+        self._looking = asyncio.create_task(self._figures.keep_looking(), name="figures")
         profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled))
         server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
         await server.serve()
@@ -162,6 +173,8 @@ class FrontendApp:
 
     async def stop(self) -> None:
         """Free everything, also when `start` failed."""
+        if self._looking is not None:
+            self._looking.cancel()
         if self._registration is not None:
             await self._registration.close()
         if self._server is not None:

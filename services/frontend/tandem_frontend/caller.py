@@ -14,6 +14,9 @@ from tandem.runtime.clock import Clock, SteadyTime, monotonic
 
 TENANT_HEADER = "x-client-id"
 TENANT_CHARS_MAX = 128
+CALL_ID_HEADER = "x-request-id"
+"""Given to every call by the edge, and told to HTTP's clients."""
+CALL_ID_CHARS_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class Caller:
     clock: Clock = monotonic
     operation: str = "generate"
     """What the door is called in records: generate, chat, text_completion."""
+    call_id: str = ""
+    """What the edge calls this call; several requests may come of it."""
     time: SteadyTime = field(default_factory=SteadyTime)
     """The time of day for all that is told of the request; began when the call came."""
     trace: TraceContext | None = None
@@ -46,5 +51,6 @@ def caller_of(context: Any, operation: str = "generate", clock: Clock = monotoni
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
         operation=operation,
+        call_id=str(metadata.get(CALL_ID_HEADER, ""))[:CALL_ID_CHARS_MAX],
         trace=parsed(metadata),
     )

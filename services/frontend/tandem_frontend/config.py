@@ -40,6 +40,7 @@ class FrontendConfig(AdminConfig):
     leg_silence_timeout_s: float = Field(
         2, ge=1, le=300, description="a worker that has taken a leg and says nothing for this long has failed"
     )
+    timelines_kept: int = Field(256, ge=1, le=100_000, description="requests that have ended and are still known of")
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")
 

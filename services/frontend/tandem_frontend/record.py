@@ -24,6 +24,7 @@ def course_of(request: pb.GenerateRequest, caller: Caller, model: str) -> Course
     """The course of a request that has just come."""
     return Course(
         request_id=request.request_id if REQUEST_ID.fullmatch(request.request_id) else "",
+        call_id=caller.call_id,
         operation=caller.operation,
         model=model,
         tenant=caller.tenant,

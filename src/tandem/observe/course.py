@@ -138,6 +138,8 @@ class Course(Tokens):
     """A request on its way through the frontend, over all its attempts."""
 
     request_id: str = ""
+    call_id: str = ""
+    """x-request-id of the call it came with, where there is one; several requests may share it."""
     operation: str = "generate"
     """Or chat, or text_completion."""
     model: str = ""

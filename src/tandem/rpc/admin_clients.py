@@ -1,6 +1,6 @@
 """Calls of operators: timelines and figures of frontends, load of workers, profiles. Failures come as TandemError.
 
-Owns the calls only. Each takes the `Tls` of a cluster that asks for certificates; without it the call goes in plaintext.
+Owns the calls only. Each takes the `Tls` of a cluster that asks for certificates; without it the call is in plaintext.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tandem.tls.paths import Tls
 CALL_TIMEOUT_S = 5.0
 
 
-async def request_timeline(address: str, request_id: str, *, tls: Tls | None = None) -> pb.RequestTimeline:
-    """The course of a request, from a frontend.
+async def request_timelines(address: str, request_id: str, *, tls: Tls | None = None) -> list[pb.RequestTimeline]:
+    """The courses of a request, from a frontend; more than one where its id stands for several.
 
     Raises:
         RequestNotFound: it knows none of that id.
@@ -34,8 +34,7 @@ async def request_timeline(address: str, request_id: str, *, tls: Tls | None = N
             response = await stub.GetRequestTimeline(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from None
-        timeline: pb.RequestTimeline = response.timeline
-        return timeline
+        return list(response.timelines)
 
 
 async def list_requests(

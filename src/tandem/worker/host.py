@@ -35,6 +35,7 @@ from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
+from tandem.worker.leg_figures import LegFigures
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 
@@ -95,7 +96,8 @@ class WorkerHost:
         identity = Identity(worker, registration)
         registration.when_outrun(identity.outrun)
         self._legs = Legs(self._engine, identity, self._courses)
-        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set)
+        counts = LegFigures(self._courses).counts
+        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         server.add(*self._role_service(self._engine, self._legs, worker))
         profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))

@@ -25,8 +25,16 @@ LOAD_INTERVAL_MAX_MS = 60_000
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
     """Each method is one contract of worker_service.proto."""
 
-    def __init__(self, engine: Engine, legs: Legs, identity: Identity, ask_drain: Callable[[], None]) -> None:
-        """`ask_drain` makes the process drain and end."""
+    def __init__(
+        self,
+        engine: Engine,
+        legs: Legs,
+        identity: Identity,
+        ask_drain: Callable[[], None],
+        counts: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        """`ask_drain` makes the process drain and end; `counts` says what its legs have done since its start."""
+        self._counts = counts
         self._engine = engine
         self._legs = legs
         self._identity = identity
@@ -90,6 +98,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             epoch=self._identity.current().epoch,
             open_legs=self._legs.open_count,
             **load_figures(load),
+            **self._counts(),
         )
 
 

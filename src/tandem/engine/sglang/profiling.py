@@ -1,11 +1,12 @@
 """SGLang's own profile: PyTorch's profiler in the scheduler's process, started and stopped over SGLang's own messages.
 
-Owns what is asked of it. While SGLang writes a trace its scheduler does nothing else, so what is recorded is kept small:
-a bounded number of steps, no shapes, and Python frames only when asked for.
+Owns what is asked of it. While SGLang writes a trace its scheduler does nothing else, so what is recorded is kept
+small: a bounded number of steps, no shapes, and Python frames only when asked for.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,5 +44,5 @@ async def stop(manager: Any, directory: Path) -> None:
         await manager.stop_profile()
     except RuntimeError as problem:
         # It has stopped by itself where the steps asked for are done, and then refuses to stop again.
-        if not any(directory.iterdir()):
+        if not os.listdir(directory):
             raise ProfileFailed(f"SGLang has no profile: {problem}") from None

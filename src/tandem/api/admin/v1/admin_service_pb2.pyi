@@ -97,7 +97,7 @@ class GetRequestTimelineRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Its id, as the client gave it or got it."""
+    """Its id, as the client gave it or got it; or the x-request-id of an HTTP answer."""
     def __init__(
         self,
         *,
@@ -117,19 +117,21 @@ class GetRequestTimelineResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TIMELINE_FIELD_NUMBER: _builtins.int
+    TIMELINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def timeline(self) -> Global___RequestTimeline:
-        """The course so far."""
+    def timelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTimeline]:
+        """The course so far, oldest first: several where an id was used again, or one call asked for several choices; the last
+        128 of them.
+        """
 
     def __init__(
         self,
         *,
-        timeline: Global___RequestTimeline | None = ...,
+        timelines: _abc.Iterable[Global___RequestTimeline] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timelines", b"timelines"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +312,7 @@ class RequestTimeline(_message.Message):
     INTER_TOKEN_LATENCY_FIELD_NUMBER: _builtins.int
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
@@ -332,6 +335,8 @@ class RequestTimeline(_message.Message):
     """One sentence, as the client got it. Only where error_reason is set."""
     prompt_tokens: _builtins.int
     """Tokens of the prompt. Absent where they are not known yet."""
+    call_id: _builtins.str
+    """The x-request-id it came with. Empty where there was none."""
     @_builtins.property
     def begin(self) -> Global___Moment:
         """When it came."""
@@ -391,10 +396,11 @@ class RequestTimeline(_message.Message):
         inter_token_latency: Global___LatencyFigures | None = ...,
         error_message: _builtins.str = ...,
         prompt_tokens: _builtins.int | None = ...,
+        call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "begin", b"begin", "end", b"end", "error_reason", b"error_reason", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "prompt_tokens", b"prompt_tokens", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "attempts", b"attempts", "begin", b"begin", "completion_tokens", b"completion_tokens", "end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "events", b"events", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "model", b"model", "operation", b"operation", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "steps", b"steps", "tenant", b"tenant", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "attempts", b"attempts", "begin", b"begin", "call_id", b"call_id", "completion_tokens", b"completion_tokens", "end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "events", b"events", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "model", b"model", "operation", b"operation", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "steps", b"steps", "tenant", b"tenant", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015

@@ -104,6 +104,10 @@ class WatchLoadResponse(_message.Message):
     KV_TRANSFERRING_TOKENS_FIELD_NUMBER: _builtins.int
     KV_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_FREE_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
+    FAILED_LEGS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     epoch: _builtins.int
@@ -128,6 +132,14 @@ class WatchLoadResponse(_message.Message):
     """Tokens whose KV the prefix cache keeps for nobody: their memory can be had at once."""
     kv_free_tokens: _builtins.int
     """Tokens that fit in memory that holds nothing. Used, cached and free ones together are the capacity."""
+    prompt_tokens: _builtins.int
+    """Tokens of the prompts of legs that have ended, since the start of the worker."""
+    completion_tokens: _builtins.int
+    """Tokens that legs have told, since the start of the worker."""
+    kv_transfer_bytes: _builtins.int
+    """Bytes of KV that legs that have ended received (decode) or sent (prefill), since the start of the worker."""
+    failed_legs: _builtins.int
+    """Legs that ended with an error, since the start of the worker."""
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured."""
@@ -148,21 +160,33 @@ class WatchLoadResponse(_message.Message):
         kv_transferring_tokens: _builtins.int | None = ...,
         kv_cached_tokens: _builtins.int | None = ...,
         kv_free_tokens: _builtins.int | None = ...,
+        prompt_tokens: _builtins.int | None = ...,
+        completion_tokens: _builtins.int | None = ...,
+        kv_transfer_bytes: _builtins.int | None = ...,
+        failed_legs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "completion_tokens", b"completion_tokens", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "epoch", b"epoch", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "completion_tokens", b"completion_tokens", "epoch", b"epoch", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__completion_tokens: _TypeAlias = _typing.Literal["completion_tokens"]  # noqa: Y015
+    _WhichOneofArgType__completion_tokens: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__failed_legs: _TypeAlias = _typing.Literal["failed_legs"]  # noqa: Y015
+    _WhichOneofArgType__failed_legs: _TypeAlias = _typing.Literal["_failed_legs", b"_failed_legs"]  # noqa: Y015
     _WhichOneofReturnType__kv_cached_tokens: _TypeAlias = _typing.Literal["kv_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_cached_tokens: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_capacity_tokens: _TypeAlias = _typing.Literal["kv_capacity_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_capacity_tokens: _TypeAlias = _typing.Literal["_kv_capacity_tokens", b"_kv_capacity_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_free_tokens: _TypeAlias = _typing.Literal["kv_free_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_free_tokens: _TypeAlias = _typing.Literal["_kv_free_tokens", b"_kv_free_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__kv_transfer_bytes: _TypeAlias = _typing.Literal["kv_transfer_bytes"]  # noqa: Y015
+    _WhichOneofArgType__kv_transfer_bytes: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes"]  # noqa: Y015
     _WhichOneofReturnType__kv_transferring_tokens: _TypeAlias = _typing.Literal["kv_transferring_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_transferring_tokens: _TypeAlias = _typing.Literal["_kv_transferring_tokens", b"_kv_transferring_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_used_tokens: _TypeAlias = _typing.Literal["kv_used_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_used_tokens: _TypeAlias = _typing.Literal["_kv_used_tokens", b"_kv_used_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_tokens: _TypeAlias = _typing.Literal["prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__running_requests: _TypeAlias = _typing.Literal["running_requests"]  # noqa: Y015
     _WhichOneofArgType__running_requests: _TypeAlias = _typing.Literal["_running_requests", b"_running_requests"]  # noqa: Y015
     _WhichOneofReturnType__transferring_requests: _TypeAlias = _typing.Literal["transferring_requests"]  # noqa: Y015
@@ -172,15 +196,23 @@ class WatchLoadResponse(_message.Message):
     _WhichOneofReturnType__waiting_tokens: _TypeAlias = _typing.Literal["waiting_tokens"]  # noqa: Y015
     _WhichOneofArgType__waiting_tokens: _TypeAlias = _typing.Literal["_waiting_tokens", b"_waiting_tokens"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_tokens) -> _WhichOneofReturnType__completion_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__failed_legs) -> _WhichOneofReturnType__failed_legs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cached_tokens) -> _WhichOneofReturnType__kv_cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_capacity_tokens) -> _WhichOneofReturnType__kv_capacity_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_free_tokens) -> _WhichOneofReturnType__kv_free_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_transfer_bytes) -> _WhichOneofReturnType__kv_transfer_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_transferring_tokens) -> _WhichOneofReturnType__kv_transferring_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_used_tokens) -> _WhichOneofReturnType__kv_used_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens) -> _WhichOneofReturnType__prompt_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__running_requests) -> _WhichOneofReturnType__running_requests | None: ...
     @_typing.overload
