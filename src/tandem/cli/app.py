@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from tandem import __version__
 from tandem.cli.arguments import with_value
 from tandem.cli.endings import end
+from tandem.cli.observing import add_to
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +89,7 @@ def up(
     engine_extra: Annotated[str, typer.Option(help="More arguments of the engine, as a JSON object.")] = "{}",
     tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's tool calls.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Let `tandem profile` record workers and frontends.")] = False,
     log_dir: LogDirectory = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="OTLP collector (gRPC) for traces of all processes.", metavar="HOST:PORT")
@@ -123,6 +125,9 @@ def up(
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
     if kv_capacity_tokens is not None:
         flags["kv-capacity-tokens"] = str(kv_capacity_tokens)
+    role_flags = {"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})}
+    if admin:
+        flags["admin-enabled"] = role_flags["frontend"]["admin-enabled"] = "true"
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
     async def run() -> int:
@@ -143,7 +148,7 @@ def up(
         edge=edge,
         http_port=http_port,
         worker_flags=flags,
-        role_flags={"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})},
+        role_flags=role_flags,
         tls=tls,
         otlp_endpoint=otlp_endpoint,
     )
@@ -296,6 +301,9 @@ def certs(
         return certs_command.certs(directory, host or [], days, Console())
 
     end("certs", run())
+
+
+add_to(app)
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:

@@ -81,7 +81,7 @@ async def generate(address: str, asked: Asked, console: Console) -> int:
 
 async def _stream(address: str, asked: Asked, console: Console) -> None:
     request = await build_request(address, asked)
-    await print_events(address, request, console, as_json=asked.as_json, tls=asked.tls)
+    await print_events(address, request, console, as_json=asked.as_json, hint_at_trace=True, tls=asked.tls)
 
 
 async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
@@ -106,11 +106,21 @@ async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
 
 
 async def print_events(
-    address: str, request: pb.GenerateRequest, console: Console, *, as_json: bool = False, tls: Tls | None = None
+    address: str,
+    request: pb.GenerateRequest,
+    console: Console,
+    *,
+    as_json: bool = False,
+    hint_at_trace: bool = False,
+    tls: Tls | None = None,
 ) -> pb.GenerateFinish:
-    """Show a stream's events as they come; returns its finish."""
+    """Show a stream's events as they come; returns its finish.
+
+    `hint_at_trace`: end with the command that shows the request's timeline; for clusters that go on.
+    """
     finish = pb.GenerateFinish()
     route = pb.Route()
+    request_id = ""
     logprobs: list[generation_pb2.TokenLogprob] = []
     async with contextlib.aclosing(clients.generate(address, request, tls=tls)) as responses:
         async for response in responses:
@@ -122,6 +132,7 @@ async def print_events(
                 logprobs.extend(response.chunk.logprobs)
             if response.HasField("accepted"):
                 route.CopyFrom(response.accepted.route)
+                request_id = response.accepted.request_id
             elif response.HasField("finish"):
                 finish.CopyFrom(response.finish)
     if not as_json:
@@ -130,6 +141,8 @@ async def print_events(
         for logprob in logprobs:
             console.print(_line(logprob), style="dim", highlight=False, soft_wrap=True)
         console.print(summary(finish), style="dim", highlight=False, soft_wrap=True)
+        if hint_at_trace:
+            console.print(f"tandem trace {request_id}", style="dim", highlight=False, soft_wrap=True)
     return finish
 
 

@@ -1,0 +1,207 @@
+"""A request's timeline as text: one line for each thing that took time, with a bar, in the order of their beginnings.
+
+Owns the layout, and nothing of how the timeline was come by: that is `trace.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from google.protobuf import duration_pb2
+
+from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.api.types.v1 import error_pb2, generation_pb2, worker_pb2
+from tandem.rpc.messages import seconds
+
+BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
+TEXT_WIDTH = 44
+"""What the words of a line take, mostly; the bar has the rest."""
+FULL, POINT, OPEN = "█", "╵", "▒"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Something that took time, or happened at one moment."""
+
+    begin_s: float
+    end_s: float | None
+    """None: it goes on."""
+    words: str
+    depth: int = 0
+    is_moment: bool = False
+
+
+def render(timeline: pb.RequestTimeline, frontend: str, *, width: int = 100) -> str:
+    """The timeline as lines of text.
+
+    Args:
+        timeline: as a frontend tells it.
+        frontend: name of that frontend.
+        width: of the terminal; longer words wrap, the bars never do.
+    """
+    lines = list(_lines(timeline))
+    shown_s = max([line.begin_s if line.end_s is None else line.end_s for line in lines], default=0.0)
+    if timeline.HasField("last_token"):
+        shown_s = max(shown_s, _offset_s(timeline.last_token))
+    bar_width = min(BAR_WIDTH_MAX, max(BAR_WIDTH_MIN, width - TEXT_WIDTH - 22))
+    scale = f"0{_time(shown_s):>{bar_width - 1}}"
+    head = [*_head(timeline, frontend), "", f"{'AT':>9}  {'TOOK':>9}  {scale}  WHAT"]
+    return "\n".join([*head, *(_shown(line, shown_s, bar_width) for line in lines)])
+
+
+def _head(timeline: pb.RequestTimeline, frontend: str) -> Iterator[str]:
+    yield f"request {timeline.request_id} · {_ending(timeline)}"
+    came = timeline.begin.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
+    parts = [f"came {came} UTC to {frontend}", timeline.operation, timeline.model]
+    if timeline.tenant:
+        parts.append(f"tenant {timeline.tenant}")
+    yield " · ".join(part for part in parts if part)
+    figures = list(_figures(timeline))
+    if figures:
+        yield " · ".join(figures)
+    if timeline.error_message:
+        yield timeline.error_message
+    if timeline.trace_id:
+        yield f"trace {timeline.trace_id}"
+
+
+def _ending(timeline: pb.RequestTimeline) -> str:
+    outcome = pb.RequestOutcome.Name(timeline.outcome).removeprefix("REQUEST_OUTCOME_").lower()
+    if timeline.HasField("finish_reason"):
+        reason = generation_pb2.FinishReason.Name(timeline.finish_reason)
+        return f"{outcome}: {reason.removeprefix('FINISH_REASON_').lower()}"
+    return f"{outcome}: {error_reason(timeline.error_reason)}" if timeline.HasField("error_reason") else outcome
+
+
+def _figures(timeline: pb.RequestTimeline) -> Iterator[str]:
+    if timeline.HasField("end"):
+        yield f"took {_time(_offset_s(timeline.end))}"
+    if timeline.HasField("usage"):
+        usage = timeline.usage
+        yield f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({usage.cached_tokens} cached)"
+    elif timeline.completion_tokens:
+        yield f"{timeline.completion_tokens} tokens so far"
+    if timeline.HasField("first_token"):
+        yield f"TTFT {_time(_offset_s(timeline.first_token))}"
+    if timeline.HasField("inter_token_latency"):
+        itl = timeline.inter_token_latency
+        p50, p99, longest = (_time(_seconds(value)) for value in (itl.p50, itl.p99, itl.longest))
+        yield f"ITL p50 {p50}, p99 {p99}, longest {longest}"
+
+
+def _lines(timeline: pb.RequestTimeline) -> Iterator[Line]:
+    """Steps, attempts and events in the order of their beginnings; what belongs to an attempt right below it."""
+    blocks: list[tuple[float, list[Line]]] = []
+    for step in timeline.steps:
+        end_s = _offset_s(step.end) if step.HasField("end") else None
+        words = " ".join([step.name, *_attributes(step.attributes)])
+        blocks.append((_offset_s(step.begin), [Line(_offset_s(step.begin), end_s, words)]))
+    for event in timeline.events:
+        words = " ".join([event.name, *_attributes(event.attributes)])
+        blocks.append((_offset_s(event.at), [_moment(event.at, words)]))
+    blocks.extend((_offset_s(attempt.dispatched), list(_attempt(attempt))) for attempt in timeline.attempts)
+    for _, lines in sorted(blocks, key=lambda block: block[0]):
+        yield from lines
+    if timeline.HasField("end"):
+        yield _moment(timeline.end, _ending(timeline))
+
+
+def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
+    facts = [f"attempt {attempt.number}"]
+    if attempt.tokens_before:
+        facts.append(f"goes on after {attempt.tokens_before} tokens")
+    if attempt.bootstrap_room:
+        facts.append(f"room {attempt.bootstrap_room}")
+    if attempt.HasField("candidates"):
+        facts.append(f"of {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
+    end_s = _offset_s(attempt.end) if attempt.HasField("end") else None
+    yield Line(_offset_s(attempt.dispatched), end_s, ", ".join(facts))
+    inner = [line for leg in _legs(attempt) for line in _leg(leg, attempt)]
+    if attempt.HasField("first_token"):
+        last_s = _offset_s(attempt.last_token)
+        inner.append(Line(_offset_s(attempt.first_token), last_s, "first to last token", depth=1))
+    # Of what begins at one moment the legs come first, each with its worker.
+    yield from sorted(inner, key=lambda line: line.begin_s)
+    if attempt.HasField("failure"):
+        failure = attempt.failure
+        where = f" in phase {failure.phase}" if failure.phase else ""
+        who = f"{role(failure.leg)} leg on {failure.worker_id}" if failure.worker_id else "it"
+        at = attempt.end if attempt.HasField("end") else attempt.dispatched
+        yield _moment(at, f"{who} broke{where}: {error_reason(failure.reason)}", depth=1)
+
+
+def _legs(attempt: pb.TimelineAttempt) -> Iterator[pb.TimelineLeg]:
+    if attempt.HasField("prefill"):
+        yield attempt.prefill
+    yield attempt.decode
+
+
+def _leg(leg: pb.TimelineLeg, attempt: pb.TimelineAttempt) -> Iterator[Line]:
+    name, where = f"{role(leg.role)} leg", f"{leg.worker_id} ({leg.address}, epoch {leg.epoch})"
+    begin_s = _offset_s(attempt.dispatched)
+    if leg.HasField("accepted"):
+        yield Line(begin_s, _offset_s(leg.accepted), f"{name} accepted by {where}", depth=1)
+    else:
+        yield Line(begin_s, begin_s, f"{name} sent to {where}, which never accepted it", depth=1, is_moment=True)
+    # The worker's clock is another one than the frontend's: what it says is shown where it says it was.
+    timings, zero_s = leg.timings, seconds(attempt.dispatched.time) - begin_s
+    moved = f", {timings.kv_transfer_bytes:,} bytes" if timings.kv_transfer_bytes else ""
+    for begin, end, words in (
+        ("queued_time", "prefill_start_time", "waits in the engine"),
+        ("prefill_start_time", "prefill_end_time", "prefill"),
+        ("kv_transfer_start_time", "kv_transfer_end_time", f"KV moves{moved}"),
+    ):
+        if timings.HasField(begin) and timings.HasField(end):  # type: ignore[arg-type]
+            from_s, to_s = seconds(getattr(timings, begin)) - zero_s, seconds(getattr(timings, end)) - zero_s
+            yield Line(from_s, to_s, f"{leg.worker_id}: {words}", depth=2)
+
+
+def _shown(line: Line, shown_s: float, bar_width: int) -> str:
+    took = "" if line.is_moment else "open" if line.end_s is None else _time(line.end_s - line.begin_s)
+    return f"{_time(line.begin_s):>9}  {took:>9}  {_bar(line, shown_s, bar_width)}  {'  ' * line.depth}{line.words}"
+
+
+def _bar(line: Line, shown_s: float, width: int) -> str:
+    """Blank, then the part of the time it took; never less than one character."""
+    if shown_s <= 0:
+        return POINT.ljust(width)
+    begin = min(width - 1, max(0, int(width * line.begin_s / shown_s)))
+    if line.is_moment:
+        return (" " * begin + POINT).ljust(width)
+    end_s = shown_s if line.end_s is None else line.end_s
+    length = min(width - begin, max(1, round(width * (end_s - max(0.0, line.begin_s)) / shown_s)))
+    return (" " * begin + (OPEN if line.end_s is None else FULL) * length).ljust(width)
+
+
+def _moment(at: pb.Moment, words: str, depth: int = 0) -> Line:
+    return Line(_offset_s(at), _offset_s(at), words, depth, is_moment=True)
+
+
+def _attributes(attributes: Mapping[str, str]) -> Iterator[str]:
+    yield from (f"{name}={attributes[name]}" for name in sorted(attributes))
+
+
+def role(number: worker_pb2.WorkerRole.ValueType) -> str:
+    """Name of a role."""
+    return worker_pb2.WorkerRole.Name(number).removeprefix("WORKER_ROLE_").lower()
+
+
+def error_reason(number: error_pb2.ErrorReason.ValueType) -> str:
+    """Name of a reason."""
+    return error_pb2.ErrorReason.Name(number).removeprefix("ERROR_REASON_")
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _offset_s(moment: pb.Moment) -> float:
+    return _seconds(moment.offset)
+
+
+def _time(value_s: float) -> str:
+    """Milliseconds below ten seconds, with a decimal below a hundred."""
+    if abs(value_s) >= 10:
+        return f"{value_s:.2f} s"
+    return f"{value_s * 1e3:.1f} ms" if abs(value_s) < 0.1 else f"{value_s * 1e3:.0f} ms"
