@@ -102,6 +102,13 @@ def test_a_process_that_exports_nothing_imports_nothing_for_it() -> None:
     assert found.stdout.strip() == "set()"
 
 
+def test_no_service_loads_the_screen_or_the_profiler() -> None:
+    services = "tandem_frontend.app, tandem_decode.app, tandem_prefill.app, tandem_registry.app, tandem.cli.app"
+    program = f"import sys, {services}; print({{'textual', 'pyinstrument'}} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_services_have_the_same_plumbing() -> None:
     for root in SERVICES.values():
         names = {path.name for path in root.glob("*.py")}

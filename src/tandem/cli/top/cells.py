@@ -1,0 +1,151 @@
+"""The tables of `tandem top` as text: columns, cells, the line of totals, and the order of rows.
+
+Owns what each column says and how a row is sorted by it; knows neither terminals nor gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
+from tandem.cli.top.sample import GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
+
+UNKNOWN = "?"
+NOTHING = "-"
+
+R = TypeVar("R", WorkerSample, FrontendSample)
+Value = float | int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Generic[R]):
+    """One column: its head, and what it says of a row."""
+
+    head: str
+    value: Callable[[R, float], Value]
+    """Of a row at a time; None: not known. What rows are sorted by."""
+    text: Callable[[Value], str] = str
+
+
+def age(value_s: Value) -> str:
+    """Short: seconds, minutes, hours or days."""
+    assert isinstance(value_s, (int, float))
+    for unit, length_s in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if value_s >= 2 * length_s:
+            return f"{value_s / length_s:.0f}{unit}"
+    return f"{value_s:.0f}s"
+
+
+def amount(value: Value) -> str:
+    """Three digits or so, with k, M, G."""
+    assert isinstance(value, (int, float))
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def milliseconds(value_s: Value) -> str:
+    """Milliseconds, with a decimal where they are few."""
+    assert isinstance(value_s, (int, float))
+    return f"{value_s * 1e3:.1f}" if value_s < 0.1 else f"{value_s * 1e3:.0f}"
+
+
+def _load(name: str) -> Callable[[WorkerSample, float], Value]:
+    def value(row: WorkerSample, now_s: float) -> Value:
+        load = row.load
+        return int(getattr(load, name)) if load is not None and load.HasField(name) else None  # type: ignore[arg-type]
+
+    return value
+
+
+def _kv_percents(row: WorkerSample, now_s: float) -> Value:
+    load = row.load
+    if load is None or not load.HasField("kv_used_tokens") or not load.kv_capacity_tokens:
+        return None
+    parts = [load.kv_used_tokens, load.kv_cached_tokens, load.kv_free_tokens]
+    return "/".join(f"{100 * part / load.kv_capacity_tokens:.0f}" for part in parts)
+
+
+def _count(name: str) -> Callable[[FrontendSample, float], Value]:
+    return lambda row, now_s: None if row.figures is None else int(getattr(row.figures, name))
+
+
+def _latency(of: str, percentile: str) -> Callable[[FrontendSample, float], Value]:
+    def value(row: FrontendSample, now_s: float) -> Value:
+        if row.figures is None or not row.figures.HasField(of):  # type: ignore[arg-type]
+            return None
+        latency: admin_pb.LatencyFigures = getattr(row.figures, of)
+        return float(getattr(latency, percentile).ToNanoseconds() / 1e9)
+
+    return value
+
+
+WORKER_COLUMNS: tuple[Column[WorkerSample], ...] = (
+    Column("WORKER", lambda row, now_s: row.name),
+    Column("ROLE", lambda row, now_s: row.role),
+    Column("STATE", lambda row, now_s: row.state),
+    Column("HEALTH", lambda row, now_s: row.health),
+    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age),
+    Column("RUN", _load("running_requests")),
+    Column("WAIT", _load("waiting_requests")),
+    Column("KV U/C/F %", _kv_percents),
+    Column("TOK/S", lambda row, now_s: row.tokens_per_s, amount),
+    Column("KV B/S", lambda row, now_s: row.transfer_bytes_per_s, amount),
+    Column("FAIL", lambda row, now_s: row.failures),
+)
+FRONTEND_COLUMNS: tuple[Column[FrontendSample], ...] = (
+    Column("FRONTEND", lambda row, now_s: row.name),
+    Column("STATE", lambda row, now_s: row.state),
+    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age),
+    Column("OPEN", _count("open_requests")),
+    Column("WAIT", _count("waiting_requests")),
+    *(
+        Column(f"{head} {p}", _latency(of, p), milliseconds)
+        for head, of in (("TTFT", "time_to_first_token"), ("ITL", "inter_token_latency"))
+        for p in ("p50", "p90", "p99")
+    ),
+    Column("DONE", _count("finished_requests"), amount),
+    Column("FAIL", _count("failed_requests"), amount),
+    Column("CONT", _count("continuations"), amount),
+    Column("REFUSED", _count("refused_requests"), amount),
+)
+
+
+def cell(column: Column[R], row: R, now_s: float) -> str:
+    """What stands there. Latencies are milliseconds, of the last minute."""
+    value = column.value(row, now_s)
+    if value is not None:
+        return column.text(value)
+    return NOTHING if row.state in (GONE, UNREACHABLE) or column.text is milliseconds else UNKNOWN
+
+
+def ordered(rows: Sequence[R], column: Column[R], now_s: float, *, descending: bool) -> list[R]:
+    """The rows by what a column says; those of which it says nothing come last."""
+    known: list[R] = []
+    unknown: list[R] = []
+    for row in rows:
+        (unknown if column.value(row, now_s) is None else known).append(row)
+    known.sort(key=lambda row: column.value(row, now_s), reverse=descending)  # type: ignore[arg-type, return-value]
+    known.extend(unknown)
+    return known
+
+
+def totals(sample: Sample) -> str:
+    """The whole cluster in one line."""
+    alive = [worker for worker in sample.workers if worker.state not in (GONE, UNREACHABLE)]
+    parts = [
+        f"{len(alive)}/{len(sample.workers)} workers",
+        f"{sample.total('open_requests')} open",
+        f"{sample.total('waiting_requests')} waiting",
+        f"{amount(sample.rate('completion_tokens_per_s'))} tokens/s",
+        f"{amount(sample.rate('kv_transfer_bytes_per_s'))} B/s of KV",
+        f"{amount(sample.total('finished_requests'))} finished",
+        f"{sample.total('failed_requests')} failed",
+        f"{sample.total('continuations')} continued",
+        f"{sample.total('refused_requests')} refused",
+        f"{sample.total('cancelled_requests')} cancelled",
+    ]
+    return " · ".join(parts)

@@ -1,0 +1,159 @@
+"""`tandem top` on a terminal: two tables and a line of totals, drawn anew at each interval.
+
+Owns keys, sorting and what is selected; what stands in the cells is `cells.py`'s. Textual is imported here only, and so
+only when the screen is opened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Generic, Literal
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import DataTable, Footer, Static
+
+from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, cell, ordered, totals
+from tandem.cli.top.sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
+
+STYLES = {UNREACHABLE: "bold red", GONE: "dim", DRAINING: "yellow"}
+NUMBERS_FROM = 4
+"""Columns before are names and states; the others stand to the right."""
+
+
+class FleetTable(DataTable[Text], Generic[R]):
+    """A table whose rows are processes, sorted by one of its columns."""
+
+    def __init__(self, columns: Sequence[Column[R]], table_id: str) -> None:
+        super().__init__(id=table_id, cursor_type="row", zebra_stripes=True)
+        self._fleet_columns: Sequence[Column[R]] = columns
+        self._sorted_by = 0
+        self._descending = False
+        self._fleet_rows: Sequence[R] = ()
+
+    def on_mount(self) -> None:
+        """Columns are known from the first frame on."""
+        self._head()
+
+    def sort_next(self, step: int) -> None:
+        """Sort by the next column, or with -1 by the one before."""
+        self._sorted_by = (self._sorted_by + step) % len(self._fleet_columns)
+        self.show_rows(self._fleet_rows)
+
+    def reverse(self) -> None:
+        """Turn the order round."""
+        self._descending = not self._descending
+        self.show_rows(self._fleet_rows)
+
+    def show_rows(self, rows: Sequence[R]) -> None:
+        """Show these; the cursor stays on its process."""
+        self._fleet_rows = rows
+        selected = self._selected()
+        now_s = time.time()
+        self.clear(columns=True)
+        self._head()
+        shown = ordered(rows, self._fleet_columns[self._sorted_by], now_s, descending=self._descending)
+        for row in shown:
+            self.add_row(*self._cells(row, now_s), key=row.name)
+        names = [row.name for row in shown]
+        if selected in names:
+            self.move_cursor(row=names.index(selected), animate=False)
+
+    def _selected(self) -> str | None:
+        if not self.row_count:
+            return None
+        return self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value
+
+    def _head(self) -> None:
+        arrow = " ↓" if self._descending else " ↑"
+        for number, column in enumerate(self._fleet_columns):
+            head = column.head + (arrow if number == self._sorted_by else "")
+            self.add_column(Text(head, justify=_side(number)), key=column.head)
+
+    def _cells(self, row: R, now_s: float) -> list[Text]:
+        style = STYLES.get(row.state, "")
+        return [
+            Text(cell(column, row, now_s), style=style, justify=_side(number))
+            for number, column in enumerate(self._fleet_columns)
+        ]
+
+
+class TopScreen(App[None]):
+    """The whole screen."""
+
+    TITLE = "tandem top"
+    CSS = """
+    #totals { padding: 0 1; height: auto; }
+    #problem { padding: 0 1; height: auto; color: $error; }
+    #workers { height: 2fr; }
+    #frontends { height: 1fr; min-height: 4; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "Quit"),
+        Binding("s", "sort(1)", "Sort by next"),
+        Binding("S", "sort(-1)", "by previous"),
+        Binding("r", "reverse", "Reverse"),
+        Binding("tab", "focus_next", "Other table"),
+        Binding("p", "pause", "Pause"),
+    ]
+    ENABLE_COMMAND_PALETTE = False
+
+    def __init__(self, sample: Callable[[], Sample], interval_s: float) -> None:
+        """`sample` is asked at each interval."""
+        super().__init__()
+        self._sample = sample
+        self._interval_s = interval_s
+        self._is_paused = False
+        self.worker_table: FleetTable[WorkerSample] = FleetTable(WORKER_COLUMNS, "workers")
+        self.frontend_table: FleetTable[FrontendSample] = FleetTable(FRONTEND_COLUMNS, "frontends")
+
+    def compose(self) -> ComposeResult:
+        """From top to bottom."""
+        yield Static(id="totals", markup=False)
+        yield Static(id="problem", markup=False)
+        yield self.worker_table
+        yield self.frontend_table
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Draw at once, and then at each interval."""
+        self.draw()
+        self.set_interval(self._interval_s, self._draw_unless_paused)
+        self.worker_table.focus()
+
+    def draw(self) -> None:
+        """Show what is known now."""
+        sample = self._sample()
+        at = time.strftime("%H:%M:%S", time.localtime(sample.time_s))
+        self.query_one("#totals", Static).update(f"{at}{' · paused' if self._is_paused else ''} · {totals(sample)}")
+        problem = self.query_one("#problem", Static)
+        problem.display = sample.registry_problem is not None
+        problem.update(f"no registry answers, so this is the fleet as last seen: {sample.registry_problem}")
+        self.worker_table.show_rows(sample.workers)
+        self.frontend_table.show_rows(sample.frontends)
+
+    def action_sort(self, step: int) -> None:
+        """Sort the table in focus by another column."""
+        self._table().sort_next(step)
+
+    def action_reverse(self) -> None:
+        """Turn its order round."""
+        self._table().reverse()
+
+    def action_pause(self) -> None:
+        """Hold the screen still, or go on."""
+        self._is_paused = not self._is_paused
+        self.draw()
+
+    def _table(self) -> FleetTable[WorkerSample] | FleetTable[FrontendSample]:
+        return self.frontend_table if self.frontend_table.has_focus else self.worker_table
+
+    def _draw_unless_paused(self) -> None:
+        if not self._is_paused:
+            self.draw()
+
+
+def _side(number: int) -> Literal["left", "right"]:
+    return "left" if number < NUMBERS_FROM else "right"
