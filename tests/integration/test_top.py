@@ -157,6 +157,10 @@ async def test_keys_sort_and_hold_the_screen_and_it_resizes(cluster: LocalCluste
             await pilot.press("down", "down")
             await asyncio.sleep(3 * INTERVAL_S)
             assert table.cursor_row == 2, "the cursor stays on its process"
+            await pilot.press("t", "r")
+            heads = [str(column.label) for column in app.frontend_table.ordered_columns]
+            assert "FRONTEND ↓" in heads, "the other table is sorted now"
+            assert order() == ["decode-0", "decode-1", "prefill-0"]
             await pilot.press("p")
             at = str(app.query_one("#totals").render())
             assert "paused" in at

@@ -81,7 +81,8 @@ def _figures(timeline: pb.RequestTimeline) -> Iterator[str]:
         usage = timeline.usage
         yield f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({usage.cached_tokens} cached)"
     elif timeline.completion_tokens:
-        yield f"{timeline.completion_tokens} tokens so far"
+        so_far = " so far" if timeline.outcome == pb.REQUEST_OUTCOME_OPEN else ""
+        yield f"{timeline.completion_tokens} {'token' if timeline.completion_tokens == 1 else 'tokens'}{so_far}"
     if timeline.HasField("first_token"):
         yield f"TTFT {_time(_offset_s(timeline.first_token))}"
     if timeline.HasField("inter_token_latency"):

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
 from tandem.cli.top.sample import GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 UNKNOWN = "?"
 NOTHING = "-"
+KV_PARTS: tuple[Literal["kv_used_tokens", "kv_cached_tokens", "kv_free_tokens"], ...] = (
+    "kv_used_tokens",
+    "kv_cached_tokens",
+    "kv_free_tokens",
+)
 
 R = TypeVar("R", WorkerSample, FrontendSample)
 Value = float | int | str | None
@@ -63,10 +68,10 @@ def _load(name: str) -> Callable[[WorkerSample, float], Value]:
 
 def _kv_percents(row: WorkerSample, now_s: float) -> Value:
     load = row.load
-    if load is None or not load.HasField("kv_used_tokens") or not load.kv_capacity_tokens:
+    if load is None or not load.kv_capacity_tokens:
         return None
-    parts = [load.kv_used_tokens, load.kv_cached_tokens, load.kv_free_tokens]
-    return "/".join(f"{100 * part / load.kv_capacity_tokens:.0f}" for part in parts)
+    known = [getattr(load, name) if load.HasField(name) else None for name in KV_PARTS]
+    return "/".join(UNKNOWN if part is None else f"{100 * part / load.kv_capacity_tokens:.0f}" for part in known)
 
 
 def _count(name: str) -> Callable[[FrontendSample, float], Value]:

@@ -19,8 +19,8 @@ from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, ce
 from tandem.cli.top.sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 STYLES = {UNREACHABLE: "bold red", GONE: "dim", DRAINING: "yellow"}
-NUMBERS_FROM = 4
-"""Columns before are names and states; the others stand to the right."""
+WORDS = ("WORKER", "FRONTEND", "ROLE", "STATE", "HEALTH")
+"""Columns of words stand to the left, those of numbers to the right."""
 
 
 class FleetTable(DataTable[Text], Generic[R]):
@@ -70,14 +70,11 @@ class FleetTable(DataTable[Text], Generic[R]):
         arrow = " ↓" if self._descending else " ↑"
         for number, column in enumerate(self._fleet_columns):
             head = column.head + (arrow if number == self._sorted_by else "")
-            self.add_column(Text(head, justify=_side(number)), key=column.head)
+            self.add_column(Text(head, justify=_side(column)), key=column.head)
 
     def _cells(self, row: R, now_s: float) -> list[Text]:
         style = STYLES.get(row.state, "")
-        return [
-            Text(cell(column, row, now_s), style=style, justify=_side(number))
-            for number, column in enumerate(self._fleet_columns)
-        ]
+        return [Text(cell(column, row, now_s), style=style, justify=_side(column)) for column in self._fleet_columns]
 
 
 class TopScreen(App[None]):
@@ -95,7 +92,7 @@ class TopScreen(App[None]):
         Binding("s", "sort(1)", "Sort by next"),
         Binding("S", "sort(-1)", "by previous"),
         Binding("r", "reverse", "Reverse"),
-        Binding("tab", "focus_next", "Other table"),
+        Binding("t", "switch", "Other table"),
         Binding("p", "pause", "Pause"),
     ]
     ENABLE_COMMAND_PALETTE = False
@@ -142,6 +139,10 @@ class TopScreen(App[None]):
         """Turn its order round."""
         self._table().reverse()
 
+    def action_switch(self) -> None:
+        """Give the keys to the other table."""
+        (self.worker_table if self.frontend_table.has_focus else self.frontend_table).focus()
+
     def action_pause(self) -> None:
         """Hold the screen still, or go on."""
         self._is_paused = not self._is_paused
@@ -155,5 +156,5 @@ class TopScreen(App[None]):
             self.draw()
 
 
-def _side(number: int) -> Literal["left", "right"]:
-    return "left" if number < NUMBERS_FROM else "right"
+def _side(column: Column[R]) -> Literal["left", "right"]:
+    return "left" if column.head in WORDS else "right"

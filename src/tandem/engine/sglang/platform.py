@@ -31,3 +31,13 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_dispatch_key_name(self) -> str:
         """Every layer's plain implementation."""
         return "native"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """What SGLang calls this platform's part of a profile; asked of every platform out of tree."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        """The same in PyTorch's words."""
+        import torch
+
+        return torch.profiler.ProfilerActivity.CPU

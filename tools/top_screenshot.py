@@ -1,0 +1,84 @@
+"""Makes docs/images/top.svg: `tandem top` before a simulated cluster under load, one decode worker of which was killed.
+
+    python tools/top_screenshot.py            write it
+
+Nothing in it is drawn by hand: the screen is Textual's own export, after the fault has shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.cli.top.screen import TopScreen
+from tandem.cli.top.watching import FleetWatch
+from tandem.errors import TandemError
+from tandem.rpc import clients
+from tandem.runtime.cluster import ClusterSpec, LocalCluster
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs" / "images" / "top.svg"
+SIZE = (150, 18)
+CLIENTS = 12
+LOAD_S, AFTER_KILL_S = 12.0, 3.5
+
+
+async def client(address: str, number: int) -> None:
+    """Streams one after the other, without end."""
+    while True:
+        request = pb.GenerateRequest(
+            prompt=f"Once upon a time there were {number} cats. " * 8, stopping={"max_tokens": 150, "ignore_eos": True}
+        )
+        with contextlib.suppress(TandemError):
+            async for _ in clients.generate(address, request):
+                pass
+
+
+async def shoot(cluster: LocalCluster) -> str:
+    """The screen, while a killed worker is still listed."""
+    async with FleetWatch([cluster.registry.address], 0.5).following() as watch:
+        app = TopScreen(watch.sample, 0.5)
+        async with app.run_test(size=SIZE):
+            frontends = [frontend.address for frontend in cluster.frontends]
+            tasks = [asyncio.create_task(client(frontends[n % len(frontends)], n)) for n in range(CLIENTS)]
+            await asyncio.sleep(LOAD_S)
+            cluster.process("decode-2").signal(signal.SIGKILL)
+            await asyncio.sleep(AFTER_KILL_S)
+            app.draw()
+            await asyncio.sleep(0.2)
+            picture = app.export_screenshot(simplify=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+    return picture
+
+
+async def main() -> int:
+    with tempfile.TemporaryDirectory() as logs:
+        spec = ClusterSpec(
+            model=ROOT / "models" / "tandem-demo",
+            log_directory=Path(logs),
+            engine="simulated",
+            prefill=2,
+            decode=3,
+            frontends=2,
+            worker_flags={"engine-extra": '{"decode_step_s": 0.01}'},
+        )
+        async with LocalCluster(spec) as cluster:
+            picture = await shoot(cluster)
+    PICTURE.parent.mkdir(exist_ok=True)
+    # Without the fonts it would fetch from elsewhere; whoever has none of that name sees another monospaced one.
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+    PICTURE.write_text("\n".join(line.rstrip() for line in picture.splitlines()) + "\n")
+    print(f"{PICTURE.relative_to(ROOT)}: {len(picture):,} characters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
