@@ -23,10 +23,10 @@ from tandem.model.frontend import Frontend, default_frontend_id
 from tandem.model.worker import Start, Worker, WorkerState
 from tandem.observe.course import Course
 from tandem.observe.courses import Courses
-from tandem.observe.logs import log_request
-from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.observe.cpu_profile import CpuProfiler
+from tandem.observe.logs import log_request
 from tandem.observe.profiles import Profiles
+from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.load_watching import LoadWatch

@@ -24,8 +24,8 @@ from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_di
 from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
 from tandem.observe.logs import log_leg
-from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.observe.profiles import Profiles
+from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration
