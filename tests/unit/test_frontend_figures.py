@@ -127,7 +127,9 @@ def test_the_table_of_failures_is_bounded() -> None:
 
 def test_a_timeline_tells_both_attempts() -> None:
     world = World()
-    with world.courses.following(Course(request_id="r", call_id="c", operation="chat", model="m")) as course:
+    with world.courses.following(
+        Course(request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
+    ) as course:
         world.clock.advance(0.004)
         course.step("tokenise", course.begin_s)
         broken_then_continued(world, course)
@@ -137,6 +139,7 @@ def test_a_timeline_tells_both_attempts() -> None:
     assert not still_open.HasField("end")
     assert not still_open.HasField("usage")
     told = timeline_of(course)
+    assert "secret" not in str(told), "a prompt is for traces, and only where that was asked for"
     assert (told.request_id, told.call_id, told.operation) == ("r", "c", "chat")
     assert told.finish_reason == generation_pb2.FINISH_REASON_LENGTH
     assert (told.usage.prompt_tokens, told.usage.completion_tokens, told.usage.cached_tokens) == (6, 5, 2)

@@ -130,6 +130,24 @@ def test_a_refused_request_says_why() -> None:
     assert "\nno decode worker is alive\n" in text
 
 
+def test_waits_are_told_apart_where_the_engine_does() -> None:
+    sent = leg(
+        "prefill", "p", 1, 6, queued_time=BEGIN % 107, bootstrap_end_time=BEGIN % 110, prefill_start_time=BEGIN % 115
+    )  # fmt: skip
+    received = leg(
+        "decode", "d", 2, 6, queued_time=BEGIN % 107, preallocation_end_time=BEGIN % 109,
+        kv_transfer_start_time=BEGIN % 120, kv_transfer_end_time=BEGIN % 130,
+    )  # fmt: skip
+    attempt = {"number": 1, "dispatched": at(5), "prefill": sent, "decode": received, "end": at(50)}
+    text = render(timeline(outcome="REQUEST_OUTCOME_FINISHED", end=at(60), attempts=[attempt]), "f")
+    took = {line[22 + 34 :].strip(" █"): line[11:20].strip() for line in text.splitlines()}
+    assert took["p: finds its peer"] == "3.0 ms"
+    assert took["p: waits for its turn"] == "5.0 ms"
+    assert took["d: finds its peer, sets memory aside"] == "2.0 ms"
+    assert took["d: waits for the KV"] == "21.0 ms"
+    assert "waits in the engine" not in text
+
+
 def test_a_worker_whose_clock_is_behind_is_shown_before_the_beginning() -> None:
     account = {"prefill_start_time": "2026-11-25T03:34:28.050Z", "prefill_end_time": "2026-11-25T03:34:28.110Z"}
     attempt = {"number": 1, "dispatched": at(5), "decode": leg("decode", "d", 1, None, **account), "end": at(50)}

@@ -17,6 +17,14 @@ from tandem.rpc.messages import seconds
 BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
 TEXT_WIDTH = 44
 """What the words of a line take, mostly; the bar has the rest."""
+PREFILL_WAITS = (
+    ("queued_time", "bootstrap_end_time", "finds its peer"),
+    ("bootstrap_end_time", "prefill_start_time", "waits for its turn"),
+)
+DECODE_WAITS = (
+    ("queued_time", "preallocation_end_time", "finds its peer, sets memory aside"),
+    ("preallocation_end_time", "kv_transfer_end_time", "waits for the KV"),
+)
 FULL, POINT, OPEN = "█", "╵", "▒"
 
 
@@ -148,8 +156,13 @@ def _leg(leg: pb.TimelineLeg, attempt: pb.TimelineAttempt) -> Iterator[Line]:
     # The worker's clock is another one than the frontend's: what it says is shown where it says it was.
     timings, zero_s = leg.timings, seconds(attempt.dispatched.time) - begin_s
     moved = f", {timings.kv_transfer_bytes:,} bytes" if timings.kv_transfer_bytes else ""
+    waits: tuple[tuple[str, str, str], ...] = (("queued_time", "prefill_start_time", "waits in the engine"),)
+    if timings.HasField("bootstrap_end_time"):
+        waits = PREFILL_WAITS
+    elif timings.HasField("preallocation_end_time"):
+        waits = DECODE_WAITS
     for begin, end, words in (
-        ("queued_time", "prefill_start_time", "waits in the engine"),
+        *waits,
         ("prefill_start_time", "prefill_end_time", "prefill"),
         ("kv_transfer_start_time", "kv_transfer_end_time", f"KV moves{moved}"),
     ):
