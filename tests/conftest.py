@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +14,8 @@ import pytest_asyncio
 
 from tandem.errors import StartError
 from tandem.runtime.consul_binary import find_consul
+from tandem.runtime.debian_program import find_program
+from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
 # which nobody needs here, it can die of that while calls are running.
@@ -58,8 +60,24 @@ def no_thread_is_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def consul_binary() -> Path:
     """Consul's binary, fetched when there is none. Where it cannot be had a test is skipped; in CI it fails."""
+    return _had(lambda: find_consul(tell=print))
+
+
+@pytest.fixture(scope="session")
+def prometheus_binary() -> Path:
+    """Prometheus's, in the same way."""
+    return _had(lambda: find_program(PROMETHEUS, tell=print))
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Path:
+    """The tool that comes with it."""
+    return _had(lambda: find_program(PROMTOOL, tell=print))
+
+
+def _had(find: Callable[[], Path]) -> Path:
     try:
-        return find_consul(tell=print)
+        return find()
     except StartError as problem:
         if os.environ.get("CI"):
             pytest.fail(str(problem))
