@@ -52,6 +52,9 @@ class ServiceConfig(BaseModel):
     trace_sample_ratio: float = Field(
         1.0, ge=0, le=1, description="part of the requests whose trace is exported, where the caller has not decided"
     )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port where Prometheus scrapes /metrics; 0: the OS chooses; default: none"
+    )
 
     @property
     def reachable_host(self) -> str:

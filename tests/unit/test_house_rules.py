@@ -74,6 +74,8 @@ def test_layers(path: Path) -> None:
     may_speak_grpc = under(path, "rpc") or under(path, "cli") or path.stem == "servicer"
     if not may_speak_grpc:
         assert not imports_any(path, "grpc", "grpc_status", "grpc_health")
+    if not under(path, "observe"):
+        assert not imports_any(path, "opentelemetry", "prometheus_client")
     if not under(path, "tls"):
         assert not imports_any(path, "cryptography")
     assert not imports_any(path, "consul") or "tandem_registry" in path.parts

@@ -13,8 +13,12 @@ from tandem.runtime.process import announce
 
 
 def test_an_announcement_is_whole(tmp_path: Path) -> None:
-    announce(tmp_path / "here.json", "127.0.0.1:7400")
-    assert json.loads((tmp_path / "here.json").read_text()) == {"address": "127.0.0.1:7400", "pid": os.getpid()}
+    announce(tmp_path / "here.json", "127.0.0.1:7400", 9400)
+    assert json.loads((tmp_path / "here.json").read_text()) == {
+        "address": "127.0.0.1:7400",
+        "pid": os.getpid(),
+        "metrics_port": 9400,
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["here.json"]
 
 

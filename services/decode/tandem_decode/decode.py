@@ -51,3 +51,7 @@ class Decode:
         if leg.bootstrap.room < 1:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number")
         return self._legs.run(leg_key(leg), engine_request(leg, bootstrap_from_proto(leg.bootstrap)), parent)
+
+    def leaving(self, leg: leg_pb2.LegRequest) -> None:
+        """Whoever asked for a leg has left; its batches are about to be closed."""
+        self._legs.leaving(leg_key(leg))

@@ -1,8 +1,9 @@
 """Composition root of the frontend: which parts there are, and the order in which they start and stop.
 
-Start: tokenizer, parser host, registry view, server, health SERVING, and only then its own place in the registry, for
-which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken -> settle -> end of
-admission -> wait for the open requests -> leave the registry. Stop: server, parser host, view, channels.
+Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and only then its own place in the
+registry, for which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken ->
+settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, parser host, view,
+channels, metrics.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from tandem.observe.course import Course
 from tandem.observe.courses import Courses
 from tandem.observe.cpu_profile import CpuProfiler
 from tandem.observe.logs import log_request
+from tandem.observe.metrics import Reading, open_metrics
+from tandem.observe.names import Emitter
+from tandem.observe.request_metrics import RequestMetrics
 from tandem.observe.profiles import Profiles
 from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.parsing import Parsers
@@ -73,6 +77,7 @@ class FrontendApp:
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
+        self._metrics = open_metrics(config, Emitter.FRONTEND, "tandem-frontend", config.tls)
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
@@ -98,6 +103,11 @@ class FrontendApp:
     def _frontend_id(self) -> str:
         return self._config.frontend_id or default_frontend_id(self.address)
 
+    @property
+    def metrics_port(self) -> int:
+        """Where it is scraped, once started; 0: nowhere."""
+        return self._metrics.port
+
     async def start(self) -> None:
         """Return when it serves; waits for a registry as long as it takes.
 
@@ -113,6 +123,7 @@ class FrontendApp:
         self._spans = export_spans(
             self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._frontend_id)
         )
+        await self._metrics.start(self._frontend_id)
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
@@ -130,6 +141,9 @@ class FrontendApp:
             routes, refusals, self._breakers, dispatch, self._health.answers, bounds, monotonic, rng
         )
         generation = Generation(model, admission, attempts, self._courses, tells_prompts=config.trace_prompts)
+        if self._metrics.is_on:
+            self._metrics.measure(self._read)
+            self._courses.sinks.append(RequestMetrics(self._metrics, config.served_name))
         await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
@@ -149,6 +163,7 @@ class FrontendApp:
         """See the module. Returns whether every request ended within the drain's bound."""
         assert self._server is not None, "drain() before start()"
         assert self._registration is not None, "drain() before start()"
+        self._metrics.count("tandem.drains")
         # A registry that cannot be reached is not waited for.
         await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._server.set_serving(False)
@@ -189,6 +204,7 @@ class FrontendApp:
         await self._channels.close()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
+        await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
         """Never returns: a frontend ends only when it is asked to."""
@@ -223,6 +239,14 @@ class FrontendApp:
         if self._attempts is not None:
             self._attempts.notice(workers)
         self._look_again()
+
+    async def _read(self) -> list[Reading]:
+        """What the gauges show."""
+        assert self._admission is not None, "a gauge is read once requests can be taken"
+        return [
+            Reading("tandem.requests.open", self._admission.open_count),
+            Reading("tandem.queue.depth", self._admission.waiting_count),
+        ]
 
     def _look_again(self) -> None:
         """Somebody who waits may have room now."""

@@ -132,13 +132,15 @@ class RequestStream:
             with self._record.routing():
                 route = self._attempts.routes.first(len(self._leg.token_ids))
             await self._take(route)
-        except BaseException:
+        except BaseException as problem:
+            self._record.leaving(problem)
             await self._stack.aclose()
             raise
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
-        if self._has_answered and self.attempt.failed_worker is None and not isinstance(exception[1], TandemError):
+    async def __aexit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
+        self._record.leaving(problem)
+        if self._has_answered and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
             # Also of a client that has enough, or leaves: its worker did what it was asked for until then.
             self._attempts.breakers.succeeded(self.attempt.dispatched.route.decode, self._sent_s)
         await self._stack.aclose()

@@ -5,6 +5,7 @@ Owns the translation from the hops' own values to the course's; the hops write t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -89,6 +90,11 @@ class Record:
             tokens_before=tokens_before,
         )
         return course.add_attempt(attempt)
+
+    def leaving(self, problem: BaseException | None) -> None:
+        """The legs are about to be ended, because of this."""
+        if isinstance(problem, (asyncio.CancelledError, GeneratorExit)):
+            self.course.left_s = self.course.clock()
 
     def finish(self, finish: pb.GenerateFinish) -> None:
         """The client gets its finish."""

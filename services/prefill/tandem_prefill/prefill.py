@@ -37,3 +37,7 @@ class Prefill:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number: a prefill leg has a peer")
         bootstrap = Bootstrap(host=self._host, port=self._port, room=leg.bootstrap.room)
         return self._legs.run(leg_key(leg), engine_request(leg, bootstrap), parent)
+
+    def leaving(self, leg: leg_pb2.LegRequest) -> None:
+        """Whoever asked for a leg has left; its batches are about to be closed."""
+        self._legs.leaving(leg_key(leg))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from tandem.api.prefill.v1 import prefill_service_pb2 as pb
@@ -29,7 +30,8 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.PrefillResponse]:  # noqa: N802
         """Run a leg; a caller that leaves closes the batches, which aborts it in the engine."""
         async with contextlib.aclosing(self._prefill.admit(request.leg, caller_span(context))) as batches:
+            left = partial(self._prefill.leaving, request.leg)
             yield pb.PrefillResponse(accepted=accepted(self._worker, request.leg))
-            async with contextlib.aclosing(leg_events(batches, self._worker.role)) as events:
+            async with contextlib.aclosing(leg_events(batches, self._worker.role, left)) as events:
                 async for event in events:
                     yield pb.PrefillResponse(**event)

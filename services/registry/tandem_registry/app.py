@@ -1,7 +1,7 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: port, backend, server, health SERVING. Drain: nobody finds it any more, health NOT_SERVING while
-everything is still answered, then the end of all streams. Stop: the server, then nothing holds the backend.
+Start: metrics, port, backend, server, health SERVING. Drain: nobody finds it any more, health NOT_SERVING while
+everything is still answered, then the end of all streams. Stop: the server, then nothing holds the backend; metrics.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 
 from tandem.api.registry.v1 import registry_service_pb2_grpc
+from tandem.observe.metrics import open_metrics
+from tandem.observe.names import Emitter
 from tandem.rpc.server import RpcServer
 from tandem_registry.backends.choice import open_backend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
+from tandem_registry.figures import Figures
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
@@ -29,6 +32,7 @@ class RegistryApp:
         self._backend: Backend | None = None
         self._servicer: RegistryServicer | None = None
         self._server: RpcServer | None = None
+        self._metrics = open_metrics(config, Emitter.REGISTRY, "tandem-registry", config.tls)
 
     @property
     def address(self) -> str:
@@ -36,9 +40,15 @@ class RegistryApp:
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
+    @property
+    def metrics_port(self) -> int:
+        """Where it is scraped, once started; 0: nowhere."""
+        return self._metrics.port
+
     async def start(self) -> None:
         """Return when it serves."""
         self._backend = open_backend(self._config)
+        self._metrics.measure(Figures(self._backend).read)
         servicer = self._servicer = RegistryServicer(self._backend)
         self._server = RpcServer(
             [
@@ -51,6 +61,7 @@ class RegistryApp:
             tls=self._config.tls,
         )
         self._server.bind(self._config.host, self._config.port)
+        await self._metrics.start(self.address)
         await self._backend.start(self.address)
         await self._server.serve()
         await self._server.set_serving(True)
@@ -59,6 +70,7 @@ class RegistryApp:
         """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
         assert self._server is not None, "drain() before start()"
         assert self._backend is not None
+        self._metrics.count("tandem.drains")
         await self._backend.withdraw()
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
@@ -70,6 +82,7 @@ class RegistryApp:
         await self._end_streams()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
+        await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
         """Return when leases are no longer watched over."""

@@ -73,6 +73,16 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Followed:
+    """How a place elsewhere is followed."""
+
+    answer_age_s: float
+    """Time since its last answer."""
+    index_lag: int
+    """By how many of its steps the view that is told is behind that answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """Where a view comes from."""
 

@@ -92,7 +92,8 @@ def up(
     admin: Annotated[bool, typer.Option("--admin", help="Let `tandem profile` record workers and frontends.")] = False,
     log_dir: LogDirectory = None,
     otlp_endpoint: Annotated[
-        str | None, typer.Option(help="OTLP collector (gRPC) for traces of all processes.", metavar="HOST:PORT")
+        str | None,
+        typer.Option(help="OTLP collector (gRPC) for traces and metrics of all processes.", metavar="HOST:PORT"),
     ] = None,
     tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
     registries: Annotated[int, typer.Option(help="Registries; more than one need --consul.")] = 1,
@@ -114,6 +115,9 @@ def up(
         Path | None, typer.Option(help="Certificate shown to that agent; default: of --tls.", metavar="FILE")
     ] = None,
     consul_key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics/--no-metrics", help="Give every process a port for Prometheus.")
+    ] = True,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C, which drains it."""
     from rich.console import Console
@@ -150,6 +154,7 @@ def up(
         worker_flags=flags,
         role_flags=role_flags,
         tls=tls,
+        metrics=metrics,
         otlp_endpoint=otlp_endpoint,
     )
     end("up", run())

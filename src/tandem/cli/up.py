@@ -18,8 +18,10 @@ from tandem.cli.state import (
     check_nobody_runs,
     claim_state,
     remove_state,
+    state_file,
     write_state,
 )
+from tandem.runtime import scrape_targets
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.runtime.restarts import RestartPolicy, Restarts
 
@@ -36,7 +38,8 @@ async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None =
     check_nobody_runs()
     check_spec(spec)
     await check_consul(spec, console)
-    cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory)))
+    targets = state_file().parent / scrape_targets.FILE
+    cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory), targets_file=targets))
     claim_state(StartingCluster(pid=os.getpid(), log=str(cluster.log_directory.resolve())))
     try:
         return await _run(cluster, console, policy)
@@ -103,6 +106,8 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
         console.print(
             f"DNS       dig @{host} -p {port} {cluster.dns_name('decode')} SRV", highlight=False, soft_wrap=True
         )
+    if cluster.spec.metrics:
+        console.print(f"metrics   {cluster.targets_file}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
     if cluster.spec.tls is not None:
         console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)

@@ -49,6 +49,14 @@ class Admin:
         stats = json.loads(await self._request("GET", "/stats?format=json&filter=^http.edge.downstream_rq_active$"))
         return int(stats["stats"][0]["value"])
 
+    def prometheus_text(self) -> bytes:
+        """What Envoy has counted, as Prometheus reads it; only what has moved. Blocks: call it in a thread.
+
+        Raises:
+            OSError: Envoy does not answer.
+        """
+        return self._blocking("GET", "/stats/prometheus?usedonly")
+
     async def announce_end(self) -> None:
         """Answer 503 on /healthz, and ask clients to close their connections after what they are at."""
         await self._request("POST", "/healthcheck/fail")

@@ -1,8 +1,8 @@
 """Composition root of the edge: which parts there are, and the order in which they start and stop.
 
-Start: settings checked, keys read, frontends heard of from the registry where it is followed, Envoy ready. Drain:
-/healthz answers 503 while requests are still taken -> settle -> no new connection -> wait for the open requests. Stop:
-the watch of the registry, Envoy, its files.
+Start: settings checked, metrics, keys read, frontends heard of from the registry where it is followed, Envoy ready.
+Drain: /healthz answers 503 while requests are still taken -> settle -> no new connection -> wait for the open requests.
+Stop: the watch of the registry, Envoy, its files, metrics.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from tandem.edge.discovery import Discovery
 from tandem.edge.keys import read_keys
 from tandem.edge.names import Names
 from tandem.edge.process import EnvoyProcess
+from tandem.observe.metrics import open_metrics
+from tandem.observe.names import Emitter
 from tandem.rpc.frontend_watching import FrontendWatch
 
 log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
+ENVOY_PAGE = "/envoy"
+"""Of the scrape endpoint: what Envoy counts of requests and frontends."""
 
 
 class EdgeApp:
@@ -39,6 +43,8 @@ class EdgeApp:
         self._envoy = EnvoyProcess(config, keys)
         self._discovery: Discovery | None = None
         self._port = 0
+        pages = {ENVOY_PAGE: lambda: self._envoy.admin.prometheus_text()}
+        self._metrics = open_metrics(config, Emitter.EDGE, "tandem-edge", config.registry_tls, pages)
 
     @property
     def address(self) -> str:
@@ -47,12 +53,18 @@ class EdgeApp:
         host = self._config.reachable_host
         return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
 
+    @property
+    def metrics_port(self) -> int:
+        """Where it is scraped, once started; 0: nowhere."""
+        return self._metrics.port
+
     async def start(self) -> None:
         """Return when it takes requests.
 
         Raises:
             StartError: it cannot; says why.
         """
+        await self._metrics.start(f"edge-{self._config.reachable_host}-{self._config.port}")
         if self._config.registry is None:
             await self._envoy.start()
         else:
@@ -72,6 +84,7 @@ class EdgeApp:
 
     async def _drained(self) -> bool:
         admin = self._envoy.admin
+        self._metrics.count("tandem.drains")
         await admin.announce_end()
         await asyncio.sleep(self._config.drain_settle_s)
         await admin.close_listener()
@@ -90,6 +103,7 @@ class EdgeApp:
         if self._discovery is not None:
             await self._discovery.stop()
         await self._envoy.stop()
+        await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
         """Return a sentence when Envoy has ended by itself. A defect in following the registry is raised."""

@@ -156,6 +156,8 @@ class Course(Tokens):
     max_tokens: int | None = None
     prompt: str | None = None
     """Only where the operator has asked for it (`trace_prompts`)."""
+    left_s: float | None = None
+    """The client's leaving was seen, while it had legs."""
     steps: list[Step] = field(default_factory=list)
     attempts: list[AttemptCourse] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -240,6 +242,8 @@ class LegCourse(Tokens):
     """Accepted."""
     end_s: float | None = None
     prompt_tokens: int = 0
+    left_s: float | None = None
+    """The caller's leaving was seen."""
     engine_finish: EngineFinish | None = None
     """With the engine's own times and usage; None when it did not finish."""
     outcome: str = ""

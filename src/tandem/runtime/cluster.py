@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.runtime import run_directory
+from tandem.runtime import run_directory, scrape_targets
 from tandem.runtime.cluster_consul import ClusterConsul
 from tandem.runtime.cluster_process import ClusterProcess, ProcessState
 from tandem.runtime.consul_agent import ConsulAgent
@@ -52,6 +52,10 @@ class ClusterSpec:
     """Collector that all processes export to; None: nothing is exported, unless the environment says so."""
     tls: Path | None = None
     """Directory that `tandem certs` made: every process presents the certificate of its role. None: plaintext."""
+    metrics: bool = False
+    """Whether every process has a port for Prometheus, and a file tells of them."""
+    targets_file: Path | None = None
+    """That file; None: in the log directory."""
     worker_flags: dict[str, str] = field(default_factory=dict)
     """More settings of every worker, by flag name without dashes."""
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -66,6 +70,7 @@ class LocalCluster:
         assert spec.log_directory is not None, "a cluster logs somewhere"
         self.spec = spec
         self.log_directory = spec.log_directory
+        self.targets_file = spec.targets_file or spec.log_directory / scrape_targets.FILE
         self.on_change = on_change
         self._run: Path | None = None
         self._serves = False
@@ -189,11 +194,19 @@ class LocalCluster:
         await process.wait_ready()
         if process.role in KEPT_PORTS:
             process.flags["port"] = process.address.rpartition(":")[2]
+        if process.metrics_address is not None:
+            process.flags["metrics-port"] = process.metrics_address.rpartition(":")[2]
+            self._tell_targets()
         self.on_change(process)
+
+    def _tell_targets(self) -> None:
+        services = [*self.registries, *self.workers, *self.frontends, *self._edges]
+        scrape_targets.write(self.targets_file, services, with_tls=self.spec.tls is not None)
 
     def _remove_run(self) -> None:
         if self._run is not None:
             shutil.rmtree(self._run, ignore_errors=True)
+        scrape_targets.remove(self.targets_file)
         for agent in self._consuls:
             agent.clean()
 
@@ -227,6 +240,8 @@ class LocalCluster:
         own: dict[str, str] = {"drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
         if spec.otlp_endpoint is not None:
             own |= {"otlp-endpoint": spec.otlp_endpoint}
+        if spec.metrics:
+            own["metrics-port"] = "0"
         if role not in ("registry", "edge"):
             own |= {"model": str(spec.model), "model-name": spec.model_name or spec.model.resolve().name}
         if role in ("prefill", "decode", "aggregated"):

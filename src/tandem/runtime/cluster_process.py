@@ -61,6 +61,8 @@ class ClusterProcess:
         self.state = ProcessState.STARTING
         self.address = ""
         """host:port, once ready."""
+        self.metrics_address: str | None = None
+        """host:port where it is scraped, once ready; None: nowhere."""
         self.secrets: dict[str, str] = {}
         """Variables of this process only; a command line is open to everybody on the machine."""
         self._announce = log_directory / f"{name}.announce.json"
@@ -132,7 +134,10 @@ class ClusterProcess:
         """Its address; None while it does not serve. A file's appearance is nothing that asyncio can wait for."""
         if not self._announce.exists():
             return None
-        address: str = json.loads(self._announce.read_text())["address"]
+        announced = json.loads(self._announce.read_text())
+        address: str = announced["address"]
+        if announced["metrics_port"]:
+            self.metrics_address = f"{address.rpartition(':')[0]}:{announced['metrics_port']}"
         return address
 
     async def wait_ended(self) -> int:

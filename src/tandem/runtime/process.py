@@ -47,6 +47,11 @@ class Service(Protocol):
         """host:port it serves at, once started."""
         ...
 
+    @property
+    def metrics_port(self) -> int:
+        """Where it is scraped, once started; 0: nowhere."""
+        ...
+
     async def start(self) -> None:
         """Return when it serves."""
         ...
@@ -113,7 +118,7 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
         # An engine may have installed handlers of its own while it started.
         with_signals(stop_asked)
         if announce_file is not None:
-            announce(announce_file, service.address)
+            announce(announce_file, service.address, service.metrics_port)
         failure = await _wait_end(service, stop_asked)
         if failure is not None:
             log.error("cannot go on: %s", failure)
@@ -182,15 +187,15 @@ def with_signals(stop_asked: asyncio.Event) -> None:
         loop.add_signal_handler(number, handle, number)
 
 
-def announce(file: Path, address: str) -> None:
-    """Tell whoever started this process where it serves. The file appears whole or not at all.
+def announce(file: Path, address: str, metrics_port: int = 0) -> None:
+    """Tell whoever started this process where it serves and is scraped. The file appears whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"address": address, "pid": os.getpid()}))
+        partial.write_text(json.dumps({"address": address, "pid": os.getpid(), "metrics_port": metrics_port}))
         partial.rename(file)
     except (OSError, ValueError) as problem:
         raise ConfigError("announce_file", f"{file} cannot be written: {problem}") from None

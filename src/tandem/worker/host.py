@@ -1,9 +1,9 @@
 """The life of a worker process: engine, canary, server, registry; and back.
 
-Start: engine -> canary -> listen -> register; nobody hears of a worker whose engine has not generated. Drain: DRAINING
-in the registry and NOT_SERVING to health checks while legs are still taken -> settle -> end of admission -> wait for
-the open legs (prefill: for every hand-over) -> deregister. Fenced (another start has its place): NOT_SERVING, end of
-admission, the open legs, exit status 1. Stop: server, then engine.
+Start: metrics -> engine -> canary -> listen -> register; nobody hears of a worker whose engine has not generated.
+Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still taken -> settle -> end of
+admission -> wait for the open legs (prefill: for every hand-over) -> deregister. Fenced (another start has its place):
+NOT_SERVING, end of admission, the open legs, exit status 1. Stop: server, then engine, then metrics.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from tandem.errors import EngineFailed, StartError
 from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
+from tandem.observe.leg_metrics import LegMetrics
 from tandem.observe.logs import log_leg
 from tandem.observe.profiles import Profiles
+from tandem.observe.metrics import open_metrics
+from tandem.observe.names import Emitter
 from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
@@ -34,6 +37,7 @@ from tandem.runtime.clock import epoch_now
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.engine_profile import EngineProfiler
+from tandem.worker.figures import Figures
 from tandem.worker.identity import Identity
 from tandem.worker.leg_figures import LegFigures
 from tandem.worker.legs import Legs
@@ -59,6 +63,7 @@ class WorkerHost:
         self._engine = create_engine(config.engine, config.engine_settings(role))
         self._courses: Courses[LegCourse] = Courses([log_leg])
         self._spans: SpanExport | None = None
+        self._metrics = open_metrics(config, Emitter.WORKER, f"tandem-{role.value}", config.tls)
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
@@ -73,6 +78,11 @@ class WorkerHost:
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
+    @property
+    def metrics_port(self) -> int:
+        """Where it is scraped, once started; 0: nowhere."""
+        return self._metrics.port
+
     async def start(self) -> None:
         """Return when the worker is registered; waits for a registry as long as it takes.
 
@@ -83,6 +93,7 @@ class WorkerHost:
         server = self._server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=self._config.tls)
         # First, because an engine takes long to start, only to find that somebody else listens here.
         server.bind(self._config.host, self._config.port)
+        await self._metrics.start(self._worker_id)
         await self._engine.start()
         await self._pass_canary()
         worker = self._describe()
@@ -110,6 +121,8 @@ class WorkerHost:
             asyncio.create_task(identity.beat(), name="heartbeat"),
             asyncio.create_task(health.watch(), name="engine-health"),
         ]
+        if self._metrics.is_on:
+            self._tell_metrics(self._legs, health)
         await self._register(registration)
 
     async def drain(self) -> bool:
@@ -117,6 +130,7 @@ class WorkerHost:
         assert self._server is not None, "drain() before start()"
         assert self._legs is not None, "drain() before start()"
         assert self._registration is not None, "drain() before start()"
+        self._metrics.count("tandem.drains")
         await self._registration.set_state(WorkerState.DRAINING)
         await self._leave(self._server)
         await asyncio.sleep(self._config.drain_settle_s)
@@ -138,6 +152,7 @@ class WorkerHost:
         await self._engine.stop()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
+        await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
         """Return why the worker cannot go on, or None when a Drain call asked it to end.
@@ -152,6 +167,15 @@ class WorkerHost:
             await self._leave(self._server)
             await _first(self._engine.wait_failed(), self._until_legs_end(self._legs))
         return trouble
+
+    @property
+    def _worker_id(self) -> str:
+        return self._config.worker_id or default_worker_id(self._role, self.address)
+
+    def _tell_metrics(self, legs: Legs, health: EngineHealth) -> None:
+        leg_metrics = LegMetrics(self._metrics)
+        self._courses.sinks.append(leg_metrics)
+        self._metrics.measure(Figures(self._engine, legs, health, leg_metrics).read)
 
     async def _leave(self, server: RpcServer) -> None:
         """NOT_SERVING from here on, whatever the engine's health."""
@@ -198,7 +222,7 @@ class WorkerHost:
     def _describe(self) -> Worker:
         bootstrap, capabilities = self._engine.bootstrap_address(), self._engine.capabilities()
         return Worker(
-            worker_id=self._config.worker_id or default_worker_id(self._role, self.address),
+            worker_id=self._worker_id,
             epoch=epoch_now(),
             role=self._role,
             address=self.address,

@@ -6,7 +6,7 @@ Pure translation, the same for both roles; the response types differ in name onl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from tandem.api.types.v1 import leg_pb2
@@ -62,14 +62,17 @@ def accepted(worker: Worker, leg: leg_pb2.LegRequest) -> leg_pb2.LegAccepted:
     return leg_pb2.LegAccepted(worker_id=worker.worker_id, epoch=leg.worker_epoch)
 
 
-async def leg_events(batches: AsyncIterator[TokenBatch], role: WorkerRole) -> AsyncGenerator[dict[str, Any], None]:
+async def leg_events(
+    batches: AsyncIterator[TokenBatch], role: WorkerRole, on_left: Callable[[], None] = lambda: None
+) -> AsyncGenerator[dict[str, Any], None]:
     """Each event after `accepted`, as the keyword arguments of PrefillResponse or DecodeResponse.
 
-    A leg that waits says so several times a second: silence means that its worker is frozen or gone.
+    A leg that waits says so several times a second: silence means that its worker is frozen or gone. `on_left` is
+    called when whoever reads this has left, before the leg is aborted.
     """
     index = 0
     phase = Phase.PREFILLING if role is WorkerRole.AGGREGATED else Phase.BOOTSTRAPPING
-    async with contextlib.aclosing(with_silences(batches)) as steps:
+    async with contextlib.aclosing(with_silences(batches, on_left=on_left)) as steps:
         async for batch in steps:
             if batch is None:
                 yield {"progress": leg_pb2.LegProgress(phase=PHASES[phase])}

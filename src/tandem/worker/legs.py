@@ -34,6 +34,7 @@ class Legs:
         self._engine = engine
         self._identity = identity
         self._open: dict[LegKey, str] = {}
+        self._running: dict[LegKey, LegCourse] = {}
         self._is_closed = False
         self.batch_count = 0
         """Batches the engine has answered with since the start: while it grows, the engine works."""
@@ -94,6 +95,7 @@ class Legs:
         self._notify()
         try:
             with self._courses.following(self._course(key, request, parent)) as course:
+                self._running[key] = course
                 # Every adapter's iterator is a generator; only a generator can be told to end now.
                 traced = self._traced(request, course)
                 batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(traced))
@@ -106,6 +108,7 @@ class Legs:
             raise self._located(problem, key, request) from None
         finally:
             del self._open[key]
+            self._running.pop(key, None)
             self._notify()
 
     async def abort(self, request_id: str, attempt: int | None) -> int:
@@ -116,6 +119,12 @@ class Legs:
             if known_id == request_id and attempt in (None, known_attempt)
         ]
         return sum([await self._engine.abort(engine_id) for engine_id in engine_ids])
+
+    def leaving(self, key: LegKey) -> None:
+        """Whoever asked for a leg has left, and it is about to be closed."""
+        course = self._running.get(key)
+        if course is not None:
+            course.left_s = course.clock()
 
     def close_admission(self) -> None:
         """Take no more legs."""

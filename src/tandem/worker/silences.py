@@ -7,7 +7,7 @@ Owns the waiting only: what is said in a silence is the leg's business. A timer 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from tandem.model.generation import TokenBatch
 
@@ -16,11 +16,13 @@ SILENCE_S = 0.4
 
 
 async def with_silences(
-    batches: AsyncIterator[TokenBatch], silence_s: float = SILENCE_S
+    batches: AsyncIterator[TokenBatch],
+    silence_s: float = SILENCE_S,
+    on_left: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[TokenBatch | None, None]:
     """All batches, and None each time `silence_s` has passed without one.
 
-    Closing this ends the wait for the next batch, which aborts the leg.
+    Closing this ends the wait for the next batch, which aborts the leg; `on_left` is called before that.
     """
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] | None = None
@@ -43,6 +45,9 @@ async def with_silences(
             yield step.result()
         except StopAsyncIteration:
             return
+        except (asyncio.CancelledError, GeneratorExit):
+            on_left()
+            raise
         finally:
             timer.cancel()
             if not step.done():

@@ -49,6 +49,11 @@ class MemoryBackend:
         """Watchers that are subscribed now."""
         return self._subscriptions.count
 
+    @property
+    def followed(self) -> None:
+        """There is no place but this process."""
+        return None
+
     async def start(self, address: str) -> None:
         """Begin to watch over leases. Nobody looks for this registry here."""
         self._sweeper = asyncio.create_task(self._sweep(), name="lease-sweep")

@@ -12,7 +12,7 @@ from tandem.model.frontend import Member
 from tandem.model.worker import WorkerState
 from tandem_registry.backends.subscriptions import Known, Subscription
 from tandem_registry.membership import Grant
-from tandem_registry.view import Origin, View
+from tandem_registry.view import Followed, Origin, View
 
 
 class Backend(Protocol):
@@ -22,6 +22,16 @@ class Backend(Protocol):
     """Names this process among the registries over one place."""
     ttl_s: float
     """Time a lease lives without a sign of life."""
+
+    @property
+    def watcher_count(self) -> int:
+        """Watchers that are subscribed now."""
+        ...
+
+    @property
+    def followed(self) -> Followed | None:
+        """How far behind the place the view is; None where the place is this process itself."""
+        ...
 
     @property
     def origin(self) -> Origin:

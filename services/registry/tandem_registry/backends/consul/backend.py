@@ -29,7 +29,7 @@ from tandem_registry.backends.consul.settings import ConsulSettings
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
 from tandem_registry.membership import Grant
-from tandem_registry.view import Origin, View
+from tandem_registry.view import Followed, Origin, View
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,13 @@ class ConsulBackend:
     def watcher_count(self) -> int:
         """Watchers that are subscribed now."""
         return self._subscriptions.count
+
+    @property
+    def followed(self) -> Followed:
+        """How far behind Consul the view is. Valid after `start`."""
+        told = self._publisher.fleet.index
+        last = told if self._waiting is None else self._waiting[1].index
+        return Followed(self._clock() - self._follower.answered_s, max(0, last - told))
 
     async def start(self, address: str) -> None:
         """Follow Consul and let others find this registry at `address`.

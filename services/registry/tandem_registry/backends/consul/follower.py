@@ -62,6 +62,8 @@ class Follower:
         self._arrived = asyncio.Event()
         self._refresh = asyncio.Lock()
         self._refresh_count = 0
+        self.answered_s = clock()
+        """When Consul answered last; until then, when this began."""
 
     async def run(self) -> None:
         """Follow without end."""
@@ -100,6 +102,7 @@ class Follower:
             self._backoff.reset()
             await asyncio.sleep(max(GAP_MIN_S, GAP_FACTOR * worked_s))
             answer = await self._client.health(Answer(fleet.index, None), WAIT_S)
+            self.answered_s = self._clock()
             if answer.index < fleet.index:
                 return
             if answer.body is None:
@@ -119,6 +122,7 @@ class Follower:
         while True:
             before = await self._client.generation()
             answer = await self._client.health(is_consistent=True)
+            self.answered_s = self._clock()
             is_known = before is not None and before.registry_id == self._registry_id
             if before is None or (is_known and answer.index < self._fleet.index):
                 await self._begin_generation(before, answer)
