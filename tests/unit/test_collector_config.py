@@ -1,0 +1,28 @@
+"""deploy/otel/collector.yml, judged without a collector: pipelines name what is there, and all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+FILE = Path(__file__).parents[2] / "deploy" / "otel" / "collector.yml"
+KINDS = ("receivers", "processors", "exporters")
+
+
+def test_pipelines_use_what_is_defined_and_all_of_it() -> None:
+    told = yaml.safe_load(FILE.read_text())
+    pipelines = told["service"]["pipelines"]
+    assert set(pipelines) == {"metrics", "traces"}
+    for kind in KINDS:
+        used = {name for pipeline in pipelines.values() for name in pipeline[kind]}
+        assert used == set(told[kind]), kind
+    assert set(told["service"]["extensions"]) == set(told["extensions"])
+    for name, pipeline in pipelines.items():
+        assert pipeline["receivers"] == ["otlp"], name
+        assert pipeline["processors"][0] == "memory_limiter", "a burst is refused before it is held"
+
+
+def test_it_listens_for_what_our_processes_speak() -> None:
+    protocols = yaml.safe_load(FILE.read_text())["receivers"]["otlp"]["protocols"]
+    assert protocols == {"grpc": {"endpoint": "127.0.0.1:4317"}}
