@@ -28,11 +28,13 @@ test: setup ## every test
 faults: setup ## break everything that can break, with a line of figures for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)
 
-lint: setup ## ruff, mypy, drift of the generated code, buf
+lint: setup ## ruff, mypy, drift of what is generated, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/gen_protos.py --check
+	$(BIN)/python tools/gen_metrics_page.py --check
+	$(BIN)/python tools/gen_dashboards.py --check
 	$(BIN)/python tools/gen_protos.py --lint
 
 protos: setup ## generate src/tandem/api from protos/

@@ -1,0 +1,74 @@
+"""Writes the tables of docs/metrics.md from src/tandem/observe/names.py; what stands above them is written by hand.
+
+--check writes nothing and fails when the page differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+from tandem.observe.names import EVERY, OTHER, TABLE, Attribute, Emitter, Metric, prometheus_name
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "metrics.md"
+MARK = "## The table\n"
+TITLES = {
+    (Emitter.FRONTEND,): "Frontends: requests",
+    (Emitter.WORKER,): "Workers: legs, engines, KV",
+    (Emitter.REGISTRY,): "Registries: members, leases, Consul",
+    EVERY: "Every process",
+}
+VALUES_SHOWN = 8
+
+
+def page() -> str:
+    parts = [PAGE.read_text().partition(MARK)[0] + MARK]
+    for emitters, title in TITLES.items():
+        parts += [f"### {title}", "", *_rows([metric for metric in TABLE if metric.emitters == emitters]), ""]
+    parts += ["### Values of attributes", "", *_attributes()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _rows(metrics: list[Metric]) -> Iterator[str]:
+    yield "| metric | in Prometheus | kind | unit | attributes | meaning |"
+    yield "|---|---|---|---|---|---|"
+    for metric in metrics:
+        attributes = ", ".join(f"`{attribute.name}`" for attribute in metric.attributes)
+        name = prometheus_name(metric)
+        yield (
+            f"| `{metric.name}` | `{name}` | {metric.kind.value} | `{metric.unit}` | {attributes} | {metric.meaning} |"
+        )
+
+
+def _attributes() -> Iterator[str]:
+    yield "| attribute | of | values |"
+    yield "|---|---|---|"
+    found: dict[Attribute, list[str]] = {}
+    for metric in TABLE:
+        for attribute in metric.attributes:
+            found.setdefault(attribute, []).append(f"`{metric.name}`")
+    for attribute, names in found.items():
+        of = ", ".join(names) if len(names) < VALUES_SHOWN else f"{names[0]} and {len(names) - 1} more"
+        values = attribute.bound or ", ".join(f"`{value}`" for value in attribute.values)
+        yield f"| `{attribute.name}` | {of} | {values} |"
+    yield ""
+    yield f"A value that is none of these would be told as `{OTHER}`."
+
+
+def main() -> int:
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text)
+        return 0
+    if PAGE.is_file() and PAGE.read_text() == text:
+        return 0
+    print(f"{PAGE.relative_to(ROOT)} differs from the table of metrics: run tools/gen_metrics_page.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
