@@ -28,8 +28,8 @@ from tandem.observe.cpu_profile import CpuProfiler
 from tandem.observe.logs import log_request
 from tandem.observe.metrics import Reading, open_metrics
 from tandem.observe.names import Emitter
-from tandem.observe.request_metrics import RequestMetrics
 from tandem.observe.profiles import Profiles
+from tandem.observe.request_metrics import RequestMetrics
 from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels

@@ -41,7 +41,9 @@ def top(
         from tandem.cli.state import find_tls
         from tandem.cli.top.command import top as show
 
-        return await show(_registries(address), interval_s=interval, once=once, as_json=as_json, tls=find_tls(tls))
+        return await show(
+            await _registries(address), interval_s=interval, once=once, as_json=as_json, tls=find_tls(tls)
+        )
 
     end("top", run())
 
@@ -63,7 +65,7 @@ def trace(
         if frontend is not None:
             asked = [trace_command.Frontend(frontend, frontend)]
         else:
-            asked = await trace_command.frontends_of(_registries(address), found)
+            asked = await trace_command.frontends_of(await _registries(address), found)
         return await trace_command.trace(request_id, asked, as_json=as_json, tls=found)
 
     end("trace", run())
@@ -87,13 +89,14 @@ def profile(
         request, found = profile_command.profile_request(seconds, form, with_stack=with_stack), find_tls(tls)
         where = process
         if ":" not in process:
-            where = await profile_command.address_of(process, _registries(address), found)
+            where = await profile_command.address_of(process, await _registries(address), found)
         return await profile_command.profile(process, where, request, out, found)
 
     end("profile", run())
 
 
-def _registries(address: str | None) -> list[str]:
+async def _registries(address: str | None) -> list[str]:
+    from tandem.cli.membership import registry_addresses
     from tandem.cli.state import read_state
 
-    return (address or read_state().registry).split(",")
+    return await registry_addresses(address or read_state().registry)

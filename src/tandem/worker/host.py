@@ -25,9 +25,9 @@ from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
 from tandem.observe.leg_metrics import LegMetrics
 from tandem.observe.logs import log_leg
-from tandem.observe.profiles import Profiles
 from tandem.observe.metrics import open_metrics
 from tandem.observe.names import Emitter
+from tandem.observe.profiles import Profiles
 from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
