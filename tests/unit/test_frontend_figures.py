@@ -25,7 +25,7 @@ class World:
 
     def __init__(self) -> None:
         self.clock = ManualClock(WALL_S)
-        self.courses: Courses[Course] = Courses(clock=self.clock)
+        self.courses: Courses[Course] = Courses()
         self.figures = Figures(self.courses, self.clock)
 
     def attempt(self, course: Course, *, tokens_before: int = 0) -> AttemptCourse:
@@ -68,7 +68,7 @@ def broken_then_continued(world: World, course: Course) -> None:
 def test_a_request_is_counted_once_however_often_it_is_looked_at() -> None:
     world = World()
     figures = world.figures
-    with world.courses.following(Course(request_id="r")) as course:
+    with world.courses.following(Course(clock=world.clock, request_id="r")) as course:
         for _ in range(3):
             figures.look()
         assert (figures.open_count, figures.ttft.latencies()) == (1, None)
@@ -115,7 +115,7 @@ def test_endings_are_told_apart() -> None:
 def test_the_table_of_failures_is_bounded() -> None:
     world = World()
     for number in range(2 * FAILURES_MAX):
-        with world.courses.following(Course()) as course:
+        with world.courses.following(Course(clock=world.clock)) as course:
             attempt = world.attempt(course)
             attempt.broke("decode", decode(f"w-{number}"), "decoding", "LEG_FAILED")
             attempt.end(None, None)
@@ -165,7 +165,7 @@ def test_a_timeline_tells_both_attempts() -> None:
 def test_a_failed_request_tells_its_reason() -> None:
     world = World()
     fields: dict[str, Any] = {"role": "decode"}
-    with pytest.raises(NoWorkers), world.courses.following(Course(request_id="r")) as course:
+    with pytest.raises(NoWorkers), world.courses.following(Course(clock=world.clock, request_id="r")) as course:
         raise NoWorkers("no decode worker is alive", **fields)
     told = timeline_of(course)
     assert told.outcome == pb.REQUEST_OUTCOME_REFUSED
