@@ -128,7 +128,7 @@ def test_the_table_of_failures_is_bounded() -> None:
 def test_a_timeline_tells_both_attempts() -> None:
     world = World()
     with world.courses.following(
-        Course(request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
+        Course(clock=world.clock, request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
     ) as course:
         world.clock.advance(0.004)
         course.step("tokenise", course.begin_s)
