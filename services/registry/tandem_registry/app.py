@@ -1,7 +1,8 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: metrics, port, backend, server, health SERVING. Drain: nobody finds it any more, health NOT_SERVING while
-everything is still answered, then the end of all streams. Stop: the server, then nothing holds the backend; metrics.
+Start: metrics, port, backend, server, health SERVING as soon as there is a view to tell. Drain: nobody finds it any more,
+health NOT_SERVING while everything is still answered, then the end of all streams. Stop: the server, then nothing holds
+the backend; metrics.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class RegistryApp:
         return self._metrics.port
 
     async def start(self) -> None:
-        """Return when it serves."""
+        """Return when it answers; it is healthy once it has a view."""
         self._backend = open_backend(self._config)
         self._metrics.measure(Figures(self._backend).read)
         servicer = self._servicer = RegistryServicer(self._backend)
@@ -64,7 +65,8 @@ class RegistryApp:
         await self._metrics.start(self.address)
         await self._backend.start(self.address)
         await self._server.serve()
-        await self._server.set_serving(True)
+        if self._backend.has_view:
+            await self._server.set_serving(True)
 
     async def drain(self) -> bool:
         """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
@@ -85,9 +87,20 @@ class RegistryApp:
         await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return when leases are no longer watched over."""
+        """Return when leases are no longer watched over. A first view that was late is told meanwhile."""
         assert self._backend is not None, "wait_finished() before start()"
-        return await self._backend.wait_failed()
+        becoming = asyncio.create_task(self._serve_with_view(self._backend), name="first-view")
+        try:
+            return await self._backend.wait_failed()
+        finally:
+            becoming.cancel()
+
+    async def _serve_with_view(self, backend: Backend) -> None:
+        """A registry that has nothing to tell is of no use to anybody who looks for one."""
+        assert self._server is not None
+        if not backend.has_view:
+            await backend.wait_view()
+            await self._server.set_serving(True)
 
     async def _end_streams(self) -> None:
         if self._servicer is not None:

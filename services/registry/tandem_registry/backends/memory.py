@@ -27,6 +27,8 @@ def random_id() -> str:
 class MemoryBackend:
     """Leases in a dictionary, one task that expires them."""
 
+    has_view = True
+
     def __init__(self, ttl_s: float, *, clock: Clock = monotonic, pending_steps_max: int = PENDING_STEPS_MAX) -> None:
         self.replica_id = random_id()
         self.ttl_s = ttl_s
@@ -60,6 +62,9 @@ class MemoryBackend:
 
     async def withdraw(self) -> None:
         """Nobody looks for this registry here."""
+
+    async def wait_view(self) -> None:
+        """There is one from the start."""
 
     async def close(self) -> None:
         """End all subscriptions with Draining and refuse everything from now on. May be called twice."""

@@ -34,6 +34,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def has_view(self) -> bool:
+        """Whether there is a view to tell, live or last known."""
+        ...
+
+    @property
     def origin(self) -> Origin:
         """Where the view comes from at this moment."""
         ...
@@ -44,6 +49,10 @@ class Backend(Protocol):
         Raises:
             StartError: the place does not take this registry.
         """
+        ...
+
+    async def wait_view(self) -> None:
+        """Return as soon as there has been a view: at once, unless the place has not answered since the start."""
         ...
 
     async def withdraw(self) -> None:

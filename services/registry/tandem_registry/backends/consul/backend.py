@@ -34,7 +34,7 @@ from tandem_registry.view import Followed, Origin, View
 log = logging.getLogger(__name__)
 
 START_WAIT_S = 5.0
-"""A registry serves without Consul after this long, and says so to whoever asks."""
+"""Without Consul a registry answers after this long, with what is wrong; its health stays NOT_SERVING until Consul does."""
 SEEN_TIMEOUT_S = 2.0
 """From a write to the moment when the view shows it; a client waits three seconds."""
 LEAVE_TIMEOUT_S = 0.8
@@ -71,9 +71,15 @@ class ConsulBackend:
         """An answer that is held back."""
         self._problem: ServiceError | None = None
         self._answered = asyncio.Event()
+        self._published = asyncio.Event()
         self._own_entry_id = ""
         self._registering_count = 0
         self._is_withdrawn = self._is_closing = False
+
+    @property
+    def has_view(self) -> bool:
+        """See the port."""
+        return self._published.is_set()
 
     @property
     def origin(self) -> Origin:
@@ -127,6 +133,10 @@ class ConsulBackend:
         if not client.has_checks:
             self._tasks.append(asyncio.create_task(self._say_alive(interval_s), name="consul-alive"))
         await self._wait_answered()
+
+    async def wait_view(self) -> None:
+        """See the port."""
+        await self._published.wait()
 
     async def withdraw(self) -> None:
         """Let others take over at once. May be called twice."""
@@ -275,7 +285,7 @@ class ConsulBackend:
         if self._problem is not None and is_refusal(self._problem):
             raise StartError(str(self._problem))
         if self._publisher.registry_id is None:
-            log.warning("serving without a view until Consul answers: %s", self._problem)
+            log.warning("not serving until Consul answers, which is asked again and again: %s", self._problem)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SEEN_TIMEOUT_S):
@@ -316,6 +326,7 @@ class ConsulBackend:
         if self._waiting is not None and self._problem is None:
             self._publisher.publish(*self._waiting, self._keeper.reasons, time.time())
             self._keeper.forget_reasons()
+            self._published.set()
 
     def _lose(self, problem: ServiceError) -> None:
         """Consul does not answer."""

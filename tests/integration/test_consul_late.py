@@ -1,0 +1,33 @@
+"""A registry that starts before its Consul: it answers, it is not healthy, and it becomes so by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.rpc import clients
+from tandem.testing.eventually import assert_eventually
+from tests.integration.consul_host import consul_agent
+from tests.integration.consul_registries import Site
+
+pytestmark = pytest.mark.timeout(90)
+
+
+async def test_a_registry_is_healthy_only_once_consul_has_answered(consul_binary: Path, tmp_path: Path) -> None:
+    async with consul_agent(consul_binary, tmp_path / "consul") as consul:
+        await consul.kill(consul.first)
+        async with Site(consul).process(tmp_path) as registry:
+            assert not await clients.is_serving(registry.address)
+            [log] = tmp_path.glob("registry-*.log")
+            sentences = [line for line in log.read_text().splitlines() if "not serving until Consul answers" in line]
+            assert len(sentences) == 1
+            assert consul.address in sentences[0]
+
+            await consul.restart(consul.first, empty=True)
+
+            async def is_serving() -> bool:
+                return await clients.is_serving(registry.address)
+
+            await assert_eventually(is_serving, bool, within_s=20, what="a healthy registry")
+            assert not (await clients.list_members(registry.address)).workers
