@@ -370,9 +370,16 @@ class SglangEngine:
 
 
 def _device(wanted: str) -> str:
-    """The device to use; looks for a GPU only when asked to."""
-    if wanted != "auto":
+    """The device to use; looks for a GPU only when one may be used.
+
+    Raises:
+        StartError: a GPU is asked for, and there is none.
+    """
+    if wanted == "cpu":
         return wanted
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise StartError("device: cuda is asked for, and PyTorch finds no GPU that it can use")
+    return "cuda" if has_gpu else "cpu"

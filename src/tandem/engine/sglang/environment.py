@@ -7,11 +7,13 @@ or in its parent, so that having Tandem installed never changes anybody else's S
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
 
 from tandem.engine.settings import EngineSettings
+from tandem.errors import StartError
 
 DEVICE_SWITCH = "TANDEM_SGLANG_DEVICE"
 """Set by the adapter to "cpu" or "cuda"; the plugin does nothing without it."""
@@ -27,12 +29,16 @@ GRAMMAR_LOOKS_MAX = 1_000
 
 
 def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[str, str | None]:
-    """What must hold for the engine's processes, whatever the operator's environment says; None: unset."""
+    """What must hold for the engine's processes, whatever the operator's environment says; None: unset.
+
+    Raises:
+        StartError: the engine's host is a name without an address.
+    """
     values: dict[str, str | None] = {
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
         # NIXL's control sockets would otherwise bind the first address of the first network card.
-        "SGLANG_HOST_IP": settings.host,
+        "SGLANG_HOST_IP": _ip(settings.host),
         # A list of allowed plugins that lacks ours would silently leave the hooks out.
         "SGLANG_PLUGINS": None,
     }
@@ -44,6 +50,14 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
             "MKL_NUM_THREADS": str(settings.threads),
         }
     return values
+
+
+def _ip(host: str) -> str:
+    """An address of the host, which may be a name (in a container it is): sockets bind to addresses only."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as problem:
+        raise StartError(f"advertise_host: {host} has no address: {problem.strerror}") from None
 
 
 def defaults(device: str) -> dict[str, str]:
