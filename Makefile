@@ -6,10 +6,10 @@ BIN := .venv/bin
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint protos clean
+.PHONY: help setup demo test faults compose-test lint deploy-lint protos clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## create or update .venv, CPU engine included
 	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
@@ -28,6 +28,9 @@ test: setup ## every test
 faults: setup ## break everything that can break, with a line of figures for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)
 
+compose-test: setup ## build the images, run docker-compose.yml, break it (ENGINE=debian: install and start an engine)
+	@$(BIN)/python -m tests.compose $(if $(filter debian,$(ENGINE)),--debian-engine) $(COMPOSE_FLAGS)
+
 lint: setup ## ruff, mypy, drift of what is generated, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,6 +39,9 @@ lint: setup ## ruff, mypy, drift of what is generated, buf
 	$(BIN)/python tools/gen_metrics_page.py --check
 	$(BIN)/python tools/gen_dashboards.py --check
 	$(BIN)/python tools/gen_protos.py --lint
+
+deploy-lint: setup ## the deployment files against other tools' checkers, installed into .cache
+	@$(BIN)/python tools/check_deployments.py
 
 protos: setup ## generate src/tandem/api from protos/
 	$(BIN)/python tools/gen_protos.py

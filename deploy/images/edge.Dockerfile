@@ -7,7 +7,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
 WORKDIR /source
-COPY requirements requirements
+COPY requirements/base.txt requirements/edge.txt requirements/
 COPY deploy/images/install.sh install.sh
 RUN --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle sh install.sh libraries
 RUN --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle sh install.sh envoy
@@ -36,5 +36,5 @@ USER 10001:10001
 EXPOSE 8080
 # A drain takes drain_settle_s + drain_timeout_s, 30.5 s unless set: give more than that before a kill.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=5s --start-period=10s --retries=3 CMD ["python3", "-m", "tandem.probe", "edge"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 CMD ["python3", "-m", "tandem.probe", "edge"]
 ENTRYPOINT ["tandem-edge"]

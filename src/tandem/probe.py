@@ -1,8 +1,8 @@
-"""`python -m tandem.probe registry`: is the service of that name, on this machine, healthy? For the checks of containers.
+"""`python -m tandem.probe registry`: is the service of that name healthy? For the checks of containers.
 
 A container is asked every few seconds for as long as it lives, so this imports the standard library only and takes a
-tenth of the time of `tandem health`: it writes the one gRPC call itself. It finds port and certificates where the
-service does, in the variables TANDEM_<SERVICE>_*. For people there is `tandem health`.
+tenth of the time of `tandem health`: it writes the one gRPC call itself. It finds address and certificates where
+the service does, in the variables TANDEM_<SERVICE>_*. For people there is `tandem health`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 8.0
+LOOPBACK = "127.0.0.1"
+EVERY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0x0, 0x1, 0x3, 0x4, 0x6, 0x7
 ACK = END_STREAM = 0x1
 END_HEADERS = 0x4
@@ -35,24 +37,26 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     except (KeyError, ValueError):
         print(f"{prefix}PORT is not the number of a port", file=sys.stderr)
         return 2
+    host = environ.get(f"{prefix}HOST", LOOPBACK)
+    place = (LOOPBACK if host in EVERY_ADDRESS else host, port)
     try:
-        with _connect(port, environ, prefix) as connection:
+        with _connect(place, environ, prefix) as connection:
             serves = _is_ready(connection) if arguments[0] == "edge" else _is_serving(connection)
     except OSError as problem:
-        print(f"127.0.0.1:{port} does not answer: {problem}")
+        print(f"{place[0]}:{port} does not answer: {problem}")
         return 1
     print("serving" if serves else "not serving")
     return 0 if serves else 1
 
 
-def _connect(port: int, environ: Mapping[str, str], prefix: str) -> socket.socket:
+def _connect(place: tuple[str, int], environ: Mapping[str, str], prefix: str) -> socket.socket:
     """A connection, with TLS where the service has a certificate, which is shown as the caller's too."""
-    plain = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+    plain = socket.create_connection(place, TIMEOUT_S)
     cert, key = environ.get(f"{prefix}TLS_CERT"), environ.get(f"{prefix}TLS_KEY")
     if cert is None or key is None:
         return plain
     # Whoever is there is asked whether it is well, and told nothing: its certificate need not be looked at.
-    context = ssl._create_unverified_context()  # noqa: S323, SLF001
+    context = ssl._create_unverified_context()  # noqa: S323
     context.load_cert_chain(cert, key)
     context.set_alpn_protocols(["h2"] if prefix != "TANDEM_EDGE_" else ["http/1.1"])
     return context.wrap_socket(plain)

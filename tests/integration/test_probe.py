@@ -33,7 +33,10 @@ async def probe(service: str, variables: Mapping[str, str]) -> tuple[int, str]:
     """Its exit status, and what it prints."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TANDEM_")} | dict(variables)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tandem.probe", service), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        *(sys.executable, "-m", "tandem.probe", service),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
     )
     said, _ = await process.communicate()
     assert process.returncode is not None

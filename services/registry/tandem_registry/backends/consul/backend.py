@@ -34,7 +34,7 @@ from tandem_registry.view import Followed, Origin, View
 log = logging.getLogger(__name__)
 
 START_WAIT_S = 5.0
-"""Without Consul a registry answers after this long, with what is wrong; its health stays NOT_SERVING until Consul does."""
+"""Without Consul a registry answers after this long, with what is wrong, and stays NOT_SERVING until Consul answers."""
 SEEN_TIMEOUT_S = 2.0
 """From a write to the moment when the view shows it; a client waits three seconds."""
 LEAVE_TIMEOUT_S = 0.8

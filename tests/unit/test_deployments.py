@@ -1,0 +1,105 @@
+"""The files for Kubernetes, Nomad and systemd: settings that exist, time for a drain, and as little as can be asked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tandem import config as configuration
+from tests.unit.deployed_settings import CONFIGS, REPOSITORY, VARIABLE, drain_s, unknown_settings
+
+DEPLOY = REPOSITORY / "deploy"
+KUBERNETES = DEPLOY / "kubernetes" / "base"
+NOMAD = DEPLOY / "nomad" / "tandem.nomad.hcl"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+SETTINGS = sorted((DEPLOY / "systemd").glob("*.toml"))
+STOP_SLACK_S = 10
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(file.read_text()) if document]
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """The pods by their service."""
+    everything = [document for file in sorted(KUBERNETES.glob("*.yaml")) for document in documents(file)]
+    found = [document for document in everything if document["kind"] == "Deployment"]
+    return {pod["metadata"]["name"].removeprefix("tandem-"): pod["spec"]["template"]["spec"] for pod in found}
+
+
+def test_kubernetes_has_every_service() -> None:
+    assert set(pods()) == set(CONFIGS)
+    listed = documents(KUBERNETES / "kustomization.yaml")[0]["resources"]
+    assert {f"{service}.yaml" for service in CONFIGS} <= set(listed)
+
+
+@pytest.mark.parametrize("service", CONFIGS)
+def test_a_pod_is_confined_and_has_time(service: str) -> None:
+    pod = pods()[service]
+    # Kubernetes' own variables for a Service called tandem-registry would be taken for settings, and stop a process.
+    assert pod["enableServiceLinks"] is False
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    [container] = pod["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert "memory" in container["resources"]["limits"]
+    assert "readinessProbe" in container
+    names = [variable["name"] for variable in container["env"]]
+    assert unknown_settings(names) == []
+    given = {variable["name"]: variable.get("value") for variable in container["env"]}
+    settle_s = float(given.get(f"TANDEM_{service.upper()}_DRAIN_SETTLE_S") or 0)
+    assert pod["terminationGracePeriodSeconds"] >= drain_s(service) + settle_s + STOP_SLACK_S
+
+
+def test_nomad_sets_only_what_can_be_set() -> None:
+    text = NOMAD.read_text()
+    variables = [match[0] for match in VARIABLE.finditer(text)]
+    assert {variable.split("_")[1].lower() for variable in variables} == set(CONFIGS)
+    assert unknown_settings(variables) == []
+    timeouts = [float(found) for found in re.findall(r'kill_timeout += "(\d+)s"', text)]
+    assert len(timeouts) == len(CONFIGS)
+    assert min(timeouts) >= max(drain_s(service) for service in CONFIGS) + STOP_SLACK_S
+    assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize("file", SETTINGS, ids=lambda file: file.name)
+def test_example_settings_are_taken(file: Path) -> None:
+    service = file.stem.partition("-")[0]
+    config = configuration.load(CONFIGS[service], f"tandem-{service}", ["--config", str(file)], {})
+    assert config.port
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_unit_starts_what_is_installed_and_lets_it_drain(unit: Path) -> None:
+    text = unit.read_text()
+    command = re.search(r"^ExecStart=/opt/tandem/bin/tandem-(\w+) --config /etc/tandem/(\S+)$", text, re.MULTILINE)
+    assert command is not None
+    service = command[1]
+    assert unit.name.startswith(f"tandem-{service}")
+    assert (DEPLOY / "systemd" / command[2].replace("%i", "0")).is_file()
+    stop = re.search(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
+    assert stop is not None
+    assert float(stop[1]) >= drain_s(service) + STOP_SLACK_S
+    assert "\nRestart=always\n" in text
+    assert "\nStartLimitIntervalSec=0\n" in text
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_systemd_understands_a_unit(unit: Path, tmp_path: Path) -> None:
+    # As if it were installed: a program that is there, and an instance of a template.
+    file = tmp_path / unit.name.replace("@", "@0")
+    file.write_text(re.sub(r"/opt/tandem/bin/\S+", "/bin/true", unit.read_text()))
+    (tmp_path / unit.name).write_text(file.read_text())
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(file)], capture_output=True, text=True, check=False
+    )
+    assert verified.returncode == 0, verified.stderr
+    assert unit.name not in verified.stderr, verified.stderr

@@ -1,0 +1,107 @@
+"""Holds the deployment files against other tools' checkers: what `make deploy-lint` does.
+
+hadolint reads the Dockerfiles, kubernetes-validate the manifests against Kubernetes' published schemas (strictly, after
+kustomize where there is one), python-hcl2 the syntax of the Nomad job; `docker compose config` and
+`systemd-analyze verify` where this machine has them. Standard library only; the checkers are installed into .cache.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = ROOT / ".cache" / "deploy-checks"
+PINS = ROOT / "requirements" / "deploy-checks.txt"
+STAMP = ENVIRONMENT / "pins.txt"
+KUBERNETES_VERSION = "1.37"
+DOCKERFILES = (*sorted(ROOT.glob("services/*/Dockerfile")), *sorted(ROOT.glob("deploy/images/*.Dockerfile")))
+COMPOSE_FILES = (("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml"))
+
+
+def main() -> int:
+    install()
+    checks = (dockerfiles, kubernetes, nomad, compose)
+    failed = [check.__name__ for check in checks if not check()]
+    print(f"failed: {', '.join(failed)}" if failed else "all that could be checked is right")
+    return 1 if failed else 0
+
+
+def install() -> None:
+    """The checkers, once for each change of their pins."""
+    if STAMP.is_file() and STAMP.read_text() == PINS.read_text():
+        return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+    pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-r", str(PINS)], check=True)
+    STAMP.write_text(PINS.read_text())
+
+
+def dockerfiles() -> bool:
+    # DL3008: a version of Debian's goes when the next one comes, so a pin of it would break builds.
+    return run("Dockerfiles", own("hadolint"), "--ignore", "DL3008", "--failure-threshold", "warning", *DOCKERFILES)
+
+
+def kubernetes() -> bool:
+    """Both sets as kustomize makes them; without it, the base as it is."""
+    validate = (own("kubernetes-validate"), "--strict", "--kubernetes-version", KUBERNETES_VERSION, "--quiet")
+    if shutil.which("kubectl") is None:
+        print("  no kubectl here: the GPU set, which kustomize makes, is not checked")
+        files = [file for file in sorted((ROOT / "deploy/kubernetes/base").glob("*.yaml")) if "kustom" not in file.name]
+        return run("Kubernetes, base", *validate, *files)
+    good = True
+    for name in ("base", "gpu"):
+        made = subprocess.run(
+            ["kubectl", "kustomize", str(ROOT / "deploy" / "kubernetes" / name)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            print(f"  kubectl kustomize {name}: {made.stderr}")
+            return False
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(made.stdout)
+            file.flush()
+            good &= run(f"Kubernetes, {name}", *validate, file.name)
+    return good
+
+
+def nomad() -> bool:
+    """Its syntax; what a job means is known to `nomad job validate` only."""
+    return run("Nomad, syntax", own("hcl2tojson"), ROOT / "deploy" / "nomad" / "tandem.nomad.hcl")
+
+
+def compose() -> bool:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+    ):
+        print("  no docker compose here: its files are not checked by it")
+        return True
+    good = True
+    for files in COMPOSE_FILES:
+        flags = [flag for file in files for flag in ("--file", file)]
+        good &= run(f"compose, {files[-1]}", "docker", "compose", *flags, "--profile", "*", "config", "--quiet")
+    return good
+
+
+def own(program: str) -> str:
+    """A program of the environment."""
+    return str(ENVIRONMENT / "bin" / program)
+
+
+def run(name: str, *command: str | Path) -> bool:
+    """Whether the checker is content; prints what it says where it is not."""
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    print(f"  {name}: {'right' if ended.returncode == 0 else 'WRONG'}")
+    if ended.returncode:
+        print(ended.stdout[-4000:] + ended.stderr[-4000:])
+    return ended.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
