@@ -20,6 +20,7 @@ MODEL = "tandem-demo"
 QUESTION = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
 STORY = "Once upon a time there was a little fox"
 STORY_TOKENS = 400
+BEGUN_CHARACTERS = 200
 CALL_TIMEOUT_S = 180.0
 
 
@@ -31,7 +32,7 @@ class Story:
     workers: tuple[str, str] = ("", "")
     """Prefill and decode worker at the start."""
     begun: threading.Event = field(default_factory=threading.Event)
-    """Set with the first tokens."""
+    """Set when it is well on its way."""
     ended: Future[pb.GenerateFinish] = field(default_factory=Future)
 
     def finish(self) -> pb.GenerateFinish:
@@ -59,7 +60,7 @@ def generate(address: str, prompt: str = QUESTION, max_tokens: int = 20) -> pb.G
 
 
 def begin_story(address: str) -> Story:
-    """Begin a long stream; returns once its first tokens are there."""
+    """Begin a long stream; returns once it is well on its way."""
     story = Story()
     threading.Thread(target=_tell, args=(address, story), daemon=True).start()
     if not story.begun.wait(CALL_TIMEOUT_S):
@@ -88,7 +89,8 @@ def _tell(address: str, story: Story) -> None:
                     story.workers = (route.prefill_worker_id, route.decode_worker_id)
                 elif event.HasField("chunk"):
                     story.text += event.chunk.text
-                    story.begun.set()
+                    if len(story.text) >= BEGUN_CHARACTERS:
+                        story.begun.set()
                 else:
                     story.ended.set_result(event.finish)
                     return

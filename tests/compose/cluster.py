@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, TypeVar
 
 from tests.compose.docker import Docker
@@ -76,11 +75,21 @@ class Cluster:
         """Of its present container."""
         return self.docker.run("logs", self.container(service))
 
-    def healthy_after_s(self, service: str) -> float:
-        """From the start of the process to its first passed health check; `docker compose` looks no oftener."""
-        state = self.state(service)
-        passed = [check["End"] for check in state["Health"]["Log"] if check["ExitCode"] == 0]
-        return _moment(passed[0]) - _moment(state["StartedAt"])
+    def healthy_after_s(self, since_s: float) -> dict[str, float]:
+        """For each service, from the start of its container to its first passed check, of those since that moment."""
+        told = self.docker.run(
+            *("events", "--since", f"{since_s:.0f}", "--until", f"{time.time() + 1:.0f}", "--filter", "type=container"),
+            *("--format", '{{.TimeNano}} {{index .Actor.Attributes "com.docker.compose.service"}} {{.Action}}'),
+        )
+        begun: dict[str, int] = {}
+        found: dict[str, float] = {}
+        for line in told.splitlines():
+            nanoseconds, service, action = line.split(" ", 2)
+            if action == "start":
+                begun[service] = int(nanoseconds)
+            elif action == "health_status: healthy" and service in begun:
+                found.setdefault(service, (int(nanoseconds) - begun[service]) / 1e9)
+        return found
 
     def wait_health(self, service: str, wanted: str, within_s: float = 180.0) -> float:
         """Wait until its health is that; how long it took."""
@@ -112,10 +121,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _moment(text: str) -> float:
-    """Docker gives nanoseconds, which datetime does not read."""
-    head, _, rest = text.partition(".")
-    fraction = rest.rstrip("Z").partition("+")[0][:6]
-    return datetime.fromisoformat(f"{head}.{fraction or 0}+00:00").timestamp()

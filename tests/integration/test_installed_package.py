@@ -1,0 +1,126 @@
+"""The package as pip installs it, away from the source tree: it is built once, and its commands are whole.
+
+The libraries are this environment's own, seen through a path file: what is proved here is what the wheel carries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_MODEL
+
+from tandem.rpc import clients
+from tandem.testing.eventually import assert_eventually
+
+pytest.importorskip("setuptools", minversion="77")
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = ("tandem-registry", "tandem-frontend", "tandem-prefill", "tandem-decode", "tandem-edge", "tandem")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built of the sdist, as a package index would have both."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = "import sys; from setuptools import build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+    run = {"check": True, "capture_output": True, "text": True, "timeout": 200}
+    # The tree itself stays as it is: builds leave folders behind.
+    source = folder / "source"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, **run).stdout.split("\0")
+    for name in filter(None, listed):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = REPOSITORY / name
+        if file.is_symlink():
+            target.symlink_to(file.readlink())
+        elif file.is_file():
+            target.write_bytes(file.read_bytes())
+    sdist = subprocess.run([sys.executable, "-c", build.format(kind="sdist"), str(folder)], cwd=source, **run)
+    unpacked = folder / "unpacked"
+    with tarfile.open(folder / sdist.stdout.split()[-1]) as archive:
+        archive.extractall(unpacked, filter="data")
+    [tree] = unpacked.iterdir()
+    made = subprocess.run([sys.executable, "-c", build.format(kind="wheel"), str(folder)], cwd=tree, **run)
+    return folder / made.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin directory of an environment that has the wheel, and Tandem from nowhere else."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False, symlinks=True)
+    [packages] = (home / "lib").glob("python*/site-packages")
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-index", str(wheel)], check=True, capture_output=True, timeout=200)
+    # Appended behind the environment's own, and a path file within it is not followed: the editable install stays out.
+    (packages / "libraries.pth").write_text(site.getsitepackages()[0] + "\n")
+    return home / "bin"
+
+
+def test_the_wheel_carries_what_is_no_python(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"tandem/edge/envoy/edge.yaml.jinja", "tandem/edge/envoy/errors.lua", "tandem/py.typed"} <= names
+    assert any(name.startswith("tandem/engine/simulated/profiles/") for name in names)
+    assert not [name for name in names if name.split("/")[0] in ("tests", "benchmarks", "tools")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_shows_its_help(installed: Path, tmp_path: Path, command: str) -> None:
+    shown = subprocess.run(
+        [str(installed / command), "--help"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert "usage" in shown.stdout.lower()
+    where = [str(installed / "python"), "-c", "import tandem; print(tandem.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(installed.parent)), found
+
+
+async def test_a_registry_and_a_frontend_run_of_it(installed: Path, tmp_path: Path) -> None:
+    with process(installed, tmp_path, "registry") as registry_file:
+        registry = await announced(registry_file)
+        flags = (f"--registry={registry}", f"--model={DEMO_MODEL}", "--frontend-id=frontend-0")
+        with process(installed, tmp_path, "frontend", *flags) as frontend_file:
+            frontend = await announced(frontend_file)
+            assert await clients.is_serving(frontend)
+
+            async def names() -> list[str]:
+                return [entry.frontend.frontend_id for entry in (await clients.list_members(registry)).frontends]
+
+            assert await assert_eventually(names, bool, within_s=20, what="the frontend's entry") == ["frontend-0"]
+
+
+@contextmanager
+def process(installed: Path, folder: Path, service: str, *flags: str) -> Iterator[Path]:
+    """A service of the environment, in a folder that has nothing of the source tree. It ends in order."""
+    announcement = folder / f"{service}.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TANDEM_", "PYTHON"))}
+    child = subprocess.Popen(
+        [str(installed / f"tandem-{service}"), "--drain-settle-s=0", f"--announce-file={announcement}", *flags],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield announcement
+    finally:
+        child.terminate()
+        assert child.wait(60) == 0
+
+
+async def announced(file: Path) -> str:
+    await assert_eventually(file.exists, within_s=60, what=f"{file.name}")
+    address: str = json.loads(file.read_text())["address"]
+    return address
