@@ -1,8 +1,8 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: metrics, port, backend, server, health SERVING as soon as there is a view to tell. Drain: nobody finds it any more,
-health NOT_SERVING while everything is still answered, then the end of all streams. Stop: the server, then nothing holds
-the backend; metrics.
+Start: metrics, port, backend, server, health SERVING as soon as there is a view to tell. Drain: nobody finds it any
+more, health NOT_SERVING while everything is still answered, then the end of all streams. Stop: the server, then nothing
+holds the backend; metrics.
 """
 
 from __future__ import annotations

@@ -1,0 +1,39 @@
+"""What an engine's processes find in their environment, and what is said where the machine lacks something."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang import adapter, environment
+from tandem.errors import StartError
+from tandem.model.worker import WorkerRole
+
+
+def settings(host: str) -> EngineSettings:
+    return EngineSettings(role=WorkerRole.DECODE, model_path=Path("m"), model_name="m", host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_path: Path) -> None:
+    found = environment.variables(settings(host), "cpu", tmp_path)["SGLANG_HOST_IP"]
+    assert found is not None
+    assert ipaddress.ip_address(found).is_loopback
+
+
+def test_a_host_without_an_address_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"advertise_host: nobody\.invalid has no address"):
+        environment.variables(settings("nobody.invalid"), "cpu", tmp_path)
+
+
+@pytest.mark.engine_sglang
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(StartError, match="device: cuda is asked for, and PyTorch finds no GPU that it can use"):
+        adapter._device("cuda")
+    assert adapter._device("auto") == "cpu"
