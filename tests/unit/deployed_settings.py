@@ -26,8 +26,6 @@ CONFIGS: dict[str, type[ServiceConfig]] = {
     "edge": EdgeConfig,
 }
 VARIABLE = re.compile(r"TANDEM_(REGISTRY|FRONTEND|PREFILL|DECODE|EDGE)_([A-Z_]+)")
-LATER = {"metrics_port"}
-"""Passed on where somebody sets it: a setting that comes with observability."""
 
 
 def drain_s(service: str) -> float:
@@ -44,6 +42,6 @@ def unknown_settings(names: Iterable[str]) -> list[str]:
         if variable is None:
             continue
         service, key = variable[1].lower(), variable[2].lower()
-        if key not in CONFIGS[service].model_fields and key not in LATER:
+        if key not in CONFIGS[service].model_fields:
             found.append(name)
     return found
