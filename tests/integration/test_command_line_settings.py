@@ -86,7 +86,7 @@ async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None
             assert f"{flag}: cannot listen on 127.0.0.1:{port} (the port is in use); 0 takes a free one" in err
         ended, out, err = await run(sys.executable, "-m", "tandem_registry", "--port", str(port), state=state)
     assert (ended, out) == (1, "")
-    said = [line for line in err.splitlines() if " INFO " not in line]
+    said = [line for line in err.splitlines() if '"level": "INFO"' not in line]
     assert said == [f"tandem-registry: cannot listen on 127.0.0.1:{port}: the port is in use"]
 
 
