@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from tandem.engine.port import Engine
+from tandem.errors import EngineFailed
 from tandem.model.worker import EngineLoad
 from tandem.observe.leg_metrics import LegMetrics
 from tandem.observe.metrics import Reading
@@ -32,7 +33,11 @@ class Figures:
         ]
         if (hit_ratio := self._leg_metrics.hit_ratio) is not None:
             readings.append(Reading("tandem.cache.hit_ratio", hit_ratio))
-        load, page_tokens = await self._engine.load(), self._engine.capabilities().page_size_tokens
+        try:
+            load, page_tokens = await self._engine.load(), self._engine.capabilities().page_size_tokens
+        except EngineFailed:
+            # It is gone, or on its way: what the worker knows by itself is told all the same.
+            return readings
         return [*readings, *_requests(load), *_pages(load, page_tokens)]
 
 

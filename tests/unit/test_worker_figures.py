@@ -1,0 +1,39 @@
+"""Readings of a worker's metrics: those of its engine, and those that are left when the engine is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from registry_workers import make_worker
+from simulated_engines import AGGREGATED, running
+
+from tandem.observe.leg_metrics import LegMetrics
+from tandem.observe.metrics import Metrics
+from tandem.testing.fake_model import write_fake_model
+from tandem.worker.engine_health import EngineHealth, Periods
+from tandem.worker.figures import Figures
+from tandem.worker.identity import Identity
+from tandem.worker.legs import Legs
+
+
+class Place:
+    """No lease, which nobody asks for here."""
+
+    ttl_s: float | None = None
+    lease_time = None
+
+    def renew(self, epoch: int) -> None:
+        pass
+
+
+async def _ignore(trouble: str | None) -> None:
+    pass
+
+
+async def test_an_engine_that_is_gone_takes_only_its_own_gauges_along(tmp_path: Path) -> None:
+    async with running(write_fake_model(tmp_path), AGGREGATED) as engine:
+        health = EngineHealth(engine, lambda: 0, Periods(60, 60), _ignore)
+        figures = Figures(engine, Legs(engine, Identity(make_worker(), Place())), health, LegMetrics(Metrics()))
+        assert {"tandem.kv.pages", "tandem.legs.open"} <= {reading.name for reading in await figures.read()}
+    left = {reading.name for reading in await figures.read()}
+    assert left == {"tandem.legs.open", "tandem.engine.healthy"}
