@@ -213,9 +213,12 @@ async def test_kv_that_the_real_engine_moves_is_counted(tmp_path: Path) -> None:
         assert moved > 0
         for leg in ("prefill", "decode"):
             assert await seen("tandem.kv.transfer.bytes", leg) == 2 * moved
-            assert 0 < await seen("tandem.kv.transfer.duration", leg, "_sum") < 10
-            assert await seen("tandem.kv.transfer.bandwidth", leg) == 2
             assert await seen("tandem.prompt.tokens", leg) == 2 * len(on.LONG)
+        # SGLang's decode does not know when the first byte moved.
+        for leg, told in (("prefill", 2), ("decode", 0)):
+            assert await seen("tandem.kv.transfer.duration", leg) == told
+            assert await seen("tandem.kv.transfer.bandwidth", leg) == told
+        assert 0 < await seen("tandem.kv.transfer.duration", "prefill", "_sum") < 10
         assert await seen("tandem.prompt.cached_tokens", "prefill") == stream.finish.usage.cached_tokens > 0
         assert await seen("tandem.prefill.duration", "prefill") == 2
         free = sum(await values(world.processes, Wanted("tandem.kv.pages", {"tandem.state": "free"})))

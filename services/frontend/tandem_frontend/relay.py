@@ -128,8 +128,8 @@ class Relay:
         for leg in (prefill, decode):
             if leg is None:
                 continue
-            # Of a transfer both legs tell. Its end is decode's to say, because there it has arrived; its start is
-            # prefill's, because decode makes its pages known long before there is anything to put into them.
+            # Of a transfer both legs may tell. Its end is decode's to say, because there it has arrived; its start is
+            # prefill's, who writes. A decode engine may not know it.
             for name in LEG_TIMES:
                 told = name == "kv_transfer_start_time" and timings.HasField("kv_transfer_start_time")
                 if leg.timings.HasField(name) and not told:  # type: ignore[arg-type]

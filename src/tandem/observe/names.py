@@ -260,7 +260,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.kv.transfer.duration",
         Kind.HISTOGRAM,
         "s",
-        "From the first byte of a request's KV to the last one, as the engine tells it.",
+        "From the first byte of a request's KV to the last one, as the engine tells it; SGLang's decode does not.",
         LEG,
         buckets=SHORT_S,
     ),

@@ -74,7 +74,6 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_NIXL}.NixlKVManager._encode_kv_status_message": (_tell_bytes, "after"),
         f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_hear_bytes, "after"),
         f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_meet_carefully, "around"),
-        f"{_NIXL}.NixlKVReceiver.send_metadata": (_note_destination, "before"),
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
     }
     if device == "cpu":
@@ -287,10 +286,6 @@ def _tell_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: int, **key
 
 
 # --- Bytes, where decode receives them
-
-
-def _note_destination(receiver: Any, *arguments: Any, **keywords: Any) -> None:
-    _ledger.began(receiver.bootstrap_room, time.time())
 
 
 def _hear_bytes(status: tuple[int, int, int, str | None] | None, manager: Any, msg: list[bytes]) -> None:

@@ -20,6 +20,7 @@ class Transfer:
     """The hand-over of one room, as this engine saw it. Times are seconds since the Unix epoch."""
 
     start_s: float | None = None
+    """Prefill's alone: decode makes its pages known before there is anything to write, and hears of the end only."""
     end_s: float | None = None
     moved_bytes: int | None = None
 
@@ -33,7 +34,7 @@ class Ledger:
         self._recomputed: OrderedDict[str, int] = OrderedDict()
 
     def began(self, room: int, now_s: float) -> None:
-        """Prefill: the first page is about to be written. Decode: the pages to write to were made known."""
+        """Prefill: the first page is about to be written."""
         with self._lock:
             transfer = self._transfer(room)
             transfer.start_s = transfer.start_s or now_s
