@@ -93,7 +93,7 @@ async def cancel(cluster: LocalCluster, size: Size, vocabulary_size: int, *, at_
         "kv_tokens_after": after["kv_tokens"],
         "freed_after_s": after["after_s"],
         "problems": [str(d) for d in done if isinstance(d, Exception)],
-        "next_request": await _next_request(cluster, vocabulary_size),
+        "next_request": await next_request(cluster, vocabulary_size),
     }
 
 
@@ -117,11 +117,11 @@ async def kill(cluster: LocalCluster, size: Size, vocabulary_size: int, role: st
     told_s = [s.end_s - begin_s for s in failed if s.end_s is not None]
     left = await until_free(cluster)
     memory["without_it"] = device_memory_mib()
-    refused = await _next_request(cluster, vocabulary_size)
+    refused = await next_request(cluster, vocabulary_size)
     restart_s = time.monotonic()
     await cluster.restart(worker.name)
     restart_s = time.monotonic() - restart_s
-    again = await _next_request(cluster, vocabulary_size)
+    again = await next_request(cluster, vocabulary_size)
     memory["after_restart"] = device_memory_mib()
     return {
         "killed": worker.name,
@@ -148,7 +148,7 @@ def scheduler_of(worker: ClusterProcess) -> psutil.Process:
     return max(children, key=lambda child: child.memory_info().rss)
 
 
-async def _next_request(cluster: LocalCluster, vocabulary_size: int) -> dict[str, Any]:
+async def next_request(cluster: LocalCluster, vocabulary_size: int) -> dict[str, Any]:
     begin_s = time.monotonic()
     work = Work(cluster.frontend.address, 1, 1, 48, 8, vocabulary_size, int(begin_s * 1e3), timeout_s=40)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tandem.checkpoint import read_checkpoint
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tools.gpu import copies, endings, measures, overhead, shapes
+from tools.gpu import copies, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
 from tools.gpu.figures import Streamed
 from tools.gpu.measures import Size
@@ -24,7 +24,7 @@ from tools.gpu.shapes import Load, Machine
 
 PARITY_CONCURRENT = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead")
+STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed")
 TAIL_LINES = 60
 
 
@@ -59,6 +59,7 @@ class Run:
             "two_aggregated": functools.partial(self._shape, "two_aggregated", shapes.two_aggregated),
             "copies": self._copies,
             "overhead": self._overhead,
+            "observed": self._observed,
         }
         try:
             await self.callers.warm()
@@ -148,6 +149,24 @@ class Run:
         finally:
             await pair.stop()
 
+    async def _observed(self) -> None:
+        """A pair that tells all it can: whether that is right, and what it costs its streams."""
+        plan, take = self.plan, self.results.take
+        vocabulary = read_checkpoint(plan.model).vocabulary_size
+        spec = observed.with_everything(shapes.pair(plan.machine, plan.model, plan.load, "observed"))
+
+        async def use(cluster: LocalCluster) -> None:
+            given = (cluster, plan.size, vocabulary)
+            for name, of in (("courses", observed.courses), ("pages", observed.pages), ("metrics", observed.metrics)):
+                await take(f"observed_{name}", 10, functools.partial(of, *given))
+            out = plan.machine.logs.parent / "profile"
+            await take("observed_profile", 20, functools.partial(observed.profile, *given, out))
+            busy = functools.partial(measures.interference, cluster, self.callers, plan.size, vocabulary)
+            for number in (1, 2):
+                await take(f"observed_interference_{number}", 15, busy)
+
+        await self._with("observed", spec, use)
+
     async def _with(self, name: str, spec: ClusterSpec, use: Callable[[LocalCluster], Awaitable[None]]) -> None:
         """A cluster for one step; the ends of its logs are kept when something fails."""
 
@@ -173,4 +192,5 @@ def tails(logs: Path | None) -> dict[str, list[str]]:
 
 def save_logs(logs: Path, out: Path) -> None:
     """All logs as one archive."""
+    logs.mkdir(parents=True, exist_ok=True)
     shutil.make_archive(str(out / "logs"), "gztar", logs)
