@@ -108,7 +108,10 @@ def pairs(prefills: int, decodes: int) -> Scene:
 
 @pytest.mark.parametrize(
     "refusal",
-    [REFUSED, Draining("going"), Overloaded("full"), StaleEpoch("restarted"), LegFailed("no answer")],
+    [
+        *[REFUSED, Draining("going"), Overloaded("full"), StaleEpoch("restarted"), LegFailed("no answer")],
+        TandemError("INTERNAL: a defect of that worker"),
+    ],
     ids=lambda refusal: type(refusal).__name__,
 )
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -199,6 +202,7 @@ async def test_who_refused_is_avoided_for_a_while() -> None:
     [
         (REFUSED, True),
         (LegFailed("no answer"), True),
+        (TandemError("INTERNAL: a defect of that worker"), True),
         (Overloaded("full"), False),
         (Draining("going"), False),
         (StaleEpoch("restarted"), False),

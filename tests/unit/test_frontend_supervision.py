@@ -233,3 +233,28 @@ async def test_cancelling_the_reader_is_no_failure_of_a_leg() -> None:
         await reader
     assert d.cancelled.is_set()
     assert p.cancelled.is_set()
+
+
+async def test_a_cancellation_while_an_attempt_ends_is_not_lost() -> None:
+    leaving = asyncio.Event()
+
+    async def slow_to_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            leaving.set()
+            await asyncio.sleep(0.1)
+
+    async def go_on() -> str:
+        async with attempt(PlayedCall(ACCEPTED), PlayedCall(ACCEPTED)) as whole:
+            assert whole._prefill_task is not None
+            whole._prefill_task.cancel()
+            whole._prefill_task = asyncio.create_task(slow_to_end())
+            await asyncio.sleep(0)
+        return "for nobody"
+
+    request = asyncio.create_task(go_on())
+    await leaving.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request

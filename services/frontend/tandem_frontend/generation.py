@@ -15,6 +15,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.observe.course import Course
 from tandem.observe.courses import Courses
+from tandem.observe.spans import is_sampled
 from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts, RequestStream
@@ -70,7 +71,7 @@ class Generation:
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
             record.checked(wanted)
-            if self._tells_prompts:
+            if self._tells_prompts and self._courses.ids is not None and is_sampled(course):
                 course.prompt = await self._told_prompt(wanted)
             relay = self._relay(wanted, course)
             async with self._served(wanted, caller, record) as stream:

@@ -8,7 +8,6 @@ means that the KV is there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -255,9 +254,11 @@ class Attempt:
         if self._prefill is not None and self._prefill_task is not None:
             self._prefill.call.cancel()
             self._prefill_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+        try:
+            if self._prefill_task is not None:
                 await asyncio.wait({self._prefill_task})
-        self._course.end(self.prefill_finish, self.decode_finish)
+        finally:
+            self._course.end(self.prefill_finish, self.decode_finish)
 
     def _legs(self) -> tuple[_Leg, ...]:
         return (self._decode,) if self._prefill is None else (self._prefill, self._decode)
@@ -314,7 +315,7 @@ class Attempt:
     def _explain(self, leg: _Leg, problem: TandemError) -> TandemError:
         """What the client is told of a leg's failure."""
         is_blamed = not (leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING)
-        if is_blamed and isinstance(problem, OF_ONE_WORKER) and not isinstance(problem, OF_THE_REQUEST):
+        if is_blamed and _is_of_one_worker(problem):
             if self.failed_worker is None and not isinstance(problem, NO_FAULT):
                 self.faulty_worker = leg.worker
             self.failed_worker = self.failed_worker or leg.worker
@@ -332,3 +333,10 @@ class Attempt:
         }
         place = f"{leg.role.value} leg on {leg.worker.worker_id} failed in phase {facts['phase']}"
         return LegFailed(f"{place}: {problem.message}", **facts)
+
+
+def _is_of_one_worker(problem: TandemError) -> bool:
+    """Whether another worker may take the leg. A status without a reason of ours is the worker's own trouble."""
+    if isinstance(problem, OF_THE_REQUEST):
+        return False
+    return isinstance(problem, OF_ONE_WORKER) or type(problem) is TandemError

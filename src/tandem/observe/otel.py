@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 import tandem
 from tandem.config import ServiceConfig
+from tandem.errors import TandemError
 from tandem.observe.loop_lag import watch_lag
 from tandem.observe.metrics import NONE, Attributes, Measure, Metrics, MorePages, Reading
 from tandem.observe.names import BY_NAME, TABLE, Emitter, Kind, Metric, bounded, combinations
@@ -154,8 +155,9 @@ class OtelMetrics(Metrics):
         """What the gauges show; asked of the event loop once for all of them. Called in threads of readers."""
         with self._lock:
             if time.monotonic() - self._read_s >= READ_EVERY_S:
+                # Also after a failure: it is not asked for again, and logged, for each gauge.
+                self._read_s, self._readings = time.monotonic(), {}
                 self._readings = self._ask_loop()
-                self._read_s = time.monotonic()
             return self._readings
 
     def _ask_loop(self) -> dict[str, list[Observation]]:
@@ -173,7 +175,12 @@ class OtelMetrics(Metrics):
     async def _measure_all(self) -> dict[str, list[Observation]]:
         found: dict[str, list[Observation]] = defaultdict(list)
         for measure in self._measures:
-            for reading in await measure():
+            try:
+                readings = await measure()
+            except TandemError as problem:
+                log.warning("some gauges are left out: %s", problem)
+                continue
+            for reading in readings:
                 found[reading.name].append(_observation(reading))
         return found
 

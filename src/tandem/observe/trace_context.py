@@ -14,6 +14,8 @@ from typing import Any
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 STATE_CHARS_MAX = 512
 """A longer tracestate is dropped, as the specification allows."""
+_STATE = re.compile(rf"[ -~]{{0,{STATE_CHARS_MAX}}}")
+"""Printable ASCII: gRPC refuses to send anything else on, and with it the whole call."""
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED = 1
 _RATIO_BITS = 64
@@ -61,7 +63,7 @@ def parsed(headers: Mapping[str, object]) -> TraceContext | None:
         trace_id=int(trace_id, 16),
         span_id=int(span_id, 16),
         is_sampled=bool(int(flags, 16) & _SAMPLED),
-        state=state if len(state) <= STATE_CHARS_MAX else "",
+        state=state if _STATE.fullmatch(state) else "",
     )
 
 

@@ -44,6 +44,7 @@ class SpanExport:
         self._wake = threading.Event()
         self._is_closing = False
         self._is_failing = False
+        self._is_full = False
         # Imported with the exporter: both need OpenTelemetry's packages.
         from tandem.observe.otlp import Encoder
 
@@ -63,7 +64,11 @@ class SpanExport:
             return
         if len(self._queue) >= self._queue_max:
             self.dropped_count += 1
+            if not self._is_full:
+                log.warning("spans are made faster than the collector takes them; some requests go without")
+            self._is_full = True
             return
+        self._is_full = False
         self._queue.append(course)
         if len(self._queue) == BATCH_MAX:
             self._wake.set()

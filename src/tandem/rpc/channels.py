@@ -7,6 +7,7 @@ replaced when the certificate has been renewed; what runs on the former ones end
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Collection
 
 import grpc
@@ -87,7 +88,9 @@ class Channels:
         """Close the channels to all other addresses, each as soon as the calls on it have ended."""
         for address in [known for known in self._by_address if known not in addresses]:
             channel = self._by_address.pop(address)
-            self._retiring[asyncio.create_task(channel.close(RETIRE_GRACE_S))] = channel
+            # In a context of its own: it outlives the request that may have met the change.
+            closing = asyncio.create_task(channel.close(RETIRE_GRACE_S), context=contextvars.Context())
+            self._retiring[closing] = channel
         for task in [task for task in self._retiring if task.done()]:
             del self._retiring[task]
 

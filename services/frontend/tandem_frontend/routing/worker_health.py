@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import Iterable
 
@@ -160,7 +161,10 @@ class WorkerHealth:
     def _note_silent(self, worker: Worker) -> None:
         if worker.start in self._followed and worker.start not in self._silent:
             log.warning("worker %s does not answer within %g s", worker.worker_id, CHECK_TIMEOUT_S)
-            asking = asyncio.create_task(self._ask_until_it_answers(worker), name=f"silent-{worker.worker_id}")
+            # In a context of its own: it goes on when the request that has met the silence is long over.
+            asking = asyncio.create_task(
+                self._ask_until_it_answers(worker), name=f"silent-{worker.worker_id}", context=contextvars.Context()
+            )
             self._silent[worker.start] = asking
 
     async def _ask_until_it_answers(self, worker: Worker) -> None:
