@@ -75,6 +75,9 @@ class Room:
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max
 
+    def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
+        return prompt_tokens + answer_tokens
+
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         return held_requests < self.requests_max
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from frontend_workers import decode, prefill
 from tandem_frontend.admission import Admission
-from tandem_frontend.capacity import Capacity
+from tandem_frontend.capacity import ANSWER_TOKENS_MAX, Capacity
 from tandem_frontend.waiting_line import Demand
 
 from tandem.errors import DeadlinePassed, Draining, Overloaded
@@ -25,6 +25,9 @@ class Fixed:
 
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max
+
+    def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
+        return prompt_tokens + answer_tokens
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         return held_requests < self.requests_max
@@ -205,16 +208,28 @@ async def test_nobody_is_worked_for_who_will_have_gone_while_others_wait(others:
     assert places.waiting_count == 0
 
 
-async def test_a_refusal_is_quick_however_long_the_line_is() -> None:
-    places = admission(open_requests_max=2_000)
-    with contextlib.ExitStack() as stack:
-        for _ in range(2_000):
-            stack.enter_context(places.admit())
+@pytest.mark.parametrize("tenants", [1, 50, 2_000])
+async def test_a_refusal_is_quick_however_long_the_line_is(tenants: int) -> None:
+    clock = ManualClock()
+    places = Admission(10_000, Fixed(1), clock)
+    async with places.place(ONE):
+        clock.advance(1)
+    async with places.place(ONE):
+        waiting = [
+            asyncio.create_task(places.place(Demand(tokens=10, tenant=str(number % tenants))).__aenter__())
+            for number in range(2_000)
+        ]
+        await asyncio.sleep(0)
+        assert places.waiting_count == 2_000
         begin_s = time.perf_counter()
-        for _ in range(100):
-            with pytest.raises(Overloaded), places.admit():
-                pass
-        assert (time.perf_counter() - begin_s) / 100 < 0.01
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                async with places.place(Demand(tokens=10, tenant="0", deadline_s=clock() + 0.5)):
+                    pass
+        assert (time.perf_counter() - begin_s) / 20 < 0.05
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
 
 
 async def test_room_that_comes_is_given_to_the_line() -> None:
@@ -297,3 +312,25 @@ def test_one_request_always_has_room() -> None:
 
 def test_without_workers_nobody_waits() -> None:
     assert capacity().fits(50, 10**9, 10**9)
+
+
+def test_a_request_counts_for_what_one_worker_may_set_aside_for_it() -> None:
+    room, most = capacity(None, None), decode().capabilities
+    whole = min(most.context_tokens_max, most.kv_capacity_tokens)
+    assert room.counted(10, 20) == 30
+    assert room.counted(10, 10**6) == min(10 + ANSWER_TOKENS_MAX, whole)
+    assert room.counted(10**6, 10**6) == whole
+    nobody = Capacity(most.model, lambda: (), lambda start: None)
+    assert nobody.counted(7, 5) == 12
+
+
+async def test_an_answer_without_a_bound_does_not_close_the_line() -> None:
+    places, order = Admission(10, capacity(EngineLoad(), EngineLoad()), monotonic), list[str]()
+    endless = Demand(tokens=10 + 10**6, answer_tokens=10**6)
+    tasks = [asyncio.create_task(served(places, endless, order, f"endless-{number}", 5)) for number in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.wait_for(served(places, ONE, order, "small"), 1)
+    assert sorted(order) == ["endless-0", "endless-1", "small"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

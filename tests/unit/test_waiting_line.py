@@ -130,3 +130,12 @@ def test_what_goes_before_a_newcomer_counts_the_turns_of_others() -> None:
     assert line.tokens_before(Demand(tokens=10, tenant="b")) == 30 + 30
     assert line.tokens_before(Demand(tokens=10, tenant="a")) == 100 + 30, "of another tenant no more than waits"
     assert line.tokens_before(Demand(tokens=10, tenant="b", priority=1)) == 0
+
+
+def test_tenants_that_leave_without_a_turn_are_forgotten() -> None:
+    line: WaitingLine[int] = WaitingLine()
+    line.add(0, Demand(tokens=1, tenant="stays"))
+    for number in range(1, 1_000):
+        line.add(number, Demand(tokens=1, tenant=f"tenant-{number}"))
+        line.remove(number)
+    assert not line._turns

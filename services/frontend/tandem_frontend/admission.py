@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from tandem.errors import DeadlinePassed, Draining, Overloaded
@@ -28,6 +29,10 @@ WAIT_MARGIN = 2.0
 
 class Room(Protocol):
     """How much the workers can take."""
+
+    def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
+        """What a request counts for, of what it may hold at most."""
+        ...
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         """Whether one more request of so many tokens has room beside those this frontend has with the workers."""
@@ -91,6 +96,7 @@ class Admission:
             Overloaded: its deadline would pass before its end, as fast as the line moves and requests end now.
             DeadlinePassed: it has passed in the line.
         """
+        demand = replace(demand, tokens=self._room.counted(demand.tokens - demand.answer_tokens, demand.answer_tokens))
         await self._wait(demand)
         begin_s = self._clock()
         try:

@@ -14,6 +14,9 @@ from tandem.model.worker import EngineLoad, Start, Worker, WorkerRole, WorkerSta
 QUEUED_FRACTION = 0.25
 """Requests an engine may have in its own queue, for each that it runs: it must never have to wait for the next."""
 QUEUED_MIN = 2
+ANSWER_TOKENS_MAX = 4096
+"""Of an answer, so many count: SGLang's own bound (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION). What comes to be longer is
+rare, and engines have means of their own for it (retraction)."""
 FAIR_FRACTION = 0.05
 """So much more than there is room for, one at least, is taken by a frontend that has less there than all others: a
 frontend fills its own places as they become free, and whoever came late would never have as many."""
@@ -35,6 +38,20 @@ class Capacity:
         self._told = (0, 0)
         self._others = (0, 0)
         """Requests and tokens of other frontends, as of when the workers' word last changed."""
+
+    def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
+        """What a request counts for: what it may hold at a time, as far as engines themselves set memory aside for it.
+
+        An answer may be said to be as long as the whole context allows. As such it would wait for all others to end,
+        and those behind it would wait for it.
+        """
+        tokens = prompt_tokens + min(answer_tokens, ANSWER_TOKENS_MAX)
+        held = [
+            min(worker.capabilities.context_tokens_max, worker.capabilities.kv_capacity_tokens)
+            for worker in self._workers()
+            if self._streams(worker)
+        ]
+        return min(tokens, max(held, default=tokens))
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         """Whether one more request has room. Without any worker it has: routing then says that there is none."""

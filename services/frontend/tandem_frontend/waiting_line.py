@@ -18,8 +18,8 @@ T = TypeVar("T", bound=Hashable)
 
 GONE_MIN = 32
 """Fewer tickets that left are not worth tidying a heap for."""
-OVERTAKEN_MAX = 512
-"""Of one tenant: about a millisecond."""
+LOOKED_AT_MAX = 4096
+"""Tickets of one tenant times tenants: a few milliseconds at most for a newcomer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,9 @@ class WaitingLine(Generic[T]):
         tenant.tokens -= demand.tokens
         if not tenant.waiting_count:
             del self._tenants[demand.tenant]
-            self._turns[demand.tenant] = tenant.turn
+            if tenant.turn > self._turn:
+                # Who is not ahead would begin there anyway.
+                self._turns[demand.tenant] = tenant.turn
         else:
             self._tidy(tenant)
         if not self._demands:
@@ -138,7 +140,7 @@ class WaitingLine(Generic[T]):
         None where so many wait that looking at each would take too long.
         """
         tenant = self._tenants.get(demand.tenant)
-        if tenant is None or len(tenant.heap) > OVERTAKEN_MAX:
+        if tenant is None or len(tenant.heap) * len(self._tenants) > LOOKED_AT_MAX:
             return
         own = 0
         for urgency, _, ticket in sorted(tenant.heap, key=lambda place: place[:2]):
