@@ -99,10 +99,10 @@ class Profiles:
             ProfileFailed: there is none, or it is larger than asked for.
         """
         form = self._admit(wanted)
-        self._end_s = self._clock() + wanted.duration_s + STOP_ALLOWANCE_S
         directory = run_directory.make_inside("tandem-profile-")
+        self._end_s = self._clock() + wanted.duration_s + STOP_ALLOWANCE_S
         try:
-            await self._profiler.start(directory, form, wanted)
+            await self._start(directory, form, wanted)
             try:
                 yield Started(form, wanted.duration_s)
                 await asyncio.sleep(wanted.duration_s)
@@ -128,6 +128,17 @@ class Profiles:
                 "another profile is being recorded here", retry_delay_s=max(0.1, self._end_s - self._clock())
             )
         return form
+
+    async def _start(self, directory: Path, form: str, wanted: Wanted) -> None:
+        """Start whole or not at all: what was told to begin is told to stop, also when the caller leaves in between."""
+        starting = asyncio.ensure_future(self._profiler.start(directory, form, wanted))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})
+            if starting.exception() is None:
+                await self._stop()
+            raise
 
     async def _stop(self) -> None:
         """Stop whatever becomes of the caller: a recorder that is left on slows its process down for good."""

@@ -41,11 +41,12 @@ class LoadWatch:
         self._interval_s = INTERVAL_S
         self._tasks: dict[Start, asyncio.Task[None]] = {}
         self._loads: dict[Start, tuple[float, EngineLoad]] = {}
+        """Until when it counts, and what it is."""
 
     def of(self, start: Start) -> EngineLoad | None:
         """What a worker said last; None when that is long ago, or it has said nothing yet."""
         known = self._loads.get(start)
-        if known is None or self._clock() - known[0] > STALE_INTERVALS * self._interval_s:
+        if known is None or self._clock() > known[0]:
             return None
         return known[1]
 
@@ -74,11 +75,14 @@ class LoadWatch:
         backoff = Backoff(first_s=0.5, most_s=5.0)
         while True:
             stub: Any = WorkerServiceStub(self._channels.get(worker.address))
-            call = stub.WatchLoad(pb.WatchLoadRequest(interval_ms=int(self._interval_s * 1_000)))
+            # A stream keeps the pace it was asked for, however the fleet grows or shrinks meanwhile.
+            interval_s = self._interval_s
+            call = stub.WatchLoad(pb.WatchLoadRequest(interval_ms=int(interval_s * 1_000)))
             try:
                 while (said := await call.read()) is not grpc.aio.EOF:
                     if said.epoch == worker.epoch:
-                        self._loads[worker.start] = self._clock(), load_from_proto(said)
+                        until_s = self._clock() + STALE_INTERVALS * interval_s
+                        self._loads[worker.start] = until_s, load_from_proto(said)
                         backoff.reset()
                         if self._on_change is not None:
                             self._on_change()
