@@ -103,7 +103,7 @@ async def told_us(count: int = 20_000) -> float:
     """Processor time of this process for one record, told to metrics that are on."""
     metrics = open_metrics(ServiceConfig(metrics_port=0), Emitter.FRONTEND, "tandem-bench")
     await metrics.start("bench")
-    attempt = AttemptCourse(why="random among 1 of 1", outcome="finished", end_s=1.0)
+    attempt = AttemptCourse(policy="random", outcome="finished", end_s=1.0)
     course = Course(begin_s=0.0, end_s=1.0, first_token_s=0.1, last_token_s=0.9, token_count=32, outcome="finished")
     course.attempts.append(attempt)
     course.steps.append(Step("wait", 0.0, 0.01))

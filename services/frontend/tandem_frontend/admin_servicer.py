@@ -1,6 +1,6 @@
 """FrontendAdminService on the wire: courses and figures as messages, with bounds on pages and intervals.
 
-Reads only. Nothing here needs admin_enabled: there are no prompts in a course, and whoever can call this could as well
+Reads only. Nothing here needs admin_enabled: no prompt of a course is told, and whoever can call this could as well
 call the service that the requests come to.
 """
 

@@ -259,7 +259,11 @@ class RequestStream:
 
     async def _is_lost(self, worker: Worker) -> bool:
         """Whether a worker that is slow does not answer at all, and the request has somewhere else to go."""
-        return self._next_route({*self._failed, worker.start}) is not None and not await self._attempts.answers(worker)
+        if self._next_route({*self._failed, worker.start}) is None:
+            return False
+        has_answered = await self._attempts.answers(worker)
+        self._record.course.event("silent worker asked", worker=worker.worker_id, has_answered=has_answered)
+        return not has_answered
 
     def _next_route(self, failed: Collection[Start]) -> Route | None:
         may_go_on = not self._sent or obstacle(self._leg) is None

@@ -85,6 +85,7 @@ class Record:
             decode_worker=route.decode,
             candidates_count=pick.candidates_count,
             candidates=pick.candidates,
+            policy=pick.policy,
             why=pick.why,
             begin_s=course.clock(),
             tokens_before=tokens_before,

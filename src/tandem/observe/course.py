@@ -92,8 +92,10 @@ class AttemptCourse:
     """Pairs and aggregated workers that were possible."""
     candidates: str = ""
     """Some of them, by name."""
+    policy: str = ""
+    """Which policy has chosen this pair."""
     why: str = ""
-    """Why this pair."""
+    """Why this one."""
     begin_s: float = 0.0
     """Its legs were sent."""
     prefill_accepted_s: float | None = None

@@ -51,11 +51,6 @@ class Courses(Generic[C]):
         """The last ones, the newest last."""
         return list(self._closed)
 
-    def find(self, request_id: str) -> list[C]:
-        """All that are known of a request, closed ones first: a client may use an id again, legs share theirs."""
-        known = self.closed + self.open
-        return [course for course in known if course.request_id == request_id]
-
     def child(self, parent: TraceContext | None) -> TraceContext | None:
         """The span below `parent`; where nothing is exported `parent` itself, which is then passed on."""
         return parent if self.ids is None else self.ids.child(parent)

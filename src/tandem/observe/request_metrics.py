@@ -64,8 +64,7 @@ class RequestMetrics:
     def _tell_attempt(self, attempt: AttemptCourse) -> None:
         metrics = self._metrics
         route = "aggregated" if attempt.prefill_worker is None else "pair"
-        policy = attempt.why.partition(" ")[0]
-        metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": policy, "tandem.route": route})
+        metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": attempt.policy, "tandem.route": route})
         if attempt.tokens_before:
             metrics.count("tandem.continuations", attributes={"tandem.outcome": attempt.outcome})
         if attempt.failed_leg:

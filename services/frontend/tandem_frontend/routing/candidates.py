@@ -20,7 +20,10 @@ class Pick:
     """Pairs and aggregated workers that were possible."""
     candidates: str = ""
     """Some of the workers among them, by name."""
+    policy: str = ""
+    """The policy's name."""
     why: str = ""
+    """In words."""
 
 
 @dataclass(frozen=True, slots=True)

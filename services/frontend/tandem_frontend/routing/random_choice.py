@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from tandem_frontend.routing.candidates import Candidate, Route
 
+POLICY = "random"
+"""Its name, for whoever asks how a worker was chosen."""
+
 
 def choose(candidates: Sequence[Candidate], rng: random.Random) -> Route:
     """One of the candidates."""

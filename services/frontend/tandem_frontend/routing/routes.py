@@ -15,7 +15,7 @@ from tandem.model.worker import Start, Worker
 from tandem_frontend.models import ServedModel
 from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Candidate, Pick, Route, able_to_hold, candidates, without
-from tandem_frontend.routing.random_choice import choose
+from tandem_frontend.routing.random_choice import POLICY, choose
 from tandem_frontend.routing.refusals import Refusals
 
 NAMED_MAX = 8
@@ -91,4 +91,4 @@ def _pick(every: Sequence[Candidate], left: Sequence[Candidate], left_out: Seque
     names = [candidate.decode.worker_id for candidate in every[:NAMED_MAX]]
     names += [prefill.worker_id for prefill in every[0].prefills[:NAMED_MAX]]
     without_them = f", without {' and '.join(left_out)} ones" if left_out else ""
-    return Pick(count, " ".join(names), f"random among {left_count} of {count}{without_them}")
+    return Pick(count, " ".join(names), POLICY, f"{POLICY} among {left_count} of {count}{without_them}")
