@@ -7,11 +7,12 @@ the times that a stream tells of itself stay in order. Each jump is proved by wh
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ class ClockCluster(LegCluster):
         async with open_channel(registry.address) as channel:
             await give_up(channel, await grant(channel, member, now_s()))
         line = next(line for line in reversed(registry.log.read_text().splitlines()) if member.frontend_id in line)
-        dated = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f").replace(tzinfo=UTC)
+        dated = datetime.fromisoformat(json.loads(line)["time"])
         return dated.timestamp() - time.time()
 
     async def epochs(self) -> dict[str, int]:
