@@ -63,6 +63,8 @@ class SglangEngine:
         self._runs: dict[str, _Run] = {}
         self._failure: str | None = None
         self._failed = asyncio.Event()
+        self._over = asyncio.Event()
+        """It has failed, or is being stopped: no answer will come."""
         self._directory: Path | None = None
         self._files: list[Path] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -169,6 +171,7 @@ class SglangEngine:
         log.error("%s", sentence)
         self._failure = sentence
         self._failed.set()
+        self._over.set()
         for run in self._runs.values():
             run.queue.put_nowait(EngineFailed(sentence))
 
@@ -187,6 +190,7 @@ class SglangEngine:
             self._stall = stall
 
     async def _stop(self) -> None:
+        self._over.set()
         for run in self._runs.values():
             run.queue.put_nowait(run.answers.aborted())
         if self._children is not None:
@@ -323,6 +327,7 @@ class SglangEngine:
 
     async def flush_cache(self) -> bool:
         """See the port."""
+        self._check_alive()
         answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
         return bool(answer.success)
 
@@ -337,8 +342,8 @@ class SglangEngine:
         self._profile_directory = directory
 
     async def stop_profile(self) -> None:
-        """See the port."""
-        self._check_alive()
+        """See the port. Asked during a stall too, and answered after it: nobody else would stop the recording."""
+        self._check_lives()
         await self._unless_failed(profiling.stop(self._engine.tokenizer_manager, self._profile_directory))
 
     async def kv_events(self, from_sequence: int | None) -> AsyncGenerator[KvEvent, None]:
@@ -347,26 +352,28 @@ class SglangEngine:
         yield  # makes this an iterator, as the port wants it
 
     async def _unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """The engine's answer, or EngineFailed when it dies without one."""
-        self._check_alive()
+        """The engine's answer, after a stall where there is one; EngineFailed when it dies without one."""
         answer = asyncio.create_task(work)
-        failed = asyncio.create_task(self._failed.wait())
+        over = asyncio.create_task(self._over.wait())
         try:
-            either: set[asyncio.Future[Any]] = {answer, failed}
+            either: set[asyncio.Future[Any]] = {answer, over}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            self._check_alive()
+            self._check_lives()
             return await answer
         finally:
             answer.cancel()
-            failed.cancel()
+            over.cancel()
 
     def _check_alive(self) -> None:
+        self._check_lives()
+        if self._stall is not None:
+            raise EngineFailed(self._stall)
+
+    def _check_lives(self) -> None:
         if self._failure is not None:
             raise EngineFailed(self._failure)
         if self._engine is None or self._stopping is not None:
             raise EngineFailed("the engine does not run")
-        if self._stall is not None:
-            raise EngineFailed(self._stall)
 
 
 def _device(wanted: str) -> str:
