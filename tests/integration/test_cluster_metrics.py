@@ -5,6 +5,7 @@ A row without an entry here is red. Engines are simulated but for the last test,
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -20,7 +21,8 @@ from happenings import World
 from scraped import EMITTERS, Wanted, samples, scrape, values
 
 from tandem.api.types.v1 import generation_pb2
-from tandem.observe.names import BY_NAME, TABLE, prometheus_name
+from tandem.observe.names import BY_NAME, TABLE, Kind, prometheus_name
+from tandem.observe.otel import READ_EVERY_S
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.runtime.cluster_consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
@@ -154,6 +156,9 @@ async def assert_moves(name: str, world: World) -> None:
     async def value() -> float:
         return case.of(await values(world.processes, wanted))
 
+    if BY_NAME[name].kind is Kind.GAUGE:
+        # What was read for the case before this one may still be told.
+        await asyncio.sleep(READ_EVERY_S)
     before = await value()
     async with case.happening(world):
         await assert_eventually(

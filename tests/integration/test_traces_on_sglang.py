@@ -69,7 +69,8 @@ async def test_one_tree_in_order(pair: LocalCluster, collector: Receiver) -> Non
         steps = [one(spans, name, parent) for name in names]
         assert [s.begin_s for s in steps] == sorted(s.begin_s for s in steps), names
     for child in (attempt, prefill, decode):
-        assert root.begin_s <= child.begin_s <= child.end_s <= root.end_s + 0.005, child.name
+        # A worker closes its leg after it has said its last word, which the frontend does not wait for.
+        assert root.begin_s <= child.begin_s <= child.end_s <= root.end_s + 0.1, child.name
     # Decode has memory for the KV before prefill computes, and its first token after the KV has come.
     assert one(spans, "pre-allocate").end_s <= one(spans, "prefill").end_s
     assert one(spans, "transfer").end_s <= one(spans, "first token").end_s
