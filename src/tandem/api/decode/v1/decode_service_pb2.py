@@ -25,17 +25,19 @@ _sym_db = _symbol_database.Default()
 from tandem.api.types.v1 import leg_pb2 as tandem_dot_api_dot_types_dot_v1_dot_leg__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tandem/api/decode/v1/decode_service.proto\x12\x14tandem.api.decode.v1\x1a\x1dtandem/api/types/v1/leg.proto\"=\n\rDecodeRequest\x12,\n\x03leg\x18\x01 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegRequest\"\xe9\x01\n\x0e\x44\x65\x63odeResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .tandem.api.types.v1.LegAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.LegProgressH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.tandem.api.types.v1.LegTokensH\x00\x12\x30\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1e.tandem.api.types.v1.LegFinishH\x00\x42\x07\n\x05\x65vent2f\n\rDecodeService\x12U\n\x06\x44\x65\x63ode\x12#.tandem.api.decode.v1.DecodeRequest\x1a$.tandem.api.decode.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tandem/api/decode/v1/decode_service.proto\x12\x14tandem.api.decode.v1\x1a\x1dtandem/api/types/v1/leg.proto\"=\n\rDecodeRequest\x12,\n\x03leg\x18\x01 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegRequest\"\xe9\x01\n\x0e\x44\x65\x63odeResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .tandem.api.types.v1.LegAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.LegProgressH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.tandem.api.types.v1.LegTokensH\x00\x12\x30\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x1e.tandem.api.types.v1.LegFinishH\x00\x42\x07\n\x05\x65vent2k\n\rDecodeService\x12U\n\x06\x44\x65\x63ode\x12#.tandem.api.decode.v1.DecodeRequest\x1a$.tandem.api.decode.v1.DecodeResponse0\x01\x1a\x03\x88\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.decode.v1.decode_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DECODESERVICE']._loaded_options = None
+  _globals['_DECODESERVICE']._serialized_options = b'\210\002\001'
   _globals['_DECODEREQUEST']._serialized_start=98
   _globals['_DECODEREQUEST']._serialized_end=159
   _globals['_DECODERESPONSE']._serialized_start=162
   _globals['_DECODERESPONSE']._serialized_end=395
   _globals['_DECODESERVICE']._serialized_start=397
-  _globals['_DECODESERVICE']._serialized_end=499
+  _globals['_DECODESERVICE']._serialized_end=504
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class DecodeServiceStub:
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 
@@ -44,7 +47,10 @@ class DecodeServiceStub:
 
 
 class DecodeServiceServicer:
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 
@@ -73,7 +79,10 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService:
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 

@@ -16,6 +16,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Self as _Self
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 _T = _typing.TypeVar("_T")
 
 class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
@@ -26,8 +31,12 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
+@_deprecated("""This stub has been marked as deprecated using proto service options.""")
 class DecodeServiceStub:
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 
@@ -40,9 +49,13 @@ class DecodeServiceStub:
     the call with a status: STALE_EPOCH, WRONG_ROLE, INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
+@_deprecated("""This stub has been marked as deprecated using proto service options.""")
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 
@@ -52,8 +65,12 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     the call with a status: STALE_EPOCH, WRONG_ROLE, INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
+@_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.decode.v2.
+
+    The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
     """
 
@@ -67,4 +84,5 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         the call with a status: STALE_EPOCH, WRONG_ROLE, INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
         """
 
+@_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

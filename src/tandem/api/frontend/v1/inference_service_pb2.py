@@ -28,7 +28,7 @@ from tandem.api.types.v1 import generation_pb2 as tandem_dot_api_dot_types_dot_v
 from tandem.api.types.v1 import sampling_pb2 as tandem_dot_api_dot_types_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.tandem/api/frontend/v1/inference_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\"\xcc\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x35\n\ttoken_ids\x18\x04 \x01(\x0b\x32 .tandem.api.frontend.v1.TokenIdsH\x00\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x17\n\nsession_id\x18\x0c \x01(\tH\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x06\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\r\n\x0b_session_idB\x16\n\x14_skip_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"{\n\x04\x43hat\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.tandem.api.frontend.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcb\x01\n\x10GenerateResponse\x12<\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32(.tandem.api.frontend.v1.GenerateAcceptedH\x00\x12\x36\n\x05\x63hunk\x18\x02 \x01(\x0b\x32%.tandem.api.frontend.v1.GenerateChunkH\x00\x12\x38\n\x06\x66inish\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinishH\x00\x42\x07\n\x05\x65vent\"z\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12,\n\x05route\x18\x04 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"e\n\x05Route\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62ootstrap_room\x18\x04 \x01(\x03\"t\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x83\x02\n\x0eGenerateFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x36\n\x0cmatched_stop\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.MatchedStop\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.tandem.api.types.v1.Timings\x12,\n\x05route\x18\x05 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"R\n\x15GenerateEventsRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"Q\n\x14GenerateUnaryRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"\xc8\x01\n\x15GenerateUnaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x36\n\x06\x66inish\x18\x06 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinish\"x\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x42\x07\n\x05inputB\x08\n\x06_model\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.tandem.api.frontend.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Model\"\xc9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x02 \x01(\x05\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\x05\x12\x1a\n\x12\x61ggregated_workers\x18\x07 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x32\xff\x06\n\x10InferenceService\x12_\n\x08Generate\x12\'.tandem.api.frontend.v1.GenerateRequest\x1a(.tandem.api.frontend.v1.GenerateResponse0\x01\x12w\n\x0eGenerateEvents\x12-.tandem.api.frontend.v1.GenerateEventsRequest\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x0c/v1/generate:\x08generate0\x01\x12\x92\x01\n\rGenerateUnary\x12,.tandem.api.frontend.v1.GenerateUnaryRequest\x1a-.tandem.api.frontend.v1.GenerateUnaryResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x12/v1/generate:unary:\x08generate\x12v\n\x08Tokenize\x12\'.tandem.api.frontend.v1.TokenizeRequest\x1a(.tandem.api.frontend.v1.TokenizeResponse\"\x17\x82\xd3\xe4\x93\x02\x11\"\x0c/v1/tokenize:\x01*\x12~\n\nDetokenize\x12).tandem.api.frontend.v1.DetokenizeRequest\x1a*.tandem.api.frontend.v1.DetokenizeResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/detokenize:\x01*\x12~\n\nListModels\x12).tandem.api.frontend.v1.ListModelsRequest\x1a*.tandem.api.frontend.v1.ListModelsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/tandem/models\x12\x83\x01\n\x08GetModel\x12\'.tandem.api.frontend.v1.GetModelRequest\x1a(.tandem.api.frontend.v1.GetModelResponse\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/v1/tandem/models/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.tandem/api/frontend/v1/inference_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\"\xf6\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x35\n\ttoken_ids\x18\x04 \x01(\x0b\x32 .tandem.api.frontend.v1.TokenIdsH\x00\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x17\n\nsession_id\x18\x0c \x01(\tH\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x06\x88\x01\x01\x12\x18\n\x0b\x63oalesce_ms\x18\x0e \x01(\x05H\x07\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\r\n\x0b_session_idB\x16\n\x14_skip_special_tokensB\x0e\n\x0c_coalesce_ms\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"{\n\x04\x43hat\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.tandem.api.frontend.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcb\x01\n\x10GenerateResponse\x12<\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32(.tandem.api.frontend.v1.GenerateAcceptedH\x00\x12\x36\n\x05\x63hunk\x18\x02 \x01(\x0b\x32%.tandem.api.frontend.v1.GenerateChunkH\x00\x12\x38\n\x06\x66inish\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinishH\x00\x42\x07\n\x05\x65vent\"z\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12,\n\x05route\x18\x04 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"e\n\x05Route\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62ootstrap_room\x18\x04 \x01(\x03\"t\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x83\x02\n\x0eGenerateFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x36\n\x0cmatched_stop\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.MatchedStop\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.tandem.api.types.v1.Timings\x12,\n\x05route\x18\x05 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"R\n\x15GenerateEventsRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"Q\n\x14GenerateUnaryRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"\xc8\x01\n\x15GenerateUnaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x36\n\x06\x66inish\x18\x06 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinish\"x\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x42\x07\n\x05inputB\x08\n\x06_model\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.tandem.api.frontend.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Model\"\xc9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x02 \x01(\x05\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\x05\x12\x1a\n\x12\x61ggregated_workers\x18\x07 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x32\xff\x06\n\x10InferenceService\x12_\n\x08Generate\x12\'.tandem.api.frontend.v1.GenerateRequest\x1a(.tandem.api.frontend.v1.GenerateResponse0\x01\x12w\n\x0eGenerateEvents\x12-.tandem.api.frontend.v1.GenerateEventsRequest\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x0c/v1/generate:\x08generate0\x01\x12\x92\x01\n\rGenerateUnary\x12,.tandem.api.frontend.v1.GenerateUnaryRequest\x1a-.tandem.api.frontend.v1.GenerateUnaryResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x12/v1/generate:unary:\x08generate\x12v\n\x08Tokenize\x12\'.tandem.api.frontend.v1.TokenizeRequest\x1a(.tandem.api.frontend.v1.TokenizeResponse\"\x17\x82\xd3\xe4\x93\x02\x11\"\x0c/v1/tokenize:\x01*\x12~\n\nDetokenize\x12).tandem.api.frontend.v1.DetokenizeRequest\x1a*.tandem.api.frontend.v1.DetokenizeResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/detokenize:\x01*\x12~\n\nListModels\x12).tandem.api.frontend.v1.ListModelsRequest\x1a*.tandem.api.frontend.v1.ListModelsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/tandem/models\x12\x83\x01\n\x08GetModel\x12\'.tandem.api.frontend.v1.GetModelRequest\x1a(.tandem.api.frontend.v1.GetModelResponse\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/v1/tandem/models/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,47 +48,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\036\022\034/v1/tandem/models/{model=**}'
   _globals['_GENERATEREQUEST']._serialized_start=206
-  _globals['_GENERATEREQUEST']._serialized_end=794
-  _globals['_TOKENIDS']._serialized_start=796
-  _globals['_TOKENIDS']._serialized_end=819
-  _globals['_CHAT']._serialized_start=821
-  _globals['_CHAT']._serialized_end=944
-  _globals['_CHATMESSAGE']._serialized_start=946
-  _globals['_CHATMESSAGE']._serialized_end=990
-  _globals['_GENERATERESPONSE']._serialized_start=993
-  _globals['_GENERATERESPONSE']._serialized_end=1196
-  _globals['_GENERATEACCEPTED']._serialized_start=1198
-  _globals['_GENERATEACCEPTED']._serialized_end=1320
-  _globals['_ROUTE']._serialized_start=1322
-  _globals['_ROUTE']._serialized_end=1423
-  _globals['_GENERATECHUNK']._serialized_start=1425
-  _globals['_GENERATECHUNK']._serialized_end=1541
-  _globals['_GENERATEFINISH']._serialized_start=1544
-  _globals['_GENERATEFINISH']._serialized_end=1803
-  _globals['_GENERATEEVENTSREQUEST']._serialized_start=1805
-  _globals['_GENERATEEVENTSREQUEST']._serialized_end=1887
-  _globals['_GENERATEUNARYREQUEST']._serialized_start=1889
-  _globals['_GENERATEUNARYREQUEST']._serialized_end=1970
-  _globals['_GENERATEUNARYRESPONSE']._serialized_start=1973
-  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2173
-  _globals['_TOKENIZEREQUEST']._serialized_start=2175
-  _globals['_TOKENIZEREQUEST']._serialized_end=2295
-  _globals['_TOKENIZERESPONSE']._serialized_start=2297
-  _globals['_TOKENIZERESPONSE']._serialized_end=2334
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2336
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2462
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2464
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2498
-  _globals['_LISTMODELSREQUEST']._serialized_start=2500
-  _globals['_LISTMODELSREQUEST']._serialized_end=2519
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2521
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2588
-  _globals['_GETMODELREQUEST']._serialized_start=2590
-  _globals['_GETMODELREQUEST']._serialized_end=2622
-  _globals['_GETMODELRESPONSE']._serialized_start=2624
-  _globals['_GETMODELRESPONSE']._serialized_end=2688
-  _globals['_MODEL']._serialized_start=2691
-  _globals['_MODEL']._serialized_end=2892
-  _globals['_INFERENCESERVICE']._serialized_start=2895
-  _globals['_INFERENCESERVICE']._serialized_end=3790
+  _globals['_GENERATEREQUEST']._serialized_end=836
+  _globals['_TOKENIDS']._serialized_start=838
+  _globals['_TOKENIDS']._serialized_end=861
+  _globals['_CHAT']._serialized_start=863
+  _globals['_CHAT']._serialized_end=986
+  _globals['_CHATMESSAGE']._serialized_start=988
+  _globals['_CHATMESSAGE']._serialized_end=1032
+  _globals['_GENERATERESPONSE']._serialized_start=1035
+  _globals['_GENERATERESPONSE']._serialized_end=1238
+  _globals['_GENERATEACCEPTED']._serialized_start=1240
+  _globals['_GENERATEACCEPTED']._serialized_end=1362
+  _globals['_ROUTE']._serialized_start=1364
+  _globals['_ROUTE']._serialized_end=1465
+  _globals['_GENERATECHUNK']._serialized_start=1467
+  _globals['_GENERATECHUNK']._serialized_end=1583
+  _globals['_GENERATEFINISH']._serialized_start=1586
+  _globals['_GENERATEFINISH']._serialized_end=1845
+  _globals['_GENERATEEVENTSREQUEST']._serialized_start=1847
+  _globals['_GENERATEEVENTSREQUEST']._serialized_end=1929
+  _globals['_GENERATEUNARYREQUEST']._serialized_start=1931
+  _globals['_GENERATEUNARYREQUEST']._serialized_end=2012
+  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2015
+  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2215
+  _globals['_TOKENIZEREQUEST']._serialized_start=2217
+  _globals['_TOKENIZEREQUEST']._serialized_end=2337
+  _globals['_TOKENIZERESPONSE']._serialized_start=2339
+  _globals['_TOKENIZERESPONSE']._serialized_end=2376
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2378
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2504
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2506
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2540
+  _globals['_LISTMODELSREQUEST']._serialized_start=2542
+  _globals['_LISTMODELSREQUEST']._serialized_end=2561
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2563
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2630
+  _globals['_GETMODELREQUEST']._serialized_start=2632
+  _globals['_GETMODELREQUEST']._serialized_end=2664
+  _globals['_GETMODELRESPONSE']._serialized_start=2666
+  _globals['_GETMODELRESPONSE']._serialized_end=2730
+  _globals['_MODEL']._serialized_start=2733
+  _globals['_MODEL']._serialized_end=2934
+  _globals['_INFERENCESERVICE']._serialized_start=2937
+  _globals['_INFERENCESERVICE']._serialized_end=3832
 # @@protoc_insertion_point(module_scope)

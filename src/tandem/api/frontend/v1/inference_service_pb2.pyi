@@ -39,6 +39,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    COALESCE_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client's own id, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'. Default: minted by the frontend."""
     model: _builtins.str
@@ -53,6 +54,10 @@ class GenerateRequest(_message.Message):
     """Reserved: carried, not used for routing yet. At most 128 characters. Default: none."""
     skip_special_tokens: _builtins.bool
     """Leave special tokens out of the text. Default true. Tool calls of many models are written with them."""
+    coalesce_ms: _builtins.int
+    """Most milliseconds for which a busy frontend may hold tokens back so that they travel in one chunk, 0 to 1,000. The
+    first token never waits. 0: a chunk for each token. Default: the frontend's setting.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, sent as they are."""
@@ -93,13 +98,16 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str | None = ...,
         session_id: _builtins.str | None = ...,
         skip_special_tokens: _builtins.bool | None = ...,
+        coalesce_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "_session_id", b"_session_id", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "guided", b"guided", "input", b"input", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_coalesce_ms", b"_coalesce_ms", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "_session_id", b"_session_id", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "coalesce_ms", b"coalesce_ms", "guided", b"guided", "input", b"input", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "_session_id", b"_session_id", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "guided", b"guided", "input", b"input", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_coalesce_ms", b"_coalesce_ms", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "_session_id", b"_session_id", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "coalesce_ms", b"coalesce_ms", "guided", b"guided", "input", b"input", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__coalesce_ms: _TypeAlias = _typing.Literal["coalesce_ms"]  # noqa: Y015
+    _WhichOneofArgType__coalesce_ms: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms"]  # noqa: Y015
     _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
@@ -114,6 +122,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coalesce_ms) -> _WhichOneofReturnType__coalesce_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
     @_typing.overload

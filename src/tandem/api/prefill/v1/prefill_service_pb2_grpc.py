@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -44,7 +47,10 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -74,7 +80,10 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 

@@ -16,6 +16,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Self as _Self
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 _T = _typing.TypeVar("_T")
 
 class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
@@ -26,8 +31,12 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
+@_deprecated("""This stub has been marked as deprecated using proto service options.""")
 class PrefillServiceStub:
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -41,9 +50,13 @@ class PrefillServiceStub:
     INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
+@_deprecated("""This stub has been marked as deprecated using proto service options.""")
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -54,8 +67,12 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
+@_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
+    both versions. See tandem.api.prefill.v2.
+
+    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -70,4 +87,5 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
         """
 
+@_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

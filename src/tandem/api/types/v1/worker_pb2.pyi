@@ -86,6 +86,7 @@ class Worker(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_DIGEST_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    LEG_CONTRACT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
     epoch: _builtins.int
@@ -102,6 +103,8 @@ class Worker(_message.Message):
     """
     release: _builtins.str
     """Release of Tandem it runs, for example "0.1.0". Default: unknown."""
+    leg_contract: _builtins.int
+    """Version of the leg contract it speaks; only a frontend of the same version sends it legs. Absent: 1."""
     @_builtins.property
     def capabilities(self) -> Global___WorkerCapabilities:
         """What its engine can do."""
@@ -122,14 +125,20 @@ class Worker(_message.Message):
         state: Global___WorkerState.ValueType = ...,
         capabilities_digest: _builtins.str | None = ...,
         release: _builtins.str = ...,
+        leg_contract: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "_leg_contract", b"_leg_contract", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "leg_contract", b"leg_contract"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "epoch", b"epoch", "release", b"release", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "_leg_contract", b"_leg_contract", "address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "epoch", b"epoch", "leg_contract", b"leg_contract", "release", b"release", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__capabilities_digest: _TypeAlias = _typing.Literal["capabilities_digest"]  # noqa: Y015
     _WhichOneofArgType__capabilities_digest: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest"]  # noqa: Y015
+    _WhichOneofReturnType__leg_contract: _TypeAlias = _typing.Literal["leg_contract"]  # noqa: Y015
+    _WhichOneofArgType__leg_contract: _TypeAlias = _typing.Literal["_leg_contract", b"_leg_contract"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__capabilities_digest) -> _WhichOneofReturnType__capabilities_digest | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__leg_contract) -> _WhichOneofReturnType__leg_contract | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
