@@ -17,6 +17,7 @@ import psutil
 
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine, KvEvent
+from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.errors import TandemError
 from tandem.model.generation import EngineRequest
@@ -35,7 +36,7 @@ class Host:
         self._commands: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
             "start": self._engine.start,
             "stop": self._engine.stop,
-            "abort": self._engine.abort,
+            "abort": self._abort,
             "load": self._engine.load,
             "canary": self._engine.canary,
             "flush_cache": self._engine.flush_cache,
@@ -65,14 +66,17 @@ class Host:
 
     async def _generate(self, number: int, request: EngineRequest, close_after: int | None) -> None:
         """Pass every batch on; with `close_after`, close the iterator once so many batches came."""
-        batches = self._engine.generate(request)
+        batches = generate(self._engine, request)
         count = 0
         async for batch in batches:
             self._answer((number, "batch", batch))
             count += 1
             if count == close_after:
-                await batches.aclose()  # type: ignore[attr-defined]
+                await batches.aclose()
                 return
+
+    async def _abort(self, request_id: str) -> bool:
+        return self._engine.abort(request_id)
 
     async def _describe(self) -> tuple[Any, Any]:
         return self._engine.capabilities(), self._engine.bootstrap_address()

@@ -11,11 +11,8 @@ from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens, read_vocabulary
 from tandem.errors import StaleEpoch
-from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import LegCall, open_decode
+from tandem.testing.direct_legs import DirectLegs, direct_legs
 from tests.faults.fault_cluster import DEMO_MODEL
-
-ANSWER_S = 30.0
 
 
 @cache
@@ -29,14 +26,13 @@ def demo_answers(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class DirectCalls:
-    """Decode legs to one worker over a connection that is there already; use `direct_calls`."""
+    """Decode legs to one worker over a step stream that is open already; use `direct_calls`."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._channels = Channels()
+    def __init__(self, legs: DirectLegs) -> None:
+        self._legs = legs
 
-    def send(self, epoch: int) -> LegCall:
-        """A leg for that start of the worker. Nobody comes to its room."""
+    async def is_refused_as_stale(self, epoch: int) -> bool:
+        """Whether the worker says that this is not its start; any other failure is the caller's."""
         leg = leg_pb2.LegRequest(
             request_id=f"direct-{random.getrandbits(32):08x}",
             model=DEMO_MODEL.name,
@@ -45,31 +41,20 @@ class DirectCalls:
             worker_epoch=epoch,
             sampling=sampling_pb2.Sampling(temperature=0.0),
             stopping=sampling_pb2.Stopping(max_tokens=4),
+            # Nobody comes to its room.
             bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=9, room=1),
         )
-        return open_decode(self._channels, self._address, leg, ANSWER_S)
-
-    async def is_refused_as_stale(self, epoch: int) -> bool:
-        """Whether the worker says that this is not its start; any other failure is the caller's."""
-        call = self.send(epoch)
         try:
-            await call.read()
+            await self._legs.start(leg)
         except StaleEpoch:
             return True
-        finally:
-            call.cancel()
         return False
-
-    async def close(self) -> None:
-        await self._channels.close()
 
 
 @asynccontextmanager
 async def direct_calls(address: str) -> AsyncIterator[DirectCalls]:
     """Calls to host:port, which must answer now."""
-    calls = DirectCalls(address)
-    try:
+    async with direct_legs(address) as legs:
+        calls = DirectCalls(legs)
         assert await calls.is_refused_as_stale(1), "an epoch that never was is taken"
         yield calls
-    finally:
-        await calls.close()

@@ -1,28 +1,38 @@
-"""Workers that are played on virtual time: they take legs, hand over, stream, are killed, stopped, and fail hand-overs.
+"""Workers on virtual time: they take legs, hand over, stream, are killed, stopped, and fail hand-overs.
 
-Owns what a frontend can see of a fleet and nothing of the frontend. Tokens depend on all tokens before them, so one
-that is lost, repeated or another request's shows in the answer. Every chance is drawn from one seed.
+Each process has the real tables of legs and the real step streams of a worker, around an engine that is played; the
+frontend's side of the contract is the real one too. Played are the engine and the network between them. Tokens depend
+on all tokens before them, so one that is lost, repeated or another request's shows in the answer. Every chance is drawn
+from one seed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from tandem_frontend.dispatch import Dispatched
+from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.link_leg import Bounds, Leg, Sink
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.worker_links import WorkerLinks
 
-from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
-from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
-from tandem.model.worker import Capabilities, Start, Worker, WorkerRole
+from tandem.api.types.v1 import leg_pb2
+from tandem.api.types.v2 import leg_pb2 as leg2_pb2
+from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
+from tandem.engine.port import Output
+from tandem.errors import LegFailed, ServiceError, TandemError
+from tandem.model.generation import Bootstrap, EngineFinish, EngineRequest, FinishReason
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Start, Worker, WorkerRole
 from tandem.observe.trace_context import Headers
+from tandem.runtime.awake import AwakeTimers
+from tandem.worker.leg_messages import engine_request
+from tandem.worker.leg_starts import LegStarts
+from tandem.worker.legs import Legs
+from tandem.worker.steps import StepStreams
 
-SILENCE_S = 0.4
-"""After so long a worker says that it still works on a leg."""
 CHECK_S = 0.5
 """How long a question about a worker's health waits."""
 
@@ -58,16 +68,31 @@ def now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-class Played:
-    """One process of a worker."""
+class FixedIdentity:
+    """A worker that is never restarted without its process."""
 
     def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def current(self) -> Worker:
+        return self._worker
+
+
+class Played:
+    """One process of a worker: real legs and step streams, around an engine that is played."""
+
+    def __init__(self, world: World, worker: Worker) -> None:
+        self.world = world
         self.worker = worker
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.thawed = asyncio.Event()
         self.thawed.set()
         self.handover_failures = 0
         """Hand-overs that still fail."""
+        self._runs: dict[str, tuple[asyncio.Task[None], Output]] = {}
+        self.legs = Legs(cast("Any", self), cast("Any", FixedIdentity(worker)), timers=world.timers)
+        self.streams = StepStreams(world.timers, self.legs.abort_stream)
+        self.starts = LegStarts(self.legs, self.streams, _engine_request)
 
     async def spend(self, duration_s: float, until: asyncio.Future[None] | None = None) -> None:
         """Let time pass in this process, up to some event; it stands still while it is stopped."""
@@ -82,44 +107,100 @@ class Played:
         if not self.dead.done():
             self.dead.set_result(None)
         self.thawed.set()
+        for task, _ in self._runs.values():
+            task.cancel()
+
+    # --- The engine
+
+    async def submit(self, request: EngineRequest, output: Output) -> None:
+        """Take a request; it is played in a task."""
+        is_prefill = self.worker.role is WorkerRole.PREFILL
+        work = self._prefill(request, output) if is_prefill else self._decode(request, output)
+        task = asyncio.create_task(self._run(request, output, work), name=f"played-{request.request_id}")
+        self._runs[request.request_id] = (task, output)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request."""
+        run = self._runs.pop(request_id, None)
+        if run is None:
+            return False
+        run[0].cancel()
+        run[1].finish(EngineFinish(reason=FinishReason.ABORTED))
+        return True
+
+    async def _run(self, request: EngineRequest, output: Output, work: Any) -> None:
+        try:
+            await work
+        except TandemError as problem:
+            if self._runs.pop(request.request_id, None) is not None and not self.dead.done():
+                output.fail(problem)
+        else:
+            if self._runs.pop(request.request_id, None) is not None:
+                output.finish(EngineFinish(reason=FinishReason.LENGTH))
+
+    async def _prefill(self, request: EngineRequest, output: Output) -> None:
+        rng, kv = self.world.rng, self.world.kv(_room(request))
+        try:
+            if self.handover_failures and rng.random() < 0.3:
+                self.handover_failures -= 1
+                raise LegFailed("nobody came to the room")
+            # Sometimes long enough for the worker to have nothing to say but that the leg is alive.
+            await self.spend(rng.choice((0.0, 0.0, 0.0, 0.4, 1.2)))
+            await self.spend(rng.uniform(0.001, 0.1))
+            output.tokens([1], ())
+            if self.handover_failures:
+                self.handover_failures -= 1
+                raise LegFailed("the hand-over failed")
+            await self.spend(rng.uniform(0.001, 0.05))
+            if not kv.done():
+                kv.set_result(None)
+            await self.spend(rng.uniform(0.0001, 0.3))
+        finally:
+            if not kv.done():
+                kv.set_exception(LegFailed("the prefill engine has left the room"))
+                kv.exception()
+
+    async def _decode(self, request: EngineRequest, output: Output) -> None:
+        kv = self.world.kv(_room(request))
+        while not kv.done():
+            await self.spend(0.4, cast("asyncio.Future[None]", kv))
+        await kv
+        for token in answer(request.token_ids, request.stopping.max_tokens):
+            await self.spend(self.world.rng.uniform(0.001, 0.06))
+            output.tokens([token], ())
 
 
-class Call:
-    """A leg's call, from the frontend's side; its worker plays the other one. Reads like LegCall."""
+class PlayedSteps:
+    """A step stream's call over the played network: what the worker sends comes as long as it runs."""
 
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Any] = asyncio.Queue()
-        self.play: asyncio.Task[None] | None = None
-        self.is_cancelled = False
+    def __init__(self, played: Played, frontend_id: str) -> None:
+        self._played = played
+        self._stream = played.streams.open(frontend_id, on_overflow=self.cancel)
+        self._messages = self._stream.messages()
+        self._is_cancelled = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether its worker still has it."""
-        return self.play is not None and not self.play.done()
-
-    def say(self, **event: Any) -> None:
-        """An event of the leg."""
-        self._events.put_nowait(DecodeResponse(**event))
-
-    def fail(self, problem: TandemError) -> None:
-        """The end of the leg."""
-        self._events.put_nowait(problem)
-
-    async def read(self) -> Any:
-        """The next event."""
-        event = None if self.is_cancelled else await self._events.get()
-        if event is None:
-            raise asyncio.CancelledError
-        if isinstance(event, TandemError):
-            raise event
-        return event
+    async def read(self) -> StreamStepsResponse:
+        """The next message."""
+        played = self._played
+        if played.dead.done():
+            raise ServiceError("connection refused")
+        next_message = asyncio.ensure_future(anext(self._messages))
+        try:
+            await asyncio.wait({next_message, played.dead}, return_when=asyncio.FIRST_COMPLETED)
+            await played.thawed.wait()
+            if played.dead.done():
+                raise ServiceError("connection reset")
+            return next_message.result()
+        finally:
+            if not next_message.done():
+                next_message.cancel()
+                await asyncio.wait({next_message})
 
     def cancel(self) -> None:
-        """The frontend's end of it."""
-        self.is_cancelled = True
-        self._events.put_nowait(None)
-        if self.play is not None:
-            self.play.cancel()
+        """The frontend's end of it, which the worker hears of when it runs."""
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            self._played.streams.close(self._stream)
 
 
 @dataclass(slots=True)
@@ -130,19 +211,30 @@ class Sent:
     time_s: float
     route: Route
     leg: leg_pb2.LegRequest
-    calls: tuple[Call, Call]
+    legs: tuple[Leg, Leg]
 
 
 @dataclass
 class World:
-    """A fleet; stands for `Dispatch`, the view of the registry and the health of workers."""
+    """A fleet; stands for the network, the view of the registry and the health of workers."""
 
     rng: random.Random
     workers: tuple[Worker, ...]
+    bounds: Bounds = field(default_factory=lambda: Bounds(accept_s=2.0, silence_s=2.0))
     sent: list[Sent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.played: dict[Start, Played] = {worker.start: Played(worker) for worker in self.workers}
+        self.timers = AwakeTimers()
+        self._kv: dict[int, asyncio.Future[None]] = {}
+        self.played: dict[Start, Played] = {worker.start: Played(self, worker) for worker in self.workers}
+        self.links = WorkerLinks("frontend-0", cast("Any", self), self.bounds, self.timers, self.answers)
+        self.links.follow(self.workers)
+        self._dispatch = Dispatch(self.links, self.rng)
+
+    async def close(self) -> None:
+        """The end of the history."""
+        await self.links.close()
+        self.timers.close()
 
     def view(self) -> tuple[Worker, ...]:
         """What the registry tells: it does not know who is dead."""
@@ -164,73 +256,83 @@ class World:
         """A newer start of a worker that is dead."""
         newer = replace(worker, epoch=worker.epoch + 1)
         self.workers = tuple(newer if each.start == worker.start else each for each in self.workers)
-        self.played[newer.start] = Played(newer)
+        self.played[newer.start] = Played(self, newer)
+        self.links.follow(self.workers)
         return newer
 
+    def kv(self, room: int) -> asyncio.Future[None]:
+        """The hand-over in a bootstrap room."""
+        return self._kv.setdefault(room, asyncio.get_running_loop().create_future())
+
+    def open_legs(self) -> int:
+        """Legs that processes that live still have."""
+        return sum(played.legs.open_count for played in self.played.values() if not played.dead.done())
+
     def send(
-        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+        self,
+        route: Route,
+        leg: leg_pb2.LegRequest,
+        attempt: int,
+        sinks: tuple[Sink, Sink | None],
+        timeout_s: float | None,
+        headers: Headers = (),
     ) -> Dispatched:
-        """Take an attempt."""
-        assert route.prefill is not None
-        decode, prefill = Call(), Call()
-        kv: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        deadline_s = None if timeout_s is None else now_s() + timeout_s
-        decode.play = asyncio.create_task(self._play(decode, self._decode(decode, route.decode, leg, kv), deadline_s))
-        prefill.play = asyncio.create_task(self._play(prefill, self._prefill(prefill, route.prefill, kv), deadline_s))
-        self.sent.append(Sent(leg.request_id, now_s(), route, leg, (decode, prefill)))
-        return Dispatched(route, attempt, len(self.sent), cast("Any", decode), cast("Any", prefill))
+        """Start the legs of an attempt, and keep what was sent."""
+        dispatched = self._dispatch.send(route, leg, attempt, sinks, timeout_s, headers)
+        legs = cast("tuple[Leg, Leg]", (dispatched.decode, dispatched.prefill))
+        self.sent.append(Sent(leg.request_id, now_s(), route, leg, legs))
+        return dispatched
 
-    async def _play(self, call: Call, legs_work: Any, deadline_s: float | None) -> None:
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                await legs_work
-        except TandemError as problem:
-            call.fail(problem)
-        except TimeoutError:
-            call.fail(DeadlinePassed("the deadline has passed"))
+    # --- The network: stands for `rpc.step_calls.WorkerCalls`
 
-    async def _accept(self, call: Call, played: Played) -> None:
-        """Take a leg: at once, or late, so that the other leg may have come far by then."""
-        await played.spend(self.rng.uniform(0.0005, 0.004) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.3))
-        call.say(accepted=leg_pb2.LegAccepted(worker_id=played.worker.worker_id, epoch=played.worker.epoch))
+    def connection(self, worker: Worker) -> object:
+        """One for each process."""
+        return self.played[worker.start]
 
-    async def _prefill(self, call: Call, worker: Worker, kv: asyncio.Future[None]) -> None:
+    def open_steps(self, worker: Worker, frontend_id: str) -> PlayedSteps:
+        """Open a step stream."""
+        return PlayedSteps(self.played[worker.start], frontend_id)
+
+    async def start_legs(
+        self, worker: Worker, stream_id: int, legs: Sequence[leg2_pb2.LegStart]
+    ) -> Sequence[leg2_pb2.LegStartResult]:
+        """Start legs: as a rule they are taken at once, or late, so that the other leg may have come far by then."""
+        delay_s = self.rng.uniform(0.0005, 0.004) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.3)
+        return cast(
+            "Sequence[leg2_pb2.LegStartResult]",
+            await self._call(worker, delay_s, lambda played: played.starts.start(stream_id, legs)),
+        )
+
+    async def abort_legs(self, worker: Worker, stream_id: int, legs: Iterable[int]) -> None:
+        """Abort legs."""
+
+        async def abort(played: Played) -> int:
+            return played.legs.abort_numbered(stream_id, legs)
+
+        await self._call(worker, self.rng.uniform(0.0005, 0.004), abort)
+
+    async def _call(self, worker: Worker, delay_s: float, handle: Callable[[Played], Any]) -> object:
+        """A call that goes on in the worker's process whatever becomes of its caller; the answer may come late."""
         played = self.played[worker.start]
-        try:
-            await self._accept(call, played)
-            if played.handover_failures and self.rng.random() < 0.3:
-                played.handover_failures -= 1
-                raise LegFailed("nobody came to the room")
-            for _ in range(self.rng.choice((0, 0, 0, 1, 3))):
-                await played.spend(SILENCE_S)
-                call.say(progress=leg_pb2.LegProgress())
-            await played.spend(self.rng.uniform(0.001, 0.1))
-            call.say(tokens=leg_pb2.LegTokens(index=0, token_ids=[1]))
-            if played.handover_failures:
-                played.handover_failures -= 1
-                raise LegFailed("the hand-over failed")
-            await played.spend(self.rng.uniform(0.001, 0.05))
-            if not kv.done():
-                kv.set_result(None)
-            await played.spend(self.rng.uniform(0.0001, 0.3))
-            call.say(finish=leg_pb2.LegFinish())
-        finally:
-            if not kv.done():
-                kv.set_exception(LegFailed("the prefill engine has left the room"))
-                kv.exception()
 
-    async def _decode(self, call: Call, worker: Worker, leg: leg_pb2.LegRequest, kv: asyncio.Future[None]) -> None:
-        played = self.played[worker.start]
-        await self._accept(call, played)
-        while not kv.done():
-            await played.spend(SILENCE_S, kv)
-            if not kv.done():
-                call.say(progress=leg_pb2.LegProgress())
-        await kv
-        for index, token in enumerate(answer(leg.token_ids, leg.stopping.max_tokens)):
-            await played.spend(self.rng.uniform(0.001, 0.06))
-            call.say(tokens=leg_pb2.LegTokens(index=index, token_ids=[token]))
-        call.say(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
+        async def handled() -> object:
+            await played.spend(delay_s)
+            result = await handle(played)
+            await played.spend(self.rng.uniform(0, 0.002))
+            return result
+
+        task = asyncio.create_task(handled())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+
+def _engine_request(leg: leg_pb2.LegRequest) -> EngineRequest:
+    return engine_request(leg, Bootstrap(host=leg.bootstrap.host, port=leg.bootstrap.port, room=leg.bootstrap.room))
+
+
+def _room(request: EngineRequest) -> int:
+    assert request.bootstrap is not None
+    return request.bootstrap.room
 
 
 def fleet(prefills: int, decodes: int, capabilities: Any) -> tuple[Worker, ...]:
@@ -249,6 +351,7 @@ def _worker(worker_id: str, role: WorkerRole, number: int, capabilities: Any) ->
         role=role,
         address=f"127.0.0.1:{2_000 + number + 100 * is_prefill}",
         capabilities=capabilities,
+        leg_contract=LEG_CONTRACT,
         bootstrap_host="127.0.0.1" if is_prefill else None,
         bootstrap_port=9_000 + number if is_prefill else None,
     )

@@ -11,69 +11,63 @@ from typing import Any, cast
 import pytest
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.dispatch import Dispatched
+from tandem_frontend.link_leg import Sink
 from tandem_frontend.models import ServedModel
 from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
-from tandem_frontend.supervision import Bounds
 
-from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
-from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
+from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.model.worker import Worker
 from tandem.observe.trace_context import Headers
 from tests.faults.leg_world import CAPABILITIES, fleet, now_s
-from tests.unit.played_calls import ACCEPTED, PlayedCall
+from tests.unit.played_legs import ABORTED, FINISH, Gathered, PlayedLeg, accepted, fail, tokens
 
 LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_pb2.Stopping(max_tokens=4))
-FINISH = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
-
-
-def tokens(index: int, *ids: int) -> DecodeResponse:
-    return DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=ids))
 
 
 class Scripted:
-    """Stands for Dispatch: each attempt meets the next pair of calls, decode's first."""
+    """Stands for Dispatch: each attempt meets the next pair of legs, decode's first."""
 
-    def __init__(self, workers: tuple[Worker, ...], *calls: tuple[PlayedCall, PlayedCall]) -> None:
-        self.calls = calls
+    def __init__(self, workers: tuple[Worker, ...], *legs: tuple[PlayedLeg, PlayedLeg]) -> None:
+        self.legs = legs
         self.sent: list[Route] = []
         refusals = Refusals(now_s)
         breakers = Breakers(now_s, random.Random(3))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(3))
-        bounds = Bounds(accept_s=2.0, silence_s=2.0)
-        self.attempts = Attempts(
-            routes, refusals, breakers, cast("Any", self), self.answers, bounds, now_s, random.Random(4)
-        )
-
-    async def answers(self, worker: Worker) -> bool:
-        return True
+        self.attempts = Attempts(routes, refusals, breakers, cast("Any", self), now_s, random.Random(4))
 
     def send(
-        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+        self,
+        route: Route,
+        leg: leg_pb2.LegRequest,
+        attempt: int,
+        sinks: tuple[Sink, Sink | None],
+        timeout_s: float | None,
+        headers: Headers = (),
     ) -> Dispatched:
-        decode, prefill = self.calls[len(self.sent)]
+        decode, prefill = self.legs[len(self.sent)]
         self.sent.append(route)
-        return Dispatched(route, attempt, attempt, cast("Any", decode), cast("Any", prefill))
+        assert sinks[1] is not None
+        return Dispatched(route, attempt, attempt, decode.play(sinks[0]), prefill.play(sinks[1]))
 
     async def stream(self) -> list[int]:
-        got: list[int] = []
-        async with self.attempts.taken(LEG, None) as whole:
-            async for batch in whole.tokens(lambda: False):
-                got += batch.token_ids
-        return got
+        got = Gathered()
+        async with self.attempts.taken(LEG, got, None) as whole:
+            await whole.run()
+        return got.token_ids
 
 
 def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> None:
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),
-            (PlayedCall(), PlayedCall(ACCEPTED, LegFailed("nobody came to the room"))),
-            (PlayedCall(ACCEPTED, tokens(0, 5, 6, 7, 8), FINISH), PlayedCall(ACCEPTED, FINISH)),
+            (PlayedLeg(), PlayedLeg(accepted, fail(LegFailed("nobody came to the room")))),
+            (PlayedLeg(accepted, tokens(0, 5, 6, 7, 8), FINISH), PlayedLeg(accepted, FINISH)),
         )
         assert await scripted.stream() == [5, 6, 7, 8]
         first, second = scripted.sent
@@ -84,14 +78,14 @@ def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> 
 
 def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_decode_does_later() -> None:
     async def live() -> None:
-        decode, prefill = PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED)
+        decode, prefill = PlayedLeg(accepted, tokens(0, 5)), PlayedLeg(accepted)
         scripted = Scripted(fleet(2, 1, CAPABILITIES), (decode, prefill))
         streaming = asyncio.create_task(scripted.stream())
         await asyncio.sleep(0.1)
-        prefill.say(ServiceError("connection reset"))
+        prefill.say(fail(ServiceError("connection reset")))
         await asyncio.sleep(0.1)
         assert not streaming.done(), "the KV is there: prefill is not needed any more"
-        decode.say(ServiceError("connection reset"))
+        decode.say(fail(ServiceError("connection reset")))
         with pytest.raises(LegFailed) as failed:
             await streaming
         assert failed.value.metadata["worker"] == "decode-0"
@@ -103,11 +97,10 @@ def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_dec
 
 def test_a_decode_leg_that_was_aborted_does_not_wait_for_its_prefill_leg() -> None:
     async def live() -> None:
-        aborted = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_ABORTED))
-        prefill = PlayedCall(ACCEPTED)
-        scripted = Scripted(fleet(1, 1, CAPABILITIES), (PlayedCall(ACCEPTED, aborted), prefill))
+        prefill = PlayedLeg(accepted)
+        scripted = Scripted(fleet(1, 1, CAPABILITIES), (PlayedLeg(accepted, ABORTED), prefill))
         assert await scripted.stream() == []
-        assert prefill.cancelled.is_set()
+        assert prefill.aborted.is_set()
         assert now_s() < 0.1, "the prefill engine holds the request for whoever waits"
 
     run_virtually(live())
@@ -117,8 +110,8 @@ def test_a_deadline_that_passes_in_another_attempt_is_told_as_that() -> None:
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),
-            (PlayedCall(ACCEPTED, tokens(0, 5), ServiceError("connection reset")), PlayedCall(ACCEPTED, FINISH)),
-            (PlayedCall(DeadlinePassed("the deadline has passed")), PlayedCall(ACCEPTED)),
+            (PlayedLeg(accepted, tokens(0, 5), fail(ServiceError("connection reset"))), PlayedLeg(accepted, FINISH)),
+            (PlayedLeg(fail(DeadlinePassed("the deadline has passed"))), PlayedLeg(accepted)),
         )
         with pytest.raises(DeadlinePassed):
             await scripted.stream()
@@ -132,8 +125,8 @@ def test_a_newer_start_of_a_worker_ends_what_its_former_one_still_holds_open() -
         workers = fleet(2, 2, CAPABILITIES)
         scripted = Scripted(
             workers,
-            (PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED, FINISH)),
-            (PlayedCall(ACCEPTED, tokens(0, 6, 7, 8), FINISH), PlayedCall(ACCEPTED, FINISH)),
+            (PlayedLeg(accepted, tokens(0, 5)), PlayedLeg(accepted, FINISH)),
+            (PlayedLeg(accepted, tokens(0, 6, 7, 8), FINISH), PlayedLeg(accepted, FINISH)),
         )
         streaming = asyncio.create_task(scripted.stream())
         await asyncio.sleep(0.1)

@@ -15,8 +15,7 @@ import pytest_asyncio
 from tandem.api.types.v1 import leg_pb2
 from tandem.errors import StaleEpoch
 from tandem.rpc import clients
-from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import open_decode
+from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.faults.history import History, now_s
 from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
@@ -196,22 +195,18 @@ async def test_workers_that_come_back_at_their_addresses_are_used_and_their_old_
 
 async def _assert_stale(fleet: SglangFleet, name: str) -> None:
     """Whoever means a start before this one is refused."""
-    listed = await clients.list_workers(fleet.registries[0].address)
-    (worker,) = [member.worker for member in listed if member.worker.worker_id == name]
-    leg = leg_pb2.LegRequest(
-        request_id="of-the-old-start",
-        attempt=1,
-        worker_epoch=worker.epoch - 1,
-        model=worker.capabilities.model,
-        token_ids=[1],
-        bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=1, room=1),
-    )
-    channels = Channels()
-    try:
+    async with direct_legs(fleet.processes[name].address) as legs:
+        worker = legs.worker
+        leg = leg_pb2.LegRequest(
+            request_id="of-the-old-start",
+            attempt=1,
+            worker_epoch=worker.epoch - 1,
+            model=worker.capabilities.model,
+            token_ids=[1],
+            bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=1, room=1),
+        )
         with pytest.raises(StaleEpoch):
-            await open_decode(channels, fleet.processes[name].address, leg, 10).read()
-    finally:
-        await channels.close()
+            await legs.start(leg)
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])

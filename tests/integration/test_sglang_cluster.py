@@ -30,9 +30,8 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
 from tandem.errors import EngineFailed, InvalidRequest, LegFailed
 from tandem.rpc import clients
-from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import open_decode, open_prefill
 from tandem.runtime.cluster import LocalCluster
+from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tools.demo_model import facts
 
@@ -303,18 +302,11 @@ async def sabotaged_tokens(worker: worker_pb2.Worker, token_ids: list[int], numb
         stopping={"max_tokens": max_tokens},  # type: ignore[arg-type]
         bootstrap=leg_pb2.Bootstrap(host="2.2.2.2", port=1, room=number),
     )
-    channels = Channels()
-    call = open_decode(channels, worker.address, leg, 30)
-    got: list[int] = []
-    try:
-        while (event := await call.read()) is not None:
-            if event.WhichOneof("event") == "tokens":
-                got += event.tokens.token_ids
-            elif event.WhichOneof("event") == "finish":
-                assert not event.finish.timings.kv_transfer_bytes
-    finally:
-        await channels.close()
-    return got
+    async with direct_legs(worker.address) as legs:
+        sabotaged = await legs.start(leg)
+        finish = await asyncio.wait_for(sabotaged.finish(), 30)
+    assert not finish.timings.kv_transfer_bytes
+    return sabotaged.token_ids
 
 
 # The tests from here on end engines of the pair.
@@ -376,16 +368,14 @@ async def test_a_prefill_scheduler_that_raises_ends_its_worker(tmp_path: Path, m
             stopping={"max_tokens": 1},  # type: ignore[arg-type]
             bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=1, room=1),
         )
-        channels = Channels()
-        call = open_prefill(channels, prefill.address, leg, 30)
-        assert await call.read() is not None, "the leg was not accepted"
-        with pytest.raises(EngineFailed, match=SENTENCE):
-            await call.read()
+        async with direct_legs(prefill.address) as legs:
+            faulty = await legs.start(leg)
+            with pytest.raises(EngineFailed, match=SENTENCE):
+                await asyncio.wait_for(faulty.finish(), 30)
         async with asyncio.timeout(10):
             assert await prefill.wait_ended() == 1
         assert SENTENCE in prefill.last_words()
         assert not await clients.list_workers(cluster.registry.address)
-        await channels.close()
 
 
 @pytest.mark.parametrize(

@@ -305,8 +305,16 @@ async def test_a_deadline_ends_both_legs(simulated: LocalCluster) -> None:
 SERVICES = {
     "registry": {"tandem.api.registry.v1.RegistryService"},
     "frontend": {"tandem.api.frontend.v1.InferenceService"},
-    "prefill-0": {"tandem.api.prefill.v1.PrefillService", "tandem.api.worker.v1.WorkerService"},
-    "decode-0": {"tandem.api.decode.v1.DecodeService", "tandem.api.worker.v1.WorkerService"},
+    "prefill-0": {
+        "tandem.api.prefill.v2.PrefillService",
+        "tandem.api.worker.v1.WorkerService",
+        "tandem.api.worker.v2.StepService",
+    },
+    "decode-0": {
+        "tandem.api.decode.v2.DecodeService",
+        "tandem.api.worker.v1.WorkerService",
+        "tandem.api.worker.v2.StepService",
+    },
 }
 
 

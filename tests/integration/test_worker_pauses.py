@@ -7,7 +7,6 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,13 +15,10 @@ from conftest import running
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
-from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.errors import StaleEpoch
 from tandem.rpc import clients
-from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import open_decode
 from tandem.runtime.cluster import ClusterProcess, LocalCluster
+from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -69,25 +65,25 @@ def leg_for(epoch: int, model: str) -> leg_pb2.LegRequest:
 async def test_what_was_sent_to_a_worker_that_slept_past_its_lease_is_refused(tmp_path: Path) -> None:
     flags = {"registry": {"lease-ttl-s": "1"}}
     async with running(tmp_path, engine="simulated", worker_flags=SLOW, role_flags=flags) as cluster:
-        decode, channels = cluster.process("decode-0"), Channels()
-        # Connected before: nobody can connect to a process that is stopped.
-        stub: Any = WorkerServiceStub(channels.get(decode.address))
-        before = (await stub.GetCapabilities(worker_pb.GetCapabilitiesRequest())).worker
+        decode = cluster.process("decode-0")
+        before = await clients.worker_at(decode.address)
         stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=150)))
         await assert_eventually(lambda: open_legs(decode), bool, what="an open leg")
-        async with stopped(decode):
-            leg = open_decode(channels, decode.address, leg_for(before.epoch, before.capabilities.model), 30)
-            waiting = asyncio.create_task(leg.read())
-            await assert_eventually(lambda: listed(cluster), lambda known: "decode-0" not in known, what="a lost lease")
-            assert not waiting.done(), "a process that is stopped has answered"
-        with pytest.raises(StaleEpoch):
-            await waiting
+        # Its step stream is open before: nobody can connect to a process that is stopped.
+        async with direct_legs(decode.address) as legs:
+            async with stopped(decode):
+                waiting = asyncio.create_task(legs.start(leg_for(before.epoch, before.capabilities.model)))
+                await assert_eventually(
+                    lambda: listed(cluster), lambda known: "decode-0" not in known, what="a lost lease"
+                )
+                assert not waiting.done(), "a process that is stopped has answered"
+            with pytest.raises(StaleEpoch):
+                await waiting
         await assert_eventually(lambda: epoch_of(cluster, "decode-0"), lambda epoch: epoch > before.epoch)
         assert len((await stream).token_ids) == 150, "a leg that was open belongs to its caller, who still waits"
         stream_again = await assert_eventually(lambda: generate(cluster, request_of("Once")))
         assert stream_again.finish.route.decode_worker_id == "decode-0"
         assert decode.exit_status is None
-        await channels.close()
 
 
 async def test_a_pause_shorter_than_the_lease_is_nothing(tmp_path: Path) -> None:

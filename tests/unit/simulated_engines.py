@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.checkpoint import read_checkpoint
+from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.adapter import SimulatedEngine
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
@@ -54,7 +55,7 @@ def room(prefill: SimulatedEngine) -> Bootstrap:
 async def collect(engine: SimulatedEngine, what: EngineRequest) -> tuple[list[int], EngineFinish]:
     tokens: list[int] = []
     finish = None
-    async for batch in engine.generate(what):
+    async for batch in generate(engine, what):
         tokens += batch.token_ids
         finish = batch.finish
     assert finish is not None

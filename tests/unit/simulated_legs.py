@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from tandem.engine.simulated.kv_pages import PageNames
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens
-from tandem.model.generation import EngineRequest, Sampling, Stopping, TokenBatch
+from tandem.errors import TandemError
+from tandem.model.generation import EngineFinish, EngineRequest, Sampling, Stopping, TokenLogprob
 
 PAGE = 4
 VOCABULARY = Vocabulary(range(3, 200), 2)
@@ -26,14 +27,36 @@ def leg_of(prompt: Sequence[int], new_tokens: int = 8, *, ignore_eos: bool = Fal
         vocabulary=VOCABULARY,
         token_budget=new_tokens,
         page_names=PageNames(PAGE),
+        output=Collected(),
     )
+
+
+class Collected:
+    """What a leg has put out."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.finishes: list[EngineFinish] = []
+        self.failures: list[TandemError] = []
+
+    def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        assert not self.finishes
+        assert not self.failures
+        self.token_ids += token_ids
+
+    def finish(self, finish: EngineFinish) -> None:
+        self.finishes.append(finish)
+
+    def fail(self, problem: TandemError) -> None:
+        self.failures.append(problem)
 
 
 def assert_stream_is_right(leg: Leg) -> None:
     """What a leg has put out is what an undisturbed run emits: nothing lost, repeated or from another leg."""
-    batches = [leg.batches.get_nowait() for _ in range(leg.batches.qsize())]
-    tokens = [token for batch in batches if not isinstance(batch, BaseException) for token in batch.token_ids]
+    output = leg.output
+    assert isinstance(output, Collected)
     assert leg.emitted == expected_tokens(VOCABULARY, leg.request.token_ids, len(leg.emitted))
-    assert tokens == leg.emitted[: len(tokens)]
-    if batches and isinstance(batches[-1], TokenBatch) and batches[-1].finish is not None:
-        assert batches[-1].finish.completion_tokens == len(tokens)
+    assert output.token_ids == leg.emitted[: len(output.token_ids)]
+    assert len(output.finishes) + len(output.failures) <= 1
+    for finish in output.finishes:
+        assert finish.completion_tokens == len(output.token_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,22 +10,20 @@ import pytest
 from frontend_workers import CAPABILITIES, decode, prefill
 from hypothesis import given
 from hypothesis import strategies as st
-from played_calls import ACCEPTED, PlayedCall
+from played_legs import FINISH, Gathered, PlayedLeg, Word, accepted, fail, tokens
 from tandem_frontend.attempts import ATTEMPTS_MAX, BREAKS_MAX, Attempts
 from tandem_frontend.continuation import continued, obstacle
 from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.link_leg import Sink
 from tandem_frontend.models import ServedModel
 from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
-from tandem_frontend.supervision import Bounds
 
-from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
 from tandem.model.request_state import Phase
-from tandem.model.worker import Worker
 from tandem.observe.trace_context import Headers
 from tandem.runtime.clock import ManualClock
 
@@ -62,49 +59,45 @@ class Fleet:
         breakers = Breakers(clock, random.Random(7))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(7))
-        bounds = Bounds(accept_s=1.0, silence_s=1.0)
-        self.attempts = Attempts(
-            routes, refusals, breakers, cast("Dispatch", self), self.answers, bounds, clock, _no_pause()
-        )
-
-    async def answers(self, worker: Worker) -> bool:
-        return True
+        self.attempts = Attempts(routes, refusals, breakers, cast("Dispatch", self), clock, _no_pause())
 
     def send(
-        self, route: Route, sent: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+        self,
+        route: Route,
+        sent: leg_pb2.LegRequest,
+        attempt: int,
+        sinks: tuple[Sink, Sink | None],
+        timeout_s: float | None,
+        headers: Headers = (),
     ) -> Dispatched:
-        tokens = answer(tuple(sent.token_ids), sent.stopping.max_tokens)
-        events: list[Any] = [
-            DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=[token]))
-            for index, token in enumerate(tokens)
-        ]
-        events.append(DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)))
+        whole = answer(tuple(sent.token_ids), sent.stopping.max_tokens)
+        words: list[Word] = [tokens(index, token) for index, token in enumerate(whole)]
+        words.append(FINISH)
         if attempt in self.faults:
             count, problem = self.faults[attempt]
-            events[count:] = [problem]
-        finish = DecodeResponse(finish=leg_pb2.LegFinish())
-        calls = PlayedCall(ACCEPTED, *events), PlayedCall(ACCEPTED, finish)
-        self.sent.append(Dispatched(route, attempt, attempt, cast("Any", calls[0]), cast("Any", calls[1])))
+            words[count:] = [fail(problem)]
+        assert sinks[1] is not None
+        prefill_leg = PlayedLeg(accepted, FINISH).play(sinks[1])
+        decode_leg = PlayedLeg(accepted, *words).play(sinks[0])
+        self.sent.append(Dispatched(route, attempt, attempt, decode_leg, prefill_leg))
         self.legs.append(sent)
         self.headers.append(headers)
         return self.sent[-1]
 
 
-async def stream(fleet: Fleet, request: leg_pb2.LegRequest, is_over: Callable[[], bool] = lambda: False) -> list[int]:
-    got: list[int] = []
-    async with fleet.attempts.taken(request, None) as whole:
+async def stream(fleet: Fleet, request: leg_pb2.LegRequest) -> list[int]:
+    got = Gathered()
+    async with fleet.attempts.taken(request, got, None) as whole:
         try:
-            async for tokens in whole.tokens(is_over):
-                assert tokens.index == len(got), "the client's stream has no gap and no repetition"
-                got += tokens.token_ids
+            await whole.run()
         except TandemError as problem:
-            problem.metadata["got"] = str(len(got))
+            problem.metadata["got"] = str(len(got.token_ids))
             raise
         assert whole.state.phase is Phase.FINISHED
-        finish = whole.finish()
-        assert finish is not None
-        assert finish.reason == generation_pb2.FINISH_REASON_LENGTH
-    return got
+        end = whole.finish()
+        assert end is not None
+        assert end.reason == generation_pb2.FINISH_REASON_LENGTH
+    return got.token_ids
 
 
 @given(st.data(), st.integers(1, 12))
@@ -128,8 +121,8 @@ async def test_a_continuation_goes_to_other_workers_with_the_tokens_so_far() -> 
     assert first.route.decode != second.route.decode
     assert tuple(fleet.legs[1].token_ids) == (*PROMPT, *answer(PROMPT, 4))
     assert fleet.legs[1].stopping.max_tokens == 6
-    for call in (first.decode, first.prefill):
-        assert cast("PlayedCall", call).cancelled.is_set(), "both legs of the broken attempt are ended"
+    for played in (first.decode, first.prefill):
+        assert cast("PlayedLeg", played).aborted.is_set(), "both legs of the broken attempt are ended"
 
 
 async def test_before_the_first_token_the_request_begins_again() -> None:
@@ -194,11 +187,10 @@ async def test_a_leg_that_breaks_after_its_last_token_is_not_missed() -> None:
 
 async def test_a_leg_that_breaks_after_a_stop_is_not_missed() -> None:
     fleet = Fleet(faults={1: (4, KILLED)})
-    got: list[int] = []
-    async with fleet.attempts.taken(leg(10), None) as whole:
-        async for tokens in whole.tokens(lambda: len(got) == 4):
-            got.extend(tokens.token_ids)
-    assert len(got) == 4
+    got = Gathered(stop_after=4)
+    async with fleet.attempts.taken(leg(10), got, None) as whole:
+        await whole.run()
+    assert len(got.token_ids) == 4
     assert len(fleet.sent) == 1
 
 
@@ -230,3 +222,30 @@ def _no_pause() -> random.Random:
             return 0.0
 
     return Zero()
+
+
+async def test_a_worker_that_sends_more_than_was_asked_for_adds_nothing() -> None:
+    fleet = Fleet()
+    got = Gathered()
+    async with fleet.attempts.taken(leg(3), got, None) as whole:
+        played = cast("PlayedLeg", fleet.sent[0].decode)
+        played._words.clear()
+        whole.attempt._decode._expected_index = 0
+        whole.attempt._decode.tokens(0, answer(PROMPT, 9), ())
+        await whole.run()
+        end = whole.finish()
+    assert got.token_ids == answer(PROMPT, 3)
+    assert end is not None
+    assert end.reason == generation_pb2.FINISH_REASON_LENGTH
+
+
+async def test_an_answer_that_cannot_be_made_ends_its_request_alone() -> None:
+    class Broken(Gathered):
+        def take(self, token_ids: Any, logprobs: Any) -> None:
+            raise KeyError("defect")
+
+    fleet = Fleet()
+    async with fleet.attempts.taken(leg(3), Broken(), None) as whole:
+        with pytest.raises(TandemError, match="internal error in an answer: KeyError"):
+            await whole.run()
+    assert len(fleet.sent) == 1, "another worker would change nothing"

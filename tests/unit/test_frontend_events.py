@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.json_format import Parse
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.events import as_response, event_json, message_json, server_sent
-from tandem_frontend.generation import Event
+from tandem_frontend.caller import Caller
+from tandem_frontend.events import Event, as_response, event_json, message_json
+from tandem_frontend.generation import Answer, Generation
 from tandem_frontend.http_errors import TYPE_BY_CODE
+from tandem_frontend.servicer import InferenceServicer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
 from tandem.errors import InvalidRequest, LegFailed
 from tandem.rpc.status import ERROR_BY_REASON
 
@@ -36,15 +40,55 @@ def test_logprobs_are_not_forgotten() -> None:
     assert json.loads(event_json(chunk))["chunk"]["logprobs"][0]["logprob"] == -1.5
 
 
-async def stream(*events: Event, failure: Exception | None = None) -> AsyncGenerator[Event, None]:
-    for event in events:
-        yield event
-    if failure is not None:
-        raise failure
+class Generated:
+    """A generation that pushes its events, and fails where it is told to."""
+
+    def __init__(self, *events: Event, failure: Exception | None = None) -> None:
+        self._events = events
+        self._failure = failure
+
+    async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
+        for event in self._events:
+            if isinstance(event, pb.GenerateAccepted):
+                answer.accepted(event)
+            elif isinstance(event, pb.GenerateChunk):
+                answer.chunk(event)
+            else:
+                await answer.finish(event)
+        if self._failure is not None:
+            raise self._failure
+
+
+class Sent:
+    """A client's call that keeps what was sent."""
+
+    writable = True
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        self.messages.append(message)
+
+    def on_writable(self, callback: Any) -> None:
+        """Never asked for here."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def time_remaining(self) -> float | None:
+        return None
+
+
+async def events_of(generated: Generated) -> list[HttpBody]:
+    call, generation = Sent(), cast("Generation", generated)
+    servicer = InferenceServicer(generation, cast("Any", None), lambda: ())
+    await servicer.GenerateEvents(pb.GenerateEventsRequest(), call)
+    return call.messages
 
 
 async def test_each_event_is_one_block_and_the_first_has_the_type() -> None:
-    bodies = [body async for body in server_sent(stream(ACCEPTED, CHUNK, pb.GenerateFinish()))]
+    bodies = await events_of(Generated(ACCEPTED, CHUNK, pb.GenerateFinish()))
     assert [body.content_type for body in bodies] == ["text/event-stream", "", ""]
     for body in bodies:
         assert body.data.startswith(b"data: {")
@@ -54,7 +98,7 @@ async def test_each_event_is_one_block_and_the_first_has_the_type() -> None:
 
 async def test_a_failure_before_the_first_event_stays_a_status() -> None:
     with pytest.raises(InvalidRequest):
-        await anext(server_sent(stream(failure=InvalidRequest("prompt", "is bad"))))
+        await events_of(Generated(failure=InvalidRequest("prompt", "is bad")))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +109,19 @@ async def test_a_failure_before_the_first_event_stays_a_status() -> None:
     ],
 )
 async def test_a_failure_after_it_is_the_last_event(failure: Exception, kind: str, code: str, message: str) -> None:
-    *_, last = [body async for body in server_sent(stream(ACCEPTED, failure=failure))]
+    *_, last = await events_of(Generated(ACCEPTED, failure=failure))
     error = json.loads(last.data.removeprefix(b"data: "))["error"]
     assert error == {"message": message, "type": kind, "param": None, "code": code}
+
+
+async def test_the_whole_in_one_message_is_what_the_stream_says() -> None:
+    chunks = [CHUNK, pb.GenerateChunk(index=1, text="c", token_ids=[2, 3])]
+    finish = pb.GenerateFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
+    call, generated = Sent(), Generated(pb.GenerateAccepted(request_id="r", model="m"), *chunks, finish)
+    servicer = InferenceServicer(cast("Generation", generated), cast("Any", None), lambda: ())
+    whole = await servicer.GenerateUnary(pb.GenerateUnaryRequest(), call)
+    assert (whole.request_id, whole.model, whole.text) == ("r", "m", "a\nbc")
+    assert (list(whole.token_ids), whole.finish) == ([1, 2, 3], finish)
 
 
 def test_every_code_of_ours_has_a_type() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import pytest
-from tandem_frontend.attempts import ATTEMPTS_MAX, RequestStream
+from played_legs import Gathered
+from tandem_frontend.attempts import ATTEMPTS_MAX
+from tandem_frontend.link_leg import Logprobs
 from tandem_frontend.record import Record
 from test_frontend_continuation import KILLED, Fleet, leg
 
@@ -16,16 +17,21 @@ from tandem.observe.courses import Courses, trace_ids
 from tandem.observe.trace_context import TraceContext
 
 
-@asynccontextmanager
-async def taken(fleet: Fleet, record: Record) -> AsyncIterator[RequestStream]:
-    async with fleet.attempts.taken(leg(), None, record) as stream:
-        yield stream
+class Noted(Gathered):
+    """A taker that notes its tokens, as the relay does."""
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()
+        self._course = course
+
+    def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        super().take(token_ids, logprobs)
+        self._course.note_tokens(self._course.clock(), len(token_ids))
 
 
 async def read(fleet: Fleet, record: Record) -> None:
-    async with taken(fleet, record) as stream:
-        async for tokens in stream.tokens(lambda: False):
-            record.course.note_tokens(record.course.clock(), len(tokens.token_ids))
+    async with fleet.attempts.taken(leg(), Noted(record.course), None, record) as stream:
+        await stream.run()
 
 
 async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:

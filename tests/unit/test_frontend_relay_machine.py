@@ -1,4 +1,4 @@
-"""A client's stream under any cutting into batches and any number of continuations, against the whole answer at once.
+"""A client's stream under any cutting into steps and chunks and any number of continuations, against the whole answer.
 
 The engine behind it draws each token from all tokens before it, so a continuation that begins in the wrong place, or
 with the wrong tokens, ends in another text. Text, stop strings and indices are judged when the stream has its finish.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from played_legs import Outbox
 from tandem_frontend.continuation import continued
 from tandem_frontend.detokenization import REPLACEMENT, Detokenizer
 from tandem_frontend.relay import Relay
@@ -95,6 +97,35 @@ WANTED = st.builds(
 )
 
 
+class PlayedCoalescing:
+    """A process that is as busy as it is told to be, and looks at held chunks when it is told to."""
+
+    hold_max_s = 1.0
+
+    def __init__(self) -> None:
+        self.pressure = 0.0
+        self.held: list[Any] = []
+
+    def hold(self, stream: Any) -> None:
+        self.held.append(stream)
+
+    def flush(self) -> None:
+        held, self.held = self.held, []
+        for stream in held:
+            stream.flush()
+
+
+class PlayedLoop:
+    """A clock on which every two looks are a little apart."""
+
+    def __init__(self) -> None:
+        self._now_s = 10.0
+
+    def time(self) -> float:
+        self._now_s += 0.1
+        return self._now_s
+
+
 class RelayMachine(RuleBasedStateMachine):
     """One stream; `leg` is what the present attempt was sent."""
 
@@ -102,12 +133,14 @@ class RelayMachine(RuleBasedStateMachine):
     def ask(self, wanted: Wanted) -> None:
         self.wanted = wanted
         stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
-        self.relay = Relay(Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops), stop_tokens, Course())
+        self.outbox, self.coalescing = Outbox(), PlayedCoalescing()
+        detokenizer, stops = Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops)
+        self.relay = Relay(detokenizer, stops, stop_tokens, Course(), self.outbox, self.coalescing, loop=PlayedLoop())
+        self.is_open = False
         stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
         self.whole_leg = leg_pb2.LegRequest(token_ids=PROMPT, stopping=stopping)
         self.leg, self.emitted = self.whole_leg, list[int]()
         self.sent: list[int] = []
-        self.chunks: list[pb.GenerateChunk] = []
         self.finishes: list[pb.GenerateFinish] = []
 
     @precondition(lambda self: self.finishes)
@@ -117,21 +150,40 @@ class RelayMachine(RuleBasedStateMachine):
 
     @property
     def left(self) -> int:
-        return 0 if self.relay.is_over() else self.leg.stopping.max_tokens - len(self.emitted)
+        return 0 if self.relay.is_over else self.leg.stopping.max_tokens - len(self.emitted)
 
     @precondition(lambda self: not self.finishes and self.left)
     @rule(count=st.integers(1, 5))
     def tokens_come(self, count: int) -> None:
-        batch = leg_pb2.LegTokens(index=len(self.emitted))
+        token_ids = []
         for _ in range(min(count, self.left)):
             token_id = next_token([*self.leg.token_ids, *self.emitted], self.wanted.seed)
             self.emitted.append(token_id)
-            batch.token_ids.append(token_id)
-            batch.logprobs.add(token_id=token_id)
-        self.sent += batch.token_ids
-        chunk = self.relay.take(batch)
-        assert len(chunk.token_ids) == len(chunk.logprobs)
-        self.chunks.append(chunk)
+            token_ids.append(token_id)
+        self.sent += token_ids
+        self.relay.take(token_ids, [generation_pb2.TokenLogprob(token_id=token_id) for token_id in token_ids])
+
+    @precondition(lambda self: not self.finishes)
+    @rule(pressure=st.sampled_from((0.0, 0.5, 1.0)))
+    def the_process_is_busy(self, pressure: float) -> None:
+        self.coalescing.pressure = pressure
+
+    @precondition(lambda self: not self.finishes)
+    @rule()
+    def held_chunks_are_due(self) -> None:
+        self.coalescing.flush()
+
+    @precondition(lambda self: not self.finishes)
+    @rule(reads=st.booleans())
+    def the_client_reads(self, reads: bool) -> None:
+        self.outbox.read(reads=reads)
+
+    @precondition(lambda self: not self.finishes and not self.is_open)
+    @rule()
+    def the_legs_are_taken(self) -> None:
+        assert not self.outbox.chunks, "a chunk before the client knows that its request was taken"
+        self.is_open = True
+        self.relay.open()
 
     @precondition(lambda self: not self.finishes and self.left)
     @rule()
@@ -146,17 +198,22 @@ class RelayMachine(RuleBasedStateMachine):
         end = leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
         prefill = leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
         prefill.usage.cached_tokens = CACHED_TOKENS
-        rest, finish = self.relay.finish(len(PROMPT), None if self.relay.ends_the_legs else end, prefill, pb.Route())
-        if rest is not None:
-            self.chunks.append(rest)
+        if not self.is_open:
+            self.the_legs_are_taken()
+        finish = self.relay.finish(len(PROMPT), None if self.relay.ends_the_legs else end, prefill, pb.Route())
+        self.coalescing.flush()
+        self.outbox.read(reads=True)
         self.finishes.append(finish)
         self._judge(finish)
 
     def _judge(self, finish: pb.GenerateFinish) -> None:
         text, count, stop = self.wanted.expected()
-        assert "".join(chunk.text for chunk in self.chunks) == text
-        assert [token_id for chunk in self.chunks for token_id in chunk.token_ids] == self.wanted.answer()[:count]
-        assert [chunk.index for chunk in self.chunks] == list(range(len(self.chunks)))
+        chunks = self.outbox.chunks
+        assert self.outbox.text == text
+        assert self.outbox.token_ids == self.wanted.answer()[:count]
+        assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+        for chunk in chunks:
+            assert [logprob.token_id for logprob in chunk.logprobs] == list(chunk.token_ids)
         assert finish.usage.completion_tokens == count
         assert finish.usage.cached_tokens <= finish.usage.prompt_tokens == len(PROMPT)
         assert finish.matched_stop.stop == (stop or "")

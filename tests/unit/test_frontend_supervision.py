@@ -1,260 +1,216 @@
-"""Both legs of an attempt under every kind of failure, on calls that are played."""
+"""Both legs of an attempt under every kind of failure, on legs that are played."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from frontend_workers import aggregated, decode, prefill
-from played_calls import ACCEPTED, PlayedCall
+from played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
+from tandem_frontend import supervision
 from tandem_frontend.dispatch import Dispatched
+from tandem_frontend.link_leg import Logprobs, Sink
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.supervision import Attempt, Bounds
+from tandem_frontend.supervision import Attempt
 
-from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
-from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
 from tandem.model.worker import Worker
-from tandem.rpc.leg_calls import LegCall
 
-FINISH = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH))
-ABORTED = DecodeResponse(finish=leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_ABORTED))
 ROOM = 42
+RESET = ServiceError("connection reset")
 
 
-def tokens(index: int, *token_ids: int) -> DecodeResponse:
-    return DecodeResponse(tokens=leg_pb2.LegTokens(index=index, token_ids=token_ids))
+class Scene:
+    """An attempt on played legs, and what is heard of it."""
 
+    def __init__(self, decode_leg: PlayedLeg, prefill_leg: PlayedLeg | None, *, has_other: bool = True) -> None:
+        self.decode_leg, self.prefill_leg = decode_leg, prefill_leg
+        self.route = Route(decode(), prefill()) if prefill_leg else Route(aggregated(), None)
+        self.attempt = Attempt(self.route, self)
+        self.got: list[int] = []
+        self.has_other = has_other
 
-def progress(phase: leg_pb2.LegPhase.ValueType) -> DecodeResponse:
-    return DecodeResponse(progress=leg_pb2.LegProgress(phase=phase))
+    def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        self.got += token_ids
 
+    def is_replaceable(self, worker: Worker) -> bool:
+        return self.has_other
 
-def attempt(
-    decode_call: PlayedCall, prefill_call: PlayedCall | None, accept_s: float = 1.0, silence_s: float = 1.0
-) -> Attempt:
-    route = Route(decode(), prefill()) if prefill_call else Route(aggregated(), None)
-    dispatched = Dispatched(
-        route, 1, ROOM if prefill_call else 0, cast("LegCall", decode_call), cast("LegCall | None", prefill_call)
-    )
+    def send(self, sinks: tuple[Sink, Sink | None]) -> Dispatched:
+        if self.prefill_leg is not None:
+            assert sinks[1] is not None
+            self.prefill_leg.play(sinks[1])
+        room = ROOM if self.prefill_leg else 0
+        return Dispatched(self.route, 1, room, self.decode_leg.play(sinks[0]), self.prefill_leg)
 
-    async def is_lost(worker: Worker) -> bool:
-        return False
+    async def run(self) -> list[int]:
+        try:
+            await self.attempt.start(self.send)
+            await self.attempt.wait()
+        finally:
+            self.attempt.end()
+        return self.got
 
-    return Attempt(dispatched, Bounds(accept_s, silence_s), is_lost)
-
-
-async def drain(attempt: Attempt) -> list[int]:
-    async with attempt:
-        return [token for batch in [t async for t in attempt.tokens()] for token in batch.token_ids]
+    @property
+    def are_aborted(self) -> bool:
+        legs = [self.decode_leg] if self.prefill_leg is None else [self.decode_leg, self.prefill_leg]
+        return all(leg.aborted.is_set() for leg in legs)
 
 
 async def test_both_accounts_are_there_at_the_end() -> None:
-    d, p = PlayedCall(ACCEPTED, tokens(0, 5), tokens(1, 6, 7), FINISH), PlayedCall(ACCEPTED, tokens(0, 5), FINISH)
-    whole = attempt(d, p)
-    assert await drain(whole) == [5, 6, 7]
-    assert whole.decode_finish is not None
-    assert whole.prefill_finish is not None
-    assert d.cancelled.is_set()
-    assert p.cancelled.is_set()
+    d, p = PlayedLeg(accepted, tokens(0, 5), tokens(1, 6, 7), FINISH), PlayedLeg(accepted, tokens(0, 5), FINISH)
+    scene = Scene(d, p)
+    assert await scene.run() == [5, 6, 7]
+    assert scene.attempt.decode_finish is not None
+    assert scene.attempt.prefill_finish is not None
+    assert scene.are_aborted
 
 
 async def test_aggregated_needs_no_prefill() -> None:
-    whole = attempt(PlayedCall(ACCEPTED, tokens(0, 5), FINISH), None)
-    assert await drain(whole) == [5]
-    assert whole.prefill_finish is None
+    scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), None)
+    assert await scene.run() == [5]
+    assert scene.attempt.prefill_finish is None
+
+
+async def test_tokens_may_overtake_the_answer_that_the_leg_was_taken() -> None:
+    scene = Scene(PlayedLeg(tokens(0, 5), accepted, tokens(1, 6), FINISH), PlayedLeg(tokens(0, 5), FINISH, accepted))
+    assert await scene.run() == [5, 6]
 
 
 @pytest.mark.parametrize(
     ("broken", "phase"),
-    [([], "dispatched"), ([ACCEPTED], "bootstrapping"), ([ACCEPTED, tokens(0, 5)], "transferring")],
+    [([], "dispatched"), ([accepted], "bootstrapping"), ([accepted, tokens(0, 5)], "transferring")],
     ids=["dispatched", "bootstrapping", "transferring"],
 )
-async def test_a_broken_prefill_leg_ends_decodes(broken: list[Any], phase: str) -> None:
-    d, p = PlayedCall(ACCEPTED), PlayedCall(*broken, ServiceError("connection reset"))
+async def test_a_broken_prefill_leg_ends_decodes(broken: list[Word], phase: str) -> None:
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(*broken, fail(RESET)))
     with pytest.raises(LegFailed) as failed:
-        await asyncio.wait_for(drain(attempt(d, p)), 1)
+        await asyncio.wait_for(scene.run(), 1)
     assert failed.value.metadata == {
         "leg": "prefill", "worker": "prefill-0", "phase": phase, "attempt": "1", "room": str(ROOM)
     }  # fmt: skip
-    assert d.cancelled.is_set()
+    assert scene.are_aborted
 
 
 @pytest.mark.parametrize(
     ("broken", "phase"),
-    [([], "dispatched"), ([ACCEPTED], "bootstrapping"), ([ACCEPTED, tokens(0, 5)], "decoding")],
+    [([], "dispatched"), ([accepted], "bootstrapping"), ([accepted, tokens(0, 5)], "decoding")],
     ids=["dispatched", "bootstrapping", "decode"],
 )
-async def test_a_broken_decode_leg_ends_prefills(broken: list[Any], phase: str) -> None:
-    d, p = PlayedCall(*broken, ServiceError("connection reset")), PlayedCall(ACCEPTED)
+async def test_a_broken_decode_leg_ends_prefills(broken: list[Word], phase: str) -> None:
+    scene = Scene(PlayedLeg(*broken, fail(RESET)), PlayedLeg(accepted))
     with pytest.raises(LegFailed) as failed:
-        await asyncio.wait_for(drain(attempt(d, p)), 1)
+        await asyncio.wait_for(scene.run(), 1)
     assert failed.value.metadata["leg"] == "decode"
     assert failed.value.metadata["phase"] == phase
-    assert p.cancelled.is_set()
+    assert scene.are_aborted
 
 
 async def test_a_prefill_leg_may_break_once_decode_has_spoken() -> None:
-    d, p = PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED, tokens(0, 5))
-    whole = attempt(d, p)
-    got = []
-    async with whole:
-        async for batch in whole.tokens():
-            got += batch.token_ids
-            if len(got) == 1:
-                p.say(ServiceError("killed"))
-                d.say(tokens(1, 6))
-                d.say(FINISH)
-    assert got == [5, 6]
-    assert whole.decode_finish is not None
+    p = PlayedLeg(accepted, tokens(0, 5))
+    d = PlayedLeg(accepted, tokens(0, 5), lambda sink: p.say(fail(RESET)), tokens(1, 6), FINISH)
+    scene = Scene(d, p)
+    assert await scene.run() == [5, 6]
+    assert scene.attempt.decode_finish is not None
 
 
-async def test_a_worker_that_never_answers_is_bounded() -> None:
-    with pytest.raises(LegFailed, match=r"no answer within 0\.05 s"):
-        await drain(attempt(PlayedCall(), PlayedCall(ACCEPTED), accept_s=0.05))
-    with pytest.raises(LegFailed, match=r"prefill.*no answer within 0\.05 s"):
-        await drain(attempt(PlayedCall(ACCEPTED), PlayedCall(), accept_s=0.05))
+async def test_the_end_waits_for_prefills_account_only_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "PREFILL_FINISH_TIMEOUT_S", 0.01)
+    scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), PlayedLeg(accepted, tokens(0, 5)))
+    assert await scene.run() == [5]
+    assert scene.attempt.prefill_finish is None
 
 
-async def test_a_silent_leg_is_bounded_in_every_phase() -> None:
-    taken, decoding = [ACCEPTED], [ACCEPTED, tokens(0, 5)]
-    for decode_events, prefill_events, leg in (
-        (taken, [ACCEPTED, FINISH], "decode"),
-        (decoding, [ACCEPTED, FINISH], "decode"),
-        (taken, taken, "prefill"),
-        (taken, decoding, "prefill"),
-    ):
-        d, p = PlayedCall(*decode_events), PlayedCall(*prefill_events)
-        silent = {"decode": d, "prefill": p}[leg]
-        with pytest.raises(LegFailed, match=rf"{leg} leg .* nothing heard for 0\.1 s"):
-            await drain(attempt(d, p, silence_s=0.1) if silent is d else _kept_talking(d, p))
-        assert d.cancelled.is_set()
-        assert p.cancelled.is_set()
+async def test_a_worker_that_answers_nothing_is_left_where_another_can_take_over() -> None:
+    scene = Scene(PlayedLeg(accepted, unanswered), PlayedLeg(accepted))
+    with pytest.raises(LegFailed, match="no answer, neither to the leg nor to a question"):
+        await scene.run()
+    assert scene.attempt.failed_worker == decode()
 
 
-def _kept_talking(d: PlayedCall, p: PlayedCall) -> Attempt:
-    """Decode waits for prefill and says so."""
-
-    async def talk() -> None:
-        while not d.cancelled.is_set():
-            d.say(progress(leg_pb2.LEG_PHASE_BOOTSTRAPPING))
-            await asyncio.sleep(0.02)
-
-    whole = attempt(d, p, silence_s=0.1)
-    whole_task = asyncio.get_running_loop().create_task(talk())
-    whole_task.add_done_callback(lambda done: done.result())
-    return whole
-
-
-async def test_progress_is_a_sign_of_life() -> None:
-    d = PlayedCall(ACCEPTED)
-    whole = attempt(d, None, silence_s=0.2)
-    reader = asyncio.create_task(drain(whole))
-    for _ in range(10):
-        await asyncio.sleep(0.05)
-        d.say(progress(leg_pb2.LEG_PHASE_PREFILLING))
-    d.say(tokens(0, 5))
-    d.say(FINISH)
-    assert await reader == [5]
-
-
-async def test_a_reader_that_pauses_is_not_a_silent_leg() -> None:
-    """A slow client stops the reading; the leg's words wait in the connection."""
-    d = PlayedCall(ACCEPTED, tokens(0, 5), tokens(1, 6), FINISH)
-    got = []
-    async with attempt(d, None, silence_s=0.05) as whole:
-        async for batch in whole.tokens():
-            got += batch.token_ids
-            await asyncio.sleep(0.15)
-    assert got == [5, 6]
+async def test_a_worker_that_answers_nothing_keeps_its_leg_where_there_is_no_other() -> None:
+    d = PlayedLeg(accepted, unanswered, tokens(0, 5), FINISH)
+    scene = Scene(d, None, has_other=False)
+    assert await scene.run() == [5]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> None:
-    d, p = PlayedCall(ACCEPTED), PlayedCall(ACCEPTED)
-    whole = attempt(d, p, silence_s=60)
-    reader = asyncio.create_task(drain(whole))
-    await asyncio.sleep(0.02)
-    whole.lose(decode() if role == "decode" else prefill(), "started again")
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
+    running = asyncio.create_task(scene.run())
+    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    scene.attempt.lose(decode() if role == "decode" else prefill(), "started again")
     with pytest.raises(LegFailed, match="started again") as failed:
-        await asyncio.wait_for(reader, 1)
+        await asyncio.wait_for(running, 1)
     assert failed.value.metadata["leg"] == role
-    assert whole.failed_worker == (decode() if role == "decode" else prefill())
+    assert scene.attempt.failed_worker == (decode() if role == "decode" else prefill())
 
 
 async def test_a_refused_value_is_the_clients_and_not_the_legs() -> None:
-    d, p = PlayedCall(ACCEPTED), PlayedCall(ACCEPTED, InvalidRequest("token_ids", "is too long"))
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, fail(InvalidRequest("token_ids", "is too long"))))
     with pytest.raises(InvalidRequest) as refused:
-        await drain(attempt(d, p))
+        await scene.run()
     assert refused.value.field == "token_ids"
 
 
 async def test_a_restarted_worker_is_the_legs_failure() -> None:
     stale = StaleEpoch("another epoch", worker="decode-0", expected=7, actual=8)
     with pytest.raises(LegFailed) as failed:
-        await drain(attempt(PlayedCall(stale), PlayedCall(ACCEPTED)))
+        await Scene(PlayedLeg(fail(stale)), PlayedLeg(accepted)).run()
     assert failed.value.metadata["actual"] == "8"
     assert failed.value.metadata["phase"] == "dispatched"
 
 
-async def test_a_lost_token_is_a_failure() -> None:
-    with pytest.raises(LegFailed, match="tokens came at 2, not at 1"):
-        await drain(attempt(PlayedCall(ACCEPTED, tokens(0, 5), tokens(2, 6)), None))
-
-
-async def test_a_stream_without_a_finish_is_a_failure() -> None:
-    with pytest.raises(LegFailed, match="without a finish"):
-        await drain(attempt(PlayedCall(ACCEPTED, tokens(0, 5), None), None))
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (tokens(2, 6), "tokens came at 2, not at 1"),
+        (tokens(0, 5), "tokens came at 0, not at 1"),
+        (tokens(1), "0 tokens came at 1"),
+        (tokens(1, 1000), "token 1000 is outside the vocabulary"),
+    ],
+    ids=["gap", "again", "none", "vocabulary"],
+)
+async def test_a_step_that_does_not_fit_is_a_failure(wrong: Word, sentence: str) -> None:
+    scene = Scene(PlayedLeg(accepted, tokens(0, 5), wrong, FINISH), None)
+    with pytest.raises(LegFailed, match=sentence):
+        await scene.run()
+    assert scene.got == [5], "nothing of it reaches the client"
 
 
 async def test_an_aborted_prefill_leg_ends_the_attempt() -> None:
-    d, p = PlayedCall(ACCEPTED), PlayedCall(ACCEPTED, ABORTED)
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, ABORTED))
     with pytest.raises(TandemError, match="aborted") as failed:
-        await asyncio.wait_for(drain(attempt(d, p)), 1)
+        await asyncio.wait_for(scene.run(), 1)
     assert failed.value.reason == "ABORTED"
 
 
 async def test_leaving_early_ends_both_legs() -> None:
-    d, p = PlayedCall(ACCEPTED, tokens(0, 5)), PlayedCall(ACCEPTED)
-    async with attempt(d, p) as whole:
-        async for _ in whole.tokens():
-            break
-    assert d.cancelled.is_set()
-    assert p.cancelled.is_set()
+    d = PlayedLeg(accepted, tokens(0, 5))
+    scene = Scene(d, PlayedLeg(accepted))
+    d.say(lambda sink: scene.attempt.stop())
+    assert await scene.run() == [5]
+    assert scene.are_aborted
 
 
-async def test_cancelling_the_reader_is_no_failure_of_a_leg() -> None:
-    d, p = PlayedCall(ACCEPTED), PlayedCall(ACCEPTED)
-    reader = asyncio.create_task(drain(attempt(d, p)))
-    await asyncio.sleep(0.05)
-    reader.cancel()
+async def test_nothing_is_heard_of_an_attempt_that_has_ended() -> None:
+    d = PlayedLeg(accepted)
+    scene = Scene(d, None)
+    scene.attempt.end()
+    for word in (accepted, tokens(0, 5), FINISH, fail(RESET)):
+        word(scene.attempt._decode)
+    assert scene.got == []
+    assert scene.attempt.failed_worker is None
+
+
+async def test_cancelling_its_task_is_no_failure_of_a_leg() -> None:
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
+    running: asyncio.Task[Any] = asyncio.create_task(scene.run())
+    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    running.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await reader
-    assert d.cancelled.is_set()
-    assert p.cancelled.is_set()
-
-
-async def test_a_cancellation_while_an_attempt_ends_is_not_lost() -> None:
-    leaving = asyncio.Event()
-
-    async def slow_to_end() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            leaving.set()
-            await asyncio.sleep(0.1)
-
-    async def go_on() -> str:
-        async with attempt(PlayedCall(ACCEPTED), PlayedCall(ACCEPTED)) as whole:
-            assert whole._prefill_task is not None
-            whole._prefill_task.cancel()
-            whole._prefill_task = asyncio.create_task(slow_to_end())
-            await asyncio.sleep(0)
-        return "for nobody"
-
-    request = asyncio.create_task(go_on())
-    await leaving.wait()
-    request.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await request
+        await running
+    assert scene.are_aborted
+    assert scene.attempt.failed_worker is None

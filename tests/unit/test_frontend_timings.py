@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from played_legs import Outbox
+from tandem_frontend.coalescing import Coalescing
 from tandem_frontend.detokenization import Detokenizer
 from tandem_frontend.relay import Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
@@ -33,34 +35,36 @@ def leg(start_s: int | None, end_s: int | None) -> leg_pb2.LegFinish:
 
 def relay_at(time: SteadyTime) -> Relay:
     course = Course(clock=time, begin_s=time.begin_time_s)
-    return Relay(Detokenizer(Letters(), [0]), StopMatcher(()), StopTokens((), (), 0, ignore_eos=True), course)
+    stop_tokens = StopTokens((), (), 0, ignore_eos=True)
+    detokenizer = Detokenizer(Letters(), [0])
+    return Relay(detokenizer, StopMatcher(()), stop_tokens, course, Outbox(), Coalescing())
 
 
 def times(decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None) -> tuple[int, int]:
-    _, finish = relay_at(SteadyTime()).finish(1, decode, prefill, pb.Route())
+    finish = relay_at(SteadyTime()).finish(1, decode, prefill, pb.Route())
     timings = finish.timings
     return timings.kv_transfer_start_time.seconds, timings.kv_transfer_end_time.seconds
 
 
-def test_a_transfer_starts_when_prefill_writes_and_ends_when_decode_has_it() -> None:
+async def test_a_transfer_starts_when_prefill_writes_and_ends_when_decode_has_it() -> None:
     assert times(leg(100, 140), leg(130, 138)) == (130, 140)
 
 
-def test_the_leg_that_is_left_tells_both() -> None:
+async def test_the_leg_that_is_left_tells_both() -> None:
     assert times(leg(100, 140), None) == (100, 140)
     assert times(leg(100, 140), leg(None, None)) == (100, 140)
     assert times(None, leg(130, 138)) == (130, 138)
 
 
 @pytest.mark.parametrize("jump_s", [3_600.0, -3_600.0])
-def test_a_clock_that_is_set_during_a_request_changes_no_order_and_no_duration(jump_s: float) -> None:
+async def test_a_clock_that_is_set_during_a_request_changes_no_order_and_no_duration(jump_s: float) -> None:
     wall, clock = ManualClock(1e9), ManualClock(50.0)
     relay = relay_at(SteadyTime(wall, clock))
     for passed_s in (0.25, 0.5):
         wall.advance(passed_s + jump_s)
         clock.advance(passed_s)
-        relay.take(leg_pb2.LegTokens(token_ids=[1]))
-    _, finish = relay.finish(1, None, None, pb.Route())
+        relay.take([1], ())
+    finish = relay.finish(1, None, None, pb.Route())
     timings = finish.timings
     assert timings.time_to_first_token.ToMilliseconds() == 250
     assert timings.accepted_time.ToMilliseconds() == 1e12

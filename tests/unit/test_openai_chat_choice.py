@@ -44,7 +44,7 @@ async def told(
     choice = ChatChoice(0, pb.GenerateRequest(), texts, parsed, **options)
     entries: list[dict[str, Any]] = []
     for _ in feeds:
-        entries += await choice.take(pb.GenerateChunk(text="x"))
+        entries += await choice.parse(pb.GenerateChunk(text="x"))
     entries += await choice.end(pb.GenerateFinish(reason=reason))
     return entries, choice.told()
 
@@ -136,7 +136,8 @@ async def test_no_log_probability_is_lost_while_nothing_shows(parses: bool) -> N
     entries = []
     for token_id, text in ((70, ""), (71, "ab"), (72, "")):
         logprob = generation_pb2.TokenLogprob(token_id=token_id, logprob=-1)
-        entries += await choice.take(pb.GenerateChunk(text=text, logprobs=[logprob]))
+        chunk = pb.GenerateChunk(text=text, logprobs=[logprob])
+        entries += await choice.parse(chunk) if parses else choice.take(chunk)
     entries += await choice.end(pb.GenerateFinish(reason=LENGTH))
     given = [entry["logprobs"]["content"] for entry in entries if entry["logprobs"]]
     assert [len(content) for content in given] == [2, 1]

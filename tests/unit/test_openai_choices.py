@@ -1,79 +1,179 @@
-"""Several generations as one stream: all events once, in each one's order; one failure or one early leave ends all."""
+"""The choices of a request in one answer: all entries once and in each one's order; one failure ends all of them."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
-from typing import Any
+import json
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
-from tandem_frontend.openai.choices import merged
+from tandem_frontend.caller import Caller
+from tandem_frontend.generation import Answer as GenerationAnswer
+from tandem_frontend.generation import Generation
+from tandem_frontend.openai.door import Answer, Door
+from tandem_frontend.openai.fields import CommonFields
+from tandem_frontend.openai.usage import UsageSum
 
-from tandem.errors import LegFailed
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
+from tandem.errors import LegFailed, ParserFailed, RequestAborted
+
+STOP, ABORTED = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_ABORTED
 
 
 class Source:
-    """A generation that counts."""
+    """A generation of numbered chunks."""
 
-    def __init__(self, count: int, delay_s: float = 0.0, *, fails: bool = False) -> None:
+    def __init__(
+        self, count: int, delay_s: float = 0.0, *, failure: Exception | None = None, reason: Any = STOP
+    ) -> None:
         self.count = count
         self.delay_s = delay_s
-        self.fails = fails
+        self.failure = failure
+        self.reason = reason
+        self.is_over = False
         self.given = 0
-        self.is_closed = False
+        self.has_begun = asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[Any, None]:
+    async def generate(self, answer: GenerationAnswer) -> None:
         try:
+            answer.accepted(pb.GenerateAccepted())
             for number in range(self.count):
                 await asyncio.sleep(self.delay_s)
                 self.given += 1
-                yield number
-            if self.fails:
-                raise LegFailed("broken")
+                self.has_begun.set()
+                answer.chunk(pb.GenerateChunk(index=number, text=str(number)))
+            if self.failure is not None:
+                raise self.failure
+            await answer.finish(pb.GenerateFinish(reason=self.reason))
         finally:
-            self.is_closed = True
+            self.is_over = True
 
 
-async def read(sources: list[Source]) -> list[tuple[int, Any]]:
-    return [event async for event in merged([source.events() for source in sources])]
+class Choice:
+    """An entry for each chunk; through a parser that takes its time where there is one."""
+
+    def __init__(self, number: int, *, parses: bool = False, parser_fails: bool = False) -> None:
+        self._number = number
+        self.parses = parses
+        self._parser_fails = parser_fails
+        self._texts: list[str] = []
+
+    def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        self._texts.append(chunk.text)
+        return [{"index": self._number, "text": chunk.text}]
+
+    async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        await asyncio.sleep(0)
+        if self._parser_fails:
+            raise ParserFailed("the parser host ended")
+        return self.take(chunk)
+
+    async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
+        return [{"index": self._number, "end": True}]
+
+    def told(self) -> dict[str, Any]:
+        return {"index": self._number, "text": "".join(self._texts)}
 
 
+class Call:
+    """A client's call that keeps what was sent."""
+
+    writable = True
+
+    def __init__(self) -> None:
+        self.bodies: list[Any] = []
+
+    def send(self, body: Any) -> None:
+        self.bodies.append(body)
+
+    def on_writable(self, callback: Any) -> None:
+        """It always is."""
+
+    @property
+    def events(self) -> list[Any]:
+        data = b"".join(body.data for body in self.bodies).decode()
+        blocks = [block.removeprefix("data: ") for block in data.split("\n\n") if block]
+        return [block if block == "[DONE]" else json.loads(block) for block in blocks]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [event["choices"][0] for event in self.events if event != "[DONE]" and event.get("choices")]
+
+
+async def run(sources: Sequence[Source], call: Call, *, stream: bool = True, **choices: Any) -> None:
+    class Generations:
+        async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: GenerationAnswer) -> None:
+            await sources[int(request.request_id)].generate(answer)
+
+    door = Door(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
+    requests = [pb.GenerateRequest(request_id=str(number)) for number in range(len(sources))]
+    answer = Answer({"id": "x"}, [Choice(number, **choices) for number in range(len(sources))], UsageSum(len(sources)))
+    options = {"include_usage": True} if stream else None
+    wanted = CommonFields.model_validate({"model": "m", "stream": stream, "stream_options": options})
+    await door.run(requests, answer, Caller(), wanted, call)
+
+
+@pytest.mark.parametrize("parses", [False, True])
 @pytest.mark.parametrize("counts", [[3], [0], [0, 2], [5, 1, 3], [1] * 20])
-async def test_every_event_once_and_in_order(counts: list[int]) -> None:
-    events = await read([Source(count) for count in counts])
+async def test_every_entry_once_and_in_order(counts: list[int], parses: bool) -> None:
+    call = Call()
+    await run([Source(count) for count in counts], call, parses=parses)
     for number, count in enumerate(counts):
-        assert [event for source, event in events if source == number] == list(range(count))
-    assert len(events) == sum(counts)
+        texts = [entry.get("text") for entry in call.entries if entry["index"] == number]
+        assert texts == [*map(str, range(count)), None], "its end comes last"
+    assert call.events[-1] == "[DONE]"
+    assert [body.content_type for body in call.bodies] == ["text/event-stream"] + [""] * (len(call.bodies) - 1)
+    assert all(event == "[DONE]" or "usage" in event for event in call.events)
 
 
 async def test_a_quick_one_does_not_wait_for_a_slow_one() -> None:
-    events = await read([Source(2, 0.05), Source(20)])
-    assert [number for number, _ in events[:20]].count(1) >= 18
+    call = Call()
+    await run([Source(2, 0.02), Source(20)], call)
+    assert [entry["index"] for entry in call.entries[:20]].count(1) >= 18
 
 
 @pytest.mark.parametrize("others", [0, 1, 3])
 async def test_one_failure_ends_all(others: int) -> None:
     slow = [Source(1_000, 0.01) for _ in range(others)]
+    call = Call()
+    await run([*slow, Source(2, failure=LegFailed("broken"))], call)
+    assert call.events[-1]["error"]["code"] == "leg_failed"
+    assert all(source.is_over and source.given < 1_000 for source in slow)
+
+
+@pytest.mark.parametrize("parses", [False, True])
+async def test_what_fails_before_the_first_entry_is_a_status(parses: bool) -> None:
+    call = Call()
     with pytest.raises(LegFailed):
-        await read([*slow, Source(2, fails=True)])
-    assert all(source.is_closed and source.given < 1_000 for source in slow)
+        await run([Source(0, failure=LegFailed("broken")), Source(5, 0.01)], call, parses=parses)
+    assert not call.bodies
 
 
-@pytest.mark.parametrize("count", [1, 3])
-async def test_leaving_early_ends_all(count: int) -> None:
-    sources = [Source(1_000, 0.001) for _ in range(count)]
-    async with contextlib.aclosing(merged([source.events() for source in sources])) as events:
-        async for _ in events:
-            break
-    assert all(source.is_closed for source in sources)
+async def test_a_parser_that_fails_ends_the_answer_with_its_error() -> None:
+    with pytest.raises(ParserFailed):
+        await run([Source(3)], Call(), parses=True, parser_fails=True)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-async def test_it_reads_no_faster_than_it_is_read(count: int) -> None:
-    sources = [Source(1_000) for _ in range(count)]
-    async with contextlib.aclosing(merged([source.events() for source in sources])) as events:
-        async for _ in events:
-            await asyncio.sleep(0.01)
-            break
-        assert all(source.given <= 2 for source in sources)
+async def test_an_aborted_generation_is_no_answer() -> None:
+    with pytest.raises(RequestAborted):
+        await run([Source(0, reason=ABORTED)], Call())
+
+
+async def test_leaving_early_ends_all() -> None:
+    sources = [Source(1_000, 0.01) for _ in range(3)]
+    task = asyncio.create_task(run(sources, Call()))
+    await asyncio.gather(*(source.has_begun.wait() for source in sources))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert all(source.is_over for source in sources)
+
+
+async def test_an_answer_in_one_piece() -> None:
+    call = Call()
+    await run([Source(3), Source(2)], call, stream=False)
+    (body,) = call.bodies
+    assert body.content_type == "application/json"
+    assert [choice["text"] for choice in json.loads(body.data)["choices"]] == ["012", "01"]

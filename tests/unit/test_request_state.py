@@ -19,7 +19,6 @@ class RequestMachine(RuleBasedStateMachine):
         super().__init__()
         self.state = RequestState()
         self.highest = 0
-        self.tokens = 0
 
     def running(self, *, taken: bool) -> list[LegRole]:
         legs = self.state.legs.values()
@@ -39,17 +38,11 @@ class RequestMachine(RuleBasedStateMachine):
         self.state.take(data.draw(st.sampled_from(self.running(taken=False))))
 
     @precondition(lambda self: self.running(taken=True))
-    @rule(data=st.data(), phase=st.sampled_from(IN_ATTEMPT))
-    def progress(self, data: st.DataObject, phase: Phase) -> None:
-        self.state.progress(data.draw(st.sampled_from(self.running(taken=True))), phase)
-
-    @precondition(lambda self: self.running(taken=True))
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def speak(self, data: st.DataObject, count: int) -> None:
+    @rule(data=st.data())
+    def speak(self, data: st.DataObject) -> None:
         role = data.draw(st.sampled_from(self.running(taken=True)))
-        self.state.tokens(role, count)
+        self.state.speak(role)
         if role is not LegRole.PREFILL:
-            self.tokens += count
             assert self.state.phase is Phase.DECODING
 
     @precondition(lambda self: self.running(taken=True))
@@ -76,7 +69,7 @@ class RequestMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state.phase.is_last)
     @rule()
     def another_request(self) -> None:
-        self.state, self.tokens = RequestState(), 0
+        self.state = RequestState()
 
     @invariant()
     def an_attempt_never_goes_back(self) -> None:
@@ -84,11 +77,6 @@ class RequestMachine(RuleBasedStateMachine):
             place = ORDER.index(self.state.phase)
             assert place >= self.highest
             self.highest = place
-
-    @invariant()
-    def tokens_are_counted_over_all_attempts(self) -> None:
-        assert self.state.token_count == self.tokens
-        assert self.state.continuation_count <= max(0, self.state.attempt - 1)
 
     @invariant()
     def nothing_is_bootstrapping_before_both_legs_are_taken(self) -> None:
@@ -108,29 +96,26 @@ def test_the_way_of_a_pair() -> None:
     assert state.phase is Phase.DISPATCHED, "one leg is still on its way"
     state.take(LegRole.PREFILL)
     assert state.phase is Phase.BOOTSTRAPPING
-    state.progress(LegRole.PREFILL, Phase.PREFILLING)
-    assert state.phase is Phase.PREFILLING
-    state.tokens(LegRole.PREFILL, 1)
+    state.speak(LegRole.PREFILL)
     assert state.phase is Phase.TRANSFERRING
-    state.tokens(LegRole.DECODE, 1)
-    assert (state.phase, state.token_count) == (Phase.DECODING, 1)
+    state.speak(LegRole.DECODE)
+    assert state.phase is Phase.DECODING
     state.end_leg(LegRole.PREFILL)
     state.end_leg(LegRole.DECODE)
     state.finish()
     assert state.phase is Phase.FINISHED
 
 
-def test_an_attempt_after_tokens_is_a_continuation() -> None:
+def test_attempts_are_counted() -> None:
     state = RequestState()
     state.dispatch(*PAIR)
     state.requeue()
     state.dispatch(LegRole.AGGREGATED)
-    assert state.continuation_count == 0
     state.take(LegRole.AGGREGATED)
-    state.tokens(LegRole.AGGREGATED, 2)
+    state.speak(LegRole.AGGREGATED)
     state.requeue()
     state.dispatch(*PAIR)
-    assert (state.attempt, state.continuation_count, state.token_count) == (3, 1, 2)
+    assert (state.attempt, state.phase) == (3, Phase.DISPATCHED)
 
 
 def _ended() -> RequestState:
@@ -149,7 +134,7 @@ def _ended() -> RequestState:
         lambda: RequestState().dispatch(LegRole.DECODE),
         lambda: _ended().abort(),
         lambda: _ended().dispatch(*PAIR),
-        lambda: _ended().tokens(LegRole.AGGREGATED, 1),
+        lambda: _ended().speak(LegRole.AGGREGATED),
     ],
 )
 def test_what_cannot_be_is_an_assertion(impossible: object) -> None:

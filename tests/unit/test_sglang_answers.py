@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from simulated_legs import Collected
 
 from tandem.engine.sglang.answers import Answers
 from tandem.errors import ContextExceeded, InvalidRequest, LegFailed, TandemError
@@ -24,9 +25,11 @@ def answered(message: str, status_code: int | None, **values: Any) -> TandemErro
         **values,
     )
     reason = {"type": "abort", "message": message, "status_code": status_code}
-    with pytest.raises(TandemError) as caught:
-        Answers(request).read({"meta_info": {"finish_reason": reason}, "output_ids": []})
-    return caught.value
+    output = Collected()
+    Answers(request, "1-r", output, lambda ended: None).end(reason, None, 0, None)
+    assert not output.finishes
+    assert len(output.failures) == 1
+    return output.failures[0]
 
 
 @pytest.mark.parametrize(

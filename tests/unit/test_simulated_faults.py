@@ -76,7 +76,7 @@ async def test_what_hangs_in_the_engine_stops_everybody_until_the_rules_change(e
     await assert_eventually(lambda: engine.faults.fired)
     load = await engine.load()
     assert load.running_requests == 2
-    assert await engine.abort(request().request_id) is False
+    assert engine.abort(request().request_id) is False
     _, pending = await asyncio.wait(legs, timeout=0.1)
     assert len(pending) == 2
     engine.faults.replace(())
@@ -88,7 +88,7 @@ async def test_an_abort_that_is_never_carried_out_is_a_leak_that_load_shows(engi
     running_request = request(max_tokens=100)
     leg = asyncio.create_task(collect(engine, running_request))
     await assert_eventually(engine.load, lambda load: load.running_requests)
-    assert await engine.abort(running_request.request_id)
+    assert engine.abort(running_request.request_id)
     assert (await leg)[1].reason is FinishReason.ABORTED
     await assert_eventually(lambda: engine.faults.fired)
     assert (await engine.load()).kv_used_tokens == 48

@@ -70,7 +70,7 @@ async def test_a_leg_that_is_aborted_ends_the_other_one(model_path: Path, gone: 
         engines = {"prefill": prefill, "decode": decode}
         legs = {name: asyncio.create_task(collect(engines[name], requests[name])) for name in engines}
         await assert_eventually(prefill.load, lambda load: load.kv_used_tokens, what="prefill computing")
-        assert await engines[gone].abort(requests[gone].request_id)
+        assert engines[gone].abort(requests[gone].request_id)
         left = ({"prefill", "decode"} - {gone}).pop()
         with pytest.raises(LegFailed) as caught:
             await asyncio.wait_for(legs[left], 2)

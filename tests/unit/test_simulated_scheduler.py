@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from simulated_legs import PAGE, assert_stream_is_right, leg_of
+from simulated_legs import PAGE, Collected, assert_stream_is_right, leg_of
 
 from tandem.engine.simulated.budget import NewTokenRatio
 from tandem.engine.simulated.kv_pool import KvPool
@@ -14,6 +14,7 @@ from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.steps import Ended, Step
 from tandem.engine.simulated.tokens import digest
+from tandem.errors import EngineFailed
 from tandem.model.worker import WorkerRole
 
 
@@ -256,9 +257,13 @@ def test_whoever_is_over_leaves_the_batch_after_one_more_pass_and_says_nothing()
     leg = leg_of(prompt(4), 8)
     bench.submit(leg)
     bench.step()
-    leg.tell_end(MemoryError())
+    output = leg.output
+    assert isinstance(output, Collected)
+    said = len(output.token_ids)
+    leg.tell_end(EngineFailed("no memory"))
     bench.scheduler.leave(leg)
     bench.scheduler.reap(bench.scheduler.take_leaving()[0])
     assert bench.pool.account().lent == 1
     bench.step()
-    assert (leg.phase, leg.batches.qsize(), bench.pool.account().lent) == (Phase.GONE, 2, 0)
+    assert (leg.phase, bench.pool.account().lent) == (Phase.GONE, 0)
+    assert (len(output.token_ids), len(output.failures)) == (said, 1)

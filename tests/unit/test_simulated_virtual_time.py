@@ -12,6 +12,7 @@ import pytest
 from simulated_engines import AGGREGATED, DECODE, PREFILL, collect, request, room
 
 from tandem.checkpoint import read_checkpoint
+from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.adapter import SimulatedEngine
 from tandem.engine.simulated.network import MemoryNetwork
@@ -58,7 +59,7 @@ async def pair_under_load(model_path: Path, seed: int) -> list[Event]:
     async def leg(number: int, engine: SimulatedEngine, what: EngineRequest) -> None:
         tokens: list[int] = []
         try:
-            async for batch in engine.generate(what):
+            async for batch in generate(engine, what):
                 tokens += batch.token_ids
                 history.append((clock.time(), number, "batch", (batch.token_ids, str(batch.finish))))
         except TandemError as problem:
@@ -67,7 +68,7 @@ async def pair_under_load(model_path: Path, seed: int) -> list[Event]:
 
     async def abort(engine: SimulatedEngine, request_id: str, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        history.append((clock.time(), 0, "abort", (request_id, await engine.abort(request_id))))
+        history.append((clock.time(), 0, "abort", (request_id, engine.abort(request_id))))
 
     address = prefill.bootstrap_address()
     async with asyncio.TaskGroup() as group:

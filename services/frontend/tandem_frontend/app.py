@@ -38,16 +38,20 @@ from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.server import RpcServer
+from tandem.rpc.step_calls import WorkerCalls
+from tandem.runtime.awake import AwakeTimers
 from tandem.runtime.clock import epoch_now, monotonic
 from tandem_frontend.admin_servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
 from tandem_frontend.admin_servicer import FrontendAdminServicer
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.capacity import Capacity
+from tandem_frontend.coalescing import Coalescing
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.figures import Figures
 from tandem_frontend.generation import Generation
+from tandem_frontend.link_leg import Bounds
 from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
@@ -57,8 +61,8 @@ from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
-from tandem_frontend.supervision import Bounds
 from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.worker_links import WorkerLinks
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ class FrontendApp:
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
+        self._links: WorkerLinks | None = None
+        self._timers = AwakeTimers()
         self._metrics = open_metrics(config, Emitter.FRONTEND, "tandem-frontend", config.tls)
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
@@ -135,12 +141,15 @@ class FrontendApp:
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
         routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
-        dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
-        attempts = self._attempts = Attempts(
-            routes, refusals, self._breakers, dispatch, self._health.answers, bounds, monotonic, rng
+        links = self._links = WorkerLinks(
+            self._frontend_id, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
         )
-        generation = Generation(model, admission, attempts, self._courses, tells_prompts=config.trace_prompts)
+        attempts = self._attempts = Attempts(routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng)
+        coalescing = Coalescing(config.coalesce_ms / 1_000)
+        generation = Generation(
+            model, admission, attempts, self._courses, coalescing, tells_prompts=config.trace_prompts
+        )
         if self._metrics.is_on:
             self._metrics.measure(self._read)
             self._courses.sinks.append(RequestMetrics(self._metrics, config.served_name))
@@ -200,6 +209,9 @@ class FrontendApp:
             await self._watch.close()
         if self._loads is not None:
             await self._loads.close()
+        if self._links is not None:
+            await self._links.close()
+        self._timers.close()
         await self._health.close()
         await self._channels.close()
         if self._spans is not None:
@@ -232,6 +244,8 @@ class FrontendApp:
         starts = {(worker.address, worker.start) for worker in workers}
         self._channels.keep_only({address for address, _ in starts & self._known_starts})
         self._known_starts = starts
+        if self._links is not None:
+            self._links.follow(workers)
         self._health.follow(workers)
         self._breakers.follow(workers)
         if self._loads is not None:

@@ -8,10 +8,12 @@ supervisor's business.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable
+from array import array
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import DeadlinePassed, LegFailed, TandemError
@@ -21,13 +23,14 @@ from tandem.observe.course import Course
 from tandem.observe.trace_context import headers_of
 from tandem.runtime.clock import Clock
 from tandem_frontend.continuation import continued, obstacle
-from tandem_frontend.dispatch import Dispatch
+from tandem_frontend.dispatch import Dispatch, Dispatched
+from tandem_frontend.link_leg import Logprobs, Sink
 from tandem_frontend.record import Record
 from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
-from tandem_frontend.supervision import Attempt, Bounds
+from tandem_frontend.supervision import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,24 @@ PAUSE_MAX_S = 0.05
 """Before another attempt. All requests of a dead worker come back at the same moment."""
 
 
+class Taker(Protocol):
+    """Where the tokens of a request go."""
+
+    @property
+    def is_over(self) -> bool:
+        """The client has everything but the finish: what breaks now is not missed."""
+        ...
+
+    @property
+    def ends_the_legs(self) -> bool:
+        """It wants no more tokens, and the engine does not know that."""
+        ...
+
+    def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """The next tokens, each once."""
+        ...
+
+
 class Attempts:
     """Makes attempts at requests."""
 
@@ -48,18 +69,13 @@ class Attempts:
         refusals: Refusals,
         breakers: Breakers,
         dispatch: Dispatch,
-        answers: Callable[[Worker], Awaitable[bool]],
-        bounds: Bounds,
         clock: Clock,
         rng: random.Random,
     ) -> None:
-        """`answers` asks a worker whose leg is slow to speak whether it serves."""
-        self.answers = answers
         self.routes = routes
         self.refusals = refusals
         self.breakers = breakers
         self.dispatch = dispatch
-        self.bounds = bounds
         self.clock = clock
         self.rng = rng
         self._open: set[RequestStream] = set()
@@ -72,25 +88,27 @@ class Attempts:
         """
         epochs = {worker.worker_id: worker.epoch for worker in workers}
         for stream in list(self._open):
-            for worker in stream.attempt.dispatched.route.workers:
+            for worker in stream.attempt.route.workers:
                 if epochs.get(worker.worker_id, 0) > worker.epoch:
                     stream.attempt.lose(worker, f"worker {worker.worker_id} was started again")
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def taken(
-        self, leg: leg_pb2.LegRequest, timeout_s: float | None, record: Record | None = None
+        self, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record | None = None
     ) -> AsyncIterator[RequestStream]:
         """The stream of a request whose legs their workers have taken; leaving it ends all legs.
 
         Args:
             leg: what all legs of the request share.
+            taker: where its tokens go; some may come before this returns.
             timeout_s: what is left of the client's deadline; None: no deadline.
             record: where to write what happens.
 
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        async with RequestStream(self, leg, timeout_s, record or Record(Course())) as stream:
+        stream = RequestStream(self, leg, taker, timeout_s, record or Record(Course()))
+        async with stream:
             self._open.add(stream)
             try:
                 yield stream
@@ -101,25 +119,31 @@ class Attempts:
 class RequestStream:
     """The tokens of one request over all its attempts. Entering it makes the first attempt that is taken."""
 
-    def __init__(self, attempts: Attempts, leg: leg_pb2.LegRequest, timeout_s: float | None, record: Record) -> None:
+    def __init__(
+        self, attempts: Attempts, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record
+    ) -> None:
         self._attempts = attempts
         self._record = record
         self._leg = leg
+        self._taker = taker
         self._timeout_s = timeout_s
         self._begin_s = attempts.clock()
+        self._max_tokens: int = leg.stopping.max_tokens
         self.state = RequestState()
-        self._sent: list[int] = []
+        self._sent = array("i")
+        """Tokens that were passed on, over all attempts."""
         self._break_count = 0
         self._fruitless_count = 0
         """Attempts since the last token."""
         self._tried: set[Start] = set()
         self._failed: set[Start] = set()
-        self._stack = contextlib.AsyncExitStack()
         self._attempt: Attempt | None = None
+        self._defect: TandemError | None = None
         self._sent_s = 0.0
         """When the present attempt was sent."""
         self._has_answered = False
         """Whether a token has come from it."""
+        self._is_stopped = False
 
     @property
     def attempt(self) -> Attempt:
@@ -134,7 +158,7 @@ class RequestStream:
             await self._take(route)
         except BaseException as problem:
             self._record.leaving(problem)
-            await self._stack.aclose()
+            self._end_attempt()
             raise
         return self
 
@@ -142,16 +166,13 @@ class RequestStream:
         self._record.leaving(problem)
         if self._has_answered and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
             # Also of a client that has enough, or leaves: its worker did what it was asked for until then.
-            self._attempts.breakers.succeeded(self.attempt.dispatched.route.decode, self._sent_s)
-        await self._stack.aclose()
+            self._attempts.breakers.succeeded(self.attempt.route.decode, self._sent_s)
+        self._end_attempt()
         if not self.state.phase.is_last:
             self.state.abort()
 
-    async def tokens(self, is_over: Callable[[], bool]) -> AsyncGenerator[leg_pb2.LegTokens, None]:
-        """Tokens of the request as they come, each once, from whichever attempt; ends when nothing more will come.
-
-        Args:
-            is_over: whether the client has its whole answer; a leg that breaks then is not missed.
+    async def run(self) -> None:
+        """Return when nothing more will come: every token has gone to the taker, each once, from whichever attempt.
 
         Raises:
             LegFailed: an attempt broke and there is no other one. Metadata `continuation` says why there is none where
@@ -159,22 +180,21 @@ class RequestStream:
             TandemError: the request itself is at fault, or its deadline has passed.
         """
         while True:
-            begin = len(self._sent)
             try:
-                async with contextlib.aclosing(self.attempt.tokens()) as batches:
-                    async for tokens in batches:
-                        if not self._has_answered:
-                            self._note_answer()
-                        self._sent += tokens.token_ids
-                        self._fruitless_count = 0
-                        tokens.index += begin
-                        yield tokens
+                await self.attempt.wait()
             except LegFailed as problem:
-                if not is_over() and not self._is_complete():
+                if not self._taker.is_over and not self._is_complete():
                     await self._go_on(problem)
                     continue
+            if self._defect is not None:
+                raise self._defect
             self.state.finish()
             return
+
+    def stop(self) -> None:
+        """The taker has enough, or cannot take more: `run` returns."""
+        self._is_stopped = True
+        self.attempt.stop()
 
     def finish(self) -> leg_pb2.LegFinish | None:
         """What the decode leg says at the end; of one that broke after its last token, what is known here."""
@@ -183,8 +203,40 @@ class RequestStream:
             return leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
         return told
 
+    # --- What the present attempt says
+
+    def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """See `supervision.Hearer`. On the hot path: once a request and step."""
+        if self._is_stopped:
+            return
+        if not self._has_answered:
+            self._note_answer()
+        if len(self._sent) + len(token_ids) > self._max_tokens:
+            left = self._max_tokens - len(self._sent)
+            log.warning("%s: the worker sent more than the %d tokens asked for", self._leg.request_id, self._max_tokens)
+            token_ids, logprobs = token_ids[:left], logprobs[:left]
+            self.stop()
+            if not token_ids:
+                return
+        self._sent.extend(token_ids)
+        self._fruitless_count = 0
+        try:
+            self._taker.take(token_ids, logprobs)
+        except Exception as problem:
+            log.exception("%s: its tokens could not be turned into an answer", self._leg.request_id)
+            self._defect = TandemError(f"internal error in an answer: {type(problem).__name__}")
+            self.stop()
+            return
+        if self._taker.ends_the_legs:
+            self.stop()
+
+    def is_replaceable(self, worker: Worker) -> bool:
+        """See `supervision.Hearer`."""
+        self._record.course.event("silent worker asked", worker=worker.worker_id, has_answered=False)
+        return self._next_route({*self._failed, worker.start}) is not None
+
     def _is_complete(self) -> bool:
-        return len(self._sent) >= self._leg.stopping.max_tokens
+        return len(self._sent) >= self._max_tokens
 
     async def _go_on(self, problem: LegFailed) -> None:
         """Have another attempt take the rest of a stream that broke."""
@@ -195,7 +247,7 @@ class RequestStream:
             why_not = "breaks"
         if why_not is not None:
             raise self._without_continuation(problem, why_not)
-        await self._stack.aclose()
+        self._end_attempt()
         route = await self._another()
         if route is None:
             raise self._without_continuation(problem, "workers")
@@ -218,6 +270,7 @@ class RequestStream:
             try:
                 return await self._try(route, leg)
             except TandemError as problem:
+                self._end_attempt()
                 if self.attempt.failed_worker is None:
                     # About the request itself: another worker would say the same.
                     raise
@@ -235,17 +288,26 @@ class RequestStream:
         self._tried.update(worker.start for worker in route.workers)
         self._has_answered = False
         self._sent_s = self._attempts.breakers.sent(route.workers)
-        course = self._record.begin_attempt(self.state.attempt + 1, route, len(self._sent))
-        headers = headers_of(course.trace)
-        dispatched = self._attempts.dispatch.send(route, leg, self.state.attempt + 1, self._left_s(), headers)
-        course.room = dispatched.room
-        self._attempt = Attempt(dispatched, self._attempts.bounds, self._is_lost, self.state, course)
-        await self._stack.enter_async_context(self._attempt)
+        number = self.state.attempt + 1
+        record = self._record.begin_attempt(number, route, len(self._sent))
+        headers = headers_of(record.trace)
+        attempt = self._attempt = Attempt(route, self, self.state, record)
+
+        def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
+            dispatched = self._attempts.dispatch.send(route, leg, number, sinks, self._left_s(), headers)
+            record.room = dispatched.room
+            return dispatched
+
+        await attempt.start(send)
+
+    def _end_attempt(self) -> None:
+        if self._attempt is not None:
+            self._attempt.end()
 
     def _note_answer(self) -> None:
         """The first token: the KV has come, which is all that prefill has to do."""
         self._has_answered = True
-        prefill = self.attempt.dispatched.route.prefill
+        prefill = self.attempt.route.prefill
         if prefill is not None:
             self._attempts.breakers.succeeded(prefill, self._sent_s)
 
@@ -256,14 +318,6 @@ class RequestStream:
         if worker is not None:
             self._attempts.refusals.note(worker)
             self._failed.add(worker.start)
-
-    async def _is_lost(self, worker: Worker) -> bool:
-        """Whether a worker that is slow does not answer at all, and the request has somewhere else to go."""
-        if self._next_route({*self._failed, worker.start}) is None:
-            return False
-        has_answered = await self._attempts.answers(worker)
-        self._record.course.event("silent worker asked", worker=worker.worker_id, has_answered=has_answered)
-        return not has_answered
 
     def _next_route(self, failed: Collection[Start]) -> Route | None:
         may_go_on = not self._sent or obstacle(self._leg) is None

@@ -40,6 +40,13 @@ class FrontendConfig(AdminConfig):
     leg_silence_timeout_s: float = Field(
         2, ge=1, le=300, description="a worker that has taken a leg and says nothing for this long has failed"
     )
+    coalesce_ms: float = Field(
+        25,
+        ge=0,
+        le=1_000,
+        description="most milliseconds for which a busy frontend holds tokens so that they leave in one chunk; "
+        "0: never; the first token never waits",
+    )
     timelines_kept: int = Field(256, ge=1, le=100_000, description="requests that have ended and are still known of")
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")

@@ -1,21 +1,30 @@
-"""The dispatch hop: one attempt becomes one or two leg requests, sent at the same time.
+"""The dispatch hop: one attempt becomes one or two legs, started at the same time.
 
-Mints the room in which the legs meet. What comes back is the supervisor's business.
+Mints the bootstrap room in which the legs meet. What becomes of them is the attempt's business.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Protocol
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.model.worker import Worker
 from tandem.observe.trace_context import Headers
-from tandem.rpc.channels import Channels
-from tandem.rpc.leg_calls import LegCall, open_decode, open_prefill
+from tandem_frontend.link_leg import Sink
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.worker_links import WorkerLinks
 
 ROOM_BITS = 63
+
+
+class LegHandle(Protocol):
+    """A leg that was started, as its owner holds it."""
+
+    def abort(self) -> None:
+        """End it; its sink hears nothing more. Harmless after its end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,43 +35,54 @@ class Dispatched:
     attempt: int
     room: int
     """0 on an aggregated route."""
-    decode: LegCall
-    prefill: LegCall | None
+    decode: LegHandle
+    prefill: LegHandle | None
 
 
 class Dispatch:
-    """Sends legs to workers, over channels that are kept by address."""
+    """Starts legs at workers."""
 
-    def __init__(self, channels: Channels, rng: random.Random) -> None:
-        self._channels = channels
+    def __init__(self, links: WorkerLinks, rng: random.Random) -> None:
+        self._links = links
         self._rng = rng
 
     def send(
-        self, route: Route, leg: leg_pb2.LegRequest, attempt: int, timeout_s: float | None, headers: Headers = ()
+        self,
+        route: Route,
+        leg: leg_pb2.LegRequest,
+        attempt: int,
+        sinks: tuple[Sink, Sink | None],
+        timeout_s: float | None,
+        headers: Headers = (),
     ) -> Dispatched:
-        """Send the legs of one attempt.
+        """Start the legs of one attempt.
 
         Args:
             route: who serves it.
             leg: what both legs share: everything but attempt, epoch and bootstrap.
             attempt: its number, from 1.
+            sinks: what hears of the decode (or aggregated) leg, and of the prefill leg where there is one.
             timeout_s: what is left of the client's deadline; None: no deadline.
             headers: what tells the workers which trace the legs belong to.
+
+        Raises:
+            ServiceError: a worker cannot be connected to.
         """
+        decode_link = self._links.get(route.decode)
         if route.prefill is None:
             decode_leg = _addressed(leg, route.decode, attempt, None)
-            decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s, headers)
-            return Dispatched(route, attempt, 0, decode, None)
+            return Dispatched(route, attempt, 0, decode_link.start(decode_leg, sinks[0], timeout_s, headers), None)
+        prefill_link, prefill_sink = self._links.get(route.prefill), sinks[1]
+        assert prefill_sink is not None, "an attempt on a pair has two sinks"
         room = self._rng.getrandbits(ROOM_BITS) or 1
         prefill_host, prefill_port = route.prefill.bootstrap_host, route.prefill.bootstrap_port
         assert prefill_host is not None, "the registry refuses prefill workers without a bootstrap address"
         assert prefill_port is not None, "the registry refuses prefill workers without a bootstrap address"
         bootstrap = leg_pb2.Bootstrap(host=prefill_host, port=prefill_port, room=room)
         # Decode has the longer way before it can receive: it goes first.
-        decode_leg = _addressed(leg, route.decode, attempt, bootstrap)
-        decode = open_decode(self._channels, route.decode.address, decode_leg, timeout_s, headers)
+        decode = decode_link.start(_addressed(leg, route.decode, attempt, bootstrap), sinks[0], timeout_s, headers)
         prefill_leg = _addressed(leg, route.prefill, attempt, bootstrap)
-        prefill = open_prefill(self._channels, route.prefill.address, prefill_leg, timeout_s, headers)
+        prefill = prefill_link.start(prefill_leg, prefill_sink, timeout_s, headers)
         return Dispatched(route, attempt, room, decode, prefill)
 
 

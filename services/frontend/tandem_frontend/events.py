@@ -7,33 +7,14 @@ stream that has begun. What failed before the first event stays a status. Knows 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
 
-from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.json_format import MessageToJson
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem_frontend.generation import Event
 from tandem_frontend.http_errors import last_event
 
 CONTENT_TYPE = "text/event-stream"
-
-
-async def server_sent(events: AsyncGenerator[Event, None]) -> AsyncGenerator[HttpBody, None]:
-    """One body for each event; the first one sets the content type of the whole answer.
-
-    Raises:
-        TandemError: nothing had been sent yet. Afterwards a failure is the last event.
-    """
-    content_type = CONTENT_TYPE
-    try:
-        async for event in events:
-            yield HttpBody(content_type=content_type, data=_framed(event_json(event)))
-            content_type = ""
-    except Exception as problem:
-        if content_type:
-            raise
-        yield HttpBody(data=_framed(json.dumps(last_event(problem), ensure_ascii=False)))
+Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 
 
 def as_response(event: Event) -> pb.GenerateResponse:
@@ -69,5 +50,11 @@ def _plain_chunk_json(chunk: pb.GenerateChunk) -> str:
     return f'{{"chunk": {{"index": {chunk.index}, "text": {text}, "token_ids": [{token_ids}], "logprobs": []}}}}'
 
 
-def _framed(line: str) -> bytes:
+def failure_event(problem: Exception) -> bytes:
+    """The last event of a stream that has begun and failed."""
+    return framed(json.dumps(last_event(problem), ensure_ascii=False))
+
+
+def framed(line: str) -> bytes:
+    """A line of JSON as an event."""
     return f"data: {line}\n\n".encode()

@@ -3,16 +3,18 @@
     validate -> admit -> wait -> route -> dispatch -> supervise -> relay -> finish
                          (again, from where it broke, when a leg fails)
 
-Owns the order of the hops. Leaving `generate` early, at whatever point, ends both legs in their engines.
+Owns the order of the hops. The task of a request waits while its tokens are pushed through the relay to the client.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
+from tandem.errors import Overloaded
 from tandem.observe.course import Course
 from tandem.observe.courses import Courses
 from tandem.observe.spans import is_sampled
@@ -20,19 +22,31 @@ from tandem.rpc.messages import present
 from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts, RequestStream
 from tandem_frontend.caller import Caller
+from tandem_frontend.coalescing import Coalescing
 from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.model_defaults import with_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.record import Record, course_of
-from tandem_frontend.relay import Relay
+from tandem_frontend.relay import Outlet, Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.supervision import Attempt
 from tandem_frontend.validation import CheckedRequest, checked_generate, naming_the_prompt
 from tandem_frontend.waiting_line import Demand
 
 PROMPT_TOKENS_TOLD = 1024
 """Of a prompt in a trace, where those are wanted; collectors refuse large spans."""
-Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
+
+
+class Answer(Outlet, Protocol):
+    """An answer on its way to a client."""
+
+    def accepted(self, accepted: pb.GenerateAccepted) -> None:
+        """The request has been taken and dispatched; comes first."""
+        ...
+
+    async def finish(self, finish: pb.GenerateFinish) -> None:
+        """The end; comes last, and once."""
+        ...
 
 
 class Generation:
@@ -44,50 +58,56 @@ class Generation:
         admission: Admission,
         attempts: Attempts,
         courses: Courses[Course] | None = None,
+        coalescing: Coalescing | None = None,
         *,
         tells_prompts: bool = False,
     ) -> None:
-        """`courses` is told of every request, and of its prompt if so wanted; None: nobody wants to know."""
+        """`courses` keeps what happened to each request, and its prompt if so wanted; None: nothing is kept."""
         self._tells_prompts = tells_prompts
         self._model = model
         self._admission = admission
         self._attempts = attempts
         self._courses: Courses[Course] = courses or Courses()
+        self._coalescing = coalescing or Coalescing()
 
-    async def generate(self, request: pb.GenerateRequest, caller: Caller) -> AsyncGenerator[Event, None]:
-        """Stream a generation: accepted, chunks, exactly one finish.
+    async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
+        """Generate into an answer: accepted, chunks, exactly one finish.
+
+        Cancelling this, at whatever point, ends both legs in their engines.
 
         Args:
             request: as the client sent it.
             caller: who asks, and until when.
+            answer: where it goes. Chunks are pushed from here on until the finish, whatever this task does.
 
         Raises:
-            TandemError: the one ending of a stream without a finish.
+            TandemError: the one ending of an answer without a finish.
         """
         with (
-            self._courses.following(course_of(request, caller, self._model.name)) as course,
-            self._admitted(course) as record,
+            self._courses.following(course_of(request, caller, self._model.name)) as record,
+            self._admitted(record) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
-            record.checked(wanted)
-            if self._tells_prompts and self._courses.ids is not None and is_sampled(course):
-                course.prompt = await self._told_prompt(wanted)
-            relay = self._relay(wanted, course)
-            async with self._served(wanted, caller, record) as stream:
-                yield self._accepted(wanted, stream.attempt.dispatched)
-                async with contextlib.aclosing(stream.tokens(relay.is_over)) as batches:
-                    async for tokens in batches:
-                        yield relay.take(tokens)
-                        if relay.ends_the_legs:
-                            break
-                route, prefill = _route(stream.attempt.dispatched), stream.attempt.prefill_finish
-                rest, finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
+            recorder.checked(wanted)
+            if self._tells_prompts and self._courses.ids is not None and is_sampled(record):
+                record.prompt = await self._told_prompt(wanted)
+            relay = self._relay(wanted, record, answer)
+            async with self._served(wanted, caller, relay, recorder) as stream:
+                answer.accepted(self._accepted(wanted, stream.attempt))
+                self._coalescing.open()
+                try:
+                    relay.open()
+                    await stream.run()
+                finally:
+                    self._coalescing.close()
+                if relay.is_overrun:
+                    raise Overloaded("the client does not read its answer: too much of it waits")
+                route, prefill = _route(stream.attempt), stream.attempt.prefill_finish
+                finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
             # Both legs have ended here: a client that has the finish may rely on it.
-            record.finish(finish)
-            if rest is not None:
-                yield rest
-            yield finish
+            recorder.finish(finish)
+            await answer.finish(finish)
 
     async def _told_prompt(self, wanted: CheckedRequest) -> str:
         """What the model reads, as far as it is told."""
@@ -103,11 +123,13 @@ class Generation:
             yield record
 
     @contextlib.asynccontextmanager
-    async def _served(self, wanted: CheckedRequest, caller: Caller, record: Record) -> AsyncIterator[RequestStream]:
+    async def _served(
+        self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
+    ) -> AsyncIterator[RequestStream]:
         async with self._admission.place(_demand(wanted, caller)):
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.taken(self._leg(wanted), caller.left_s(), record) as stream:
+                async with self._attempts.taken(self._leg(wanted), relay, caller.left_s(), record) as stream:
                     yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
@@ -129,20 +151,21 @@ class Generation:
             cache_salt=wanted.cache_salt,
         )
 
-    def _relay(self, wanted: CheckedRequest, course: Course) -> Relay:
+    def _relay(self, wanted: CheckedRequest, record: Course, answer: Answer) -> Relay:
         tokenizer = self._model.tokenizer
         stop_tokens = StopTokens(
             wanted.stop_token_ids, tokenizer.eos_token_ids, wanted.min_tokens or 0, ignore_eos=wanted.ignore_eos
         )
         detokenizer = Detokenizer(tokenizer, wanted.token_ids, skip_special_tokens=wanted.skip_special_tokens)
-        return Relay(detokenizer, StopMatcher(wanted.stop), stop_tokens, course)
+        matcher = StopMatcher(wanted.stop)
+        return Relay(detokenizer, matcher, stop_tokens, record, answer, self._coalescing, wanted.coalesce_s)
 
-    def _accepted(self, wanted: CheckedRequest, dispatched: Dispatched) -> pb.GenerateAccepted:
+    def _accepted(self, wanted: CheckedRequest, attempt: Attempt) -> pb.GenerateAccepted:
         return pb.GenerateAccepted(
             request_id=wanted.request_id,
             model=self._model.name,
             prompt_tokens=len(wanted.token_ids),
-            route=_route(dispatched),
+            route=_route(attempt),
         )
 
 
@@ -157,11 +180,11 @@ def _demand(wanted: CheckedRequest, caller: Caller) -> Demand:
     )
 
 
-def _route(dispatched: Dispatched) -> pb.Route:
-    prefill = dispatched.route.prefill
+def _route(attempt: Attempt) -> pb.Route:
+    prefill, dispatched = attempt.route.prefill, attempt.dispatched
     return pb.Route(
         attempt=dispatched.attempt,
         prefill_worker_id=prefill.worker_id if prefill else "",
-        decode_worker_id=dispatched.route.decode.worker_id,
+        decode_worker_id=attempt.route.decode.worker_id,
         bootstrap_room=dispatched.room,
     )

@@ -5,8 +5,7 @@ Errors become statuses in tandem.rpc.interceptors.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,8 +16,9 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
 from tandem.model.worker import Worker
 from tandem.rpc.messages import present
+from tandem_frontend.answers import EventsAnswer, StreamAnswer, WholeAnswer
 from tandem_frontend.caller import caller_of
-from tandem_frontend.events import as_response, server_sent
+from tandem_frontend.events import failure_event
 from tandem_frontend.generation import Generation
 from tandem_frontend.models import ServedModel, check_name_length, get_model, list_models
 from tandem_frontend.validation import checked_detokenize, checked_tokenize
@@ -34,34 +34,25 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._model = model
         self._workers = workers
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
-        """Stream a generation; a client that leaves closes it."""
-        async with contextlib.aclosing(self._generation.generate(request, caller_of(context))) as events:
-            async for event in events:
-                yield as_response(event)
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """Stream a generation; a client that leaves cancels it. Messages are pushed, not returned."""
+        await self._generation.generate(request, caller_of(context), StreamAnswer(context))
 
-    async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> AsyncIterator[HttpBody]:  # noqa: N802
-        """The same as server-sent events, for HTTP."""
-        async with contextlib.aclosing(self._generation.generate(request.generate, caller_of(context))) as events:
-            async for body in server_sent(events):
-                yield body
+    async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """The same as server-sent events, for HTTP; what fails after the first of them is the last event."""
+        answer = EventsAnswer(context)
+        try:
+            await self._generation.generate(request.generate, caller_of(context), answer)
+        except Exception as problem:
+            if not answer.has_begun:
+                raise
+            context.send(HttpBody(data=failure_event(problem)))
 
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
-        response = pb.GenerateUnaryResponse()
-        texts: list[str] = []
-        async with contextlib.aclosing(self._generation.generate(request.generate, caller_of(context))) as events:
-            async for event in events:
-                if isinstance(event, pb.GenerateAccepted):
-                    response.request_id, response.model = event.request_id, event.model
-                elif isinstance(event, pb.GenerateChunk):
-                    texts.append(event.text)
-                    response.token_ids.extend(event.token_ids)
-                    response.logprobs.extend(event.logprobs)
-                else:
-                    response.finish.CopyFrom(event)
-        response.text = "".join(texts)
-        return response
+        answer = WholeAnswer()
+        await self._generation.generate(request.generate, caller_of(context), answer)
+        return answer.response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Text or messages to token ids."""

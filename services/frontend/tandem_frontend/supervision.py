@@ -1,17 +1,16 @@
 """The supervision hop: owns both legs of an attempt from dispatch to their end.
 
-The first failure, or a leg's silence beyond its bound, cancels the other leg and is told once, as an error that names
-leg, worker, phase, attempt and room. A prefill leg can fail the attempt only until decode has spoken: a first token
-means that the KV is there.
+Legs speak by calls of their sinks, and nothing here waits for a token. The first failure aborts the other leg and ends
+the attempt with one error, which names leg, worker, phase, attempt and bootstrap room. A prefill leg can fail the
+attempt only until decode has spoken: a first token means that the KV is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import (
@@ -29,13 +28,11 @@ from tandem.errors import (
 from tandem.model.request_state import LegRole, Phase, RequestState
 from tandem.model.worker import Worker
 from tandem.observe.course import AttemptCourse
-from tandem.rpc.leg_calls import LegCall, LegEvent
-from tandem.rpc.messages import PHASE_BY_NUMBER
 from tandem_frontend.dispatch import Dispatched
+from tandem_frontend.link_leg import Logprobs, Sink
+from tandem_frontend.routing.candidates import Route
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PREFILL_FINISH_TIMEOUT_S = 1.0
 """After decode's end, prefill's account is already on its way; the client does not wait for it longer."""
@@ -47,292 +44,281 @@ OF_ONE_WORKER = (ServiceError, StaleEpoch)
 OF_THE_REQUEST = (DeadlinePassed, RequestAborted)
 NO_FAULT = (Draining, Overloaded, StaleEpoch)
 """What a worker may say of itself without being broken: it has no room, it goes away, it was started again."""
-LOOK_S = 0.25
-"""Between looks at the clock: a timer for each event would cost more than the event."""
+
+Send = Callable[[tuple[Sink, Sink | None]], Dispatched]
+"""Starts the legs of the attempt; what becomes of them goes to the sinks of the decode and the prefill leg."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How long a leg may say nothing."""
+class Hearer(Protocol):
+    """Whose attempt it is."""
 
-    accept_s: float
-    """Until its worker has taken it."""
-    silence_s: float
-    """Between two events from there on. Workers tell of progress several times within it."""
-    slow_s: float = 0.8
-    """After so much of either the worker is asked whether it lives. A healthy one takes a leg at once, before its
-    engine sees it, and tells of progress twice in this time."""
+    def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """The next tokens of the attempt, each exactly once and in order."""
+        ...
+
+    def is_replaceable(self, worker: Worker) -> bool:
+        """Whether another attempt without that worker could take over."""
+        ...
 
 
-@dataclass(slots=True)
-class _Leg:
-    role: LegRole
-    worker: Worker
-    call: LegCall
-    heard_s: float
-    phase: Phase = Phase.DISPATCHED
-    is_asked: bool = False
-    """Whether its worker has been asked about this silence."""
-    is_read: bool = False
-    """Whether somebody waits for its next event now: a leg that nobody reads is not silent."""
+class _Side:
+    """One leg of the attempt: what it says, in the order in which it says it."""
+
+    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker) -> None:
+        self._attempt = attempt
+        self.role = role
+        self.worker = worker
+        self.phase = Phase.DISPATCHED
+        self.is_accepted = False
+        self._expected_index = 0
+        self._token_ids_below = worker.capabilities.vocabulary_size
+
+    def accepted(self) -> None:
+        """See `Sink`."""
+        if not self.is_accepted:
+            self.is_accepted = True
+            self._attempt.on_accepted(self)
+
+    def tokens(self, index: int, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """See `Sink`. On the hot path: once a leg and step."""
+        if index != self._expected_index or not token_ids:
+            problem = f"{len(token_ids)} tokens came at {index}, not at {self._expected_index}"
+            self._attempt.on_failed(self, LegFailed(problem))
+            return
+        if max(token_ids) >= self._token_ids_below:
+            problem = f"token {max(token_ids)} is outside the vocabulary of {self._token_ids_below} tokens"
+            self._attempt.on_failed(self, LegFailed(problem))
+            return
+        self._expected_index += len(token_ids)
+        self._attempt.on_tokens(self, token_ids, logprobs)
+
+    def finish(self, finish: leg_pb2.LegFinish) -> None:
+        """See `Sink`."""
+        self._attempt.on_finished(self, finish)
+
+    def fail(self, problem: TandemError) -> None:
+        """See `Sink`."""
+        self._attempt.on_failed(self, problem)
+
+    def unanswered(self) -> None:
+        """See `Sink`."""
+        self._attempt.on_unanswered(self)
 
 
 class Attempt:
-    """Both legs of one attempt. Use as an async context manager: leaving it ends both legs, in every phase."""
+    """Both legs of one attempt. `start` and `wait` them, and always `end` them."""
 
     def __init__(
         self,
-        dispatched: Dispatched,
-        bounds: Bounds,
-        is_lost: Callable[[Worker], Awaitable[bool]],
+        route: Route,
+        hearer: Hearer,
         state: RequestState | None = None,
-        course: AttemptCourse | None = None,
+        record: AttemptCourse | None = None,
     ) -> None:
-        """Sends nothing: the legs are on their way.
+        """Sends nothing yet.
 
         Args:
-            dispatched: the legs.
-            bounds: how long they may be silent.
-            is_lost: asked of a worker whose leg is slow to speak: whether to wait no longer.
+            route: who serves it.
+            hearer: whose attempt it is.
             state: of the request, when it has one beyond this attempt.
-            course: where to write what happens.
+            record: where to write what happens.
         """
-        route = dispatched.route
-        self._is_lost = is_lost
-        self._asking: set[asyncio.Task[None]] = set()
-        self.dispatched = dispatched
-        self._bounds = bounds
-        self._loop = asyncio.get_running_loop()
+        self.route = route
+        self._hearer = hearer
         self._state = state or RequestState()
-        self._course = course or AttemptCourse()
-        now_s = self._loop.time()
+        self._record = record or AttemptCourse()
         streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
-        self._decode = _Leg(streaming, route.decode, dispatched.decode, now_s)
-        self._prefill: _Leg | None = None
-        if route.prefill is not None and dispatched.prefill is not None:
-            self._prefill = _Leg(LegRole.PREFILL, route.prefill, dispatched.prefill, now_s)
-        self._state.dispatch(*(leg.role for leg in self._legs()))
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._prefill_accepted = asyncio.Event()
-        self._prefill_task: asyncio.Task[None] | None = None
+        self._decode = _Side(self, streaming, route.decode)
+        self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)
+        self._state.dispatch(*(side.role for side in self._sides()))
+        loop = asyncio.get_running_loop()
+        self._taken: asyncio.Future[None] = loop.create_future()
+        """Done when every worker has taken its leg, or the attempt has failed."""
+        self._over: asyncio.Future[None] = loop.create_future()
+        """Done when nothing more will come of it."""
+        self._dispatched: Dispatched | None = None
+        self._prefill_timer: asyncio.TimerHandle | None = None
         self._failure: TandemError | None = None
+        self._is_ended = False
         self.failed_worker: Worker | None = None
         """Whose leg failed first, in whatever phase, where another worker may do better."""
         self.faulty_worker: Worker | None = None
-        """The same one where it failed, and did not merely refuse: what breakers count."""
+        """The same one where it failed, and did not merely refuse: what circuit breakers count."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
-    async def __aenter__(self) -> Attempt:
-        """Return when every worker has taken its leg.
+    @property
+    def dispatched(self) -> Dispatched:
+        """Its legs, as they were sent."""
+        assert self._dispatched is not None, "dispatched before start()"
+        return self._dispatched
+
+    async def start(self, send: Send) -> None:
+        """Send the legs; return when every worker has taken its leg.
 
         Raises:
             TandemError: one did not.
         """
-        if self._prefill is not None:
-            self._prefill_task = asyncio.create_task(self._follow_prefill(self._prefill), name="prefill-leg")
-        self._look_later()
         try:
-            await self._watched(self._accepted(self._decode))
-            if self._prefill_task is not None:
-                await self._prefill_taken(self._prefill_task)
-        except BaseException:
-            await self._end()
-            raise
-        return self
+            self._dispatched = send((self._decode, self._prefill))
+        except ServiceError as problem:
+            self.on_failed(self._decode, problem)
+        await self._taken
+        if self._failure is not None:
+            raise self._failure
 
-    async def __aexit__(self, *exception: object) -> None:
-        await self._end()
-
-    async def tokens(self) -> AsyncGenerator[leg_pb2.LegTokens, None]:
-        """Tokens as they come from decode; ends when `decode_finish` is known.
+    async def wait(self) -> None:
+        """Return when decode has finished and given its account, or `stop` was called.
 
         Raises:
             TandemError: the first failure of a leg.
         """
-        expected_index = 0
-        while self.decode_finish is None:
-            event = await self._watched(self._next(self._decode))
-            kind = event.WhichOneof("event")
-            if kind == "tokens":
-                if event.tokens.index != expected_index or not event.tokens.token_ids:
-                    problem = (
-                        f"{len(event.tokens.token_ids)} tokens came at {event.tokens.index}, not at {expected_index}"
-                    )
-                    raise self._explain(self._decode, LegFailed(problem))
-                expected_index += len(event.tokens.token_ids)
-                self._decode.phase = Phase.DECODING
-                self._state.tokens(self._decode.role, len(event.tokens.token_ids))
-                yield event.tokens
-            elif kind == "finish":
-                self.decode_finish = event.finish
-                self._state.end_leg(self._decode.role)
-            elif kind == "progress":
-                self._note_progress(self._decode, event.progress)
-        # Of an aborted request prefill has no account to give: it may still wait for decode.
-        if self._prefill_task is not None and self.decode_finish.reason != generation_pb2.FINISH_REASON_ABORTED:
-            await asyncio.wait({self._prefill_task}, timeout=PREFILL_FINISH_TIMEOUT_S)
-
-    def lose(self, worker: Worker, why: str) -> None:
-        """End the attempt: a worker of its is known to be gone, whatever its stream still says."""
-        for leg in self._legs():
-            if leg.worker.start == worker.start and leg.phase is not Phase.FINISHED:
-                self._fail(leg, self._explain(leg, LegFailed(why)))
-
-    async def _watched(self, decode_work: Coroutine[Any, Any, T]) -> T:
-        """Work on decode's stream; raises the failure of whichever leg failed first."""
-        try:
-            return await decode_work
-        except TandemError as problem:
-            raise self._failure or self._explain(self._decode, problem) from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            # A failure seen elsewhere ended decode's call; nobody cancelled us.
-            if self._failure is not None and task is not None and not task.cancelling():
-                raise self._failure from None
-            raise
-
-    async def _accepted(self, leg: _Leg) -> None:
-        """Wait until a leg's worker has taken it."""
-        event = await self._next(leg)
-        if event.WhichOneof("event") != "accepted":
-            raise LegFailed("the stream did not begin with accepted")
-        self._state.take(leg.role)
-        self._course.accepted(leg.role.value)
-        leg.phase = Phase.PREFILLING if leg.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
-
-    async def _follow_prefill(self, leg: _Leg) -> None:
-        """Read the prefill leg to its end. Its token is decode's too and is not passed on."""
-        try:
-            await self._accepted(leg)
-            self._prefill_accepted.set()
-            while self.prefill_finish is None:
-                event = await self._next(leg)
-                kind = event.WhichOneof("event")
-                if kind == "tokens":
-                    leg.phase = Phase.TRANSFERRING
-                    if leg.role in self._state.legs:
-                        self._state.tokens(leg.role, 1)
-                elif kind == "finish":
-                    self.prefill_finish = event.finish
-                elif kind == "progress":
-                    self._note_progress(leg, event.progress)
-        except TandemError as problem:
-            self._fail(leg, self._explain(leg, problem))
-            return
-        if self.prefill_finish.reason == generation_pb2.FINISH_REASON_ABORTED:
-            self._fail(leg, RequestAborted(f"the prefill leg was aborted on {leg.worker.worker_id}"))
-            return
-        leg.phase = Phase.FINISHED
-        if leg.role in self._state.legs:
-            self._state.end_leg(leg.role)
-
-    async def _prefill_taken(self, prefill_task: asyncio.Task[None]) -> None:
-        taken = asyncio.create_task(self._prefill_accepted.wait())
-        try:
-            await asyncio.wait({taken, prefill_task}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            taken.cancel()
+        await self._over
         if self._failure is not None:
             raise self._failure
 
-    def _fail(self, leg: _Leg, problem: TandemError) -> None:
-        """A leg has failed elsewhere than in the hands of decode's reader: end decode's call, if it needs that leg."""
-        leg.call.cancel()
-        if leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING:
+    def stop(self) -> None:
+        """Nothing more is wanted of it."""
+        _set(self._over)
+
+    def end(self) -> None:
+        """End both legs, in every phase. Harmless when called twice."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        if self._prefill_timer is not None:
+            self._prefill_timer.cancel()
+        self._abort()
+        _set(self._taken)
+        _set(self._over)
+        self._record.end(self.prefill_finish, self.decode_finish)
+
+    def lose(self, worker: Worker, why: str) -> None:
+        """End the attempt: a worker of its is known to be gone, whatever its stream still says."""
+        for side in self._sides():
+            if side.worker.start == worker.start and side.phase is not Phase.FINISHED:
+                self.on_failed(side, LegFailed(why))
+
+    # --- What the legs say
+
+    def on_accepted(self, side: _Side) -> None:
+        """Its worker has taken a leg."""
+        if self._is_ended:
+            return
+        self._state.take(side.role)
+        self._record.accepted(side.role.value)
+        if side.phase is Phase.DISPATCHED:
+            side.phase = Phase.PREFILLING if side.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
+        if all(each.is_accepted for each in self._sides()):
+            _set(self._taken)
+
+    def on_tokens(self, side: _Side, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """Tokens of a leg. Prefill's is decode's too and is not passed on."""
+        if self._is_ended:
+            return
+        if side is self._prefill:
+            side.accepted()
+            side.phase = Phase.TRANSFERRING
+            self._state.speak(side.role)
+            return
+        if side.phase is not Phase.DECODING:
+            # They may overtake the answer that the leg was taken.
+            side.accepted()
+            side.phase = Phase.DECODING
+            self._state.speak(side.role)
+        self._hearer.tokens(token_ids, logprobs)
+
+    def on_finished(self, side: _Side, finish: leg_pb2.LegFinish) -> None:
+        """A leg has ended by itself, or because somebody else has aborted it."""
+        if self._is_ended:
+            return
+        side.accepted()
+        is_aborted = finish.reason == generation_pb2.FINISH_REASON_ABORTED
+        if side is self._prefill:
+            if is_aborted:
+                self._fail(side, RequestAborted(f"the prefill leg was aborted on {side.worker.worker_id}"))
+                return
+            self.prefill_finish = finish
+        else:
+            self.decode_finish = finish
+        side.phase = Phase.FINISHED
+        self._state.end_leg(side.role)
+        if self.decode_finish is None:
+            return
+        # Of an aborted request prefill has no account to give: it may still wait for decode.
+        if self._prefill is None or self.prefill_finish is not None or is_aborted or self._prefill_is_over():
+            _set(self._over)
+        elif self._prefill_timer is None:
+            loop = asyncio.get_running_loop()
+            self._prefill_timer = loop.call_later(PREFILL_FINISH_TIMEOUT_S, _set, self._over)
+
+    def on_failed(self, side: _Side, problem: TandemError) -> None:
+        """A leg has failed."""
+        if self._is_ended or side.phase is Phase.FINISHED:
+            return
+        self._fail(side, self._explain(side, problem))
+
+    def on_unanswered(self, side: _Side) -> None:
+        """A leg's worker is slow, and has not answered a question about its health."""
+        if self._is_ended or side.phase in (Phase.FINISHED, Phase.ABORTED):
+            return
+        if self._hearer.is_replaceable(side.worker):
+            self.on_failed(side, LegFailed("no answer, neither to the leg nor to a question about its health"))
+
+    def _fail(self, side: _Side, problem: TandemError) -> None:
+        side.phase = Phase.ABORTED
+        if side is self._prefill and self._has_handed_over():
             log.info("prefill leg failed after the hand-over: %s", problem)
+            if self.decode_finish is not None:
+                _set(self._over)
             return
         self._failure = self._failure or problem
-        self._decode.call.cancel()
+        self._abort()
+        _set(self._taken)
+        _set(self._over)
 
-    async def _end(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        for asking in self._asking:
-            asking.cancel()
-        self._decode.call.cancel()
-        if self._prefill is not None and self._prefill_task is not None:
-            self._prefill.call.cancel()
-            self._prefill_task.cancel()
-        try:
-            if self._prefill_task is not None:
-                await asyncio.wait({self._prefill_task})
-        finally:
-            self._course.end(self.prefill_finish, self.decode_finish)
-
-    def _legs(self) -> tuple[_Leg, ...]:
+    def _sides(self) -> tuple[_Side, ...]:
         return (self._decode,) if self._prefill is None else (self._prefill, self._decode)
 
-    async def _next(self, leg: _Leg) -> LegEvent:
-        """The next event of a leg that has not finished.
+    def _has_handed_over(self) -> bool:
+        return self._decode.phase in (Phase.DECODING, Phase.FINISHED)
 
-        Raises:
-            TandemError: it failed.
-        """
-        leg.heard_s, leg.is_read, leg.is_asked = self._loop.time(), True, False
-        event = await leg.call.read()
-        leg.is_read = False
-        if event is None:
-            raise LegFailed("the stream ended without a finish")
-        return event
+    def _prefill_is_over(self) -> bool:
+        return self._prefill is not None and self._prefill.phase in (Phase.FINISHED, Phase.ABORTED)
 
-    def _note_progress(self, leg: _Leg, progress: leg_pb2.LegProgress) -> None:
-        """What a leg tells of itself beyond being alive."""
-        phase = PHASE_BY_NUMBER.get(progress.phase)
-        # A prefill leg may still speak while the request that has ended is being cleared away.
-        if phase is not None and leg.role in self._state.legs:
-            self._state.progress(leg.role, phase)
-            leg.phase = self._state.legs[leg.role].phase
+    def _abort(self) -> None:
+        if self._dispatched is not None:
+            self._dispatched.decode.abort()
+            if self._dispatched.prefill is not None:
+                self._dispatched.prefill.abort()
 
-    def _look_later(self) -> None:
-        bounds = self._bounds
-        delay_s = min(LOOK_S, bounds.slow_s / 2, bounds.accept_s / 2, bounds.silence_s / 2)
-        self._watchdog = self._loop.call_later(delay_s, self._look)
-
-    def _look(self) -> None:
-        """End the attempt when a leg has been silent for too long, and ask its worker before that."""
-        now_s = self._loop.time()
-        for leg in self._legs():
-            is_taken = leg.phase is not Phase.DISPATCHED
-            bound_s = self._bounds.silence_s if is_taken else self._bounds.accept_s
-            silent_s = now_s - leg.heard_s if leg.is_read else 0.0
-            if silent_s >= bound_s:
-                what = "nothing heard for" if is_taken else "no answer within"
-                self._fail(leg, self._explain(leg, LegFailed(f"{what} {bound_s:g} s")))
-            elif silent_s >= self._bounds.slow_s and not leg.is_asked:
-                leg.is_asked = True
-                asking = asyncio.create_task(self._ask(leg, leg.heard_s), name="slow-leg")
-                self._asking.add(asking)
-                asking.add_done_callback(self._asking.discard)
-        self._look_later()
-
-    async def _ask(self, leg: _Leg, heard_s: float) -> None:
-        """Give a leg up whose worker answers nobody, unless it has spoken meanwhile."""
-        if await self._is_lost(leg.worker) and leg.is_read and leg.heard_s == heard_s:
-            problem = LegFailed("no answer, neither to the leg nor to a question about its health")
-            self._fail(leg, self._explain(leg, problem))
-
-    def _explain(self, leg: _Leg, problem: TandemError) -> TandemError:
+    def _explain(self, side: _Side, problem: TandemError) -> TandemError:
         """What the client is told of a leg's failure."""
-        is_blamed = not (leg.role is LegRole.PREFILL and self._decode.phase is Phase.DECODING)
+        is_blamed = not (side is self._prefill and self._has_handed_over())
         if is_blamed and _is_of_one_worker(problem):
             if self.failed_worker is None and not isinstance(problem, NO_FAULT):
-                self.faulty_worker = leg.worker
-            self.failed_worker = self.failed_worker or leg.worker
+                self.faulty_worker = side.worker
+            self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
-            self._course.broke(leg.role.value, leg.worker, leg.phase.value, problem.reason)
+            self._record.broke(side.role.value, side.worker, side.phase.value, problem.reason)
         if isinstance(problem, SAID_TO_THE_CLIENT):
             return problem
+        dispatched = self._dispatched
         facts: dict[str, Any] = {
-            "phase": leg.phase.value,
+            "phase": side.phase.value,
             **problem.metadata,
-            "leg": leg.role.value,
-            "worker": leg.worker.worker_id,
-            "attempt": self.dispatched.attempt,
-            "room": self.dispatched.room or None,
+            "leg": side.role.value,
+            "worker": side.worker.worker_id,
+            "attempt": self._state.attempt if dispatched is None else dispatched.attempt,
+            "room": dispatched.room or None if dispatched is not None else None,
         }
-        place = f"{leg.role.value} leg on {leg.worker.worker_id} failed in phase {facts['phase']}"
-        return LegFailed(f"{place}: {problem.message}", **facts)
+        where = f"{side.role.value} leg on {side.worker.worker_id} failed in phase {facts['phase']}"
+        return LegFailed(f"{where}: {problem.message}", **facts)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _is_of_one_worker(problem: TandemError) -> bool:

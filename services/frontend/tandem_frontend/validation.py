@@ -32,6 +32,7 @@ TOP_LOGPROBS_MAX = 20
 CACHE_SALT_CHARS_MAX = 128
 SESSION_ID_CHARS_MAX = 128
 PRIORITY_MAX = 100
+COALESCE_MS_MAX = 1_000
 GRAMMAR_BYTES_MAX = 64 * 1_024
 PATTERN_BYTES_MAX = 16 * 1_024
 """Of a grammar that is no JSON: how deeply it nests, nobody has counted."""
@@ -57,6 +58,8 @@ class CheckedRequest:
     cache_salt: str | None
     session_id: str | None
     skip_special_tokens: bool
+    coalesce_s: float | None
+    """The request's own bound on how long a chunk may be held; None: the frontend's."""
 
 
 async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
@@ -94,6 +97,7 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
         cache_salt=present(request, "cache_salt", request.cache_salt),
         session_id=present(request, "session_id", request.session_id),
         skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
+        coalesce_s=request.coalesce_ms / 1_000 if request.HasField("coalesce_ms") else None,
     )
 
 
@@ -266,6 +270,8 @@ def _check_rest(request: pb.GenerateRequest) -> None:
         raise InvalidRequest("session_id", f"must be at most {SESSION_ID_CHARS_MAX} characters long")
     if not 0 <= request.logprobs.top_logprobs <= TOP_LOGPROBS_MAX:
         raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
+    if not 0 <= request.coalesce_ms <= COALESCE_MS_MAX:
+        raise InvalidRequest("coalesce_ms", f"must be 0 to {COALESCE_MS_MAX}, not {request.coalesce_ms}")
     _check_guided(request.guided)
 
 

@@ -6,12 +6,13 @@ An adapter owns its engine's processes, its KV memory and, in the prefill role, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tandem.model.generation import EngineRequest, TokenBatch
+from tandem.errors import TandemError
+from tandem.model.generation import EngineFinish, EngineRequest, TokenLogprob
 from tandem.model.worker import Capabilities, EngineLoad
 
 
@@ -35,6 +36,25 @@ class KvEvent:
     parent_block_hash: int | None = None
     token_ids: tuple[int, ...] = ()
     block_size_tokens: int = 0
+
+
+class Output(Protocol):
+    """Where an engine puts what it generates for one request.
+
+    Tokens come in order, each exactly once; then exactly one end. No method may block, raise or call the engine back.
+    """
+
+    def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        """The next tokens, 1 or more. `logprobs` is as long where the request asked for them, else empty."""
+        ...
+
+    def finish(self, finish: EngineFinish) -> None:
+        """The end: by itself, or by an abort."""
+        ...
+
+    def fail(self, problem: TandemError) -> None:
+        """The end: LegFailed (the hand-over between the two legs), EngineFailed, or a late InvalidRequest."""
+        ...
 
 
 class Engine(Protocol):
@@ -61,20 +81,22 @@ class Engine(Protocol):
         """Where decode engines meet this one; None unless its role is prefill. Valid after `start`."""
         ...
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[TokenBatch]:
-        """Run one leg and yield its tokens as they come, each exactly once; the last batch carries `finish`.
+    async def submit(self, request: EngineRequest, output: Output) -> None:
+        """Take one leg; returns when it waits in the engine. All that it generates goes to `output`.
 
-        A prefill engine yields the first token and finishes when its KV has been handed over (or the hand-over
-        ended). A decode engine yields all tokens, the first one included. Closing the iterator early, or cancelling
-        the task that reads it, aborts the request in the engine; so does `abort`, after which the iterator ends with
-        `FinishReason.ABORTED`.
+        A prefill engine puts out the first token and ends when its KV has been handed over (or the hand-over ended). A
+        decode engine puts out all tokens, the first one included. Outputs of one step of the engine come within one
+        turn of the event loop.
+
+        Args:
+            request: the leg.
+            output: called on the event loop, from now on until its end.
 
         Raises:
-            InvalidRequest: the engine refuses a value; `field` names it. May also come late: a grammar may turn out
-                to allow nothing only while it is followed.
+            InvalidRequest: the engine refuses a value; `field` names it. May also come late, as the output's failure:
+                a grammar may turn out to allow nothing only while it is followed.
             NotSupported: this engine cannot do what a field asks.
-            LegFailed: the hand-over between the two legs failed.
-            EngineFailed: the engine died or broke its contract.
+            EngineFailed: the engine is dead or stalled.
         """
         ...
 
@@ -86,8 +108,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def abort(self, request_id: str) -> bool:
-        """Stop working on a request. Returns whether this engine knew it; never raises for an unknown id."""
+    def abort(self, request_id: str) -> bool:
+        """Stop working on a request; its output has ended with `FinishReason.ABORTED` when this returns.
+
+        The engine frees what the request held within a step or two. Returns whether it ran here; never raises for an
+        unknown id.
+        """
         ...
 
     async def load(self) -> EngineLoad:

@@ -75,10 +75,6 @@ class RequestState:
 
     phase: Phase = Phase.QUEUED
     attempt: int = 0
-    token_count: int = 0
-    """Tokens passed on to the client, over all attempts."""
-    continuation_count: int = 0
-    """Attempts that went on after tokens had been passed on."""
     legs: dict[LegRole, LegState] = field(default_factory=dict)
 
     def dispatch(self, *roles: LegRole) -> None:
@@ -86,7 +82,6 @@ class RequestState:
         self._must_be(Phase.QUEUED)
         assert set(roles) in ({LegRole.AGGREGATED}, {LegRole.PREFILL, LegRole.DECODE}), f"no attempt has legs {roles}"
         self.attempt += 1
-        self.continuation_count += self.token_count > 0
         self.legs = {role: LegState(role) for role in roles}
         self.phase = Phase.DISPATCHED
 
@@ -97,20 +92,10 @@ class RequestState:
         leg.advance(Phase.PREFILLING if role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING)
         self._follow()
 
-    def progress(self, role: LegRole, phase: Phase) -> None:
-        """A leg tells where it is."""
-        assert phase in IN_ATTEMPT, f"a leg cannot be {phase.value}"
-        leg = self._taken(role)
-        leg.advance(phase)
-        self._follow()
-
-    def tokens(self, role: LegRole, count: int) -> None:
-        """A leg has told tokens. Those of prefill are decode's too and do not count."""
-        assert count > 0, "tokens without a token"
+    def speak(self, role: LegRole) -> None:
+        """The first token of a leg has come."""
         leg = self._taken(role)
         leg.advance(Phase.TRANSFERRING if role is LegRole.PREFILL else Phase.DECODING)
-        if role is not LegRole.PREFILL:
-            self.token_count += count
         self._follow()
 
     def end_leg(self, role: LegRole) -> None:

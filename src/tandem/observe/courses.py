@@ -58,11 +58,12 @@ class Courses(Generic[C]):
     @contextlib.contextmanager
     def following(self, course: C) -> Iterator[C]:
         """Have a course open; whatever leaves this is its ending."""
-        self._begin(course)
+        self.begin(course)
+        about.set(course)
         try:
             yield course
         except TandemError as problem:
-            course.fail(problem.reason, _told(problem))
+            course.fail(problem.reason, message_of(problem))
             raise
         except (asyncio.CancelledError, GeneratorExit):
             if not course.outcome:
@@ -72,15 +73,16 @@ class Courses(Generic[C]):
             course.fail(TandemError.reason, type(problem).__name__)
             raise
         finally:
-            self._close(course)
+            self.close(course)
 
-    def _begin(self, course: C) -> None:
+    def begin(self, course: C) -> None:
+        """Have a course open until `close`."""
         course.begin_s = course.begin_s or course.clock()
         course.trace = self.child(course.parent)
         self._open[id(course)] = course
-        about.set(course)
 
-    def _close(self, course: C) -> None:
+    def close(self, course: C) -> None:
+        """The end of a course whose outcome is set; without one it was cancelled."""
         course.end_s = course.clock()
         if not course.outcome:
             course.cancel()
@@ -94,8 +96,8 @@ class Courses(Generic[C]):
                 log.exception("a request could not be told of")
 
 
-def _told(problem: TandemError) -> str:
-    """Of a value that is refused only the name of its field: the value is the client's own."""
+def message_of(problem: TandemError) -> str:
+    """What a record may hold of a failure. Of a refused value only the name of its field: the value is the client's."""
     return problem.metadata.get("field", "") if isinstance(problem, RequestError) else problem.message
 
 

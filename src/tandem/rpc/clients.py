@@ -20,7 +20,9 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.errors import InvalidRequest
+from tandem.model.worker import Worker
 from tandem.rpc.channels import open_channel
+from tandem.rpc.messages import worker_from_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.tls.paths import Tls
 
@@ -78,6 +80,19 @@ async def list_members(address: str, *, tls: Tls | None = None) -> registry_pb.L
         stub: Any = RegistryServiceStub(channel)
         response: registry_pb.ListResponse = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
         return response
+
+
+async def worker_at(address: str, timeout_s: float = CALL_TIMEOUT_S, *, tls: Tls | None = None) -> Worker:
+    """Who serves at an address, as it says itself.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        request = worker_pb.GetCapabilitiesRequest()
+        response: worker_pb.GetCapabilitiesResponse = await _answer(stub.GetCapabilities(request, timeout=timeout_s))
+        return worker_from_proto(response.worker)
 
 
 async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> worker_pb.WatchLoadResponse:

@@ -25,7 +25,6 @@ from tandem.model.generation import (
     Stopping,
     TokenLogprob,
 )
-from tandem.model.request_state import Phase
 from tandem.model.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
 
 T = TypeVar("T")
@@ -44,17 +43,8 @@ FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: generation_pb2.FINISH_REASON_ABORTED,
 }
-PHASES = {
-    Phase.QUEUED: leg_pb2.LEG_PHASE_QUEUED,
-    Phase.BOOTSTRAPPING: leg_pb2.LEG_PHASE_BOOTSTRAPPING,
-    Phase.PREFILLING: leg_pb2.LEG_PHASE_PREFILLING,
-    Phase.TRANSFERRING: leg_pb2.LEG_PHASE_TRANSFERRING,
-    Phase.DECODING: leg_pb2.LEG_PHASE_DECODING,
-}
-"""Phases a leg can tell of; those before and after are the frontend's."""
 ROLE_BY_NUMBER = {number: role for role, number in ROLES.items()}
 STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
-PHASE_BY_NUMBER = {number: phase for phase, number in PHASES.items()}
 FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = (
@@ -110,6 +100,7 @@ def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
         state=STATES[worker.state],
         capabilities_digest=worker.capabilities_digest,
         release=worker.release,
+        leg_contract=worker.leg_contract,
     )
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
         message.bootstrap.host = worker.bootstrap_host
@@ -133,6 +124,7 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
         state=STATE_BY_NUMBER[message.state],
         capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
         release=message.release,
+        leg_contract=present(message, "leg_contract", message.leg_contract) or 1,
     )
 
 

@@ -69,10 +69,17 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
     return error
 
 
+def from_status(status: status_pb2.Status) -> TandemError:
+    """The error in a status that came inside a message."""
+    return _from_details(status) or TandemError(status.message or "a failure without a sentence")
+
+
 def _typed(failure: grpc.aio.AioRpcError) -> TandemError | None:
     status = rpc_status.from_call(failure)  # type: ignore[arg-type]
-    if status is None:
-        return None
+    return None if status is None else _from_details(status)
+
+
+def _from_details(status: status_pb2.Status) -> TandemError | None:
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     retry_delay_s: float | None = None
     for detail in status.details:

@@ -17,10 +17,17 @@ from typing import Any
 import tandem
 from tandem.api.admin.v1.admin_service_pb2_grpc import add_ProfileServiceServicer_to_server
 from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from tandem.api.worker.v2.step_service_pb2_grpc import add_StepServiceServicer_to_server
 from tandem.engine.factory import create_engine
-from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
-from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
+from tandem.model.worker import (
+    LEG_CONTRACT,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    capabilities_digest,
+    default_worker_id,
+)
 from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
 from tandem.observe.leg_metrics import LegMetrics
@@ -33,6 +40,7 @@ from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import AddServicer, RpcServer
+from tandem.runtime.awake import AwakeTimers
 from tandem.runtime.clock import epoch_now
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
@@ -42,6 +50,9 @@ from tandem.worker.identity import Identity
 from tandem.worker.leg_figures import LegFigures
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
+from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
+from tandem.worker.step_servicer import StepServicer
+from tandem.worker.steps import StepStreams
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +60,17 @@ STOP_GRACE_S = 0.5
 LEG_BYTES_MAX = 16 * 2**20
 """Of one leg: a million token ids of five bytes, and a grammar."""
 
-RoleService = Callable[[Engine, Legs, Worker], tuple[str, AddServicer]]
-"""Makes the service of the role: its full name, and what adds its servicer to a server."""
+RoleServices = Callable[[Legs, StepStreams, Worker], list[tuple[str, AddServicer]]]
+"""Makes the services of the role: of each its full name, and what adds its servicer to a server."""
 
 
 class WorkerHost:
     """A worker as `tandem.runtime.process` runs it."""
 
-    def __init__(self, config: WorkerConfig, role: WorkerRole, role_service: RoleService) -> None:
+    def __init__(self, config: WorkerConfig, role: WorkerRole, role_services: RoleServices) -> None:
         self._config = config
         self._role = role
-        self._role_service = role_service
+        self._role_services = role_services
         self._engine = create_engine(config.engine, config.engine_settings(role))
         self._courses: Courses[LegCourse] = Courses([log_leg])
         self._spans: SpanExport | None = None
@@ -67,6 +78,7 @@ class WorkerHost:
         self._server: RpcServer | None = None
         self._registration: Registration | None = None
         self._legs: Legs | None = None
+        self._timers = AwakeTimers()
         self._tasks: list[asyncio.Task[None]] = []
         self._health: EngineHealth | None = None
         self._is_leaving = False
@@ -106,11 +118,14 @@ class WorkerHost:
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
         registration.when_outrun(identity.outrun)
-        self._legs = Legs(self._engine, identity, self._courses)
+        self._legs = Legs(self._engine, identity, self._courses, self._timers)
         counts = LegFigures(self._courses).counts
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
-        server.add(*self._role_service(self._engine, self._legs, worker))
+        streams = StepStreams(self._timers, self._legs.abort_stream)
+        server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
+        for name, add in self._role_services(self._legs, streams, worker):
+            server.add(name, add)
         profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))
         server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
         await server.serve()
@@ -150,6 +165,7 @@ class WorkerHost:
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         await self._engine.stop()
+        self._timers.close()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
         await self._metrics.stop()
@@ -229,6 +245,7 @@ class WorkerHost:
             capabilities=capabilities,
             capabilities_digest=capabilities_digest(capabilities),
             release=tandem.__version__,
+            leg_contract=LEG_CONTRACT,
             bootstrap_host=bootstrap.host if bootstrap else None,
             bootstrap_port=bootstrap.port if bootstrap else None,
         )

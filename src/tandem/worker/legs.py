@@ -1,44 +1,124 @@
 """The legs a worker has open: who asked for them, which engine request each one is, and how they end.
 
-Owns the checks that need no engine (epoch, model, drain), the table of open legs, and the facts an error carries
-(leg, worker, attempt, room). Which epoch counts is `identity`'s. Knows no gRPC and no role: what a leg asks of the
-engine comes in as an EngineRequest.
+Owns the checks that need no engine (epoch, model, drain), the table of open legs, their deadlines, and the facts an
+error carries (leg, worker, attempt, room). Which epoch counts is `identity`'s; how tokens travel is `steps`'. What a
+leg asks of the engine comes in as an EngineRequest. Each leg that was taken ends exactly once, whatever ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from tandem.engine.port import Engine
-from tandem.errors import Draining, EngineFailed, InvalidRequest, LegFailed, ModelNotFound, StaleEpoch, TandemError
-from tandem.model.generation import EngineRequest, TokenBatch
+from tandem.errors import (
+    DeadlinePassed,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    LegFailed,
+    ModelNotFound,
+    StaleEpoch,
+    TandemError,
+)
+from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
 from tandem.observe.course import LegCourse
-from tandem.observe.courses import Courses
+from tandem.observe.courses import Courses, message_of
 from tandem.observe.trace_context import TraceContext
+from tandem.rpc.messages import finish_to_proto
+from tandem.rpc.status import to_status
+from tandem.runtime.awake import AwakeTimers, Timer
 from tandem.worker.identity import Identity
+from tandem.worker.steps import StepStream
 
 LegKey = tuple[str, int]
 """Request id and attempt."""
 
 
+class OpenLeg:
+    """One leg that was taken: the engine's output on its way to a step stream. An `engine.port.Output`."""
+
+    __slots__ = ("_ending", "_index", "_legs", "deadline", "key", "number", "record", "request_id", "room", "stream")
+
+    def __init__(self, legs: Legs, key: LegKey, request: EngineRequest, stream: StepStream, number: int) -> None:
+        self._legs = legs
+        self.key = key
+        self.request_id = request.request_id
+        self.room = request.bootstrap.room if request.bootstrap else None
+        self.stream = stream
+        self.number = number
+        self.record: LegCourse = legs.new_record(key, request)
+        self.deadline: Timer | None = None
+        self._index = 0
+        self._ending: TandemError | None = None
+        """Why this side has aborted it, where that is an error."""
+
+    def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        """See the port. On the hot path: once a leg and step."""
+        record, count = self.record, len(token_ids)
+        self._legs.batch_count += 1
+        record.note_tokens(record.clock(), count)
+        self.stream.tokens(self.number, self._index, token_ids, logprobs)
+        self._index += count
+
+    def finish(self, finish: EngineFinish) -> None:
+        """See the port."""
+        if finish.reason is FinishReason.ABORTED and self._ending is not None:
+            self.fail(self._ending)
+            return
+        self._legs.batch_count += 1
+        if self.record.left_s is None:
+            self.record.finish(finish)
+        else:
+            self.record.cancel()
+        self._legs.forget(self)
+        self.stream.finish(self.number, finish_to_proto(finish))
+
+    def fail(self, problem: TandemError) -> None:
+        """See the port."""
+        self._legs.locate(problem, self)
+        self.record.fail(problem.reason, message_of(problem))
+        self._legs.forget(self)
+        self.stream.fail(self.number, to_status(problem))
+
+    def leave(self) -> None:
+        """The frontend does not want it any more, or is gone."""
+        self.record.left_s = self.record.clock()
+
+    def end_with(self, problem: TandemError) -> None:
+        """Its abort, which is about to come, is this error."""
+        self._ending = problem
+
+
 class Legs:
     """Open legs of one worker."""
 
-    def __init__(self, engine: Engine, identity: Identity, courses: Courses[LegCourse] | None = None) -> None:
-        """`courses` is told of every leg that runs; None: nobody wants to know."""
-        self._courses: Courses[LegCourse] = courses or Courses()
+    def __init__(
+        self,
+        engine: Engine,
+        identity: Identity,
+        records: Courses[LegCourse] | None = None,
+        timers: AwakeTimers | None = None,
+    ) -> None:
+        """`records` keeps what happened to each leg; None: nothing is kept."""
+        self._records: Courses[LegCourse] = records or Courses()
+        self._timers = timers or AwakeTimers()
         self._engine = engine
         self._identity = identity
-        self._open: dict[LegKey, str] = {}
-        self._running: dict[LegKey, LegCourse] = {}
+        self._open: dict[LegKey, OpenLeg] = {}
+        self._numbered: dict[tuple[int, int], OpenLeg] = {}
+        """The same by stream and number."""
         self._is_closed = False
         self.batch_count = 0
-        """Batches the engine has answered with since the start: while it grows, the engine works."""
+        """Outputs of the engine since the start: while it grows, the engine works."""
         self._changed = asyncio.Event()
+
+    @property
+    def worker_id(self) -> str:
+        """The worker."""
+        return self._identity.current().worker_id
 
     @property
     def open_count(self) -> int:
@@ -60,6 +140,16 @@ class Legs:
                 actual=worker.epoch,
             )
 
+    def check_admission(self) -> None:
+        """Refuse everything after the end of admission.
+
+        Raises:
+            Draining
+        """
+        if self._is_closed:
+            worker = self._identity.current()
+            raise Draining(f"worker {worker.worker_id} is going away", worker=worker.worker_id)
+
     def admit(self, worker_epoch: int, model: str) -> None:
         """Refuse a leg for another start or another model, or after the end of admission.
 
@@ -72,59 +162,72 @@ class Legs:
             raise ModelNotFound(
                 f"worker {worker.worker_id} serves {worker.capabilities.model}, not {model}", model=model
             )
-        if self._is_closed:
-            raise Draining(f"worker {worker.worker_id} is going away", worker=worker.worker_id)
+        self.check_admission()
 
-    async def run(
-        self, key: LegKey, request: EngineRequest, parent: TraceContext | None = None
-    ) -> AsyncGenerator[TokenBatch, None]:
-        """Run one leg; closing this, or cancelling its reader, aborts it in the engine.
+    async def start(
+        self,
+        key: LegKey,
+        request: EngineRequest,
+        stream: StepStream,
+        number: int,
+        *,
+        parent: TraceContext | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Start a leg that was admitted; returns when the engine has taken it. Its end comes on the stream.
 
         Args:
             key: which attempt of which request.
             request: what the engine is asked for.
+            stream: where its tokens and its end go.
+            number: of the leg on the stream.
             parent: the caller's span.
+            timeout_s: after so long the leg is aborted, and ends with DeadlinePassed; None: no deadline.
 
         Raises:
-            InvalidRequest: this attempt of the request is here already, or the engine refuses a value.
-            LegFailed, EngineFailed: with leg, worker, attempt and room.
+            InvalidRequest: this attempt of the request runs here already, or the engine refuses a value.
+            TandemError: the engine cannot take it; with leg, worker, attempt and room.
         """
         if key in self._open:
             raise InvalidRequest("request_id", f"attempt {key[1]} of {key[0]} runs already")
-        self._open[key] = request.request_id
-        self._notify()
+        if number < 1 or (stream.stream_id, number) in self._numbered:
+            raise InvalidRequest("leg", f"{number} is no new number on this stream")
+        leg = self._begin(OpenLeg(self, key, request, stream, number), parent)
         try:
-            with self._courses.following(self._course(key, request, parent)) as course:
-                self._running[key] = course
-                # Every adapter's iterator is a generator; only a generator can be told to end now.
-                traced = self._traced(request, course)
-                batches = cast("AsyncGenerator[TokenBatch, None]", self._engine.generate(traced))
-                async with contextlib.aclosing(batches):
-                    async for batch in batches:
-                        self.batch_count += 1
-                        _note(course, batch)
-                        yield batch
-        except (LegFailed, EngineFailed) as problem:
-            raise self._located(problem, key, request) from None
-        finally:
-            del self._open[key]
-            self._running.pop(key, None)
-            self._notify()
+            await self._engine.submit(self._traced(request, leg.record), leg)
+        except BaseException as problem:
+            stream.drop_leg(number)
+            if isinstance(problem, TandemError):
+                self.locate(problem, leg)
+                leg.record.fail(problem.reason, message_of(problem))
+            self.forget(leg)
+            raise
+        if stream.is_closed:
+            self._leave(leg)
+        elif timeout_s is not None and key in self._open:
+            deadline_s = asyncio.get_running_loop().time() + timeout_s
+            leg.deadline = self._timers.at(deadline_s, lambda: self._expire(leg))
 
-    async def abort(self, request_id: str, attempt: int | None) -> int:
+    def abort(self, request_id: str, attempt: int | None) -> int:
         """End the legs of a request, all attempts or one. Returns how many there were."""
-        engine_ids = [
-            engine_id
-            for (known_id, known_attempt), engine_id in self._open.items()
+        found = [
+            leg
+            for (known_id, known_attempt), leg in self._open.items()
             if known_id == request_id and attempt in (None, known_attempt)
         ]
-        return sum([await self._engine.abort(engine_id) for engine_id in engine_ids])
+        return sum([self._engine.abort(leg.request_id) for leg in found])
 
-    def leaving(self, key: LegKey) -> None:
-        """Whoever asked for a leg has left, and it is about to be closed."""
-        course = self._running.get(key)
-        if course is not None:
-            course.left_s = course.clock()
+    def abort_numbered(self, stream_id: int, numbers: Iterable[int]) -> int:
+        """End legs of a stream that its frontend does not want any more. Returns how many were open."""
+        found = [leg for number in numbers if (leg := self._numbered.get((stream_id, number))) is not None]
+        for leg in found:
+            self._leave(leg)
+        return len(found)
+
+    def abort_stream(self, stream: StepStream) -> None:
+        """End all legs of a stream that has ended."""
+        for leg in [leg for leg in self._open.values() if leg.stream is stream]:
+            self._leave(leg)
 
     def close_admission(self) -> None:
         """Take no more legs."""
@@ -139,13 +242,10 @@ class Legs:
         while self._open:
             await self._changed.wait()
 
-    def _traced(self, request: EngineRequest, course: LegCourse) -> EngineRequest:
-        """With what makes the leg's span the parent of the engine's own, where spans are exported."""
-        if self._courses.ids is None or course.trace is None or not course.trace.is_sampled:
-            return request
-        return replace(request, trace_headers=dict(course.trace.headers()))
+    # --- For the legs themselves
 
-    def _course(self, key: LegKey, request: EngineRequest, parent: TraceContext | None) -> LegCourse:
+    def new_record(self, key: LegKey, request: EngineRequest) -> LegCourse:
+        """The record of a leg that begins."""
         worker = self._identity.current()
         return LegCourse(
             request_id=key[0],
@@ -155,30 +255,57 @@ class Legs:
             epoch=worker.epoch,
             model=worker.capabilities.model,
             room=request.bootstrap.room if request.bootstrap else 0,
-            parent=parent,
             prompt_tokens=len(request.token_ids),
         )
 
-    def _notify(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def forget(self, leg: OpenLeg) -> None:
+        """A leg has ended, and its record says how."""
+        if self._open.pop(leg.key, None) is None:
+            return
+        del self._numbered[leg.stream.stream_id, leg.number]
+        if leg.deadline is not None:
+            leg.deadline.cancel()
+        self._records.close(leg.record)
+        self._notify()
 
-    def _located(self, problem: TandemError, key: LegKey, request: EngineRequest) -> TandemError:
+    def locate(self, problem: TandemError, leg: OpenLeg) -> None:
+        """Say where a leg failed, where that is not the request's fault."""
+        if not isinstance(problem, LegFailed | EngineFailed):
+            return
         worker = self._identity.current()
         facts: dict[str, Any] = {
             "leg": worker.role.value,
             "worker": worker.worker_id,
-            "attempt": key[1],
-            "room": request.bootstrap.room if request.bootstrap else None,
+            "attempt": leg.key[1],
+            "room": leg.room,
         }
         for name, value in facts.items():
             if value is not None:
                 problem.metadata.setdefault(name, str(value))
-        return problem
 
+    def _begin(self, leg: OpenLeg, parent: TraceContext | None) -> OpenLeg:
+        self._open[leg.key] = self._numbered[leg.stream.stream_id, leg.number] = leg
+        leg.record.parent = parent
+        self._records.begin(leg.record)
+        self._notify()
+        # Before the engine has it: the first token may come before the engine says that it has taken the leg.
+        leg.stream.open_leg(leg.number)
+        return leg
 
-def _note(course: LegCourse, batch: TokenBatch) -> None:
-    if batch.token_ids:
-        course.note_tokens(course.clock(), len(batch.token_ids))
-    if batch.finish is not None:
-        course.finish(batch.finish)
+    def _leave(self, leg: OpenLeg) -> None:
+        leg.leave()
+        self._engine.abort(leg.request_id)
+
+    def _expire(self, leg: OpenLeg) -> None:
+        leg.end_with(DeadlinePassed("the request's deadline has passed"))
+        self._engine.abort(leg.request_id)
+
+    def _traced(self, request: EngineRequest, record: LegCourse) -> EngineRequest:
+        """With what makes the leg's span the parent of the engine's own, where spans are exported."""
+        if self._records.ids is None or record.trace is None or not record.trace.is_sampled:
+            return request
+        return replace(request, trace_headers=dict(record.trace.headers()))
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -73,7 +73,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         if not request.request_id:
             raise InvalidRequest("request_id", "must be given")
         attempt = present(request, "attempt", request.attempt)
-        return pb.AbortResponse(aborted_legs=await self._legs.abort(request.request_id, attempt))
+        return pb.AbortResponse(aborted_legs=self._legs.abort(request.request_id, attempt))
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> AsyncIterator[pb.DrainResponse]:  # noqa: N802
         """Begin the end of this process, and say how many legs are left each time one ends."""

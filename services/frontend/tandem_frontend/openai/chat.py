@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
 from tandem.parsing import ParsedStream, Parsers
 from tandem.rpc.messages import guided_to_proto
+from tandem_frontend.answers import Call
 from tandem_frontend.caller import Caller
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.chat_choice import ChatChoice
-from tandem_frontend.openai.door import Answer, Body, Door
+from tandem_frontend.openai.door import Answer, Door
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
@@ -37,8 +38,8 @@ class ChatCompletions:
         self._texts = texts
         self._parsers = parsers
 
-    async def answer(self, wanted: ChatRequest, body_bytes: int, caller: Caller) -> AsyncGenerator[Body, None]:
-        """The bodies of an answer. `body_bytes` is how long the request was.
+    async def answer(self, wanted: ChatRequest, body_bytes: int, caller: Caller, call: Call) -> None:
+        """Answer a request into its call. `body_bytes` is how long the request was.
 
         Raises:
             TandemError: its field is the contract's, or the parameter's own.
@@ -71,10 +72,7 @@ class ChatCompletions:
                 f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if wanted.stream else "chat.completion"
             )
             answer = Answer(head, choices, UsageSum(wanted.choice_count))
-            bodies = self._door.bodies(requests, answer, caller, wanted)
-            async with contextlib.aclosing(bodies):
-                async for body in bodies:
-                    yield body
+            await self._door.run(requests, answer, caller, wanted, call)
 
     def _prompt(self, wanted: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
         """The messages as the model reads them."""

@@ -37,15 +37,25 @@ class ChatChoice:
         self._has_begun = False
         self._reason: str | None = None
 
-    async def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """The deltas a chunk makes; none where nothing shows yet."""
-        if self._shown is not None:
-            self._untold += self._shown.keep(chunk.logprobs)
-        if self._parsed is None:
-            deltas: Sequence[Delta] = (Content(chunk.text),) if chunk.text else ()
-        else:
-            deltas = await self._parsed.feed(chunk.text)
-        return self._entries(deltas)
+    @property
+    def parses(self) -> bool:
+        """Whether text goes through a parser, which another process has: then `parse` takes chunks, and not `take`."""
+        return self._parsed is not None
+
+    def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        """The deltas of a chunk that is all text; none where nothing shows yet."""
+        self._note_logprobs(chunk)
+        return self._entries((Content(chunk.text),) if chunk.text else ())
+
+    async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        """The deltas a chunk makes; none where nothing shows yet.
+
+        Raises:
+            ParserFailed
+        """
+        assert self._parsed is not None, "parse() without a parser"
+        self._note_logprobs(chunk)
+        return self._entries(await self._parsed.feed(chunk.text))
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
         """What was held back, and the entry that tells why it ended."""
@@ -70,6 +80,10 @@ class ChatChoice:
             "logprobs": logprobs,
             "finish_reason": self._reason,
         }
+
+    def _note_logprobs(self, chunk: pb.GenerateChunk) -> None:
+        if self._shown is not None:
+            self._untold += self._shown.keep(chunk.logprobs)
 
     def _entries(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
         told = [self._message.add(delta) for delta in deltas if not self._is_unwanted(delta)]

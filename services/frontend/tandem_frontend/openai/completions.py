@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
+from tandem_frontend.answers import Call
 from tandem_frontend.caller import Caller
 from tandem_frontend.models import ServedModel
-from tandem_frontend.openai.door import Answer, Body, Door
+from tandem_frontend.openai.door import Answer, Door
 from tandem_frontend.openai.finishes import finish_reason
 from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_logprobs
 from tandem_frontend.openai.schemas import CompletionRequest
@@ -29,8 +28,8 @@ class Completions:
         self._model = model
         self._texts = texts
 
-    async def answer(self, wanted: CompletionRequest, caller: Caller) -> AsyncGenerator[Body, None]:
-        """The bodies of an answer.
+    async def answer(self, wanted: CompletionRequest, caller: Caller, call: Call) -> None:
+        """Answer a request into its call.
 
         Raises:
             TandemError: its field is the contract's, or the parameter's own.
@@ -50,9 +49,7 @@ class Completions:
                 requests.append(for_choice(request, token_ids, number))
                 choices.append(CompletionChoice(len(choices), text if wanted.echo else "", request, self._texts))
         answer = Answer(self._door.head(answer_id, "text_completion"), choices, UsageSum(wanted.choice_count))
-        async with contextlib.aclosing(self._door.bodies(requests, answer, caller, wanted)) as bodies:
-            async for body in bodies:
-                yield body
+        await self._door.run(requests, answer, caller, wanted, call)
 
     async def _prompts(self, wanted: CompletionRequest) -> list[tuple[str, list[int]]]:
         """Text (where it will be echoed) and token ids of each prompt."""
@@ -93,7 +90,10 @@ class CompletionChoice:
         self._text_chars = 0
         self._reason: str | None = None
 
-    async def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+    parses = False
+    """See `door.Choice`."""
+
+    def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
         """One entry, or none where a chunk shows nothing yet."""
         text, self._echoed = self._echoed + chunk.text, ""
         kept = self._shown.keep(chunk.logprobs) if self._shown is not None else ()
@@ -107,6 +107,10 @@ class CompletionChoice:
             for name, values in logprobs.items():
                 self._logprobs[name] += values
         return [self._entry(text, logprobs)]
+
+    async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        """See `door.Choice`: there is no parser here."""
+        return self.take(chunk)
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
         """The entry that tells why."""

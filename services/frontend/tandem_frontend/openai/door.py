@@ -1,4 +1,4 @@
-"""What both completion calls do alike: run the choices, put their answer together or stream it, and tell failures.
+"""What both completion calls do alike: run the choices, and put their answer together or stream it.
 
 A stream's first byte waits for the first token, so that whatever fails before it still has a status of its own. A
 failure after it is the stream's last event, and `[DONE]` does not follow.
@@ -6,39 +6,43 @@ failure after it is the stream's last event, and `[DONE]` does not follow.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol, TypeAlias
-
-from google.api import httpbody_pb2
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import generation_pb2
-from tandem.errors import RequestAborted
+from tandem.errors import TandemError
 from tandem.model.worker import Worker
+from tandem_frontend.answers import Call
 from tandem_frontend.caller import Caller
 from tandem_frontend.generation import Generation
-from tandem_frontend.http_errors import last_event
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai import wire
-from tandem_frontend.openai.choices import merged
+from tandem_frontend.openai.choices import ChoiceAnswer, Entries, EventStream
 from tandem_frontend.openai.fields import CHOICES_MAX, CommonFields
 from tandem_frontend.openai.usage import UsageSum
-
-Body: TypeAlias = httpbody_pb2.HttpBody
 
 
 class Choice(Protocol):
     """One answer as it grows; each call of the API has its own shapes."""
 
-    async def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """What a stream tells of a chunk: entries of `choices`, none or more."""
+    @property
+    def parses(self) -> bool:
+        """Whether chunks go through a parser that must be waited for: then `parse` takes them, and not `take`."""
+        ...
+
+    def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        """What a stream shows of a chunk: entries of `choices`, none or more."""
+        ...
+
+    async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
+        """The same, through a parser."""
         ...
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
-        """What a stream tells of the end."""
+        """What a stream shows of the end."""
         ...
 
     def told(self) -> dict[str, Any]:
@@ -92,63 +96,46 @@ class Door:
         )
         return f"fp_{hashlib.sha256(serving[0].encode() if serving else b'').hexdigest()[:10]}"
 
-    def bodies(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, wanted: CommonFields
-    ) -> AsyncGenerator[Body, None]:
-        """The answer, as the request wants it: one piece, or server-sent events.
+    async def run(
+        self,
+        requests: Sequence[pb.GenerateRequest],
+        answer: Answer,
+        caller: Caller,
+        wanted: CommonFields,
+        call: Call,
+    ) -> None:
+        """Answer into a call as the request wants it: in one piece, or as server-sent events.
 
         Raises:
-            TandemError: a choice failed before the first body; its field is the contract's.
+            TandemError: a choice failed before the first event; its field is the contract's.
         """
-        if wanted.stream:
-            return self._stream(requests, answer, caller, with_usage=wanted.includes_usage)
-        return self._whole(requests, answer, caller)
-
-    async def _whole(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller
-    ) -> AsyncGenerator[Body, None]:
-        async with contextlib.aclosing(self._run(requests, caller)) as events:
-            async for number, event in events:
-                await _told(answer, number, event)
-        choices = [choice.told() for choice in answer.choices]
-        yield wire.whole({**answer.head, "choices": choices, "usage": answer.usage.told()})
-
-    async def _stream(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, *, with_usage: bool
-    ) -> AsyncGenerator[Body, None]:
-        has_begun = False
-        # With include_usage every event has the field, and only the last one a value.
-        tail = {"usage": None} if with_usage else {}
-        try:
-            async with contextlib.aclosing(self._run(requests, caller)) as events:
-                async for number, event in events:
-                    for choice in await _told(answer, number, event):
-                        yield _event(wire.event({**answer.head, "choices": [choice], **tail}), has_begun)
-                        has_begun = True
-        except Exception as problem:
-            if not has_begun:
-                raise
-            yield _event(wire.event(last_event(problem)), has_begun)
+        if not wanted.stream:
+            await self._generate(requests, answer, caller, Entries())
+            choices = [choice.told() for choice in answer.choices]
+            call.send(wire.whole({**answer.head, "choices": choices, "usage": answer.usage.told()}))
             return
-        if with_usage:
-            yield _event(wire.event({**answer.head, "choices": [], "usage": answer.usage.told()}), has_begun)
-        yield _event(wire.DONE, has_begun)
+        events = EventStream(call, answer.head, with_usage=wanted.includes_usage)
+        try:
+            await self._generate(requests, answer, caller, events)
+        except Exception as problem:
+            if not events.has_begun:
+                raise
+            events.fail(problem)
+            return
+        events.end(answer.usage.told())
 
-    def _run(self, requests: Sequence[pb.GenerateRequest], caller: Caller) -> AsyncGenerator[tuple[int, Any], None]:
-        return merged([self._generation.generate(request, caller) for request in requests])
-
-
-async def _told(answer: Answer, number: int, event: Any) -> list[dict[str, Any]]:
-    if isinstance(event, pb.GenerateChunk):
-        return await answer.choices[number].take(event)
-    if isinstance(event, pb.GenerateFinish):
-        if event.reason == generation_pb2.FINISH_REASON_ABORTED:
-            raise RequestAborted("the generation was aborted")
-        answer.usage.add(number, event.usage)
-        return await answer.choices[number].end(event)
-    return []
-
-
-def _event(data: bytes, has_begun: bool) -> Body:
-    """The edge takes the content type from the first message."""
-    return Body(data=data) if has_begun else Body(content_type=wire.EVENTS, data=data)
+    async def _generate(
+        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, entries: Entries
+    ) -> None:
+        """Generate all choices at once; the first failure ends the others."""
+        if len(requests) == 1 and not answer.choices[0].parses:
+            await self._generation.generate(requests[0], caller, ChoiceAnswer(0, answer, entries, None))
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, request in enumerate(requests):
+                    own = ChoiceAnswer(number, answer, entries, group)
+                    group.create_task(self._generation.generate(request, caller, own), name=f"choice-{number}")
+        except BaseExceptionGroup as problems:
+            # Each one's sentence says what failed; one of them is what the client is told.
+            raise next((p for p in problems.exceptions if isinstance(p, TandemError)), problems.exceptions[0]) from None

@@ -75,6 +75,7 @@ class CommonFields(Schema):
     ebnf: Annotated[str, Field(max_length=PATTERN_BYTES_MAX)] | None = None
     priority: Int32 | None = None
     cache_salt: Annotated[str, Field(max_length=CACHE_SALT_CHARS_MAX)] | None = None
+    coalesce_ms: Int32 | None = None
 
     # Accepted because to ignore them harms nobody.
     user: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
@@ -52,22 +52,17 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         self._workers = workers
         self._created_time_s = int(time.time())
 
-    async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """A chat completion, streamed or whole; a client that leaves closes it."""
+    async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """A chat completion, streamed or whole; a client that leaves cancels it. Bodies are pushed, not returned."""
         wanted = parse(ChatRequest, request.data)
-        async with contextlib.aclosing(
-            _renaming(self._chat.answer(wanted, len(request.data), caller_of(context, "chat")), wanted)
-        ) as bodies:
-            async for body in bodies:
-                yield body
+        with _renaming(wanted):
+            await self._chat.answer(wanted, len(request.data), caller_of(context, "chat"), context)
 
-    async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """A completion, streamed or whole; a client that leaves closes it."""
+    async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """A completion, streamed or whole; a client that leaves cancels it. Bodies are pushed, not returned."""
         wanted = parse(CompletionRequest, request.data)
-        answer = self._completions.answer(wanted, caller_of(context, "text_completion"))
-        async with contextlib.aclosing(_renaming(answer, wanted)) as bodies:
-            async for body in bodies:
-                yield body
+        with _renaming(wanted):
+            await self._completions.answer(wanted, caller_of(context, "text_completion"), context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """No model here has them."""
@@ -88,14 +83,11 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         return {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
 
 
-async def _renaming(
-    bodies: AsyncGenerator[httpbody_pb2.HttpBody, None], wanted: ChatRequest | CompletionRequest
-) -> AsyncGenerator[httpbody_pb2.HttpBody, None]:
-    """The same bodies; a refusal names the parameter instead of the contract's field."""
+@contextlib.contextmanager
+def _renaming(wanted: ChatRequest | CompletionRequest) -> Iterator[None]:
+    """A refusal in here names the parameter instead of the contract's field."""
     try:
-        async with contextlib.aclosing(bodies):
-            async for body in bodies:
-                yield body
+        yield
     except InvalidRequest as problem:
         raise problem.renamed(parameter(problem.field, wanted)) from None
     except NotSupported as problem:

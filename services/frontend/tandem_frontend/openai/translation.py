@@ -104,7 +104,7 @@ def _common(wanted: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
     request.stopping.stop.extend(wanted.stops)
     request.stopping.stop_token_ids.extend(wanted.stop_token_ids or ())
     request.stopping.ignore_eos = bool(wanted.ignore_eos)
-    for name in ("priority", "cache_salt"):
+    for name in ("priority", "cache_salt", "coalesce_ms"):
         if getattr(wanted, name) is not None:
             setattr(request, name, getattr(wanted, name))
     _set_grammar(request, wanted)

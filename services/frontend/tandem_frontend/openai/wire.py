@@ -25,3 +25,10 @@ def whole(value: Any) -> httpbody_pb2.HttpBody:
 def event(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
+
+
+def around_choice(head: dict[str, Any], tail: dict[str, Any]) -> tuple[bytes, bytes]:
+    """What comes before and behind the one choice of an event, for streams that send thousands of them."""
+    begin = to_json(head)[:-1] + b',"choices":['
+    end = to_json(tail)[1:]
+    return b"data: " + begin, b"]" + (b"," if tail else b"") + end + b"\n\n"

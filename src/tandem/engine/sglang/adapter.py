@@ -7,7 +7,6 @@ how it is kept from taking the process over is in `launch` and `children`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import signal
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tandem.checkpoint import Checkpoint, read_checkpoint
-from tandem.engine.port import BootstrapAddress, KvEvent
+from tandem.engine.port import BootstrapAddress, KvEvent, Output
+from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, environment, figures, probe, profiling, reports, requests
 from tandem.engine.sglang.answers import Answers
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.hooks import FACTS_KEY
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
-from tandem.model.generation import EngineRequest, Sampling, TokenBatch
+from tandem.model.generation import EngineRequest, Sampling
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.runtime import run_directory
 
@@ -39,28 +39,14 @@ BUILDING_END_S = 0.5
 """Most time to wait for the end of a start that was given up."""
 
 
-class _Run:
-    """One request in the engine: its answers come in through a task, and go out through a queue."""
-
-    def __init__(self, request: EngineRequest) -> None:
-        self.rid = requests.mint_rid(request.request_id)
-        self.answers = Answers(request)
-        self.queue: asyncio.Queue[TokenBatch | TandemError] = asyncio.Queue()
-        self.pump: asyncio.Task[None] | None = None
-
-    @property
-    def works(self) -> bool:
-        """Whether the engine may still be at work on it."""
-        return self.pump is not None and not self.pump.done()
-
-
 class SglangEngine:
     """SGLang behind the port. Its own start takes some 10 s, in a thread, so that the event loop stays free."""
 
     def __init__(self, settings: EngineSettings) -> None:
         arguments.check_settings(settings)
         self._settings = settings
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Answers] = {}
+        """Requests that run, by their id."""
         self._failure: str | None = None
         self._failed = asyncio.Event()
         self._over = asyncio.Event()
@@ -172,8 +158,7 @@ class SglangEngine:
         self._failure = sentence
         self._failed.set()
         self._over.set()
-        for run in self._runs.values():
-            run.queue.put_nowait(EngineFailed(sentence))
+        self._fail_all(sentence)
 
     async def _look_for_stops(self) -> None:
         """Break every request while a child is stopped, and take new ones when it goes on."""
@@ -183,16 +168,15 @@ class SglangEngine:
             stall = self._children.stopped()
             if stall is not None and self._stall is None:
                 log.error("%s: %d requests end here", stall, len(self._runs))
-                for run in self._runs.values():
-                    run.queue.put_nowait(EngineFailed(stall))
+                self._fail_all(stall)
             elif stall is None and self._stall is not None:
                 log.warning("SGLang's processes go on")
             self._stall = stall
 
     async def _stop(self) -> None:
         self._over.set()
-        for run in self._runs.values():
-            run.queue.put_nowait(run.answers.aborted())
+        for answers in list(self._runs.values()):
+            answers.abort()
         if self._children is not None:
             await self._children.end()
         self._remove_files()
@@ -248,13 +232,11 @@ class SglangEngine:
 
     # --- Requests
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
+    async def submit(self, request: EngineRequest, output: Output) -> None:
         """See the port."""
         requests.check_peer(request, self._settings.transfer_backend)
         requests.check_seed(request, self._settings.extra)
-        async with contextlib.aclosing(self._generate(request)) as batches:
-            async for batch in batches:
-                yield batch
+        await self._submit(request, output)
 
     async def canary(self) -> None:
         """See the port. As SGLang's own warm-up does: the peer is one that SGLang only pretends to meet."""
@@ -263,67 +245,56 @@ class SglangEngine:
         await asyncio.gather(*(self._pass_canary(requests.CANARY_DRAWN) for _ in range(2)))
 
     async def _pass_canary(self, sampling: Sampling) -> None:
-        request = requests.canary(self._settings.role, sampling)
-        async with contextlib.aclosing(self._generate(request)) as batches:
-            token_count = 0
-            async for batch in batches:
+        request, output = requests.canary(self._settings.role, sampling), BatchQueue()
+        await self._submit(request, output)
+        token_count = 0
+        try:
+            while (batch := await output.read()).finish is None:
                 token_count += len(batch.token_ids)
+        finally:
+            self.abort(request.request_id)
         if not token_count:
             raise EngineFailed("the engine answered its canary without a token")
 
-    async def _generate(self, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
+    async def _submit(self, request: EngineRequest, output: Output) -> None:
         self._check_alive()
         c = self._capabilities
         requests.check(request, self._settings.role, c.vocabulary_size, c.context_tokens_max)
         if request.request_id in self._runs:
             raise InvalidRequest("request_id", f"{request.request_id} runs already")
-        run = self._runs[request.request_id] = _Run(request)
-        run.pump = asyncio.create_task(self._pump(run, request))
+        priorities = bool(self._settings.extra.get("enable_priority_scheduling"))
+        rid = requests.mint_rid(request.request_id)
+        answers = self._runs[request.request_id] = Answers(request, rid, output, self._forget)
         try:
-            while True:
-                item = await run.queue.get()
-                if isinstance(item, TandemError):
-                    raise item
-                yield item
-                if item.finish is not None:
-                    return
-        finally:
-            del self._runs[request.request_id]
-            self._drop(run)
+            await self._engine.tokenizer_manager.submit(
+                requests.arguments(request, rid, c.context_tokens_max, priorities=priorities), answers
+            )
+        except BaseException as problem:
+            self._runs.pop(request.request_id, None)
+            if isinstance(problem, ValueError):
+                raise answers.refused(str(problem)) from None
+            if isinstance(problem, Exception) and not isinstance(problem, TandemError):
+                log.exception("request %s broke in the engine's front half", request.request_id)
+                raise EngineFailed(reports.sentence_of(problem)) from None
+            raise
 
-    async def abort(self, request_id: str) -> bool:
-        """See the port. The iterator ends at once; the engine frees what the request held within a step or two."""
-        run = self._runs.get(request_id)
-        if run is None or not run.works:
+    def abort(self, request_id: str) -> bool:
+        """See the port."""
+        answers = self._runs.get(request_id)
+        if answers is None:
             return False
-        self._drop(run)
-        run.queue.put_nowait(run.answers.aborted())
+        self._engine.tokenizer_manager.abort_request(answers.rid)
+        answers.abort()
         return True
 
-    def _drop(self, run: _Run) -> None:
-        """Give a request up. Cancelling its stream makes SGLang abort it, wherever in the engine it is."""
-        if run.works:
-            assert run.pump is not None
-            run.pump.cancel()
+    def _forget(self, request: EngineRequest) -> None:
+        self._runs.pop(request.request_id, None)
 
-    async def _pump(self, run: _Run, request: EngineRequest) -> None:
-        """Move a request's answers to its queue."""
-        priorities = bool(self._settings.extra.get("enable_priority_scheduling"))
-        try:
-            stream = await self._engine.async_generate(
-                **requests.arguments(request, run.rid, self._capabilities.context_tokens_max, priorities=priorities)
-            )
-            async for chunk in stream:
-                batch = run.answers.read(chunk)
-                if batch is not None:
-                    run.queue.put_nowait(batch)
-        except TandemError as problem:
-            run.queue.put_nowait(problem)
-        except ValueError as problem:
-            run.queue.put_nowait(run.answers.refused(str(problem)))
-        except Exception as problem:
-            log.exception("request %s broke in the engine's front half", request.request_id)
-            run.queue.put_nowait(EngineFailed(reports.sentence_of(problem)))
+    def _fail_all(self, sentence: str) -> None:
+        """Every request ends with EngineFailed; the engine is told to stop working on them, should it go on."""
+        for answers in list(self._runs.values()):
+            self._engine.tokenizer_manager.abort_request(answers.rid)
+            answers.fail(EngineFailed(sentence))
 
     async def flush_cache(self) -> bool:
         """See the port."""

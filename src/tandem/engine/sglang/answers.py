@@ -1,4 +1,4 @@
-"""From SGLang's stream of cumulative outputs to token batches, each token once, and to the one ending or error.
+"""From SGLang's outputs of a step to what an `Output` takes: each token once, then the one ending or error.
 
 Pure: knows SGLang's names, imports none of it.
 """
@@ -6,10 +6,11 @@ Pure: knows SGLang's names, imports none of it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tandem.engine.port import Output
 from tandem.engine.sglang import grammars
-from tandem.engine.sglang.hooks import FACTS_KEY
 from tandem.errors import (
     ContextExceeded,
     EngineFailed,
@@ -24,7 +25,6 @@ from tandem.model.generation import (
     EngineRequest,
     EngineTimings,
     FinishReason,
-    TokenBatch,
     TokenLogprob,
 )
 
@@ -65,68 +65,79 @@ _BOOTSTRAP_WORDS = ("bootstrap", "Could not fetch", "parallel info")
 
 
 class Answers:
-    """Reads the answers to one request."""
+    """The answers to one request, on their way to its output."""
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(
+        self, request: EngineRequest, rid: str, output: Output, on_end: Callable[[EngineRequest], None]
+    ) -> None:
+        """`rid` is SGLang's id of the request; `on_end` is called once, before the output's end."""
+        self.rid = rid
         self._request = request
+        self._output = output
+        self._on_end = on_end
         self._sent_count = 0
+        self._is_over = False
 
-    def read(self, chunk: dict[str, Any]) -> TokenBatch | None:
-        """Whatever is new in it; None when nothing is.
-
-        Raises:
-            InvalidRequest, LegFailed, EngineFailed: the engine ended the request, and why.
-        """
-        meta = chunk["meta_info"]
-        reason = meta["finish_reason"]
-        if reason is not None and reason["type"] == "abort":
-            raise self._error(reason)
-        # SGLang hands out one growing list: a later chunk may already be in it.
-        token_ids = tuple(chunk["output_ids"][self._sent_count :])
-        logprobs = self._logprobs(meta, len(token_ids))
+    def tokens(self, token_ids: Sequence[int], batch: Any, i: int) -> None:
+        """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it."""
+        if self._is_over:
+            return
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self._request.top_logprobs is not None:
+            try:
+                logprobs = self._logprobs(batch, i, len(token_ids))
+            except EngineFailed as problem:
+                self.fail(problem)
+                return
         self._sent_count += len(token_ids)
-        if not token_ids and reason is None:
-            return None
-        return TokenBatch(
-            token_ids=token_ids, logprobs=logprobs, finish=None if reason is None else self._finish(meta, reason)
-        )
+        self._output.tokens(token_ids, logprobs)
 
-    def aborted(self) -> TokenBatch:
-        """The ending of a request that this side has given up."""
-        return TokenBatch(
-            finish=EngineFinish(
+    def end(self, reason: dict[str, Any], batch: Any, i: int, facts: Sequence[dict[str, Any]] | None) -> None:
+        """The engine has ended the request. `facts` is what `hooks` noted of it."""
+        if reason["type"] == "abort":
+            self.broke(reason)
+        elif reason["type"] not in _REASONS:
+            self.fail(EngineFailed(f"the engine ended the request for the unknown reason {reason['type']!r}"))
+        else:
+            self._finish(_finish(reason, batch, i, facts[-1] if facts else {}))
+
+    def broke(self, reason: dict[str, Any]) -> None:
+        """The engine has given the request up, and says why."""
+        self.fail(self._error(reason))
+
+    def abort(self) -> None:
+        """This side has given the request up."""
+        self._finish(
+            EngineFinish(
                 reason=FinishReason.ABORTED,
                 prompt_tokens=len(self._request.token_ids),
                 completion_tokens=self._sent_count,
             )
         )
 
-    def _logprobs(self, meta: dict[str, Any], count: int) -> tuple[TokenLogprob, ...]:
-        if self._request.top_logprobs is None:
-            return ()
-        here = slice(self._sent_count, self._sent_count + count)
-        chosen = meta["output_token_logprobs"][here]
-        rivals = meta["output_top_logprobs"][here] if self._request.top_logprobs else [None] * len(chosen)
-        if not len(chosen) == len(rivals) == count:
+    def fail(self, problem: TandemError) -> None:
+        """The request ends with an error. Nothing after the end counts."""
+        if not self._is_over:
+            self._is_over = True
+            self._on_end(self._request)
+            self._output.fail(problem)
+
+    def _finish(self, finish: EngineFinish) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._on_end(self._request)
+            self._output.finish(finish)
+
+    def _logprobs(self, batch: Any, i: int, count: int) -> tuple[TokenLogprob, ...]:
+        chosen, token_ids = batch.output_token_logprobs_val[i], batch.output_token_logprobs_idx[i]
+        rivals: Sequence[Any] = [((), ())] * count
+        if self._request.top_logprobs:
+            rivals = list(zip(batch.output_top_logprobs_val[i], batch.output_top_logprobs_idx[i], strict=True))
+        if not len(chosen) == len(token_ids) == len(rivals) == count:
             raise EngineFailed(f"the engine sent {len(chosen)} log probabilities with {count} tokens")
         return tuple(
-            TokenLogprob(token_id=token_id, logprob=logprob, top=tuple((t, p) for p, t, _ in top or ()))
-            for (logprob, token_id, _), top in zip(chosen, rivals, strict=True)
-        )
-
-    def _finish(self, meta: dict[str, Any], reason: dict[str, Any]) -> EngineFinish:
-        if reason["type"] not in _REASONS:
-            raise EngineFailed(f"the engine ended the request for the unknown reason {reason['type']!r}")
-        matched = reason.get("matched")
-        facts = (meta.get(FACTS_KEY) or [{}])[-1]
-        return EngineFinish(
-            reason=_REASONS[reason["type"]],
-            matched_token_id=matched if isinstance(matched, int) else None,
-            prompt_tokens=meta["prompt_tokens"],
-            completion_tokens=meta["completion_tokens"],
-            cached_tokens=meta["cached_tokens"],
-            recomputed_tokens=facts.get("recomputed_tokens"),
-            timings=EngineTimings(**{name: facts.get(name) for name in _TIMINGS}),
+            TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids or (), values or (), strict=True)))
+            for logprob, token_id, (values, ids) in zip(chosen, token_ids, rivals, strict=True)
         )
 
     def _error(self, reason: dict[str, Any]) -> TandemError:
@@ -160,6 +171,19 @@ class Answers:
             return InvalidRequest(field, "takes too long to compile")
         _, _, cause = message.partition(" grammar: ")
         return InvalidRequest(field, f"cannot be used: {_COMPILER_PLACE.sub('', cause or message)}")
+
+
+def _finish(reason: dict[str, Any], batch: Any, i: int, facts: dict[str, Any]) -> EngineFinish:
+    matched = reason.get("matched")
+    return EngineFinish(
+        reason=_REASONS[reason["type"]],
+        matched_token_id=matched if isinstance(matched, int) else None,
+        prompt_tokens=batch.prompt_tokens[i],
+        completion_tokens=batch.completion_tokens[i],
+        cached_tokens=batch.cached_tokens[i],
+        recomputed_tokens=facts.get("recomputed_tokens"),
+        timings=EngineTimings(**{name: facts.get(name) for name in _TIMINGS}),
+    )
 
 
 def _plain(message: str) -> str:

@@ -1,7 +1,8 @@
 """Starting SGLang's Engine under an event loop of ours: imported only when an engine starts, because it imports SGLang.
 
 SGLang's Engine expects to own its process: it takes over signals, kills the process when a child fails or a task of its
-own raises, and kills every child of the process at its end. The two subclasses here take exactly these rights away.
+own raises, and kills every child of the process at its end. The subclass here and `front_half` take exactly
+these rights away.
 """
 
 from __future__ import annotations
@@ -15,18 +16,11 @@ from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from tandem.engine.sglang import pages
+from tandem.engine.sglang.front_half import FrontHalf
 
 IPC = "ipc://"
-
-
-class GuestTokenizerManager(TokenizerManager):  # type: ignore[misc]
-    """SGLang's front half, whose task the adapter runs: an error in it must not kill the process."""
-
-    def auto_create_handle_loop(self) -> None:
-        """Nothing: SGLang would install signal handlers here and start a task that ends the process on an error."""
 
 
 def construct(
@@ -48,7 +42,7 @@ def construct(
 
         @staticmethod
         def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> Any:
-            return init_tokenizer_manager(server_args, port_args, GuestTokenizerManager)
+            return init_tokenizer_manager(server_args, port_args, FrontHalf)
 
         @classmethod
         def _launch_scheduler_processes(cls, server_args: Any, port_args: Any, *more: Any, **keywords: Any) -> Any:

@@ -31,6 +31,24 @@ GENERATE_ARGUMENTS = (
     "cache_salt",
     "external_trace_header",
 )
+MANAGER_METHODS = (
+    "abort_request",
+    "handle_loop",
+    "flush_cache",
+    "start_profile",
+    "stop_profile",
+    # What `front_half` calls or replaces.
+    "_handle_batch_output",
+    "_handle_abort_req",
+    "_init_req_state",
+    "_release_req_states_on_failure",
+    "_send_one_request",
+    "_set_default_priority",
+    "_tokenize_one_request",
+    "_validate_and_resolve_lora",
+    "_release_lora_once",
+    "convert_to_span_attrs",
+)
 ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))
 INSTALL = 'run `make setup` in a checkout, or `pip install "tandem[sglang]"` on a GPU machine'
 
@@ -63,13 +81,13 @@ def check_offers(transfer_backend: str, device: str) -> None:
     Raises:
         StartError: something cannot be imported, or is not there.
     """
-    engine = _import("sglang.srt.entrypoints.engine").Engine
+    _import("sglang.srt.entrypoints.engine")
     manager = _import("sglang.srt.managers.tokenizer_manager").TokenizerManager
-    accepted = inspect.signature(engine.async_generate).parameters
+    accepted = inspect.signature(_import("sglang.srt.managers.io_struct").GenerateReqInput).parameters
     missing = [name for name in GENERATE_ARGUMENTS if name not in accepted]
     if missing:
-        raise StartError(f"sglang {SGLANG_VERSION}: Engine.async_generate does not accept {', '.join(missing)}")
-    for name in ("abort_request", "handle_loop", "flush_cache", "start_profile", "stop_profile"):
+        raise StartError(f"sglang {SGLANG_VERSION}: GenerateReqInput has no {', '.join(missing)}")
+    for name in MANAGER_METHODS:
         if not hasattr(manager, name):
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}")
     if transfer_backend == "nixl":

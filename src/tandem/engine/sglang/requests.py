@@ -1,4 +1,4 @@
-"""From an `EngineRequest` to the arguments of `Engine.async_generate`, after the checks that SGLang makes too late.
+"""From an `EngineRequest` to the arguments of SGLang's GenerateReqInput, after the checks that SGLang makes too late.
 
 Pure: knows SGLang's names, imports none of it.
 """
@@ -142,7 +142,7 @@ def canary(role: WorkerRole, sampling: Sampling) -> EngineRequest:
 
 
 def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, priorities: bool) -> dict[str, Any]:
-    """Keyword arguments of `Engine.async_generate`."""
+    """Keyword arguments of SGLang's GenerateReqInput."""
     values: dict[str, Any] = {
         "rid": rid,
         "input_ids": list(request.token_ids),

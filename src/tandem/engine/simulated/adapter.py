@@ -12,18 +12,18 @@ from pathlib import Path
 
 import tandem
 from tandem.checkpoint import Checkpoint, read_checkpoint
-from tandem.engine.port import BootstrapAddress, KvEvent
+from tandem.engine.port import BootstrapAddress, KvEvent, Output
+from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated import figures
 from tandem.engine.simulated.faults import FaultInjected, Faults
-from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.machine import Machine
 from tandem.engine.simulated.network import Network, TcpNetwork
 from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
 from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
-from tandem.model.generation import EngineRequest, Sampling, Stopping, TokenBatch
+from tandem.model.generation import EngineRequest, Sampling, Stopping
 from tandem.model.worker import Capabilities, EngineLoad, WorkerRole
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -105,18 +105,11 @@ class SimulatedEngine:
         port = self._options.bootstrap_told_port or self._bootstrap_port
         return BootstrapAddress(host=self._settings.host, port=port)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenBatch]:
-        """Run one leg. See the port."""
+    async def submit(self, request: EngineRequest, output: Output) -> None:
+        """Take one leg. See the port."""
         machine = self._running()
         self._check(request, machine)
-        leg = machine.begin(request)
-        try:
-            while not (batch := await _next_batch(leg)).finish:
-                yield batch
-            yield batch
-        finally:
-            if not leg.over:
-                machine.abort(request.request_id)
+        machine.begin(request, output)
 
     async def canary(self) -> None:
         """Compute a prompt of one token. See the port."""
@@ -131,15 +124,15 @@ class SimulatedEngine:
             await machine.faults.reach("canary", canary.request_id)
         except FaultInjected as fault:
             raise EngineFailed(str(fault)) from None
-        leg = machine.begin(canary)
+        output = BatchQueue()
+        machine.begin(canary, output)
         try:
-            while not (await _next_batch(leg)).finish:
+            while (await output.read()).finish is None:
                 pass
         finally:
-            if not leg.over:
-                machine.abort(canary.request_id)
+            machine.abort(canary.request_id)
 
-    async def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str) -> bool:
         """Stop working on a request."""
         return self._machine is not None and self._machine.abort(request_id)
 
@@ -234,10 +227,3 @@ class SimulatedEngine:
             transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
             is_mla=checkpoint.is_mla,
         )
-
-
-async def _next_batch(leg: Leg) -> TokenBatch:
-    item = await leg.batches.get()
-    if isinstance(item, BaseException):
-        raise item
-    return item

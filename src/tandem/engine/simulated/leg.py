@@ -11,15 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from tandem.engine.port import Output
 from tandem.engine.simulated.kv_pages import PageNames
 from tandem.engine.simulated.kv_pool import KvLease
 from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, digest, drawn
+from tandem.errors import TandemError
 from tandem.model.generation import (
     EngineFinish,
     EngineRequest,
     EngineTimings,
     FinishReason,
-    TokenBatch,
     TokenLogprob,
 )
 
@@ -54,6 +55,8 @@ class Leg:
     token_budget: int
     """New tokens at most: the smallest of max_tokens, what the context leaves, and what KV memory leaves."""
     page_names: PageNames
+    output: Output
+    """Where its tokens and its end go."""
     eos_after_tokens: int | None = None
     draw_seed: int | None = None
     """None: greedy."""
@@ -74,7 +77,6 @@ class Leg:
     pages_granted: asyncio.Event = field(default_factory=asyncio.Event)
     computed_parts: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     """Prefill: `computed_tokens` after each chunk, for whoever hands the KV over."""
-    batches: asyncio.Queue[TokenBatch | BaseException] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     """Meets the other leg and moves the KV."""
     emitted: list[int] = field(default_factory=list)
@@ -129,7 +131,7 @@ class Leg:
         if self.request.top_logprobs is not None:
             logprobs = (self.vocabulary.logprob(chooser, token_id, self.request.top_logprobs),)
         if not self.over:
-            self.batches.put_nowait(TokenBatch(token_ids=(token_id,), logprobs=logprobs))
+            self.output.tokens((token_id,), logprobs)
         self.state = advance(self.state, token_id)
 
     def end(self) -> EngineFinish | None:
@@ -147,11 +149,14 @@ class Leg:
         assert finish is not None, "a leg was ended before its last token"
         return finish
 
-    def tell_end(self, ending: EngineFinish | BaseException) -> None:
+    def tell_end(self, ending: EngineFinish | TandemError) -> None:
         """Put out how it ended; nothing may be emitted afterwards."""
         assert not self.over, "the end of a leg was told twice"
         self.over = True
-        self.batches.put_nowait(TokenBatch(finish=ending) if isinstance(ending, EngineFinish) else ending)
+        if isinstance(ending, EngineFinish):
+            self.output.finish(ending)
+        else:
+            self.output.fail(ending)
 
     def finish(self, reason: FinishReason, matched_token_id: int | None = None) -> EngineFinish:
         """The account of this leg as it stands."""

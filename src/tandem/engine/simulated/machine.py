@@ -10,6 +10,7 @@ import asyncio
 import random
 from functools import partial
 
+from tandem.engine.port import Output
 from tandem.engine.simulated.faults import EngineCrashed, FaultInjected, Faults
 from tandem.engine.simulated.handover import HandOver
 from tandem.engine.simulated.kv_events import KvEventLog
@@ -22,7 +23,7 @@ from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.steps import Ended, Step
 from tandem.engine.simulated.timing import Clock, Timing
 from tandem.engine.simulated.tokens import NO_STATE, Vocabulary
-from tandem.errors import EngineFailed
+from tandem.errors import EngineFailed, TandemError
 from tandem.model.generation import EngineFinish, EngineRequest, FinishReason
 from tandem.model.worker import Capabilities, WorkerRole
 
@@ -108,11 +109,11 @@ class Machine:
         """Whether a request runs here."""
         return request_id in self._legs
 
-    def begin(self, request: EngineRequest) -> Leg:
-        """Take a request; what becomes of it is put into the leg's `batches`."""
+    def begin(self, request: EngineRequest, output: Output) -> Leg:
+        """Take a request; what becomes of it goes to `output`."""
         if self.failed.done():
             raise EngineFailed(self.failed.result())
-        leg = self._make_leg(request)
+        leg = self._make_leg(request, output)
         self._legs[request.request_id] = leg
         meets = self._moves_kv and request.bootstrap is not None
         if self._role is WorkerRole.DECODE:
@@ -194,7 +195,7 @@ class Machine:
 
     # --- Legs
 
-    def _make_leg(self, request: EngineRequest) -> Leg:
+    def _make_leg(self, request: EngineRequest, output: Output) -> Leg:
         longest = min(self._capabilities.context_tokens_max, self.pool.capacity_tokens)
         budget = min(request.stopping.max_tokens, longest - len(request.token_ids))
         return Leg(
@@ -202,6 +203,7 @@ class Machine:
             vocabulary=self._vocabulary,
             token_budget=1 if self._role is WorkerRole.PREFILL else budget,
             page_names=PageNames(self.pool.page_size_tokens, request.cache_salt),
+            output=output,
             eos_after_tokens=self._options.eos_after_tokens,
             draw_seed=self._draw_seed(request),
             time_s=self._clock.time_s,
@@ -218,7 +220,7 @@ class Machine:
         # The room is random and known to both legs, which must draw the same first token.
         return request.bootstrap.room if request.bootstrap is not None else self._random.getrandbits(63)
 
-    def _retire(self, leg: Leg, ending: EngineFinish | BaseException) -> None:
+    def _retire(self, leg: Leg, ending: EngineFinish | TandemError) -> None:
         """Tell how a leg ended, and have the scheduler take it out."""
         leg.tell_end(ending)
         del self._legs[leg.request.request_id]
@@ -236,6 +238,8 @@ class Machine:
         if isinstance(problem, EngineCrashed):
             self._die(str(problem))
         elif not leg.over:
+            if not isinstance(problem, TandemError):
+                problem = EngineFailed(f"defect in a hand-over: {problem!r}")
             self._retire(leg, problem)
 
     # --- The engine

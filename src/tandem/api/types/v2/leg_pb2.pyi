@@ -143,9 +143,7 @@ class LegEnd(_message.Message):
 
     @_builtins.property
     def failure(self) -> _status_pb2.Status:
-        """It failed. Details hold google.rpc.ErrorInfo: LEG_FAILED, ENGINE_FAILED, INVALID_REQUEST, DEADLINE_EXCEEDED or
-        OVERLOADED (the caller does not read its stream).
-        """
+        """It failed. Details hold google.rpc.ErrorInfo: LEG_FAILED, ENGINE_FAILED, INVALID_REQUEST or DEADLINE_EXCEEDED."""
 
     def __init__(
         self,

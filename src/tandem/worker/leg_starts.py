@@ -1,0 +1,58 @@
+"""StartLegs, the same for both roles: each leg of the call is checked, given to the engine, and taken or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tandem.api.types.v1 import leg_pb2
+from tandem.api.types.v2 import leg_pb2 as leg2_pb2
+from tandem.errors import InvalidRequest, TandemError
+from tandem.model.generation import EngineRequest
+from tandem.observe.trace_context import TRACEPARENT, TRACESTATE, parsed
+from tandem.rpc.status import to_status
+from tandem.worker.leg_messages import leg_key
+from tandem.worker.legs import Legs
+from tandem.worker.steps import StepStream, StepStreams
+
+Role = Callable[[leg_pb2.LegRequest], EngineRequest]
+"""What a leg is to an engine of the worker's role; raises where it is nothing to it."""
+LEGS_MAX = 4_096
+"""Of one call."""
+
+
+class LegStarts:
+    """Starts the legs of one worker."""
+
+    def __init__(self, legs: Legs, streams: StepStreams, role: Role) -> None:
+        self._legs = legs
+        self._streams = streams
+        self._role = role
+
+    async def start(self, stream_id: int, starts: Sequence[leg2_pb2.LegStart]) -> list[leg2_pb2.LegStartResult]:
+        """Start legs on a stream; a result for each, in order. One that is refused stops no other.
+
+        Raises:
+            InvalidRequest: there are none, or too many.
+            ServiceError: the stream is not open.
+        """
+        if not 1 <= len(starts) <= LEGS_MAX:
+            raise InvalidRequest("legs", f"must be 1 to {LEGS_MAX}, not {len(starts)}")
+        stream = self._streams.get(stream_id)
+        return [await self._start(stream, start) for start in starts]
+
+    async def _start(self, stream: StepStream, start: leg2_pb2.LegStart) -> leg2_pb2.LegStartResult:
+        request = start.request
+        try:
+            self._legs.admit(request.worker_epoch, request.model)
+            await self._legs.start(
+                leg_key(request),
+                self._role(request),
+                stream,
+                start.leg,
+                parent=parsed({TRACEPARENT: start.traceparent, TRACESTATE: start.tracestate}),
+                timeout_s=start.timeout.ToNanoseconds() / 1e9 if start.HasField("timeout") else None,
+            )
+        except TandemError as problem:
+            return leg2_pb2.LegStartResult(refused=to_status(problem))
+        accepted = leg_pb2.LegAccepted(worker_id=self._legs.worker_id, epoch=request.worker_epoch)
+        return leg2_pb2.LegStartResult(accepted=accepted)

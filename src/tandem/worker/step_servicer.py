@@ -1,0 +1,89 @@
+"""StepService on the wire, and the refusal of every call of an older leg contract.
+
+Owns the life of a step stream's call; what travels on it is `steps`', and what its end does to legs is `legs`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import tandem
+from tandem.api.decode.v1 import decode_service_pb2_grpc
+from tandem.api.prefill.v1 import prefill_service_pb2_grpc
+from tandem.api.worker.v2 import step_service_pb2 as pb
+from tandem.api.worker.v2 import step_service_pb2_grpc as pb_grpc
+from tandem.errors import InvalidRequest, NotSupported
+from tandem.model.worker import LEG_CONTRACT
+from tandem.worker.legs import Legs
+from tandem.worker.steps import StepStreams
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["StepService"].full_name
+FRONTEND_ID_CHARS_MAX = 128
+
+
+class StepServicer(pb_grpc.StepServiceServicer):
+    """The contract of step_service.proto."""
+
+    def __init__(self, legs: Legs, streams: StepStreams) -> None:
+        self._legs = legs
+        self._streams = streams
+
+    async def StreamSteps(self, request: pb.StreamStepsRequest, context: Any) -> AsyncIterator[pb.StreamStepsResponse]:  # noqa: N802
+        """Everything that the legs of one frontend have to say; its end, from either side, aborts them."""
+        if request.leg_contract != LEG_CONTRACT:
+            raise other_contract(self._legs.worker_id, request.leg_contract)
+        if len(request.frontend_id) > FRONTEND_ID_CHARS_MAX:
+            raise InvalidRequest("frontend_id", f"must be at most {FRONTEND_ID_CHARS_MAX} characters long")
+        self._legs.check_epoch(request.worker_epoch)
+        self._legs.check_admission()
+        call = asyncio.current_task()
+        assert call is not None, "a handler runs in a task"
+        # On overflow the call waits for room in the connection, which may never come: only a cancellation ends it.
+        stream = self._streams.open(request.frontend_id, on_overflow=call.cancel)
+        try:
+            async with contextlib.aclosing(stream.messages()) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self._streams.close(stream)
+
+    async def AbortLegs(self, request: pb.AbortLegsRequest, context: Any) -> pb.AbortLegsResponse:  # noqa: N802
+        """End legs that their frontend does not want any more."""
+        stream = self._streams.get(request.stream_id)
+        return pb.AbortLegsResponse(aborted_legs=self._legs.abort_numbered(stream.stream_id, request.legs))
+
+
+class FormerPrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
+    """Leg contract 1, which is refused."""
+
+    def __init__(self, legs: Legs) -> None:
+        self._legs = legs
+
+    async def Prefill(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Refuse."""
+        raise other_contract(self._legs.worker_id, 1)
+        yield  # makes this a stream, as the contract has it
+
+
+class FormerDecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
+    """Leg contract 1, which is refused."""
+
+    def __init__(self, legs: Legs) -> None:
+        self._legs = legs
+
+    async def Decode(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Refuse."""
+        raise other_contract(self._legs.worker_id, 1)
+        yield  # makes this a stream, as the contract has it
+
+
+def other_contract(worker_id: str, version: int) -> NotSupported:
+    """The refusal of a caller that speaks another leg contract."""
+    return NotSupported(
+        f"worker {worker_id} (release {tandem.__version__}) speaks leg contract {LEG_CONTRACT}, "
+        f"and the caller speaks leg contract {version}: upgrade the older of the two",
+        worker=worker_id,
+    )
