@@ -27,7 +27,8 @@ from tandem.errors import ServiceError, StartError
 from tandem.rpc import clients
 from tandem.rpc.channels import OPTIONS, Channels, open_channel
 from tandem.rpc.registry_client import Registration, WorkerWatch
-from tandem.rpc.server import RpcServer, is_loopback
+from tandem.rpc.server import RpcServer
+from tandem.rpc.service_host import is_loopback
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
