@@ -79,6 +79,8 @@ def test_layers(path: Path) -> None:
     if not under(path, "tls"):
         assert not imports_any(path, "cryptography")
     assert not imports_any(path, "consul") or "tandem_registry" in path.parts
+    if not under(path, "rpc", "http2"):
+        assert not imports_any(path, "h2", "hpack", "hyperframe")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identifier)

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from server_kinds import KINDS
 
+from tandem.rpc.service_host import ServiceHost
 from tests.integration.consul_host import ConsulHost, consul_agent
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def server_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[ServiceHost]:
+    """Each of the two servers, in turn; registries of this process are served by it too."""
+    found: type[ServiceHost] = request.param
+    monkeypatch.setattr("tandem_registry.app.RpcServer", found)
+    return found
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

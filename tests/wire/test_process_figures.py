@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 from registry_host import serve_registry
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
@@ -12,6 +13,8 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.rpc import clients
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
+
+pytestmark = pytest.mark.usefixtures("server_type")
 
 
 async def test_open_calls_are_counted_until_they_end() -> None:

@@ -20,7 +20,6 @@ from tandem.observe.profiles import Profiles
 from tandem.rpc import admin_clients
 from tandem.rpc.channels import open_channel
 from tandem.rpc.profile_servicer import SERVICE_NAME, ProfileServicer
-from tandem.rpc.server import RpcServer
 from tandem.runtime import run_directory
 from tandem.testing.eventually import assert_eventually
 
@@ -33,10 +32,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @asynccontextmanager
-async def serving(*, enabled: bool = True) -> AsyncIterator[tuple[str, CpuProfiler]]:
+async def serving(server_type: Any, *, enabled: bool = True) -> AsyncIterator[tuple[str, CpuProfiler]]:
     profiler = CpuProfiler()
     servicer = ProfileServicer(Profiles(profiler, enabled=enabled))
-    server = RpcServer([(SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, servicer))])
+    server = server_type([(SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, servicer))])
     await server.start("127.0.0.1", 0)
     try:
         yield f"127.0.0.1:{server.port}", profiler
@@ -67,8 +66,8 @@ async def busy() -> AsyncIterator[None]:
         task.cancel()
 
 
-async def test_a_profile_shows_what_the_loop_did(run: Path) -> None:
-    async with serving() as (address, _), busy():
+async def test_a_profile_shows_what_the_loop_did(server_type: Any, run: Path) -> None:
+    async with serving(server_type) as (address, _), busy():
         files = await captured(address)
         assert list(files) == ["profile.speedscope.json"]
         profile = json.loads(files["profile.speedscope.json"])
@@ -80,8 +79,8 @@ async def test_a_profile_shows_what_the_loop_did(run: Path) -> None:
     assert not list(run.iterdir())
 
 
-async def test_without_the_setting_there_is_none() -> None:
-    async with serving(enabled=False) as (address, profiler):
+async def test_without_the_setting_there_is_none(server_type: Any) -> None:
+    async with serving(server_type, enabled=False) as (address, profiler):
         with pytest.raises(AdminDisabled) as refusal:
             await captured(address)
         assert refusal.value.metadata == {"setting": "admin_enabled"}
@@ -100,21 +99,21 @@ async def test_without_the_setting_there_is_none() -> None:
         ({"format": 77}, "format"),
     ],
 )
-async def test_a_field_out_of_bounds_is_named(fields: dict[str, int], field: str) -> None:
-    async with serving() as (address, _):
+async def test_a_field_out_of_bounds_is_named(server_type: Any, fields: dict[str, int], field: str) -> None:
+    async with serving(server_type) as (address, _):
         with pytest.raises(InvalidRequest) as refusal:
             await captured(address, **fields)
         assert refusal.value.field == field
 
 
-async def test_a_form_of_others_is_not_supported() -> None:
-    async with serving() as (address, _):
+async def test_a_form_of_others_is_not_supported(server_type: Any) -> None:
+    async with serving(server_type) as (address, _):
         with pytest.raises(NotSupported, match="speedscope or html, not chrome_trace"):
             await captured(address, format=pb.PROFILE_FORMAT_CHROME_TRACE)
 
 
-async def test_one_at_a_time() -> None:
-    async with serving() as (address, _):
+async def test_one_at_a_time(server_type: Any) -> None:
+    async with serving(server_type) as (address, _):
         first = asyncio.create_task(captured(address, duration_ms=500))
         await asyncio.sleep(0.2)
         with pytest.raises(Overloaded) as refusal:
@@ -124,8 +123,8 @@ async def test_one_at_a_time() -> None:
         assert await captured(address, duration_ms=100)
 
 
-async def test_whoever_leaves_ends_the_recording(run: Path) -> None:
-    async with serving() as (address, profiler):
+async def test_whoever_leaves_ends_the_recording(server_type: Any, run: Path) -> None:
+    async with serving(server_type) as (address, profiler):
         async with open_channel(address) as channel:
             stub: Any = ProfileServiceStub(channel)
             call = stub.CaptureProfile(pb.CaptureProfileRequest(duration_ms=60_000))
@@ -141,8 +140,8 @@ async def test_whoever_leaves_ends_the_recording(run: Path) -> None:
         assert await captured(address, duration_ms=100)
 
 
-async def test_a_profile_that_is_too_large_is_not_sent(run: Path) -> None:
-    async with serving() as (address, _), busy():
+async def test_a_profile_that_is_too_large_is_not_sent(server_type: Any, run: Path) -> None:
+    async with serving(server_type) as (address, _), busy():
         with pytest.raises(ProfileFailed) as failure:
             await captured(address, size_bytes_max=1024, format=pb.PROFILE_FORMAT_HTML)
         assert failure.value.metadata["limit"] == "1024"

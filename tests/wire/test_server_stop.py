@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Any
+
+from server_kinds import on_both_servers
 
 from tandem.rpc.channels import Channels
 from tandem.rpc.health_calls import HealthWatch
@@ -12,10 +15,10 @@ WATCHERS = 5
 ROUNDS = 4
 SERVER = """
 import asyncio, logging, sys
-from tandem.rpc.server import RpcServer
+from {module} import {name}
 
 async def serve():
-    server = RpcServer()
+    server = {name}()
     await server.start("127.0.0.1", 0)
     await server.set_serving(True)
     print(server.port, flush=True)
@@ -27,13 +30,14 @@ asyncio.run(serve())
 """
 
 
-async def test_watchers_of_its_health_leave_nothing_in_the_log_of_a_process_that_ends() -> None:
+@on_both_servers
+async def test_watchers_of_its_health_leave_nothing_in_the_log_of_a_process_that_ends(server_type: type[Any]) -> None:
     """Their cancellation was the last line of a worker that had said why it ended; in every other stop, or so."""
     for _ in range(ROUNDS):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            SERVER,
+            SERVER.format(module=server_type.__module__, name=server_type.__name__),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -12,11 +12,13 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_kinds import on_both_servers
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest, ModelNotFound, TandemError
 from tandem.rpc.channels import open_channel
+from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.server import RpcServer
 from tandem.rpc.status import ERROR_BY_REASON, _rebuild, from_rpc_error, to_status
 from tandem.testing.eventually import assert_eventually
@@ -46,9 +48,9 @@ class Failing(pb_grpc.RegistryServiceServicer):
 
 
 @asynccontextmanager
-async def failing(request_bytes_max: int = 2**20) -> AsyncIterator[tuple[Failing, Any]]:
+async def failing(server_type: Any, request_bytes_max: int = 2**20) -> AsyncIterator[tuple[Failing, Any]]:
     servicer = Failing()
-    server = RpcServer(request_bytes_max=request_bytes_max)
+    server = server_type(request_bytes_max=request_bytes_max)
     server.add(NAME, lambda grpc_server: pb_grpc.add_RegistryServiceServicer_to_server(servicer, grpc_server))
     await server.start("127.0.0.1", 0)
     try:
@@ -77,12 +79,15 @@ TEXTS = st.one_of(
 METADATA = st.dictionaries(st.from_regex("[a-z_]{1,20}", fullmatch=True), TEXTS, max_size=12)
 
 
+@on_both_servers
 @given(
-    st.lists(st.tuples(st.sampled_from(sorted(ERROR_BY_REASON)), TEXTS, METADATA), min_size=1, max_size=20),
+    errors=st.lists(st.tuples(st.sampled_from(sorted(ERROR_BY_REASON)), TEXTS, METADATA), min_size=1, max_size=20),
 )
 @settings(max_examples=15, deadline=None)
-async def test_every_error_arrives_as_what_it_was(errors: list[tuple[str, str, dict[str, str]]]) -> None:
-    async with failing() as (servicer, stub):
+async def test_every_error_arrives_as_what_it_was(
+    server_type: Any, errors: list[tuple[str, str, dict[str, str]]]
+) -> None:
+    async with failing(server_type) as (servicer, stub):
         for reason, message, metadata in errors:
             servicer.error = _rebuild(reason, message, metadata, 2.5)
             assert to_status(servicer.error).ByteSize() < 3_000, "with the message and base64 this is 4 KiB"
@@ -97,8 +102,9 @@ async def test_every_error_arrives_as_what_it_was(errors: list[tuple[str, str, d
                 assert_begins(value, metadata[key])
 
 
-async def test_a_few_long_values_all_arrive() -> None:
-    async with failing() as (servicer, stub):
+@on_both_servers
+async def test_a_few_long_values_all_arrive(server_type: Any) -> None:
+    async with failing(server_type) as (servicer, stub):
         servicer.error = ModelNotFound("no model " + "m" * 10**6, model="m" * 10**6, second="é" * 10**6, third="t")
         got = await seen(stub)
     assert isinstance(got, ModelNotFound)
@@ -107,16 +113,18 @@ async def test_a_few_long_values_all_arrive() -> None:
     assert sizes == {"model": 256, "second": 255, "third": 1}
 
 
-async def test_what_fits_is_not_touched() -> None:
-    async with failing() as (servicer, stub):
+@on_both_servers
+async def test_what_fits_is_not_touched(server_type: Any) -> None:
+    async with failing(server_type) as (servicer, stub):
         servicer.error = InvalidRequest("prompt", "f" * 992, limit=2048)
         got = await seen(stub)
     assert (got.message, got.metadata) == ("prompt: " + "f" * 992, {"field": "prompt", "limit": "2048"})
 
 
-async def test_a_refused_request_does_not_wait_for_the_garbage_collector() -> None:
+@on_both_servers
+async def test_a_refused_request_does_not_wait_for_the_garbage_collector(server_type: Any) -> None:
     """It may be of many megabytes, and its client may come again at once."""
-    async with failing() as (servicer, stub):
+    async with failing(server_type) as (servicer, stub):
         gc.collect()
         gc.disable()
         try:
@@ -135,9 +143,17 @@ async def test_a_refused_request_does_not_wait_for_the_garbage_collector() -> No
             gc.enable()
 
 
-@pytest.mark.parametrize(("bytes_over", "says"), [(10, "are more than 1000"), (17 * 2**20, "larger than max")])
-async def test_a_request_beyond_its_limit_names_the_request(bytes_over: int, says: str) -> None:
-    async with failing(request_bytes_max=1_000) as (_, stub):
+@pytest.mark.parametrize(
+    ("server_type", "bytes_over", "says"),
+    [
+        (RpcServer, 10, "are more than 1000"),
+        (RpcServer, 17 * 2**20, "larger than max"),
+        (Http2RpcServer, 10, "are more than 1000"),
+        (Http2RpcServer, 17 * 2**20, "are more than 1000"),
+    ],
+)
+async def test_a_request_beyond_its_limit_names_the_request(server_type: Any, bytes_over: int, says: str) -> None:
+    async with failing(server_type, request_bytes_max=1_000) as (_, stub):
         got = await seen(stub, pb.ListRequest(model="m" * (1_000 + bytes_over)))
     assert isinstance(got, InvalidRequest)
     assert got.field == "request"

@@ -27,12 +27,14 @@ from tandem.errors import ServiceError, StartError
 from tandem.rpc import clients
 from tandem.rpc.channels import OPTIONS, Channels, open_channel
 from tandem.rpc.registry_client import Registration, WorkerWatch
-from tandem.rpc.server import RpcServer, is_loopback
+from tandem.rpc.service_host import is_loopback
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
 
 REFUSED_WITHIN_S = 2.0
+
+pytestmark = pytest.mark.usefixtures("server_type")
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ async def presented_by(address: str, tls: Tls) -> int:
 
 
 @asynccontextmanager
-async def mirror(certs: Path) -> AsyncIterator[str]:
+async def mirror(server_type: Any, certs: Path) -> AsyncIterator[str]:
     """A server that streams, again and again, the serial number of the certificate its caller has presented."""
 
     async def tell(_: bytes, context: Any) -> AsyncIterator[bytes]:
@@ -90,12 +92,12 @@ async def mirror(certs: Path) -> AsyncIterator[str]:
             yield b"%x" % certificate.serial_number
             await asyncio.sleep(0.01)
 
-    def add(server: grpc.aio.Server) -> None:
+    def add(server: Any) -> None:
         handlers = {"Tell": grpc.unary_stream_rpc_method_handler(tell)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mirror.Mirror", handlers),))
 
-    server = RpcServer(tls=Tls.in_directory(certs, "decode"))
-    add(server._server)
+    server = server_type(tls=Tls.in_directory(certs, "decode"))
+    server.add("mirror.Mirror", add)
     await server.start("127.0.0.1", 0)
     try:
         yield f"127.0.0.1:{server.port}"
@@ -179,11 +181,9 @@ async def test_health_and_reflection_ask_for_a_certificate_too(app: RegistryApp,
         assert "grpc.health.v1.Health" in await names(channel)
 
 
-async def test_a_server_of_another_name_is_refused(certs: Path, tls: Tls, app: RegistryApp) -> None:
+async def test_a_server_of_another_name_is_refused(server_type: Any, certs: Path, tls: Tls) -> None:
     """A certificate is only good for the addresses in it: 127.0.0.2 is not."""
-    address = f"127.0.0.2:{app.address.rpartition(':')[2]}"
-    own = Tls.in_directory(certs, "registry")
-    server = RpcServer(tls=own)
+    server = server_type(tls=Tls.in_directory(certs, "registry"))
     server.bind("127.0.0.2", 0)
     await server.serve()
     address = f"127.0.0.2:{server.port}"
@@ -242,9 +242,9 @@ async def test_half_written_files_leave_a_server_as_it_was(
     assert await presented_by(app.address, tls) == serial_of(file) != serial
 
 
-async def test_channels_are_replaced_under_a_running_stream(certs: Path, tls: Tls) -> None:
+async def test_channels_are_replaced_under_a_running_stream(server_type: Any, certs: Path, tls: Tls) -> None:
     channels = Channels(tls)
-    async with mirror(certs) as address:
+    async with mirror(server_type, certs) as address:
         former = serial_of(tls.cert)
         running = told(channels.get(address))
         assert int(await running.read(), 16) == former
@@ -259,9 +259,9 @@ async def test_channels_are_replaced_under_a_running_stream(certs: Path, tls: Tl
         await channels.close()
 
 
-async def test_channels_keep_what_they_have_while_files_are_damaged(certs: Path, tls: Tls) -> None:
+async def test_channels_keep_what_they_have_while_files_are_damaged(server_type: Any, certs: Path, tls: Tls) -> None:
     channels = Channels(tls)
-    async with mirror(certs) as address:
+    async with mirror(server_type, certs) as address:
         channel = channels.get(address)
         tls.cert.write_text("half")
         assert channels.get(address) is channel
@@ -330,9 +330,9 @@ def test_what_is_loopback(host: str, loopback: bool) -> None:
     ("host", "with_tls", "count"), [("0.0.0.0", False, 1), ("127.0.0.1", False, 0), ("0.0.0.0", True, 0)]
 )
 async def test_plaintext_beyond_this_machine_is_told_once(
-    tls: Tls, caplog: pytest.LogCaptureFixture, host: str, with_tls: bool, count: int
+    server_type: Any, tls: Tls, caplog: pytest.LogCaptureFixture, host: str, with_tls: bool, count: int
 ) -> None:
-    server = RpcServer(tls=tls if with_tls else None)
+    server = server_type(tls=tls if with_tls else None)
     with caplog.at_level(logging.WARNING):
         await server.start(host, 0)
     await server.stop(0)

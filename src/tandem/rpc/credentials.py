@@ -1,15 +1,21 @@
-"""What a server and the channels of a process prove themselves with: `Tls` becomes gRPC's credentials.
+"""What a server and the channels of a process prove themselves with: `Tls` becomes gRPC's credentials, or Python's.
 
-Both sides follow the files. A server asks at every handshake. Channels of Python's gRPC keep what they were made with,
+All follow the files. A server asks at every handshake. Channels of Python's gRPC keep what they were made with,
 so new credentials are made when the files have changed, and `tandem.rpc.channels` opens new channels with them.
 """
 
 from __future__ import annotations
 
+import logging
+import ssl
+
 import grpc
 
+from tandem.errors import StartError
 from tandem.tls.material import Material, TlsFiles
 from tandem.tls.paths import Tls
+
+log = logging.getLogger(__name__)
 
 
 class ServerCredentials:
@@ -43,6 +49,34 @@ class ServerCredentials:
         return _configuration(material)
 
 
+class ServerContexts:
+    """The same for a server that is not gRPC's own: a context for each new connection."""
+
+    def __init__(self, tls: Tls) -> None:
+        """Reads the files.
+
+        Raises:
+            StartError: names the file that cannot be used.
+        """
+        self._tls = tls
+        self._files = TlsFiles(tls)
+        self.material = self._of = self._files.current()
+        """As it was at the start."""
+        self._context = _server_context(tls, self.material)
+
+    def current(self) -> ssl.SSLContext:
+        """What to accept a connection with now: the same object until the files have changed. Never raises."""
+        material = self._files.current()
+        if material is not self._of:
+            try:
+                self._context = _server_context(self._tls, material)
+                self._of = material
+            except StartError as problem:
+                # They have changed once more since they were checked; the next connection looks again.
+                log.info("%s; the former certificate stays in use", problem)
+        return self._context
+
+
 class ChannelCredentials:
     """The same certificate for all channels of one owner. Makes no I/O when made."""
 
@@ -66,3 +100,18 @@ class ChannelCredentials:
 
 def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(material.key, material.cert)], material.ca)
+
+
+def _server_context(tls: Tls, material: Material) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    # As gRPC does: who is named as trusted is trusted, whether or not somebody else has signed it.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_TRUSTED_FIRST
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_verify_locations(cadata=material.ca.decode())
+        context.load_cert_chain(tls.cert, tls.key)
+    except (ssl.SSLError, OSError, ValueError):
+        raise StartError(f"{tls.cert}, {tls.key} and {tls.ca} cannot be used together") from None
+    return context

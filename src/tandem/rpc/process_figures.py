@@ -15,7 +15,7 @@ from typing import Any
 import tandem
 from tandem.api.process.v1 import process_service_pb2 as pb
 from tandem.api.process.v1 import process_service_pb2_grpc as pb_grpc
-from tandem.rpc.interceptors import Calls
+from tandem.rpc.handler_guard import Calls
 from tandem.rpc.messages import timestamp
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ProcessService"].full_name

@@ -47,13 +47,19 @@ def to_status(error: TandemError) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_message(error.message), details=details)
 
 
+def to_grpc_status(error: TandemError) -> grpc.Status:
+    """The same as gRPC carries it: code, message, and the details in trailing metadata."""
+    status: grpc.Status = rpc_status.to_status(to_status(error))
+    return status
+
+
 async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None:  # type: ignore[type-arg]
     """End a call with an error. Raises grpc's own AbortError, as `context.abort` does.
 
     Raises:
         asyncio.CancelledError: the call is dead already, and nobody hears the error. gRPC would log a traceback.
     """
-    status = rpc_status.to_status(to_status(error))
+    status = to_grpc_status(error)
     try:
         await context.abort(status.code, status.details, status.trailing_metadata)
     except grpc.aio.InternalError:

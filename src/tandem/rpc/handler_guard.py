@@ -1,0 +1,167 @@
+"""Around every handler of ours, on either server: what a handler raises becomes one status on the wire.
+
+The only broad `except` of the request path. Handlers raise `TandemError` and never call `context.abort`. Knows no
+transport: `tandem.rpc.interceptors` and `tandem.rpc.http2` put it around the handlers that they find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.message_factory import GetMessageClass
+
+from tandem.errors import TandemError
+from tandem.rpc.malformed import checked_deserializer
+from tandem.rpc.status import abort
+
+log = logging.getLogger(__name__)
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = Any
+"""A grpc.aio.ServicerContext, or a tandem.rpc.http2.call.Call, which offers what handlers use of one."""
+
+
+class Calls:
+    """Counts calls from their first byte to their last, and how those that failed did."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.failures: Counter[str] = Counter()
+        """By the reason of the error."""
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self.count -= 1
+
+
+class HandlerGuard:
+    """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST."""
+
+    def __init__(self, request_bytes_max: int) -> None:
+        """A longer request is refused before it is parsed."""
+        self.request_bytes_max = request_bytes_max
+        self.calls = Calls()
+        """That are being answered, and that have failed."""
+        self._guarded: dict[str, Handler] = {}
+
+    def guarded(self, method: str, handler: Handler) -> Handler:
+        """The handler to call in place of this one; those of foreign services (health, reflection) stay as they are.
+
+        `method` is the full one, "/package.Service/Method". A server has one handler for each, so it is wrapped once.
+        """
+        if not method.startswith("/tandem."):
+            return handler
+        found = self._guarded.get(method)
+        if found is None:
+            deserializer = _deserializer(method, self.request_bytes_max)
+            found = self._guarded[method] = _wrap(handler, method, deserializer, self.calls)
+        return found
+
+
+def _wrap(handler: Any, method: str, deserializer: Any, calls: Calls) -> Handler:
+    if handler.unary_unary:
+        wrapped = _awaited(handler.unary_unary, method, calls)
+        return grpc.unary_unary_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
+    if handler.unary_stream:
+        around: Any = _awaited if inspect.iscoroutinefunction(handler.unary_stream) else _stream
+        stream = around(handler.unary_stream, method, calls)
+        return grpc.unary_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
+    if handler.stream_stream:
+        stream = _stream(_over_checked(handler.stream_stream), method, calls)
+        return grpc.stream_stream_rpc_method_handler(stream, deserializer, handler.response_serializer)
+    return handler  # type: ignore[no-any-return]
+
+
+def _deserializer(method: str, request_bytes_max: int) -> Any:
+    service, name = method.removeprefix("/").split("/")
+    request = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
+    return checked_deserializer(GetMessageClass(request), request_bytes_max)
+
+
+def _over_checked(
+    behavior: Callable[[Any, Context], AsyncIterator[Any]],
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    """A behaviour over a stream of requests, in which one that cannot be parsed is raised where it is read."""
+
+    async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            if isinstance(request, TandemError):
+                raise request
+            yield request
+
+    return lambda requests, context: behavior(checked(requests), context)
+
+
+def _awaited(
+    behavior: Callable[[Any, Context], Awaitable[Any]], method: str, calls: Calls
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    """Around a coroutine function: of one response, or of a stream that the handler writes by itself."""
+
+    async def handle(request: Any, context: Context) -> Any:
+        try:
+            with calls:
+                if isinstance(request, TandemError):
+                    raise request
+                return await behavior(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as problem:
+            failure = as_error(problem, method)
+            calls.failures[failure.reason] += 1
+        request = None
+        await abort(context, failure)
+        raise AssertionError("abort raises")
+
+    return handle
+
+
+def _stream(
+    behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str, calls: Calls
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+        responses, failure = None, None
+        calls.count += 1
+        try:
+            if isinstance(request, TandemError):
+                raise request
+            responses = behavior(request, context)
+            async for response in responses:
+                yield response
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as problem:
+            failure = as_error(problem, method)
+            calls.failures[failure.reason] += 1
+        finally:
+            calls.count -= 1
+            if responses is not None:
+                # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
+                # be closed here and now, not when the garbage collector finds it.
+                await responses.aclose()  # type: ignore[attr-defined]
+        if failure is not None:
+            request = None
+            await abort(context, failure)
+
+    return handle
+
+
+def as_error(problem: Exception, method: str) -> TandemError:
+    """The error a client is told, without a way back to the request.
+
+    gRPC keeps what `abort` raises in a cycle that waits for the garbage collector. Whatever can be reached from there
+    waits too: of a client that is refused, all its megabytes, again and again.
+    """
+    if isinstance(problem, TandemError):
+        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
+        return problem
+    log.error("defect in the handler of %s", method, exc_info=problem)
+    return TandemError(f"internal error in {method}: {type(problem).__name__}")

@@ -1,0 +1,292 @@
+"""One connection: carries h2's events to its streams, holds the peer to its budgets, and ends.
+
+Owns the transport. What is wrong with one stream ends that stream; what h2 calls wrong with the connection, or a peer
+that costs more than its budgets, ends this connection and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import grpc
+from h2 import events
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+
+from tandem.rpc.http2 import limits
+from tandem.rpc.http2.framing import Http2State, goaway_frame
+from tandem.rpc.http2.keepalive import Keepalive
+from tandem.rpc.http2.metadata import Malformed
+from tandem.rpc.http2.peer import Peer
+from tandem.rpc.http2.sender import Sender
+from tandem.rpc.http2.streams import Shared, Streams
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 16 * 2**10
+"""Received bytes go to h2 in pieces of this size, and budgets are looked at in between."""
+PING = b"tandem??"
+
+
+class Server(Shared, Protocol):
+    """Who accepted the connection."""
+
+    is_stopping: bool
+
+    def joined(self, connection: Connection) -> None:
+        """A connection can be used."""
+
+    def left(self, connection: Connection) -> None:
+        """A connection is gone."""
+
+
+class Connection(asyncio.Protocol):
+    """One client's, as the loop knows it."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._state = Http2State(server.streams_max)
+        self._is_greeted = self._is_leaving = self._is_closed = False
+        self._resets = limits.reset_budget()
+        self._late_streams = limits.reset_budget()
+        self._pings = limits.ping_budget()
+        self._settings = limits.settings_budget()
+        self._idle_frames = limits.idle_frame_budget()
+        self._credited_frames = 0
+        self._closing: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._transport: asyncio.Transport
+        self._peer: Peer
+        self._sender: Sender
+        self._streams: Streams
+        self._keepalive: Keepalive
+
+    # What the loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It can be used; the server speaks first."""
+        self._loop = asyncio.get_running_loop()
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=limits.SOCKET_BUFFER_BYTES)
+        self._peer = Peer(self._transport)
+        self._sender = Sender(self._state, self._transport, self.give_up)
+        self._streams = Streams(self._server, self._state, self._sender, self._peer, self._close_if_done)
+        self._keepalive = Keepalive(self._ping, self.give_up, self._streams.end_silent)
+        self._server.joined(self)
+        if not self._peer.speaks_http2:
+            self.give_up("it does not speak HTTP/2")
+            return
+        self._state.begin()
+        self._sender.take_from_state()
+        if self._server.is_stopping:
+            self.leave()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the peer."""
+        self._keepalive.heard_s = self._loop.time()
+        try:
+            if len(data) <= PIECE_BYTES:
+                self._receive(data)
+            else:
+                for begin in range(0, len(data), PIECE_BYTES):
+                    self._receive(data[begin : begin + PIECE_BYTES])
+        except ProtocolError as problem:
+            # h2 has written its GOAWAY, unless this was no HTTP/2 from its first byte.
+            self._sender.take_from_state()
+            self.give_up(f"it broke the protocol ({type(problem).__name__})", None)
+        except Exception:
+            log.exception("defect in a connection from %s", self._peer.address)
+            self.give_up("a defect of this server", ErrorCodes.INTERNAL_ERROR)
+
+    def pause_writing(self) -> None:
+        """The socket is full."""
+        self._sender.pause()
+
+    def resume_writing(self) -> None:
+        """It is not any more."""
+        self._sender.resume()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Whoever still waited for an answer is gone."""
+        if self._closing is not None:
+            self._closing.cancel()
+        self._end()
+        self._server.left(self)
+
+    # What the server calls.
+
+    @property
+    def call_count(self) -> int:
+        """Calls that are open on it."""
+        return self._streams.count
+
+    def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
+        """Take no more calls; close when those that are open have ended."""
+        if self._is_leaving or self._is_closed:
+            return
+        self._is_leaving = True
+        self._sender.write(goaway_frame(self._state.highest_inbound_stream_id, error_code))
+        self._close_if_done()
+
+    def cut(self, code: grpc.StatusCode, details: str) -> None:
+        """End all calls with this status, and then the connection."""
+        self.leave()
+        self._streams.cut_all(code, details)
+
+    def give_up(self, why: str, error_code: ErrorCodes | None = ErrorCodes.ENHANCE_YOUR_CALM) -> None:
+        """Close it at once; calls that run are cancelled. The peer is told as far as its socket takes it."""
+        if self._is_closed:
+            return
+        log.info("closed a connection from %s: %s", self._peer.address, why)
+        if error_code is not None and self._is_greeted and not self._is_leaving:
+            self._sender.write(goaway_frame(self._state.highest_inbound_stream_id, error_code, why.encode()))
+        self._close()
+
+    def abort(self) -> None:
+        """Close it without another word."""
+        self._end()
+        self._transport.abort()
+
+    # What the peer does.
+
+    def _receive(self, data: bytes) -> None:
+        if self._is_closed:
+            return
+        found = self._state.receive_data(data)
+        self._sender.take_from_state()
+        for event in found:
+            handle = _HANDLERS.get(type(event))
+            if handle is not None:
+                handle(self, event)
+                if self._is_closed:
+                    return
+        if self._state.is_overfull:
+            self.give_up("its frame or its headers do not end")
+
+    def _on_request(self, event: events.RequestReceived) -> None:
+        stream_id = _known(event.stream_id)
+        if self._is_leaving:
+            self._refuse_late(stream_id)
+        elif self._streams.count >= self._server.streams_max:
+            self._streams.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._spend_reset()
+        else:
+            try:
+                self._streams.begin(stream_id, event.headers or [], ends=event.stream_ended is not None)
+            except Malformed:
+                self._streams.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+                self._spend_reset()
+
+    def _refuse_late(self, stream_id: int) -> None:
+        """A client that has heard GOAWAY opens no more. What it has opened before is as if it had never been."""
+        self._streams.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+        if not self._late_streams.spend(self._loop.time()):
+            self.give_up("it opens streams on and on")
+
+    def _on_data(self, event: events.DataReceived) -> None:
+        data, ends = event.data or b"", event.stream_ended is not None
+        if not data and not ends:
+            self._spend(self._idle_frames)
+        self._streams.receive(_known(event.stream_id), data, event.flow_controlled_length or 0, ends=ends)
+
+    def _on_trailers(self, event: events.TrailersReceived) -> None:
+        self._streams.receive(_known(event.stream_id), b"", 0, ends=True)
+
+    def _on_reset(self, event: events.StreamReset) -> None:
+        self._streams.leave(_known(event.stream_id))
+        self._spend_reset()
+
+    def _on_window(self, event: events.WindowUpdated) -> None:
+        self._spend(self._idle_frames)
+        if event.stream_id:
+            self._streams.wake(event.stream_id)
+        else:
+            self._sender.pump()
+
+    def _on_settings(self, event: events.RemoteSettingsChanged) -> None:
+        self._spend(self._settings)
+        if not self._is_greeted:
+            self._is_greeted = True
+            self._keepalive.begin()
+        if len(self._state.remote_settings) > limits.PEER_SETTINGS_MAX:
+            self.give_up("it has too many settings")
+            return
+        self._sender.follow_settings()
+        if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
+            self._streams.wake(None)
+
+    def _on_ping(self, event: events.PingReceived) -> None:
+        self._spend(self._pings)
+
+    def _on_idle_frame(self, event: events.Event) -> None:
+        self._spend(self._idle_frames)
+
+    def _on_goaway(self, event: events.ConnectionTerminated) -> None:
+        """The client opens no more streams."""
+        self._is_leaving = True
+        self._close_if_done()
+
+    def _spend(self, budget: limits.Budget) -> None:
+        """Count one of what a peer may send so often."""
+        earned = 0
+        if budget is self._idle_frames:
+            count = self._sender.frame_count
+            earned, self._credited_frames = count - self._credited_frames, count
+        if not budget.spend(self._loop.time(), earned):
+            self.give_up("it sends too much that means nothing")
+
+    def _spend_reset(self) -> None:
+        """Count a stream that was opened for nothing. Calls that run may end: an edge carries those of many clients."""
+        if not self._is_leaving and not self._resets.spend(self._loop.time()):
+            log.info("no more calls on a connection from %s: too many come to nothing", self._peer.address)
+            self.leave(ErrorCodes.ENHANCE_YOUR_CALM)
+
+    # How it ends.
+
+    def _ping(self) -> None:
+        self._state.ping(PING)
+        self._sender.take_from_state()
+
+    def _close_if_done(self) -> None:
+        if self._is_leaving and not self._streams.count and not self._is_closed:
+            self._close()
+
+    def _close(self) -> None:
+        """What was written may leave, but not for ever."""
+        self._sender.flush()
+        self._end()
+        if self._closing is None:
+            self._closing = self._loop.call_later(limits.CLOSE_TIMEOUT_S, self._transport.abort)
+        self._transport.close()
+
+    def _end(self) -> None:
+        self._is_closed = True
+        self._keepalive.close()
+        self._sender.close()
+        self._streams.leave_all()
+
+
+def _known(stream_id: int | None) -> int:
+    assert stream_id is not None, "h2 names the stream of such an event"
+    return stream_id
+
+
+_HANDLERS: dict[type[events.Event], Callable[[Connection, Any], None]] = {
+    events.RequestReceived: Connection._on_request,
+    events.DataReceived: Connection._on_data,
+    events.TrailersReceived: Connection._on_trailers,
+    events.StreamReset: Connection._on_reset,
+    events.WindowUpdated: Connection._on_window,
+    events.RemoteSettingsChanged: Connection._on_settings,
+    events.PingReceived: Connection._on_ping,
+    events.ConnectionTerminated: Connection._on_goaway,
+    events.PriorityUpdated: Connection._on_idle_frame,
+    events.UnknownFrameReceived: Connection._on_idle_frame,
+    events.SettingsAcknowledged: Connection._on_idle_frame,
+    events.PingAckReceived: Connection._on_idle_frame,
+}
+"""What ends a stream comes with the event that carries its last bytes, and is read there."""

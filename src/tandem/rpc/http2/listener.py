@@ -1,0 +1,84 @@
+"""A listening socket, and the connections that come to it.
+
+Owns the socket from `bind` on: the kernel lets clients wait there until somebody accepts them. What becomes of a
+connection is the server's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+WAITING_MAX = 1_024
+"""Connections that the kernel keeps until they are accepted."""
+TURN_COUNT = 64
+"""Accepted in one turn of the loop."""
+PAUSE_S = 0.5
+"""How long a process that can open no more files accepts nobody."""
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Listener:
+    """Listens from the start, accepts from `begin` on."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Take the address.
+
+        Raises:
+            OSError: it cannot be listened on.
+        """
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        self._socket = socket.socket(family, kind, protocol)
+        try:
+            # Not SO_REUSEPORT: two processes on one port would share its connections; the second must fail instead.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            self._socket.bind(address)
+            self._socket.setblocking(False)
+            self._socket.listen(WAITING_MAX)
+        except OSError:
+            self._socket.close()
+            raise
+        self.port: int = self._socket.getsockname()[1]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pause: asyncio.TimerHandle | None = None
+
+    def begin(self, take: Callable[[socket.socket], None]) -> None:
+        """Accept whoever comes."""
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._accept)
+
+    def close(self) -> None:
+        """Accept nobody any more. May be called twice."""
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop = None
+        self._socket.close()
+
+    def _accept(self) -> None:
+        for _ in range(TURN_COUNT):
+            try:
+                connection, _address = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as problem:
+                if problem.errno not in SHORTAGES:
+                    raise
+                self._accept_later(problem)
+                return
+            self._take(connection)
+
+    def _accept_later(self, problem: OSError) -> None:
+        assert self._loop is not None
+        log.warning("cannot accept a connection: %s", problem.strerror)
+        self._loop.remove_reader(self._socket)
+        self._pause = self._loop.call_later(PAUSE_S, self._loop.add_reader, self._socket, self._accept)

@@ -1,0 +1,255 @@
+"""What leaves on one connection: frames of one turn of the loop in one write, and what has to wait for the peer.
+
+Owns the order of frames, each stream's unsent bytes, and the bound on what a peer that does not read can make it keep.
+What may leave is decided by h2's windows and by the socket.
+
+A message takes one concatenation and one append here; no task, future or timer. One that does not fit is kept with its
+stream, and whoever wrote it looks at `writable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from h2.stream import H2Stream
+
+from tandem.rpc.http2 import limits
+from tandem.rpc.http2.framing import DATA, FRAME, FRAME_AND_PREFIX, PREFIX, Http2State
+
+PREFIX_BYTES = PREFIX.size
+
+
+class Sender:
+    """The way out of one connection."""
+
+    def __init__(self, state: Http2State, transport: asyncio.Transport, on_overrun: Callable[[str], None]) -> None:
+        """`on_overrun` is told why when a peer leaves too much unread that no window holds back."""
+        self.state = state
+        self.frame_bytes_max = 0
+        self.frame_count = 0
+        """Sent so far."""
+        self.is_paused = False
+        """The socket takes no more at the moment."""
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._on_overrun = on_overrun
+        self._frames: list[bytes] = []
+        self._bytes = 0
+        self._is_scheduled = False
+        self.is_closed = False
+        self._control_bytes = 0
+        """Written while the socket took nothing."""
+        self._ready: dict[Outgoing, None] = {}
+        """Streams with unsent bytes and room in their own window, in turn."""
+        self._freed: list[Outgoing] = []
+        """Streams that have become writable and have not been told."""
+        self.follow_settings()
+
+    def follow_settings(self) -> None:
+        """The peer has said how long a frame may be."""
+        self.frame_bytes_max = min(self.state.max_outbound_frame_size, limits.FRAME_BYTES_MAX)
+
+    def write(self, frame: bytes) -> None:
+        """A frame that flow control has let through. It leaves at the end of this turn of the loop."""
+        self._frames.append(frame)
+        self._bytes += len(frame)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush_turn)
+        elif self._bytes > limits.TURN_BYTES_MAX:
+            self.flush()
+
+    def control(self, frames: bytes) -> None:
+        """Frames that no window holds back."""
+        if not frames:
+            return
+        if self.is_paused:
+            self._control_bytes += len(frames)
+            if self._control_bytes > limits.CONTROL_BYTES_MAX:
+                self._on_overrun("it does not read what it has asked for")
+                return
+        self.write(frames)
+
+    def take_from_state(self) -> None:
+        """Send what h2 itself has to say."""
+        self.control(self.state.data_to_send())
+
+    def _flush_turn(self) -> None:
+        self._is_scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the socket now."""
+        frames = self._frames
+        if not frames:
+            return
+        self._frames = []
+        self._bytes = 0
+        self.frame_count += len(frames)
+        # A transport that is lost says so a turn later; until then uvloop's takes a write for a mistake.
+        if not self.is_closed and not self._transport.is_closing():
+            self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def close(self) -> None:
+        """The connection is gone."""
+        self.is_closed = True
+        self._frames.clear()
+        self._ready.clear()
+
+    def pause(self) -> None:
+        """The socket is full."""
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """The socket takes more."""
+        self.is_paused = False
+        self._control_bytes = 0
+        self.pump()
+
+    def make_ready(self, stream: Outgoing) -> None:
+        """It has unsent bytes, and its own window room. Call `pump` afterwards."""
+        self._ready[stream] = None
+
+    def discard(self, stream: Outgoing) -> None:
+        """It sends nothing any more."""
+        self._ready.pop(stream, None)
+
+    def pump(self) -> None:
+        """Send what waits, a frame of each stream in turn, as far as the connection's window and the socket let it."""
+        ready, state = self._ready, self.state
+        while ready and not self.is_paused and state.outbound_flow_control_window > 0 and not self.is_closed:
+            stream = next(iter(ready))
+            del ready[stream]
+            if stream.send_frame():
+                ready[stream] = None
+        if self._freed:
+            freed, self._freed = self._freed, []
+            for stream in freed:
+                stream.tell_writable()
+
+    def note_writable(self, stream: Outgoing) -> None:
+        """It is told once everything that can leave has left."""
+        self._freed.append(stream)
+
+
+class Outgoing:
+    """The messages of one stream that are on their way to the peer."""
+
+    __slots__ = ("_is_full", "_messages", "_offset", "_on_sent", "_sender", "_stream", "on_writable", "unsent_bytes")
+
+    def __init__(self, sender: Sender, stream: H2Stream) -> None:
+        self._sender = sender
+        self._stream = stream
+        self._messages: deque[bytes] | None = None
+        self._offset = 0
+        """Of the first message, so much has left."""
+        self._is_full = False
+        self._on_sent: Callable[[], None] | None = None
+        self.unsent_bytes = 0
+        self.on_writable: Callable[[], None] | None = None
+        """Called each time it becomes writable again."""
+
+    @property
+    def writable(self) -> bool:
+        """False while more than `limits.STREAM_UNSENT_BYTES_MAX` wait for the peer."""
+        return self.unsent_bytes <= limits.STREAM_UNSENT_BYTES_MAX
+
+    def send(self, message: bytes) -> None:
+        """Send a message now, or as soon as the peer lets it through, behind those before it."""
+        sender, stream = self._sender, self._stream
+        state, size = sender.state, len(message) + PREFIX_BYTES
+        if (
+            size <= stream.outbound_flow_control_window
+            and size <= state.outbound_flow_control_window
+            and size <= sender.frame_bytes_max
+            and not self.unsent_bytes
+            and not sender.is_paused
+        ):
+            stream.outbound_flow_control_window -= size
+            state.outbound_flow_control_window -= size
+            head = FRAME_AND_PREFIX.pack(size >> 8, size & 0xFF, DATA, 0, stream.stream_id, 0, size - PREFIX_BYTES)
+            sender.write(head + message)
+        else:
+            self._keep(PREFIX.pack(0, size - PREFIX_BYTES) + message)
+
+    def finish(self, on_sent: Callable[[], None]) -> None:
+        """There will be no more messages. Called once all of them have left."""
+        if self.unsent_bytes:
+            self._on_sent = on_sent
+        else:
+            on_sent()
+
+    def cut(self) -> bool:
+        """Drop the messages of which nothing has left. Returns whether that is all of them."""
+        if self._offset:
+            return False
+        self._messages = None
+        self.unsent_bytes = 0
+        self._sender.discard(self)
+        return True
+
+    def discard(self) -> None:
+        """Nothing of it is sent any more."""
+        self._messages = self._on_sent = self.on_writable = None
+        self.unsent_bytes = 0
+        self._sender.discard(self)
+
+    def wake(self) -> None:
+        """The stream's own window has grown. Call the sender's `pump` afterwards."""
+        if self.unsent_bytes and self._stream.outbound_flow_control_window > 0:
+            self._sender.make_ready(self)
+
+    def _keep(self, message: bytes) -> None:
+        if self._messages is None:
+            self._messages = deque()
+        self._messages.append(message)
+        self.unsent_bytes += len(message)
+        self.wake()
+        self._sender.pump()
+        self._is_full = not self.writable
+
+    def send_frame(self) -> bool:
+        """Send one frame. Returns whether there is more, and room for it in the stream's own window."""
+        sender, stream = self._sender, self._stream
+        window = min(stream.outbound_flow_control_window, sender.state.outbound_flow_control_window)
+        if window <= 0:
+            # The peer has made its windows smaller since; a WINDOW_UPDATE wakes this stream again.
+            return False
+        data = self._take(min(window, sender.frame_bytes_max))
+        size = len(data)
+        stream.outbound_flow_control_window -= size
+        sender.state.outbound_flow_control_window -= size
+        sender.write(FRAME.pack(size >> 8, size & 0xFF, DATA, 0, stream.stream_id) + data)
+        if self._is_full and self.writable:
+            self._is_full = False
+            sender.note_writable(self)
+        if self.unsent_bytes:
+            return stream.outbound_flow_control_window > 0
+        self._messages = None
+        if self._on_sent is not None:
+            on_sent, self._on_sent = self._on_sent, None
+            on_sent()
+        return False
+
+    def _take(self, size: int) -> bytes:
+        """The next bytes, of several messages where one is shorter."""
+        assert self._messages is not None, "a stream without messages is not ready"
+        pieces = []
+        while size > 0 and self._messages:
+            first = self._messages[0]
+            piece = first[self._offset : self._offset + size]
+            pieces.append(piece)
+            size -= len(piece)
+            self.unsent_bytes -= len(piece)
+            self._offset += len(piece)
+            if self._offset == len(first):
+                self._messages.popleft()
+                self._offset = 0
+        return b"".join(pieces)
+
+    def tell_writable(self) -> None:
+        """Call back, where there is still something to tell."""
+        if self.on_writable is not None and self.writable:
+            self.on_writable()

@@ -1,0 +1,234 @@
+"""The server on h2: the same surface as `tandem.rpc.server.RpcServer`, for streams of many small messages.
+
+Owns the connections and the tasks of all calls, from the accepted socket to their end. How many there may be, and who
+has to go when there are too many, is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Iterable, Mapping, Sequence
+
+import grpc
+
+from tandem.errors import TandemError
+from tandem.rpc.channels import MESSAGE_BYTES_MAX
+from tandem.rpc.credentials import ServerContexts
+from tandem.rpc.handler_guard import Handler, HandlerGuard
+from tandem.rpc.http2 import limits
+from tandem.rpc.http2.connection import Connection
+from tandem.rpc.http2.listener import Listener
+from tandem.rpc.http2.methods import Methods
+from tandem.rpc.service_host import AddServicer, ServiceHost, warn_of_plaintext
+from tandem.tls.paths import Tls
+
+log = logging.getLogger(__name__)
+
+CANCELLED_TIMEOUT_S = 10.0
+"""Most time for handlers that were cancelled to come to their end."""
+TELL_FULL_EVERY_S = 10.0
+FAREWELL_TIMEOUT_S = 1.0
+"""Most time for the last words to clients."""
+
+
+class Http2RpcServer(ServiceHost):
+    """A gRPC server on asyncio, with h2 for the protocol."""
+
+    def __init__(
+        self,
+        services: Sequence[tuple[str, AddServicer]] = (),
+        *,
+        request_bytes_max: int = MESSAGE_BYTES_MAX,
+        tls: Tls | None = None,
+        streams_max: int = limits.STREAMS_MAX,
+        connections_max: int = limits.CONNECTIONS_MAX,
+    ) -> None:
+        """Each service is its full protobuf name and the function that adds its servicer to a server.
+
+        A request of more than `request_bytes_max` is refused before it has come. With `tls` every caller must present
+        a certificate, of health and reflection too. `streams_max` calls may be open on one connection.
+        """
+        guard = HandlerGuard(request_bytes_max)
+        self.methods = Methods(guard)
+        self.held = limits.HeldBytes(request_bytes_max)
+        self.request_bytes_max = request_bytes_max
+        self.streams_max = streams_max
+        self._calls = guard.calls
+        self._connections_max = connections_max
+        self._tls = tls
+        self._contexts: ServerContexts | None = None
+        self._listener: Listener | None = None
+        self._welcoming: dict[asyncio.Task[None], socket.socket] = {}
+        """Connections whose handshake is not over, the oldest first."""
+        self._connections: dict[Connection, None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._tell_full_after_s = 0.0
+        self.is_stopping = False
+        self._changed = asyncio.Event()
+        """Set when a connection or a task has ended."""
+        super().__init__(self, guard, services)
+
+    # What generated code calls.
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """As grpc.aio.Server does."""
+        self.methods.add_generic_rpc_handlers(generic_rpc_handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
+        """As grpc.aio.Server does."""
+        self.methods.add_registered_method_handlers(service_name, method_handlers)
+
+    # Who is let in.
+
+    def serve_socket(self, connection: socket.socket) -> None:
+        """Answer on a connection that was accepted elsewhere, with TLS where this server has it. Takes the socket."""
+        if self.is_stopping or not self._has_room():
+            connection.close()
+            return
+        connection.setblocking(False)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        context = None if self._contexts is None else self._contexts.current()
+        task = asyncio.get_running_loop().create_task(self._welcome(connection, context))
+        self._welcoming[task] = connection
+        task.add_done_callback(self._welcomed)
+
+    def _add_port(self, host: str, port: int) -> int:
+        self._open_tls()
+        if self._contexts is None:
+            warn_of_plaintext(host)
+        self._listener = Listener(host, port)
+        return self._listener.port
+
+    def _open_tls(self) -> None:
+        if self._tls is not None and self._contexts is None:
+            self._contexts = ServerContexts(self._tls)
+            log.info("callers must present a certificate; this process presents %r", self._contexts.material)
+
+    async def _begin(self) -> None:
+        self._open_tls()
+        if self._listener is not None:
+            self._listener.begin(self.serve_socket)
+
+    async def _welcome(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
+        timeouts = {}
+        if context is not None:
+            timeouts = {
+                "ssl_handshake_timeout": limits.HANDSHAKE_TIMEOUT_S,
+                "ssl_shutdown_timeout": limits.CLOSE_TIMEOUT_S,
+            }
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: Connection(self), connection, ssl=context, **timeouts
+            )
+        except OSError as problem:
+            # ssl.SSLError is one: no certificate, another CA, plaintext. What it says is the peer's.
+            log.debug("a connection failed before it could be used: %s", problem)
+            connection.close()
+
+    def _welcomed(self, task: asyncio.Task[None]) -> None:
+        connection = self._welcoming.pop(task)
+        self._changed.set()
+        if task.cancelled():
+            # It may never have begun, and so nobody else has the socket.
+            connection.close()
+        elif task.exception() is not None:
+            log.error("defect in the handshake of a connection", exc_info=task.exception())
+            connection.close()
+
+    def _has_room(self) -> bool:
+        """Whether one more may come; for it, who only waits has to go."""
+        if len(self._connections) + len(self._welcoming) < self._connections_max:
+            return True
+        if self._end_handshake():
+            return True
+        for connection in self._connections:
+            if not connection.call_count:
+                del self._connections[connection]
+                connection.leave()
+                return True
+        self._tell_full()
+        return False
+
+    def _tell_full(self) -> None:
+        """Not for each that is refused: somebody may want to fill the log."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._tell_full_after_s:
+            self._tell_full_after_s = now_s + TELL_FULL_EVERY_S
+            log.warning("refused a connection: %d are open", len(self._connections))
+
+    def _end_handshake(self) -> bool:
+        """Give up the oldest handshake. Returns whether there was one.
+
+        Without TLS there is none: such a connection is there a turn later, and uvloop forgets it if its task is
+        cancelled in between.
+        """
+        for task in self._welcoming if self._contexts is not None else ():
+            if not task.cancelling():
+                task.cancel()
+                return True
+        return False
+
+    # What connections call: `tandem.rpc.http2.connection.Server`.
+
+    def joined(self, connection: Connection) -> None:
+        """A connection can be used."""
+        self._connections[connection] = None
+
+    def left(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._connections.pop(connection, None)
+        self._changed.set()
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Own a call's task until it has ended."""
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self.is_stopping:
+            self._changed.set()
+
+    def count_failure(self, error: TandemError) -> None:
+        """A call was refused before its handler saw it."""
+        self._calls.failures[error.reason] += 1
+
+    # How it ends.
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the listener, give running calls `grace_s`, then cancel them. May be called twice.
+
+        Returns when every handler has ended.
+        """
+        self.is_stopping = True
+        if self._listener is not None:
+            self._listener.close()
+        while self._end_handshake():
+            pass
+        for connection in list(self._connections):
+            connection.leave()
+        await self._wait_gone(grace_s)
+        for connection in list(self._connections):
+            connection.cut(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=CANCELLED_TIMEOUT_S)
+            if left:
+                log.error("%d handlers have not ended within %g s", len(left), CANCELLED_TIMEOUT_S)
+        await self._wait_gone(FAREWELL_TIMEOUT_S)
+        for connection in list(self._connections):
+            connection.abort()
+        await self._wait_gone(FAREWELL_TIMEOUT_S)
+
+    async def _wait_gone(self, timeout_s: float) -> None:
+        """Return when all connections and calls have ended, at the latest after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._connections or self._tasks or self._welcoming:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass

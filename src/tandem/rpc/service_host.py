@@ -1,0 +1,111 @@
+"""What both servers have in common: services by name, health, reflection, and the figures of the process.
+
+Owns what is served and the health state. Who listens, and how calls come, is each server's own.
+"""
+
+from __future__ import annotations
+
+import abc
+import ipaddress
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from tandem.api.process.v1.process_service_pb2_grpc import add_ProcessServiceServicer_to_server
+from tandem.errors import StartError
+from tandem.rpc.handler_guard import HandlerGuard
+from tandem.rpc.listening import check_listenable
+from tandem.rpc.process_figures import SERVICE_NAME as PROCESS_SERVICE_NAME
+from tandem.rpc.process_figures import ProcessServicer
+
+log = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+HEADERS_BYTES_MAX = 64 * 1024
+"""Of one call. By default gRPC refuses more than 8 KiB at random, and the edge carries a path twice."""
+
+AddServicer = Callable[[Any], None]
+"""A generated `add_XServicer_to_server` with its servicer; it is given a server of gRPC's, or what looks like one."""
+
+
+class ServiceHost(abc.ABC):
+    """A server with health (NOT_SERVING until told otherwise), reflection and the figures of its process."""
+
+    def __init__(self, registry: Any, guard: HandlerGuard, services: Sequence[tuple[str, AddServicer]]) -> None:
+        """Handlers are added to `registry`, which is or looks like a grpc.aio.Server."""
+        self._registry = registry
+        self._names: list[str] = []
+        self._health: Any = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, registry)
+        figures = ProcessServicer(guard.calls)
+        self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, figures))
+        for name, add in services:
+            self.add(name, add)
+        self.port = 0
+
+    def add(self, name: str, add_servicer: AddServicer) -> None:
+        """Carry one more service. Before `serve` only."""
+        self._names.append(name)
+        add_servicer(self._registry)
+
+    def bind(self, host: str, port: int) -> None:
+        """Take the port; `self.port` is the one in use (the OS chooses when 0 is given). Answers nothing yet.
+
+        Raises:
+            StartError: the address cannot be listened on, or a file of TLS cannot be used.
+        """
+        check_listenable(host, port)
+        try:
+            self.port = self._add_port(host, port)
+        except (RuntimeError, OSError):
+            raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+
+    async def serve(self) -> None:
+        """Answer calls on the port taken."""
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        servicer = reflection.aio.ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self._registry)
+        await self.set_serving(False)
+        await self._begin()
+
+    async def start(self, host: str, port: int) -> None:
+        """`bind` and `serve`."""
+        self.bind(host, port)
+        await self.serve()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checkers and watchers, for the process as a whole ("") and for each service."""
+        for name in ["", *self._names]:
+            await self._health.set(name, SERVING if serving else NOT_SERVING)
+
+    @abc.abstractmethod
+    async def stop(self, grace_s: float) -> None:
+        """Close the listener, give running calls `grace_s`, then cancel them. May be called twice."""
+
+    @abc.abstractmethod
+    def _add_port(self, host: str, port: int) -> int:
+        """Take the port; returns its number."""
+
+    @abc.abstractmethod
+    async def _begin(self) -> None:
+        """Begin to answer."""
+
+
+def warn_of_plaintext(host: str) -> None:
+    """Say it once where others than this machine's processes can call without a certificate."""
+    if not is_loopback(host):
+        log.warning("listening on %s without TLS: whoever reaches this port is served (see --tls-cert)", host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine can reach that listening address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
