@@ -33,11 +33,12 @@ from tandem.observe.request_metrics import RequestMetrics
 from tandem.observe.tracing import SpanExport, export_spans, resource
 from tandem.parsing import Parsers
 from tandem.rpc.channels import Channels
+from tandem.rpc.http2.limits import STREAMS_MAX
+from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.load_watching import LoadWatch
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.registry_client import Registration, WorkerWatch
-from tandem.rpc.server import RpcServer
 from tandem.rpc.step_calls import WorkerCalls
 from tandem.runtime.awake import AwakeTimers
 from tandem.runtime.clock import epoch_now, monotonic
@@ -84,7 +85,7 @@ class FrontendApp:
         self._links: WorkerLinks | None = None
         self._timers = AwakeTimers()
         self._metrics = open_metrics(config, Emitter.FRONTEND, "tandem-frontend", config.tls)
-        self._server: RpcServer | None = None
+        self._server: Http2RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
         self._registration: Registration | None = None
@@ -124,7 +125,12 @@ class FrontendApp:
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
         request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
-        server = self._server = RpcServer(request_bytes_max=request_bytes_max, tls=config.tls)
+        server = self._server = Http2RpcServer(
+            request_bytes_max=request_bytes_max,
+            tls=config.tls,
+            # One client may ask for all that this frontend takes, over one connection, and watch its health beside it.
+            streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
+        )
         server.bind(config.host, config.port)
         self._spans = export_spans(
             self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._frontend_id)

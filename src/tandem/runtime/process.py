@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
+import uvloop
+
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
@@ -79,7 +81,8 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
         logs.set_up(config.log_level, config.log_format, program)
         open_files.allow_many()
         log.info("%s settings %s", program, configuration.effective(config))
-        return asyncio.run(serve(build(config), config.announce_file))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(build(config), config.announce_file))
     except StartError as problem:
         print(f"{program}: {problem}", file=sys.stderr)
         return problem.exit_status
