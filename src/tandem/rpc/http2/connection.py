@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         self._peer = Peer(self._transport)
         self._sender = Sender(self._state, self._transport, self.give_up)
         self._streams = Streams(self._server, self._state, self._sender, self._peer, self._close_if_done)
-        self._keepalive = Keepalive(self._ping, self.give_up, self._streams.end_silent)
+        self._keepalive = Keepalive(self._ping, self._lose, self._streams.end_silent)
         self._server.joined(self)
         if not self._peer.speaks_http2:
             self.give_up("it does not speak HTTP/2")
@@ -92,8 +92,9 @@ class Connection(asyncio.Protocol):
             if len(data) <= PIECE_BYTES:
                 self._receive(data)
             else:
+                view = memoryview(data)
                 for begin in range(0, len(data), PIECE_BYTES):
-                    self._receive(data[begin : begin + PIECE_BYTES])
+                    self._receive(view[begin : begin + PIECE_BYTES])
         except ProtocolError as problem:
             # h2 has written its GOAWAY, unless this was no HTTP/2 from its first byte.
             self._sender.take_from_state()
@@ -141,10 +142,20 @@ class Connection(asyncio.Protocol):
         """Close it at once; calls that run are cancelled. The peer is told as far as its socket takes it."""
         if self._is_closed:
             return
-        log.info("closed a connection from %s: %s", self._peer.address, why)
+        # Who never said hello is anybody: a scanner of ports, a browser.
+        log.log(
+            logging.INFO if self._is_greeted else logging.DEBUG,
+            "closed a connection from %s: %s",
+            self._peer.address,
+            why,
+        )
         if error_code is not None and self._is_greeted and not self._is_leaving:
             self._sender.write(goaway_frame(self._state.highest_inbound_stream_id, error_code, why.encode()))
         self._close()
+
+    def _lose(self, why: str) -> None:
+        """Nobody is there to be told."""
+        self.give_up(why, None)
 
     def abort(self) -> None:
         """Close it without another word."""
@@ -153,7 +164,7 @@ class Connection(asyncio.Protocol):
 
     # What the peer does.
 
-    def _receive(self, data: bytes) -> None:
+    def _receive(self, data: bytes | memoryview) -> None:
         if self._is_closed:
             return
         found = self._state.receive_data(data)

@@ -46,6 +46,7 @@ class Listener:
             self._socket.close()
             raise
         self.port: int = self._socket.getsockname()[1]
+        self._take: Callable[[socket.socket], None]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pause: asyncio.TimerHandle | None = None
 
