@@ -15,6 +15,7 @@ import tokenizers
 from tandem.checkpoint import Card, read_card
 from tandem.errors import ContextExceeded, StartError
 from tandem_frontend.chat_template import ChatTemplate
+from tandem_frontend.token_table import BYTE_BY_LETTER, TokenTable
 
 BLOCKING_CHARS_MAX = 8_192
 """Shorter texts are encoded at once (under 3 ms); longer ones in a thread, so that no stream waits for them."""
@@ -29,17 +30,6 @@ SHRINK_MAX = 4
 _BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
 
 
-def _byte_letters() -> dict[str, int]:
-    """Byte-level tokenizers write printable bytes as themselves, and all others as letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_BY_CHARACTER = _byte_letters()
-
-
 class Tokenizer:
     """The tokenizer of the model this frontend speaks for."""
 
@@ -48,7 +38,10 @@ class Tokenizer:
         self._card = card
         self.chat_template = chat_template
         """None where the model has none."""
-        self._token_bytes_max = max(len(token.encode()) for token in backend.get_vocab())
+        vocabulary = backend.get_vocab()
+        self._token_bytes_max = max(len(token.encode()) for token in vocabulary)
+        self.token_table = TokenTable.read(backend, 1 + max(vocabulary.values()))
+        """What each token adds to a text; None where that depends on the tokens around it."""
         added = backend.get_added_tokens_decoder().values()
         self._added_texts = frozenset(token.content for token in added)
         # A tokenizer writes a token's bytes in letters of its own when its decoder is of this kind.
@@ -131,8 +124,8 @@ class Tokenizer:
             return token.encode()
         if _BYTE_FALLBACK.fullmatch(token):
             return bytes([int(token[3:5], 16)])
-        if self._is_byte_level and all(character in _BYTE_BY_CHARACTER for character in token):
-            return bytes(_BYTE_BY_CHARACTER[character] for character in token)
+        if self._is_byte_level and all(character in BYTE_BY_LETTER for character in token):
+            return bytes(BYTE_BY_LETTER[character] for character in token)
         return token.replace("\u2581", " ").encode()
 
     def without_control(self, text: str) -> str:
