@@ -210,7 +210,7 @@ def is_character(own: bytes) -> bool:
 
 @pytest.mark.parametrize("name", EXACT)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, places: list[int], skip: bool) -> None:
     """Also for sequences that are no UTF-8, behind prompts that end inside a character, or that have no text."""
     backend, decoder = EXACT[name], DECODERS[name]
@@ -223,7 +223,7 @@ def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, p
 
 @pytest.mark.parametrize("name", BY_BYTES)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_a_byte_that_is_no_character_does_not_spoil_its_neighbours(
     name: str, data: Any, places: list[int], skip: bool
 ) -> None:
@@ -241,6 +241,7 @@ def test_a_byte_that_is_no_character_does_not_spoil_its_neighbours(
 
 @pytest.mark.parametrize("name", BY_BYTES)
 @given(text=st.text(SCRIPTS, max_size=40), prompt=st.text("a▁b ", max_size=4), places=CUTS)
+@settings(deadline=None)
 def test_a_text_by_bytes_is_the_whole_text(name: str, text: str, prompt: str, places: list[int]) -> None:
     """Also where nothing is before it: then the library drops a space, or does not."""
     backend, decoder = BY_BYTES[name], DECODERS[name]
@@ -251,6 +252,7 @@ def test_a_text_by_bytes_is_the_whole_text(name: str, text: str, prompt: str, pl
 
 @pytest.mark.parametrize("name", WINDOWED)
 @given(data=st.data(), places=CUTS, text=st.text(SCRIPTS, max_size=30))
+@settings(deadline=None)
 def test_decoders_that_look_around_are_followed_by_a_window(name: str, data: Any, places: list[int], text: str) -> None:
     backend, decoder = WINDOWED[name], DECODERS[name]
     assert decoder.token_table is None

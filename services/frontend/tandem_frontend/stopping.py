@@ -80,23 +80,23 @@ class _Search:
     def advance(self, text: str, end_chars: int, *, may_end: bool) -> int | None:
         """Characters of the text up to the end of its first occurrence, where that is before `end_chars`.
 
-        If it may not end there, an occurrence is passed over. Nobody asks again after one was found.
+        If it may not end there, an occurrence is passed over. After one was found, the search is over.
         """
         stop, fallbacks, matched = self.stop, self._fallbacks, self.matched_chars
-        place, count = 0, min(len(text), end_chars - 1)
-        while place < count:
+        at, count = 0, min(len(text), end_chars - 1)
+        while at < count:
             if not matched:
-                place = text.find(stop[0], place, count)
-                if place < 0:
+                at = text.find(stop[0], at, count)
+                if at < 0:
                     break
-            char = text[place]
-            place += 1
+            char = text[at]
+            at += 1
             while matched and stop[matched] != char:
                 matched = fallbacks[matched - 1]
             matched += stop[matched] == char
             if matched == len(stop):
                 if may_end:
-                    return place
+                    return at
                 matched = fallbacks[matched - 1]
         self.matched_chars = matched
         return None

@@ -1,8 +1,8 @@
 """What each token of a vocabulary adds to a text, for the tokenizers whose decoding is joining and nothing else.
 
-Owns the question whether a tokenizer is of that kind, and answers it twice: by the decoder that its file names, and by
-what the library decodes every single token to. Holds no stream's state, and knows nothing of the other tokenizers: for
-them there is no table (`detokenization` decodes a window of tokens instead).
+Owns the question whether a tokenizer is of that kind: its decoder must be one that is understood, and every token must
+be what the library decodes it to. Holds no stream's state. For every other tokenizer there is no table, and
+`detokenization` decodes a window of tokens instead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _byte_letters() -> dict[str, int]:
 BYTE_BY_LETTER = _byte_letters()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TokenTable:
     """The pieces of all tokens, by id. Joined and read as UTF-8, they are the text."""
 
