@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from tandem_frontend.encoding import process as process_module
 from tandem_frontend.encoding.pool import EncoderPool
+from tandem_frontend.encoding.process import EncoderProcess
 from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -148,7 +149,7 @@ async def test_a_caller_that_leaves_makes_room(tokenizer: Tokenizer) -> None:
     assert pool_of(tokenizer).pids == [pid]
 
 
-async def test_the_end_refuses_what_waits_and_leaves_no_process(model: Path) -> None:
+async def test_the_end_refuses_what_waits_and_leaves_no_process(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.open(model, processes=1)
     pid, callers = await stopped(tokenizer, 2)
     await tokenizer.close()
@@ -156,6 +157,7 @@ async def test_the_end_refuses_what_waits_and_leaves_no_process(model: Path) -> 
     assert isinstance(first, ServiceError)
     assert isinstance(second, Draining)
     assert not psutil.pid_exists(pid)
+    monkeypatch.setattr(EncoderProcess, "start", None)
     with pytest.raises(Draining):
         await encode(tokenizer)
     await tokenizer.close()
