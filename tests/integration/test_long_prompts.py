@@ -190,7 +190,9 @@ async def test_a_file_that_has_changed_is_not_another_tokenizer(tmp_path: Path) 
     await tokenizer.close()
 
 
-async def test_it_ends_with_its_frontend_however_that_ends(model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGSTOP])
+async def test_it_ends_with_its_frontend_however_that_ends(model: Path, number: signal.Signals) -> None:
+    """Also where it is stopped, and would not see the end of its socket."""
     program = (
         "import asyncio, os, signal, sys; from pathlib import Path;"
         "from tandem_frontend.tokenization import Tokenizer\n"
@@ -198,11 +200,12 @@ async def test_it_ends_with_its_frontend_however_that_ends(model: Path) -> None:
         "    tokenizer = Tokenizer.open(Path(sys.argv[1]), processes=1)\n"
         "    await tokenizer.encode('a b ' * 20_000, add_special_tokens=True)\n"
         "    print(*tokenizer._pool.pids, flush=True)\n"
+        "    os.kill(tokenizer._pool.pids[0], int(sys.argv[2]))\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())"
     )
     ended = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", program, str(model)], capture_output=True, text=True
+        subprocess.run, [sys.executable, "-c", program, str(model), str(int(number))], capture_output=True, text=True
     )
     assert ended.returncode == -signal.SIGKILL
     pid = int(ended.stdout)

@@ -10,12 +10,13 @@ import argparse
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.runtime.parent import follow_parent
+from tandem.runtime.parent import VARIABLE, follow
 from tandem_frontend.encoding import frames
 from tandem_frontend.encoding.texts import TextEncoder, TooManyTokens, open_backend, trim_memory
 
@@ -24,7 +25,8 @@ NICENESS = 10
 
 def main() -> int:
     """Serve until the frontend closes its end; returns the exit status."""
-    if not follow_parent(os.environ):
+    # It has nothing to end in order, and may be stopped.
+    if not follow(int(os.environ[VARIABLE]), signal.SIGKILL):
         return 1
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
