@@ -2,8 +2,8 @@
 
 Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and only then its own place in the
 registry, for which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken ->
-settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, parser host, view,
-channels, metrics.
+settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, encoders of long prompts,
+parser host, view, channels, metrics.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class FrontendApp:
         self._figures = Figures(self._courses)
         self._looking: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
+        self._tokenizer: Tokenizer | None = None
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
@@ -123,7 +124,9 @@ class FrontendApp:
                 SGLang has no such parsers.
         """
         config = self._config
-        tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
+        tokenizer = self._tokenizer = await asyncio.to_thread(
+            Tokenizer.open, config.model, processes=config.long_prompt_processes
+        )
         request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
         server = self._server = Http2RpcServer(
             request_bytes_max=request_bytes_max,
@@ -209,6 +212,8 @@ class FrontendApp:
             await self._registration.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
+        if self._tokenizer is not None:
+            await self._tokenizer.close()
         if self._parsers is not None:
             await self._parsers.stop()
         if self._watch is not None:
