@@ -102,7 +102,7 @@ class Call(CallContext):
         self._cancel()
 
     def leave(self) -> None:
-        """The client is gone: its handler is cancelled, and nobody is told."""
+        """The client is gone: its handler is cancelled, and nothing is sent."""
         self.close()
         self._cancel()
 

@@ -113,7 +113,7 @@ class CallContext(abc.ABC):
     def on_writable(self, callback: Callable[[], None] | None) -> None:
         """Be called each time this becomes writable again; None ends it. There is one callback for each call."""
         self._callback = callback
-        self._outgoing.on_writable = self._tell_writable
+        self._outgoing.on_writable = self._notify_writable
 
     async def write(self, message: Any) -> None:
         """`send`, and wait until the call is writable."""
@@ -171,13 +171,13 @@ class CallContext(abc.ABC):
 
     async def _wait_writable(self) -> None:
         self._waiter = self._loop.create_future()
-        self._outgoing.on_writable = self._tell_writable
+        self._outgoing.on_writable = self._notify_writable
         try:
             await self._waiter
         finally:
             self._waiter = None
 
-    def _tell_writable(self) -> None:
+    def _notify_writable(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         if self._callback is not None:

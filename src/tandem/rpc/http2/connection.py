@@ -112,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._sender.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Whoever still waited for an answer is gone."""
+        """The client is gone; its calls are cancelled."""
         if self._closing is not None:
             self._closing.cancel()
         self._end()
@@ -124,6 +124,16 @@ class Connection(asyncio.Protocol):
     def call_count(self) -> int:
         """Calls that are open on it."""
         return self._streams.count
+
+    @property
+    def was_used(self) -> bool:
+        """Whether it has ever carried a call."""
+        return self._state.highest_inbound_stream_id > 0
+
+    @property
+    def heard_s(self) -> float:
+        """When the peer last sent anything, in the loop's time."""
+        return self._keepalive.heard_s
 
     def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """Take no more calls; close when those that are open have ended."""
@@ -139,10 +149,10 @@ class Connection(asyncio.Protocol):
         self._streams.cut_all(code, details)
 
     def give_up(self, why: str, error_code: ErrorCodes | None = ErrorCodes.ENHANCE_YOUR_CALM) -> None:
-        """Close it at once; calls that run are cancelled. The peer is told as far as its socket takes it."""
+        """Close it at once; calls that run are cancelled. GOAWAY is sent as far as the socket takes it."""
         if self._is_closed:
             return
-        # Who never said hello is anybody: a scanner of ports, a browser.
+        # Without a handshake this is no client of ours: a port scanner, a browser.
         log.log(
             logging.INFO if self._is_greeted else logging.DEBUG,
             "closed a connection from %s: %s",
@@ -154,7 +164,7 @@ class Connection(asyncio.Protocol):
         self._close()
 
     def _lose(self, why: str) -> None:
-        """Nobody is there to be told."""
+        """The peer does not answer; a GOAWAY would not reach it."""
         self.give_up(why, None)
 
     def abort(self) -> None:
