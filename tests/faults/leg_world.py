@@ -18,7 +18,7 @@ from tandem_frontend.routing.candidates import Route
 from tandem.api.decode.v1.decode_service_pb2 import DecodeResponse
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
-from tandem.model.worker import Capabilities, Start, Worker, WorkerRole
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Start, Worker, WorkerRole
 from tandem.observe.trace_context import Headers
 
 SILENCE_S = 0.4
@@ -251,4 +251,5 @@ def _worker(worker_id: str, role: WorkerRole, number: int, capabilities: Any) ->
         capabilities=capabilities,
         bootstrap_host="127.0.0.1" if is_prefill else None,
         bootstrap_port=9_000 + number if is_prefill else None,
+        leg_contract=LEG_CONTRACT,
     )

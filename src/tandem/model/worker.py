@@ -14,6 +14,8 @@ from typing import ClassVar
 WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 """What the name of a worker may look like, in its settings and in the registry."""
 WORKER_ID_CHARS_MAX = 128
+LEG_CONTRACT = 2
+"""Version of the leg contract that this release speaks, as a frontend and as a worker."""
 
 
 class WorkerRole(Enum):
@@ -113,6 +115,8 @@ class Worker:
     """`capabilities_digest(capabilities)` where it was made; None: not checked."""
     release: str = ""
     """Release of Tandem it runs; empty: unknown."""
+    leg_contract: int = 1
+    """Version of the leg contract it speaks; a worker that does not say speaks the first one."""
 
     @property
     def member_id(self) -> str:

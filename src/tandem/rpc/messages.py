@@ -110,6 +110,7 @@ def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
         state=STATES[worker.state],
         capabilities_digest=worker.capabilities_digest,
         release=worker.release,
+        leg_contract=worker.leg_contract,
     )
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
         message.bootstrap.host = worker.bootstrap_host
@@ -133,6 +134,7 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
         state=STATE_BY_NUMBER[message.state],
         capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
         release=message.release,
+        leg_contract=message.leg_contract if message.HasField("leg_contract") else 1,
     )
 
 

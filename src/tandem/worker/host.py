@@ -20,7 +20,14 @@ from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServic
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
-from tandem.model.worker import Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
+from tandem.model.worker import (
+    LEG_CONTRACT,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    capabilities_digest,
+    default_worker_id,
+)
 from tandem.observe.course import LegCourse
 from tandem.observe.courses import Courses
 from tandem.observe.leg_metrics import LegMetrics
@@ -229,6 +236,7 @@ class WorkerHost:
             capabilities=capabilities,
             capabilities_digest=capabilities_digest(capabilities),
             release=tandem.__version__,
+            leg_contract=LEG_CONTRACT,
             bootstrap_host=bootstrap.host if bootstrap else None,
             bootstrap_port=bootstrap.port if bootstrap else None,
         )
