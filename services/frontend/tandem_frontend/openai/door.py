@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from google.api import httpbody_pb2
@@ -72,6 +72,9 @@ class Door:
         self._generation = generation
         self._model = model
         self._workers = workers
+        self._view: tuple[Worker, ...] | None = None
+        """That of `_fingerprint`."""
+        self._fingerprint = ""
 
     def head(self, answer_id: str, kind: str) -> dict[str, Any]:
         """What every event of an answer begins with."""
@@ -84,13 +87,11 @@ class Door:
         }
 
     def fingerprint(self) -> str:
-        """Changes with the weights and with the engine's release."""
-        serving = sorted(
-            f"{worker.capabilities.model_digest} {worker.capabilities.engine} {worker.capabilities.engine_version}"
-            for worker in self._workers()
-            if worker.capabilities.model == self._model.name
-        )
-        return f"fp_{hashlib.sha256(serving[0].encode() if serving else b'').hexdigest()[:10]}"
+        """Changes with the weights and with the engine's release. Made once for each view."""
+        workers = self._workers()
+        if workers is not self._view:
+            self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
+        return self._fingerprint
 
     def bodies(
         self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, wanted: CommonFields
@@ -136,6 +137,15 @@ class Door:
 
     def _run(self, requests: Sequence[pb.GenerateRequest], caller: Caller) -> AsyncGenerator[tuple[int, Any], None]:
         return merged([self._generation.generate(request, caller) for request in requests])
+
+
+def _fingerprint(workers: Iterable[Worker], model: str) -> str:
+    serving = (
+        f"{worker.capabilities.model_digest} {worker.capabilities.engine} {worker.capabilities.engine_version}"
+        for worker in workers
+        if worker.capabilities.model == model
+    )
+    return f"fp_{hashlib.sha256(min(serving, default='').encode()).hexdigest()[:10]}"
 
 
 async def _told(answer: Answer, number: int, event: Any) -> list[dict[str, Any]]:
