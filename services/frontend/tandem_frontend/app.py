@@ -78,6 +78,7 @@ class FrontendApp:
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
         self._room = Capacity(config.served_name)
+        self._routes: Routes | None = None
         self._metrics = open_metrics(config, Emitter.FRONTEND, "tandem-frontend", config.tls)
         self._server: RpcServer | None = None
         self._watch: WorkerWatch | None = None
@@ -134,7 +135,7 @@ class FrontendApp:
         await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
-        routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
+        routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         dispatch = Dispatch(self._channels, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         attempts = self._attempts = Attempts(
@@ -235,6 +236,8 @@ class FrontendApp:
         self._health.follow(workers)
         self._breakers.follow(workers)
         self._room.follow(workers)
+        if self._routes is not None:
+            self._routes.follow(workers)
         if self._loads is not None:
             self._loads.follow(workers)
         if self._attempts is not None:
