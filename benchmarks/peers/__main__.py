@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--streams", help="numbers of streams, for every scenario; default: each one's own")
     add("--seconds", type=float, default=8.0, help="length of a window; default: %(default)s")
     add("--repeats", type=int, default=4, help="how often a window is repeated while others are busy")
+    add("--patience", type=float, default=60.0, help="seconds that a window waits for others to rest")
     add("--connections", type=int, default=16, help="of gRPC clients, at most; default: %(default)s")
     add("--model", type=Path, default=REPOSITORY / "models" / "tandem-demo", help="model directory")
     add("--env", type=Path, default=DEFAULT, help="where the peers are installed; default: %(default)s")
@@ -146,7 +147,13 @@ async def measure(options: argparse.Namespace) -> None:
             facts = {"command": options.command, **machine(), "missing": missing}
             options.out.write_text(json.dumps({**facts, "rows": [one.to_json() for one in rows]}, indent=1) + "\n")
 
-    settings = Settings(options.model.resolve(), options.seconds, options.repeats, options.connections)
+    settings = Settings(
+        options.model.resolve(),
+        options.seconds,
+        options.repeats,
+        options.connections,
+        patience_s=options.patience,
+    )
     await run_all(scenarios, systems, settings, report)
     for scenario in scenarios:
         absent = [Row(scenario.name, name, 0, 0, None, f"not here: {reason}") for name, reason in missing.items()]

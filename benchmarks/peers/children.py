@@ -158,7 +158,9 @@ class Helper:
         process = self._program.process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(question).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            await process.stdin.drain()
         line = await process.stdout.readline()
         if not line:
             await process.wait()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 def _process_clock_s(pid: int) -> float:
     """One process's CPU clock. Linux numbers the clocks of other processes so (see clock_getcpuclockid(3))."""
-    if hasattr(os, "sched_getaffinity"):
+    if sys.platform == "linux":
         return time.clock_gettime((~pid << 3) | 2)
     times = psutil.Process(pid).cpu_times()
     return times.user + times.system

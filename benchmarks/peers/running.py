@@ -16,11 +16,13 @@ from typing import Any
 
 from benchmarks.peers.children import Helper, StartError, own_python
 from benchmarks.peers.clocks import Spent, look, rss_bytes, tree
-from benchmarks.peers.figures import Figures, summarise
+from benchmarks.peers.figures import Figures, is_quiet, summarise
 from benchmarks.peers.load.streams import Plan
 from benchmarks.peers.scenarios import Scenario
 from benchmarks.peers.systems.door import PACKAGES, Door, Running, Surroundings, System
 from benchmarks.peers.words import Words
+
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Settings:
     """Windows that may be measured again."""
     connections: int = 16
     settle_s: float = 1.0
+    patience_s: float = 60.0
+    """How long a window may wait for the machine to rest."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,43 @@ async def run_all(scenarios: Sequence[Scenario], systems: Sequence[System], sett
 async def _run_system(
     scenario: Scenario, system: System, workers: tuple[int, int], settings: Settings, words: Words, report: Report
 ) -> None:
-    """One system, started once for each number of streams: what one load has left behind is not the next one's."""
+    """One system, started anew for each number of streams: what one load has left behind is not the next one's."""
     for streams in scenario.streams:
-        logs = Path(tempfile.mkdtemp(prefix=f"peers-{system.name.replace(' ', '-')}-"))
-        around = Surroundings(settings.model, words, scenario.pace, *workers, logs, streams)
-        try:
-            async with system.start(around) as serving:
-                for door in serving.doors:
-                    row = await _measure(scenario, serving, door, around, settings)
-                    report(row)
-        except StartError as problem:
-            row = Row(scenario.name, system.name, streams, sum(workers), None, str(problem))
-            report(row)
-        if row.problem:
-            print(f"logs: {logs}", file=sys.stderr)
-        else:
-            shutil.rmtree(logs)
+        done, is_over = 0, False
+        while not is_over:
+            logs = Path(tempfile.mkdtemp(prefix=f"peers-{system.name.replace(' ', '-')}-"))
+            around = Surroundings(settings.model, words, scenario.pace, *workers, logs, streams)
+            rows: list[Row] = []
+            is_over = await _run_doors(scenario, system, around, settings, done, rows.append, report)
+            done += len(rows)
+            if any(row.problem for row in rows):
+                print(f"logs: {logs}", file=sys.stderr)
+            else:
+                shutil.rmtree(logs)
+
+
+async def _run_doors(
+    scenario: Scenario, system: System, around: Surroundings, settings: Settings, done: int, *reports: Report
+) -> bool:
+    """The doors of a system from number `done` on, or the next one alone where each is to have a fresh system.
+
+    Returns whether those were the last doors.
+    """
+
+    def report(row: Row) -> None:
+        for one in reports:
+            one(row)
+
+    try:
+        async with system.start(around) as serving:
+            doors = serving.doors[done : done + 1] if scenario.is_of_memory else serving.doors
+            for door in doors:
+                report(await _measure(scenario, serving, door, around, settings))
+            return done + len(doors) >= len(serving.doors)
+    except StartError as problem:
+        workers = around.prefill + around.decode
+        report(Row(scenario.name, system.name, around.streams_max, workers, None, str(problem)))
+        return True
 
 
 async def _measure(scenario: Scenario, serving: Running, door: Door, around: Surroundings, settings: Settings) -> Row:
@@ -146,6 +171,7 @@ class _Measurement:
         await asyncio.sleep(self._scenario.warm_s)
         windows: list[Figures] = []
         while len(windows) <= self._settings.repeats and not any(figures.is_quiet for figures in windows):
+            await self._wait_quiet()
             windows.append(await self._window())
         grown = [now - then for now, then in zip(self._memory(), before, strict=True)]
         clients = await self._clients.ask({"do": "clock"})
@@ -159,6 +185,17 @@ class _Measurement:
             lost=clients["failed"],
             windows=len(windows),
         )
+
+    async def _wait_quiet(self) -> None:
+        """Return when the rest of the machine rests, or patience ends; a window begun before that is wasted."""
+        before = look(self._door.parts)
+        until_s = before.at_s + self._settings.patience_s
+        while before.at_s < until_s:
+            await asyncio.sleep(LOOK_S)
+            after = look(self._door.parts)
+            if is_quiet(Spent.between(before, after)):
+                return
+            before = after
 
     def _memory(self) -> tuple[int, int]:
         return rss_bytes(tree(self._door.parts.front)), rss_bytes(tree(self._door.parts.proxy))

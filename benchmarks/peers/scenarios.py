@@ -29,6 +29,11 @@ class Scenario:
     """Streams opened in a second; None: all within the time of one answer."""
     warm_s: float = 2.0
 
+    @property
+    def is_of_memory(self) -> bool:
+        """Whether each door is measured on a system that has just been started: memory once used is used again."""
+        return self.table == "open"
+
     def ramp_s(self, streams: int) -> float:
         """From the first stream's start to the last one's: so long that ends do not come all at once."""
         if self.open_rate is not None:

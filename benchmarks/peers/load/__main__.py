@@ -53,8 +53,10 @@ async def try_once(stream: Stream) -> str:
     done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stream.on_done = lambda problem: None if done.done() else done.set_result(problem)
     stream.begin()
-    async with asyncio.timeout(TRY_FOR_S):
-        return await done
+    try:
+        return await asyncio.wait_for(done, TRY_FOR_S)
+    except TimeoutError:
+        return f"no whole answer within {TRY_FOR_S:g} s"
 
 
 async def wait_until_served(plan: Plan, make: Make) -> str:
