@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--streams", help="numbers of streams, for every scenario; default: each one's own")
     add("--seconds", type=float, default=8.0, help="length of a window; default: %(default)s")
     add("--repeats", type=int, default=4, help="how often a window is repeated while others are busy")
-    add("--patience", type=float, default=60.0, help="seconds that a window waits for others to rest")
+    add("--patience", type=float, default=60.0, help="seconds to wait for others to rest before each window")
     add("--connections", type=int, default=16, help="of gRPC clients, at most; default: %(default)s")
     add("--model", type=Path, default=REPOSITORY / "models" / "tandem-demo", help="model directory")
     add("--env", type=Path, default=DEFAULT, help="where the peers are installed; default: %(default)s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.peers.clocks import Snapshot, Spent
+from benchmarks.peers.environment import FORBIDDEN, PEERS, REQUIREMENTS, Environment
 from benchmarks.peers.figures import added_ms, quantile, summarise
 from benchmarks.peers.load.http_door import Body
 from benchmarks.peers.load.recorder import Recorder
@@ -150,6 +152,16 @@ def test_an_answer_is_the_text_of_its_tokens() -> None:
     words, tokenizer = Words.of_model(MODEL), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     text = tokenizer.decode(words.ids, skip_special_tokens=True)
     assert text == "".join(f" {word}" for word in words.texts)
+
+
+def test_every_peer_is_pinned_and_none_brings_pytorch(tmp_path: Path) -> None:
+    environment = Environment(tmp_path)
+    for name, peer in PEERS.items():
+        assert re.fullmatch(r"[0-9.]+", environment.version(name)), name
+        for file in (*peer.requirements, *peer.without_dependencies):
+            pins = [line for line in (REQUIREMENTS / file).read_text().splitlines() if not line.startswith("#")]
+            assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), file
+            assert not [pin for pin in pins if FORBIDDEN.match(pin)]
 
 
 def test_scenarios_start_their_streams_over_one_answer() -> None:
