@@ -92,7 +92,7 @@ class FrontendApp:
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
         self._registration: Registration | None = None
-        self._health = WorkerHealth(self._channels)
+        self._health = WorkerHealth(self._channels, self._timers)
         self._breakers = Breakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
