@@ -78,7 +78,7 @@ def set_up(level: str, log_format: str, service: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # What no form of a line shows need not be found out for each: a third of a line's cost.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # type: ignore[attr-defined]  # as the library's documentation says
+    logging._srcfile = None  # as the library's documentation says
 
 
 def is_text(log_format: str) -> bool:
