@@ -152,7 +152,8 @@ class FrontendApp:
             config.open_requests_max, self._room, monotonic, load, config.overload_lag_s
         )
         await self._health.start()
-        rng = random.SystemRandom()
+        # Seeded by the system, so that no two processes draw the same; nothing that is drawn is a secret.
+        rng = random.Random()  # noqa: S311 -- see above
         refusals = Refusals(monotonic)
         routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
