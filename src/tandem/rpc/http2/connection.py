@@ -124,6 +124,11 @@ class Connection(asyncio.Protocol):
         """Calls that are open on it."""
         return self._streams.count
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it takes no more calls."""
+        return self._is_leaving
+
     def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """Take no more calls; close when those that are open have ended."""
         if self._is_leaving or self._is_closed:
