@@ -1,5 +1,5 @@
-"""Which child gets a connection: the one that serves and has fewest; of several, the one with the fewest open calls,
-and then the one whose turn was longest ago.
+"""Which child gets a connection: the one that serves, takes what it is given, and has fewest; of several, the one with
+the fewest open calls, and then the one whose turn was longest ago.
 
 Neither SO_REUSEPORT nor one accept queue for all: clients of gRPC keep few connections for long, and either would leave
 processes without any (docs/adr/0014). Owns the accepted sockets until a child has been given them; never reads a byte
@@ -31,6 +31,11 @@ class Candidate(Protocol):
     @property
     def can_take(self) -> bool:
         """Whether it can be given a connection now."""
+        ...
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it has let a connection lie."""
         ...
 
     @property
@@ -69,8 +74,12 @@ def fittest(candidates: Iterable[Candidate]) -> Candidate | None:
     for state in PREFERENCE:
         peers = [candidate for candidate in able if candidate.state is state]
         if peers:
-            return min(peers, key=lambda peer: (peer.connection_count, peer.call_count, peer.given_number))
+            return min(peers, key=_rank)
     return None
+
+
+def _rank(peer: Candidate) -> tuple[bool, int, int, int]:
+    return peer.is_late, peer.connection_count, peer.call_count, peer.given_number
 
 
 def releases(counts: Sequence[int], newcomer: int) -> list[int]:

@@ -10,6 +10,7 @@ their end. Never reads a byte of a client. What a child serves, and what is told
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -25,6 +26,8 @@ from tandem.runtime.restart_budget import RestartBudget, RestartPolicy
 
 log = logging.getLogger(__name__)
 
+OTHERS_WITHIN_S = 5.0
+"""So much later than the first child the others may serve, and are waited for: whoever comes at once finds them all."""
 PING_S = 1.0
 """How often each child is asked whether it is there."""
 SILENT_S = 10.0
@@ -49,6 +52,7 @@ class Prefork(Watcher):
         listener: Accepting,
         *,
         drain_s: float,
+        environment: Mapping[str, str] | None = None,
         answer: Callable[[Message], Mapping[str, Any]] = lambda message: {},
         on_restart: Callable[[], None] = lambda: None,
         policy: RestartPolicy | None = None,
@@ -61,6 +65,7 @@ class Prefork(Watcher):
             begins: what each child is told first; as many as there are to be.
             listener: where clients come.
             drain_s: bound of a child's own drain.
+            environment: variables that children have besides those of this process.
             answer: answers a child's question.
             on_restart: called when a child that has ended is about to be started again.
             policy: how often one that dies is started again.
@@ -69,6 +74,7 @@ class Prefork(Watcher):
         self._command = command
         self._begins = begins
         self._drain_s = drain_s
+        self._environment = environment or {}
         self._answer = answer
         self._on_restart = on_restart
         self._policy = policy or RestartPolicy()
@@ -95,7 +101,7 @@ class Prefork(Watcher):
         return [self._children[number] for number in sorted(self._children)]
 
     async def start(self) -> None:
-        """Return when one of them serves; others may still be on their way.
+        """Return when all of them serve, or some do and the rest takes much longer.
 
         Raises:
             ConfigError: a setting is wrong, as a child says.
@@ -111,6 +117,10 @@ class Prefork(Watcher):
             if self._given_up is not None:
                 raise StartError(self._given_up)
             await self._wait_change()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OTHERS_WITHIN_S):
+                while sum(child.state is State.SERVING for child in self.children) < self.count:
+                    await self._wait_change()
 
     async def wait_given_up(self) -> str:
         """Return one sentence when a child has died too often; never otherwise."""
@@ -194,7 +204,7 @@ class Prefork(Watcher):
         while not self._is_draining:
             child = self._children[number] = ChildProcess(number, self)
             try:
-                await child.start(self._command, self._begins[number])
+                await child.start(self._command, self._begins[number], self._environment)
                 status = await child.wait_ended()
             except OSError as problem:
                 log.error("process %d cannot be started: %s", number, problem)

@@ -18,6 +18,7 @@ from enum import Enum, StrEnum
 from typing import Any
 
 from tandem.runtime import parent
+from tandem.runtime.clock import Clock, monotonic
 from tandem.runtime.control_channel import KIND, ControlChannel, Message
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ CONTROL_VARIABLE = "TANDEM_PREFORK_FD"
 """Names the descriptor of the child's end of the channel."""
 UNTAKEN_MAX = 4
 """Connections on their way to a child. One that is frozen gets no more than these."""
+
+LATE_S = 0.1
+"""A child that has let a connection lie for so long gets another one only where all others have too."""
 
 
 class Kind(StrEnum):
@@ -88,7 +92,7 @@ class Watcher:
 class ChildProcess:
     """One life of one child."""
 
-    def __init__(self, number: int, watcher: Watcher) -> None:
+    def __init__(self, number: int, watcher: Watcher, clock: Clock = monotonic) -> None:
         self.number = number
         self.state = State.STARTING
         self.is_silent = False
@@ -107,7 +111,9 @@ class ChildProcess:
         self._watcher = watcher
         self._process: asyncio.subprocess.Process | None = None
         self._channel: ControlChannel | None = None
-        self._untaken: deque[socket.socket] = deque()
+        self._clock = clock
+        self._untaken: deque[tuple[socket.socket, float]] = deque()
+        """Connections on their way to it, and when they were given."""
         self._given_count = 0
         self._taken_count = 0
         self._ended_count = 0
@@ -123,6 +129,11 @@ class ChildProcess:
         return self._given_count - self._ended_count
 
     @property
+    def is_late(self) -> bool:
+        """Whether it has let a connection lie: it is busy, or frozen."""
+        return bool(self._untaken) and self._clock() - self._untaken[0][1] > LATE_S
+
+    @property
     def can_take(self) -> bool:
         """Whether it can be given a connection now."""
         return (
@@ -133,15 +144,18 @@ class ChildProcess:
             and not self._channel.is_backed_up
         )
 
-    async def start(self, command: Sequence[str], begin: Mapping[str, Any]) -> None:
-        """Start the process, and tell it who it is."""
+    async def start(self, command: Sequence[str], begin: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """Start the process with these variables besides those of this one, and tell it who it is."""
         own, its = socket.socketpair()
-        environment = {**os.environ, parent.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
+        ties = {parent.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
         channel = self._channel = ControlChannel(own)
         with its:
             starting = asyncio.ensure_future(
                 asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=(its.fileno(),), env=environment
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(its.fileno(),),
+                    env={**os.environ, **environment, **ties},
                 )
             )
             # A cancellation waits: a process that nobody knows of would never be ended.
@@ -162,7 +176,7 @@ class ChildProcess:
         assert self._channel is not None, "give() before start()"
         self.given_number = number
         self._given_count += 1
-        self._untaken.append(connection)
+        self._untaken.append((connection, self._clock()))
         self._channel.send(Kind.CONNECTION, connection.fileno())
 
     def tell(self, kind: Kind, **fields: Any) -> None:
@@ -187,8 +201,8 @@ class ChildProcess:
 
     def take_back(self) -> list[socket.socket]:
         """Connections that it was given and has never taken. After its end only: nobody else has them then."""
-        untaken, self._untaken = list(self._untaken), deque()
-        return untaken
+        untaken, self._untaken = self._untaken, deque()
+        return [connection for connection, _ in untaken]
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal; harmless after its end."""
@@ -221,7 +235,7 @@ class ChildProcess:
         while self._taken_count < message["taken"]:
             self._taken_count += 1
             # The child's own descriptor keeps it open.
-            self._untaken.popleft().close()
+            self._untaken.popleft()[0].close()
         self._ended_count, self.call_count = message["ended"], message["calls"]
         self._watcher.changed(self)
 
