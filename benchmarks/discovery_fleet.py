@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tandem.model.worker import Capabilities, Worker, WorkerRole
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 from tandem.rpc.registry_client import Registration, WorkerWatch
 
 CAPABILITIES = Capabilities(
@@ -102,6 +102,7 @@ class Workers:
             capabilities=CAPABILITIES,
             bootstrap_host="127.0.0.1" if is_prefill else None,
             bootstrap_port=9000 if is_prefill else None,
+            leg_contract=LEG_CONTRACT,
         )
         asked_s = time.monotonic()
         registration = self._registrations[name] = Registration(self._registry, worker)

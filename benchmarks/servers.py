@@ -191,9 +191,9 @@ class Child:
         assert self._process.stdout is not None
         return (await self._process.stdout.readline()).decode().strip()
 
-    async def ask(self, words: str) -> str:
+    async def ask(self, command: str) -> str:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{words}\n".encode())
+        self._process.stdin.write(f"{command}\n".encode())
         return await self.line()
 
     async def end(self) -> None:

@@ -156,8 +156,8 @@ async def _ask(address: str, pid: int, streams: int, frontends: int) -> dict[str
 
         async def frontend(number: int) -> None:
             async with direct_legs(address) as legs:
-                for index in range(number, streams, frontends):
-                    all_legs.append(await legs.start(_request(legs.worker, index)))
+                share = range(number, streams, frontends)
+                all_legs.extend([await legs.start(_request(legs.worker, index)) for index in share])
                 ready[number].set()
                 await done.wait()
 
@@ -205,11 +205,15 @@ async def _start(*arguments: str) -> asyncio.subprocess.Process:
 
 async def _announced(file: Path, process: asyncio.subprocess.Process) -> dict:
     async with asyncio.timeout(180):
-        while not file.exists():
+        while not (announced := _read(file)):
             if process.returncode is not None:
                 raise SystemExit(f"a process that should serve has ended with status {process.returncode}")
             await asyncio.sleep(0.1)
-    return json.loads(file.read_text())
+    return json.loads(announced)
+
+
+def _read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def main() -> None:

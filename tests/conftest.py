@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import pytest_asyncio
@@ -20,6 +21,10 @@ from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
 # which nobody needs here, it can die of that while calls are running.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# How long one example takes says how busy the machine is; no test here is about that.
+hypothesis.settings.register_profile("tandem", deadline=None)
+hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
 """Pools that live as long as the process, whoever used them first."""

@@ -168,7 +168,9 @@ class NoWorkers(ServiceError):
 
 
 class IncompatibleWorkers(ServiceError):
-    """Both roles are live but no two workers can exchange KV; `metadata["field"]` names what differs."""
+    """Both roles are live, but no two workers can exchange KV, or none speaks this frontend's leg contract;
+    `metadata["field"]` names what differs.
+    """
 
     code = "FAILED_PRECONDITION"
     reason = "INCOMPATIBLE_WORKERS"

@@ -91,7 +91,7 @@ class Played:
         """Hand-overs that still fail."""
         self._runs: dict[str, tuple[asyncio.Task[None], Output]] = {}
         self.legs = Legs(cast("Any", self), cast("Any", FixedIdentity(worker)), timers=world.timers)
-        self.streams = StepStreams(world.timers, self.legs.abort_stream)
+        self.streams = StepStreams(self.legs.abort_stream)
         self.starts = LegStarts(self.legs, self.streams, _engine_request)
 
     async def spend(self, duration_s: float, until: asyncio.Future[None] | None = None) -> None:

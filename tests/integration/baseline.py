@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.errors import ServiceError
 from tandem.rpc import clients
 from tandem.runtime.cluster import LocalCluster
 from tandem.runtime.cluster_process import ClusterProcess, ProcessState
@@ -43,7 +44,13 @@ async def assert_back(cluster: LocalCluster, baseline: Baseline) -> None:
                 before = {name: most + count * FOR_EACH_PROCESS.get(name, 0) for name, most in before.items()}
 
             async def grown(process: ClusterProcess = process, before: dict[str, int] = before) -> dict[str, int]:
-                now = await _figures(process)
+                if process not in _askable(cluster):
+                    return {}
+                try:
+                    now = await _figures(process)
+                except ServiceError as problem:
+                    # Killed on purpose, and the cluster has not been told of its end yet.
+                    raise AssertionError(f"{process.name} does not answer: {problem}") from None
                 return {name: now[name] for name, most in _bounds(before).items() if now[name] > most}
 
             what = f"{process.name} as before ({before})"

@@ -15,7 +15,7 @@ import tandem
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
-from tandem.model.worker import capabilities_digest
+from tandem.model.worker import LEG_CONTRACT, capabilities_digest
 from tandem.rpc import clients
 from tandem.rpc.channels import open_channel
 from tandem.rpc.messages import worker_from_proto
@@ -51,6 +51,7 @@ async def test_workers_say_their_release_and_the_digest_of_what_they_can_do(simu
     for entry in (await listed(simulated)).workers:
         worker = worker_from_proto(entry.worker)
         assert worker.release == tandem.__version__
+        assert worker.leg_contract == LEG_CONTRACT
         assert worker.capabilities_digest == capabilities_digest(worker.capabilities)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tandem.model.worker import Capabilities, Worker, WorkerRole
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 
 CAPABILITIES = Capabilities(
     engine="simulated",
@@ -35,6 +35,7 @@ def worker(worker_id: str, role: WorkerRole, **capabilities: Any) -> Worker:
         capabilities=replace(CAPABILITIES, **capabilities),
         bootstrap_host="127.0.0.1" if role is WorkerRole.PREFILL else None,
         bootstrap_port=9000 if role is WorkerRole.PREFILL else None,
+        leg_contract=LEG_CONTRACT,
     )
 
 

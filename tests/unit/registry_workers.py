@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.model.frontend import Frontend
-from tandem.model.worker import Capabilities, Worker, WorkerRole, WorkerState
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole, WorkerState
 
 
 def make_worker(
@@ -38,6 +38,7 @@ def make_worker(
         address=address or f"{worker_id}:1",
         capabilities=capabilities,
         state=state,
+        leg_contract=LEG_CONTRACT,
     )
 
 

@@ -21,7 +21,7 @@ from tandem_registry.backends.consul.records import (
 )
 
 from tandem.errors import InvalidRequest
-from tandem.model.worker import WorkerRole, WorkerState, capabilities_digest
+from tandem.model.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=64)
 
@@ -38,6 +38,7 @@ def written(record: Record) -> Record:
     role=st.sampled_from(WorkerRole),
     address=st.sampled_from(["h:1", "10.0.0.7:30001", "[::1]:5"]),
     has_digest=st.booleans(),
+    leg_contract=st.integers(1, 9),
 )
 def test_a_worker_comes_back_whole(
     model: str,
@@ -47,8 +48,10 @@ def test_a_worker_comes_back_whole(
     role: WorkerRole,
     address: str,
     has_digest: bool,
+    leg_contract: int,
 ) -> None:
     worker = make_worker("w", 7, address, model=model, state=state)
+    worker = replace(worker, leg_contract=leg_contract)
     worker = replace(worker, role=role, capabilities=replace(worker.capabilities, eos_token_ids=tuple(eos)))
     worker = replace(worker, capabilities=replace(worker.capabilities, is_mla=is_mla))
     if role is WorkerRole.PREFILL:
@@ -59,6 +62,16 @@ def test_a_worker_comes_back_whole(
     assert written(record) == record
     assert len(meta(record)) <= 64
     assert tags(record) == [role.value]
+
+
+def test_an_entry_without_a_leg_contract_is_of_a_worker_that_speaks_the_first_one() -> None:
+    """As registries wrote them before there was a second one."""
+    record = Record(member=make_worker(), lease_id="l", keeper="k")
+    old = meta(record)
+    assert old.pop("leg_contract") == str(LEG_CONTRACT)
+    read = record_of(*place(record), old).member
+    assert isinstance(read, Worker)
+    assert read.leg_contract == 1
 
 
 def test_frontends_and_registries_come_back_whole() -> None:
@@ -92,6 +105,7 @@ def test_starts_of_a_member_never_share_a_name() -> None:
         ("state", "asleep"),
         ("kind", "teapot"),
         ("epoch", ""),
+        ("leg_contract", "two"),
         ("keeper", None),
         ("lease_id", None),
         ("capabilities_digest", "0" * 64),

@@ -8,14 +8,14 @@ import time
 from dataclasses import replace
 
 import pytest
-from frontend_workers import decode, prefill
+from frontend_workers import decode
 from tandem_frontend.admission import Admission
-from tandem_frontend.capacity import ANSWER_TOKENS_MAX, Capacity
+from tandem_frontend.capacity import Capacity
 from tandem_frontend.waiting_line import Demand
 
 from tandem.errors import DeadlinePassed, Draining, Overloaded
-from tandem.model.worker import EngineLoad, Start
 from tandem.runtime.clock import ManualClock, monotonic
+from tandem.testing.eventually import assert_eventually
 
 ONE = Demand(tokens=10)
 
@@ -25,11 +25,13 @@ class Fixed:
 
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max
+        self.asked_count = 0
 
     def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
         return prompt_tokens + answer_tokens
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
+        self.asked_count += 1
         return held_requests < self.requests_max
 
 
@@ -246,86 +248,35 @@ async def test_room_that_comes_is_given_to_the_line() -> None:
     await holding
 
 
-def capacity(*loads: EngineLoad | None) -> Capacity:
-    workers = tuple(decode(f"decode-{number}") for number in range(len(loads)))
-    by_start: dict[Start, EngineLoad | None] = {w.start: load for w, load in zip(workers, loads, strict=True)}
-    return Capacity(decode().capabilities.model, lambda: (prefill(), *workers), by_start.__getitem__)
-
-
-def test_room_is_what_the_workers_have_less_what_others_hold_there() -> None:
-    own = decode().capabilities
-    whole = capacity(None, None)
-    most = 2 * (own.running_requests_max + max(2, own.running_requests_max // 4))
-    assert whole.fits(most - 1, 0, 1)
-    assert not whole.fits(most, 0, 1)
-    assert whole.fits(1, 0, 2 * own.kv_capacity_tokens)
-    assert not whole.fits(1, 1, 2 * own.kv_capacity_tokens)
-    busy = EngineLoad(running_requests=most // 2 - 1, waiting_requests=0, kv_used_tokens=100)
-    shared = capacity(busy, busy)
-    assert shared.fits(1, 0, 1)
-    full = EngineLoad(running_requests=most // 2 - 1, waiting_requests=1, kv_used_tokens=100)
-    assert not capacity(full, full).fits(most // 2, 0, 1)
-    assert shared.fits(1, 0, 2 * own.kv_capacity_tokens - 200)
-    assert not shared.fits(1, 0, 2 * own.kv_capacity_tokens - 199)
-
-
-def test_places_that_this_frontend_gives_back_are_room_at_once() -> None:
-    """The workers' next word is a second away."""
-    most = decode().capabilities.running_requests_max * 5 // 4
-    full = capacity(EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0))
-    own = most // 2
-    assert not full.fits(own, 0, 1)
-    assert full.fits(own - 1, 0, 1)
-    assert not full.fits(own, 0, 1)
-
-
-def test_who_has_less_than_the_others_gets_a_little_more() -> None:
-    """Otherwise those who came first would fill all that becomes free."""
-    most = decode().capabilities.running_requests_max * 5 // 4
-    told = EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0)
-    few = capacity(told)
-    assert few.fits(1, 0, 1)
-    assert not few.fits(2, 0, 1), "no more than one beyond the room"
-    many = capacity(told)
-    assert not many.fits(most - 1, 0, 1)
-
-
-def test_what_this_frontend_holds_is_not_counted_twice() -> None:
-    own = decode().capabilities
-    loads = EngineLoad(running_requests=3, waiting_requests=0, kv_used_tokens=300)
-    assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)
-
-
-def test_a_worker_that_counts_wrongly_closes_only_its_own_door() -> None:
-    wrong = EngineLoad(running_requests=2**31 - 1, waiting_requests=-5, kv_used_tokens=2**31 - 1)
-    own = decode().capabilities
-    assert capacity(wrong, None).fits(1, 0, own.kv_capacity_tokens)
-    negative = EngineLoad(running_requests=-(2**31), kv_used_tokens=-(2**31))
-    assert not capacity(negative).fits(1, 1, own.kv_capacity_tokens)
-
-
-def test_one_request_always_has_room() -> None:
-    """A prompt longer than what is free, or figures that are wrong, must not hold a frontend up for ever."""
-    full = EngineLoad(running_requests=10**6, waiting_requests=10**6, kv_used_tokens=10**9)
-    assert capacity(full).fits(0, 0, 10**9)
-
-
-def test_without_workers_nobody_waits() -> None:
-    assert capacity().fits(50, 10**9, 10**9)
-
-
-def test_a_request_counts_for_what_one_worker_may_set_aside_for_it() -> None:
-    room, most = capacity(None, None), decode().capabilities
-    whole = min(most.context_tokens_max, most.kv_capacity_tokens)
-    assert room.counted(10, 20) == 30
-    assert room.counted(10, 10**6) == min(10 + ANSWER_TOKENS_MAX, whole)
-    assert room.counted(10**6, 10**6) == whole
-    nobody = Capacity(most.model, lambda: (), lambda start: None)
-    assert nobody.counted(7, 5) == 12
+async def test_what_changes_in_a_moment_is_looked_at_once() -> None:
+    """A thousand workers that say their load must not make a frontend look at its line a thousand times."""
+    room = Fixed(1)
+    places, order = Admission(10, room, monotonic), list[str]()
+    places.look_again_soon()
+    assert places._look is None, "nothing waits"
+    holding = asyncio.create_task(served(places, ONE, order, "holds", 10))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(served(places, ONE, order, "waits", 10)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert places.waiting_count == 2
+    room.requests_max, room.asked_count = 2, 0
+    for _ in range(1000):
+        places.look_again_soon()
+    assert room.asked_count == 0
+    await assert_eventually(lambda: len(order), lambda count: count == 2)
+    assert room.asked_count == 2, "the first in line fits, the second one does not"
+    room.requests_max = 3
+    places.look_again_soon()
+    await assert_eventually(lambda: len(order), lambda count: count == 3)
+    for task in (holding, *waiting):
+        task.cancel()
+    await asyncio.wait({holding, *waiting})
 
 
 async def test_an_answer_without_a_bound_does_not_close_the_line() -> None:
-    places, order = Admission(10, capacity(EngineLoad(), EngineLoad()), monotonic), list[str]()
+    room = Capacity(decode().capabilities.model)
+    room.follow((decode(), decode("decode-1")))
+    places, order = Admission(10, room, monotonic), list[str]()
     endless = Demand(tokens=10 + 10**6, answer_tokens=10**6)
     tasks = [asyncio.create_task(served(places, endless, order, f"endless-{number}", 5)) for number in range(2)]
     await asyncio.sleep(0)

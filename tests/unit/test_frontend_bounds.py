@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem_frontend.tokenization import COUNTED_CHARS, Tokenizer
+from tandem_frontend.encoding.texts import COUNTED_CHARS, TextEncoder
+from tandem_frontend.tokenization import Tokenizer
 from tandem_frontend.validation import checked_detokenize, checked_generate, checked_tokenize
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -53,13 +54,13 @@ async def test_what_cannot_fit_is_refused_before_it_is_looked_into(request_messa
 
 async def test_a_long_text_is_counted_in_pieces_first(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded_chars: list[int] = []
-    encoding = Tokenizer._encoding
+    encoding = TextEncoder._encoding
 
-    def recorded(self: Tokenizer, text: str, add_special_tokens: bool) -> Any:
+    def recorded(self: TextEncoder, text: str, add_special_tokens: bool) -> Any:
         encoded_chars.append(len(text))
         return encoding(self, text, add_special_tokens)
 
-    monkeypatch.setattr(Tokenizer, "_encoding", recorded)
+    monkeypatch.setattr(TextEncoder, "_encoding", recorded)
     with pytest.raises(ContextExceeded):
         await TOKENIZER.encode("a b " * 25_000, add_special_tokens=True)
     assert max(encoded_chars) <= COUNTED_CHARS

@@ -24,7 +24,7 @@ class Scene:
 
     def __init__(self, *workers: Worker) -> None:
         self.clock = ManualClock(100.0)
-        self.unhealthy: set[Start] = set()
+        self.unhealthy: frozenset[Start] = frozenset()
         self.breakers = Breakers(self.clock, random.Random(1), lambda: self.unhealthy)
         self.workers = workers
         self.ill: set[Start] = set()
@@ -126,7 +126,7 @@ def test_at_most_half_are_left_out() -> None:
 def test_a_worker_that_does_not_serve_is_none_that_is_left() -> None:
     scene = decodes(2)
     bad, dead = scene.workers
-    scene.unhealthy = {dead.start}
+    scene.unhealthy = frozenset({dead.start})
     scene.moments(5 * STRIKES_MAX, bad)
     assert scene.state(bad) is CLOSED
 
@@ -167,6 +167,37 @@ def test_one_probe_at_a_time() -> None:
     scene.breakers.succeeded(bad, sent_s)
     assert scene.state(bad) is CLOSED
     assert not scene.breakers.left_out()
+
+
+def test_who_is_left_out_is_determined_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, determined = decodes(2), []
+    bad, good = scene.workers
+    determine = scene.breakers._determine
+    monkeypatch.setattr(scene.breakers, "_determine", lambda *now: determined.append(now) or determine(*now))
+    scene.moments(STRIKES_MAX, bad)
+    before = scene.breakers.left_out()
+    assert before == {bad.start}
+    determined.clear()
+    for _ in range(50):
+        scene.result(good, good=True)
+        assert scene.breakers.left_out() is before
+    assert not determined
+    scene.until_probe(bad)
+    assert len(determined) == 1
+    scene.unhealthy = frozenset({bad.start})
+    assert not scene.breakers.left_out()
+    scene.unhealthy = frozenset()
+    scene.breakers.sent([bad])
+    assert scene.breakers.left_out() == {bad.start}
+
+
+def test_workers_of_another_leg_contract_are_no_peers() -> None:
+    """They could not stand in for it: no request goes to them."""
+    bad, old = decode("decode-0"), replace(decode("decode-1"), leg_contract=1)
+    scene = Scene(bad, old)
+    scene.result(old, good=True)
+    scene.moments(3 * STRIKES_MAX, bad)
+    assert not scene.breakers.states()
 
 
 def test_a_probe_without_a_verdict_makes_room_for_the_next() -> None:
@@ -305,7 +336,7 @@ class BreakersMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.sets(st.integers(0, 6)))
     def change_health(self, numbers: set[int]) -> None:
-        self.scene.unhealthy = {self.scene.workers[number].start for number in numbers}
+        self.scene.unhealthy = frozenset(self.scene.workers[number].start for number in numbers)
 
     @rule()
     def probe(self) -> None:
@@ -321,6 +352,8 @@ class BreakersMachine(RuleBasedStateMachine):
         breakers = self.scene.breakers
         left_out = breakers.left_out()
         assert left_out <= breakers.states().keys()
+        assert breakers.left_out() is left_out, "each request would have another object"
+        assert left_out == breakers._determine(self.scene.unhealthy, self.scene.clock()), "what is kept is out of date"
         view = [worker.start for worker in self.scene.workers if worker.start in breakers._peers_of]
         healthy = [start for start in view if start[0] != "prefill-0" and start not in self.scene.unhealthy]
         assert len(left_out) <= len(healthy) // 2

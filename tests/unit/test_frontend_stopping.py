@@ -88,6 +88,21 @@ def test_a_long_stop_of_one_letter_is_one_pass() -> None:
     assert matcher.push("b").matched == "a" * 1023 + "b"
 
 
+@given(st.lists(LETTERS, max_size=8))
+def test_without_stops_everything_passes_at_once(pieces: list[str]) -> None:
+    matcher = StopMatcher([])
+    assert not matcher.has_stops
+    assert [matcher.push(piece) for piece in pieces] == [(piece, None) for piece in pieces]
+    assert matcher.flush() == ""
+    assert StopMatcher(["a"]).has_stops
+
+
+def test_a_stop_that_did_not_count_may_begin_the_one_that_does() -> None:
+    matcher = StopMatcher(["aba"])
+    assert matcher.push("aba", may_end=False) == ("ab", None)
+    assert matcher.push("ba") == ("", "aba")
+
+
 def test_stop_tokens_wait_for_the_minimum() -> None:
     tokens = StopTokens([7], [2], 3, ignore_eos=False)
     assert [tokens.matches(7, place) for place in (1, 3, 4)] == [False, False, True]

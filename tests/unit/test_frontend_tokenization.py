@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tandem_frontend.chat_template import ChatTemplate
 from tandem_frontend.model_defaults import read_defaults, with_defaults
-from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, Tokenizer
+from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
 
 from tandem.api.types.v1 import sampling_pb2
 from tandem.checkpoint import read_card
@@ -67,11 +68,20 @@ async def test_texts_are_cut_as_transformers_does(reference: Any, text: str) -> 
     assert await Tokenizer.open(DEMO).encode(text, add_special_tokens=True) == reference.encode(text)
 
 
-async def test_a_long_text_is_the_same_off_the_loop() -> None:
-    tokenizer = Tokenizer.open(DEMO)
-    text = "The fox met Mia in the old barn. " * (BLOCKING_CHARS_MAX // 20)
-    assert len(text) > BLOCKING_CHARS_MAX
+@pytest.mark.parametrize("chars", [BLOCKING_CHARS_MAX, THREAD_CHARS_MAX])
+async def test_a_long_text_is_the_same_off_the_loop(chars: int) -> None:
+    card = replace(read_card(DEMO), context_tokens_max=2**17)
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json")), card, None)
+    text = "The fox met Mia in the old barn. " * (chars // 20)
+    assert len(text) > chars
     assert tokenizer.decode(await tokenizer.encode(text, add_special_tokens=True)) == text
+
+
+def test_a_vocabulary_with_tokens_beyond_the_embedding_is_noticed() -> None:
+    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    card = read_card(DEMO)
+    assert Tokenizer(backend, card, None).fits_vocabulary
+    assert not Tokenizer(backend, replace(card, vocabulary_size=card.vocabulary_size - 1), None).fits_vocabulary
 
 
 def test_no_text_that_fits_is_refused_by_its_size() -> None:
@@ -210,7 +220,7 @@ def test_a_template_file_that_is_not_utf8_is_named(model: Path) -> None:
 @given(text=st.text(max_size=60))
 def test_the_bytes_of_tokens_are_the_bytes_of_the_text(text: str) -> None:
     tokenizer = demo_tokenizer()
-    ids = tokenizer._encode(text, False)
+    ids = tokenizer._texts.encode(text, add_special_tokens=False)
     assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tandem_frontend.sampling_ranges import RANGES
 from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.validation import checked_generate
+from tandem_frontend.validation import CHECKED_TOKENS, check_prompt_ids, checked_generate
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
@@ -85,6 +87,41 @@ async def test_a_huge_prompt_is_refused_before_it_is_tokenised(monkeypatch: pyte
         assert refused.value.metadata["limit"] == "2048"
         # Far from what tokenising takes; processor time, because the machine may be busy.
         assert time.process_time() - begin_s < 0.5
+
+
+LARGE = Tokenizer(TOKENIZER._backend, replace(TOKENIZER._card, context_tokens_max=2**17), None)
+
+
+async def test_token_ids_are_checked_to_the_last_and_not_copied() -> None:
+    ids = [5] * 3 * CHECKED_TOKENS
+    request = pb.GenerateRequest(token_ids={"ids": ids})
+    wanted = await checked_generate(request, LARGE)
+    assert wanted.token_ids == ids
+    assert wanted.token_ids is request.token_ids.ids
+    for place in (0, CHECKED_TOKENS, len(ids) - 1):
+        for wrong in (-1, TOKENIZER.vocabulary_size):
+            ids[place] = wrong
+            with pytest.raises(InvalidRequest, match=f"{wrong} is outside the vocabulary") as refused:
+                await checked_generate(pb.GenerateRequest(token_ids={"ids": ids}), LARGE)
+            assert refused.value.field == "token_ids"
+            ids[place] = 5
+
+
+async def test_others_are_served_while_many_token_ids_are_checked() -> None:
+    checked = asyncio.create_task(check_prompt_ids("token_ids", [5] * 3 * CHECKED_TOKENS, TOKENIZER.vocabulary_size))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        assert not checked.done()
+    await checked
+
+
+async def test_a_texts_token_beyond_the_models_vocabulary_is_refused() -> None:
+    """Some checkpoints have added tokens beyond their embedding, and those would take an engine down."""
+    ids = await TOKENIZER.encode("a b", add_special_tokens=True)
+    card = replace(TOKENIZER._card, vocabulary_size=max(ids))
+    with pytest.raises(InvalidRequest, match=f"{max(ids)} is outside the vocabulary") as refused:
+        await checked_generate(pb.GenerateRequest(prompt="a b"), Tokenizer(TOKENIZER._backend, card, None))
+    assert refused.value.field == "prompt"
 
 
 async def test_request_ids() -> None:

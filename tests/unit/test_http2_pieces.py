@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 
 import pytest
 from hpack.hpack import Decoder
@@ -73,6 +74,18 @@ def test_what_is_packed_is_unpacked_up_to_its_bound(message: bytes) -> None:
     for broken in (packed[:-1], packed + b"\x00", packed[1:], b""):
         with pytest.raises(InvalidRequest):
             unpack(broken, 10**6)
+
+
+def test_a_bomb_is_unpacked_no_further_than_its_bound() -> None:
+    packed = gzip.compress(bytes(2**26))
+    assert len(packed) < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestTooLarge):
+            unpack(packed, 2**20)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 FIELDS = st.lists(

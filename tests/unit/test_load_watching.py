@@ -1,8 +1,9 @@
-"""Loads of workers: each is as old as its own stream's interval says, whatever later streams are opened with."""
+"""Loads of workers: each is as old as its own stream's interval says, and its listener hears when it is forgotten."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from frontend_workers import decode, prefill
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
+from tandem.model.worker import EngineLoad, Start
 from tandem.rpc import load_watching
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
@@ -23,33 +25,66 @@ class Told(pb_grpc.WorkerServiceServicer):
     """Says one load on each stream, and no more."""
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
-        yield pb.WatchLoadResponse(epoch=prefill().epoch)
+        yield pb.WatchLoadResponse(epoch=prefill().epoch, running_requests=3)
         await asyncio.Event().wait()
 
 
-async def test_a_load_stays_good_for_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_watching, "MESSAGES_PER_S_MAX", 0.5)
+@contextlib.asynccontextmanager
+async def telling() -> AsyncIterator[int]:
+    """A server on which all workers say their load; gives its port."""
     name = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
     servicer = Told()  # type: ignore[abstract]
     server = RpcServer([(name, partial(pb_grpc.add_WorkerServiceServicer_to_server, servicer))])
     await server.start("127.0.0.1", 0)
-    stays, goes = (replace(worker, address=f"127.0.0.1:{server.port}") for worker in (prefill(), decode()))
+    try:
+        yield server.port
+    finally:
+        await server.stop(0)
+
+
+async def test_a_listener_hears_each_load_and_when_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_watching, "INTERVAL_S", 0.1)
+    heard: asyncio.Queue[tuple[Start, EngineLoad | None]] = asyncio.Queue()
+    channels = Channels()
+    watch = load_watching.LoadWatch(channels, on_change=lambda start, load: heard.put_nowait((start, load)))
+    async with telling() as port, asyncio.timeout(10):
+        worker = replace(prefill(), address=f"127.0.0.1:{port}")
+        newer = replace(decode(), address=worker.address)
+        try:
+            watch.follow([worker])
+            assert await heard.get() == (worker.start, EngineLoad(running_requests=3))
+            assert watch.of(worker.start) is not None
+            assert await heard.get() == (worker.start, None), "it says nothing more, and the load still counts"
+            assert watch.of(worker.start) is None
+            watch.follow([worker, newer])
+            assert await heard.get() == (newer.start, EngineLoad(running_requests=3))
+            watch.follow([worker])
+            assert heard.get_nowait() == (newer.start, None), "a worker that is not followed any more"
+        finally:
+            await watch.close()
+            await channels.close()
+    assert heard.empty()
+
+
+async def test_a_load_stays_good_for_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_watching, "MESSAGES_PER_S_MAX", 0.5)
     channels, clock, arrived = Channels(), ManualClock(0.0), asyncio.Event()
 
-    def look() -> None:
-        if watch.of(stays.start) is not None:
+    def look(start: Start, load: EngineLoad | None) -> None:
+        if start == prefill().start and load is not None:
             arrived.set()
 
     watch = load_watching.LoadWatch(channels, clock=clock, on_change=look)
-    try:
-        watch.follow([stays, goes])
-        await asyncio.wait_for(arrived.wait(), 5)
-        watch.follow([stays])
-        clock.advance(11)
-        assert watch.of(stays.start) is not None
-        clock.advance(2)
-        assert watch.of(stays.start) is None
-    finally:
-        await watch.close()
-        await channels.close()
-        await server.stop(0)
+    async with telling() as port:
+        stays, goes = (replace(worker, address=f"127.0.0.1:{port}") for worker in (prefill(), decode()))
+        try:
+            watch.follow([stays, goes])
+            await asyncio.wait_for(arrived.wait(), 5)
+            watch.follow([stays])
+            clock.advance(11)
+            assert watch.of(stays.start) is not None
+            clock.advance(2)
+            assert watch.of(stays.start) is None
+        finally:
+            await watch.close()
+            await channels.close()

@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import pytest
+import tokenizers
 from tandem_frontend.chat_template import RESERVED_NAMES, ChatTemplate
 from tandem_frontend.openai.body import parse
 from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.schemas import ChatRequest
+from tandem_frontend.tokenization import Tokenizer
 from test_frontend_tokenization import DEMO, demo_tokenizer
 
+from tandem.checkpoint import read_card
 from tandem.errors import InvalidRequest
 
 END = "<|end|>"
@@ -74,12 +77,15 @@ def test_no_request_can_name_what_a_template_is_given_anyway() -> None:
 
 
 def test_a_token_that_overlaps_with_itself_is_gone_too() -> None:
-    tokenizer = demo_tokenizer()
-    ours = tokenizer._special_texts
-    tokenizer._special_texts = ("aXa", "#")
-    try:
-        cleaned = tokenizer.without_control("aXaXaXa # ")
-    finally:
-        tokenizer._special_texts = ours
+    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    backend.add_special_tokens(["aXa", "#"])
+    cleaned = Tokenizer(backend, read_card(DEMO), None).without_control("aXaXaXa # ")
     assert "aXa" not in cleaned
     assert "#" not in cleaned
+
+
+def test_every_control_token_of_a_model_is_found() -> None:
+    tokenizer = demo_tokenizer()
+    assert len(tokenizer._special_texts) == 6
+    for special in tokenizer._special_texts:
+        assert special not in tokenizer.without_control(f"a{special}b")

@@ -12,7 +12,7 @@ from tandem_registry.validation import checked_frontend, checked_state, checked_
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.errors import InvalidRequest
-from tandem.model.worker import capabilities_digest, field_names
+from tandem.model.worker import LEG_CONTRACT, capabilities_digest, field_names
 from tandem.rpc.messages import frontend_to_proto, worker_to_proto
 
 
@@ -36,6 +36,11 @@ def changed(message: worker_pb2.Worker, change: Callable[[worker_pb2.Worker], ob
 @pytest.mark.parametrize("message", [valid(), prefill(), valid(worker_pb2.WORKER_ROLE_AGGREGATED)])
 def test_a_whole_worker_passes(message: worker_pb2.Worker) -> None:
     assert worker_to_proto(checked_worker(message)) == message
+
+
+def test_a_worker_that_does_not_say_its_leg_contract_speaks_the_first_one() -> None:
+    assert checked_worker(valid()).leg_contract == LEG_CONTRACT
+    assert checked_worker(changed(valid(), lambda w: w.ClearField("leg_contract"))).leg_contract == 1
 
 
 @pytest.mark.parametrize("address", ["h:1", "worker-0.zone.svc:65535", "[::1]:50051", "127.0.0.1:1"])
@@ -74,6 +79,7 @@ def test_worker_ids_that_do_not_pass(worker_id: str) -> None:
         ("worker.bootstrap.port", changed(prefill(), lambda w: w.bootstrap.ClearField("port"))),
         ("worker.bootstrap.port", changed(prefill(), lambda w: setattr(w.bootstrap, "port", 65536))),
         ("worker.bootstrap", changed(valid(), lambda w: setattr(w.bootstrap, "port", 1))),
+        ("worker.leg_contract", changed(valid(), lambda w: setattr(w, "leg_contract", 0))),
     ],
 )
 def test_each_rule_names_its_field(field: str, message: worker_pb2.Worker) -> None:

@@ -63,7 +63,7 @@ class Scene:
         self.timers = AwakeTimers()
         identity: Any = Identity()
         self.legs = Legs(self.engine, identity, timers=self.timers)
-        self.streams = StepStreams(self.timers, self.legs.abort_stream)
+        self.streams = StepStreams(self.legs.abort_stream)
         self.starts = LegStarts(self.legs, self.streams, lambda leg: engine_request(leg, None))
         self.overflows = 0
         self.stream = self.streams.open("frontend-0", self.note_overflow)
@@ -229,7 +229,7 @@ def test_a_silent_leg_is_named_within_the_contracts_time() -> None:
         scene.output(1).finish(EngineFinish(reason=FinishReason.LENGTH))
         scene.output(2).finish(EngineFinish(reason=FinishReason.LENGTH))
         await asyncio.sleep(1)
-        assert scene.timers._ticker is None, "a stream without legs costs nothing"
+        assert scene.stream._timer is None, "a stream without legs costs nothing"
 
     run_virtually(live())
 
@@ -264,7 +264,7 @@ async def test_whatever_is_read_when_each_leg_has_its_tokens_once(
     words: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """Tokens in order with contiguous places, the end after them, nothing after the end."""
-    stream = StepStream(1, "f", AwakeTimers(), lambda: None)
+    stream = StepStream(1, "f", lambda: None)
     said: dict[int, list[int]] = {number: [] for number in range(1, 5)}
     heard: dict[int, list[int]] = {number: [] for number in range(1, 5)}
     ended: list[int] = []

@@ -19,7 +19,6 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
-    PingReceived,
     ResponseReceived,
     StreamEnded,
     StreamReset,
@@ -37,6 +36,8 @@ HEADERS = [
     ("te", "trailers"),
     ("content-type", "application/grpc"),
 ]
+LARGE = b"l" * 10_000
+"""Asked for with this, Stream answers with it a thousand times."""
 WITHIN_S = 5.0
 
 
@@ -53,6 +54,7 @@ class Echo:
         self.started = 0
         self.ended = 0
         self.cancelled = 0
+        self.yielded = 0
         self.push: Callable[[bytes, Any], Any] = self._push_once
 
     async def unary(self, request: bytes, context: Any) -> bytes:
@@ -65,7 +67,8 @@ class Echo:
 
     async def stream(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         with self._running(context):
-            for _ in range(3):
+            for _ in range(1_000 if request == LARGE else 3):
+                self.yielded += 1
                 yield request
             if request == b"wait":
                 await asyncio.Event().wait()
@@ -141,7 +144,7 @@ class Answer:
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
         self.trailers: dict[str, str] = {}
-        self.data = b""
+        self.data = bytearray()
         self.is_ended = False
         self.reset: int | None = None
 
@@ -252,8 +255,9 @@ class RawPeer:
             await self.until(lambda: False, within_s)
         self.is_closed = True
 
-    def pings(self) -> int:
-        return sum(isinstance(event, PingReceived) for event in self.events)
+    def saw(self, kind: type[Event]) -> int:
+        """How many of these have come."""
+        return sum(isinstance(event, kind) for event in self.events)
 
 
 @asynccontextmanager

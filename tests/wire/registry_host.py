@@ -14,7 +14,7 @@ from tandem_registry.config import RegistryConfig
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.errors import TandemError
 from tandem.model.frontend import Frontend
-from tandem.model.worker import Capabilities, Worker, WorkerRole
+from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 from tandem.rpc.messages import frontend_to_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tests.integration.consul_host import ConsulHost
@@ -72,6 +72,7 @@ def make_worker(worker_id: str = "decode-0", epoch: int = 1, address: str | None
         role=WorkerRole.DECODE,
         address=address or f"{worker_id}:1",
         capabilities=capabilities,
+        leg_contract=LEG_CONTRACT,
     )
 
 

@@ -1,4 +1,4 @@
-"""A frontend whose own place in the registry is refused serves all the same."""
+"""A frontend and its registry: its own entry there, and the view that it takes from it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 from pathlib import Path
 
 from played_registry import PlayedRegistry, play_registry
+from registry_host import make_worker
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
 from tandem.errors import InvalidRequest, ServiceError
+from tandem.model.worker import EngineLoad
 from tandem.rpc import clients
 from tandem.testing.eventually import assert_eventually
 
@@ -24,6 +26,28 @@ async def test_one_without_a_name_is_called_after_its_address() -> None:
             await app.start()
             await assert_eventually(lambda: registry.registered)
             assert registry.registered[0][1] == f"frontend-{app.address.replace(':', '-')}"
+        finally:
+            await app.stop()
+
+
+async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
+    """When it comes, not when the next request does."""
+    registry = PlayedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
+    async with play_registry(registry):
+        app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
+        try:
+            await app.start()
+            assert app._watch is not None
+            assert app._routes is not None
+            (worker,) = view = app._watch.workers()
+            assert app._routes._view is view
+            most = worker.capabilities.context_tokens_max
+            assert app._room.counted(10 * most, 0) == most
+            full = EngineLoad(running_requests=100, kv_used_tokens=0)
+            assert app._room.fits(6, 0, 1)
+            app._note_load(worker.start, full)
+            assert not app._room.fits(6, 0, 1)
         finally:
             await app.stop()
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from h2.events import PingAckReceived
 from http2_peer import CHAT, PUSHED, STREAM, UNARY, RawPeer, beside, echoing, framed, raw_peer
 
 from tandem.rpc.channels import open_channel
@@ -54,9 +55,6 @@ FLOODS: dict[str, Callable[[], bytes]] = {
     "unknown frames": lambda: 500 * frame(77, b"", 0),
     "window updates": lambda: 500 * frame(WINDOW_UPDATE, b"\0\0\0\1"),
     "window updates of a stream": lambda: 500 * frame(WINDOW_UPDATE, b"\0\0\0\1", 1),
-    "settings of all numbers": lambda: frame(
-        SETTINGS, b"".join(struct.pack(">HI", number, 1) for number in range(100, 2_000))
-    ),
 }
 
 
@@ -71,6 +69,15 @@ async def test_a_flood_of_what_means_nothing_ends_its_connection(kind: str) -> N
         await flooding
         await answered()
         await assert_eventually(lambda: not echo.running)
+
+
+async def test_a_peer_with_settings_of_all_numbers_is_closed() -> None:
+    """They are all kept by h2, and there are 65,536 numbers."""
+    async with echoing() as (_, address, _server), beside(address), raw_peer(address) as peer:
+        peer.raw(frame(SETTINGS, b"".join(struct.pack(">HI", number, 1) for number in range(100, 2_000))))
+        await peer.closed()
+        assert peer.goaway is not None
+        assert peer.goaway.error_code == CALM
 
 
 async def test_clients_that_ask_every_few_seconds_and_measure_the_way_are_no_flood() -> None:
@@ -262,6 +269,7 @@ async def test_a_goaway_of_a_client_leaves_it_the_answers_it_waits_for() -> None
         await peer.until(lambda: peer.answers[1].data)
         # Its windows are still its own to open.
         peer.raw(frame(GOAWAY, bytes(8)) + frame(WINDOW_UPDATE, b"\0\0\1\0") + frame(PING, bytes(8)))
+        await peer.until(lambda: peer.saw(PingAckReceived))
         go_on.set()
         assert (await peer.answer(1)).data == framed(b"first") + framed(b"second")
         await peer.closed()
@@ -306,6 +314,7 @@ async def test_who_says_no_hello_is_not_waited_for(said: bytes, monkeypatch: pyt
 async def test_connections_beyond_the_bound_take_the_place_of_idle_ones() -> None:
     async with echoing(connections_max=100) as (echo, address, server), contextlib.AsyncExitStack() as stack:
         answered = await stack.enter_async_context(beside(address))
+        (used,) = server._connections
         held = await stack.enter_async_context(raw_peer(address))
         held.ask(1, framed(b"wait"))
         await assert_eventually(lambda: echo.running == 1)
@@ -316,8 +325,9 @@ async def test_connections_beyond_the_bound_take_the_place_of_idle_ones() -> Non
             await asyncio.sleep(0)
             async with open_channel(address) as channel:
                 assert await channel.unary_unary(UNARY)(b"new", timeout=5) == b"new"
-            assert len(server._connections) + len(server._welcoming) <= 101
+            assert len(server._connections) + len(server._handshakes) <= 101
             assert echo.running == 1, "who has a call open stays"
+            assert used in server._connections, "who has had one stays before those who never had"
         finally:
             waiting.cancel()
             for one in idle:
@@ -399,8 +409,11 @@ async def test_requests_that_are_not_read_stop_at_the_window() -> None:
             peer.flush()
             sent += 1
             await asyncio.sleep(0)
-        assert sent <= (limits.STREAM_WINDOW_BYTES + 2**16) / 10_005 + 1
         await answered()
+        peer.h2.ping(bytes(8))
+        peer.flush()
+        await peer.until(lambda: peer.saw(PingAckReceived))
+        assert peer.h2.local_flow_control_window(1) < 10_005, "nothing was given back"
         gate.set()
         peer.h2.end_stream(1)
         peer.flush()

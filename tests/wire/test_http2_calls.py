@@ -6,17 +6,16 @@ import asyncio
 import base64
 import gzip
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-from http2_peer import CHAT, PUSHED, STREAM, UNARY, beside, echoing, framed, raw_peer
+from http2_peer import CHAT, LARGE, PUSHED, STREAM, UNARY, beside, echoing, framed, raw_peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.rpc.channels import open_channel
-from tandem.rpc.http2.limits import STREAM_UNSENT_BYTES_MAX
+from tandem.rpc.http2.limits import SOCKET_BUFFER_BYTES, STREAM_UNSENT_BYTES_MAX, TURN_BYTES_MAX
 from tandem.testing.eventually import assert_eventually
 
 INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL = 3, 4, 12, 13
@@ -338,7 +337,7 @@ async def test_details_of_a_status_are_carried_in_base64() -> None:
 
 
 class Pusher:
-    """A handler that sends as long as it may, and notes how often it was told that it may again."""
+    """A handler that sends as long as it may, and counts how often it was called back."""
 
     def __init__(self, piece: bytes, total: int) -> None:
         self.piece, self.left, self.woken = piece, total, 0
@@ -388,28 +387,43 @@ async def test_a_client_that_does_not_read_holds_its_stream_and_no_other() -> No
         assert pusher.unsent_max <= STREAM_UNSENT_BYTES_MAX + len(framed(piece))
 
 
-async def test_a_generator_waits_for_a_client_that_does_not_read() -> None:
-    sent = 0
-
-    async def generate(request: bytes, context: Any) -> AsyncIterator[bytes]:
-        nonlocal sent
-        for _ in range(1_000):
-            sent += 1
-            yield b"g" * 10_000
-
-    async def push(request: bytes, context: Any) -> None:
-        async for part in generate(request, context):
-            await context.write(part)
-
+async def test_a_generator_waits_for_a_client_that_does_not_read_and_is_closed_when_it_leaves() -> None:
     async with echoing() as (echo, address, _server), raw_peer(address) as peer:
-        echo.push = push
         peer.gives_back = False
-        peer.ask(1, framed(b""), PUSHED)
+        peer.ask(1, framed(LARGE), STREAM)
         await peer.until(lambda: len(peer.answers[1].data) >= 65_000)
-        assert sent < 30
+        assert echo.yielded < 30
+        assert echo.running == 1
         peer.h2.reset_stream(1)
         peer.flush()
-        await assert_eventually(lambda: echo.cancelled == 1 and not echo.running)
+        await assert_eventually(lambda: not echo.running)
+        assert echo.yielded < 30
+
+
+async def test_a_generator_goes_on_when_its_client_reads() -> None:
+    async with echoing() as (_, address, _server), raw_peer(address) as peer:
+        peer.ask(1, framed(LARGE), STREAM)
+        answer = await peer.answer(1)
+        assert answer.data == 1_000 * framed(LARGE)
+        assert answer.status == 0
+
+
+async def test_a_socket_that_takes_nothing_holds_what_is_sent_whatever_its_windows_allow() -> None:
+    """A peer may open all windows and read nothing. What it makes the server keep is bounded all the same."""
+    piece, count = b"s" * 4_000, 5_000
+    async with echoing() as (echo, address, server), beside(address), raw_peer(address, _4=2**31 - 1) as peer:
+        connection = next(reversed(server._connections))
+        peer.h2.increment_flow_control_window(2**31 - 2**17)
+        pusher = echo.push = Pusher(piece, count)
+        peer.ask(1, framed(b""), PUSHED)
+        await assert_eventually(lambda: connection._sender.is_paused and not echo.contexts[-1].writable)
+        assert pusher.left
+        kept = connection._transport.get_write_buffer_size()
+        assert kept <= SOCKET_BUFFER_BYTES + 2 * TURN_BYTES_MAX
+        assert pusher.unsent_max <= STREAM_UNSENT_BYTES_MAX + len(framed(piece))
+        answer = await peer.answer(1)
+        assert answer.data == count * framed(piece)
+        assert pusher.woken
 
 
 async def test_an_error_in_a_callback_ends_its_call_only(caplog: pytest.LogCaptureFixture) -> None:

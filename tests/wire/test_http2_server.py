@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from h2.events import PingReceived
 from http2_peer import PUSHED, STREAM, UNARY, Echo, RawPeer, beside, echoing, framed, raw_peer
 
 from tandem.errors import InvalidRequest, StartError
@@ -48,13 +49,13 @@ async def test_a_client_that_vanished_loses_its_calls() -> None:
 async def test_a_client_that_is_silent_but_there_keeps_its_calls() -> None:
     async with echoing() as (echo, address, _server), raw_peer(address) as peer:
         peer.ask(1, framed(b"wait"))
-        await peer.until(lambda: peer.pings() >= 5)
+        await peer.until(lambda: peer.saw(PingReceived) >= 5)
         assert echo.running == 1
 
 
 @pytest.mark.usefixtures("quick_keepalive")
 async def test_a_loop_that_was_busy_does_not_take_it_for_silence() -> None:
-    """What has come in the meantime is read before anybody is given up."""
+    """What has come in the meantime is read before a peer is given up."""
     async with echoing() as (echo, address, _server), open_channel(address) as channel:
         stream = channel.unary_stream(STREAM)(b"wait")
         assert await stream.read() == b"wait"
@@ -110,7 +111,8 @@ async def test_a_stop_lets_running_calls_end() -> None:
         await server.stop(0)
 
 
-async def test_a_stop_cancels_what_does_not_end_and_waits_for_it() -> None:
+async def test_a_stop_cancels_what_does_not_end_and_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.rpc.http2.server.FLUSH_TIMEOUT_S", 0.01)
     async with echoing() as (echo, address, server), open_channel(address) as channel:
         ended = False
 
@@ -206,7 +208,7 @@ async def test_every_spelling_of_an_address_is_listened_on(host: str) -> None:
 
 
 async def test_a_socket_that_was_accepted_elsewhere_is_served() -> None:
-    """With nobody who listens here."""
+    """The server has no listener of its own."""
     echo = Echo()
     server = Http2RpcServer([("test.Echo", echo.add)])
     await server.serve()
@@ -226,7 +228,7 @@ async def test_a_socket_that_was_accepted_elsewhere_is_served() -> None:
     await server.stop(0)
     ours, theirs = socket.socketpair()
     server.serve_socket(ours)
-    assert ours.fileno() == -1, "a server that has stopped takes nobody"
+    assert ours.fileno() == -1, "a server that has stopped takes no connection"
     theirs.close()
 
 
@@ -290,7 +292,7 @@ async def test_a_handshake_that_does_not_go_on_is_not_waited_for(certs: Path, mo
             with contextlib.suppress(ConnectionError):
                 assert await asyncio.wait_for(reader.read(-1), 3) is not None
             writer.close()
-        await assert_eventually(lambda: not server._welcoming)
+        await assert_eventually(lambda: not server._handshakes)
         assert await clients.is_serving(address, tls=Tls.in_directory(certs, "client"))
 
 

@@ -130,6 +130,9 @@ async def test_a_worker_is_asked_at_once_when_somebody_waits_for_it(monkeypatch:
             process.send_signal(signal.SIGSTOP)
             assert not await health.answers(worker)
             assert health.unhealthy() == {worker.start}
+            known = health.unhealthy()
+            assert not await health.answers(worker)
+            assert health.unhealthy() is known, "nothing has changed, and it is made anew"
     finally:
         process.kill()
         await process.wait()

@@ -23,6 +23,8 @@ RETRY_DELAY_MAX_S = 30.0
 SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
 """Of the requests that ended lately: as long as so many of them take, a newcomer must have, and whoever has waited and
 has not even the time of half of them is not begun. The most urgent go first, so in overload all are at that edge."""
+LOOK_PAUSE_S = 0.005
+"""What changes within it is looked at once: a large fleet says its load hundreds of times a second."""
 WAIT_MARGIN = 2.0
 """The line may come to move half as fast. With less, whoever is let in stands at the edge all the time he waits."""
 
@@ -51,6 +53,7 @@ class Admission:
         self._held_requests = 0
         self._held_tokens = 0
         self._pace = Pace(clock)
+        self._look: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._none = asyncio.Event()
         self._none.set()
@@ -120,6 +123,11 @@ class Admission:
             self._hold(demand)
             place.set_result(None)
 
+    def look_again_soon(self) -> None:
+        """The same after a few milliseconds, once for all that has changed until then."""
+        if self._look is None and len(self._line):
+            self._look = asyncio.get_running_loop().call_later(LOOK_PAUSE_S, self._look_at_last)
+
     def close(self) -> None:
         """Admit nobody from now on. Who waits in line was admitted before and stays."""
         self._is_closed = True
@@ -148,6 +156,10 @@ class Admission:
             if isinstance(problem, TimeoutError):
                 raise DeadlinePassed("the deadline passed while the request waited for a worker") from None
             raise
+
+    def _look_at_last(self) -> None:
+        self._look = None
+        self.look_again()
 
     def _refuse_the_late(self, demand: Demand) -> None:
         if demand.deadline_s is None:

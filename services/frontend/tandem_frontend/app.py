@@ -2,8 +2,8 @@
 
 Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and only then its own place in the
 registry, for which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken ->
-settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, parser host, view,
-channels, metrics.
+settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, encoders of long prompts,
+parser host, view, channels, metrics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.model.frontend import Frontend, default_frontend_id
-from tandem.model.worker import Start, Worker, WorkerState
+from tandem.model.worker import EngineLoad, Start, Worker, WorkerState
 from tandem.observe.course import Course
 from tandem.observe.courses import Courses
 from tandem.observe.cpu_profile import CpuProfiler
@@ -85,11 +85,14 @@ class FrontendApp:
         self._figures = Figures(self._courses)
         self._looking: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
+        self._tokenizer: Tokenizer | None = None
         self._admission: Admission | None = None
         self._attempts: Attempts | None = None
         self._loads: LoadWatch | None = None
         self._links: WorkerLinks | None = None
         self._timers = AwakeTimers()
+        self._room = Capacity(config.served_name)
+        self._routes: Routes | None = None
         together = None if membership is None else Together(path=membership.identity.metrics_path)
         self._metrics = open_metrics(config, Emitter.FRONTEND, PROGRAM, config.tls, together=together)
         self._server: Http2RpcServer | None = None
@@ -137,7 +140,9 @@ class FrontendApp:
                 SGLang has no such parsers.
         """
         config = self._config
-        tokenizer = await asyncio.to_thread(Tokenizer.open, config.model)
+        tokenizer = self._tokenizer = await asyncio.to_thread(
+            Tokenizer.open, config.model, processes=config.long_prompt_processes
+        )
         request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
         server = self._server = Http2RpcServer(
             request_bytes_max=request_bytes_max,
@@ -155,13 +160,12 @@ class FrontendApp:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
         watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._follow)
-        loads = self._loads = LoadWatch(self._channels, on_change=self._look_again)
-        room = Capacity(config.served_name, watch.workers, loads.of)
-        admission = self._admission = Admission(config.open_requests_max, room, monotonic)
+        self._loads = LoadWatch(self._channels, on_change=self._note_load)
+        admission = self._admission = Admission(config.open_requests_max, self._room, monotonic)
         await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
-        routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
+        routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         links = self._links = WorkerLinks(
             self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
@@ -232,6 +236,8 @@ class FrontendApp:
             await self._server.stop(STOP_GRACE_S)
         if self._membership is not None:
             await self._membership.close()
+        if self._tokenizer is not None:
+            await self._tokenizer.close()
         if self._parsers is not None:
             await self._parsers.stop()
         if self._watch is not None:
@@ -277,10 +283,17 @@ class FrontendApp:
             self._links.follow(workers)
         self._health.follow(workers)
         self._breakers.follow(workers)
+        self._room.follow(workers)
+        if self._routes is not None:
+            self._routes.follow(workers)
         if self._loads is not None:
             self._loads.follow(workers)
         if self._attempts is not None:
             self._attempts.notice(workers)
+        self._look_again()
+
+    def _note_load(self, start: Start, load: EngineLoad | None) -> None:
+        self._room.note(start, load)
         self._look_again()
 
     async def _read(self) -> list[Reading]:
@@ -294,6 +307,6 @@ class FrontendApp:
         ]
 
     def _look_again(self) -> None:
-        """Somebody who waits may have room now."""
+        """A request that waits may have room now."""
         if self._admission is not None:
-            self._admission.look_again()
+            self._admission.look_again_soon()

@@ -7,9 +7,12 @@ what others have there is reckoned when the workers' word is new, and what this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from tandem.model.worker import EngineLoad, Start, Worker, WorkerRole, WorkerState
+from tandem.model.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
+from tandem_frontend.known_view import KnownView
 
 QUEUED_FRACTION = 0.25
 """Requests an engine may have in its own queue, for each that it runs: it must never have to wait for the next."""
@@ -22,22 +25,65 @@ FAIR_FRACTION = 0.05
 frontend fills its own places as they become free, and whoever came late would never have as many."""
 
 
-class Capacity:
-    """Room of the workers of one model."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What one worker can take."""
 
-    def __init__(
-        self,
-        model: str,
-        workers: Callable[[], tuple[Worker, ...]],
-        load: Callable[[Start], EngineLoad | None],
-    ) -> None:
-        """`workers` tells the present view, `load` what a worker has last said of itself (None: nothing lately)."""
+    requests: int
+    tokens: int
+    request_tokens: int
+    """Of one request."""
+
+    def taken(self, load: EngineLoad | None) -> tuple[int, int]:
+        """Requests and tokens that are there: no more than it can have, because one that counts wrongly must not close
+        the door of all others. Without a load none are known.
+        """
+        if load is None:
+            return 0, 0
+        requests = (load.running_requests or 0) + (load.waiting_requests or 0)
+        return min(max(0, requests), self.requests), min(max(0, load.kv_used_tokens or 0), self.tokens)
+
+
+class Capacity:
+    """Room of the workers of one model: sums that are kept up to date by what changes, so that a request only reads
+    them.
+    """
+
+    def __init__(self, model: str) -> None:
         self._model = model
-        self._workers = workers
-        self._load = load
-        self._told = (0, 0)
+        self._view = KnownView()
+        self._rooms: dict[Start, _Room] = {}
+        """Of the workers that stream answers."""
+        self._loads: dict[Start, EngineLoad] = {}
+        """Of all workers that have said one lately."""
+        self._request_tokens: list[int] = []
+        """Of all rooms, ascending."""
+        self._requests_max = self._tokens_max = 0
+        self._requests = self._tokens = 0
+        """There now, of all frontends, as the workers say it."""
+        self._said = (0, 0)
         self._others = (0, 0)
-        """Requests and tokens of other frontends, as of when the workers' word last changed."""
+        """Requests and tokens of other frontends, as of when what the workers say last changed."""
+
+    def follow(self, workers: Iterable[Worker]) -> None:
+        """Take another view of the registry."""
+        removed, added = self._view.replace(workers)
+        for worker in removed:
+            if worker.start in self._rooms:
+                self._remove(worker.start)
+        for worker in added:
+            if self._streams(worker):
+                self._add(worker)
+
+    def note(self, start: Start, load: EngineLoad | None) -> None:
+        """A worker has said how busy it is; None: it has not for too long, or is not asked any more."""
+        before = self._loads.pop(start, None)
+        if load is not None:
+            self._loads[start] = load
+        room = self._rooms.get(start)
+        if room is not None:
+            self._count(room, before, -1)
+            self._count(room, load, 1)
 
     def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
         """What a request counts for: what it may hold at a time, as far as engines themselves set memory aside for it.
@@ -46,52 +92,56 @@ class Capacity:
         and those behind it would wait for it.
         """
         tokens = prompt_tokens + min(answer_tokens, ANSWER_TOKENS_MAX)
-        held = [
-            min(worker.capabilities.context_tokens_max, worker.capabilities.kv_capacity_tokens)
-            for worker in self._workers()
-            if self._streams(worker)
-        ]
-        return min(tokens, max(held, default=tokens))
+        return min(tokens, self._request_tokens[-1]) if self._request_tokens else tokens
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         """Whether one more request has room. Without any worker it has: routing then says that there is none."""
-        streaming = [worker for worker in self._workers() if self._streams(worker)]
-        if not streaming:
+        if not self._rooms:
             return True
         if held_requests == 0:
             # Whatever the others do and however long it is: one request at a time always goes on.
             return True
-        told = self._sum(streaming)
-        if told != self._told:
-            self._told = told
-            self._others = max(0, told[0] - held_requests), max(0, told[1] - held_tokens)
+        said = self._requests, self._tokens
+        if said != self._said:
+            self._said = said
+            self._others = max(0, said[0] - held_requests), max(0, said[1] - held_tokens)
         others_requests, others_tokens = self._others
-        requests_max = sum(map(_requests_max, streaming))
+        requests_max = self._requests_max
         if held_requests < others_requests:
             requests_max += max(1, int(requests_max * FAIR_FRACTION))
-        tokens_max = sum(worker.capabilities.kv_capacity_tokens for worker in streaming)
-        return held_requests + others_requests < requests_max and held_tokens + others_tokens + tokens <= tokens_max
+        has_tokens = held_tokens + others_tokens + tokens <= self._tokens_max
+        return held_requests + others_requests < requests_max and has_tokens
 
-    def _sum(self, streaming: Iterable[Worker]) -> tuple[int, int]:
-        """Requests and tokens of all frontends, as the workers tell them."""
-        requests = tokens = 0
-        for worker in streaming:
-            load = self._load(worker.start)
-            if load is not None:
-                # No more than it can have: one that counts wrongly must not close the door of all others.
-                told = (load.running_requests or 0) + (load.waiting_requests or 0)
-                requests += min(max(0, told), _requests_max(worker))
-                tokens += min(max(0, load.kv_used_tokens or 0), worker.capabilities.kv_capacity_tokens)
-        return requests, tokens
+    def _add(self, worker: Worker) -> None:
+        room = self._rooms[worker.start] = _room(worker)
+        self._requests_max += room.requests
+        self._tokens_max += room.tokens
+        insort(self._request_tokens, room.request_tokens)
+        self._count(room, self._loads.get(worker.start), 1)
+
+    def _remove(self, start: Start) -> None:
+        room = self._rooms.pop(start)
+        self._requests_max -= room.requests
+        self._tokens_max -= room.tokens
+        del self._request_tokens[bisect_left(self._request_tokens, room.request_tokens)]
+        self._count(room, self._loads.get(start), -1)
+
+    def _count(self, room: _Room, load: EngineLoad | None, sign: int) -> None:
+        requests, tokens = room.taken(load)
+        self._requests += sign * requests
+        self._tokens += sign * tokens
 
     def _streams(self, worker: Worker) -> bool:
         return (
             worker.role is not WorkerRole.PREFILL
             and worker.state is WorkerState.SERVING
+            and worker.leg_contract == LEG_CONTRACT
             and worker.capabilities.model == self._model
         )
 
 
-def _requests_max(worker: Worker) -> int:
-    running = worker.capabilities.running_requests_max
-    return running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
+def _room(worker: Worker) -> _Room:
+    capabilities = worker.capabilities
+    running, tokens = capabilities.running_requests_max, capabilities.kv_capacity_tokens
+    requests = running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
+    return _Room(requests, tokens, min(capabilities.context_tokens_max, tokens))

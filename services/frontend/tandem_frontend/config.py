@@ -42,6 +42,12 @@ class FrontendConfig(AdminConfig):
         le=2**30,
         description="most bytes of one request; default: 1 MiB, and 16 for each token of the model's context",
     )
+    long_prompt_processes: int = Field(
+        1,
+        ge=0,
+        le=16,
+        description="most processes that tokenise prompts of over 64 Ki characters, beside this one; 0: a thread does",
+    )
     leg_accept_timeout_s: float = Field(
         2, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
     )

@@ -6,11 +6,10 @@ Owns the text that is held back because a stop string may have begun in it. Ends
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class StopStep:
+class StopStep(NamedTuple):
     """What became certain with a piece of text."""
 
     text: str
@@ -23,16 +22,20 @@ class StopMatcher:
     """Searches a stream of text for the first stop string.
 
     The first to be complete counts and, of several that are complete at the same character, the longest; so the result
-    does not depend on where the stream is cut. One pass over the text for each stop string, whatever it repeats.
+    does not depend on where the stream is cut. One pass over the text for each stop string, whatever it repeats; text
+    in which none begins is passed over at the speed of a search for its first character.
     """
+
+    __slots__ = ("_first_chars", "_held", "_searches", "has_stops")
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string would end every generation at once"
         # Longest first: of two that end together the one that starts earlier is met first.
-        self._stops = sorted(set(stops), key=len, reverse=True)
-        self._fallbacks = [_fallbacks(stop) for stop in self._stops]
-        self._matched_chars = [0] * len(self._stops)
+        self._searches = [_Search(stop) for stop in sorted(set(stops), key=len, reverse=True)]
+        self._first_chars = frozenset(stop[0] for stop in stops)
         self._held = ""
+        self.has_stops = bool(stops)
+        """Whether there is anything to search for. Where not, `push` gives back what it gets and nothing is held."""
 
     def push(self, text: str, *, may_end: bool = True) -> StopStep:
         """Take the next piece. After a match, nothing more may be pushed.
@@ -41,15 +44,19 @@ class StopMatcher:
             text: the piece.
             may_end: if not, a stop string that becomes complete in this piece is text like any other.
         """
-        if not self._stops:
+        if not self.has_stops or (not self._held and self._first_chars.isdisjoint(text)):
             return StopStep(text)
+        end_chars, matched = len(text) + 1, None
+        for search in self._searches:
+            found = search.advance(text, end_chars, may_end=may_end)
+            if found is not None:
+                end_chars, matched = found, search.stop
         whole = self._held + text
-        for place, char in enumerate(text, start=len(self._held)):
-            stop = self._step(char)
-            if stop is not None and may_end:
-                self._held = ""
-                return StopStep(whole[: place + 1 - len(stop)], stop)
-        certain = len(whole) - max(self._matched_chars)
+        if matched is not None:
+            certain = len(self._held) + end_chars - len(matched)
+            self._held = ""
+            return StopStep(whole[:certain], matched)
+        certain = len(whole) - max(search.matched_chars for search in self._searches)
         self._held = whole[certain:]
         return StopStep(whole[:certain])
 
@@ -58,19 +65,41 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _step(self, char: str) -> str | None:
-        """Advance every stop string by one character; the longest that is now complete."""
-        complete = None
-        for number, stop in enumerate(self._stops):
-            matched, fallbacks = self._matched_chars[number], self._fallbacks[number]
+
+class _Search:
+    """Where a stream stands with one stop string (Knuth, Morris, Pratt)."""
+
+    __slots__ = ("_fallbacks", "matched_chars", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched_chars = 0
+        """Of its beginning, how much the text ends with."""
+        self._fallbacks = _fallbacks(stop)
+
+    def advance(self, text: str, end_chars: int, *, may_end: bool) -> int | None:
+        """Characters of the text up to the end of its first occurrence, where that is before `end_chars`.
+
+        If it may not end there, an occurrence is passed over. After one was found, the search is over.
+        """
+        stop, fallbacks, matched = self.stop, self._fallbacks, self.matched_chars
+        at, count = 0, min(len(text), end_chars - 1)
+        while at < count:
+            if not matched:
+                at = text.find(stop[0], at, count)
+                if at < 0:
+                    break
+            char = text[at]
+            at += 1
             while matched and stop[matched] != char:
                 matched = fallbacks[matched - 1]
             matched += stop[matched] == char
             if matched == len(stop):
-                complete = complete or stop
+                if may_end:
+                    return at
                 matched = fallbacks[matched - 1]
-            self._matched_chars[number] = matched
-        return complete
+        self.matched_chars = matched
+        return None
 
 
 class StopTokens:

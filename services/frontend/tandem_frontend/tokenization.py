@@ -1,13 +1,17 @@
 """The tokenization hop: text to token ids, once for each request, and the way back.
 
-Owns the tokenizer's files and what is known of the model without its weights. No PyTorch, no transformers.
+Owns the tokenizer's files and what is known of the model without its weights. No PyTorch, no transformers. A short text
+is encoded at once, a longer one in a thread, and the longest ones in processes (`encoding`): no stream waits for any of
+them, and no text waits for one of a longer kind.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -15,49 +19,69 @@ import tokenizers
 from tandem.checkpoint import Card, read_card
 from tandem.errors import ContextExceeded, StartError
 from tandem_frontend.chat_template import ChatTemplate
+from tandem_frontend.encoding.pool import EncoderPool
+from tandem_frontend.encoding.process import EncoderSpec
+from tandem_frontend.encoding.texts import TextEncoder, TooManyTokens, open_backend, trim_memory
+from tandem_frontend.encoding.turns import Turns
+from tandem_frontend.token_table import BYTE_BY_LETTER, TokenTable
 
-BLOCKING_CHARS_MAX = 8_192
-"""Shorter texts are encoded at once (under 3 ms); longer ones in a thread, so that no stream waits for them."""
+BLOCKING_CHARS_MAX = 4_096
+"""Shorter texts are encoded at once (under 1 ms); longer ones in a thread, so that no stream waits for them."""
 BLOCKING_TOKENS_MAX = 8_192
 """The same for the way back."""
+THREAD_CHARS_MAX = 65_536
+"""Longer texts go to a process: at the end of its work a thread holds the interpreter's lock for 25 us for each
+thousand tokens, and a thread cannot run at a lower priority than the event loop's."""
+THREADS_MAX = 2
+"""Texts that are encoded in threads at a time."""
 ENCODED_CONTEXTS_MAX = 4
 """No text is made into more tokens than so many contexts hold: each takes a hundred bytes on the way."""
-COUNTED_CHARS = 16_384
-"""A text that may be longer than that is counted first, in pieces of this size."""
 SHRINK_MAX = 4
 """Normalisation may make a text shorter before it is cut into tokens (composed characters, collapsed spaces)."""
 _BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
 
 
-def _byte_letters() -> dict[str, int]:
-    """Byte-level tokenizers write printable bytes as themselves, and all others as letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_BY_CHARACTER = _byte_letters()
-
-
 class Tokenizer:
     """The tokenizer of the model this frontend speaks for."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, card: Card, chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        card: Card,
+        chat_template: ChatTemplate | None,
+        pool: EncoderPool | None = None,
+    ) -> None:
+        """`pool` encodes the longest texts; None: a thread does, one of them at a time."""
         self._backend = backend
         self._card = card
         self.chat_template = chat_template
         """None where the model has none."""
-        self._token_bytes_max = max(len(token.encode()) for token in backend.get_vocab())
+        vocabulary = backend.get_vocab()
+        self._token_bytes_max = max(len(token.encode()) for token in vocabulary)
+        token_count = 1 + max(vocabulary.values())
+        self.token_table = TokenTable.read(backend, token_count)
+        """What each token adds to a text; None where that depends on the tokens around it."""
+        self.fits_vocabulary = token_count <= card.vocabulary_size
+        """Whether every id that a text can have is the model's: some checkpoints have added tokens beyond it."""
         added = backend.get_added_tokens_decoder().values()
         self._added_texts = frozenset(token.content for token in added)
         # A tokenizer writes a token's bytes in letters of its own when its decoder is of this kind.
         self._is_byte_level = "ByteLevel" in repr(backend.decoder)
         self._special_texts = tuple(token.content for token in added if token.special and token.content)
+        self._special_beginnings = frozenset(text[:2] for text in self._special_texts)
+        self._texts = TextEncoder(backend, self._encoded_tokens_max)
+        self._threads = Turns(THREADS_MAX)
+        self._long_thread = Turns(1)
+        self._pool = pool
 
     @classmethod
-    def open(cls, model: Path) -> Tokenizer:
+    def open(cls, model: Path, *, processes: int = 0) -> Tokenizer:
         """Read a model directory; its weights are not needed.
+
+        Args:
+            model: the directory.
+            processes: most processes for the longest texts. They are started when there is work for them, and `close`
+                ends them. 0: a thread encodes those too.
 
         Raises:
             StartError: names the file at fault.
@@ -65,13 +89,22 @@ class Tokenizer:
         card = read_card(model)
         file = model / "tokenizer.json"
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as problem:  # the library raises bare Exception
+            content = file.read_bytes()
+            backend = open_backend(content)
+        except (OSError, ValueError) as problem:
             raise StartError(f"{file} is not a tokenizer: {problem}", path=str(file)) from None
-        # A file may say that texts are cut or padded; here neither may happen unseen.
-        backend.no_truncation()
-        backend.no_padding()
-        return cls(backend, card, ChatTemplate.read(model))
+        tokenizer = cls(backend, card, ChatTemplate.read(model))
+        if processes:
+            digest = hashlib.sha256(content).hexdigest()
+            tokenizer._pool = EncoderPool(EncoderSpec(file, digest, tokenizer._encoded_tokens_max), processes)
+        del content
+        trim_memory()
+        return tokenizer
+
+    async def close(self) -> None:
+        """End the processes. Harmless where there are none."""
+        if self._pool is not None:
+            await self._pool.close()
 
     @property
     def digest(self) -> str:
@@ -98,23 +131,39 @@ class Tokenizer:
         """No text longer than this can fit the context, however it is cut into tokens."""
         return self.context_tokens_max * self._token_bytes_max * SHRINK_MAX
 
-    async def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> Sequence[int]:
         """Token ids of a text. Control tokens in it are read as such.
+
+        Those of a long text are protobuf's own list, which a message takes over as a whole: 100,000 of them in 20 us,
+        where a list of Python's takes 2 ms.
 
         Raises:
             ContextExceeded: it is far beyond the context; `field` is what the refusal names.
+            ServiceError: a process failed with it.
         """
-        if len(text) <= BLOCKING_CHARS_MAX:
-            return self._encode(text, add_special_tokens, field)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens, field)
+        try:
+            if len(text) <= BLOCKING_CHARS_MAX:
+                return self._texts.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) > THREAD_CHARS_MAX and self._pool is not None:
+                return await self._pool.encode(text, add_special_tokens=add_special_tokens)
+            turns = self._threads if len(text) <= THREAD_CHARS_MAX else self._long_thread
+            encode = partial(self._texts.encode, text, add_special_tokens=add_special_tokens)
+            return await turns.run(partial(asyncio.to_thread, encode))
+        except TooManyTokens:
+            raise ContextExceeded(
+                field,
+                f"over {self._encoded_tokens_max} tokens are beyond this model's maximum context length of "
+                f"{self.context_tokens_max} tokens",
+                limit=self.context_tokens_max,
+            ) from None
 
-    async def decode_all(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    async def decode_all(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """`decode` for a list of any length: no stream waits for it."""
         if len(token_ids) <= BLOCKING_TOKENS_MAX:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
         # A batch, even of one, lets other threads run; decode() holds the interpreter's lock to its end.
         texts = await asyncio.to_thread(
-            self._backend.decode_batch, [token_ids], skip_special_tokens=skip_special_tokens
+            self._backend.decode_batch, [list(token_ids)], skip_special_tokens=skip_special_tokens
         )
         return str(texts[0])
 
@@ -131,8 +180,8 @@ class Tokenizer:
             return token.encode()
         if _BYTE_FALLBACK.fullmatch(token):
             return bytes([int(token[3:5], 16)])
-        if self._is_byte_level and all(character in _BYTE_BY_CHARACTER for character in token):
-            return bytes(_BYTE_BY_CHARACTER[character] for character in token)
+        if self._is_byte_level and all(character in BYTE_BY_LETTER for character in token):
+            return bytes(BYTE_BY_LETTER[character] for character in token)
         return token.replace("\u2581", " ").encode()
 
     def without_control(self, text: str) -> str:
@@ -140,6 +189,9 @@ class Tokenizer:
 
         For the content of messages, whose author must not be able to end a turn or to begin another's.
         """
+        # Some models have hundreds of them, which begin alike: a long text without any is passed over at once.
+        if not any(beginning in text for beginning in self._special_beginnings):
+            return text
         for special in self._special_texts:
             # A token of one character has no inside.
             harmless = f"{special[0]}\u2060{special[1:]}" if len(special) > 1 else ""
@@ -147,29 +199,6 @@ class Tokenizer:
             while special in text:
                 text = text.replace(special, harmless)
         return text
-
-    def _encode(self, text: str, add_special_tokens: bool, field: str = "prompt") -> list[int]:
-        if len(text) > self._encoded_tokens_max:
-            self._check_count(text, field)
-        return self._encoding(text, add_special_tokens).ids
-
-    def _check_count(self, text: str, field: str) -> None:
-        """Count the tokens of a long text without holding more than a piece of them."""
-        count = 0
-        for begin in range(0, len(text), COUNTED_CHARS):
-            count += len(self._encoding(text[begin : begin + COUNTED_CHARS], False))
-            if count > self._encoded_tokens_max:
-                raise ContextExceeded(
-                    field,
-                    f"over {self._encoded_tokens_max} tokens are beyond this model's maximum context length of "
-                    f"{self.context_tokens_max} tokens",
-                    limit=self.context_tokens_max,
-                )
-
-    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        # A batch, even of one, lets other threads run; encode() holds the interpreter's lock to its end, in whatever
-        # thread it is, and everybody waits.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     @property
     def _encoded_tokens_max(self) -> int:

@@ -79,6 +79,8 @@ class WorkerLink:
         self._is_flushing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_spoken = False
+        self._has_named = False
+        """Whether it has spoken since the last look at who is lost."""
         self._silent_s = 0.0
         self._is_asked = False
         self._looking: Timer | None = None
@@ -198,7 +200,7 @@ class WorkerLink:
         Raises:
             ServiceError: its lists do not fit together, so that nothing in it can be told apart.
         """
-        self._has_spoken = True
+        self._has_spoken = self._has_named = True
         if message.legs:
             self._take_tokens(message)
         for number in message.alive:
@@ -404,7 +406,14 @@ class WorkerLink:
                 leg.sink.unanswered()
 
     def _look_for_the_lost(self) -> None:
-        """Give up legs that the worker has ceased to name, and abort again those that it still names."""
+        """Give up legs that the worker has ceased to name, and abort again those that it still names.
+
+        A worker that says nothing at all is silent, which is another bound's business.
+        """
+        if not self._has_named:
+            self._look_for_the_lost_later()
+            return
+        self._has_named = False
         for leg in list(self._legs.values()):
             leg.missed_count = 0 if leg.is_named or not leg.is_started else leg.missed_count + 1
             if leg.missed_count >= 2:
@@ -415,6 +424,9 @@ class WorkerLink:
                 self._to_abort.append(leg.number)
                 self._flush_soon()
             leg.is_named = False
+        self._look_for_the_lost_later()
+
+    def _look_for_the_lost_later(self) -> None:
         self._naming = self._timers.after(NAMED_S, self._look_for_the_lost) if self._legs else None
 
 

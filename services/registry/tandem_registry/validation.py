@@ -36,6 +36,8 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
         raise InvalidRequest("worker.capabilities", "must be given")
     _check_model("worker.capabilities.model", message.capabilities.model)
     _check_bootstrap(message)
+    if message.HasField("leg_contract") and message.leg_contract < 1:
+        raise InvalidRequest("worker.leg_contract", f"must be 1 or more, not {message.leg_contract}")
     worker = worker_from_proto(message)
     if worker.capabilities_digest is not None and worker.capabilities_digest != capabilities_digest(
         worker.capabilities

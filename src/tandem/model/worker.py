@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from enum import Enum
+from operator import attrgetter
 from typing import ClassVar
 
 WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
@@ -76,6 +78,8 @@ PAIR_FIELDS = (
     "kv_layout",
     "transfer_backend",
 )
+ANY_PARALLELISM = "any"
+"""Stands for every tensor parallelism in a key: of workers with multi-head latent attention."""
 
 
 def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | None:
@@ -87,6 +91,25 @@ def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | Non
     if not same_parallelism and not (prefill.is_mla and decode.is_mla):
         return "tensor_parallel_size"
     return None
+
+
+pair_key: Callable[[Capabilities], tuple[object, ...]] = attrgetter(*PAIR_FIELDS)
+"""The values of `PAIR_FIELDS`."""
+
+
+def offered_keys(prefill: Capabilities) -> tuple[Hashable, ...]:
+    """Keys under which an index finds a prefill worker. It can hand over KV to exactly those decode workers that accept
+    one of them: the rule of `incompatible_field`, without a comparison of each pair.
+    """
+    alike = pair_key(prefill)
+    own = (alike, prefill.tensor_parallel_size, prefill.is_mla)
+    return (own, (alike, ANY_PARALLELISM)) if prefill.is_mla else (own,)
+
+
+def accepted_keys(decode: Capabilities) -> tuple[Hashable, Hashable]:
+    """Keys of the prefill workers that a decode worker can receive KV from; no worker offers both of them."""
+    alike, size = pair_key(decode), decode.tensor_parallel_size
+    return (alike, size, False), (alike, ANY_PARALLELISM) if decode.is_mla else (alike, size, True)
 
 
 Start = tuple[str, int]

@@ -106,7 +106,7 @@ def _server_context(tls: Tls, material: Material) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
-    # As gRPC does: who is named as trusted is trusted, whether or not somebody else has signed it.
+    # As gRPC does: a certificate among the CAs is trusted, whether or not it is signed by another one.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_TRUSTED_FIRST
     context.set_alpn_protocols(["h2"])
     try:

@@ -155,7 +155,7 @@ def _stream(
 
 
 def as_error(problem: Exception, method: str) -> TandemError:
-    """The error a client is told, without a way back to the request.
+    """The error that is sent to the client, without a way back to the request.
 
     gRPC keeps what `abort` raises in a cycle that waits for the garbage collector. Whatever can be reached from there
     waits too: of a client that is refused, all its megabytes, again and again.

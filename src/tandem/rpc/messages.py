@@ -124,7 +124,7 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
         state=STATE_BY_NUMBER[message.state],
         capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
         release=message.release,
-        leg_contract=present(message, "leg_contract", message.leg_contract) or 1,
+        leg_contract=message.leg_contract if message.HasField("leg_contract") else 1,
     )
 
 

@@ -1,4 +1,4 @@
-"""What both servers have in common: services by name, health, reflection, and the figures of the process.
+"""What both servers have in common: services by name, health, reflection, and what the process holds.
 
 Owns what is served and the health state. Who listens, and how calls come, is each server's own.
 """
@@ -35,7 +35,7 @@ AddServicer = Callable[[Any], None]
 
 
 class ServiceHost(abc.ABC):
-    """A server with health (NOT_SERVING until told otherwise), reflection and the figures of its process."""
+    """A server with health (NOT_SERVING until `set_serving`), reflection and ProcessService."""
 
     def __init__(self, registry: Any, guard: HandlerGuard, services: Sequence[tuple[str, AddServicer]]) -> None:
         """Handlers are added to `registry`, which is or looks like a grpc.aio.Server."""
@@ -80,7 +80,7 @@ class ServiceHost(abc.ABC):
         await self.serve()
 
     async def set_serving(self, serving: bool) -> None:
-        """Tell health checkers and watchers, for the process as a whole ("") and for each service."""
+        """Report to health checkers and watchers, for the process as a whole ("") and for each service."""
         for name in ["", *self._names]:
             await self._health.set(name, SERVING if serving else NOT_SERVING)
 

@@ -122,7 +122,7 @@ class WorkerHost:
         counts = LegFigures(self._courses).counts
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
-        streams = StepStreams(self._timers, self._legs.abort_stream)
+        streams = StepStreams(self._legs.abort_stream)
         server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
         for name, add in self._role_services(self._legs, streams, worker):
             server.add(name, add)

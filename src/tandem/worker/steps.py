@@ -20,7 +20,6 @@ from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.errors import ServiceError
 from tandem.model.generation import TokenLogprob
 from tandem.rpc.messages import logprob_to_proto
-from tandem.runtime.awake import AwakeTimers, Timer
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +34,10 @@ LOGPROB_TOKENS = 8
 class StepStream:
     """The stream to one frontend."""
 
-    def __init__(
-        self, stream_id: int, frontend_id: str, timers: AwakeTimers, on_overflow: Callable[[], object]
-    ) -> None:
+    def __init__(self, stream_id: int, frontend_id: str, on_overflow: Callable[[], object]) -> None:
         """`on_overflow` is called when the frontend has let too much gather; it must close the stream."""
         self.stream_id = stream_id
         self.frontend_id = frontend_id
-        self._timers = timers
         self._on_overflow = on_overflow
         self._message = StreamStepsResponse(stream_id=stream_id)
         self._has_message = True
@@ -54,7 +50,7 @@ class StepStream:
         """Legs that have been taken and have not ended, in the order of their starts."""
         self._spoken: set[int] = set()
         """Legs named since the last look at who is silent."""
-        self._timer: Timer | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
 
@@ -68,7 +64,7 @@ class StepStream:
         self._open[leg] = None
         self._spoken.add(leg)
         if self._timer is None:
-            self._timer = self._timers.after(ALIVE_S, self._name_the_silent)
+            self._name_later()
 
     def drop_leg(self, leg: int) -> None:
         """A leg was refused after all: it is not named any more."""
@@ -158,7 +154,14 @@ class StepStream:
             self._message.alive.extend(silent)
             self._has_message = True
             self._wake()
-        self._timer = self._timers.after(ALIVE_S, self._name_the_silent) if self._open else None
+        if self._open:
+            self._name_later()
+        else:
+            self._timer = None
+
+    def _name_later(self) -> None:
+        # On the real clock, unlike bounds on others' silence: a loop that lags must speak as soon as it can.
+        self._timer = asyncio.get_running_loop().call_later(ALIVE_S, self._name_the_silent)
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -173,9 +176,8 @@ class StepStream:
 class StepStreams:
     """The step streams of one worker, by their numbers."""
 
-    def __init__(self, timers: AwakeTimers, on_close: Callable[[StepStream], None]) -> None:
+    def __init__(self, on_close: Callable[[StepStream], None]) -> None:
         """`on_close` is told of a stream that has ended, from whichever side: its legs must end."""
-        self._timers = timers
         self._on_close = on_close
         self._by_id: dict[int, StepStream] = {}
         self._ids = itertools.count(1)
@@ -192,7 +194,7 @@ class StepStreams:
             self.close(stream)
             on_overflow()
 
-        stream = self._by_id[stream_id] = StepStream(stream_id, frontend_id, self._timers, overflow)
+        stream = self._by_id[stream_id] = StepStream(stream_id, frontend_id, overflow)
         return stream
 
     def get(self, stream_id: int) -> StepStream:

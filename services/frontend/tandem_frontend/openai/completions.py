@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -17,7 +18,7 @@ from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_l
 from tandem_frontend.openai.schemas import CompletionRequest
 from tandem_frontend.openai.translation import completion_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
-from tandem_frontend.validation import check_text, check_token_count, check_token_ids
+from tandem_frontend.validation import check_prompt_ids, check_text, check_token_count
 
 
 class Completions:
@@ -51,7 +52,7 @@ class Completions:
         answer = Answer(self._door.head(answer_id, "text_completion"), choices, UsageSum(wanted.choice_count))
         await self._door.run(requests, answer, caller, wanted, call)
 
-    async def _prompts(self, wanted: CompletionRequest) -> list[tuple[str, list[int]]]:
+    async def _prompts(self, wanted: CompletionRequest) -> list[tuple[str, Sequence[int]]]:
         """Text (where it will be echoed) and token ids of each prompt."""
         tokenizer = self._model.tokenizer
         given: list[Any] = wanted.prompt if isinstance(wanted.prompt, list) else [wanted.prompt]
@@ -61,7 +62,7 @@ class Completions:
             raise InvalidRequest("prompt", "must not be empty")
         if len(given) > self._door.choices_max:
             raise InvalidRequest("prompt", f"{len(given)} prompts are more than {self._door.choices_max}")
-        prompts: list[tuple[str, list[int]]] = []
+        prompts: list[tuple[str, Sequence[int]]] = []
         for prompt in given:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
@@ -72,7 +73,7 @@ class Completions:
                 prompts.append((prompt, await tokenizer.encode(prompt, add_special_tokens=True)))
             else:
                 check_token_count("prompt", len(prompt), tokenizer)
-                check_token_ids("prompt", prompt, tokenizer.vocabulary_size)
+                await check_prompt_ids("prompt", prompt, tokenizer.vocabulary_size)
                 prompts.append((await tokenizer.decode_all(prompt) if wanted.echo else "", prompt))
         return prompts
 

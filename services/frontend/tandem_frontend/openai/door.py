@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -76,6 +76,9 @@ class Door:
         self._generation = generation
         self._model = model
         self._workers = workers
+        self._view: tuple[Worker, ...] | None = None
+        """That of `_fingerprint`."""
+        self._fingerprint = ""
 
     def head(self, answer_id: str, kind: str) -> dict[str, Any]:
         """What every event of an answer begins with."""
@@ -88,13 +91,11 @@ class Door:
         }
 
     def fingerprint(self) -> str:
-        """Changes with the weights and with the engine's release."""
-        serving = sorted(
-            f"{worker.capabilities.model_digest} {worker.capabilities.engine} {worker.capabilities.engine_version}"
-            for worker in self._workers()
-            if worker.capabilities.model == self._model.name
-        )
-        return f"fp_{hashlib.sha256(serving[0].encode() if serving else b'').hexdigest()[:10]}"
+        """Changes with the weights and with the engine's release. Made once for each view."""
+        workers = self._workers()
+        if workers is not self._view:
+            self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
+        return self._fingerprint
 
     async def run(
         self,
@@ -136,6 +137,15 @@ class Door:
                 for number, request in enumerate(requests):
                     own = ChoiceAnswer(number, answer, entries, group)
                     group.create_task(self._generation.generate(request, caller, own), name=f"choice-{number}")
-        except BaseExceptionGroup as problems:
+        except ExceptionGroup as problems:
             # Each one's sentence says what failed; one of them is what the client is told.
             raise next((p for p in problems.exceptions if isinstance(p, TandemError)), problems.exceptions[0]) from None
+
+
+def _fingerprint(workers: Iterable[Worker], model: str) -> str:
+    serving = (
+        f"{worker.capabilities.model_digest} {worker.capabilities.engine} {worker.capabilities.engine_version}"
+        for worker in workers
+        if worker.capabilities.model == model
+    )
+    return f"fp_{hashlib.sha256(min(serving, default='').encode()).hexdigest()[:10]}"

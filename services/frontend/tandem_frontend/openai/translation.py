@@ -6,6 +6,7 @@ Checks only what the contract cannot know: parameters that exclude each other. A
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -59,7 +60,7 @@ def completion_request(wanted: CompletionRequest) -> pb.GenerateRequest:
     return request
 
 
-def for_choice(request: pb.GenerateRequest, token_ids: list[int], number: int) -> pb.GenerateRequest:
+def for_choice(request: pb.GenerateRequest, token_ids: Sequence[int], number: int) -> pb.GenerateRequest:
     """The request of one choice. With a seed, each choice of a prompt draws its own tokens, repeatably."""
     own = pb.GenerateRequest()
     own.CopyFrom(request)

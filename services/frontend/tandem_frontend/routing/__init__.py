@@ -1,4 +1,4 @@
 """The routing hop: which workers serve a request.
 
-`candidates` says what is possible, `routes` what is preferred, `random_choice` decides among equals.
+`pools` keeps what is possible, `routes` decides what is preferred, a `policy` chooses among equals.
 """

@@ -1,25 +1,37 @@
 """Who serves an attempt: the registry's view, what has been tried, and the policy come together here.
 
-Owns the order in which routes are preferred. What is possible at all is `candidates`, the choice among equals
-`random_choice`.
+Owns the order in which routes are preferred. What is possible at all is `pools`', the choice among equals the policy's.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
-from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
+from tandem.errors import ContextExceeded
 from tandem.model.worker import Start, Worker
 from tandem_frontend.models import ServedModel
 from tandem_frontend.routing.breakers import Breakers
-from tandem_frontend.routing.candidates import Candidate, Pick, Route, able_to_hold, candidates, without
-from tandem_frontend.routing.random_choice import POLICY, choose
+from tandem_frontend.routing.candidates import Pick, Route
+from tandem_frontend.routing.policy import Policy
+from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY
+from tandem_frontend.routing.pools import Pools, Selection
+from tandem_frontend.routing.random_policy import RandomPolicy
 from tandem_frontend.routing.refusals import Refusals
 
 NAMED_MAX = 8
-"""Candidates of a role that are told by name."""
+"""Candidates of a role that a trace names."""
+AVOIDED = ((UNHEALTHY, "unhealthy"), (FAILING, "failing"), (REFUSED, "refused"))
+"""Marks in the order in which they are avoided, with their names in a trace; `tried` comes after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Preferred:
+    """What a policy chooses from, and how a trace describes it."""
+
+    selection: Selection
+    pick: Pick
 
 
 class Routes:
@@ -33,14 +45,28 @@ class Routes:
         refusals: Refusals,
         breakers: Breakers,
         rng: random.Random,
+        policy: Policy | None = None,
     ) -> None:
-        """`workers` tells the present view of the registry, `unhealthy` who of them is better left alone."""
-        self._model = model
+        """`workers` returns the present view of the registry, `unhealthy` those of them that are better avoided.
+
+        Both are called for each choice and cost nothing then where they return the same object as before. Without a
+        `policy` workers are drawn by `rng`.
+        """
         self._workers = workers
         self._unhealthy = unhealthy
         self._refusals = refusals
         self._breakers = breakers
-        self._rng = rng
+        self._policy: Policy = policy or RandomPolicy(rng)
+        self._pools = Pools(model.name, model.tokenizer.digest)
+        self._view: tuple[Worker, ...] = ()
+        self._version = self._pools.version
+        self._first: dict[int, _Preferred] = {}
+        """For first attempts, by the rank of the prompt; as of `_version`."""
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        """Take another view at once; else the next choice would have to."""
+        self._view = workers
+        self._pools.follow(workers)
 
     def first(self, prompt_tokens: int) -> Route:
         """The route of a request's first attempt.
@@ -48,7 +74,14 @@ class Routes:
         Raises:
             NoWorkers, IncompatibleWorkers, ContextExceeded
         """
-        return self._preferred(self._possible(prompt_tokens), ())
+        self._refresh()
+        rank = self._pools.rank(prompt_tokens)
+        preferred = self._first.get(rank)
+        if preferred is None:
+            if len(self._first) >= KEPT_MAX:
+                self._first.clear()
+            preferred = self._first[rank] = self._prefer(self._possible(prompt_tokens), ())
+        return self._choose(preferred)
 
     def next(self, prompt_tokens: int, tried: Collection[Start], refused: Collection[Start]) -> Route | None:
         """The route of another attempt; None when there is none without a worker that refused the request.
@@ -58,37 +91,64 @@ class Routes:
             tried: all workers of the attempts before; others are preferred.
             refused: those among them that did not take their leg.
         """
-        try:
-            possible = self._possible(prompt_tokens)
-        except (NoWorkers, IncompatibleWorkers, ContextExceeded):
-            return None
-        left = without(possible, refused)
-        return self._preferred(left, tried) if left else None
+        self._refresh()
+        possible = self._pools.selection(prompt_tokens).without(refused)
+        return self._choose(self._prefer(possible, tried)) if possible.routes_count else None
 
-    def _possible(self, prompt_tokens: int) -> tuple[Candidate, ...]:
-        possible = candidates(self._workers(), self._model.name, self._model.tokenizer.digest)
-        return able_to_hold(possible, prompt_tokens)
+    def _refresh(self) -> None:
+        """Bring the pools up to date. Nothing in here looks at all workers unless something has changed."""
+        workers = self._workers()
+        if workers is not self._view:
+            self.follow(workers)
+        pools = self._pools
+        pools.mark(UNHEALTHY, self._unhealthy())
+        pools.mark(FAILING, self._breakers.left_out())
+        pools.mark(REFUSED, self._refusals.recent())
+        if pools.version != self._version:
+            self._version = pools.version
+            self._first.clear()
 
-    def _preferred(self, possible: Sequence[Candidate], tried: Collection[Start]) -> Route:
-        every, left_out = possible, list[str]()
-        avoiding = {
-            "unhealthy": self._unhealthy(),
-            "failing": self._breakers.left_out(),
-            "refused": self._refusals.recent(),
-            "tried": tried,
-        }
-        for name, avoided in avoiding.items():
-            if avoided:
-                before, possible = possible, without(possible, avoided) or possible
-                left_out += [name] if possible != before else []
-        route = choose(possible, self._rng)
-        return replace(route, pick=_pick(every, possible, left_out))
+    def _possible(self, prompt_tokens: int) -> Selection:
+        possible = self._pools.selection(prompt_tokens)
+        if possible.routes_count:
+            return possible
+        limit = self._pools.context_tokens_max()
+        if limit is None:
+            raise self._pools.why_none()
+        raise ContextExceeded(
+            "token_ids", f"{prompt_tokens} tokens leave no room in the {limit} that the engines take now", limit=limit
+        )
+
+    def _prefer(self, every: Selection, tried: Collection[Start]) -> _Preferred:
+        """Avoid what is better avoided, one kind after the other, as long as something is left."""
+        left, left_out = every, list[str]()
+        for mark, name in AVOIDED:
+            if self._pools.has_marked(mark):
+                left = _narrowed(left, left.avoiding(mark), name, left_out)
+        if tried:
+            left = _narrowed(left, left.without(tried), "tried", left_out)
+        return _Preferred(left, _pick(every, left, left_out, self._policy.name))
+
+    def _choose(self, preferred: _Preferred) -> Route:
+        selection = preferred.selection
+        stream = self._policy.choose(selection.streams)
+        prefills = selection.prefills(stream)
+        prefill = None if prefills is None else self._policy.choose(prefills)
+        return Route(decode=stream, prefill=prefill, pick=preferred.pick)
 
 
-def _pick(every: Sequence[Candidate], left: Sequence[Candidate], left_out: Sequence[str]) -> Pick:
-    """What can be told of a choice; bounded, because a fleet has a million pairs."""
-    count, left_count = (sum(len(candidate.prefills) or 1 for candidate in some) for some in (every, left))
-    names = [candidate.decode.worker_id for candidate in every[:NAMED_MAX]]
-    names += [prefill.worker_id for prefill in every[0].prefills[:NAMED_MAX]]
+def _narrowed(left: Selection, narrower: Selection, name: str, left_out: list[str]) -> Selection:
+    """The narrower selection unless it is empty; its name is noted where it leaves something out."""
+    if not narrower.routes_count or narrower.routes_count == left.routes_count:
+        return left
+    left_out.append(name)
+    return narrower
+
+
+def _pick(every: Selection, left: Selection, left_out: list[str], policy: str) -> Pick:
+    """What a trace says of a choice; bounded, because a fleet has a million pairs."""
+    count, left_count = every.routes_count, left.routes_count
     without_them = f", without {' and '.join(left_out)} ones" if left_out else ""
-    return Pick(count, " ".join(names), POLICY, f"{POLICY} among {left_count} of {count}{without_them}")
+    return Pick(
+        count, " ".join(every.names(NAMED_MAX)), policy, f"{policy} among {left_count} of {count}{without_them}"
+    )

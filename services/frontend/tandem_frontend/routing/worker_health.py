@@ -44,12 +44,16 @@ class WorkerHealth:
         """Whose stream of health ended, or who said that it does not serve."""
         self._silent: dict[Start, asyncio.Task[None]] = {}
         """Who did not answer a question, with who asks it again until it does."""
+        self._unhealthy: frozenset[Start] | None = frozenset()
+        """Those of both; None: they have changed since."""
         self._changed = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
 
     def unhealthy(self) -> frozenset[Start]:
-        """Those to be avoided now."""
-        return frozenset(self._down.union(self._silent))
+        """Those to be avoided now; the same object until one comes or goes."""
+        if self._unhealthy is None:
+            self._unhealthy = frozenset(self._down.union(self._silent))
+        return self._unhealthy
 
     async def start(self) -> None:
         """Begin to ask."""
@@ -106,6 +110,7 @@ class WorkerHealth:
         _, task = self._followed.pop(start)
         task.cancel()
         self._down.discard(start)
+        self._unhealthy = None
         self._on.pop(start, None)
         asking = self._silent.pop(start, None)
         if asking is not None:
@@ -154,9 +159,11 @@ class WorkerHealth:
         if not problem and worker.start in self._down:
             log.info("worker %s serves again", worker.worker_id)
             self._down.discard(worker.start)
+            self._unhealthy = None
         elif problem and worker.start not in self._down:
             log.warning("worker %s does not serve: %s", worker.worker_id, problem)
             self._down.add(worker.start)
+            self._unhealthy = None
 
     def _note_silent(self, worker: Worker) -> None:
         if worker.start in self._followed and worker.start not in self._silent:
@@ -166,6 +173,7 @@ class WorkerHealth:
                 self._ask_until_it_answers(worker), name=f"silent-{worker.worker_id}", context=contextvars.Context()
             )
             self._silent[worker.start] = asking
+            self._unhealthy = None
 
     async def _ask_until_it_answers(self, worker: Worker) -> None:
         while True:
@@ -173,6 +181,7 @@ class WorkerHealth:
             if await self.answers(worker):
                 log.info("worker %s answers again", worker.worker_id)
                 del self._silent[worker.start]
+                self._unhealthy = None
                 return
 
     async def _ask_all(self) -> None:

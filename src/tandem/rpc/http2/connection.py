@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         self._peer = Peer(self._transport)
         self._sender = Sender(self._state, self._transport, self.give_up)
         self._streams = Streams(self._server, self._state, self._sender, self._peer, self._close_if_done)
-        self._keepalive = Keepalive(self._ping, self.give_up, self._streams.end_silent)
+        self._keepalive = Keepalive(self._ping, self._lose, self._streams.end_silent)
         self._server.joined(self)
         if not self._peer.speaks_http2:
             self.give_up("it does not speak HTTP/2")
@@ -92,8 +92,9 @@ class Connection(asyncio.Protocol):
             if len(data) <= PIECE_BYTES:
                 self._receive(data)
             else:
+                view = memoryview(data)
                 for begin in range(0, len(data), PIECE_BYTES):
-                    self._receive(data[begin : begin + PIECE_BYTES])
+                    self._receive(view[begin : begin + PIECE_BYTES])
         except ProtocolError as problem:
             # h2 has written its GOAWAY, unless this was no HTTP/2 from its first byte.
             self._sender.take_from_state()
@@ -111,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._sender.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Whoever still waited for an answer is gone."""
+        """The client is gone; its calls are cancelled."""
         if self._closing is not None:
             self._closing.cancel()
         self._end()
@@ -129,6 +130,16 @@ class Connection(asyncio.Protocol):
         """Whether it takes no more calls."""
         return self._is_leaving
 
+    @property
+    def was_used(self) -> bool:
+        """Whether it has ever carried a call."""
+        return self._state.highest_inbound_stream_id > 0
+
+    @property
+    def heard_s(self) -> float:
+        """When the peer last sent anything, in the loop's time."""
+        return self._keepalive.heard_s
+
     def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """Take no more calls; close when those that are open have ended."""
         if self._is_leaving or self._is_closed:
@@ -143,13 +154,23 @@ class Connection(asyncio.Protocol):
         self._streams.cut_all(code, details)
 
     def give_up(self, why: str, error_code: ErrorCodes | None = ErrorCodes.ENHANCE_YOUR_CALM) -> None:
-        """Close it at once; calls that run are cancelled. The peer is told as far as its socket takes it."""
+        """Close it at once; calls that run are cancelled. GOAWAY is sent as far as the socket takes it."""
         if self._is_closed:
             return
-        log.info("closed a connection from %s: %s", self._peer.address, why)
+        # Without a handshake this is no client of ours: a port scanner, a browser.
+        log.log(
+            logging.INFO if self._is_greeted else logging.DEBUG,
+            "closed a connection from %s: %s",
+            self._peer.address,
+            why,
+        )
         if error_code is not None and self._is_greeted and not self._is_leaving:
             self._sender.write(goaway_frame(self._state.highest_inbound_stream_id, error_code, why.encode()))
         self._close()
+
+    def _lose(self, why: str) -> None:
+        """The peer does not answer; a GOAWAY would not reach it."""
+        self.give_up(why, None)
 
     def abort(self) -> None:
         """Close it without another word."""
@@ -158,7 +179,7 @@ class Connection(asyncio.Protocol):
 
     # What the peer does.
 
-    def _receive(self, data: bytes) -> None:
+    def _receive(self, data: bytes | memoryview) -> None:
         if self._is_closed:
             return
         found = self._state.receive_data(data)

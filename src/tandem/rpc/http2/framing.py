@@ -5,7 +5,7 @@ window and every state. What is written here by hand, and why that is correct:
 
 - DATA: nine bytes before a message. h2's windows are read before and lowered after; DATA changes no state.
 - Header blocks: literal fields that the peer's table does not remember, so a block means the same whatever was sent
-  before. h2's encoder is asked first whether it has to tell the peer of another table size.
+  before. h2's encoder is asked first whether it has to announce another table size.
 - GOAWAY: with h2's own, nothing could be sent any more; calls that run may end.
 """
 
@@ -92,7 +92,7 @@ class Http2State(H2Connection):
         self.decoder.max_header_list_size = limits.HEADER_BLOCK_BYTES_MAX
 
     def begin(self) -> None:
-        """Say hello: settings, and the window of the connection."""
+        """Announce settings, and open the window of the connection."""
         self.initiate_connection()
         self.increment_flow_control_window(limits.CONNECTION_WINDOW_BYTES - self.inbound_flow_control_window)
 

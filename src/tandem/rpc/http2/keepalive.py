@@ -30,7 +30,7 @@ class Keepalive:
         self._timer = self._loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self._no_handshake)
 
     def begin(self) -> None:
-        """The peer has said hello."""
+        """The handshake is over."""
         self._timer.cancel()
         self._timer = self._loop.call_later(limits.PING_AFTER_S, self._look)
 
@@ -39,7 +39,7 @@ class Keepalive:
         self._timer.cancel()
 
     def _no_handshake(self) -> None:
-        self._give_up(f"it said no hello within {limits.HANDSHAKE_TIMEOUT_S:g} s")
+        self._give_up(f"its handshake was not over within {limits.HANDSHAKE_TIMEOUT_S:g} s")
 
     def _look(self) -> None:
         self._tick()

@@ -36,7 +36,7 @@ HEADER_BLOCK_BYTES_MAX = 256 * 2**10
 """Of one header block, packed or unpacked. More ends the connection, because its compression state is lost; what is
 larger than `tandem.rpc.service_host.HEADERS_BYTES_MAX` ends its own call only."""
 PEER_SETTINGS_MAX = 64
-"""h2 remembers every setting it is told, known or not."""
+"""h2 keeps every setting of a peer, known or not."""
 CLOSED_STREAMS_KEPT = 4_096
 """Of which a late frame is an error of its stream, not of the connection."""
 QUEUED_REQUESTS_MAX = 10_000

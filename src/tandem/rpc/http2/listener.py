@@ -1,6 +1,6 @@
 """A listening socket, and the connections that come to it.
 
-Owns the socket from `bind` on: the kernel lets clients wait there until somebody accepts them. What becomes of a
+Owns the socket from `bind` on: the kernel lets clients wait there until they are accepted. What becomes of a
 connection is the server's business.
 """
 
@@ -21,7 +21,7 @@ WAITING_MAX = 1_024
 TURN_COUNT = 64
 """Accepted in one turn of the loop."""
 PAUSE_S = 0.5
-"""How long a process that can open no more files accepts nobody."""
+"""How long a process that can open no more files accepts no connection."""
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -52,12 +52,13 @@ class Listener:
         except OSError:
             listening.close()
             raise
+        self._take: Callable[[socket.socket], None]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._is_paused = False
 
     def begin(self, take: Callable[[socket.socket], None]) -> None:
-        """Accept whoever comes."""
+        """Accept connections and hand each to `take`."""
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._accept)
@@ -75,7 +76,7 @@ class Listener:
             self._loop.add_reader(self._socket, self._accept)
 
     def close(self) -> None:
-        """Accept nobody any more. May be called twice."""
+        """Accept no more connections. May be called twice."""
         if self._pause is not None:
             self._pause.cancel()
         if self._loop is not None:

@@ -4,7 +4,7 @@ Owns the order of frames, each stream's unsent bytes, and the bound on what a pe
 What may leave is decided by h2's windows and by the socket.
 
 A message takes one concatenation and one append here; no task, future or timer. One that does not fit is kept with its
-stream, and whoever wrote it looks at `writable`.
+stream; its handler looks at `writable` before it sends more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Sender:
     """The way out of one connection."""
 
     def __init__(self, state: Http2State, transport: asyncio.Transport, on_overrun: Callable[[str], None]) -> None:
-        """`on_overrun` is told why when a peer leaves too much unread that no window holds back."""
+        """`on_overrun` is called with the reason when a peer leaves too much unread that no window holds back."""
         self.state = state
         self.frame_bytes_max = 0
         self.frame_count = 0
@@ -44,7 +44,7 @@ class Sender:
         self._ready: dict[Outgoing, None] = {}
         """Streams with unsent bytes and room in their own window, in turn."""
         self._freed: list[Outgoing] = []
-        """Streams that have become writable and have not been told."""
+        """Streams that have become writable and are to be notified."""
         self.follow_settings()
 
     def follow_settings(self) -> None:
@@ -127,10 +127,10 @@ class Sender:
         if self._freed:
             freed, self._freed = self._freed, []
             for stream in freed:
-                stream.tell_writable()
+                stream.notify_writable()
 
-    def note_writable(self, stream: Outgoing) -> None:
-        """It is told once everything that can leave has left."""
+    def mark_writable(self, stream: Outgoing) -> None:
+        """Notify it once everything that can leave has left."""
         self._freed.append(stream)
 
 
@@ -224,7 +224,7 @@ class Outgoing:
         sender.write(FRAME.pack(size >> 8, size & 0xFF, DATA, 0, stream.stream_id) + data)
         if self._is_full and self.writable:
             self._is_full = False
-            sender.note_writable(self)
+            sender.mark_writable(self)
         if self.unsent_bytes:
             return stream.outbound_flow_control_window > 0
         self._messages = None
@@ -249,7 +249,7 @@ class Outgoing:
                 self._offset = 0
         return b"".join(pieces)
 
-    def tell_writable(self) -> None:
-        """Call back, where there is still something to tell."""
+    def notify_writable(self) -> None:
+        """Call back, if it still is writable."""
         if self.on_writable is not None and self.writable:
             self.on_writable()

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 CANCELLED_TIMEOUT_S = 10.0
 """Most time for handlers that were cancelled to come to their end."""
-TELL_FULL_EVERY_S = 10.0
-FAREWELL_TIMEOUT_S = 1.0
-"""Most time for the last words to clients."""
+LOG_FULL_EVERY_S = 10.0
+FLUSH_TIMEOUT_S = 1.0
+"""Most time for the last bytes of all connections to leave."""
 
 
 class Http2RpcServer(ServiceHost):
@@ -62,11 +62,11 @@ class Http2RpcServer(ServiceHost):
         self._tls = tls
         self._contexts: ServerContexts | None = None
         self._listener: Listener | None = None
-        self._welcoming: dict[asyncio.Task[None], socket.socket] = {}
+        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
         """Connections whose handshake is not over, the oldest first."""
         self._connections: dict[Connection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._tell_full_after_s = 0.0
+        self._log_full_after_s = 0.0
         self.is_stopping = False
         self.on_connection_end: Callable[[], None] = lambda: None
         """Called when there is one connection less."""
@@ -95,14 +95,14 @@ class Http2RpcServer(ServiceHost):
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         context = None if self._contexts is None else self._contexts.current()
-        task = asyncio.get_running_loop().create_task(self._welcome(connection, context))
-        self._welcoming[task] = connection
-        task.add_done_callback(self._welcomed)
+        task = asyncio.get_running_loop().create_task(self._handshake(connection, context))
+        self._handshakes[task] = connection
+        task.add_done_callback(self._handshake_done)
 
     @property
     def connection_count(self) -> int:
         """Connections that are open, those whose handshake is not over among them."""
-        return len(self._connections) + len(self._welcoming)
+        return len(self._connections) + len(self._handshakes)
 
     @property
     def open_call_count(self) -> int:
@@ -140,7 +140,7 @@ class Http2RpcServer(ServiceHost):
         if self._listener is not None:
             self._listener.begin(self.serve_socket)
 
-    async def _welcome(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
+    async def _handshake(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
         timeouts = {}
         if context is not None:
             timeouts = {
@@ -156,11 +156,11 @@ class Http2RpcServer(ServiceHost):
             log.debug("a connection failed before it could be used: %s", problem)
             connection.close()
 
-    def _welcomed(self, task: asyncio.Task[None]) -> None:
-        connection = self._welcoming.pop(task)
+    def _handshake_done(self, task: asyncio.Task[None]) -> None:
+        connection = self._handshakes.pop(task)
         self._changed.set()
         if task.cancelled():
-            # It may never have begun, and so nobody else has the socket.
+            # It may have been cancelled before it began: no transport owns the socket then.
             connection.close()
         elif task.exception() is not None:
             log.error("defect in the handshake of a connection", exc_info=task.exception())
@@ -169,23 +169,34 @@ class Http2RpcServer(ServiceHost):
 
     def _has_room(self) -> bool:
         """Whether one more may come; for it, who only waits has to go."""
-        if len(self._connections) + len(self._welcoming) < self._connections_max:
+        if len(self._connections) + len(self._handshakes) < self._connections_max:
             return True
         if self._end_handshake():
             return True
-        for connection in self._connections:
-            if not connection.call_count:
-                del self._connections[connection]
-                connection.leave()
-                return True
-        self._tell_full()
+        connection = self._least_needed()
+        if connection is not None:
+            del self._connections[connection]
+            connection.leave()
+            return True
+        self._log_full()
         return False
 
-    def _tell_full(self) -> None:
-        """Not for each that is refused: somebody may want to fill the log."""
+    def _least_needed(self) -> Connection | None:
+        """A connection without a call: the oldest that has never had one, else the one that has been silent longest.
+
+        Not the latter while there are handshakes: of many that come at once, the next turn has some without a call.
+        """
+        idle = [connection for connection in self._connections if not connection.call_count]
+        unused = next((connection for connection in idle if not connection.was_used), None)
+        if unused is not None or self._handshakes:
+            return unused
+        return min(idle, key=lambda connection: connection.heard_s, default=None)
+
+    def _log_full(self) -> None:
+        """At most one line each 10 s: connections that are refused must not fill the log."""
         now_s = asyncio.get_running_loop().time()
-        if now_s >= self._tell_full_after_s:
-            self._tell_full_after_s = now_s + TELL_FULL_EVERY_S
+        if now_s >= self._log_full_after_s:
+            self._log_full_after_s = now_s + LOG_FULL_EVERY_S
             log.warning("refused a connection: %d are open", len(self._connections))
 
     def _end_handshake(self) -> bool:
@@ -194,7 +205,7 @@ class Http2RpcServer(ServiceHost):
         Without TLS there is none: such a connection is there a turn later, and uvloop forgets it if its task is
         cancelled in between.
         """
-        for task in self._welcoming if self._contexts is not None else ():
+        for task in self._handshakes if self._contexts is not None else ():
             if not task.cancelling():
                 task.cancel()
                 return True
@@ -247,16 +258,16 @@ class Http2RpcServer(ServiceHost):
             _, left = await asyncio.wait(self._tasks, timeout=CANCELLED_TIMEOUT_S)
             if left:
                 log.error("%d handlers have not ended within %g s", len(left), CANCELLED_TIMEOUT_S)
-        await self._wait_gone(FAREWELL_TIMEOUT_S)
+        await self._wait_gone(FLUSH_TIMEOUT_S)
         for connection in list(self._connections):
             connection.abort()
-        await self._wait_gone(FAREWELL_TIMEOUT_S)
+        await self._wait_gone(FLUSH_TIMEOUT_S)
 
     async def _wait_gone(self, timeout_s: float) -> None:
         """Return when all connections and calls have ended, at the latest after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._connections or self._tasks or self._welcoming:
+                while self._connections or self._tasks or self._handshakes:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:

@@ -52,7 +52,7 @@ class Shared(Protocol):
 
 
 class Streams:
-    """Of one connection; what its calls see of it (`tandem.rpc.http2.call.Carrier`)."""
+    """Of one connection; what its calls see of it (`tandem.rpc.http2.call_context.Carrier`)."""
 
     def __init__(
         self, shared: Shared, state: Http2State, sender: Sender, peer: Peer, on_end: Callable[[], None]

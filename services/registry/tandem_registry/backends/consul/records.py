@@ -114,7 +114,7 @@ def meta(record: Record) -> dict[str, str]:
 
 def _worker_meta(worker: Worker) -> dict[str, str]:
     written = {name: capability_text(getattr(worker.capabilities, name)) for name in field_names()}
-    written["role"] = worker.role.value
+    written |= {"role": worker.role.value, "leg_contract": str(worker.leg_contract)}
     if worker.capabilities_digest is not None:
         written["capabilities_digest"] = worker.capabilities_digest
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
@@ -180,6 +180,8 @@ def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:
     return Worker(
         worker_id=written["id"],
         role=WorkerRole(written["role"]),
+        # Written since leg contract 2; the entries of before are of workers that speak the first one.
+        leg_contract=int(written.get("leg_contract", "1")),
         capabilities=capabilities,
         capabilities_digest=digest,
         bootstrap_host=written.get("bootstrap_host"),

@@ -43,7 +43,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_NO_WORKERS: _ErrorReason.ValueType  # 8
     """No live worker of a needed role. Metadata: role. Comes with RetryInfo. UNAVAILABLE."""
     ERROR_REASON_INCOMPATIBLE_WORKERS: _ErrorReason.ValueType  # 9
-    """Live workers differ so that no two can exchange KV. Metadata: field, prefill, decode. FAILED_PRECONDITION."""
+    """Live workers differ so that no two can exchange KV (metadata: field, prefill, decode), or those left speak another
+    leg contract than the frontend (metadata: field, worker). FAILED_PRECONDITION.
+    """
     ERROR_REASON_LEG_FAILED: _ErrorReason.ValueType  # 10
     """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 11
@@ -101,7 +103,9 @@ ERROR_REASON_NOT_SUPPORTED: ErrorReason.ValueType  # 7
 ERROR_REASON_NO_WORKERS: ErrorReason.ValueType  # 8
 """No live worker of a needed role. Metadata: role. Comes with RetryInfo. UNAVAILABLE."""
 ERROR_REASON_INCOMPATIBLE_WORKERS: ErrorReason.ValueType  # 9
-"""Live workers differ so that no two can exchange KV. Metadata: field, prefill, decode. FAILED_PRECONDITION."""
+"""Live workers differ so that no two can exchange KV (metadata: field, prefill, decode), or those left speak another
+leg contract than the frontend (metadata: field, worker). FAILED_PRECONDITION.
+"""
 ERROR_REASON_LEG_FAILED: ErrorReason.ValueType  # 10
 """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 11

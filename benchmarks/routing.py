@@ -1,0 +1,284 @@
+"""What the choice of workers costs a frontend, and what of it grows with the fleet: `python -m benchmarks.routing`
+
+One choice after the other in one process: first attempts, further attempts, and first attempts each after a change of
+one worker's marks. Then what a change of the view costs, what admission asks for each request, and memory.
+`--every-pair` compares all pairs for some choices, as frontends did before there were pools, in the same run. Processor
+time of the thread, so that what else runs on the machine disturbs little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+from tandem_frontend.capacity import Capacity
+from tandem_frontend.models import ServedModel
+from tandem_frontend.routing.breakers import MOMENT_S, STRIKES_MAX, Breakers
+from tandem_frontend.routing.refusals import Refusals
+from tandem_frontend.routing.routes import Routes
+
+from tandem.model.worker import (
+    LEG_CONTRACT,
+    Capabilities,
+    EngineLoad,
+    Start,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    incompatible_field,
+)
+from tandem.runtime.clock import ManualClock
+
+SIZES = (8, 64, 512, 1_000)
+CLASSES = 50
+CHOICES = 20_000
+WARM = 200
+PROMPT_TOKENS = 200
+UNHEALTHY_SHARE, FAILING_SHARE = 0.10, 0.05
+CAPABILITIES = Capabilities(
+    engine="sglang",
+    engine_version="0.5.23",
+    model="m",
+    model_digest="a" * 64,
+    tokenizer_digest="b" * 64,
+    context_tokens_max=32_768,
+    kv_capacity_tokens=400_000,
+    running_requests_max=256,
+    vocabulary_size=128_000,
+    eos_token_ids=(2,),
+    page_size_tokens=64,
+    kv_dtype="bfloat16",
+    kv_layout="mha:32x8x128",
+    kv_bytes_per_token=131_072,
+    transfer_backend="nixl",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A kind of fleet."""
+
+    name: str
+    classes: int = 1
+    """That do not fit together; each has workers of both roles."""
+    contexts: int = 1
+    """Different ones, as where engines have different amounts of memory."""
+    is_unwell: bool = False
+
+
+FLEETS = (
+    Fleet("all alike"),
+    Fleet("10 % unhealthy, 5 % failing", is_unwell=True),
+    Fleet(f"{CLASSES} classes", CLASSES),
+    Fleet(f"{CLASSES} classes, unwell, own contexts", CLASSES, 500, is_unwell=True),
+)
+
+
+def workers_of(size: int, fleet: Fleet) -> tuple[Worker, ...]:
+    """Half of them prefill, half decode."""
+    return tuple(_worker(number, fleet) for number in range(size))
+
+
+def _worker(number: int, fleet: Fleet) -> Worker:
+    pair, role = number // 2, (WorkerRole.PREFILL, WorkerRole.DECODE)[number % 2]
+    context_tokens_max = CAPABILITIES.context_tokens_max + pair % fleet.contexts
+    version = f"0.5.{pair % fleet.classes}"
+    return Worker(
+        worker_id=f"{role.value}-{pair:04}",
+        epoch=1_700_000_000_000 + number,
+        role=role,
+        address=f"10.0.{number // 250}.{number % 250}:30000",
+        capabilities=replace(CAPABILITIES, engine_version=version, context_tokens_max=context_tokens_max),
+        leg_contract=LEG_CONTRACT,
+    )
+
+
+class Router:
+    """The parts that a choice asks, over one fleet."""
+
+    def __init__(self, workers: tuple[Worker, ...], *, is_unwell: bool = False) -> None:
+        self.workers = workers
+        self.unhealthy = frozenset[Start]()
+        self._clock = ManualClock(100.0)
+        self.breakers = Breakers(self._clock, random.Random(1), lambda: self.unhealthy)
+        self.refusals = Refusals(self._clock)
+        model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
+        self.routes = Routes(
+            model, lambda: self.workers, lambda: self.unhealthy, self.refusals, self.breakers, random.SystemRandom()
+        )
+        self.follow(workers)
+        if is_unwell:
+            self._make_unwell()
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        """Another view, as the frontend takes it."""
+        self.workers = workers
+        self.breakers.follow(workers)
+        self.routes.follow(workers)
+
+    def _make_unwell(self) -> None:
+        shuffled = random.Random(2).sample(self.workers, len(self.workers))
+        unhealthy = max(1, round(len(shuffled) * UNHEALTHY_SHARE))
+        failing = shuffled[unhealthy : unhealthy + max(1, round(len(shuffled) * FAILING_SHARE))]
+        # One after the other: what strikes many at one moment is the fault of none.
+        for bad in failing:
+            for _ in range(STRIKES_MAX):
+                self.breakers.failed(bad, self.breakers.sent([bad]))
+                self._clock.advance(1.1 * MOMENT_S)
+                self.breakers.left_out()
+                for worker in self.workers:
+                    if worker not in failing:
+                        self.breakers.succeeded(worker, self._clock())
+        # Their probes are on the way, so that they stay left out.
+        self._clock.advance(20.0)
+        self.breakers.sent(failing)
+        self.unhealthy = frozenset(worker.start for worker in shuffled[:unhealthy])
+
+
+def choices(router: Router) -> dict[str, Callable[[], object]]:
+    """The kinds of choices that are timed."""
+    routes, rng = router.routes, random.Random(3)
+    tried = [frozenset(worker.start for worker in routes.first(PROMPT_TOKENS).workers) for _ in range(64)]
+
+    def first() -> object:
+        return routes.first(PROMPT_TOKENS)
+
+    def again() -> object:
+        starts = tried[rng.randrange(64)]
+        return routes.next(PROMPT_TOKENS, starts, starts)
+
+    def changed() -> object:
+        known = {worker.start for worker in rng.sample(router.workers, 3)}
+        router.unhealthy = base ^ known
+        return routes.first(PROMPT_TOKENS)
+
+    base = router.unhealthy
+    return {"first": first, "again": again, "changed": changed}
+
+
+def every_pair(workers: Sequence[Worker]) -> Callable[[], object]:
+    """A choice as it was made before there were pools, as far as pairs are concerned."""
+
+    def choose() -> object:
+        prefills = [worker for worker in workers if worker.role is WorkerRole.PREFILL]
+        found = []
+        for decode in (worker for worker in workers if worker.role is WorkerRole.DECODE):
+            fitting = [p for p in prefills if incompatible_field(p.capabilities, decode.capabilities) is None]
+            if fitting:
+                found.append((decode, fitting))
+        decode, fitting = random.choice(found)
+        return decode, random.choice(fitting)
+
+    return choose
+
+
+def microseconds(act: Callable[[], object], count: int = CHOICES) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    for _ in range(min(WARM, count)):
+        act()
+    taken = []
+    gc.collect()
+    for _ in range(count):
+        begin_ns = time.thread_time_ns()
+        act()
+        taken.append(time.thread_time_ns() - begin_ns)
+    return statistics.median(taken) / 1e3, statistics.quantiles(taken, n=100)[98] / 1e3
+
+
+def view_change(size: int) -> tuple[float, float]:
+    """One worker begins to drain or serves again: all that the frontend keeps of the view."""
+    router, room = Router(workers_of(size, FLEETS[2])), Capacity("m")
+    views = []
+    for number in range(64):
+        workers = list(router.workers)
+        at = (number * 7) % size
+        workers[at] = replace(workers[at], state=WorkerState.DRAINING)
+        views += [tuple(workers), router.workers]
+    turns = iter(range(10**9))
+
+    def change() -> None:
+        view = views[next(turns) % len(views)]
+        router.follow(view)
+        room.follow(view)
+
+    return microseconds(change, 2_000)
+
+
+def capacity(size: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Whether one more request fits, and what a worker's word of its load costs."""
+    workers, room, rng = workers_of(size, FLEETS[0]), Capacity("m"), random.Random(4)
+    room.follow(workers)
+    loads = [EngineLoad(running_requests=n, waiting_requests=0, kv_used_tokens=1_000 * n) for n in range(100)]
+
+    def note() -> None:
+        room.note(workers[rng.randrange(size)].start, loads[rng.randrange(100)])
+
+    said = microseconds(note)
+    return microseconds(lambda: room.fits(10, 10_000, room.counted(PROMPT_TOKENS, 128))), said
+
+
+def memory_kib(size: int) -> float:
+    """What a frontend keeps of a fleet to choose from it, without the view itself."""
+    workers = workers_of(size, FLEETS[-1])
+    gc.collect()
+    tracemalloc.start()
+    router, room = Router(workers), Capacity("m")
+    room.follow(workers)
+    router.routes.first(PROMPT_TOKENS)
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return kept / 1024
+
+
+def noise() -> tuple[float, float]:
+    """A loop of additions that takes about as long as a choice: how far the machine itself spreads times."""
+
+    def loop() -> None:
+        total = 0
+        for number in range(1_500):
+            total += number
+
+    return microseconds(loop)
+
+
+def _cell(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.1f} / {pair[1]:.1f}"
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description="Times of a choice of workers, median / 99th percentile, in us.")
+    parser.add_argument("--every-pair", action="store_true", help="also compare every pair for each choice")
+    every = parser.parse_args().every_pair
+    logging.getLogger("tandem_frontend").setLevel(logging.ERROR)
+    print(
+        "| workers | fleet | first attempt | another attempt | first after a change of marks |\n|---|---|---|---|---|"
+    )
+    for size in SIZES:
+        for fleet in FLEETS:
+            if size >= 4 * fleet.classes:
+                router = Router(workers_of(size, fleet), is_unwell=fleet.is_unwell)
+                cells = " | ".join(_cell(microseconds(act)) for act in choices(router).values())
+                print(f"| {size} | {fleet.name} | {cells} |")
+    print("\n| workers | one worker of the view changes | room for a request | a load | KiB | every pair |")
+    print("|---|---|---|---|---|---|")
+    for size in SIZES:
+        fits, said = capacity(size)
+        pairs = _cell(microseconds(every_pair(workers_of(size, FLEETS[0])), 40)) if every else "-"
+        cells = " | ".join((_cell(view_change(size)), _cell(fits), _cell(said), f"{memory_kib(size):.0f}", pairs))
+        print(f"| {size} | {cells} |")
+    print(f"\nA loop of additions, which always does the same: {_cell(noise())}")
+
+
+if __name__ == "__main__":
+    main()

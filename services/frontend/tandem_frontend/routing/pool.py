@@ -1,0 +1,218 @@
+"""One pool: decode workers that can receive KV from the same prefill workers, and those; or all aggregated workers.
+
+Pure. Owns the order and the marks of its members, so that some can be left out without a look at the others. Which
+workers make a pool is `pools`'.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from operator import itemgetter
+
+from tandem.model.worker import Worker
+
+UNHEALTHY, FAILING, REFUSED = 1, 2, 4
+"""Marks of a worker that is better avoided: one bit each."""
+KEPT_MAX = 64
+"""Results kept of one pool, and of all pools: one for each combination of marks and of the workers a prompt fits."""
+
+Entry = tuple[int, str, int, Worker]
+"""Context in tokens, id and epoch, which order it, and the worker."""
+Segment = tuple[Sequence[Entry], int]
+"""Entries, and the index of the first that may be chosen."""
+
+_context = itemgetter(0)
+
+
+class Live:
+    """Workers that may be chosen now: a sequence that is read in place, valid until the next change of a pool."""
+
+    __slots__ = ("_ends", "_numbers", "_skipped", "segments")
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = segments
+        self._ends = list(accumulate([len(entries) - begin for entries, begin in segments]))
+        self._numbers: dict[int, int] | None = None
+        """Segments by the identity of their entries; None: not asked for yet."""
+        self._skipped: Sequence[int] = ()
+        """What is left out, as indices into all segments, ascending."""
+
+    def __len__(self) -> int:
+        return self._ends[-1] - len(self._skipped) if self._ends else 0
+
+    def __getitem__(self, index: int) -> Worker:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for skipped in self._skipped:
+            index += skipped <= index
+        number = bisect_right(self._ends, index)
+        entries, begin = self.segments[number]
+        return entries[begin + index - (self._ends[number - 1] if number else 0)][-1]
+
+    def __iter__(self) -> Iterator[Worker]:
+        index = 0
+        for entries, begin in self.segments:
+            for entry in islice(entries, begin, None):
+                if index not in self._skipped:
+                    yield entry[-1]
+                index += 1
+
+    @property
+    def context_tokens_max(self) -> int:
+        """The largest context among them; nothing must be left out."""
+        return max(entries[-1][0] for entries, _ in self.segments)
+
+    def without(self, members: Iterable[Member]) -> Live:
+        """The same workers but for some, which need not be among them; no other one is looked at."""
+        assert not self._skipped, "what was left out before would come back"
+        skipped = [index for member in members if (index := self._index(member)) is not None]
+        if not skipped:
+            return self
+        left = Live.__new__(Live)
+        left.segments, left._ends, left._numbers = self.segments, self._ends, self._numbers
+        left._skipped = sorted(skipped)
+        return left
+
+    def _index(self, member: Member) -> int | None:
+        if self._numbers is None:
+            self._numbers = {id(entries): number for number, (entries, _) in enumerate(self.segments)}
+        for entries in member.lists():
+            number = self._numbers.get(id(entries))
+            if number is not None:
+                at = bisect_left(entries, member.entry) - self.segments[number][1]
+                return at + (self._ends[number - 1] if number else 0) if at >= 0 else None
+        return None
+
+
+class Member:
+    """A worker in the groups that it belongs to."""
+
+    __slots__ = ("entry", "groups", "marks", "pool", "worker")
+
+    def __init__(self, worker: Worker, groups: tuple[Group, ...], pool: Pool | None, marks: int) -> None:
+        """`pool` is the pool whose requests the worker streams; None: it is a prefill worker."""
+        self.worker = worker
+        self.entry: Entry = (worker.capabilities.context_tokens_max, worker.worker_id, worker.epoch, worker)
+        self.groups = groups
+        self.pool = pool
+        self.marks = marks
+        self._enter()
+
+    def is_live(self, avoided: int, prompt_tokens: int) -> bool:
+        """Whether it may be chosen by its marks and its context."""
+        return not self.marks & avoided and self.entry[0] > prompt_tokens
+
+    def pools(self) -> Iterator[Pool]:
+        """Those that it is a part of."""
+        return (pool for group in self.groups for pool in group.pools)
+
+    def lists(self) -> Iterator[Sequence[Entry]]:
+        """Where it stands, in each of its groups."""
+        return (group.entries(self.marks) for group in self.groups)
+
+    def mark(self, marks: int) -> None:
+        """Replace its marks."""
+        self.leave()
+        self.marks = marks
+        self._enter()
+
+    def leave(self) -> None:
+        """Leave its groups."""
+        for group in self.groups:
+            group.remove(self.entry, self.marks)
+
+    def _enter(self) -> None:
+        for group in self.groups:
+            group.add(self.entry, self.marks)
+
+
+class Group:
+    """Workers in order of their context, apart by their marks."""
+
+    def __init__(self) -> None:
+        self.pools: list[Pool] = []
+        """Those that it belongs to."""
+        self._by_marks: dict[int, list[Entry]] = {}
+        """Without empty lists."""
+
+    def __bool__(self) -> bool:
+        return bool(self._by_marks)
+
+    def add(self, entry: Entry, marks: int) -> None:
+        """Take a worker in."""
+        insort(self._by_marks.setdefault(marks, []), entry)
+        self._forget_shares()
+
+    def remove(self, entry: Entry, marks: int) -> None:
+        """Take a worker out."""
+        entries = self._by_marks[marks]
+        del entries[bisect_left(entries, entry)]
+        if not entries:
+            del self._by_marks[marks]
+        self._forget_shares()
+
+    def entries(self, marks: int) -> Sequence[Entry]:
+        """Those with exactly these marks."""
+        return self._by_marks[marks]
+
+    def segments(self, avoided: int, prompt_tokens: int) -> list[Segment]:
+        """Members without certain marks that can hold a prompt and one token more."""
+        found: list[Segment] = []
+        for marks, entries in self._by_marks.items():
+            if not marks & avoided:
+                # As a rule all of them are large enough.
+                begin = 0 if entries[0][0] > prompt_tokens else bisect_right(entries, prompt_tokens, key=_context)
+                if begin < len(entries):
+                    found.append((entries, begin))
+        return found
+
+    def _forget_shares(self) -> None:
+        for pool in self.pools:
+            pool.forget_shares()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a pool has to offer under some conditions."""
+
+    streams: Live
+    """Decode workers, or aggregated ones."""
+    prefills: Live | None
+    """Prefill workers that fit each of them; None: of the pool of aggregated workers."""
+    routes_count: int
+    """Pairs, or aggregated workers."""
+
+
+class Pool:
+    """Decode workers that can receive KV from the same prefill workers."""
+
+    def __init__(self, keys: tuple[Hashable, ...], prefills: tuple[Group, ...] | None) -> None:
+        self.keys = keys
+        self.streams = Group()
+        self.prefills = prefills
+        self._shares: dict[tuple[int, int], Share] = {}
+        for group in (self.streams, *(prefills or ())):
+            group.pools.append(self)
+
+    def share(self, avoided: int, prompt_tokens: int, rank: int) -> Share:
+        """What it offers; `rank` says the same of all lengths of a prompt that fit the same workers."""
+        known = self._shares.get((avoided, rank))
+        if known is None:
+            if len(self._shares) >= KEPT_MAX:
+                self._shares.clear()
+            known = self._shares[avoided, rank] = self._share(avoided, prompt_tokens)
+        return known
+
+    def forget_shares(self) -> None:
+        """A member has come, gone or changed its marks."""
+        self._shares.clear()
+
+    def _share(self, avoided: int, prompt_tokens: int) -> Share:
+        streams = Live(self.streams.segments(avoided, prompt_tokens))
+        if self.prefills is None:
+            return Share(streams, None, len(streams))
+        prefills = Live([part for group in self.prefills for part in group.segments(avoided, prompt_tokens)])
+        return Share(streams, prefills, len(streams) * len(prefills))

@@ -1,0 +1,265 @@
+"""Pools: the workers that can serve a request together, kept so that a choice costs the same in every fleet.
+
+The index is brought up to date when the view or a worker's marks change, in time linear to the change. Pure.
+Which conditions are asked for in which order is `routes`', the choice among equals the policy's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from tandem.errors import ServiceError
+from tandem.model.worker import (
+    LEG_CONTRACT,
+    Start,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    accepted_keys,
+    offered_keys,
+)
+from tandem_frontend.known_view import KnownView
+from tandem_frontend.routing.candidates import why_none
+from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY, Group, Live, Member, Pool, Share
+
+
+@dataclass(slots=True)
+class Whole:
+    """What all pools have to offer under some conditions."""
+
+    avoided: int
+    """Marks of workers that are left out."""
+    prompt_tokens: int
+    shares: dict[Pool, Share]
+    """Without pools that have nothing to offer."""
+    routes_count: int
+    _streams: Live | None = None
+
+    def streams(self, but: Collection[Pool] = ()) -> Live:
+        """The workers that can stream the answer, but for those of some pools."""
+        if but:
+            return Live(
+                [part for pool, share in self.shares.items() if pool not in but for part in share.streams.segments]
+            )
+        if self._streams is None:
+            self._streams = Live([part for share in self.shares.values() for part in share.streams.segments])
+        return self._streams
+
+
+class Selection:
+    """The routes that are possible for one request; valid until the next change of a pool.
+
+    What whole pools have to offer is known; workers that are left out for this request are subtracted.
+    """
+
+    def __init__(self, pools: Pools, whole: Whole, excluded: tuple[Member, ...] = ()) -> None:
+        self._pools = pools
+        self._whole = whole
+        self._excluded = excluded
+        self._empty: list[Pool] = []
+        """Pools that have something to offer to others only."""
+        self.routes_count = whole.routes_count
+        """Pairs and aggregated workers."""
+        if excluded:
+            self._subtract()
+        self._streams: Live | None = None
+
+    @property
+    def streams(self) -> Live:
+        """The workers that can stream the answer and have a peer where they need one."""
+        if self._streams is None:
+            self._streams = self._whole.streams(self._empty).without(
+                member for member in self._excluded if member.pool is not None
+            )
+        return self._streams
+
+    def prefills(self, stream: Worker) -> Live | None:
+        """The prefill workers for one of `streams`; None: it is an aggregated worker."""
+        member = self._pools.member(stream.start)
+        assert member is not None, "a worker that left its pool was chosen"
+        assert member.pool is not None, "a prefill worker was chosen to stream"
+        return self._prefills(member.pool)
+
+    def names(self, most: int) -> list[str]:
+        """So many of the workers that stream, at most, and of the prefill workers of one pool."""
+        shares = self._whole.shares.items()
+        pool = next((pool for pool, share in shares if share.prefills is not None and pool not in self._empty), None)
+        prefills = None if pool is None else self._prefills(pool)
+        return [worker.worker_id for some in (self.streams, prefills or ()) for worker in islice(some, most)]
+
+    def avoiding(self, mark: int) -> Selection:
+        """What is left without the workers that have a mark; may be empty."""
+        narrower = self._pools.whole(self._whole.prompt_tokens, self._whole.avoided | mark)
+        return Selection(self._pools, narrower, self._excluded)
+
+    def without(self, starts: Iterable[Start]) -> Selection:
+        """What is left without certain workers; may be empty."""
+        members = {member: None for start in starts if (member := self._pools.member(start)) is not None}
+        more = [member for member in members if member not in self._excluded]
+        return Selection(self._pools, self._whole, (*self._excluded, *more)) if more else self
+
+    def _prefills(self, pool: Pool) -> Live | None:
+        prefills = self._whole.shares[pool].prefills
+        if prefills is None or not self._excluded:
+            return prefills
+        return prefills.without(member for member in self._excluded if member.pool is None)
+
+    def _subtract(self) -> None:
+        """Count what is left; only the pools of excluded workers are looked at."""
+        lost: dict[Pool, list[int]] = {}
+        for member in self._excluded:
+            if member.is_live(self._whole.avoided, self._whole.prompt_tokens):
+                for pool in member.pools():
+                    lost.setdefault(pool, [0, 0])[member.pool is None] += 1
+        for pool, (streams, prefills) in lost.items():
+            share = self._whole.shares.get(pool)
+            if share is not None:
+                peers = 1 if share.prefills is None else len(share.prefills) - prefills
+                left = (len(share.streams) - streams) * peers
+                self.routes_count += left - share.routes_count
+                if not left:
+                    self._empty.append(pool)
+
+
+class Pools:
+    """All pools of one model."""
+
+    def __init__(self, model: str, tokenizer_digest: str) -> None:
+        self.version = 0
+        """Grows with each change: what was selected before is out of date."""
+        self._model = model
+        self._tokenizer_digest = tokenizer_digest
+        self._view = KnownView()
+        self._workers: tuple[Worker, ...] = ()
+        self._members: dict[Start, Member] = {}
+        self._pools: dict[tuple[Hashable, ...], Pool] = {}
+        """By the keys that their decode workers accept; () for aggregated workers."""
+        self._groups: dict[Hashable, Group] = {}
+        """Prefill workers by the keys that they offer."""
+        self._marked: dict[int, frozenset[Start]] = {mark: frozenset() for mark in (UNHEALTHY, FAILING, REFUSED)}
+        self._contexts: list[int] = []
+        """Of all members, ascending."""
+        self._wholes: dict[tuple[int, int], Whole] = {}
+        self._why_none: Callable[[], ServiceError] | None = None
+        """Makes the error of this view; None: not asked for yet."""
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        """Take another view of the registry."""
+        removed, added = self._view.replace(workers)
+        self._workers, self._why_none = workers, None
+        for worker in removed:
+            member = self._members.pop(worker.start, None)
+            if member is not None:
+                self._remove(member)
+        for worker in added:
+            if self._takes(worker):
+                self._add(worker)
+        self._change()
+
+    def mark(self, mark: int, starts: Collection[Start]) -> None:
+        """Say which workers have a mark. Costs nothing where it is the same frozenset as before."""
+        known = self._marked[mark]
+        if starts is known:
+            return
+        now = self._marked[mark] = starts if isinstance(starts, frozenset) else frozenset(starts)
+        changed = [member for start in now ^ known if (member := self._members.get(start)) is not None]
+        for member in changed:
+            member.mark(member.marks ^ mark)
+        if changed:
+            self._change()
+
+    def has_marked(self, mark: int) -> bool:
+        """Whether any worker has a mark."""
+        return bool(self._marked[mark])
+
+    def member(self, start: Start) -> Member | None:
+        """A worker that belongs to a pool, or would if a peer were there."""
+        return self._members.get(start)
+
+    def rank(self, prompt_tokens: int) -> int:
+        """How many members are too small for a prompt: equal for prompts that fit the same ones."""
+        return bisect_right(self._contexts, prompt_tokens)
+
+    def selection(self, prompt_tokens: int) -> Selection:
+        """The routes for a prompt and one token more; may be empty."""
+        return Selection(self, self.whole(prompt_tokens))
+
+    def whole(self, prompt_tokens: int, avoided: int = 0) -> Whole:
+        """What all pools offer for a prompt and one token more, without the workers that have one of some marks."""
+        key = avoided, self.rank(prompt_tokens)
+        known = self._wholes.get(key)
+        if known is None:
+            shares = {pool: pool.share(avoided, prompt_tokens, key[1]) for pool in self._pools.values()}
+            shares = {pool: share for pool, share in shares.items() if share.routes_count}
+            routes_count = sum(share.routes_count for share in shares.values())
+            if len(self._wholes) >= KEPT_MAX:
+                self._wholes.clear()
+            known = self._wholes[key] = Whole(avoided, prompt_tokens, shares, routes_count)
+        return known
+
+    def context_tokens_max(self) -> int | None:
+        """The longest prompt and answer that any route can hold; None: there is no route."""
+        shares = [share for pool in self._pools.values() if (share := pool.share(0, -1, 0)).routes_count]
+        limits = [
+            min(share.streams.context_tokens_max, (share.prefills or share.streams).context_tokens_max)
+            for share in shares
+        ]
+        return max(limits, default=None)
+
+    def why_none(self) -> ServiceError:
+        """Why there is no route at all."""
+        if self._why_none is None:
+            self._why_none = why_none(self._workers, self._model, self._tokenizer_digest)
+        return self._why_none()
+
+    def _takes(self, worker: Worker) -> bool:
+        capabilities = worker.capabilities
+        return (
+            worker.state is WorkerState.SERVING
+            and worker.leg_contract == LEG_CONTRACT
+            and capabilities.model == self._model
+            and capabilities.tokenizer_digest == self._tokenizer_digest
+        )
+
+    def _add(self, worker: Worker) -> None:
+        pool: Pool | None = None
+        if worker.role is WorkerRole.PREFILL:
+            groups = tuple(map(self._group, offered_keys(worker.capabilities)))
+        else:
+            pool = self._pool(() if worker.role is WorkerRole.AGGREGATED else accepted_keys(worker.capabilities))
+            groups = (pool.streams,)
+        start = worker.start
+        marks = sum(mark for mark, starts in self._marked.items() if start in starts)
+        member = self._members[start] = Member(worker, groups, pool, marks)
+        insort(self._contexts, member.entry[0])
+
+    def _remove(self, member: Member) -> None:
+        member.leave()
+        del self._contexts[bisect_left(self._contexts, member.entry[0])]
+        pool, keys = member.pool, tuple[Hashable, ...]()
+        if pool is None:
+            keys = offered_keys(member.worker.capabilities)
+        elif not pool.streams:
+            del self._pools[pool.keys]
+            keys = pool.keys
+            for group in pool.prefills or ():
+                group.pools.remove(pool)
+        for key in keys:
+            group = self._groups[key]
+            if not group and not group.pools:
+                del self._groups[key]
+
+    def _pool(self, keys: tuple[Hashable, ...]) -> Pool:
+        if keys not in self._pools:
+            self._pools[keys] = Pool(keys, tuple(map(self._group, keys)) or None)
+        return self._pools[keys]
+
+    def _group(self, key: Hashable) -> Group:
+        return self._groups.setdefault(key, Group())
+
+    def _change(self) -> None:
+        self.version += 1
+        self._wholes.clear()
