@@ -131,7 +131,7 @@ async def test_streams_of_several_connections_are_spread_evenly(slow: LocalClust
     found = await Processes(slow).open_requests()
     assert {number: len(ids) for number, ids in found.items()} == {0: 4, 1: 4, 2: 4}
     figures = await admin_clients.frontend_figures(slow.frontend.address)
-    assert figures.open_requests == 12, "whichever process is asked, it tells of all"
+    assert figures.open_requests == 12, "each process answers for all"
     for number, stream in enumerate(await asyncio.gather(*streams.values())):
         assert stream.token_ids == oracle(f"{STORY} {number}", 100)
 
@@ -172,7 +172,7 @@ async def test_every_process_knows_every_request(cluster: LocalCluster) -> None:
             assert timeline.request_id == request_id
     for _ in range(COUNT):
         with pytest.raises(RequestNotFound):
-            await admin_clients.request_timelines(address, "nobody")
+            await admin_clients.request_timelines(address, "missing")
     for _ in range(COUNT):
         listed: list[admin_pb.RequestSummary] = []
         request = admin_pb.ListRequestsRequest(page_size=4)
@@ -185,7 +185,7 @@ async def test_every_process_knows_every_request(cluster: LocalCluster) -> None:
             request.page_token = page.next_page_token
         known = [one.request_id for one in listed]
         assert ids <= set(known)
-        assert len(known) == len(set(known)), "no request is told twice"
+        assert len(known) == len(set(known)), "no request is listed twice"
         begins = [one.begin_time.ToNanoseconds() for one in listed]
         assert begins == sorted(begins, reverse=True)
 
@@ -240,8 +240,8 @@ async def test_a_process_that_does_not_answer_is_left_out_of_the_answers(tmp_pat
             assert 1 <= told_count <= COUNT - 1, "each of the others says it once"
             assert figures.finished_requests == COUNT - 1
             assert cluster.frontend.metrics_address is not None
-            told = {labels[LABEL] for _, labels, _ in samples(await scrape(cluster.frontend.metrics_address))}
-            assert told == {"1", "2", "parent"}
+            found = {labels[LABEL] for _, labels, _ in samples(await scrape(cluster.frontend.metrics_address))}
+            assert found == {"1", "2", "parent"}
         finally:
             os.kill(frozen, signal.SIGCONT)
         await processes.all_serve()

@@ -103,7 +103,7 @@ async def test_answers_are_those_of_one_process(cluster: LocalCluster, client: h
         assert [model["id"] for model in models] == [MODEL]
         refused = await client.post("/v1/chat/completions", json=chat(temperature=9))
         assert (refused.status_code, error_of(refused)["param"]) == (400, "temperature")
-        unknown = await client.post("/v1/chat/completions", json={**chat(), "model": "nobody"})
+        unknown = await client.post("/v1/chat/completions", json={**chat(), "model": "missing"})
         assert unknown.status_code == 404
         healthy = await client.get("/healthz")
         assert healthy.status_code == 200

@@ -16,7 +16,7 @@ from tandem_frontend.config import FrontendConfig
 from tandem_frontend.figures import FAILURES_MAX
 from tandem_frontend.processes.identity import ProcessIdentity
 from tandem_frontend.processes.shares import settings_of, share
-from tandem_frontend.processes.sums import buckets, histogram, told
+from tandem_frontend.processes.sums import buckets, combined, histogram
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
@@ -150,7 +150,7 @@ def test_sums_over_the_label_are_the_sums_over_the_processes(processes: list[lis
 def test_a_process_that_cannot_be_scraped_is_left_out_and_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scrapes = LocalScrapes({"0": tmp_path / "nobody"})
+    scrapes = LocalScrapes({"0": tmp_path / "missing"})
     assert scrapes.texts("") == {}
     assert scrapes.texts("") == {}
     assert len(caplog.records) == 1
@@ -172,7 +172,7 @@ def answer(ttft_s: list[float], **counts: Any) -> sibling_pb.GetSiblingFiguresRe
 
 
 def test_counts_and_rates_add_up_and_the_earliest_start_counts() -> None:
-    total = told(
+    total = combined(
         [
             answer([], open_requests=2, completion_tokens_per_s=1.5, finished_requests=1, since_s=200.0),
             answer([], open_requests=3, completion_tokens_per_s=2.0, since_s=150.0),
@@ -186,8 +186,8 @@ def test_counts_and_rates_add_up_and_the_earliest_start_counts() -> None:
 
 @given(st.lists(st.lists(st.floats(1e-4, 100), max_size=30), min_size=1, max_size=4))
 def test_percentiles_are_those_of_one_process_that_had_seen_it_all(processes: list[list[float]]) -> None:
-    whole = told([answer([latency for part in processes for latency in part])])
-    total = told([answer(part) for part in processes])
+    whole = combined([answer([latency for part in processes for latency in part])])
+    total = combined([answer(part) for part in processes])
     assert total.time_to_first_token == whole.time_to_first_token
 
 
@@ -202,7 +202,7 @@ def test_a_histogram_travels() -> None:
 def test_leg_failures_add_up_within_their_bound() -> None:
     failures = [pb.LegFailures(worker_id=f"w{number}", reason=1, count=1) for number in range(FAILURES_MAX)]
     others = [pb.LegFailures(worker_id="w0", reason=1, count=4), pb.LegFailures(worker_id="new", reason=1, count=7)]
-    total = told([answer([], leg_failures=failures), answer([], leg_failures=others)])
+    total = combined([answer([], leg_failures=failures), answer([], leg_failures=others)])
     found = {entry.worker_id: entry.count for entry in total.leg_failures}
     assert (found["w0"], found["w1"]) == (5, 1)
     assert found[""] == 7, "what is beyond the bound is counted without a worker"

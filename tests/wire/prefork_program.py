@@ -1,4 +1,4 @@
-"""The child of a parent of tests: a server with what every server has, whose ProcessService tells who answers."""
+"""The child of a parent of tests: a server whose ProcessService says which process answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tandem.runtime.prefork_process import State
 REFUSALS = {"setting": ConfigError("port", "is odd"), "start": StartError("there is no model")}
 
 
-async def serve(link: ParentLink, told: dict[str, Any]) -> None:
+async def serve(link: ParentLink, first: dict[str, Any]) -> None:
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     server = Http2RpcServer()
@@ -26,7 +26,7 @@ async def serve(link: ParentLink, told: dict[str, Any]) -> None:
     link.open(server)
     await server.set_serving(True)
     link.enter(State.SERVING)
-    if told.get("asks"):
+    if first.get("asks"):
         server.process.others = lambda: answers(link)
     await asyncio.wait(
         {asyncio.ensure_future(link.wait_asked()), asyncio.ensure_future(asked.wait())},
@@ -34,7 +34,7 @@ async def serve(link: ParentLink, told: dict[str, Any]) -> None:
     )
     await link.agree_on_drain()
     link.enter(State.DRAINING)
-    link.tell_drained(is_clean=not told.get("is_unclean"))
+    link.report_drained(is_clean=not first.get("is_unclean"))
     await link.wait_stop()
     await server.stop(0)
 
@@ -51,14 +51,14 @@ def main() -> int:
     begin()
     link = find_parent(os.environ)
     assert link is not None
-    told = link.wait_begin()
-    if told.get("refusal"):
-        problem = REFUSALS[told["refusal"]]
+    first = link.wait_begin()
+    if first.get("refusal"):
+        problem = REFUSALS[first["refusal"]]
         link.fail(problem)
         return problem.exit_status
-    if told.get("dies"):
+    if first.get("dies"):
         return 3
-    asyncio.run(serve(link, told))
+    asyncio.run(serve(link, first))
     return 1 if is_orphan(os.environ) else 0
 
 

@@ -1,4 +1,4 @@
-"""A parent that gives its connections to children: who gets them, what a dead or frozen child costs, and the end."""
+"""A parent that gives its connections to children: which child gets one, what a dead or frozen one costs, the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Family:
         self.clients = AsyncExitStack()
 
     async def connect(self) -> Any:
-        """A client with a connection of its own; asks who answers."""
+        """A client with a connection of its own; asks which process answers."""
         channel = await self.clients.enter_async_context(open_channel(self.address))
         stub: Any = ProcessServiceStub(channel)
 
@@ -53,7 +53,7 @@ class Family:
         return who
 
     async def dial(self) -> asyncio.Task[bytes]:
-        """A connection that asks nothing: the first byte of whoever takes it. gRPC's clients give up after a second."""
+        """A connection without a call: the first byte of the child that takes it. gRPC would give up after a second."""
         reader, writer = await asyncio.open_connection(*self.address.split(":"))
         self.clients.callback(writer.close)
         return asyncio.create_task(reader.readexactly(1))
@@ -257,7 +257,7 @@ async def test_a_drain_is_clean_when_every_childs_is(is_unclean: bool) -> None:
     async with family([{}, {"is_unclean": is_unclean}]) as found:
         await found.all_serve()
         assert await found.parent.drain() is not is_unclean
-        assert await (await found.connect())(), "who comes until the stop is answered"
+        assert await (await found.connect())(), "connections until the stop are answered"
 
 
 async def test_a_child_that_dies_in_a_drain_makes_it_unclean() -> None:

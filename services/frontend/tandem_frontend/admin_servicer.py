@@ -1,7 +1,7 @@
 """FrontendAdminService on the wire: what every process of this frontend knows, with bounds on pages and intervals.
 
-Reads only. Nothing here needs admin_enabled: no prompt of a course is told, and whoever can call this could as well
-call the service that the requests come to. Each process answers for all: it asks the others.
+Reads only. Nothing here needs admin_enabled: no answer holds a prompt, and a caller that can reach this can
+reach the service that the requests come to. Each process answers for all: it asks the others.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1 import admin_service_pb2_grpc as pb_grpc
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
 from tandem.errors import InvalidRequest, RequestNotFound
-from tandem_frontend.own_answers import OwnAnswers, Place
+from tandem_frontend.own_answers import OwnAnswers, Position
 from tandem_frontend.processes.siblings import Siblings
-from tandem_frontend.processes.sums import told
+from tandem_frontend.processes.sums import combined
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FrontendAdminService"].full_name
 INTERVAL_MS, INTERVAL_MS_MIN, INTERVAL_MS_MAX = 1_000, 100, 60_000
@@ -35,7 +35,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     async def GetRequestTimeline(  # noqa: N802
         self, request: pb.GetRequestTimelineRequest, context: Any
     ) -> pb.GetRequestTimelineResponse:
-        """The courses that an id stands for."""
+        """The timelines of all requests that an id stands for."""
         wanted = request.request_id
         if not wanted or len(wanted) > ID_CHARS_MAX:
             raise InvalidRequest("request_id", f"must have 1 to {ID_CHARS_MAX} characters")
@@ -65,11 +65,11 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
             asked.before.begin_s, asked.before.request_id = before
         for more in await self._siblings.ask(lambda sibling: sibling.requests(asked)):
             known += more
-        known.sort(key=lambda listed: (listed.place.begin_s, listed.place.request_id), reverse=True)
+        known.sort(key=lambda listed: (listed.position.begin_s, listed.position.request_id), reverse=True)
         page = known[:size]
         return pb.ListRequestsResponse(
             requests=[listed.summary for listed in page],
-            next_page_token=_token(page[-1].place) if len(known) > size else "",
+            next_page_token=_token(page[-1].position) if len(known) > size else "",
         )
 
     async def WatchFigures(  # noqa: N802
@@ -83,7 +83,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         while True:
             sequence += 1
             others = await self._siblings.ask(lambda sibling: sibling.figures())
-            figures = told([self._own.figures(), *others])
+            figures = combined([self._own.figures(), *others])
             figures.sequence = sequence
             yield figures
             await asyncio.sleep(interval_ms / 1_000)
@@ -93,11 +93,11 @@ def _begin(timeline: pb.RequestTimeline) -> int:
     return timeline.begin.time.ToNanoseconds()
 
 
-def _token(place: sibling_pb.RequestPlace) -> str:
-    return f"{place.begin_s!r} {place.request_id}"
+def _token(position: sibling_pb.RequestPosition) -> str:
+    return f"{position.begin_s!r} {position.request_id}"
 
 
-def _parse_token(token: str) -> Place:
+def _parse_token(token: str) -> Position:
     begin, _, request_id = token.partition(" ")
     try:
         return float(begin), request_id

@@ -1,4 +1,4 @@
-"""What this process knows of its own requests, as messages: courses of an id, requests in order, figures.
+"""What this process knows of its own requests, as messages: timelines of an id, requests in order, figures.
 
 Owns the translation of the whole; a frontend of several processes puts the answers of all together (`admin_servicer`).
 """
@@ -18,8 +18,8 @@ from tandem_frontend.figures import Figures
 from tandem_frontend.processes.sums import buckets
 from tandem_frontend.timeline import duration, reason_number, summary_of, timeline_of
 
-Place = tuple[float, str]
-"""When a request came, and its id: where it stands in a list."""
+Position = tuple[float, str]
+"""When a request came, and its id: its position in a list."""
 
 
 class OwnAnswers:
@@ -32,19 +32,19 @@ class OwnAnswers:
         self._waiting_count = waiting_count
 
     def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
-        """The courses that an id stands for."""
+        """The timelines of all requests that an id stands for."""
         return [timeline_of(course) for course in self._known() if wanted in (course.request_id, course.call_id)]
 
-    def requests(self, count: int, before: Place | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
+    def requests(self, count: int, before: Position | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
         """So many at most, newest first."""
         known = self._courses.open if open_only else self._known()
-        known.sort(key=_place, reverse=True)
+        known.sort(key=_position, reverse=True)
         if before is not None:
-            known = [course for course in known if _place(course) < before]
+            known = [course for course in known if _position(course) < before]
         now_s = time.time()
         return [
             sibling_pb.ListedRequest(
-                place=sibling_pb.RequestPlace(begin_s=course.begin_s, request_id=course.request_id),
+                position=sibling_pb.RequestPosition(begin_s=course.begin_s, request_id=course.request_id),
                 summary=summary_of(course, now_s),
             )
             for course in known[:count]
@@ -84,5 +84,5 @@ class OwnAnswers:
         return [*self._courses.closed, *self._courses.open]
 
 
-def _place(course: Course) -> Place:
+def _position(course: Course) -> Position:
     return course.begin_s, course.request_id

@@ -1,4 +1,4 @@
-"""One scrape of several processes: each is asked for its own text, and every sample is told with the process it is of.
+"""One scrape of several processes: each is asked for its own text, and every sample gets a label with its process.
 
 Works on the text, in either of the two forms that Prometheus reads: what a process measures is not taken apart and made
 anew. A process that does not answer is left out, which is logged once. Owns no listener.
@@ -63,11 +63,11 @@ class LocalScrapes:
         self._failing: set[str] = set()
 
     def texts(self, accept: str) -> dict[str, str]:
-        """What each of them tells now, in the form that `accept` asks for. Blocks, for a bounded time."""
+        """What each of them reports now, in the form that `accept` asks for. Blocks, for a bounded time."""
         with ThreadPoolExecutor(len(self._sockets)) as pool:
-            return dict(self._told(pool, accept))
+            return dict(self._answers(pool, accept))
 
-    def _told(self, pool: ThreadPoolExecutor, accept: str) -> Iterator[tuple[str, str]]:
+    def _answers(self, pool: ThreadPoolExecutor, accept: str) -> Iterator[tuple[str, str]]:
         asked = {process: pool.submit(_scrape, path, accept) for process, path in self._sockets.items()}
         for process, answer in asked.items():
             try:

@@ -1,7 +1,8 @@
 """The calls by which the processes of one frontend ask each other, over Unix sockets; failures come as TandemError.
 
 Each call has a connection of its own: they are rare, and one that is kept would wait for its next try to connect when
-the process at its other end has been started again. Who is asked, and what is made of the answers, is the frontend's.
+the process at its other end has been started again. Which process is asked, and what is made of the answers, is the
+frontend's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class SiblingCalls:
         self._address = f"unix:{path}"
 
     async def timelines(self, request_id: str) -> list[admin_pb.RequestTimeline]:
-        """The courses it knows of an id.
+        """The timelines it has for an id.
 
         Raises:
             TandemError: it does not answer.

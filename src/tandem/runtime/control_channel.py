@@ -160,7 +160,7 @@ class ControlChannel:
                 self._flush_later()
                 return
             except OSError:
-                # It is gone, which its end of the channel tells as well.
+                # The other end is gone, which the next read reports as well.
                 self._unsent.clear()
                 return
             if count < len(line):

@@ -3,7 +3,7 @@ the fewest open calls, and then the one whose turn was longest ago.
 
 Neither SO_REUSEPORT nor one accept queue for all: clients of gRPC keep few connections for long, and either would leave
 processes without any (docs/adr/0014). Owns the accepted sockets until a child has been given them; never reads a byte
-of them. When no child can take one, nobody is accepted any more and clients wait in the kernel.
+of them. While no child can take one, none is accepted and clients wait in the kernel.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Accepting(Protocol):
     """A listening socket: `tandem.rpc.http2.listener.Listener`."""
 
     def begin(self, take: Callable[[socket.socket], None]) -> None:
-        """Accept whoever comes."""
+        """Accept connections and hand each to `take`."""
         ...
 
     def pause(self) -> None:
-        """Let whoever comes wait."""
+        """Leave new connections in the kernel's queue."""
         ...
 
     def resume(self) -> None:
@@ -64,12 +64,12 @@ class Accepting(Protocol):
         ...
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Accept no more connections."""
         ...
 
 
 def fittest(candidates: Iterable[Candidate]) -> Candidate | None:
-    """Who gets the next connection; None: nobody can take one."""
+    """The child that gets the next connection; None: none can take one."""
     able = [candidate for candidate in candidates if candidate.can_take]
     for state in PREFERENCE:
         peers = [candidate for candidate in able if candidate.state is state]
@@ -106,7 +106,7 @@ class Distributor:
         self._listener = listener
         self._candidates = candidates
         self._waiting: deque[socket.socket] = deque()
-        """Accepted, and given to nobody yet: those of one turn of the loop at most, and what came back."""
+        """Accepted and not given away yet: those of one turn of the loop at most, and what came back."""
         self._numbers = itertools.count(1)
         self._is_paused = False
 
@@ -120,7 +120,7 @@ class Distributor:
         self.look_again()
 
     def look_again(self) -> None:
-        """Somebody may be able to take a connection now."""
+        """Give away what waits: a child may be able to take a connection now."""
         while self._waiting:
             found = fittest(self._candidates())
             if found is None:
@@ -130,7 +130,7 @@ class Distributor:
         self._pause(paused=False)
 
     def close(self) -> None:
-        """Accept nobody any more, and close what has waited. May be called twice."""
+        """Accept no more connections, and close those that wait. May be called twice."""
         self._listener.close()
         while self._waiting:
             self._waiting.popleft().close()

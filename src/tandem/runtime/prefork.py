@@ -4,7 +4,7 @@
     child:  serves what it is given; dies with its own connections only, and is started again
 
 Owns the children of one parent: how many there are, when one is started again, which of them answer, and the order of
-their end. Never reads a byte of a client. What a child serves, and what is told of the whole, is the service's.
+their end. Never reads a byte of a client. What a child serves, and what is reported of the whole, is the service's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tandem.runtime.restart_budget import RestartBudget, RestartPolicy
 log = logging.getLogger(__name__)
 
 OTHERS_WITHIN_S = 5.0
-"""So much later than the first child the others may serve, and are waited for: whoever comes at once finds them all."""
+"""How much longer the start waits for the others once one child serves, so that the first clients find all of them."""
 PING_S = 1.0
 """How often each child is asked whether it is there."""
 SILENT_S = 10.0
@@ -62,7 +62,7 @@ class Prefork(Watcher):
 
         Args:
             command: starts a child.
-            begins: what each child is told first; as many as there are to be.
+            begins: the first message to each child; as many as there are to be.
             listener: where clients come.
             drain_s: bound of a child's own drain.
             environment: variables that children have besides those of this process.
@@ -140,7 +140,7 @@ class Prefork(Watcher):
         self.begin_drain()
         draining = [child for child in self.children if child.state not in (State.STARTING, State.ENDED)]
         for child in draining:
-            child.tell(Kind.DRAIN)
+            child.send(Kind.DRAIN)
         try:
             async with asyncio.timeout(self._drain_s + DRAIN_MARGIN_S):
                 while any(child.drained is None and child.state is not State.ENDED for child in draining):
@@ -169,9 +169,9 @@ class Prefork(Watcher):
             self._make_room_for(child)
         elif child.drained is not None and not self._is_draining:
             # It was asked by a signal of its own.
-            child.tell(Kind.STOP)
+            child.send(Kind.STOP)
         self._distributor.look_again()
-        self._tell_change()
+        self._wake_waiters()
 
     def asked(self, child: ChildProcess) -> None:
         """See `Watcher`."""
@@ -180,13 +180,13 @@ class Prefork(Watcher):
             await asyncio.sleep(SIGNAL_GRACE_S)
             if not self._is_draining:
                 log.info("process %d was asked to end: it drains", child.number)
-                child.tell(Kind.DRAIN)
+                child.send(Kind.DRAIN)
 
         self._spawn(drain_it())
 
     def question(self, child: ChildProcess, message: Message) -> None:
         """See `Watcher`."""
-        child.tell(Kind.ANSWER, **self._answer(message))
+        child.send(Kind.ANSWER, **self._answer(message))
 
     def _make_room_for(self, newcomer: ChildProcess) -> None:
         """Its peers' clients have connections that they would keep for ever, and it would have nothing to do."""
@@ -194,7 +194,7 @@ class Prefork(Watcher):
         counts = [child.connection_count for child in serving]
         for child, count in zip(serving, releases(counts, serving.index(newcomer)), strict=True):
             if count:
-                child.tell(Kind.RELEASE, count=count)
+                child.send(Kind.RELEASE, count=count)
 
     # One child's lives.
 
@@ -212,7 +212,7 @@ class Prefork(Watcher):
             untaken = child.take_back()
             if child.failure is not None and not self._has_served:
                 self._refused = _as_error(child.failure)
-                self._tell_change()
+                self._wake_waiters()
                 return
             self._distributor.give_again(untaken)
             # One that ended well was asked to: it has not failed.
@@ -220,7 +220,7 @@ class Prefork(Watcher):
             how = _ending(status, child)
             if delay_s is None:
                 self._given_up = f"process {number} {how}; given up after {self._policy.count_max} restarts"
-                self._tell_change()
+                self._wake_waiters()
                 return
             if not self._is_draining:
                 level = logging.INFO if status == 0 else logging.ERROR
@@ -235,7 +235,7 @@ class Prefork(Watcher):
         if child.state is State.STARTING:
             timeout_s = ABANDON_TIMEOUT_S
             child.signal(signal.SIGTERM)
-        child.tell(Kind.STOP)
+        child.send(Kind.STOP)
         try:
             async with asyncio.timeout(timeout_s):
                 await child.wait_ended()
@@ -256,11 +256,11 @@ class Prefork(Watcher):
             child.has_spoken, child.silent_s = False, silent_s
             if child.is_silent is not (silent_s >= SILENT_S):
                 child.is_silent = not child.is_silent
-                self._tell_silence(child)
+                self._log_silence(child)
             child.ping()
         self._timers.after(PING_S, self._look)
 
-    def _tell_silence(self, child: ChildProcess) -> None:
+    def _log_silence(self, child: ChildProcess) -> None:
         if child.is_silent:
             log.error("process %d has not answered for %g s: it gets no new connections", child.number, SILENT_S)
         else:
@@ -269,7 +269,7 @@ class Prefork(Watcher):
 
     # Waiting for each other.
 
-    def _tell_change(self) -> None:
+    def _wake_waiters(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -289,7 +289,7 @@ def _ending(status: int, child: ChildProcess) -> str:
 
 
 def _as_error(failure: Message) -> StartError:
-    """What a child said of itself, to be said by the parent in its place."""
+    """A child's reason for not starting, which the parent raises in its stead."""
     if failure["key"]:
         return ConfigError(failure["key"], failure["sentence"])
     return StartError(failure["sentence"])

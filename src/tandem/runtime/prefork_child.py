@@ -1,4 +1,4 @@
-"""The child's side of `prefork`: who it is, the connections it is given, and when it drains and ends.
+"""The child's side of `prefork`: its identity, the connections it is given, and when it drains and ends.
 
 Owns the channel to the parent. A parent that is gone asks for a drain, as the signal of its death does. What is served,
 and how, is the service's.
@@ -20,7 +20,7 @@ from tandem.runtime.prefork_process import CONTROL_VARIABLE, Kind, State
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.02
-"""Ends of connections that come within it are told together."""
+"""Ends of connections within it are reported together."""
 ANSWER_TIMEOUT_S = 1.0
 
 
@@ -88,7 +88,7 @@ class ParentLink:
         return message
 
     def fail(self, problem: StartError) -> None:
-        """Say why this process cannot start: the parent says it to whoever has started it."""
+        """Report why this process cannot start; the parent raises it."""
         key = problem.metadata.get("key", "")
         sentence = str(problem).removeprefix(f"{key}: ") if key else str(problem)
         try:
@@ -106,7 +106,7 @@ class ParentLink:
         self.enter(State.OPEN)
 
     def enter(self, state: State) -> None:
-        """Tell where this process is in its life."""
+        """Report that this process has come to another state."""
         if state is not self._state:
             self._state = state
             self._channel.send(Kind.STATE, state=state.value)
@@ -121,8 +121,8 @@ class ParentLink:
             self._channel.send(Kind.ASKED)
             await self._drain.wait()
 
-    def tell_drained(self, *, is_clean: bool) -> None:
-        """Tell that the drain is over, and whether all requests ended within its bound."""
+    def report_drained(self, *, is_clean: bool) -> None:
+        """Report that the drain is over, and whether all requests ended within its bound."""
         self._has_drained = True
         self._channel.send(Kind.DRAINED, is_clean=is_clean)
         if self._channel.is_closed:

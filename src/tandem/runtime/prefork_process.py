@@ -37,7 +37,7 @@ class Kind(StrEnum):
 
     # To the child.
     BEGIN = "begin"
-    """The first one: who the child is, and its settings."""
+    """The first one: the child's identity and settings."""
     PING = "ping"
     """Answer with a report."""
     CONNECTION = "connection"
@@ -77,7 +77,7 @@ class State(Enum):
 
 
 class Watcher:
-    """Who is told of a child. Each method may be left out."""
+    """Is called with what a child reports. Each method may be left out."""
 
     def changed(self, child: ChildProcess) -> None:
         """It has come to another state, or has room for connections again."""
@@ -96,10 +96,10 @@ class ChildProcess:
         self.number = number
         self.state = State.STARTING
         self.is_silent = False
-        """It has not answered for long; set by whoever counts."""
+        """It has not answered for long; set by the parent."""
         self.silent_s = 0.0
         self.has_spoken = False
-        """Since somebody last looked."""
+        """Whether it has sent anything since the parent last looked."""
         self.has_served = False
         self.failure: Message | None = None
         """Why it could not start, as it said itself."""
@@ -145,7 +145,7 @@ class ChildProcess:
         )
 
     async def start(self, command: Sequence[str], begin: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """Start the process with these variables besides those of this one, and tell it who it is."""
+        """Start the process with these variables besides those of this one, and send it its identity."""
         own, its = socket.socketpair()
         ties = {parent.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
         channel = self._channel = ControlChannel(own)
@@ -158,7 +158,7 @@ class ChildProcess:
                     env={**os.environ, **environment, **ties},
                 )
             )
-            # A cancellation waits: a process that nobody knows of would never be ended.
+            # A cancellation waits: a process without an owner would never be ended.
             try:
                 self._process = await asyncio.shield(starting)
             except asyncio.CancelledError:
@@ -179,7 +179,7 @@ class ChildProcess:
         self._untaken.append((connection, self._clock()))
         self._channel.send(Kind.CONNECTION, connection.fileno())
 
-    def tell(self, kind: Kind, **fields: Any) -> None:
+    def send(self, kind: Kind, **fields: Any) -> None:
         """Send it a message; harmless after its end."""
         if self._channel is not None:
             self._channel.send(kind, **fields)
@@ -200,7 +200,7 @@ class ChildProcess:
         return status
 
     def take_back(self) -> list[socket.socket]:
-        """Connections that it was given and has never taken. After its end only: nobody else has them then."""
+        """Connections that it was given and has never taken. After its end only: then no process has them."""
         untaken, self._untaken = self._untaken, deque()
         return [connection for connection, _ in untaken]
 

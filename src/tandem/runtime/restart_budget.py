@@ -1,6 +1,6 @@
 """How often a process that has died is started again, and after which pauses.
 
-Owns the counting. Who dies, what is said of it and what follows the last restart are the business of whoever asks.
+Owns the counting. Which process it is, what is logged and what follows the last restart is the caller's business.
 """
 
 from __future__ import annotations

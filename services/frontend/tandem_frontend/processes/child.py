@@ -69,7 +69,7 @@ class FrontendChild:
             await asyncio.wait({draining})
             return False
         is_clean = draining.result()
-        self._link.tell_drained(is_clean=is_clean)
+        self._link.report_drained(is_clean=is_clean)
         await stopped
         return is_clean
 

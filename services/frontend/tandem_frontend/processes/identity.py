@@ -1,6 +1,6 @@
 """Which of a frontend's processes this is, and where the others are found.
 
-Told by the parent to each of its children; a value that travels as JSON.
+The parent sends it to each of its children, as JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class ProcessIdentity:
     """That only processes of this frontend can enter."""
 
     @classmethod
-    def parsed(cls, told: Mapping[str, Any]) -> ProcessIdentity:
+    def parsed(cls, fields: Mapping[str, Any]) -> ProcessIdentity:
         """From what `as_dict` gave."""
-        return cls(**told)
+        return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -36,7 +36,7 @@ class ProcessIdentity:
 
     @property
     def instance(self) -> str:
-        """Tells this process apart wherever processes are told of."""
+        """The name of this process in traces, pushed metrics and step streams."""
         return f"{self.frontend_id}/{self.number}"
 
     @property

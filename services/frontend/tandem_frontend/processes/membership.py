@@ -51,7 +51,7 @@ class Membership:
         self._link.open(server)
 
     async def close(self) -> None:
-        """Answer nobody any more. May be called twice."""
+        """Answer no more siblings. May be called twice."""
         await self._server.stop(STOP_GRACE_S)
         with contextlib.suppress(OSError):
             self.identity.rpc_path.unlink(missing_ok=True)

@@ -145,7 +145,7 @@ class FrontendParent:
         return listener
 
     def _command(self) -> list[str]:
-        """With the arguments of this one, for people: settings are told over the channel."""
+        """With the arguments of this one, for people: settings go over the channel."""
         return [sys.executable, "-m", "tandem_frontend", *sys.argv[1:]]
 
     def _begin(self, number: int, directory: Path) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ class SiblingServicer(pb_grpc.SiblingServiceServicer):
     async def GetSiblingTimelines(  # noqa: N802
         self, request: pb.GetSiblingTimelinesRequest, context: Any
     ) -> pb.GetSiblingTimelinesResponse:
-        """The courses that an id stands for."""
+        """The timelines of all requests that an id stands for."""
         return pb.GetSiblingTimelinesResponse(timelines=self._own.timelines(request.request_id))
 
     async def ListSiblingRequests(  # noqa: N802

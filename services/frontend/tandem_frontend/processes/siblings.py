@@ -1,6 +1,6 @@
 """The other processes of this frontend, asked all at once; one that does not answer is left out.
 
-Owns who they are and what is logged of their silence. A frontend of one process has none.
+Owns their addresses and what is logged when one is silent. A frontend of one process has none.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ COUNTS = (
 )
 
 
-def told(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> pb.WatchFiguresResponse:
-    """All of them as one; the first is that of the process which tells."""
+def combined(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> pb.WatchFiguresResponse:
+    """All of them as one; the first is that of the process that was asked."""
     total = pb.WatchFiguresResponse()
     total.CopyFrom(answers[0].figures)
     for answer in answers[1:]:

@@ -26,7 +26,7 @@ from tandem.api.admin.v1 import admin_service_pb2 as tandem_dot_api_dot_admin_do
 from tandem.api.process.v1 import process_service_pb2 as tandem_dot_api_dot_process_dot_v1_dot_process__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,tandem/api/frontend/v1/sibling_service.proto\x12\x16tandem.api.frontend.v1\x1a\'tandem/api/admin/v1/admin_service.proto\x1a+tandem/api/process/v1/process_service.proto\"0\n\x1aGetSiblingTimelinesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"V\n\x1bGetSiblingTimelinesResponse\x12\x37\n\ttimelines\x18\x01 \x03(\x0b\x32$.tandem.api.admin.v1.RequestTimeline\"3\n\x0cRequestPlace\x12\x0f\n\x07\x62\x65gin_s\x18\x01 \x01(\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x84\x01\n\x1aListSiblingRequestsRequest\x12\x11\n\topen_only\x18\x01 \x01(\x08\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\x12\x39\n\x06\x62\x65\x66ore\x18\x03 \x01(\x0b\x32$.tandem.api.frontend.v1.RequestPlaceH\x00\x88\x01\x01\x42\t\n\x07_before\"V\n\x1bListSiblingRequestsResponse\x12\x37\n\x08requests\x18\x01 \x03(\x0b\x32%.tandem.api.frontend.v1.ListedRequest\"z\n\rListedRequest\x12\x33\n\x05place\x18\x01 \x01(\x0b\x32$.tandem.api.frontend.v1.RequestPlace\x12\x34\n\x07summary\x18\x02 \x01(\x0b\x32#.tandem.api.admin.v1.RequestSummary\"\x1a\n\x18GetSiblingFiguresRequest\"\xe1\x01\n\x19GetSiblingFiguresResponse\x12:\n\x07\x66igures\x18\x01 \x01(\x0b\x32).tandem.api.admin.v1.WatchFiguresResponse\x12\x43\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32&.tandem.api.frontend.v1.LatencyBuckets\x12\x43\n\x13inter_token_latency\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.LatencyBuckets\"D\n\x0eLatencyBuckets\x12\x0f\n\x07\x62uckets\x18\x01 \x03(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x11\n\tlongest_s\x18\x03 \x01(\x01\"\x1a\n\x18GetSiblingProcessRequest\"W\n\x19GetSiblingProcessResponse\x12:\n\x07process\x18\x01 \x01(\x0b\x32).tandem.api.process.v1.GetFiguresResponse2\x84\x04\n\x0eSiblingService\x12~\n\x13GetSiblingTimelines\x12\x32.tandem.api.frontend.v1.GetSiblingTimelinesRequest\x1a\x33.tandem.api.frontend.v1.GetSiblingTimelinesResponse\x12~\n\x13ListSiblingRequests\x12\x32.tandem.api.frontend.v1.ListSiblingRequestsRequest\x1a\x33.tandem.api.frontend.v1.ListSiblingRequestsResponse\x12x\n\x11GetSiblingFigures\x12\x30.tandem.api.frontend.v1.GetSiblingFiguresRequest\x1a\x31.tandem.api.frontend.v1.GetSiblingFiguresResponse\x12x\n\x11GetSiblingProcess\x12\x30.tandem.api.frontend.v1.GetSiblingProcessRequest\x1a\x31.tandem.api.frontend.v1.GetSiblingProcessResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,tandem/api/frontend/v1/sibling_service.proto\x12\x16tandem.api.frontend.v1\x1a\'tandem/api/admin/v1/admin_service.proto\x1a+tandem/api/process/v1/process_service.proto\"0\n\x1aGetSiblingTimelinesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"V\n\x1bGetSiblingTimelinesResponse\x12\x37\n\ttimelines\x18\x01 \x03(\x0b\x32$.tandem.api.admin.v1.RequestTimeline\"6\n\x0fRequestPosition\x12\x0f\n\x07\x62\x65gin_s\x18\x01 \x01(\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x87\x01\n\x1aListSiblingRequestsRequest\x12\x11\n\topen_only\x18\x01 \x01(\x08\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\x12<\n\x06\x62\x65\x66ore\x18\x03 \x01(\x0b\x32\'.tandem.api.frontend.v1.RequestPositionH\x00\x88\x01\x01\x42\t\n\x07_before\"V\n\x1bListSiblingRequestsResponse\x12\x37\n\x08requests\x18\x01 \x03(\x0b\x32%.tandem.api.frontend.v1.ListedRequest\"\x80\x01\n\rListedRequest\x12\x39\n\x08position\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.RequestPosition\x12\x34\n\x07summary\x18\x02 \x01(\x0b\x32#.tandem.api.admin.v1.RequestSummary\"\x1a\n\x18GetSiblingFiguresRequest\"\xe1\x01\n\x19GetSiblingFiguresResponse\x12:\n\x07\x66igures\x18\x01 \x01(\x0b\x32).tandem.api.admin.v1.WatchFiguresResponse\x12\x43\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32&.tandem.api.frontend.v1.LatencyBuckets\x12\x43\n\x13inter_token_latency\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.LatencyBuckets\"D\n\x0eLatencyBuckets\x12\x0f\n\x07\x62uckets\x18\x01 \x03(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x11\n\tlongest_s\x18\x03 \x01(\x01\"\x1a\n\x18GetSiblingProcessRequest\"W\n\x19GetSiblingProcessResponse\x12:\n\x07process\x18\x01 \x01(\x0b\x32).tandem.api.process.v1.GetFiguresResponse2\x84\x04\n\x0eSiblingService\x12~\n\x13GetSiblingTimelines\x12\x32.tandem.api.frontend.v1.GetSiblingTimelinesRequest\x1a\x33.tandem.api.frontend.v1.GetSiblingTimelinesResponse\x12~\n\x13ListSiblingRequests\x12\x32.tandem.api.frontend.v1.ListSiblingRequestsRequest\x1a\x33.tandem.api.frontend.v1.ListSiblingRequestsResponse\x12x\n\x11GetSiblingFigures\x12\x30.tandem.api.frontend.v1.GetSiblingFiguresRequest\x1a\x31.tandem.api.frontend.v1.GetSiblingFiguresResponse\x12x\n\x11GetSiblingProcess\x12\x30.tandem.api.frontend.v1.GetSiblingProcessRequest\x1a\x31.tandem.api.frontend.v1.GetSiblingProcessResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSIBLINGTIMELINESREQUEST']._serialized_end=206
   _globals['_GETSIBLINGTIMELINESRESPONSE']._serialized_start=208
   _globals['_GETSIBLINGTIMELINESRESPONSE']._serialized_end=294
-  _globals['_REQUESTPLACE']._serialized_start=296
-  _globals['_REQUESTPLACE']._serialized_end=347
-  _globals['_LISTSIBLINGREQUESTSREQUEST']._serialized_start=350
-  _globals['_LISTSIBLINGREQUESTSREQUEST']._serialized_end=482
-  _globals['_LISTSIBLINGREQUESTSRESPONSE']._serialized_start=484
-  _globals['_LISTSIBLINGREQUESTSRESPONSE']._serialized_end=570
-  _globals['_LISTEDREQUEST']._serialized_start=572
-  _globals['_LISTEDREQUEST']._serialized_end=694
-  _globals['_GETSIBLINGFIGURESREQUEST']._serialized_start=696
-  _globals['_GETSIBLINGFIGURESREQUEST']._serialized_end=722
-  _globals['_GETSIBLINGFIGURESRESPONSE']._serialized_start=725
-  _globals['_GETSIBLINGFIGURESRESPONSE']._serialized_end=950
-  _globals['_LATENCYBUCKETS']._serialized_start=952
-  _globals['_LATENCYBUCKETS']._serialized_end=1020
-  _globals['_GETSIBLINGPROCESSREQUEST']._serialized_start=1022
-  _globals['_GETSIBLINGPROCESSREQUEST']._serialized_end=1048
-  _globals['_GETSIBLINGPROCESSRESPONSE']._serialized_start=1050
-  _globals['_GETSIBLINGPROCESSRESPONSE']._serialized_end=1137
-  _globals['_SIBLINGSERVICE']._serialized_start=1140
-  _globals['_SIBLINGSERVICE']._serialized_end=1656
+  _globals['_REQUESTPOSITION']._serialized_start=296
+  _globals['_REQUESTPOSITION']._serialized_end=350
+  _globals['_LISTSIBLINGREQUESTSREQUEST']._serialized_start=353
+  _globals['_LISTSIBLINGREQUESTSREQUEST']._serialized_end=488
+  _globals['_LISTSIBLINGREQUESTSRESPONSE']._serialized_start=490
+  _globals['_LISTSIBLINGREQUESTSRESPONSE']._serialized_end=576
+  _globals['_LISTEDREQUEST']._serialized_start=579
+  _globals['_LISTEDREQUEST']._serialized_end=707
+  _globals['_GETSIBLINGFIGURESREQUEST']._serialized_start=709
+  _globals['_GETSIBLINGFIGURESREQUEST']._serialized_end=735
+  _globals['_GETSIBLINGFIGURESRESPONSE']._serialized_start=738
+  _globals['_GETSIBLINGFIGURESRESPONSE']._serialized_end=963
+  _globals['_LATENCYBUCKETS']._serialized_start=965
+  _globals['_LATENCYBUCKETS']._serialized_end=1033
+  _globals['_GETSIBLINGPROCESSREQUEST']._serialized_start=1035
+  _globals['_GETSIBLINGPROCESSREQUEST']._serialized_end=1061
+  _globals['_GETSIBLINGPROCESSRESPONSE']._serialized_start=1063
+  _globals['_GETSIBLINGPROCESSRESPONSE']._serialized_end=1150
+  _globals['_SIBLINGSERVICE']._serialized_start=1153
+  _globals['_SIBLINGSERVICE']._serialized_end=1669
 # @@protoc_insertion_point(module_scope)

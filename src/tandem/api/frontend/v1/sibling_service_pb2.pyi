@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetSiblingTimelinesRequest(_message.Message):
-    """Asks for the courses of an id."""
+    """Asks for the timelines of an id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -44,7 +44,7 @@ Global___GetSiblingTimelinesRequest: _TypeAlias = GetSiblingTimelinesRequest  # 
 
 @_typing.final
 class GetSiblingTimelinesResponse(_message.Message):
-    """The courses."""
+    """The timelines."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -67,8 +67,8 @@ class GetSiblingTimelinesResponse(_message.Message):
 Global___GetSiblingTimelinesResponse: _TypeAlias = GetSiblingTimelinesResponse  # noqa: Y015
 
 @_typing.final
-class RequestPlace(_message.Message):
-    """Where a request stands in a list: by its coming, then by its id."""
+class RequestPosition(_message.Message):
+    """The position of a request in a list: by its coming, then by its id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -90,7 +90,7 @@ class RequestPlace(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RequestPlace: _TypeAlias = RequestPlace  # noqa: Y015
+Global___RequestPosition: _TypeAlias = RequestPosition  # noqa: Y015
 
 @_typing.final
 class ListSiblingRequestsRequest(_message.Message):
@@ -106,15 +106,15 @@ class ListSiblingRequestsRequest(_message.Message):
     count: _builtins.int
     """Most of them."""
     @_builtins.property
-    def before(self) -> Global___RequestPlace:
-        """Only those that come behind this place. Absent: from the newest on."""
+    def before(self) -> Global___RequestPosition:
+        """Only those that come after this position. Absent: from the newest on."""
 
     def __init__(
         self,
         *,
         open_only: _builtins.bool = ...,
         count: _builtins.int = ...,
-        before: Global___RequestPlace | None = ...,
+        before: Global___RequestPosition | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_before", b"_before", "before", b"before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -156,25 +156,25 @@ class ListedRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PLACE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def place(self) -> Global___RequestPlace:
-        """Where it stands."""
+    def position(self) -> Global___RequestPosition:
+        """Its position."""
 
     @_builtins.property
     def summary(self) -> _admin_service_pb2.RequestSummary:
-        """What is told of it."""
+        """Its summary."""
 
     def __init__(
         self,
         *,
-        place: Global___RequestPlace | None = ...,
+        position: Global___RequestPosition | None = ...,
         summary: _admin_service_pb2.RequestSummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["place", b"place", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -293,7 +293,7 @@ class GetSiblingProcessResponse(_message.Message):
     PROCESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def process(self) -> _process_service_pb2.GetFiguresResponse:
-        """As ProcessService tells it."""
+        """As ProcessService answers."""
 
     def __init__(
         self,

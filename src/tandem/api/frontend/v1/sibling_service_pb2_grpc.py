@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class SiblingServiceStub:
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     def __init__(self, channel):
@@ -60,11 +60,11 @@ class SiblingServiceStub:
 
 class SiblingServiceServicer:
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     def GetSiblingTimelines(self, request, context):
-        """The courses that an id stands for; none is no error.
+        """The timelines of the requests that an id stands for; none is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +124,7 @@ def add_SiblingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SiblingService:
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     @staticmethod

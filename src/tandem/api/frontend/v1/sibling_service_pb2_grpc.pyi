@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class SiblingServiceStub:
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     @_typing.overload
@@ -36,7 +36,7 @@ class SiblingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SiblingServiceAsyncStub: ...
     GetSiblingTimelines: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingTimelinesRequest, _sibling_service_pb2.GetSiblingTimelinesResponse]
-    """The courses that an id stands for; none is no error."""
+    """The timelines of the requests that an id stands for; none is no error."""
     ListSiblingRequests: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.ListSiblingRequestsRequest, _sibling_service_pb2.ListSiblingRequestsResponse]
     """The requests that this process knows, newest first."""
     GetSiblingFigures: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingFiguresRequest, _sibling_service_pb2.GetSiblingFiguresResponse]
@@ -47,12 +47,12 @@ class SiblingServiceStub:
 @_typing.type_check_only
 class SiblingServiceAsyncStub(SiblingServiceStub):
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSiblingTimelines: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingTimelinesRequest, _sibling_service_pb2.GetSiblingTimelinesResponse]  # type: ignore[assignment]
-    """The courses that an id stands for; none is no error."""
+    """The timelines of the requests that an id stands for; none is no error."""
     ListSiblingRequests: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.ListSiblingRequestsRequest, _sibling_service_pb2.ListSiblingRequestsResponse]  # type: ignore[assignment]
     """The requests that this process knows, newest first."""
     GetSiblingFigures: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingFiguresRequest, _sibling_service_pb2.GetSiblingFiguresResponse]  # type: ignore[assignment]
@@ -62,7 +62,7 @@ class SiblingServiceAsyncStub(SiblingServiceStub):
 
 class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for anybody else. Each answers for itself alone.
+    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
     """
 
     @_abc_1.abstractmethod
@@ -71,7 +71,7 @@ class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sibling_service_pb2.GetSiblingTimelinesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sibling_service_pb2.GetSiblingTimelinesResponse, _abc.Awaitable[_sibling_service_pb2.GetSiblingTimelinesResponse]]:
-        """The courses that an id stands for; none is no error."""
+        """The timelines of the requests that an id stands for; none is no error."""
 
     @_abc_1.abstractmethod
     def ListSiblingRequests(
