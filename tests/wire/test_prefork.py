@@ -132,8 +132,8 @@ async def test_a_dead_child_costs_its_own_connections_and_comes_back() -> None:
 
 async def test_a_child_that_comes_back_gets_its_share_of_the_clients() -> None:
     """They have long-lived connections, and would stay away for ever."""
-    async with family() as found:
-        first, _second = await found.all_serve()
+    async with family(policy=RestartPolicy(first_delay_s=2.0)) as found:
+        first, second = await found.all_serve()
         clients = [await found.connect() for _ in range(6)]
         for client in clients:
             await client()
@@ -145,6 +145,7 @@ async def test_a_child_that_comes_back_gets_its_share_of_the_clients() -> None:
                 await asyncio.gather(*(client() for client in clients))
             return await found.counts()
 
+        await assert_eventually(all_ask, lambda _: second.connection_count == 6, what="all at the one that is left")
         await found.all_serve()
         await assert_eventually(all_ask, lambda counts: counts == [3, 3], within_s=10, what="an even share")
 
@@ -177,6 +178,20 @@ async def test_a_frozen_child_gets_few_connections_and_then_none(monkeypatch: py
         await assert_eventually(lambda: not second.is_silent)
         await asyncio.wait_for(await found.dial(), 5)
         assert second.connection_count == UNTAKEN_MAX + 1
+
+
+async def test_a_child_that_lets_a_connection_lie_is_passed_over() -> None:
+    """Long before it counts as silent: each further client would wait for it."""
+    async with family() as found:
+        first, second = await found.all_serve()
+        os.kill(second.pid or 0, signal.SIGSTOP)
+        dialling = [await found.dial() for _ in range(2)]
+        await assert_eventually(lambda: second.is_late)
+        dialling += [await found.dial() for _ in range(6)]
+        await assert_eventually(lambda: sum(task.done() for task in dialling) == 7)
+        assert (first.connection_count, second.connection_count) == (7, 1)
+        os.kill(second.pid or 0, signal.SIGCONT)
+        await asyncio.wait_for(asyncio.gather(*dialling), 5)
 
 
 async def test_a_silent_child_gets_nothing_although_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
