@@ -29,6 +29,7 @@ from tandem.model.worker import Capabilities, Worker, WorkerRole
 from tandem.rpc import clients
 from tandem.rpc.channels import Channels
 from tandem.runtime import open_files
+from tandem.runtime.awake import AwakeTimers
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.testing.eventually import assert_eventually
 
@@ -127,7 +128,7 @@ async def cost_of(count: int) -> dict[str, float]:
     try:
         port = int(await server.stdout.readline())
         channels, process = Channels(), psutil.Process()
-        health = WorkerHealth(channels)
+        health = WorkerHealth(channels, AwakeTimers())
         memory, files, began_s = process.memory_info().rss, process.num_fds(), time.monotonic()
         processor_s = spent_s(process)
         health.follow(workers(count, port))

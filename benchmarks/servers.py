@@ -118,7 +118,11 @@ async def serve(kind: str) -> None:
     ticker = Ticker()
     servicer = Pushed(ticker) if kind.endswith("pushed") else Pulled(ticker)
     add = partial(pb_grpc.add_InferenceServiceServicer_to_server, servicer)
-    server: ServiceHost = RpcServer([(NAME, add)]) if kind.startswith("grpc.aio") else Http2RpcServer([(NAME, add)])
+    server: ServiceHost
+    if kind.startswith("grpc.aio"):
+        server = RpcServer([(NAME, add)])
+    else:
+        server = Http2RpcServer([(NAME, add)], streams_max=100_000)
     await server.start("127.0.0.1", 0)
     ticking = asyncio.create_task(ticker.run())
     print(server.port, flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.runtime.awake import TICK_MAX_S, TICK_S, AwakeTimers
 
@@ -111,5 +113,36 @@ def test_timers_set_in_a_callback_come_too() -> None:
         timers.after(0.2, again)
         await asyncio.sleep(3)
         assert count == 5
+
+    run_virtually(live())
+
+
+def test_a_deadline_is_judged_also_by_a_loop_that_always_lags() -> None:
+    async def live() -> None:
+        timers, came = AwakeTimers(), list[float]()
+        timers.at(now_s() + 1.0, lambda: came.append(now_s()))
+        for _ in range(20):
+            block(0.3)
+            await asyncio.sleep(0.06)
+        assert came
+        assert 1.0 < came[0] < 2.0
+
+    run_virtually(live())
+
+
+def test_what_takes_too_long_is_timed_out_by_time_in_which_the_loop_ran() -> None:
+    async def live() -> None:
+        timers = AwakeTimers()
+        async with timers.within(1.0):
+            await asyncio.sleep(0.5)
+            block(5.0)
+            await asyncio.sleep(0.3)
+        begin_s = now_s()
+        with pytest.raises(TimeoutError):
+            async with timers.within(1.0):
+                await asyncio.sleep(10)
+        assert 1.0 <= now_s() - begin_s <= 1.0 + 2 * TICK_S
+        await asyncio.sleep(1)
+        assert timers._ticker is None, "nothing is left of it"
 
     run_virtually(live())

@@ -11,8 +11,10 @@ import pytest
 from frontend_workers import decode
 from tandem_frontend.admission import Admission
 from tandem_frontend.capacity import Capacity
+from tandem_frontend.loop_load import MEASURE_S, LoopLoad
 from tandem_frontend.waiting_line import Demand
 
+from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.runtime.clock import ManualClock, monotonic
 from tandem.testing.eventually import assert_eventually
@@ -59,6 +61,30 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
         async with places.place(ONE):
             pass
     assert places.open_count == 0
+
+
+def test_a_process_that_is_late_refuses_newcomers_and_goes_on_with_the_others() -> None:
+    async def live() -> None:
+        loop, load = asyncio.get_running_loop(), LoopLoad(thread_time=lambda: 0.0)
+        places = Admission(100, Fixed(100), monotonic, load, lag_max_s=1.0)
+        with places.admit():
+            for _ in range(3):
+                with places.admit():
+                    pass
+                await asyncio.sleep(2 * MEASURE_S)
+            for _ in range(6):
+                await asyncio.sleep(MEASURE_S / 2)
+                loop._now_s += 3.0  # type: ignore[attr-defined]
+            with pytest.raises(Overloaded, match=r"[23]\.\d s late") as refused, places.admit():
+                pass
+            assert refused.value.retry_delay_s is not None
+            assert places.open_count == 1
+            for _ in range(6):
+                await asyncio.sleep(2 * MEASURE_S)
+            with places.admit():
+                assert places.open_count == 2
+
+    run_virtually(live())
 
 
 async def test_a_closed_door_lets_those_inside_and_in_line_finish() -> None:

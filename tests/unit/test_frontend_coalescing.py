@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from played_legs import Outbox
 from tandem_frontend import relay as relays
-from tandem_frontend.coalescing import FLUSH_S, MEASURE_S, Coalescing
+from tandem_frontend.coalescing import FLUSH_S, Coalescing
 from tandem_frontend.detokenization import Detokenizer
+from tandem_frontend.loop_load import MEASURE_S, LoopLoad
 from tandem_frontend.relay import Relay
 from tandem_frontend.stopping import StopMatcher, StopTokens
 from test_frontend_timings import Letters
@@ -27,14 +28,15 @@ class Scene:
 
     def __init__(self, hold_max_s: float | None = None) -> None:
         self.used_s = 0.0
-        self.coalescing = Coalescing(HOLD_S, thread_time=lambda: self.used_s)
+        self.load = LoopLoad(thread_time=lambda: self.used_s)
+        self.coalescing = Coalescing(HOLD_S, self.load)
         self.outbox = Outbox()
         stop_tokens = StopTokens((), (), 0, ignore_eos=True)
         detokenizer, stops = Detokenizer(Letters(), [0]), StopMatcher(())
         self.relay = Relay(detokenizer, stops, stop_tokens, Course(), self.outbox, self.coalescing, hold_max_s)
 
     async def be_busy(self, share: float, seconds: float = 2.0) -> None:
-        self.coalescing.open()
+        self.load.open()
         for _ in range(int(seconds / MEASURE_S)):
             await asyncio.sleep(MEASURE_S)
             self.used_s += share * MEASURE_S
@@ -95,7 +97,7 @@ def test_a_stream_slower_than_the_bound_never_waits() -> None:
 def test_a_loop_that_lags_is_busy_whatever_it_uses() -> None:
     async def live() -> None:
         scene, loop = Scene(), asyncio.get_running_loop()
-        scene.coalescing.open()
+        scene.load.open()
         for _ in range(20):
             await asyncio.sleep(MEASURE_S / 2)
             loop._now_s += 0.2  # type: ignore[attr-defined]
@@ -150,7 +152,7 @@ def test_what_is_kept_for_a_client_that_does_not_read_is_bounded() -> None:
 def test_the_text_is_the_same_however_it_is_cut(ids: list[int], cuts: list[int], data: st.DataObject) -> None:
     async def live() -> None:
         scene = Scene()
-        scene.coalescing._pressure = 1.0
+        scene.load.pressure = 1.0
         scene.relay.open()
         left, number = list(ids), 0
         while left:

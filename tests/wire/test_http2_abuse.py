@@ -154,6 +154,19 @@ async def test_rapid_resets_are_answered_with_calm_and_running_calls_go_on() -> 
         await assert_eventually(lambda: echo.cancelled == 1 and not echo.running)
 
 
+async def test_a_client_may_give_up_all_that_it_has_open_at_once() -> None:
+    async with echoing(streams_max=1_500) as (echo, address, _server), raw_peer(address) as peer:
+        await peer.until(lambda: peer.h2.remote_settings.max_concurrent_streams == 1_500)
+        for number in range(1_500):
+            peer.begin(2 * number + 1, UNARY)
+        for number in range(1_500):
+            peer.h2.reset_stream(2 * number + 1)
+        peer.ask(3_001, framed(b"next"))
+        assert (await peer.answer(3_001)).data == framed(b"next")
+        assert peer.goaway is None
+        assert not echo.running
+
+
 async def test_requests_that_are_cancelled_at_once_leave_no_task() -> None:
     async with echoing() as (echo, address, server), beside(address) as answered, raw_peer(address) as peer:
         for number in range(500):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -13,11 +14,12 @@ import grpc
 import psutil
 import pytest
 from registry_host import make_worker
-from tandem_frontend.routing.worker_health import WorkerHealth
+from tandem_frontend.routing.worker_health import CHECK_TIMEOUT_S, WorkerHealth
 
 from tandem.model.worker import Start, Worker
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
+from tandem.runtime.awake import AwakeTimers
 from tandem.testing.eventually import assert_eventually
 
 FLEET = 250
@@ -49,14 +51,15 @@ async def serving(port: int = 0) -> AsyncIterator[RpcServer]:
 
 @contextlib.asynccontextmanager
 async def following(*workers: Worker) -> AsyncIterator[WorkerHealth]:
-    channels = Channels()
-    health = WorkerHealth(channels)
+    channels, timers = Channels(), AwakeTimers()
+    health = WorkerHealth(channels, timers)
     try:
         await health.start()
         health.follow(workers)
         yield health
     finally:
         await health.close()
+        timers.close()
         await channels.close()
 
 
@@ -133,6 +136,26 @@ async def test_a_worker_is_asked_at_once_when_somebody_waits_for_it(monkeypatch:
             known = health.unhealthy()
             assert not await health.answers(worker)
             assert health.unhealthy() is known, "nothing has changed, and it is made anew"
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_time_in_which_the_frontend_itself_stood_still_is_no_worker_s_silence() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        worker = worker_at(int(await process.stdout.readline()))
+        async with following(worker) as health:
+            await settled(health)
+            process.send_signal(signal.SIGSTOP)
+            asked = asyncio.create_task(health.answers(worker))
+            await asyncio.sleep(0.05)
+            # Longer than a worker may be silent, and it goes on before this loop does.
+            time.sleep(2 * CHECK_TIMEOUT_S)  # noqa: ASYNC251 -- the loop has to stand still
+            process.send_signal(signal.SIGCONT)
+            assert await asked
+            assert not health.unhealthy()
     finally:
         process.kill()
         await process.wait()

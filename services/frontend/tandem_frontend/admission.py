@@ -1,8 +1,8 @@
 """The admission hop: how many requests may be here, and which of them goes to the workers next.
 
-Bounded twice: the requests in this frontend, refused at once beyond that, and the requests and tokens the workers have
-room for, which the others wait for in line. Who is next is `waiting_line`'s, how much room there is `capacity`'s.
-Everything is decided before the first byte.
+Bounded three times: by the requests in this frontend and by how late its event loop is, refused at once beyond that,
+and by the requests and tokens the workers have room for, which the others wait for in line. Who is next is
+`waiting_line`'s, how much room there is `capacity`'s. Everything is decided before the first byte.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Protocol
 
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.runtime.clock import Clock
+from tandem_frontend.loop_load import LoopLoad
 from tandem_frontend.pace import Pace
 from tandem_frontend.waiting_line import Demand, WaitingLine
 
+LAG_MAX_S = 1.0
+"""Default of how late the event loop may be: each stream's next token is late by as much."""
 RETRY_DELAY_MIN_S = 1.0
 RETRY_DELAY_MAX_S = 30.0
 SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
@@ -44,8 +47,18 @@ class Room(Protocol):
 class Admission:
     """Places of this frontend's requests."""
 
-    def __init__(self, open_requests_max: int, room: Room, clock: Clock) -> None:
+    def __init__(
+        self,
+        open_requests_max: int,
+        room: Room,
+        clock: Clock,
+        load: LoopLoad | None = None,
+        lag_max_s: float = LAG_MAX_S,
+    ) -> None:
+        """`load` measures this process's loop, which refuses new requests while it is later than `lag_max_s`."""
         self._open_requests_max = open_requests_max
+        self._load = load or LoopLoad()
+        self._lag_max_s = lag_max_s
         self._room = room
         self._clock = clock
         self._line: WaitingLine[asyncio.Future[None]] = WaitingLine()
@@ -74,7 +87,7 @@ class Admission:
 
         Raises:
             Draining: this frontend is going away.
-            Overloaded: there are too many.
+            Overloaded: there are too many, or this process is too late with those that are open.
         """
         if self._is_closed:
             raise Draining("this frontend is going away")
@@ -82,12 +95,19 @@ class Admission:
             raise Overloaded(
                 f"{self._open_count} requests are open here already", retry_delay_s=self._delay_s(self._line.tokens)
             )
+        if self._load.lag_s > self._lag_max_s:
+            raise Overloaded(
+                f"this frontend is {self._load.lag_s:.1f} s late with the requests that are open",
+                retry_delay_s=RETRY_DELAY_MIN_S,
+            )
         self._open_count += 1
+        self._load.open()
         self._none.clear()
         try:
             yield
         finally:
             self._open_count -= 1
+            self._load.close()
             if not self._open_count:
                 self._none.set()
 

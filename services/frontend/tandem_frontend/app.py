@@ -53,6 +53,7 @@ from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.figures import Figures
 from tandem_frontend.generation import Generation
 from tandem_frontend.link_leg import Bounds
+from tandem_frontend.loop_load import LoopLoad
 from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
@@ -99,7 +100,7 @@ class FrontendApp:
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
         self._registration: Registration | None = None
-        self._health = WorkerHealth(self._channels)
+        self._health = WorkerHealth(self._channels, self._timers)
         self._breakers = Breakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
@@ -161,7 +162,10 @@ class FrontendApp:
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
         watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._follow)
         self._loads = LoadWatch(self._channels, on_change=self._note_load)
-        admission = self._admission = Admission(config.open_requests_max, self._room, monotonic)
+        load = LoopLoad()
+        admission = self._admission = Admission(
+            config.open_requests_max, self._room, monotonic, load, config.overload_lag_s
+        )
         await self._health.start()
         rng = random.SystemRandom()
         refusals = Refusals(monotonic)
@@ -171,7 +175,7 @@ class FrontendApp:
             self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
         )
         attempts = self._attempts = Attempts(routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng)
-        coalescing = Coalescing(config.coalesce_ms / 1_000)
+        coalescing = Coalescing(config.coalesce_ms / 1_000, load)
         generation = Generation(
             model, admission, attempts, self._courses, coalescing, tells_prompts=config.trace_prompts
         )

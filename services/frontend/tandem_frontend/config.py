@@ -36,6 +36,12 @@ class FrontendConfig(AdminConfig):
     open_requests_max: int = Field(
         256, ge=1, le=100_000, description="requests open at a time, over all processes; more are refused"
     )
+    overload_lag_s: float = Field(
+        1,
+        ge=0.05,
+        le=300,
+        description="while this process's event loop is later than this, new requests are refused; open ones go on",
+    )
     request_bytes_max: int | None = Field(
         None,
         ge=64 * 2**10,

@@ -95,12 +95,8 @@ class Generation:
             relay = self._relay(wanted, record, answer)
             async with self._served(wanted, caller, relay, recorder) as stream:
                 answer.accepted(self._accepted(wanted, stream.attempt))
-                self._coalescing.open()
-                try:
-                    relay.open()
-                    await stream.run()
-                finally:
-                    self._coalescing.close()
+                relay.open()
+                await stream.run()
                 if relay.is_overrun:
                     raise Overloaded("the client does not read its answer: too much of it waits")
                 route, prefill = _route(stream.attempt), stream.attempt.prefill_finish

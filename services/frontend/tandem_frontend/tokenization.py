@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tokenizers
 
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.checkpoint import Card, read_card
 from tandem.errors import ContextExceeded, StartError
 from tandem_frontend.chat_template import ChatTemplate
@@ -134,8 +135,8 @@ class Tokenizer:
     async def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> Sequence[int]:
         """Token ids of a text. Control tokens in it are read as such.
 
-        Those of a long text are protobuf's own list, which a message takes over as a whole: 100,000 of them in 20 us,
-        where a list of Python's takes 2 ms.
+        In protobuf's own list, which a message takes over as a whole: 100,000 of them in 20 us, where a list of
+        Python's takes 2 ms. It holds four bytes for each, where a list of Python's holds 36.
 
         Raises:
             ContextExceeded: it is far beyond the context; `field` is what the refusal names.
@@ -143,11 +144,11 @@ class Tokenizer:
         """
         try:
             if len(text) <= BLOCKING_CHARS_MAX:
-                return self._texts.encode(text, add_special_tokens=add_special_tokens)
+                return self._encode(text, add_special_tokens=add_special_tokens)
             if len(text) > THREAD_CHARS_MAX and self._pool is not None:
                 return await self._pool.encode(text, add_special_tokens=add_special_tokens)
             turns = self._threads if len(text) <= THREAD_CHARS_MAX else self._long_thread
-            encode = partial(self._texts.encode, text, add_special_tokens=add_special_tokens)
+            encode = partial(self._encode, text, add_special_tokens=add_special_tokens)
             return await turns.run(partial(asyncio.to_thread, encode))
         except TooManyTokens:
             raise ContextExceeded(
@@ -156,6 +157,9 @@ class Tokenizer:
                 f"{self.context_tokens_max} tokens",
                 limit=self.context_tokens_max,
             ) from None
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
+        return pb.TokenIds(ids=self._texts.encode(text, add_special_tokens=add_special_tokens)).ids
 
     async def decode_all(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """`decode` for a list of any length: no stream waits for it."""

@@ -48,7 +48,7 @@ class CheckedRequest:
     prompt_field: str
     """The field its prompt came in."""
     token_ids: Sequence[int]
-    """Of a long prompt, protobuf's own list."""
+    """Protobuf's own list."""
     sampling: sampling_pb2.Sampling
     max_tokens: int
     min_tokens: int | None

@@ -49,8 +49,8 @@ class HealthWatch:
         self._call.cancel()
 
 
-async def check_health(channel: grpc.aio.Channel, timeout_s: float) -> bool:
-    """Whether a process says within `timeout_s` that it serves.
+async def check_health(channel: grpc.aio.Channel, timeout_s: float | None = None) -> bool:
+    """Whether a process says that it serves, within `timeout_s` where that is given.
 
     Raises:
         TandemError: it did not answer.

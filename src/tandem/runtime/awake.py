@@ -3,18 +3,20 @@
 A loop that stood still for 3 s (a long callback, a stopped process, a machine without a free core) has read nothing of
 what its peers sent meanwhile. Its own lag must not count as their silence. So one ticker measures the time between its
 turns, and counts no more than `TICK_MAX_S` of it: bounds of silence are counted in ticks at which the loop could read.
-Deadlines are moments of the caller's and keep to the real clock, but are judged only at a punctual tick, when what had
-already arrived has been read. A timer costs a dictionary entry; nothing ticks while there is none.
+Deadlines are moments of the caller's and keep to the real clock, but are judged only when what had already arrived has
+been read: at a punctual tick, or at the second one after them. A timer costs a dictionary entry; nothing ticks while
+there is none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,25 @@ class AwakeTimers:
         return timer
 
     def at(self, deadline_s: float, callback: Callable[[], None]) -> Timer:
-        """Call when the loop's clock has passed a moment and the loop is punctual again."""
+        """Call when the loop's clock has passed a moment, and what came before it has been read."""
         self._run()
         timer = Timer(callback)
         heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), timer))
         return timer
+
+    @contextlib.asynccontextmanager
+    async def within(self, delay_s: float) -> AsyncIterator[None]:
+        """As `asyncio.timeout`, of time in which the loop ran.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        async with asyncio.timeout(None) as scope:
+            timer = self.after(delay_s, lambda: scope.reschedule(0.0))
+            try:
+                yield
+            finally:
+                timer.cancel()
 
     def close(self) -> None:
         """Call nothing any more."""
@@ -84,17 +100,17 @@ class AwakeTimers:
 
     def _tick(self) -> None:
         assert self._loop is not None, "ticks come from the loop"
-        now_s = self._loop.time()
-        elapsed_s, self._ticked_s = now_s - self._ticked_s, now_s
+        now_s, before_s = self._loop.time(), self._ticked_s
+        elapsed_s, self._ticked_s = now_s - before_s, now_s
         self._awake_s += min(elapsed_s, TICK_MAX_S)
         self._is_ticking = True
         while self._tick_number < int(self._awake_s / TICK_S + 1e-6):
             self._tick_number += 1
             for timer in self._slots.pop(self._tick_number, ()):
                 _call(timer)
-        if elapsed_s <= TICK_MAX_S:
-            while self._deadlines and self._deadlines[0][0] <= now_s:
-                _call(heapq.heappop(self._deadlines)[2])
+        judged_s = now_s if elapsed_s <= TICK_MAX_S else before_s
+        while self._deadlines and self._deadlines[0][0] <= judged_s:
+            _call(heapq.heappop(self._deadlines)[2])
         while self._deadlines and self._deadlines[0][2].callback is None:
             heapq.heappop(self._deadlines)
         self._is_ticking = False

@@ -2,8 +2,8 @@
 
 A stream of health to each worker of the view ends when its process dies and says when it no longer serves; it costs
 nothing while nothing happens. Who is frozen keeps its connections: each worker is asked now and then, and at once when
-it does not take a leg. Whoever fails is avoided until it answers again, never excluded. Needs no registry, and changes
-no view.
+it does not take a leg. Whoever fails is avoided until it answers again, never excluded. Only time in which this
+frontend's own loop ran counts as a worker's silence. Needs no registry, and changes no view.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tandem.model.worker import Start, Worker
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.rpc.health_calls import HealthWatch, check_health
+from tandem.runtime.awake import AwakeTimers
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ OPENING_TIMEOUT_S = 1.0
 class WorkerHealth:
     """Follows the health of the workers of the view, from `start` to `close`."""
 
-    def __init__(self, channels: Channels) -> None:
+    def __init__(self, channels: Channels, timers: AwakeTimers) -> None:
         self._channels = channels
+        self._timers = timers
         self._opening = asyncio.Semaphore(OPENING_MAX)
         self._followed: dict[Start, tuple[Worker, asyncio.Task[None]]] = {}
         self._on: dict[Start, object] = {}
@@ -72,8 +74,9 @@ class WorkerHealth:
     async def answers(self, worker: Worker) -> bool:
         """Ask a worker whether it serves. Silence is remembered until it has answered."""
         try:
-            return await check_health(self._channels.get(worker.address), CHECK_TIMEOUT_S)
-        except DeadlinePassed:
+            async with self._timers.within(CHECK_TIMEOUT_S):
+                return await check_health(self._channels.get(worker.address))
+        except TimeoutError:
             self._note_silent(worker)
             return False
         except NotSupported:
@@ -142,7 +145,7 @@ class WorkerHealth:
             if is_down:
                 watch = HealthWatch(channel, waits=True)
             else:
-                async with self._opening, asyncio.timeout(OPENING_TIMEOUT_S):
+                async with self._opening, self._timers.within(OPENING_TIMEOUT_S):
                     watch = HealthWatch(channel, waits=False)
                     self._note(worker, "" if await watch.read() else "it says so")
             while True:

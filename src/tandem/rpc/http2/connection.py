@@ -51,8 +51,8 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._state = Http2State(server.streams_max)
         self._is_greeted = self._is_leaving = self._is_closed = False
-        self._resets = limits.reset_budget()
-        self._late_streams = limits.reset_budget()
+        self._resets = limits.reset_budget(server.streams_max)
+        self._late_streams = limits.reset_budget(server.streams_max)
         self._pings = limits.ping_budget()
         self._settings = limits.settings_budget()
         self._idle_frames = limits.idle_frame_budget()

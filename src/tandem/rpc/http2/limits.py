@@ -92,9 +92,12 @@ def idle_frame_budget() -> Budget:
     return Budget(5_000, 1_000)
 
 
-def reset_budget() -> Budget:
-    """Streams that were opened for nothing. An edge carries the cancellations of many clients on one connection."""
-    return Budget(1_000, 100)
+def reset_budget(streams_max: int) -> Budget:
+    """Streams that were opened for nothing. An edge carries the cancellations of many clients on one connection.
+
+    A client may give up all that it has open at once.
+    """
+    return Budget(max(STREAMS_MAX, streams_max), 100)
 
 
 class HeldBytes:
