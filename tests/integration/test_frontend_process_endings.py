@@ -21,7 +21,11 @@ from command_line import STARTS_WITHIN_S, TANDEM, child_of, cluster_up, gone, ru
 from conftest import DEMO_MODEL, running
 from test_simulated_cluster import STORY, oracle
 
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.errors import TandemError
 from tandem.rpc import clients
+from tandem.rpc.channels import open_channel
 from tandem.runtime import run_directory
 from tandem.runtime.cluster import LocalCluster
 from tandem.runtime.parent import VARIABLE
@@ -119,6 +123,21 @@ async def test_processes_whose_parent_was_killed_finish_and_end(workers: LocalCl
         assert await stream == oracle(STORY, 60)
         await gone(frontend.children, within_s=ENDS_WITHIN_S)
         assert not list(frontend.run_files.iterdir()), "the last of them removes what the parent would have"
+
+
+async def test_while_the_parent_stands_still_what_is_connected_goes_on(workers: LocalCluster, tmp_path: Path) -> None:
+    async with started(workers, tmp_path) as frontend, open_channel(frontend.address) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        models = pb.ListModelsRequest()
+        assert (await stub.ListModels(models, timeout=5)).models
+        stream = await frontend.stream(60)
+        frontend.process.send_signal(signal.SIGSTOP)
+        assert await stream == oracle(STORY, 60)
+        assert (await stub.ListModels(models, timeout=5)).models, "calls on a connection that is there"
+        with pytest.raises(TandemError):
+            await clients.is_serving(frontend.address)
+        frontend.process.send_signal(signal.SIGCONT)
+        assert await clients.is_serving(frontend.address)
 
 
 async def test_the_port_is_free_at_once_when_the_parent_was_killed(workers: LocalCluster, tmp_path: Path) -> None:

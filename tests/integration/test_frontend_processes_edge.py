@@ -39,7 +39,12 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120
 COUNT = 2
 STREAMS = 32
 """With eight of them on a connection, Envoy's two threads need four connections at least."""
-ENGINE = {"engine-extra": json.dumps({"decode_step_s": 0.01}), "running-requests-max": "64"}
+ENGINE = {
+    "engine-extra": json.dumps({"decode_step_s": 0.01}),
+    "running-requests-max": "64",
+    "kv-capacity-tokens": "100000",
+}
+"""Has room for all of them at a time."""
 
 
 def edge_of(cluster: LocalCluster) -> ClusterProcess:
@@ -69,13 +74,15 @@ async def by_process(cluster: LocalCluster, name: str) -> Counter[str]:
     return found
 
 
-async def events_of(client: httpx.AsyncClient, body: dict[str, Any]) -> list[str]:
-    """The events of a stream of OpenAI's API, as far as it came."""
+async def events_of(client: httpx.AsyncClient, body: dict[str, Any], begun: list[str] | None = None) -> list[str]:
+    """The events of a stream of OpenAI's API, as far as it came; the first piece of it is noted in `begun`."""
     text = ""
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
             async for piece in response.aiter_text():
+                if begun is not None and not text:
+                    begun.append(piece)
                 text += piece
     except httpx.RemoteProtocolError:
         text += "\n\ncut off"
@@ -143,11 +150,14 @@ async def test_over_http_a_killed_process_costs_its_own_streams_only(
 ) -> None:
     processes = Processes(cluster)
     bodies = [completion(f"{STORY} {n}", max_tokens=200, stream=True, ignore_eos=True) for n in range(STREAMS)]
-    streams = [asyncio.create_task(events_of(client, body)) for body in bodies]
-    found = await assert_eventually(
-        processes.open_requests, lambda found: sum(map(len, found.values())) == STREAMS, every_s=0.1
-    )
+    begun: list[str] = []
+    streams = [asyncio.create_task(events_of(client, body, begun)) for body in bodies]
+    await assert_eventually(lambda: len(begun) == STREAMS)
+    found = await processes.open_requests()
+    assert sum(map(len, found.values())) == STREAMS
     os.kill(processes.pids[0], signal.SIGKILL)
+    # Until Envoy has seen the end of the connections, a request may be sent to the dead one: it is one of those it had.
+    await assert_eventually(lambda: sum(stream.done() for stream in streams) == len(found[0]), within_s=2)
     meanwhile = await asyncio.gather(*(client.post("/v1/completions", json=completion()) for _ in range(8)))
     assert {answer.status_code for answer in meanwhile} == {200}
     ended = await asyncio.gather(*streams)
