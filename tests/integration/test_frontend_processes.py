@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import baseline
+import grpc
 import psutil
 import pytest
 import pytest_asyncio
 from calls import Stream, generate, request_of
 from conftest import DEMO_MODEL, SIMULATED
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
+    MetricsServiceServicer,
+    add_MetricsServiceServicer_to_server,
+)
+from otlp_receiver import values
 from scraped import samples, scrape
 from test_simulated_cluster import STORY, oracle
 
@@ -315,3 +322,38 @@ async def ask_for_ever(cluster: LocalCluster, ended: list[int], failures: list[T
             else:
                 ended.append(count)
                 break
+
+
+async def test_each_process_pushes_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """What is left is pushed at the end, so nothing has to wait for the interval."""
+    async with pushed_metrics() as (address, pushed):
+        async with several(tmp_path, otlp_endpoint=address) as cluster:
+            await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=3)) for _ in range(2 * COUNT)))
+        own = {f"frontend/{number}" for number in range(COUNT)}
+        admitted = {instance: names for instance, names in pushed.items() if instance.startswith("frontend")}
+        assert admitted.keys() == {"frontend", *own}
+        assert all("tandem.requests.admitted" in admitted[instance] for instance in own)
+        assert "tandem.requests.admitted" not in admitted["frontend"], "the parent serves no requests"
+        assert "tandem.processes" in admitted["frontend"]
+
+
+@asynccontextmanager
+async def pushed_metrics() -> AsyncIterator[tuple[str, dict[str, set[str]]]]:
+    """A collector of metrics: its address, and the names of what each instance has pushed."""
+    found: dict[str, set[str]] = {}
+
+    class Collector(MetricsServiceServicer):
+        async def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+            for pushed in request.resource_metrics:
+                names = {metric.name for scope in pushed.scope_metrics for metric in scope.metrics}
+                found.setdefault(values(pushed.resource.attributes)["service.instance.id"], set()).update(names)
+            return metrics_service_pb2.ExportMetricsServiceResponse()
+
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    add_MetricsServiceServicer_to_server(Collector(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield address, found
+    finally:
+        await server.stop(0)
