@@ -118,6 +118,20 @@ REQUESTS = (
         {"{{process}}": rate(f"{REQUEST}_count", "process")},
         width=12,
     ),
+    Panel(
+        "Connections",
+        "Of clients, edges and probes; of a frontend with several processes, of each. One without any is idle.",
+        "short",
+        {"{{process}} {{tandem_process}}": "sum by (process, tandem_process) (tandem_connections_open)"},
+        width=12,
+    ),
+    Panel(
+        "Open requests of each process",
+        "Of a frontend with several processes, of each.",
+        "short",
+        {"{{process}} {{tandem_process}}": "sum by (process, tandem_process) (tandem_requests_open)"},
+        width=12,
+    ),
 )
 
 KV = "tandem_kv_transfer"
@@ -241,9 +255,18 @@ CLUSTER = (
         "Event loop lag",
         "How late timers are: whatever holds up the loop holds up every stream of the process.",
         "s",
-        {"{{process}} p99": quantile(0.99, "tandem_event_loop_lag_seconds", "process")},
+        {
+            "{{process}} {{tandem_process}} p99": quantile(
+                0.99, "tandem_event_loop_lag_seconds", "process", "tandem_process"
+            )
+        },
     ),
-    Panel("Drains", "Begun by processes that are still there.", "short", {"{{process}}": "tandem_drains_total"}),
+    Panel(
+        "Drains",
+        "Begun by processes that are still there.",
+        "short",
+        {"{{process}}": "sum by (process) (tandem_drains_total)"},
+    ),
     Panel(
         "CPU",
         "Cores of each process; engines' children are not in it.",
@@ -251,7 +274,19 @@ CLUSTER = (
         {"{{process}}": 'sum by (process) (rate(process_cpu_seconds_total{job="tandem"}[$__rate_interval]))'},
     ),
     Panel(
-        "Memory", "Resident, of each process.", "bytes", {"{{process}}": 'process_resident_memory_bytes{job="tandem"}'}
+        "Memory",
+        "Resident; of a frontend with several processes, of all together.",
+        "bytes",
+        {"{{process}}": 'sum by (process) (process_resident_memory_bytes{job="tandem"})'},
+    ),
+    Panel(
+        "Processes of frontends",
+        "Of frontends that have several: how many serve, and how often one was started again.",
+        "short",
+        {
+            "{{process}} {{tandem_state}}": "sum by (process, tandem_state) (tandem_processes) > 0",
+            "{{process}} started again": "sum by (process) (increase(tandem_process_restarts_total[$__rate_interval]))",
+        },
     ),
     Panel(
         "HTTP at the edge",

@@ -20,6 +20,7 @@ TITLES = {
     (Emitter.FRONTEND,): "Frontends: requests",
     (Emitter.WORKER,): "Workers: legs, engines, KV",
     (Emitter.REGISTRY,): "Registries: members, leases, Consul",
+    (Emitter.PARENT,): "Frontends of several processes",
     EVERY: "Every process",
 }
 VALUES_SHOWN = 8

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from calls import generate, refusal, request_of
 
@@ -284,6 +285,24 @@ async def a_pause(world: World) -> AsyncIterator[None]:
     frontend.signal(signal.SIGSTOP)
     await asyncio.sleep(PAUSE_S)
     frontend.signal(signal.SIGCONT)
+    yield
+
+
+@asynccontextmanager
+async def a_frozen_process(world: World) -> AsyncIterator[None]:
+    """One of the processes of the frontend."""
+    frozen = psutil.Process(world.cluster.frontend.pid).children()[0]
+    frozen.suspend()
+    try:
+        yield
+    finally:
+        frozen.resume()
+
+
+@asynccontextmanager
+async def a_dead_process(world: World) -> AsyncIterator[None]:
+    """The same."""
+    psutil.Process(world.cluster.frontend.pid).children()[0].kill()
     yield
 
 

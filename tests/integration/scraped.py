@@ -17,11 +17,11 @@ from tandem.runtime.cluster_process import ClusterProcess
 
 TIMEOUT_S = 5.0
 EMITTERS = {
-    "registry": Emitter.REGISTRY,
-    "frontend": Emitter.FRONTEND,
-    "edge": Emitter.EDGE,
-    "prefill": Emitter.WORKER,
-    "decode": Emitter.WORKER,
+    "registry": {Emitter.REGISTRY},
+    "frontend": {Emitter.FRONTEND, Emitter.PARENT},
+    "edge": {Emitter.EDGE},
+    "prefill": {Emitter.WORKER},
+    "decode": {Emitter.WORKER},
 }
 """By the role of a process."""
 
@@ -63,8 +63,8 @@ def samples(text: str) -> list[tuple[str, dict[str, str], float]]:
 
 async def values(processes: Iterable[ClusterProcess], wanted: Wanted) -> list[float]:
     """The value of each of its series, in every process that has it and can be scraped now."""
-    emitters = BY_NAME[wanted.name].emitters
-    asked = [process for process in processes if process.runs and EMITTERS.get(process.role) in emitters]
+    emitters = set(BY_NAME[wanted.name].emitters)
+    asked = [process for process in processes if process.runs and EMITTERS.get(process.role, set()) & emitters]
     texts = await asyncio.gather(*(_text(process) for process in asked))
     own = {key.replace(".", "_"): value for key, value in wanted.labels.items()}
     return [

@@ -27,7 +27,8 @@ from command_line import (
 from conftest import DEMO_MODEL, running
 
 from tandem.errors import TandemError
-from tandem.runtime.restarts import RestartPolicy, Restarts
+from tandem.runtime.restart_budget import RestartPolicy
+from tandem.runtime.restarts import Restarts
 from tandem.testing.eventually import assert_eventually
 
 # Up to seven processes are started one after the other, each within a bound of its own.
@@ -121,7 +122,7 @@ from pathlib import Path
 from rich.console import Console
 from tandem.cli.up import up
 from tandem.runtime.cluster import ClusterSpec
-from tandem.runtime.restarts import RestartPolicy
+from tandem.runtime.restart_budget import RestartPolicy
 spec = ClusterSpec(model=Path({str(DEMO_MODEL)!r}), engine="simulated")
 raise SystemExit(asyncio.run(up(spec, Console(), RestartPolicy(count_max=0))))
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.runtime.clock import ManualClock
-from tandem.runtime.restarts import RestartBudget, RestartPolicy
+from tandem.runtime.restart_budget import RestartBudget, RestartPolicy
 
 
 def test_pauses_double_and_end_after_five() -> None:

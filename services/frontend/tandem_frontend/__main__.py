@@ -6,19 +6,40 @@ Owns nothing but the names of the parts, imported once a signal can end it silen
 
 from __future__ import annotations
 
-from typing import NoReturn
+import os
+from typing import TYPE_CHECKING, NoReturn
 
 from tandem.runtime.beginning import begin
+
+if TYPE_CHECKING:
+    from tandem.runtime.process import Service
+    from tandem_frontend.config import FrontendConfig
 
 
 def main() -> NoReturn:
     """Run the frontend until it is asked to end."""
     begin()
     from tandem.runtime import process
-    from tandem_frontend.app import FrontendApp
-    from tandem_frontend.config import FrontendConfig
+    from tandem.runtime.prefork_child import find_parent
+    from tandem_frontend.config import PROGRAM, FrontendConfig
 
-    process.leave(process.main("tandem-frontend", FrontendConfig, FrontendApp))
+    parent = find_parent(os.environ)
+    if parent is not None:
+        from tandem_frontend.processes.child import run
+
+        process.leave(run(parent))
+    process.leave(process.main(PROGRAM, FrontendConfig, _build))
+
+
+def _build(config: FrontendConfig) -> Service:
+    """One process that serves, or the parent of several, which imports nothing of what serves."""
+    if config.processes == 1:
+        from tandem_frontend.app import FrontendApp
+
+        return FrontendApp(config)
+    from tandem_frontend.processes.parent import FrontendParent
+
+    return FrontendParent(config)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""FrontendAdminService on the wire: courses and figures as messages, with bounds on pages and intervals.
+"""FrontendAdminService on the wire: what every process of this frontend knows, with bounds on pages and intervals.
 
-Reads only. Nothing here needs admin_enabled: no prompt of a course is told, and whoever can call this could as well
-call the service that the requests come to.
+Reads only. Nothing here needs admin_enabled: no answer holds a prompt, and a caller that can reach this can
+reach the service that the requests come to. Each process answers for all: it asks the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1 import admin_service_pb2_grpc as pb_grpc
+from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
 from tandem.errors import InvalidRequest, RequestNotFound
-from tandem.observe.course import CANCELLED, FAILED, FINISHED, REFUSED, Course
-from tandem.observe.courses import Courses
-from tandem.observe.sliding import LATENCY_WINDOW_S
-from tandem.rpc.messages import timestamp
-from tandem_frontend.figures import Figures
-from tandem_frontend.timeline import duration, latency_figures, reason_number, summary_of, timeline_of
+from tandem_frontend.own_answers import OwnAnswers, Position
+from tandem_frontend.processes.siblings import Siblings
+from tandem_frontend.processes.sums import combined
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FrontendAdminService"].full_name
 INTERVAL_MS, INTERVAL_MS_MIN, INTERVAL_MS_MAX = 1_000, 100, 60_000
@@ -31,41 +28,48 @@ ID_CHARS_MAX = 128
 class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     """The contract of admin_service.proto."""
 
-    def __init__(self, courses: Courses[Course], figures: Figures, waiting_count: Callable[[], int]) -> None:
-        """`waiting_count` says how many requests wait for room with the workers."""
-        self._courses = courses
-        self._figures = figures
-        self._waiting_count = waiting_count
+    def __init__(self, own: OwnAnswers, siblings: Siblings) -> None:
+        self._own = own
+        self._siblings = siblings
 
     async def GetRequestTimeline(  # noqa: N802
         self, request: pb.GetRequestTimelineRequest, context: Any
     ) -> pb.GetRequestTimelineResponse:
-        """The courses that an id stands for."""
+        """The timelines of all requests that an id stands for."""
         wanted = request.request_id
         if not wanted or len(wanted) > ID_CHARS_MAX:
             raise InvalidRequest("request_id", f"must have 1 to {ID_CHARS_MAX} characters")
-        found = [course for course in self._known() if wanted in (course.request_id, course.call_id)]
+        found = self._own.timelines(wanted)
+        others = await self._siblings.ask(lambda sibling: sibling.timelines(wanted))
+        if any(others):
+            found = sorted((*found, *(timeline for other in others for timeline in other)), key=_begin)
         if not found:
+            silent = self._siblings.silent
+            but = f" (process {', '.join(map(str, silent))} of it does not answer)" if silent else ""
             raise RequestNotFound(
-                f"this frontend knows no request {wanted}, or no longer: only the last ones that ended are kept",
+                f"this frontend knows no request {wanted}, or no longer: only the last ones that ended are kept{but}",
                 request_id=wanted,
             )
-        return pb.GetRequestTimelineResponse(timelines=[timeline_of(course) for course in found[-TIMELINES_MAX:]])
+        return pb.GetRequestTimelineResponse(timelines=found[-TIMELINES_MAX:])
 
     async def ListRequests(self, request: pb.ListRequestsRequest, context: Any) -> pb.ListRequestsResponse:  # noqa: N802
         """One page, newest first."""
         size = request.page_size if request.HasField("page_size") else PAGE_SIZE
         if not 1 <= size <= PAGE_SIZE_MAX:
             raise InvalidRequest("page_size", f"must be 1 to {PAGE_SIZE_MAX}, not {size}")
-        known = self._courses.open if request.open_only else self._known()
-        known.sort(key=_place, reverse=True)
-        if request.HasField("page_token"):
-            before = _parse_token(request.page_token)
-            known = [course for course in known if _place(course) < before]
-        page, now_s = known[:size], time.time()
+        before = _parse_token(request.page_token) if request.HasField("page_token") else None
+        # One more than a page has: whether there is another page.
+        known = self._own.requests(size + 1, before, open_only=request.open_only)
+        asked = sibling_pb.ListSiblingRequestsRequest(open_only=request.open_only, count=size + 1)
+        if before is not None:
+            asked.before.begin_s, asked.before.request_id = before
+        for more in await self._siblings.ask(lambda sibling: sibling.requests(asked)):
+            known += more
+        known.sort(key=lambda listed: (listed.position.begin_s, listed.position.request_id), reverse=True)
+        page = known[:size]
         return pb.ListRequestsResponse(
-            requests=[summary_of(course, now_s) for course in page],
-            next_page_token=_token(page[-1]) if len(known) > size else "",
+            requests=[listed.summary for listed in page],
+            next_page_token=_token(page[-1].position) if len(known) > size else "",
         )
 
     async def WatchFigures(  # noqa: N802
@@ -78,49 +82,22 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         sequence = 0
         while True:
             sequence += 1
-            yield self._measure(sequence)
+            others = await self._siblings.ask(lambda sibling: sibling.figures())
+            figures = combined([self._own.figures(), *others])
+            figures.sequence = sequence
+            yield figures
             await asyncio.sleep(interval_ms / 1_000)
 
-    def _known(self) -> list[Course]:
-        return [*self._courses.closed, *self._courses.open]
 
-    def _measure(self, sequence: int) -> pb.WatchFiguresResponse:
-        figures = self._figures
-        figures.look()
-        return pb.WatchFiguresResponse(
-            sequence=sequence,
-            measured_time=timestamp(time.time()),
-            counted_since=timestamp(figures.since_s),
-            open_requests=figures.open_count,
-            waiting_requests=self._waiting_count(),
-            finished_requests=figures.outcomes[FINISHED],
-            failed_requests=figures.outcomes[FAILED],
-            refused_requests=figures.outcomes[REFUSED],
-            cancelled_requests=figures.outcomes[CANCELLED],
-            continuations=figures.continuations,
-            leg_failures=[
-                pb.LegFailures(worker_id=worker_id, reason=reason_number(reason), count=count)
-                for (worker_id, reason), count in figures.leg_failures.items()
-            ],
-            window=duration(LATENCY_WINDOW_S),
-            time_to_first_token=latency_figures(figures.ttft.latencies()),
-            inter_token_latency=latency_figures(figures.itl.latencies()),
-            completion_tokens=figures.tokens.total,
-            completion_tokens_per_s=figures.tokens.per_s(),
-            kv_transfer_bytes=figures.kv_transfer_bytes.total,
-            kv_transfer_bytes_per_s=figures.kv_transfer_bytes.per_s(),
-        )
+def _begin(timeline: pb.RequestTimeline) -> int:
+    return timeline.begin.time.ToNanoseconds()
 
 
-def _place(course: Course) -> tuple[float, str]:
-    return course.begin_s, course.request_id
+def _token(position: sibling_pb.RequestPosition) -> str:
+    return f"{position.begin_s!r} {position.request_id}"
 
 
-def _token(course: Course) -> str:
-    return f"{course.begin_s!r} {course.request_id}"
-
-
-def _parse_token(token: str) -> tuple[float, str]:
+def _parse_token(token: str) -> Position:
     begin, _, request_id = token.partition(" ")
     try:
         return float(begin), request_id

@@ -26,7 +26,7 @@ from tandem.observe.course import Course
 from tandem.observe.courses import Courses
 from tandem.observe.cpu_profile import CpuProfiler
 from tandem.observe.logs import log_request
-from tandem.observe.metrics import Reading, open_metrics
+from tandem.observe.metrics import Reading, Together, open_metrics
 from tandem.observe.names import Emitter
 from tandem.observe.profiles import Profiles
 from tandem.observe.request_metrics import RequestMetrics
@@ -48,7 +48,7 @@ from tandem_frontend.admission import Admission
 from tandem_frontend.attempts import Attempts
 from tandem_frontend.capacity import Capacity
 from tandem_frontend.coalescing import Coalescing
-from tandem_frontend.config import FrontendConfig
+from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.dispatch import Dispatch
 from tandem_frontend.figures import Figures
 from tandem_frontend.generation import Generation
@@ -58,6 +58,9 @@ from tandem_frontend.model_defaults import read_defaults
 from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
+from tandem_frontend.own_answers import OwnAnswers
+from tandem_frontend.processes.membership import Membership
+from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.routing.breakers import Breakers
 from tandem_frontend.routing.refusals import Refusals
 from tandem_frontend.routing.routes import Routes
@@ -74,8 +77,11 @@ STOP_GRACE_S = 0.5
 class FrontendApp:
     """The frontend as `tandem.runtime.process` runs it."""
 
-    def __init__(self, config: FrontendConfig) -> None:
+    def __init__(self, config: FrontendConfig, membership: Membership | None = None) -> None:
+        """`membership`: it is one of the processes of a frontend, whose port and registration are another's."""
         self._config = config
+        self._membership = membership
+        self._siblings = Siblings({}) if membership is None else membership.siblings
         self._courses: Courses[Course] = Courses([log_request], closed_kept=config.timelines_kept)
         self._figures = Figures(self._courses)
         self._looking: asyncio.Task[None] | None = None
@@ -88,7 +94,8 @@ class FrontendApp:
         self._timers = AwakeTimers()
         self._room = Capacity(config.served_name)
         self._routes: Routes | None = None
-        self._metrics = open_metrics(config, Emitter.FRONTEND, "tandem-frontend", config.tls)
+        together = None if membership is None else Together(path=membership.identity.metrics_path)
+        self._metrics = open_metrics(config, Emitter.FRONTEND, PROGRAM, config.tls, together=together)
         self._server: Http2RpcServer | None = None
         self._watch: WorkerWatch | None = None
         self._channels = Channels(config.tls)
@@ -107,12 +114,19 @@ class FrontendApp:
     @property
     def address(self) -> str:
         """host:port it serves at, once started."""
+        if self._membership is not None:
+            return self._membership.identity.address
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
     @property
     def _frontend_id(self) -> str:
         return self._config.frontend_id or default_frontend_id(self.address)
+
+    @property
+    def _instance(self) -> str:
+        """What this process is called where processes are told apart: by workers, in traces, in pushed metrics."""
+        return self._frontend_id if self._membership is None else self._membership.identity.instance
 
     @property
     def metrics_port(self) -> int:
@@ -137,11 +151,12 @@ class FrontendApp:
             # One client may ask for all that this frontend takes, over one connection, and watch its health beside it.
             streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
         )
-        server.bind(config.host, config.port)
+        if self._membership is None:
+            server.bind(config.host, config.port)
         self._spans = export_spans(
-            self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._frontend_id)
+            self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._instance)
         )
-        await self._metrics.start(self._frontend_id)
+        await self._metrics.start(self._instance)
         if self._parsers is not None:
             await self._parsers.start()
         model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
@@ -158,7 +173,7 @@ class FrontendApp:
         routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         links = self._links = WorkerLinks(
-            self._frontend_id, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
+            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
         )
         attempts = self._attempts = Attempts(routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng)
         coalescing = Coalescing(config.coalesce_ms / 1_000, load)
@@ -173,29 +188,35 @@ class FrontendApp:
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-        told = FrontendAdminServicer(self._courses, self._figures, lambda: admission.waiting_count)
+        own = OwnAnswers(self._courses, self._figures, lambda: admission.waiting_count)
+        told = FrontendAdminServicer(own, self._siblings)
         server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, told))
         self._looking = asyncio.create_task(self._figures.keep_looking(), name="figures")
-        profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled))
+        number = None if self._membership is None else self._membership.identity.number
+        profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
         server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
         await server.serve()
+        if self._membership is not None:
+            await self._membership.open(server, own)
         await watch.wait_live()
         await server.set_serving(True)
-        await self._register()
+        if self._membership is None:
+            await self._register()
 
     async def drain(self) -> bool:
         """See the module. Returns whether every request ended within the drain's bound."""
         assert self._server is not None, "drain() before start()"
-        assert self._registration is not None, "drain() before start()"
-        self._metrics.count("tandem.drains")
-        # A registry that cannot be reached is not waited for.
-        await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
+        if self._registration is not None:
+            self._metrics.count("tandem.drains")
+            # A registry that cannot be reached is not waited for.
+            await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
         try:
             return await self._finish_requests()
         finally:
-            await self._registration.close()
+            if self._registration is not None:
+                await self._registration.close()
 
     async def _finish_requests(self) -> bool:
         """Admit no more requests and wait for the open ones. Returns whether all ended within the drain's bound."""
@@ -218,6 +239,8 @@ class FrontendApp:
             await self._registration.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
+        if self._membership is not None:
+            await self._membership.close()
         if self._tokenizer is not None:
             await self._tokenizer.close()
         if self._parsers is not None:
@@ -281,7 +304,9 @@ class FrontendApp:
     async def _read(self) -> list[Reading]:
         """What the gauges show."""
         assert self._admission is not None, "a gauge is read once requests can be taken"
+        assert self._server is not None, "a gauge is read once requests can be taken"
         return [
+            Reading("tandem.connections.open", self._server.connection_count),
             Reading("tandem.requests.open", self._admission.open_count),
             Reading("tandem.queue.depth", self._admission.waiting_count),
         ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tandem.config import AdminConfig
+from tandem.errors import ConfigError
 from tandem.model.worker import WORKER_ID_PATTERN
 from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
+PROGRAM = "tandem-frontend"
 REQUEST_BYTES_BASE = 2**20
 REQUEST_BYTES_PER_TOKEN = 16
 
@@ -27,7 +30,12 @@ class FrontendConfig(AdminConfig):
     model_name: str | None = Field(
         None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"
     )
-    open_requests_max: int = Field(256, ge=1, le=100_000, description="requests open at a time; more are refused")
+    processes: int = Field(
+        1, ge=1, le=256, description="processes that serve the port together; a machine's cores less one are enough"
+    )
+    open_requests_max: int = Field(
+        256, ge=1, le=100_000, description="requests open at a time, over all processes; more are refused"
+    )
     overload_lag_s: float = Field(
         1,
         ge=0.05,
@@ -64,6 +72,15 @@ class FrontendConfig(AdminConfig):
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")
 
     trace_prompts: bool = Field(False, description="tell prompts in traces; they are personal data of your users")
+
+    @model_validator(mode="after")
+    def _every_process_may_take_a_request(self) -> Self:
+        if self.open_requests_max < self.processes:
+            raise ConfigError(
+                "open_requests_max",
+                f"must be {self.processes} or more, not {self.open_requests_max}: each process gets a part of it",
+            )
+        return self
 
     @property
     def served_name(self) -> str:

@@ -46,7 +46,7 @@ def _check_counts(spec: ClusterSpec) -> None:
     for name in ("prefill", "decode", "aggregated"):
         if getattr(spec, name) < 0:
             raise ConfigError(name, f"must be 0 or more, not {getattr(spec, name)}")
-    for name in ("frontends", "registries"):
+    for name in ("frontends", "frontend_processes", "registries"):
         if getattr(spec, name) < 1:
             raise ConfigError(name, f"must be 1 or more, not {getattr(spec, name)}")
     if spec.registries > 1 and spec.consul is None:

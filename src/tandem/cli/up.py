@@ -23,7 +23,8 @@ from tandem.cli.state import (
 )
 from tandem.runtime import scrape_targets
 from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tandem.runtime.restarts import RestartPolicy, Restarts
+from tandem.runtime.restart_budget import RestartPolicy
+from tandem.runtime.restarts import Restarts
 
 
 async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:

@@ -97,6 +97,9 @@ class EdgeConfig(ServiceConfig):
     connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="longest life of an unused connection")
     connections_max: int = Field(10_000, ge=1, le=1_000_000, description="connections of clients at a time")
     open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="requests at the frontends at a time")
+    streams_per_connection_max: int = Field(
+        8, ge=1, le=1_000, description="requests on one connection to a frontend; further ones open another connection"
+    )
     health_interval_s: float = Field(1, ge=0.05, le=60, description="time between two health checks of a frontend")
 
     @property

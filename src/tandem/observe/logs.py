@@ -50,6 +50,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class _Numbered(logging.Filter):
+    """Adds the number of this process to every line."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__()
+        self._fields = {"process": process}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        setattr(record, FIELDS, {**self._fields, **getattr(record, FIELDS, {})})
+        return True
+
+
 class TextFormatter(logging.Formatter):
     """One line for people; what JSON has as fields stands behind the sentence."""
 
@@ -71,9 +83,14 @@ def ids_of(course: Course | LegCourse | None) -> dict[str, str]:
     return ids if course.trace is None else {**ids, "trace_id": course.trace.trace_hex}
 
 
-def set_up(level: str, log_format: str, service: str) -> None:
-    """Have everything this process logs written in one form; `auto` is text on a terminal and JSON elsewhere."""
+def set_up(level: str, log_format: str, service: str, process: int | None = None) -> None:
+    """Have everything this process logs written in one form; `auto` is text on a terminal and JSON elsewhere.
+
+    `process` is its number where several of one service log into one file.
+    """
     handler = logging.StreamHandler(sys.stderr)
+    if process is not None:
+        handler.addFilter(_Numbered(process))
     handler.setFormatter(TextFormatter() if is_text(log_format) else JsonFormatter(service))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # What no form of a line shows need not be found out for each: a third of a line's cost.

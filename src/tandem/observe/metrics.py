@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 from tandem.config import ServiceConfig
@@ -60,8 +61,25 @@ class Metrics:
         """Push what is left, within a bound, and close. May be called twice, and without a start."""
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Where a process stands among those that are scraped together."""
+
+    path: Path | None = None
+    """Of a socket, where it is scraped by the one that answers for all of them; None: it is that one."""
+    others: Mapping[str, Path] = field(default_factory=dict)
+    """Those sockets, by what tells the processes apart."""
+    own_label: str = ""
+    """The same of the one that answers."""
+
+
 def open_metrics(
-    config: ServiceConfig, emitter: Emitter, service: str, tls: Tls | None = None, pages: MorePages | None = None
+    config: ServiceConfig,
+    emitter: Emitter,
+    service: str,
+    tls: Tls | None = None,
+    pages: MorePages | None = None,
+    together: Together | None = None,
 ) -> Metrics:
     """The metrics of a process, not started; off when nobody would read them.
 
@@ -71,9 +89,10 @@ def open_metrics(
         service: its name, as OpenTelemetry's `service.name`.
         tls: what the scrape endpoint proves itself with, and asks of whoever scrapes.
         pages: what the endpoint answers besides.
+        together: where several processes are scraped at one endpoint; None: this one is alone.
     """
     if config.metrics_port is None and config.otlp_endpoint is None:
         return Metrics()
     from tandem.observe.otel import OtelMetrics
 
-    return OtelMetrics(config, emitter, service, tls, pages or {})
+    return OtelMetrics(config, emitter, service, tls, pages or {}, together or Together())

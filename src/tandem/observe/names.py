@@ -39,6 +39,8 @@ class Emitter(Enum):
     WORKER = "worker"
     REGISTRY = "registry"
     EDGE = "edge"
+    PARENT = "parent"
+    """Of a frontend's processes, where it has several."""
 
 
 EVERY = tuple(Emitter)
@@ -102,6 +104,7 @@ LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "can
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "ended"))
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
+PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
 MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
 MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
 WORKER_ID = Attribute("tandem.worker.id", bound=f"{WORKERS_MAX} ids; the rest share `{OTHER}`, with the greatest value")
@@ -131,6 +134,7 @@ def _rows(emitter: Emitter) -> Callable[..., Metric]:
 
 
 _frontend, _worker, _registry = _rows(Emitter.FRONTEND), _rows(Emitter.WORKER), _rows(Emitter.REGISTRY)
+_parent = _rows(Emitter.PARENT)
 
 TABLE: tuple[Metric, ...] = (
     _frontend(
@@ -167,6 +171,7 @@ TABLE: tuple[Metric, ...] = (
         TOKEN_TYPE,
         buckets=TOKENS,
     ),
+    _frontend("tandem.connections.open", Kind.GAUGE, "{connection}", "Connections of clients, edges and probes."),
     _frontend("tandem.requests.open", Kind.GAUGE, "{request}", "Requests that have not ended, those in line included."),
     _frontend("tandem.requests.admitted", Kind.COUNTER, "{request}", "Requests that got a place with the workers."),
     _frontend(
@@ -342,6 +347,19 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{index}",
         "By how much the view that is told is behind Consul's last answer; with the consul backend only.",
+    ),
+    _parent(
+        "tandem.processes",
+        Kind.GAUGE,
+        "{process}",
+        "Processes of this frontend by state; `open` answers but does not serve yet, `silent` does not answer.",
+        PROCESS_STATE,
+    ),
+    _parent(
+        "tandem.process.restarts",
+        Kind.COUNTER,
+        "{restart}",
+        "Processes of this frontend that have ended and were started again.",
     ),
     Metric(
         "tandem.drains",

@@ -27,9 +27,10 @@ import tandem
 from tandem.config import ServiceConfig
 from tandem.errors import TandemError
 from tandem.observe.loop_lag import watch_lag
-from tandem.observe.metrics import NONE, Attributes, Measure, Metrics, MorePages, Reading
+from tandem.observe.merged_scrape import LocalScrapes
+from tandem.observe.metrics import NONE, Attributes, Measure, Metrics, MorePages, Reading, Together
 from tandem.observe.names import BY_NAME, TABLE, Emitter, Kind, Metric, bounded, combinations
-from tandem.observe.scrape import ScrapeServer
+from tandem.observe.scrape import Others, ScrapeServer
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,13 @@ class OtelMetrics(Metrics):
     is_on = True
 
     def __init__(
-        self, config: ServiceConfig, emitter: Emitter, service: str, tls: Tls | None, pages: MorePages
+        self,
+        config: ServiceConfig,
+        emitter: Emitter,
+        service: str,
+        tls: Tls | None,
+        pages: MorePages,
+        together: Together,
     ) -> None:
         """See `tandem.observe.metrics.open_metrics`. Opens nothing yet."""
         self._config = config
@@ -58,6 +65,7 @@ class OtelMetrics(Metrics):
         self._service = service
         self._tls = tls
         self._pages = pages
+        self._together = together
         self._instruments: dict[str, Any] = {}
         self._measures: list[Measure] = []
         self._provider: MeterProvider | None = None
@@ -90,8 +98,11 @@ class OtelMetrics(Metrics):
         registry = CollectorRegistry()
         if self._config.metrics_port is not None:
             # Before anything else has a thread that would have to be ended again.
-            server = self._server = ScrapeServer(registry, self._pages, self._tls)
-            server.bind(self._config.host, self._config.metrics_port)
+            server = self._server = ScrapeServer(registry, self._pages, self._tls, self._others())
+            if self._together.path is not None:
+                server.bind_local(self._together.path)
+            else:
+                server.bind(self._config.host, self._config.metrics_port)
             self.port = server.port
         self._provider = MeterProvider(
             metric_readers=self._readers(registry), resource=self._resource(instance), shutdown_on_exit=False
@@ -100,6 +111,7 @@ class OtelMetrics(Metrics):
         self._lag = asyncio.create_task(watch_lag(partial(self.record, "tandem.event_loop.lag")), name="loop-lag")
         if self._server is not None:
             self._server.serve()
+        if self.port:
             log.info(
                 "metrics at http%s://%s:%d/metrics", "" if self._tls is None else "s", self._config.host, self.port
             )
@@ -117,6 +129,10 @@ class OtelMetrics(Metrics):
         server, self._server = self._server, None
         if server is not None:
             await asyncio.to_thread(server.close)
+
+    def _others(self) -> Others | None:
+        together = self._together
+        return Others(LocalScrapes(together.others), together.own_label) if together.others else None
 
     def _readers(self, registry: CollectorRegistry) -> list[MetricReader]:
         readers: list[MetricReader] = []

@@ -82,7 +82,11 @@ class Profiler(Protocol):
 class Profiles:
     """The profiles of one process."""
 
-    def __init__(self, profiler: Profiler, *, enabled: bool, clock: Clock = monotonic) -> None:
+    def __init__(
+        self, profiler: Profiler, *, enabled: bool, clock: Clock = monotonic, process: int | None = None
+    ) -> None:
+        """`process` is the number of this process, with which names of files begin where there are several."""
+        self._prefix = "" if process is None else f"{process}-"
         self._profiler = profiler
         self._enabled = enabled
         self._clock = clock
@@ -108,7 +112,7 @@ class Profiles:
                 await asyncio.sleep(wanted.duration_s)
             finally:
                 await self._stop()
-            async with contextlib.aclosing(_sent(directory, wanted.size_bytes_max)) as parts:
+            async with contextlib.aclosing(_sent(directory, wanted.size_bytes_max, self._prefix)) as parts:
                 async for part in parts:
                     yield part
         finally:
@@ -150,7 +154,7 @@ class Profiles:
             raise
 
 
-async def _sent(directory: Path, size_bytes_max: int) -> AsyncGenerator[Part, None]:
+async def _sent(directory: Path, size_bytes_max: int, prefix: str) -> AsyncGenerator[Part, None]:
     files = _files(directory)
     size_bytes = sum(path.stat().st_size for path in files)
     if not size_bytes:
@@ -161,7 +165,7 @@ async def _sent(directory: Path, size_bytes_max: int) -> AsyncGenerator[Part, No
             limit=size_bytes_max,
         )
     for path in files:
-        yield ProfileFile(path.name, path.stat().st_size)
+        yield ProfileFile(f"{prefix}{path.name}", path.stat().st_size)
         with path.open("rb") as opened:
             while chunk := await asyncio.to_thread(opened.read, CHUNK_BYTES):
                 yield chunk

@@ -13,13 +13,17 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from tandem.errors import StartError
+from tandem.observe.merged_scrape import LocalScrapes, merged
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
@@ -33,22 +37,39 @@ POLL_S = 0.2
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Processes whose metrics are told together with this one's."""
+
+    scrapes: LocalScrapes
+    own_label: str
+    """What this process is called beside them."""
+
+
 class ScrapeServer:
     """See the module."""
 
-    def __init__(self, registry: CollectorRegistry, pages: Mapping[str, Callable[[], bytes]], tls: Tls | None) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        pages: Mapping[str, Callable[[], bytes]],
+        tls: Tls | None,
+        others: Others | None = None,
+    ) -> None:
         """`pages` are answered by their path besides the metrics."""
         self._registry = registry
         self._pages = pages
         self._tls = tls
+        self._others = others
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def port(self) -> int:
-        """The one in use, once bound."""
+        """The one in use, once bound; 0 at a path."""
         assert self._server is not None, "port before bind()"
-        return int(self._server.server_address[1])
+        address = self._server.server_address
+        return int(address[1]) if isinstance(address, tuple) else 0
 
     def bind(self, host: str, port: int) -> None:
         """Take the port; 0: the OS chooses.
@@ -57,9 +78,21 @@ class ScrapeServer:
             StartError: it cannot be listened on.
         """
         try:
-            self._server = _Server(host.strip("[]"), port, self._answer, self._tls)
+            self._server = _Server((host.strip("[]"), port), self._answer, self._tls)
         except OSError as problem:
             raise StartError(f"cannot listen for metrics on {host}:{port}: {problem.strerror or problem}") from None
+
+    def bind_local(self, path: Path) -> None:
+        """Take a path instead, in a directory that only processes of ours can enter: it asks for no certificate.
+
+        Raises:
+            StartError: it cannot be listened on.
+        """
+        path.unlink(missing_ok=True)
+        try:
+            self._server = _LocalServer(str(path), self._answer, None)
+        except OSError as problem:
+            raise StartError(f"cannot listen for metrics at {path}: {problem.strerror or problem}") from None
 
     def serve(self) -> None:
         """Answer from now on."""
@@ -81,7 +114,11 @@ class ScrapeServer:
         """Content type and body; None: nothing is there."""
         if path == METRICS_PATH:
             encode, content_type = choose_encoder(accept)
-            return content_type, encode(self._registry)
+            body = encode(self._registry)
+            if self._others is not None:
+                own = {self._others.own_label: body.decode()}
+                body = merged({**self._others.scrapes.texts(accept), **own}).encode()
+            return content_type, body
         page = self._pages.get(path)
         return None if page is None else (TEXT, page())
 
@@ -94,12 +131,15 @@ class _Server(ThreadingHTTPServer):
     # The end of a process does not wait for whoever reads slowly.
     block_on_close = False
 
-    def __init__(self, host: str, port: int, answer: Answer, tls: Tls | None) -> None:
+    def __init__(self, address: tuple[str, int] | str, answer: Answer, tls: Tls | None) -> None:
         self.answer = answer
         self._tls = tls
         self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
+        self.address_family = self._family(address)
+        super().__init__(address, _Handler)  # type: ignore[arg-type]  # the stubs know of no paths
+
+    def _family(self, address: tuple[str, int] | str) -> socket.AddressFamily:
+        return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
@@ -130,6 +170,15 @@ class _Server(ThreadingHTTPServer):
         context.load_cert_chain(self._tls.cert, self._tls.key)
         context.verify_mode = ssl.CERT_REQUIRED
         return context.wrap_socket(request, server_side=True)
+
+
+class _LocalServer(_Server):
+    def _family(self, address: tuple[str, int] | str) -> socket.AddressFamily:
+        return socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Without a look-up of the host's name, which a path has not."""
+        TCPServer.server_bind(self)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.runtime.clock import Clock
@@ -32,6 +33,30 @@ class Latencies:
     p90_s: float
     p99_s: float
     longest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """What was added in a window, as counts of buckets: those of several windows can be added up."""
+
+    counts: tuple[int, ...]
+    """Of all buckets; empty: there is nothing."""
+    longest_s: float
+
+    def latencies(self) -> Latencies | None:
+        """Its percentiles; None: there is nothing."""
+        total, longest_s = sum(self.counts), self.longest_s
+        if not total:
+            return None
+        p50_s, p90_s, p99_s = (min(_quantile(self.counts, total * part), longest_s) for part in (0.5, 0.9, 0.99))
+        return Latencies(total, p50_s, p90_s, p99_s, longest_s)
+
+
+def added(histograms: Sequence[Histogram]) -> Histogram:
+    """All of them as one."""
+    counts = [histogram.counts for histogram in histograms if histogram.counts]
+    longest_s = max((histogram.longest_s for histogram in histograms), default=0.0)
+    return Histogram(tuple(sum(column) for column in zip(*counts, strict=True)), longest_s)
 
 
 class _Slices:
@@ -73,13 +98,13 @@ class LatencyWindow:
 
     def latencies(self) -> Latencies | None:
         """What is in the window; None: nothing."""
+        return self.histogram().latencies()
+
+    def histogram(self) -> Histogram:
+        """What is in the window."""
         self._place()
-        counts = [sum(column) for column in zip(*self._counts, strict=True)]
-        total, longest_s = sum(counts), max(self._longest_s)
-        if not total:
-            return None
-        p50_s, p90_s, p99_s = (min(_quantile(counts, total * part), longest_s) for part in (0.5, 0.9, 0.99))
-        return Latencies(total, p50_s, p90_s, p99_s, longest_s)
+        counts = tuple(sum(column) for column in zip(*self._counts, strict=True))
+        return Histogram(counts, max(self._longest_s))
 
     def _place(self) -> int:
         place, passed = self._slices.turn()
@@ -117,7 +142,7 @@ class RateWindow:
         return place
 
 
-def _quantile(counts: list[int], rank: float) -> float:
+def _quantile(counts: Sequence[int], rank: float) -> float:
     """The middle of the bucket that holds the value of that rank."""
     seen = 0
     for bucket, count in enumerate(counts):

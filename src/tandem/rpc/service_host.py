@@ -43,8 +43,8 @@ class ServiceHost(abc.ABC):
         self._names: list[str] = []
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registry)
-        process = ProcessServicer(guard.calls)
-        self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, process))
+        self.process = ProcessServicer(guard.calls)
+        self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, self.process))
         for name, add in services:
             self.add(name, add)
         self.port = 0

@@ -14,10 +14,17 @@ from tandem.runtime import run_directory
 from tandem.runtime.parent import follow_parent
 
 EXIT_INTERRUPTED = 130
+GRPC_FORKS = "GRPC_ENABLE_FORK_SUPPORT"
 
 
 def begin() -> None:
-    """End silently when interrupted, and when the parent that the environment names is gone."""
+    """End silently when interrupted, and when the parent that the environment names is gone.
+
+    Also tells gRPC, before it is imported, that nothing here goes on after a fork. uvloop starts processes by a fork
+    that gRPC's handlers see, and while threads of gRPC are at work they end the new process by signal 11 now and then,
+    before it has become the program that it should: 6 of 150, and each Envoy of an edge that measures.
+    """
+    os.environ.setdefault(GRPC_FORKS, "0")
     # An interrupt that is ignored, as in a shell's background job, stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: _leave(EXIT_INTERRUPTED))

@@ -42,6 +42,8 @@ class ClusterSpec:
     consul: ClusterConsul | None = None
     """Where the registries keep membership; None: in their own memory."""
     frontends: int = 1
+    frontend_processes: int = 1
+    """Of each frontend."""
     frontend_port: int = 0
     """Of the first frontend; 0: the OS chooses."""
     edge: bool = False
@@ -225,7 +227,10 @@ class LocalCluster:
 
     def _frontend(self, number: int) -> ClusterProcess:
         port = 0 if number else self.spec.frontend_port
-        return self._process("frontend", {"port": str(port), "frontend-id": f"frontend-{number}"}, number)
+        flags = {"port": str(port), "frontend-id": f"frontend-{number}"}
+        if self.spec.frontend_processes > 1:
+            flags["processes"] = str(self.spec.frontend_processes)
+        return self._process("frontend", flags, number)
 
     def _registry(self, number: int) -> ClusterProcess:
         consul, tls = self.spec.consul, self.spec.tls

@@ -78,14 +78,25 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
     """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
-        logs.set_up(config.log_level, config.log_format, program)
-        open_files.allow_many()
-        log.info("%s settings %s", program, configuration.effective(config))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve(build(config), config.announce_file))
+        return run(program, config, build)
     except StartError as problem:
         print(f"{program}: {problem}", file=sys.stderr)
         return problem.exit_status
+
+
+def run(program: str, config: C, build: Callable[[C], Service], *, process: int | None = None) -> int:
+    """Run a service with these settings until it ends; returns the exit status.
+
+    `process` is its number among the processes of one service, for the log.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    logs.set_up(config.log_level, config.log_format, program, process)
+    open_files.allow_many()
+    log.info("%s settings %s", program, configuration.effective(config))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(build(config), config.announce_file))
 
 
 def leave(exit_status: int) -> NoReturn:

@@ -1,50 +1,19 @@
 """What follows the death of a process of a local cluster: one line that says so, a pause, another start.
 
-Owns how often that is tried, and when nothing can serve any more. A cluster goes on with what is left of it.
+Owns when nothing can serve any more; how often a start is tried is `restart_budget.py`'s. A cluster goes on with what
+is left of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tandem.errors import StartError
 from tandem.runtime.clock import Clock, monotonic
 from tandem.runtime.cluster import LocalCluster
 from tandem.runtime.cluster_process import ClusterProcess
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
-    """How often a process is started again, and after which pauses."""
-
-    count_max: int = 5
-    """Within the window."""
-    window_s: float = 600.0
-    first_delay_s: float = 1.0
-    """Doubles with each restart within the window."""
-
-
-class RestartBudget:
-    """The restarts of one process."""
-
-    def __init__(self, policy: RestartPolicy, clock: Clock) -> None:
-        self._policy = policy
-        self._clock = clock
-        self._taken_s: deque[float] = deque()
-
-    def take_delay_s(self) -> float | None:
-        """The pause before the next restart, which counts from now on; None when there have been too many."""
-        now_s = self._clock()
-        while self._taken_s and now_s - self._taken_s[0] > self._policy.window_s:
-            self._taken_s.popleft()
-        count = len(self._taken_s)
-        if count >= self._policy.count_max:
-            return None
-        self._taken_s.append(now_s)
-        return float(self._policy.first_delay_s * 2**count)
+from tandem.runtime.restart_budget import RestartBudget, RestartPolicy
 
 
 class Restarts:

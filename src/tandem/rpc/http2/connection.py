@@ -126,6 +126,11 @@ class Connection(asyncio.Protocol):
         return self._streams.count
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it takes no more calls."""
+        return self._is_leaving
+
+    @property
     def was_used(self) -> bool:
         """Whether it has ever carried a call."""
         return self._state.highest_inbound_stream_id > 0

@@ -11,6 +11,8 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -33,28 +35,45 @@ class Listener:
             OSError: it cannot be listened on.
         """
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        self._socket = socket.socket(family, kind, protocol)
-        try:
-            # Not SO_REUSEPORT: two processes on one port would share its connections; the second must fail instead.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            self._socket.bind(address)
-            self._socket.setblocking(False)
-            self._socket.listen(WAITING_MAX)
-        except OSError:
-            self._socket.close()
-            raise
+        listening = socket.socket(family, kind, protocol)
+        # Not SO_REUSEPORT: two processes on one port would share its connections; the second must fail instead.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self._listen(listening, address)
         self.port: int = self._socket.getsockname()[1]
+
+    def _listen(self, listening: socket.socket, address: Any) -> None:
+        self._socket = listening
+        try:
+            listening.bind(address)
+            listening.setblocking(False)
+            listening.listen(WAITING_MAX)
+        except OSError:
+            listening.close()
+            raise
         self._take: Callable[[socket.socket], None]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pause: asyncio.TimerHandle | None = None
+        self._is_paused = False
 
     def begin(self, take: Callable[[socket.socket], None]) -> None:
         """Accept connections and hand each to `take`."""
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._accept)
+
+    def pause(self) -> None:
+        """Let whoever comes wait in the kernel, until `resume`."""
+        self._is_paused = True
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+
+    def resume(self) -> None:
+        """Accept again."""
+        self._is_paused = False
+        if self._loop is not None:
+            self._loop.add_reader(self._socket, self._accept)
 
     def close(self) -> None:
         """Accept no more connections. May be called twice."""
@@ -67,6 +86,8 @@ class Listener:
 
     def _accept(self) -> None:
         for _ in range(TURN_COUNT):
+            if self._is_paused:
+                return
             try:
                 connection, _address = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -82,4 +103,22 @@ class Listener:
         assert self._loop is not None
         log.warning("cannot accept a connection: %s", problem.strerror)
         self._loop.remove_reader(self._socket)
-        self._pause = self._loop.call_later(PAUSE_S, self._loop.add_reader, self._socket, self._accept)
+        self._pause = self._loop.call_later(PAUSE_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self._loop is not None and not self._is_paused:
+            self._loop.add_reader(self._socket, self._accept)
+
+
+class LocalListener(Listener):
+    """The same at a path, for processes of this machine that may enter its directory."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the path; what a process of before has left there goes.
+
+        Raises:
+            OSError: it cannot be listened on.
+        """
+        path.unlink(missing_ok=True)
+        self._listen(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), str(path))
+        self.port = 0

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 
@@ -20,7 +21,7 @@ from tandem.rpc.credentials import ServerContexts
 from tandem.rpc.handler_guard import Handler, HandlerGuard
 from tandem.rpc.http2 import limits
 from tandem.rpc.http2.connection import Connection
-from tandem.rpc.http2.listener import Listener
+from tandem.rpc.http2.listener import Listener, LocalListener
 from tandem.rpc.http2.methods import Methods
 from tandem.rpc.service_host import AddServicer, ServiceHost, warn_of_plaintext
 from tandem.tls.paths import Tls
@@ -67,6 +68,8 @@ class Http2RpcServer(ServiceHost):
         self._tasks: set[asyncio.Task[None]] = set()
         self._log_full_after_s = 0.0
         self.is_stopping = False
+        self.on_connection_end: Callable[[], None] = lambda: None
+        """Called when there is one connection less."""
         self._changed = asyncio.Event()
         """Set when a connection or a task has ended."""
         super().__init__(self, guard, services)
@@ -95,6 +98,30 @@ class Http2RpcServer(ServiceHost):
         task = asyncio.get_running_loop().create_task(self._handshake(connection, context))
         self._handshakes[task] = connection
         task.add_done_callback(self._handshake_done)
+
+    @property
+    def connection_count(self) -> int:
+        """Connections that are open, those whose handshake is not over among them."""
+        return len(self._connections) + len(self._handshakes)
+
+    @property
+    def open_call_count(self) -> int:
+        """Calls of our own services that are open on them."""
+        return self._calls.count
+
+    def release(self, count: int) -> None:
+        """Let clients of so many connections connect anew, those with the most calls first; what runs goes on."""
+        staying = [connection for connection in self._connections if not connection.is_leaving]
+        for connection in sorted(staying, key=lambda one: one.call_count, reverse=True)[:count]:
+            connection.leave()
+
+    def bind_local(self, path: Path) -> None:
+        """Take a path instead of a port.
+
+        Raises:
+            OSError: it cannot be listened on.
+        """
+        self._listener = LocalListener(path)
 
     def _add_port(self, host: str, port: int) -> int:
         self._open_tls()
@@ -138,6 +165,7 @@ class Http2RpcServer(ServiceHost):
         elif task.exception() is not None:
             log.error("defect in the handshake of a connection", exc_info=task.exception())
             connection.close()
+        self.on_connection_end()
 
     def _has_room(self) -> bool:
         """Whether one more may come; for it, who only waits has to go."""
@@ -193,6 +221,7 @@ class Http2RpcServer(ServiceHost):
         """A connection is gone."""
         self._connections.pop(connection, None)
         self._changed.set()
+        self.on_connection_end()
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Own a call's task until it has ended."""

@@ -121,7 +121,7 @@ class GetRequestTimelineResponse(_message.Message):
     @_builtins.property
     def timelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTimeline]:
         """The course so far, oldest first: several where an id was used again, or one call asked for several choices; the last
-        128 of them.
+        128 of them. Those of every process of the frontend.
         """
 
     def __init__(
@@ -787,6 +787,7 @@ class WatchFiguresResponse(_message.Message):
     COMPLETION_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     open_requests: _builtins.int
@@ -811,6 +812,10 @@ class WatchFiguresResponse(_message.Message):
     """Bytes of KV that attempts moved, as far as their workers said."""
     kv_transfer_bytes_per_s: _builtins.float
     """The same a second, over the last 5 seconds. They are counted when a leg ends."""
+    processes: _builtins.int
+    """Processes of the frontend whose figures these are; one that does not answer is left out, and one that was started
+    again counts from 0.
+    """
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When they were taken."""
@@ -858,10 +863,11 @@ class WatchFiguresResponse(_message.Message):
         completion_tokens_per_s: _builtins.float = ...,
         kv_transfer_bytes: _builtins.int = ...,
         kv_transfer_bytes_per_s: _builtins.float = ...,
+        processes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_inter_token_latency", b"_inter_token_latency", "_time_to_first_token", b"_time_to_first_token", "counted_since", b"counted_since", "inter_token_latency", b"inter_token_latency", "measured_time", b"measured_time", "time_to_first_token", b"time_to_first_token", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inter_token_latency", b"_inter_token_latency", "_time_to_first_token", b"_time_to_first_token", "cancelled_requests", b"cancelled_requests", "completion_tokens", b"completion_tokens", "completion_tokens_per_s", b"completion_tokens_per_s", "continuations", b"continuations", "counted_since", b"counted_since", "failed_requests", b"failed_requests", "finished_requests", b"finished_requests", "inter_token_latency", b"inter_token_latency", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_bytes_per_s", b"kv_transfer_bytes_per_s", "leg_failures", b"leg_failures", "measured_time", b"measured_time", "open_requests", b"open_requests", "refused_requests", b"refused_requests", "sequence", b"sequence", "time_to_first_token", b"time_to_first_token", "waiting_requests", b"waiting_requests", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inter_token_latency", b"_inter_token_latency", "_time_to_first_token", b"_time_to_first_token", "cancelled_requests", b"cancelled_requests", "completion_tokens", b"completion_tokens", "completion_tokens_per_s", b"completion_tokens_per_s", "continuations", b"continuations", "counted_since", b"counted_since", "failed_requests", b"failed_requests", "finished_requests", b"finished_requests", "inter_token_latency", b"inter_token_latency", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_bytes_per_s", b"kv_transfer_bytes_per_s", "leg_failures", b"leg_failures", "measured_time", b"measured_time", "open_requests", b"open_requests", "processes", b"processes", "refused_requests", b"refused_requests", "sequence", b"sequence", "time_to_first_token", b"time_to_first_token", "waiting_requests", b"waiting_requests", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__inter_token_latency: _TypeAlias = _typing.Literal["inter_token_latency"]  # noqa: Y015
     _WhichOneofArgType__inter_token_latency: _TypeAlias = _typing.Literal["_inter_token_latency", b"_inter_token_latency"]  # noqa: Y015
@@ -1084,7 +1090,9 @@ class ProfileFile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name, without a directory."""
+    """Its name, without a directory. Where a frontend has several processes it begins with the number of the one that was
+    recorded: the one that the call came to.
+    """
     size_bytes: _builtins.int
     """Its length."""
     def __init__(

@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class ProcessServiceStub:
     """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
     """
 
     def __init__(self, channel):
@@ -44,6 +45,7 @@ class ProcessServiceStub:
 
 class ProcessServiceServicer:
     """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
     """
 
     def GetFigures(self, request, context):
@@ -71,6 +73,7 @@ def add_ProcessServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ProcessService:
     """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ProcessServiceStub:
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks."""
+    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,14 +40,18 @@ class ProcessServiceStub:
 
 @_typing.type_check_only
 class ProcessServiceAsyncStub(ProcessServiceStub):
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks."""
+    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetFigures: _aio.UnaryUnaryMultiCallable[_process_service_pb2.GetFiguresRequest, _process_service_pb2.GetFiguresResponse]  # type: ignore[assignment]
     """The figures now."""
 
 class ProcessServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks."""
+    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
+    Of a frontend with several processes, what all of them hold together.
+    """
 
     @_abc_1.abstractmethod
     def GetFigures(

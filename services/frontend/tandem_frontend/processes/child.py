@@ -1,0 +1,83 @@
+"""A process of a frontend that has several: a frontend that is given its connections, and ends when its parent says.
+
+Owns the order of its start and end. It is in no registry and listens at no port: both are the parent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tandem.errors import StartError
+from tandem.runtime import process
+from tandem.runtime.prefork_child import ParentLink
+from tandem.runtime.prefork_process import State
+from tandem_frontend.app import FrontendApp
+from tandem_frontend.config import PROGRAM, FrontendConfig
+from tandem_frontend.processes.identity import ProcessIdentity
+from tandem_frontend.processes.membership import Membership
+
+
+def run(link: ParentLink) -> int:
+    """Run a child of that parent until it ends; returns the exit status."""
+    begin = link.wait_begin()
+    identity = ProcessIdentity.parsed(begin["identity"])
+    config = FrontendConfig.model_validate(begin["settings"])
+    try:
+        return process.run(
+            PROGRAM, config, lambda settings: FrontendChild(settings, identity, link), process=identity.number
+        )
+    except StartError as problem:
+        link.fail(problem)
+        return problem.exit_status
+
+
+class FrontendChild:
+    """The child as `tandem.runtime.process` runs it."""
+
+    def __init__(self, config: FrontendConfig, identity: ProcessIdentity, link: ParentLink) -> None:
+        self._link = link
+        self._app = FrontendApp(config, Membership(identity, link))
+
+    @property
+    def address(self) -> str:
+        """host:port of the frontend."""
+        return self._app.address
+
+    @property
+    def metrics_port(self) -> int:
+        """None: its parent scrapes it."""
+        return 0
+
+    async def start(self) -> None:
+        """Return when it serves.
+
+        Raises:
+            StartError: it cannot.
+        """
+        await self._app.start()
+        self._link.enter(State.SERVING)
+
+    async def drain(self) -> bool:
+        """As a frontend drains, when the parent agrees; the parent may cut it short. Ends when the parent says."""
+        await self._link.agree_on_drain()
+        self._link.enter(State.DRAINING)
+        draining = asyncio.ensure_future(self._app.drain())
+        stopped = asyncio.ensure_future(self._link.wait_stop())
+        await asyncio.wait({draining, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            draining.cancel()
+            await asyncio.wait({draining})
+            return False
+        is_clean = draining.result()
+        self._link.report_drained(is_clean=is_clean)
+        await stopped
+        return is_clean
+
+    async def stop(self) -> None:
+        """Free everything, also when `start` failed."""
+        await self._app.stop()
+
+    async def wait_finished(self) -> str | None:
+        """Return None when the parent wants it to drain."""
+        await self._link.wait_asked()
+        return None

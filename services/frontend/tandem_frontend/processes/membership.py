@@ -1,0 +1,64 @@
+"""One process's part in its frontend: connections come from the parent, and siblings ask and are asked.
+
+Owns the socket at which siblings ask, and its own way to them. What is served to clients is `app`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+
+from google.protobuf.json_format import ParseDict
+
+from tandem.api.frontend.v1.sibling_service_pb2_grpc import add_SiblingServiceServicer_to_server
+from tandem.api.process.v1 import process_service_pb2 as process_pb
+from tandem.errors import StartError
+from tandem.rpc.http2.server import Http2RpcServer
+from tandem.runtime.prefork_child import ParentLink
+from tandem_frontend.own_answers import OwnAnswers
+from tandem_frontend.processes.identity import ProcessIdentity
+from tandem_frontend.processes.servicer import SERVICE_NAME, SiblingServicer
+from tandem_frontend.processes.siblings import Siblings
+
+STOP_GRACE_S = 0.1
+
+
+class Membership:
+    """See the module."""
+
+    def __init__(self, identity: ProcessIdentity, link: ParentLink) -> None:
+        """Makes no I/O yet."""
+        self.identity = identity
+        self.siblings = Siblings(identity.sibling_paths)
+        self._link = link
+        self._server = Http2RpcServer()
+
+    async def open(self, server: Http2RpcServer, own: OwnAnswers) -> None:
+        """Answer siblings, and take the connections of clients for `server`.
+
+        Raises:
+            StartError: the socket for siblings cannot be listened on.
+        """
+        servicer = SiblingServicer(own, server.process)
+        self._server.add(SERVICE_NAME, partial(add_SiblingServiceServicer_to_server, servicer))
+        try:
+            self._server.bind_local(self.identity.rpc_path)
+        except OSError as problem:
+            raise StartError(f"cannot listen at {self.identity.rpc_path}: {problem.strerror or problem}") from None
+        await self._server.serve()
+        server.process.others = self._held_elsewhere
+        self._link.open(server)
+
+    async def close(self) -> None:
+        """Answer no more siblings. May be called twice."""
+        await self._server.stop(STOP_GRACE_S)
+        with contextlib.suppress(OSError):
+            self.identity.rpc_path.unlink(missing_ok=True)
+            self.identity.metrics_path.unlink(missing_ok=True)
+
+    async def _held_elsewhere(self) -> Sequence[process_pb.GetFiguresResponse]:
+        """Of the parent, by which the frontend is known, and of the siblings."""
+        answer = await self._link.ask()
+        parent = [] if answer is None else [ParseDict(answer["process"], process_pb.GetFiguresResponse())]
+        return [*parent, *await self.siblings.ask(lambda sibling: sibling.process())]

@@ -1,0 +1,83 @@
+"""The figures of several processes as those of one frontend: counts and rates add up, latencies are counted anew.
+
+Pure: messages in, one message out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.api.types.v1 import error_pb2
+from tandem.observe.sliding import BUCKETS, Histogram, added
+from tandem_frontend.figures import FAILURES_MAX
+from tandem_frontend.timeline import latency_figures
+
+COUNTS = (
+    "open_requests",
+    "waiting_requests",
+    "finished_requests",
+    "failed_requests",
+    "refused_requests",
+    "cancelled_requests",
+    "continuations",
+    "completion_tokens",
+    "completion_tokens_per_s",
+    "kv_transfer_bytes",
+    "kv_transfer_bytes_per_s",
+)
+
+
+def combined(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> pb.WatchFiguresResponse:
+    """All of them as one; the first is that of the process that was asked."""
+    total = pb.WatchFiguresResponse()
+    total.CopyFrom(answers[0].figures)
+    for answer in answers[1:]:
+        for name in COUNTS:
+            setattr(total, name, getattr(total, name) + getattr(answer.figures, name))
+    total.counted_since.CopyFrom(
+        min((answer.figures.counted_since for answer in answers), key=lambda since: since.ToNanoseconds())
+    )
+    if len(answers) > 1:
+        del total.leg_failures[:]
+        total.leg_failures.extend(_failures(answers))
+    total.processes = len(answers)
+    first_token = latency_figures(added([histogram(answer.time_to_first_token) for answer in answers]).latencies())
+    between = latency_figures(added([histogram(answer.inter_token_latency) for answer in answers]).latencies())
+    if first_token is not None:
+        total.time_to_first_token.CopyFrom(first_token)
+    if between is not None:
+        total.inter_token_latency.CopyFrom(between)
+    return total
+
+
+def buckets(histogram: Histogram) -> sibling_pb.LatencyBuckets:
+    """Latencies as a message."""
+    present = [bucket for bucket, count in enumerate(histogram.counts) if count]
+    return sibling_pb.LatencyBuckets(
+        buckets=present, counts=[histogram.counts[bucket] for bucket in present], longest_s=histogram.longest_s
+    )
+
+
+def histogram(message: sibling_pb.LatencyBuckets) -> Histogram:
+    """The same as a value again."""
+    counts = [0] * BUCKETS
+    for bucket, count in zip(message.buckets, message.counts, strict=True):
+        counts[bucket] = count
+    return Histogram(tuple(counts), message.longest_s)
+
+
+def _failures(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> list[pb.LegFailures]:
+    """Bounded as each process bounds its own."""
+    counts: Counter[tuple[str, error_pb2.ErrorReason.ValueType]] = Counter()
+    for answer in answers:
+        for failures in answer.figures.leg_failures:
+            key = failures.worker_id, failures.reason
+            if key not in counts and len(counts) >= FAILURES_MAX:
+                key = "", failures.reason
+            counts[key] += failures.count
+    return [
+        pb.LegFailures(worker_id=worker_id, reason=reason, count=count) for (worker_id, reason), count in counts.items()
+    ]
