@@ -87,8 +87,8 @@ class Played:
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.thawed = asyncio.Event()
         self.thawed.set()
-        self.handover_failures = 0
-        """Hand-overs that still fail."""
+        self.failures = 0
+        """Requests that its engine still fails: in a hand-over, or in a step after the first token."""
         self._runs: dict[str, tuple[asyncio.Task[None], Output]] = {}
         self.legs = Legs(cast("Any", self), cast("Any", FixedIdentity(worker)), timers=world.timers)
         self.streams = StepStreams(self.legs.abort_stream)
@@ -141,15 +141,15 @@ class Played:
     async def _prefill(self, request: EngineRequest, output: Output) -> None:
         rng, kv = self.world.rng, self.world.kv(_room(request))
         try:
-            if self.handover_failures and rng.random() < 0.3:
-                self.handover_failures -= 1
+            if self.failures and rng.random() < 0.3:
+                self.failures -= 1
                 raise LegFailed("nobody came to the room")
             # Sometimes long enough for the worker to have nothing to say but that the leg is alive.
             await self.spend(rng.choice((0.0, 0.0, 0.0, 0.4, 1.2)))
             await self.spend(rng.uniform(0.001, 0.1))
             output.tokens([1], ())
-            if self.handover_failures:
-                self.handover_failures -= 1
+            if self.failures:
+                self.failures -= 1
                 raise LegFailed("the hand-over failed")
             await self.spend(rng.uniform(0.001, 0.05))
             if not kv.done():
@@ -168,6 +168,9 @@ class Played:
         for token in answer(request.token_ids, request.stopping.max_tokens):
             await self.spend(self.world.rng.uniform(0.001, 0.06))
             output.tokens([token], ())
+            if self.failures and self.world.rng.random() < 0.5:
+                self.failures -= 1
+                raise LegFailed("the step failed")
 
 
 class PlayedSteps:
@@ -318,7 +321,8 @@ class World:
         async def handled() -> object:
             await played.spend(delay_s)
             result = await handle(played)
-            await played.spend(self.rng.uniform(0, 0.002))
+            # The answer is a message of its own: tokens and ends of the legs may overtake it.
+            await played.spend(self.rng.uniform(0, 0.002) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.5))
             return result
 
         task = asyncio.create_task(handled())

@@ -174,7 +174,7 @@ class History:
             await self._strike(victim if self.is_single else self.rng.choice(self.world.workers))
 
     async def _strike(self, worker: Worker) -> None:
-        played, kind = self.world.played[worker.start], self.rng.choice(("kill", "kill", "stop", "hand-over"))
+        played, kind = self.world.played[worker.start], self.rng.choice(("kill", "kill", "stop", "failures"))
         self.faults.append(Fault(kind, worker, now_s()))
         if kind == "kill":
             played.kill()
@@ -187,7 +187,7 @@ class History:
             await asyncio.sleep(self.rng.uniform(0.1, 5))
             played.thawed.set()
         else:
-            played.handover_failures += self.rng.randint(1, 4)
+            played.failures += self.rng.randint(1, 4)
 
 
 def judge(history: History) -> None:
@@ -270,7 +270,7 @@ def judged(seed: int) -> History:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_history_keeps_what_is_promised(part: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)  # thousands of legs break
-    met = dict.fromkeys(("kill", "stop", "hand-over", "again", "finished", "left", "late"), 0)
+    met = dict.fromkeys(("kill", "stop", "failures", "again", "finished", "left", "late"), 0)
     for seed in range(part, SEEDS, PARTS):
         history = judged(seed)
         for fault in history.faults:

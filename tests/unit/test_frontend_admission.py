@@ -72,6 +72,11 @@ def test_a_process_that_is_late_refuses_newcomers_and_goes_on_with_the_others() 
                 with places.admit():
                     pass
                 await asyncio.sleep(2 * MEASURE_S)
+            await asyncio.sleep(MEASURE_S / 2)
+            loop._now_s += 30.0  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+            with places.admit():
+                assert places.open_count == 2, "it stood still once, and is not late any more"
             for _ in range(6):
                 await asyncio.sleep(MEASURE_S / 2)
                 loop._now_s += 3.0  # type: ignore[attr-defined]

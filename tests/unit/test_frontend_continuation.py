@@ -47,9 +47,19 @@ def answer(prompt: tuple[int, ...], count: int) -> list[int]:
 class Fleet:
     """Workers that answer greedily, and break after so many tokens of an attempt where a fault says so."""
 
-    def __init__(self, decodes: int = 4, faults: dict[int, tuple[int, TandemError]] | None = None) -> None:
-        """`faults`: number of the attempt -> (tokens of it that still come, how it breaks)."""
+    def __init__(
+        self,
+        decodes: int = 4,
+        faults: dict[int, tuple[int, TandemError]] | None = None,
+        *,
+        answers_come_late: bool = False,
+    ) -> None:
+        """`faults`: number of the attempt -> (tokens of it that still come, how it breaks).
+
+        `answers_come_late`: tokens and breaks of an attempt overtake what the workers answer to its start.
+        """
         self.faults = faults or {}
+        self.answers_come_late = answers_come_late
         self.sent: list[Dispatched] = []
         self.legs: list[leg_pb2.LegRequest] = []
         self.headers: list[Headers] = []
@@ -77,8 +87,13 @@ class Fleet:
             count, problem = self.faults[attempt]
             words[count:] = [fail(problem)]
         assert sinks[1] is not None
-        prefill_leg = PlayedLeg(accepted, FINISH).play(sinks[1])
-        decode_leg = PlayedLeg(accepted, *words).play(sinks[0])
+        if self.answers_come_late and attempt in self.faults:
+            prefill_leg, decode_leg = PlayedLeg().play(sinks[1]), PlayedLeg(*words).play(sinks[0])
+        else:
+            prefill_leg, decode_leg = (
+                PlayedLeg(accepted, FINISH).play(sinks[1]),
+                PlayedLeg(accepted, *words).play(sinks[0]),
+            )
         self.sent.append(Dispatched(route, attempt, attempt, decode_leg, prefill_leg))
         self.legs.append(sent)
         self.headers.append(headers)
@@ -100,8 +115,10 @@ async def stream(fleet: Fleet, request: leg_pb2.LegRequest) -> list[int]:
     return got.token_ids
 
 
-@given(st.data(), st.integers(1, 12))
-async def test_a_stream_that_breaks_anywhere_is_the_undisturbed_one(data: st.DataObject, max_tokens: int) -> None:
+@given(st.data(), st.integers(1, 12), st.booleans())
+async def test_a_stream_that_breaks_anywhere_is_the_undisturbed_one(
+    data: st.DataObject, max_tokens: int, answers_come_late: bool
+) -> None:
     breaks = data.draw(st.integers(0, BREAKS_MAX))
     faults, left = {}, max_tokens
     for number in range(1, breaks + 1):
@@ -109,7 +126,8 @@ async def test_a_stream_that_breaks_anywhere_is_the_undisturbed_one(data: st.Dat
         # Three in a row without a token are the end; at least one comes before each break here.
         count = max(count, min(1, left))
         faults[number], left = (count, KILLED), left - count
-    assert await stream(Fleet(decodes=8, faults=faults), leg(max_tokens)) == answer(PROMPT, max_tokens)
+    fleet = Fleet(decodes=8, faults=faults, answers_come_late=answers_come_late)
+    assert await stream(fleet, leg(max_tokens)) == answer(PROMPT, max_tokens)
 
 
 async def test_a_continuation_goes_to_other_workers_with_the_tokens_so_far() -> None:
@@ -131,8 +149,10 @@ async def test_before_the_first_token_the_request_begins_again() -> None:
     assert fleet.legs[1] == fleet.legs[0]
 
 
-async def test_a_stream_that_breaks_again_and_again_has_an_end() -> None:
-    fleet = Fleet(decodes=12, faults=dict.fromkeys(range(1, 20), (1, KILLED)))
+@pytest.mark.parametrize("answers_come_late", [False, True])
+async def test_a_stream_that_breaks_again_and_again_has_an_end(answers_come_late: bool) -> None:
+    faults = dict.fromkeys(range(1, 20), (1, KILLED))
+    fleet = Fleet(decodes=12, faults=faults, answers_come_late=answers_come_late)
     with pytest.raises(LegFailed) as failed:
         await stream(fleet, leg(100))
     assert failed.value.metadata["continuation"] == "breaks"

@@ -95,9 +95,9 @@ class Admission:
             raise Overloaded(
                 f"{self._open_count} requests are open here already", retry_delay_s=self._delay_s(self._line.tokens)
             )
-        if self._load.lag_s > self._lag_max_s:
+        if self._load.late_s > self._lag_max_s:
             raise Overloaded(
-                f"this frontend is {self._load.lag_s:.1f} s late with the requests that are open",
+                f"this frontend is {self._load.late_s:.1f} s late with the requests that are open",
                 retry_delay_s=RETRY_DELAY_MIN_S,
             )
         self._open_count += 1

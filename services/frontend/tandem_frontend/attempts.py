@@ -265,10 +265,9 @@ class RequestStream:
 
     async def _take(self, route: Route) -> None:
         """Make attempts until one is taken, each on another route."""
-        leg = self._present_leg()
         while True:
             try:
-                return await self._try(route, leg)
+                return await self._try(route, self._present_leg())
             except TandemError as problem:
                 self._end_attempt()
                 if self.attempt.failed_worker is None:
@@ -278,7 +277,8 @@ class RequestStream:
                 another = await self._another()
                 if another is None:
                     raise
-                log.info("attempt %d at %s: %s; trying another route", self.state.attempt, leg.request_id, problem)
+                request_id = self._leg.request_id
+                log.info("attempt %d at %s: %s; trying another route", self.state.attempt, request_id, problem)
                 route = another
 
     async def _try(self, route: Route, leg: leg_pb2.LegRequest) -> None:

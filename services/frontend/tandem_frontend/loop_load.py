@@ -28,9 +28,11 @@ class LoopLoad:
         self._thread_time = thread_time
         self.pressure = 0.0
         """0: there is time for everything; 1: there is time for nothing more."""
-        self.lag_s = 0.0
-        """By how much the loop has been late lately."""
+        self.late_s = 0.0
+        """By how much the loop is late again and again; a process that stood still once was late once."""
         self._busy = 0.0
+        self._lag_s = 0.0
+        self._last_lag_s = 0.0
         self._open_count = 0
         self._measuring: asyncio.TimerHandle | None = None
         self._measured_s = 0.0
@@ -56,11 +58,13 @@ class LoopLoad:
         lag_s = max(0.0, elapsed_s - MEASURE_S)
         self._measured_s, self._measured_thread_s = now_s, thread_s
         self._busy += SMOOTHING * (busy - self._busy)
-        self.lag_s += SMOOTHING * (lag_s - self.lag_s)
+        self._lag_s += SMOOTHING * (lag_s - self._lag_s)
+        self.late_s, self._last_lag_s = min(lag_s, self._last_lag_s), lag_s
         by_use = (self._busy - BUSY_FROM) / (BUSY_FULL - BUSY_FROM)
-        by_lag = (self.lag_s - LAG_FROM_S) / (LAG_FULL_S - LAG_FROM_S)
+        by_lag = (self._lag_s - LAG_FROM_S) / (LAG_FULL_S - LAG_FROM_S)
         self.pressure = min(1.0, max(0.0, by_use, by_lag))
         if self._open_count:
             self._measuring = loop.call_later(MEASURE_S, self._measure)
         else:
-            self._measuring, self._busy, self.lag_s, self.pressure = None, 0.0, 0.0, 0.0
+            self._measuring = None
+            self._busy = self._lag_s = self._last_lag_s = self.late_s = self.pressure = 0.0

@@ -133,12 +133,13 @@ class Attempt:
         self._state.dispatch(*(side.role for side in self._sides()))
         loop = asyncio.get_running_loop()
         self._taken: asyncio.Future[None] = loop.create_future()
-        """Done when every worker has taken its leg, or the attempt has failed."""
+        """Done when every worker has taken its leg, or the attempt has failed before."""
         self._over: asyncio.Future[None] = loop.create_future()
         """Done when nothing more will come of it."""
         self._dispatched: Dispatched | None = None
         self._prefill_timer: asyncio.TimerHandle | None = None
         self._failure: TandemError | None = None
+        self._is_taken = False
         self._is_ended = False
         self.failed_worker: Worker | None = None
         """Whose leg failed first, in whatever phase, where another worker may do better."""
@@ -154,7 +155,7 @@ class Attempt:
         return self._dispatched
 
     async def start(self, send: Send) -> None:
-        """Send the legs; return when every worker has taken its leg.
+        """Send the legs; return when every worker has taken its leg, whatever has become of it since.
 
         Raises:
             TandemError: one did not.
@@ -164,7 +165,7 @@ class Attempt:
         except ServiceError as problem:
             self.on_failed(self._decode, problem)
         await self._taken
-        if self._failure is not None:
+        if self._failure is not None and not self._is_taken:
             raise self._failure
 
     async def wait(self) -> None:
@@ -210,6 +211,7 @@ class Attempt:
         if side.phase is Phase.DISPATCHED:
             side.phase = Phase.PREFILLING if side.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
         if all(each.is_accepted for each in self._sides()):
+            self._is_taken = True
             _set(self._taken)
 
     def on_tokens(self, side: _Side, token_ids: Sequence[int], logprobs: Logprobs) -> None:
@@ -222,7 +224,10 @@ class Attempt:
             self._state.speak(side.role)
             return
         if side.phase is not Phase.DECODING:
-            # They may overtake the answer that the leg was taken.
+            # They may overtake the answers that the legs were taken. Whatever breaks after a token has been passed on
+            # breaks a stream that has begun: it is continued, never begun again.
+            if self._prefill is not None:
+                self._prefill.accepted()
             side.accepted()
             side.phase = Phase.DECODING
             self._state.speak(side.role)
