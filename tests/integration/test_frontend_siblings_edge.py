@@ -1,6 +1,6 @@
 """A frontend of two processes behind a real edge, and one that asks for certificates: all of it is as with one process.
 
-What a dead process costs is seen by clients of HTTP here; natively it is in test_frontend_processes.py.
+What a dead process costs is seen by clients of HTTP here; natively it is in test_frontend_siblings.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calls import request_of
 from edge_host import client_of, error_of
 from openai_calls import MODEL, ask, chat, completion
 from scraped import samples, scrape
-from test_frontend_processes import Processes, several
+from test_frontend_siblings import Processes, several
 from test_openai_door import CHAT_IDS, TOKENIZER, text_of
 from test_simulated_cluster import STORY, oracle
 
