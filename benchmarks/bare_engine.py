@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, environment
-from tandem.model.worker import WorkerRole
 
 
 async def run_one(engine, work, answers) -> None:

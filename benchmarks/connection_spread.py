@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tandem.runtime.distribution import fittest
-from tandem.runtime.prefork_process import State
+from tandem.service.prefork.distribution import fittest
+from tandem.service.prefork.process import State
 
 KINDS = ("reuseport", "queue", "parent")
 GAP_S = 0.002

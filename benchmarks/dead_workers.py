@@ -24,13 +24,13 @@ import psutil
 from tandem_frontend.routing.worker_health import WorkerHealth
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.client import calls
+from tandem.domain.worker import Capabilities, Worker, WorkerRole
 from tandem.errors import TandemError
-from tandem.model.worker import Capabilities, Worker, WorkerRole
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import Channels
-from tandem.runtime import open_files
-from tandem.runtime.awake import AwakeTimers
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.service import open_files
+from tandem.service.awake_timers import AwakeTimers
 from tandem.testing.eventually import assert_eventually
 
 MODEL = Path("models") / "tandem-demo"
@@ -67,7 +67,7 @@ class Load:
             began_s = time.monotonic()
             request = pb.GenerateRequest(prompt="Once upon a time", stopping={"max_tokens": 4})
             try:
-                async for event in clients.generate(self.address, request):
+                async for event in calls.generate(self.address, request):
                     if event.HasField("finish"):
                         self.done += 1
                         if event.finish.route.attempt > 1:

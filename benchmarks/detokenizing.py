@@ -1,6 +1,6 @@
 """What a token costs on its way to text: `python -m benchmarks.detokenizing [--tokenizer FILE]`.
 
-Compares a stream that looks tokens up (`tandem_frontend.token_table`), one that decodes a window of tokens, and the
+Compares a stream that looks tokens up (`tandem_frontend.response.token_table`), one that decodes a window of tokens, and the
 library's own DecodeStream, on one tokenizer.json; then the search for stop strings. Microseconds for each token, best
 of several rounds, because others share the machine.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.stopping import StopMatcher
-from tandem_frontend.token_table import TokenTable
+from tandem_frontend.response.detokenizer import Detokenizer
+from tandem_frontend.response.stop_matching import StopMatcher
+from tandem_frontend.response.token_table import TokenTable
 from tokenizers.decoders import DecodeStream
 
 MODEL = Path("models") / "tandem-demo"

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from tandem.runtime.consul_binary import find_consul
+from tandem.local_cluster.consul_binary import find_consul
 from tests.faults import verdicts
 from tests.faults.fault_cluster import FaultCluster, Plan, fault_cluster
 from tests.faults.history import now_s

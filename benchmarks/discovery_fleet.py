@@ -19,8 +19,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
-from tandem.rpc.registry_client import Registration, WorkerWatch
+from tandem.discovery import Registration, WorkerWatch
+from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 
 CAPABILITIES = Capabilities(
     engine="simulated",

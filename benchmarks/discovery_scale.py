@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from tandem.runtime.cluster import ClusterProcess
-from tandem.runtime.consul_binary import find_consul
+from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.consul_binary import find_consul
 from tests.integration.consul_host import consul_servers
 
 HOSTS = 4

@@ -25,11 +25,11 @@ from typing import Any
 
 import httpx
 
-from tandem.rpc.frontend_watching import FrontendWatch
-from tandem.runtime import run_directory
-from tandem.runtime.cluster_process import ClusterProcess
-from tandem.runtime.consul_agent import AgentPorts, AgentSpec, ConsulAgent
-from tandem.runtime.consul_binary import find_consul
+from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.consul_agent import AgentPorts, AgentSpec, ConsulAgent
+from tandem.local_cluster.consul_binary import find_consul
+from tandem.service import run_directory
 
 MODEL = Path("models") / "tandem-demo"
 NAME = "frontend.tandem.service.consul"

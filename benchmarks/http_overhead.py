@@ -22,8 +22,8 @@ import psutil
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 CONTENT = "Where did Mia hide the red key?"

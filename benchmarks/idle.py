@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.client import calls
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 REST_S = 5
@@ -46,7 +46,7 @@ async def measure(seconds: float, requests: int) -> None:
     async with LocalCluster(ClusterSpec(model=MODEL, log_directory=logs)) as cluster:
         for _ in range(requests):
             request = pb.GenerateRequest(prompt="Once upon a time", stopping={"max_tokens": 20})
-            async for _ in clients.generate(cluster.frontend.address, request):
+            async for _ in calls.generate(cluster.frontend.address, request):
                 pass
         await asyncio.sleep(REST_S)
         before = {process.name: processor_s(process.pid) for process in cluster.processes}

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.client import calls
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tests.faults.fault_cluster import DEMO_MODEL, Plan
 from tests.faults.history import now_s
@@ -93,7 +93,7 @@ class Bench:
             sampling={"temperature": 0.0},  # type: ignore[arg-type]
             stopping={"max_tokens": max_tokens, "ignore_eos": True},  # type: ignore[arg-type]
         )
-        async for event in clients.generate(self.cluster.frontends[0].address, request, 30.0):
+        async for event in calls.generate(self.cluster.frontends[0].address, request, 30.0):
             if event.HasField("accepted"):
                 route = event.accepted.route
                 stream.request_id = event.accepted.request_id

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.validation import checked_generate
+from tandem_frontend.preparation.tokenizer import Tokenizer
+from tandem_frontend.preparation.validation import checked_generate
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.api.types.v1 import leg_pb2
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.testing.fake_model import write_fake_model
 
 DEMO = Path("models") / "tandem-demo" / "tokenizer.json"

@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.client import calls
 from tandem.config import ServiceConfig
-from tandem.observe.course import AttemptCourse, Course, Step
-from tandem.observe.metrics import open_metrics
-from tandem.observe.names import Emitter
-from tandem.observe.request_metrics import RequestMetrics
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.observability.metric_catalog import Emitter
+from tandem.observability.metrics import open_metrics
+from tandem.observability.request_metrics import RequestMetrics
+from tandem.observability.request_trace import AttemptCourse, Course, Step
 
 MODEL = Path("models") / "tandem-demo"
 DEAD_COLLECTOR = "http://127.0.0.1:9"
@@ -62,7 +62,7 @@ class Side:
 
 async def ask(side: Side, max_tokens: int) -> None:
     request = pb.GenerateRequest(prompt="Once upon a time", stopping={"max_tokens": max_tokens, "ignore_eos": True})
-    async for _ in clients.generate(side.cluster.frontend.address, request, 60):
+    async for _ in calls.generate(side.cluster.frontend.address, request, 60):
         pass
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from google.api import httpbody_pb2
-from tandem_frontend.models import ServedModel
 from tandem_frontend.openai.servicer import OpenAiServicer
-from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.preparation.tokenizer import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2

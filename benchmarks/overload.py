@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks.overload_figures import Figures, figures_of, memory_growth_mib, missed
 from benchmarks.overload_load import Asked, Plan
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 DECODES, RUNNING_MAX, STEP_S = 2, 8, 0.1

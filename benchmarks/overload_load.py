@@ -21,8 +21,8 @@ from grpc_status import rpc_status
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.client.health_calls import check_health
 from tandem.rpc.channels import open_channel
-from tandem.rpc.health_calls import check_health
 from tandem.rpc.status import from_rpc_error
 
 CHANNELS_PER_FRONTEND = 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tandem.parsing import ParsedStream, Parsers
+from tandem.output_parsers import ParsedStream, Parsers
 
 MODEL = Path(__file__).parents[1] / "models" / "tandem-demo"
 TOOLS = [{"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}]

@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tandem_frontend.capacity import Capacity
-from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.breakers import MOMENT_S, STRIKES_MAX, Breakers
+from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, Breakers
 from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 
-from tandem.model.worker import (
+from tandem.clock import ManualClock
+from tandem.domain.worker import (
     LEG_CONTRACT,
     Capabilities,
     EngineLoad,
@@ -36,7 +37,6 @@ from tandem.model.worker import (
     WorkerState,
     incompatible_field,
 )
-from tandem.runtime.clock import ManualClock
 
 SIZES = (8, 64, 512, 1_000)
 CLASSES = 50

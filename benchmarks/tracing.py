@@ -29,13 +29,13 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collecto
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tandem.observe.course import AttemptCourse, Course
-from tandem.observe.courses import Courses, trace_ids
-from tandem.observe.logs import log_request
-from tandem.observe.otlp import Encoder
-from tandem.observe.spans import spans_of
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.observability.logs import log_request
+from tandem.observability.otlp import Encoder
+from tandem.observability.request_trace import AttemptCourse, Course
+from tandem.observability.spans import spans_of
+from tandem.observability.trace_store import Courses, trace_ids
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
 FAST = {"engine-extra": json.dumps({"decode_step_s": 0.0005})}
@@ -82,7 +82,7 @@ async def cluster_here(**spec: Any) -> AsyncIterator[tuple[str, int]]:
 CHILD = """
 import asyncio, json, sys
 from pathlib import Path
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 async def main():
     spec = ClusterSpec(model=Path(sys.argv[1]), log_directory=Path(sys.argv[2]), engine="simulated",
                        worker_flags=json.loads(sys.argv[3]))

@@ -41,7 +41,7 @@ def serve(socket_name: str, arguments: list[str]) -> None:
     """The worker, whose requests go to the player instead of its scheduler."""
     from tandem_decode.__main__ import main
 
-    from tandem.engine.sglang.adapter import SglangEngine
+    from tandem.engine.sglang.engine import SglangEngine
 
     build = SglangEngine._build
 

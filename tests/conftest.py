@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from tandem.errors import StartError
-from tandem.runtime.consul_binary import find_consul
-from tandem.runtime.debian_program import find_program
+from tandem.local_cluster.consul_binary import find_consul
+from tandem.local_cluster.debian import find_program
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,

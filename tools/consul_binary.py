@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from tandem.errors import StartError
-from tandem.runtime.consul_binary import find_consul
+from tandem.local_cluster.consul_binary import find_consul
 
 
 def main() -> int:

@@ -24,17 +24,17 @@ import psutil
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
+from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.domain.worker import Capabilities, WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.engine.simulated.network import MemoryNetwork
-from tandem.engine.simulated.virtual_time import LoopClock, run_virtually
-from tandem.model.generation import EngineRequest, Sampling, Stopping
-from tandem.model.worker import Capabilities, WorkerRole
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.testing.virtual_time import LoopClock, run_virtually
 
 PROMPTS = (16, 64, 128, 256, 512, 1024, 1536)
 BATCHES = (1, 2, 4, 8)

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/metrics.md from src/tandem/observe/names.py; what stands above them is written by hand.
+"""Writes the tables of docs/metrics.md from src/tandem/observability/metric_catalog.py; what stands above them is written by hand.
 
 --check writes nothing and fails when the page differs.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from tandem.observe.names import EVERY, OTHER, TABLE, Attribute, Emitter, Metric, prometheus_name
+from tandem.observability.metric_catalog import EVERY, OTHER, TABLE, Attribute, Emitter, Metric, prometheus_name
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "metrics.md"

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from tandem.errors import StartError
-from tandem.runtime.debian_program import DebianProgram, find_program
+from tandem.local_cluster.debian import DebianProgram, find_program
 
 PROMETHEUS, PROMTOOL = (
     DebianProgram(name=name, title=name, package="prometheus", suite="bookworm") for name in ("prometheus", "promtool")

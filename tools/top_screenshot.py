@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.cli.top.poller import FleetWatch
 from tandem.cli.top.screen import TopScreen
-from tandem.cli.top.watching import FleetWatch
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "top.svg"
@@ -36,7 +36,7 @@ async def client(address: str, number: int) -> None:
             prompt=f"Once upon a time there were {number} cats. " * 8, stopping={"max_tokens": 150, "ignore_eos": True}
         )
         with contextlib.suppress(TandemError):
-            async for _ in clients.generate(address, request):
+            async for _ in calls.generate(address, request):
                 pass
 
 

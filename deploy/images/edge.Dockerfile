@@ -14,7 +14,7 @@ RUN --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle sh install.
 
 FROM libraries AS tandem
 COPY LICENSE README.md pyproject.toml ./
-COPY deploy/envoy deploy/envoy
+COPY services/edge/tandem_edge/envoy services/edge/tandem_edge/envoy
 COPY src src
 COPY services services
 RUN --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle sh install.sh tandem
@@ -36,5 +36,5 @@ USER 10001:10001
 EXPOSE 8080
 # A drain takes drain_settle_s + drain_timeout_s, 30.5 s unless set: give more than that before a kill.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 CMD ["python3", "-m", "tandem.probe", "edge"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 CMD ["python3", "-m", "tandem.service.healthcheck", "edge"]
 ENTRYPOINT ["tandem-edge"]

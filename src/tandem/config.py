@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tandem import settings_text
+from tandem import config_errors
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -114,7 +114,7 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
     except ValidationError as problem:
         first = problem.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigError(key, settings_text.sentence(config_type.model_fields, first)) from None
+        raise ConfigError(key, config_errors.sentence(config_type.model_fields, first)) from None
 
 
 def effective(config: BaseModel) -> str:
@@ -140,8 +140,8 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
-        explanation = settings_text.explanation(field).replace("%", "%%")
-        parser.add_argument(_flag(name), dest=name, metavar=settings_text.metavar(name, field), help=explanation)
+        explanation = config_errors.explanation(field).replace("%", "%%")
+        parser.add_argument(_flag(name), dest=name, metavar=config_errors.metavar(name, field), help=explanation)
     return parser
 
 

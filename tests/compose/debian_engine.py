@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tandem.runtime import debian_package
+from tandem.local_cluster import debian_package
 from tests.compose.docker import FETCHED_COMPOSE, REPOSITORY, NoEngineError
 
 PACKAGES = ("docker.io", "debootstrap")

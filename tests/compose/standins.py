@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tandem.runtime import debian_package
-from tandem.runtime.consul_binary import find_consul
+from tandem.local_cluster import debian_package
+from tandem.local_cluster.consul_binary import find_consul
 from tests.compose.docker import REPOSITORY, CommandFailed, Docker
 
 SUITE = "bookworm"

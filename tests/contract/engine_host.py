@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 
+from tandem.domain.generation import EngineRequest
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine, KvEvent
 from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.errors import TandemError
-from tandem.model.generation import EngineRequest
 
 Answer = tuple[int, str, Any]
 """Number of the command, kind ("batch", "result" or "error"), payload."""

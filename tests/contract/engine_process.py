@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import tandem
+from tandem.domain.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
+from tandem.domain.worker import Capabilities, EngineLoad
 from tandem.engine.port import BootstrapAddress, KvEvent
 from tandem.engine.settings import EngineSettings
-from tandem.model.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
-from tandem.model.worker import Capabilities, EngineLoad
 
 HOST = Path(__file__).with_name("engine_host.py")
 HOST_DIED = ("error", ("HostDied", "the engine's process ended", {}))

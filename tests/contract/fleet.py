@@ -15,9 +15,9 @@ from typing import Any
 
 from engine_process import EngineProcess, Generation, Result
 
+from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
+from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.model.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
-from tandem.model.worker import WorkerRole
 from tandem.testing.eventually import assert_eventually
 
 PROMPT_LENGTHS = (1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 127, 128, 129, 200, 256, 300, 400, 511, 600)

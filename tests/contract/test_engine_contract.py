@@ -10,7 +10,7 @@ import pytest_asyncio
 from engine_process import EngineProcess, RemoteError, Result
 from fleet import CONCURRENT, Fleet, assert_idle, prompt_of, request_of
 
-from tandem.model.generation import FinishReason
+from tandem.domain.generation import FinishReason
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

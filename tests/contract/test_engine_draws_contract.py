@@ -10,7 +10,7 @@ import pytest_asyncio
 from engine_process import EngineProcess
 from fleet import DRAWN, DRAWN_LENGTH, GREEDY, Fleet, assert_idle, prompt_of, request_of
 
-from tandem.model.generation import Sampling
+from tandem.domain.generation import Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

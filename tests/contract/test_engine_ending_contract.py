@@ -9,7 +9,7 @@ import signal
 import pytest
 from fleet import Fleet, prompt_of, request_of
 
-from tandem.model.generation import FinishReason
+from tandem.domain.generation import FinishReason
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 from fleet import CONCURRENT, DRAWN, DRAWN_LENGTH, PROMPT_LENGTHS, Fleet, Pair, prompt_of, request_of
 
-from tandem.model.generation import FinishReason, Sampling
-from tandem.model.worker import incompatible_field
+from tandem.domain.generation import FinishReason, Sampling
+from tandem.domain.worker import incompatible_field
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 

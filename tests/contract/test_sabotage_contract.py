@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from fleet import Fleet, prompt_of, request_of
 
-from tandem.model.generation import Bootstrap
+from tandem.domain.generation import Bootstrap
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens, read_vocabulary
 from tandem.errors import StaleEpoch
 from tandem.testing.direct_legs import DirectLegs, direct_legs

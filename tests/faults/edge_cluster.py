@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tandem.runtime.cluster import ClusterProcess
+from tandem.local_cluster.cluster import ClusterProcess
 from tests.faults.cut_proxy import CutProxy, cut_proxy
 from tests.faults.fault_cluster import OUTER_HOST, Plan
 from tests.faults.leg_cluster import LegCluster

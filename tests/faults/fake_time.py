@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tandem.runtime import debian_package
+from tandem.local_cluster import debian_package
 
 PACKAGE, SUITE = "libfaketime", "bookworm"
 NAME = "libfaketimeMT.so.1"

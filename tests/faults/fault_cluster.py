@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.runtime import run_directory
-from tandem.runtime.cluster import ClusterProcess
+from tandem.local_cluster.cluster import ClusterProcess
+from tandem.service import run_directory
 from tests.faults.cut_proxy import Cut, CutProxy, cut_proxy
 from tests.faults.process_faults import free_port
 from tests.faults.views import Views, watched_views

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterProcess
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.faults.fault_cluster import FaultCluster, Plan
 
@@ -73,7 +73,7 @@ class LegCluster(FaultCluster):
             for worker in self.workers:
                 # Who is dead or stands still is asked again when it is back.
                 with contextlib.suppress(TandemError):
-                    found.append(unaccounted(await clients.worker_load(worker.address, AUDIT_TIMEOUT_S)))
+                    found.append(unaccounted(await calls.worker_load(worker.address, AUDIT_TIMEOUT_S)))
             await asyncio.sleep(AUDIT_EVERY_S)
 
     async def assert_idle(self, within_s: float = IDLE_WITHIN_S + BUSY_MACHINE_S) -> None:
@@ -98,7 +98,7 @@ async def assert_idle(workers: list[ClusterProcess], within_s: float = IDLE_WITH
     """See `LegCluster.assert_idle`."""
 
     async def left() -> dict[str, str]:
-        found = {worker.name: held_by_legs(await clients.worker_load(worker.address)) for worker in workers}
+        found = {worker.name: held_by_legs(await calls.worker_load(worker.address)) for worker in workers}
         return {name: what for name, what in found.items() if what}
 
     await assert_eventually(left, lambda found: not found, within_s=within_s, what="workers without a leg")

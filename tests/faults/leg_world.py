@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from tandem_frontend.dispatch import Dispatch, Dispatched
-from tandem_frontend.link_leg import Bounds, Leg, Sink
+from tandem_frontend.execution.dispatch import Dispatch, Dispatched
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink
+from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.worker_links import WorkerLinks
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
+from tandem.domain.generation import Bootstrap, EngineFinish, EngineRequest, FinishReason
+from tandem.domain.worker import LEG_CONTRACT, Capabilities, Start, Worker, WorkerRole
 from tandem.engine.port import Output
 from tandem.errors import LegFailed, ServiceError, TandemError
-from tandem.model.generation import Bootstrap, EngineFinish, EngineRequest, FinishReason
-from tandem.model.worker import LEG_CONTRACT, Capabilities, Start, Worker, WorkerRole
-from tandem.observe.trace_context import Headers
-from tandem.runtime.awake import AwakeTimers
+from tandem.observability.trace_context import Headers
+from tandem.service.awake_timers import AwakeTimers
 from tandem.worker.leg_messages import engine_request
 from tandem.worker.leg_starts import LegStarts
 from tandem.worker.legs import Legs

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tandem.runtime.cluster import ClusterProcess
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.faults.history import now_s
 

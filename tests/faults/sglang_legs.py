@@ -23,10 +23,10 @@ import pytest
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.faults.fault_cluster import FaultCluster, Plan
 from tests.faults.history import Asked, History, now_s
@@ -87,7 +87,7 @@ async def follow(stream: Stream, timeout_s: float | None) -> None:
         stopping={"max_tokens": asked.max_tokens, "ignore_eos": True},  # type: ignore[arg-type]
     )
     try:
-        async with contextlib.aclosing(clients.generate(asked.frontend, request, timeout_s)) as events:
+        async with contextlib.aclosing(calls.generate(asked.frontend, request, timeout_s)) as events:
             async for event in events:
                 if event.HasField("accepted"):
                     stream.request_id = event.accepted.request_id
@@ -200,7 +200,7 @@ class SglangFleet(FaultCluster):
 
     async def loads(self) -> dict[str, worker_pb.WatchLoadResponse]:
         """Of all workers that run."""
-        return {w.name: await clients.worker_load(w.address) for w in self.workers if w.runs}
+        return {w.name: await calls.worker_load(w.address) for w in self.workers if w.runs}
 
     async def assert_no_legs(self, within_s: float) -> None:
         """No worker that runs has a leg."""

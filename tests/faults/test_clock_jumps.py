@@ -20,12 +20,12 @@ import pytest_asyncio
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem.client import calls
+from tandem.discovery.lease_calls import give_up, grant
+from tandem.domain.frontend import Frontend
 from tandem.errors import DeadlinePassed, StartError
-from tandem.model.frontend import Frontend
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.rpc.channels import open_channel
-from tandem.rpc.lease_calls import give_up, grant
-from tandem.runtime.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.faults.fake_time import FakeTime, find_library
 from tests.faults.fault_cluster import Plan
@@ -72,7 +72,7 @@ class ClockCluster(LegCluster):
             return timings.accepted_time.ToMilliseconds() / 1e3 - time.time()
         if process.role == "registry":
             return await self._registry_offset_s(process)
-        return (await clients.worker_load(process.address)).measured_time.ToMilliseconds() / 1e3 - time.time()
+        return (await calls.worker_load(process.address)).measured_time.ToMilliseconds() / 1e3 - time.time()
 
     async def _registry_offset_s(self, registry: ClusterProcess) -> float:
         """It tells no time; but it dates the line of its log that tells of a new member."""
@@ -85,7 +85,7 @@ class ClockCluster(LegCluster):
 
     async def epochs(self) -> dict[str, int]:
         """Of all workers and frontends, as the registry lists them."""
-        listed = await clients.list_members(self.registries[0].address)
+        listed = await calls.list_members(self.registries[0].address)
         found = {entry.worker.worker_id: entry.worker.epoch for entry in listed.workers}
         return found | {entry.frontend.frontend_id: entry.frontend.epoch for entry in listed.frontends}
 
@@ -123,7 +123,7 @@ async def timings_of(frontend: str, max_tokens: int = 4, timeout_s: float = 10.0
         token_ids={"ids": [11, 12, 13]},  # type: ignore[arg-type]
         stopping={"max_tokens": max_tokens, "ignore_eos": True},  # type: ignore[arg-type]
     )
-    async for event in clients.generate(frontend, request, timeout_s):
+    async for event in calls.generate(frontend, request, timeout_s):
         if event.HasField("finish"):
             return event.finish.timings
     raise AssertionError("no finish")

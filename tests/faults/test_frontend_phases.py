@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
+from tandem.client import calls
 from tandem.errors import DeadlinePassed, ServiceError
-from tandem.rpc import clients
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
 from tests.faults.history import Asked, History, now_s
@@ -116,7 +116,7 @@ async def _no_leg_but_of(cluster: LegCluster, course: Course, door: str) -> None
     """Return when decode workers have no more legs than the other frontends have requests."""
 
     async def too_many() -> int:
-        loads = [await clients.worker_load(worker.address) for worker in cluster.of_role("decode")]
+        loads = [await calls.worker_load(worker.address) for worker in cluster.of_role("decode")]
         others = course.load.history.where(lambda asked: asked.end_s is None and asked.frontend != door)
         return sum(load.open_legs for load in loads) - len(others)
 
@@ -125,5 +125,5 @@ async def _no_leg_but_of(cluster: LegCluster, course: Course, door: str) -> None
 
 
 async def _epochs(cluster: LegCluster) -> dict[str, int]:
-    listed = await clients.list_workers(cluster.registries[0].address)
+    listed = await calls.list_workers(cluster.registries[0].address)
     return {entry.worker.worker_id: entry.worker.epoch for entry in listed}

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
+from tandem.client import calls
 from tandem.errors import DeadlinePassed, ServiceError
-from tandem.rpc import clients
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
 from tests.faults.cut_proxy import SLOWED, Cut
@@ -169,7 +169,7 @@ async def _holds_no_more_than_the_others(cluster: HopCluster, course: Course) ->
     """The workers have no leg of a client that is cut off: no more than the other door has requests."""
 
     async def too_many() -> int:
-        loads = [await clients.worker_load(worker.address) for worker in cluster.of_role("decode")]
+        loads = [await calls.worker_load(worker.address) for worker in cluster.of_role("decode")]
         open_ones = course.load.history.where(lambda asked: asked.end_s is None)
         return sum(load.open_legs for load in loads) - len(open_ones)
 
@@ -179,7 +179,7 @@ async def _holds_no_more_than_the_others(cluster: HopCluster, course: Course) ->
 
 async def _is_listed(cluster: HopCluster, worker: str, wanted: bool) -> None:
     async def names() -> list[str]:
-        return [entry.worker.worker_id for entry in await clients.list_workers(cluster.registries[0].address)]
+        return [entry.worker.worker_id for entry in await calls.list_workers(cluster.registries[0].address)]
 
     what = f"{worker} {'in' if wanted else 'out of'} the view"
     await assert_eventually(names, lambda found: (worker in found) is wanted, within_s=10, what=what)

@@ -9,20 +9,20 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tandem_frontend.attempts import Attempts
-from tandem_frontend.dispatch import Dispatched
-from tandem_frontend.link_leg import Sink
-from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.breakers import Breakers
+from tandem_frontend.execution.dispatch import Dispatched
+from tandem_frontend.execution.link_leg import Sink
+from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.circuit_breaker import Breakers
 from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.engine.simulated.virtual_time import run_virtually
+from tandem.domain.worker import Worker
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError
-from tandem.model.worker import Worker
-from tandem.observe.trace_context import Headers
+from tandem.observability.trace_context import Headers
+from tandem.testing.virtual_time import run_virtually
 from tests.faults.leg_world import CAPABILITIES, fleet, now_s
 from tests.unit.played_legs import ABORTED, FINISH, Gathered, PlayedLeg, accepted, fail, tokens
 

@@ -20,10 +20,10 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tests.faults.fault_cluster import DEMO_MODEL
 from tests.faults.history import now_s
@@ -77,7 +77,7 @@ async def both_have_it(cluster: LocalCluster, phase: str, before: int) -> None:
     )
 
     async def legs() -> list[int]:
-        return [(await clients.worker_load(worker.address)).open_legs for worker in cluster.workers]
+        return [(await calls.worker_load(worker.address)).open_legs for worker in cluster.workers]
 
     # Prefill's leg is over when decode computes.
     wanted = 1 if phase == "decoding" else 2
@@ -86,7 +86,7 @@ async def both_have_it(cluster: LocalCluster, phase: str, before: int) -> None:
 
 async def stream(cluster: LocalCluster, started: asyncio.Future[str], timeout_s: float | None) -> int:
     """The reason of its finish."""
-    events = clients.generate(cluster.frontend.address, pb.GenerateRequest(**request()), timeout_s)
+    events = calls.generate(cluster.frontend.address, pb.GenerateRequest(**request()), timeout_s)
     async with contextlib.aclosing(events):
         async for event in events:
             if event.HasField("accepted"):

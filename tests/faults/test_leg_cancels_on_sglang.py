@@ -20,8 +20,8 @@ import pytest_asyncio
 
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.client import calls
 from tandem.errors import LegFailed, RequestAborted
-from tandem.rpc import clients
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
 from tests.faults.history import now_s
@@ -224,4 +224,4 @@ async def _kill_scheduler(fleet: SglangFleet, name: str) -> float:
 
 
 async def _listed(fleet: SglangFleet) -> list[str]:
-    return [listed.worker.worker_id for listed in await clients.list_workers(fleet.registries[0].address)]
+    return [listed.worker.worker_id for listed in await calls.list_workers(fleet.registries[0].address)]

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 import pytest_asyncio
 
-from tandem.rpc import clients
+from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
 from tests.faults.cut_proxy import Cut
 from tests.faults.fault_cluster import CUT_WORKER
@@ -57,6 +57,6 @@ async def _is_left_alone(cluster: LegCluster) -> None:
     port = cluster.processes[CUT_WORKER].address.rpartition(":")[2]
 
     async def legs() -> int:
-        return (await clients.worker_load(f"127.0.0.1:{port}")).open_legs
+        return (await calls.worker_load(f"127.0.0.1:{port}")).open_legs
 
     await assert_eventually(legs, lambda count: count == 0, within_s=1.0 + BUSY_MACHINE_S, what="no leg behind the cut")

@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.client import calls
 from tandem.errors import StaleEpoch
-from tandem.rpc import clients
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.faults.history import History, now_s
@@ -136,7 +136,7 @@ async def test_a_scheduler_that_stands_still_loses_its_streams_and_not_its_worke
 
 
 async def _serves(address: str) -> bool:
-    return await clients.is_serving(address)
+    return await calls.is_serving(address)
 
 
 async def test_a_killed_prefill_worker_loses_nobody_a_token(fleet: SglangFleet, answers: Answers) -> None:

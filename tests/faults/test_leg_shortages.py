@@ -12,8 +12,8 @@ import pytest_asyncio
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.client import calls
 from tandem.errors import ServiceError
-from tandem.rpc import clients
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts
@@ -118,7 +118,7 @@ async def _legs_end(cluster: LegCluster, rest: SteadyLoad) -> float:
     begin_s = now_s()
 
     async def too_many() -> int:
-        loads = [await clients.worker_load(worker.address) for worker in cluster.of_role("decode")]
+        loads = [await calls.worker_load(worker.address) for worker in cluster.of_role("decode")]
         open_ones = rest.history.where(lambda asked: asked.end_s is None)
         return sum(load.open_legs for load in loads) - len(open_ones)
 

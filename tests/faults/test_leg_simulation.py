@@ -19,19 +19,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tandem_frontend.admission import Admission
-from tandem_frontend.attempts import ATTEMPTS_MAX, PAUSE_MAX_S, Attempts, RequestStream
-from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.breakers import Breakers
+from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.queue import Demand
+from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, PAUSE_MAX_S, Attempts, RequestStream
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.routing.circuit_breaker import Breakers
 from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.routes import Routes
-from tandem_frontend.waiting_line import Demand
+from tandem_frontend.routing.router import Routes
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.engine.simulated.virtual_time import run_virtually
+from tandem.domain.request_state import Phase
+from tandem.domain.worker import Worker
 from tandem.errors import DeadlinePassed, LegFailed, Overloaded, TandemError
-from tandem.model.request_state import Phase
-from tandem.model.worker import Worker
+from tandem.testing.virtual_time import run_virtually
 from tests.faults.fault_cluster import REPOSITORY
 from tests.faults.leg_world import CAPABILITIES, Sent, World, answer, fleet, now_s
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.discovery_fleet import Workers
-from tandem.model.worker import Worker
-from tandem.rpc.registry_client import WorkerWatch
+from tandem.discovery import WorkerWatch
+from tandem.domain.worker import Worker
 from tests.faults.fault_cluster import Plan, fault_cluster
 from tests.faults.history import now_s
 from tests.faults.process_faults import kill

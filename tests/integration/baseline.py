@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.client import calls
 from tandem.errors import ServiceError
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
-from tandem.runtime.cluster_process import ClusterProcess, ProcessState
+from tandem.local_cluster.child_process import ClusterProcess, ProcessState
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 SLACK = {"open_calls": 3, "tasks": 12, "threads": 6, "descriptors": 12}
@@ -62,10 +62,10 @@ def _bounds(before: dict[str, int]) -> dict[str, int]:
 
 
 async def _figures(process: ClusterProcess) -> dict[str, int]:
-    told = await clients.process_figures(process.address)
+    told = await calls.process_figures(process.address)
     figures = {name: getattr(told, name) for name in SLACK}
     if process.role in WORKERS:
-        load = await clients.worker_load(process.address)
+        load = await calls.worker_load(process.address)
         figures |= {"open_legs": load.open_legs, "running_requests": load.running_requests}
         figures |= {"waiting_requests": load.waiting_requests, "transferring_requests": load.transferring_requests}
     return figures

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 
 
 @dataclass
@@ -59,7 +59,7 @@ def request_of(
 async def generate(cluster: LocalCluster, request: pb.GenerateRequest) -> Stream:
     """Run a generation to its end; chunk indices must be contiguous."""
     stream = Stream()
-    async with contextlib.aclosing(clients.generate(cluster.frontend.address, request, 60)) as events:
+    async with contextlib.aclosing(calls.generate(cluster.frontend.address, request, 60)) as events:
         async for event in events:
             stream.events.append(event)
     assert [chunk.index for chunk in stream.chunks] == list(range(len(stream.chunks)))

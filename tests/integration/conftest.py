@@ -15,7 +15,7 @@ import baseline
 import pytest
 import pytest_asyncio
 
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = REPOSITORY / "models" / "tandem-demo"

@@ -14,7 +14,7 @@ from typing import Any
 from conftest import REPOSITORY
 from consul_host import ConsulHost, consul_agent
 
-from tandem.runtime.consul_http import ConsulAccess
+from tandem.local_cluster.consul_http import ConsulAccess
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls
 

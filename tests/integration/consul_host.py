@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from tandem.errors import StartError
-from tandem.runtime.consul_agent import AgentPorts, AgentSpec, ConsulAgent
-from tandem.runtime.consul_http import ConsulAccess
+from tandem.local_cluster.consul_agent import AgentPorts, AgentSpec, ConsulAgent
+from tandem.local_cluster.consul_http import ConsulAccess
 from tandem.testing.eventually import assert_eventually
 
 ELECTION_S = 20.0

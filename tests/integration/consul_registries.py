@@ -27,10 +27,10 @@ from tandem_registry.config import RegistryConfig
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from tandem.model.frontend import Member
-from tandem.model.worker import capabilities_digest
+from tandem.discovery import Registration
+from tandem.domain.frontend import Member
+from tandem.domain.worker import capabilities_digest
 from tandem.rpc.channels import open_channel
-from tandem.rpc.registry_client import Registration
 from tandem.rpc.server import RpcServer
 from tandem.testing.eventually import assert_eventually
 from tests.integration.consul_host import ConsulHost

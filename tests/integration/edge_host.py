@@ -15,14 +15,14 @@ from typing import Any
 import httpx
 import psutil
 from google.api.httpbody_pb2 import HttpBody
+from tandem_edge.envoy_admin import Admin
+from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
-from tandem.edge.admin import Admin
-from tandem.edge.contracts import HEALTH_SERVICE_NAME
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.rpc.server import RpcServer
-from tandem.runtime import run_directory
-from tandem.runtime.cluster import ClusterProcess
+from tandem.service import run_directory
 
 JSON = {"content-type": "application/json"}
 

@@ -22,12 +22,12 @@ from calls import generate, refusal, request_of
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime import run_directory
-from tandem.runtime.cluster import LocalCluster
-from tandem.runtime.cluster_process import ClusterProcess
+from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
 from tests.faults.leg_cluster import inject
 
@@ -87,7 +87,7 @@ class World:
     async def read_long(self, on_event: Any = None) -> None:
         """Read an answer of 400 tokens."""
         request = request_of(token_ids=LONG, max_tokens=400, ignore_eos=True)
-        async with contextlib.aclosing(clients.generate(self.cluster.frontend.address, request, 30)) as events:
+        async with contextlib.aclosing(calls.generate(self.cluster.frontend.address, request, 30)) as events:
             async for event in events:
                 if on_event is not None:
                     on_event(event)
@@ -100,14 +100,14 @@ class World:
 
     async def view_source(self) -> int:
         """Where the registry's view comes from."""
-        return (await clients.list_members(self.cluster.registry.address)).source
+        return (await calls.list_members(self.cluster.registry.address)).source
 
     async def all_serve(self) -> None:
         """Return when every worker serves, as the registry and a frontend's own eyes see it."""
 
         async def serving() -> int:
-            listed = await clients.list_workers(self.cluster.registry.address)
-            return sum([await clients.is_serving(one.worker.address) for one in listed])
+            listed = await calls.list_workers(self.cluster.registry.address)
+            return sum([await calls.is_serving(one.worker.address) for one in listed])
 
         wanted = len(self.cluster.workers)
         await assert_eventually(serving, lambda count: count == wanted, within_s=15, what="workers that serve")
@@ -216,7 +216,7 @@ async def a_drain(world: World) -> AsyncIterator[None]:
     async with world.open_streams(4):
 
         async def busy() -> list[ClusterProcess]:
-            return [decode for decode in world.decodes if (await clients.worker_load(decode.address)).open_legs]
+            return [decode for decode in world.decodes if (await calls.worker_load(decode.address)).open_legs]
 
         # Chance has sent them to one worker, or to both.
         victim = (await assert_eventually(busy, what="a leg at a worker that may drain"))[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from calls import Stream, generate, request_of
 
 from tandem.errors import TandemError
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 CLIENTS = 6

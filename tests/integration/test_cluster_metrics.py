@@ -21,10 +21,10 @@ from happenings import World
 from scraped import EMITTERS, Wanted, samples, scrape, values
 
 from tandem.api.types.v1 import generation_pb2
-from tandem.observe.names import BY_NAME, TABLE, Kind, prometheus_name
-from tandem.observe.otel import READ_EVERY_S
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tandem.runtime.cluster_consul import ClusterConsul
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.consul import ClusterConsul
+from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind, prometheus_name
+from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]

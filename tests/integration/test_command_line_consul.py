@@ -28,7 +28,7 @@ from command_line import (
 )
 from consul_acl import GuardedConsul, guarded_consul
 
-from tandem.runtime.consul_http import ConsulAccess
+from tandem.local_cluster.consul_http import ConsulAccess
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = pytest.mark.timeout(240)

@@ -10,8 +10,8 @@ import pytest
 from calls import request_of
 from command_line import TANDEM, cluster_up, line_with, run, state_of
 
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,7 +28,7 @@ async def ask_for_ever(frontend: str, ended: list[int], failures: list[TandemErr
         request = request_of(f"Once {number}", max_tokens=TOKENS if number % 2 else 5)
         token_count = 0
         try:
-            async for event in clients.generate(frontend, request):
+            async for event in calls.generate(frontend, request):
                 token_count += len(event.chunk.token_ids)
         except TandemError as problem:
             failures.append(problem)
@@ -42,7 +42,7 @@ async def test_a_rolling_restart_of_all_workers_loses_nothing(state: Path) -> No
     options = ("--no-edge", "--prefill", "2", "--decode", "2", "--engine-extra", slow)
     async with cluster_up(state, *options) as up:
         frontend, registry = state_of(state)["frontend"], state_of(state)["registry"]
-        before = {e.worker.worker_id: e.worker.epoch for e in await clients.list_workers(registry)}
+        before = {e.worker.worker_id: e.worker.epoch for e in await calls.list_workers(registry)}
         assert set(before) == set(WORKERS)
         ended: list[int] = []
         failures: list[TandemError] = []
@@ -58,7 +58,7 @@ async def test_a_rolling_restart_of_all_workers_loses_nothing(state: Path) -> No
             for caller in callers:
                 caller.cancel()
             await asyncio.wait(callers)
-        after = {e.worker.worker_id: e.worker.epoch for e in await clients.list_workers(registry)}
+        after = {e.worker.worker_id: e.worker.epoch for e in await calls.list_workers(registry)}
         assert set(after) == set(before)
         assert all(after[worker] > before[worker] for worker in WORKERS)
         assert not failures

@@ -99,7 +99,7 @@ async def test_a_second_signal_cuts_a_drain_short(state: Path, temporary: Path) 
 async def test_a_killed_parent_leaves_nothing(state: Path, temporary: Path, phase: str) -> None:
     async with started(state, "up", *SIMULATED, TMPDIR=str(temporary)) as process:
         await wait_state(process, state, phase)
-        children = await some_children(process, "tandem_registry" if phase == "starting" else "tandem.edge")
+        children = await some_children(process, "tandem_registry" if phase == "starting" else "tandem_edge")
         process.kill()
         await process.wait()
         await gone(children, AT_ONCE_S)
@@ -165,7 +165,7 @@ async def test_a_start_that_cannot_be_undone_goes_with_the_process() -> None:
     """What an engine's imports do: neither start nor stop end, and there is a child."""
     program = """
 import asyncio, subprocess, sys
-from tandem.runtime import process
+from tandem.service import process
 class Stuck:
     async def start(self):
         print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)

@@ -27,8 +27,8 @@ from command_line import (
 from conftest import DEMO_MODEL, running
 
 from tandem.errors import TandemError
-from tandem.runtime.restart_budget import RestartPolicy
-from tandem.runtime.restarts import Restarts
+from tandem.local_cluster.restarts import Restarts
+from tandem.service.restart_budget import RestartPolicy
 from tandem.testing.eventually import assert_eventually
 
 # Up to seven processes are started one after the other, each within a bound of its own.
@@ -58,7 +58,7 @@ async def test_a_dead_worker_is_told_and_started_again(state: Path) -> None:
 async def test_registry_frontend_and_edge_come_back_where_they_were(state: Path) -> None:
     async with cluster_up(state) as up:
         addresses = state_of(state)
-        for module, key in (("tandem_registry", "registry"), ("tandem_frontend", "frontend"), ("tandem.edge", "http")):
+        for module, key in (("tandem_registry", "registry"), ("tandem_frontend", "frontend"), ("tandem_edge", "http")):
             child_of(up, module).kill()
             await line_with(up, "was killed by signal 9")
             assert f"serves again at {addresses[key]} " in await line_with(up, "serves again")
@@ -121,8 +121,8 @@ import asyncio
 from pathlib import Path
 from rich.console import Console
 from tandem.cli.up import up
-from tandem.runtime.cluster import ClusterSpec
-from tandem.runtime.restart_budget import RestartPolicy
+from tandem.local_cluster.cluster import ClusterSpec
+from tandem.service.restart_budget import RestartPolicy
 spec = ClusterSpec(model=Path({str(DEMO_MODEL)!r}), engine="simulated")
 raise SystemExit(asyncio.run(up(spec, Console(), RestartPolicy(count_max=0))))
 """

@@ -13,7 +13,7 @@ from consul_acl import DEPLOY, GuardedConsul, guarded_consul
 from consul_host import dns_counts
 
 from tandem.errors import StartError
-from tandem.runtime.consul_http import ConsulAccess
+from tandem.local_cluster.consul_http import ConsulAccess
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 

@@ -15,8 +15,8 @@ from conftest import REPOSITORY
 from consul_host import consul_agent, consul_servers, dns_counts
 
 from tandem.errors import StartError
-from tandem.runtime.consul_agent import AgentSpec, ConsulAgent
-from tandem.runtime.consul_http import ConsulAccess
+from tandem.local_cluster.consul_agent import AgentSpec, ConsulAgent
+from tandem.local_cluster.consul_http import ConsulAccess
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
@@ -114,7 +114,7 @@ async def test_why_it_does_not_start_is_one_sentence(consul_binary: Path, tmp_pa
 
 async def test_an_agent_ends_with_whoever_started_it(consul_binary: Path, tmp_path: Path) -> None:
     program = (
-        "import asyncio, sys; from pathlib import Path; from tandem.runtime.consul_agent import *\n"
+        "import asyncio, sys; from pathlib import Path; from tandem.local_cluster.consul_agent import *\n"
         "async def main():\n"
         " agent = ConsulAgent(Path(sys.argv[1]), Path(sys.argv[2]), AgentSpec(in_memory=True))\n"
         " await agent.start(Path(sys.argv[2])); await agent.wait_ready(); print(agent.pid, flush=True)\n"

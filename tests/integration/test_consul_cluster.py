@@ -9,8 +9,8 @@ from calls import generate, request_of
 from conftest import SIMULATED, running
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
-from tandem.rpc import clients
-from tandem.runtime.cluster_consul import ClusterConsul
+from tandem.client import calls
+from tandem.local_cluster.consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import client_tls
@@ -32,7 +32,7 @@ async def test_with_certificates_the_agent_wants_one_and_shows_its_own(consul_bi
 
         # A check that has been made has an output; until then an entry was only said to pass.
         await assert_eventually(checks, lambda found: found == {"success"}, within_s=30, what="checks that were made")
-        listed = await clients.list_members(cluster.registry.address, tls=tls)
+        listed = await calls.list_members(cluster.registry.address, tls=tls)
         assert {entry.health for entry in listed.workers} == {registry_pb.LISTED_HEALTH_PASSING}
 
 
@@ -40,7 +40,7 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
     own = {"consul": ClusterConsul(binary=consul_binary), "registries": 2}
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, **own) as cluster:
         assert cluster.consul is not None
-        before = await clients.list_members(cluster.registry.address)
+        before = await calls.list_members(cluster.registry.address)
         for process in (cluster.consul, cluster.registries[0], cluster.consul):
             address = process.address
             process.kill()
@@ -51,7 +51,7 @@ async def test_registry_and_consul_come_back_at_their_places(consul_binary: Path
             assert process.address == address
 
         async def views() -> list[tuple[str, registry_pb.ViewSource.ValueType, int]]:
-            listed = [await clients.list_members(registry.address) for registry in cluster.registries]
+            listed = [await calls.list_members(registry.address) for registry in cluster.registries]
             return [(one.registry_id, one.source, len(one.workers)) for one in listed]
 
         # The same life of Consul's data: it came back with them.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.rpc import clients
+from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
 from tests.integration.consul_host import consul_agent
 from tests.integration.consul_registries import Site
@@ -18,7 +18,7 @@ async def test_a_registry_is_healthy_only_once_consul_has_answered(consul_binary
     async with consul_agent(consul_binary, tmp_path / "consul") as consul:
         await consul.kill(consul.first)
         async with Site(consul).process(tmp_path) as registry:
-            assert not await clients.is_serving(registry.address)
+            assert not await calls.is_serving(registry.address)
             [log] = tmp_path.glob("registry-*.log")
             sentences = [line for line in log.read_text().splitlines() if "not serving until Consul answers" in line]
             assert len(sentences) == 1
@@ -27,7 +27,7 @@ async def test_a_registry_is_healthy_only_once_consul_has_answered(consul_binary
             await consul.restart(consul.first, empty=True)
 
             async def is_serving() -> bool:
-                return await clients.is_serving(registry.address)
+                return await calls.is_serving(registry.address)
 
             await assert_eventually(is_serving, bool, within_s=20, what="a healthy registry")
-            assert not (await clients.list_members(registry.address)).workers
+            assert not (await calls.list_members(registry.address)).workers

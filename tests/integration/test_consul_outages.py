@@ -12,13 +12,13 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from tandem_registry.backends.consul.ledger import SETTLE_S
+from tandem_registry.backends.consul.reconciler import SETTLE_S
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.errors import ServiceError, TandemError
 from tandem.rpc.channels import open_channel
-from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.consul_host import ConsulHost, consul_servers

@@ -22,10 +22,10 @@ from tandem_registry.backends.consul import backend
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, Overloaded, ServiceError, TandemError
-from tandem.model.worker import WorkerState
 from tandem.rpc.channels import open_channel
-from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.consul_host import ConsulHost, consul_agent, consul_servers

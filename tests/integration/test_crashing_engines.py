@@ -12,9 +12,9 @@ import pytest
 from calls import generate, refusal, request_of
 from conftest import running
 
+from tandem.client import calls
 from tandem.errors import LegFailed
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -39,7 +39,7 @@ async def assert_whole(cluster: LocalCluster) -> None:
     """Every page of every worker is free or cached: what the workers themselves tell."""
 
     async def unaccounted() -> list[int]:
-        loads = [await clients.worker_load(worker.address) for worker in cluster.workers]
+        loads = [await calls.worker_load(worker.address) for worker in cluster.workers]
         return [load.kv_used_tokens for load in loads] + [
             load.kv_capacity_tokens - load.kv_used_tokens - load.kv_cached_tokens - load.kv_free_tokens
             for load in loads
@@ -71,7 +71,7 @@ async def test_an_engine_that_kills_its_process_in_mid_transfer(tmp_path: Path) 
         assert fired("prefill", tmp_path) == [("transfer_middle", "kill")]
 
         async def held() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).kv_used_tokens
+            return (await calls.worker_load(cluster.process("decode-0").address)).kv_used_tokens
 
         await assert_eventually(held, lambda tokens: tokens == 0)
 

@@ -12,7 +12,7 @@ from calls import Stream
 from conftest import SIMULATED, running
 from steady_load import CLIENTS, under_load
 
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -20,8 +20,8 @@ from google.protobuf.json_format import ParseDict
 from test_simulated_cluster import STORY, idle, oracle
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterProcess, LocalCluster
+from tandem.client import calls
+from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -176,7 +176,7 @@ async def test_a_client_that_leaves_ends_both_legs(cluster: LocalCluster, client
             pass
 
         async def open_legs() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).open_legs
+            return (await calls.worker_load(cluster.process("decode-0").address)).open_legs
 
         await assert_eventually(open_legs, bool, within_s=5, every_s=0.1, what="an open leg")
     await assert_eventually(lambda: idle(cluster), bool, within_s=1.0, every_s=0.02, what="both engines idle")
@@ -184,7 +184,7 @@ async def test_a_client_that_leaves_ends_both_legs(cluster: LocalCluster, client
 
 async def test_native_grpc_passes_too(cluster: LocalCluster) -> None:
     tokens: list[int] = []
-    async for event in clients.generate(edge_of(cluster).address, request_of(STORY, max_tokens=5), 10):
+    async for event in calls.generate(edge_of(cluster).address, request_of(STORY, max_tokens=5), 10):
         tokens.extend(event.chunk.token_ids)
     assert tokens == oracle(STORY, 5)
 
@@ -195,7 +195,7 @@ async def test_a_failure_after_the_first_event_is_the_last_event(tmp_path: Path)
         events = asyncio.create_task(events_of(client, asked(max_tokens=1900)))
 
         async def open_legs() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).open_legs
+            return (await calls.worker_load(cluster.process("decode-0").address)).open_legs
 
         await assert_eventually(open_legs, bool, within_s=5, what="an open stream")
         await asyncio.sleep(0.1)

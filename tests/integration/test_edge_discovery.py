@@ -19,15 +19,15 @@ from conftest import SIMULATED, running
 from consul_host import ConsulHost, consul_agent
 from edge_host import StubFrontend, client_of, detokenize, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
+from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 from test_edge_resilience import CLIENTS, Load, took_part, two_frontends
 
-from tandem.edge.contracts import HEALTH_SERVICE_NAME
-from tandem.model.frontend import Frontend
-from tandem.model.worker import WorkerState
-from tandem.rpc.registration import Registration
-from tandem.runtime import run_directory
-from tandem.runtime.cluster import ClusterProcess
-from tandem.runtime.cluster_consul import ClusterConsul
+from tandem.discovery.registration import Registration
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import WorkerState
+from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.consul import ClusterConsul
+from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from edge_host import StubFrontend, client_of, detokenize, edge, error_of, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
-from tandem_frontend.http_errors import error_body
+from tandem_frontend.response.error_body import error_body
 
 from tandem import errors
 from tandem.errors import TandemError

@@ -20,7 +20,7 @@ from edge_host import admin_of, client_of, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from test_simulated_cluster import STORY, oracle
 
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]

@@ -21,10 +21,10 @@ from cryptography import x509
 from edge_host import StubFrontend, admin_of, client_of, detokenize, edge, error_of, exchange, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
-from tandem.edge.contracts import HEALTH_SERVICE_NAME
-from tandem.runtime.cluster import ClusterProcess
+from tandem.local_cluster.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -312,7 +312,7 @@ async def test_mutual_tls_with_the_frontends(tmp_path: Path) -> None:
 
 
 async def ended(tmp_path: Path, *flags: str) -> tuple[int | None, str]:
-    command = [sys.executable, "-m", "tandem.edge", "--frontends", "127.0.0.1:1", *flags]
+    command = [sys.executable, "-m", "tandem_edge", "--frontends", "127.0.0.1:1", *flags]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=tmp_path)
     _, err = await process.communicate()
     return process.returncode, err.decode().splitlines()[-1]

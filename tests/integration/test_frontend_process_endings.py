@@ -23,12 +23,12 @@ from test_simulated_cluster import STORY, oracle
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime import run_directory
-from tandem.runtime.cluster import LocalCluster
-from tandem.runtime.parent import VARIABLE
+from tandem.service import run_directory
+from tandem.service.parent_death import VARIABLE
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
@@ -60,7 +60,7 @@ class Started:
         async def read() -> list[int]:
             token_ids: list[int] = []
             request = request_of(STORY, max_tokens=max_tokens, ignore_eos=True)
-            async for event in clients.generate(self.address, request, 60):
+            async for event in calls.generate(self.address, request, 60):
                 begun.set()
                 token_ids += event.chunk.token_ids
             return token_ids
@@ -109,7 +109,7 @@ async def test_a_second_signal_cuts_the_drain_short(workers: LocalCluster, tmp_p
     async with started(workers, tmp_path) as frontend:
         stream = await frontend.stream(1_000)
         os.killpg(frontend.process.pid, signal.SIGTERM)
-        await assert_eventually(lambda: clients.is_serving(frontend.address), lambda serving: not serving)
+        await assert_eventually(lambda: calls.is_serving(frontend.address), lambda serving: not serving)
         os.kill(frontend.process.pid, signal.SIGTERM)
         assert await asyncio.wait_for(frontend.process.wait(), ENDS_WITHIN_S) == 70
         await gone(frontend.children, within_s=2)
@@ -135,9 +135,9 @@ async def test_while_the_parent_stands_still_what_is_connected_goes_on(workers: 
         assert await stream == oracle(STORY, 60)
         assert (await stub.ListModels(models, timeout=5)).models, "calls on a connection that is there"
         with pytest.raises(TandemError):
-            await clients.is_serving(frontend.address)
+            await calls.is_serving(frontend.address)
         frontend.process.send_signal(signal.SIGCONT)
-        assert await clients.is_serving(frontend.address)
+        assert await calls.is_serving(frontend.address)
 
 
 async def test_the_port_is_free_at_once_when_the_parent_was_killed(workers: LocalCluster, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ async def test_the_port_is_free_at_once_when_the_parent_was_killed(workers: Loca
         second = tmp_path / "second"
         second.mkdir()
         async with started(workers, second, f"--port={port}") as again:
-            assert await clients.is_serving(again.address)
+            assert await calls.is_serving(again.address)
 
 
 async def test_a_drain_that_takes_too_long_ends_with_status_1(workers: LocalCluster, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ async def test_up_runs_frontends_of_several_processes(state: Path) -> None:
         assert out.count("frontend ") >= 1
         address = state_of(state)["frontend"]
         os.kill(children[0].pid, signal.SIGKILL)
-        assert await clients.is_serving(address)
+        assert await calls.is_serving(address)
         again = await assert_eventually(
             parent.children, lambda found: len(found) == 2 and children[0] not in found, within_s=STARTS_WITHIN_S
         )

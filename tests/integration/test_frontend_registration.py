@@ -15,11 +15,11 @@ import tandem
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
-from tandem.model.worker import LEG_CONTRACT, capabilities_digest
-from tandem.rpc import clients
+from tandem.client import calls
+from tandem.domain.worker import LEG_CONTRACT, capabilities_digest
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.rpc.messages import worker_from_proto
-from tandem.runtime.cluster import LocalCluster
+from tandem.rpc.convert import worker_from_proto
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -61,7 +61,7 @@ async def test_a_frontend_that_drains_says_so_and_leaves_at_its_end(tmp_path: Pa
         await assert_eventually(lambda: frontends(cluster))
         stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=100)))
         await assert_eventually(
-            lambda: clients.worker_load(cluster.process("decode-0").address), lambda load: load.open_legs
+            lambda: calls.worker_load(cluster.process("decode-0").address), lambda load: load.open_legs
         )
         stopping = asyncio.create_task(cluster.frontend.stop())
         known = await assert_eventually(

@@ -30,11 +30,11 @@ from test_simulated_cluster import STORY, oracle
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.client import admin_calls, calls
+from tandem.client.sibling_calls import SiblingCalls
 from tandem.errors import RequestNotFound, ServiceError, TandemError
-from tandem.observe.merged_scrape import LABEL
-from tandem.rpc import admin_clients, clients
-from tandem.rpc.sibling_calls import SiblingCalls
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.observability.merged_scrape import LABEL
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.paths import client_tls
 
@@ -84,7 +84,7 @@ class Processes:
 
     async def all_serve(self, count: int = COUNT) -> None:
         await assert_eventually(
-            lambda: admin_clients.frontend_figures(self.frontend.address, tls=self.tls),
+            lambda: admin_calls.frontend_figures(self.frontend.address, tls=self.tls),
             lambda figures: figures.processes == count,
             within_s=COMES_BACK_WITHIN_S,
             every_s=0.1,
@@ -138,7 +138,7 @@ async def test_streams_of_several_connections_are_spread_evenly(slow: LocalClust
     found = await Processes(slow).open_requests()
     # A process that let a connection lie for a moment, because the machine is busy, is passed over once.
     assert all(3 <= len(ids) <= 5 for ids in found.values()), found
-    figures = await admin_clients.frontend_figures(slow.frontend.address)
+    figures = await admin_calls.frontend_figures(slow.frontend.address)
     assert figures.open_requests == 12, "each process answers for all"
     for number, stream in enumerate(await asyncio.gather(*streams.values())):
         assert stream.token_ids == oracle(f"{STORY} {number}", 100)
@@ -166,7 +166,7 @@ async def test_a_killed_process_costs_exactly_its_own_streams(slow: LocalCluster
     assert after.keys() == before.keys()
     assert [number for number in before if after[number] != before[number]] == [1]
     assert slow.frontend.runs
-    assert await clients.is_serving(slow.frontend.address)
+    assert await calls.is_serving(slow.frontend.address)
 
 
 async def test_every_process_knows_every_request(cluster: LocalCluster) -> None:
@@ -176,16 +176,16 @@ async def test_every_process_knows_every_request(cluster: LocalCluster) -> None:
     # The turn goes round, so so many calls meet each of the processes.
     for request_id in ids:
         for _ in range(COUNT):
-            (timeline,) = await admin_clients.request_timelines(address, request_id)
+            (timeline,) = await admin_calls.request_timelines(address, request_id)
             assert timeline.request_id == request_id
     for _ in range(COUNT):
         with pytest.raises(RequestNotFound):
-            await admin_clients.request_timelines(address, "missing")
+            await admin_calls.request_timelines(address, "missing")
     for _ in range(COUNT):
         listed: list[admin_pb.RequestSummary] = []
         request = admin_pb.ListRequestsRequest(page_size=4)
         while True:
-            page = await admin_clients.list_requests(address, request)
+            page = await admin_calls.list_requests(address, request)
             assert len(page.requests) <= 4
             listed += page.requests
             if not page.next_page_token:
@@ -200,15 +200,15 @@ async def test_every_process_knows_every_request(cluster: LocalCluster) -> None:
 
 async def test_figures_are_those_of_all(cluster: LocalCluster) -> None:
     address = cluster.frontend.address
-    before = await admin_clients.frontend_figures(address)
+    before = await admin_calls.frontend_figures(address)
     await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=10)) for _ in range(2 * COUNT)))
     for _ in range(COUNT):
-        figures = await admin_clients.frontend_figures(address)
+        figures = await admin_calls.frontend_figures(address)
         assert figures.processes == COUNT
         assert figures.finished_requests - before.finished_requests == 2 * COUNT
         assert figures.completion_tokens - before.completion_tokens == 20 * COUNT
         assert figures.time_to_first_token.count - before.time_to_first_token.count == 2 * COUNT
-        held = await clients.process_figures(address)
+        held = await calls.process_figures(address)
         assert held.pid == cluster.frontend.pid, "it is known by the one that was started"
         assert (held.resident_bytes or 0) > (COUNT + 1) * 30 * 2**20
 
@@ -241,8 +241,8 @@ async def test_a_process_that_does_not_answer_is_left_out_of_the_answers(tmp_pat
             # The one connection that the frozen one is given shows that it does not take any.
             with contextlib.suppress(TandemError):
                 for _ in range(COUNT):
-                    await admin_clients.frontend_figures(address)
-            figures = await admin_clients.frontend_figures(address)
+                    await admin_calls.frontend_figures(address)
+            figures = await admin_calls.frontend_figures(address)
             assert figures.processes == COUNT - 1
             told_count = cluster.frontend.log.read_text().count(SILENCE) - silences
             assert 1 <= told_count <= COUNT - 1, "each of the others says it once"
@@ -253,7 +253,7 @@ async def test_a_process_that_does_not_answer_is_left_out_of_the_answers(tmp_pat
         finally:
             os.kill(frozen, signal.SIGCONT)
         await processes.all_serve()
-        assert (await admin_clients.frontend_figures(address)).finished_requests == COUNT
+        assert (await admin_calls.frontend_figures(address)).finished_requests == COUNT
         assert len(streams) == COUNT
 
 
@@ -262,7 +262,7 @@ async def test_a_profile_names_the_process_that_was_recorded(tmp_path: Path) -> 
         names = []
         for _ in range(COUNT):
             request = admin_pb.CaptureProfileRequest(duration_ms=100)
-            async for name, _data in admin_clients.capture_profile(cluster.frontend.address, request):
+            async for name, _data in admin_calls.capture_profile(cluster.frontend.address, request):
                 names.append(name)
         assert sorted(names) == [f"{number}-profile.speedscope.json" for number in range(COUNT)]
 
@@ -273,7 +273,7 @@ async def test_two_hundred_connections_leave_nothing_behind(cluster: LocalCluste
     children = {child.pid for child in parent.children(recursive=True)}
 
     async def held() -> tuple[int, int]:
-        figures = await clients.process_figures(cluster.frontend.address)
+        figures = await calls.process_figures(cluster.frontend.address)
         return figures.descriptors, figures.open_calls
 
     await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=2)) for _ in range(2 * COUNT)))
@@ -313,7 +313,7 @@ async def ask_for_ever(cluster: LocalCluster, ended: list[int], failures: list[T
             frontend = cluster.frontends[(number + attempt) % 2]
             count = 0
             try:
-                async for event in clients.generate(frontend.address, request, 30):
+                async for event in calls.generate(frontend.address, request, 30):
                     count += len(event.chunk.token_ids)
             except TandemError as problem:
                 if count or attempt:

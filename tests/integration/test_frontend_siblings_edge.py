@@ -25,11 +25,11 @@ from test_frontend_siblings import Processes, several
 from test_openai_door import CHAT_IDS, TOKENIZER, text_of
 from test_simulated_cluster import STORY, oracle
 
+from tandem.client import admin_calls, calls
 from tandem.errors import StartError, TandemError
-from tandem.observe.merged_scrape import LABEL
-from tandem.rpc import admin_clients, clients
-from tandem.runtime.cluster import LocalCluster
-from tandem.runtime.cluster_process import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
+from tandem.observability.merged_scrape import LABEL
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import client_tls
@@ -141,7 +141,7 @@ async def test_a_request_is_found_by_the_id_that_the_edge_gave_it(
     for answer in answers:
         call_id = answer.headers["x-request-id"]
         for _ in range(COUNT):
-            (timeline,) = await admin_clients.request_timelines(cluster.frontend.address, call_id)
+            (timeline,) = await admin_calls.request_timelines(cluster.frontend.address, call_id)
             assert timeline.call_id == call_id
 
 
@@ -181,15 +181,15 @@ async def test_with_tls_every_process_asks_for_a_certificate(tmp_path: Path) -> 
         async def tokens(number: int) -> list[int]:
             found: list[int] = []
             request = request_of(f"{STORY} {number}", max_tokens=30)
-            async for event in clients.generate(address, request, 30, tls=tls):
+            async for event in calls.generate(address, request, 30, tls=tls):
                 found += event.chunk.token_ids
             return found
 
         streams = await asyncio.gather(*(tokens(number) for number in range(8)))
         assert streams == [oracle(f"{STORY} {number}", 30) for number in range(8)]
-        figures = await admin_clients.frontend_figures(address, tls=tls)
+        figures = await admin_calls.frontend_figures(address, tls=tls)
         assert (figures.processes, figures.finished_requests) == (COUNT, 8)
         for _ in range(2 * COUNT):
             with pytest.raises((TandemError, StartError)):
-                await clients.is_serving(address)
-            assert await clients.is_serving(address, tls=tls)
+                await calls.is_serving(address)
+            assert await calls.is_serving(address, tls=tls)

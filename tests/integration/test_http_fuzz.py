@@ -16,7 +16,7 @@ import pytest_asyncio
 from conftest import running
 from test_simulated_cluster import idle
 
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]

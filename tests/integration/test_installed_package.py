@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO_MODEL
 
-from tandem.rpc import clients
+from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
 
 pytest.importorskip("setuptools", minversion="77")
@@ -94,10 +94,10 @@ async def test_a_registry_and_a_frontend_run_of_it(installed: Path, tmp_path: Pa
         flags = (f"--registry={registry}", f"--model={DEMO_MODEL}", "--frontend-id=frontend-0")
         with process(installed, tmp_path, "frontend", *flags) as frontend_file:
             frontend = await announced(frontend_file)
-            assert await clients.is_serving(frontend)
+            assert await calls.is_serving(frontend)
 
             async def names() -> list[str]:
-                return [entry.frontend.frontend_id for entry in (await clients.list_members(registry)).frontends]
+                return [entry.frontend.frontend_id for entry in (await calls.list_members(registry)).frontends]
 
             assert await assert_eventually(names, bool, within_s=20, what="the frontend's entry") == ["frontend-0"]
 

@@ -14,17 +14,17 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from tandem_frontend.encoding import process as process_module
-from tandem_frontend.encoding.pool import EncoderPool
-from tandem_frontend.encoding.process import EncoderProcess
-from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
+from tandem_frontend.preparation.encoding import process as process_module
+from tandem_frontend.preparation.encoding.pool import EncoderPool
+from tandem_frontend.preparation.encoding.process import EncoderProcess
+from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.api.types.v1 import leg_pb2
 from tandem.errors import ContextExceeded, Draining, ServiceError
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
 
@@ -195,7 +195,7 @@ async def test_it_ends_with_its_frontend_however_that_ends(model: Path, number: 
     """Also where it is stopped, and would not see the end of its socket."""
     program = (
         "import asyncio, os, signal, sys; from pathlib import Path;"
-        "from tandem_frontend.tokenization import Tokenizer\n"
+        "from tandem_frontend.preparation.tokenizer import Tokenizer\n"
         "async def main():\n"
         "    tokenizer = Tokenizer.open(Path(sys.argv[1]), processes=1)\n"
         "    await tokenizer.encode('a b ' * 20_000, add_special_tokens=True)\n"
@@ -214,7 +214,7 @@ async def test_it_ends_with_its_frontend_however_that_ends(model: Path, number: 
 
 def encoders(frontend_pid: int) -> list[psutil.Process]:
     children = psutil.Process(frontend_pid).children()
-    return [child for child in children if "tandem_frontend.encoding" in child.cmdline()]
+    return [child for child in children if "tandem_frontend.preparation.encoding" in child.cmdline()]
 
 
 async def answer(channel: Any, **request: Any) -> tuple[int, str]:

@@ -14,9 +14,9 @@ from conftest import SIMULATED, running
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.cli.membership import registry_addresses
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterProcess, LocalCluster
-from tandem.runtime.cluster_consul import ClusterConsul
+from tandem.client import calls
+from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
@@ -40,12 +40,12 @@ async def named(cluster: LocalCluster, like: str, directory: Path, **flags: str)
 
 
 async def finish_of(frontend: ClusterProcess) -> pb.GenerateFinish:
-    events = [event async for event in clients.generate(frontend.address, request_of("Once"), 20)]
+    events = [event async for event in calls.generate(frontend.address, request_of("Once"), 20)]
     return events[-1].finish
 
 
 async def ids(registry: ClusterProcess) -> set[str]:
-    return {entry.worker.worker_id for entry in await clients.list_workers(registry.address)}
+    return {entry.worker.worker_id for entry in await calls.list_workers(registry.address)}
 
 
 async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_path: Path) -> None:

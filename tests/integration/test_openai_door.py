@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1.openai_service_pb2_grpc import OpenAiServiceStub
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
 from tandem.errors import ContextExceeded, InvalidRequest, ModelNotFound, NotSupported, RequestTooLarge, TandemError
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
-from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 
 pytestmark = [
     pytest.mark.engine_sglang,

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from conftest import DEMO_MODEL
 
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.tool_model import link_tool_model
 
 pytestmark = [

@@ -16,7 +16,16 @@ import pytest
 from conftest import DEMO_MODEL, SIMULATED, running
 
 from tandem.errors import ConfigError, InvalidRequest, ParserFailed, StartError
-from tandem.parsing import Content, Delta, ParsedStream, Parsers, Reasoning, ToolCallArguments, ToolCallStart, process
+from tandem.output_parsers import (
+    Content,
+    Delta,
+    ParsedStream,
+    Parsers,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+    host_process,
+)
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [
@@ -113,7 +122,7 @@ async def survives_its_death(parsers: Parsers) -> None:
 
 async def is_killed_when_it_does_not_answer(parsers: Parsers, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = await parsers.open(TOOLS)
-    monkeypatch.setattr(process, "ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(host_process, "ANSWER_TIMEOUT_S", 0.3)
     assert parsers.pid is not None
     os.kill(parsers.pid, signal.SIGSTOP)
     with pytest.raises(ParserFailed, match="did not answer"):

@@ -33,7 +33,7 @@ async def probe(service: str, variables: Mapping[str, str]) -> tuple[int, str]:
     """Its exit status, and what it prints."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TANDEM_")} | dict(variables)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tandem.probe", service),
+        *(sys.executable, "-m", "tandem.service.healthcheck", service),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
@@ -80,6 +80,6 @@ async def test_an_edge_is_asked_over_http(tmp_path: Path) -> None:
 
 
 def test_it_imports_the_standard_library_only() -> None:
-    shown = "import sys, tandem.probe; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    shown = "import sys, tandem.service.healthcheck; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     names = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout.split()
     assert not {"grpc", "google", "pydantic", "typer", "asyncio"} & set(names)

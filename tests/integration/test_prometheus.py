@@ -25,9 +25,9 @@ from happenings import World
 from prometheus_host import DEPLOY, PrometheusHost, prometheus
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.observe.merged_scrape import LABEL
-from tandem.observe.names import TABLE, Kind, prometheus_name
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.observability.merged_scrape import LABEL
+from tandem.observability.metric_catalog import TABLE, Kind, prometheus_name
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = pytest.mark.timeout(180)

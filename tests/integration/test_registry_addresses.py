@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from consul_host import ConsulHost, consul_agent
 
+from tandem.discovery.address_book import AddressBook
+from tandem.discovery.addresses import parse_srv
+from tandem.discovery.srv_lookup import resolve_srv
 from tandem.errors import ServiceError
-from tandem.rpc.address_book import AddressBook
-from tandem.rpc.addresses import parse_srv
-from tandem.rpc.resolving import resolve_srv
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -28,9 +28,9 @@ from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
+from tandem.client import calls
 from tandem.errors import EngineFailed, InvalidRequest, LegFailed
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tools.demo_model import facts
@@ -248,7 +248,7 @@ async def test_stops(pair: LocalCluster, stop_by: str) -> None:
 
 
 async def idle(cluster: LocalCluster) -> bool:
-    loads = [await clients.worker_load(worker.address) for worker in cluster.workers]
+    loads = [await calls.worker_load(worker.address) for worker in cluster.workers]
     return not any(
         load.open_legs or load.running_requests or load.waiting_requests or load.transferring_requests for load in loads
     )
@@ -257,7 +257,7 @@ async def idle(cluster: LocalCluster) -> bool:
 async def test_a_client_that_leaves_ends_both_engines_work(pair: LocalCluster) -> None:
     await assert_eventually(lambda: idle(pair), bool, within_s=5, what="idle engines at the start")
     request = request_of(token_ids=prompt_of(64), max_tokens=1900, ignore_eos=True)
-    async with contextlib.aclosing(clients.generate(pair.frontend.address, request)) as events:
+    async with contextlib.aclosing(calls.generate(pair.frontend.address, request)) as events:
         async for event in events:
             if event.HasField("chunk"):
                 break
@@ -317,7 +317,7 @@ async def test_a_killed_engine_is_one_typed_error_in_seconds(pair: LocalCluster)
     decode = pair.process("decode-0")
 
     async def until_killed() -> None:
-        async for event in clients.generate(pair.frontend.address, request):
+        async for event in calls.generate(pair.frontend.address, request):
             if event.HasField("chunk") and event.chunk.index == 2:
                 decode.signal(signal.SIGKILL)
 
@@ -336,7 +336,7 @@ async def test_without_transfer_parity_and_recall_collapse(
     await pair.stop()
     flags = {"decode": {"transfer-backend": "fake"}}
     async with running(tmp_path, prefill=0, worker_flags=FLOAT32, role_flags=flags) as cluster:
-        (listed,) = await clients.list_workers(cluster.registry.address)
+        (listed,) = await calls.list_workers(cluster.registry.address)
         wrong = [
             length
             for length in LENGTHS
@@ -358,7 +358,7 @@ async def test_a_prefill_scheduler_that_raises_ends_its_worker(tmp_path: Path, m
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     async with running(tmp_path, decode=0, frontends=0) as cluster:
         prefill = cluster.process("prefill-0")
-        (listed,) = await clients.list_workers(cluster.registry.address)
+        (listed,) = await calls.list_workers(cluster.registry.address)
         leg = leg_pb2.LegRequest(
             request_id="faulty",
             attempt=1,
@@ -375,7 +375,7 @@ async def test_a_prefill_scheduler_that_raises_ends_its_worker(tmp_path: Path, m
         async with asyncio.timeout(10):
             assert await prefill.wait_ended() == 1
         assert SENTENCE in prefill.last_words()
-        assert not await clients.list_workers(cluster.registry.address)
+        assert not await calls.list_workers(cluster.registry.address)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from calls import generate, request_of
 from conftest import running
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.client import admin_calls
 from tandem.errors import NotSupported
-from tandem.rpc import admin_clients
 
 STEPS = 24
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300
 
 async def captured(address: str, **fields: int) -> dict[str, bytes]:
     request = pb.CaptureProfileRequest(**fields)  # type: ignore[arg-type]
-    return {name: data async for name, data in admin_clients.capture_profile(address, request)}
+    return {name: data async for name, data in admin_calls.capture_profile(address, request)}
 
 
 def operations(trace: bytes) -> dict[str, int]:

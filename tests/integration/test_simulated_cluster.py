@@ -24,13 +24,13 @@ from tokenizers import Tokenizer
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.api.types.v1 import generation_pb2, worker_pb2
-from tandem.checkpoint import read_checkpoint
+from tandem.client import calls
+from tandem.domain.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
 from tandem.errors import InvalidRequest, LegFailed, ModelNotFound, NoWorkers, Overloaded, TandemError
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
-from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -178,7 +178,7 @@ async def test_tokenize_and_detokenize_are_inverse(simulated: LocalCluster) -> N
 
 
 async def test_models_are_those_of_live_workers(simulated: LocalCluster) -> None:
-    (model,) = await clients.list_models(simulated.frontend.address)
+    (model,) = await calls.list_models(simulated.frontend.address)
     assert (model.name, model.context_tokens_max, model.has_chat_template) == ("tandem-demo", 2048, True)
     assert (model.prefill_workers, model.decode_workers, model.aggregated_workers) == (1, 1, 0)
     async with open_channel(simulated.frontend.address) as channel:
@@ -278,7 +278,7 @@ async def test_an_unknown_model_is_named(simulated: LocalCluster) -> None:
 
 
 async def idle(cluster: LocalCluster) -> bool:
-    loads = [await clients.worker_load(worker.address) for worker in cluster.workers]
+    loads = [await calls.worker_load(worker.address) for worker in cluster.workers]
     return not any(
         load.open_legs or load.running_requests or load.waiting_requests or load.transferring_requests for load in loads
     )
@@ -286,7 +286,7 @@ async def idle(cluster: LocalCluster) -> bool:
 
 async def test_a_client_that_leaves_ends_both_legs(simulated: LocalCluster) -> None:
     async with contextlib.aclosing(
-        clients.generate(simulated.frontend.address, request_of(STORY, max_tokens=2000))
+        calls.generate(simulated.frontend.address, request_of(STORY, max_tokens=2000))
     ) as events:
         async for event in events:
             if event.HasField("chunk") and event.chunk.index == 3:
@@ -296,7 +296,7 @@ async def test_a_client_that_leaves_ends_both_legs(simulated: LocalCluster) -> N
 
 async def test_a_deadline_ends_both_legs(simulated: LocalCluster) -> None:
     with pytest.raises(TandemError) as ended:
-        async for _ in clients.generate(simulated.frontend.address, request_of(STORY, max_tokens=2000), 0.3):
+        async for _ in calls.generate(simulated.frontend.address, request_of(STORY, max_tokens=2000), 0.3):
             pass
     assert ended.value.reason == "DEADLINE_EXCEEDED"
     await assert_eventually(lambda: idle(simulated), bool, within_s=1.0, every_s=0.02, what="both engines idle")
@@ -355,7 +355,7 @@ async def test_both_shapes_live_at_once(tmp_path: Path) -> None:
 
 
 async def listed(cluster: LocalCluster, worker_id: str) -> worker_pb2.Worker:
-    entries = await clients.list_workers(cluster.registry.address)
+    entries = await calls.list_workers(cluster.registry.address)
     (worker,) = [entry.worker for entry in entries if entry.worker.worker_id == worker_id]
     return worker
 
@@ -396,7 +396,7 @@ async def test_a_killed_prefill_worker_ends_the_stream_that_waits_for_it(tmp_pat
         waiting = asyncio.create_task(refusal(cluster, request_of(STORY)))
 
         async def open_legs() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).open_legs
+            return (await calls.worker_load(cluster.process("decode-0").address)).open_legs
 
         await assert_eventually(open_legs, bool, within_s=5, what="an open leg")
         cluster.process("prefill-0").signal(signal.SIGKILL)
@@ -414,7 +414,7 @@ async def test_workers_that_do_not_fit_are_refused_before_dispatch(tmp_path: Pat
         problem = await refusal(cluster, request_of(STORY))
         assert problem.reason == "INCOMPATIBLE_WORKERS"
         assert problem.metadata == {"field": "page_size_tokens", "prefill": "prefill-0", "decode": "decode-0"}
-        load = await clients.worker_load(cluster.process("decode-0").address)
+        load = await calls.worker_load(cluster.process("decode-0").address)
         assert load.open_legs == 0
 
 
@@ -440,7 +440,7 @@ async def test_a_full_frontend_refuses_with_a_delay(tmp_path: Path) -> None:
         long = [asyncio.create_task(generate(cluster, request_of(STORY, max_tokens=400))) for _ in range(2)]
 
         async def open_legs() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).open_legs
+            return (await calls.worker_load(cluster.process("decode-0").address)).open_legs
 
         await assert_eventually(open_legs, lambda count: count == 2, within_s=5, what="two open streams")
         problem = await refusal(cluster, request_of(STORY))
@@ -454,7 +454,7 @@ async def test_sigterm_lets_streams_finish_and_exits_0(tmp_path: Path) -> None:
         stream = asyncio.create_task(generate(cluster, request_of(STORY, max_tokens=300)))
 
         async def open_legs() -> int:
-            return (await clients.worker_load(cluster.process("decode-0").address)).open_legs
+            return (await calls.worker_load(cluster.process("decode-0").address)).open_legs
 
         await assert_eventually(open_legs, bool, within_s=5, what="an open stream")
         assert await cluster.stop()
@@ -474,7 +474,7 @@ async def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import asyncio, json, sys\n"
         "from pathlib import Path\n"
-        "from tandem.runtime.cluster import ClusterSpec, LocalCluster\n"
+        "from tandem.local_cluster.cluster import ClusterSpec, LocalCluster\n"
         "async def main():\n"
         f"    model, logs = Path({str(DEMO_MODEL)!r}), Path({str(tmp_path)!r})\n"
         "    spec = ClusterSpec(model=model, log_directory=logs, engine='simulated')\n"

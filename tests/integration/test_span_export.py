@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 from otlp_receiver import receiver
 
-from tandem.observe.course import Course
-from tandem.observe.courses import Courses
-from tandem.observe.tracing import BATCH_MAX, CLOSE_TIMEOUT_S, SpanExport, export_spans, resource
+from tandem.observability.request_trace import Course
+from tandem.observability.span_export import BATCH_MAX, CLOSE_TIMEOUT_S, SpanExport, export_spans, resource
+from tandem.observability.trace_store import Courses
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.timeout(60)]

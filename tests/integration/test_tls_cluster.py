@@ -28,11 +28,11 @@ from cryptography import x509
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.client import calls
 from tandem.errors import ServiceError, StartError
-from tandem.rpc import clients
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import OPTIONS, open_channel
 from tandem.rpc.status import from_rpc_error
-from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
@@ -69,7 +69,7 @@ async def text_of(cluster: LocalCluster, max_tokens: int = 16) -> str:
     request = request_of(STORY, max_tokens=max_tokens, ignore_eos=True)
     tls = client_tls(cluster.spec.tls)
     text = ""
-    async with aclosing(clients.generate(cluster.frontend.address, request, 30, tls=tls)) as events:
+    async with aclosing(calls.generate(cluster.frontend.address, request, 30, tls=tls)) as events:
         async for event in events:
             text += event.chunk.text
     assert event.HasField("finish")
@@ -110,7 +110,7 @@ async def test_it_streams_text_and_every_process_has_the_certificate_of_its_role
     assert await text_of(cluster)
     for process in cluster.processes:
         assert await presented_by(process.address, certs_of(cluster)) == serial_of(certs_of(cluster), process.role)
-        assert await clients.is_serving(process.address, tls=client_tls(certs_of(cluster)))
+        assert await calls.is_serving(process.address, tls=client_tls(certs_of(cluster)))
 
 
 async def test_strangers_are_refused_by_every_process_which_goes_on(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ async def test_another_ca_is_taken_over_without_restarting_who_is_not_asked(clus
     tls = client_tls(certs)
 
     async def listed() -> set[str]:
-        return {entry.worker.worker_id for entry in await clients.list_workers(cluster.registry.address, tls=tls)}
+        return {entry.worker.worker_id for entry in await calls.list_workers(cluster.registry.address, tls=tls)}
 
     everybody = {"prefill-0", "decode-0", "aggregated-0"}
     await assert_eventually(listed, lambda names: names == everybody, within_s=15, what="all workers registered")
@@ -235,7 +235,7 @@ async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> No
     try:
         while b"trying until it answers" not in await process.stderr.readline():
             pass
-        listed = await clients.list_workers(cluster.registry.address, tls=client_tls(certs_of(cluster)))
+        listed = await calls.list_workers(cluster.registry.address, tls=client_tls(certs_of(cluster)))
         assert "stranger" not in {entry.worker.worker_id for entry in listed}
     finally:
         process.kill()

@@ -11,9 +11,9 @@ import pytest
 from calls import generate, request_of
 from conftest import DEMO_MODEL, running
 
-from tandem.parsing import Content, Delta, Parsers, ToolCallArguments, ToolCallStart
-from tandem.rpc.messages import guided_to_proto
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
+from tandem.output_parsers import Content, Delta, Parsers, ToolCallArguments, ToolCallStart
+from tandem.rpc.convert import guided_to_proto
 
 pytestmark = [
     pytest.mark.engine_sglang,

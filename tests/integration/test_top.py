@@ -16,11 +16,11 @@ from calls import generate, request_of
 from command_line import TANDEM, run
 from conftest import running
 
+from tandem.cli.top.poller import FleetWatch
 from tandem.cli.top.screen import FleetTable, TopScreen
-from tandem.cli.top.watching import FleetWatch
+from tandem.client import calls
 from tandem.errors import StartError, TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
@@ -228,10 +228,10 @@ async def test_what_is_no_registry_is_refused(cluster: LocalCluster, tmp_path: P
 
 async def test_clients_leave_nothing_open(cluster: LocalCluster) -> None:
     """A watch that has ended has closed its streams."""
-    before = (await clients.process_figures(cluster.process("decode-0").address)).open_calls
+    before = (await calls.process_figures(cluster.process("decode-0").address)).open_calls
 
     async def open_calls() -> int:
-        return (await clients.process_figures(cluster.process("decode-0").address)).open_calls
+        return (await calls.process_figures(cluster.process("decode-0").address)).open_calls
 
     async with FleetWatch([cluster.registry.address], INTERVAL_S).following():
         await assert_eventually(open_calls, lambda count: count > before, within_s=5, what="a stream of load")

@@ -21,10 +21,10 @@ from edge_host import client_of
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub
+from tandem.client import admin_calls, calls
 from tandem.errors import AdminDisabled, InvalidRequest, NotSupported, RequestNotFound
-from tandem.rpc import admin_clients, clients
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import LocalCluster
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 
@@ -50,13 +50,13 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
     request.request_id = "killed-in-mid-stream"
     address, registry = cluster.frontend.address, cluster.registry.address
     token_count, killed = 0, ""
-    async with contextlib.aclosing(clients.generate(address, request, 60)) as events:
+    async with contextlib.aclosing(calls.generate(address, request, 60)) as events:
         async for event in events:
             if event.HasField("accepted"):
                 killed = event.accepted.route.decode_worker_id
             token_count += len(event.chunk.token_ids)
             if token_count == 20:
-                (still_open,) = await admin_clients.request_timelines(address, request.request_id)
+                (still_open,) = await admin_calls.request_timelines(address, request.request_id)
                 cluster.process(killed).signal(signal.SIGKILL)
                 await cluster.process(killed).wait_ended()
     assert token_count == 120
@@ -93,7 +93,7 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
     assert order == sorted(order)
     assert "Once upon" not in out
 
-    figures = await admin_clients.frontend_figures(address)
+    figures = await admin_calls.frontend_figures(address)
     assert figures.continuations >= 1
     assert killed in {broken.worker_id for broken in figures.leg_failures}
     await cluster.restart(killed)
@@ -129,7 +129,7 @@ async def test_what_nobody_knows_is_one_sentence(cluster: LocalCluster, tmp_path
         assert words in err
         assert len(err.strip().splitlines()) == 1
     with pytest.raises(RequestNotFound) as unknown:
-        await admin_clients.request_timelines(cluster.frontend.address, "nope")
+        await admin_calls.request_timelines(cluster.frontend.address, "nope")
     assert unknown.value.metadata == {"request_id": "nope"}
 
 
@@ -140,7 +140,7 @@ async def test_pages_of_requests_newest_first_and_bounded(cluster: LocalCluster)
     seen: list[Any] = []
     request = pb.ListRequestsRequest(page_size=7)
     while True:
-        page = await admin_clients.list_requests(address, request)
+        page = await admin_calls.list_requests(address, request)
         assert len(page.requests) <= 7
         seen += page.requests
         if not page.next_page_token:
@@ -153,7 +153,7 @@ async def test_pages_of_requests_newest_first_and_bounded(cluster: LocalCluster)
     assert len({summary.request_id for summary in seen}) == len(seen)
     assert KEPT - 3 <= len(seen) <= KEPT
     assert all(s.outcome == pb.REQUEST_OUTCOME_FINISHED and s.attempts == 1 for s in seen)
-    assert not (await admin_clients.list_requests(address, pb.ListRequestsRequest(open_only=True))).requests
+    assert not (await admin_calls.list_requests(address, pb.ListRequestsRequest(open_only=True))).requests
     wrong = (
         (pb.ListRequestsRequest(page_size=0), "page_size"),
         (pb.ListRequestsRequest(page_size=1_001), "page_size"),
@@ -161,7 +161,7 @@ async def test_pages_of_requests_newest_first_and_bounded(cluster: LocalCluster)
     )
     for request, field in wrong:
         with pytest.raises(InvalidRequest) as refusal:
-            await admin_clients.list_requests(address, request)
+            await admin_calls.list_requests(address, request)
         assert refusal.value.field == field
 
 
@@ -187,11 +187,11 @@ async def test_figures_come_at_the_interval_asked_for(cluster: LocalCluster) -> 
 async def test_the_edge_has_no_way_to_it(cluster: LocalCluster) -> None:
     """Neither as gRPC nor as a path; the frontend itself answers the same call."""
     assert cluster.edge is not None
-    await admin_clients.list_requests(cluster.frontend.address, pb.ListRequestsRequest())
+    await admin_calls.list_requests(cluster.frontend.address, pb.ListRequestsRequest())
     with pytest.raises(NotSupported):
-        await admin_clients.list_requests(cluster.edge.address, pb.ListRequestsRequest())
+        await admin_calls.list_requests(cluster.edge.address, pb.ListRequestsRequest())
     with pytest.raises(NotSupported):
-        async for _ in admin_clients.capture_profile(cluster.edge.address, pb.CaptureProfileRequest()):
+        async for _ in admin_calls.capture_profile(cluster.edge.address, pb.CaptureProfileRequest()):
             pass
     async with client_of(cluster.edge) as client:
         for service in ("FrontendAdminService/ListRequests", "ProfileService/CaptureProfile"):
@@ -216,7 +216,7 @@ async def test_a_profile_needs_the_setting(cluster: LocalCluster, tmp_path: Path
     loop = [frame for frame in frames if frame["name"] == "run" and frame["file"].endswith("asyncio/runners.py")]
     assert loop, "an idle process is in its event loop"
     with pytest.raises(AdminDisabled):
-        async for _ in admin_clients.capture_profile(
+        async for _ in admin_calls.capture_profile(
             cluster.process("decode-0").address, pb.CaptureProfileRequest(duration_ms=100)
         ):
             pass

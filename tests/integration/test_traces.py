@@ -19,8 +19,8 @@ from otlp_receiver import Received, Receiver, receiver
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.errors import TandemError
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]

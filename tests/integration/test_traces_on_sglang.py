@@ -15,8 +15,8 @@ from conftest import DEMO_MODEL, running
 from otlp_receiver import Received, Receiver, receiver
 from test_traces import ALL, DECODE_STEPS, FRONTEND_STEPS, PREFILL_STEPS, one
 
-from tandem.rpc import clients
-from tandem.runtime.cluster import LocalCluster
+from tandem.client import calls
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(600)]
@@ -98,7 +98,7 @@ async def test_the_bytes_are_the_models_arithmetic(pair: LocalCluster, collector
     config = json.loads((DEMO_MODEL / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token_bytes = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head_dim * FLOAT32_BYTES
-    workers = await clients.list_workers(pair.registry.address)
+    workers = await calls.list_workers(pair.registry.address)
     page_tokens = workers[0].worker.capabilities.page_size_tokens
     for repeats in (1, 7):
         stream, spans = await traced(pair, collector, f"{repeats} {STORY * repeats}")

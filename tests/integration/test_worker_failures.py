@@ -13,9 +13,9 @@ from calls import generate, request_of
 from conftest import SIMULATED, running
 from steady_load import CLIENTS, under_load
 
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
@@ -72,7 +72,7 @@ async def test_a_worker_without_a_name_is_found(tmp_path: Path) -> None:
         await nameless.stop()
         del nameless.flags["worker-id"]
         await cluster.restart("decode-0")
-        ids = [entry.worker.worker_id for entry in await clients.list_workers(cluster.registry.address)]
+        ids = [entry.worker.worker_id for entry in await calls.list_workers(cluster.registry.address)]
         assert f"decode-{nameless.address.replace(':', '-')}" in ids
 
 
@@ -108,7 +108,7 @@ async def test_a_worker_whose_place_was_taken_finishes_its_streams_and_ends(tmp_
         stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=300)))
 
         async def open_legs() -> int:
-            return (await clients.worker_load(first.address)).open_legs
+            return (await calls.worker_load(first.address)).open_legs
 
         await assert_eventually(open_legs, bool, within_s=5, what="an open leg")
         # Frozen for longer than its lease, as a machine that swaps may be.

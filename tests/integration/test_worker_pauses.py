@@ -15,9 +15,9 @@ from conftest import running
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
+from tandem.client import calls
 from tandem.errors import StaleEpoch
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 
@@ -38,7 +38,7 @@ async def stopped(process: ClusterProcess) -> AsyncIterator[None]:
 
 
 async def listed(cluster: LocalCluster) -> dict[str, registry_pb.ListedWorker]:
-    return {entry.worker.worker_id: entry for entry in await clients.list_workers(cluster.registry.address)}
+    return {entry.worker.worker_id: entry for entry in await calls.list_workers(cluster.registry.address)}
 
 
 async def epoch_of(cluster: LocalCluster, worker_id: str) -> int:
@@ -47,7 +47,7 @@ async def epoch_of(cluster: LocalCluster, worker_id: str) -> int:
 
 
 async def open_legs(process: ClusterProcess) -> int:
-    return (await clients.worker_load(process.address)).open_legs
+    return (await calls.worker_load(process.address)).open_legs
 
 
 def leg_for(epoch: int, model: str) -> leg_pb2.LegRequest:
@@ -66,7 +66,7 @@ async def test_what_was_sent_to_a_worker_that_slept_past_its_lease_is_refused(tm
     flags = {"registry": {"lease-ttl-s": "1"}}
     async with running(tmp_path, engine="simulated", worker_flags=SLOW, role_flags=flags) as cluster:
         decode = cluster.process("decode-0")
-        before = await clients.worker_at(decode.address)
+        before = await calls.worker_at(decode.address)
         stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=150)))
         await assert_eventually(lambda: open_legs(decode), bool, what="an open leg")
         # Its step stream is open before: nobody can connect to a process that is stopped.

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tandem_registry.backends.consul.fleet import Entry
 from tandem_registry.backends.consul.records import Record, Replica, meta, place, service_id
+from tandem_registry.backends.consul.snapshot import Entry
 from tandem_registry.view import Health
 
 

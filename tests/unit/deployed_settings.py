@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tandem_decode.config import DecodeConfig
+from tandem_edge.config import EdgeConfig
 from tandem_frontend.config import FrontendConfig
 from tandem_prefill.config import PrefillConfig
 from tandem_registry.config import RegistryConfig
 
 from tandem.config import ServiceConfig
-from tandem.edge.config import EdgeConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS: dict[str, type[ServiceConfig]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from tandem.domain.worker import LEG_CONTRACT, Start, Worker, WorkerRole, WorkerState, incompatible_field
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers, TandemError
-from tandem.model.worker import LEG_CONTRACT, Start, Worker, WorkerRole, WorkerState, incompatible_field
 
 Possible = Mapping[Start, frozenset[Start] | None]
 """Prefill workers by the worker that streams; None: it needs none."""

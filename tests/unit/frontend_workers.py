@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
+from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 
 CAPABILITIES = Capabilities(
     engine="simulated",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from tandem_frontend.link_leg import Logprobs, Sink
+from tandem_frontend.execution.link_leg import Logprobs, Sink
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.model.frontend import Frontend
-from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole, WorkerState
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole, WorkerState
 
 
 def make_worker(

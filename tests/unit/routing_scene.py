@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from frontend_workers import CAPABILITIES
-from tandem_frontend.models import ServedModel
+from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.policy import Policy
 from tandem_frontend.routing.pool import Live
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 
-from tandem.model.worker import Start, Worker
+from tandem.domain.worker import Start, Worker
 
 DIGEST = CAPABILITIES.tokenizer_digest
 

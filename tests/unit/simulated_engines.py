@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
+from tandem.domain.generation import Bootstrap, EngineFinish, EngineRequest, Sampling, Stopping
+from tandem.domain.worker import WorkerRole
 from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
-from tandem.model.generation import Bootstrap, EngineFinish, EngineRequest, Sampling, Stopping
-from tandem.model.worker import WorkerRole
 
 AGGREGATED, PREFILL, DECODE = WorkerRole.AGGREGATED, WorkerRole.PREFILL, WorkerRole.DECODE
 PROMPT = tuple(range(20, 60))

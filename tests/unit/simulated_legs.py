@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from tandem.domain.generation import EngineFinish, EngineRequest, Sampling, Stopping, TokenLogprob
 from tandem.engine.simulated.kv_pages import PageNames
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens
 from tandem.errors import TandemError
-from tandem.model.generation import EngineFinish, EngineRequest, Sampling, Stopping, TokenLogprob
 
 PAGE = 4
 VOCABULARY = Vocabulary(range(3, 200), 2)

@@ -7,11 +7,11 @@ import random
 import pytest
 from tandem_decode.config import DecodeConfig
 
+from tandem.clock import ManualClock
 from tandem.config import load
+from tandem.discovery.address_book import DNS_RETRY_S, FRESH_S, AddressBook
+from tandem.discovery.addresses import SrvName, parse_addresses, parse_srv
 from tandem.errors import ConfigError, ServiceError
-from tandem.rpc.address_book import DNS_RETRY_S, FRESH_S, AddressBook
-from tandem.rpc.addresses import SrvName, parse_addresses, parse_srv
-from tandem.runtime.clock import ManualClock
 
 NAME = "srv://registry.tandem.service.consul"
 

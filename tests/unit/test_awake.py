@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from tandem.engine.simulated.virtual_time import run_virtually
-from tandem.runtime.awake import TICK_MAX_S, TICK_S, AwakeTimers
+from tandem.service.awake_timers import TICK_MAX_S, TICK_S, AwakeTimers
+from tandem.testing.virtual_time import run_virtually
 
 
 def block(seconds: float) -> None:

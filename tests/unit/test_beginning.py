@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PROGRAM = (
-    "import sys; from tandem.runtime.beginning import GRPC_FORKS, begin; begin();"
+    "import sys; from tandem.service.startup import GRPC_FORKS, begin; begin();"
     "assert 'grpc' not in sys.modules; import os; print(os.environ[GRPC_FORKS])"
 )
 

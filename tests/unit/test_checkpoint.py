@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tandem import checkpoint
-from tandem.checkpoint import read_card, read_checkpoint, tokenizer_digest
+from tandem.domain import checkpoint
+from tandem.domain.checkpoint import read_card, read_checkpoint, tokenizer_digest
 from tandem.errors import ConfigError, StartError
 from tandem.testing.fake_model import write_fake_model, write_fake_weights
 

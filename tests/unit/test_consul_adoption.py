@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 from registry_workers import make_worker
+from tandem_registry.backends.consul.broadcaster import Publisher
 from tandem_registry.backends.consul.client import ConsulClient
-from tandem_registry.backends.consul.fleet import Entry, Fleet, fleet_of
-from tandem_registry.backends.consul.keeper import Keeper
-from tandem_registry.backends.consul.ledger import SETTLE_S, Ledger
-from tandem_registry.backends.consul.publisher import Publisher
+from tandem_registry.backends.consul.lease_manager import Keeper
+from tandem_registry.backends.consul.reconciler import SETTLE_S, Ledger
 from tandem_registry.backends.consul.records import Record, Replica, service_id
+from tandem_registry.backends.consul.snapshot import Entry, Fleet, fleet_of
 from tandem_registry.backends.subscriptions import Subscriptions
 from tandem_registry.view import Health
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from consul_entries import answer_of, body_of, instance, make_entry, registry_entry
 from registry_workers import make_worker
-from tandem_registry.backends.consul import answers
-from tandem_registry.backends.consul.answers import NEXT, AnswerReader
-from tandem_registry.backends.consul.fleet import fleet_of
+from tandem_registry.backends.consul import parsing
+from tandem_registry.backends.consul.parsing import NEXT, AnswerReader
+from tandem_registry.backends.consul.snapshot import fleet_of
 from tandem_registry.view import Health
 
+from tandem.domain.worker import WorkerState
 from tandem.errors import ServiceError
-from tandem.model.worker import WorkerState
 
 
 def make_answer(count: int = 5) -> list[dict[str, Any]]:
@@ -23,13 +23,13 @@ def make_answer(count: int = 5) -> list[dict[str, Any]]:
 
 def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    honest = answers.record_of
+    honest = parsing.record_of
 
     def counted(address: str, port: int, written: Any) -> Any:
         reads.append(written["id"])
         return honest(address, port, written)
 
-    monkeypatch.setattr(answers, "record_of", counted)
+    monkeypatch.setattr(parsing, "record_of", counted)
     reader = AnswerReader()
     found = [make_entry(make_worker(name)) for name in "abc"]
     first = reader.entries(answer_of(found))

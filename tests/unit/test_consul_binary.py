@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import StartError
-from tandem.runtime import consul_binary, debian_package
-from tandem.runtime.debian_package import Mirror, mirrors
+from tandem.local_cluster import consul_binary, debian_package
+from tandem.local_cluster.debian_package import Mirror, mirrors
 
 needs_apt = pytest.mark.skipif(shutil.which("apt-get") is None, reason="this machine has no apt-get")
 

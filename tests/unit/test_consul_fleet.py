@@ -10,11 +10,11 @@ from consul_entries import answer_of, make_entry, make_replica, registry_entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry_workers import make_frontend, make_worker
-from tandem_registry.backends.consul.answers import AnswerReader
-from tandem_registry.backends.consul.fleet import Entry, Fleet, change_between, fleet_of
+from tandem_registry.backends.consul.parsing import AnswerReader
+from tandem_registry.backends.consul.snapshot import Entry, Fleet, change_between, fleet_of
 from tandem_registry.view import Health, RemovalReason, View
 
-from tandem.model.worker import WorkerState
+from tandem.domain.worker import WorkerState
 
 
 @st.composite

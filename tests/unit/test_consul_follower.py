@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from consul_entries import answer_of, make_entry, registry_entry
 from registry_workers import make_worker
-from tandem_registry.backends.consul import follower
+from tandem_registry.backends.consul import blocking_query
+from tandem_registry.backends.consul.blocking_query import Follower
 from tandem_registry.backends.consul.client import Answer, Generation
-from tandem_registry.backends.consul.fleet import Entry, Fleet
-from tandem_registry.backends.consul.follower import Follower
+from tandem_registry.backends.consul.snapshot import Entry, Fleet
 
+from tandem.clock import monotonic
 from tandem.errors import ServiceError
-from tandem.runtime.clock import monotonic
 from tandem.testing.eventually import assert_eventually
 
 
@@ -103,7 +103,7 @@ async def following(consul: Any, *, explains: bool = False) -> AsyncIterator[Tol
 
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "SUSPECT_PAUSE_S", 0.05)
+    monkeypatch.setattr(blocking_query, "SUSPECT_PAUSE_S", 0.05)
 
 
 async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_name() -> None:

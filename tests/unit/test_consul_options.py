@@ -10,9 +10,9 @@ import pytest
 from tandem.cli.arguments import with_value
 from tandem.cli.consul_options import check_consul, read_options
 from tandem.errors import ConfigError, StartError
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tandem.runtime.cluster_consul import ClusterConsul
-from tandem.runtime.consul_http import ConsulAccess, read_token_file
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.consul import ClusterConsul
+from tandem.local_cluster.consul_http import ConsulAccess, read_token_file
 from tandem.tls.authority import issue_all
 
 SECRET = "2f3b9a7e-a-token"

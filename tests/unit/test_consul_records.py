@@ -20,8 +20,8 @@ from tandem_registry.backends.consul.records import (
     tags,
 )
 
+from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest
 from tandem.errors import InvalidRequest
-from tandem.model.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=64)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tandem.runtime.control_channel import KIND, ControlChannel, Message
+from tandem.service.prefork.control_channel import KIND, ControlChannel, Message
 from tandem.testing.eventually import assert_eventually
 
 

@@ -8,12 +8,12 @@ from contextlib import aclosing
 
 import pytest
 
+from tandem.clock import ManualClock
+from tandem.domain.generation import EngineFinish, FinishReason
 from tandem.errors import LegFailed, Overloaded
-from tandem.model.generation import EngineFinish, FinishReason
-from tandem.observe.course import GAPS_MAX, AttemptCourse, Course, LegCourse
-from tandem.observe.courses import Courses, trace_ids
-from tandem.observe.trace_context import TraceContext
-from tandem.runtime.clock import ManualClock
+from tandem.observability.request_trace import GAPS_MAX, AttemptCourse, Course, LegCourse
+from tandem.observability.trace_context import TraceContext
+from tandem.observability.trace_store import Courses, trace_ids
 
 
 def test_a_failure_before_any_attempt_is_a_refusal() -> None:

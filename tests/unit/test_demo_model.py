@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 from tokenizers import Tokenizer
 
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
 from tandem.testing.fake_model import write_fake_model
 from tools.demo_model import lexicon, stories, wellformed
 from tools.demo_model.corpus import documents

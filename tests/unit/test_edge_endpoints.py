@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from tandem_edge.discovery import endpoints_of
+from tandem_edge.dns import Names, ask_system
+from tandem_edge.endpoints import Endpoint, replace
 
-from tandem.edge.discovery import endpoints_of
-from tandem.edge.endpoints import Endpoint, replace
-from tandem.edge.names import Names, ask_system
-from tandem.model.frontend import Frontend
-from tandem.model.worker import WorkerState
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import WorkerState
 
 
 def frontend(address: str, is_draining: bool = False) -> Frontend:

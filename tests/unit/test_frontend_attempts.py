@@ -13,16 +13,18 @@ from typing import Any, cast
 import pytest
 from frontend_workers import CAPABILITIES, aggregated, decode, prefill
 from played_legs import Gathered, PlayedLeg, accepted, fail, unanswered
-from tandem_frontend.attempts import Attempts
-from tandem_frontend.dispatch import Dispatch, Dispatched
-from tandem_frontend.link_leg import Sink
-from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.breakers import Breakers
+from tandem_frontend.execution.dispatch import Dispatch, Dispatched
+from tandem_frontend.execution.link_leg import Sink
+from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.circuit_breaker import Breakers
 from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.clock import ManualClock
+from tandem.domain.worker import Start, Worker
 from tandem.errors import (
     DeadlinePassed,
     Draining,
@@ -35,9 +37,7 @@ from tandem.errors import (
     StaleEpoch,
     TandemError,
 )
-from tandem.model.worker import Start, Worker
-from tandem.observe.trace_context import Headers
-from tandem.runtime.clock import ManualClock
+from tandem.observability.trace_context import Headers
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem_frontend.encoding.texts import COUNTED_CHARS, TextEncoder
-from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.validation import checked_detokenize, checked_generate, checked_tokenize
+from tandem_frontend.preparation.encoding.texts import COUNTED_CHARS, TextEncoder
+from tandem_frontend.preparation.tokenizer import Tokenizer
+from tandem_frontend.preparation.validation import checked_detokenize, checked_generate, checked_tokenize
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import ContextExceeded, InvalidRequest

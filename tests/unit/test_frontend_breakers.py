@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tandem_frontend.routing.breaker import FORGIVEN_S, OPEN_FIRST_S, OPEN_MAX_S, PROBE_S, Breaker, BreakerState
-from tandem_frontend.routing.breakers import MOMENT_S, STRIKES_MAX, Breakers
+from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, Breakers
 
-from tandem.model.worker import Start, Worker, WorkerState
-from tandem.runtime.clock import ManualClock
+from tandem.clock import ManualClock
+from tandem.domain.worker import Start, Worker, WorkerState
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 

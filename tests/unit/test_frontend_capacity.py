@@ -8,9 +8,9 @@ from typing import Any
 from frontend_workers import aggregated, decode, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.capacity import ANSWER_TOKENS_MAX, FAIR_FRACTION, QUEUED_FRACTION, QUEUED_MIN, Capacity
+from tandem_frontend.admission.capacity import ANSWER_TOKENS_MAX, FAIR_FRACTION, QUEUED_FRACTION, QUEUED_MIN, Capacity
 
-from tandem.model.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
+from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
 
 
 def capacity(*loads: EngineLoad | None) -> Capacity:

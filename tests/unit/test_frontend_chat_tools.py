@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from parser_texts import TOOLS
-from tandem_frontend.chat_template import ChatTemplate
+from tandem_frontend.preparation.chat_template import ChatTemplate
 
 from tandem.errors import InvalidRequest
 from tandem.testing.tool_model import link_tool_model

@@ -7,18 +7,18 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 from played_legs import Outbox
-from tandem_frontend import relay as relays
-from tandem_frontend.coalescing import FLUSH_S, Coalescing
-from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.loop_load import MEASURE_S, LoopLoad
-from tandem_frontend.relay import Relay
-from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.response import relay as relays
+from tandem_frontend.response.coalescing import FLUSH_S, Coalescing
+from tandem_frontend.response.detokenizer import Detokenizer
+from tandem_frontend.response.relay import Relay
+from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from test_frontend_timings import Letters
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
-from tandem.engine.simulated.virtual_time import run_virtually
-from tandem.observe.course import Course
+from tandem.observability.request_trace import Course
+from tandem.service.loop_load import MEASURE_S, LoopLoad
+from tandem.testing.virtual_time import run_virtually
 
 HOLD_S = 0.025
 

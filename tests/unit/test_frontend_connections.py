@@ -9,7 +9,7 @@ from frontend_workers import decode, prefill
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
-from tandem.model.worker import WorkerState
+from tandem.domain.worker import WorkerState
 
 
 async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:

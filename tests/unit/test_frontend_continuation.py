@@ -11,21 +11,21 @@ from frontend_workers import CAPABILITIES, decode, prefill
 from hypothesis import given
 from hypothesis import strategies as st
 from played_legs import FINISH, Gathered, PlayedLeg, Word, accepted, fail, tokens
-from tandem_frontend.attempts import ATTEMPTS_MAX, BREAKS_MAX, Attempts
-from tandem_frontend.continuation import continued, obstacle
-from tandem_frontend.dispatch import Dispatch, Dispatched
-from tandem_frontend.link_leg import Sink
-from tandem_frontend.models import ServedModel
-from tandem_frontend.routing.breakers import Breakers
+from tandem_frontend.execution.continuation import continued, obstacle
+from tandem_frontend.execution.dispatch import Dispatch, Dispatched
+from tandem_frontend.execution.link_leg import Sink
+from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, BREAKS_MAX, Attempts
+from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.circuit_breaker import Breakers
 from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
+from tandem.clock import ManualClock
+from tandem.domain.request_state import Phase
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
-from tandem.model.request_state import Phase
-from tandem.observe.trace_context import Headers
-from tandem.runtime.clock import ManualClock
+from tandem.observability.trace_context import Headers
 
 PROMPT = (11, 12, 13)
 KILLED = ServiceError("connection reset")

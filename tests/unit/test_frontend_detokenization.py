@@ -16,8 +16,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.detokenization import REPLACEMENT, TABLE_CONTEXT_TOKENS, WINDOW_TOKENS_MAX, Detokenizer
-from tandem_frontend.token_table import TokenTable
+from tandem_frontend.response.detokenizer import REPLACEMENT, TABLE_CONTEXT_TOKENS, WINDOW_TOKENS_MAX, Detokenizer
+from tandem_frontend.response.token_table import TokenTable
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tools.make_tiny_model import write_tokenizer

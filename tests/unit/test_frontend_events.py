@@ -10,10 +10,10 @@ from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.json_format import Parse
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.caller import Caller
-from tandem_frontend.events import Event, as_response, event_json, message_json
-from tandem_frontend.generation import Answer, Generation
-from tandem_frontend.http_errors import TYPE_BY_CODE
+from tandem_frontend.call_context import Caller
+from tandem_frontend.pipeline import Answer, Generation
+from tandem_frontend.response.error_body import TYPE_BY_CODE
+from tandem_frontend.response.sse import Event, as_response, event_json, message_json
 from tandem_frontend.servicer import InferenceServicer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb

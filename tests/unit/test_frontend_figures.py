@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 from frontend_workers import decode, prefill
-from tandem_frontend.figures import FAILURES_MAX, Figures
-from tandem_frontend.timeline import timeline_of
+from tandem_frontend.admin.stats import FAILURES_MAX, Figures
+from tandem_frontend.admin.timeline import timeline_of
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2, worker_pb2
+from tandem.clock import ManualClock
 from tandem.errors import LegFailed, NoWorkers
-from tandem.observe.course import AttemptCourse, Course
-from tandem.observe.courses import Courses
-from tandem.runtime.clock import ManualClock
+from tandem.observability.request_trace import AttemptCourse, Course
+from tandem.observability.trace_store import Courses
 
 WALL_S = 1_795_577_668.0
 

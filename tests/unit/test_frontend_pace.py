@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tandem_frontend.pace import WINDOW_S, Pace
-from tandem_frontend.waiting_line import Demand
+from tandem_frontend.admission.queue import Demand
+from tandem_frontend.admission.throughput import WINDOW_S, Pace
 
-from tandem.runtime.clock import ManualClock
+from tandem.clock import ManualClock
 
 
 def test_nobody_knows_before_anything_has_ended() -> None:

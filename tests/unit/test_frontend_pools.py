@@ -15,12 +15,11 @@ from frontend_workers import CAPABILITIES, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_scene import DIGEST, ByIndex, Scene
-from tandem_frontend.known_view import KnownView
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.pools import Pools
 
-from tandem.errors import ContextExceeded
-from tandem.model.worker import (
+from tandem.discovery.view_changes import KnownView
+from tandem.domain.worker import (
     LEG_CONTRACT,
     Start,
     Worker,
@@ -30,6 +29,7 @@ from tandem.model.worker import (
     incompatible_field,
     offered_keys,
 )
+from tandem.errors import ContextExceeded
 
 IDS = [f"w{number}" for number in range(12)]
 CONTEXTS = (8, 16, 32)

@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from tandem_frontend.admin.stats import FAILURES_MAX
 from tandem_frontend.config import FrontendConfig
-from tandem_frontend.figures import FAILURES_MAX
 from tandem_frontend.processes.identity import ProcessIdentity
 from tandem_frontend.processes.shares import settings_of, share
 from tandem_frontend.processes.sums import buckets, combined, histogram
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.clock import ManualClock
 from tandem.errors import ConfigError
-from tandem.observe.merged_scrape import LABEL, LocalScrapes, merged
-from tandem.observe.sliding import LatencyWindow, added
-from tandem.rpc.messages import timestamp
-from tandem.runtime.clock import ManualClock
-from tandem.runtime.distribution import Distributor, fittest, releases
-from tandem.runtime.prefork_process import State
+from tandem.observability.merged_scrape import LABEL, LocalScrapes, merged
+from tandem.observability.windows import LatencyWindow, added
+from tandem.rpc.convert import timestamp
+from tandem.service.prefork.distribution import Distributor, fittest, releases
+from tandem.service.prefork.process import State
 
 
 def config(**settings: Any) -> FrontendConfig:

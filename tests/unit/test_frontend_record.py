@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 from played_legs import Gathered
-from tandem_frontend.attempts import ATTEMPTS_MAX
-from tandem_frontend.link_leg import Logprobs
-from tandem_frontend.record import Record
+from tandem_frontend.execution.link_leg import Logprobs
+from tandem_frontend.execution.request_stream import ATTEMPTS_MAX
+from tandem_frontend.execution.trace_recorder import Record
 from test_frontend_continuation import KILLED, Fleet, leg
 
 from tandem.errors import LegFailed
-from tandem.observe.course import Course
-from tandem.observe.courses import Courses, trace_ids
-from tandem.observe.trace_context import TraceContext
+from tandem.observability.request_trace import Course
+from tandem.observability.trace_context import TraceContext
+from tandem.observability.trace_store import Courses, trace_ids
 
 
 class Noted(Gathered):

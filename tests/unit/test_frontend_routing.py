@@ -11,9 +11,9 @@ from routing_scene import ByIndex, Scene
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
 
+from tandem.clock import ManualClock
+from tandem.domain.worker import LEG_CONTRACT, PAIR_FIELDS, Worker, WorkerState
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
-from tandem.model.worker import LEG_CONTRACT, PAIR_FIELDS, Worker, WorkerState
-from tandem.runtime.clock import ManualClock
 
 
 def chosen(scene: Scene, prompt_tokens: int = 1, times: int = 60) -> set[tuple[str, str | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
 LETTERS = st.text("abé", max_size=24)
 STOPS = st.lists(st.text("abé", min_size=1, max_size=5), max_size=4)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from frontend_workers import aggregated, decode, prefill
 from played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
-from tandem_frontend import supervision
-from tandem_frontend.dispatch import Dispatched
-from tandem_frontend.link_leg import Logprobs, Sink
+from tandem_frontend.execution import attempt
+from tandem_frontend.execution.attempt import Attempt
+from tandem_frontend.execution.dispatch import Dispatched
+from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.supervision import Attempt
 
+from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
-from tandem.model.worker import Worker
 
 ROOM = 42
 RESET = ServiceError("connection reset")
@@ -117,7 +117,7 @@ async def test_a_prefill_leg_may_break_once_decode_has_spoken() -> None:
 
 
 async def test_the_end_waits_for_prefills_account_only_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "PREFILL_FINISH_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 0.01)
     scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), PlayedLeg(accepted, tokens(0, 5)))
     assert await scene.run() == [5]
     assert scene.attempt.prefill_finish is None

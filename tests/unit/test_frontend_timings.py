@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 from played_legs import Outbox
-from tandem_frontend.coalescing import Coalescing
-from tandem_frontend.detokenization import Detokenizer
-from tandem_frontend.relay import Relay
-from tandem_frontend.stopping import StopMatcher, StopTokens
+from tandem_frontend.response.coalescing import Coalescing
+from tandem_frontend.response.detokenizer import Detokenizer
+from tandem_frontend.response.relay import Relay
+from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
-from tandem.observe.course import Course
-from tandem.runtime.clock import ManualClock, SteadyTime
+from tandem.clock import ManualClock, SteadyTime
+from tandem.observability.request_trace import Course
 
 
 class Letters:

@@ -14,12 +14,12 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.chat_template import ChatTemplate
-from tandem_frontend.model_defaults import read_defaults, with_defaults
-from tandem_frontend.tokenization import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
+from tandem_frontend.preparation.chat_template import ChatTemplate
+from tandem_frontend.preparation.model_defaults import read_defaults, with_defaults
+from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
 
 from tandem.api.types.v1 import sampling_pb2
-from tandem.checkpoint import read_card
+from tandem.domain.checkpoint import read_card
 from tandem.errors import InvalidRequest, StartError
 from tandem.testing.fake_model import write_fake_model
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.encoding.turns import Turns
+from tandem_frontend.preparation.encoding.turns import Turns
 
 
 class Jobs:

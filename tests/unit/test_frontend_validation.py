@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem_frontend.sampling_ranges import RANGES
-from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.validation import CHECKED_TOKENS, check_prompt_ids, checked_generate
+from tandem_frontend.preparation.sampling import RANGES
+from tandem_frontend.preparation.tokenizer import Tokenizer
+from tandem_frontend.preparation.validation import CHECKED_TOKENS, check_prompt_ids, checked_generate
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest

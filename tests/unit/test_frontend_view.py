@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.model.frontend import Frontend
-from tandem.model.worker import WorkerState
-from tandem.rpc.frontend_view import FrontendView
+from tandem.discovery.frontend_view import FrontendView
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import WorkerState
 
 GRACE_S = 10.0
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tandem.api.types.v1 import leg_pb2
-from tandem.engine.sglang.ledger import Ledger
+from tandem.engine.sglang.hooks.kv_accounting import Ledger
 from tools.gpu import observed
 
 

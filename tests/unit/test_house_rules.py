@@ -70,7 +70,7 @@ def test_layers(path: Path) -> None:
     if under(path, "model"):
         outside = [n for n in imports(path) if n.split(".")[0] not in {*sys.stdlib_module_names, "tandem"}]
         assert not outside
-        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith("tandem.model")]
+        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith("tandem.domain")]
     may_speak_grpc = under(path, "rpc") or under(path, "cli") or path.stem == "servicer"
     if not may_speak_grpc:
         assert not imports_any(path, "grpc", "grpc_status", "grpc_health")
@@ -90,16 +90,14 @@ def test_services_do_not_know_each_other(path: Path) -> None:
 
 
 def test_a_frontend_and_its_parsers_import_no_engine() -> None:
-    program = (
-        "import sys, tandem_frontend.app, tandem.parsing; print({'torch', 'sglang', 'transformers'} & {*sys.modules})"
-    )
+    program = "import sys, tandem_frontend.app, tandem.output_parsers; print({'torch', 'sglang', 'transformers'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
 
 def test_a_process_that_exports_nothing_imports_nothing_for_it() -> None:
     program = (
-        "import sys, tandem_frontend.app, tandem_prefill.app, tandem_registry.app, tandem.edge.app;"
+        "import sys, tandem_frontend.app, tandem_prefill.app, tandem_registry.app, tandem_edge.app;"
         "print({name for name in sys.modules if name.startswith('opentelemetry')})"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

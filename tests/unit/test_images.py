@@ -48,7 +48,7 @@ def test_an_image_is_for_nobody_and_knows_its_health(service: str) -> None:
     for stage in finals:
         assert "\nUSER 10001:10001\n" in stage
         assert "\nSTOPSIGNAL SIGTERM\n" in stage
-        assert f'CMD ["python3", "-m", "tandem.probe", "{service}"]' in stage
+        assert f'CMD ["python3", "-m", "tandem.service.healthcheck", "{service}"]' in stage
         assert f'ENTRYPOINT ["tandem-{service}"]' in stage
         assert "org.opencontainers.image.version" in stage
         # What builds is in other stages: nothing is installed here, and no secret is mounted.

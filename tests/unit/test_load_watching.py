@@ -14,11 +14,11 @@ from frontend_workers import decode, prefill
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
-from tandem.model.worker import EngineLoad, Start
-from tandem.rpc import load_watching
+from tandem.client import load_watch
+from tandem.clock import ManualClock
+from tandem.domain.worker import EngineLoad, Start
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
-from tandem.runtime.clock import ManualClock
 
 
 class Told(pb_grpc.WorkerServiceServicer):
@@ -43,10 +43,10 @@ async def telling() -> AsyncIterator[int]:
 
 
 async def test_a_listener_hears_each_load_and_when_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_watching, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(load_watch, "INTERVAL_S", 0.1)
     heard: asyncio.Queue[tuple[Start, EngineLoad | None]] = asyncio.Queue()
     channels = Channels()
-    watch = load_watching.LoadWatch(channels, on_change=lambda start, load: heard.put_nowait((start, load)))
+    watch = load_watch.LoadWatch(channels, on_change=lambda start, load: heard.put_nowait((start, load)))
     async with telling() as port, asyncio.timeout(10):
         worker = replace(prefill(), address=f"127.0.0.1:{port}")
         newer = replace(decode(), address=worker.address)
@@ -67,14 +67,14 @@ async def test_a_listener_hears_each_load_and_when_it_is_forgotten(monkeypatch: 
 
 
 async def test_a_load_stays_good_for_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_watching, "MESSAGES_PER_S_MAX", 0.5)
+    monkeypatch.setattr(load_watch, "MESSAGES_PER_S_MAX", 0.5)
     channels, clock, arrived = Channels(), ManualClock(0.0), asyncio.Event()
 
     def look(start: Start, load: EngineLoad | None) -> None:
         if start == prefill().start and load is not None:
             arrived.set()
 
-    watch = load_watching.LoadWatch(channels, clock=clock, on_change=look)
+    watch = load_watch.LoadWatch(channels, clock=clock, on_change=look)
     async with telling() as port:
         stays, goes = (replace(worker, address=f"127.0.0.1:{port}") for worker in (prefill(), decode()))
         try:

@@ -14,10 +14,10 @@ import pytest
 from frontend_workers import decode, prefill
 
 from tandem.errors import InvalidRequest, LegFailed
-from tandem.observe import logs
-from tandem.observe.course import AttemptCourse, Course, LegCourse
-from tandem.observe.courses import Courses
-from tandem.observe.trace_context import TraceContext
+from tandem.observability import logs
+from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
+from tandem.observability.trace_context import TraceContext
+from tandem.observability.trace_store import Courses
 
 log = logging.getLogger("tandem.test")
 

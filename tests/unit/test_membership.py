@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 from registry_workers import make_frontend, make_worker
-from tandem_registry.membership import Membership
+from tandem_registry.leases import Membership
 from tandem_registry.view import Change, RemovalReason
 
+from tandem.clock import ManualClock
+from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
-from tandem.model.worker import WorkerState
-from tandem.runtime.clock import ManualClock
 
 TTL_S = 5.0
 

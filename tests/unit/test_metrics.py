@@ -25,9 +25,19 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as
 
 from tandem.config import ServiceConfig
 from tandem.errors import StartError
-from tandem.observe import otel
-from tandem.observe.metrics import Metrics, MorePages, Reading, open_metrics
-from tandem.observe.names import BY_NAME, OTHER, TABLE, WORKERS_MAX, Emitter, Kind, Metric, bounded, combinations
+from tandem.observability import otel_metrics
+from tandem.observability.metric_catalog import (
+    BY_NAME,
+    OTHER,
+    TABLE,
+    WORKERS_MAX,
+    Emitter,
+    Kind,
+    Metric,
+    bounded,
+    combinations,
+)
+from tandem.observability.metrics import Metrics, MorePages, Reading, open_metrics
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
@@ -59,7 +69,7 @@ async def scrape(metrics: Metrics, path: str = "/metrics", scheme: str = "http",
 
 def test_off_it_imports_nothing() -> None:
     program = (
-        "import sys, tandem_frontend.app, tandem.worker.host, tandem_registry.app, tandem.edge.app\n"
+        "import sys, tandem_frontend.app, tandem.worker.app, tandem_registry.app, tandem_edge.app\n"
         "from tandem_frontend.config import FrontendConfig\n"
         "tandem_frontend.app.FrontendApp(FrontendConfig(registry='127.0.0.1:1', model='m'))\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'prometheus_client')])"
@@ -116,7 +126,7 @@ async def test_a_process_has_the_rows_of_its_kind_only() -> None:
 async def test_a_gauge_is_read_on_the_loop_and_left_out_while_that_stands_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(otel, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(otel_metrics, "READ_TIMEOUT_S", 0.3)
     loops = set()
 
     async def read() -> Iterable[Reading]:
@@ -127,7 +137,7 @@ async def test_a_gauge_is_read_on_the_loop_and_left_out_while_that_stands_still(
         metrics.measure(read)
         assert "tandem_queue_depth 7.0" in await scrape(metrics)
         assert loops == {asyncio.get_running_loop()}
-        await asyncio.sleep(otel.READ_EVERY_S)
+        await asyncio.sleep(otel_metrics.READ_EVERY_S)
         url = f"http://127.0.0.1:{metrics.port}/metrics"
         program = f"import urllib.request, time; t = time.time(); x = urllib.request.urlopen({url!r}, timeout=5).read()"
         child = subprocess.Popen(  # noqa: ASYNC220 -- to hold the loop up is the point
@@ -208,7 +218,7 @@ class Receiver(otlp_grpc.MetricsServiceServicer):
 
 
 async def test_metrics_are_pushed_to_a_receiver_and_the_last_ones_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otel, "PUSH_INTERVAL_S", 0.2)
+    monkeypatch.setattr(otel_metrics, "PUSH_INTERVAL_S", 0.2)
     receiver, server = Receiver(), grpc.server(futures.ThreadPoolExecutor(2))
     otlp_grpc.add_MetricsServiceServicer_to_server(receiver, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -217,7 +227,7 @@ async def test_metrics_are_pushed_to_a_receiver_and_the_last_ones_at_the_end(mon
         async with serving(metrics_port=None, otlp_endpoint=f"http://127.0.0.1:{port}") as metrics:
             assert metrics.port == 0
             await assert_eventually(lambda: receiver.names, lambda names: "tandem.drains" in names, what="a push")
-            monkeypatch.setattr(otel, "PUSH_INTERVAL_S", 60)
+            monkeypatch.setattr(otel_metrics, "PUSH_INTERVAL_S", 60)
             metrics.record("tandem.queue.wait", 0.1)
         assert "tandem.queue.wait" in receiver.names
         assert receiver.services == {"tandem-test test-0"}
@@ -228,7 +238,7 @@ async def test_metrics_are_pushed_to_a_receiver_and_the_last_ones_at_the_end(mon
 async def test_a_collector_that_is_dead_delays_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(otel, "PUSH_INTERVAL_S", 0.1)
+    monkeypatch.setattr(otel_metrics, "PUSH_INTERVAL_S", 0.1)
     caplog.set_level(logging.CRITICAL)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         # It takes connections and never answers.
@@ -244,7 +254,7 @@ async def test_a_collector_that_is_dead_delays_nothing(
         assert "tandem_queue_wait_seconds_count 1000.0" in await scrape(metrics)
         began_s = time.monotonic()
         await metrics.stop()
-        assert time.monotonic() - began_s < otel.STOP_TIMEOUT_S + 2
+        assert time.monotonic() - began_s < otel_metrics.STOP_TIMEOUT_S + 2
 
 
 @pytest.mark.parametrize("emitter", Emitter)

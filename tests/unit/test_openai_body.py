@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.openai.body import parse
-from tandem_frontend.openai.fields import Schema
+from tandem_frontend.openai.common_params import Schema
+from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 
 from tandem.errors import InvalidRequest

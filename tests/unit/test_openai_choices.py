@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
-from tandem_frontend.caller import Caller
-from tandem_frontend.generation import Answer as GenerationAnswer
-from tandem_frontend.generation import Generation
-from tandem_frontend.openai.door import Answer, Door
-from tandem_frontend.openai.fields import CommonFields
+from tandem_frontend.call_context import Caller
+from tandem_frontend.openai.common_params import CommonFields
+from tandem_frontend.openai.handler import Answer, Door
 from tandem_frontend.openai.usage import UsageSum
+from tandem_frontend.pipeline import Answer as GenerationAnswer
+from tandem_frontend.pipeline import Generation
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tandem_frontend.chat_template import RESERVED_NAMES, ChatTemplate
-from tandem_frontend.openai.body import parse
 from tandem_frontend.openai.messages import for_template, without_control
+from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest
-from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.preparation.chat_template import RESERVED_NAMES, ChatTemplate
+from tandem_frontend.preparation.tokenizer import Tokenizer
 from test_frontend_tokenization import DEMO, demo_tokenizer
 
-from tandem.checkpoint import read_card
+from tandem.domain.checkpoint import read_card
 from tandem.errors import InvalidRequest
 
 END = "<|end|>"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tandem_frontend.openai.body import parse
+from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import chat_request, completion_request, for_choice, parameter
 

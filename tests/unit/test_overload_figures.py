@@ -12,7 +12,7 @@ import pytest
 from benchmarks import leg_faults
 from benchmarks.overload_figures import Figures, figures_of, is_good, memory_growth_mib, missed
 from benchmarks.overload_load import Asked, Plan, ask_all
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.fake_model import write_fake_model
 
 SECONDS, WARM_UP_S = 20.0, 10.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import ConfigError
-from tandem.runtime.process import announce
+from tandem.service.process import announce
 
 
 def test_an_announcement_is_whole(tmp_path: Path) -> None:

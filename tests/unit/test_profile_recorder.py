@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.observe.profiles import Profiles, Wanted
-from tandem.runtime import run_directory
+from tandem.observability.profiles import Profiles, Wanted
+from tandem.service import run_directory
 
 WANTED = Wanted(duration_s=5, size_bytes_max=10**6, steps_max=10, with_stack=False, form=None)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tandem.cli import progress
 from tandem.cli.progress import Readiness
-from tandem.runtime.cluster_process import ClusterProcess, ProcessState
+from tandem.local_cluster.child_process import ClusterProcess, ProcessState
 
 
 def shown(terminal: bool) -> tuple[Console, io.StringIO]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from registry_workers import make_worker
 
-from tandem.rpc.registry_view import RegistryView, ViewGap
-from tandem.runtime.clock import ManualClock
+from tandem.clock import ManualClock
+from tandem.discovery.view import RegistryView, ViewGap
 
 GRACE_S = 10.0
 

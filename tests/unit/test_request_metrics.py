@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tandem.observe.course import AttemptCourse, Course
-from tandem.observe.request_metrics import RequestMetrics
+from tandem.observability.request_metrics import RequestMetrics
+from tandem.observability.request_trace import AttemptCourse, Course
 
 
 class Counted:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tandem.model.request_state import IN_ATTEMPT, ORDER, LegRole, Phase, RequestState
+from tandem.domain.request_state import IN_ATTEMPT, ORDER, LegRole, Phase, RequestState
 
 PAIR = (LegRole.PREFILL, LegRole.DECODE)
 

@@ -8,9 +8,9 @@ import socket
 import pytest
 from dns_server import DnsServer, serving
 
+from tandem.discovery.addresses import SrvName
+from tandem.discovery.srv_lookup import resolve_srv
 from tandem.errors import ServiceError
-from tandem.rpc.addresses import SrvName
-from tandem.rpc.resolving import resolve_srv
 
 NAME = "registry.test."
 SRV = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.runtime.clock import ManualClock
-from tandem.runtime.restart_budget import RestartBudget, RestartPolicy
+from tandem.clock import ManualClock
+from tandem.service.restart_budget import RestartBudget, RestartPolicy
 
 
 def test_pauses_double_and_end_after_five() -> None:

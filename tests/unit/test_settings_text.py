@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from tandem_decode.config import DecodeConfig
+from tandem_edge.config import EdgeConfig
 from tandem_frontend.config import FrontendConfig
 from tandem_prefill.config import PrefillConfig
 from tandem_registry.config import RegistryConfig
 
-from tandem import config, settings_text
-from tandem.edge.config import EdgeConfig
+from tandem import config, config_errors
 from tandem.errors import ConfigError
 
 TYPES = (DecodeConfig, FrontendConfig, PrefillConfig, RegistryConfig, EdgeConfig)
@@ -55,10 +55,10 @@ def test_only_what_is_there_is_offered() -> None:
 @pytest.mark.parametrize("config_type", TYPES)
 def test_help_has_one_default_and_a_telling_value(config_type: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in config_type.model_fields.items():
-        words = settings_text.explanation(field)
+        words = config_errors.explanation(field)
         assert words.count("default:") <= 1
         assert "None" not in words
-        assert settings_text.metavar(name, field) not in ("", "VALUE")
+        assert config_errors.metavar(name, field) not in ("", "VALUE")
     with pytest.raises(SystemExit):
         config.load(config_type, "tandem-x", ["--help"], {})
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)

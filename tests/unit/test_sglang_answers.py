@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from simulated_legs import Collected
 
-from tandem.engine.sglang.answers import Answers
+from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
+from tandem.engine.sglang.responses import Answers
 from tandem.errors import ContextExceeded, InvalidRequest, LegFailed, TandemError
-from tandem.model.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
 
 REGEX = Guided(regex="(red")
 

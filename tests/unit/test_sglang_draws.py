@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tandem.engine.sglang.draws import draw  # noqa: E402 -- needs torch
+from tandem.engine.sglang.hooks.seeded_sampling import draw  # noqa: E402 -- needs torch
 
 pytestmark = pytest.mark.engine_sglang
 

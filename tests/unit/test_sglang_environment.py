@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import adapter, environment
+from tandem.engine.sglang import engine, environment
 from tandem.errors import StartError
-from tandem.model.worker import WorkerRole
 
 
 def settings(host: str) -> EngineSettings:
@@ -35,5 +35,5 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(StartError, match="device: cuda is asked for, and PyTorch finds no GPU that it can use"):
-        adapter._device("cuda")
-    assert adapter._device("auto") == "cpu"
+        engine._device("cuda")
+    assert engine._device("auto") == "cpu"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tandem.engine.sglang import figures
-from tandem.model.worker import EngineLoad, WorkerRole
+from tandem.domain.worker import EngineLoad, WorkerRole
+from tandem.engine.sglang import capabilities
 
 QUEUES = SimpleNamespace(waiting=1, grammar=0, retracted=0)
 HAND_OVERS = SimpleNamespace(
@@ -34,7 +34,7 @@ def snapshot(**changes: Any) -> SimpleNamespace:
 
 
 def test_every_rank_is_added_up() -> None:
-    load = figures.load([snapshot(), snapshot()], WorkerRole.DECODE)
+    load = capabilities.load([snapshot(), snapshot()], WorkerRole.DECODE)
     assert (load.running_requests, load.waiting_requests, load.waiting_tokens, load.transferring_requests) == (
         8,
         2,
@@ -46,10 +46,10 @@ def test_every_rank_is_added_up() -> None:
 
 
 def test_a_figure_that_one_rank_does_not_tell_is_told_by_nobody() -> None:
-    load = figures.load([snapshot(), snapshot(kv_transferring_tokens=None)], WorkerRole.PREFILL)
+    load = capabilities.load([snapshot(), snapshot(kv_transferring_tokens=None)], WorkerRole.PREFILL)
     assert load.kv_transferring_tokens is None
     assert load.kv_free_tokens == 20
 
 
 def test_nothing_is_known_before_the_first() -> None:
-    assert figures.load([snapshot(timestamp=0.0)], WorkerRole.DECODE) == EngineLoad()
+    assert capabilities.load([snapshot(timestamp=0.0)], WorkerRole.DECODE) == EngineLoad()

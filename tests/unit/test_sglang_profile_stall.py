@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang.adapter import SglangEngine
-from tandem.model.worker import WorkerRole
+from tandem.engine.sglang.engine import SglangEngine
 
 
 async def test_a_recording_is_stopped_although_the_engine_stalls(tmp_path: Path) -> None:

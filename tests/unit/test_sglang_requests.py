@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
+from tandem.domain.worker import WorkerRole
 from tandem.engine.sglang import requests
 from tandem.errors import ContextExceeded, InvalidRequest, NotSupported
-from tandem.model.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
-from tandem.model.worker import WorkerRole
 
 VOCABULARY_SIZE = 100
 CONTEXT_TOKENS = 50

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
+from tandem.domain.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
-from tandem.model.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import EOS_TOKEN_ID, write_fake_model
 

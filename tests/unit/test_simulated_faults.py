@@ -16,11 +16,11 @@ import pytest
 import pytest_asyncio
 from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.domain.generation import FinishReason
+from tandem.domain.worker import EngineLoad
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.engine.simulated.faults import ENGINE_POINTS, FaultRule, _Counter, parse_rules
 from tandem.errors import ConfigError, EngineFailed, LegFailed
-from tandem.model.generation import FinishReason
-from tandem.model.worker import EngineLoad
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from simulated_engines import DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.domain.generation import Bootstrap, FinishReason
+from tandem.domain.worker import EngineLoad, WorkerRole, incompatible_field
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.engine.simulated.rendezvous import BootstrapServer
 from tandem.engine.simulated.wire import ConnectionLost, Line
 from tandem.errors import LegFailed
-from tandem.model.generation import Bootstrap, FinishReason
-from tandem.model.worker import EngineLoad, WorkerRole, incompatible_field
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
 

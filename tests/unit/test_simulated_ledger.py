@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from simulated_legs import PAGE, assert_stream_is_right, leg_of
 
+from tandem.domain.generation import FinishReason
+from tandem.domain.worker import WorkerRole
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.steps import Ended, Step
 from tandem.engine.simulated.tokens import digest
-from tandem.model.generation import FinishReason
-from tandem.model.worker import WorkerRole
 
 CAPACITY_PAGES = 16
 STEPS_MAX = 2_000

@@ -10,13 +10,13 @@ import pytest
 from simulated_engines import PROMPT
 from simulated_legs import leg_of
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.options import PROFILES, Options, parse_options
 from tandem.engine.simulated.steps import Chunk, Step
 from tandem.engine.simulated.timing import Timing
 from tandem.errors import ConfigError
-from tandem.model.worker import WorkerRole
 
 
 def test_defaults_and_values() -> None:

@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import pytest
 import pytest_asyncio
 
+from tandem.domain.generation import Bootstrap
 from tandem.engine.simulated import rendezvous
 from tandem.engine.simulated.rendezvous import BootstrapServer, KvPuller
 from tandem.engine.simulated.tokens import digest
 from tandem.engine.simulated.wire import KvHeader
 from tandem.errors import LegFailed
-from tandem.model.generation import Bootstrap
 from tandem.testing.eventually import assert_eventually
 
 HEADER = KvHeader(4, 64)

@@ -7,6 +7,7 @@ from typing import Any
 
 from simulated_legs import PAGE, Collected, assert_stream_is_right, leg_of
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.simulated.budget import NewTokenRatio
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
@@ -15,7 +16,6 @@ from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.steps import Ended, Step
 from tandem.engine.simulated.tokens import digest
 from tandem.errors import EngineFailed
-from tandem.model.worker import WorkerRole
 
 
 class Bench:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
 from tandem.engine.simulated.tokens import (
     NO_STATE,
     Vocabulary,

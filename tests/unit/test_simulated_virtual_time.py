@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from simulated_engines import AGGREGATED, DECODE, PREFILL, collect, request, room
 
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
+from tandem.domain.generation import Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.domain.worker import WorkerRole
 from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated.adapter import SimulatedEngine
+from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.engine.simulated.network import MemoryNetwork
 from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
-from tandem.engine.simulated.virtual_time import EPOCH_TIME_S, Deadlock, LoopClock, run_virtually
 from tandem.errors import TandemError
-from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
-from tandem.model.worker import WorkerRole
 from tandem.testing.fake_model import write_fake_model
+from tandem.testing.virtual_time import EPOCH_TIME_S, Deadlock, LoopClock, run_virtually
 
 Event = tuple[float, int, str, Any]
 CHAOS = [

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.observe.sliding import BUCKETS, LATENCY_SLICES, LATENCY_WINDOW_S, RATE_WINDOW_S, LatencyWindow, RateWindow
-from tandem.runtime.clock import ManualClock
+from tandem.clock import ManualClock
+from tandem.observability.windows import (
+    BUCKETS,
+    LATENCY_SLICES,
+    LATENCY_WINDOW_S,
+    RATE_WINDOW_S,
+    LatencyWindow,
+    RateWindow,
+)
 
 ERROR = 0.0251
 

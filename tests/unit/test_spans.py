@@ -9,13 +9,13 @@ from frontend_workers import decode, prefill
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.domain.generation import EngineFinish, EngineTimings, FinishReason
 from tandem.errors import LegFailed
-from tandem.model.generation import EngineFinish, EngineTimings, FinishReason
-from tandem.observe.course import AttemptCourse, Course, LegCourse
-from tandem.observe.courses import Courses, trace_ids
-from tandem.observe.otlp import Encoder
-from tandem.observe.spans import Span, is_sampled, spans_of
-from tandem.observe.trace_context import TraceContext
+from tandem.observability.otlp import Encoder
+from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
+from tandem.observability.spans import Span, is_sampled, spans_of
+from tandem.observability.trace_context import TraceContext
+from tandem.observability.trace_store import Courses, trace_ids
 
 PARENT = TraceContext(7, 8, state="v=1")
 

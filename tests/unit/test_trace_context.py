@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tandem.observe.trace_context import TraceContext, TraceIds, parsed
+from tandem.observability.trace_context import TraceContext, TraceIds, parsed
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.waiting_line import Demand, WaitingLine
+from tandem_frontend.admission.queue import Demand, WaitingLine
 
 
 def order(*demands: Demand) -> list[int]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from registry_workers import make_worker
 from simulated_engines import AGGREGATED, running
 
-from tandem.observe.leg_metrics import LegMetrics
-from tandem.observe.metrics import Metrics
+from tandem.observability.leg_metrics import LegMetrics
+from tandem.observability.metrics import Metrics
 from tandem.testing.fake_model import write_fake_model
 from tandem.worker.engine_health import EngineHealth, Periods
-from tandem.worker.figures import Figures
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
+from tandem.worker.stats import Figures
 
 
 class Place:

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from registry_workers import make_worker
 
-from tandem.rpc.registry_client import LeaseTime
-from tandem.runtime.clock import ManualClock
+from tandem.clock import ManualClock
+from tandem.discovery import LeaseTime
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.identity import Identity
 

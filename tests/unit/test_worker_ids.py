@@ -6,8 +6,8 @@ import pytest
 from tandem_registry.validation import checked_worker_id
 
 from tandem import config as configuration
+from tandem.domain.worker import WorkerRole, default_worker_id
 from tandem.errors import ConfigError
-from tandem.model.worker import WorkerRole, default_worker_id
 from tandem.worker.config import WorkerConfig
 
 

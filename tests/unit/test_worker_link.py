@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 from frontend_workers import decode
-from tandem_frontend.link_leg import Bounds, Leg
-from tandem_frontend.worker_link import WorkerLink
-from tandem_frontend.worker_links import WorkerLinks
+from tandem_frontend.execution.link_leg import Bounds, Leg
+from tandem_frontend.execution.worker_link import WorkerLink
+from tandem_frontend.execution.worker_links import WorkerLinks
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
-from tandem.engine.simulated.virtual_time import run_virtually
+from tandem.domain.worker import LEG_CONTRACT, Worker
 from tandem.errors import Draining, ServiceError, TandemError
-from tandem.model.worker import LEG_CONTRACT, Worker
 from tandem.rpc.status import to_status
-from tandem.runtime.awake import AwakeTimers
+from tandem.service.awake_timers import AwakeTimers
+from tandem.testing.virtual_time import run_virtually
 
 WORKER = replace(decode(), leg_contract=LEG_CONTRACT)
 ACCEPTED = leg2_pb2.LegStartResult(accepted=leg_pb2.LegAccepted(worker_id=WORKER.worker_id, epoch=WORKER.epoch))

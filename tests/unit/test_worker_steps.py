@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
+from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
+from tandem.domain.worker import Worker
 from tandem.engine.port import Output
-from tandem.engine.simulated.virtual_time import run_virtually
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, ServiceError, TandemError
-from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
-from tandem.model.worker import Worker
 from tandem.rpc.status import from_status
-from tandem.runtime.awake import AwakeTimers
+from tandem.service.awake_timers import AwakeTimers
+from tandem.testing.virtual_time import run_virtually
 from tandem.worker import steps
 from tandem.worker.leg_messages import engine_request
 from tandem.worker.leg_starts import LegStarts

@@ -13,9 +13,9 @@ from google.protobuf import duration_pb2
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
+from tandem.domain.worker import Worker
 from tandem.errors import TandemError, WorkerNotFound
-from tandem.model.worker import Worker
-from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.server import RpcServer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name

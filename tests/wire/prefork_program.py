@@ -10,10 +10,10 @@ from typing import Any
 
 from tandem.errors import ConfigError, StartError
 from tandem.rpc.http2.server import Http2RpcServer
-from tandem.runtime.beginning import begin
-from tandem.runtime.parent import is_orphan
-from tandem.runtime.prefork_child import ParentLink, find_parent
-from tandem.runtime.prefork_process import State
+from tandem.service.parent_death import is_orphan
+from tandem.service.prefork.child import ParentLink, find_parent
+from tandem.service.prefork.process import State
+from tandem.service.startup import begin
 
 REFUSALS = {"setting": ConfigError("port", "is odd"), "start": StartError("there is no model")}
 

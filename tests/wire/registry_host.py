@@ -12,10 +12,10 @@ from tandem_registry.app import RegistryApp
 from tandem_registry.config import RegistryConfig
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 from tandem.errors import TandemError
-from tandem.model.frontend import Frontend
-from tandem.model.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
-from tandem.rpc.messages import frontend_to_proto, worker_to_proto
+from tandem.rpc.convert import frontend_to_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tests.integration.consul_host import ConsulHost
 

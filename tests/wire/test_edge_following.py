@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from tandem_edge.discovery import Discovery
+from tandem_edge.dns import Names
+from tandem_edge.endpoints import Endpoint
 from telling_registry import TellingRegistry, telling
 
-from tandem.edge.discovery import Discovery
-from tandem.edge.endpoints import Endpoint
-from tandem.edge.names import Names
-from tandem.rpc.frontend_watching import FrontendWatch
+from tandem.discovery.frontend_watching import FrontendWatch
 from tandem.testing.eventually import assert_eventually
 
 A, B = Endpoint("10.0.0.1", 1), Endpoint("10.0.0.2", 1)
@@ -96,7 +96,7 @@ async def test_a_name_is_looked_up_again_and_its_last_answer_is_kept() -> None:
 
 
 async def test_a_start_without_frontends_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.edge.discovery.FIRST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tandem_edge.discovery.FIRST_TIMEOUT_S", 0.2)
     async with following() as (registry, discovery):
         assert await discovery.first() == ()
         told = Told()

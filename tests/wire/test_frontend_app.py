@@ -10,9 +10,9 @@ from registry_host import make_worker
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
+from tandem.client import calls
+from tandem.domain.worker import EngineLoad
 from tandem.errors import InvalidRequest, ServiceError
-from tandem.model.worker import EngineLoad
-from tandem.rpc import clients
 from tandem.testing.eventually import assert_eventually
 
 MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
@@ -61,9 +61,9 @@ async def test_it_serves_before_and_without_being_registered() -> None:
         try:
             async with asyncio.timeout(10):
                 await app.start()
-            assert await clients.is_serving(app.address)
+            assert await calls.is_serving(app.address)
             await assert_eventually(lambda: len(registry.registered) >= 2)
-            assert await clients.is_serving(app.address)
+            assert await calls.is_serving(app.address)
             async with asyncio.timeout(1):
                 assert await app.drain()
         finally:

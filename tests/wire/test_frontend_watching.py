@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 from telling_registry import telling
 
-from tandem.model.worker import WorkerState
-from tandem.rpc.frontend_watching import FrontendWatch
+from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.domain.worker import WorkerState
 from tandem.testing.eventually import assert_eventually
 
 

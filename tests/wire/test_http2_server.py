@@ -16,10 +16,10 @@ import pytest
 from h2.events import PingReceived
 from http2_peer import PUSHED, STREAM, UNARY, Echo, RawPeer, beside, echoing, framed, raw_peer
 
+from tandem.client import calls as clients
+from tandem.client.health_calls import HealthWatch
 from tandem.errors import InvalidRequest, StartError
-from tandem.rpc import clients
 from tandem.rpc.channels import open_channel
-from tandem.rpc.health_calls import HealthWatch
 from tandem.rpc.http2 import limits
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.testing.eventually import assert_eventually

@@ -23,10 +23,10 @@ from tandem.api.process.v1.process_service_pb2_grpc import ProcessServiceStub
 from tandem.errors import ConfigError, StartError
 from tandem.rpc.channels import open_channel
 from tandem.rpc.http2.listener import Listener
-from tandem.runtime import prefork
-from tandem.runtime.prefork import Prefork
-from tandem.runtime.prefork_process import UNTAKEN_MAX, ChildProcess, State
-from tandem.runtime.restart_budget import RestartPolicy
+from tandem.service.prefork import parent as prefork
+from tandem.service.prefork.parent import Prefork
+from tandem.service.prefork.process import UNTAKEN_MAX, ChildProcess, State
+from tandem.service.restart_budget import RestartPolicy
 from tandem.testing.eventually import assert_eventually
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "prefork_program.py")]

@@ -10,7 +10,7 @@ from registry_host import serve_registry
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from tandem.rpc import clients
+from tandem.client import calls
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
 
@@ -21,9 +21,9 @@ async def test_open_calls_are_counted_until_they_end() -> None:
     async with serve_registry() as app:
 
         async def open_calls() -> int:
-            return (await clients.process_figures(app.address)).open_calls
+            return (await calls.process_figures(app.address)).open_calls
 
-        before = await clients.process_figures(app.address)
+        before = await calls.process_figures(app.address)
         assert before.pid == os.getpid()
         assert before.open_calls == 0
         assert before.resident_bytes > 10 * 2**20
@@ -32,7 +32,7 @@ async def test_open_calls_are_counted_until_they_end() -> None:
             watches = [stub.Watch(pb.WatchRequest()) for _ in range(3)]
             for watch in watches:
                 assert (await watch.read()).HasField("snapshot")
-            held = await clients.process_figures(app.address)
+            held = await calls.process_figures(app.address)
             assert held.open_calls == 3
             assert held.descriptors > before.descriptors
             assert held.tasks > before.tasks
@@ -48,6 +48,6 @@ async def test_a_refused_call_is_closed_too() -> None:
             for _ in range(5):
                 failed = await stub.Register(pb.RegisterRequest()).code()
                 assert failed is not None
-        figures = await clients.process_figures(app.address)
+        figures = await calls.process_figures(app.address)
         assert figures.open_calls == 0
         assert dict(figures.failed_calls) == {"INVALID_REQUEST": 5}

@@ -14,13 +14,13 @@ import pytest
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import ProfileServiceStub, add_ProfileServiceServicer_to_server
+from tandem.client import admin_calls
 from tandem.errors import AdminDisabled, InvalidRequest, NotSupported, Overloaded, ProfileFailed
-from tandem.observe.cpu_profile import CpuProfiler
-from tandem.observe.profiles import Profiles
-from tandem.rpc import admin_clients
+from tandem.observability.cpu_profile import CpuProfiler
+from tandem.observability.profiles import Profiles
 from tandem.rpc.channels import open_channel
 from tandem.rpc.profile_servicer import SERVICE_NAME, ProfileServicer
-from tandem.runtime import run_directory
+from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
 
 
@@ -45,7 +45,7 @@ async def serving(server_type: Any, *, enabled: bool = True) -> AsyncIterator[tu
 
 async def captured(address: str, **fields: Any) -> dict[str, bytes]:
     request = pb.CaptureProfileRequest(**{"duration_ms": 300, **fields})
-    return {name: data async for name, data in admin_clients.capture_profile(address, request)}
+    return {name: data async for name, data in admin_calls.capture_profile(address, request)}
 
 
 def spin_here(count: int) -> int:

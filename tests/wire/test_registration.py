@@ -12,11 +12,11 @@ import pytest
 from played_registry import PlayedRegistry, play_registry
 from registry_host import make_worker, port_of
 
+from tandem.clock import ManualClock
+from tandem.discovery import Registration
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, ServiceError, TandemError, WorkerNotFound
-from tandem.model.frontend import Frontend
-from tandem.model.worker import WorkerState
-from tandem.rpc.registry_client import Registration
-from tandem.runtime.clock import ManualClock
 from tandem.testing.eventually import assert_eventually
 
 FLEET = 60

@@ -37,7 +37,7 @@ from tandem.errors import (
     WorkerNotFound,
 )
 from tandem.rpc.channels import open_channel
-from tandem.rpc.messages import worker_to_proto
+from tandem.rpc.convert import worker_to_proto
 from tandem.testing.eventually import assert_eventually
 
 

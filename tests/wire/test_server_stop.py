@@ -8,8 +8,8 @@ from typing import Any
 
 from server_kinds import on_both_servers
 
+from tandem.client.health_calls import HealthWatch
 from tandem.rpc.channels import Channels
-from tandem.rpc.health_calls import HealthWatch
 
 WATCHERS = 5
 ROUNDS = 4

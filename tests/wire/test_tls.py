@@ -23,10 +23,10 @@ from tandem_registry.config import RegistryConfig
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.client import calls
+from tandem.discovery import Registration, WorkerWatch
 from tandem.errors import ServiceError, StartError
-from tandem.rpc import clients
 from tandem.rpc.channels import OPTIONS, Channels, open_channel
-from tandem.rpc.registry_client import Registration, WorkerWatch
 from tandem.rpc.service_host import is_loopback
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
@@ -110,8 +110,8 @@ def told(channel: grpc.aio.Channel) -> Any:
 
 
 async def test_who_has_a_certificate_is_served(app: RegistryApp, tls: Tls) -> None:
-    assert await clients.is_serving(app.address, tls=tls)
-    assert await clients.list_workers(app.address, tls=tls) == []
+    assert await calls.is_serving(app.address, tls=tls)
+    assert await calls.list_workers(app.address, tls=tls) == []
 
 
 async def expired(certs: Path, other: Path) -> Any:
@@ -168,7 +168,7 @@ async def test_who_has_none_is_refused_at_once(certs: Path, tmp_path: Path, call
 
 async def test_health_and_reflection_ask_for_a_certificate_too(app: RegistryApp, tls: Tls) -> None:
     with pytest.raises(ServiceError):
-        await clients.is_serving(app.address)
+        await calls.is_serving(app.address)
 
     async def names(channel: grpc.aio.Channel) -> list[str]:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
@@ -189,9 +189,9 @@ async def test_a_server_of_another_name_is_refused(server_type: Any, certs: Path
     address = f"127.0.0.2:{server.port}"
     try:
         with pytest.raises(ServiceError, match="127\\.0\\.0\\.2"):
-            await clients.is_serving(address, tls=tls)
+            await calls.is_serving(address, tls=tls)
         issue_all(certs, ["127.0.0.2"])
-        assert not await clients.is_serving(address, tls=tls)
+        assert not await calls.is_serving(address, tls=tls)
     finally:
         await server.stop(0)
 
@@ -218,7 +218,7 @@ async def slow_way_to(address: str, delay_s: float) -> AsyncIterator[str]:
 
 async def test_a_slow_handshake_is_waited_for(app: RegistryApp, tls: Tls) -> None:
     async with slow_way_to(app.address, 0.1) as address:
-        assert await clients.is_serving(address, tls=tls)
+        assert await calls.is_serving(address, tls=tls)
 
 
 async def test_a_server_presents_the_renewed_certificate(certs: Path, app: RegistryApp, tls: Tls) -> None:
@@ -237,7 +237,7 @@ async def test_half_written_files_leave_a_server_as_it_was(
         file.write_bytes(content)
         assert await presented_by(app.address, tls) == serial
     assert sum("stays in use" in record.getMessage() for record in caplog.records) == 1
-    assert await clients.is_serving(app.address, tls=tls)
+    assert await calls.is_serving(app.address, tls=tls)
     issue_all(certs)
     assert await presented_by(app.address, tls) == serial_of(file) != serial
 
@@ -297,7 +297,7 @@ async def test_membership_streams_outlive_renewal_and_come_back_with_what_is_new
 async def test_a_worker_in_plaintext_is_not_registered(app: RegistryApp, tls: Tls) -> None:
     async with open_channel(app.address) as channel:
         assert isinstance(await error_of(RegistryServiceStub(channel).Register(register_request())), ServiceError)
-    assert await clients.list_workers(app.address, tls=tls) == []
+    assert await calls.list_workers(app.address, tls=tls) == []
 
 
 async def test_damaged_files_stop_the_start(certs: Path) -> None:
@@ -306,7 +306,7 @@ async def test_damaged_files_stop_the_start(certs: Path) -> None:
         async with serving(certs):
             pass
     with pytest.raises(StartError, match=r"nowhere/client\.pem cannot be read"):
-        await clients.is_serving("127.0.0.1:1", tls=client_tls(certs / "nowhere"))
+        await calls.is_serving("127.0.0.1:1", tls=client_tls(certs / "nowhere"))
 
 
 @pytest.mark.parametrize(

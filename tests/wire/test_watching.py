@@ -10,9 +10,8 @@ from played_registry import PlayedRegistry, play_registry
 from registry_host import make_worker
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.discovery import WorkerWatch, watches
 from tandem.errors import RevisionAhead, TandemError
-from tandem.rpc import watching
-from tandem.rpc.registry_client import WorkerWatch
 
 A, B = make_worker("a"), make_worker("b")
 
@@ -77,7 +76,7 @@ async def test_a_registry_that_is_behind_passes_the_watcher_on() -> None:
 
 async def test_when_all_stay_behind_what_they_have_is_taken_with_care(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a restore of the place where they keep it: the revision is lower, and it stays so."""
-    monkeypatch.setattr(watching, "AHEAD_PATIENCE_S", 0.5)
+    monkeypatch.setattr(watches, "AHEAD_PATIENCE_S", 0.5)
     registry = PlayedRegistry()
     registry.workers, registry.revision, registry.watch_error = (A, B), 7, behind
     async with watch_of(registry) as watch:

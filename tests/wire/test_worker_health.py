@@ -16,10 +16,10 @@ import pytest
 from registry_host import make_worker
 from tandem_frontend.routing.worker_health import CHECK_TIMEOUT_S, WorkerHealth
 
-from tandem.model.worker import Start, Worker
+from tandem.domain.worker import Start, Worker
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
-from tandem.runtime.awake import AwakeTimers
+from tandem.service.awake_timers import AwakeTimers
 from tandem.testing.eventually import assert_eventually
 
 FLEET = 250

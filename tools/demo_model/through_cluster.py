@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
-from tandem.rpc import clients
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.client import calls
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 from .facts import recall_prompts
 
@@ -38,7 +38,7 @@ async def ask(
     request.stopping.ignore_eos = ignore_eos
     request.chat.messages.add(role="user", content=content)
     text, finish = "", pb.GenerateFinish()
-    async for event in clients.generate(address, request):
+    async for event in calls.generate(address, request):
         text += event.chunk.text
         if event.HasField("finish"):
             finish = event.finish

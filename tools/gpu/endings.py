@@ -12,10 +12,10 @@ import grpc
 import psutil
 
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tandem.rpc import clients
+from tandem.client import calls
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import LocalCluster
-from tandem.runtime.cluster_process import ClusterProcess
 from tools.gpu.callers import Work, prompt, request_of, run
 from tools.gpu.measures import Size
 
@@ -27,7 +27,7 @@ POLL_S = 0.1
 
 async def kv_tokens(cluster: LocalCluster) -> dict[str, int]:
     """Tokens whose KV pages are held by requests, by worker."""
-    loads = {w.name: await clients.worker_load(w.address) for w in cluster.workers if w.runs}
+    loads = {w.name: await calls.worker_load(w.address) for w in cluster.workers if w.runs}
     return {name: load.kv_used_tokens for name, load in loads.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tools.gpu import figures
 from tools.gpu.callers import Callers, Work, run
 from tools.gpu.figures import Streamed

@@ -21,9 +21,9 @@ from typing import Any
 
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.api.types.v1 import leg_pb2
-from tandem.rpc import admin_clients, clients
+from tandem.client import admin_calls, calls
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
 from tools.gpu import endings
 from tools.gpu.callers import Work, prompt, request_of, run, stream
 from tools.gpu.figures import Streamed
@@ -68,7 +68,7 @@ async def _course(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: in
     async with open_channel(address) as channel:
         streamed = await stream(InferenceServiceStub(channel), request, 60, False)
     await asyncio.sleep(SETTLED_S)
-    (timeline,) = await admin_clients.request_timelines(address, request.request_id)
+    (timeline,) = await admin_calls.request_timelines(address, request.request_id)
     begin_ns, attempt = timeline.begin.time.ToNanoseconds(), timeline.attempts[-1]
     legs = {"prefill": attempt.prefill.timings, "decode": attempt.decode.timings}
     told = {name: offsets_ms(leg, begin_ns) for name, leg in legs.items()}
@@ -125,7 +125,7 @@ async def pages(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict
 
 
 async def _accounts(cluster: LocalCluster) -> dict[str, dict[str, int]]:
-    loads = {w.name: await clients.worker_load(w.address) for w in cluster.workers if w.runs}
+    loads = {w.name: await calls.worker_load(w.address) for w in cluster.workers if w.runs}
     return {
         name: {
             field.name: value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pair_overhead import BareEngine, Measured, ask_bare
-from tandem.runtime.cluster import LocalCluster
+from tandem.local_cluster.cluster import LocalCluster
 from tools.gpu import shapes
 from tools.gpu.callers import Work, prompt, run
 from tools.gpu.shapes import Load, Machine

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.checkpoint import read_checkpoint
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.domain.checkpoint import read_checkpoint
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tools.gpu import copies, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
 from tools.gpu.figures import Streamed

@@ -17,7 +17,7 @@ from benchmarks.peers.environment import REPOSITORY
 from benchmarks.peers.systems.door import Door, Running, Surroundings, fleet
 
 SERVICES = ("frontend", "prefill", "decode", "registry", "edge")
-EDGE_MODULES = {"services/edge/tandem_edge": "tandem_edge", "src/tandem/edge": "tandem.edge"}
+EDGE_MODULES = {"services/edge/tandem_edge": "tandem_edge", "src/tandem/edge": "tandem_edge"}
 ROOM = 64
 """Requests more than the streams that are to be open: probes, and what comes again at once."""
 OPEN_REQUESTS_MIN = 256

@@ -19,7 +19,7 @@ from benchmarks.peers.words import Words
 from benchmarks.peers.workers.steps import OpenStream, Pace, Steps
 from tandem.api.types.v1 import generation_pb2, leg_pb2, worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2
-from tandem.checkpoint import read_checkpoint
+from tandem.domain.checkpoint import read_checkpoint
 
 SERVICE = "/tandem.api.worker.v1.WorkerService/"
 HEALTH = "/grpc.health.v1.Health/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tandem.model.worker import WorkerRole
+from tandem.domain.worker import WorkerRole
 from tandem.worker.config import WorkerConfig
 
 

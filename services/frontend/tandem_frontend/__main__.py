@@ -1,7 +1,7 @@
 """Entry point of `tandem-frontend` and of `python -m tandem_frontend`.
 
 Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
-`tandem.runtime.process`.
+`tandem.service.process`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from tandem.runtime.beginning import begin
+from tandem.service.startup import begin
 
 if TYPE_CHECKING:
-    from tandem.runtime.process import Service
+    from tandem.service.process import Service
     from tandem_frontend.config import FrontendConfig
 
 
 def main() -> NoReturn:
     """Run the frontend until it is asked to end."""
     begin()
-    from tandem.runtime import process
-    from tandem.runtime.prefork_child import find_parent
+    from tandem.service import process
+    from tandem.service.prefork.child import find_parent
     from tandem_frontend.config import PROGRAM, FrontendConfig
 
     parent = find_parent(os.environ)

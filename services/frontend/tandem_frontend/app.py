@@ -20,54 +20,54 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
 )
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
-from tandem.model.frontend import Frontend, default_frontend_id
-from tandem.model.worker import EngineLoad, Start, Worker, WorkerState
-from tandem.observe.course import Course
-from tandem.observe.courses import Courses
-from tandem.observe.cpu_profile import CpuProfiler
-from tandem.observe.logs import log_request
-from tandem.observe.metrics import Reading, Together, open_metrics
-from tandem.observe.names import Emitter
-from tandem.observe.profiles import Profiles
-from tandem.observe.request_metrics import RequestMetrics
-from tandem.observe.tracing import SpanExport, export_spans, resource
-from tandem.parsing import Parsers
+from tandem.client.load_watch import LoadWatch
+from tandem.client.step_calls import WorkerCalls
+from tandem.clock import epoch_now, monotonic
+from tandem.discovery import Registration, WorkerWatch
+from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.worker import EngineLoad, Start, Worker, WorkerState
+from tandem.observability.cpu_profile import CpuProfiler
+from tandem.observability.logs import log_request
+from tandem.observability.metric_catalog import Emitter
+from tandem.observability.metrics import Reading, Together, open_metrics
+from tandem.observability.profiles import Profiles
+from tandem.observability.request_metrics import RequestMetrics
+from tandem.observability.request_trace import Course
+from tandem.observability.span_export import SpanExport, export_spans, resource
+from tandem.observability.trace_store import Courses
+from tandem.output_parsers import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.http2.limits import STREAMS_MAX
 from tandem.rpc.http2.server import Http2RpcServer
-from tandem.rpc.load_watching import LoadWatch
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
-from tandem.rpc.registry_client import Registration, WorkerWatch
-from tandem.rpc.step_calls import WorkerCalls
-from tandem.runtime.awake import AwakeTimers
-from tandem.runtime.clock import epoch_now, monotonic
-from tandem_frontend.admin_servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
-from tandem_frontend.admin_servicer import FrontendAdminServicer
-from tandem_frontend.admission import Admission
-from tandem_frontend.attempts import Attempts
-from tandem_frontend.capacity import Capacity
-from tandem_frontend.coalescing import Coalescing
+from tandem.service.awake_timers import AwakeTimers
+from tandem.service.loop_load import LoopLoad
+from tandem_frontend.admin.local_requests import OwnAnswers
+from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
+from tandem_frontend.admin.servicer import FrontendAdminServicer
+from tandem_frontend.admin.stats import Figures
+from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.admission.controller import Admission
 from tandem_frontend.config import PROGRAM, FrontendConfig
-from tandem_frontend.dispatch import Dispatch
-from tandem_frontend.figures import Figures
-from tandem_frontend.generation import Generation
-from tandem_frontend.link_leg import Bounds
-from tandem_frontend.loop_load import LoopLoad
-from tandem_frontend.model_defaults import read_defaults
-from tandem_frontend.models import ServedModel
+from tandem_frontend.execution.dispatch import Dispatch
+from tandem_frontend.execution.link_leg import Bounds
+from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
-from tandem_frontend.own_answers import OwnAnswers
+from tandem_frontend.pipeline import Generation
+from tandem_frontend.preparation.model_defaults import read_defaults
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
-from tandem_frontend.routing.breakers import Breakers
+from tandem_frontend.response.coalescing import Coalescing
+from tandem_frontend.routing.circuit_breaker import Breakers
 from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.routes import Routes
+from tandem_frontend.routing.router import Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
-from tandem_frontend.tokenization import Tokenizer
-from tandem_frontend.worker_links import WorkerLinks
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ STOP_GRACE_S = 0.5
 
 
 class FrontendApp:
-    """The frontend as `tandem.runtime.process` runs it."""
+    """The frontend as `tandem.service.process` runs it."""
 
     def __init__(self, config: FrontendConfig, membership: Membership | None = None) -> None:
         """`membership`: it is one of the processes of a frontend, whose port and registration are another's."""

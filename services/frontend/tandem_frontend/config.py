@@ -8,9 +8,9 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tandem.config import AdminConfig
+from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
+from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
-from tandem.model.worker import WORKER_ID_PATTERN
-from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
 PROGRAM = "tandem-frontend"
 REQUEST_BYTES_BASE = 2**20

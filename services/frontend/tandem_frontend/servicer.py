@@ -13,15 +13,15 @@ from google.api.httpbody_pb2 import HttpBody
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
+from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
-from tandem.model.worker import Worker
-from tandem.rpc.messages import present
-from tandem_frontend.answers import EventsAnswer, StreamAnswer, WholeAnswer
-from tandem_frontend.caller import caller_of
-from tandem_frontend.events import failure_event
-from tandem_frontend.generation import Generation
-from tandem_frontend.models import ServedModel, check_name_length, get_model, list_models
-from tandem_frontend.validation import checked_detokenize, checked_tokenize
+from tandem.rpc.convert import present
+from tandem_frontend.call_context import caller_of
+from tandem_frontend.pipeline import Generation
+from tandem_frontend.preparation.served_model import ServedModel, check_name_length, get_model, list_models
+from tandem_frontend.preparation.validation import checked_detokenize, checked_tokenize
+from tandem_frontend.response.sse import failure_event
+from tandem_frontend.response.writers import EventsAnswer, StreamAnswer, WholeAnswer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

@@ -1,20 +1,20 @@
 """Entry point of `tandem-prefill` and of `python -m tandem_prefill`.
 
 Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
-`tandem.runtime.process`.
+`tandem.service.process`.
 """
 
 from __future__ import annotations
 
 from typing import NoReturn
 
-from tandem.runtime.beginning import begin
+from tandem.service.startup import begin
 
 
 def main() -> NoReturn:
     """Run the worker until it is asked to end."""
     begin()
-    from tandem.runtime import process
+    from tandem.service import process
     from tandem_prefill.app import build
     from tandem_prefill.config import PrefillConfig
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 
 from tandem.api.registry.v1 import registry_service_pb2_grpc
-from tandem.observe.metrics import open_metrics
-from tandem.observe.names import Emitter
+from tandem.observability.metric_catalog import Emitter
+from tandem.observability.metrics import open_metrics
 from tandem.rpc.server import RpcServer
-from tandem_registry.backends.choice import open_backend
+from tandem_registry.backends.factory import open_backend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
-from tandem_registry.figures import Figures
+from tandem_registry.gauges import Figures
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
@@ -26,7 +26,7 @@ REQUEST_BYTES_MAX = 2**20
 
 
 class RegistryApp:
-    """The registry as `tandem.runtime.process` runs it."""
+    """The registry as `tandem.service.process` runs it."""
 
     def __init__(self, config: RegistryConfig) -> None:
         self._config = config

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 from tandem.api.types.v1 import worker_pb2
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
 from tandem.errors import InvalidRequest
-from tandem.model.frontend import Frontend
-from tandem.model.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
-from tandem.rpc.messages import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
+from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
 
 WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)

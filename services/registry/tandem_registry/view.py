@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from tandem.model.frontend import Frontend, Member
-from tandem.model.worker import Worker
+from tandem.domain.frontend import Frontend, Member
+from tandem.domain.worker import Worker
 
 M = TypeVar("M", bound=Member)
 

@@ -11,9 +11,9 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
-from tandem.model.frontend import Frontend, Member
-from tandem.model.worker import Worker
-from tandem.rpc.messages import frontend_to_proto, timestamp, worker_to_proto
+from tandem.domain.frontend import Frontend, Member
+from tandem.domain.worker import Worker
+from tandem.rpc.convert import frontend_to_proto, timestamp, worker_to_proto
 from tandem_registry.view import Change, Health, Listed, Origin, RemovalReason, View
 
 REMOVAL_REASONS = {

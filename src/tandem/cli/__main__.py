@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from tandem.runtime.beginning import begin
+from tandem.service.startup import begin
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from typer.exceptions import TyperException
 
 from tandem import __version__
 from tandem.cli.arguments import with_value
-from tandem.cli.endings import end
-from tandem.cli.observing import add_to
+from tandem.cli.exit_status import end
+from tandem.cli.inspect_commands import add_to
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -125,7 +125,7 @@ def up(
 
     from tandem.cli import up as up_command
     from tandem.cli.consul_options import read_options
-    from tandem.runtime.cluster import ClusterSpec
+    from tandem.local_cluster.cluster import ClusterSpec
 
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
     if kv_capacity_tokens is not None:
@@ -268,7 +268,7 @@ def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogD
     from rich.console import Console
 
     from tandem.cli import demo as demo_command
-    from tandem.runtime.cluster import ClusterSpec
+    from tandem.local_cluster.cluster import ClusterSpec
 
     end("demo", demo_command.demo(ClusterSpec(model=model, engine=engine, log_directory=log_dir), Console()))
 
@@ -280,7 +280,7 @@ def health(
     tls: TlsDirectory = None,
 ) -> None:
     """Ask a process for its health: exit status 0 when it serves."""
-    from tandem.cli import health as health_command
+    from tandem.cli import operations as health_command
     from tandem.cli.state import find_tls
 
     end("health", health_command.health(address, service, find_tls(tls)))

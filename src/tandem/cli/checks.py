@@ -10,14 +10,14 @@ import os
 import sys
 
 from tandem import config as configuration
-from tandem.checkpoint import read_checkpoint
 from tandem.cli.app import DEMO_MODEL
+from tandem.discovery.addresses import PORT_MAX
+from tandem.domain.checkpoint import read_checkpoint
+from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.errors import ConfigError
-from tandem.model.worker import WorkerRole
-from tandem.rpc.addresses import PORT_MAX
+from tandem.local_cluster.cluster import ClusterSpec
 from tandem.rpc.listening import listen_problem
-from tandem.runtime.cluster import ClusterSpec
 from tandem.worker.config import WorkerConfig
 
 HOST = "127.0.0.1"
@@ -37,7 +37,7 @@ def check_spec(spec: ClusterSpec) -> None:
     read_checkpoint(spec.model)
     _check_ports(spec)
     if spec.edge:
-        from tandem.edge.process import find_binary
+        from tandem_edge.envoy_process import find_binary
 
         find_binary(None)
 
@@ -67,9 +67,9 @@ def _check_worker(spec: ClusterSpec) -> None:
     settings = config.engine_settings(WorkerRole.AGGREGATED if not spec.prefill else WorkerRole.PREFILL)
     create_engine(config.engine, settings)
     if config.engine == "sglang":
-        from tandem.engine.sglang import probe
+        from tandem.engine.sglang import compat
 
-        probe.check_installed(config.transfer_backend)
+        compat.check_installed(config.transfer_backend)
         if config.device == "cuda" and not _has_nvidia_driver():
             raise ConfigError("device", "must be auto or cpu here: this machine has no NVIDIA driver")
 

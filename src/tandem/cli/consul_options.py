@@ -15,10 +15,10 @@ from rich.console import Console
 from tandem.cli.arguments import CONSUL as OPTION
 from tandem.cli.arguments import LOCAL
 from tandem.errors import ConfigError, StartError
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tandem.runtime.cluster_consul import DEFAULT_SERVICE, ClusterConsul
-from tandem.runtime.consul_binary import find_consul
-from tandem.runtime.consul_http import ConsulAccess, read_token_file
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.consul import DEFAULT_SERVICE, ClusterConsul
+from tandem.local_cluster.consul_binary import find_consul
+from tandem.local_cluster.consul_http import ConsulAccess, read_token_file
 from tandem.tls.paths import Tls
 
 ADDRESS = re.compile(r"(https?://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")

@@ -14,7 +14,7 @@ from tandem.cli.generate import print_events, tokens_per_s
 from tandem.cli.interruption import EXIT_INTERRUPTED, Interruption
 from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 STORY = (
     "Listen carefully. Mia hid the red key in the old barn. Theo left the orange spoon in the dark forest. "

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Sequence
 
 from tandem.cli.membership import ask_all
+from tandem.client import calls
+from tandem.domain.worker import Start
 from tandem.errors import DeadlinePassed, StartError
-from tandem.model.worker import Start
-from tandem.rpc import clients
 from tandem.tls.paths import Tls
 
 LEAVING_TIMEOUT_S = 15.0
@@ -34,7 +34,7 @@ async def drain(worker_id: str, registries: Sequence[str], tls: Tls | None = Non
         known = ", ".join(sorted(worker.worker_id for worker in workers)) or "none"
         raise StartError(f"no worker is called {worker_id} (known: {known})")
     told = None
-    async for open_legs in clients.drain_worker(found.address, found.epoch, tls=tls):
+    async for open_legs in calls.drain_worker(found.address, found.epoch, tls=tls):
         if open_legs != told:
             told = open_legs
             print(f"{worker_id}: {open_legs} open legs", flush=True)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem.client import calls
 from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
-from tandem.rpc import clients
 from tandem.tls.paths import Tls
 
 EXIT_INTERRUPTED = 130
@@ -122,7 +122,7 @@ async def print_events(
     route = pb.Route()
     request_id = ""
     logprobs: list[generation_pb2.TokenLogprob] = []
-    async with contextlib.aclosing(clients.generate(address, request, tls=tls)) as responses:
+    async with contextlib.aclosing(calls.generate(address, request, tls=tls)) as responses:
         async for response in responses:
             if as_json:
                 print(MessageToJson(response, indent=None, preserving_proto_field_name=True), flush=True)
@@ -181,7 +181,7 @@ def tokens_per_s(finish: pb.GenerateFinish) -> float | None:
 
 async def _takes_messages(address: str, asked: Asked) -> bool:
     try:
-        models = await clients.list_models(address, tls=asked.tls)
+        models = await calls.list_models(address, tls=asked.tls)
     except NotSupported:
         raise StartError(f"{address} is not a frontend of Tandem") from None
     if not models:

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.client import calls
+from tandem.discovery.addresses import parse_addresses, parse_srv
+from tandem.discovery.srv_lookup import resolve_srv
 from tandem.errors import NotSupported, StartError, TandemError
-from tandem.rpc import clients
-from tandem.rpc.addresses import parse_addresses, parse_srv
-from tandem.rpc.resolving import resolve_srv
 from tandem.tls.paths import Tls
 
 
@@ -94,7 +94,7 @@ async def ask_all(addresses: Sequence[str], tls: Tls | None) -> Membership:
 
 async def _ask(address: str, tls: Tls | None) -> Answer:
     try:
-        return Answer(address, await clients.list_members(address, tls=tls))
+        return Answer(address, await calls.list_members(address, tls=tls))
     except NotSupported:
         raise StartError(f"{address} is not a registry of Tandem") from None
     except TandemError as problem:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.cli.membership import ask_all
+from tandem.client import admin_calls
 from tandem.errors import ConfigError, StartError
-from tandem.rpc import admin_clients
 from tandem.tls.paths import Tls
 
 FORMS = {"speedscope": pb.PROFILE_FORMAT_SPEEDSCOPE, "html": pb.PROFILE_FORMAT_HTML}
@@ -58,7 +58,7 @@ async def profile(
         ConfigError: the directory cannot be written to.
         TandemError: the process gives no profile.
     """
-    async for name, data in admin_clients.capture_profile(address, request, tls=tls):
+    async for name, data in admin_calls.capture_profile(address, request, tls=tls):
         # The name comes from elsewhere, and must not lead out of the directory.
         file = directory / f"{process.replace(':', '-')}-{Path(name).name}"
         try:

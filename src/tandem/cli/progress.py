@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
-from tandem.runtime.cluster_process import ClusterProcess, ProcessState
+from tandem.local_cluster.child_process import ClusterProcess, ProcessState
 
 REMIND_INTERVAL_S = 10.0
 WAITING = (ProcessState.STARTING, ProcessState.DRAINING)

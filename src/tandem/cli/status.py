@@ -19,8 +19,8 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
 from tandem.cli.membership import Answer, Membership, ask_all
+from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.rpc import clients
 from tandem.tls.paths import Tls
 
 BUSY = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "KV USED", "ADDRESS")
@@ -67,7 +67,7 @@ def _show(console: Console, head: tuple[str, ...], rows: Sequence[tuple[str, ...
 
 async def _load(address: str, tls: Tls | None) -> Load:
     try:
-        return await clients.worker_load(address, tls=tls)
+        return await calls.worker_load(address, tls=tls)
     except TandemError:
         return None
 

@@ -12,7 +12,7 @@ from google.protobuf import duration_pb2
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, worker_pb2
-from tandem.rpc.messages import seconds
+from tandem.rpc.convert import seconds
 
 BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
 TEXT_WIDTH = 44

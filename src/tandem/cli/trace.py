@@ -16,8 +16,8 @@ from google.protobuf.json_format import MessageToDict
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.cli.membership import ask_all
 from tandem.cli.timeline import render
+from tandem.client import admin_calls
 from tandem.errors import NotSupported, RequestNotFound, StartError, TandemError
-from tandem.rpc import admin_clients
 from tandem.tls.paths import Tls
 
 
@@ -76,7 +76,7 @@ async def trace(request_id: str, frontends: Sequence[Frontend], *, as_json: bool
 
 async def _ask(frontend: Frontend, request_id: str, tls: Tls | None) -> Found:
     try:
-        return Found(frontend, tuple(await admin_clients.request_timelines(frontend.address, request_id, tls=tls)))
+        return Found(frontend, tuple(await admin_calls.request_timelines(frontend.address, request_id, tls=tls)))
     except RequestNotFound:
         return Found(frontend)
     except NotSupported:

@@ -21,10 +21,10 @@ from tandem.cli.state import (
     state_file,
     write_state,
 )
-from tandem.runtime import scrape_targets
-from tandem.runtime.cluster import ClusterSpec, LocalCluster
-from tandem.runtime.restart_budget import RestartPolicy
-from tandem.runtime.restarts import Restarts
+from tandem.local_cluster import scrape_targets
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.restarts import Restarts
+from tandem.service.restart_budget import RestartPolicy
 
 
 async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:

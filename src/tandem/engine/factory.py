@@ -16,11 +16,11 @@ def create_engine(name: str, settings: EngineSettings) -> Engine:
         ConfigError: no adapter has that name.
     """
     if name == "sglang":
-        from tandem.engine.sglang.adapter import SglangEngine
+        from tandem.engine.sglang.engine import SglangEngine
 
         return SglangEngine(settings)
     if name == "simulated":
-        from tandem.engine.simulated.adapter import SimulatedEngine
+        from tandem.engine.simulated.engine import SimulatedEngine
 
         return SimulatedEngine(settings)
     raise ConfigError("engine", f"must be one of {', '.join(ENGINES)}, not {name!r}")

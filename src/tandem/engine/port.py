@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tandem.domain.generation import EngineFinish, EngineRequest, TokenLogprob
+from tandem.domain.worker import Capabilities, EngineLoad
 from tandem.errors import TandemError
-from tandem.model.generation import EngineFinish, EngineRequest, TokenLogprob
-from tandem.model.worker import Capabilities, EngineLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

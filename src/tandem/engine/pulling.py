@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from tandem.domain.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
 from tandem.engine.port import Engine
 from tandem.errors import TandemError
-from tandem.model.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
 
 
 class BatchQueue:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.model.worker import WorkerRole
+from tandem.domain.worker import WorkerRole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 
 from tandem.errors import TandemError
-from tandem.rpc.malformed import checked_deserializer
+from tandem.rpc.request_decoding import checked_deserializer
 from tandem.rpc.status import abort
 
 log = logging.getLogger(__name__)

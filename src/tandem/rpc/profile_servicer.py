@@ -1,4 +1,4 @@
-"""ProfileService on the wire: protobuf to `tandem.observe.profiles` and back, with the bounds of its fields."""
+"""ProfileService on the wire: protobuf to `tandem.observability.profiles` and back, with the bounds of its fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1 import admin_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
-from tandem.observe.profiles import Part, ProfileFile, Profiles, Started, Wanted
+from tandem.observability.profiles import Part, ProfileFile, Profiles, Started, Wanted
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ProfileService"].full_name
 PREFIX = "PROFILE_FORMAT_"

@@ -19,8 +19,8 @@ from tandem.api.process.v1.process_service_pb2_grpc import add_ProcessServiceSer
 from tandem.errors import StartError
 from tandem.rpc.handler_guard import HandlerGuard
 from tandem.rpc.listening import check_listenable
-from tandem.rpc.process_figures import SERVICE_NAME as PROCESS_SERVICE_NAME
-from tandem.rpc.process_figures import ProcessServicer
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
+from tandem.rpc.process_servicer import ProcessServicer
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Legs at one worker without a frontend: a step stream of one's own, and what each leg on it says.
 
-For tests and benchmarks that ask a worker itself; serving goes through `tandem_frontend.worker_link`.
+For tests and benchmarks that ask a worker itself; serving goes through `tandem_frontend.execution.worker_link`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
+from tandem.client.calls import worker_at
+from tandem.client.step_calls import StepCall, WorkerCalls
+from tandem.domain.worker import Worker
 from tandem.errors import TandemError
-from tandem.model.worker import Worker
 from tandem.rpc.channels import Channels
-from tandem.rpc.clients import worker_at
 from tandem.rpc.status import from_status
-from tandem.rpc.step_calls import StepCall, WorkerCalls
 from tandem.tls.paths import Tls
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from tandem.config import AdminConfig
+from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
+from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
-from tandem.model.worker import WORKER_ID_PATTERN, WorkerRole
-from tandem.rpc.addresses import REGISTRY_TEXT, Addresses
 
 
 def _parse_extra(value: Any) -> Any:

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from tandem.clock import Clock, monotonic
 from tandem.engine.port import BootstrapAddress, Engine
 from tandem.errors import TandemError
-from tandem.runtime.clock import Clock, monotonic
 
 log = logging.getLogger(__name__)
 

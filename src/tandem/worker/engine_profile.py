@@ -1,17 +1,17 @@
-"""The profile of a worker: its engine's own. Owns nothing but the way from `tandem.observe.profiles` to the engine."""
+"""The profile of a worker: its engine's own. Owns nothing but the way from `tandem.observability.profiles` to the engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tandem.engine.port import Engine
-from tandem.observe.profiles import Wanted
+from tandem.observability.profiles import Wanted
 
 CHROME_TRACE = "chrome_trace"
 
 
 class EngineProfiler:
-    """A `tandem.observe.profiles.Profiler`."""
+    """A `tandem.observability.profiles.Profiler`."""
 
     forms: tuple[str, ...] = (CHROME_TRACE,)
 

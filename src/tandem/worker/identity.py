@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from tandem.model.worker import Worker
-from tandem.rpc.registry_client import LeaseTime
-from tandem.runtime.clock import Clock, epoch_now, since_boot
+from tandem.clock import Clock, epoch_now, since_boot
+from tandem.discovery import LeaseTime
+from tandem.domain.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ PAUSE_FRACTION = 0.5
 
 
 class Leased(Protocol):
-    """A place in the registry, as far as a pause is concerned with it (`tandem.rpc.registration`)."""
+    """A place in the registry, as far as a pause is concerned with it (`tandem.discovery.registration`)."""
 
     @property
     def lease_time(self) -> LeaseTime | None:

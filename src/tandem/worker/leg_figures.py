@@ -5,8 +5,8 @@ Owns the sums, which come from courses alone.
 
 from __future__ import annotations
 
-from tandem.observe.course import FAILED, LegCourse
-from tandem.observe.courses import Courses
+from tandem.observability.request_trace import FAILED, LegCourse
+from tandem.observability.trace_store import Courses
 
 
 class LegFigures:

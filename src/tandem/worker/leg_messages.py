@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.domain.generation import Bootstrap, EngineRequest
 from tandem.errors import InvalidRequest
-from tandem.model.generation import Bootstrap, EngineRequest
-from tandem.rpc.messages import (
-    guided_from_proto,
-    present,
-    sampling_from_proto,
-    stopping_from_proto,
-)
+from tandem.rpc.convert import guided_from_proto, present, sampling_from_proto, stopping_from_proto
 from tandem.worker.legs import LegKey
 
 REQUEST_ID_CHARS_MAX = 128

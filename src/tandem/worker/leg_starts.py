@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
+from tandem.domain.generation import EngineRequest
 from tandem.errors import InvalidRequest, TandemError
-from tandem.model.generation import EngineRequest
-from tandem.observe.trace_context import TRACEPARENT, TRACESTATE, parsed
+from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, parsed
 from tandem.rpc.status import to_status
 from tandem.worker.leg_messages import leg_key
 from tandem.worker.legs import Legs

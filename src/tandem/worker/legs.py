@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
 from tandem.engine.port import Engine
 from tandem.errors import (
     DeadlinePassed,
@@ -23,13 +24,12 @@ from tandem.errors import (
     StaleEpoch,
     TandemError,
 )
-from tandem.model.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
-from tandem.observe.course import LegCourse
-from tandem.observe.courses import Courses, message_of
-from tandem.observe.trace_context import TraceContext
-from tandem.rpc.messages import finish_to_proto
+from tandem.observability.request_trace import LegCourse
+from tandem.observability.trace_context import TraceContext
+from tandem.observability.trace_store import Courses, message_of
+from tandem.rpc.convert import finish_to_proto
 from tandem.rpc.status import to_status
-from tandem.runtime.awake import AwakeTimers, Timer
+from tandem.service.awake_timers import AwakeTimers, Timer
 from tandem.worker.identity import Identity
 from tandem.worker.steps import StepStream
 

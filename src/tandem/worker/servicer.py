@@ -12,7 +12,7 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine, KvEvent
 from tandem.errors import InvalidRequest
-from tandem.rpc.messages import load_figures, present, timestamp, worker_to_proto
+from tandem.rpc.convert import load_figures, present, timestamp, worker_to_proto
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 

@@ -15,8 +15,8 @@ from tandem.api.decode.v1 import decode_service_pb2_grpc
 from tandem.api.prefill.v1 import prefill_service_pb2_grpc
 from tandem.api.worker.v2 import step_service_pb2 as pb
 from tandem.api.worker.v2 import step_service_pb2_grpc as pb_grpc
+from tandem.domain.worker import LEG_CONTRACT
 from tandem.errors import InvalidRequest, NotSupported
-from tandem.model.worker import LEG_CONTRACT
 from tandem.worker.legs import Legs
 from tandem.worker.steps import StepStreams
 

@@ -17,9 +17,9 @@ from google.rpc import status_pb2
 from tandem.api.types.v1 import leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
+from tandem.domain.generation import TokenLogprob
 from tandem.errors import ServiceError
-from tandem.model.generation import TokenLogprob
-from tandem.rpc.messages import logprob_to_proto
+from tandem.rpc.convert import logprob_to_proto
 
 log = logging.getLogger(__name__)
 

@@ -10,20 +10,20 @@ from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
-from tandem.parsing import ParsedStream, Parsers
-from tandem.rpc.messages import guided_to_proto
-from tandem_frontend.answers import Call
-from tandem_frontend.caller import Caller
-from tandem_frontend.models import ServedModel
+from tandem.output_parsers import ParsedStream, Parsers
+from tandem.rpc.convert import guided_to_proto
+from tandem_frontend.call_context import Caller
 from tandem_frontend.openai.chat_choice import ChatChoice
-from tandem_frontend.openai.door import Answer, Door
+from tandem_frontend.openai.handler import Answer, Door
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
 from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.openai.usage import UsageSum
-from tandem_frontend.tokenization import BLOCKING_CHARS_MAX
-from tandem_frontend.validation import check_text, check_token_count
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX
+from tandem_frontend.preparation.validation import check_text, check_token_count
+from tandem_frontend.response.writers import Call
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
-from tandem_frontend.tokenization import Tokenizer
+from tandem_frontend.preparation.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot say."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.fields import Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import Many, NotSupported, Schema
 
 
 class TextPart(Schema):

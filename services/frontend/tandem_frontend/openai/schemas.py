@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem_frontend.openai.fields import CommonFields, Int32, Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import CommonFields, Int32, Many, NotSupported, Schema
 from tandem_frontend.openai.messages import Message
 
 TOOLS_MAX = 128

@@ -16,20 +16,20 @@ from google.api import httpbody_pb2
 
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
+from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, NotSupported
-from tandem.model.worker import Worker
-from tandem.parsing import Parsers
-from tandem_frontend.caller import caller_of
-from tandem_frontend.generation import Generation
-from tandem_frontend.models import ServedModel, get_model, list_models
-from tandem_frontend.openai import wire
-from tandem_frontend.openai.body import parse
+from tandem.output_parsers import Parsers
+from tandem_frontend.call_context import caller_of
+from tandem_frontend.openai import response
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
-from tandem_frontend.openai.door import Door
+from tandem_frontend.openai.handler import Door
 from tandem_frontend.openai.logprobs import TokenTexts
+from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
+from tandem_frontend.pipeline import Generation
+from tandem_frontend.preparation.served_model import ServedModel, get_model, list_models
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAiService"].full_name
 
@@ -71,13 +71,13 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """The models that can be asked for now."""
         models = list_models(self._workers(), self._model)
-        return wire.whole({"object": "list", "data": [self._model_entry(model.name) for model in models]})
+        return response.whole({"object": "list", "data": [self._model_entry(model.name) for model in models]})
 
     async def GetModel(self, request: pb.OpenAiServiceGetModelRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """One of them."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
-        return wire.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
+        return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
 
     def _model_entry(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.fields import CommonFields
+from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, JsonSchemaFormat, TextFormat
 
 SAMPLING = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 
 from tandem.errors import StartError
-from tandem.runtime import process
-from tandem.runtime.prefork_child import ParentLink
-from tandem.runtime.prefork_process import State
+from tandem.service import process
+from tandem.service.prefork.child import ParentLink
+from tandem.service.prefork.process import State
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity
@@ -32,7 +32,7 @@ def run(link: ParentLink) -> int:
 
 
 class FrontendChild:
-    """The child as `tandem.runtime.process` runs it."""
+    """The child as `tandem.service.process` runs it."""
 
     def __init__(self, config: FrontendConfig, identity: ProcessIdentity, link: ParentLink) -> None:
         self._link = link

@@ -15,8 +15,8 @@ from tandem.api.frontend.v1.sibling_service_pb2_grpc import add_SiblingServiceSe
 from tandem.api.process.v1 import process_service_pb2 as process_pb
 from tandem.errors import StartError
 from tandem.rpc.http2.server import Http2RpcServer
-from tandem.runtime.prefork_child import ParentLink
-from tandem_frontend.own_answers import OwnAnswers
+from tandem.service.prefork.child import ParentLink
+from tandem_frontend.admin.local_requests import OwnAnswers
 from tandem_frontend.processes.identity import ProcessIdentity
 from tandem_frontend.processes.servicer import SERVICE_NAME, SiblingServicer
 from tandem_frontend.processes.siblings import Siblings

@@ -19,19 +19,19 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 import tandem
+from tandem.clock import epoch_now
+from tandem.discovery import Registration
+from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.worker import WorkerState
 from tandem.errors import StartError
-from tandem.model.frontend import Frontend, default_frontend_id
-from tandem.model.worker import WorkerState
-from tandem.observe.metrics import Metrics, Reading, Together, open_metrics
-from tandem.observe.names import PROCESS_STATE, Emitter
+from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
+from tandem.observability.metrics import Metrics, Reading, Together, open_metrics
 from tandem.rpc.http2.listener import Listener
 from tandem.rpc.listening import check_listenable
-from tandem.rpc.process_figures import held_now
-from tandem.rpc.registry_client import Registration
+from tandem.rpc.process_servicer import held_now
 from tandem.rpc.service_host import warn_of_plaintext
-from tandem.runtime import run_directory
-from tandem.runtime.clock import epoch_now
-from tandem.runtime.prefork import Prefork
+from tandem.service import run_directory
+from tandem.service.prefork.parent import Prefork
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity, metrics_path
 from tandem_frontend.processes.shares import settings_of
@@ -44,7 +44,7 @@ SILENT = "silent"
 
 
 class FrontendParent:
-    """The parent as `tandem.runtime.process` runs it."""
+    """The parent as `tandem.service.process` runs it."""
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config

@@ -6,8 +6,8 @@ from typing import Any
 
 from tandem.api.frontend.v1 import sibling_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2_grpc as pb_grpc
-from tandem.rpc.process_figures import ProcessServicer
-from tandem_frontend.own_answers import OwnAnswers
+from tandem.rpc.process_servicer import ProcessServicer
+from tandem_frontend.admin.local_requests import OwnAnswers
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SiblingService"].full_name
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from tandem.client.sibling_calls import SiblingCalls
 from tandem.errors import TandemError
-from tandem.rpc.sibling_calls import SiblingCalls
 
 log = logging.getLogger(__name__)
 

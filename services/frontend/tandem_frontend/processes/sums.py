@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
 from tandem.api.types.v1 import error_pb2
-from tandem.observe.sliding import BUCKETS, Histogram, added
-from tandem_frontend.figures import FAILURES_MAX
-from tandem_frontend.timeline import latency_figures
+from tandem.observability.windows import BUCKETS, Histogram, added
+from tandem_frontend.admin.stats import FAILURES_MAX
+from tandem_frontend.admin.timeline import latency_figures
 
 COUNTS = (
     "open_requests",

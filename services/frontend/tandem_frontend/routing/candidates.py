@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tandem.errors import IncompatibleWorkers, NoWorkers, ServiceError
-from tandem.model.worker import (
+from tandem.domain.worker import (
     LEG_CONTRACT,
     Worker,
     WorkerRole,
@@ -19,6 +18,7 @@ from tandem.model.worker import (
     incompatible_field,
     offered_keys,
 )
+from tandem.errors import IncompatibleWorkers, NoWorkers, ServiceError
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tandem.model.worker import Worker
+from tandem.domain.worker import Worker
 from tandem_frontend.routing.pool import Live
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from operator import itemgetter
 
-from tandem.model.worker import Worker
+from tandem.domain.worker import Worker
 
 UNHEALTHY, FAILING, REFUSED = 1, 2, 4
 """Marks of a worker that is better avoided: one bit each."""

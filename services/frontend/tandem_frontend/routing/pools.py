@@ -11,17 +11,9 @@ from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from tandem.discovery.view_changes import KnownView
+from tandem.domain.worker import LEG_CONTRACT, Start, Worker, WorkerRole, WorkerState, accepted_keys, offered_keys
 from tandem.errors import ServiceError
-from tandem.model.worker import (
-    LEG_CONTRACT,
-    Start,
-    Worker,
-    WorkerRole,
-    WorkerState,
-    accepted_keys,
-    offered_keys,
-)
-from tandem_frontend.known_view import KnownView
 from tandem_frontend.routing.candidates import why_none
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY, Group, Live, Member, Pool, Share
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from tandem.model.worker import Worker
+from tandem.domain.worker import Worker
 from tandem_frontend.routing.pool import Live
 
 

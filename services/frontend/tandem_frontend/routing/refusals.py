@@ -5,8 +5,8 @@ Pure: the clock is given. Such a worker is avoided, never excluded: a request wi
 
 from __future__ import annotations
 
-from tandem.model.worker import Start, Worker
-from tandem.runtime.clock import Clock
+from tandem.clock import Clock
+from tandem.domain.worker import Start, Worker
 
 AVOIDED_S = 1.0
 

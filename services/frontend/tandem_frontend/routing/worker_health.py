@@ -14,12 +14,12 @@ import contextvars
 import logging
 from collections.abc import Iterable
 
+from tandem.client.health_calls import HealthWatch, check_health
+from tandem.domain.worker import Start, Worker
 from tandem.errors import DeadlinePassed, NotSupported, StartError, TandemError
-from tandem.model.worker import Start, Worker
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
-from tandem.rpc.health_calls import HealthWatch, check_health
-from tandem.runtime.awake import AwakeTimers
+from tandem.service.awake_timers import AwakeTimers
 
 log = logging.getLogger(__name__)
 

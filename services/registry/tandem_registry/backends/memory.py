@@ -1,7 +1,7 @@
 """Membership in the memory of this process: one replica, nothing survives a restart (workers register again).
 
 Owns the asyncio side of membership: waking up for the next expiry, and handing changes to watchers. Every rule about
-leases and epochs is in `tandem_registry.membership`.
+leases and epochs is in `tandem_registry.leases`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import asyncio
 import time
 import uuid
 
+from tandem.clock import Clock, monotonic
+from tandem.domain.frontend import Member
+from tandem.domain.worker import WorkerState
 from tandem.errors import Draining
-from tandem.model.frontend import Member
-from tandem.model.worker import WorkerState
-from tandem.runtime.clock import Clock, monotonic
 from tandem_registry.backends.subscriptions import PENDING_STEPS_MAX, Known, Subscription, Subscriptions
-from tandem_registry.membership import Grant, Membership
+from tandem_registry.leases import Grant, Membership
 from tandem_registry.view import Origin, View
 
 

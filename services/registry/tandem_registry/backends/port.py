@@ -1,6 +1,6 @@
 """What the registry asks of a place that keeps membership.
 
-Owns the shape only. Its errors are those of `tandem_registry.membership`, ServiceError while the place cannot be
+Owns the shape only. Its errors are those of `tandem_registry.leases`, ServiceError while the place cannot be
 reached, and Draining once it is closing.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tandem.model.frontend import Member
-from tandem.model.worker import WorkerState
+from tandem.domain.frontend import Member
+from tandem.domain.worker import WorkerState
 from tandem_registry.backends.subscriptions import Known, Subscription
-from tandem_registry.membership import Grant
+from tandem_registry.leases import Grant
 from tandem_registry.view import Followed, Origin, View
 
 

@@ -10,8 +10,8 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+from tandem.domain.frontend import Member
 from tandem.errors import Overloaded, RevisionAhead, TandemError
-from tandem.model.frontend import Member
 from tandem_registry.view import Change, View
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from tandem.cli.top import plain
-from tandem.cli.top.watching import FleetWatch
+from tandem.cli.top.poller import FleetWatch
 from tandem.tls.paths import Tls
 
 ONCE_TIMEOUT_S = 3.0

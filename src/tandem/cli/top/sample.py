@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
-from tandem.rpc.messages import seconds
+from tandem.rpc.convert import seconds
 
 SERVING, DRAINING, UNREACHABLE, GONE = "serving", "draining", "unreachable", "gone"
 """States: what the registry says; or it lists the process, which does not answer; or it lists it no more."""

@@ -10,10 +10,10 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import known_arguments
 from tandem.errors import ConfigError, StartError
-from tandem.model.worker import WorkerRole
 
 KV_CAPACITY_TOKENS_CPU = 16_384
 RESERVED_SHARE = 8

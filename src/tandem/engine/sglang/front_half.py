@@ -13,8 +13,8 @@ from typing import Any
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput, unwrap_from_pickle
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from tandem.engine.sglang.answers import Answers
-from tandem.engine.sglang.hooks import FACTS_KEY
+from tandem.engine.sglang.hooks.registry import FACTS_KEY
+from tandem.engine.sglang.responses import Answers
 
 
 class FrontHalf(TokenizerManager):  # type: ignore[misc]

@@ -17,8 +17,8 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
-from tandem.engine.sglang import pages
 from tandem.engine.sglang.front_half import FrontHalf
+from tandem.engine.sglang.hooks import pages
 
 IPC = "ipc://"
 

@@ -10,7 +10,7 @@ import os
 import signal
 
 from tandem.engine.sglang.environment import plugin_device
-from tandem.runtime.parent import follow
+from tandem.service.parent_death import follow
 
 
 def activate() -> str | None:
@@ -23,11 +23,11 @@ def register() -> None:
     device = plugin_device()
     if device is None:
         return
-    from tandem.engine.sglang import hooks
+    from tandem.engine.sglang.hooks import registry
 
     parent = multiprocessing.parent_process()
     if parent is None:
-        hooks.register_in_main()
+        registry.register_in_main()
         return
     # SGLang asks for the same, but does not look whether its parent has died by then.
     assert parent.pid is not None
@@ -37,4 +37,4 @@ def register() -> None:
     # has drained. They end when the parent says so, and by PR_SET_PDEATHSIG when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    hooks.register_in_child(device)
+    registry.register_in_child(device)

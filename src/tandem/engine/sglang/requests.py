@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tandem.engine.sglang import grammars
+from tandem.domain.generation import Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.domain.worker import WorkerRole
+from tandem.engine.sglang.hooks import grammars
 from tandem.errors import ContextExceeded, InvalidRequest, NotSupported
-from tandem.model.generation import Bootstrap, EngineRequest, Sampling, Stopping
-from tandem.model.worker import WorkerRole
 
 _SAMPLING_NAMES = (
     "temperature",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from tandem.domain.worker import EngineLoad
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
-from tandem.model.worker import EngineLoad
 
 
 def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
+from tandem.domain.generation import Bootstrap
 from tandem.engine.simulated.faults import FaultInjected, Faults
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.network import Network
@@ -17,7 +18,6 @@ from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Clock, Timing
 from tandem.engine.simulated.tokens import digest
 from tandem.engine.simulated.wire import KvHeader
-from tandem.model.generation import Bootstrap
 
 
 class HandOver:

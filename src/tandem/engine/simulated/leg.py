@@ -11,18 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
 from tandem.engine.port import Output
 from tandem.engine.simulated.kv_pages import PageNames
 from tandem.engine.simulated.kv_pool import KvLease
 from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, digest, drawn
 from tandem.errors import TandemError
-from tandem.model.generation import (
-    EngineFinish,
-    EngineRequest,
-    EngineTimings,
-    FinishReason,
-    TokenLogprob,
-)
 
 
 class Phase(Enum):

@@ -10,6 +10,8 @@ import asyncio
 import random
 from functools import partial
 
+from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason
+from tandem.domain.worker import Capabilities, WorkerRole
 from tandem.engine.port import Output
 from tandem.engine.simulated.faults import EngineCrashed, FaultInjected, Faults
 from tandem.engine.simulated.handover import HandOver
@@ -24,8 +26,6 @@ from tandem.engine.simulated.steps import Ended, Step
 from tandem.engine.simulated.timing import Clock, Timing
 from tandem.engine.simulated.tokens import NO_STATE, Vocabulary
 from tandem.errors import EngineFailed, TandemError
-from tandem.model.generation import EngineFinish, EngineRequest, FinishReason
-from tandem.model.worker import Capabilities, WorkerRole
 
 
 class Machine:

@@ -13,11 +13,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tandem.domain.generation import Bootstrap
 from tandem.engine.simulated.network import Listener, Network, TcpNetwork, Writer
 from tandem.engine.simulated.tokens import SequenceState
 from tandem.engine.simulated.wire import ConnectionLost, KvHeader, Line, parse_state
 from tandem.errors import LegFailed, StartError
-from tandem.model.generation import Bootstrap
 
 HELLO_TIMEOUT_S = 5.0
 HOST_SHOWN_CHARS = 64

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 
+from tandem.domain.worker import WorkerRole
 from tandem.engine.simulated.budget import NewTokenRatio, PrefillBudget
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.preallocation import Preallocation
 from tandem.engine.simulated.steps import Chunk, Ended, Step
-from tandem.model.worker import WorkerRole
 
 
 class Scheduler:

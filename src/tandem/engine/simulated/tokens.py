@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from tandem.checkpoint import Checkpoint
-from tandem.model.generation import TokenLogprob
+from tandem.domain.checkpoint import Checkpoint
+from tandem.domain.generation import TokenLogprob
 
 SequenceState = bytes
 STATE_BYTES = 16

@@ -14,21 +14,21 @@ import uuid
 from collections.abc import Callable
 
 import tandem
+from tandem.clock import Clock, monotonic
+from tandem.domain.frontend import Member
+from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import Draining, DuplicateWorker, Overloaded, ServiceError, StartError, WorkerNotFound
-from tandem.model.frontend import Member
-from tandem.model.worker import Worker, WorkerState
-from tandem.runtime.clock import Clock, monotonic
+from tandem_registry.backends.consul.blocking_query import Follower
+from tandem_registry.backends.consul.broadcaster import Publisher
 from tandem_registry.backends.consul.client import ConsulClient
-from tandem_registry.backends.consul.fleet import Entry, Fleet
-from tandem_registry.backends.consul.follower import Follower
-from tandem_registry.backends.consul.keeper import Keeper, Leftover
-from tandem_registry.backends.consul.ledger import Ledger
-from tandem_registry.backends.consul.publisher import Publisher
+from tandem_registry.backends.consul.lease_manager import Keeper, Leftover
+from tandem_registry.backends.consul.reconciler import Ledger
 from tandem_registry.backends.consul.records import Record, Replica, check_fits, service_id
 from tandem_registry.backends.consul.settings import ConsulSettings
+from tandem_registry.backends.consul.snapshot import Entry, Fleet
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
-from tandem_registry.membership import Grant
+from tandem_registry.leases import Grant
 from tandem_registry.view import Followed, Origin, View
 
 log = logging.getLogger(__name__)

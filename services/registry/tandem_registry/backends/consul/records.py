@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
-from tandem.errors import InvalidRequest
-from tandem.model.frontend import Frontend
-from tandem.model.worker import (
+from tandem.domain.frontend import Frontend
+from tandem.domain.worker import (
     Capabilities,
     Worker,
     WorkerRole,
@@ -21,6 +20,7 @@ from tandem.model.worker import (
     capability_text,
     field_names,
 )
+from tandem.errors import InvalidRequest
 
 VALUE_BYTES_MAX = 512
 """Of one value of meta; Consul refuses more, and more than 64 of them."""

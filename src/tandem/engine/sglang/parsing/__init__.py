@@ -3,5 +3,5 @@
 They import PyTorch, which no frontend may. In the order of a start: `names` (is there such a parser), `host` (the loop
 over standard input); then, for every stream, `pieces` (text cut at the same places however it arrives), `stream`,
 `reasoning`, `tool_text` or `whole_calls`; and `grammar` for what an engine must be held to. At the other end of its
-pipes is `tandem.parsing`.
+pipes is `tandem.output_parsers`.
 """

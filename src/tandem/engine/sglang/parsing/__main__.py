@@ -1,4 +1,4 @@
-"""`python -m tandem.engine.sglang.parsing`: the parser host as a process, started by `tandem.parsing`.
+"""`python -m tandem.engine.sglang.parsing`: the parser host as a process, started by `tandem.output_parsers`.
 
 Owns its start: names first, then SGLang's import, and one line that says ready or refused. Standard output carries
 answers only; whatever libraries print goes to standard error.
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from tandem.engine.sglang.environment import DEVICE_SWITCH, PLATFORM_NAME, STANDINS
 from tandem.engine.sglang.parsing.names import check_name, read_names
 from tandem.errors import ConfigError, StartError
-from tandem.runtime.parent import follow_parent
+from tandem.service.parent_death import follow_parent
 
 VARIABLES = {
     # It computes nothing: no device, no threads, no hub.

@@ -11,7 +11,7 @@ import importlib.util
 from importlib import metadata
 from pathlib import Path
 
-from tandem.engine.sglang.probe import SGLANG_VERSION
+from tandem.engine.sglang.compat import SGLANG_VERSION
 from tandem.errors import ConfigError, StartError
 
 INSTALL = 'install it with pip install "tandem[sglang]" (on a CPU: make setup)'

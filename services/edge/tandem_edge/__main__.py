@@ -1,0 +1,25 @@
+"""Entry point of `tandem-edge` and of `python -m tandem_edge`.
+
+Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
+`tandem.service.process`.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tandem.service.startup import begin
+
+
+def main() -> NoReturn:
+    """Run the edge until it is asked to end."""
+    begin()
+    from tandem.service import process
+    from tandem_edge.app import EdgeApp
+    from tandem_edge.config import EdgeConfig
+
+    process.leave(process.main("tandem-edge", EdgeConfig, EdgeApp))
+
+
+if __name__ == "__main__":
+    main()

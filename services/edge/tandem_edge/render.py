@@ -1,0 +1,172 @@
+"""Settings into Envoy's configuration. Pure: nothing is read but the template, nothing is written.
+
+Every value a template prints goes through `quoted`, so a value can never become structure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tandem_edge import transcoding
+from tandem_edge.config import EdgeConfig, is_ip, split
+from tandem_edge.endpoints import Endpoint, assignment
+from tandem_edge.keys import ApiKey
+
+PARTS = files("tandem_edge").joinpath("envoy")
+TEMPLATE = "edge.yaml.jinja"
+SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
+ERRORS_LUA = "errors.lua"
+OTLP_PORT = 4317
+"""Of a collector whose address names none."""
+FRONTEND_NAME = "frontend"
+"""In the certificate of every frontend that `tandem certs` makes."""
+
+LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
+NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Files the rendered configuration names."""
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        """Envoy's own configuration."""
+        return self.directory / "envoy.yaml"
+
+    @property
+    def admin_socket(self) -> Path:
+        """Where Envoy's admin interface listens; nobody else can enter the directory."""
+        return self.directory / "admin.sock"
+
+    @property
+    def descriptors(self) -> Path:
+        """The contracts."""
+        return self.directory / "contracts.binpb"
+
+    @property
+    def lua(self) -> Path:
+        """The filter that gives errors their form."""
+        return self.directory / ERRORS_LUA
+
+    @property
+    def endpoints(self) -> Path:
+        """The frontends that the registry lists; Envoy watches it."""
+        return self.directory / "endpoints.json"
+
+    def secret(self, name: str) -> Path:
+        """What Envoy watches for one TLS secret."""
+        return self.directory / f"tls_{name}.yaml"
+
+
+def quoted(value: Any) -> Markup:
+    """A value as JSON that is YAML too, on one line: text is always a double-quoted scalar in ASCII.
+
+    What is Markup already is the template's own text, returned by a macro.
+    """
+    return value if isinstance(value, Markup) else Markup(_json(value))  # noqa: S704 -- that is what it is for
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, jinja2.Undefined):
+        return str(value)  # raises: a template may print only what it was given
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} has no form in JSON")
+    if isinstance(value, str):
+        # JSON writes characters beyond the BMP as two surrogates, YAML as one escape.
+        pieces = NON_BMP.split(value)
+        beyond = [f"\\U{ord(found):08x}" for found in NON_BMP.findall(value)]
+        inner = [json.dumps(piece)[1:-1].replace("\x7f", "\\u007f") for piece in pieces]
+        return '"' + "".join(a + b for a, b in zip(inner, [*beyond, ""], strict=True)) + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_json(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(key)}: {_json(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as protobuf's JSON writes a Duration."""
+    return f"{seconds:.3f}s"
+
+
+def render(
+    config: EdgeConfig, keys: tuple[ApiKey, ...], places: Places, endpoints: Sequence[Endpoint] = ()
+) -> dict[Path, bytes]:
+    """Every file Envoy needs. All of them are for its owner only: one holds the clients' keys.
+
+    `endpoints` are the frontends that the registry lists, where it is followed.
+    """
+    values = {
+        "config": config,
+        "keys": keys,
+        "places": places,
+        "routes": transcoding.http_routes(),
+        "services": transcoding.SERVICE_NAMES,
+        "health_service": transcoding.HEALTH_SERVICE_NAME,
+        "frontends": [_place(address) for address in config.frontends or ()],
+        "dns_server": None if config.dns_server is None else _place(config.dns_server),
+        "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),
+    }
+    rendered = {
+        places.config: _render(TEMPLATE, values),
+        places.descriptors: transcoding.descriptor_set(),
+        places.lua: PARTS.joinpath(ERRORS_LUA).read_bytes(),
+    }
+    if config.registry is not None:
+        rendered[places.endpoints] = assignment(endpoints)
+    for name, cert, key, ca in (
+        (LISTENER_SECRET, config.tls_cert, config.tls_key, None),
+        (CLIENT_SECRET, config.upstream_tls_cert, config.upstream_tls_key, None),
+        (CA_SECRET, None, None, config.upstream_tls_ca),
+    ):
+        if cert is not None or ca is not None:
+            secret = {"name": name, "cert": _absolute(cert), "key": _absolute(key), "ca": _absolute(ca)}
+            rendered[places.secret(name)] = _render(SECRET_TEMPLATE, {**secret, "names": _names(config)})
+    return rendered
+
+
+def _render(template: str, values: dict[str, Any]) -> bytes:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=True, finalize=quoted, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    return environment.from_string(PARTS.joinpath(template).read_text()).render(values).encode()
+
+
+def _place(address: str) -> dict[str, Any]:
+    host, port = split(address)
+    return {"host": host, "port": port}
+
+
+def _collector(endpoint: str) -> dict[str, Any]:
+    """Where spans go: host:port, or a URL."""
+    scheme, separator, address = endpoint.rpartition("://")
+    if not re.search(r":\d+$", address):
+        address = f"{address}:{OTLP_PORT}"
+    return {**_place(address), "tls": bool(separator) and scheme == "https"}
+
+
+def _names(config: EdgeConfig) -> list[dict[str, Any]]:
+    """Names of which a frontend's certificate must have one, each with the kind it is."""
+    frontends = [FRONTEND_NAME] if config.frontends is None else [split(address)[0] for address in config.frontends]
+    hosts = config.upstream_tls_names or dict.fromkeys(frontends)
+    return [{"name": host, "kind": "IP_ADDRESS" if is_ip(host) else "DNS"} for host in hosts]
+
+
+def _absolute(file: Path | None) -> str | None:
+    return None if file is None else str(file.absolute())

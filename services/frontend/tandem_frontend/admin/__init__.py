@@ -1,0 +1,1 @@
+"""What operators ask of a frontend: timelines of requests and statistics."""

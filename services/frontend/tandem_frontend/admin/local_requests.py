@@ -1,0 +1,88 @@
+"""What this process knows of its own requests, as messages: timelines of an id, requests in order, figures.
+
+Owns the translation of the whole; a frontend of several processes puts the answers of all together (`admin_servicer`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, Course
+from tandem.observability.trace_store import Courses
+from tandem.observability.windows import LATENCY_WINDOW_S
+from tandem.rpc.convert import timestamp
+from tandem_frontend.admin.stats import Figures
+from tandem_frontend.admin.timeline import duration, reason_number, summary_of, timeline_of
+from tandem_frontend.processes.sums import buckets
+
+Position = tuple[float, str]
+"""When a request came, and its id: its position in a list."""
+
+
+class OwnAnswers:
+    """Of one process."""
+
+    def __init__(self, courses: Courses[Course], figures: Figures, waiting_count: Callable[[], int]) -> None:
+        """`waiting_count` says how many requests wait for room with the workers."""
+        self._courses = courses
+        self._figures = figures
+        self._waiting_count = waiting_count
+
+    def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
+        """The timelines of all requests that an id stands for."""
+        return [timeline_of(course) for course in self._known() if wanted in (course.request_id, course.call_id)]
+
+    def requests(self, count: int, before: Position | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
+        """So many at most, newest first."""
+        known = self._courses.open if open_only else self._known()
+        known.sort(key=_position, reverse=True)
+        if before is not None:
+            known = [course for course in known if _position(course) < before]
+        now_s = time.time()
+        return [
+            sibling_pb.ListedRequest(
+                position=sibling_pb.RequestPosition(begin_s=course.begin_s, request_id=course.request_id),
+                summary=summary_of(course, now_s),
+            )
+            for course in known[:count]
+        ]
+
+    def figures(self) -> sibling_pb.GetSiblingFiguresResponse:
+        """The figures now, without percentiles and a number in a stream."""
+        figures = self._figures
+        figures.look()
+        counted = pb.WatchFiguresResponse(
+            measured_time=timestamp(time.time()),
+            counted_since=timestamp(figures.since_s),
+            open_requests=figures.open_count,
+            waiting_requests=self._waiting_count(),
+            finished_requests=figures.outcomes[FINISHED],
+            failed_requests=figures.outcomes[FAILED],
+            refused_requests=figures.outcomes[REFUSED],
+            cancelled_requests=figures.outcomes[CANCELLED],
+            continuations=figures.continuations,
+            leg_failures=[
+                pb.LegFailures(worker_id=worker_id, reason=reason_number(reason), count=count)
+                for (worker_id, reason), count in figures.leg_failures.items()
+            ],
+            window=duration(LATENCY_WINDOW_S),
+            completion_tokens=figures.tokens.total,
+            completion_tokens_per_s=figures.tokens.per_s(),
+            kv_transfer_bytes=figures.kv_transfer_bytes.total,
+            kv_transfer_bytes_per_s=figures.kv_transfer_bytes.per_s(),
+        )
+        return sibling_pb.GetSiblingFiguresResponse(
+            figures=counted,
+            time_to_first_token=buckets(figures.ttft.histogram()),
+            inter_token_latency=buckets(figures.itl.histogram()),
+        )
+
+    def _known(self) -> list[Course]:
+        return [*self._courses.closed, *self._courses.open]
+
+
+def _position(course: Course) -> Position:
+    return course.begin_s, course.request_id

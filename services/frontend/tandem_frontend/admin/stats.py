@@ -1,0 +1,110 @@
+"""Figures over all requests of this frontend, for `tandem top`: what has ended and how, latencies and rates of late.
+
+Owns the counting, all of it from courses. A course is read when it closes, and once a second while it is open, so the
+hot path does nothing for this. Memory is bounded: two windows of fixed size, a few numbers for each open course, and a
+bounded table of failures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from tandem.clock import Clock, monotonic
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptCourse, Course
+from tandem.observability.trace_store import Courses
+from tandem.observability.windows import LatencyWindow, RateWindow
+
+LOOK_S = 1.0
+FAILURES_MAX = 256
+"""Pairs of worker and reason that are told apart."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How much of an open course has been counted."""
+
+    gaps: int = 0
+    tokens: int = 0
+    begun: int = 0
+    """Attempts."""
+    ended: int = 0
+    """Attempts."""
+    has_first: bool = False
+
+
+class Figures:
+    """The figures of one frontend."""
+
+    def __init__(self, courses: Courses[Course], clock: Clock = monotonic) -> None:
+        """Is told of every course from here on."""
+        self._courses = courses
+        self._seen: dict[int, _Seen] = {}
+        self.since_s = time.time()
+        self.outcomes: Counter[str] = Counter()
+        """By FINISHED, FAILED, REFUSED, CANCELLED."""
+        self.continuations = 0
+        self.leg_failures: Counter[tuple[str, str]] = Counter()
+        """By worker and reason."""
+        self.ttft = LatencyWindow(clock)
+        self.itl = LatencyWindow(clock)
+        self.tokens = RateWindow(clock)
+        self.kv_transfer_bytes = RateWindow(clock)
+        courses.sinks.append(self.close)
+
+    @property
+    def open_count(self) -> int:
+        """Requests that have not ended."""
+        return len(self._courses.open)
+
+    def close(self, course: Course) -> None:
+        """A course has ended."""
+        self._count(course)
+        self._seen.pop(id(course), None)
+        assert course.outcome in (FINISHED, FAILED, REFUSED, CANCELLED)
+        self.outcomes[course.outcome] += 1
+
+    def look(self) -> None:
+        """Count what open courses have come to since the last look."""
+        for course in self._courses.open:
+            self._count(course)
+
+    async def keep_looking(self) -> None:
+        """Look once a second, without end."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.look()
+
+    def _count(self, course: Course) -> None:
+        seen = self._seen.setdefault(id(course), _Seen())
+        if not seen.has_first and course.ttft_s is not None:
+            seen.has_first = True
+            self.ttft.add(course.ttft_s)
+        for gap_s in course.gaps_s[seen.gaps :]:
+            self.itl.add(gap_s)
+        seen.gaps = len(course.gaps_s)
+        self.tokens.add(course.token_count - seen.tokens)
+        seen.tokens = course.token_count
+        for attempt in course.attempts[seen.begun :]:
+            self.continuations += attempt.tokens_before > 0
+        seen.begun = len(course.attempts)
+        while seen.ended < len(course.attempts) and course.attempts[seen.ended].end_s is not None:
+            self._count_ended(course.attempts[seen.ended])
+            seen.ended += 1
+
+    def _count_ended(self, attempt: AttemptCourse) -> None:
+        self.kv_transfer_bytes.add(kv_transfer_bytes(attempt))
+        if attempt.failed_leg:
+            worker_id = attempt.failed_worker.worker_id if attempt.failed_worker is not None else ""
+            key = worker_id, attempt.reason
+            if key not in self.leg_failures and len(self.leg_failures) >= FAILURES_MAX:
+                key = "", attempt.reason
+            self.leg_failures[key] += 1
+
+
+def kv_transfer_bytes(attempt: AttemptCourse) -> int:
+    """Bytes of KV that an attempt moved, as either leg counted them."""
+    finishes = (attempt.prefill_finish, attempt.decode_finish)
+    return max((finish.timings.kv_transfer_bytes for finish in finishes if finish is not None), default=0)

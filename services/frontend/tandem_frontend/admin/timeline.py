@@ -1,0 +1,190 @@
+"""A course as the contract's timeline: times relative to the request's coming, and on the wall clock.
+
+Owns that translation, and what of a course is told: no prompt, token or secret is in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from tandem.api.admin.v1 import admin_service_pb2 as pb
+from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2
+from tandem.domain.worker import Worker, WorkerRole
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptCourse, Course
+from tandem.observability.windows import Latencies
+from tandem.rpc.convert import ROLES, timestamp
+
+REASONS = frozenset(value.name for value in error_pb2.ErrorReason.DESCRIPTOR.values)
+OUTCOMES = {
+    "": pb.REQUEST_OUTCOME_OPEN,
+    FINISHED: pb.REQUEST_OUTCOME_FINISHED,
+    FAILED: pb.REQUEST_OUTCOME_FAILED,
+    REFUSED: pb.REQUEST_OUTCOME_REFUSED,
+    CANCELLED: pb.REQUEST_OUTCOME_CANCELLED,
+}
+
+
+def timeline_of(course: Course) -> pb.RequestTimeline:
+    """The whole course so far."""
+    timeline = pb.RequestTimeline(
+        request_id=course.request_id,
+        call_id=course.call_id,
+        operation=course.operation,
+        model=course.model,
+        tenant=course.tenant,
+        outcome=outcome_of(course),
+        begin=_moment(course, course.begin_s),
+        end=_moment(course, course.end_s),
+        first_token=_moment(course, course.first_token_s),
+        last_token=_moment(course, course.last_token_s),
+        completion_tokens=course.token_count,
+        prompt_tokens=course.prompt_tokens or None,
+        steps=[
+            pb.TimelineStep(
+                name=step.name,
+                begin=_moment(course, step.begin_s),
+                end=_moment(course, step.end_s),
+                attributes=_texts(step.attributes),
+            )
+            for step in course.steps
+        ],
+        attempts=[_attempt(course, attempt) for attempt in course.attempts],
+        events=[
+            pb.TimelineEvent(at=_moment(course, event.time_s), name=event.name, attributes=_texts(event.attributes))
+            for event in course.events
+        ],
+        trace_id="" if course.trace is None else f"{course.trace.trace_id:032x}",
+        inter_token_latency=latency_figures(_latencies(course.gaps_s)),
+    )
+    _tell_ending(timeline, course)
+    return timeline
+
+
+def summary_of(course: Course, now_s: float) -> pb.RequestSummary:
+    """One line of a list."""
+    return pb.RequestSummary(
+        request_id=course.request_id,
+        operation=course.operation,
+        outcome=outcome_of(course),
+        begin_time=timestamp(course.begin_s),
+        duration=duration((course.end_s or now_s) - course.begin_s),
+        attempts=len(course.attempts),
+        completion_tokens=course.token_count,
+    )
+
+
+def outcome_of(course: Course) -> pb.RequestOutcome.ValueType:
+    """How it ended. Between the finish that a client gets and the end of the course it is open still."""
+    return OUTCOMES[course.outcome if course.end_s is not None else ""]
+
+
+def duration(value_s: float) -> duration_pb2.Duration:
+    """Seconds as a Duration, to the microsecond: more is not known of differences between times of day."""
+    message = duration_pb2.Duration()
+    message.FromMicroseconds(round(value_s * 1e6))
+    return message
+
+
+def latency_figures(latencies: Latencies | None) -> pb.LatencyFigures | None:
+    """Percentiles as the contract's message."""
+    if latencies is None:
+        return None
+    return pb.LatencyFigures(
+        count=latencies.count,
+        p50=duration(latencies.p50_s),
+        p90=duration(latencies.p90_s),
+        p99=duration(latencies.p99_s),
+        longest=duration(latencies.longest_s),
+    )
+
+
+def reason_number(reason: str) -> error_pb2.ErrorReason.ValueType:
+    """An ErrorInfo's reason as the contract's enum; UNSPECIFIED for what is none."""
+    name = f"ERROR_REASON_{reason}"
+    return error_pb2.ErrorReason.Value(name if name in REASONS else "ERROR_REASON_UNSPECIFIED")
+
+
+def _tell_ending(timeline: pb.RequestTimeline, course: Course) -> None:
+    if course.end_s is None:
+        return
+    if course.outcome == FINISHED:
+        timeline.finish_reason = generation_pb2.FinishReason.Value(f"FINISH_REASON_{course.reason.upper()}")
+        timeline.usage.CopyFrom(
+            generation_pb2.Usage(
+                prompt_tokens=course.prompt_tokens,
+                completion_tokens=course.completion_tokens,
+                cached_tokens=course.cached_tokens,
+            )
+        )
+        return
+    number = reason_number(course.reason)
+    if number:
+        timeline.error_reason = number
+        timeline.error_message = course.message
+
+
+def _attempt(course: Course, attempt: AttemptCourse) -> pb.TimelineAttempt:
+    decode_role = WorkerRole.AGGREGATED if attempt.prefill_worker is None else WorkerRole.DECODE
+    message = pb.TimelineAttempt(
+        number=attempt.number,
+        bootstrap_room=attempt.room,
+        candidates=attempt.candidates_count or None,
+        dispatched=_moment(course, attempt.begin_s),
+        first_token=_moment(course, attempt.first_token_s),
+        last_token=_moment(course, attempt.last_token_s),
+        end=_moment(course, attempt.end_s),
+        tokens_before=attempt.tokens_before,
+    )
+    if attempt.prefill_worker is not None:
+        accepted, finish = attempt.prefill_accepted_s, attempt.prefill_finish
+        message.prefill.CopyFrom(_leg(course, WorkerRole.PREFILL, attempt.prefill_worker, accepted, finish))
+    if attempt.decode_worker is not None:
+        accepted, finish = attempt.decode_accepted_s, attempt.decode_finish
+        message.decode.CopyFrom(_leg(course, decode_role, attempt.decode_worker, accepted, finish))
+    if attempt.failed_leg:
+        message.failure.CopyFrom(_failure(attempt))
+    return message
+
+
+def _leg(
+    course: Course, role: WorkerRole, worker: Worker, accepted_s: float | None, finish: leg_pb2.LegFinish | None
+) -> pb.TimelineLeg:
+    return pb.TimelineLeg(
+        role=ROLES[role],
+        worker_id=worker.worker_id,
+        epoch=worker.epoch,
+        address=worker.address,
+        accepted=_moment(course, accepted_s),
+        timings=None if finish is None else finish.timings,
+    )
+
+
+def _failure(attempt: AttemptCourse) -> pb.TimelineFailure:
+    return pb.TimelineFailure(
+        leg=ROLES[WorkerRole(attempt.failed_leg)],
+        worker_id="" if attempt.failed_worker is None else attempt.failed_worker.worker_id,
+        phase=attempt.phase,
+        reason=reason_number(attempt.reason),
+    )
+
+
+def _moment(course: Course, time_s: float | None) -> pb.Moment | None:
+    if time_s is None:
+        return None
+    return pb.Moment(time=timestamp(time_s), offset=duration(time_s - course.begin_s))
+
+
+def _texts(attributes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in attributes.items()}
+
+
+def _latencies(gaps_s: Sequence[float]) -> Latencies | None:
+    """Exact percentiles of the few that one course keeps."""
+    if not gaps_s:
+        return None
+    ordered = sorted(gaps_s)
+    p50_s, p90_s, p99_s = (ordered[-(-len(ordered) * percent // 100) - 1] for percent in (50, 90, 99))
+    return Latencies(len(ordered), p50_s, p90_s, p99_s, ordered[-1])

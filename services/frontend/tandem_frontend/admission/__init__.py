@@ -1,0 +1,1 @@
+"""Step 2 of a request: it is admitted, queued or rejected by what the workers can hold."""

@@ -1,0 +1,103 @@
+"""The links of this frontend: one to each start of a worker in the registry's view, opened before it is needed.
+
+Owns which links there are. A worker that leaves the view keeps its link until its last leg here has ended: it may have
+lost its registry and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
+
+from tandem.client.step_calls import WorkerCalls
+from tandem.domain.worker import LEG_CONTRACT, Start, Worker
+from tandem.errors import ServiceError
+from tandem.service.awake_timers import AwakeTimers
+from tandem_frontend.execution.link_leg import Bounds
+from tandem_frontend.execution.worker_link import WorkerLink
+
+OPENING_MAX = 16
+"""Links that open at a time: a thousand at once would not all be opened within the time that gRPC gives each."""
+RETIRE_S = 1.0
+"""How often links of workers that left are looked at."""
+
+
+class WorkerLinks:
+    """Links by start, from the first `follow` to `close`."""
+
+    def __init__(
+        self,
+        frontend_id: str,
+        calls: WorkerCalls,
+        bounds: Bounds,
+        timers: AwakeTimers,
+        answers: Callable[[Worker], Awaitable[bool]],
+    ) -> None:
+        """`answers` asks a worker whether it serves."""
+        self._frontend_id = frontend_id
+        self._calls = calls
+        self._bounds = bounds
+        self._timers = timers
+        self._answers = answers
+        self._opening = asyncio.Semaphore(OPENING_MAX)
+        self._links: dict[Start, WorkerLink] = {}
+        self._retired: set[WorkerLink] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._is_looking = False
+
+    def follow(self, workers: Iterable[Worker]) -> None:
+        """Have a link to each of these workers, and to no other that is idle."""
+        wanted = {worker.start: worker for worker in workers if worker.leg_contract == LEG_CONTRACT}
+        for start in [start for start in self._links if start not in wanted]:
+            self._retire(self._links.pop(start))
+        for worker in wanted.values():
+            if worker.start not in self._links:
+                # Without usable TLS files there is none, which the first leg there says.
+                with contextlib.suppress(ServiceError):
+                    self._open(worker)
+
+    def get(self, worker: Worker) -> WorkerLink:
+        """The link to a worker.
+
+        Raises:
+            ServiceError: the worker cannot be connected to.
+        """
+        link = self._links.get(worker.start)
+        if link is not None and link.connection is self._calls.connection(worker):
+            return link
+        if link is not None:
+            # The certificate has been renewed, and the channel with it.
+            self._retire(self._links.pop(worker.start))
+        return self._open(worker)
+
+    async def close(self) -> None:
+        """Close all links. May be called twice."""
+        links, self._links = [*self._links.values(), *self._retired], {}
+        self._retired.clear()
+        if links:
+            await asyncio.gather(*(link.close() for link in links))
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _open(self, worker: Worker) -> WorkerLink:
+        link = self._links[worker.start] = WorkerLink(
+            worker, self._frontend_id, self._calls, self._bounds, self._timers, self._answers, self._opening
+        )
+        return link
+
+    def _retire(self, link: WorkerLink) -> None:
+        self._retired.add(link)
+        if not self._is_looking:
+            self._is_looking = True
+            self._look()
+
+    def _look(self) -> None:
+        for link in [link for link in self._retired if not link.leg_count]:
+            self._retired.discard(link)
+            task = asyncio.create_task(link.close(), name=f"close-{link.worker.worker_id}")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        self._is_looking = bool(self._retired)
+        if self._is_looking:
+            self._timers.after(RETIRE_S, self._look)

@@ -1,0 +1,205 @@
+"""The chat template of a model: messages to one text, as the model was trained to read them.
+
+Runs Jinja from a checkpoint, which is code from somebody else: in the sandbox, without a loader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tandem.errors import InvalidRequest, StartError
+from tandem_frontend.preparation.chat_messages import Message, flat, readable, with_text_arguments
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+RESERVED_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *SPECIAL_NAMES}
+)
+"""What a template is given in any case, and no request can give it beside."""
+
+
+class ChatTemplate:
+    """Renders messages."""
+
+    def __init__(
+        self,
+        template: jinja2.Template,
+        tool_template: jinja2.Template,
+        special_tokens: dict[str, str],
+        *,
+        variables: frozenset[str],
+    ) -> None:
+        """`tool_template` is used where there are tools; most models have one for all."""
+        self._template = template
+        self._tool_template = tool_template
+        self._special_tokens = special_tokens
+        self._variables = variables
+
+    @classmethod
+    def read(cls, model: Path) -> ChatTemplate | None:
+        """The template of a model directory; None where it has none.
+
+        Raises:
+            StartError: names the file that holds a broken one.
+        """
+        config_file, template_file = model / "tokenizer_config.json", model / "chat_template.jinja"
+        config = _read_config(config_file)
+        own_file = template_file.is_file()
+        entry = _checked_entry(config, config_file)
+        source = _read_text(template_file) if own_file else _named(entry, "default")
+        if source is None:
+            return None
+        tool_source = (None if own_file else _named(entry, "tool_use")) or source
+        file = template_file if own_file else config_file
+        special_tokens = {name: _text_of(config, name, config_file) for name in SPECIAL_NAMES if config.get(name)}
+        template, _ = _compile(source, file)
+        tool_template, variables = _compile(tool_source, file)
+        return cls(template, tool_template, special_tokens, variables=frozenset(variables))
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools given to it can be seen in the prompt."""
+        return "tools" in self._variables
+
+    def takes(self, name: str) -> bool:
+        """Whether a variable that a request gives can be seen in the prompt."""
+        return name in self._variables and name not in RESERVED_NAMES
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """One text; it is to be encoded without adding special tokens, for they are in it.
+
+        Args:
+            messages: as OpenAI has them, tool calls and their answers included.
+            add_generation_prompt: begin the assistant's turn at the end.
+            tools: as OpenAI has them.
+            template_kwargs: more variables for the template, such as enable_thinking; none of RESERVED_NAMES.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+        """
+        given = readable(messages)
+        attempts: list[tuple[list[dict[str, Any]], Any]] = [(given, tools or None), (with_text_arguments(given), tools)]
+        if tools:
+            attempts.append((given, flat(tools)))
+        first: InvalidRequest | None = None
+        for attempted, attempted_tools in attempts:
+            try:
+                return self._render(attempted, add_generation_prompt, attempted_tools or None, template_kwargs)
+            except (TypeError, jinja2.UndefinedError) as problem:
+                # What a template expects of calls and tools can only be learnt by trying.
+                first = first or InvalidRequest("chat", f"the model's chat template fails on it: {problem}")
+            except jinja2.TemplateError as problem:
+                raise InvalidRequest("chat", f"the model's chat template refuses it: {problem}") from None
+            except (ValueError, KeyError, OverflowError, RecursionError) as problem:
+                raise InvalidRequest("chat", f"the model's chat template fails on it: {problem}") from None
+        assert first is not None, "every attempt has returned or failed"
+        raise first
+
+    def _render(
+        self, messages: list[dict[str, Any]], begin_answer: bool, tools: Any, template_kwargs: dict[str, Any]
+    ) -> str:
+        template = self._tool_template if tools else self._template
+        return template.render(
+            {
+                "documents": None,
+                **self._special_tokens,
+                **template_kwargs,
+                "messages": messages,
+                "add_generation_prompt": begin_answer,
+                "tools": tools,
+            }
+        )
+
+
+def _compile(source: str, file: Path) -> tuple[jinja2.Template, set[str]]:
+    """A template, and the variables it wants to be given."""
+    environment = _environment()
+    try:
+        return environment.from_string(source), jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as problem:
+        raise StartError(f"{file}: the chat template is broken: {problem}", path=str(file)) from None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As Hugging Face's own: templates are written against it."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002 -- the name templates know
+    return datetime.now().astimezone().strftime(format)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **keywords: Any) -> str:
+    """Jinja's own would escape characters for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **keywords)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError) as problem:
+        raise StartError(f"{file} cannot be read as JSON: {problem}", path=str(file)) from None
+    if not isinstance(config, dict):
+        raise StartError(f"{file} is not a JSON object", path=str(file))
+    return config
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise StartError(f"{file} cannot be read: {problem}", path=str(file)) from None
+
+
+def _checked_entry(config: dict[str, Any], file: Path) -> Any:
+    """The templates of a tokenizer's configuration: none, one, or several with names."""
+    entry = config.get("chat_template")
+    named = entry if isinstance(entry, list) else []
+    has_names = all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in named
+    )
+    if (entry is not None and not isinstance(entry, str | list)) or not has_names:
+        raise StartError(
+            f"{file}: chat_template is neither a text nor a list of objects with name and template", path=str(file)
+        )
+    return entry
+
+
+def _named(entry: Any, name: str) -> str | None:
+    """One template is the default; or a list of named ones."""
+    if isinstance(entry, list):
+        return next((named["template"] for named in entry if named.get("name") == name), None)
+    return entry if isinstance(entry, str) and name == "default" else None
+
+
+def _text_of(config: dict[str, Any], name: str, file: Path) -> str:
+    """Older files describe a token by an object."""
+    token = config[name]
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise StartError(f"{file}: {name} is neither a text nor an object with content", path=str(file))
+    return text

@@ -1,0 +1,316 @@
+"""The validation hop: what a client may ask for. A refusal names the field as the contract calls it.
+
+Ranges are those the contracts' comments state; a test holds the two together. What only an engine can know (whether a
+grammar compiles) is left to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import sampling_pb2
+from tandem.domain.json_bounds import check_json_bounds
+from tandem.errors import ContextExceeded, InvalidRequest
+from tandem.rpc.convert import present
+from tandem_frontend.preparation.sampling import check_ranges
+from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, Tokenizer
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+STOPS_MAX = 16
+STOP_BYTES_MAX = 1_024
+STOP_TOKENS_MAX = 64
+TOP_LOGPROBS_MAX = 20
+CACHE_SALT_CHARS_MAX = 128
+SESSION_ID_CHARS_MAX = 128
+PRIORITY_MAX = 100
+COALESCE_MS_MAX = 1_000
+GRAMMAR_BYTES_MAX = 64 * 1_024
+PATTERN_BYTES_MAX = 16 * 1_024
+"""Of a grammar that is no JSON: how deeply it nests, nobody has counted."""
+CHECKED_TOKENS = 8_192
+"""So many of a prompt are checked at a time, in a third of a millisecond."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """A request as the hops after validation need it."""
+
+    request_id: str
+    prompt_field: str
+    """The field its prompt came in."""
+    token_ids: Sequence[int]
+    """Protobuf's own list."""
+    sampling: sampling_pb2.Sampling
+    max_tokens: int
+    min_tokens: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    guided: sampling_pb2.Guided | None
+    logprobs: sampling_pb2.LogprobsOptions | None
+    priority: int | None
+    cache_salt: str | None
+    session_id: str | None
+    skip_special_tokens: bool
+    coalesce_s: float | None
+    """The request's own bound on how long a chunk may be held; None: the frontend's."""
+
+
+async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
+    """Check a request, tokenise its prompt, and settle what it leaves open.
+
+    Raises:
+        InvalidRequest: names the first field at fault.
+    """
+    request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest("request_id", "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+    check_ranges(request.sampling)
+    check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocabulary_size)
+    _check_stopping(request.stopping, tokenizer.vocabulary_size)
+    _check_rest(request)
+    token_ids = await _prompt_ids(request, tokenizer)
+    room_tokens = tokenizer.context_tokens_max - len(token_ids)
+    stopping = request.stopping
+    # A budget beyond the context is no error: the generation then ends with LENGTH where the context does.
+    max_tokens = min(stopping.max_tokens, room_tokens) if stopping.HasField("max_tokens") else room_tokens
+    min_tokens = present(stopping, "min_tokens", min(stopping.min_tokens, max_tokens))
+    return CheckedRequest(
+        request_id=request_id,
+        prompt_field=str(request.WhichOneof("input")),
+        token_ids=token_ids,
+        sampling=request.sampling,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        guided=present(request, "guided", request.guided),
+        logprobs=present(request, "logprobs", request.logprobs),
+        priority=present(request, "priority", request.priority),
+        cache_salt=present(request, "cache_salt", request.cache_salt),
+        session_id=present(request, "session_id", request.session_id),
+        skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
+        coalesce_s=request.coalesce_ms / 1_000 if request.HasField("coalesce_ms") else None,
+    )
+
+
+@contextlib.contextmanager
+def naming_the_prompt(field: str) -> Iterator[None]:
+    """Name a refusal of the token ids that workers get for the field the prompt came in: clients know no other."""
+    try:
+        yield
+    except InvalidRequest as problem:
+        if problem.field != "token_ids":
+            raise
+        raise problem.renamed(field) from None
+
+
+async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) -> Sequence[int]:
+    """Token ids of a text or of messages; they may be more than the context holds.
+
+    Raises:
+        InvalidRequest: neither is given, or the text is beyond any use.
+    """
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        text = request.prompt
+        check_text("prompt", text, tokenizer)
+        return await tokenizer.encode(text, add_special_tokens=True)
+    if kind == "chat":
+        return await _chat_ids(request.chat, tokenizer)
+    raise InvalidRequest("input", "one of prompt and chat must be given")
+
+
+def checked_detokenize(request: pb.DetokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a request; no more than the context holds.
+
+    Raises:
+        InvalidRequest: they are too many, or one is not the model's.
+    """
+    count, most = len(request.token_ids), tokenizer.context_tokens_max
+    if count > most:
+        raise InvalidRequest("token_ids", f"{count} are more than the {most} of the model's context", limit=most)
+    token_ids = list(request.token_ids)
+    check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
+    return token_ids
+
+
+async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Sequence[int]:
+    kind = request.WhichOneof("input")
+    token_ids: Sequence[int]
+    if kind == "prompt":
+        # Read once: each time makes another text of it.
+        text = request.prompt
+        if not text:
+            raise InvalidRequest("prompt", "must not be empty")
+        check_text("prompt", text, tokenizer)
+        token_ids = await tokenizer.encode(text, add_special_tokens=True)
+    elif kind == "chat":
+        token_ids = await _chat_ids(request.chat, tokenizer)
+    elif kind == "token_ids":
+        check_token_count(kind, len(request.token_ids.ids), tokenizer)
+        # The message's own list, which never changes: a leg takes it over as a whole.
+        token_ids = request.token_ids.ids
+    else:
+        raise InvalidRequest("input", "one of prompt, token_ids and chat must be given")
+    if not token_ids:
+        raise InvalidRequest(kind, "must not be empty")
+    if kind == "token_ids" or not tokenizer.fits_vocabulary:
+        # Also of a text, where a token may be beyond the model's embedding: it would take an engine down.
+        await check_prompt_ids(kind, token_ids, tokenizer.vocabulary_size)
+    check_token_count(kind, len(token_ids), tokenizer)
+    return token_ids
+
+
+async def _chat_ids(chat: pb.Chat, tokenizer: Tokenizer) -> Sequence[int]:
+    if tokenizer.chat_template is None:
+        raise InvalidRequest("chat", "this model has no chat template; use prompt")
+    if not chat.messages:
+        raise InvalidRequest("chat.messages", "must not be empty")
+    # Whatever a template makes of a message is a token at least.
+    check_token_count("chat.messages", len(chat.messages), tokenizer, what="messages")
+    if chat.ByteSize() <= BLOCKING_CHARS_MAX:
+        text = _rendered(chat, tokenizer)
+    else:
+        text = await asyncio.to_thread(_rendered, chat, tokenizer)
+    return await tokenizer.encode(text, add_special_tokens=False, field="chat")
+
+
+def _rendered(chat: pb.Chat, tokenizer: Tokenizer) -> str:
+    assert tokenizer.chat_template is not None, "checked before"
+    messages: list[dict[str, str]] = []
+    left_bytes = tokenizer.prompt_bytes_max
+    for number, message in enumerate(chat.messages):
+        check_role(f"chat.messages[{number}].role", message.role)
+        field, content = f"chat.messages[{number}].content", message.content
+        check_text(field, content, tokenizer)
+        left_bytes -= len(content.encode())
+        if left_bytes < 0:
+            raise _too_long("chat.messages", f"the contents up to message {number}", tokenizer.context_tokens_max)
+        messages.append({"role": message.role, "content": tokenizer.without_control(content)})
+    begin_answer = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+    text = tokenizer.chat_template.render(messages, add_generation_prompt=begin_answer)
+    check_text("chat", text, tokenizer)
+    return text
+
+
+def check_role(field: str, role: str) -> None:
+    """Refuse what is no name: templates print roles as they are, so that one could end a turn and begin another's.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not ROLE.fullmatch(role):
+        raise InvalidRequest(field, "must be 1 to 64 characters of a-z, A-Z, 0-9, '_', '-'")
+
+
+def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
+    """Refuse what cannot fit before any work is put into it.
+
+    Raises:
+        ContextExceeded: names the field.
+    """
+    # A character has one to four bytes: few texts need to be encoded to be measured.
+    most = tokenizer.prompt_bytes_max
+    if len(text) > most or (4 * len(text) > most and len(text.encode()) > most):
+        raise _too_long(field, f"{len(text)} characters", tokenizer.context_tokens_max)
+
+
+def _too_long(field: str, size: str, context_tokens_max: int) -> ContextExceeded:
+    # Client libraries know an overlong prompt by the words in the middle.
+    sentence = f"this model's maximum context length is {context_tokens_max} tokens; {size} leave no room to answer"
+    return ContextExceeded(field, sentence, limit=context_tokens_max)
+
+
+def check_token_count(field: str, count: int, tokenizer: Tokenizer, *, what: str = "tokens") -> None:
+    """Refuse a list that cannot fit before anybody looks into it.
+
+    Raises:
+        ContextExceeded: names the field.
+    """
+    if count >= tokenizer.context_tokens_max:
+        raise _too_long(field, f"{count} {what}", tokenizer.context_tokens_max)
+
+
+def check_token_ids(field: str, token_ids: Collection[int], vocabulary_size: int) -> None:
+    """Refuse ids that the model does not have.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    # In two steps, because these are the fastest there are.
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size)
+        raise InvalidRequest(field, f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
+
+
+async def check_prompt_ids(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
+    """`check_token_ids` for a list of any length, in steps between which the event loop runs.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    for begin in range(0, len(token_ids), CHECKED_TOKENS):
+        if begin:
+            await asyncio.sleep(0)
+        check_token_ids(field, token_ids[begin : begin + CHECKED_TOKENS], vocabulary_size)
+
+
+def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> None:
+    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
+        raise InvalidRequest("stopping.max_tokens", f"must be 1 or more, not {stopping.max_tokens}")
+    if stopping.min_tokens < 0:
+        raise InvalidRequest("stopping.min_tokens", f"must not be negative, but is {stopping.min_tokens}")
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+        raise InvalidRequest("stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens")
+    if len(stopping.stop) > STOPS_MAX:
+        raise InvalidRequest("stopping.stop", f"{len(stopping.stop)} stop strings are more than {STOPS_MAX}")
+    for stop in stopping.stop:
+        if not 0 < len(stop.encode()) <= STOP_BYTES_MAX:
+            raise InvalidRequest("stopping.stop", f"each must be 1 to {STOP_BYTES_MAX} bytes long")
+    if len(stopping.stop_token_ids) > STOP_TOKENS_MAX:
+        raise InvalidRequest("stopping.stop_token_ids", f"more than {STOP_TOKENS_MAX}")
+    check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocabulary_size)
+
+
+def _check_rest(request: pb.GenerateRequest) -> None:
+    if abs(request.priority) > PRIORITY_MAX:
+        raise InvalidRequest("priority", f"must be -{PRIORITY_MAX} to {PRIORITY_MAX}, not {request.priority}")
+    if len(request.cache_salt) > CACHE_SALT_CHARS_MAX:
+        raise InvalidRequest("cache_salt", f"must be at most {CACHE_SALT_CHARS_MAX} characters long")
+    if len(request.session_id) > SESSION_ID_CHARS_MAX:
+        raise InvalidRequest("session_id", f"must be at most {SESSION_ID_CHARS_MAX} characters long")
+    if not 0 <= request.logprobs.top_logprobs <= TOP_LOGPROBS_MAX:
+        raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
+    if not 0 <= request.coalesce_ms <= COALESCE_MS_MAX:
+        raise InvalidRequest("coalesce_ms", f"must be 0 to {COALESCE_MS_MAX}, not {request.coalesce_ms}")
+    _check_guided(request.guided)
+
+
+def _check_guided(guided: sampling_pb2.Guided) -> None:
+    kind = guided.WhichOneof("grammar")
+    if kind is None:
+        return
+    grammar = getattr(guided, kind)
+    bytes_max = PATTERN_BYTES_MAX if kind in ("regex", "ebnf") else GRAMMAR_BYTES_MAX
+    if not 0 < len(grammar.encode()) <= bytes_max:
+        raise InvalidRequest(f"guided.{kind}", f"must be 1 to {bytes_max} bytes long")
+    if kind in ("json_schema", "structural_tag"):
+        try:
+            schema: Any = json.loads(grammar)
+        except (ValueError, RecursionError) as problem:
+            raise InvalidRequest(f"guided.{kind}", f"is not JSON: {problem}") from None
+        allowed = dict | bool if kind == "json_schema" else dict
+        if not isinstance(schema, allowed):
+            raise InvalidRequest(f"guided.{kind}", "is not a JSON object")
+        check_json_bounds(f"guided.{kind}", schema)

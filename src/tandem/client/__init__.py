@@ -1,0 +1,1 @@
+"""Calls between processes and from tools: one function for each RPC, failures as TandemError."""

@@ -1,0 +1,167 @@
+"""Calls a client makes: one function for each, failures as TandemError. For the command line, tests and benchmarks.
+
+Each takes the `Tls` of a cluster that asks for certificates; without it the call goes in plaintext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.api.frontend.v1 import inference_service_pb2 as frontend_pb
+from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.api.process.v1 import process_service_pb2 as process_pb
+from tandem.api.process.v1.process_service_pb2_grpc import ProcessServiceStub
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
+from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.domain.worker import Worker
+from tandem.errors import InvalidRequest
+from tandem.rpc.channels import open_channel
+from tandem.rpc.convert import worker_from_proto
+from tandem.rpc.status import from_rpc_error
+from tandem.tls.paths import Tls
+
+CALL_TIMEOUT_S = 5.0
+
+
+async def generate(
+    address: str, request: frontend_pb.GenerateRequest, timeout_s: float | None = None, *, tls: Tls | None = None
+) -> AsyncGenerator[frontend_pb.GenerateResponse, None]:
+    """Stream a generation from a frontend; closing the iterator cancels it.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        call = stub.Generate(request, timeout=timeout_s)
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                yield response
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+
+
+async def list_models(address: str, *, tls: Tls | None = None) -> list[frontend_pb.Model]:
+    """The models a frontend offers now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        response = await _answer(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
+        return list(response.models)
+
+
+async def list_workers(address: str, *, tls: Tls | None = None) -> list[registry_pb.ListedWorker]:
+    """The workers a registry lists.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    return list((await list_members(address, tls=tls)).workers)
+
+
+async def list_members(address: str, *, tls: Tls | None = None) -> registry_pb.ListResponse:
+    """All that a registry lists, and where it knows it from.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = RegistryServiceStub(channel)
+        response: registry_pb.ListResponse = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
+        return response
+
+
+async def worker_at(address: str, timeout_s: float = CALL_TIMEOUT_S, *, tls: Tls | None = None) -> Worker:
+    """Who serves at an address, as it says itself.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        request = worker_pb.GetCapabilitiesRequest()
+        response: worker_pb.GetCapabilitiesResponse = await _answer(stub.GetCapabilities(request, timeout=timeout_s))
+        return worker_from_proto(response.worker)
+
+
+async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> worker_pb.WatchLoadResponse:
+    """How busy a worker is now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
+        response: worker_pb.WatchLoadResponse = await _answer(call.read())
+        call.cancel()
+        return response
+
+
+async def drain_worker(address: str, epoch: int, *, tls: Tls | None = None) -> AsyncGenerator[int, None]:
+    """Ask one start of a worker to finish and end; its open legs, each time one has ended, down to none.
+
+    Raises:
+        StaleEpoch: it was started again.
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = WorkerServiceStub(channel)
+        call = stub.Drain(worker_pb.DrainRequest(worker_epoch=epoch))
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                yield response.open_legs
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from None
+        finally:
+            call.cancel()
+
+
+async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb.GetFiguresResponse:
+    """What a process holds now.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = ProcessServiceStub(channel)
+        request = process_pb.GetFiguresRequest()
+        response: process_pb.GetFiguresResponse = await _answer(stub.GetFigures(request, timeout=CALL_TIMEOUT_S))
+        return response
+
+
+async def is_serving(address: str, service: str = "", *, tls: Tls | None = None) -> bool:
+    """What grpc.health.v1 says of a process, or of one of its services.
+
+    Raises:
+        InvalidRequest: it carries no such service.
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = await stub.Check(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            if failure.code() is grpc.StatusCode.NOT_FOUND:
+                raise InvalidRequest("service", f"{address} carries no service {service!r}") from None
+            raise from_rpc_error(failure) from None
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _answer(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as failure:
+        raise from_rpc_error(failure) from None

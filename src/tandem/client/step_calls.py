@@ -1,0 +1,129 @@
+"""The calls of leg contract 2, as a frontend makes them: the step stream of a worker, starts and aborts of legs.
+
+Owns nothing but the calls; which leg a message belongs to, and what a failure means for it, is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from tandem.api.decode.v2.decode_service_pb2 import StartLegsRequest as StartDecodeLegs
+from tandem.api.decode.v2.decode_service_pb2_grpc import DecodeServiceStub
+from tandem.api.prefill.v2.prefill_service_pb2 import StartLegsRequest as StartPrefillLegs
+from tandem.api.prefill.v2.prefill_service_pb2_grpc import PrefillServiceStub
+from tandem.api.types.v2 import leg_pb2
+from tandem.api.worker.v2 import step_service_pb2 as pb
+from tandem.api.worker.v2.step_service_pb2_grpc import StepServiceStub
+from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole
+from tandem.errors import NotSupported, RequestAborted, ServiceError, StartError, TandemError
+from tandem.rpc.channels import Channels
+from tandem.rpc.status import from_rpc_error
+
+ABORT_TIMEOUT_S = 5.0
+"""A worker that does not take an abort in this time is named again by its next words of the leg."""
+
+
+class StepCall:
+    """One step stream, open until it is cancelled or breaks."""
+
+    def __init__(self, channel: grpc.aio.Channel, worker: Worker, frontend_id: str) -> None:
+        """Sends the call; nothing is waited for."""
+        request = pb.StreamStepsRequest(leg_contract=LEG_CONTRACT, worker_epoch=worker.epoch, frontend_id=frontend_id)
+        stub: Any = StepServiceStub(channel)
+        self._worker = worker
+        self._call = stub.StreamSteps(request)
+
+    async def read(self) -> pb.StreamStepsResponse:
+        """The next message.
+
+        Raises:
+            TandemError: the stream could not be opened, or has ended: it never ends well.
+        """
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as failure:
+            raise _of_worker(self._worker, from_rpc_error(failure)) from None
+        if message is grpc.aio.EOF:
+            raise ServiceError(f"worker {self._worker.worker_id} has closed its step stream")
+        return message  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """End the stream, which aborts every leg that runs on it. Harmless after its end."""
+        self._call.cancel()
+
+
+class WorkerCalls:
+    """The calls to workers, over channels that are kept by address."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
+
+    def connection(self, worker: Worker) -> object:
+        """What calls to a worker go over now; another one when the certificate has been renewed.
+
+        Raises:
+            ServiceError: without usable TLS files there is none.
+        """
+        return self._channel(worker)
+
+    def open_steps(self, worker: Worker, frontend_id: str) -> StepCall:
+        """Open a step stream.
+
+        Raises:
+            ServiceError: as `connection`.
+        """
+        return StepCall(self._channel(worker), worker, frontend_id)
+
+    async def start_legs(
+        self, worker: Worker, stream_id: int, legs: Sequence[leg_pb2.LegStart]
+    ) -> Sequence[leg_pb2.LegStartResult]:
+        """Start legs on a stream; a result for each, in order.
+
+        Raises:
+            TandemError: the call failed; whether a leg has been started is not known.
+        """
+        channel = self._channel(worker)
+        stub: Any
+        if worker.role is WorkerRole.PREFILL:
+            stub, request = PrefillServiceStub(channel), StartPrefillLegs(stream_id=stream_id, legs=legs)
+        else:
+            stub, request = DecodeServiceStub(channel), StartDecodeLegs(stream_id=stream_id, legs=legs)  # type: ignore[assignment]
+        try:
+            results: Sequence[leg_pb2.LegStartResult] = (await stub.StartLegs(request)).results
+        except grpc.aio.AioRpcError as failure:
+            raise _of_worker(worker, from_rpc_error(failure)) from None
+        if len(results) != len(legs):
+            raise ServiceError(f"worker {worker.worker_id} answered {len(results)} starts instead of {len(legs)}")
+        return results
+
+    async def abort_legs(self, worker: Worker, stream_id: int, legs: Iterable[int]) -> None:
+        """Abort legs of a stream.
+
+        Raises:
+            TandemError: the call failed.
+        """
+        stub: Any = StepServiceStub(self._channel(worker))
+        try:
+            await stub.AbortLegs(pb.AbortLegsRequest(stream_id=stream_id, legs=legs), timeout=ABORT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            raise _of_worker(worker, from_rpc_error(failure)) from None
+
+    def _channel(self, worker: Worker) -> grpc.aio.Channel:
+        try:
+            return self._channels.get(worker.address)
+        except StartError as problem:
+            raise ServiceError(f"no connection to worker {worker.worker_id} can be made: {problem}") from None
+
+
+def _of_worker(worker: Worker, problem: TandemError) -> TandemError:
+    """A failed call as a failure of that worker, which another one may not have."""
+    if type(problem) is NotSupported and not problem.metadata:
+        return ServiceError(
+            f"worker {worker.worker_id} does not know leg contract {LEG_CONTRACT}, which this frontend speaks"
+        )
+    if isinstance(problem, RequestAborted):
+        return ServiceError(f"worker {worker.worker_id} has ended the call: {problem.message}")
+    return problem

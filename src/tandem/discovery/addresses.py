@@ -1,0 +1,88 @@
+"""The forms of addresses in settings: host:port, srv://NAME for DNS to say, or several of them separated by commas.
+
+Owns the words only; nothing is asked of DNS here (`tandem.discovery.srv_lookup`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+PORT_MAX = 65_535
+DNS_PORT = 53
+SRV_PREFIX = "srv://"
+FORMS = "host:port, or srv://NAME@HOST:PORT (a name, and the DNS server to ask)"
+REGISTRY_TEXT = f"the registry: {FORMS}; several are separated by commas"
+HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?", re.ASCII)
+NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class SrvName:
+    """A name whose SRV records hold host and port of each registry."""
+
+    name: str
+    server: str | None
+    """Host of the DNS server to ask; None: those of this machine."""
+    port: int = DNS_PORT
+
+
+def parse_addresses(value: Any) -> Any:
+    """A tuple of addresses, as text, from text like "a:1,b:2" or from a list of such.
+
+    Raises:
+        ValueError: says which address is malformed.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not parts:
+        raise ValueError(f"must be {FORMS}; several are separated by commas")
+    return tuple(_checked(str(part).strip()) for part in parts)
+
+
+def parse_srv(address: str) -> SrvName | None:
+    """What to ask of DNS; None for a plain host:port.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not address.startswith(SRV_PREFIX):
+        _host_and_port(address, address)
+        return None
+    name, at, server = address.removeprefix(SRV_PREFIX).partition("@")
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{address!r}: {name!r} is not a DNS name")
+    if not at:
+        return SrvName(name, None)
+    has_port = ":" in server.rpartition("]")[2]
+    host, port = _host_and_port(server if has_port else f"{server}:{DNS_PORT}", address)
+    return SrvName(name, host.strip("[]"), port)
+
+
+def _checked(address: str) -> str:
+    parse_srv(address)
+    return address
+
+
+def _host_and_port(text: str, address: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) <= PORT_MAX
+    if not _is_host(host) or not is_port:
+        raise ValueError(f"{address!r} is neither host:port nor srv://NAME@HOST:PORT")
+    return host, int(port)
+
+
+def _is_host(text: str) -> bool:
+    """A name, or an IP address: of version 6 in brackets."""
+    if text.startswith("["):
+        try:
+            return text.endswith("]") and ipaddress.ip_address(text[1:-1]).version == 6
+        except ValueError:
+            return False
+    return HOST.fullmatch(text) is not None
+
+
+Addresses = Annotated[tuple[str, ...], BeforeValidator(parse_addresses)]

@@ -1,0 +1,83 @@
+"""What a running engine says of itself: its capabilities once, its load at any time.
+
+Pure: knows SGLang's names, imports none of it. Figures of the model come from the checkpoint, figures of the KV pool
+from the scheduler that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tandem.domain.checkpoint import Checkpoint
+from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
+from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang.compat import SGLANG_VERSION
+from tandem.engine.sglang.hooks.registry import FACTS_KEY
+
+
+def capabilities(
+    settings: EngineSettings, checkpoint: Checkpoint, server_args: Any, info: dict[str, Any]
+) -> Capabilities:
+    """From the settings, the checkpoint and the scheduler's start-up message."""
+    facts = info[FACTS_KEY]
+    aggregated = settings.role is WorkerRole.AGGREGATED
+    return Capabilities(
+        engine="sglang",
+        engine_version=SGLANG_VERSION,
+        model=settings.model_name,
+        model_digest=checkpoint.model_digest,
+        tokenizer_digest=checkpoint.tokenizer_digest,
+        context_tokens_max=facts["context_tokens_max"],
+        kv_capacity_tokens=info["max_total_num_tokens"],
+        running_requests_max=facts["running_requests_max"],
+        vocabulary_size=checkpoint.vocabulary_size,
+        eos_token_ids=checkpoint.eos_token_ids,
+        page_size_tokens=facts["page_size_tokens"],
+        kv_dtype=facts["kv_dtype"],
+        kv_layout=checkpoint.kv_layout,
+        kv_bytes_per_token=facts["kv_bytes_per_token"],
+        transfer_backend="none" if aggregated else settings.transfer_backend,
+        tensor_parallel_size=server_args.tp_size,
+        is_mla=checkpoint.is_mla,
+    )
+
+
+def load(snapshots: Iterable[Any], role: WorkerRole) -> EngineLoad:
+    """The scheduler's latest figures, summed over data-parallel ranks; nothing is known before the first."""
+    # SGLang writes an empty one first, of time 0.
+    every = [s for s in snapshots if s.timestamp > 0]
+    if not every:
+        return EngineLoad()
+    return EngineLoad(
+        running_requests=sum(s.num_running_reqs for s in every),
+        waiting_requests=sum(_waiting(s) for s in every),
+        waiting_tokens=sum(s.num_waiting_uncached_tokens for s in every),
+        kv_used_tokens=sum(s.num_used_tokens for s in every),
+        kv_capacity_tokens=sum(s.max_total_num_tokens for s in every),
+        transferring_requests=None if role is WorkerRole.AGGREGATED else sum(_transferring(s, role) for s in every),
+        kv_transferring_tokens=_sum(s.kv_transferring_tokens for s in every),
+        kv_cached_tokens=_sum(s.kv_cached_tokens for s in every),
+        kv_free_tokens=_sum(s.kv_free_tokens for s in every),
+    )
+
+
+def _sum(figures: Iterable[int | None]) -> int | None:
+    """Over all ranks, where every one tells its own."""
+    told = list(figures)
+    return None if None in told else sum(figure for figure in told if figure is not None)
+
+
+def _waiting(snapshot: Any) -> int:
+    """Requests that wait for this engine itself, and not for the other leg."""
+    queues = snapshot.queues
+    return 0 if queues is None else int(queues.waiting + queues.grammar + queues.retracted)
+
+
+def _transferring(snapshot: Any, role: WorkerRole) -> int:
+    d = snapshot.disaggregation
+    if d is None:
+        return 0
+    if role is WorkerRole.PREFILL:
+        return int(d.prefill_bootstrap_queue_reqs + d.prefill_inflight_queue_reqs)
+    return int(d.decode_prealloc_queue_reqs + d.decode_transfer_queue_reqs)

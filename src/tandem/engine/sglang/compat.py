@@ -1,0 +1,128 @@
+"""Is the SGLang that is installed the one this adapter was written for? Asked at start, answered in one sentence.
+
+Three times: before SGLang is imported (what is installed), after (what it offers), and when its scheduler is up
+(whether the hooks are in place there, because SGLang itself only logs those that are not).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from importlib import metadata
+from typing import Any
+
+from tandem.engine.sglang.environment import PLATFORM_NAME
+from tandem.engine.sglang.hooks import registry
+from tandem.errors import StartError
+
+SGLANG_VERSION = "0.5.23"
+GENERATE_ARGUMENTS = (
+    "input_ids",
+    "sampling_params",
+    "stream",
+    "rid",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "return_logprob",
+    "top_logprobs_num",
+    "priority",
+    "cache_salt",
+    "external_trace_header",
+)
+MANAGER_METHODS = (
+    "abort_request",
+    "handle_loop",
+    "flush_cache",
+    "start_profile",
+    "stop_profile",
+    # What `front_half` calls or replaces.
+    "_handle_batch_output",
+    "_handle_abort_req",
+    "_init_req_state",
+    "_release_req_states_on_failure",
+    "_send_one_request",
+    "_set_default_priority",
+    "_tokenize_one_request",
+    "_validate_and_resolve_lora",
+    "_release_lora_once",
+    "convert_to_span_attrs",
+)
+ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))
+INSTALL = 'run `make setup` in a checkout, or `pip install "tandem[sglang]"` on a GPU machine'
+
+
+def check_installed(transfer_backend: str) -> None:
+    """Look at the installed distributions, without importing any.
+
+    Raises:
+        StartError: one is missing, or not the pinned one.
+    """
+    version = _version("sglang")
+    if version is None:
+        raise StartError(f"sglang is not installed: {INSTALL}")
+    if version != SGLANG_VERSION:
+        raise StartError(f"sglang is version {version}, but this worker needs {SGLANG_VERSION}: {INSTALL}")
+    if _version("torch") is None:
+        raise StartError(f"torch is not installed: {INSTALL}")
+    if transfer_backend == "nixl" and _version("nixl") is None:
+        raise StartError(f"nixl is not installed, and the transfer backend is nixl: {INSTALL}")
+    for group, name in ENTRY_POINTS:
+        if not metadata.entry_points(group=group, name=name):
+            raise StartError(
+                f"the entry point {name} of the group {group} is missing: reinstall tandem (pip install -e . --no-deps)"
+            )
+
+
+def check_offers(transfer_backend: str, device: str) -> None:
+    """Import SGLang and look for everything this adapter calls or hooks.
+
+    Raises:
+        StartError: something cannot be imported, or is not there.
+    """
+    _import("sglang.srt.entrypoints.engine")
+    manager = _import("sglang.srt.managers.tokenizer_manager").TokenizerManager
+    accepted = inspect.signature(_import("sglang.srt.managers.io_struct").GenerateReqInput).parameters
+    missing = [name for name in GENERATE_ARGUMENTS if name not in accepted]
+    if missing:
+        raise StartError(f"sglang {SGLANG_VERSION}: GenerateReqInput has no {', '.join(missing)}")
+    for name in MANAGER_METHODS:
+        if not hasattr(manager, name):
+            raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}")
+    if transfer_backend == "nixl":
+        _import("nixl._api")
+        for target in registry.targets(device):
+            try:
+                pkgutil.resolve_name(target)
+            except (ImportError, AttributeError) as problem:
+                raise StartError(f"sglang {SGLANG_VERSION}: cannot hook {target}: {problem}") from None
+
+
+def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
+    """Compare the scheduler's own account with what should be in place.
+
+    Raises:
+        StartError: the plugin did not run there, or a hook is not in place.
+    """
+    if facts is None:
+        raise StartError(
+            "SGLang's scheduler did not load Tandem's plugin: reinstall tandem (pip install -e . --no-deps)"
+        )
+    absent = sorted(set(registry.targets(device)) - set(facts["hooks"]))
+    if absent:
+        raise StartError(f"hooks are not in place in SGLang's scheduler: {', '.join(absent)}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:
+        raise StartError(f"{name} cannot be imported: {type(problem).__name__}: {problem}") from None

@@ -1,0 +1,1 @@
+"""Hooks into SGLang's own processes: KV accounting, seeded sampling, grammars."""

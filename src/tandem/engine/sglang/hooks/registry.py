@@ -1,0 +1,364 @@
+"""What Tandem adds inside SGLang's processes, through SGLang's own hook registry: figures, sentences, and CPU manners.
+
+Every hook here either notes a fact in the ledger, turns a silent end into a sentence, lifts a bound without a reason,
+or (on a CPU only) says what is true of host memory; `draws` makes seeds count and `grammars` refuses what cannot be
+used. None changes what a request without a seed gets. SGLang only logs a hook that fails to apply; `probe.check_hooks`
+refuses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tandem.engine.sglang import reports
+from tandem.engine.sglang.hooks import grammars, seeded_sampling
+from tandem.engine.sglang.hooks.kv_accounting import Ledger
+
+log = logging.getLogger(__name__)
+
+FACTS_KEY = "tandem"
+"""Under this key a request's facts stand in `meta_info`, and the engine's in SGLang's start-up message."""
+_MAX_REQ_LEN_AT = 4
+"""Where TpModelWorker.get_worker_info tells max_req_len; max_req_input_len follows."""
+IDLE_POLL_MS = 1
+PROGRESS_DELAY_US = 5_000
+"""NIXL's progress thread looks at its connections this often, besides whenever one of them wakes it."""
+PEER_PROBE_TIMEOUT_S = 0.5
+STATUS_FRAMES = 5
+"""Frames of SGLang's own status message: tag, room, status, rank, reason. A sixth, ours, holds the bytes moved."""
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
+_CHANNELS = "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels"
+_LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+_SCALING = ("sglang.srt.sampling.sampling_batch_info", "sglang.srt.sampling.penaltylib.repetition_penalty")
+"""Both know the function by a name of their own."""
+_NIXL = "sglang.srt.disaggregation.nixl.conn"
+_SENDS = ("send_kvcache", "send_kvcache_slice", "send_kvcache_mixed", "send_kvcache_dcp")
+
+_ledger = Ledger()
+_sending = threading.local()
+
+
+def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Hooks of a child process: dotted target -> (hook, kind)."""
+    hooks: dict[str, tuple[Callable[..., Any], str]] = {
+        f"{_SCHEDULER}.__init__": (_report_start_failure, "around"),
+        f"{_SCHEDULER}.run_event_loop": (_report_failure, "around"),
+        f"{_SCHEDULER}.get_init_info": (_describe, "after"),
+        f"{_SCHEDULER}.get_output_streamer_class": (_streamer_class, "after"),
+        f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
+        f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
+        f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
+        f"{_LOADS}.get_loads": (_account_for_pages, "after"),
+        **seeded_sampling.targets(),
+        **grammars.targets(),
+    }
+    if device == "cpu":
+        hooks[f"{_SCHEDULER}.on_idle"] = (_wait_politely, "after")
+        hooks |= {f"{module}.apply_scaling_penalties": (_scale_plainly, "around") for module in _SCALING}
+    return hooks if importlib.util.find_spec("nixl") is None else hooks | _nixl_targets(device)
+
+
+def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
+    hooks: dict[str, tuple[Callable[..., Any], str]] = {
+        "nixl._api.nixl_agent_config.__init__": (_capture_telemetry, "around"),
+        f"{_NIXL}.NixlKVManager.update_status": (_note_room, "before"),
+        f"{_NIXL}.NixlKVManager._await_handles": (_count_moved, "after"),
+        f"{_NIXL}.NixlKVManager._encode_kv_status_message": (_tell_bytes, "after"),
+        f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_hear_bytes, "after"),
+        f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_meet_carefully, "around"),
+        **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
+    }
+    if device == "cpu":
+        hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_say_host_memory, "before")
+        hooks["nixl._api.nixl_agent.__init__"] = (_progress_politely, "around")
+    return hooks
+
+
+def register_in_child(device: str) -> None:
+    """Register every hook of the scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for name in ("decode", "prefill"):
+        logging.getLogger(f"sglang.srt.disaggregation.{name}").addFilter(_not_about_aborts)
+    # What is wrong with a grammar is told to whoever sent it; SGLang would log the whole of it as an error.
+    logging.getLogger("sglang.srt.constrained").setLevel(logging.CRITICAL)
+    for target, (hook, kind) in targets(device).items():
+        HookRegistry.register(target, hook, HookType(kind))
+
+
+def register_in_main() -> None:
+    """In the worker's process: leave its logging alone, which SGLang would set up anew."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.utils.common.configure_logger", _leave_logging_alone, HookType.REPLACE)
+
+
+def in_place(names: list[str]) -> list[str]:
+    """Those targets that are wrapped in this process."""
+    return [name for name in names if hasattr(pkgutil.resolve_name(name), "__wrapped__")]
+
+
+# --- Ends that explain themselves
+
+
+def _report_start_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return original(*arguments, **keywords)
+    except Exception as problem:
+        log.debug("the scheduler could not start", exc_info=True)
+        # An exception would make SGLang log a traceback and send SIGQUIT to the worker.
+        reports.end(problem)
+
+
+def _report_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return original(*arguments, **keywords)
+    except Exception as problem:
+        log.exception("the scheduler failed")
+        reports.end(problem)
+
+
+def _leave_logging_alone(*arguments: Any, **keywords: Any) -> None:
+    pass
+
+
+def _not_about_aborts(record: logging.LogRecord) -> bool:
+    """A request that was aborted on purpose is no error; SGLang logs it as one."""
+    return "Aborted by" not in record.getMessage()
+
+
+def _skip_detokenizer(original: Callable[..., Any], cls: type, *arguments: Any, **keywords: Any) -> Any:
+    """Send token ids straight to the worker's process: text is the frontend's, and `launch` starts no detokenizer."""
+    return original(cls, *arguments, **{**keywords, "skip_tokenizer_init": True})
+
+
+# --- Facts
+
+
+def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """Add what only the scheduler knows to its start-up message."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    _, _, page_bytes = pool.get_contiguous_buf_infos()
+    device = "cpu" if str(pool.device).startswith("cpu") else "cuda"
+    info[FACTS_KEY] = {
+        "hooks": in_place(list(targets(device))),
+        "context_tokens_max": _context_tokens_max(scheduler),
+        "running_requests_max": scheduler.max_running_requests,
+        "page_size_tokens": scheduler.page_size,
+        "kv_dtype": str(pool.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": sum(page_bytes) // scheduler.page_size,
+    }
+    return info
+
+
+def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """SGLang keeps 5 places of the context back for what no code of its own uses any more; this takes them.
+
+    With speculative decoding the places are used, and stay.
+    """
+    server_args = worker.server_args
+    if server_args.speculative_algorithm is not None:
+        return info
+    kv_tokens, context_tokens = info[0], worker.model_config.context_len
+    # A request gets `max_req_len - prompt - 1` tokens at most, and its prompt must be below `max_req_input_len`.
+    max_req_len = min(context_tokens + 1, kv_tokens - 1)
+    at = _MAX_REQ_LEN_AT
+    return (*info[:at], max_req_len, max_req_len - 1, *info[at + 2 :])
+
+
+def _context_tokens_max(scheduler: Any) -> int:
+    """Most tokens of prompt and completion that the scheduler really takes."""
+    # One page is the allocator's reserve, and the last page of a prompt may be nearly empty.
+    reserve_tokens = 2 * scheduler.page_size
+    if scheduler.disaggregation_mode.value == "decode":
+        # A prompt for which this much is not free besides waits until its time is over.
+        reserve_tokens += scheduler.server_args.num_reserved_decode_tokens
+    kv_tokens = scheduler.max_total_num_tokens - reserve_tokens
+    return int(min(scheduler.max_req_len - 1, scheduler.max_req_input_len, kv_tokens))
+
+
+def _streamer_class(streamer: type, scheduler: Any) -> type:
+    """SGLang's own class, which also sends a request's facts along with its end."""
+
+    class FactStreamer(streamer):  # type: ignore[misc]
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+            more: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
+            mode = self.disaggregation_mode.value
+            more[FACTS_KEY] = [[_facts(req, mode)] if req.finished() else [] for req in reqs]
+            return more
+
+    return FactStreamer
+
+
+def _facts(req: Any, mode: str) -> dict[str, Any]:
+    """Facts of a request that has ended; names are those of EngineTimings and EngineFinish."""
+    from sglang.srt.observability.req_time_stats import convert_time_to_realtime
+
+    def time_s(counter: float) -> float | None:
+        return convert_time_to_realtime(counter) if counter > 0 else None
+
+    stats = req.time_stats
+    transfer, recomputed_tokens = _ledger.close(req.bootstrap_room, req.rid)
+    decodes = mode == "decode"
+    first_token = stats.decode_prebuilt_finish_time if decodes else stats.prefill_finished_time
+    return {
+        "queued_time_s": time_s(stats.scheduler_recv_time),
+        "bootstrap_end_time_s": time_s(stats.wait_queue_entry_time) if mode == "prefill" else None,
+        "preallocation_end_time_s": time_s(stats.decode_transfer_queue_entry_time) if decodes else None,
+        "prefill_start_time_s": None if decodes else time_s(stats.forward_entry_time),
+        "prefill_end_time_s": None if decodes else time_s(stats.prefill_finished_time),
+        "kv_transfer_start_time_s": transfer.start_s,
+        "kv_transfer_end_time_s": transfer.end_s,
+        "first_token_time_s": time_s(first_token),
+        "kv_transfer_bytes": transfer.moved_bytes,
+        "recomputed_tokens": recomputed_tokens if decodes else None,
+    }
+
+
+def _account_for_pages(snapshot: Any, inquirer: Any) -> Any:
+    from tandem.engine.sglang.hooks import pages
+
+    return pages.account(snapshot, inquirer)
+
+
+def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
+    """On decode, any prompt token that is handed to the model was not received."""
+    if scheduler.disaggregation_mode.value == "decode" and batch.forward_mode.is_extend_without_speculative():
+        for req, token_count in zip(batch.reqs, batch.extend_lens, strict=True):
+            _ledger.recomputed(req.rid, token_count)
+
+
+# --- Bytes, where prefill writes them
+
+
+def _capture_telemetry(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    return original(*arguments, **{**keywords, "capture_telemetry": True})
+
+
+def _note_room(manager: Any, bootstrap_room: int, status: Any) -> None:
+    """SGLang's transfer worker announces a room in its own thread before it writes that room's pages."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    if status == KVPoll.Transferring:
+        _sending.room, _sending.handles = bootstrap_room, []
+        # Not after the pages have been handed over: with many small ones, most of the time goes there.
+        _ledger.began(bootstrap_room, time.time())
+
+
+def _note_handles(result: Any, *arguments: Any, **keywords: Any) -> None:
+    """Writes of KV pages, so that those of the metadata buffers are not counted as KV."""
+    room = getattr(_sending, "room", None)
+    if room is not None and result is not None:
+        _sending.handles.extend(result if isinstance(result, list) else [result])
+
+
+def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **keywords: Any) -> None:
+    """Every write of a chunk has settled: add up what NIXL says it has moved."""
+    settled, failed = result
+    room, handles = getattr(_sending, "room", None), getattr(_sending, "handles", [])
+    _sending.handles = []
+    if room is None or failed or not settled:
+        return
+    try:
+        moved_bytes = sum(manager.agent.get_xfer_telemetry(handle).totalBytes for handle in handles)
+    except Exception as problem:
+        log.warning("NIXL tells no figures for room %s: %s", room, problem)
+        return
+    _ledger.moved(room, moved_bytes, time.time())
+
+
+def _tell_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: int, **keywords: Any) -> list[bytes]:
+    """Tell decode how much was written for it; a decode engine without Tandem ignores the frame."""
+    moved_bytes = _ledger.moved_bytes(bootstrap_room)
+    if moved_bytes is not None and len(frames) == STATUS_FRAMES:
+        frames.append(str(moved_bytes).encode("ascii"))
+    return frames
+
+
+# --- Bytes, where decode receives them
+
+
+def _hear_bytes(status: tuple[int, int, int, str | None] | None, manager: Any, msg: list[bytes]) -> None:
+    """Prefill says that a room's KV has arrived here, and how many bytes NIXL counted."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    if status is not None and status[1] == KVPoll.Success and len(msg) > STATUS_FRAMES:
+        _ledger.moved(status[0], int(msg[STATUS_FRAMES]), time.time())
+
+
+def _meet_carefully(original: Callable[..., Any], manager: Any, bootstrap_addr: str) -> bool:
+    """First contact with a prefill engine happens in the scheduler's loop, where every stream waits for it.
+
+    A frozen peer would hold the loop for SGLang's 5 s, and one of another shape would end this engine.
+    """
+    import requests
+
+    if bootstrap_addr in manager.prefill_info_table:
+        return True
+    try:
+        requests.get(f"http://{bootstrap_addr}/health", timeout=PEER_PROBE_TIMEOUT_S)
+        return bool(original(manager, bootstrap_addr))
+    except (requests.RequestException, ValueError) as problem:
+        # ValueError: a host that no URL can hold, for which requests has no error of its own.
+        log.warning("prefill at %s does not answer: %s", bootstrap_addr, problem)
+    except RuntimeError as problem:
+        log.error("prefill at %s does not suit this engine: %s", bootstrap_addr, problem)
+    return False
+
+
+# --- On a CPU
+
+
+def _say_host_memory(manager: Any, kv_args: Any, *arguments: Any, **keywords: Any) -> None:
+    """The KV pool is host memory; NIXL would otherwise register it as a GPU's, and fail."""
+    kv_args.kv_data_mem_kinds = ["DRAM"] * len(kv_args.kv_data_ptrs)
+
+
+def _scale_plainly(original: Callable[..., Any], logits: Any, scaling_penalties: Any) -> None:
+    """SGLang's own lines, uncompiled: to compile them at their first use, in the scheduler's loop, would hold every
+    stream up for tens of seconds. What is compiled at the start (rotary embedding) stays so, for a tenth of the speed.
+    """
+    import torch
+
+    logits[:] = torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties)
+
+
+def _wait_politely(result: None, scheduler: Any) -> None:
+    """While requests wait for their other leg, SGLang spins, on the core that the other leg needs."""
+    if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
+        scheduler.idle_sleeper.poller.poll(IDLE_POLL_MS)
+
+
+def _progress_politely(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """NIXL's Python front sets the progress thread's delay to 0, with which it spins on a core, idle or not."""
+    bindings = importlib.import_module("nixl._api").nixlBind
+    config_type: Any = bindings.nixlAgentConfig
+    delay = config_type.pthrDelay
+
+    class PoliteConfig(config_type):  # type: ignore[misc]
+        """A configuration whose delay cannot be set to nothing."""
+
+        @property
+        def pthrDelay(self) -> int:  # noqa: N802 -- NIXL's name
+            return int(delay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, delay_us: int) -> None:  # noqa: N802
+            delay.__set__(self, max(delay_us, PROGRESS_DELAY_US))
+
+    bindings.nixlAgentConfig = PoliteConfig
+    try:
+        return original(*arguments, **keywords)
+    finally:
+        bindings.nixlAgentConfig = config_type

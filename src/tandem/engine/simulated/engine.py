@@ -1,0 +1,229 @@
+"""The simulated engine behind the engine port: checks settings and requests, and says what the engine is and holds.
+
+What happens to a request is in `machine`; here is only what the port asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import tandem
+from tandem.domain.checkpoint import Checkpoint, read_checkpoint
+from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
+from tandem.engine.port import BootstrapAddress, KvEvent, Output
+from tandem.engine.pulling import BatchQueue
+from tandem.engine.settings import EngineSettings
+from tandem.engine.simulated import figures
+from tandem.engine.simulated.faults import FaultInjected, Faults
+from tandem.engine.simulated.machine import Machine
+from tandem.engine.simulated.network import Network, TcpNetwork
+from tandem.engine.simulated.options import parse_options
+from tandem.engine.simulated.timing import Clock, SystemClock
+from tandem.engine.simulated.tokens import read_vocabulary
+from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_CAPACITY_TOKENS = 16_384
+TOP_LOGPROBS_MAX = 20
+TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
+
+
+class SimulatedEngine:
+    """An `Engine` made of hashes and timers."""
+
+    def __init__(self, settings: EngineSettings, clock: Clock | None = None, network: Network | None = None) -> None:
+        """Check the settings; nothing is opened before `start`.
+
+        Args:
+            settings: see `Options` for what `extra` may say.
+            clock: default: real time.
+            network: default: TCP.
+
+        Raises:
+            ConfigError: a key of `extra`, the dtype or the transfer backend is not known.
+        """
+        self._settings = settings
+        self._options = parse_options(settings.extra)
+        if settings.dtype not in ("auto", *ELEMENT_BYTES):
+            raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
+        if settings.transfer_backend not in TRANSFER_BACKENDS:
+            known = ", ".join(TRANSFER_BACKENDS)
+            raise ConfigError("transfer_backend", f"must be one of {known}, not {settings.transfer_backend!r}")
+        self._clock = clock or SystemClock()
+        self._network = network or TcpNetwork()
+        self._machine: Machine | None = None
+        self._capabilities: Capabilities | None = None
+        self._bootstrap_port: int | None = None
+        self._canaries = itertools.count(1)
+
+    @property
+    def faults(self) -> Faults:
+        """The fault rules of a started engine, for tests in its own process."""
+        return self._running().faults
+
+    async def start(self) -> None:
+        """Read the model directory and, as prefill, listen for decode engines. See the port."""
+        checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        vocabulary = await asyncio.to_thread(read_vocabulary, checkpoint, self._options.eos_chance)
+        if self._options.eos_after_tokens is not None and vocabulary.eos_token_id is None:
+            raise ConfigError("engine_extra.eos_after_tokens", "the model has no end-of-sequence token")
+        capabilities = self._describe(checkpoint)
+        if capabilities.kv_capacity_tokens < 2 * self._options.page_size_tokens:
+            raise StartError("kv_capacity_tokens: must hold two pages at least")
+        machine = Machine(
+            self._settings.role,
+            self._options,
+            capabilities,
+            vocabulary,
+            self._clock,
+            self._network,
+            self._settings.seed,
+        )
+        self._bootstrap_port = await machine.start(self._settings.host, self._settings.bootstrap_port)
+        self._capabilities, self._machine = capabilities, machine
+
+    async def stop(self) -> None:
+        """Abort everything and close the sockets."""
+        machine, self._machine = self._machine, None
+        if machine is not None:
+            await machine.stop()
+
+    def capabilities(self) -> Capabilities:
+        """What the engine can do."""
+        if self._capabilities is None:
+            raise EngineFailed("the simulated engine is not started")
+        return self._capabilities
+
+    def bootstrap_address(self) -> BootstrapAddress | None:
+        """Where decode engines meet this one."""
+        if self._bootstrap_port is None:
+            return None
+        port = self._options.bootstrap_told_port or self._bootstrap_port
+        return BootstrapAddress(host=self._settings.host, port=port)
+
+    async def submit(self, request: EngineRequest, output: Output) -> None:
+        """Take one leg. See the port."""
+        machine = self._running()
+        self._check(request, machine)
+        machine.begin(request, output)
+
+    async def canary(self) -> None:
+        """Compute a prompt of one token. See the port."""
+        machine = self._running()
+        canary = EngineRequest(
+            request_id=f"canary-{next(self._canaries)}",
+            token_ids=(0,),
+            sampling=Sampling(temperature=0.0),
+            stopping=Stopping(max_tokens=1),
+        )
+        try:
+            await machine.faults.reach("canary", canary.request_id)
+        except FaultInjected as fault:
+            raise EngineFailed(str(fault)) from None
+        output = BatchQueue()
+        machine.begin(canary, output)
+        try:
+            while (await output.read()).finish is None:
+                pass
+        finally:
+            machine.abort(canary.request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """Stop working on a request."""
+        return self._machine is not None and self._machine.abort(request_id)
+
+    async def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        machine = self._running()
+        return figures.load(machine.legs, machine.pool)
+
+    async def flush_cache(self) -> bool:
+        """Forget the prefix cache; refused while requests run."""
+        return self._running().pool.flush()
+
+    def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
+        """Changes of the prefix cache."""
+        log = self._running().kv_event_log
+        if log is None:
+            raise NotSupported("this simulated engine keeps no prefix cache or was started without KV events")
+        return log.read(from_sequence)
+
+    async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
+        """See the port."""
+        raise NotSupported("the simulated engine computes nothing that could be profiled", field="format")
+
+    async def stop_profile(self) -> None:
+        """See the port."""
+        raise AssertionError("stop_profile() before start_profile()")
+
+    def stalled(self) -> str | None:
+        """See the port. The engine is this process: when it is stopped, so is whoever would ask."""
+        return None
+
+    async def wait_failed(self) -> str:
+        """Returns when a fault has killed the engine, or a defect of its own."""
+        return await asyncio.shield(self._running().failed)
+
+    def _running(self) -> Machine:
+        if self._machine is None:
+            raise EngineFailed("the simulated engine is not running")
+        if self._machine.failed.done():
+            raise EngineFailed(self._machine.failed.result())
+        return self._machine
+
+    def _check(self, request: EngineRequest, machine: Machine) -> None:
+        capabilities = self.capabilities()
+        tokens, stopping = request.token_ids, request.stopping
+        if not tokens:
+            raise InvalidRequest("token_ids", "must not be empty")
+        if not all(0 <= t < capabilities.vocabulary_size for t in tokens):
+            raise InvalidRequest("token_ids", f"all must be from 0 to {capabilities.vocabulary_size - 1}")
+        longest = capabilities.context_tokens_max - 1
+        if len(tokens) > longest:
+            problem = f"{len(tokens)} tokens are more than the {longest} that fit"
+            raise ContextExceeded("token_ids", problem, limit=longest + 1)
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
+            raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
+        if stopping.max_tokens < 1:
+            raise InvalidRequest("stopping.max_tokens", "must be 1 at least")
+        if (stopping.min_tokens or 0) > stopping.max_tokens:
+            raise InvalidRequest("stopping.min_tokens", "must not be above max_tokens")
+        if (request.bootstrap is None) != (self._settings.role is WorkerRole.AGGREGATED):
+            raise InvalidRequest("bootstrap", f"does not suit an engine in role {self._settings.role.value}")
+        if machine.knows(request.request_id):
+            raise InvalidRequest("request_id", "is running already")
+        if request.guided is not None:
+            raise NotSupported("the simulated engine knows no guided decoding", field="guided")
+
+    def _describe(self, checkpoint: Checkpoint) -> Capabilities:
+        settings = self._settings
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+        if dtype not in ELEMENT_BYTES:
+            raise StartError(f"{checkpoint.path / 'config.json'}: dtype {dtype} is not known to the simulated engine")
+        aggregated = settings.role is WorkerRole.AGGREGATED
+        page = self._options.page_size_tokens
+        kv_capacity_tokens = (settings.kv_capacity_tokens or KV_CAPACITY_TOKENS) // page * page
+        return Capabilities(
+            engine="simulated",
+            engine_version=tandem.__version__,
+            model=settings.model_name,
+            model_digest=checkpoint.model_digest,
+            tokenizer_digest=checkpoint.tokenizer_digest,
+            context_tokens_max=min(checkpoint.context_tokens_max, kv_capacity_tokens),
+            kv_capacity_tokens=kv_capacity_tokens,
+            running_requests_max=settings.running_requests_max,
+            vocabulary_size=checkpoint.vocabulary_size,
+            eos_token_ids=checkpoint.eos_token_ids,
+            page_size_tokens=page,
+            kv_dtype=dtype,
+            kv_layout=checkpoint.kv_layout,
+            kv_bytes_per_token=checkpoint.kv_bytes_per_token(ELEMENT_BYTES[dtype]),
+            transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
+            is_mla=checkpoint.is_mla,
+        )

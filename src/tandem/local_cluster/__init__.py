@@ -1,0 +1,1 @@
+"""A cluster of service processes on this machine: what `tandem up` and the tests start and stop."""

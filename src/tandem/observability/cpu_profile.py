@@ -1,0 +1,64 @@
+"""A CPU profile of this process's event loop, by pyinstrument: samples its stack a thousand times a second.
+
+Owns the recorder and its two forms. Without root, and nothing is loaded before the first profile. Other threads are not
+in it: what a frontend does, it does on its event loop, but for the tokenizer's work in Rust.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tandem.errors import NotSupported
+from tandem.observability.profiles import Wanted
+
+if TYPE_CHECKING:
+    from pyinstrument import Profiler
+    from pyinstrument.session import Session
+
+INTERVAL_S = 0.001
+SPEEDSCOPE, HTML = "speedscope", "html"
+
+
+class CpuProfiler:
+    """A `tandem.observability.profiles.Profiler`."""
+
+    forms: tuple[str, ...] = (SPEEDSCOPE, HTML)
+
+    def __init__(self) -> None:
+        self._recorder: Profiler | None = None
+        self._file = Path()
+        self._form = SPEEDSCOPE
+
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+        """Begin to sample the thread of this event loop."""
+        try:
+            from pyinstrument import Profiler
+        except ImportError:
+            raise NotSupported("this installation has no pyinstrument, which records the profile") from None
+        self._form = form
+        self._file = directory / ("profile.speedscope.json" if form == SPEEDSCOPE else "profile.html")
+        # Disabled: the loop as a whole, and not the one task that has started this.
+        self._recorder = Profiler(interval=INTERVAL_S, async_mode="disabled")
+        self._recorder.start()
+
+    async def stop(self) -> None:
+        """Stop, and write the file on a thread: a minute of samples takes seconds."""
+        assert self._recorder is not None, "stop() before start()"
+        recorder, self._recorder = self._recorder, None
+        session = recorder.stop()
+        await asyncio.to_thread(self._write, session)
+
+    def _write(self, session: Session) -> None:
+        self._file.write_text(_renderer(self._form)(session))
+
+
+def _renderer(form: str) -> Callable[[Session], str]:
+    from pyinstrument.renderers import HTMLRenderer, SpeedscopeRenderer
+
+    renderer: Callable[[Session], str] = (
+        SpeedscopeRenderer(show_all=True).render if form == SPEEDSCOPE else HTMLRenderer().render
+    )
+    return renderer

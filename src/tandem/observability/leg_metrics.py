@@ -1,0 +1,74 @@
+"""Metrics of the legs of a worker: what a leg's record says when it closes, with the engine's own times and counts.
+
+Nothing here is estimated: what the engine does not tell is not told.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from tandem.domain.generation import EngineFinish, EngineTimings, FinishReason
+from tandem.observability import request_trace as courses
+from tandem.observability.metrics import Attributes, Metrics
+from tandem.observability.request_trace import LegCourse
+
+HIT_LEGS = 256
+"""So many of the last legs make the hit ratio."""
+ABORTED = "aborted"
+
+
+class LegMetrics:
+    """A sink of legs' courses."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._prompts: deque[tuple[int, int]] = deque(maxlen=HIT_LEGS)
+        """Prompt tokens and cached ones among them."""
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Cached over all prompt tokens of the last legs; None before the first."""
+        prompt_tokens = sum(prompt for prompt, _ in self._prompts)
+        return sum(cached for _, cached in self._prompts) / prompt_tokens if prompt_tokens else None
+
+    def __call__(self, course: LegCourse) -> None:
+        """Tell of one that has closed."""
+        assert course.end_s is not None, "a course is told when it has closed"
+        metrics, finish = self._metrics, course.engine_finish
+        is_aborted = finish is not None and finish.reason is FinishReason.ABORTED
+        outcome = ABORTED if is_aborted else course.outcome
+        leg = {"tandem.leg": course.role}
+        metrics.record("tandem.leg.duration", course.end_s - course.begin_s, {**leg, "tandem.outcome": outcome})
+        if course.outcome == courses.CANCELLED and course.left_s is not None:
+            metrics.record("tandem.leg.abort.duration", course.end_s - course.left_s, leg)
+        if finish is not None:
+            self._tell_tokens(leg, finish)
+            if finish.timings is not None:
+                self._tell_timings(leg, finish.timings)
+
+    def _tell_tokens(self, leg: Attributes, finish: EngineFinish) -> None:
+        if finish.reason is FinishReason.ABORTED:
+            return
+        self._metrics.count("tandem.prompt.tokens", finish.prompt_tokens, leg)
+        self._metrics.count("tandem.prompt.cached_tokens", finish.cached_tokens, leg)
+        self._prompts.append((finish.prompt_tokens, finish.cached_tokens))
+
+    def _tell_timings(self, leg: Attributes, timings: EngineTimings) -> None:
+        metrics = self._metrics
+        queue_s = _between(timings.queued_time_s, timings.prefill_start_time_s)
+        prefill_s = _between(timings.prefill_start_time_s, timings.prefill_end_time_s)
+        transfer_s = _between(timings.kv_transfer_start_time_s, timings.kv_transfer_end_time_s)
+        if queue_s is not None:
+            metrics.record("tandem.engine.queue.wait", queue_s, leg)
+        if prefill_s is not None:
+            metrics.record("tandem.prefill.duration", prefill_s, leg)
+        if transfer_s is not None:
+            metrics.record("tandem.kv.transfer.duration", transfer_s, leg)
+        if timings.kv_transfer_bytes:
+            metrics.count("tandem.kv.transfer.bytes", timings.kv_transfer_bytes, leg)
+            if transfer_s:
+                metrics.record("tandem.kv.transfer.bandwidth", timings.kv_transfer_bytes / transfer_s, leg)
+
+
+def _between(begin_s: float | None, end_s: float | None) -> float | None:
+    return None if begin_s is None or end_s is None else max(0.0, end_s - begin_s)

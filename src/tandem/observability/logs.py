@@ -1,0 +1,158 @@
+"""Logs: one event a line on standard error, as JSON for machines or as text for people.
+
+Every line of a request's own work carries its ids; one line tells of each request when it ends. Prompts, token ids and
+secrets are never logged, and of a refused value only the name of its field.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from tandem.observability.request_trace import FAILED, FINISHED, Course, LegCourse
+
+FIELDS = "tandem"
+"""The attribute of a record that holds its further fields: `log.info(..., extra={FIELDS: {...}})`."""
+PLAIN = "%(asctime)s %(levelname)s %(name)s %(message)s"
+requests_log, legs_log = logging.getLogger("tandem.request"), logging.getLogger("tandem.leg")
+
+about: ContextVar[Course | LegCourse | None] = ContextVar("about", default=None)
+"""Whose work is being done. It is set for good: every call is a task of its own, with a context of its own."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
+            "level": record.levelname,
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **ids_of(about.get()),
+            **getattr(record, FIELDS, {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+class _Numbered(logging.Filter):
+    """Adds the number of this process to every line."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__()
+        self._fields = {"process": process}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        setattr(record, FIELDS, {**self._fields, **getattr(record, FIELDS, {})})
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people; what JSON has as fields stands behind the sentence."""
+
+    def __init__(self) -> None:
+        super().__init__(PLAIN)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the library's name
+        """The line without what is said of an exception."""
+        fields = {**ids_of(about.get()), **getattr(record, FIELDS, {})}
+        told = " ".join(f"{key}={value}" for key, value in fields.items())
+        return f"{super().formatMessage(record)}{f' [{told}]' if told else ''}"
+
+
+def ids_of(course: Course | LegCourse | None) -> dict[str, str]:
+    """What finds a request again, in logs and in traces."""
+    if course is None:
+        return {}
+    ids = {"request_id": course.request_id} if course.request_id else {}
+    return ids if course.trace is None else {**ids, "trace_id": course.trace.trace_hex}
+
+
+def set_up(level: str, log_format: str, service: str, process: int | None = None) -> None:
+    """Have everything this process logs written in one form; `auto` is text on a terminal and JSON elsewhere.
+
+    `process` is its number where several of one service log into one file.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    if process is not None:
+        handler.addFilter(_Numbered(process))
+    handler.setFormatter(TextFormatter() if is_text(log_format) else JsonFormatter(service))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # What no form of a line shows need not be found out for each: a third of a line's cost.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the library's documentation says
+
+
+def is_text(log_format: str) -> bool:
+    """Whether people read it."""
+    return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+
+
+def log_request(course: Course) -> None:
+    """The line of a request that has ended."""
+    if requests_log.isEnabledFor(logging.INFO):
+        requests_log.info("%s %s", course.operation, course.outcome, extra={FIELDS: request_fields(course)})
+
+
+def log_leg(course: LegCourse) -> None:
+    """The line of a leg that has ended: the frontend tells of the request, so only failures are news here."""
+    level = logging.WARNING if course.outcome == FAILED else logging.DEBUG
+    if legs_log.isEnabledFor(level):
+        legs_log.log(level, "%s leg %s", course.role, course.outcome, extra={FIELDS: leg_fields(course)})
+
+
+def request_fields(course: Course) -> Mapping[str, Any]:
+    """What is told of a request."""
+    last = course.attempts[-1] if course.attempts else None
+    workers = () if last is None else (last.prefill_worker, last.decode_worker)
+    fields: dict[str, Any] = {
+        **ids_of(course),
+        "operation": course.operation,
+        "model": course.model,
+        "tenant": course.tenant or None,
+        "outcome": course.outcome,
+        "reason": course.reason,
+        "prompt_tokens": course.prompt_tokens,
+        "completion_tokens": course.completion_tokens or course.token_count,
+        "cached_tokens": course.cached_tokens if course.outcome == FINISHED else None,
+        "ttft_ms": _ms(course.ttft_s),
+        "duration_ms": _ms(None if course.end_s is None else course.end_s - course.begin_s),
+        "attempts": len(course.attempts),
+        "workers": [worker.worker_id for worker in workers if worker is not None],
+        "room": last.room if last is not None and last.room else None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def leg_fields(course: LegCourse) -> Mapping[str, Any]:
+    """What is told of a leg."""
+    return {
+        **ids_of(course),
+        "attempt": course.attempt,
+        "role": course.role,
+        "outcome": course.outcome,
+        "reason": course.reason,
+        "prompt_tokens": course.prompt_tokens,
+        "completion_tokens": course.token_count,
+        "duration_ms": _ms(None if course.end_s is None else course.end_s - course.begin_s),
+        "room": course.room or None,
+    }
+
+
+def _ms(duration_s: float | None) -> float | None:
+    return None if duration_s is None else round(duration_s * 1000, 2)

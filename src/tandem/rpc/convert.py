@@ -1,0 +1,270 @@
+"""Protobuf messages to value types and back, for everything that crosses between Tandem's processes.
+
+Pure translation: no defaults are invented and nothing is validated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TypeVar
+
+from google.protobuf import timestamp_pb2
+from google.protobuf.message import Message
+
+from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
+from tandem.api.worker.v1 import worker_service_pb2
+from tandem.domain.frontend import Frontend
+from tandem.domain.generation import (
+    Bootstrap,
+    EngineFinish,
+    EngineTimings,
+    FinishReason,
+    Guided,
+    Sampling,
+    Stopping,
+    TokenLogprob,
+)
+from tandem.domain.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
+from tandem.engine.port import BootstrapAddress
+
+T = TypeVar("T")
+
+ROLES = {
+    WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
+    WorkerRole.DECODE: worker_pb2.WORKER_ROLE_DECODE,
+    WorkerRole.AGGREGATED: worker_pb2.WORKER_ROLE_AGGREGATED,
+}
+STATES = {
+    WorkerState.SERVING: worker_pb2.WORKER_STATE_SERVING,
+    WorkerState.DRAINING: worker_pb2.WORKER_STATE_DRAINING,
+}
+FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: generation_pb2.FINISH_REASON_ABORTED,
+}
+ROLE_BY_NUMBER = {number: role for role, number in ROLES.items()}
+STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
+FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
+
+TIMES = (
+    "queued",
+    "bootstrap_end",
+    "preallocation_end",
+    "prefill_start",
+    "prefill_end",
+    "kv_transfer_start",
+    "kv_transfer_end",
+    "first_token",
+)
+LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+SAMPLING_SCALARS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def present(message: Message, field: str, value: T) -> T | None:
+    """The value of an `optional` field, None when it is absent."""
+    return value if message.HasField(field) else None
+
+
+def timestamp(time_s: float) -> timestamp_pb2.Timestamp:
+    """Seconds since the Unix epoch as a Timestamp."""
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromNanoseconds(int(time_s * 1e9))
+    return stamp
+
+
+def seconds(stamp: timestamp_pb2.Timestamp) -> float:
+    """A Timestamp as seconds since the Unix epoch."""
+    return stamp.ToNanoseconds() / 1e9
+
+
+def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
+    """One start of a worker, whole."""
+    capabilities = {name: getattr(worker.capabilities, name) for name in field_names()}
+    message = worker_pb2.Worker(
+        worker_id=worker.worker_id,
+        epoch=worker.epoch,
+        role=ROLES[worker.role],
+        address=worker.address,
+        capabilities=worker_pb2.WorkerCapabilities(**capabilities),
+        state=STATES[worker.state],
+        capabilities_digest=worker.capabilities_digest,
+        release=worker.release,
+        leg_contract=worker.leg_contract,
+    )
+    if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
+        message.bootstrap.host = worker.bootstrap_host
+        message.bootstrap.port = worker.bootstrap_port
+    return message
+
+
+def worker_from_proto(message: worker_pb2.Worker) -> Worker:
+    """One start of a worker. KeyError for a role or state this release does not know."""
+    capabilities = {name: getattr(message.capabilities, name) for name in field_names()}
+    capabilities["eos_token_ids"] = tuple(capabilities["eos_token_ids"])
+    has_bootstrap = message.HasField("bootstrap")
+    return Worker(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        role=ROLE_BY_NUMBER[message.role],
+        address=message.address,
+        capabilities=Capabilities(**capabilities),
+        bootstrap_host=message.bootstrap.host if has_bootstrap else None,
+        bootstrap_port=message.bootstrap.port if has_bootstrap else None,
+        state=STATE_BY_NUMBER[message.state],
+        capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
+        release=message.release,
+        leg_contract=message.leg_contract if message.HasField("leg_contract") else 1,
+    )
+
+
+def frontend_to_proto(frontend: Frontend) -> worker_pb2.Frontend:
+    """One start of a frontend, whole."""
+    return worker_pb2.Frontend(
+        frontend_id=frontend.frontend_id,
+        epoch=frontend.epoch,
+        address=frontend.address,
+        model=frontend.model,
+        state=STATES[frontend.state],
+        release=frontend.release,
+    )
+
+
+def frontend_from_proto(message: worker_pb2.Frontend) -> Frontend:
+    """One start of a frontend. KeyError for a state this release does not know."""
+    return Frontend(
+        frontend_id=message.frontend_id,
+        epoch=message.epoch,
+        address=message.address,
+        model=message.model,
+        state=STATE_BY_NUMBER[message.state],
+        release=message.release,
+    )
+
+
+def load_figures(load: EngineLoad) -> dict[str, int | None]:
+    """The figures of a load as keyword arguments of WatchLoadResponse."""
+    return {name: getattr(load, name) for name in LOAD_FIGURES}
+
+
+def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
+    """The figures an engine tells; those it does not tell are None."""
+    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIGURES})
+
+
+def sampling_to_proto(sampling: Sampling) -> sampling_pb2.Sampling:
+    """Only what is set; an absent field stays absent."""
+    scalars = {name: getattr(sampling, name) for name in SAMPLING_SCALARS if getattr(sampling, name) is not None}
+    return sampling_pb2.Sampling(**scalars, logit_bias=sampling.logit_bias)
+
+
+def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:
+    """Absent fields become None."""
+    scalars = {name: getattr(message, name) for name in SAMPLING_SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    return Sampling(**scalars, logit_bias=dict(message.logit_bias))
+
+
+def stopping_to_proto(stopping: Stopping) -> sampling_pb2.Stopping:
+    """The engine's part of stopping; stop strings are not among it."""
+    return sampling_pb2.Stopping(
+        max_tokens=stopping.max_tokens,
+        min_tokens=stopping.min_tokens,
+        stop_token_ids=stopping.stop_token_ids,
+        ignore_eos=stopping.ignore_eos,
+    )
+
+
+def stopping_from_proto(message: sampling_pb2.Stopping) -> Stopping:
+    """The engine's part of stopping."""
+    return Stopping(
+        max_tokens=message.max_tokens,
+        min_tokens=present(message, "min_tokens", message.min_tokens),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def guided_to_proto(guided: Guided) -> sampling_pb2.Guided:
+    """The one grammar that is set."""
+    given = {name: getattr(guided, name) for name in GRAMMARS if getattr(guided, name) is not None}
+    return sampling_pb2.Guided(**given)
+
+
+def guided_from_proto(message: sampling_pb2.Guided) -> Guided | None:
+    """The one grammar that is set; None when the message is empty."""
+    kind = message.WhichOneof("grammar")
+    return None if kind is None else Guided(**{kind: getattr(message, kind)})
+
+
+def bootstrap_from_proto(message: leg_pb2.Bootstrap) -> Bootstrap:
+    """Where the legs meet."""
+    return Bootstrap(host=message.host, port=message.port, room=message.room)
+
+
+def bootstrap_to_proto(address: BootstrapAddress, room: int) -> leg_pb2.Bootstrap:
+    """Where the legs meet."""
+    return leg_pb2.Bootstrap(host=address.host, port=address.port, room=room)
+
+
+def logprob_to_proto(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
+    """One token's log probability with its rivals."""
+    top = [generation_pb2.RankedToken(token_id=token_id, logprob=value) for token_id, value in logprob.top]
+    return generation_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
+
+
+def logprob_from_proto(message: generation_pb2.TokenLogprob) -> TokenLogprob:
+    """One token's log probability with its rivals."""
+    top = tuple((ranked.token_id, ranked.logprob) for ranked in message.top)
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
+
+
+def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
+    """The end of a leg."""
+    message = leg_pb2.LegFinish(
+        reason=FINISH_REASONS[finish.reason],
+        matched_token_id=finish.matched_token_id,
+        usage=generation_pb2.Usage(
+            prompt_tokens=finish.prompt_tokens,
+            completion_tokens=finish.completion_tokens,
+            cached_tokens=finish.cached_tokens,
+        ),
+        timings=leg_pb2.LegTimings(recomputed_tokens=finish.recomputed_tokens),
+    )
+    if finish.timings is not None:
+        message.timings.MergeFrom(leg_pb2.LegTimings(kv_transfer_bytes=finish.timings.kv_transfer_bytes))
+        for name in TIMES:
+            time_s = getattr(finish.timings, f"{name}_time_s")
+            if time_s is not None:
+                getattr(message.timings, f"{name}_time").CopyFrom(timestamp(time_s))
+    return message
+
+
+def finish_from_proto(message: leg_pb2.LegFinish) -> EngineFinish:
+    """The end of a leg."""
+    timings = message.timings
+    times = {
+        f"{name}_time_s": seconds(getattr(timings, f"{name}_time"))
+        for name in TIMES
+        if timings.HasField(f"{name}_time")  # type: ignore[arg-type]
+    }
+    return EngineFinish(
+        reason=FINISH_REASON_BY_NUMBER[message.reason],
+        matched_token_id=present(message, "matched_token_id", message.matched_token_id),
+        prompt_tokens=message.usage.prompt_tokens,
+        completion_tokens=message.usage.completion_tokens,
+        cached_tokens=message.usage.cached_tokens,
+        recomputed_tokens=present(timings, "recomputed_tokens", timings.recomputed_tokens),
+        timings=EngineTimings(
+            **times, kv_transfer_bytes=present(timings, "kv_transfer_bytes", timings.kv_transfer_bytes)
+        ),
+    )

@@ -1,0 +1,295 @@
+"""A service on several processes: a parent that accepts connections, and children that serve them.
+
+    parent: takes the port -> starts the children -> gives each connection to one -> drains and stops them together
+    child:  serves what it is given; dies with its own connections only, and is started again
+
+Owns the children of one parent: how many there are, when one is started again, which of them answer, and the order of
+their end. Never reads a byte of a client. What a child serves, and what is reported of the whole, is the service's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from tandem.clock import Clock, monotonic
+from tandem.errors import ConfigError, StartError
+from tandem.service.awake_timers import AwakeTimers
+from tandem.service.prefork.control_channel import Message
+from tandem.service.prefork.distribution import Accepting, Distributor, releases
+from tandem.service.prefork.process import ChildProcess, Kind, State, Watcher
+from tandem.service.restart_budget import RestartBudget, RestartPolicy
+
+log = logging.getLogger(__name__)
+
+OTHERS_WITHIN_S = 5.0
+"""How much longer the start waits for the others once one child serves, so that the first clients find all of them."""
+PING_S = 1.0
+"""How often each child is asked whether it is there."""
+SILENT_S = 10.0
+"""One that has not answered for so long gets no connection. On the time in which this process ran."""
+SIGNAL_GRACE_S = 0.5
+"""A signal to the whole group reaches children first, now and then. One that is for a child alone is answered later."""
+DRAIN_MARGIN_S = 5.0
+"""More time for a child's drain than its own bound."""
+STOP_TIMEOUT_S = 15.0
+"""More than a server takes for handlers that do not end."""
+ABANDON_TIMEOUT_S = 1.0
+"""For one that does not serve yet."""
+
+
+class Prefork(Watcher):
+    """The children of one parent, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        begins: Sequence[Mapping[str, Any]],
+        listener: Accepting,
+        *,
+        drain_s: float,
+        environment: Mapping[str, str] | None = None,
+        answer: Callable[[Message], Mapping[str, Any]] = lambda message: {},
+        on_restart: Callable[[], None] = lambda: None,
+        policy: RestartPolicy | None = None,
+        clock: Clock = monotonic,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            command: starts a child.
+            begins: the first message to each child; as many as there are to be.
+            listener: where clients come.
+            drain_s: bound of a child's own drain.
+            environment: variables that children have besides those of this process.
+            answer: answers a child's question.
+            on_restart: called when a child that has ended is about to be started again.
+            policy: how often one that dies is started again.
+            clock: for that policy.
+        """
+        self._command = command
+        self._begins = begins
+        self._drain_s = drain_s
+        self._environment = environment or {}
+        self._answer = answer
+        self._on_restart = on_restart
+        self._policy = policy or RestartPolicy()
+        self._clock = clock
+        self._children: dict[int, ChildProcess] = {}
+        self._distributor = Distributor(listener, lambda: self._children.values())
+        self._timers = AwakeTimers()
+        self._keeping: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._has_served = self._is_draining = False
+        self._refused: StartError | None = None
+        """Why a child could not start, before any has."""
+        self._given_up: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many children there are to be."""
+        return len(self._begins)
+
+    @property
+    def children(self) -> list[ChildProcess]:
+        """Those of this moment, dead ones until they are started again among them."""
+        return [self._children[number] for number in sorted(self._children)]
+
+    async def start(self) -> None:
+        """Return when all of them serve, or some do and the rest takes much longer.
+
+        Raises:
+            ConfigError: a setting is wrong, as a child says.
+            StartError: none of them can start.
+        """
+        self._distributor.begin()
+        for number in range(self.count):
+            self._keeping.append(asyncio.create_task(self._keep(number), name=f"process-{number}"))
+        self._timers.after(PING_S, self._look)
+        while not self._has_served:
+            if self._refused is not None:
+                raise self._refused
+            if self._given_up is not None:
+                raise StartError(self._given_up)
+            await self._wait_change()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OTHERS_WITHIN_S):
+                while sum(child.state is State.SERVING for child in self.children) < self.count:
+                    await self._wait_change()
+
+    async def wait_given_up(self) -> str:
+        """Return one sentence when a child has died too often; never otherwise."""
+        while self._given_up is None:
+            await self._wait_change()
+        return self._given_up
+
+    def begin_drain(self) -> None:
+        """The end is near: none is started again, and none drains by itself."""
+        self._is_draining = True
+        for child in self.children:
+            if child.state is State.STARTING:
+                child.signal(signal.SIGTERM)
+
+    async def drain(self) -> bool:
+        """Have every child take no more requests and finish. Returns whether all did, within their bound."""
+        self.begin_drain()
+        draining = [child for child in self.children if child.state not in (State.STARTING, State.ENDED)]
+        for child in draining:
+            child.send(Kind.DRAIN)
+        try:
+            async with asyncio.timeout(self._drain_s + DRAIN_MARGIN_S):
+                while any(child.drained is None and child.state is not State.ENDED for child in draining):
+                    await self._wait_change()
+        except TimeoutError:
+            log.error("a process has not drained within %g s", self._drain_s + DRAIN_MARGIN_S)
+        return all(child.drained for child in draining)
+
+    async def stop(self) -> None:
+        """End all of them; kill what does not end. May be called twice, and without a start."""
+        self._is_draining = True
+        self._timers.close()
+        for task in (*self._keeping, *self._tasks):
+            task.cancel()
+        if self._keeping:
+            await asyncio.wait(self._keeping)
+        await asyncio.gather(*(self._end(child) for child in self.children))
+        self._distributor.close()
+
+    # What children say: `prefork_process.Watcher`.
+
+    def changed(self, child: ChildProcess) -> None:
+        """See `Watcher`."""
+        if child.state is State.SERVING and not child.has_served:
+            child.has_served = self._has_served = True
+            self._make_room_for(child)
+        elif child.drained is not None and not self._is_draining:
+            # It was asked by a signal of its own.
+            child.send(Kind.STOP)
+        self._distributor.look_again()
+        self._wake_waiters()
+
+    def asked(self, child: ChildProcess) -> None:
+        """See `Watcher`."""
+
+        async def drain_it() -> None:
+            await asyncio.sleep(SIGNAL_GRACE_S)
+            if not self._is_draining:
+                log.info("process %d was asked to end: it drains", child.number)
+                child.send(Kind.DRAIN)
+
+        self._spawn(drain_it())
+
+    def question(self, child: ChildProcess, message: Message) -> None:
+        """See `Watcher`."""
+        child.send(Kind.ANSWER, **self._answer(message))
+
+    def _make_room_for(self, newcomer: ChildProcess) -> None:
+        """Its peers' clients have connections that they would keep for ever, and it would have nothing to do."""
+        serving = [child for child in self.children if child.state is State.SERVING]
+        counts = [child.connection_count for child in serving]
+        for child, count in zip(serving, releases(counts, serving.index(newcomer)), strict=True):
+            if count:
+                child.send(Kind.RELEASE, count=count)
+
+    # One child's lives.
+
+    async def _keep(self, number: int) -> None:
+        """Start it, again and again, as often as the policy allows."""
+        budget = RestartBudget(self._policy, self._clock)
+        while not self._is_draining:
+            child = self._children[number] = ChildProcess(number, self)
+            try:
+                await child.start(self._command, self._begins[number], self._environment)
+                status = await child.wait_ended()
+            except OSError as problem:
+                log.error("process %d cannot be started: %s", number, problem)
+                status = 1
+            untaken = child.take_back()
+            if child.failure is not None and not self._has_served:
+                self._refused = _as_error(child.failure)
+                self._wake_waiters()
+                return
+            self._distributor.give_again(untaken)
+            # One that ended well was asked to: it has not failed.
+            delay_s = self._policy.first_delay_s if status == 0 else budget.take_delay_s()
+            how = _ending(status, child)
+            if delay_s is None:
+                self._given_up = f"process {number} {how}; given up after {self._policy.count_max} restarts"
+                self._wake_waiters()
+                return
+            if not self._is_draining:
+                level = logging.INFO if status == 0 else logging.ERROR
+                log.log(level, "process %d (pid %s) %s; starting it again in %g s", number, child.pid, how, delay_s)
+                self._on_restart()
+                await asyncio.sleep(delay_s)
+
+    async def _end(self, child: ChildProcess) -> None:
+        if child.state is State.ENDED or child.pid is None:
+            return
+        timeout_s = STOP_TIMEOUT_S
+        if child.state is State.STARTING:
+            timeout_s = ABANDON_TIMEOUT_S
+            child.signal(signal.SIGTERM)
+        child.send(Kind.STOP)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await child.wait_ended()
+        except TimeoutError:
+            log.error("process %d has not ended within %g s: it is killed", child.number, timeout_s)
+            child.kill()
+            await child.wait_ended()
+        for connection in child.take_back():
+            connection.close()
+
+    # Whether they answer.
+
+    def _look(self) -> None:
+        for child in self.children:
+            if child.state in (State.STARTING, State.ENDED):
+                continue
+            silent_s = 0.0 if child.has_spoken else child.silent_s + PING_S
+            child.has_spoken, child.silent_s = False, silent_s
+            if child.is_silent is not (silent_s >= SILENT_S):
+                child.is_silent = not child.is_silent
+                self._log_silence(child)
+            child.ping()
+        self._timers.after(PING_S, self._look)
+
+    def _log_silence(self, child: ChildProcess) -> None:
+        if child.is_silent:
+            log.error("process %d has not answered for %g s: it gets no new connections", child.number, SILENT_S)
+        else:
+            log.info("process %d answers again", child.number)
+            self._distributor.look_again()
+
+    # Waiting for each other.
+
+    def _wake_waiters(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _wait_change(self) -> None:
+        await self._changed.wait()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _ending(status: int, child: ChildProcess) -> str:
+    if child.failure is not None:
+        return f"could not start ({child.failure['sentence']})"
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _as_error(failure: Message) -> StartError:
+    """A child's reason for not starting, which the parent raises in its stead."""
+    if failure["key"]:
+        return ConfigError(failure["key"], failure["sentence"])
+    return StartError(failure["sentence"])

@@ -1,0 +1,1 @@
+"""What each role does with a leg: its request to the engine."""

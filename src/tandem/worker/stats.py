@@ -1,0 +1,66 @@
+"""What a worker's gauges show: its legs, its engine's requests and KV memory, and whether the engine proves itself.
+
+Reads only. A figure that the engine does not tell is left out, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tandem.domain.worker import EngineLoad
+from tandem.engine.port import Engine
+from tandem.errors import EngineFailed
+from tandem.observability.leg_metrics import LegMetrics
+from tandem.observability.metrics import Reading
+from tandem.worker.engine_health import EngineHealth
+from tandem.worker.legs import Legs
+
+
+class Figures:
+    """Readings of one worker."""
+
+    def __init__(self, engine: Engine, legs: Legs, health: EngineHealth, leg_metrics: LegMetrics) -> None:
+        self._engine = engine
+        self._legs = legs
+        self._health = health
+        self._leg_metrics = leg_metrics
+
+    async def read(self) -> Iterable[Reading]:
+        """All of this moment."""
+        readings = [
+            Reading("tandem.legs.open", self._legs.open_count),
+            Reading("tandem.engine.healthy", float(self._health.trouble is None)),
+        ]
+        if (hit_ratio := self._leg_metrics.hit_ratio) is not None:
+            readings.append(Reading("tandem.cache.hit_ratio", hit_ratio))
+        try:
+            load, page_tokens = await self._engine.load(), self._engine.capabilities().page_size_tokens
+        except EngineFailed:
+            # It is gone, or on its way: what the worker knows by itself is told all the same.
+            return readings
+        return [*readings, *_requests(load), *_pages(load, page_tokens)]
+
+
+def _requests(load: EngineLoad) -> Iterator[Reading]:
+    counts = {
+        "running": load.running_requests,
+        "waiting": load.waiting_requests,
+        "transferring": load.transferring_requests,
+    }
+    for state, count in counts.items():
+        if count is not None:
+            yield Reading("tandem.engine.requests", count, {"tandem.state": state})
+
+
+def _pages(load: EngineLoad, page_tokens: int) -> Iterator[Reading]:
+    if load.kv_capacity_tokens is None or load.kv_used_tokens is None:
+        return
+    free_tokens = load.kv_free_tokens
+    if free_tokens is None:
+        # What no request holds can be had at once, cached or not.
+        free_tokens = load.kv_capacity_tokens - load.kv_used_tokens - (load.kv_cached_tokens or 0)
+    tokens = {"used": load.kv_used_tokens, "cached": load.kv_cached_tokens, "free": free_tokens}
+    yield Reading("tandem.kv.pages.capacity", load.kv_capacity_tokens // page_tokens)
+    for state, count in tokens.items():
+        if count is not None:
+            yield Reading("tandem.kv.pages", count // page_tokens, {"tandem.state": state})
