@@ -29,7 +29,7 @@ from tandem.domain.worker import Capabilities, Worker, WorkerRole
 from tandem.errors import TandemError
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import Channels
-from tandem.service import open_files
+from tandem.service import process
 from tandem.service.awake_timers import AwakeTimers
 from tandem.testing.eventually import assert_eventually
 
@@ -173,7 +173,7 @@ async def measure(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    open_files.allow_many()
+    process.allow_many()
     asyncio.run(measure(parser.parse_args().rounds))
 
 

@@ -23,8 +23,7 @@ from typing import Any, cast
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, Breakers
-from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import Refusals, Routes
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import (

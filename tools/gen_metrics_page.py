@@ -1,4 +1,6 @@
-"""Writes the tables of docs/metrics.md from src/tandem/observability/metric_catalog.py; what stands above them is written by hand.
+"""Writes the tables of docs/metrics.md from src/tandem/observability/metric_catalog.py.
+
+What stands above them is written by hand.
 
 --check writes nothing and fails when the page differs.
 """

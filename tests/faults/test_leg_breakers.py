@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from tandem_frontend.routing.breaker import OPEN_MAX_S
+from tandem_frontend.routing.circuit_breaker import OPEN_MAX_S
 
 from tandem.testing.eventually import assert_eventually
 from tests.faults import verdicts

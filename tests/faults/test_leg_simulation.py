@@ -24,8 +24,7 @@ from tandem_frontend.admission.queue import Demand
 from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, PAUSE_MAX_S, Attempts, RequestStream
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import Refusals, Routes
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.domain.request_state import Phase

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tandem.service.open_files import WANTED
+from tandem.service.process import WANTED
 from tandem.testing.eventually import assert_eventually
 
 SOFT = 256

@@ -18,7 +18,7 @@ import pytest
 from command_line import children_of, gone, started, took_s, words_of
 from conftest import DEMO_MODEL
 
-from tandem.engine.sglang import known_arguments
+from tandem.engine.sglang import arguments
 from tandem.testing.eventually import assert_eventually
 
 pytestmark = [
@@ -107,7 +107,7 @@ async def test_a_cluster_that_starts_ends_at_once(state: Path, temporary: Path, 
 
 
 def test_the_names_of_arguments_are_those_of_sglang() -> None:
-    names = known_arguments.read_names()
+    names = arguments.read_names()
     assert {"chunked_prefill_size", "model_path", "enable_priority_scheduling"} <= names
     assert len(names) > 300
     assert "chunked_prefill" not in names

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from tandem.domain.generation import EngineFinish, EngineRequest, Sampling, Stopping, TokenLogprob
-from tandem.engine.simulated.kv_pages import PageNames
+from tandem.engine.simulated.kv_pool import PageNames
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens
 from tandem.errors import TandemError

@@ -19,8 +19,7 @@ from tandem_frontend.execution.request_stream import Attempts
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import AVOIDED_S, Refusals, Routes
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock

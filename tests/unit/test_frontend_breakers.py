@@ -10,8 +10,17 @@ from frontend_workers import decode, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from tandem_frontend.routing.breaker import FORGIVEN_S, OPEN_FIRST_S, OPEN_MAX_S, PROBE_S, Breaker, BreakerState
-from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, Breakers
+from tandem_frontend.routing.circuit_breaker import (
+    FORGIVEN_S,
+    MOMENT_S,
+    OPEN_FIRST_S,
+    OPEN_MAX_S,
+    PROBE_S,
+    STRIKES_MAX,
+    Breaker,
+    Breakers,
+    BreakerState,
+)
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import Start, Worker, WorkerState

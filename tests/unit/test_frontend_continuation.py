@@ -18,8 +18,7 @@ from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, BREAKS_MAX, A
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import Refusals, Routes
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.clock import ManualClock

@@ -9,7 +9,7 @@ import pytest
 from frontend_workers import aggregated, decode, prefill
 from routing_scene import ByIndex, Scene
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.refusals import AVOIDED_S, Refusals
+from tandem_frontend.routing.router import AVOIDED_S, Refusals
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import LEG_CONTRACT, PAIR_FIELDS, Worker, WorkerState

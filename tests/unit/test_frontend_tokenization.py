@@ -15,7 +15,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem_frontend.preparation.chat_template import ChatTemplate
-from tandem_frontend.preparation.model_defaults import read_defaults, with_defaults
+from tandem_frontend.preparation.sampling import read_defaults, with_defaults
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, THREAD_CHARS_MAX, Tokenizer
 
 from tandem.api.types.v1 import sampling_pb2

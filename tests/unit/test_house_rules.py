@@ -90,7 +90,10 @@ def test_services_do_not_know_each_other(path: Path) -> None:
 
 
 def test_a_frontend_and_its_parsers_import_no_engine() -> None:
-    program = "import sys, tandem_frontend.app, tandem.output_parsers; print({'torch', 'sglang', 'transformers'} & {*sys.modules})"
+    program = (
+        "import sys, tandem_frontend.app, tandem.output_parsers;"
+        "print({'torch', 'sglang', 'transformers'} & {*sys.modules})"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

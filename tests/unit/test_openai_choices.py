@@ -11,7 +11,7 @@ import pytest
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.handler import Answer, Door
-from tandem_frontend.openai.usage import UsageSum
+from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Answer as GenerationAnswer
 from tandem_frontend.pipeline import Generation
 

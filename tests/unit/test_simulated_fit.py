@@ -11,8 +11,7 @@ import pytest
 from simulated_legs import leg_of
 
 from tandem.engine.simulated.options import parse_options
-from tandem.engine.simulated.steps import Chunk, Step
-from tandem.engine.simulated.timing import Timing
+from tandem.engine.simulated.timing import Chunk, Step, Timing
 
 TOOL = Path(__file__).parents[2] / "tools" / "fit_simulated_engine.py"
 

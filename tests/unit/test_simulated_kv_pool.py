@@ -12,8 +12,7 @@ from simulated_legs import PAGE
 
 from tandem.engine.port import KvEvent
 from tandem.engine.simulated.kv_events import KvEventLog
-from tandem.engine.simulated.kv_pages import PageNames, page_names
-from tandem.engine.simulated.kv_pool import KvLease, KvPool
+from tandem.engine.simulated.kv_pool import KvLease, KvPool, PageNames, page_names
 
 CAPACITY_PAGES = 12
 Held = tuple[KvLease, list[int]]

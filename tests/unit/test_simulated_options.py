@@ -14,8 +14,7 @@ from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.options import PROFILES, Options, parse_options
-from tandem.engine.simulated.steps import Chunk, Step
-from tandem.engine.simulated.timing import Timing
+from tandem.engine.simulated.timing import Chunk, Step, Timing
 from tandem.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
-from tandem.engine.simulated.steps import Ended, Step
+from tandem.engine.simulated.timing import Ended, Step
 from tandem.engine.simulated.tokens import digest
 from tandem.errors import EngineFailed
 

@@ -57,15 +57,14 @@ from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.pipeline import Generation
-from tandem_frontend.preparation.model_defaults import read_defaults
+from tandem_frontend.preparation.sampling import read_defaults
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import Refusals, Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 

@@ -25,7 +25,7 @@ from tandem_frontend.call_context import Caller
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.request_stream import Attempts, RequestStream
 from tandem_frontend.execution.trace_recorder import Record, course_of
-from tandem_frontend.preparation.model_defaults import with_defaults
+from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import CheckedRequest, checked_generate, naming_the_prompt
 from tandem_frontend.response.coalescing import Coalescing

@@ -251,7 +251,7 @@ def drain(
     tls: TlsDirectory = None,
 ) -> None:
     """Let a worker finish what it has and end; `tandem up` then starts it again."""
-    from tandem.cli import drain as drain_command
+    from tandem.cli import operations as drain_command
     from tandem.cli.membership import registry_addresses
     from tandem.cli.state import find_tls, read_state
 
@@ -303,7 +303,7 @@ def certs(
         # Making certificates needs a library that takes 70 ms to load, which other commands do not pay.
         from rich.console import Console
 
-        from tandem.cli import certs as certs_command
+        from tandem.cli import operations as certs_command
 
         return certs_command.certs(directory, host or [], days, Console())
 

@@ -1,7 +1,7 @@
 """The watch of edges: keeps the registry's list of frontends up to date, and keeps it when the registry is gone.
 
-Owns what the stream says. The merge is `tandem.discovery.frontend_view`, trying registries in turn `tandem.discovery.watch`.
-Sends no request to a frontend.
+Owns what the stream says. The merge is `tandem.discovery.frontend_view`, trying registries in turn
+`tandem.discovery.watch`. Sends no request to a frontend.
 """
 
 from __future__ import annotations

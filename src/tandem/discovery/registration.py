@@ -1,8 +1,8 @@
 """A member's place in the registry: enters it, keeps its lease, and comes back by itself when the registry was gone.
 
-Owns one task and the order of its calls (`tandem.discovery.lease_calls`). Does not decide when a worker may register (after
-its canary), when it needs a new epoch (`tandem.worker.identity`) or what it does when it was replaced (it ends): it
-tells.
+Owns one task and the order of its calls (`tandem.discovery.lease_calls`). Does not decide when a worker may register
+(after its canary), when it needs a new epoch (`tandem.worker.identity`) or what it does when it was replaced (it ends):
+it reports.
 """
 
 from __future__ import annotations

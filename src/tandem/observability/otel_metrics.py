@@ -26,12 +26,23 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 import tandem
 from tandem.config import ServiceConfig
 from tandem.errors import TandemError
-from tandem.observability.loop_lag import watch_lag
 from tandem.observability.merged_scrape import LocalScrapes
 from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind, Metric, bounded, combinations
 from tandem.observability.metrics import NONE, Attributes, Measure, Metrics, MorePages, Reading, Together
 from tandem.observability.scrape_endpoint import Others, ScrapeServer
 from tandem.tls.paths import Tls
+
+PERIOD_S = 0.25
+
+
+async def watch_lag(tell: Callable[[float], None]) -> None:
+    """Tell at each period, without end, by how many seconds it came late."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + PERIOD_S
+        await asyncio.sleep(PERIOD_S)
+        tell(max(0.0, loop.time() - due_s))
+
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 For the processes of a local cluster, so that killing `tandem up` leaves nothing behind. Asked for through the
 environment, by the parent; a service started by itself knows nothing of it. A program that is not ours is started as
-`python -m tandem.service.parent_death PROGRAM ARGUMENT ...` and replaces that process: Python between fork and exec, in a
-process whose threads are inside gRPC, ends now and then in a segmentation fault.
+`python -m tandem.service.parent_death PROGRAM ARGUMENT ...` and replaces that process: Python between fork and exec,
+in a process whose threads are inside gRPC, ends now and then in a segmentation fault.
 """
 
 from __future__ import annotations

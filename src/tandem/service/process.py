@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -28,8 +29,22 @@ from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
 from tandem.observability import logs
-from tandem.service import open_files, run_directory
+from tandem.service import run_directory
 from tandem.service.parent_death import is_orphan
+
+WANTED = 65_536
+"""Not all that some systems would give: there are programs that close every number up to the limit."""
+
+
+def allow_many() -> None:
+    """Raise the soft limit, as far as the hard one allows; never lower it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS calls its hard limit infinite and may refuse all the same.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +108,7 @@ def run(program: str, config: C, build: Callable[[C], Service], *, process: int 
         StartError: it cannot start.
     """
     logs.set_up(config.log_level, config.log_format, program, process)
-    open_files.allow_many()
+    allow_many()
     log.info("%s settings %s", program, configuration.effective(config))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(build(config), config.announce_file))

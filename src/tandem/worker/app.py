@@ -39,10 +39,9 @@ from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
-from tandem.worker.leg_figures import LegFigures
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
-from tandem.worker.stats import Figures
+from tandem.worker.stats import Figures, LegFigures
 from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
 from tandem.worker.step_servicer import StepServicer
 from tandem.worker.steps import StepStreams

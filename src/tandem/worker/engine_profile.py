@@ -1,4 +1,4 @@
-"""The profile of a worker: its engine's own. Owns nothing but the way from `tandem.observability.profiles` to the engine."""
+"""The profile of a worker is its engine's own: from `tandem.observability.profiles` to the engine."""
 
 from __future__ import annotations
 

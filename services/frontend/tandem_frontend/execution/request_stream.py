@@ -29,8 +29,7 @@ from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.execution.trace_recorder import Record
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.refusals import Refusals
-from tandem_frontend.routing.router import Routes
+from tandem_frontend.routing.router import Refusals, Routes
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from tandem_frontend.openai.chat_choice import ChatChoice
 from tandem_frontend.openai.handler import Answer, Door
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.messages import for_template, without_control
+from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
 from tandem_frontend.openai.translation import chat_request, for_choice
-from tandem_frontend.openai.usage import UsageSum
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX
 from tandem_frontend.preparation.validation import check_text, check_token_count

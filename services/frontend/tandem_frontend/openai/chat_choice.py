@@ -8,8 +8,8 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.output_parsers import Content, Delta, ParsedStream, Reasoning, ToolCallArguments, ToolCallStart
-from tandem_frontend.openai.finishes import finish_reason
 from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, chat_logprobs
+from tandem_frontend.openai.response import finish_reason
 
 
 class ChatChoice:

@@ -10,12 +10,11 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
 from tandem_frontend.call_context import Caller
-from tandem_frontend.openai.finishes import finish_reason
 from tandem_frontend.openai.handler import Answer, Door
 from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_logprobs
+from tandem_frontend.openai.response import UsageSum, finish_reason
 from tandem_frontend.openai.schemas import CompletionRequest
 from tandem_frontend.openai.translation import completion_request, for_choice
-from tandem_frontend.openai.usage import UsageSum
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import check_prompt_ids, check_text, check_token_count
 from tandem_frontend.response.writers import Call

@@ -19,7 +19,7 @@ from tandem_frontend.call_context import Caller
 from tandem_frontend.openai import response
 from tandem_frontend.openai.common_params import CHOICES_MAX, CommonFields
 from tandem_frontend.openai.merge import ChoiceAnswer, Entries, EventStream
-from tandem_frontend.openai.usage import UsageSum
+from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.response.writers import Call

@@ -7,6 +7,51 @@ from typing import Any
 
 from google.api import httpbody_pb2
 
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1 import generation_pb2
+
+
+class UsageSum:
+    """Adds up the usage of finished choices. A prompt counts once, however many choices answer it."""
+
+    def __init__(self, choices_per_prompt: int) -> None:
+        self._choices_per_prompt = choices_per_prompt
+        self._prompt_tokens: dict[int, int] = {}
+        self._cached_tokens: dict[int, int] = {}
+        self._completion_tokens = 0
+
+    def add(self, choice: int, usage: generation_pb2.Usage) -> None:
+        """The usage of one choice, by its number."""
+        prompt = choice // self._choices_per_prompt
+        self._prompt_tokens[prompt] = usage.prompt_tokens
+        # Choices of one prompt find each other's prefix; what the first of them found is what was cached before.
+        cached = self._cached_tokens.get(prompt, usage.cached_tokens)
+        self._cached_tokens[prompt] = min(cached, usage.cached_tokens)
+        self._completion_tokens += usage.completion_tokens
+
+    def told(self) -> dict[str, Any]:
+        """As OpenAI tells it."""
+        prompt_tokens = sum(self._prompt_tokens.values())
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
+        }
+
+
+REASONS = {
+    generation_pb2.FINISH_REASON_STOP: "stop",
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+def finish_reason(finish: pb.GenerateFinish, *, called_tools: bool = False) -> str:
+    """`tool_calls` where the model called one and came to its own end."""
+    reason = REASONS[finish.reason]
+    return "tool_calls" if called_tools and reason == "stop" else reason
+
+
 JSON = "application/json"
 EVENTS = "text/event-stream"
 DONE = b"data: [DONE]\n\n"

@@ -1,7 +1,7 @@
 """The error object of everything Tandem says over HTTP: message, type, param, code.
 
-The same mapping as in services/edge/tandem_edge/envoy/errors.lua, which rewrites statuses; a test holds the two together. Here it is for
-failures inside a stream.
+The same mapping as in services/edge/tandem_edge/envoy/errors.lua, which rewrites statuses; a test holds the two
+together. Here it is for failures inside a stream.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from tandem.clock import Clock
 from tandem.domain.worker import Start, Worker
 from tandem.errors import ContextExceeded
 from tandem_frontend.preparation.served_model import ServedModel
@@ -18,7 +19,42 @@ from tandem_frontend.routing.policy import Policy
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY
 from tandem_frontend.routing.pools import Pools, Selection
 from tandem_frontend.routing.random_policy import RandomPolicy
-from tandem_frontend.routing.refusals import Refusals
+
+AVOIDED_S = 1.0
+
+
+class Refusals:
+    """Remembers starts of workers for a short while. A new start of the same worker begins with a clean sheet."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._until_s: dict[Start, float] = {}
+        """In order of time."""
+        self._recent: frozenset[Start] | None = frozenset()
+        """The keys of `_until_s`; None: they have changed since."""
+
+    def note(self, worker: Worker) -> None:
+        """It has not taken a leg."""
+        if self._until_s.pop(worker.start, None) is None:
+            self._recent = None
+        self._until_s[worker.start] = self._clock() + AVOIDED_S
+
+    def recent(self) -> frozenset[Start]:
+        """Those to be avoided now; the same object until one comes or goes."""
+        if self._until_s:
+            self._forget(self._clock())
+        if self._recent is None:
+            self._recent = frozenset(self._until_s)
+        return self._recent
+
+    def _forget(self, now_s: float) -> None:
+        while self._until_s:
+            start = next(iter(self._until_s))
+            if self._until_s[start] > now_s:
+                return
+            del self._until_s[start]
+            self._recent = None
+
 
 NAMED_MAX = 8
 """Candidates of a role that a trace names."""

@@ -5,15 +5,39 @@ Chooses the ports too. Does not read the environment, nor start anything.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import random
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import known_arguments
 from tandem.errors import ConfigError, StartError
+
+FIELDS = Path("srt") / "arg_groups" / "fields"
+"""Classes with a namespace, each argument an annotated name."""
+
+
+def read_names() -> frozenset[str]:
+    """Names of the arguments; empty where SGLang is not installed, or keeps them elsewhere."""
+    package = importlib.util.find_spec("sglang")
+    names: set[str] = set()
+    for folder in (package.submodule_search_locations or []) if package is not None else []:
+        for file in (Path(folder) / FIELDS).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    names |= _annotated(node)
+    return frozenset(names)
+
+
+def _annotated(node: ast.ClassDef) -> set[str]:
+    return {
+        part.target.id for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    }
+
 
 KV_CAPACITY_TOKENS_CPU = 16_384
 RESERVED_SHARE = 8
@@ -55,7 +79,7 @@ def check_settings(settings: EngineSettings) -> None:
         if count < 1:
             raise ConfigError(name, f"must be at least 1, not {count}")
     if settings.extra:
-        _check_names(settings.extra, known_arguments.read_names())
+        _check_names(settings.extra, read_names())
 
 
 def choose_ports(settings: EngineSettings) -> Ports:

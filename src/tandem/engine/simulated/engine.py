@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import tandem
@@ -17,14 +18,35 @@ from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, KvEvent, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
-from tandem.engine.simulated import figures
 from tandem.engine.simulated.faults import FaultInjected, Faults
+from tandem.engine.simulated.kv_pool import KvPool
+from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.machine import Machine
 from tandem.engine.simulated.network import Network, TcpNetwork
 from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
 from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
+
+
+def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
+    """The figures of this moment."""
+    phases = Counter(leg.phase for leg in legs)
+    account = pool.account()
+    page = pool.page_size_tokens
+    waiting = [leg for leg in legs if leg.phase in (Phase.WAITING, Phase.RETRACTED)]
+    return EngineLoad(
+        running_requests=phases[Phase.RUNNING] + phases[Phase.PREFILLING],
+        waiting_requests=len(waiting),
+        waiting_tokens=sum(leg.sequence_tokens for leg in waiting),
+        kv_used_tokens=(account.lent + account.transferring + account.withheld) * page,
+        kv_capacity_tokens=pool.capacity_tokens,
+        transferring_requests=phases[Phase.BOOTSTRAP] + phases[Phase.PREALLOCATING] + phases[Phase.TRANSFERRING],
+        kv_transferring_tokens=account.transferring * page,
+        kv_cached_tokens=account.cached * page,
+        kv_free_tokens=account.free * page,
+    )
+
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CAPACITY_TOKENS = 16_384
@@ -139,7 +161,7 @@ class SimulatedEngine:
     async def load(self) -> EngineLoad:
         """How busy the engine is now."""
         machine = self._running()
-        return figures.load(machine.legs, machine.pool)
+        return load(machine.legs, machine.pool)
 
     async def flush_cache(self) -> bool:
         """Forget the prefix cache; refused while requests run."""

@@ -13,8 +13,7 @@ from enum import Enum
 
 from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
 from tandem.engine.port import Output
-from tandem.engine.simulated.kv_pages import PageNames
-from tandem.engine.simulated.kv_pool import KvLease
+from tandem.engine.simulated.kv_pool import KvLease, PageNames
 from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, digest, drawn
 from tandem.errors import TandemError
 

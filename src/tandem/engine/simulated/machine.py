@@ -16,14 +16,12 @@ from tandem.engine.port import Output
 from tandem.engine.simulated.faults import EngineCrashed, FaultInjected, Faults
 from tandem.engine.simulated.handover import HandOver
 from tandem.engine.simulated.kv_events import KvEventLog
-from tandem.engine.simulated.kv_pages import PageNames
-from tandem.engine.simulated.kv_pool import KvPool
+from tandem.engine.simulated.kv_pool import KvPool, PageNames
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.network import Network
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
-from tandem.engine.simulated.steps import Ended, Step
-from tandem.engine.simulated.timing import Clock, Timing
+from tandem.engine.simulated.timing import Clock, Ended, Step, Timing
 from tandem.engine.simulated.tokens import NO_STATE, Vocabulary
 from tandem.errors import EngineFailed, TandemError
 

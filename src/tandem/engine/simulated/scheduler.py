@@ -14,7 +14,7 @@ from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.preallocation import Preallocation
-from tandem.engine.simulated.steps import Chunk, Ended, Step
+from tandem.engine.simulated.timing import Chunk, Ended, Step
 
 
 class Scheduler:

@@ -227,9 +227,9 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
 
 
 def _account_for_pages(snapshot: Any, inquirer: Any) -> Any:
-    from tandem.engine.sglang.hooks import pages
+    from tandem.engine.sglang.hooks import kv_accounting
 
-    return pages.account(snapshot, inquirer)
+    return kv_accounting.account(snapshot, inquirer)
 
 
 def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
