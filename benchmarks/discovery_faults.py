@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tandem.local_cluster.consul_binary import find_consul
-from tests.faults import verdicts
-from tests.faults.fault_cluster import FaultCluster, Plan, fault_cluster
-from tests.faults.history import now_s
-from tests.faults.process_faults import kill
-from tests.faults.steady_load import Shape, SteadyLoad, steady_load
-from tests.faults.views import Views
-from tests.integration.consul_host import consul_agent
+from tests.faults.support import verdicts
+from tests.faults.support.fault_cluster import FaultCluster, Plan, fault_cluster
+from tests.faults.support.history import now_s
+from tests.faults.support.process_faults import kill
+from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
+from tests.faults.support.views import Views
+from tests.integration.support.consul_host import consul_agent
 
 VICTIM = "decode-0"
 

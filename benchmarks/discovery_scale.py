@@ -24,7 +24,7 @@ import psutil
 
 from tandem.local_cluster.cluster import ClusterProcess
 from tandem.local_cluster.consul_binary import find_consul
-from tests.integration.consul_host import consul_servers
+from tests.integration.support.consul_host import consul_servers
 
 HOSTS = 4
 """Processes that hold the workers."""

@@ -27,12 +27,12 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.client import calls
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.eventually import assert_eventually
-from tests.faults.fault_cluster import DEMO_MODEL, Plan
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import LegCluster, assert_idle, fired, inject, leg_cluster
-from tests.faults.process_faults import frozen, kill
+from tests.faults.support.fault_cluster import DEMO_MODEL, Plan
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import LegCluster, assert_idle, fired, inject, leg_cluster
+from tests.faults.support.process_faults import frozen, kill
+from tests.faults.support.views import Views
 from tests.faults.test_leg_cancels import HOLDS, by_the_client, rules
-from tests.faults.views import Views
 
 STREAMS = 6
 STREAM_TOKENS = 100

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from fleet import Fleet
 
 from tandem.testing.fake_model import write_fake_model
+from tests.contract.support.fleet import Fleet
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_MODEL = REPOSITORY / ".cache" / "models" / "tiny-random-float32"

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import pytest_asyncio
-from engine_process import EngineProcess
-from fleet import DRAWN, DRAWN_LENGTH, GREEDY, Fleet, assert_idle, prompt_of, request_of
 
 from tandem.domain.generation import Sampling
+from tests.contract.support.engine_process import EngineProcess
+from tests.contract.support.fleet import DRAWN, DRAWN_LENGTH, GREEDY, Fleet, assert_idle, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

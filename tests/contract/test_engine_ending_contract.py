@@ -7,9 +7,9 @@ import os
 import signal
 
 import pytest
-from fleet import Fleet, prompt_of, request_of
 
 from tandem.domain.generation import FinishReason
+from tests.contract.support.fleet import Fleet, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

@@ -7,10 +7,19 @@ import time
 
 import pytest
 import pytest_asyncio
-from fleet import CONCURRENT, DRAWN, DRAWN_LENGTH, PROMPT_LENGTHS, Fleet, Pair, prompt_of, request_of
 
 from tandem.domain.generation import FinishReason, Sampling
 from tandem.domain.worker import incompatible_field
+from tests.contract.support.fleet import (
+    CONCURRENT,
+    DRAWN,
+    DRAWN_LENGTH,
+    PROMPT_LENGTHS,
+    Fleet,
+    Pair,
+    prompt_of,
+    request_of,
+)
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 

@@ -7,11 +7,11 @@ import time
 
 import pytest
 import pytest_asyncio
-from engine_process import EngineProcess, RemoteError, Result
-from fleet import Fleet, Pair, prompt_of, request_of
 
 from tandem.domain.generation import FinishReason
 from tandem.testing.eventually import assert_eventually
+from tests.contract.support.engine_process import EngineProcess, RemoteError, Result
+from tests.contract.support.fleet import Fleet, Pair, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 

@@ -6,9 +6,9 @@ Without this, equal tokens could also mean that decode computed the prompt itsel
 from __future__ import annotations
 
 import pytest
-from fleet import Fleet, prompt_of, request_of
 
 from tandem.domain.generation import Bootstrap
+from tests.contract.support.fleet import Fleet, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.faults import leg_report
+from tests.faults.support import leg_report
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

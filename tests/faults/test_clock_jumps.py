@@ -27,12 +27,12 @@ from tandem.errors import DeadlinePassed, StartError
 from tandem.local_cluster.cluster import ClusterProcess
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
-from tests.faults.fake_time import FakeTime, find_library
-from tests.faults.fault_cluster import Plan
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, LegCluster
-from tests.faults.leg_course import under_load
-from tests.faults.process_faults import free_port, kill
+from tests.faults.support.fake_time import FakeTime, find_library
+from tests.faults.support.fault_cluster import Plan
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster
+from tests.faults.support.leg_course import under_load
+from tests.faults.support.process_faults import free_port, kill
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

@@ -13,14 +13,14 @@ import pytest
 import pytest_asyncio
 
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.cut_proxy import Cut
-from tests.faults.edge_cluster import HEALTH_INTERVAL_S, NOTICED_S, EdgeCluster, edge_cluster
-from tests.faults.history import Asked, now_s
-from tests.faults.http_load import HttpLoad
-from tests.faults.leg_cluster import BUSY_MACHINE_S
-from tests.faults.leg_course import FLOOR, Course, under_load
-from tests.faults.process_faults import frozen, prove_gone, prove_refused
+from tests.faults.support import verdicts
+from tests.faults.support.cut_proxy import Cut
+from tests.faults.support.edge_cluster import HEALTH_INTERVAL_S, NOTICED_S, EdgeCluster, edge_cluster
+from tests.faults.support.history import Asked, now_s
+from tests.faults.support.http_load import HttpLoad
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S
+from tests.faults.support.leg_course import FLOOR, Course, under_load
+from tests.faults.support.process_faults import frozen, prove_gone, prove_refused
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

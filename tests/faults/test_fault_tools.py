@@ -12,10 +12,10 @@ import pytest
 
 from tandem.errors import LegFailed
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.cut_proxy import Cut, cut_proxy
-from tests.faults.history import Asked, History, percentile
-from tests.faults.process_faults import free_port, frozen, knock, prove_gone, state_of
+from tests.faults.support import verdicts
+from tests.faults.support.cut_proxy import Cut, cut_proxy
+from tests.faults.support.history import Asked, History, percentile
+from tests.faults.support.process_faults import free_port, frozen, knock, prove_gone, state_of
 
 KILLED_S = 100.0
 

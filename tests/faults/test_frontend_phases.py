@@ -15,12 +15,12 @@ import pytest_asyncio
 from tandem.client import calls
 from tandem.errors import DeadlinePassed, ServiceError
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.history import Asked, History, now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
-from tests.faults.leg_course import Course, under_load
-from tests.faults.process_faults import frozen, kill
-from tests.faults.steady_load import Shape
+from tests.faults.support import verdicts
+from tests.faults.support.history import Asked, History, now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
+from tests.faults.support.leg_course import Course, under_load
+from tests.faults.support.process_faults import frozen, kill
+from tests.faults.support.steady_load import Shape
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

@@ -14,14 +14,14 @@ import pytest_asyncio
 from tandem.client import calls
 from tandem.errors import DeadlinePassed, ServiceError
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.cut_proxy import SLOWED, Cut
-from tests.faults.fault_cluster import CUT_WORKER
-from tests.faults.history import Asked, now_s
-from tests.faults.hop_cluster import CUT_PREFILL, HAND_OVER_TIMEOUT_S, Hop, HopCluster, hop_cluster
-from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.leg_course import Course, gaps_are_short, under_load
-from tests.faults.steady_load import Shape
+from tests.faults.support import verdicts
+from tests.faults.support.cut_proxy import SLOWED, Cut
+from tests.faults.support.fault_cluster import CUT_WORKER
+from tests.faults.support.history import Asked, now_s
+from tests.faults.support.hop_cluster import CUT_PREFILL, HAND_OVER_TIMEOUT_S, Hop, HopCluster, hop_cluster
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
+from tests.faults.support.leg_course import Course, gaps_are_short, under_load
+from tests.faults.support.steady_load import Shape
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

@@ -22,8 +22,8 @@ from tandem.domain.worker import Worker
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.observability.trace_context import Headers
 from tandem.testing.virtual_time import run_virtually
-from tests.faults.leg_world import CAPABILITIES, fleet, now_s
-from tests.unit.played_legs import ABORTED, FINISH, Gathered, PlayedLeg, accepted, fail, tokens
+from tests.faults.support.leg_world import CAPABILITIES, fleet, now_s
+from tests.unit.support.played_legs import ABORTED, FINISH, Gathered, PlayedLeg, accepted, fail, tokens
 
 LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_pb2.Stopping(max_tokens=4))
 

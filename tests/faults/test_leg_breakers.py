@@ -14,11 +14,11 @@ import pytest_asyncio
 from tandem_frontend.routing.circuit_breaker import OPEN_MAX_S
 
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import LegCluster, leg_cluster
-from tests.faults.leg_course import under_load
-from tests.faults.steady_load import Shape, steady_load
+from tests.faults.support import verdicts
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import LegCluster, leg_cluster
+from tests.faults.support.leg_course import under_load
+from tests.faults.support.steady_load import Shape, steady_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

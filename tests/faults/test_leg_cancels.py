@@ -25,10 +25,10 @@ from tandem.errors import TandemError
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
-from tests.faults.fault_cluster import DEMO_MODEL
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, assert_idle, fired, inject
-from tests.faults.leg_report import LINES
+from tests.faults.support.fault_cluster import DEMO_MODEL
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, assert_idle, fired, inject
+from tests.faults.support.leg_report import LINES
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

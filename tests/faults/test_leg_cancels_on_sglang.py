@@ -24,11 +24,11 @@ from tandem.client import calls
 from tandem.errors import LegFailed, RequestAborted
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.leg_report import LINES
-from tests.faults.sglang_holds import MARKS
-from tests.faults.sglang_legs import (
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
+from tests.faults.support.leg_report import LINES
+from tests.faults.support.sglang_holds import MARKS
+from tests.faults.support.sglang_legs import (
     IN_TURN,
     ON_SGLANG,
     TOKENS,

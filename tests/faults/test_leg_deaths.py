@@ -11,11 +11,11 @@ import pytest
 import pytest_asyncio
 
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
-from tests.faults.leg_course import gaps_are_short, under_load
-from tests.faults.process_faults import frozen, kill
+from tests.faults.support import verdicts
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
+from tests.faults.support.leg_course import gaps_are_short, under_load
+from tests.faults.support.process_faults import frozen, kill
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

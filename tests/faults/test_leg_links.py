@@ -13,11 +13,11 @@ import pytest_asyncio
 
 from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
-from tests.faults.cut_proxy import Cut
-from tests.faults.fault_cluster import CUT_WORKER
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
-from tests.faults.leg_course import gaps_are_short, under_load
+from tests.faults.support.cut_proxy import Cut
+from tests.faults.support.fault_cluster import CUT_WORKER
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
+from tests.faults.support.leg_course import gaps_are_short, under_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

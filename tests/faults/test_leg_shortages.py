@@ -16,14 +16,14 @@ from tandem.client import calls
 from tandem.errors import ServiceError
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.demo_answers import demo_answers
-from tests.faults.history import now_s
-from tests.faults.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
-from tests.faults.leg_course import FLOOR, one_ending_each, under_load
-from tests.faults.leg_report import figures_of, report
-from tests.faults.process_faults import kill
-from tests.faults.steady_load import Shape, SteadyLoad, steady_load
+from tests.faults.support import verdicts
+from tests.faults.support.demo_answers import demo_answers
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
+from tests.faults.support.leg_course import FLOOR, one_ending_each, under_load
+from tests.faults.support.leg_report import figures_of, report
+from tests.faults.support.process_faults import kill
+from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

@@ -31,8 +31,8 @@ from tandem.domain.request_state import Phase
 from tandem.domain.worker import Worker
 from tandem.errors import DeadlinePassed, LegFailed, Overloaded, TandemError
 from tandem.testing.virtual_time import run_virtually
-from tests.faults.fault_cluster import REPOSITORY
-from tests.faults.leg_world import CAPABILITIES, Sent, World, answer, fleet, now_s
+from tests.faults.support.fault_cluster import REPOSITORY
+from tests.faults.support.leg_world import CAPABILITIES, Sent, World, answer, fleet, now_s
 
 SEED_VARIABLE = "TANDEM_FAULT_SEED"
 SEEDS = 2_000

@@ -14,14 +14,14 @@ import pytest
 import pytest_asyncio
 
 from tandem.testing.eventually import assert_eventually
-from tests.faults.consul_proofs import generation, kill_first, lose_leader
-from tests.faults.cut_proxy import Cut
-from tests.faults.demo_answers import demo_answers
-from tests.faults.fault_cluster import Plan, fault_cluster
-from tests.faults.outage import Course, Place, Step, answering, last_known, live, silent, through_outage
-from tests.faults.process_faults import kill
-from tests.faults.steady_load import Shape
-from tests.integration.consul_host import consul_servers
+from tests.faults.support.consul_proofs import generation, kill_first, lose_leader
+from tests.faults.support.cut_proxy import Cut
+from tests.faults.support.demo_answers import demo_answers
+from tests.faults.support.fault_cluster import Plan, fault_cluster
+from tests.faults.support.outage import Course, Place, Step, answering, last_known, live, silent, through_outage
+from tests.faults.support.process_faults import kill
+from tests.faults.support.steady_load import Shape
+from tests.integration.support.consul_host import consul_servers
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.faults import verdicts
-from tests.faults.consul_proofs import generation, kill_first
-from tests.faults.fault_cluster import Plan, fault_cluster
-from tests.faults.outage import Course, Place, last_known, silent, through_outage
-from tests.faults.process_faults import kill
-from tests.faults.steady_load import Shape, steady_load
-from tests.integration.consul_host import consul_servers
+from tests.faults.support import verdicts
+from tests.faults.support.consul_proofs import generation, kill_first
+from tests.faults.support.fault_cluster import Plan, fault_cluster
+from tests.faults.support.outage import Course, Place, last_known, silent, through_outage
+from tests.faults.support.process_faults import kill
+from tests.faults.support.steady_load import Shape, steady_load
+from tests.integration.support.consul_host import consul_servers
 
 pytestmark = [
     pytest.mark.engine_sglang,

@@ -12,10 +12,10 @@ import pytest
 from benchmarks.discovery_fleet import Workers
 from tandem.discovery import WorkerWatch
 from tandem.domain.worker import Worker
-from tests.faults.fault_cluster import Plan, fault_cluster
-from tests.faults.history import now_s
-from tests.faults.process_faults import kill
-from tests.integration.consul_host import ConsulHost, consul_servers
+from tests.faults.support.fault_cluster import Plan, fault_cluster
+from tests.faults.support.history import now_s
+from tests.faults.support.process_faults import kill
+from tests.integration.support.consul_host import ConsulHost, consul_servers
 
 pytestmark = [pytest.mark.timeout(90)]
 

@@ -15,17 +15,17 @@ import pytest
 import pytest_asyncio
 
 from tandem.testing.eventually import assert_eventually
-from tests.faults import verdicts
-from tests.faults.cut_proxy import Cut
-from tests.faults.demo_answers import demo_answers, direct_calls
-from tests.faults.fault_cluster import CUT_WORKER, FaultCluster, Plan, fault_cluster
-from tests.faults.history import now_s
-from tests.faults.leg_report import report_test
-from tests.faults.outage import AVOIDED_WITHIN_S
-from tests.faults.process_faults import frozen, kill
-from tests.faults.steady_load import Shape, SteadyLoad, steady_load
-from tests.faults.views import Views
-from tests.integration.consul_host import consul_agent
+from tests.faults.support import verdicts
+from tests.faults.support.cut_proxy import Cut
+from tests.faults.support.demo_answers import demo_answers, direct_calls
+from tests.faults.support.fault_cluster import CUT_WORKER, FaultCluster, Plan, fault_cluster
+from tests.faults.support.history import now_s
+from tests.faults.support.leg_report import report_test
+from tests.faults.support.outage import AVOIDED_WITHIN_S
+from tests.faults.support.process_faults import frozen, kill
+from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
+from tests.faults.support.views import Views
+from tests.integration.support.consul_host import consul_agent
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import baseline
 import pytest
 import pytest_asyncio
 
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tests.integration.support import baseline
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = REPOSITORY / "models" / "tandem-demo"

@@ -12,13 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import happenings as on
 import pytest
 import pytest_asyncio
-from calls import generate, request_of
-from conftest import DEMO_MODEL
-from happenings import World
-from scraped import EMITTERS, Wanted, samples, scrape, values
 
 from tandem.api.types.v1 import generation_pb2
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
@@ -26,6 +21,11 @@ from tandem.local_cluster.consul import ClusterConsul
 from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind, prometheus_name
 from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL
+from tests.integration.support import happenings as on
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.happenings import World
+from tests.integration.support.scraped import EMITTERS, Wanted, samples, scrape, values
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from command_line import (
+
+from tests.integration.conftest import REPOSITORY
+from tests.integration.support.command_line import (
     SIMULATED,
     TANDEM,
     children_of,
@@ -26,7 +28,6 @@ from command_line import (
     state_of,
     wait_state,
 )
-from conftest import REPOSITORY
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 

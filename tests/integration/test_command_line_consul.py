@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from command_line import (
+
+from tandem.local_cluster.consul_http import ConsulAccess
+from tandem.testing.eventually import assert_eventually
+from tests.integration.support.command_line import (
     SIMULATED,
     TANDEM,
     children_of,
@@ -26,10 +29,7 @@ from command_line import (
     state_of,
     words_of,
 )
-from consul_acl import GuardedConsul, guarded_consul
-
-from tandem.local_cluster.consul_http import ConsulAccess
-from tandem.testing.eventually import assert_eventually
+from tests.integration.support.consul_acl import GuardedConsul, guarded_consul
 
 pytestmark = pytest.mark.timeout(240)
 

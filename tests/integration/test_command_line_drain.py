@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from calls import request_of
-from command_line import TANDEM, cluster_up, line_with, run, state_of
 
 from tandem.client import calls
 from tandem.errors import TandemError
+from tests.integration.support.calls import request_of
+from tests.integration.support.command_line import TANDEM, cluster_up, line_with, run, state_of
 
 pytestmark = pytest.mark.timeout(120)
 

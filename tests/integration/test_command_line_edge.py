@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from command_line import SIMULATED, TANDEM, cluster_up, output_of, run
+
+from tests.integration.support.command_line import SIMULATED, TANDEM, cluster_up, output_of, run
 
 pytestmark = pytest.mark.timeout(60)
 

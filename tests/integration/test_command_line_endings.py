@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import (
+
+from tandem.testing.eventually import assert_eventually
+from tests.integration.support.command_line import (
     SIMULATED,
     TANDEM,
     child_of,
@@ -26,8 +28,6 @@ from command_line import (
     wait_state,
     words_of,
 )
-
-from tandem.testing.eventually import assert_eventually
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import SIMULATED, started
-from scraped import scrape
 
 from tandem.testing.eventually import assert_eventually
+from tests.integration.support.command_line import SIMULATED, started
+from tests.integration.support.scraped import scrape
 
 pytestmark = pytest.mark.timeout(60)
 

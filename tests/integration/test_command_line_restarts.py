@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from calls import generate, request_of
-from command_line import (
+
+from tandem.errors import TandemError
+from tandem.local_cluster.restarts import Restarts
+from tandem.service.restart_budget import RestartPolicy
+from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.command_line import (
     STARTS_WITHIN_S,
     TANDEM,
     child_of,
@@ -24,12 +30,6 @@ from command_line import (
     state_of,
     wait_state,
 )
-from conftest import DEMO_MODEL, running
-
-from tandem.errors import TandemError
-from tandem.local_cluster.restarts import Restarts
-from tandem.service.restart_budget import RestartPolicy
-from tandem.testing.eventually import assert_eventually
 
 # Up to seven processes are started one after the other, each within a bound of its own.
 pytestmark = pytest.mark.timeout(300)

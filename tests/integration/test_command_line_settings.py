@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import SIMULATED, TANDEM, run
+
+from tests.integration.support.command_line import SIMULATED, TANDEM, run
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from consul_acl import DEPLOY, GuardedConsul, guarded_consul
-from consul_host import dns_counts
 
 from tandem.errors import StartError
 from tandem.local_cluster.consul_http import ConsulAccess
+from tests.integration.support.consul_acl import DEPLOY, GuardedConsul, guarded_consul
+from tests.integration.support.consul_host import dns_counts
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 

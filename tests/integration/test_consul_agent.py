@@ -11,8 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY
-from consul_host import consul_agent, consul_servers, dns_counts
 
 from tandem.errors import StartError
 from tandem.local_cluster.consul_agent import AgentSpec, ConsulAgent
@@ -20,6 +18,8 @@ from tandem.local_cluster.consul_http import ConsulAccess
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
+from tests.integration.conftest import REPOSITORY
+from tests.integration.support.consul_host import consul_agent, consul_servers, dns_counts
 
 NO_SUCH_NAME = 3
 pytestmark = pytest.mark.timeout(120)

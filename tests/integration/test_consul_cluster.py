@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from calls import generate, request_of
-from conftest import SIMULATED, running
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.client import calls
@@ -14,6 +12,8 @@ from tandem.local_cluster.consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import client_tls
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import generate, request_of
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,8 +8,8 @@ import pytest
 
 from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
-from tests.integration.consul_host import consul_agent
-from tests.integration.consul_registries import Site
+from tests.integration.support.consul_host import consul_agent
+from tests.integration.support.consul_registries import Site
 
 pytestmark = pytest.mark.timeout(90)
 

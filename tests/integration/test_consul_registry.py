@@ -28,9 +28,9 @@ from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
-from tests.integration.consul_host import ConsulHost, consul_agent, consul_servers
-from tests.integration.consul_registries import TTL_S, Site, listed, played_worker, watched, worker_ids
-from tests.unit.registry_workers import make_worker
+from tests.integration.support.consul_host import ConsulHost, consul_agent, consul_servers
+from tests.integration.support.consul_registries import TTL_S, Site, listed, played_worker, watched, worker_ids
+from tests.unit.support.registry_workers import make_worker
 
 CHECK_S = 3.5
 """Two checks of a second each, and their time-outs."""

@@ -13,8 +13,8 @@ from tandem.errors import StartError
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
-from tests.integration.consul_host import ConsulHost, consul_agent
-from tests.integration.consul_registries import Site, played_worker, worker_ids
+from tests.integration.support.consul_host import ConsulHost, consul_agent
+from tests.integration.support.consul_registries import Site, played_worker, worker_ids
 
 pytestmark = pytest.mark.timeout(120)
 SERVICE = "guarded"

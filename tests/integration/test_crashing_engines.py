@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import generate, refusal, request_of
-from conftest import running
 
 from tandem.client import calls
 from tandem.errors import LegFailed
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import running
+from tests.integration.support.calls import generate, refusal, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

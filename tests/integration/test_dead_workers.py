@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from calls import Stream
-from conftest import SIMULATED, running
-from steady_load import CLIENTS, under_load
 
 from tandem.local_cluster.cluster import LocalCluster
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import Stream
+from tests.integration.support.steady_load import CLIENTS, under_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from calls import generate, request_of
-from conftest import REPOSITORY, SIMULATED, running
-from edge_host import JSON, client_of, error_of
 from google.protobuf.json_format import ParseDict
-from test_simulated_cluster import STORY, idle, oracle
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.client import calls
 from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import REPOSITORY, SIMULATED, running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.edge_host import JSON, client_of, error_of
+from tests.integration.test_simulated_cluster import STORY, idle, oracle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -15,12 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SIMULATED, running
-from consul_host import ConsulHost, consul_agent
-from edge_host import StubFrontend, client_of, detokenize, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from tandem_edge.transcoding import HEALTH_SERVICE_NAME
-from test_edge_resilience import CLIENTS, Load, took_part, two_frontends
 
 from tandem.discovery.registration import Registration
 from tandem.domain.frontend import Frontend
@@ -29,6 +25,10 @@ from tandem.local_cluster.cluster import ClusterProcess
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.consul_host import ConsulHost, consul_agent
+from tests.integration.support.edge_host import StubFrontend, client_of, detokenize, edge, stub_frontend
+from tests.integration.test_edge_resilience import CLIENTS, Load, took_part, two_frontends
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

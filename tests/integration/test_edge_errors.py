@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from edge_host import StubFrontend, client_of, detokenize, edge, error_of, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from tandem_frontend.response.error_body import error_body
 
 from tandem import errors
 from tandem.errors import TandemError
+from tests.integration.support.edge_host import StubFrontend, client_of, detokenize, edge, error_of, stub_frontend
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import SIMULATED, running
-from edge_host import admin_of, client_of, edge, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
-from test_simulated_cluster import STORY, oracle
 
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.edge_host import admin_of, client_of, edge, stub_frontend
+from tests.integration.test_simulated_cluster import STORY, oracle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -16,9 +16,7 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
-from certificates import Authority
 from cryptography import x509
-from edge_host import StubFrontend, admin_of, client_of, detokenize, edge, error_of, exchange, stub_frontend
 from google.api.httpbody_pb2 import HttpBody
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tandem_edge.transcoding import HEALTH_SERVICE_NAME
@@ -26,6 +24,17 @@ from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.local_cluster.cluster import ClusterProcess
 from tandem.testing.eventually import assert_eventually
+from tests.integration.support.certificates import Authority
+from tests.integration.support.edge_host import (
+    StubFrontend,
+    admin_of,
+    client_of,
+    detokenize,
+    edge,
+    error_of,
+    exchange,
+    stub_frontend,
+)
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

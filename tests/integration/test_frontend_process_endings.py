@@ -16,10 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from calls import request_of
-from command_line import STARTS_WITHIN_S, TANDEM, child_of, cluster_up, gone, run, state_of
-from conftest import DEMO_MODEL, running
-from test_simulated_cluster import STORY, oracle
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -30,6 +26,10 @@ from tandem.rpc.channels import open_channel
 from tandem.service import run_directory
 from tandem.service.parent_death import VARIABLE
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support.calls import request_of
+from tests.integration.support.command_line import STARTS_WITHIN_S, TANDEM, child_of, cluster_up, gone, run, state_of
+from tests.integration.test_simulated_cluster import STORY, oracle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import generate, request_of
-from conftest import SIMULATED, running
 
 import tandem
 from tandem.api.registry.v1 import registry_service_pb2 as pb
@@ -21,6 +19,8 @@ from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_from_proto
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import generate, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

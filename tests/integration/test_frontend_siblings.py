@@ -12,21 +12,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import baseline
 import grpc
 import psutil
 import pytest
 import pytest_asyncio
-from calls import Stream, generate, request_of
-from conftest import DEMO_MODEL, SIMULATED
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
     MetricsServiceServicer,
     add_MetricsServiceServicer_to_server,
 )
-from otlp_receiver import values
-from scraped import samples, scrape
-from test_simulated_cluster import STORY, oracle
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
@@ -37,6 +31,12 @@ from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.observability.merged_scrape import LABEL
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.paths import client_tls
+from tests.integration.conftest import DEMO_MODEL, SIMULATED
+from tests.integration.support import baseline
+from tests.integration.support.calls import Stream, generate, request_of
+from tests.integration.support.otlp_receiver import values
+from tests.integration.support.scraped import samples, scrape
+from tests.integration.test_simulated_cluster import STORY, oracle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

@@ -17,13 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from calls import request_of
-from edge_host import client_of, error_of
-from openai_calls import MODEL, ask, chat, completion
-from scraped import samples, scrape
-from test_frontend_siblings import Processes, several
-from test_openai_door import CHAT_IDS, TOKENIZER, text_of
-from test_simulated_cluster import STORY, oracle
 
 from tandem.client import admin_calls, calls
 from tandem.errors import StartError, TandemError
@@ -33,6 +26,13 @@ from tandem.observability.merged_scrape import LABEL
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import client_tls
+from tests.integration.support.calls import request_of
+from tests.integration.support.edge_host import client_of, error_of
+from tests.integration.support.openai_calls import MODEL, ask, chat, completion
+from tests.integration.support.scraped import samples, scrape
+from tests.integration.test_frontend_siblings import Processes, several
+from tests.integration.test_openai_door import CHAT_IDS, TOKENIZER, text_of
+from tests.integration.test_simulated_cluster import STORY, oracle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

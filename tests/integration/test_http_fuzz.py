@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import running
-from test_simulated_cluster import idle
 
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import running
+from tests.integration.test_simulated_cluster import idle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 

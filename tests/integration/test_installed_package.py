@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_MODEL
 
 from tandem.client import calls
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL
 
 pytest.importorskip("setuptools", minversion="77")
 

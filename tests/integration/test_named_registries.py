@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from calls import request_of
-from conftest import SIMULATED, running
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.cli.membership import registry_addresses
@@ -18,6 +16,8 @@ from tandem.client import calls
 from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

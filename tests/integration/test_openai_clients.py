@@ -14,13 +14,13 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-from conftest import REPOSITORY
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
-from test_simulated_cluster import idle
 
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import REPOSITORY
+from tests.integration.test_simulated_cluster import idle
 
 pytestmark = [
     pytest.mark.engine_sglang,

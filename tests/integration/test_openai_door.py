@@ -11,10 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import DEMO_MODEL, SIMULATED, running
 from google.api import httpbody_pb2
-from openai_calls import MODEL, ask, chat, completion
-from test_simulated_cluster import idle
 from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
@@ -26,6 +23,9 @@ from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
+from tests.integration.support.openai_calls import MODEL, ask, chat, completion
+from tests.integration.test_simulated_cluster import idle
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

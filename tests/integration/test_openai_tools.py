@@ -10,10 +10,10 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from conftest import DEMO_MODEL
 
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.tool_model import link_tool_model
+from tests.integration.conftest import DEMO_MODEL
 
 pytestmark = [
     pytest.mark.engine_sglang,

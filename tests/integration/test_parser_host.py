@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import DEMO_MODEL, SIMULATED, running
 
 from tandem.errors import ConfigError, InvalidRequest, ParserFailed, StartError
 from tandem.output_parsers import (
@@ -27,6 +26,7 @@ from tandem.output_parsers import (
     host_process,
 )
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
 
 pytestmark = [
     pytest.mark.engine_sglang,

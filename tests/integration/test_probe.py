@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from certificates import Authority
-from edge_host import edge, stub_frontend
 
 from tandem.rpc.server import RpcServer
 from tandem.tls.paths import Tls
+from tests.integration.support.certificates import Authority
+from tests.integration.support.edge_host import edge, stub_frontend
 
 
 @asynccontextmanager

@@ -13,22 +13,22 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import happenings as on
 import pytest
 import pytest_asyncio
 import yaml
-from calls import generate, refusal, request_of
-from conftest import DEMO_MODEL
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from happenings import World
-from prometheus_host import DEPLOY, PrometheusHost, prometheus
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.observability.merged_scrape import LABEL
 from tandem.observability.metric_catalog import TABLE, Kind, prometheus_name
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL
+from tests.integration.support import happenings as on
+from tests.integration.support.calls import generate, refusal, request_of
+from tests.integration.support.happenings import World
+from tests.integration.support.prometheus_host import DEPLOY, PrometheusHost, prometheus
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
-from consul_host import ConsulHost, consul_agent
 
 from tandem.discovery.address_book import AddressBook
 from tandem.discovery.addresses import parse_srv
 from tandem.discovery.srv_lookup import resolve_srv
 from tandem.errors import ServiceError
+from tests.integration.support.consul_host import ConsulHost, consul_agent
 
 pytestmark = pytest.mark.timeout(60)
 

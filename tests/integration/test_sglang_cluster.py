@@ -21,9 +21,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from calls import Stream, generate, refusal, request_of
-from conftest import DEMO_MODEL, running
-from scheduler_faults import FAULT_TOKENS, SENTENCE, plug_in
 from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -33,6 +30,9 @@ from tandem.errors import EngineFailed, InvalidRequest, LegFailed
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support.calls import Stream, generate, refusal, request_of
+from tests.integration.support.scheduler_faults import FAULT_TOKENS, SENTENCE, plug_in
 from tools.demo_model import facts
 
 pytestmark = [

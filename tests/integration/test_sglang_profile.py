@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from calls import generate, request_of
-from conftest import running
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.client import admin_calls
 from tandem.errors import NotSupported
+from tests.integration.conftest import running
+from tests.integration.support.calls import generate, request_of
 
 STEPS = 24
 

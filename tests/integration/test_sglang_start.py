@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import children_of, gone, started, took_s, words_of
-from conftest import DEMO_MODEL
 
 from tandem.engine.sglang import arguments
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL
+from tests.integration.support.command_line import children_of, gone, started, took_s, words_of
 
 pytestmark = [
     pytest.mark.engine_sglang,

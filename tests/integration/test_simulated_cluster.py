@@ -15,8 +15,6 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from calls import generate, refusal, request_of
-from conftest import DEMO_MODEL, SIMULATED, running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import Tokenizer
@@ -32,6 +30,8 @@ from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
+from tests.integration.support.calls import generate, refusal, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

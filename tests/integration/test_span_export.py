@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from otlp_receiver import receiver
 
 from tandem.observability.request_trace import Course
 from tandem.observability.span_export import BATCH_MAX, CLOSE_TIMEOUT_S, SpanExport, export_spans, resource
 from tandem.observability.trace_store import Courses
 from tandem.testing.eventually import assert_eventually
+from tests.integration.support.otlp_receiver import receiver
 
 pytestmark = [pytest.mark.timeout(60)]
 

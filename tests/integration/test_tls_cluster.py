@@ -21,9 +21,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from calls import request_of
-from command_line import wait_state
-from conftest import DEMO_MODEL, SIMULATED, running
 from cryptography import x509
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -36,6 +33,9 @@ from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
+from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
+from tests.integration.support.calls import request_of
+from tests.integration.support.command_line import wait_state
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

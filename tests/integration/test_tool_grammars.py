@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import generate, request_of
-from conftest import DEMO_MODEL, running
 
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.output_parsers import Content, Delta, Parsers, ToolCallArguments, ToolCallStart
 from tandem.rpc.convert import guided_to_proto
+from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support.calls import generate, request_of
 
 pytestmark = [
     pytest.mark.engine_sglang,

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from calls import generate, request_of
-from command_line import TANDEM, run
-from conftest import running
 
 from tandem.cli.top.poller import FleetWatch
 from tandem.cli.top.screen import FleetTable, TopScreen
@@ -22,6 +19,9 @@ from tandem.client import calls
 from tandem.errors import StartError, TandemError
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.command_line import TANDEM, run
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 

@@ -14,10 +14,6 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
-from calls import generate, request_of
-from command_line import TANDEM, run
-from conftest import running
-from edge_host import client_of
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub
@@ -25,6 +21,10 @@ from tandem.client import admin_calls, calls
 from tandem.errors import AdminDisabled, InvalidRequest, NotSupported, RequestNotFound
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
+from tests.integration.conftest import running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.command_line import TANDEM, run
+from tests.integration.support.edge_host import client_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

@@ -12,9 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from calls import generate, request_of
-from conftest import SIMULATED, running
-from otlp_receiver import Received, Receiver, receiver
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -22,6 +19,9 @@ from tandem.errors import TandemError
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.otlp_receiver import Received, Receiver, receiver
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 

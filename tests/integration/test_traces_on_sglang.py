@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from calls import Stream, generate, request_of
-from conftest import DEMO_MODEL, running
-from otlp_receiver import Received, Receiver, receiver
-from test_traces import ALL, DECODE_STEPS, FRONTEND_STEPS, PREFILL_STEPS, one
 
 from tandem.client import calls
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support.calls import Stream, generate, request_of
+from tests.integration.support.otlp_receiver import Received, Receiver, receiver
+from tests.integration.test_traces import ALL, DECODE_STEPS, FRONTEND_STEPS, PREFILL_STEPS, one
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sglang, pytest.mark.timeout(600)]
 

@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from calls import generate, request_of
-from conftest import SIMULATED, running
-from steady_load import CLIENTS, under_load
 
 from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.calls import generate, request_of
+from tests.integration.support.steady_load import CLIENTS, under_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

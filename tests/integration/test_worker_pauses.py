@@ -10,8 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from calls import generate, request_of
-from conftest import running
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
@@ -20,6 +18,8 @@ from tandem.errors import StaleEpoch
 from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
+from tests.integration.conftest import running
+from tests.integration.support.calls import generate, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 

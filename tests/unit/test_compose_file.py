@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.deployed_settings import CONFIGS, REPOSITORY, drain_s, unknown_settings
+from tests.unit.support.deployed_settings import CONFIGS, REPOSITORY, drain_s, unknown_settings
 
 STOP_SLACK_S = 10
 """For an engine's end, after its drain."""

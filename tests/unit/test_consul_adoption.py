@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from registry_workers import make_worker
 from tandem_registry.backends.consul.broadcaster import Publisher
 from tandem_registry.backends.consul.client import ConsulClient
 from tandem_registry.backends.consul.lease_manager import Keeper
@@ -14,6 +13,8 @@ from tandem_registry.backends.consul.records import Record, Replica, service_id
 from tandem_registry.backends.consul.snapshot import Entry, Fleet, fleet_of
 from tandem_registry.backends.subscriptions import Subscriptions
 from tandem_registry.view import Health
+
+from tests.unit.support.registry_workers import make_worker
 
 OWN, DEAD = "own", "dead"
 WORKER = make_worker("decode-0", 7, "127.0.0.1:7")

@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from consul_entries import answer_of, body_of, instance, make_entry, registry_entry
-from registry_workers import make_worker
 from tandem_registry.backends.consul import parsing
 from tandem_registry.backends.consul.parsing import NEXT, AnswerReader
 from tandem_registry.backends.consul.snapshot import fleet_of
@@ -15,6 +13,8 @@ from tandem_registry.view import Health
 
 from tandem.domain.worker import WorkerState
 from tandem.errors import ServiceError
+from tests.unit.support.consul_entries import answer_of, body_of, instance, make_entry, registry_entry
+from tests.unit.support.registry_workers import make_worker
 
 
 def make_answer(count: int = 5) -> list[dict[str, Any]]:

@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from consul_entries import answer_of, make_entry, make_replica, registry_entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry_workers import make_frontend, make_worker
 from tandem_registry.backends.consul.parsing import AnswerReader
 from tandem_registry.backends.consul.snapshot import Entry, Fleet, change_between, fleet_of
 from tandem_registry.view import Health, RemovalReason, View
 
 from tandem.domain.worker import WorkerState
+from tests.unit.support.consul_entries import answer_of, make_entry, make_replica, registry_entry
+from tests.unit.support.registry_workers import make_frontend, make_worker
 
 
 @st.composite

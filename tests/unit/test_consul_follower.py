@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from consul_entries import answer_of, make_entry, registry_entry
-from registry_workers import make_worker
 from tandem_registry.backends.consul import blocking_query
 from tandem_registry.backends.consul.blocking_query import Follower
 from tandem_registry.backends.consul.client import Answer, Generation
@@ -18,6 +16,8 @@ from tandem_registry.backends.consul.snapshot import Entry, Fleet
 from tandem.clock import monotonic
 from tandem.errors import ServiceError
 from tandem.testing.eventually import assert_eventually
+from tests.unit.support.consul_entries import answer_of, make_entry, registry_entry
+from tests.unit.support.registry_workers import make_worker
 
 
 class PlayedConsul:

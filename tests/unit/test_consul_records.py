@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from registry_workers import make_frontend, make_worker
 from tandem_registry.backends.consul.records import (
     Record,
     Replica,
@@ -22,6 +21,7 @@ from tandem_registry.backends.consul.records import (
 
 from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest
 from tandem.errors import InvalidRequest
+from tests.unit.support.registry_workers import make_frontend, make_worker
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=64)
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tandem import config as configuration
-from tests.unit.deployed_settings import CONFIGS, REPOSITORY, VARIABLE, drain_s, unknown_settings
+from tests.unit.support.deployed_settings import CONFIGS, REPOSITORY, VARIABLE, drain_s, unknown_settings
 
 DEPLOY = REPOSITORY / "deploy"
 KUBERNETES = DEPLOY / "kubernetes" / "base"

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 
 import pytest
-from frontend_workers import decode
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import Demand
@@ -18,6 +17,7 @@ from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.virtual_time import run_virtually
+from tests.unit.support.frontend_workers import decode
 
 ONE = Demand(tokens=10)
 

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from frontend_workers import CAPABILITIES, aggregated, decode, prefill
-from played_legs import Gathered, PlayedLeg, accepted, fail, unanswered
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Sink
 from tandem_frontend.execution.request_stream import Attempts
@@ -37,6 +35,8 @@ from tandem.errors import (
     TandemError,
 )
 from tandem.observability.trace_context import Headers
+from tests.unit.support.frontend_workers import CAPABILITIES, aggregated, decode, prefill
+from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unanswered
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)

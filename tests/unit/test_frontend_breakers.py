@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from frontend_workers import decode, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -24,6 +23,7 @@ from tandem_frontend.routing.circuit_breaker import (
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import Start, Worker, WorkerState
+from tests.unit.support.frontend_workers import decode, prefill
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from frontend_workers import aggregated, decode, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem_frontend.admission.capacity import ANSWER_TOKENS_MAX, FAIR_FRACTION, QUEUED_FRACTION, QUEUED_MIN, Capacity
 
 from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
+from tests.unit.support.frontend_workers import aggregated, decode, prefill
 
 
 def capacity(*loads: EngineLoad | None) -> Capacity:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parser_texts import TOOLS
 from tandem_frontend.preparation.chat_template import ChatTemplate
 
 from tandem.errors import InvalidRequest
 from tandem.testing.tool_model import link_tool_model
+from tests.unit.support.parser_texts import TOOLS
 
 DEMO = Path(__file__).parents[2] / "models" / "tandem-demo"
 ARGUMENTS = {"city": "Köln", "days": 3}

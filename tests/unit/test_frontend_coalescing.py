@@ -6,19 +6,19 @@ import asyncio
 
 from hypothesis import given
 from hypothesis import strategies as st
-from played_legs import Outbox
 from tandem_frontend.response import relay as relays
 from tandem_frontend.response.coalescing import FLUSH_S, Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.relay import Relay
 from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
-from test_frontend_timings import Letters
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.observability.request_trace import Course
 from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
+from tests.unit.support.played_legs import Outbox
+from tests.unit.test_frontend_timings import Letters
 
 HOLD_S = 0.025
 

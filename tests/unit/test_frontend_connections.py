@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from frontend_workers import decode, prefill
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
 from tandem.domain.worker import WorkerState
+from tests.unit.support.frontend_workers import decode, prefill
 
 
 async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:

@@ -7,10 +7,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from frontend_workers import CAPABILITIES, decode, prefill
 from hypothesis import given
 from hypothesis import strategies as st
-from played_legs import FINISH, Gathered, PlayedLeg, Word, accepted, fail, tokens
 from tandem_frontend.execution.continuation import continued, obstacle
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Sink
@@ -25,6 +23,8 @@ from tandem.clock import ManualClock
 from tandem.domain.request_state import Phase
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
 from tandem.observability.trace_context import Headers
+from tests.unit.support.frontend_workers import CAPABILITIES, decode, prefill
+from tests.unit.support.played_legs import FINISH, Gathered, PlayedLeg, Word, accepted, fail, tokens
 
 PROMPT = (11, 12, 13)
 KILLED = ServiceError("connection reset")

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from frontend_workers import decode, prefill
 from tandem_frontend.admin.stats import FAILURES_MAX, Figures
 from tandem_frontend.admin.timeline import timeline_of
 
@@ -16,6 +15,7 @@ from tandem.clock import ManualClock
 from tandem.errors import LegFailed, NoWorkers
 from tandem.observability.request_trace import AttemptCourse, Course
 from tandem.observability.trace_store import Courses
+from tests.unit.support.frontend_workers import decode, prefill
 
 WALL_S = 1_795_577_668.0
 

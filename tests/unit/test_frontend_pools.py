@@ -8,13 +8,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-import every_pair
 import pytest
-from every_pair import Expected
-from frontend_workers import CAPABILITIES, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_scene import DIGEST, ByIndex, Scene
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.pools import Pools
 
@@ -30,6 +26,10 @@ from tandem.domain.worker import (
     offered_keys,
 )
 from tandem.errors import ContextExceeded
+from tests.unit.support import every_pair
+from tests.unit.support.every_pair import Expected
+from tests.unit.support.frontend_workers import CAPABILITIES, prefill
+from tests.unit.support.routing_scene import DIGEST, ByIndex, Scene
 
 IDS = [f"w{number}" for number in range(12)]
 CONTEXTS = (8, 16, 32)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from played_legs import Gathered
 from tandem_frontend.execution.link_leg import Logprobs
 from tandem_frontend.execution.request_stream import ATTEMPTS_MAX
 from tandem_frontend.execution.trace_recorder import Record
-from test_frontend_continuation import KILLED, Fleet, leg
 
 from tandem.errors import LegFailed
 from tandem.observability.request_trace import Course
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import Courses, trace_ids
+from tests.unit.support.played_legs import Gathered
+from tests.unit.test_frontend_continuation import KILLED, Fleet, leg
 
 
 class Noted(Gathered):

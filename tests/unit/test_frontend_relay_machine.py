@@ -14,7 +14,6 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from played_legs import Outbox
 from tandem_frontend.execution.continuation import continued
 from tandem_frontend.response.detokenizer import REPLACEMENT, Detokenizer
 from tandem_frontend.response.relay import Relay
@@ -23,6 +22,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.observability.request_trace import Course
+from tests.unit.support.played_legs import Outbox
 
 PIECES = (
     *(b"", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode()),

@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from frontend_workers import aggregated, decode, prefill
-from routing_scene import ByIndex, Scene
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.router import AVOIDED_S, Refusals
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import LEG_CONTRACT, PAIR_FIELDS, Worker, WorkerState
 from tandem.errors import ContextExceeded, IncompatibleWorkers, NoWorkers
+from tests.unit.support.frontend_workers import aggregated, decode, prefill
+from tests.unit.support.routing_scene import ByIndex, Scene
 
 
 def chosen(scene: Scene, prompt_tokens: int = 1, times: int = 60) -> set[tuple[str, str | None]]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from frontend_workers import aggregated, decode, prefill
-from played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
 from tandem_frontend.execution import attempt
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.dispatch import Dispatched
@@ -17,6 +15,8 @@ from tandem_frontend.routing.candidates import Route
 
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
+from tests.unit.support.frontend_workers import aggregated, decode, prefill
+from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
 
 ROOM = 42
 RESET = ServiceError("connection reset")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from played_legs import Outbox
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.relay import Relay
@@ -15,6 +14,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock, SteadyTime
 from tandem.observability.request_trace import Course
+from tests.unit.support.played_legs import Outbox
 
 
 class Letters:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.deployed_settings import REPOSITORY, VARIABLE, unknown_settings
+from tests.unit.support.deployed_settings import REPOSITORY, VARIABLE, unknown_settings
 
 SERVICES = ("registry", "frontend", "prefill", "decode")
 FILES = {

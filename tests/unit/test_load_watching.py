@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from frontend_workers import decode, prefill
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
@@ -19,6 +18,7 @@ from tandem.clock import ManualClock
 from tandem.domain.worker import EngineLoad, Start
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
+from tests.unit.support.frontend_workers import decode, prefill
 
 
 class Told(pb_grpc.WorkerServiceServicer):

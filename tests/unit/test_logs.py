@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from frontend_workers import decode, prefill
 
 from tandem.errors import InvalidRequest, LegFailed
 from tandem.observability import logs
 from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import Courses
+from tests.unit.support.frontend_workers import decode, prefill
 
 log = logging.getLogger("tandem.test")
 

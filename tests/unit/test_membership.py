@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from registry_workers import make_frontend, make_worker
 from tandem_registry.leases import Membership
 from tandem_registry.view import Change, RemovalReason
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tests.unit.support.registry_workers import make_frontend, make_worker
 
 TTL_S = 5.0
 

@@ -7,7 +7,6 @@ import itertools
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from registry_workers import make_frontend, make_worker
 from tandem_registry.leases import Membership
 from tandem_registry.view import Change, Listed, RemovalReason
 
@@ -16,6 +15,7 @@ from tandem.discovery.view import RegistryView
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tests.unit.support.registry_workers import make_frontend, make_worker
 
 TTL_S = 8.0
 KEYS = st.tuples(st.sampled_from(["worker", "frontend"]), st.sampled_from(["a", "b", "c"]))

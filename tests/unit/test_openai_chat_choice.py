@@ -9,11 +9,11 @@ import pytest
 from tandem_frontend.openai.chat_choice import ChatChoice
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.preparation.tokenizer import Tokenizer
-from test_frontend_tokenization import DEMO
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.output_parsers import Content, Delta, Reasoning, ToolCallArguments, ToolCallStart
+from tests.unit.test_frontend_tokenization import DEMO
 
 STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
 CALL = (ToolCallStart(0, "call_0", "look"), ToolCallArguments(0, '{"a"'), ToolCallArguments(0, ": 1}"))

@@ -12,10 +12,10 @@ from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest
 from tandem_frontend.preparation.chat_template import RESERVED_NAMES, ChatTemplate
 from tandem_frontend.preparation.tokenizer import Tokenizer
-from test_frontend_tokenization import DEMO, demo_tokenizer
 
 from tandem.domain.checkpoint import read_card
 from tandem.errors import InvalidRequest
+from tests.unit.test_frontend_tokenization import DEMO, demo_tokenizer
 
 END = "<|end|>"
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parser_texts import CALLS, JSON_ARRAY, LEAD, TEXTS, TOOLS, summed
 
 from tandem.engine.sglang.environment import STANDINS
+from tests.unit.support.parser_texts import CALLS, JSON_ARRAY, LEAD, TEXTS, TOOLS, summed
 
 if importlib.util.find_spec("sglang") is None and not os.environ.get("CI"):
     pytest.skip("sglang is not installed here (requirements/cpu-engine.txt)", allow_module_level=True)

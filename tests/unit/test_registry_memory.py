@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from registry_workers import make_worker
 from tandem_registry.backends import subscriptions
 from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.view import Change, RemovalReason, View
 
 from tandem.errors import Draining, Overloaded, RevisionAhead
 from tandem.testing.eventually import assert_eventually
+from tests.unit.support.registry_workers import make_worker
 
 TTL_S = 0.2
 

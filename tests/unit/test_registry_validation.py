@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from registry_workers import make_frontend, make_worker
 from tandem_registry.validation import checked_frontend, checked_state, checked_worker
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.domain.worker import LEG_CONTRACT, capabilities_digest, field_names
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import frontend_to_proto, worker_to_proto
+from tests.unit.support.registry_workers import make_frontend, make_worker
 
 
 def valid(role: worker_pb2.WorkerRole.ValueType = worker_pb2.WORKER_ROLE_DECODE) -> worker_pb2.Worker:

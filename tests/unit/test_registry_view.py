@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from registry_workers import make_worker
 
 from tandem.clock import ManualClock
 from tandem.discovery.view import RegistryView, ViewGap
+from tests.unit.support.registry_workers import make_worker
 
 GRACE_S = 10.0
 

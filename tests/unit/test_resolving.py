@@ -6,11 +6,11 @@ import random
 import socket
 
 import pytest
-from dns_server import DnsServer, serving
 
 from tandem.discovery.addresses import SrvName
 from tandem.discovery.srv_lookup import resolve_srv
 from tandem.errors import ServiceError
+from tests.unit.support.dns_server import DnsServer, serving
 
 NAME = "registry.test."
 SRV = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from simulated_legs import Collected
 
 from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import ContextExceeded, InvalidRequest, LegFailed, TandemError
+from tests.unit.support.simulated_legs import Collected
 
 REGEX = Guided(regex="(red")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
 from tandem.domain.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
 from tandem.engine.settings import EngineSettings
@@ -15,6 +14,17 @@ from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import EOS_TOKEN_ID, write_fake_model
+from tests.unit.support.simulated_engines import (
+    AGGREGATED,
+    DECODE,
+    PREFILL,
+    PROMPT,
+    collect,
+    expected,
+    request,
+    room,
+    running,
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from simulated_engines import AGGREGATED, DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
 from tandem.domain.generation import FinishReason
 from tandem.domain.worker import EngineLoad
@@ -23,6 +22,17 @@ from tandem.engine.simulated.faults import ENGINE_POINTS, FaultRule, _Counter, p
 from tandem.errors import ConfigError, EngineFailed, LegFailed
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
+from tests.unit.support.simulated_engines import (
+    AGGREGATED,
+    DECODE,
+    PREFILL,
+    PROMPT,
+    collect,
+    expected,
+    request,
+    room,
+    running,
+)
 
 
 @pytest.fixture(scope="module")

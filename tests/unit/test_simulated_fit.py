@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from simulated_legs import leg_of
 
 from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.timing import Chunk, Step, Timing
+from tests.unit.support.simulated_legs import leg_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "fit_simulated_engine.py"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_engines import DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
 from tandem.domain.generation import Bootstrap, FinishReason
 from tandem.domain.worker import EngineLoad, WorkerRole, incompatible_field
@@ -19,6 +18,7 @@ from tandem.engine.simulated.wire import ConnectionLost, Line
 from tandem.errors import LegFailed
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.fake_model import write_fake_model
+from tests.unit.support.simulated_engines import DECODE, PREFILL, PROMPT, collect, expected, request, room, running
 
 PHASES = {"bootstrap": "bootstrapping", "transfer": "transferring"}
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
-from simulated_legs import PAGE
 
 from tandem.engine.port import KvEvent
 from tandem.engine.simulated.kv_events import KvEventLog
 from tandem.engine.simulated.kv_pool import KvLease, KvPool, PageNames, page_names
+from tests.unit.support.simulated_legs import PAGE
 
 CAPACITY_PAGES = 12
 Held = tuple[KvLease, list[int]]

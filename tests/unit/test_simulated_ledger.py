@@ -8,7 +8,6 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulated_legs import PAGE, assert_stream_is_right, leg_of
 
 from tandem.domain.generation import FinishReason
 from tandem.domain.worker import WorkerRole
@@ -18,6 +17,7 @@ from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Ended, Step
 from tandem.engine.simulated.tokens import digest
+from tests.unit.support.simulated_legs import PAGE, assert_stream_is_right, leg_of
 
 CAPACITY_PAGES = 16
 STEPS_MAX = 2_000

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_engines import PROMPT
-from simulated_legs import leg_of
 
 from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
@@ -16,6 +14,8 @@ from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.options import PROFILES, Options, parse_options
 from tandem.engine.simulated.timing import Chunk, Step, Timing
 from tandem.errors import ConfigError
+from tests.unit.support.simulated_engines import PROMPT
+from tests.unit.support.simulated_legs import leg_of
 
 
 def test_defaults_and_values() -> None:

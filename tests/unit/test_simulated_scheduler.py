@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from simulated_legs import PAGE, Collected, assert_stream_is_right, leg_of
-
 from tandem.domain.worker import WorkerRole
 from tandem.engine.simulated.budget import NewTokenRatio
 from tandem.engine.simulated.kv_pool import KvPool
@@ -16,6 +14,7 @@ from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Ended, Step
 from tandem.engine.simulated.tokens import digest
 from tandem.errors import EngineFailed
+from tests.unit.support.simulated_legs import PAGE, Collected, assert_stream_is_right, leg_of
 
 
 class Bench:

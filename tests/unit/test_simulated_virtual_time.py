@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_engines import AGGREGATED, DECODE, PREFILL, collect, request, room
 
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.generation import Bootstrap, EngineRequest, Sampling, Stopping
@@ -22,6 +21,7 @@ from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
 from tandem.errors import TandemError
 from tandem.testing.fake_model import write_fake_model
 from tandem.testing.virtual_time import EPOCH_TIME_S, Deadlock, LoopClock, run_virtually
+from tests.unit.support.simulated_engines import AGGREGATED, DECODE, PREFILL, collect, request, room
 
 Event = tuple[float, int, str, Any]
 CHAOS = [

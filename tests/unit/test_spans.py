@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from frontend_workers import decode, prefill
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from tandem.api.types.v1 import leg_pb2
@@ -16,6 +15,7 @@ from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
 from tandem.observability.spans import Span, is_sampled, spans_of
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import Courses, trace_ids
+from tests.unit.support.frontend_workers import decode, prefill
 
 PARENT = TraceContext(7, 8, state="v=1")
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from registry_workers import make_worker
-from simulated_engines import AGGREGATED, running
-
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.metrics import Metrics
 from tandem.testing.fake_model import write_fake_model
@@ -14,6 +11,8 @@ from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.stats import Figures
+from tests.unit.support.registry_workers import make_worker
+from tests.unit.support.simulated_engines import AGGREGATED, running
 
 
 class Place:

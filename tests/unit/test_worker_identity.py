@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from registry_workers import make_worker
 
 from tandem.clock import ManualClock
 from tandem.discovery import LeaseTime
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.identity import Identity
+from tests.unit.support.registry_workers import make_worker
 
 TTL_S = 5.0
 

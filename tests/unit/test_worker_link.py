@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from frontend_workers import decode
 from tandem_frontend.execution.link_leg import Bounds, Leg
 from tandem_frontend.execution.worker_link import WorkerLink
 from tandem_frontend.execution.worker_links import WorkerLinks
@@ -21,6 +20,7 @@ from tandem.errors import Draining, ServiceError, TandemError
 from tandem.rpc.status import to_status
 from tandem.service.awake_timers import AwakeTimers
 from tandem.testing.virtual_time import run_virtually
+from tests.unit.support.frontend_workers import decode
 
 WORKER = replace(decode(), leg_contract=LEG_CONTRACT)
 ACCEPTED = leg2_pb2.LegStartResult(accepted=leg_pb2.LegAccepted(worker_id=WORKER.worker_id, epoch=WORKER.epoch))

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from frontend_workers import aggregated
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from tandem.worker.leg_messages import engine_request
 from tandem.worker.leg_starts import LegStarts
 from tandem.worker.legs import Legs
 from tandem.worker.steps import StepStream, StepStreams
+from tests.unit.support.frontend_workers import aggregated
 
 WORKER = aggregated()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from server_kinds import KINDS
 
 from tandem.rpc.service_host import ServiceHost
-from tests.integration.consul_host import ConsulHost, consul_agent
+from tests.integration.support.consul_host import ConsulHost, consul_agent
+from tests.wire.support.server_kinds import KINDS
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)

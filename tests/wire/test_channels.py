@@ -7,11 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
-from registry_host import serve_registry
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.rpc.channels import open_channel
+from tests.wire.support.registry_host import serve_registry
 
 
 async def test_a_new_channel_does_not_wait_for_the_back_off_of_another_one() -> None:

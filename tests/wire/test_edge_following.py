@@ -10,10 +10,10 @@ import pytest
 from tandem_edge.discovery import Discovery
 from tandem_edge.dns import Names
 from tandem_edge.endpoints import Endpoint
-from telling_registry import TellingRegistry, telling
 
 from tandem.discovery.frontend_watching import FrontendWatch
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.telling_registry import TellingRegistry, telling
 
 A, B = Endpoint("10.0.0.1", 1), Endpoint("10.0.0.2", 1)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from played_registry import PlayedRegistry, play_registry
-from registry_host import make_worker
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
@@ -14,6 +12,8 @@ from tandem.client import calls
 from tandem.domain.worker import EngineLoad
 from tandem.errors import InvalidRequest, ServiceError
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.played_registry import PlayedRegistry, play_registry
+from tests.wire.support.registry_host import make_worker
 
 MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
 

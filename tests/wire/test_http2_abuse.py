@@ -13,11 +13,11 @@ import grpc
 import psutil
 import pytest
 from h2.events import PingAckReceived
-from http2_peer import CHAT, PUSHED, STREAM, UNARY, RawPeer, beside, echoing, framed, raw_peer
 
 from tandem.rpc.channels import open_channel
 from tandem.rpc.http2 import limits
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.http2_peer import CHAT, PUSHED, STREAM, UNARY, RawPeer, beside, echoing, framed, raw_peer
 
 CALM = 11
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

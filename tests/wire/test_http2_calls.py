@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc
 import pytest
-from http2_peer import CHAT, LARGE, PUSHED, STREAM, UNARY, beside, echoing, framed, raw_peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.rpc.channels import open_channel
 from tandem.rpc.http2.limits import SOCKET_BUFFER_BYTES, STREAM_UNSENT_BYTES_MAX, TURN_BYTES_MAX
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.http2_peer import CHAT, LARGE, PUSHED, STREAM, UNARY, beside, echoing, framed, raw_peer
 
 INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL = 3, 4, 12, 13
 

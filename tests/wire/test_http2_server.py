@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 import pytest
 from h2.events import PingReceived
-from http2_peer import PUSHED, STREAM, UNARY, Echo, RawPeer, beside, echoing, framed, raw_peer
 
 from tandem.client import calls as clients
 from tandem.client.health_calls import HealthWatch
@@ -25,6 +24,7 @@ from tandem.rpc.http2.server import Http2RpcServer
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls
+from tests.wire.support.http2_peer import PUSHED, STREAM, UNARY, Echo, RawPeer, beside, echoing, framed, raw_peer
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tandem.service.prefork.process import UNTAKEN_MAX, ChildProcess, State
 from tandem.service.restart_budget import RestartPolicy
 from tandem.testing.eventually import assert_eventually
 
-PROGRAM = [sys.executable, str(Path(__file__).parent / "prefork_program.py")]
+PROGRAM = [sys.executable, str(Path(__file__).parent / "support" / "prefork_program.py")]
 STARTS_WITHIN_S = 30.0
 QUICK = RestartPolicy(first_delay_s=0.01)
 

@@ -6,13 +6,13 @@ import os
 from typing import Any
 
 import pytest
-from registry_host import serve_registry
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.client import calls
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.registry_host import serve_registry
 
 pytestmark = pytest.mark.usefixtures("server_type")
 

@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from played_registry import PlayedRegistry, play_registry
-from registry_host import make_worker, port_of
 
 from tandem.clock import ManualClock
 from tandem.discovery import Registration
@@ -18,6 +16,8 @@ from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, ServiceError, TandemError, WorkerNotFound
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.played_registry import PlayedRegistry, play_registry
+from tests.wire.support.registry_host import make_worker, port_of
 
 FLEET = 60
 FRONTEND = Frontend(frontend_id="frontend-0", epoch=1, address="frontend-0:1", model="tiny")

@@ -12,16 +12,6 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from registry_host import (
-    TTL_S,
-    consul_settings,
-    error_of,
-    frontend_request,
-    make_worker,
-    port_of,
-    register_request,
-    serve_registry,
-)
 from tandem_registry.app import RegistryApp
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
@@ -39,6 +29,16 @@ from tandem.errors import (
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_to_proto
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.registry_host import (
+    TTL_S,
+    consul_settings,
+    error_of,
+    frontend_request,
+    make_worker,
+    port_of,
+    register_request,
+    serve_registry,
+)
 
 
 @pytest.fixture(params=["memory", "consul"])

@@ -6,10 +6,9 @@ import asyncio
 import sys
 from typing import Any
 
-from server_kinds import on_both_servers
-
 from tandem.client.health_calls import HealthWatch
 from tandem.rpc.channels import Channels
+from tests.wire.support.server_kinds import on_both_servers
 
 WATCHERS = 5
 ROUNDS = 4

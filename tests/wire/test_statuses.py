@@ -12,7 +12,6 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_kinds import on_both_servers
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
@@ -22,6 +21,7 @@ from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.server import RpcServer
 from tandem.rpc.status import ERROR_BY_REASON, _rebuild, from_rpc_error, to_status
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.server_kinds import on_both_servers
 
 NAME = "tandem.api.registry.v1.RegistryService"
 

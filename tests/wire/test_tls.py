@@ -17,7 +17,6 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from registry_host import TTL_S, error_of, make_worker, register_request
 from tandem_registry.app import RegistryApp
 from tandem_registry.config import RegistryConfig
 
@@ -31,6 +30,7 @@ from tandem.rpc.service_host import is_loopback
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
+from tests.wire.support.registry_host import TTL_S, error_of, make_worker, register_request
 
 REFUSED_WITHIN_S = 2.0
 

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from played_registry import PlayedRegistry, play_registry
-from registry_host import make_worker
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.discovery import WorkerWatch, watches
 from tandem.errors import RevisionAhead, TandemError
+from tests.wire.support.played_registry import PlayedRegistry, play_registry
+from tests.wire.support.registry_host import make_worker
 
 A, B = make_worker("a"), make_worker("b")
 

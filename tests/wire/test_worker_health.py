@@ -13,7 +13,6 @@ from dataclasses import replace
 import grpc
 import psutil
 import pytest
-from registry_host import make_worker
 from tandem_frontend.routing.worker_health import CHECK_TIMEOUT_S, WorkerHealth
 
 from tandem.domain.worker import Start, Worker
@@ -21,6 +20,7 @@ from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
 from tandem.service.awake_timers import AwakeTimers
 from tandem.testing.eventually import assert_eventually
+from tests.wire.support.registry_host import make_worker
 
 FLEET = 250
 SERVER = """

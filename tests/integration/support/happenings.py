@@ -1,0 +1,342 @@
+"""Things that happen in a cluster, each of them made to happen on purpose: what metrics must move for.
+
+Each is a context: inside it, the thing has happened, or goes on. Owns the making and the putting back; which metric
+is to move for which of them is the test's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
+from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.client import calls
+from tandem.errors import TandemError
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
+from tandem.rpc.channels import open_channel
+from tandem.service import run_directory
+from tandem.testing.eventually import assert_eventually
+from tests.faults.support.leg_cluster import inject
+from tests.integration.support.calls import generate, refusal, request_of
+
+LONG = [20 + number % 1_000 for number in range(256)]
+"""A prompt of whole pages."""
+SLOW = {"point": "decode_step", "kind": "delay", "delay_s": 0.05}
+QUEUED = 14
+"""More than two decode workers take that run two at a time."""
+PAUSE_S = 1.0
+LIVE = registry_pb.VIEW_SOURCE_LIVE
+
+
+class World:
+    """A cluster whose engines follow control files in its log directory."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.cluster = cluster
+        self.more: list[ClusterProcess] = []
+        """Processes that are none of the cluster's own."""
+        self.fresh = itertools.count(1_200)
+        """Tokens that no prompt began with."""
+
+    @property
+    def processes(self) -> list[ClusterProcess]:
+        return [*self.cluster.processes, *self.more]
+
+    @property
+    def decodes(self) -> list[ClusterProcess]:
+        return [process for process in self.cluster.workers if process.role == "decode"]
+
+    def inject(self, name: str, *rules: dict[str, Any]) -> None:
+        inject(self.cluster.log_directory / f"{name}.rules", *rules)
+
+    @asynccontextmanager
+    async def faults(self, *names: str, rule: dict[str, Any]) -> AsyncIterator[None]:
+        """Engines of these workers have this fault in the block."""
+        for name in names:
+            self.inject(name, rule)
+        try:
+            yield
+        finally:
+            for name in names:
+                self.inject(name)
+
+    @asynccontextmanager
+    async def open_streams(self, count: int = 1) -> AsyncIterator[list[asyncio.Task[None]]]:
+        """So many clients read long answers of slow engines in the block; they leave at its end."""
+        async with self.faults(*(decode.name for decode in self.decodes), rule=SLOW):
+            clients_ = [asyncio.create_task(self.read_long()) for _ in range(count)]
+            try:
+                yield clients_
+            finally:
+                for client in clients_:
+                    client.cancel()
+                await asyncio.wait(clients_)
+
+    async def read_long(self, on_event: Any = None) -> None:
+        """Read an answer of 400 tokens."""
+        request = request_of(token_ids=LONG, max_tokens=400, ignore_eos=True)
+        async with contextlib.aclosing(calls.generate(self.cluster.frontend.address, request, 30)) as events:
+            async for event in events:
+                if on_event is not None:
+                    on_event(event)
+
+    async def back(self, process: ClusterProcess) -> None:
+        """Start a process again that has ended, and wait until everybody is a member."""
+        await process.wait_ended()
+        await self.cluster.restart(process.name)
+        await self.all_serve()
+
+    async def view_source(self) -> int:
+        """Where the registry's view comes from."""
+        return (await calls.list_members(self.cluster.registry.address)).source
+
+    async def all_serve(self) -> None:
+        """Return when every worker serves, as the registry and a frontend's own eyes see it."""
+
+        async def serving() -> int:
+            listed = await calls.list_workers(self.cluster.registry.address)
+            return sum([await calls.is_serving(one.worker.address) for one in listed])
+
+        wanted = len(self.cluster.workers)
+        await assert_eventually(serving, lambda count: count == wanted, within_s=15, what="workers that serve")
+
+
+@asynccontextmanager
+async def an_answer(world: World) -> AsyncIterator[None]:
+    await generate(world.cluster, request_of(token_ids=LONG, max_tokens=20, ignore_eos=True))
+    yield
+
+
+@asynccontextmanager
+async def a_prompt_that_is_known(world: World) -> AsyncIterator[None]:
+    for _ in range(3):
+        await generate(world.cluster, request_of(token_ids=LONG, max_tokens=4))
+    yield
+
+
+@asynccontextmanager
+async def a_new_prompt_twice(world: World) -> AsyncIterator[None]:
+    """Half of all its tokens are known."""
+    begin = next(world.fresh)
+    for _ in range(2):
+        await generate(world.cluster, request_of(token_ids=[begin, *LONG, *LONG], max_tokens=4))
+    yield
+
+
+@asynccontextmanager
+async def a_request_over_http(world: World) -> AsyncIterator[None]:
+    assert world.cluster.edge is not None
+    async with httpx.AsyncClient(base_url=f"http://{world.cluster.edge.address}") as client:
+        body = {"model": world.cluster.frontend.flags["model-name"], "prompt": "Once upon a time", "max_tokens": 4}
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+    yield
+
+
+@asynccontextmanager
+async def a_refusal(world: World) -> AsyncIterator[None]:
+    request = pb.GenerateRequest(prompt="x", sampling={"temperature": -1.0})
+    assert (await refusal(world.cluster, request)).reason == "INVALID_REQUEST"
+    yield
+
+
+@asynccontextmanager
+async def an_open_stream(world: World) -> AsyncIterator[None]:
+    async with world.open_streams():
+        yield
+
+
+@asynccontextmanager
+async def a_full_house(world: World) -> AsyncIterator[None]:
+    async with world.open_streams(QUEUED):
+        yield
+
+
+@asynccontextmanager
+async def a_leg_that_breaks(world: World) -> AsyncIterator[None]:
+    async with world.faults("prefill-0", rule={"point": "prefill_chunk", "kind": "fail"}):
+        with pytest.raises(TandemError):
+            await generate(world.cluster, request_of(token_ids=LONG[:32]))
+    yield
+
+
+@asynccontextmanager
+async def a_continuation(world: World) -> AsyncIterator[None]:
+    """The decode worker dies in the middle of an answer."""
+    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def note(event: pb.GenerateResponse) -> None:
+        if event.HasField("accepted"):
+            world.streaming = event.accepted.route.decode_worker_id  # type: ignore[attr-defined]
+        if event.HasField("chunk") and event.chunk.index > 2 and not told.done():
+            told.set_result(world.streaming)  # type: ignore[attr-defined]
+
+    async with world.faults(*(decode.name for decode in world.decodes), rule={**SLOW, "delay_s": 0.01}):
+        client = asyncio.create_task(world.read_long(note))
+        victim = world.cluster.process(await told)
+        victim.kill()
+        await client
+    await world.back(victim)
+    yield
+
+
+@asynccontextmanager
+async def a_client_that_leaves(world: World) -> AsyncIterator[None]:
+    begun = asyncio.Event()
+    async with world.faults(*(decode.name for decode in world.decodes), rule=SLOW):
+        # A leg that is given up before its worker has begun it has nothing to abort.
+        client = asyncio.create_task(world.read_long(lambda event: event.HasField("chunk") and begun.set()))
+        await begun.wait()
+        client.cancel()
+        await asyncio.wait({client})
+    yield
+
+
+@asynccontextmanager
+async def a_failing_canary(world: World) -> AsyncIterator[None]:
+    async with world.faults("decode-0", rule={"point": "canary", "kind": "fail"}):
+        yield
+    await world.all_serve()
+
+
+@asynccontextmanager
+async def a_drain(world: World) -> AsyncIterator[None]:
+    """A worker that drains and cannot end yet, because it has a leg."""
+    async with world.open_streams(4):
+
+        async def busy() -> list[ClusterProcess]:
+            return [decode for decode in world.decodes if (await calls.worker_load(decode.address)).open_legs]
+
+        # Chance has sent them to one worker, or to both.
+        victim = (await assert_eventually(busy, what="a leg at a worker that may drain"))[0]
+        victim.signal(signal.SIGTERM)
+        yield
+    await world.back(victim)
+
+
+@asynccontextmanager
+async def a_death(world: World) -> AsyncIterator[None]:
+    victim = world.decodes[1]
+    victim.kill()
+    yield
+    await world.back(victim)
+
+
+@asynccontextmanager
+async def a_smaller_worker(world: World) -> AsyncIterator[None]:
+    worker = world.decodes[1]
+    await worker.stop()
+    worker.flags["kv-capacity-tokens"] = "8192"
+    await world.back(worker)
+    yield
+    del worker.flags["kv-capacity-tokens"]
+
+
+@asynccontextmanager
+async def a_watcher(world: World) -> AsyncIterator[None]:
+    async with open_channel(world.cluster.registry.address) as channel:
+        stub: Any = RegistryServiceStub(channel)
+        watch = stub.Watch(registry_pb.WatchRequest())
+        await watch.read()
+        yield
+        watch.cancel()
+
+
+@asynccontextmanager
+async def a_silent_worker(world: World) -> AsyncIterator[None]:
+    world.decodes[0].signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        world.decodes[0].signal(signal.SIGCONT)
+    await world.all_serve()
+
+
+@asynccontextmanager
+async def another_registry(world: World) -> AsyncIterator[None]:
+    flags = {"port": "0", "metrics-port": "0", "lease-ttl-s": "3"}
+    registry = ClusterProcess("registry-more", "registry", flags, world.cluster.log_directory)
+    run = run_directory.make()
+    await registry.start(run)
+    await registry.wait_ready()
+    world.more.append(registry)
+    try:
+        yield
+    finally:
+        world.more.remove(registry)
+        await registry.stop()
+        run.rmdir()
+
+
+@asynccontextmanager
+async def a_pause(world: World) -> AsyncIterator[None]:
+    frontend = world.cluster.frontend
+    frontend.signal(signal.SIGSTOP)
+    await asyncio.sleep(PAUSE_S)
+    frontend.signal(signal.SIGCONT)
+    yield
+
+
+@asynccontextmanager
+async def a_frozen_process(world: World) -> AsyncIterator[None]:
+    """One of the processes of the frontend."""
+    frozen = psutil.Process(world.cluster.frontend.pid).children()[0]
+    frozen.suspend()
+    try:
+        yield
+    finally:
+        frozen.resume()
+
+
+@asynccontextmanager
+async def a_dead_process(world: World) -> AsyncIterator[None]:
+    """The same."""
+    psutil.Process(world.cluster.frontend.pid).children()[0].kill()
+    yield
+
+
+@asynccontextmanager
+async def a_consul_that_is_away(world: World) -> AsyncIterator[None]:
+    consul = world.cluster.consul
+    assert consul is not None
+    consul.kill()
+    await consul.wait_ended()
+    try:
+        yield
+    finally:
+        await world.cluster.restart(consul.name)
+        await assert_eventually(world.view_source, lambda source: source == LIVE, within_s=20, what="a live view")
+
+
+@asynccontextmanager
+async def a_consul_that_forgets(world: World) -> AsyncIterator[None]:
+    """Entries of members vanish from Consul again and again: the view is held back meanwhile."""
+    consul = world.cluster.consul
+    assert consul is not None
+    access = consul.access
+
+    async def forget() -> None:
+        while True:
+            services = await access.get("/v1/agent/services")
+            for service_id, service in services.items():
+                if "registry" not in service["Tags"]:
+                    await access.put(f"/v1/agent/service/deregister/{service_id}")
+            await asyncio.sleep(0.05)
+
+    forgetting = asyncio.create_task(forget())
+    try:
+        yield
+    finally:
+        forgetting.cancel()
+        await asyncio.wait({forgetting})
