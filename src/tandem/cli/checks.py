@@ -17,7 +17,7 @@ from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.errors import ConfigError
 from tandem.local_cluster.cluster import ClusterSpec
-from tandem.rpc.server import listen_problem
+from tandem.rpc.listening import listen_problem
 from tandem.worker.config import WorkerConfig
 
 HOST = "127.0.0.1"

@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tandem.api.process.v1.process_service_pb2_grpc import add_ProcessServiceServicer_to_server
 from tandem.errors import StartError
 from tandem.rpc.handler_guard import HandlerGuard
+from tandem.rpc.listening import check_listenable
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.rpc.process_servicer import ProcessServicer
-from tandem.rpc.server import check_listenable
 
 log = logging.getLogger(__name__)
 

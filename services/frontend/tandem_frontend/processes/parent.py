@@ -27,8 +27,8 @@ from tandem.errors import StartError
 from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
 from tandem.observability.metrics import Metrics, Reading, Together, open_metrics
 from tandem.rpc.http2.listener import Listener
+from tandem.rpc.listening import check_listenable
 from tandem.rpc.process_servicer import held_now
-from tandem.rpc.server import check_listenable
 from tandem.rpc.service_host import warn_of_plaintext
 from tandem.service import run_directory
 from tandem.service.prefork.parent import Prefork

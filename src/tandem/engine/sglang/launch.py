@@ -18,7 +18,7 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
 from tandem.engine.sglang.front_half import FrontHalf
-from tandem.engine.sglang.hooks import kv_accounting
+from tandem.engine.sglang.hooks import kv_snapshot
 
 IPC = "ipc://"
 
@@ -64,7 +64,7 @@ def construct(
         def shutdown(self) -> None:
             """Registered to run at exit, where it would kill children that are not SGLang's."""
 
-    kv_accounting.read_accounts()
+    kv_snapshot.read_accounts()
     logging.getLogger("sglang").setLevel(arguments["log_level"].upper())
     engine = GuestEngine(**arguments)
     # Ours watches the children already; this one sends SIGQUIT to the whole process.

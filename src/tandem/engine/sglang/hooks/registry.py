@@ -227,9 +227,9 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
 
 
 def _account_for_pages(snapshot: Any, inquirer: Any) -> Any:
-    from tandem.engine.sglang.hooks import kv_accounting
+    from tandem.engine.sglang.hooks import kv_snapshot
 
-    return kv_accounting.account(snapshot, inquirer)
+    return kv_snapshot.account(snapshot, inquirer)
 
 
 def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
