@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.discovery.watches import FrontendWatch
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.consul_agent import AgentPorts, AgentSpec, ConsulAgent
 from tandem.local_cluster.consul_binary import find_consul

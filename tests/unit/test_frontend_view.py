@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.discovery.frontend_view import FrontendView
+from tandem.discovery.view import FrontendView
 from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
 
@@ -29,7 +29,7 @@ def frontend(frontend_id: str, epoch: int = 1, address: str | None = None, is_dr
 
 
 def ids(view: FrontendView) -> list[str]:
-    return [entry.frontend_id for entry in view.frontends()]
+    return [entry.frontend_id for entry in view.members()]
 
 
 def view_of(*frontend_ids: str) -> tuple[FrontendView, Hand]:
@@ -42,7 +42,7 @@ def view_of(*frontend_ids: str) -> tuple[FrontendView, Hand]:
 def test_the_next_list_of_the_same_registry_is_believed_at_once() -> None:
     view, _ = view_of("a", "b")
     assert view.apply("r1", 6, [frontend("b", is_draining=True), frontend("c")])
-    assert view.frontends() == (frontend("b", is_draining=True), frontend("c"))
+    assert view.members() == (frontend("b", is_draining=True), frontend("c"))
     assert view.next_drop_s() is None
 
 
@@ -58,7 +58,7 @@ def test_the_last_frontend_is_never_given_up() -> None:
 def test_an_empty_list_before_a_full_one_is_a_list() -> None:
     view = FrontendView(Hand())
     assert view.apply("r1", 1, [])
-    assert view.frontends() == ()
+    assert view.members() == ()
 
 
 def test_another_registry_proves_an_absence_only_after_a_while() -> None:
@@ -79,7 +79,7 @@ def test_an_older_list_proves_no_absence_and_brings_no_former_start_back() -> No
     view, _ = view_of("a", "b")
     assert view.apply("r1", 6, [frontend("a", epoch=2), frontend("b")])
     assert view.apply("r1", 5, [frontend("a", epoch=1)])
-    assert view.frontends() == (frontend("a", epoch=2), frontend("b"))
+    assert view.members() == (frontend("a", epoch=2), frontend("b"))
 
 
 def test_a_second_change_of_registry_does_not_prolong_the_time() -> None:

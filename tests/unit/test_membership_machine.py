@@ -11,7 +11,7 @@ from tandem_registry.leases import Membership
 from tandem_registry.view import Change, Listed, RemovalReason
 
 from tandem.clock import ManualClock
-from tandem.discovery.view import RegistryView
+from tandem.discovery.view import WorkerView
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
@@ -48,7 +48,7 @@ class MembershipMachine(RuleBasedStateMachine):
         )
         self.alive: dict[Key, tuple[Member, str, float]] = {}
         self.ended: list[str] = []
-        self.replayed: list[RegistryView] = []
+        self.replayed: list[WorkerView] = []
 
     def end(self, key: Key) -> None:
         self.ended.append(self.alive.pop(key)[1])
@@ -146,7 +146,7 @@ class MembershipMachine(RuleBasedStateMachine):
     @rule()
     def begin_to_watch(self) -> None:
         view = self.membership.view()
-        watcher = RegistryView(self.clock)
+        watcher = WorkerView(self.clock)
         watcher.apply_snapshot("r", view.revision, [entry.member for entry in view.workers])
         self.replayed.append(watcher)
 

@@ -11,7 +11,7 @@ from tandem_edge.discovery import Discovery
 from tandem_edge.dns import Names
 from tandem_edge.endpoints import Endpoint
 
-from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.discovery.watches import FrontendWatch
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.telling_registry import TellingRegistry, telling
 

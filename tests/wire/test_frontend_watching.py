@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
-from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.discovery.watches import FrontendWatch
 from tandem.domain.worker import WorkerState
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.telling_registry import telling

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.discovery.watches import FrontendWatch
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import open_metrics
 from tandem_edge.config import EdgeConfig, check

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from tandem.discovery.frontend_watching import FrontendWatch
+from tandem.discovery.watches import FrontendWatch
 from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
 from tandem_edge.config import split

@@ -1,6 +1,6 @@
-"""The watch of frontends and tools: keeps a registry's view up to date, and keeps it when the registry is gone.
+"""Watches of a registry's workers and frontends: kept up to date, and kept when the registry is unreachable.
 
-Owns what the stream says and who waits for it. The merge is `tandem.discovery.view`, trying registries in turn
+Owns what the streams say and who waits for it. The merge is `tandem.discovery.view`, trying registries in turn
 `tandem.discovery.watch`. Chooses no worker.
 """
 
@@ -10,20 +10,23 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
 from tandem.clock import Clock, monotonic
-from tandem.discovery.view import CONFIRM_GRACE_S, RegistryView, ViewGap
+from tandem.discovery.view import CONFIRM_GRACE_S, FrontendView, M, ViewGap, WorkerView
 from tandem.discovery.watch import SNAPSHOT_TIMEOUT_S, RegistryFollower
+from tandem.domain.frontend import Frontend
 from tandem.domain.worker import Worker
 from tandem.errors import DeadlinePassed, RevisionAhead, ServiceError, TandemError
-from tandem.rpc.convert import worker_from_proto
+from tandem.rpc.convert import frontend_from_proto, worker_from_proto
 from tandem.tls.paths import Tls
 
 log = logging.getLogger(__name__)
+
+W = TypeVar("W", worker_pb2.Worker, worker_pb2.Frontend)
 
 AHEAD_PATIENCE_S = 3.0
 """Replicas that are behind catch up in less. Where all of them stay behind, what they have is the truth by now."""
@@ -52,7 +55,7 @@ class WorkerWatch(RegistryFollower):
             confirm_grace_s: how long a worker may be missing from what is no proof of its absence.
             rng: spreads reconnections.
         """
-        self._view = RegistryView(clock, confirm_grace_s)
+        self._view = WorkerView(clock, confirm_grace_s)
         super().__init__(addresses, self._view, "workers", tls, clock, rng)
         self._on_change = on_change
         self._ahead_since_s: float | None = None
@@ -123,17 +126,19 @@ class WorkerWatch(RegistryFollower):
 
     def _apply(self, step: pb.WatchResponse) -> None:
         if step.WhichOneof("event") == "snapshot":
-            self._view.apply_snapshot(step.registry_id, step.revision, _readable(step.snapshot.workers))
+            self._view.apply_snapshot(
+                step.registry_id, step.revision, _known(step.snapshot.workers, worker_from_proto, "worker")
+            )
         else:
             removed = [(gone.worker_id, gone.epoch) for gone in step.delta.removed]
             previous = step.previous_revision if step.HasField("previous_revision") else step.revision - 1
-            upserted = _readable(step.delta.upserted)
+            upserted = _known(step.delta.upserted, worker_from_proto, "worker")
             self._view.apply_delta(step.registry_id, previous, step.revision, upserted, removed)
         self._tell()
 
     def _tell(self) -> None:
         """Publish the view where it differs from the one published before; wake who waits in any case."""
-        workers = self._view.workers()
+        workers = self._view.members()
         if workers != self._workers:
             self._workers = workers
             if self._on_change is not None:
@@ -141,16 +146,76 @@ class WorkerWatch(RegistryFollower):
         self._wake()
 
 
+class FrontendWatch(RegistryFollower):
+    """All frontends a registry lists, or listed when it was last heard of."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        tls: Tls | None = None,
+        clock: Clock = monotonic,
+        confirm_grace_s: float = CONFIRM_GRACE_S,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Makes no connection yet.
+
+        Args:
+            addresses: of registries, as settings have them; another one is tried when one fails.
+            tls: what is presented to a registry that asks for certificates.
+            clock: for `state` and the time of unconfirmed frontends.
+            confirm_grace_s: how long a frontend may be missing from what is no proof of its absence.
+            rng: spreads reconnections.
+        """
+        self._view = FrontendView(clock, confirm_grace_s)
+        super().__init__(addresses, self._view, "frontends", tls, clock, rng)
+
+    def frontends(self) -> tuple[Frontend, ...]:
+        """All frontends, ordered by id."""
+        return self._view.members()
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set as soon as anything more is heard. Take it before looking, so that nothing is missed in between."""
+        return self._changed
+
+    def _open(self, stub: RegistryServiceStub) -> Any:
+        return stub.WatchFrontends(pb.WatchFrontendsRequest())
+
+    async def _listen(self, call: Any, address: str) -> None:
+        async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+            heard = await call.read()
+        while _is_list(heard):
+            self._apply(heard)
+            if not self._state.is_live:
+                self._heard_from(address, heard.registry_id)
+            heard = await call.read()
+
+    def _count(self) -> int:
+        return len(self.frontends())
+
+    def _apply(self, heard: pb.WatchFrontendsResponse) -> None:
+        frontends = _known(heard.frontends, frontend_from_proto, "frontend")
+        if not self._view.apply(heard.registry_id, heard.revision, frontends):
+            log.warning("the registry lists no frontend any more; keeping %d known ones", len(self.frontends()))
+        self._wake()
+
+
 def _is_step(read: object) -> TypeGuard[pb.WatchResponse]:
     return isinstance(read, pb.WatchResponse)
 
 
-def _readable(messages: Iterable[worker_pb2.Worker]) -> list[Worker]:
-    """Workers of roles and states that this release knows; a newer one's are nothing it could call."""
-    workers = []
+def _is_list(read: object) -> TypeGuard[pb.WatchFrontendsResponse]:
+    return isinstance(read, pb.WatchFrontendsResponse)
+
+
+def _known(messages: Iterable[W], convert: Callable[[W], M], kind: str) -> list[M]:
+    """Members in roles and states that this release knows; it could not call those of a newer one."""
+    members = []
     for message in messages:
         try:
-            workers.append(worker_from_proto(message))
+            members.append(convert(message))
         except KeyError as unknown:
-            log.warning("worker %s is of an unknown role or state (%s) and is ignored", message.worker_id, unknown)
-    return workers
+            name = message.worker_id if isinstance(message, worker_pb2.Worker) else message.frontend_id
+            log.warning("ignored %s %s: its role or state %s is unknown to this release", kind, name, unknown)
+    return members
