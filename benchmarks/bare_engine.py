@@ -2,8 +2,12 @@
 
 No Tandem service is involved: token ids go into `Engine.async_generate`, times are taken beside it. Tandem's plugin is
 switched on, because SGLang does not run on a plain CPU without it. Arguments: role, model, and more of EngineSettings
-as JSON. Lines in: JSON with rid, token_ids, max_tokens and the meeting place; lines out: the times of each token, on
-the machine's monotonic clock.
+as JSON.
+
+A line in is JSON: a request with rid, token_ids, max_tokens and, for half of a pair, the meeting place; or a list of
+requests that all begin at once. A line out is JSON: the times of each token of a request, on the machine's monotonic
+clock; or, when the last of a list has ended, those of each in its order, and the processor seconds (user and system)
+that this process needed for them. Tokens of one of SGLang's chunks arrive at the same time.
 """
 
 from __future__ import annotations
@@ -14,43 +18,73 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import IO, Any
 
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, environment
 
+SENTENCE_LENGTH_MAX = 200
+LINE_BYTES_MAX = 2**28
+"""A list of many prompts is one line."""
 
-async def run_one(engine, work, answers) -> None:
+
+async def heard(engine: Any, work: dict[str, Any]) -> dict[str, Any]:
+    """One request to its end; a failure is noted, not raised."""
     begin_s = time.monotonic()
     times_s: list[float] = []
-    seen = 0
+    failure = None
+    try:
+        failure = await _stream(engine, work, times_s)
+    except Exception as problem:
+        failure = f"{type(problem).__name__}: {problem}"[:SENTENCE_LENGTH_MAX]
+    return {"rid": work["rid"], "begin_s": begin_s, "times_s": times_s, "failure": failure}
+
+
+async def _stream(engine: Any, work: dict[str, Any], times_s: list[float]) -> str | None:
+    """Note when each token comes. Returns why the engine broke the request off, if it did."""
+    meeting = {f"bootstrap_{name}": work[name] for name in ("host", "port", "room") if name in work}
     stream = await engine.async_generate(
         input_ids=work["token_ids"],
         sampling_params={"temperature": 0.0, "max_new_tokens": work["max_tokens"], "ignore_eos": True},
         stream=True,
         rid=work["rid"],
-        bootstrap_host=work["host"],
-        bootstrap_port=work["port"],
-        bootstrap_room=work["room"],
+        **meeting,
     )
+    finish: dict[str, Any] = {}
     async for chunk in stream:
         now_s = time.monotonic()
-        times_s += [now_s] * (len(chunk["output_ids"]) - seen)
-        seen = len(chunk["output_ids"])
-    print(json.dumps({"rid": work["rid"], "begin_s": begin_s, "times_s": times_s}), file=answers, flush=True)
+        times_s += [now_s] * (len(chunk["output_ids"]) - len(times_s))
+        finish = chunk["meta_info"].get("finish_reason") or {}
+    return str(finish.get("message"))[:SENTENCE_LENGTH_MAX] if finish.get("type") == "abort" else None
 
 
-async def serve(engine, answers) -> None:
-    reader = asyncio.StreamReader()
+async def answer(engine: Any, work: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any]:
+    """What a line in is answered with."""
+    if isinstance(work, dict):
+        return await heard(engine, work)
+    begin_s = time.process_time()
+    streams = await asyncio.gather(*(heard(engine, one) for one in work))
+    return {"streams": streams, "cpu_s": time.process_time() - begin_s}
+
+
+async def serve(engine: Any, answers: IO[str]) -> None:
+    """Answer each line, many at the same time, until there are no more."""
+    reader = asyncio.StreamReader(limit=LINE_BYTES_MAX)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     tasks = set()
+
+    async def one(line: bytes) -> None:
+        print(json.dumps(await answer(engine, json.loads(line))), file=answers, flush=True)
+
     while line := await reader.readline():
-        task = asyncio.create_task(run_one(engine, json.loads(line), answers))
+        task = asyncio.create_task(one(line))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
 def main() -> None:
+    """The process."""
     role, model = WorkerRole(sys.argv[1]), Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

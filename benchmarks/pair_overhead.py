@@ -19,13 +19,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.bare_engine import LINE_BYTES_MAX
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
 
 MODEL = Path("models") / "tandem-demo"
-START_TIMEOUT_S = 180
+START_TIMEOUT_S = 400
+"""The first start on a GPU machine compiles kernels."""
 ON_A_CPU = {"dtype": "float32", "device": "cpu"}
 
 
@@ -48,20 +50,30 @@ class BareEngine:
         self._process = process
 
     @classmethod
-    async def start(cls, role: str, model: Path = MODEL, settings: dict | None = None) -> BareEngine:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.bare_engine", role, str(model), json.dumps(settings or ON_A_CPU),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
+    async def start(
+        cls, role: str, model: Path = MODEL, settings: dict | None = None, log: Path | None = None
+    ) -> BareEngine:
+        """Return when there is a process; its first line says that it serves. What it logs is lost without a `log`."""
+        with contextlib.ExitStack() as files:
+            errors = asyncio.subprocess.DEVNULL
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                errors = files.enter_context(log.open("wb"))
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "benchmarks.bare_engine", role, str(model), json.dumps(settings or ON_A_CPU),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors, limit=LINE_BYTES_MAX,
+            )  # fmt: skip
         return cls(process)
 
     async def read(self) -> dict:
+        """The next line it says."""
         line = await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT_S)
         if not line:
-            raise SystemExit("a bare engine has ended")
+            raise RuntimeError("a bare engine has ended")
         return json.loads(line)
 
-    def send(self, work: dict) -> None:
+    def send(self, work: dict | list[dict]) -> None:
+        """One request, or several that begin at once and are answered by one line."""
         self._process.stdin.write(json.dumps(work).encode() + b"\n")
 
     async def stop(self) -> None:

@@ -118,7 +118,7 @@ async def test_answers_are_those_of_one_process(cluster: LocalCluster, client: h
 
 async def test_an_edges_connections_reach_every_process(cluster: LocalCluster, client: httpx.AsyncClient) -> None:
     before = await by_process(cluster, "tandem_requests_admitted_total")
-    bodies = [completion(f"{STORY} {n}", max_tokens=100, stream=True, ignore_eos=True) for n in range(STREAMS)]
+    bodies = [completion(f"{STORY} {n}", max_tokens=500, stream=True, ignore_eos=True) for n in range(STREAMS)]
     streams = [asyncio.create_task(events_of(client, body)) for body in bodies]
     await assert_eventually(
         lambda: by_process(cluster, "tandem_requests_open"), lambda found: sum(found.values()) == STREAMS, every_s=0.1

@@ -1,9 +1,11 @@
-"""What a starting process says when it cannot tell where it serves."""
+"""What a starting process says when it cannot tell where it serves, and what it keeps from the garbage collector."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,26 @@ def test_an_announcement_that_cannot_be_written_names_its_key(tmp_path: Path, fi
     with pytest.raises(ConfigError) as refused:
         announce(tmp_path / file if file != "." else Path("."), "127.0.0.1:7400")
     assert refused.value.key == "announce_file"
+
+
+SERVING = """
+import asyncio, gc
+from tandem.service.process import serve
+
+class Idle:
+    address, metrics_port = "127.0.0.1:1", 0
+    async def start(self): self.before = gc.get_freeze_count()
+    async def wait_finished(self): self.serving = gc.get_freeze_count()
+    async def drain(self): return True
+    async def stop(self): pass
+
+asyncio.run(serve(service := Idle()))
+print(service.before, service.serving)
+"""
+
+
+def test_serve_after_the_start_keeps_what_exists_from_the_garbage_collector() -> None:
+    done = subprocess.run([sys.executable, "-c", SERVING], capture_output=True, text=True, check=True)
+    before, serving = map(int, done.stdout.split())
+    assert before == 0
+    assert serving > 10_000

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def spread_ms(values_s: Sequence[float]) -> dict[str, float]:
 
 def summary(streams: Sequence[Streamed]) -> dict[str, object]:
     """What a level of load came to. Failed streams are counted, and are in no other figure."""
-    good = [stream for stream in streams if stream.failure is None and stream.arrivals_s]
+    good = _good(streams)
     failures = sorted({stream.failure for stream in streams if stream.failure is not None})
     figures: dict[str, object] = {
         "requests": len(streams),
@@ -61,7 +63,7 @@ def summary(streams: Sequence[Streamed]) -> dict[str, object]:
     }
     if not good:
         return figures
-    wall_s = max(s.arrivals_s[-1] for s in good) - min(s.begin_s for s in good)
+    wall_s = _wall_s(good)
     tokens = sum(len(s.arrivals_s) for s in good)
     # A stream's own mean: what a reader of it sees, whatever the messages' sizes.
     paces_s = [statistics.fmean(s.gaps_s) for s in good if s.gaps_s]
@@ -100,3 +102,83 @@ def within(streams: Sequence[Streamed], begin_s: float, end_s: float) -> list[fl
             if begin_s <= later <= end_s:
                 gaps.append(later - earlier)
     return gaps
+
+
+def gaps_between_arrivals_s(stream: Streamed) -> list[float]:
+    """Between what came at different moments: one gap, however many tokens a message held."""
+    moments_s = list(dict.fromkeys(stream.arrivals_s))
+    return [later - earlier for earlier, later in itertools.pairwise(moments_s)]
+
+
+def steady_window_s(streams: Sequence[Streamed]) -> tuple[float, float]:
+    """While all streams run: from the last one's first token to the first one's end. Empty if they never do."""
+    return max(stream.arrivals_s[0] for stream in streams), min(stream.arrivals_s[-1] for stream in streams)
+
+
+def steady_tokens_per_s(streams: Sequence[Streamed]) -> float | None:
+    """Pace in the steady window; None if there is none."""
+    begin_s, end_s = steady_window_s(streams)
+    if end_s <= begin_s:
+        return None
+    tokens = sum(begin_s < arrival_s <= end_s for stream in streams for arrival_s in stream.arrivals_s)
+    return tokens / (end_s - begin_s)
+
+
+def steady_gaps_s(streams: Sequence[Streamed]) -> list[float]:
+    """Gaps between arrivals in the steady window: without those that other streams' prompts make at the beginning."""
+    begin_s, end_s = steady_window_s(streams)
+    return [
+        gap_s
+        for stream in streams
+        for gap_s in gaps_between_arrivals_s(
+            replace(stream, arrivals_s=tuple(at_s for at_s in stream.arrivals_s if begin_s <= at_s <= end_s))
+        )
+    ]
+
+
+def decoding(streams: Sequence[Streamed]) -> dict[str, Any]:
+    """What many streams at once came to, in tokens/s and ms. Failed ones are counted, and are in no other figure."""
+    good = _good(streams)
+    reasons = sorted({stream.failure for stream in streams if stream.failure is not None})
+    found: dict[str, Any] = {"failed": len(streams) - len(good), "failures": reasons[:2]}
+    if not good:
+        return found
+    tokens, steady = sum(len(s.arrivals_s) for s in good), steady_tokens_per_s(good)
+    means_s = [statistics.fmean(s.gaps_s) for s in good if s.gaps_s]
+    gaps_s = [gap for s in good for gap in gaps_between_arrivals_s(s)]
+    steady_s = steady_gaps_s(good)
+    return {
+        **found,
+        "tokens": tokens,
+        "wall_s": round(_wall_s(good), 3),
+        "tokens_per_s": round(tokens / _wall_s(good), 1),
+        "steady_tokens_per_s": None if steady is None else round(steady, 1),
+        "itl_mean_p50_ms": round(1e3 * quantile(means_s, 0.5), 3) if means_s else None,
+        "gap_p99_ms": round(1e3 * quantile(gaps_s, 0.99), 3) if gaps_s else None,
+        "steady_gap_p99_ms": round(1e3 * quantile(steady_s, 0.99), 3) if steady_s else None,
+        "ttft_p50_ms": round(1e3 * quantile([s.ttft_s for s in good], 0.5), 3),
+    }
+
+
+def cores(streams: Sequence[Streamed], cpu_s: Mapping[str, float]) -> dict[str, float]:
+    """How many cores each process kept busy: its processor seconds over the time that the streams took."""
+    good = _good(streams)
+    return {name: round(spent_s / _wall_s(good), 2) for name, spent_s in cpu_s.items()} if good else {}
+
+
+def ratios(bare: Mapping[str, Any], tandem: Mapping[str, Any]) -> dict[str, float | None]:
+    """Tandem's figures over the bare engine's, of two results of `decoding`; None where one side has none."""
+    found: dict[str, float | None] = {}
+    for name in ("steady_tokens_per_s", "gap_p99_ms", "steady_gap_p99_ms"):
+        ours, theirs = tandem.get(name), bare.get(name)
+        found[name] = round(ours / theirs, 3) if ours and theirs else None
+    return found
+
+
+def _good(streams: Sequence[Streamed]) -> list[Streamed]:
+    return [stream for stream in streams if stream.failure is None and stream.arrivals_s]
+
+
+def _wall_s(streams: Sequence[Streamed]) -> float:
+    """From the first request's begin to the last token."""
+    return max(s.arrivals_s[-1] for s in streams) - min(s.begin_s for s in streams)

@@ -32,6 +32,17 @@ def shared(load: Load) -> Load:
     return replace(load, kv_capacity_tokens=tokens, running_requests_max=RUNNING_REQUESTS_MAX, frontends=1)
 
 
+def bare_settings(machine: Machine, load: Load, number: int) -> dict[str, Any]:
+    """Settings of a bare engine in the place of the worker of that number, equal to the worker's."""
+    return {
+        "device": machine.device,
+        "dtype": machine.dtype,
+        "running_requests_max": load.running_requests_max,
+        "kv_capacity_tokens": load.kv_capacity_tokens,
+        "extra": shapes.engine_extra(machine, number),
+    }
+
+
 class BarePair:
     """A prefill and a decode engine of SGLang's own, without any service around them."""
 
@@ -42,21 +53,22 @@ class BarePair:
         self._runs = True
 
     @classmethod
-    async def start(cls, machine: Machine, model: Path, load: Load) -> BarePair:
+    async def start(cls, machine: Machine, model: Path, load: Load, logs: Path | None = None) -> BarePair:
         """Return when both are up: an engine that starts later takes its share of what they have left."""
-        given = {
-            "device": machine.device,
-            "dtype": machine.dtype,
-            "running_requests_max": load.running_requests_max,
-            "kv_capacity_tokens": load.kv_capacity_tokens,
-        }
-        settings = [{**given, "extra": shapes.engine_extra(machine, number)} for number in range(2)]
-        roles = ("prefill", "decode")
-        engines = await asyncio.gather(
-            *(BareEngine.start(role, model, own) for role, own in zip(roles, settings, strict=True))
-        )
-        where, _ = await asyncio.gather(*(engine.read() for engine in engines))
-        return cls(engines[0], engines[1], where)
+        engines: list[BareEngine] = []
+        greetings: list[dict[str, Any]] = []
+        try:
+            for number, role in enumerate(("prefill", "decode")):
+                log = None if logs is None else logs / f"bare-{role}.log"
+                engines.append(await BareEngine.start(role, model, bare_settings(machine, load, number), log))
+                if machine.gpus == 1:
+                    greetings.append(await engines[-1].read())
+            if not greetings:
+                greetings = await asyncio.gather(*(engine.read() for engine in engines))
+        except BaseException:
+            await asyncio.gather(*(engine.stop() for engine in engines))
+            raise
+        return cls(engines[0], engines[1], greetings[0])
 
     async def stop(self) -> None:
         """End both; may be called twice."""

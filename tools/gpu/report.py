@@ -12,6 +12,7 @@ GIB = 2**30
 def tables(results: dict[str, Any]) -> str:
     """Every table for which there are figures."""
     parts = [_throughput(results), _interference(results), _copies(results), _endings(results)]
+    parts.append(_decode_heavy(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -85,3 +86,34 @@ def _endings(results: dict[str, Any]) -> str:
             held = ending.get("kv_tokens_at_cancel") or ending.get("kv_tokens_at_kill")
             rows.append((name, ending["streams"], held, ending["kv_tokens_after"], ending["freed_after_s"]))
     return table(("what", "streams", "KV tokens held then", "held after", "after, s"), rows)
+
+
+def _decode_heavy(results: dict[str, Any]) -> str:
+    rows = []
+    for name in results:
+        side = measured(results, name) if name.startswith("decode_heavy_") else None
+        if side is None or "tokens_per_s" not in side:
+            continue
+        base, _, who = name.rpartition("_")
+        ratios = (measured(results, f"{base}_ratios") or {}) if who == "tandem" else {}
+        figures = [
+            side.get(key)
+            for key in ("tokens_per_s", "steady_tokens_per_s", "itl_mean_p50_ms", "gap_p99_ms", "steady_gap_p99_ms")
+        ]
+        shares = [ratios.get(key, "") for key in ("steady_tokens_per_s", "gap_p99_ms", "steady_gap_p99_ms")]
+        busy = ", ".join(f"{process} {cores}" for process, cores in side["cores"].items())
+        shape = "pair" if name.startswith("decode_heavy_pair") else "aggregated"
+        order = "Tandem first" if base.endswith("_tandem_first") else "bare first"
+        rows.append((side["streams"], shape, order, who, *figures, side["ttft_p50_ms"], side["failed"], *shares, busy))
+    head = (
+        "streams",
+        "cluster",
+        "order",
+        "side",
+        "tokens/s",
+        "steady tokens/s",
+        "ITL mean p50, ms",
+        "gap p99, ms",
+        "steady",
+    )
+    return table((*head, "TTFT p50, ms", "failed", "steady, of bare", "gap p99, of bare", "steady", "cores"), rows)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
-from tools.gpu import copies, endings, measures, observed, overhead, shapes
+from tools.gpu import copies, decode_heavy, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
 from tools.gpu.figures import Streamed
 from tools.gpu.measures import Size
@@ -24,7 +24,8 @@ from tools.gpu.shapes import Load, Machine
 
 PARITY_CONCURRENT = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed")
+STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed", "decode_heavy")
+"""What is run unless steps are named; `decode_heavy` is `decode_heavy_aggregated` and `decode_heavy_pair`."""
 TAIL_LINES = 60
 
 
@@ -60,6 +61,9 @@ class Run:
             "copies": self._copies,
             "overhead": self._overhead,
             "observed": self._observed,
+            "decode_heavy": self._decode_heavy,
+            "decode_heavy_aggregated": functools.partial(self._heavy_shape, "aggregated"),
+            "decode_heavy_pair": functools.partial(self._heavy_shape, "pair"),
         }
         try:
             await self.callers.warm()
@@ -167,13 +171,44 @@ class Run:
 
         await self._with("observed", spec, use)
 
-    async def _with(self, name: str, spec: ClusterSpec, use: Callable[[LocalCluster], Awaitable[None]]) -> None:
+    async def _decode_heavy(self) -> None:
+        """Both shapes, one after the other: a failure of one does not keep the other."""
+        for shape in ("aggregated", "pair"):
+            step = functools.partial(self._heavy_shape, shape)
+            await self.results.take(f"step_decode_heavy_{shape}", 0, step)
+
+    async def _heavy_shape(self, shape: str) -> None:
+        """Many streams at once, beside bare engines."""
+        plan = self.plan
+        name = f"decode_heavy_{shape}"
+        make, compare = {
+            "aggregated": (shapes.aggregated, decode_heavy.aggregated),
+            "pair": (shapes.pair, decode_heavy.pair),
+        }[shape]
+
+        async def with_cluster(load: Load, first_gpu: int, use: Callable[[LocalCluster], Awaitable[None]]) -> None:
+            await self._with(name, make(plan.machine, plan.model, load, name), use, first_gpu)
+
+        place = decode_heavy.Place(
+            machine=plan.machine,
+            model=plan.model,
+            vocabulary_size=read_checkpoint(plan.model).vocabulary_size,
+            frontends=plan.load.frontends,
+            heavy=decode_heavy.GPU if plan.machine.gpus else decode_heavy.REHEARSAL,
+            callers=self.callers,
+            results=self.results,
+        )
+        await compare(name, place, with_cluster)
+
+    async def _with(
+        self, name: str, spec: ClusterSpec, use: Callable[[LocalCluster], Awaitable[None]], first_gpu: int = 0
+    ) -> None:
         """A cluster for one step; the ends of its logs are kept when something fails."""
 
         async def step() -> dict[str, Any]:
             begin_left_s = self.results.left_s
             cluster = LocalCluster(spec)
-            shapes.place(cluster, self.plan.machine)
+            shapes.place(cluster, self.plan.machine, first_gpu)
             async with cluster:
                 started_s = round(begin_left_s - self.results.left_s, 1)
                 self.results.tell(f"{name} serves after {started_s} s")

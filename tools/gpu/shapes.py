@@ -56,9 +56,9 @@ def two_aggregated(machine: Machine, model: Path, load: Load, name: str) -> Clus
     return _spec(machine, model, load, name, prefill=0, decode=0, aggregated=2)
 
 
-def place(cluster: LocalCluster, machine: Machine) -> None:
-    """Give each worker its GPU, in the order of the workers; call it before the cluster starts."""
-    for number, worker in enumerate(cluster.workers):
+def place(cluster: LocalCluster, machine: Machine, first: int = 0) -> None:
+    """Give each worker its GPU, in the order of the workers, from the `first` on; call it before the cluster starts."""
+    for number, worker in enumerate(cluster.workers, start=first):
         worker.flags["engine-extra"] = json.dumps(engine_extra(machine, number))
 
 
