@@ -33,6 +33,12 @@ def test_the_steady_pace_counts_only_while_all_streams_run() -> None:
     assert figures.steady_tokens_per_s([early, Streamed(0.0, (4.0, 5.0))]) is None
 
 
+def test_steady_gaps_leave_out_what_came_before_all_streams_ran() -> None:
+    early = Streamed(0.0, (1.0, 5.0, 6.0, 7.0))
+    late = Streamed(0.0, (5.0, 5.5, 6.0, 9.0))
+    assert figures.steady_gaps_s([early, late]) == [1.0, 1.0, 0.5, 0.5]
+
+
 def test_a_level_tells_its_paces_and_why_streams_failed() -> None:
     good = [Streamed(0.0, (0.1, 0.2, 0.4, 0.4)), Streamed(0.1, (0.3, 0.5, 0.5, 0.6))]
     bad = [Streamed(0.0, (), reason) for reason in ("c", "a", "b", "a")]
@@ -55,8 +61,8 @@ def test_cores_are_processor_time_over_the_streams_time() -> None:
 def test_a_ratio_is_tandem_over_bare_and_there_is_none_of_what_was_not_measured() -> None:
     bare = {"steady_tokens_per_s": 200.0, "gap_p99_ms": 10.0}
     ours = {"steady_tokens_per_s": 150.0, "gap_p99_ms": 15.0}
-    assert figures.ratios(bare, ours) == {"steady_tokens_per_s": 0.75, "gap_p99_ms": 1.5}
-    assert figures.ratios({"error": "no"}, ours) == {"steady_tokens_per_s": None, "gap_p99_ms": None}
+    assert figures.ratios(bare, ours) == {"steady_tokens_per_s": 0.75, "gap_p99_ms": 1.5, "steady_gap_p99_ms": None}
+    assert set(figures.ratios({"error": "no"}, ours).values()) == {None}
     assert figures.ratios({**bare, "steady_tokens_per_s": None}, ours)["steady_tokens_per_s"] is None
 
 
@@ -133,19 +139,23 @@ def test_sides_take_turns_and_each_measurement_is_a_result(tmp_path: Path) -> No
     said, kept = compared(tmp_path, 5.0)
     assert said == ["1 bare", "1 tandem", "2 bare", "2 tandem", "2 tandem", "2 bare"]
     assert kept["decode_heavy_pair_2_tandem_first_bare"]["steady_tokens_per_s"] == 20.0
-    assert kept["decode_heavy_pair_2_ratios"] == {"steady_tokens_per_s": 0.5, "gap_p99_ms": 2.0}
+    assert kept["decode_heavy_pair_2_ratios"] == {
+        "steady_tokens_per_s": 0.5,
+        "gap_p99_ms": 2.0,
+        "steady_gap_p99_ms": 2.0,
+    }
     lines = report.tables(kept).splitlines()
     assert len(lines) == 8
-    assert lines[2].startswith("| 1 | pair | bare first | bare | 10.0 | 10.0 | 100.0 | 100.0 | 100.0 | 0 |  |  |")
+    assert lines[2].startswith("| 1 | pair | bare first | bare | 10.0 | 10.0 | 100.0 | 100.0 |")
     assert lines[6].startswith("| 2 | pair | Tandem first | tandem | 10.0 | 10.0 |")
-    assert lines[6].endswith("| 0 | 0.5 | 2.0 | tandem 0.83 |")
+    assert lines[6].endswith("| 0 | 0.5 | 2.0 | 2.0 | tandem 0.83 |")
 
 
 def test_a_side_that_fails_does_not_keep_the_other(tmp_path: Path) -> None:
     said, kept = compared(tmp_path, None)
     assert len(said) == 6
     assert kept["decode_heavy_pair_2_tandem"]["error"] == "RuntimeError: no"
-    assert kept["decode_heavy_pair_2_ratios"] == {"steady_tokens_per_s": None, "gap_p99_ms": None}
+    assert set(kept["decode_heavy_pair_2_ratios"].values()) == {None}
     assert report.tables(kept).count("| bare |") == 3
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -110,14 +110,30 @@ def gaps_between_arrivals_s(stream: Streamed) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(moments_s)]
 
 
+def steady_window_s(streams: Sequence[Streamed]) -> tuple[float, float]:
+    """While all streams run: from the last one's first token to the first one's end. Empty if they never do."""
+    return max(stream.arrivals_s[0] for stream in streams), min(stream.arrivals_s[-1] for stream in streams)
+
+
 def steady_tokens_per_s(streams: Sequence[Streamed]) -> float | None:
-    """Pace while all streams run: from the last one's first token to the first one's end; None if they never do."""
-    begin_s = max(stream.arrivals_s[0] for stream in streams)
-    end_s = min(stream.arrivals_s[-1] for stream in streams)
+    """Pace in the steady window; None if there is none."""
+    begin_s, end_s = steady_window_s(streams)
     if end_s <= begin_s:
         return None
     tokens = sum(begin_s < arrival_s <= end_s for stream in streams for arrival_s in stream.arrivals_s)
     return tokens / (end_s - begin_s)
+
+
+def steady_gaps_s(streams: Sequence[Streamed]) -> list[float]:
+    """Gaps between arrivals in the steady window: without those that other streams' prompts make at the beginning."""
+    begin_s, end_s = steady_window_s(streams)
+    return [
+        gap_s
+        for stream in streams
+        for gap_s in gaps_between_arrivals_s(
+            replace(stream, arrivals_s=tuple(at_s for at_s in stream.arrivals_s if begin_s <= at_s <= end_s))
+        )
+    ]
 
 
 def decoding(streams: Sequence[Streamed]) -> dict[str, Any]:
@@ -130,6 +146,7 @@ def decoding(streams: Sequence[Streamed]) -> dict[str, Any]:
     tokens, steady = sum(len(s.arrivals_s) for s in good), steady_tokens_per_s(good)
     means_s = [statistics.fmean(s.gaps_s) for s in good if s.gaps_s]
     gaps_s = [gap for s in good for gap in gaps_between_arrivals_s(s)]
+    steady_s = steady_gaps_s(good)
     return {
         **found,
         "tokens": tokens,
@@ -138,6 +155,7 @@ def decoding(streams: Sequence[Streamed]) -> dict[str, Any]:
         "steady_tokens_per_s": None if steady is None else round(steady, 1),
         "itl_mean_p50_ms": round(1e3 * quantile(means_s, 0.5), 3) if means_s else None,
         "gap_p99_ms": round(1e3 * quantile(gaps_s, 0.99), 3) if gaps_s else None,
+        "steady_gap_p99_ms": round(1e3 * quantile(steady_s, 0.99), 3) if steady_s else None,
         "ttft_p50_ms": round(1e3 * quantile([s.ttft_s for s in good], 0.5), 3),
     }
 
@@ -151,7 +169,7 @@ def cores(streams: Sequence[Streamed], cpu_s: Mapping[str, float]) -> dict[str, 
 def ratios(bare: Mapping[str, Any], tandem: Mapping[str, Any]) -> dict[str, float | None]:
     """Tandem's figures over the bare engine's, of two results of `decoding`; None where one side has none."""
     found: dict[str, float | None] = {}
-    for name in ("steady_tokens_per_s", "gap_p99_ms"):
+    for name in ("steady_tokens_per_s", "gap_p99_ms", "steady_gap_p99_ms"):
         ours, theirs = tandem.get(name), bare.get(name)
         found[name] = round(ours / theirs, 3) if ours and theirs else None
     return found

@@ -96,11 +96,24 @@ def _decode_heavy(results: dict[str, Any]) -> str:
             continue
         base, _, who = name.rpartition("_")
         ratios = (measured(results, f"{base}_ratios") or {}) if who == "tandem" else {}
-        figures = [side[key] for key in ("tokens_per_s", "steady_tokens_per_s", "itl_mean_p50_ms", "gap_p99_ms")]
-        shares = [ratios.get(key, "") for key in ("steady_tokens_per_s", "gap_p99_ms")]
+        figures = [
+            side.get(key)
+            for key in ("tokens_per_s", "steady_tokens_per_s", "itl_mean_p50_ms", "gap_p99_ms", "steady_gap_p99_ms")
+        ]
+        shares = [ratios.get(key, "") for key in ("steady_tokens_per_s", "gap_p99_ms", "steady_gap_p99_ms")]
         busy = ", ".join(f"{process} {cores}" for process, cores in side["cores"].items())
         shape = "pair" if name.startswith("decode_heavy_pair") else "aggregated"
         order = "Tandem first" if base.endswith("_tandem_first") else "bare first"
         rows.append((side["streams"], shape, order, who, *figures, side["ttft_p50_ms"], side["failed"], *shares, busy))
-    head = ("streams", "cluster", "order", "side", "tokens/s", "steady tokens/s", "ITL mean p50, ms", "gap p99, ms")
-    return table((*head, "TTFT p50, ms", "failed", "steady, of bare", "gap p99, of bare", "cores"), rows)
+    head = (
+        "streams",
+        "cluster",
+        "order",
+        "side",
+        "tokens/s",
+        "steady tokens/s",
+        "ITL mean p50, ms",
+        "gap p99, ms",
+        "steady",
+    )
+    return table((*head, "TTFT p50, ms", "failed", "steady, of bare", "gap p99, of bare", "steady", "cores"), rows)
