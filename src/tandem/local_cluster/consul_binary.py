@@ -1,4 +1,4 @@
-"""Consul's binary: which package of Debian has it. How it is found and fetched is `debian_program.py`'s."""
+"""Consul's binary: which package of Debian has it. How it is found and fetched is `debian.py`'s."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a service says of itself in figures: counted and measured when something happens, read when somebody asks.
 
-The face that services see. Off, it does nothing and imports nothing; what stands behind it when it is on is `otel.py`.
+The face that services see. Off, it does nothing and imports nothing; what stands behind it when it is on is `otel_metrics.py`.
 Which metrics there are is said in `names.py` alone.
 """
 
