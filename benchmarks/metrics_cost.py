@@ -31,7 +31,7 @@ from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import open_metrics
 from tandem.observability.request_metrics import RequestMetrics
-from tandem.observability.request_trace import AttemptCourse, Course, Step
+from tandem.observability.request_trace import AttemptTrace, RequestTrace, Step
 
 MODEL = Path("models") / "tandem-demo"
 DEAD_COLLECTOR = "http://127.0.0.1:9"
@@ -103,13 +103,15 @@ async def told_us(count: int = 20_000) -> float:
     """Processor time of this process for one record, told to metrics that are on."""
     metrics = open_metrics(ServiceConfig(metrics_port=0), Emitter.FRONTEND, "tandem-bench")
     await metrics.start("bench")
-    attempt = AttemptCourse(policy="random", outcome="finished", end_s=1.0)
-    course = Course(begin_s=0.0, end_s=1.0, first_token_s=0.1, last_token_s=0.9, token_count=32, outcome="finished")
-    course.attempts.append(attempt)
-    course.steps.append(Step("wait", 0.0, 0.01))
+    attempt = AttemptTrace(policy="random", outcome="finished", end_s=1.0)
+    trace = RequestTrace(
+        begin_s=0.0, end_s=1.0, first_token_s=0.1, last_token_s=0.9, token_count=32, outcome="finished"
+    )
+    trace.attempts.append(attempt)
+    trace.steps.append(Step("wait", 0.0, 0.01))
     tell, begin_s = RequestMetrics(metrics, MODEL.name), time.process_time()
     for _ in range(count):
-        tell(course)
+        tell(trace)
     spent_s = time.process_time() - begin_s
     await metrics.stop()
     return 1e6 * spent_s / count

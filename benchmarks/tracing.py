@@ -32,9 +32,9 @@ from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceSt
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.observability.logs import log_request
 from tandem.observability.otlp import Encoder
-from tandem.observability.request_trace import AttemptCourse, Course
+from tandem.observability.request_trace import AttemptTrace, RequestTrace
 from tandem.observability.spans import spans_of
-from tandem.observability.trace_store import Courses, trace_ids
+from tandem.observability.trace_store import TraceStore, trace_ids
 from tandem.rpc.channels import open_channel
 
 MODEL = Path("models") / "tandem-demo"
@@ -181,26 +181,26 @@ def _told(values: list[float]) -> dict[str, float]:
 
 def parts() -> dict[str, float]:
     """Microseconds of each part alone."""
-    course = Course(request_id="r", model="m")
+    trace = RequestTrace(request_id="r", model="m")
 
-    def whole(courses: Courses[Course]) -> Course:
-        with courses.following(Course(request_id="r" * 32, model="tandem-demo", begin_s=time.time())) as made:
+    def whole(traces: TraceStore[RequestTrace]) -> RequestTrace:
+        with traces.following(RequestTrace(request_id="r" * 32, model="tandem-demo", begin_s=time.time())) as made:
             for name in ("tokenise", "admit", "wait", "route"):
                 made.step(name, made.begin_s)
-            attempt = made.add_attempt(AttemptCourse(begin_s=time.time(), trace=courses.child(made.trace)))
+            attempt = made.add_attempt(AttemptTrace(begin_s=time.time(), span_context=traces.child(made.span_context)))
             attempt.accepted("decode")
             made.note_tokens(time.time(), 1)
             attempt.end(None, None)
             made.finish("stop", 9, 1, 0)
         return made
 
-    off, traced = Courses[Course](), Courses[Course](ids=trace_ids(1.0))
+    off, traced = TraceStore[RequestTrace](), TraceStore[RequestTrace](ids=trace_ids(1.0))
     closed = whole(traced)
     encoder, new_id = Encoder({}), trace_ids(1.0).span_id
     logging.getLogger("tandem.request").setLevel(logging.INFO)
     logging.getLogger().addHandler(logging.NullHandler())
     return {
-        "batch_of_tokens": _us(lambda: course.note_tokens(1.0, 1), 200_000),
+        "batch_of_tokens": _us(lambda: trace.note_tokens(1.0, 1), 200_000),
         "record_off": _us(lambda: whole(off), 5_000),
         "record_traced": _us(lambda: whole(traced), 5_000),
         "log_line_without_writing": _us(lambda: log_request(closed), 5_000),

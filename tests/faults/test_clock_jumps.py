@@ -31,7 +31,7 @@ from tests.faults.support.fake_time import FakeTime, find_library
 from tests.faults.support.fault_cluster import Plan
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster
-from tests.faults.support.leg_course import under_load
+from tests.faults.support.leg_trace import under_load
 from tests.faults.support.process_faults import free_port, kill
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
@@ -137,20 +137,20 @@ async def timings_of(frontend: str, max_tokens: int = 4, timeout_s: float = 10.0
 async def test_a_clock_that_jumps_is_nothing(cluster: ClockCluster, name: str, jump_s: int) -> None:
     way = "forward" if jump_s > 0 else "back"
     async with (
-        under_load(cluster, f"clock of {name} jumps {way}, and back again") as course,
+        under_load(cluster, f"clock of {name} jumps {way}, and back again") as trace,
         true_in_the_end(cluster, name),
     ):
         before = await cluster.epochs()
-        await course.hold("decode-0", "decoding")
-        course.fault_s = now_s()
+        await trace.hold("decode-0", "decoding")
+        trace.fault_s = now_s()
         await cluster.jump(name, jump_s)
-        over_s = course.fault_s + PASSES_S
+        over_s = trace.fault_s + PASSES_S
         await assert_eventually(lambda: now_s() > over_s, within_s=20, what="every bound on a leg")
-        await course.answered(20)
+        await trace.answered(20)
         await cluster.jump(name, 0)
-        await course.answered(20)
+        await trace.answered(20)
         assert await cluster.epochs() == before, "somebody was taken for another start"
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 
 @pytest.mark.parametrize("jump_s", JUMPS)
@@ -220,11 +220,11 @@ async def test_a_start_elsewhere_whose_clock_went_back_waits_for_the_dead_one_an
 @pytest.mark.fault_matrix
 async def test_a_registry_that_comes_back_in_another_hour_knows_everybody(cluster: ClockCluster) -> None:
     scenario = "kill of the registry, back an hour earlier"
-    async with true_in_the_end(cluster, "registry-0"), under_load(cluster, scenario) as course:
+    async with true_in_the_end(cluster, "registry-0"), under_load(cluster, scenario) as trace:
         before = await cluster.epochs()
-        course.fault_s = await kill(cluster.registries[0])
+        trace.fault_s = await kill(cluster.registries[0])
         await cluster.jump("registry-0", -HOUR_S)
         await cluster.restart("registry-0")
-        await course.answered(20)
+        await trace.answered(20)
         await assert_eventually(cluster.epochs, before.__eq__, within_s=LEASE_S + 5, what="the same starts")
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"

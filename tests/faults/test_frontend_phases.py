@@ -18,7 +18,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support import verdicts
 from tests.faults.support.history import Asked, History, now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
-from tests.faults.support.leg_course import Course, under_load
+from tests.faults.support.leg_trace import RequestTrace, under_load
 from tests.faults.support.process_faults import frozen, kill
 from tests.faults.support.steady_load import Shape
 
@@ -49,14 +49,14 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
 @pytest.mark.parametrize("phase", phases("transferring"))
 async def test_a_killed_frontend_ends_its_own_requests_and_no_others(cluster: LegCluster, phase: str) -> None:
     door = cluster.frontends[0].address
-    async with under_load(cluster, f"kill of frontend-0, {phase}", but=_at(door, ServiceError)) as course:
-        await course.hold(VICTIMS[phase], phase)
-        course.fault_s = await kill(cluster.frontends[0])
+    async with under_load(cluster, f"kill of frontend-0, {phase}", but=_at(door, ServiceError)) as trace:
+        await trace.hold(VICTIMS[phase], phase)
+        trace.fault_s = await kill(cluster.frontends[0])
         cluster.release()
-        had = _had(course, door)
-        await _no_leg_but_of(cluster, course, door)
-        await course.answered()
-    late = had.where(lambda asked: (asked.end_s or 0) - course.fault_s > 1.0 + BUSY_MACHINE_S)
+        had = _had(trace, door)
+        await _no_leg_but_of(cluster, trace, door)
+        await trace.answered()
+    late = had.where(lambda asked: (asked.end_s or 0) - trace.fault_s > 1.0 + BUSY_MACHINE_S)
     assert not len(late), f"clients that were told late:\n{late.lines()}"
 
 
@@ -64,60 +64,60 @@ async def test_a_killed_frontend_ends_its_own_requests_and_no_others(cluster: Le
 async def test_clients_of_a_stopped_frontend_have_their_deadlines(cluster: LegCluster, phase: str) -> None:
     door = cluster.frontends[0].address
     but = _at(door, DeadlinePassed)
-    async with under_load(cluster, f"stop of frontend-0, {phase}", but=but, shape=IMPATIENT) as course:
-        await course.hold(VICTIMS[phase], phase)
-        async with frozen(cluster.frontends[0].pid) as course.fault_s:
+    async with under_load(cluster, f"stop of frontend-0, {phase}", but=but, shape=IMPATIENT) as trace:
+        await trace.hold(VICTIMS[phase], phase)
+        async with frozen(cluster.frontends[0].pid) as trace.fault_s:
             cluster.release()
-            had = _had(course, door)
-            over_s = course.fault_s + IMPATIENT.deadline_s
+            had = _had(trace, door)
+            over_s = trace.fault_s + IMPATIENT.deadline_s
             await assert_eventually(lambda: now_s() > over_s, within_s=10, what="the deadlines of what it had")
             # Who stands still can end nothing: it is the deadline that each leg has by itself.
-            await _no_leg_but_of(cluster, course, door)
-            await course.answered()
+            await _no_leg_but_of(cluster, trace, door)
+            await trace.answered()
     late = had.where(lambda asked: (asked.end_s or 0) - asked.start_s > IMPATIENT.deadline_s + BUSY_MACHINE_S)
     assert not len(late), f"clients that waited beyond their deadlines:\n{late.lines()}"
 
 
 @pytest.mark.parametrize("phase", phases("bootstrapping"))
 async def test_a_stopped_registry_is_nothing(cluster: LegCluster, phase: str) -> None:
-    async with under_load(cluster, f"stop of the registry, {phase}") as course:
+    async with under_load(cluster, f"stop of the registry, {phase}") as trace:
         before = await _epochs(cluster)
-        await course.hold(VICTIMS[phase], phase)
-        async with frozen(cluster.registries[0].pid) as course.fault_s:
+        await trace.hold(VICTIMS[phase], phase)
+        async with frozen(cluster.registries[0].pid) as trace.fault_s:
             cluster.release()
             await asyncio.sleep(STOPPED_S)
-            await course.answered(20)
-        await course.answered(20)
+            await trace.answered(20)
+        await trace.answered(20)
         assert await _epochs(cluster) == before, "it has buried somebody, or somebody has come back as another start"
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 
 @pytest.mark.parametrize("phase", phases("")[:3])
 async def test_a_killed_registry_is_nothing_before_the_first_token_either(cluster: LegCluster, phase: str) -> None:
-    async with under_load(cluster, f"kill of the registry, {phase}") as course:
-        await course.hold(VICTIMS[phase], phase)
-        course.fault_s = await kill(cluster.registries[0])
+    async with under_load(cluster, f"kill of the registry, {phase}") as trace:
+        await trace.hold(VICTIMS[phase], phase)
+        trace.fault_s = await kill(cluster.registries[0])
         cluster.release()
-        await course.answered(20)
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+        await trace.answered(20)
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 
 def _at(door: str, kind: type[Exception]) -> Callable[[Asked], bool]:
     return lambda asked: asked.frontend == door and isinstance(asked.failure, kind)
 
 
-def _had(course: Course, door: str) -> History:
-    had = course.load.history.running_at(course.fault_s).where(lambda asked: asked.frontend == door)
+def _had(trace: RequestTrace, door: str) -> History:
+    had = trace.load.history.running_at(trace.fault_s).where(lambda asked: asked.frontend == door)
     verdicts.is_large_enough(had, 1, "what the frontend had")
     return had
 
 
-async def _no_leg_but_of(cluster: LegCluster, course: Course, door: str) -> None:
+async def _no_leg_but_of(cluster: LegCluster, trace: RequestTrace, door: str) -> None:
     """Return when decode workers have no more legs than the other frontends have requests."""
 
     async def too_many() -> int:
         loads = [await calls.worker_load(worker.address) for worker in cluster.of_role("decode")]
-        others = course.load.history.where(lambda asked: asked.end_s is None and asked.frontend != door)
+        others = trace.load.history.where(lambda asked: asked.end_s is None and asked.frontend != door)
         return sum(load.open_legs for load in loads) - len(others)
 
     within_s = IDLE_WITHIN_S + BUSY_MACHINE_S

@@ -20,7 +20,7 @@ from tests.faults.support.fault_cluster import CUT_WORKER
 from tests.faults.support.history import Asked, now_s
 from tests.faults.support.hop_cluster import CUT_PREFILL, HAND_OVER_TIMEOUT_S, Hop, HopCluster, hop_cluster
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.support.leg_course import Course, gaps_are_short, under_load
+from tests.faults.support.leg_trace import RequestTrace, gaps_are_short, under_load
 from tests.faults.support.steady_load import Shape
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
@@ -63,10 +63,10 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hop
         yield cluster
 
 
-async def cut_and_prove(course: Course, cluster: HopCluster, hop: Hop, cut: Cut) -> None:
+async def cut_and_prove(trace: RequestTrace, cluster: HopCluster, hop: Hop, cut: Cut) -> None:
     """Bring the fault in, and return when something has met it."""
     link = cluster.by_hop[hop]
-    course.fault_s = now_s()
+    trace.fault_s = now_s()
     await cluster.sever(hop, cut)
     await assert_eventually(lambda: link.held_count, within_s=10, what=f"something that met the cut of {hop.value}")
 
@@ -78,63 +78,63 @@ def scenario(hop: Hop, cut: Cut) -> str:
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.PREFILL, Hop.DECODE))
 async def test_a_cut_way_to_a_worker_loses_nobody_a_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
     worker = CUT_PREFILL if hop is Hop.PREFILL else CUT_WORKER
-    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as course:
-        await course.hold(worker, "prefilling" if hop is Hop.PREFILL else "decoding")
-        await cut_and_prove(course, cluster, hop, cut)
+    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as trace:
+        await trace.hold(worker, "prefilling" if hop is Hop.PREFILL else "decoding")
+        await cut_and_prove(trace, cluster, hop, cut)
         cluster.release()
-        await course.answered(20)
+        await trace.answered(20)
         assert cluster.processes[worker].runs
     if cut not in SLOWED:
         bound_s = SILENT_S if cut is Cut.SILENT else BROKEN_S
-        gaps_are_short(course.load.history, course, worker, bound_s + BUSY_MACHINE_S)
+        gaps_are_short(trace.load.history, trace, worker, bound_s + BUSY_MACHINE_S)
 
 
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.BOOTSTRAP))
 async def test_a_cut_way_of_the_kv_loses_nobody_a_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
-    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as course:
-        await course.hold(CUT_PREFILL, "transferring")
-        await cut_and_prove(course, cluster, hop, cut)
+    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as trace:
+        await trace.hold(CUT_PREFILL, "transferring")
+        await cut_and_prove(trace, cluster, hop, cut)
         cluster.release()
-        await course.answered(20)
+        await trace.answered(20)
     if cut not in SLOWED:
         # Only the engines know that a peer does not come: their own bound is the one that ends the wait.
         bound_s = HAND_OVER_TIMEOUT_S + BROKEN_S if cut is Cut.SILENT else BROKEN_S
-        gaps_are_short(course.load.history, course, CUT_PREFILL, bound_s + BUSY_MACHINE_S)
+        gaps_are_short(trace.load.history, trace, CUT_PREFILL, bound_s + BUSY_MACHINE_S)
 
 
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.WORKER_REGISTRY, Hop.FRONTEND_REGISTRY))
 async def test_a_cut_way_to_the_registry_is_nothing_to_a_request(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
-    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as course:
-        await course.hold(CUT_WORKER, "decoding")
-        await cut_and_prove(course, cluster, hop, cut)
-        over_s = course.fault_s + LEASES_PASS_S
+    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as trace:
+        await trace.hold(CUT_WORKER, "decoding")
+        await cut_and_prove(trace, cluster, hop, cut)
+        over_s = trace.fault_s + LEASES_PASS_S
         if hop is Hop.WORKER_REGISTRY and cut not in SLOWED:
             await _is_listed(cluster, CUT_WORKER, False)
         await assert_eventually(lambda: now_s() > over_s, within_s=10, what="the end of a lease")
-        await course.answered(20)
+        await trace.answered(20)
         if cut in SLOWED:
             await _is_listed(cluster, CUT_WORKER, True)
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
     if hop is Hop.WORKER_REGISTRY:
-        verdicts.went_to(course.load.history, CUT_WORKER, course.over_s)
+        verdicts.went_to(trace.load.history, CUT_WORKER, trace.over_s)
 
 
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.CLIENT))
 async def test_a_cut_way_of_a_client_is_nothing_to_the_others(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
     breaks = cut not in (*SLOWED, Cut.SILENT)
-    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors, but=_by(cluster, cut)) as course:
-        await course.load.wait_running(4)
-        await cut_and_prove(course, cluster, hop, cut)
-        had = course.load.history.running_at(course.fault_s).where(lambda asked: asked.frontend == cluster.doors[0])
+    async with under_load(cluster, scenario(hop, cut), doors=cluster.doors, but=_by(cluster, cut)) as trace:
+        await trace.load.wait_running(4)
+        await cut_and_prove(trace, cluster, hop, cut)
+        had = trace.load.history.running_at(trace.fault_s).where(lambda asked: asked.frontend == cluster.doors[0])
         verdicts.is_large_enough(had, 1, "what was asked through the cut door")
         if breaks:
-            await _holds_no_more_than_the_others(cluster, course)
-        await course.answered(20)
+            await _holds_no_more_than_the_others(cluster, trace)
+        await trace.answered(20)
     if breaks:
-        late = had.where(lambda asked: (asked.end_s or 0) - course.fault_s > 1.0 + BUSY_MACHINE_S)
+        late = had.where(lambda asked: (asked.end_s or 0) - trace.fault_s > 1.0 + BUSY_MACHINE_S)
         assert not len(late), f"clients that were told late:\n{late.lines()}"
     else:
-        assert not len(course.load.history.failed())
+        assert not len(trace.load.history.failed())
 
 
 @pytest.mark.fault_matrix
@@ -142,15 +142,15 @@ async def test_a_black_hole_before_a_client_ends_with_its_deadlines(cluster: Hop
     door = cluster.doors[0]
     but = lambda asked: asked.frontend == door and isinstance(asked.failure, DeadlinePassed)  # noqa: E731
     name = f"{Hop.CLIENT.value}: silent beyond the deadlines"
-    async with under_load(cluster, name, but=but, doors=cluster.doors, shape=IMPATIENT) as course:
-        await course.load.wait_running(4)
-        await cut_and_prove(course, cluster, Hop.CLIENT, Cut.SILENT)
-        had = course.load.history.running_at(course.fault_s).where(lambda asked: asked.frontend == door)
-        over_s = course.fault_s + IMPATIENT.deadline_s
+    async with under_load(cluster, name, but=but, doors=cluster.doors, shape=IMPATIENT) as trace:
+        await trace.load.wait_running(4)
+        await cut_and_prove(trace, cluster, Hop.CLIENT, Cut.SILENT)
+        had = trace.load.history.running_at(trace.fault_s).where(lambda asked: asked.frontend == door)
+        over_s = trace.fault_s + IMPATIENT.deadline_s
         await assert_eventually(lambda: now_s() > over_s, within_s=10, what="the deadlines of who is cut off")
         # The clients cannot say that they have left: the frontend has their deadlines too.
-        await _holds_no_more_than_the_others(cluster, course)
-        await course.answered(20)
+        await _holds_no_more_than_the_others(cluster, trace)
+        await trace.answered(20)
     late = had.where(lambda asked: (asked.end_s or 0) - asked.start_s > IMPATIENT.deadline_s + BUSY_MACHINE_S)
     assert not len(late), f"clients that waited beyond their deadlines:\n{late.lines()}"
 
@@ -165,12 +165,12 @@ def _by(cluster: HopCluster, cut: Cut) -> Callable[[Asked], bool]:
     return may_fail
 
 
-async def _holds_no_more_than_the_others(cluster: HopCluster, course: Course) -> None:
+async def _holds_no_more_than_the_others(cluster: HopCluster, trace: RequestTrace) -> None:
     """The workers have no leg of a client that is cut off: no more than the other door has requests."""
 
     async def too_many() -> int:
         loads = [await calls.worker_load(worker.address) for worker in cluster.of_role("decode")]
-        open_ones = course.load.history.where(lambda asked: asked.end_s is None)
+        open_ones = trace.load.history.where(lambda asked: asked.end_s is None)
         return sum(load.open_legs for load in loads) - len(open_ones)
 
     within_s = IDLE_WITHIN_S + BUSY_MACHINE_S

@@ -17,7 +17,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support import verdicts
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import LegCluster, leg_cluster
-from tests.faults.support.leg_course import under_load
+from tests.faults.support.leg_trace import under_load
 from tests.faults.support.steady_load import Shape, steady_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
@@ -51,8 +51,8 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
     others = rf"worker (?!{victim})\S+ is sent nothing"
     others_before = told(cluster, others)
     closed_words = f"worker {victim} does its work again"
-    async with under_load(cluster, f"{victim} fails every request") as course:
-        course.fault_s = now_s()
+    async with under_load(cluster, f"{victim} fails every request") as trace:
+        trace.fault_s = now_s()
         cluster.inject(victim, {"point": point, "kind": "fail"})
         await left_out_by_all(cluster, victim)
         # What was on its way when the last breaker opened.
@@ -60,7 +60,7 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
         before, asked_s = len(cluster.fired(victim)), now_s()
         await asyncio.sleep(WATCHED_S)
         failed = cluster.fired(victim)[before:]
-        asked = len(course.load.history.begun(asked_s))
+        asked = len(trace.load.history.begun(asked_s))
         reached = len({fired["request_id"] for fired in failed})
         assert 1 <= reached <= PROBES_MAX * len(cluster.frontends), f"{reached} of {asked} requests reached {victim}"
         assert told(cluster, others) == others_before, "somebody else is left out"
@@ -70,10 +70,10 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
         again = lambda: [now - then for now, then in zip(told(cluster, closed_words), closed, strict=True)]  # noqa: E731
         await assert_eventually(again, all, within_s=OPEN_MAX_S + 4, what="closed breakers")
         served_s = now_s()
-        await course.answered()
+        await trace.answered()
         assert served_s - healed_s < OPEN_MAX_S + 4
-    verdicts.went_to(course.load.history, victim, served_s)
-    shared = course.load.history.begun(served_s).served_by(victim)
+    verdicts.went_to(trace.load.history, victim, served_s)
+    shared = trace.load.history.begun(served_s).served_by(victim)
     verdicts.is_large_enough(shared, 2, f"what {victim} got after its breaker had closed")
 
 

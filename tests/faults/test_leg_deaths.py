@@ -14,7 +14,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support import verdicts
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
-from tests.faults.support.leg_course import gaps_are_short, under_load
+from tests.faults.support.leg_trace import gaps_are_short, under_load
 from tests.faults.support.process_faults import frozen, kill
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
@@ -33,36 +33,36 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 async def test_a_killed_worker_loses_nobody_a_token(cluster: LegCluster, victim: str, phase: str) -> None:
-    async with under_load(cluster, f"kill of {victim}, {phase}") as course:
-        await course.hold(victim, phase)
-        course.fault_s = await kill(cluster.processes[victim])
+    async with under_load(cluster, f"kill of {victim}, {phase}") as trace:
+        await trace.hold(victim, phase)
+        trace.fault_s = await kill(cluster.processes[victim])
         cluster.release()
-        await course.answered()
-    gaps_are_short(course.load.history, course, victim, AFTER_A_KILL_S + BUSY_MACHINE_S, least=2)
+        await trace.answered()
+    gaps_are_short(trace.load.history, trace, victim, AFTER_A_KILL_S + BUSY_MACHINE_S, least=2)
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 async def test_a_stopped_worker_loses_nobody_a_token(cluster: LegCluster, victim: str, phase: str) -> None:
-    async with under_load(cluster, f"stop of {victim}, {phase}") as course:
-        await course.hold(victim, phase)
-        async with frozen(cluster.processes[victim].pid) as course.fault_s:
+    async with under_load(cluster, f"stop of {victim}, {phase}") as trace:
+        await trace.hold(victim, phase)
+        async with frozen(cluster.processes[victim].pid) as trace.fault_s:
             cluster.release()
-            held = course.load.history.running_at(course.fault_s).served_by(victim)
+            held = trace.load.history.running_at(trace.fault_s).served_by(victim)
             open_ones = lambda: len(held.where(lambda asked: asked.end_s is None))  # noqa: E731
             await assert_eventually(open_ones, lambda count: not count, within_s=15, what="ends of what it held")
-            await course.answered()
-    gaps_are_short(course.load.history, course, victim, AFTER_A_STOP_S + BUSY_MACHINE_S, least=2)
+            await trace.answered()
+    gaps_are_short(trace.load.history, trace, victim, AFTER_A_STOP_S + BUSY_MACHINE_S, least=2)
 
 
 async def test_a_worker_that_is_killed_twice_is_used_each_time_it_is_back(cluster: LegCluster) -> None:
-    async with under_load(cluster, "kill of decode-0, twice at its address") as course:
+    async with under_load(cluster, "kill of decode-0, twice at its address") as trace:
         for _ in range(2):
-            await course.hold("decode-0", "decoding")
+            await trace.hold("decode-0", "decoding")
             killed_s = await kill(cluster.processes["decode-0"])
-            course.fault_s = course.fault_s or killed_s
+            trace.fault_s = trace.fault_s or killed_s
             await cluster.restart("decode-0")
             back_s = now_s()
-            served = lambda back_s=back_s: len(course.load.history.begun(back_s).served_by("decode-0"))  # noqa: E731
+            served = lambda back_s=back_s: len(trace.load.history.begun(back_s).served_by("decode-0"))  # noqa: E731
             await assert_eventually(served, within_s=10, what="an answer by the new start")
-    verdicts.is_large_enough(course.load.history.where(lambda asked: asked.went_on), 2, "streams that broke")
+    verdicts.is_large_enough(trace.load.history.where(lambda asked: asked.went_on), 2, "streams that broke")

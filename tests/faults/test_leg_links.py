@@ -17,7 +17,7 @@ from tests.faults.support.cut_proxy import Cut
 from tests.faults.support.fault_cluster import CUT_WORKER
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, LegCluster, leg_cluster
-from tests.faults.support.leg_course import gaps_are_short, under_load
+from tests.faults.support.leg_trace import gaps_are_short, under_load
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(90)]
 
@@ -37,19 +37,19 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
 )
 async def test_a_broken_hop_loses_nobody_a_token(cluster: LegCluster, cuts: Sequence[Cut]) -> None:
     link = cluster.worker_links[-1]
-    async with under_load(cluster, f"hop to {CUT_WORKER}: {' then '.join(cut.value for cut in cuts)}") as course:
-        await course.hold(CUT_WORKER, "decoding")
-        course.fault_s = now_s()
+    async with under_load(cluster, f"hop to {CUT_WORKER}: {' then '.join(cut.value for cut in cuts)}") as trace:
+        await trace.hold(CUT_WORKER, "decoding")
+        trace.fault_s = now_s()
         for number, cut in enumerate(cuts):
             await asyncio.sleep(0.3 * number)
             await link.sever(cut)
-        await course.answered(20)
+        await trace.answered(20)
         assert link.held_count or cuts[-1] is Cut.CLOSED, "void: nothing met the cut"
         assert cluster.processes[CUT_WORKER].runs
         if cuts[-1] is not Cut.SILENT:
             # Its side of each connection is gone, and with it every leg: only a black hole can hide that from it.
             await _is_left_alone(cluster)
-    gaps_are_short(course.load.history, course, CUT_WORKER, max(BOUNDS_S[cut] for cut in cuts) + BUSY_MACHINE_S)
+    gaps_are_short(trace.load.history, trace, CUT_WORKER, max(BOUNDS_S[cut] for cut in cuts) + BUSY_MACHINE_S)
 
 
 async def _is_left_alone(cluster: LegCluster) -> None:

@@ -19,8 +19,8 @@ from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.history import History, now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.support.leg_course import detected_s
 from tests.faults.support.leg_report import LINES, figures_of, report
+from tests.faults.support.leg_trace import detected_s
 from tests.faults.support.process_faults import frozen, kill
 from tests.faults.support.sglang_legs import (
     IN_TURN,

@@ -20,8 +20,8 @@ from tests.faults.support import verdicts
 from tests.faults.support.demo_answers import demo_answers
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
-from tests.faults.support.leg_course import FLOOR, one_ending_each, under_load
 from tests.faults.support.leg_report import figures_of, report
+from tests.faults.support.leg_trace import FLOOR, one_ending_each, under_load
 from tests.faults.support.process_faults import kill
 from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
 
@@ -38,52 +38,52 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
 
 @pytest.mark.parametrize("point", ["bootstrap", "transfer_begin", "transfer_middle", "transfer_end"])
 async def test_every_third_hand_over_of_one_worker_fails(cluster: LegCluster, point: str) -> None:
-    async with under_load(cluster, f"every third {point} of prefill-0 fails") as course:
+    async with under_load(cluster, f"every third {point} of prefill-0 fails") as trace:
         before = len(cluster.fired("prefill-0"))
-        course.fault_s = now_s()
+        trace.fault_s = now_s()
         cluster.inject("prefill-0", {"point": point, "kind": "fail", "every": 3})
-        await course.answered(40)
+        await trace.answered(40)
         passes = [fault["passed"] for fault in cluster.fired("prefill-0")[before:]]
         assert len(passes) > 1, "void: no hand-over failed"
         assert passes == list(range(3, 3 * len(passes) + 1, 3)), "not every third one"
-    again = course.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
+    again = trace.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
     verdicts.is_large_enough(again, 1, "what was begun again")
 
 
 async def test_a_decode_worker_without_memory_gives_it_back(cluster: LegCluster) -> None:
-    async with under_load(cluster, "KV memory of decode-0 exhausted for a second") as course:
-        await course.hold("decode-0", "decoding")
+    async with under_load(cluster, "KV memory of decode-0 exhausted for a second") as trace:
+        await trace.hold("decode-0", "decoding")
         before = len(cluster.fired("decode-0"))
-        course.fault_s = now_s()
+        trace.fault_s = now_s()
         cluster.inject("decode-0", {"point": "decode_step", "kind": "exhaust", "nth": 1, "delay_s": 1.0})
         await assert_eventually(lambda: len(cluster.fired("decode-0")) > before, what="exhausted memory")
-        await course.answered(20)
+        await trace.answered(20)
 
 
 async def test_a_reader_that_does_not_read_holds_up_nobody_else(cluster: LegCluster) -> None:
     prompt = tuple(range(20, 40))
-    async with under_load(cluster, "a reader that does not read") as course:
+    async with under_load(cluster, "a reader that does not read") as trace:
         async with open_channel(cluster.frontends[0].address) as channel:
             stub: Any = InferenceServiceStub(channel)
             call = stub.Generate(_greedy(prompt, SLOW_READER_TOKENS), timeout=60)
             tokens: list[int] = []
             while not tokens:
                 tokens += (await call.read()).chunk.token_ids
-            course.fault_s = now_s()
-            await course.answered(30)
+            trace.fault_s = now_s()
+            await trace.answered(30)
             while (event := await call.read()) is not grpc.aio.EOF:
                 tokens += event.chunk.token_ids
         assert tokens == demo_answers(prompt, SLOW_READER_TOKENS)
-    attempts = {asked.last_attempt for asked in course.load.history.asked}
+    attempts = {asked.last_attempt for asked in trace.load.history.asked}
     assert attempts == {1}, "somebody was sent elsewhere"
 
 
 async def test_a_killed_registry_is_nothing(cluster: LegCluster) -> None:
-    async with under_load(cluster, "kill of the registry") as course:
-        await course.hold("decode-0", "decoding")
-        course.fault_s = await kill(cluster.registries[0])
-        await course.answered(30)
-    assert {asked.last_attempt for asked in course.load.history.asked} == {1}, "a leg broke"
+    async with under_load(cluster, "kill of the registry") as trace:
+        await trace.hold("decode-0", "decoding")
+        trace.fault_s = await kill(cluster.registries[0])
+        await trace.answered(30)
+    assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 
 async def test_a_killed_frontend_leaves_no_leg(cluster: LegCluster) -> None:

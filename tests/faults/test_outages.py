@@ -18,7 +18,7 @@ from tests.faults.support.consul_proofs import generation, kill_first, lose_lead
 from tests.faults.support.cut_proxy import Cut
 from tests.faults.support.demo_answers import demo_answers
 from tests.faults.support.fault_cluster import Plan, fault_cluster
-from tests.faults.support.outage import Course, Place, Step, answering, last_known, live, silent, through_outage
+from tests.faults.support.outage import Place, RequestTrace, Step, answering, last_known, live, silent, through_outage
 from tests.faults.support.process_faults import kill
 from tests.faults.support.steady_load import Shape
 from tests.integration.support.consul_host import consul_servers
@@ -26,7 +26,7 @@ from tests.integration.support.consul_host import consul_servers
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 
 LEASE_S = 2.0
-COURSE = Course(shape=Shape(rate_per_s=20), oracle=demo_answers, floor=20, victim="decode-0")
+TRACE = RequestTrace(shape=Shape(rate_per_s=20), oracle=demo_answers, floor=20, victim="decode-0")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -52,7 +52,7 @@ async def test_one_of_two_registries_is_killed(place: Place) -> None:
     async def end(place: Place) -> None:
         await place.cluster.restart("registry-0")
 
-    await through_outage(place, COURSE, begin, end, live)
+    await through_outage(place, TRACE, begin, end, live)
 
 
 async def test_both_registries_are_killed(place: Place) -> None:
@@ -63,7 +63,7 @@ async def test_both_registries_are_killed(place: Place) -> None:
     async def end(place: Place) -> None:
         await place.cluster.restart("registry-0", "registry-1")
 
-    await through_outage(place, COURSE, begin, end, silent)
+    await through_outage(place, TRACE, begin, end, silent)
 
 
 async def test_consul_is_killed(place: Place) -> None:
@@ -72,7 +72,7 @@ async def test_consul_is_killed(place: Place) -> None:
     async def end(place: Place) -> None:
         await place.consul.restart(place.consul.first)
 
-    await through_outage(place, COURSE, lambda place: kill_first(place.consul), end, last_known)
+    await through_outage(place, TRACE, lambda place: kill_first(place.consul), end, last_known)
     assert await generation(place.consul) == before, "it came back without its memory"
 
 
@@ -82,7 +82,7 @@ async def test_consul_comes_back_with_nothing(place: Place) -> None:
     async def end(place: Place) -> None:
         await place.consul.restart(place.consul.first, empty=True)
 
-    await through_outage(place, COURSE, lambda place: kill_first(place.consul), end, last_known)
+    await through_outage(place, TRACE, lambda place: kill_first(place.consul), end, last_known)
     assert await generation(place.consul) != before, "it has kept its memory"
 
 
@@ -92,13 +92,13 @@ def matrix(*cuts: Cut) -> list[object]:
 
 @pytest.mark.parametrize("cut", [Cut.SILENT, Cut.RESET, *matrix(Cut.CLOSED, Cut.HALF)])
 async def test_the_links_to_consul_are_cut(place: Place, cut: Cut) -> None:
-    await through_outage(place, COURSE, cutting(cut), heal_all, last_known)
+    await through_outage(place, TRACE, cutting(cut), heal_all, last_known)
 
 
 @pytest.mark.parametrize("cut", matrix(Cut.LATE, Cut.TRICKLE))
 async def test_the_links_to_consul_are_slow(place: Place, cut: Cut) -> None:
     # Late, the view is still the present one; over a trickle it may be or not, and nothing fails for it.
-    await through_outage(place, COURSE, cutting(cut), heal_all, live if cut is Cut.LATE else answering)
+    await through_outage(place, TRACE, cutting(cut), heal_all, live if cut is Cut.LATE else answering)
 
 
 def cutting(cut: Cut) -> Step:
@@ -123,4 +123,4 @@ async def test_three_servers_lose_two_and_with_them_their_leader(consul_binary: 
         await place.consul.restart(*place.consul.agents[1:])
 
     async with place_with(consul_binary, tmp_path, servers=3) as place:
-        await through_outage(place, COURSE, lambda place: lose_leader(place.consul), end, last_known)
+        await through_outage(place, TRACE, lambda place: lose_leader(place.consul), end, last_known)

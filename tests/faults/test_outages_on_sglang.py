@@ -16,7 +16,7 @@ import pytest_asyncio
 from tests.faults.support import verdicts
 from tests.faults.support.consul_proofs import generation, kill_first
 from tests.faults.support.fault_cluster import Plan, fault_cluster
-from tests.faults.support.outage import Course, Place, last_known, silent, through_outage
+from tests.faults.support.outage import Place, RequestTrace, last_known, silent, through_outage
 from tests.faults.support.process_faults import kill
 from tests.faults.support.steady_load import Shape, steady_load
 from tests.integration.support.consul_host import consul_servers
@@ -47,7 +47,7 @@ async def place(consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def course(place: Place) -> Course:
+async def trace(place: Place) -> RequestTrace:
     """What is asked, with the answers that an undisturbed pair gives."""
     shape = Shape(rate_per_s=2, prompts=PROMPTS, short_tokens=SHAPE.long_tokens, long_every=0)
     async with steady_load([frontend.address for frontend in place.cluster.frontends], shape) as load:
@@ -59,20 +59,20 @@ async def course(place: Place) -> Course:
     def oracle(prompt: Sequence[int], count: int) -> list[int]:
         return answers[tuple(prompt)][:count]
 
-    return Course(shape=SHAPE, oracle=oracle, floor=FLOOR, victim=None)
+    return RequestTrace(shape=SHAPE, oracle=oracle, floor=FLOOR, victim=None)
 
 
-async def test_streams_outlive_a_consul_that_comes_back_with_nothing(place: Place, course: Course) -> None:
+async def test_streams_outlive_a_consul_that_comes_back_with_nothing(place: Place, trace: RequestTrace) -> None:
     before = await generation(place.consul)
 
     async def end(place: Place) -> None:
         await place.consul.restart(place.consul.first, empty=True)
 
-    await through_outage(place, course, lambda place: kill_first(place.consul), end, last_known)
+    await through_outage(place, trace, lambda place: kill_first(place.consul), end, last_known)
     assert await generation(place.consul) != before, "it has kept its memory"
 
 
-async def test_streams_outlive_both_registries(place: Place, course: Course) -> None:
+async def test_streams_outlive_both_registries(place: Place, trace: RequestTrace) -> None:
     async def begin(place: Place) -> None:
         for registry in place.cluster.registries:
             await kill(registry)
@@ -80,4 +80,4 @@ async def test_streams_outlive_both_registries(place: Place, course: Course) -> 
     async def end(place: Place) -> None:
         await place.cluster.restart("registry-0", "registry-1")
 
-    await through_outage(place, course, begin, end, silent)
+    await through_outage(place, trace, begin, end, silent)

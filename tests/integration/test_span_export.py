@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.observability.span_export import BATCH_MAX, CLOSE_TIMEOUT_S, SpanExport, export_spans, resource
-from tandem.observability.trace_store import Courses
+from tandem.observability.trace_store import TraceStore
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.otlp_receiver import receiver
 
@@ -24,39 +24,39 @@ TAKEN_S = 0.001
 
 
 @contextlib.contextmanager
-def export(address: str, **options: int) -> Iterator[tuple[Courses[Course], SpanExport]]:
-    courses: Courses[Course] = Courses()
-    spans = export_spans(courses, address, 1.0, resource("frontend", "f"))
+def export(address: str, **options: int) -> Iterator[tuple[TraceStore[RequestTrace], SpanExport]]:
+    traces: TraceStore[RequestTrace] = TraceStore()
+    spans = export_spans(traces, address, 1.0, resource("frontend", "f"))
     assert spans is not None
     if "queue_max" in options:
         spans._queue_max = options["queue_max"]
     try:
-        yield courses, spans
+        yield traces, spans
     finally:
         spans.close()
 
 
-def one(courses: Courses[Course], number: int) -> float:
+def one(traces: TraceStore[RequestTrace], number: int) -> float:
     """A request; how long its end took."""
-    with courses.following(Course(request_id=f"r{number}")) as course:
-        course.finish("stop", 1, 1, 0)
+    with traces.following(RequestTrace(request_id=f"r{number}")) as trace:
+        trace.finish("stop", 1, 1, 0)
         begin_s = time.perf_counter()
     return time.perf_counter() - begin_s
 
 
 def test_without_an_endpoint_nothing_is_made() -> None:
-    courses: Courses[Course] = Courses()
+    traces: TraceStore[RequestTrace] = TraceStore()
     threads = threading.active_count()
-    assert export_spans(courses, None, 1.0, {}) is None
-    assert (courses.ids, courses.sinks, threading.active_count()) == (None, [], threads)
+    assert export_spans(traces, None, 1.0, {}) is None
+    assert (traces.ids, traces.sinks, threading.active_count()) == (None, [], threads)
 
 
 async def test_a_dead_collector_costs_requests_nothing() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with export(address, queue_max=200) as (courses, spans):
-            times_s = sorted([one(courses, number) for number in range(1000)])
+        with export(address, queue_max=200) as (traces, spans):
+            times_s = sorted([one(traces, number) for number in range(1000)])
             assert times_s[500] < TAKEN_S
             assert spans.queued_count <= 200
             assert spans.dropped_count >= 1000 - 200 - BATCH_MAX
@@ -69,10 +69,10 @@ async def test_a_dead_collector_costs_requests_nothing() -> None:
 async def test_a_hanging_collector_costs_requests_nothing() -> None:
     async with receiver() as collector:
         collector.hangs = True
-        with export(collector.address, queue_max=200) as (courses, spans):
-            one(courses, -1)
+        with export(collector.address, queue_max=200) as (traces, spans):
+            one(traces, -1)
             await assert_eventually(lambda: collector.call_count, within_s=10, what="a call that hangs")
-            times_s = sorted([one(courses, number) for number in range(1000)])
+            times_s = sorted([one(traces, number) for number in range(1000)])
             assert times_s[500] < TAKEN_S
             assert spans.queued_count <= 200
             assert spans.dropped_count >= 800
@@ -86,13 +86,13 @@ async def test_a_collector_that_comes_later_gets_what_comes_then() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    with export(f"127.0.0.1:{port}") as (courses, spans):
-        one(courses, 0)
+    with export(f"127.0.0.1:{port}") as (traces, spans):
+        one(traces, 0)
         await asyncio.sleep(0.2)
         async with receiver(port) as collector:
 
             def told() -> bool:
-                one(courses, 1)
+                one(traces, 1)
                 return any(span.attributes["tandem.request_id"] == "r1" for span in collector.spans)
 
             await assert_eventually(told, within_s=20, every_s=0.2, what="a span of the time after")
@@ -101,9 +101,9 @@ async def test_a_collector_that_comes_later_gets_what_comes_then() -> None:
 
 async def test_the_end_of_a_process_sends_what_is_left() -> None:
     async with receiver() as collector:
-        with export(collector.address) as (courses, spans):
+        with export(collector.address) as (traces, spans):
             for number in range(BATCH_MAX + 7):
-                one(courses, number)
+                one(traces, number)
             await asyncio.to_thread(spans.close)
         assert len({span.attributes["tandem.request_id"] for span in collector.spans}) == BATCH_MAX + 7
         assert (spans.exported_count, spans.dropped_count) == (BATCH_MAX + 7, 0)
@@ -111,10 +111,10 @@ async def test_the_end_of_a_process_sends_what_is_left() -> None:
 
 async def test_a_ratio_of_none_exports_nothing() -> None:
     async with receiver() as collector:
-        courses: Courses[Course] = Courses()
-        spans = export_spans(courses, collector.address, 0.0, resource("frontend", "f"))
+        traces: TraceStore[RequestTrace] = TraceStore()
+        spans = export_spans(traces, collector.address, 0.0, resource("frontend", "f"))
         assert spans is not None
-        one(courses, 1)
+        one(traces, 1)
         await asyncio.to_thread(spans.close)
         assert not collector.spans
         assert spans.exported_count == 0

@@ -11,40 +11,40 @@ import pytest
 from tandem.clock import ManualClock
 from tandem.domain.generation import EngineFinish, FinishReason
 from tandem.errors import LegFailed, Overloaded
-from tandem.observability.request_trace import GAPS_MAX, AttemptCourse, Course, LegCourse
+from tandem.observability.request_trace import GAPS_MAX, AttemptTrace, LegTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import Courses, trace_ids
+from tandem.observability.trace_store import TraceStore, trace_ids
 
 
 def test_a_failure_before_any_attempt_is_a_refusal() -> None:
-    courses: Courses[Course] = Courses()
-    with pytest.raises(Overloaded), courses.following(Course(request_id="r")):
+    traces: TraceStore[RequestTrace] = TraceStore()
+    with pytest.raises(Overloaded), traces.following(RequestTrace(request_id="r")):
         raise Overloaded("full")
-    (course,) = courses.closed
-    assert (course.outcome, course.reason, course.message) == ("refused", "OVERLOADED", "full")
+    (trace,) = traces.closed
+    assert (trace.outcome, trace.reason, trace.message) == ("refused", "OVERLOADED", "full")
 
 
 def test_a_failure_after_dispatch_is_a_failure() -> None:
-    courses: Courses[Course] = Courses()
-    with pytest.raises(LegFailed), courses.following(Course(attempts=[AttemptCourse()])) as course:
+    traces: TraceStore[RequestTrace] = TraceStore()
+    with pytest.raises(LegFailed), traces.following(RequestTrace(attempts=[AttemptTrace()])) as trace:
         raise LegFailed("broken")
-    assert (course.outcome, course.reason) == ("failed", "LEG_FAILED")
+    assert (trace.outcome, trace.reason) == ("failed", "LEG_FAILED")
 
 
 def test_a_defect_is_a_failure_without_its_text() -> None:
-    courses: Courses[Course] = Courses()
-    with pytest.raises(ValueError, match="secret"), courses.following(Course(attempts=[AttemptCourse()])) as course:
+    traces: TraceStore[RequestTrace] = TraceStore()
+    with pytest.raises(ValueError, match="secret"), traces.following(RequestTrace(attempts=[AttemptTrace()])) as trace:
         raise ValueError("secret")
-    assert (course.outcome, course.reason, course.message) == ("failed", "INTERNAL", "ValueError")
+    assert (trace.outcome, trace.reason, trace.message) == ("failed", "INTERNAL", "ValueError")
 
 
 async def test_a_client_that_leaves_cancels_and_one_that_has_its_finish_does_not() -> None:
-    courses: Courses[Course] = Courses()
+    traces: TraceStore[RequestTrace] = TraceStore()
 
     async def stream(*, finished: bool) -> AsyncGenerator[int, None]:
-        with courses.following(Course()) as course:
+        with traces.following(RequestTrace()) as trace:
             if finished:
-                course.finish("stop", 1, 1, 0)
+                trace.finish("stop", 1, 1, 0)
             yield 1
             yield 2
 
@@ -52,74 +52,74 @@ async def test_a_client_that_leaves_cancels_and_one_that_has_its_finish_does_not
         async with aclosing(stream(finished=finished)) as numbers:
             async for _ in numbers:
                 break
-    assert [course.outcome for course in courses.closed] == ["cancelled", "finished"]
-    assert not courses.open
+    assert [trace.outcome for trace in traces.closed] == ["cancelled", "finished"]
+    assert not traces.open
 
-    with pytest.raises(asyncio.CancelledError), courses.following(Course()):
+    with pytest.raises(asyncio.CancelledError), traces.following(RequestTrace()):
         raise asyncio.CancelledError
-    assert courses.closed[-1].outcome == "cancelled"
+    assert traces.closed[-1].outcome == "cancelled"
 
 
 def test_a_sink_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Course] = []
+    told: list[RequestTrace] = []
 
-    def broken(course: Course) -> None:
+    def broken(trace: RequestTrace) -> None:
         raise RuntimeError("the sink is broken")
 
-    courses: Courses[Course] = Courses([broken, told.append])
-    with courses.following(Course()) as course:
-        course.finish("stop", 1, 1, 0)
-    assert told == [course]
+    traces: TraceStore[RequestTrace] = TraceStore([broken, told.append])
+    with traces.following(RequestTrace()) as trace:
+        trace.finish("stop", 1, 1, 0)
+    assert told == [trace]
     assert "could not be told of" in caplog.text
 
 
 def test_the_last_ones_are_kept_beside_those_that_run() -> None:
-    courses: Courses[LegCourse] = Courses(closed_kept=2)
+    traces: TraceStore[LegTrace] = TraceStore(closed_kept=2)
     for number in range(4):
-        with courses.following(LegCourse(request_id=f"r{number % 2}", attempt=number)):
+        with traces.following(LegTrace(request_id=f"r{number % 2}", attempt=number)):
             pass
-    with courses.following(LegCourse(request_id="r1", attempt=9)):
-        assert [course.attempt for course in courses.open] == [9]
-    assert len(courses.closed) == 2
+    with traces.following(LegTrace(request_id="r1", attempt=9)):
+        assert [trace.attempt for trace in traces.open] == [9]
+    assert len(traces.closed) == 2
 
 
 def test_tokens_are_noted_with_their_times() -> None:
     clock = ManualClock(10.0)
-    courses: Courses[Course] = Courses()
-    with courses.following(Course(clock=clock)) as course:
+    traces: TraceStore[RequestTrace] = TraceStore()
+    with traces.following(RequestTrace(clock=clock)) as trace:
         for number, (now_s, count) in enumerate([(11.0, 1), (11.5, 2), (12.5, 1)]):
             if number != 1:
-                course.add_attempt(AttemptCourse(number=len(course.attempts) + 1))
-            course.note_tokens(now_s, count)
+                trace.add_attempt(AttemptTrace(number=len(trace.attempts) + 1))
+            trace.note_tokens(now_s, count)
         clock.advance(5)
-        course.finish("stop", 1, 4, 0)
-    assert (course.ttft_s, course.token_count, list(course.gaps_s)) == (1.0, 4, [0.5, 1.0])
-    assert [(a.first_token_s, a.last_token_s) for a in course.attempts] == [(11.0, 11.5), (12.5, 12.5)]
-    assert (course.begin_s, course.end_s) == (10.0, 15.0)
+        trace.finish("stop", 1, 4, 0)
+    assert (trace.ttft_s, trace.token_count, list(trace.gaps_s)) == (1.0, 4, [0.5, 1.0])
+    assert [(a.first_token_s, a.last_token_s) for a in trace.attempts] == [(11.0, 11.5), (12.5, 12.5)]
+    assert (trace.begin_s, trace.end_s) == (10.0, 15.0)
 
 
 def test_a_long_stream_does_not_grow_its_record_without_bound() -> None:
-    course = Course()
+    trace = RequestTrace()
     for number in range(GAPS_MAX * 2):
-        course.note_tokens(float(number), 1)
-        course.event("again")
-    assert len(course.gaps_s) == GAPS_MAX
-    assert course.token_count == GAPS_MAX * 2
-    assert len(course.events) < 100
+        trace.note_tokens(float(number), 1)
+        trace.event("again")
+    assert len(trace.gaps_s) == GAPS_MAX
+    assert trace.token_count == GAPS_MAX * 2
+    assert len(trace.events) < 100
 
 
 def test_a_leg_ends_as_its_engine_says() -> None:
-    courses: Courses[LegCourse] = Courses()
-    with courses.following(LegCourse()) as course:
-        course.finish(EngineFinish(reason=FinishReason.LENGTH))
-    assert (course.outcome, course.reason) == ("finished", "length")
+    traces: TraceStore[LegTrace] = TraceStore()
+    with traces.following(LegTrace()) as trace:
+        trace.finish(EngineFinish(reason=FinishReason.LENGTH))
+    assert (trace.outcome, trace.reason) == ("finished", "length")
 
 
 def test_spans_are_made_only_where_they_are_exported() -> None:
     parent = TraceContext(7, 8)
-    assert Courses[Course]().child(parent) is parent
-    assert Courses[Course]().child(None) is None
-    courses: Courses[Course] = Courses(ids=trace_ids(1.0))
-    with courses.following(Course(parent=parent)) as course:
-        assert course.trace is not None
-        assert (course.trace.trace_id, course.trace.span_id != 8) == (7, True)
+    assert TraceStore[RequestTrace]().child(parent) is parent
+    assert TraceStore[RequestTrace]().child(None) is None
+    traces: TraceStore[RequestTrace] = TraceStore(ids=trace_ids(1.0))
+    with traces.following(RequestTrace(parent=parent)) as trace:
+        assert trace.span_context is not None
+        assert (trace.span_context.trace_id, trace.span_context.span_id != 8) == (7, True)

@@ -6,12 +6,12 @@ import traceback
 from pathlib import Path
 
 import pytest
-from tandem.service import envoy_binary
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.keys import ApiKey, read_keys
 
 from tandem import config
 from tandem.errors import ConfigError, StartError
+from tandem.service import envoy_binary
 
 SECRET = "sk-0123456789abcdef"
 

@@ -14,7 +14,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.played_legs import Outbox
@@ -33,7 +33,7 @@ class Scene:
         self.outbox = Outbox()
         stop_tokens = StopTokens((), (), 0, ignore_eos=True)
         detokenizer, stops = Detokenizer(Letters(), [0]), StopMatcher(())
-        self.relay = Relay(detokenizer, stops, stop_tokens, Course(), self.outbox, self.coalescing, hold_max_s)
+        self.relay = Relay(detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, self.coalescing, hold_max_s)
 
     async def be_busy(self, share: float, seconds: float = 2.0) -> None:
         self.load.open()

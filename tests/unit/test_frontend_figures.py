@@ -13,8 +13,8 @@ from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2, worker_pb2
 from tandem.clock import ManualClock
 from tandem.errors import LegFailed, NoWorkers
-from tandem.observability.request_trace import AttemptCourse, Course
-from tandem.observability.trace_store import Courses
+from tandem.observability.request_trace import AttemptTrace, RequestTrace
+from tandem.observability.trace_store import TraceStore
 from tests.unit.support.frontend_workers import decode, prefill
 
 WALL_S = 1_795_577_668.0
@@ -25,13 +25,13 @@ class World:
 
     def __init__(self) -> None:
         self.clock = ManualClock(WALL_S)
-        self.courses: Courses[Course] = Courses()
-        self.figures = Figures(self.courses, self.clock)
+        self.traces: TraceStore[RequestTrace] = TraceStore()
+        self.figures = Figures(self.traces, self.clock)
 
-    def attempt(self, course: Course, *, tokens_before: int = 0) -> AttemptCourse:
-        number = len(course.attempts) + 1
-        return course.add_attempt(
-            AttemptCourse(
+    def attempt(self, trace: RequestTrace, *, tokens_before: int = 0) -> AttemptTrace:
+        number = len(trace.attempts) + 1
+        return trace.add_attempt(
+            AttemptTrace(
                 number=number,
                 clock=self.clock,
                 room=70 + number,
@@ -43,44 +43,44 @@ class World:
             )
         )
 
-    def tokens(self, course: Course, *gaps_s: float) -> None:
+    def tokens(self, trace: RequestTrace, *gaps_s: float) -> None:
         for gap_s in gaps_s:
             self.clock.advance(gap_s)
-            course.note_tokens(self.clock(), 1)
+            trace.note_tokens(self.clock(), 1)
 
 
 def leg_finish(kv_transfer_bytes: int) -> leg_pb2.LegFinish:
     return leg_pb2.LegFinish(timings=leg_pb2.LegTimings(kv_transfer_bytes=kv_transfer_bytes))
 
 
-def broken_then_continued(world: World, course: Course) -> None:
-    first = world.attempt(course)
+def broken_then_continued(world: World, trace: RequestTrace) -> None:
+    first = world.attempt(trace)
     first.accepted("prefill")
     first.accepted("decode")
-    world.tokens(course, 0.5, 0.01, 0.01)
+    world.tokens(trace, 0.5, 0.01, 0.01)
     first.broke("decode", decode("decode-1"), "decoding", "LEG_FAILED")
     first.end(leg_finish(1_000), None)
-    second = world.attempt(course, tokens_before=3)
-    world.tokens(course, 0.2, 0.01)
+    second = world.attempt(trace, tokens_before=3)
+    world.tokens(trace, 0.2, 0.01)
     second.end(leg_finish(1_400), leg_finish(1_400))
 
 
 def test_a_request_is_counted_once_however_often_it_is_looked_at() -> None:
     world = World()
     figures = world.figures
-    with world.courses.following(Course(clock=world.clock, request_id="r")) as course:
+    with world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:
         for _ in range(3):
             figures.look()
         assert (figures.open_count, figures.ttft.latencies()) == (1, None)
-        broken_then_continued(world, course)
+        broken_then_continued(world, trace)
         for _ in range(3):
             figures.look()
         assert figures.tokens.total == 5
         assert figures.itl.latencies().count == 4  # type: ignore[union-attr]
         assert figures.continuations == 1
         assert not figures.outcomes
-        world.tokens(course, 0.01)
-        course.finish("length", 6, 6, 0)
+        world.tokens(trace, 0.01)
+        trace.finish("length", 6, 6, 0)
     assert figures.open_count == 0
     assert dict(figures.outcomes) == {"finished": 1}
     assert figures.tokens.total == 6
@@ -99,10 +99,10 @@ def test_endings_are_told_apart() -> None:
     world = World()
 
     def end_with(raised: BaseException, *, attempted: bool) -> None:
-        course = Course()
+        trace = RequestTrace()
         if attempted:
-            world.attempt(course)
-        with pytest.raises(type(raised)), world.courses.following(course):
+            world.attempt(trace)
+        with pytest.raises(type(raised)), world.traces.following(trace):
             raise raised
 
     end_with(NoWorkers("none"), attempted=False)
@@ -115,8 +115,8 @@ def test_endings_are_told_apart() -> None:
 def test_the_table_of_failures_is_bounded() -> None:
     world = World()
     for number in range(2 * FAILURES_MAX):
-        with world.courses.following(Course(clock=world.clock)) as course:
-            attempt = world.attempt(course)
+        with world.traces.following(RequestTrace(clock=world.clock)) as trace:
+            attempt = world.attempt(trace)
             attempt.broke("decode", decode(f"w-{number}"), "decoding", "LEG_FAILED")
             attempt.end(None, None)
     failures = world.figures.leg_failures
@@ -127,18 +127,18 @@ def test_the_table_of_failures_is_bounded() -> None:
 
 def test_a_timeline_tells_both_attempts() -> None:
     world = World()
-    with world.courses.following(
-        Course(clock=world.clock, request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
-    ) as course:
+    with world.traces.following(
+        RequestTrace(clock=world.clock, request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
+    ) as trace:
         world.clock.advance(0.004)
-        course.step("tokenise", course.begin_s)
-        broken_then_continued(world, course)
-        still_open = timeline_of(course)
-        course.finish("length", 6, 5, 2)
+        trace.step("tokenise", trace.begin_s)
+        broken_then_continued(world, trace)
+        still_open = timeline_of(trace)
+        trace.finish("length", 6, 5, 2)
     assert still_open.outcome == pb.REQUEST_OUTCOME_OPEN
     assert not still_open.HasField("end")
     assert not still_open.HasField("usage")
-    told = timeline_of(course)
+    told = timeline_of(trace)
     assert "secret" not in str(told), "a prompt is for traces, and only where that was asked for"
     assert (told.request_id, told.call_id, told.operation) == ("r", "c", "chat")
     assert told.finish_reason == generation_pb2.FINISH_REASON_LENGTH
@@ -165,9 +165,9 @@ def test_a_timeline_tells_both_attempts() -> None:
 def test_a_failed_request_tells_its_reason() -> None:
     world = World()
     fields: dict[str, Any] = {"role": "decode"}
-    with pytest.raises(NoWorkers), world.courses.following(Course(clock=world.clock, request_id="r")) as course:
+    with pytest.raises(NoWorkers), world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:
         raise NoWorkers("no decode worker is alive", **fields)
-    told = timeline_of(course)
+    told = timeline_of(trace)
     assert told.outcome == pb.REQUEST_OUTCOME_REFUSED
     assert told.error_reason == error_pb2.ERROR_REASON_NO_WORKERS
     assert told.error_message == "no decode worker is alive"

@@ -10,9 +10,9 @@ from tandem_frontend.execution.request_stream import ATTEMPTS_MAX
 from tandem_frontend.execution.trace_recorder import Record
 
 from tandem.errors import LegFailed
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import Courses, trace_ids
+from tandem.observability.trace_store import TraceStore, trace_ids
 from tests.unit.support.played_legs import Gathered
 from tests.unit.test_frontend_continuation import KILLED, Fleet, leg
 
@@ -20,27 +20,27 @@ from tests.unit.test_frontend_continuation import KILLED, Fleet, leg
 class Noted(Gathered):
     """A taker that notes its tokens, as the relay does."""
 
-    def __init__(self, course: Course) -> None:
+    def __init__(self, trace: RequestTrace) -> None:
         super().__init__()
-        self._course = course
+        self._trace = trace
 
     def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
         super().take(token_ids, logprobs)
-        self._course.note_tokens(self._course.clock(), len(token_ids))
+        self._trace.note_tokens(self._trace.clock(), len(token_ids))
 
 
 async def read(fleet: Fleet, record: Record) -> None:
-    async with fleet.attempts.taken(leg(), Noted(record.course), None, record) as stream:
+    async with fleet.attempts.taken(leg(), Noted(record.trace), None, record) as stream:
         await stream.run()
 
 
 async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:
-    fleet, courses = Fleet(), Courses[Course]()
-    with courses.following(Course()) as course:
-        await read(fleet, Record(course))
-        course.finish("length", 3, 10, 0)
-    assert [step.name for step in course.steps] == ["route"]
-    (attempt,) = course.attempts
+    fleet, traces = Fleet(), TraceStore[RequestTrace]()
+    with traces.following(RequestTrace()) as trace:
+        await read(fleet, Record(trace))
+        trace.finish("length", 3, 10, 0)
+    assert [step.name for step in trace.steps] == ["route"]
+    (attempt,) = trace.attempts
     (sent,) = fleet.sent
     assert attempt.decode_worker == sent.route.decode
     assert attempt.prefill_worker == sent.route.prefill
@@ -51,39 +51,39 @@ async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:
     assert attempt.decode_finish is not None
     times = [attempt.begin_s, attempt.decode_accepted_s, attempt.first_token_s, attempt.last_token_s, attempt.end_s]
     assert times == sorted(time_s for time_s in times if time_s is not None)
-    assert course.token_count == 10
+    assert trace.token_count == 10
 
 
 async def test_a_broken_stream_tells_who_broke_it_and_what_went_on() -> None:
-    fleet, courses = Fleet(faults={1: (4, KILLED)}), Courses[Course](ids=trace_ids(1.0))
-    with courses.following(Course()) as course:
-        await read(fleet, Record(course, courses.child))
-    first, second = course.attempts
+    fleet, traces = Fleet(faults={1: (4, KILLED)}), TraceStore[RequestTrace](ids=trace_ids(1.0))
+    with traces.following(RequestTrace()) as trace:
+        await read(fleet, Record(trace, traces.child))
+    first, second = trace.attempts
     assert (first.outcome, first.failed_leg, first.failed_worker) == ("broken", "decode", fleet.sent[0].route.decode)
     assert first.reason == KILLED.reason
     assert (second.outcome, second.tokens_before, second.failed_leg) == ("finished", 4, "")
     assert "tried" in second.why or "refused" in second.why
-    assert first.trace is not None
-    assert second.trace is not None
-    assert course.trace is not None
-    assert first.trace.trace_id == second.trace.trace_id == course.trace.trace_id
-    assert len({first.trace.span_id, second.trace.span_id, course.trace.span_id}) == 3
+    assert first.span_context is not None
+    assert second.span_context is not None
+    assert trace.span_context is not None
+    assert first.span_context.trace_id == second.span_context.trace_id == trace.span_context.trace_id
+    assert len({first.span_context.span_id, second.span_context.span_id, trace.span_context.span_id}) == 3
     assert [headers[0][1].split("-")[2] for headers in fleet.headers] == [
-        f"{attempt.trace.span_id:016x}" for attempt in course.attempts if attempt.trace
+        f"{attempt.span_context.span_id:016x}" for attempt in trace.attempts if attempt.span_context
     ]
 
 
 async def test_a_request_that_fails_for_good_says_so() -> None:
-    fleet, courses = Fleet(faults=dict.fromkeys(range(1, 9), (0, KILLED))), Courses[Course]()
-    with pytest.raises(LegFailed), courses.following(Course()) as course:
-        await read(fleet, Record(course))
-    assert (course.outcome, course.reason) == ("failed", "LEG_FAILED")
-    assert {attempt.outcome for attempt in course.attempts} == {"broken"}
-    assert len(course.attempts) == ATTEMPTS_MAX
+    fleet, traces = Fleet(faults=dict.fromkeys(range(1, 9), (0, KILLED))), TraceStore[RequestTrace]()
+    with pytest.raises(LegFailed), traces.following(RequestTrace()) as trace:
+        await read(fleet, Record(trace))
+    assert (trace.outcome, trace.reason) == ("failed", "LEG_FAILED")
+    assert {attempt.outcome for attempt in trace.attempts} == {"broken"}
+    assert len(trace.attempts) == ATTEMPTS_MAX
 
 
 async def test_the_callers_span_is_passed_on_where_nothing_is_exported() -> None:
-    fleet, courses = Fleet(), Courses[Course]()
-    with courses.following(Course(parent=TraceContext(7, 8, False, "v=1"))) as course:
-        await read(fleet, Record(course, courses.child))
+    fleet, traces = Fleet(), TraceStore[RequestTrace]()
+    with traces.following(RequestTrace(parent=TraceContext(7, 8, False, "v=1"))) as trace:
+        await read(fleet, Record(trace, traces.child))
     assert dict(fleet.headers[0]) == {"traceparent": f"00-{7:032x}-{8:016x}-00", "tracestate": "v=1"}

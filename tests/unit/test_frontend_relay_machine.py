@@ -21,7 +21,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tests.unit.support.played_legs import Outbox
 
 PIECES = (
@@ -135,7 +135,9 @@ class RelayMachine(RuleBasedStateMachine):
         stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
         self.outbox, self.coalescing = Outbox(), PlayedCoalescing()
         detokenizer, stops = Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops)
-        self.relay = Relay(detokenizer, stops, stop_tokens, Course(), self.outbox, self.coalescing, loop=PlayedLoop())
+        self.relay = Relay(
+            detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, self.coalescing, loop=PlayedLoop()
+        )
         self.is_open = False
         stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
         self.whole_leg = leg_pb2.LegRequest(token_ids=PROMPT, stopping=stopping)

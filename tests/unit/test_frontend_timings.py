@@ -13,7 +13,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock, SteadyTime
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tests.unit.support.played_legs import Outbox
 
 
@@ -34,10 +34,10 @@ def leg(start_s: int | None, end_s: int | None) -> leg_pb2.LegFinish:
 
 
 def relay_at(time: SteadyTime) -> Relay:
-    course = Course(clock=time, begin_s=time.begin_time_s)
+    trace = RequestTrace(clock=time, begin_s=time.begin_time_s)
     stop_tokens = StopTokens((), (), 0, ignore_eos=True)
     detokenizer = Detokenizer(Letters(), [0])
-    return Relay(detokenizer, StopMatcher(()), stop_tokens, course, Outbox(), Coalescing())
+    return Relay(detokenizer, StopMatcher(()), stop_tokens, trace, Outbox(), Coalescing())
 
 
 def times(decode: leg_pb2.LegFinish | None, prefill: leg_pb2.LegFinish | None) -> tuple[int, int]:

@@ -70,7 +70,9 @@ def test_layers(path: Path) -> None:
     if under(path, "domain"):
         outside = [n for n in imports(path) if n.split(".")[0] not in {*sys.stdlib_module_names, "tandem"}]
         assert not outside
-        assert not [n for n in imports(path) if n.startswith("tandem.") and not n.startswith(("tandem.domain", "tandem.errors"))]
+        assert not [
+            n for n in imports(path) if n.startswith("tandem.") and not n.startswith(("tandem.domain", "tandem.errors"))
+        ]
     speaks_grpc = any(under(path, folder) for folder in ("rpc", "client", "discovery", "cli"))
     may_speak_grpc = speaks_grpc or path.stem == "servicer"
     if not may_speak_grpc:

@@ -14,9 +14,9 @@ import pytest
 
 from tandem.errors import InvalidRequest, LegFailed
 from tandem.observability import logs
-from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
+from tandem.observability.request_trace import AttemptTrace, LegTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import Courses
+from tandem.observability.trace_store import TraceStore
 from tests.unit.support.frontend_workers import decode, prefill
 
 log = logging.getLogger("tandem.test")
@@ -57,17 +57,17 @@ def test_a_line_is_one_object(stream: Stream) -> None:
 def test_a_terminal_gets_text(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logs.set_up("info", "auto", "tandem-test")
-    with Courses[Course]().following(Course(request_id="r-1")):
+    with TraceStore[RequestTrace]().following(RequestTrace(request_id="r-1")):
         log.warning("look")
     assert stream.readouterr().err.endswith(" WARNING tandem.test look [request_id=r-1]\n")
 
 
 async def test_lines_of_requests_at_the_same_time_do_not_mix(stream: Stream) -> None:
     logs.set_up("info", "json", "tandem-test")
-    courses: Courses[Course] = Courses()
+    traces: TraceStore[RequestTrace] = TraceStore()
 
     async def request(name: str) -> None:
-        with courses.following(Course(request_id=name, parent=TraceContext(int(name[1:]), 1))):
+        with traces.following(RequestTrace(request_id=name, parent=TraceContext(int(name[1:]), 1))):
             for _ in range(3):
                 await asyncio.sleep(0)
                 log.info("work of %s", name)
@@ -82,13 +82,13 @@ async def test_lines_of_requests_at_the_same_time_do_not_mix(stream: Stream) -> 
 
 def test_a_request_is_one_line_when_it_ends(stream: Stream) -> None:
     logs.set_up("info", "json", "tandem-frontend")
-    courses: Courses[Course] = Courses([logs.log_request])
-    attempt = AttemptCourse(room=77, prefill_worker=prefill(), decode_worker=decode())
-    course = Course(request_id="r-1", operation="chat", model="m", tenant="alice", parent=TraceContext(10, 11))
-    with courses.following(course):
-        course.add_attempt(attempt)
-        course.note_tokens(course.clock(), 3)
-        course.finish("stop", 9, 3, 8)
+    traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
+    attempt = AttemptTrace(room=77, prefill_worker=prefill(), decode_worker=decode())
+    trace = RequestTrace(request_id="r-1", operation="chat", model="m", tenant="alice", parent=TraceContext(10, 11))
+    with traces.following(trace):
+        trace.add_attempt(attempt)
+        trace.note_tokens(trace.clock(), 3)
+        trace.finish("stop", 9, 3, 8)
     (entry,) = entries(stream)
     for name, value in {
         "logger": "tandem.request",
@@ -112,22 +112,22 @@ def test_a_request_is_one_line_when_it_ends(stream: Stream) -> None:
 
 def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
     logs.set_up("debug", "json", "tandem-frontend")
-    courses: Courses[Course] = Courses([logs.log_request])
-    course = Course(request_id="r-1", prompt="my secret prompt")
-    with contextlib.suppress(InvalidRequest), courses.following(course):
+    traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
+    trace = RequestTrace(request_id="r-1", prompt="my secret prompt")
+    with contextlib.suppress(InvalidRequest), traces.following(trace):
         raise InvalidRequest("guided.regex", "my secret pattern cannot be used")
     (entry,) = entries(stream)
     assert "secret" not in json.dumps(entry)
-    assert "secret" not in course.message
+    assert "secret" not in trace.message
     assert (entry["outcome"], entry["reason"]) == ("refused", "INVALID_REQUEST")
 
 
 def test_a_leg_that_fails_is_news_and_one_that_finishes_is_not(stream: Stream) -> None:
     logs.set_up("info", "json", "tandem-decode")
-    courses: Courses[LegCourse] = Courses([logs.log_leg])
-    with courses.following(LegCourse(request_id="fine")) as course:
-        course.outcome = "finished"
-    with contextlib.suppress(LegFailed), courses.following(LegCourse(request_id="broken", role="decode", attempt=2)):
+    traces: TraceStore[LegTrace] = TraceStore([logs.log_leg])
+    with traces.following(LegTrace(request_id="fine")) as trace:
+        trace.outcome = "finished"
+    with contextlib.suppress(LegFailed), traces.following(LegTrace(request_id="broken", role="decode", attempt=2)):
         raise LegFailed("no KV came")
     (entry,) = entries(stream)
     assert (entry["request_id"], entry["attempt"], entry["reason"]) == ("broken", 2, "LEG_FAILED")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tandem.observability.request_metrics import RequestMetrics
-from tandem.observability.request_trace import AttemptCourse, Course
+from tandem.observability.request_trace import AttemptTrace, RequestTrace
 
 
 class Counted:
@@ -23,6 +23,6 @@ class Counted:
 
 def test_the_policy_is_the_one_that_chose() -> None:
     metrics: Any = Counted()
-    attempt = AttemptCourse(policy="random", why="A sentence of any words", outcome="finished", end_s=1.0)
-    RequestMetrics(metrics, "m")(Course(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
+    attempt = AttemptTrace(policy="random", why="A sentence of any words", outcome="finished", end_s=1.0)
+    RequestMetrics(metrics, "m")(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
     assert metrics.counts["tandem.pairs.chosen"] == {"tandem.policy": "random", "tandem.route": "aggregated"}

@@ -11,44 +11,50 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import EngineFinish, EngineTimings, FinishReason
 from tandem.errors import LegFailed
 from tandem.observability.otlp import Encoder
-from tandem.observability.request_trace import AttemptCourse, Course, LegCourse
+from tandem.observability.request_trace import AttemptTrace, LegTrace, RequestTrace
 from tandem.observability.spans import Span, is_sampled, spans_of
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import Courses, trace_ids
+from tandem.observability.trace_store import TraceStore, trace_ids
 from tests.unit.support.frontend_workers import decode, prefill
 
 PARENT = TraceContext(7, 8, state="v=1")
 
 
-def spans(course: Course | LegCourse) -> list[Span]:
+def spans(trace: RequestTrace | LegTrace) -> list[Span]:
     numbers = itertools.count(1000)
-    return spans_of(course, lambda: next(numbers))
+    return spans_of(trace, lambda: next(numbers))
 
 
-def finished() -> Course:
-    courses: Courses[Course] = Courses(ids=trace_ids(1.0))
-    with courses.following(Course(request_id="r", model="m", parent=PARENT)) as course:
+def finished() -> RequestTrace:
+    traces: TraceStore[RequestTrace] = TraceStore(ids=trace_ids(1.0))
+    with traces.following(RequestTrace(request_id="r", model="m", parent=PARENT)) as trace:
         for name in ("tokenise", "admit", "wait", "route"):
-            course.step(name, course.clock())
+            trace.step(name, trace.clock())
         workers = {"prefill_worker": prefill(), "decode_worker": decode()}
-        first = course.add_attempt(AttemptCourse(trace=courses.child(course.trace), begin_s=course.clock(), **workers))
+        first = trace.add_attempt(
+            AttemptTrace(span_context=traces.child(trace.span_context), begin_s=trace.clock(), **workers)
+        )
         first.accepted("prefill")
         first.broke("decode", decode(), "decoding", "LEG_FAILED")
         first.end(None, None)
-        course.step("route", course.clock())
-        second = course.add_attempt(
-            AttemptCourse(
-                number=2, trace=courses.child(course.trace), begin_s=course.clock(), tokens_before=3, **workers
+        trace.step("route", trace.clock())
+        second = trace.add_attempt(
+            AttemptTrace(
+                number=2,
+                span_context=traces.child(trace.span_context),
+                begin_s=trace.clock(),
+                tokens_before=3,
+                **workers,
             )
         )
         second.accepted("prefill")
         second.accepted("decode")
-        course.note_tokens(course.clock(), 4)
+        trace.note_tokens(trace.clock(), 4)
         finish = leg_pb2.LegFinish()
         finish.timings.kv_transfer_bytes = 4096
         second.end(None, finish)
-        course.finish("stop", 9, 4, 0)
-    return course
+        trace.finish("stop", 9, 4, 0)
+    return trace
 
 
 def test_attempts_are_siblings_and_the_second_is_linked_to_the_first() -> None:
@@ -68,28 +74,28 @@ def test_attempts_are_siblings_and_the_second_is_linked_to_the_first() -> None:
 
 def test_a_step_that_did_not_happen_has_no_span() -> None:
     timings = EngineTimings(queued_time_s=10.0, preallocation_end_time_s=11.0)
-    with Courses[LegCourse](ids=trace_ids(1.0)).following(LegCourse(role="decode", begin_s=9.0)) as course:
-        course.finish(EngineFinish(reason=FinishReason.ABORTED, timings=timings))
-    assert [(span.name, span.begin_s, span.end_s) for span in spans(course)[1:]] == [
+    with TraceStore[LegTrace](ids=trace_ids(1.0)).following(LegTrace(role="decode", begin_s=9.0)) as trace:
+        trace.finish(EngineFinish(reason=FinishReason.ABORTED, timings=timings))
+    assert [(span.name, span.begin_s, span.end_s) for span in spans(trace)[1:]] == [
         ("submit", 9.0, 10.0),
         ("pre-allocate", 10.0, 11.0),
     ]
 
 
 def test_a_leg_that_failed_says_why_and_one_that_was_left_is_no_error() -> None:
-    courses: Courses[LegCourse] = Courses(ids=trace_ids(1.0))
-    failed = LegCourse(role="prefill")
-    with pytest.raises(LegFailed), courses.following(failed):
+    traces: TraceStore[LegTrace] = TraceStore(ids=trace_ids(1.0))
+    failed = LegTrace(role="prefill")
+    with pytest.raises(LegFailed), traces.following(failed):
         raise LegFailed("no peer came")
-    with courses.following(LegCourse(role="prefill")) as left:
+    with traces.following(LegTrace(role="prefill")) as left:
         pass
     assert spans(failed)[0].error == "no peer came"
     assert spans(left)[0].error is None
 
 
 def test_the_wire_carries_all_of_it() -> None:
-    course = finished()
-    request = Encoder({"service.name": "tandem-frontend"}).request([course])
+    trace = finished()
+    request = Encoder({"service.name": "tandem-frontend"}).request([trace])
     (resource_spans,) = request.resource_spans
     assert resource_spans.resource.attributes[0].value.string_value == "tandem-frontend"
     root, *others = resource_spans.scope_spans[0].spans
@@ -106,6 +112,6 @@ def test_the_wire_carries_all_of_it() -> None:
 
 
 def test_what_is_not_sampled_has_no_spans() -> None:
-    assert not is_sampled(Course())
-    assert not is_sampled(Course(trace=TraceContext(1, 2, False)))
-    assert is_sampled(Course(trace=TraceContext(1, 2)))
+    assert not is_sampled(RequestTrace())
+    assert not is_sampled(RequestTrace(span_context=TraceContext(1, 2, False)))
+    assert is_sampled(RequestTrace(span_context=TraceContext(1, 2)))

@@ -51,17 +51,17 @@ def with_everything(spec: ClusterSpec) -> ClusterSpec:
     return replace(spec, metrics=True, otlp_endpoint=NOBODY, worker_flags=flags)
 
 
-async def courses(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
+async def traces(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
     """What each leg tells of its steps, one request at a time and several at once."""
-    rows = [await _course(cluster, length, vocabulary_size) for length in (1, size.prompt_tokens) for _ in range(3)]
-    rows += [await _course(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(3)]
-    several = [_course(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(AT_ONCE)]
+    rows = [await _trace(cluster, length, vocabulary_size) for length in (1, size.prompt_tokens) for _ in range(3)]
+    rows += [await _trace(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(3)]
+    several = [_trace(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(AT_ONCE)]
     together = list(await asyncio.gather(*several))
     wrong = sorted({problem for row in (*rows, *together) for problem in row["out_of_order"]})
     return {"out_of_order": wrong, "alone": rows, "together": together}
 
 
-async def _course(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: int) -> dict[str, Any]:
+async def _trace(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: int) -> dict[str, Any]:
     request = request_of(prompt(prompt_tokens, vocabulary_size, time.monotonic_ns()), 16)
     request.request_id = f"course-{time.monotonic_ns()}"
     address = cluster.frontend.address

@@ -161,7 +161,7 @@ class Run:
 
         async def use(cluster: LocalCluster) -> None:
             given = (cluster, plan.size, vocabulary)
-            for name, of in (("courses", observed.courses), ("pages", observed.pages), ("metrics", observed.metrics)):
+            for name, of in (("courses", observed.traces), ("pages", observed.pages), ("metrics", observed.metrics)):
                 await take(f"observed_{name}", 10, functools.partial(of, *given))
             out = plan.machine.logs.parent / "profile"
             await take("observed_profile", 20, functools.partial(observed.profile, *given, out))

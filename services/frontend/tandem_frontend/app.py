@@ -32,9 +32,9 @@ from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Reading, Together, open_metrics
 from tandem.observability.profiles import Profiles
 from tandem.observability.request_metrics import RequestMetrics
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.observability.span_export import SpanExport, export_spans, resource
-from tandem.observability.trace_store import Courses
+from tandem.observability.trace_store import TraceStore
 from tandem.output_parsers import Parsers
 from tandem.rpc.channels import Channels
 from tandem.rpc.http2.limits import STREAMS_MAX
@@ -81,8 +81,8 @@ class FrontendApp:
         self._config = config
         self._membership = membership
         self._siblings = Siblings({}) if membership is None else membership.siblings
-        self._courses: Courses[Course] = Courses([log_request], closed_kept=config.timelines_kept)
-        self._figures = Figures(self._courses)
+        self._traces: TraceStore[RequestTrace] = TraceStore([log_request], closed_kept=config.timelines_kept)
+        self._figures = Figures(self._traces)
         self._looking: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
         self._tokenizer: Tokenizer | None = None
@@ -153,7 +153,7 @@ class FrontendApp:
         if self._membership is None:
             server.bind(config.host, config.port)
         self._spans = export_spans(
-            self._courses, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._instance)
+            self._traces, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._instance)
         )
         await self._metrics.start(self._instance)
         if self._parsers is not None:
@@ -177,17 +177,17 @@ class FrontendApp:
         attempts = self._attempts = Attempts(routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng)
         coalescing = Coalescing(config.coalesce_ms / 1_000, load)
         generation = Generation(
-            model, admission, attempts, self._courses, coalescing, tells_prompts=config.trace_prompts
+            model, admission, attempts, self._traces, coalescing, tells_prompts=config.trace_prompts
         )
         if self._metrics.is_on:
             self._metrics.measure(self._read)
-            self._courses.sinks.append(RequestMetrics(self._metrics, config.served_name))
+            self._traces.sinks.append(RequestMetrics(self._metrics, config.served_name))
         await watch.start()
         servicer = InferenceServicer(generation, model, watch.workers)
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-        own = OwnAnswers(self._courses, self._figures, lambda: admission.waiting_count)
+        own = OwnAnswers(self._traces, self._figures, lambda: admission.waiting_count)
         told = FrontendAdminServicer(own, self._siblings)
         server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, told))
         self._looking = asyncio.create_task(self._figures.keep_looking(), name="figures")

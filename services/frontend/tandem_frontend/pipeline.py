@@ -15,16 +15,16 @@ from typing import Protocol
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.errors import Overloaded
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
-from tandem.observability.trace_store import Courses
+from tandem.observability.trace_store import TraceStore
 from tandem.rpc.convert import present
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import Demand
 from tandem_frontend.call_context import Caller
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.request_stream import Attempts, RequestStream
-from tandem_frontend.execution.trace_recorder import Record, course_of
+from tandem_frontend.execution.trace_recorder import Record, trace_of
 from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import CheckedRequest, checked_generate, naming_the_prompt
@@ -57,17 +57,17 @@ class Generation:
         model: ServedModel,
         admission: Admission,
         attempts: Attempts,
-        courses: Courses[Course] | None = None,
+        traces: TraceStore[RequestTrace] | None = None,
         coalescing: Coalescing | None = None,
         *,
         tells_prompts: bool = False,
     ) -> None:
-        """`courses` keeps what happened to each request, and its prompt if so wanted; None: nothing is kept."""
+        """`traces` keeps what happened to each request, and its prompt if so wanted; None: nothing is kept."""
         self._tells_prompts = tells_prompts
         self._model = model
         self._admission = admission
         self._attempts = attempts
-        self._courses: Courses[Course] = courses or Courses()
+        self._traces: TraceStore[RequestTrace] = traces or TraceStore()
         self._coalescing = coalescing or Coalescing()
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
@@ -84,13 +84,13 @@ class Generation:
             TandemError: the one ending of an answer without a finish.
         """
         with (
-            self._courses.following(course_of(request, caller, self._model.name)) as record,
+            self._traces.following(trace_of(request, caller, self._model.name)) as record,
             self._admitted(record) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(request, self._model.tokenizer)
             recorder.checked(wanted)
-            if self._tells_prompts and self._courses.ids is not None and is_sampled(record):
+            if self._tells_prompts and self._traces.ids is not None and is_sampled(record):
                 record.prompt = await self._told_prompt(wanted)
             relay = self._relay(wanted, record, answer)
             async with self._served(wanted, caller, relay, recorder) as stream:
@@ -111,8 +111,8 @@ class Generation:
         return await self._model.tokenizer.decode_all(ids, skip_special_tokens=False)
 
     @contextlib.contextmanager
-    def _admitted(self, course: Course) -> Iterator[Record]:
-        record = Record(course, self._courses.child)
+    def _admitted(self, trace: RequestTrace) -> Iterator[Record]:
+        record = Record(trace, self._traces.child)
         record.arrive()
         with self._admission.admit():
             record.step("admit")
@@ -147,7 +147,7 @@ class Generation:
             cache_salt=wanted.cache_salt,
         )
 
-    def _relay(self, wanted: CheckedRequest, record: Course, answer: Answer) -> Relay:
+    def _relay(self, wanted: CheckedRequest, record: RequestTrace, answer: Answer) -> Relay:
         tokenizer = self._model.tokenizer
         stop_tokens = StopTokens(
             wanted.stop_token_ids, tokenizer.eos_token_ids, wanted.min_tokens or 0, ignore_eos=wanted.ignore_eos

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 
 from tandem.domain.generation import EngineFinish, EngineTimings, FinishReason
-from tandem.observability import request_trace as courses
+from tandem.observability import request_trace as traces
 from tandem.observability.metrics import Attributes, Metrics
-from tandem.observability.request_trace import LegCourse
+from tandem.observability.request_trace import LegTrace
 
 HIT_LEGS = 256
 """So many of the last legs make the hit ratio."""
@@ -31,16 +31,16 @@ class LegMetrics:
         prompt_tokens = sum(prompt for prompt, _ in self._prompts)
         return sum(cached for _, cached in self._prompts) / prompt_tokens if prompt_tokens else None
 
-    def __call__(self, course: LegCourse) -> None:
+    def __call__(self, trace: LegTrace) -> None:
         """Tell of one that has closed."""
-        assert course.end_s is not None, "a course is told when it has closed"
-        metrics, finish = self._metrics, course.engine_finish
+        assert trace.end_s is not None, "a course is told when it has closed"
+        metrics, finish = self._metrics, trace.engine_finish
         is_aborted = finish is not None and finish.reason is FinishReason.ABORTED
-        outcome = ABORTED if is_aborted else course.outcome
-        leg = {"tandem.leg": course.role}
-        metrics.record("tandem.leg.duration", course.end_s - course.begin_s, {**leg, "tandem.outcome": outcome})
-        if course.outcome == courses.CANCELLED and course.left_s is not None:
-            metrics.record("tandem.leg.abort.duration", course.end_s - course.left_s, leg)
+        outcome = ABORTED if is_aborted else trace.outcome
+        leg = {"tandem.leg": trace.role}
+        metrics.record("tandem.leg.duration", trace.end_s - trace.begin_s, {**leg, "tandem.outcome": outcome})
+        if trace.outcome == traces.CANCELLED and trace.left_s is not None:
+            metrics.record("tandem.leg.abort.duration", trace.end_s - trace.left_s, leg)
         if finish is not None:
             self._tell_tokens(leg, finish)
             if finish.timings is not None:

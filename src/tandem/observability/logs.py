@@ -14,14 +14,14 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from tandem.observability.request_trace import FAILED, FINISHED, Course, LegCourse
+from tandem.observability.request_trace import FAILED, FINISHED, LegTrace, RequestTrace
 
 FIELDS = "tandem"
 """The attribute of a record that holds its further fields: `log.info(..., extra={FIELDS: {...}})`."""
 PLAIN = "%(asctime)s %(levelname)s %(name)s %(message)s"
 requests_log, legs_log = logging.getLogger("tandem.request"), logging.getLogger("tandem.leg")
 
-about: ContextVar[Course | LegCourse | None] = ContextVar("about", default=None)
+about: ContextVar[RequestTrace | LegTrace | None] = ContextVar("about", default=None)
 """Whose work is being done. It is set for good: every call is a task of its own, with a context of its own."""
 
 
@@ -75,12 +75,12 @@ class TextFormatter(logging.Formatter):
         return f"{super().formatMessage(record)}{f' [{told}]' if told else ''}"
 
 
-def ids_of(course: Course | LegCourse | None) -> dict[str, str]:
+def ids_of(trace: RequestTrace | LegTrace | None) -> dict[str, str]:
     """What finds a request again, in logs and in traces."""
-    if course is None:
+    if trace is None:
         return {}
-    ids = {"request_id": course.request_id} if course.request_id else {}
-    return ids if course.trace is None else {**ids, "trace_id": course.trace.trace_hex}
+    ids = {"request_id": trace.request_id} if trace.request_id else {}
+    return ids if trace.span_context is None else {**ids, "trace_id": trace.span_context.trace_hex}
 
 
 def set_up(level: str, log_format: str, service: str, process: int | None = None) -> None:
@@ -103,54 +103,54 @@ def is_text(log_format: str) -> bool:
     return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
 
 
-def log_request(course: Course) -> None:
+def log_request(trace: RequestTrace) -> None:
     """The line of a request that has ended."""
     if requests_log.isEnabledFor(logging.INFO):
-        requests_log.info("%s %s", course.operation, course.outcome, extra={FIELDS: request_fields(course)})
+        requests_log.info("%s %s", trace.operation, trace.outcome, extra={FIELDS: request_fields(trace)})
 
 
-def log_leg(course: LegCourse) -> None:
+def log_leg(trace: LegTrace) -> None:
     """The line of a leg that has ended: the frontend tells of the request, so only failures are news here."""
-    level = logging.WARNING if course.outcome == FAILED else logging.DEBUG
+    level = logging.WARNING if trace.outcome == FAILED else logging.DEBUG
     if legs_log.isEnabledFor(level):
-        legs_log.log(level, "%s leg %s", course.role, course.outcome, extra={FIELDS: leg_fields(course)})
+        legs_log.log(level, "%s leg %s", trace.role, trace.outcome, extra={FIELDS: leg_fields(trace)})
 
 
-def request_fields(course: Course) -> Mapping[str, Any]:
+def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
     """What is told of a request."""
-    last = course.attempts[-1] if course.attempts else None
+    last = trace.attempts[-1] if trace.attempts else None
     workers = () if last is None else (last.prefill_worker, last.decode_worker)
     fields: dict[str, Any] = {
-        **ids_of(course),
-        "operation": course.operation,
-        "model": course.model,
-        "tenant": course.tenant or None,
-        "outcome": course.outcome,
-        "reason": course.reason,
-        "prompt_tokens": course.prompt_tokens,
-        "completion_tokens": course.completion_tokens or course.token_count,
-        "cached_tokens": course.cached_tokens if course.outcome == FINISHED else None,
-        "ttft_ms": _ms(course.ttft_s),
-        "duration_ms": _ms(None if course.end_s is None else course.end_s - course.begin_s),
-        "attempts": len(course.attempts),
+        **ids_of(trace),
+        "operation": trace.operation,
+        "model": trace.model,
+        "tenant": trace.tenant or None,
+        "outcome": trace.outcome,
+        "reason": trace.reason,
+        "prompt_tokens": trace.prompt_tokens,
+        "completion_tokens": trace.completion_tokens or trace.token_count,
+        "cached_tokens": trace.cached_tokens if trace.outcome == FINISHED else None,
+        "ttft_ms": _ms(trace.ttft_s),
+        "duration_ms": _ms(None if trace.end_s is None else trace.end_s - trace.begin_s),
+        "attempts": len(trace.attempts),
         "workers": [worker.worker_id for worker in workers if worker is not None],
         "room": last.room if last is not None and last.room else None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def leg_fields(course: LegCourse) -> Mapping[str, Any]:
+def leg_fields(trace: LegTrace) -> Mapping[str, Any]:
     """What is told of a leg."""
     return {
-        **ids_of(course),
-        "attempt": course.attempt,
-        "role": course.role,
-        "outcome": course.outcome,
-        "reason": course.reason,
-        "prompt_tokens": course.prompt_tokens,
-        "completion_tokens": course.token_count,
-        "duration_ms": _ms(None if course.end_s is None else course.end_s - course.begin_s),
-        "room": course.room or None,
+        **ids_of(trace),
+        "attempt": trace.attempt,
+        "role": trace.role,
+        "outcome": trace.outcome,
+        "reason": trace.reason,
+        "prompt_tokens": trace.prompt_tokens,
+        "completion_tokens": trace.token_count,
+        "duration_ms": _ms(None if trace.end_s is None else trace.end_s - trace.begin_s),
+        "room": trace.room or None,
     }
 
 

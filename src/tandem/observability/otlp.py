@@ -15,7 +15,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 import tandem
-from tandem.observability.request_trace import Course, Event, LegCourse
+from tandem.observability.request_trace import Event, LegTrace, RequestTrace
 from tandem.observability.spans import Span, spans_of
 from tandem.observability.trace_store import trace_ids
 
@@ -38,9 +38,9 @@ class Encoder:
         self._scope = InstrumentationScope(name=SCOPE, version=tandem.__version__)
         self._ids = trace_ids(1.0)
 
-    def request(self, courses: Sequence[Course | LegCourse]) -> ExportTraceServiceRequest:
+    def request(self, traces: Sequence[RequestTrace | LegTrace]) -> ExportTraceServiceRequest:
         """One request with the spans of courses that are sampled."""
-        spans = [_span(span) for course in courses for span in spans_of(course, self._ids.span_id)]
+        spans = [_span(span) for trace in traces for span in spans_of(trace, self._ids.span_id)]
         scope_spans = trace_pb2.ScopeSpans(scope=self._scope, spans=spans)
         resource_spans = trace_pb2.ResourceSpans(resource=self._resource, scope_spans=[scope_spans])
         return ExportTraceServiceRequest(resource_spans=[resource_spans])

@@ -76,12 +76,12 @@ class Event:
 
 
 @dataclass(slots=True, kw_only=True)
-class AttemptCourse:
+class AttemptTrace:
     """One attempt: both legs, as the frontend saw them."""
 
     number: int = 1
     clock: Callable[[], float] = field(default_factory=SteadyTime)
-    trace: TraceContext | None = None
+    span_context: TraceContext | None = None
     """Its own span, which is the parent of its legs'; the caller's where nothing is exported."""
     room: int = 0
     """Where its legs meet; 0: it has one leg only."""
@@ -136,7 +136,7 @@ class AttemptCourse:
 
 
 @dataclass(slots=True, kw_only=True)
-class Course(Tokens):
+class RequestTrace(Tokens):
     """A request on its way through the frontend, over all its attempts."""
 
     request_id: str = ""
@@ -148,7 +148,7 @@ class Course(Tokens):
     tenant: str = ""
     parent: TraceContext | None = None
     """The caller's span."""
-    trace: TraceContext | None = None
+    span_context: TraceContext | None = None
     """This request's own span; the caller's where nothing is exported."""
     begin_s: float = 0.0
     end_s: float | None = None
@@ -161,7 +161,7 @@ class Course(Tokens):
     left_s: float | None = None
     """The client's leaving was seen, while it had legs."""
     steps: list[Step] = field(default_factory=list)
-    attempts: list[AttemptCourse] = field(default_factory=list)
+    attempts: list[AttemptTrace] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     outcome: str = ""
     """One of OUTCOMES; empty while it runs."""
@@ -181,7 +181,7 @@ class Course(Tokens):
         if len(self.events) < EVENTS_MAX:
             self.events.append(Event(name, self.clock(), attributes))
 
-    def add_attempt(self, attempt: AttemptCourse) -> AttemptCourse:
+    def add_attempt(self, attempt: AttemptTrace) -> AttemptTrace:
         """Another attempt begins."""
         self.attempts.append(attempt)
         return attempt
@@ -224,7 +224,7 @@ class Course(Tokens):
 
 
 @dataclass(slots=True, kw_only=True)
-class LegCourse(Tokens):
+class LegTrace(Tokens):
     """A leg on its way through a worker."""
 
     request_id: str = ""
@@ -238,7 +238,7 @@ class LegCourse(Tokens):
     """0: it has no peer."""
     parent: TraceContext | None = None
     """The attempt's span in the frontend."""
-    trace: TraceContext | None = None
+    span_context: TraceContext | None = None
     """This leg's own span; the parent's where nothing is exported."""
     begin_s: float = 0.0
     """Accepted."""

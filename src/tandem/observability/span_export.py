@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import tandem
-from tandem.observability.request_trace import Course, LegCourse
+from tandem.observability.request_trace import LegTrace, RequestTrace
 from tandem.observability.spans import is_sampled
-from tandem.observability.trace_store import Courses, trace_ids
+from tandem.observability.trace_store import TraceStore, trace_ids
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SpanExport:
         """Courses whose spans nobody has got: the queue was full, or the collector did not take them."""
         self.exported_count = 0
         """Courses whose spans the collector has taken."""
-        self._queue: deque[Course | LegCourse] = deque()
+        self._queue: deque[RequestTrace | LegTrace] = deque()
         self._queue_max = queue_max
         self._wake = threading.Event()
         self._is_closing = False
@@ -58,9 +58,9 @@ class SpanExport:
         """Courses that wait."""
         return len(self._queue)
 
-    def take(self, course: Course | LegCourse) -> None:
+    def take(self, trace: RequestTrace | LegTrace) -> None:
         """Have a closed course's spans sent; never waits."""
-        if not is_sampled(course):
+        if not is_sampled(trace):
             return
         if len(self._queue) >= self._queue_max:
             self.dropped_count += 1
@@ -69,7 +69,7 @@ class SpanExport:
             self._is_full = True
             return
         self._is_full = False
-        self._queue.append(course)
+        self._queue.append(trace)
         if len(self._queue) == BATCH_MAX:
             self._wake.set()
 
@@ -116,14 +116,17 @@ class SpanExport:
 
 
 def export_spans(
-    courses: Courses[Course] | Courses[LegCourse], endpoint: str | None, ratio: float, resource: Mapping[str, str]
+    traces: TraceStore[RequestTrace] | TraceStore[LegTrace],
+    endpoint: str | None,
+    ratio: float,
+    resource: Mapping[str, str],
 ) -> SpanExport | None:
     """Have the spans of all these courses exported; None, and nothing imported, where there is no endpoint."""
     if endpoint is None:
         return None
     export = SpanExport(endpoint, resource)
-    courses.ids = trace_ids(ratio)
-    courses.sinks.append(export.take)
+    traces.ids = trace_ids(ratio)
+    traces.sinks.append(export.take)
     log.info("spans of %g of all requests go to %s", ratio, endpoint)
     return export
 

@@ -13,7 +13,7 @@ from typing import Any
 from tandem.domain.generation import EngineTimings
 from tandem.domain.worker import Worker
 from tandem.observability import span_names as names
-from tandem.observability.request_trace import BROKEN, CANCELLED, FINISHED, AttemptCourse, Course, Event, LegCourse
+from tandem.observability.request_trace import BROKEN, CANCELLED, FINISHED, AttemptTrace, Event, LegTrace, RequestTrace
 
 NewId = Callable[[], int]
 
@@ -40,51 +40,51 @@ class Span:
     """Why it failed; None: it did not."""
 
 
-def is_sampled(course: Course | LegCourse) -> bool:
+def is_sampled(trace: RequestTrace | LegTrace) -> bool:
     """Whether its spans are wanted."""
-    return course.trace is not None and course.trace.is_sampled
+    return trace.span_context is not None and trace.span_context.is_sampled
 
 
-def spans_of(course: Course | LegCourse, new_id: NewId) -> list[Span]:
+def spans_of(trace: RequestTrace | LegTrace, new_id: NewId) -> list[Span]:
     """The spans of a sampled course, its own first."""
-    return _request_spans(course, new_id) if isinstance(course, Course) else _leg_spans(course, new_id)
+    return _request_spans(trace, new_id) if isinstance(trace, RequestTrace) else _leg_spans(trace, new_id)
 
 
 # --- A request in the frontend
 
 
-def _request_spans(course: Course, new_id: NewId) -> list[Span]:
-    own = _own(course, course.operation, _request_attributes(course))
-    own.events += course.events
-    if course.first_token_s is not None:
-        own.events.append(Event("first token", course.first_token_s, {names.TTFT_S: course.ttft_s}))
-    spans = [own, *(_below(own, new_id(), step.name, step.begin_s, step.end_s) for step in course.steps)]
+def _request_spans(trace: RequestTrace, new_id: NewId) -> list[Span]:
+    own = _own(trace, trace.operation, _request_attributes(trace))
+    own.events += trace.events
+    if trace.first_token_s is not None:
+        own.events.append(Event("first token", trace.first_token_s, {names.TTFT_S: trace.ttft_s}))
+    spans = [own, *(_below(own, new_id(), step.name, step.begin_s, step.end_s) for step in trace.steps)]
     routes = [span for span in spans if span.name == names.ROUTE]
-    earlier: AttemptCourse | None = None
-    for attempt, route in itertools.zip_longest(course.attempts, routes):
+    earlier: AttemptTrace | None = None
+    for attempt, route in itertools.zip_longest(trace.attempts, routes):
         if attempt is None:
             continue
         if route is not None:
             route.attributes |= _route_attributes(attempt)
-        spans += _attempt_spans(own, course, attempt, earlier, new_id)
+        spans += _attempt_spans(own, trace, attempt, earlier, new_id)
         earlier = attempt
-    if course.last_token_s is not None and course.outcome == FINISHED:
-        spans.append(_below(own, new_id(), names.FINISH, course.last_token_s, own.end_s))
+    if trace.last_token_s is not None and trace.outcome == FINISHED:
+        spans.append(_below(own, new_id(), names.FINISH, trace.last_token_s, own.end_s))
     return spans
 
 
 def _attempt_spans(
-    own: Span, course: Course, attempt: AttemptCourse, earlier: AttemptCourse | None, new_id: NewId
+    own: Span, trace: RequestTrace, attempt: AttemptTrace, earlier: AttemptTrace | None, new_id: NewId
 ) -> Iterator[Span]:
     end_s = attempt.end_s if attempt.end_s is not None else own.end_s
-    span_id = attempt.trace.span_id if attempt.trace is not None else new_id()
-    span = _below(own, span_id, names.ATTEMPT, attempt.begin_s, end_s, _attempt_attributes(course, attempt))
+    span_id = attempt.span_context.span_id if attempt.span_context is not None else new_id()
+    span = _below(own, span_id, names.ATTEMPT, attempt.begin_s, end_s, _attempt_attributes(trace, attempt))
     span.kind = "client"
     if attempt.outcome == BROKEN:
         span.error = attempt.reason
         span.attributes[names.ERROR_TYPE] = attempt.reason
-    if earlier is not None and earlier.trace is not None:
-        span.links.append((earlier.trace.span_id, {names.CONTINUES: attempt.tokens_before > 0}))
+    if earlier is not None and earlier.span_context is not None:
+        span.links.append((earlier.span_context.span_id, {names.CONTINUES: attempt.tokens_before > 0}))
     yield span
     accepted = [
         time_s
@@ -101,30 +101,30 @@ def _attempt_spans(
             yield _below(span, new_id(), names.AWAIT, max(known), attempt.first_token_s)
 
 
-def _request_attributes(course: Course) -> dict[str, Any]:
+def _request_attributes(trace: RequestTrace) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        names.OPERATION: course.operation,
-        names.MODEL: course.model,
-        names.REQUEST_ID: course.request_id,
-        names.OUTCOME: course.outcome,
-        names.INPUT_TOKENS: course.prompt_tokens,
-        names.OUTPUT_TOKENS: course.completion_tokens or course.token_count,
+        names.OPERATION: trace.operation,
+        names.MODEL: trace.model,
+        names.REQUEST_ID: trace.request_id,
+        names.OUTCOME: trace.outcome,
+        names.INPUT_TOKENS: trace.prompt_tokens,
+        names.OUTPUT_TOKENS: trace.completion_tokens or trace.token_count,
     }
     optional: dict[str, Any] = {
-        names.TENANT: course.tenant or None,
-        names.MAX_TOKENS: course.max_tokens,
-        names.TTFT_S: course.ttft_s,
-        names.KV_BYTES: course.kv_transfer_bytes or None,
-        names.PROMPT: course.prompt,
+        names.TENANT: trace.tenant or None,
+        names.MAX_TOKENS: trace.max_tokens,
+        names.TTFT_S: trace.ttft_s,
+        names.KV_BYTES: trace.kv_transfer_bytes or None,
+        names.PROMPT: trace.prompt,
     }
-    if course.outcome == FINISHED:
-        optional |= {names.FINISH_REASONS: [course.reason], names.CACHED_TOKENS: course.cached_tokens}
+    if trace.outcome == FINISHED:
+        optional |= {names.FINISH_REASONS: [trace.reason], names.CACHED_TOKENS: trace.cached_tokens}
     return attributes | {name: value for name, value in optional.items() if value is not None}
 
 
-def _attempt_attributes(course: Course, attempt: AttemptCourse) -> dict[str, Any]:
+def _attempt_attributes(trace: RequestTrace, attempt: AttemptTrace) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        names.REQUEST_ID: course.request_id,
+        names.REQUEST_ID: trace.request_id,
         names.ATTEMPT_NUMBER: attempt.number,
         names.OUTCOME: attempt.outcome,
         names.TOKENS_BEFORE: attempt.tokens_before,
@@ -146,7 +146,7 @@ def _attempt_attributes(course: Course, attempt: AttemptCourse) -> dict[str, Any
     return attributes
 
 
-def _route_attributes(attempt: AttemptCourse) -> dict[str, Any]:
+def _route_attributes(attempt: AttemptTrace) -> dict[str, Any]:
     chosen: dict[str, Worker | None] = {
         names.PREFILL_WORKER: attempt.prefill_worker,
         names.DECODE_WORKER: attempt.decode_worker,
@@ -163,12 +163,12 @@ def _route_attributes(attempt: AttemptCourse) -> dict[str, Any]:
 # --- A leg in a worker
 
 
-def _leg_spans(course: LegCourse, new_id: NewId) -> list[Span]:
-    finish = course.engine_finish
-    own = _own(course, names.LEG.get(course.role, course.role), _leg_attributes(course))
+def _leg_spans(trace: LegTrace, new_id: NewId) -> list[Span]:
+    finish = trace.engine_finish
+    own = _own(trace, names.LEG.get(trace.role, trace.role), _leg_attributes(trace))
     spans = [own]
     timings = finish.timings if finish is not None else None
-    for name, begin_s, end_s in _leg_steps(course, timings) if timings is not None else ():
+    for name, begin_s, end_s in _leg_steps(trace, timings) if timings is not None else ():
         if begin_s is not None and end_s is not None:
             spans.append(_below(own, new_id(), name, begin_s, end_s))
     if timings is not None and timings.first_token_time_s is not None:
@@ -182,46 +182,46 @@ def _leg_spans(course: LegCourse, new_id: NewId) -> list[Span]:
     return spans
 
 
-def _leg_steps(course: LegCourse, timings: EngineTimings) -> tuple[tuple[str, float | None, float | None], ...]:
+def _leg_steps(trace: LegTrace, timings: EngineTimings) -> tuple[tuple[str, float | None, float | None], ...]:
     """Name, begin and end of each step: the engine's times, between the worker's own of its first and last word."""
-    submit = names.SUBMIT, course.begin_s, timings.queued_time_s
+    submit = names.SUBMIT, trace.begin_s, timings.queued_time_s
     # To the worker, not to the scheduler: on a busy core a token waits between the two as long as for its computing.
-    stream = names.STREAM, course.first_token_s, course.last_token_s
-    if course.role == "decode":
+    stream = names.STREAM, trace.first_token_s, trace.last_token_s
+    if trace.role == "decode":
         return (
             submit,
             (names.PREALLOCATE, timings.queued_time_s, timings.preallocation_end_time_s),
             (names.WAIT_FOR_KV, timings.preallocation_end_time_s, timings.kv_transfer_end_time_s),
-            (names.FIRST_TOKEN, timings.kv_transfer_end_time_s, course.first_token_s),
+            (names.FIRST_TOKEN, timings.kv_transfer_end_time_s, trace.first_token_s),
             stream,
         )
-    queued = timings.bootstrap_end_time_s if course.role == "prefill" else timings.queued_time_s
+    queued = timings.bootstrap_end_time_s if trace.role == "prefill" else timings.queued_time_s
     computing = (
         submit,
         (names.BOOTSTRAP, timings.queued_time_s, timings.bootstrap_end_time_s),
         (names.QUEUE, queued, timings.prefill_start_time_s),
         (names.PREFILL, timings.prefill_start_time_s, timings.prefill_end_time_s),
     )
-    if course.role == "prefill":
+    if trace.role == "prefill":
         return (*computing, (names.TRANSFER, timings.kv_transfer_start_time_s, timings.kv_transfer_end_time_s))
-    return (*computing, (names.FIRST_TOKEN, timings.prefill_end_time_s, course.first_token_s), stream)
+    return (*computing, (names.FIRST_TOKEN, timings.prefill_end_time_s, trace.first_token_s), stream)
 
 
-def _leg_attributes(course: LegCourse) -> dict[str, Any]:
+def _leg_attributes(trace: LegTrace) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        names.MODEL: course.model,
-        names.REQUEST_ID: course.request_id,
-        names.ATTEMPT_NUMBER: course.attempt,
-        names.ROLE: course.role,
-        names.WORKER: course.worker_id,
-        names.EPOCH: course.epoch,
-        names.OUTCOME: course.outcome,
-        names.INPUT_TOKENS: course.prompt_tokens,
-        names.OUTPUT_TOKENS: course.token_count,
+        names.MODEL: trace.model,
+        names.REQUEST_ID: trace.request_id,
+        names.ATTEMPT_NUMBER: trace.attempt,
+        names.ROLE: trace.role,
+        names.WORKER: trace.worker_id,
+        names.EPOCH: trace.epoch,
+        names.OUTCOME: trace.outcome,
+        names.INPUT_TOKENS: trace.prompt_tokens,
+        names.OUTPUT_TOKENS: trace.token_count,
     }
-    if course.room:
-        attributes[names.ROOM] = course.room
-    finish = course.engine_finish
+    if trace.room:
+        attributes[names.ROOM] = trace.room
+    finish = trace.engine_finish
     if finish is not None:
         attributes |= {names.FINISH_REASONS: [finish.reason.value], names.CACHED_TOKENS: finish.cached_tokens}
         if finish.recomputed_tokens is not None:
@@ -234,25 +234,25 @@ def _leg_attributes(course: LegCourse) -> dict[str, Any]:
 # --- Both
 
 
-def _own(course: Course | LegCourse, name: str, attributes: dict[str, Any]) -> Span:
+def _own(trace: RequestTrace | LegTrace, name: str, attributes: dict[str, Any]) -> Span:
     """The span of the course itself."""
-    trace, parent = course.trace, course.parent
-    assert trace is not None, "a course without a trace has no spans"
+    span_context, parent = trace.span_context, trace.parent
+    assert span_context is not None, "a course without a trace has no spans"
     span = Span(
         name=name,
-        trace_id=trace.trace_id,
-        span_id=trace.span_id,
+        trace_id=span_context.trace_id,
+        span_id=span_context.span_id,
         parent_id=None if parent is None else parent.span_id,
-        begin_s=course.begin_s,
-        end_s=course.begin_s if course.end_s is None else course.end_s,
+        begin_s=trace.begin_s,
+        end_s=trace.begin_s if trace.end_s is None else trace.end_s,
         attributes=attributes,
         kind="server",
         is_parent_remote=parent is not None,
-        state=trace.state,
+        state=span_context.state,
     )
-    if course.outcome not in (FINISHED, CANCELLED):
-        span.error = course.message or course.reason
-        span.attributes[names.ERROR_TYPE] = course.reason
+    if trace.outcome not in (FINISHED, CANCELLED):
+        span.error = trace.message or trace.reason
+        span.attributes[names.ERROR_TYPE] = trace.reason
     return span
 
 

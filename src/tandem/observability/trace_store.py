@@ -15,17 +15,17 @@ from typing import Generic, TypeVar
 
 from tandem.errors import RequestError, TandemError
 from tandem.observability.logs import about
-from tandem.observability.request_trace import Course, LegCourse
+from tandem.observability.request_trace import LegTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext, TraceIds
 
 log = logging.getLogger(__name__)
 
 CLOSED_KEPT = 256
 
-C = TypeVar("C", Course, LegCourse)
+C = TypeVar("C", RequestTrace, LegTrace)
 
 
-class Courses(Generic[C]):
+class TraceStore(Generic[C]):
     """Opens and closes courses."""
 
     def __init__(
@@ -56,41 +56,41 @@ class Courses(Generic[C]):
         return parent if self.ids is None else self.ids.child(parent)
 
     @contextlib.contextmanager
-    def following(self, course: C) -> Iterator[C]:
+    def following(self, trace: C) -> Iterator[C]:
         """Have a course open; whatever leaves this is its ending."""
-        self.begin(course)
-        about.set(course)
+        self.begin(trace)
+        about.set(trace)
         try:
-            yield course
+            yield trace
         except TandemError as problem:
-            course.fail(problem.reason, message_of(problem))
+            trace.fail(problem.reason, message_of(problem))
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            if not course.outcome:
-                course.cancel()
+            if not trace.outcome:
+                trace.cancel()
             raise
         except Exception as problem:
-            course.fail(TandemError.reason, type(problem).__name__)
+            trace.fail(TandemError.reason, type(problem).__name__)
             raise
         finally:
-            self.close(course)
+            self.close(trace)
 
-    def begin(self, course: C) -> None:
+    def begin(self, trace: C) -> None:
         """Have a course open until `close`."""
-        course.begin_s = course.begin_s or course.clock()
-        course.trace = self.child(course.parent)
-        self._open[id(course)] = course
+        trace.begin_s = trace.begin_s or trace.clock()
+        trace.span_context = self.child(trace.parent)
+        self._open[id(trace)] = trace
 
-    def close(self, course: C) -> None:
+    def close(self, trace: C) -> None:
         """The end of a course whose outcome is set; without one it was cancelled."""
-        course.end_s = course.clock()
-        if not course.outcome:
-            course.cancel()
-        del self._open[id(course)]
-        self._closed.append(course)
+        trace.end_s = trace.clock()
+        if not trace.outcome:
+            trace.cancel()
+        del self._open[id(trace)]
+        self._closed.append(trace)
         for sink in self.sinks:
             try:
-                sink(course)
+                sink(trace)
             except Exception:
                 # The one place besides the interceptor: what is told of a request must not change its ending.
                 log.exception("a request could not be told of")

@@ -28,9 +28,9 @@ from tandem.observability.logs import log_leg
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import open_metrics
 from tandem.observability.profiles import Profiles
-from tandem.observability.request_trace import LegCourse
+from tandem.observability.request_trace import LegTrace
 from tandem.observability.span_export import SpanExport, export_spans, resource
-from tandem.observability.trace_store import Courses
+from tandem.observability.trace_store import TraceStore
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.server import AddServicer, RpcServer
@@ -64,7 +64,7 @@ class WorkerHost:
         self._role = role
         self._role_services = role_services
         self._engine = create_engine(config.engine, config.engine_settings(role))
-        self._courses: Courses[LegCourse] = Courses([log_leg])
+        self._traces: TraceStore[LegTrace] = TraceStore([log_leg])
         self._spans: SpanExport | None = None
         self._metrics = open_metrics(config, Emitter.WORKER, f"tandem-{role.value}", config.tls)
         self._server: RpcServer | None = None
@@ -102,7 +102,7 @@ class WorkerHost:
         await self._pass_canary()
         worker = self._describe()
         self._spans = export_spans(
-            self._courses,
+            self._traces,
             self._config.otlp_endpoint,
             self._config.trace_sample_ratio,
             resource(self._role.value, worker.worker_id),
@@ -110,8 +110,8 @@ class WorkerHost:
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
         registration.when_outrun(identity.outrun)
-        self._legs = Legs(self._engine, identity, self._courses, self._timers)
-        counts = LegFigures(self._courses).counts
+        self._legs = Legs(self._engine, identity, self._traces, self._timers)
+        counts = LegFigures(self._traces).counts
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         streams = StepStreams(self._legs.abort_stream)
@@ -182,7 +182,7 @@ class WorkerHost:
 
     def _tell_metrics(self, legs: Legs, health: EngineHealth) -> None:
         leg_metrics = LegMetrics(self._metrics)
-        self._courses.sinks.append(leg_metrics)
+        self._traces.sinks.append(leg_metrics)
         self._metrics.measure(Figures(self._engine, legs, health, leg_metrics).read)
 
     async def _leave(self, server: RpcServer) -> None:

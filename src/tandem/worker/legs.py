@@ -24,9 +24,9 @@ from tandem.errors import (
     StaleEpoch,
     TandemError,
 )
-from tandem.observability.request_trace import LegCourse
+from tandem.observability.request_trace import LegTrace
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import Courses, message_of
+from tandem.observability.trace_store import TraceStore, message_of
 from tandem.rpc.convert import finish_to_proto
 from tandem.rpc.status import to_status
 from tandem.service.awake_timers import AwakeTimers, Timer
@@ -49,7 +49,7 @@ class OpenLeg:
         self.room = request.bootstrap.room if request.bootstrap else None
         self.stream = stream
         self.number = number
-        self.record: LegCourse = legs.new_record(key, request)
+        self.record: LegTrace = legs.new_record(key, request)
         self.deadline: Timer | None = None
         self._index = 0
         self._ending: TandemError | None = None
@@ -99,11 +99,11 @@ class Legs:
         self,
         engine: Engine,
         identity: Identity,
-        records: Courses[LegCourse] | None = None,
+        records: TraceStore[LegTrace] | None = None,
         timers: AwakeTimers | None = None,
     ) -> None:
         """`records` keeps what happened to each leg; None: nothing is kept."""
-        self._records: Courses[LegCourse] = records or Courses()
+        self._records: TraceStore[LegTrace] = records or TraceStore()
         self._timers = timers or AwakeTimers()
         self._engine = engine
         self._identity = identity
@@ -244,10 +244,10 @@ class Legs:
 
     # --- For the legs themselves
 
-    def new_record(self, key: LegKey, request: EngineRequest) -> LegCourse:
+    def new_record(self, key: LegKey, request: EngineRequest) -> LegTrace:
         """The record of a leg that begins."""
         worker = self._identity.current()
-        return LegCourse(
+        return LegTrace(
             request_id=key[0],
             attempt=key[1],
             role=worker.role.value,
@@ -300,11 +300,11 @@ class Legs:
         leg.end_with(DeadlinePassed("the request's deadline has passed"))
         self._engine.abort(leg.request_id)
 
-    def _traced(self, request: EngineRequest, record: LegCourse) -> EngineRequest:
+    def _traced(self, request: EngineRequest, record: LegTrace) -> EngineRequest:
         """With what makes the leg's span the parent of the engine's own, where spans are exported."""
-        if self._records.ids is None or record.trace is None or not record.trace.is_sampled:
+        if self._records.ids is None or record.span_context is None or not record.span_context.is_sampled:
             return request
-        return replace(request, trace_headers=dict(record.trace.headers()))
+        return replace(request, trace_headers=dict(record.span_context.headers()))
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

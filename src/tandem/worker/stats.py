@@ -12,8 +12,8 @@ from tandem.engine.port import Engine
 from tandem.errors import EngineFailed
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.metrics import Reading
-from tandem.observability.request_trace import FAILED, LegCourse
-from tandem.observability.trace_store import Courses
+from tandem.observability.request_trace import FAILED, LegTrace
+from tandem.observability.trace_store import TraceStore
 from tandem.worker.engine_health import EngineHealth
 from tandem.worker.legs import Legs
 
@@ -21,22 +21,22 @@ from tandem.worker.legs import Legs
 class LegFigures:
     """Counts that only grow."""
 
-    def __init__(self, courses: Courses[LegCourse]) -> None:
+    def __init__(self, traces: TraceStore[LegTrace]) -> None:
         """Is told of every leg from here on."""
-        self._courses = courses
+        self._traces = traces
         self._completion_tokens = 0
         self._prompt_tokens = 0
         self._kv_transfer_bytes = 0
         self._failed_legs = 0
-        courses.sinks.append(self.close)
+        traces.sinks.append(self.close)
 
-    def close(self, course: LegCourse) -> None:
+    def close(self, trace: LegTrace) -> None:
         """A leg has ended."""
-        self._completion_tokens += course.token_count
-        self._failed_legs += course.outcome == FAILED
-        finish = course.engine_finish
+        self._completion_tokens += trace.token_count
+        self._failed_legs += trace.outcome == FAILED
+        finish = trace.engine_finish
         if finish is not None:
-            self._prompt_tokens += course.prompt_tokens
+            self._prompt_tokens += trace.prompt_tokens
             if finish.timings is not None:
                 self._kv_transfer_bytes += finish.timings.kv_transfer_bytes or 0
 
@@ -44,7 +44,7 @@ class LegFigures:
         """As keyword arguments of WatchLoadResponse; tokens of open legs are among them."""
         return {
             "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens + sum(course.token_count for course in self._courses.open),
+            "completion_tokens": self._completion_tokens + sum(trace.token_count for trace in self._traces.open),
             "kv_transfer_bytes": self._kv_transfer_bytes,
             "failed_legs": self._failed_legs,
         }

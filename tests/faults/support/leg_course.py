@@ -30,7 +30,7 @@ AGAIN = re.compile(r'^{"time": "(?P<time>[^"]+)".*(going on after|trying another
 
 
 @dataclass(slots=True)
-class Course:
+class RequestTrace:
     """What a scenario knows while it runs."""
 
     cluster: LegCluster
@@ -73,7 +73,7 @@ async def under_load(
     doors: Sequence[str] = (),
     shape: Shape = SHAPE,
     kind: type[SteadyLoad] = SteadyLoad,
-) -> AsyncIterator[Course]:
+) -> AsyncIterator[RequestTrace]:
     """Run a scenario's block under a load; repair, end the load, judge and report.
 
     Args:
@@ -91,31 +91,31 @@ async def under_load(
             cluster.audited() as unaccounted,
             steady_load(doors or [frontend.address for frontend in cluster.frontends], shape, kind) as load,
         ):
-            course = Course(cluster, load)
-            await course.answered()
+            trace = RequestTrace(cluster, load)
+            await trace.answered()
             begun_s = now_s()
-            yield course
-            assert course.fault_s, "void: no fault was brought in"
+            yield trace
+            assert trace.fault_s, "void: no fault was brought in"
             cluster.release()
             await cluster.restore(views)
-            course.over_s = now_s()
-            await course.answered()
+            trace.over_s = now_s()
+            await trace.answered()
     await cluster.assert_idle()
     assert len(unaccounted) >= FLOOR, "void: the workers' memory was hardly looked at"
     assert not any(unaccounted), f"pages that are neither used nor cached nor free: {unaccounted}"
     history = load.history
-    _judge(history, course, but)
-    report(scenario, figures_of(history, course.fault_s, detected_s(cluster, course.fault_s)))
-    assert begun_s < course.fault_s < course.over_s
+    _judge(history, trace, but)
+    report(scenario, figures_of(history, trace.fault_s, detected_s(cluster, trace.fault_s)))
+    assert begun_s < trace.fault_s < trace.over_s
 
 
-def _judge(history: History, course: Course, but: Callable[[Asked], bool]) -> None:
+def _judge(history: History, trace: RequestTrace, but: Callable[[Asked], bool]) -> None:
     one_ending_each(history)
     verdicts.none_failed(history, but=but)
     verdicts.tokens_are_exact(history, demo_answers)
-    verdicts.is_large_enough(history.begun(0, course.fault_s), FLOOR, "what came before the fault")
-    verdicts.is_large_enough(history.begun(course.fault_s, course.over_s), FLOOR, "what came during the fault")
-    verdicts.is_large_enough(history.begun(course.over_s), FLOOR, "what came after the fault")
+    verdicts.is_large_enough(history.begun(0, trace.fault_s), FLOOR, "what came before the fault")
+    verdicts.is_large_enough(history.begun(trace.fault_s, trace.over_s), FLOOR, "what came during the fault")
+    verdicts.is_large_enough(history.begun(trace.over_s), FLOOR, "what came after the fault")
 
 
 def one_ending_each(history: History) -> None:
@@ -126,12 +126,12 @@ def one_ending_each(history: History) -> None:
     assert not len(wrong), f"{len(wrong)} streams have no single ending:\n{wrong.lines()}"
 
 
-def gaps_are_short(history: History, course: Course, worker_id: str, within_s: float, least: int = 1) -> None:
+def gaps_are_short(history: History, trace: RequestTrace, worker_id: str, within_s: float, least: int = 1) -> None:
     """Those the victim had at the fault had their next token within that time, from other workers or from itself."""
-    had = history.running_at(course.fault_s).served_by(worker_id)
+    had = history.running_at(trace.fault_s).served_by(worker_id)
     verdicts.is_large_enough(had, least, f"what {worker_id} had at the fault")
-    late = had.where(lambda asked: (asked.gap_after_s(course.fault_s) or 0.0) > within_s)
-    told = [f"{asked.gap_after_s(course.fault_s):.2f} s: {asked.told()}" for asked in late.asked]
+    late = had.where(lambda asked: (asked.gap_after_s(trace.fault_s) or 0.0) > within_s)
+    told = [f"{asked.gap_after_s(trace.fault_s):.2f} s: {asked.told()}" for asked in late.asked]
     assert not len(late), f"no token within {within_s} s:\n" + "\n".join(told)
 
 

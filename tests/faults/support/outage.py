@@ -40,7 +40,7 @@ Step = Callable[[Place], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class RequestTrace:
     """How an outage goes."""
 
     shape: Shape
@@ -60,7 +60,7 @@ class _Times:
 
 
 async def through_outage(
-    place: Place, course: Course, begin: Step, end: Step, meanwhile: Callable[[Views], bool]
+    place: Place, trace: RequestTrace, begin: Step, end: Step, meanwhile: Callable[[Views], bool]
 ) -> None:
     """A whole outage that lasts for longer than a lease, and its judgement.
 
@@ -75,23 +75,23 @@ async def through_outage(
     async with cluster.views() as views:
         # Also after an outage that a test did not get through.
         await cluster.restore(views)
-        async with steady_load([frontend.address for frontend in cluster.frontends], course.shape) as load:
-            await load.wait_ended(course.floor)
+        async with steady_load([frontend.address for frontend in cluster.frontends], trace.shape) as load:
+            await load.wait_ended(trace.floor)
             await load.wait_running(1)
             times.begun_s = now_s()
             await begin(place)
             times.proved_s = now_s()
-            await load.wait_ended(course.floor)
-            times.killed_s = now_s() if course.victim is None else await kill(cluster.processes[course.victim])
+            await load.wait_ended(trace.floor)
+            times.killed_s = now_s() if trace.victim is None else await kill(cluster.processes[trace.victim])
             over_s = times.killed_s + 2 * cluster.plan.lease_s
             await assert_eventually(lambda: now_s() > over_s, within_s=60, what="the end of every lease")
-            await load.wait_ended(course.floor)
+            await load.wait_ended(trace.floor)
             await assert_eventually(lambda: meanwhile(views), within_s=NOTICED_S, what="what the registries say of it")
             times.mended_s = now_s()
             await end(place)
             await cluster.restore(views)
-            await load.wait_ended(course.floor)
-    _judge(load.history, course, times)
+            await load.wait_ended(trace.floor)
+    _judge(load.history, trace, times)
     report_test(load.history, times.begun_s)
 
 
@@ -115,15 +115,15 @@ def silent(views: Views) -> bool:
     return not views.sources()
 
 
-def _judge(history: History, course: Course, times: _Times) -> None:
-    victim = course.victim or ""
+def _judge(history: History, trace: RequestTrace, times: _Times) -> None:
+    victim = trace.victim or ""
     verdicts.none_failed(history, but=verdicts.held_by(victim, times.killed_s))
-    verdicts.tokens_are_exact(history, course.oracle)
+    verdicts.tokens_are_exact(history, trace.oracle)
     # Those that the victim held are no longer among them; the load made sure that there was one.
     verdicts.ran_through(history.where(lambda asked: asked.failure is None), times.begun_s, least=1)
-    verdicts.is_large_enough(history.begun(times.proved_s, times.killed_s), course.floor)
-    verdicts.is_large_enough(history.begun(times.killed_s, times.mended_s), course.floor)
-    if course.victim is not None:
+    verdicts.is_large_enough(history.begun(times.proved_s, times.killed_s), trace.floor)
+    verdicts.is_large_enough(history.begun(times.killed_s, times.mended_s), trace.floor)
+    if trace.victim is not None:
         after_kill = history.begun(times.killed_s, times.mended_s)
         verdicts.none_went_to(after_kill, victim, times.killed_s + AVOIDED_WITHIN_S)
         verdicts.went_to(history, victim, times.mended_s)

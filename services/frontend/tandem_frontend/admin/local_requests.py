@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
-from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, Course
-from tandem.observability.trace_store import Courses
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, RequestTrace
+from tandem.observability.trace_store import TraceStore
 from tandem.observability.windows import LATENCY_WINDOW_S
 from tandem.rpc.convert import timestamp
 from tandem_frontend.admin.stats import Figures
@@ -25,29 +25,29 @@ Position = tuple[float, str]
 class OwnAnswers:
     """Of one process."""
 
-    def __init__(self, courses: Courses[Course], figures: Figures, waiting_count: Callable[[], int]) -> None:
+    def __init__(self, traces: TraceStore[RequestTrace], figures: Figures, waiting_count: Callable[[], int]) -> None:
         """`waiting_count` says how many requests wait for room with the workers."""
-        self._courses = courses
+        self._traces = traces
         self._figures = figures
         self._waiting_count = waiting_count
 
     def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
         """The timelines of all requests that an id stands for."""
-        return [timeline_of(course) for course in self._known() if wanted in (course.request_id, course.call_id)]
+        return [timeline_of(trace) for trace in self._known() if wanted in (trace.request_id, trace.call_id)]
 
     def requests(self, count: int, before: Position | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
         """So many at most, newest first."""
-        known = self._courses.open if open_only else self._known()
+        known = self._traces.open if open_only else self._known()
         known.sort(key=_position, reverse=True)
         if before is not None:
-            known = [course for course in known if _position(course) < before]
+            known = [trace for trace in known if _position(trace) < before]
         now_s = time.time()
         return [
             sibling_pb.ListedRequest(
-                position=sibling_pb.RequestPosition(begin_s=course.begin_s, request_id=course.request_id),
-                summary=summary_of(course, now_s),
+                position=sibling_pb.RequestPosition(begin_s=trace.begin_s, request_id=trace.request_id),
+                summary=summary_of(trace, now_s),
             )
-            for course in known[:count]
+            for trace in known[:count]
         ]
 
     def figures(self) -> sibling_pb.GetSiblingFiguresResponse:
@@ -80,9 +80,9 @@ class OwnAnswers:
             inter_token_latency=buckets(figures.itl.histogram()),
         )
 
-    def _known(self) -> list[Course]:
-        return [*self._courses.closed, *self._courses.open]
+    def _known(self) -> list[RequestTrace]:
+        return [*self._traces.closed, *self._traces.open]
 
 
-def _position(course: Course) -> Position:
-    return course.begin_s, course.request_id
+def _position(trace: RequestTrace) -> Position:
+    return trace.begin_s, trace.request_id

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tandem.clock import Clock, monotonic
-from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptCourse, Course
-from tandem.observability.trace_store import Courses
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptTrace, RequestTrace
+from tandem.observability.trace_store import TraceStore
 from tandem.observability.windows import LatencyWindow, RateWindow
 
 LOOK_S = 1.0
@@ -38,9 +38,9 @@ class _Seen:
 class Figures:
     """The figures of one frontend."""
 
-    def __init__(self, courses: Courses[Course], clock: Clock = monotonic) -> None:
+    def __init__(self, traces: TraceStore[RequestTrace], clock: Clock = monotonic) -> None:
         """Is told of every course from here on."""
-        self._courses = courses
+        self._traces = traces
         self._seen: dict[int, _Seen] = {}
         self.since_s = time.time()
         self.outcomes: Counter[str] = Counter()
@@ -52,24 +52,24 @@ class Figures:
         self.itl = LatencyWindow(clock)
         self.tokens = RateWindow(clock)
         self.kv_transfer_bytes = RateWindow(clock)
-        courses.sinks.append(self.close)
+        traces.sinks.append(self.close)
 
     @property
     def open_count(self) -> int:
         """Requests that have not ended."""
-        return len(self._courses.open)
+        return len(self._traces.open)
 
-    def close(self, course: Course) -> None:
+    def close(self, trace: RequestTrace) -> None:
         """A course has ended."""
-        self._count(course)
-        self._seen.pop(id(course), None)
-        assert course.outcome in (FINISHED, FAILED, REFUSED, CANCELLED)
-        self.outcomes[course.outcome] += 1
+        self._count(trace)
+        self._seen.pop(id(trace), None)
+        assert trace.outcome in (FINISHED, FAILED, REFUSED, CANCELLED)
+        self.outcomes[trace.outcome] += 1
 
     def look(self) -> None:
         """Count what open courses have come to since the last look."""
-        for course in self._courses.open:
-            self._count(course)
+        for trace in self._traces.open:
+            self._count(trace)
 
     async def keep_looking(self) -> None:
         """Look once a second, without end."""
@@ -77,24 +77,24 @@ class Figures:
             await asyncio.sleep(LOOK_S)
             self.look()
 
-    def _count(self, course: Course) -> None:
-        seen = self._seen.setdefault(id(course), _Seen())
-        if not seen.has_first and course.ttft_s is not None:
+    def _count(self, trace: RequestTrace) -> None:
+        seen = self._seen.setdefault(id(trace), _Seen())
+        if not seen.has_first and trace.ttft_s is not None:
             seen.has_first = True
-            self.ttft.add(course.ttft_s)
-        for gap_s in course.gaps_s[seen.gaps :]:
+            self.ttft.add(trace.ttft_s)
+        for gap_s in trace.gaps_s[seen.gaps :]:
             self.itl.add(gap_s)
-        seen.gaps = len(course.gaps_s)
-        self.tokens.add(course.token_count - seen.tokens)
-        seen.tokens = course.token_count
-        for attempt in course.attempts[seen.begun :]:
+        seen.gaps = len(trace.gaps_s)
+        self.tokens.add(trace.token_count - seen.tokens)
+        seen.tokens = trace.token_count
+        for attempt in trace.attempts[seen.begun :]:
             self.continuations += attempt.tokens_before > 0
-        seen.begun = len(course.attempts)
-        while seen.ended < len(course.attempts) and course.attempts[seen.ended].end_s is not None:
-            self._count_ended(course.attempts[seen.ended])
+        seen.begun = len(trace.attempts)
+        while seen.ended < len(trace.attempts) and trace.attempts[seen.ended].end_s is not None:
+            self._count_ended(trace.attempts[seen.ended])
             seen.ended += 1
 
-    def _count_ended(self, attempt: AttemptCourse) -> None:
+    def _count_ended(self, attempt: AttemptTrace) -> None:
         self.kv_transfer_bytes.add(kv_transfer_bytes(attempt))
         if attempt.failed_leg:
             worker_id = attempt.failed_worker.worker_id if attempt.failed_worker is not None else ""
@@ -104,7 +104,7 @@ class Figures:
             self.leg_failures[key] += 1
 
 
-def kv_transfer_bytes(attempt: AttemptCourse) -> int:
+def kv_transfer_bytes(attempt: AttemptTrace) -> int:
     """Bytes of KV that an attempt moved, as either leg counted them."""
     finishes = (attempt.prefill_finish, attempt.decode_finish)
     return max((finish.timings.kv_transfer_bytes for finish in finishes if finish is not None), default=0)

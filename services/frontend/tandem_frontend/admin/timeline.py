@@ -13,7 +13,7 @@ from google.protobuf import duration_pb2
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2
 from tandem.domain.worker import Worker, WorkerRole
-from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptCourse, Course
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptTrace, RequestTrace
 from tandem.observability.windows import Latencies
 from tandem.rpc.convert import ROLES, timestamp
 
@@ -27,58 +27,58 @@ OUTCOMES = {
 }
 
 
-def timeline_of(course: Course) -> pb.RequestTimeline:
+def timeline_of(trace: RequestTrace) -> pb.RequestTimeline:
     """The whole course so far."""
     timeline = pb.RequestTimeline(
-        request_id=course.request_id,
-        call_id=course.call_id,
-        operation=course.operation,
-        model=course.model,
-        tenant=course.tenant,
-        outcome=outcome_of(course),
-        begin=_moment(course, course.begin_s),
-        end=_moment(course, course.end_s),
-        first_token=_moment(course, course.first_token_s),
-        last_token=_moment(course, course.last_token_s),
-        completion_tokens=course.token_count,
-        prompt_tokens=course.prompt_tokens or None,
+        request_id=trace.request_id,
+        call_id=trace.call_id,
+        operation=trace.operation,
+        model=trace.model,
+        tenant=trace.tenant,
+        outcome=outcome_of(trace),
+        begin=_moment(trace, trace.begin_s),
+        end=_moment(trace, trace.end_s),
+        first_token=_moment(trace, trace.first_token_s),
+        last_token=_moment(trace, trace.last_token_s),
+        completion_tokens=trace.token_count,
+        prompt_tokens=trace.prompt_tokens or None,
         steps=[
             pb.TimelineStep(
                 name=step.name,
-                begin=_moment(course, step.begin_s),
-                end=_moment(course, step.end_s),
+                begin=_moment(trace, step.begin_s),
+                end=_moment(trace, step.end_s),
                 attributes=_texts(step.attributes),
             )
-            for step in course.steps
+            for step in trace.steps
         ],
-        attempts=[_attempt(course, attempt) for attempt in course.attempts],
+        attempts=[_attempt(trace, attempt) for attempt in trace.attempts],
         events=[
-            pb.TimelineEvent(at=_moment(course, event.time_s), name=event.name, attributes=_texts(event.attributes))
-            for event in course.events
+            pb.TimelineEvent(at=_moment(trace, event.time_s), name=event.name, attributes=_texts(event.attributes))
+            for event in trace.events
         ],
-        trace_id="" if course.trace is None else f"{course.trace.trace_id:032x}",
-        inter_token_latency=latency_figures(_latencies(course.gaps_s)),
+        trace_id="" if trace.span_context is None else f"{trace.span_context.trace_id:032x}",
+        inter_token_latency=latency_figures(_latencies(trace.gaps_s)),
     )
-    _tell_ending(timeline, course)
+    _tell_ending(timeline, trace)
     return timeline
 
 
-def summary_of(course: Course, now_s: float) -> pb.RequestSummary:
+def summary_of(trace: RequestTrace, now_s: float) -> pb.RequestSummary:
     """One line of a list."""
     return pb.RequestSummary(
-        request_id=course.request_id,
-        operation=course.operation,
-        outcome=outcome_of(course),
-        begin_time=timestamp(course.begin_s),
-        duration=duration((course.end_s or now_s) - course.begin_s),
-        attempts=len(course.attempts),
-        completion_tokens=course.token_count,
+        request_id=trace.request_id,
+        operation=trace.operation,
+        outcome=outcome_of(trace),
+        begin_time=timestamp(trace.begin_s),
+        duration=duration((trace.end_s or now_s) - trace.begin_s),
+        attempts=len(trace.attempts),
+        completion_tokens=trace.token_count,
     )
 
 
-def outcome_of(course: Course) -> pb.RequestOutcome.ValueType:
+def outcome_of(trace: RequestTrace) -> pb.RequestOutcome.ValueType:
     """How it ended. Between the finish that a client gets and the end of the course it is open still."""
-    return OUTCOMES[course.outcome if course.end_s is not None else ""]
+    return OUTCOMES[trace.outcome if trace.end_s is not None else ""]
 
 
 def duration(value_s: float) -> duration_pb2.Duration:
@@ -107,62 +107,62 @@ def reason_number(reason: str) -> error_pb2.ErrorReason.ValueType:
     return error_pb2.ErrorReason.Value(name if name in REASONS else "ERROR_REASON_UNSPECIFIED")
 
 
-def _tell_ending(timeline: pb.RequestTimeline, course: Course) -> None:
-    if course.end_s is None:
+def _tell_ending(timeline: pb.RequestTimeline, trace: RequestTrace) -> None:
+    if trace.end_s is None:
         return
-    if course.outcome == FINISHED:
-        timeline.finish_reason = generation_pb2.FinishReason.Value(f"FINISH_REASON_{course.reason.upper()}")
+    if trace.outcome == FINISHED:
+        timeline.finish_reason = generation_pb2.FinishReason.Value(f"FINISH_REASON_{trace.reason.upper()}")
         timeline.usage.CopyFrom(
             generation_pb2.Usage(
-                prompt_tokens=course.prompt_tokens,
-                completion_tokens=course.completion_tokens,
-                cached_tokens=course.cached_tokens,
+                prompt_tokens=trace.prompt_tokens,
+                completion_tokens=trace.completion_tokens,
+                cached_tokens=trace.cached_tokens,
             )
         )
         return
-    number = reason_number(course.reason)
+    number = reason_number(trace.reason)
     if number:
         timeline.error_reason = number
-        timeline.error_message = course.message
+        timeline.error_message = trace.message
 
 
-def _attempt(course: Course, attempt: AttemptCourse) -> pb.TimelineAttempt:
+def _attempt(trace: RequestTrace, attempt: AttemptTrace) -> pb.TimelineAttempt:
     decode_role = WorkerRole.AGGREGATED if attempt.prefill_worker is None else WorkerRole.DECODE
     message = pb.TimelineAttempt(
         number=attempt.number,
         bootstrap_room=attempt.room,
         candidates=attempt.candidates_count or None,
-        dispatched=_moment(course, attempt.begin_s),
-        first_token=_moment(course, attempt.first_token_s),
-        last_token=_moment(course, attempt.last_token_s),
-        end=_moment(course, attempt.end_s),
+        dispatched=_moment(trace, attempt.begin_s),
+        first_token=_moment(trace, attempt.first_token_s),
+        last_token=_moment(trace, attempt.last_token_s),
+        end=_moment(trace, attempt.end_s),
         tokens_before=attempt.tokens_before,
     )
     if attempt.prefill_worker is not None:
         accepted, finish = attempt.prefill_accepted_s, attempt.prefill_finish
-        message.prefill.CopyFrom(_leg(course, WorkerRole.PREFILL, attempt.prefill_worker, accepted, finish))
+        message.prefill.CopyFrom(_leg(trace, WorkerRole.PREFILL, attempt.prefill_worker, accepted, finish))
     if attempt.decode_worker is not None:
         accepted, finish = attempt.decode_accepted_s, attempt.decode_finish
-        message.decode.CopyFrom(_leg(course, decode_role, attempt.decode_worker, accepted, finish))
+        message.decode.CopyFrom(_leg(trace, decode_role, attempt.decode_worker, accepted, finish))
     if attempt.failed_leg:
         message.failure.CopyFrom(_failure(attempt))
     return message
 
 
 def _leg(
-    course: Course, role: WorkerRole, worker: Worker, accepted_s: float | None, finish: leg_pb2.LegFinish | None
+    trace: RequestTrace, role: WorkerRole, worker: Worker, accepted_s: float | None, finish: leg_pb2.LegFinish | None
 ) -> pb.TimelineLeg:
     return pb.TimelineLeg(
         role=ROLES[role],
         worker_id=worker.worker_id,
         epoch=worker.epoch,
         address=worker.address,
-        accepted=_moment(course, accepted_s),
+        accepted=_moment(trace, accepted_s),
         timings=None if finish is None else finish.timings,
     )
 
 
-def _failure(attempt: AttemptCourse) -> pb.TimelineFailure:
+def _failure(attempt: AttemptTrace) -> pb.TimelineFailure:
     return pb.TimelineFailure(
         leg=ROLES[WorkerRole(attempt.failed_leg)],
         worker_id="" if attempt.failed_worker is None else attempt.failed_worker.worker_id,
@@ -171,10 +171,10 @@ def _failure(attempt: AttemptCourse) -> pb.TimelineFailure:
     )
 
 
-def _moment(course: Course, time_s: float | None) -> pb.Moment | None:
+def _moment(trace: RequestTrace, time_s: float | None) -> pb.Moment | None:
     if time_s is None:
         return None
-    return pb.Moment(time=timestamp(time_s), offset=duration(time_s - course.begin_s))
+    return pb.Moment(time=timestamp(time_s), offset=duration(time_s - trace.begin_s))
 
 
 def _texts(attributes: Mapping[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from tandem.errors import (
     StaleEpoch,
     TandemError,
 )
-from tandem.observability.request_trace import AttemptCourse
+from tandem.observability.request_trace import AttemptTrace
 from tandem_frontend.execution.dispatch import Dispatched
 from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.routing.candidates import Route
@@ -113,7 +113,7 @@ class Attempt:
         route: Route,
         hearer: Hearer,
         state: RequestState | None = None,
-        record: AttemptCourse | None = None,
+        record: AttemptTrace | None = None,
     ) -> None:
         """Sends nothing yet.
 
@@ -126,7 +126,7 @@ class Attempt:
         self.route = route
         self._hearer = hearer
         self._state = state or RequestState()
-        self._record = record or AttemptCourse()
+        self._record = record or AttemptTrace()
         streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
         self._decode = _Side(self, streaming, route.decode)
         self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)

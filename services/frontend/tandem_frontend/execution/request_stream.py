@@ -20,7 +20,7 @@ from tandem.clock import Clock
 from tandem.domain.request_state import Phase, RequestState
 from tandem.domain.worker import Start, Worker
 from tandem.errors import DeadlinePassed, LegFailed, TandemError
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import headers_of
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.continuation import continued, obstacle
@@ -106,7 +106,7 @@ class Attempts:
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        stream = RequestStream(self, leg, taker, timeout_s, record or Record(Course()))
+        stream = RequestStream(self, leg, taker, timeout_s, record or Record(RequestTrace()))
         async with stream:
             self._open.add(stream)
             try:
@@ -231,7 +231,7 @@ class RequestStream:
 
     def is_replaceable(self, worker: Worker) -> bool:
         """See `supervision.Hearer`."""
-        self._record.course.event("silent worker asked", worker=worker.worker_id, has_answered=False)
+        self._record.trace.event("silent worker asked", worker=worker.worker_id, has_answered=False)
         return self._next_route({*self._failed, worker.start}) is not None
 
     def _is_complete(self) -> bool:
@@ -289,7 +289,7 @@ class RequestStream:
         self._sent_s = self._attempts.breakers.sent(route.workers)
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
-        headers = headers_of(record.trace)
+        headers = headers_of(record.span_context)
         attempt = self._attempt = Attempt(route, self, self.state, record)
 
         def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:

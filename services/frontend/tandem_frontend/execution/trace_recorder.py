@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
-from tandem.observability.request_trace import AttemptCourse, Course
+from tandem.observability.request_trace import AttemptTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem_frontend.call_context import Caller
 from tandem_frontend.preparation.validation import REQUEST_ID, CheckedRequest
@@ -21,9 +21,9 @@ DOOR = "generate"
 """The operation whose requests are tokenised here; others come with token ids."""
 
 
-def course_of(request: pb.GenerateRequest, caller: Caller, model: str) -> Course:
+def trace_of(request: pb.GenerateRequest, caller: Caller, model: str) -> RequestTrace:
     """The course of a request that has just come."""
-    return Course(
+    return RequestTrace(
         request_id=request.request_id if REQUEST_ID.fullmatch(request.request_id) else "",
         call_id=caller.call_id,
         operation=caller.operation,
@@ -39,66 +39,66 @@ class Record:
     """The course of one request, as its hops write it."""
 
     def __init__(
-        self, course: Course, child: Callable[[TraceContext | None], TraceContext | None] = lambda parent: parent
+        self, trace: RequestTrace, child: Callable[[TraceContext | None], TraceContext | None] = lambda parent: parent
     ) -> None:
         """`child` makes the span below another one."""
-        self.course = course
+        self.trace = trace
         self._child = child
-        self._step_s = course.begin_s
+        self._step_s = trace.begin_s
         self._route_attributes: dict[str, object] = {}
 
     def arrive(self) -> None:
         """A door that tokenises by itself has done so."""
-        if self.course.operation != DOOR:
+        if self.trace.operation != DOOR:
             self.step("tokenise")
 
     def step(self, name: str, **attributes: object) -> None:
         """A step has ended that began where the one before it ended."""
-        self._step_s = self.course.step(name, self._step_s, **attributes)
+        self._step_s = self.trace.step(name, self._step_s, **attributes)
 
     def checked(self, wanted: CheckedRequest) -> None:
         """The request is known."""
-        course = self.course
-        course.request_id, course.max_tokens = wanted.request_id, wanted.max_tokens
-        course.prompt_tokens = len(wanted.token_ids)
-        self.step("tokenise" if course.operation == DOOR else "validate")
+        trace = self.trace
+        trace.request_id, trace.max_tokens = wanted.request_id, wanted.max_tokens
+        trace.prompt_tokens = len(wanted.token_ids)
+        self.step("tokenise" if trace.operation == DOOR else "validate")
 
     @contextlib.contextmanager
     def routing(self) -> Iterator[None]:
         """A route is being chosen."""
-        course, begin_s = self.course, self.course.clock()
+        trace, begin_s = self.trace, self.trace.clock()
         try:
             yield
         finally:
-            course.step("route", begin_s)
-            self._route_attributes = course.steps[-1].attributes
+            trace.step("route", begin_s)
+            self._route_attributes = trace.steps[-1].attributes
 
-    def begin_attempt(self, number: int, route: Route, tokens_before: int) -> AttemptCourse:
+    def begin_attempt(self, number: int, route: Route, tokens_before: int) -> AttemptTrace:
         """Another attempt is about to be sent."""
-        course, pick = self.course, route.pick
+        trace, pick = self.trace, route.pick
         self._route_attributes["attempt"] = number
-        attempt = AttemptCourse(
+        attempt = AttemptTrace(
             number=number,
-            clock=course.clock,
-            trace=self._child(course.trace),
+            clock=trace.clock,
+            span_context=self._child(trace.span_context),
             prefill_worker=route.prefill,
             decode_worker=route.decode,
             candidates_count=pick.candidates_count,
             candidates=pick.candidates,
             policy=pick.policy,
             why=pick.why,
-            begin_s=course.clock(),
+            begin_s=trace.clock(),
             tokens_before=tokens_before,
         )
-        return course.add_attempt(attempt)
+        return trace.add_attempt(attempt)
 
     def leaving(self, problem: BaseException | None) -> None:
         """The legs are about to be ended, because of this."""
         if isinstance(problem, (asyncio.CancelledError, GeneratorExit)):
-            self.course.left_s = self.course.clock()
+            self.trace.left_s = self.trace.clock()
 
     def finish(self, finish: pb.GenerateFinish) -> None:
         """The client gets its finish."""
         usage = finish.usage
         reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
-        self.course.finish(reason, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        self.trace.finish(reason, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)

@@ -14,7 +14,7 @@ from google.protobuf import duration_pb2
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.observability.request_trace import Course
+from tandem.observability.request_trace import RequestTrace
 from tandem.rpc.convert import timestamp
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
@@ -53,7 +53,7 @@ class Relay:
         detokenizer: Detokenizer,
         stops: StopMatcher,
         stop_tokens: StopTokens,
-        record: Course,
+        record: RequestTrace,
         outlet: Outlet,
         coalescing: Coalescing,
         hold_max_s: float | None = None,
