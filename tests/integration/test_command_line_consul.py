@@ -46,7 +46,7 @@ async def guarded(consul_binary: Path, tmp_path: Path) -> AsyncIterator[GuardedC
         yield consul
 
 
-async def fleet(state: Path) -> dict[str, Any]:
+async def observed(state: Path) -> dict[str, Any]:
     status, out, err = await run(*TANDEM, "status", "--json", state=state)
     assert status == 0, err
     found: dict[str, Any] = json.loads(out)
@@ -54,7 +54,7 @@ async def fleet(state: Path) -> dict[str, Any]:
 
 
 async def sources(state: Path) -> set[str]:
-    return {registry.get("source", "") for registry in (await fleet(state))["registries"]}
+    return {registry.get("source", "") for registry in (await observed(state))["registries"]}
 
 
 async def generated(state: Path) -> None:
@@ -71,7 +71,7 @@ async def test_an_agent_of_its_own_serves_and_is_no_loss(state: Path) -> None:
         told = state_of(state)
         assert len(told["registry"].split(",")) == 2
         assert await ConsulAccess(address=told["consul"]).get("/v1/catalog/services")
-        found = await fleet(state)
+        found = await observed(state)
         assert {entry["worker"]["worker_id"] for entry in found["workers"]} == {"prefill-0", "decode-0"}
         assert all(entry["lease_age"].endswith("s") and entry["lease_keeper"] for entry in found["workers"])
         assert {entry["health"] for entry in found["workers"]} == {"LISTED_HEALTH_PASSING"}
@@ -154,7 +154,7 @@ async def test_an_agent_that_runs_is_used_with_a_token_that_nobody_sees(
         # The agent shows its certificate to members, who answer nobody without one.
         await asyncio.sleep(6)
         await assert_eventually(health, lambda found: found == {"passing"}, within_s=20, what="passing checks")
-        assert {entry["health"] for entry in (await fleet(state))["workers"]} == {"LISTED_HEALTH_PASSING"}
+        assert {entry["health"] for entry in (await observed(state))["workers"]} == {"LISTED_HEALTH_PASSING"}
         said, had = holders(children_of(up), secret)
         assert (said, had) == (set(), set() if by_file else {"tandem_registry"})
         told = state_of(state)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from tandem_registry.backends.consul.broadcaster import Publisher
+from tandem_registry.backends.consul.broadcaster import Broadcaster
 from tandem_registry.backends.consul.client import ConsulClient
-from tandem_registry.backends.consul.lease_manager import Keeper
-from tandem_registry.backends.consul.reconciler import SETTLE_S, Ledger
+from tandem_registry.backends.consul.lease_manager import LeaseManager
+from tandem_registry.backends.consul.reconciler import SETTLE_S, Reconciler
 from tandem_registry.backends.consul.records import Record, Replica, service_id
-from tandem_registry.backends.consul.snapshot import Entry, Fleet, fleet_of
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, observed_of
 from tandem_registry.backends.subscriptions import Subscriptions
 from tandem_registry.view import Health
 
@@ -22,40 +22,40 @@ WRITTEN = Record(member=WORKER, lease_id="lease", keeper=DEAD, term=3)
 ENTRY_ID = service_id("tandem", WRITTEN)
 
 
-def shown(index: int, worker: Record) -> Fleet:
+def shown(index: int, worker: Record) -> ConsulSnapshot:
     """Consul's answer: this registry, and one worker."""
     replica = Record(member=Replica(replica_id=OWN, epoch=1, address="127.0.0.1:1"), keeper=OWN)
     records = (replica, worker)
-    return fleet_of(index, [Entry("node", service_id("tandem", r), r, Health.PASSING) for r in records])
+    return observed_of(index, [Entry("node", service_id("tandem", r), r, Health.PASSING) for r in records])
 
 
 def test_a_lease_that_was_taken_over_stays_while_its_own_entry_is_on_its_way() -> None:
     now_s = [100.0]
-    ledger = Ledger(cast("ConsulClient", None), OWN, lambda: now_s[0])
+    reconciler = Reconciler(cast("ConsulClient", None), OWN, lambda: now_s[0])
     arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: now_s[0]}
-    keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
+    keeper = LeaseManager(**arguments, reconciler=reconciler, new_lease_id=lambda: "another")
     keeper.take(shown(1, WRITTEN))
-    keeper.inherit()
+    keeper.adopt()
     # A replica is dead when it has been absent for a lease's time.
     now_s[0] += 61.0
     for index in (2, 3):
         keeper.take(shown(index, WRITTEN))
-        keeper.inherit()
+        keeper.adopt()
         now_s[0] += 0.05
-    adopted = ledger.wanted(ENTRY_ID)
+    adopted = reconciler.wanted(ENTRY_ID)
     assert adopted is not None
     assert (adopted.keeper, adopted.term, adopted.lease_id) == (OWN, 4, "lease")
     now_s[0] += 2 * SETTLE_S
     keeper.take(shown(4, adopted))
-    assert ledger.wanted(ENTRY_ID) == adopted, "it removes the lease it has taken over"
+    assert reconciler.wanted(ENTRY_ID) == adopted, "it removes the lease it has taken over"
     keeper.keep_alive("lease", None)
 
 
 def test_a_former_registry_at_ones_own_address_is_removed() -> None:
     """A killed registry's entry would pass its check for ever: the one that was started again answers it."""
     arguments: dict[str, Any] = {"replica_id": OWN, "service": "tandem", "ttl_s": 60.0, "clock": lambda: 0.0}
-    ledger = Ledger(cast("ConsulClient", None), OWN, lambda: 0.0)
-    keeper = Keeper(**arguments, ledger=ledger, new_lease_id=lambda: "another")
+    reconciler = Reconciler(cast("ConsulClient", None), OWN, lambda: 0.0)
+    keeper = LeaseManager(**arguments, reconciler=reconciler, new_lease_id=lambda: "another")
     # The clock went back between the two: the dead one looks newer.
     replicas = {OWN: ("127.0.0.1:1", 5), DEAD: ("127.0.0.1:1", 9), "elsewhere": ("127.0.0.1:2", 1)}
     records = {
@@ -63,16 +63,16 @@ def test_a_former_registry_at_ones_own_address_is_removed() -> None:
         for name, (address, epoch) in replicas.items()
     }
     entries = [Entry("node", service_id("tandem", r), r, Health.PASSING) for r in records.values()]
-    keeper.take(fleet_of(1, entries))
-    assert [leftover.service_id for leftover in keeper.former_selves()] == [service_id("tandem", records[DEAD])]
+    keeper.take(observed_of(1, entries))
+    assert [orphan.service_id for orphan in keeper.own_stale_entries()] == [service_id("tandem", records[DEAD])]
 
 
 def test_a_former_start_in_old_data_is_no_news() -> None:
     """Consul restored from a copy lists a worker's start of before: the view waits for the present one's entry."""
     newer = replace(WRITTEN, member=replace(WORKER, epoch=8), lease_id="newer")
-    publisher = Publisher(Subscriptions(), 0.0)
-    publisher.publish("one", shown(5, newer), {}, 0.0)
+    broadcaster = Broadcaster(Subscriptions(), 0.0)
+    broadcaster.publish("one", shown(5, newer), {}, 0.0)
     old = shown(3, WRITTEN)
-    assert publisher.missing("another", old, ()) == [newer.key]
-    assert publisher.missing("one", old, ()) == [], "in one life of the data the winner counts"
-    assert publisher.missing("another", shown(6, newer), ()) == []
+    assert broadcaster.missing("another", old, ()) == [newer.key]
+    assert broadcaster.missing("one", old, ()) == [], "in one life of the data the winner counts"
+    assert broadcaster.missing("another", shown(6, newer), ()) == []

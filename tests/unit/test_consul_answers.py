@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tandem_registry.backends.consul import parsing
 from tandem_registry.backends.consul.parsing import NEXT, AnswerReader
-from tandem_registry.backends.consul.snapshot import fleet_of
+from tandem_registry.backends.consul.snapshot import observed_of
 from tandem_registry.view import Health
 
 from tandem.domain.worker import WorkerState
@@ -116,4 +116,4 @@ def test_a_check_that_an_agent_has_not_made_yet_says_nothing() -> None:
 
 
 def _workers(answer: dict[str, Any]) -> int:
-    return len(fleet_of(1, AnswerReader().entries(body_of([answer]))).view("g").workers)
+    return len(observed_of(1, AnswerReader().entries(body_of([answer]))).view("g").workers)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem_registry.backends.consul.parsing import AnswerReader
-from tandem_registry.backends.consul.snapshot import Entry, Fleet, change_between, fleet_of
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, change_between, observed_of
 from tandem_registry.view import Health, RemovalReason, View
 
 from tandem.domain.worker import WorkerState
@@ -47,7 +47,7 @@ def ids(view: View) -> list[str]:
 @given(found=entries(), data=st.data())
 def test_the_order_of_the_answer_means_nothing(found: list[Entry], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(found))
-    one, two = fleet_of(7, found), fleet_of(7, shuffled)
+    one, two = observed_of(7, found), observed_of(7, shuffled)
     assert one == two
     assert list(one.members) == list(two.members)
     assert one.view("g") == two.view("g")
@@ -55,7 +55,7 @@ def test_the_order_of_the_answer_means_nothing(found: list[Entry], data: st.Data
 
 @given(found=entries())
 def test_a_view_has_one_start_of_each_member_and_one_member_at_each_address(found: list[Entry]) -> None:
-    view = fleet_of(1, found).view("g")
+    view = observed_of(1, found).view("g")
     members = [entry.member for entry in [*view.workers, *view.frontends]]
     keys = [(member.kind, member.member_id) for member in members]
     assert len(set(keys)) == len(keys)
@@ -74,15 +74,15 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     views = []
     for _ in range(2):
         read = sorted(data.draw(st.sets(st.integers(0, len(history) - 1))) | {len(history) - 1})
-        reader, held, fleet = AnswerReader(), {}, Fleet()
+        reader, held, observed = AnswerReader(), {}, ConsulSnapshot()
         at: dict[int, Any] = {}
         for index in read:
-            after = fleet_of(index, reader.entries(answer_of(history[index])))
-            change = change_between(fleet, after)
+            after = observed_of(index, reader.entries(answer_of(history[index])))
+            change = change_between(observed, after)
             for gone in change.removed if change else ():
                 held.pop((gone.member.kind, gone.member.member_id))
             held |= {(member.kind, member.member_id): member for member in (change.upserted if change else ())}
-            fleet = after
+            observed = after
             at[index] = dict(held)
             assert held == {key: entry.record.member for key, entry in after.members.items()}
         views.append(at)
@@ -94,33 +94,33 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
 def test_the_newest_start_counts_even_while_it_is_not_healthy() -> None:
     old = make_entry(make_worker("w", 1, "h:1"))
     new = make_entry(make_worker("w", 2, "h:2"), node="m", health=Health.CRITICAL)
-    assert ids(fleet_of(1, [old, new]).view("g")) == []
-    assert ids(fleet_of(1, [old]).view("g")) == ["w"]
+    assert ids(observed_of(1, [old, new]).view("g")) == []
+    assert ids(observed_of(1, [old]).view("g")) == ["w"]
 
 
 def test_of_two_names_at_one_address_the_one_that_started_last_counts() -> None:
     found = [make_entry(make_worker("old", 1, "h:1")), make_entry(make_worker("new", 2, "h:1"))]
-    assert ids(fleet_of(1, found).view("g")) == ["new"]
+    assert ids(observed_of(1, found).view("g")) == ["new"]
 
 
 def test_a_lease_that_was_taken_over_counts_from_its_new_keeper() -> None:
     found = [make_entry(make_worker()), make_entry(make_worker(), keeper="two", term=2, node="m")]
-    (entry,) = fleet_of(1, found).view("g").workers
+    (entry,) = observed_of(1, found).view("g").workers
     assert entry.keeper == "two"
 
 
 def test_an_end_outweighs_what_another_agent_still_lists() -> None:
     found = [make_entry(make_worker()), make_entry(make_worker(), keeper="two", term=2, node="m", is_gone=True)]
-    fleet = fleet_of(1, found)
-    assert ids(fleet.view("g")) == []
-    assert not fleet.by_lease
+    observed = observed_of(1, found)
+    assert ids(observed.view("g")) == []
+    assert not observed.by_lease
 
 
 def test_one_that_drains_is_shown_although_it_does_not_serve() -> None:
     draining = make_entry(make_worker(state=WorkerState.DRAINING), health=Health.CRITICAL)
-    (entry,) = fleet_of(1, [draining]).view("g").workers
+    (entry,) = observed_of(1, [draining]).view("g").workers
     assert entry.health is Health.CRITICAL
-    assert ids(fleet_of(1, [make_entry(make_worker(), health=Health.CRITICAL)]).view("g")) == []
+    assert ids(observed_of(1, [make_entry(make_worker(), health=Health.CRITICAL)]).view("g")) == []
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_one_that_drains_is_shown_although_it_does_not_serve() -> None:
     ],
 )
 def test_a_registry_lives_as_long_as_it_and_its_agent_do(entry: Entry, is_alive: bool) -> None:
-    assert ("one" in fleet_of(1, [entry]).replicas) is is_alive
+    assert ("one" in observed_of(1, [entry]).replicas) is is_alive
 
 
 def test_a_worker_outlives_the_agent_it_was_entered_at() -> None:
-    assert ids(fleet_of(1, [make_entry(make_worker(), is_node_alive=False)]).view("g")) == ["decode-0"]
+    assert ids(observed_of(1, [make_entry(make_worker(), is_node_alive=False)]).view("g")) == ["decode-0"]
 
 
 def test_a_registry_that_was_restarted_is_one_registry() -> None:
@@ -144,12 +144,12 @@ def test_a_registry_that_was_restarted_is_one_registry() -> None:
         make_entry(replace(make_replica("old"), address="h:7"), keeper="old"),
         make_entry(replace(make_replica("new", 2), address="h:7"), keeper="new"),
     ]
-    assert fleet_of(1, found).replicas == {"new"}
+    assert observed_of(1, found).replicas == {"new"}
 
 
 def test_reasons_are_those_known_else_what_the_answer_tells() -> None:
-    before = fleet_of(1, [make_entry(make_worker("a")), make_entry(make_worker("b")), make_entry(make_worker("c"))])
-    after = fleet_of(5, [make_entry(make_worker("c", 2))])
+    before = observed_of(1, [make_entry(make_worker("a")), make_entry(make_worker("b")), make_entry(make_worker("c"))])
+    after = observed_of(5, [make_entry(make_worker("c", 2))])
     change = change_between(before, after, {("worker", "a", 1): RemovalReason.DEREGISTERED})
     assert change is not None
     assert change.revision == 5

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from tandem_registry.backends.consul import blocking_query
-from tandem_registry.backends.consul.blocking_query import Follower
+from tandem_registry.backends.consul.blocking_query import BlockingQuery
 from tandem_registry.backends.consul.client import Answer, Generation
-from tandem_registry.backends.consul.snapshot import Entry, Fleet
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 
 from tandem.clock import monotonic
 from tandem.errors import ServiceError
@@ -74,8 +74,8 @@ class Told:
         """Registry id, index, number of workers."""
         self.losses = 0
 
-    def fleet(self, registry_id: str, fleet: Fleet) -> None:
-        self.views.append((registry_id, fleet.index, len(fleet.members)))
+    def observed(self, registry_id: str, observed: ConsulSnapshot) -> None:
+        self.views.append((registry_id, observed.index, len(observed.members)))
 
     def lost(self, problem: ServiceError) -> None:
         self.losses += 1
@@ -84,12 +84,12 @@ class Told:
 @asynccontextmanager
 async def following(consul: Any, *, explains: bool = False) -> AsyncIterator[Told]:
     told = Told()
-    subject = Follower(
+    subject = BlockingQuery(
         consul,
         new_id=lambda: next(consul.names),
-        on_fleet=told.fleet,
+        on_observed=told.observed,
         on_lost=told.lost,
-        explains=lambda fleet: explains,
+        explains=lambda observed: explains,
         clock=monotonic,
     )
     task = asyncio.create_task(subject.run())

@@ -172,7 +172,7 @@ class MembershipMachine(RuleBasedStateMachine):
                 removed = [(member.member_id, member.epoch) for member in gone if isinstance(member, Worker)]
                 upserted = [member for member in change.upserted if isinstance(member, Worker)]
                 watcher.apply_delta("r", change.revision - 1, change.revision, upserted, removed)
-            assert watcher.workers() == expected
+            assert watcher.members() == expected
 
 
 TestMembershipMachine = MembershipMachine.TestCase

@@ -143,7 +143,7 @@ class Membership:
         lease = self._leases.get(lease_id)
         return None if lease is None or not lease.is_heard else self._clock() - lease.renewed_s
 
-    def vouch(self, is_alive: Callable[[Held], bool]) -> None:
+    def extend_if_alive(self, is_alive: Callable[[Held], bool]) -> None:
         """Let leases that were taken over and not heard of yet live on, for those who are known to live."""
         end_s = self._clock() + self.ttl_s
         for lease in self._leases.values():

@@ -1,7 +1,7 @@
-"""What a service says of itself in figures: counted and measured when something happens, read when somebody asks.
+"""The metrics interface of the services: counters and histograms are recorded when something happens, gauges when read.
 
-The face that services see. Off, it does nothing and imports nothing; what stands behind it when it is on is `otel_metrics.py`.
-Which metrics there are is said in `names.py` alone.
+Switched off, it does nothing and imports nothing; `otel_metrics.py` implements it. `metric_catalog.py` alone says which
+metrics there are.
 """
 
 from __future__ import annotations

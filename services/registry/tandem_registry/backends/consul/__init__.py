@@ -1,1 +1,1 @@
-"""Membership in Consul: any number of replicas, one view. What is written is `records`, what it means is `fleet`."""
+"""Membership in Consul: any number of replicas, one view. What is written is `records`, what it means is `observed`."""

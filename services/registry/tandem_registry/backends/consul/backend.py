@@ -1,6 +1,6 @@
 """Membership in Consul: one of any number of replicas that tell the same view.
 
-Composition: `client` speaks, `follower` reads, `keeper` keeps own leases, `ledger` writes, `publisher` tells. Owns
+Composition: `client` speaks, `query` reads, `keeper` keeps own leases, `reconciler` writes, `broadcaster` tells. Owns
 their tasks and the waiting of calls; no rule is here.
 """
 
@@ -18,14 +18,14 @@ from tandem.clock import Clock, monotonic
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import Draining, DuplicateWorker, Overloaded, ServiceError, StartError, WorkerNotFound
-from tandem_registry.backends.consul.blocking_query import Follower
-from tandem_registry.backends.consul.broadcaster import Publisher
+from tandem_registry.backends.consul.blocking_query import BlockingQuery
+from tandem_registry.backends.consul.broadcaster import Broadcaster
 from tandem_registry.backends.consul.client import ConsulClient
-from tandem_registry.backends.consul.lease_manager import Keeper, Leftover
-from tandem_registry.backends.consul.reconciler import Ledger
+from tandem_registry.backends.consul.lease_manager import LeaseManager, Orphan
+from tandem_registry.backends.consul.reconciler import Reconciler
 from tandem_registry.backends.consul.records import Record, Replica, check_fits, service_id
 from tandem_registry.backends.consul.settings import ConsulSettings
-from tandem_registry.backends.consul.snapshot import Entry, Fleet
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
 from tandem_registry.leases import Grant
@@ -44,7 +44,7 @@ REGISTRATIONS_MAX = 64
 INTERVAL_MIN_S = 1.0
 HOLD_S = 2.0
 """With a lease's time: how long those may take to come back whom Consul has lost."""
-LEFTOVER_RETRY_S = 30.0
+ORPHAN_RETRY_S = 30.0
 SWEEP_MAX_S = 1.0
 
 
@@ -61,13 +61,13 @@ class ConsulBackend:
         self._checks_tls = checks_tls
         self._clock = clock
         self._subscriptions = Subscriptions()
-        self._publisher = Publisher(self._subscriptions, time.time())
+        self._broadcaster = Broadcaster(self._subscriptions, time.time())
         self._client: ConsulClient | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._leftovers: dict[tuple[str, str], float] = {}
+        self._orphans: dict[tuple[str, str], float] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._held: asyncio.TimerHandle | None = None
-        self._waiting: tuple[str, Fleet] | None = None
+        self._waiting: tuple[str, ConsulSnapshot] | None = None
         """An answer that is held back."""
         self._problem: ServiceError | None = None
         self._answered = asyncio.Event()
@@ -84,7 +84,7 @@ class ConsulBackend:
     @property
     def origin(self) -> Origin:
         """Where the view comes from at this moment."""
-        return self._publisher.origin
+        return self._broadcaster.origin
 
     @property
     def watcher_count(self) -> int:
@@ -94,9 +94,9 @@ class ConsulBackend:
     @property
     def followed(self) -> Followed:
         """How far behind Consul the view is. Valid after `start`."""
-        told = self._publisher.fleet.index
+        told = self._broadcaster.observed.index
         last = told if self._waiting is None else self._waiting[1].index
-        return Followed(self._clock() - self._follower.answered_s, max(0, last - told))
+        return Followed(self._clock() - self._query.answered_s, max(0, last - told))
 
     async def start(self, address: str) -> None:
         """Follow Consul and let others find this registry at `address`.
@@ -107,27 +107,27 @@ class ConsulBackend:
         """
         interval_s = max(INTERVAL_MIN_S, self.ttl_s / 2)
         client = self._client = ConsulClient(self._settings, interval_s=interval_s, checks_tls=self._checks_tls)
-        self._ledger = Ledger(client, self.replica_id, self._clock)
-        self._keeper = Keeper(
+        self._reconciler = Reconciler(client, self.replica_id, self._clock)
+        self._leases = LeaseManager(
             replica_id=self.replica_id,
             service=self._settings.service,
             ttl_s=self.ttl_s,
             clock=self._clock,
-            ledger=self._ledger,
+            reconciler=self._reconciler,
             new_lease_id=lambda: uuid.uuid4().hex,
         )
-        self._follower = Follower(
+        self._query = BlockingQuery(
             client,
             new_id=lambda: uuid.uuid4().hex,
-            on_fleet=self._take,
+            on_observed=self._take,
             on_lost=self._lose,
-            explains=self._keeper.explains,
+            explains=self._leases.explains,
             clock=self._clock,
         )
-        await self._ledger.start()
+        await self._reconciler.start()
         self._announce(address)
         self._tasks = [
-            asyncio.create_task(self._follower.run(), name="consul-follower"),
+            asyncio.create_task(self._query.run(), name="consul-follower"),
             asyncio.create_task(self._sweep(), name="lease-sweep"),
         ]
         if not client.has_checks:
@@ -142,12 +142,12 @@ class ConsulBackend:
         """Let others take over at once. May be called twice."""
         if not self._is_withdrawn and self._client is not None:
             self._is_withdrawn = True
-            self._ledger.want(self._own_entry_id, None)
+            self._reconciler.want(self._own_entry_id, None)
             if self._problem is not None:
                 return
             with contextlib.suppress(TimeoutError, ServiceError):
                 async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                    await self._ledger.written(self._own_entry_id)
+                    await self._reconciler.written(self._own_entry_id)
 
     async def close(self) -> None:
         """End all subscriptions with Draining and refuse everything from now on. May be called twice."""
@@ -162,13 +162,13 @@ class ConsulBackend:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        await self._ledger.close()
+        await self._reconciler.close()
         await self._client.close()
 
     async def wait_failed(self) -> str:
         """Return one sentence when one of the tasks has died; never returns otherwise."""
         assert self._tasks, "wait_failed() before start()"
-        done, _ = await asyncio.wait([*self._tasks, *self._ledger.tasks], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait([*self._tasks, *self._reconciler.tasks], return_when=asyncio.FIRST_COMPLETED)
         task = done.pop()
         problem = None if task.cancelled() else task.exception()
         return f"{task.get_name()} has ended: {problem!r}"
@@ -177,7 +177,7 @@ class ConsulBackend:
         """Enter one start of a member; returns when Consul shows it."""
         check_fits(member)
         self._check_live()
-        if self.replica_id not in self._keeper.fleet.replicas:
+        if self.replica_id not in self._leases.observed.replicas:
             raise ServiceError("Consul does not list this registry, or its check of it fails")
         if self._registering_count >= REGISTRATIONS_MAX:
             raise Overloaded(f"{REGISTRATIONS_MAX} registrations are on their way to Consul already")
@@ -188,7 +188,7 @@ class ConsulBackend:
             self._registering_count -= 1
 
     async def _register(self, member: Member) -> Grant:
-        grant, entry_id = self._keeper.register(member)
+        grant, entry_id = self._leases.register(member)
         key = (member.kind, member.member_id)
 
         def is_seen(entry: Entry | None) -> bool:
@@ -196,13 +196,13 @@ class ConsulBackend:
 
         try:
             async with asyncio.timeout(SEEN_TIMEOUT_S):
-                await self._ledger.written(entry_id)
-                await self._follower.wait_for(
-                    lambda: is_seen(self._keeper.fleet.winners.get(key)) or not self._holds(member, grant)
+                await self._reconciler.written(entry_id)
+                await self._query.wait_for(
+                    lambda: is_seen(self._leases.observed.winners.get(key)) or not self._holds(member, grant)
                 )
         except (TimeoutError, ServiceError) as problem:
             if self._holds(member, grant):
-                self._keeper.give_up(grant.lease_id, entry_id)
+                self._leases.give_up(grant.lease_id, entry_id)
                 raise ServiceError(f"{entry_id} was not entered in Consul in time: {problem}") from None
         if not self._holds(member, grant):
             raise DuplicateWorker(
@@ -211,28 +211,28 @@ class ConsulBackend:
                 field=f"{member.kind}_id",
                 lease_ttl_ms=int(self.ttl_s * 1_000),
             )
-        return Grant(grant.lease_id, self._keeper.fleet.index)
+        return Grant(grant.lease_id, self._leases.observed.index)
 
     async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
         """Hear a sign of life, of a lease granted by any replica."""
         self._check_open()
         try:
-            self._keeper.keep_alive(lease_id, state)
+            self._leases.keep_alive(lease_id, state)
         except WorkerNotFound:
             await self._look_again()
-            self._keeper.keep_alive(lease_id, state)
+            self._leases.keep_alive(lease_id, state)
 
     async def drain(self, worker_id: str, epoch: int) -> int:
         """Mark a worker as draining; the revision that first shows it."""
         self._check_open()
         try:
-            self._keeper.drain(worker_id, epoch)
+            self._leases.drain(worker_id, epoch)
         except WorkerNotFound:
             await self._look_again()
-            self._keeper.drain(worker_id, epoch)
+            self._leases.drain(worker_id, epoch)
 
         def is_seen() -> bool:
-            entry = self._keeper.fleet.winners.get((Worker.kind, worker_id))
+            entry = self._leases.observed.winners.get((Worker.kind, worker_id))
             member = None if entry is None else entry.record.member
             return not isinstance(member, Worker) or member.state is WorkerState.DRAINING
 
@@ -242,14 +242,14 @@ class ConsulBackend:
         """Take a member out; the revision that first lacks it."""
         self._check_open()
         try:
-            member = self._keeper.deregister(lease_id)
+            member = self._leases.deregister(lease_id)
         except WorkerNotFound:
             await self._look_again()
-            member = self._keeper.deregister(lease_id)
+            member = self._leases.deregister(lease_id)
         key, epoch = (member.kind, member.member_id), member.epoch
 
         def is_seen() -> bool:
-            entry = self._keeper.fleet.members.get(key)
+            entry = self._leases.observed.members.get(key)
             return entry is None or entry.record.member.epoch > epoch
 
         return await self._seen(is_seen, LEAVE_TIMEOUT_S, f"{member.member_id} has left here")
@@ -257,15 +257,15 @@ class ConsulBackend:
     async def view(self) -> View:
         """The view at this moment."""
         self._check_open()
-        registry_id = self._publisher.registry_id
+        registry_id = self._broadcaster.registry_id
         assert registry_id is not None
-        return self._publisher.fleet.view(registry_id, self._keeper.ages_s())
+        return self._broadcaster.observed.view(registry_id, self._leases.ages_s())
 
     async def subscribe(self, known: Known | None = None) -> Subscription:
         """Begin to watch."""
         self._check_open()
         # Without an await in between, no change can fall between the snapshot and the first push.
-        return self._subscriptions.add(self._publisher.snapshot(), known)
+        return self._subscriptions.add(self._broadcaster.snapshot(), known)
 
     def _announce(self, address: str) -> None:
         replica = Replica(
@@ -276,7 +276,7 @@ class ConsulBackend:
         )
         record = Record(member=replica, keeper=self.replica_id)
         self._own_entry_id = service_id(self._settings.service, record)
-        self._ledger.want(self._own_entry_id, record)
+        self._reconciler.want(self._own_entry_id, record)
 
     async def _wait_answered(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -284,39 +284,39 @@ class ConsulBackend:
                 await self._answered.wait()
         if self._problem is not None and is_refusal(self._problem):
             raise StartError(str(self._problem))
-        if self._publisher.registry_id is None:
+        if self._broadcaster.registry_id is None:
             log.warning("not serving until Consul answers, which is asked again and again: %s", self._problem)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SEEN_TIMEOUT_S):
-                await self._follower.wait_for(lambda: self.replica_id in self._keeper.fleet.replicas)
+                await self._query.wait_for(lambda: self.replica_id in self._leases.observed.replicas)
 
-    def _take(self, registry_id: str, fleet: Fleet) -> None:
+    def _take(self, registry_id: str, observed: ConsulSnapshot) -> None:
         """One answer of Consul."""
         if self._problem is not None:
-            log.info("Consul answers again, at index %d", fleet.index)
+            log.info("Consul answers again, at index %d", observed.index)
         self._problem = None
-        self._ledger.resume()
-        if registry_id != self._publisher.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
-            self._ledger.all_missing(self._own_entry_id)
+        self._reconciler.resume()
+        if registry_id != self._broadcaster.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
+            self._reconciler.all_missing(self._own_entry_id)
         if self._is_withdrawn:
-            self._keeper.fleet = fleet
+            self._leases.observed = observed
         else:
-            self._keeper.take(fleet)
+            self._leases.take(observed)
         self._check_own_entry()
-        self._waiting = (registry_id, fleet)
-        missing = self._publisher.missing(registry_id, fleet, self._keeper.own_keys())
+        self._waiting = (registry_id, observed)
+        missing = self._broadcaster.missing(registry_id, observed, self._leases.own_keys())
         if not missing:
             self._publish()
         elif self._held is None:
             log.warning("Consul has lost %d members that are known here: they get time to come back", len(missing))
-            self._publisher.hold(time.time())
+            self._broadcaster.hold(time.time())
             self._held = asyncio.get_running_loop().call_later(self.ttl_s + HOLD_S, self._publish)
         self._answered.set()
 
     def _check_own_entry(self) -> None:
-        if all(entry.service_id != self._own_entry_id for entry in self._keeper.fleet.entries):
-            self._ledger.missing(self._own_entry_id)
+        if all(entry.service_id != self._own_entry_id for entry in self._leases.observed.entries):
+            self._reconciler.missing(self._own_entry_id)
 
     def _publish(self) -> None:
         """What Consul says is the view."""
@@ -324,8 +324,8 @@ class ConsulBackend:
             self._held.cancel()
             self._held = None
         if self._waiting is not None and self._problem is None:
-            self._publisher.publish(*self._waiting, self._keeper.reasons, time.time())
-            self._keeper.forget_reasons()
+            self._broadcaster.publish(*self._waiting, self._leases.reasons, time.time())
+            self._leases.forget_reasons()
             self._published.set()
 
     def _lose(self, problem: ServiceError) -> None:
@@ -333,18 +333,18 @@ class ConsulBackend:
         if self._problem is None:
             log.warning("the last known view is told until Consul answers: %s", problem)
         self._problem = problem
-        self._ledger.pause()
-        self._publisher.lost(time.time())
+        self._reconciler.pause()
+        self._broadcaster.lost(time.time())
         self._answered.set()
 
     async def _sweep(self) -> None:
         """Wake up for each expiry; a lease that is new is never the first to end."""
         while True:
-            self._keeper.sweep(is_live=self._problem is None)
-            if self._problem is None and self._publisher.registry_id is not None:
+            self._leases.sweep(is_live=self._problem is None)
+            if self._problem is None and self._broadcaster.registry_id is not None:
                 self._check_own_entry()
-                self._remove([] if self._is_withdrawn else [*self._keeper.inherit(), *self._keeper.former_selves()])
-            next_s = self._keeper.membership.next_expiry_s()
+                self._remove([] if self._is_withdrawn else [*self._leases.adopt(), *self._leases.own_stale_entries()])
+            next_s = self._leases.membership.next_expiry_s()
             wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
             await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))
 
@@ -355,32 +355,32 @@ class ConsulBackend:
             with contextlib.suppress(ServiceError):
                 await self._client_of().say_alive(self._own_entry_id)
 
-    def _remove(self, leftovers: list[Leftover]) -> None:
+    def _remove(self, orphans: list[Orphan]) -> None:
         now_s = self._clock()
-        for leftover in leftovers:
-            place = (leftover.node, leftover.service_id)
-            if now_s - self._leftovers.get(place, -LEFTOVER_RETRY_S) >= LEFTOVER_RETRY_S:
-                self._leftovers[place] = now_s
-                task = asyncio.create_task(self._remove_one(leftover), name="consul-leftover")
+        for orphan in orphans:
+            place = (orphan.node, orphan.service_id)
+            if now_s - self._orphans.get(place, -ORPHAN_RETRY_S) >= ORPHAN_RETRY_S:
+                self._orphans[place] = now_s
+                task = asyncio.create_task(self._remove_one(orphan), name="consul-leftover")
                 self._removals.add(task)
                 task.add_done_callback(self._removals.discard)
 
-    async def _remove_one(self, leftover: Leftover) -> None:
+    async def _remove_one(self, orphan: Orphan) -> None:
         try:
-            if leftover.is_only_one:
-                await self._client_of().deregister(leftover.service_id)
-            await self._client_of().deregister_elsewhere(leftover.node, leftover.service_id)
+            if orphan.is_only_one:
+                await self._client_of().deregister(orphan.service_id)
+            await self._client_of().deregister_elsewhere(orphan.node, orphan.service_id)
         except ServiceError as problem:
-            log.info("%s of a dead registry stays for now: %s", leftover.service_id, problem)
+            log.info("%s of a dead registry stays for now: %s", orphan.service_id, problem)
 
     async def _seen(self, is_seen: Callable[[], bool], timeout_s: float, what: str) -> int:
         """The revision that shows something; it is done here in any case, and Consul hears of it when it can."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._follower.wait_for(is_seen)
+                await self._query.wait_for(is_seen)
         except TimeoutError:
             raise ServiceError(f"{what}, and Consul does not show it yet") from None
-        return self._keeper.fleet.index
+        return self._leases.observed.index
 
     async def _look_again(self) -> None:
         """Before somebody is told that a lease is over: Consul may know it, and this replica not yet.
@@ -393,12 +393,12 @@ class ConsulBackend:
         self._check_live()
         try:
             async with asyncio.timeout(SEEN_TIMEOUT_S):
-                await self._follower.catch_up()
+                await self._query.catch_up()
         except TimeoutError:
             raise ServiceError("Consul does not say whether that lease is over") from None
 
     def _holds(self, member: Member, grant: Grant) -> bool:
-        held = self._keeper.membership.lease_of(member.kind, member.member_id)
+        held = self._leases.membership.lease_of(member.kind, member.member_id)
         return held is not None and held.lease_id == grant.lease_id
 
     def _check_live(self) -> None:
@@ -409,7 +409,7 @@ class ConsulBackend:
     def _check_open(self) -> None:
         if self._is_closing:
             raise _draining()
-        if self._publisher.registry_id is None:
+        if self._broadcaster.registry_id is None:
             raise ServiceError(f"there is no view yet: {self._problem}")
 
     def _client_of(self) -> ConsulClient:

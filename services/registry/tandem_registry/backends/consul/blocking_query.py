@@ -17,7 +17,7 @@ from tandem.rpc.backoff import Backoff
 from tandem_registry.backends.consul.client import Answer, ConsulClient, Generation
 from tandem_registry.backends.consul.parsing import AnswerReader
 from tandem_registry.backends.consul.records import Replica
-from tandem_registry.backends.consul.snapshot import Fleet, fleet_of
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, observed_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ SUSPECT_PAUSE_S = 0.3
 """Before a suddenly empty answer is asked for again."""
 
 
-class Follower:
+class BlockingQuery:
     """One task's work."""
 
     def __init__(
@@ -39,26 +39,26 @@ class Follower:
         client: ConsulClient,
         *,
         new_id: Callable[[], str],
-        on_fleet: Callable[[str, Fleet], None],
+        on_observed: Callable[[str, ConsulSnapshot], None],
         on_lost: Callable[[ServiceError], None],
-        explains: Callable[[Fleet], bool],
+        explains: Callable[[ConsulSnapshot], bool],
         clock: Clock,
         rng: random.Random | None = None,
     ) -> None:
-        """`on_fleet` gets the registry id and the fleet at each new index; `on_lost` why there is no answer.
+        """`on_observed` gets the registry id and the fleet at each new index; `on_lost` why there is no answer.
 
         `explains` says whether all members of a fleet have been ended by this replica, so that none may follow.
         """
         self._client = client
         self._new_id = new_id
-        self._on_fleet = on_fleet
+        self._on_observed = on_observed
         self._on_lost = on_lost
         self._explains = explains
         self._clock = clock
         self._backoff = Backoff(rng=rng)
         self._reader = AnswerReader()
         self._registry_id = ""
-        self._fleet = Fleet()
+        self._observed = ConsulSnapshot()
         self._arrived = asyncio.Event()
         self._refresh = asyncio.Lock()
         self._refresh_count = 0
@@ -92,28 +92,28 @@ class Follower:
                 return
             self._refresh_count += 1
             index = await self._client.index()
-            await self.wait_for(lambda: self._fleet.index >= index)
+            await self.wait_for(lambda: self._observed.index >= index)
 
     async def _follow(self) -> None:
         """Until the generation may be another one."""
-        fleet, read_s = self._read(await self._begin())
+        observed, read_s = self._read(await self._begin())
         while True:
-            worked_s = read_s + self._tell(fleet)
+            worked_s = read_s + self._tell(observed)
             self._backoff.reset()
             await asyncio.sleep(max(GAP_MIN_S, GAP_FACTOR * worked_s))
-            answer = await self._client.health(Answer(fleet.index, None), WAIT_S)
+            answer = await self._client.health(Answer(observed.index, None), WAIT_S)
             self.answered_s = self._clock()
-            if answer.index < fleet.index:
+            if answer.index < observed.index:
                 return
             if answer.body is None:
                 if await self._is_another_generation():
                     return
                 read_s = 0.0
                 continue
-            fleet, read_s = self._read(answer)
-            if self._is_suspect(fleet):
-                count = _count(self._fleet)
-                log.warning("Consul lists nobody at index %d, after %d entries: asked again", fleet.index, count)
+            observed, read_s = self._read(answer)
+            if self._is_suspect(observed):
+                count = _count(self._observed)
+                log.warning("Consul lists nobody at index %d, after %d entries: asked again", observed.index, count)
                 await asyncio.sleep(SUSPECT_PAUSE_S)
                 return
 
@@ -124,44 +124,44 @@ class Follower:
             answer = await self._client.health(is_consistent=True)
             self.answered_s = self._clock()
             is_known = before is not None and before.registry_id == self._registry_id
-            if before is None or (is_known and answer.index < self._fleet.index):
+            if before is None or (is_known and answer.index < self._observed.index):
                 await self._begin_generation(before, answer)
                 continue
             after = await self._client.generation()
             if after != before:
                 continue
             if not is_known:
-                self._registry_id, self._fleet = before.registry_id, Fleet()
+                self._registry_id, self._observed = before.registry_id, ConsulSnapshot()
             return answer
 
     async def _begin_generation(self, before: Generation | None, answer: Answer) -> None:
         """Consul's data are new, or older than what was seen of them: revisions must not be counted on."""
         if await self._client.begin_generation(self._new_id(), before):
-            log.warning("Consul begins anew at index %d (was at %d)", answer.index, self._fleet.index)
+            log.warning("Consul begins anew at index %d (was at %d)", answer.index, self._observed.index)
 
     async def _is_another_generation(self) -> bool:
         now = await self._client.generation()
         return now is None or now.registry_id != self._registry_id
 
-    def _is_suspect(self, fleet: Fleet) -> bool:
-        return _count(fleet) == 0 < _count(self._fleet) and not self._explains(self._fleet)
+    def _is_suspect(self, observed: ConsulSnapshot) -> bool:
+        return _count(observed) == 0 < _count(self._observed) and not self._explains(self._observed)
 
-    def _read(self, answer: Answer) -> tuple[Fleet, float]:
+    def _read(self, answer: Answer) -> tuple[ConsulSnapshot, float]:
         """What an answer means, and how long it took to find out."""
         began_s = self._clock()
         assert answer.body is not None, "an answer that says that nothing changed"
-        fleet = fleet_of(answer.index, self._reader.entries(answer.body))
-        return fleet, self._clock() - began_s
+        observed = observed_of(answer.index, self._reader.entries(answer.body))
+        return observed, self._clock() - began_s
 
-    def _tell(self, fleet: Fleet) -> float:
+    def _tell(self, observed: ConsulSnapshot) -> float:
         """Hand on what Consul shows; returns how long that took."""
         began_s = self._clock()
-        self._fleet = fleet
-        self._on_fleet(self._registry_id, fleet)
+        self._observed = observed
+        self._on_observed(self._registry_id, observed)
         arrived, self._arrived = self._arrived, asyncio.Event()
         arrived.set()
         return self._clock() - began_s
 
 
-def _count(fleet: Fleet) -> int:
-    return sum(not isinstance(entry.record.member, Replica) for entry in fleet.entries)
+def _count(observed: ConsulSnapshot) -> int:
+    return sum(not isinstance(entry.record.member, Replica) for entry in observed.entries)

@@ -1,7 +1,7 @@
 """The leases that this replica keeps, and what it does when Consul shows those of others.
 
 Owns adoption, giving up, ends and orphans; the rules of leases are `tandem_registry.leases`, which has no second
-copy here. Nothing is awaited: it wants entries (`ledger`), and tells which leftovers of dead replicas are to go.
+copy here. Nothing is awaited: it wants entries (`reconciler`), and tells which leftovers of dead replicas are to go.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tandem.clock import Clock
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import StaleEpoch, WorkerNotFound
-from tandem_registry.backends.consul.reconciler import SETTLE_S, Ledger, Urgency
+from tandem_registry.backends.consul.reconciler import SETTLE_S, Reconciler, Urgency
 from tandem_registry.backends.consul.records import Record, Replica, service_id
-from tandem_registry.backends.consul.snapshot import Entry, Fleet, Key
+from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, Key
 from tandem_registry.leases import Grant, Held, Membership, Rival
 from tandem_registry.view import Change, Health, RemovalReason
 
@@ -27,7 +27,7 @@ Start = tuple[str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class Orphan:
     """An entry of a dead replica that nobody needs."""
 
     node: str
@@ -36,7 +36,7 @@ class Leftover:
     """Whether no other agent has an entry of that name, so that it can be removed from ours."""
 
 
-class Keeper:
+class LeaseManager:
     """Own leases against what Consul shows."""
 
     def __init__(
@@ -46,11 +46,11 @@ class Keeper:
         service: str,
         ttl_s: float,
         clock: Clock,
-        ledger: Ledger,
+        reconciler: Reconciler,
         new_lease_id: Callable[[], str],
     ) -> None:
         self.replica_id = replica_id
-        self.fleet = Fleet()
+        self.observed = ConsulSnapshot()
         """What Consul showed last."""
         self.membership = Membership(
             keeper=replica_id, ttl_s=ttl_s, clock=clock, new_lease_id=new_lease_id, on_change=self._write
@@ -59,7 +59,7 @@ class Keeper:
         """Why starts whose leases were kept here have left, until the view has told it."""
         self._service = service
         self._clock = clock
-        self._ledger = ledger
+        self._reconciler = reconciler
         self._terms: dict[str, int] = {}
         self._is_incomplete = False
         """Whether Consul lacked an entry that may have been on its way."""
@@ -88,7 +88,7 @@ class Keeper:
 
     def drain(self, worker_id: str, epoch: int) -> None:
         """Mark a worker as draining, whoever keeps its lease. Raises as `Membership.drain`."""
-        entry = self.fleet.winners.get((Worker.kind, worker_id))
+        entry = self.observed.winners.get((Worker.kind, worker_id))
         is_foreign = self.membership.lease_of(Worker.kind, worker_id) is None and entry is not None
         if is_foreign and entry is not None and not entry.record.is_gone and entry.record.keeper != self.replica_id:
             actual = entry.record.member.epoch
@@ -111,7 +111,7 @@ class Keeper:
         """A lease that could not be written down: nobody has it."""
         self.membership.give_up(lease_id)
         self._terms.pop(lease_id, None)
-        self._ledger.want(entry_id, None)
+        self._reconciler.want(entry_id, None)
 
     def sweep(self, *, is_live: bool) -> None:
         """End leases that are over. Those that were taken over and not heard of here live on as long as Consul's checks
@@ -119,7 +119,7 @@ class Keeper:
         """
         if is_live and self._is_incomplete:
             self._compare_all(self._own_entries())
-        self.membership.vouch(lambda held: not is_live or self._passes(held))
+        self.membership.extend_if_alive(lambda held: not is_live or self._passes(held))
         self.membership.expire()
 
     def ages_s(self) -> dict[str, float | None]:
@@ -130,40 +130,40 @@ class Keeper:
         """Members whose leases are kept here."""
         return {(held.member.kind, held.member.member_id) for held in self.membership.held()}
 
-    def explains(self, fleet: Fleet) -> bool:
+    def explains(self, observed: ConsulSnapshot) -> bool:
         """Whether all members of a fleet were ended here."""
-        return all((*key, entry.record.member.epoch) in self.reasons for key, entry in fleet.members.items())
+        return all((*key, entry.record.member.epoch) in self.reasons for key, entry in observed.members.items())
 
     def forget_reasons(self) -> None:
         """The view was told: only starts that it still shows will be asked for."""
-        shown = {(*key, entry.record.member.epoch) for key, entry in self.fleet.members.items()}
+        shown = {(*key, entry.record.member.epoch) for key, entry in self.observed.members.items()}
         self.reasons = {start: reason for start, reason in self.reasons.items() if start in shown}
 
-    def take(self, fleet: Fleet) -> None:
+    def take(self, observed: ConsulSnapshot) -> None:
         """Compare what Consul shows with what is kept here."""
-        self.fleet = fleet
+        self.observed = observed
         own = self._own_entries()
         self._compare_all(own)
         self._remove_unwanted(own)
-        absent = {entry.record.keeper for entry in fleet.entries} - fleet.replicas - {self.replica_id}
+        absent = {entry.record.keeper for entry in observed.entries} - observed.replicas - {self.replica_id}
         now_s = self._clock()
         self._absent = {keeper: self._absent.get(keeper, now_s) for keeper in absent}
 
-    def inherit(self) -> list[Leftover]:
+    def adopt(self) -> list[Orphan]:
         """Take over what dead replicas have left, if that is this one's part; returns what is to be removed of it.
 
         A replica is dead when it was absent for a lease's time. Members that live have come to another one by then.
         """
         dead = {keeper for keeper in self._absent if self._is_dead(keeper)}
-        if not dead or min(self.fleet.replicas, default="") != self.replica_id:
+        if not dead or min(self.observed.replicas, default="") != self.replica_id:
             return []
-        return self._inherit(dead)
+        return self._adopt_orphan(dead)
 
     def _is_dead(self, keeper: str) -> bool:
         return self._clock() - self._absent.get(keeper, self._clock()) >= self.membership.ttl_s
 
     def _own_entries(self) -> dict[str, Entry]:
-        return {entry.service_id: entry for entry in self.fleet.entries if entry.record.keeper == self.replica_id}
+        return {entry.service_id: entry for entry in self.observed.entries if entry.record.keeper == self.replica_id}
 
     def _compare_all(self, own: dict[str, Entry]) -> None:
         self._is_incomplete = False
@@ -173,65 +173,65 @@ class Keeper:
     def _compare(self, held: Held, own: dict[str, Entry]) -> None:
         record = self._record(held)
         entry_id = service_id(self._service, record)
-        winner = self.fleet.winners.get(record.key)
+        winner = self.observed.winners.get(record.key)
         if winner is not None and winner.record.keeper != self.replica_id and winner.record.rank > record.rank:
             log.info("%s %s is kept by registry %s now", *record.key, winner.record.keeper)
             self.membership.give_up(held.lease_id)
             self._terms.pop(held.lease_id, None)
             if entry_id in own:
-                self._ledger.want(entry_id, None)
+                self._reconciler.want(entry_id, None)
             else:
-                self._ledger.disown(entry_id)
+                self._reconciler.disown(entry_id)
         elif entry_id not in own:
-            self._is_incomplete = self._ledger.missing(entry_id) or self._is_incomplete
+            self._is_incomplete = self._reconciler.missing(entry_id) or self._is_incomplete
 
     def _remove_unwanted(self, own: dict[str, Entry]) -> None:
         """Entries of this replica that no lease stands behind."""
         now_s = self._clock()
         for entry_id, since_s in list(self._replaced.items()):
             entry = own.get(entry_id)
-            is_seen = entry is not None and self.fleet.members.get(entry.record.key) is entry
+            is_seen = entry is not None and self.observed.members.get(entry.record.key) is entry
             if not is_seen or now_s - since_s > SETTLE_S:
                 del self._replaced[entry_id]
-                self._ledger.want(entry_id, None)
+                self._reconciler.want(entry_id, None)
         for entry_id in own:
-            wanted = self._ledger.wanted(entry_id)
+            wanted = self._reconciler.wanted(entry_id)
             if wanted is None:
-                is_useless = entry_id not in self._replaced and not self._ledger.is_ending(entry_id)
+                is_useless = entry_id not in self._replaced and not self._reconciler.is_ending(entry_id)
             else:
                 is_useless = wanted.is_gone and not self._others(wanted.key)
             if is_useless:
-                self._ledger.want(entry_id, None)
+                self._reconciler.want(entry_id, None)
 
-    def former_selves(self) -> list[Leftover]:
+    def own_stale_entries(self) -> list[Orphan]:
         """Entries of former registries at this one's address, where only this one can listen. A killed one's would pass
         its check for ever, because this registry answers it.
         """
-        replicas = [entry for entry in self.fleet.entries if isinstance(entry.record.member, Replica)]
+        replicas = [entry for entry in self.observed.entries if isinstance(entry.record.member, Replica)]
         addresses = {entry.record.member.address for entry in replicas if entry.record.keeper == self.replica_id}
         return [
-            Leftover(entry.node, entry.service_id, is_only_one=True)
+            Orphan(entry.node, entry.service_id, is_only_one=True)
             for entry in replicas
             if entry.record.member.address in addresses and entry.record.keeper != self.replica_id
         ]
 
-    def _inherit(self, dead: set[str]) -> list[Leftover]:
-        leftovers = []
-        names = [entry.service_id for entry in self.fleet.entries]
-        for entry in self.fleet.entries:
+    def _adopt_orphan(self, dead: set[str]) -> list[Orphan]:
+        orphans = []
+        names = [entry.service_id for entry in self.observed.entries]
+        for entry in self.observed.entries:
             record = entry.record
             if record.keeper not in dead or isinstance(record.member, Replica):
                 continue
-            if self.fleet.winners[record.key] is entry and not record.is_gone:
+            if self.observed.winners[record.key] is entry and not record.is_gone:
                 # Until its own entry is seen, this replica may be shown the dead one's again.
                 if not self.membership.holds(record.lease_id):
                     self._adopt(entry, is_heard=False)
             elif len(self._others(record.key)) == 1 or not record.is_gone:
-                leftovers.append(Leftover(entry.node, entry.service_id, names.count(entry.service_id) == 1))
-        return leftovers
+                orphans.append(Orphan(entry.node, entry.service_id, names.count(entry.service_id) == 1))
+        return orphans
 
     def _adopt_lease(self, lease_id: str) -> bool:
-        entry = self.fleet.by_lease.get(lease_id)
+        entry = self.observed.by_lease.get(lease_id)
         if entry is None or entry.record.keeper == self.replica_id:
             # What this replica has ended is over, whatever Consul still shows.
             return False
@@ -253,21 +253,21 @@ class Keeper:
             record = self._record(held)
             entry_id = service_id(self._service, record)
             self._replaced.pop(entry_id, None)
-            self._ledger.want(entry_id, record, self._health(record.key), self._urgency(record))
+            self._reconciler.want(entry_id, record, self._health(record.key), self._urgency(record))
         for removed in change.removed:
             member = removed.member
             self.reasons[(member.kind, member.member_id, member.epoch)] = removed.reason
             self._end(member, removed.reason)
 
     def _urgency(self, record: Record) -> Urgency:
-        entry = self.fleet.winners.get(record.key)
+        entry = self.observed.winners.get(record.key)
         if entry is None or entry.record.member.epoch != record.member.epoch:
             return Urgency.AWAITED
         return Urgency.UNSEEN if entry.record.member == record.member else Urgency.SEEN
 
     def _end(self, member: Member, reason: RemovalReason) -> None:
         entry_id = service_id(self._service, Record(member=member, keeper=self.replica_id))
-        record = self._ledger.wanted(entry_id)
+        record = self._reconciler.wanted(entry_id)
         if record is None:
             return
         self._terms.pop(record.lease_id, None)
@@ -278,15 +278,15 @@ class Keeper:
             gone = Record(
                 member=member, lease_id=record.lease_id, keeper=self.replica_id, term=record.term + 1, is_gone=True
             )
-            self._ledger.want(entry_id, gone)
+            self._reconciler.want(entry_id, gone)
         else:
-            self._ledger.want(entry_id, None)
+            self._reconciler.want(entry_id, None)
 
     def _rivals(self, member: Member) -> list[Rival]:
         """Who stands in the way of a member, of those whose leases other replicas keep."""
         key = (member.kind, member.member_id)
         found = []
-        for entry in self.fleet.winners.values():
+        for entry in self.observed.winners.values():
             other = entry.record.member
             is_rival = entry.record.key == key or other.address == member.address
             is_own = entry.record.keeper == self.replica_id
@@ -305,14 +305,16 @@ class Keeper:
     def _others(self, key: Key) -> list[Entry]:
         """Entries of a member that other replicas wrote."""
         return [
-            entry for entry in self.fleet.entries if entry.record.key == key and entry.record.keeper != self.replica_id
+            entry
+            for entry in self.observed.entries
+            if entry.record.key == key and entry.record.keeper != self.replica_id
         ]
 
     def _passes(self, held: Held) -> bool:
         return self._health((held.member.kind, held.member.member_id), default=Health.UNKNOWN) is Health.PASSING
 
     def _health(self, key: Key, default: Health = Health.PASSING) -> Health:
-        entry = self.fleet.winners.get(key)
+        entry = self.observed.winners.get(key)
         return default if entry is None else entry.health
 
     def _record(self, held: Held) -> Record:

@@ -1,6 +1,6 @@
 """Consul's JSON of a service with its health, as entries. What was read once is not read again.
 
-Owns the form of the answer, and the one line of log for an entry that cannot be read. What entries mean is `fleet`.
+Owns the form of the answer, and the one line of log for an entry that cannot be read. What entries mean is `observed`.
 """
 
 from __future__ import annotations

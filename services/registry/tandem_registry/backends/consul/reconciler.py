@@ -57,12 +57,12 @@ class _Line:
     waiters: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
 
 
-class Ledger:
+class Reconciler:
     """Desired entries by service id."""
 
     def __init__(self, client: ConsulClient, keeper: str, clock: Clock, rng: random.Random | None = None) -> None:
         self._client = client
-        self._keeper = keeper
+        self._leases = keeper
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 -- spreads load, protects nothing
         self._lines: dict[str, _Line] = {}
@@ -200,7 +200,7 @@ class Ledger:
             version, record = line.version, line.record
             if record is not None:
                 await self._client.register(record, line.health)
-            elif await self._client.keeper_of(entry_id) == self._keeper:
+            elif await self._client.keeper_of(entry_id) == self._leases:
                 # Another replica at this agent may have taken the entry over since; it is its own then.
                 await self._client.deregister(entry_id)
             line.written_version, line.written_s = version, self._clock()

@@ -31,7 +31,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class ConsulSnapshot:
     """All entries at one index, and what follows from them."""
 
     index: int = 0
@@ -60,7 +60,7 @@ class Fleet:
         return View(registry_id, self.index, tuple(workers), tuple(frontends))
 
 
-def fleet_of(index: int, entries: Iterable[Entry]) -> Fleet:
+def observed_of(index: int, entries: Iterable[Entry]) -> ConsulSnapshot:
     """Judge the entries of one answer."""
     everything = tuple(sorted(entries, key=lambda entry: (entry.node, entry.service_id)))
     winners: dict[Key, Entry] = {}
@@ -74,7 +74,7 @@ def fleet_of(index: int, entries: Iterable[Entry]) -> Fleet:
         for key, entry in sorted(winners.items())
         if at_address[entry.record.member.address] is entry and _is_visible(entry)
     }
-    return Fleet(
+    return ConsulSnapshot(
         index=index,
         entries=everything,
         winners=winners,
@@ -93,7 +93,7 @@ def fleet_of(index: int, entries: Iterable[Entry]) -> Fleet:
 
 
 def change_between(
-    before: Fleet, after: Fleet, reasons: Mapping[tuple[str, str, int], RemovalReason] | None = None
+    before: ConsulSnapshot, after: ConsulSnapshot, reasons: Mapping[tuple[str, str, int], RemovalReason] | None = None
 ) -> Change | None:
     """The step from one view to another; None when nobody would see it. `reasons` are those known of removed starts."""
     reasons = reasons or {}
@@ -114,7 +114,7 @@ def change_between(
     return Change(revision=after.index, upserted=tuple(upserted), removed=tuple(removed))
 
 
-def _reason(entry: Entry, now: Entry | None, after: Fleet) -> RemovalReason:
+def _reason(entry: Entry, now: Entry | None, after: ConsulSnapshot) -> RemovalReason:
     """Why a start is gone, as far as the answer tells."""
     winner = after.winners.get(entry.record.key)
     is_replaced = now is not None or (winner is not None and winner.record.member.epoch > entry.record.member.epoch)
