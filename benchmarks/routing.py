@@ -22,8 +22,8 @@ from typing import Any, cast
 
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import (
@@ -108,8 +108,8 @@ class Router:
         self.workers = workers
         self.unhealthy = frozenset[Start]()
         self._clock = ManualClock(100.0)
-        self.breakers = Breakers(self._clock, random.Random(1), lambda: self.unhealthy)
-        self.refusals = Refusals(self._clock)
+        self.breakers = CircuitBreakers(self._clock, random.Random(1), lambda: self.unhealthy)
+        self.refusals = RecentRefusals(self._clock)
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         self.routes = Routes(
             model, lambda: self.workers, lambda: self.unhealthy, self.refusals, self.breakers, random.SystemRandom()
@@ -133,7 +133,7 @@ class Router:
             for _ in range(STRIKES_MAX):
                 self.breakers.failed(bad, self.breakers.sent([bad]))
                 self._clock.advance(1.1 * MOMENT_S)
-                self.breakers.left_out()
+                self.breakers.ejected()
                 for worker in self.workers:
                     if worker not in failing:
                         self.breakers.succeeded(worker, self._clock())

@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 from tandem_frontend.execution.dispatch import Dispatched
 from tandem_frontend.execution.link_leg import Sink
-from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.domain.worker import Worker
@@ -34,11 +34,11 @@ class Scripted:
     def __init__(self, workers: tuple[Worker, ...], *legs: tuple[PlayedLeg, PlayedLeg]) -> None:
         self.legs = legs
         self.sent: list[Route] = []
-        refusals = Refusals(now_s)
-        breakers = Breakers(now_s, random.Random(3))
+        refusals = RecentRefusals(now_s)
+        breakers = CircuitBreakers(now_s, random.Random(3))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(3))
-        self.attempts = Attempts(routes, refusals, breakers, cast("Any", self), now_s, random.Random(4))
+        self.attempts = ExecutionDeps(routes, refusals, breakers, cast("Any", self), now_s, random.Random(4))
 
     def send(
         self,

@@ -39,7 +39,7 @@ def told(cluster: LegCluster, words: str) -> list[int]:
     return [len(re.findall(words, frontend.log.read_text())) for frontend in cluster.frontends]
 
 
-async def left_out_by_all(cluster: LegCluster, name: str) -> None:
+async def ejected_by_all(cluster: LegCluster, name: str) -> None:
     sentence = rf"worker {name} is sent nothing"
     before = told(cluster, sentence)
     opened = lambda: [now - then for now, then in zip(told(cluster, sentence), before, strict=True)]  # noqa: E731
@@ -54,7 +54,7 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
     async with under_load(cluster, f"{victim} fails every request") as trace:
         trace.fault_s = now_s()
         cluster.inject(victim, {"point": point, "kind": "fail"})
-        await left_out_by_all(cluster, victim)
+        await ejected_by_all(cluster, victim)
         # What was on its way when the last breaker opened.
         await asyncio.sleep(0.5)
         before, asked_s = len(cluster.fired(victim)), now_s()

@@ -20,11 +20,11 @@ from typing import Any, cast
 
 import pytest
 from tandem_frontend.admission.controller import Admission
-from tandem_frontend.admission.queue import Demand
-from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, PAUSE_MAX_S, Attempts, RequestStream
+from tandem_frontend.admission.queue import QueuedRequest
+from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, PAUSE_MAX_S, ExecutionDeps, RetryingStream
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.domain.request_state import Phase
@@ -56,7 +56,7 @@ class Client:
     failure: TandemError | None = None
     left: bool = False
     finish: leg_pb2.LegFinish | None = None
-    stream: RequestStream | None = None
+    stream: RetryingStream | None = None
     legs_left: int = 0
     """Legs that the frontend still listened to when its end was told."""
 
@@ -84,7 +84,7 @@ class Fault:
     time_s: float
 
 
-class Room:
+class Headroom:
     """For so many requests; the others wait in line."""
 
     def __init__(self, requests_max: int) -> None:
@@ -106,13 +106,13 @@ class History:
         """Only one worker is ever at fault, and each role has others."""
         counts = (3, 3) if self.is_single else (self.rng.randint(1, 3), self.rng.randint(1, 4))
         self.world = World(self.rng, fleet(*counts, CAPABILITIES))
-        refusals = Refusals(now_s)
-        breakers = self.breakers = Breakers(now_s, self.rng, self.world.unhealthy)
+        refusals = RecentRefusals(now_s)
+        breakers = self.breakers = CircuitBreakers(now_s, self.rng, self.world.unhealthy)
         breakers.follow(self.world.workers)
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, self.world.view, self.world.unhealthy, refusals, breakers, self.rng)
-        self.attempts = Attempts(routes, refusals, breakers, cast("Any", self.world), now_s, self.rng)
-        self.admission = Admission(self.rng.randint(4, 12), Room(self.rng.randint(1, 6)), now_s)
+        self.attempts = ExecutionDeps(routes, refusals, breakers, cast("Any", self.world), now_s, self.rng)
+        self.admission = Admission(self.rng.randint(4, 12), Headroom(self.rng.randint(1, 6)), now_s)
         self.clients = [self._client(number) for number in range(self.rng.randint(2, 9))]
         self.faults: list[Fault] = []
         self.open_legs = 0
@@ -152,7 +152,9 @@ class History:
 
     async def _ask(self, client: Client) -> None:
         """What `Generation` does with a request that it has checked."""
-        demand = Demand(tokens=len(client.leg.token_ids) + client.leg.stopping.max_tokens, deadline_s=client.deadline_s)
+        demand = QueuedRequest(
+            tokens=len(client.leg.token_ids) + client.leg.stopping.max_tokens, deadline_s=client.deadline_s
+        )
         try:
             with self.admission.admit():
                 async with self.admission.place(demand):

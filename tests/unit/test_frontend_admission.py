@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
-from tandem_frontend.admission.queue import Demand
+from tandem_frontend.admission.queue import QueuedRequest
 
 from tandem.clock import ManualClock, monotonic
 from tandem.errors import DeadlinePassed, Draining, Overloaded
@@ -19,7 +19,7 @@ from tandem.testing.eventually import assert_eventually
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.frontend_workers import decode
 
-ONE = Demand(tokens=10)
+ONE = QueuedRequest(tokens=10)
 
 
 class Fixed:
@@ -41,7 +41,7 @@ def admission(open_requests_max: int = 100, requests_max: int = 1) -> Admission:
     return Admission(open_requests_max, Fixed(requests_max), monotonic)
 
 
-async def served(places: Admission, demand: Demand, order: list[str], name: str, hold_s: float = 0.0) -> None:
+async def served(places: Admission, demand: QueuedRequest, order: list[str], name: str, hold_s: float = 0.0) -> None:
     with places.admit():
         async with places.place(demand):
             order.append(name)
@@ -111,7 +111,7 @@ async def test_who_waits_is_let_in_by_priority() -> None:
     holding = asyncio.create_task(served(places, ONE, order, "holds", 0.02))
     await asyncio.sleep(0)
     tasks = [
-        asyncio.create_task(served(places, Demand(tokens=10, priority=priority), order, str(priority)))
+        asyncio.create_task(served(places, QueuedRequest(tokens=10, priority=priority), order, str(priority)))
         for priority in (0, 2, 1)
     ]
     await asyncio.gather(holding, *tasks)
@@ -150,7 +150,7 @@ async def test_a_deadline_that_passes_in_line_is_told_as_such() -> None:
     places = admission()
     async with places.place(ONE):
         with pytest.raises(DeadlinePassed):
-            async with places.place(Demand(tokens=10, deadline_s=monotonic() + 0.05)):
+            async with places.place(QueuedRequest(tokens=10, deadline_s=monotonic() + 0.05)):
                 pass
     assert places.waiting_count == 0
 
@@ -159,16 +159,16 @@ async def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> N
     clock = ManualClock(0.0)
     places = Admission(100, Fixed(1), clock)
     for _ in range(4):
-        async with places.place(Demand(tokens=100)):
+        async with places.place(QueuedRequest(tokens=100)):
             clock.advance(1.0)
     # Some 130 tokens a second, and 400 of the same tenant are waiting, all of them more urgent.
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(places.place(ONE))
-        demand = Demand(tokens=100, deadline_s=6.9)
+        demand = QueuedRequest(tokens=100, deadline_s=6.9)
         waiting = [asyncio.create_task(places.place(demand).__aenter__()) for _ in range(4)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="deadline") as refused:
-            async with places.place(Demand(tokens=100, deadline_s=7.0)):
+            async with places.place(QueuedRequest(tokens=100, deadline_s=7.0)):
                 pass
         assert refused.value.retry_delay_s is not None
         assert refused.value.retry_delay_s > 1.0
@@ -181,13 +181,13 @@ async def test_a_request_that_would_not_be_done_by_its_deadline_is_refused_at_on
     """It would get its place in time, and an engine would work on it in vain."""
     clock = ManualClock(0.0)
     places = Admission(100, Fixed(1), clock)
-    async with places.place(Demand(tokens=100)):
+    async with places.place(QueuedRequest(tokens=100)):
         clock.advance(2.0)
     async with places.place(ONE):
         with pytest.raises(Overloaded, match=r"itself 2\.0 s"):
-            async with places.place(Demand(tokens=10, deadline_s=3.9)):
+            async with places.place(QueuedRequest(tokens=10, deadline_s=3.9)):
                 pass
-        longer = asyncio.create_task(places.place(Demand(tokens=10, deadline_s=4.1)).__aenter__())
+        longer = asyncio.create_task(places.place(QueuedRequest(tokens=10, deadline_s=4.1)).__aenter__())
         await asyncio.sleep(0)
         assert places.waiting_count == 1
         longer.cancel()
@@ -198,13 +198,13 @@ async def test_a_newcomer_does_not_push_others_beyond_their_deadlines() -> None:
     clock = ManualClock(0.0)
     places = Admission(100, Fixed(1), clock)
     for _ in range(4):
-        async with places.place(Demand(tokens=100)):
+        async with places.place(QueuedRequest(tokens=100)):
             clock.advance(1.0)
     async with places.place(ONE):
         # A hundred tokens a second: it has its place in no time, its end after one second.
-        waits = asyncio.create_task(places.place(Demand(tokens=100, deadline_s=6.0)).__aenter__())
+        waits = asyncio.create_task(places.place(QueuedRequest(tokens=100, deadline_s=6.0)).__aenter__())
         await asyncio.sleep(0)
-        urgent = Demand(tokens=150, deadline_s=5.9)
+        urgent = QueuedRequest(tokens=150, deadline_s=5.9)
         with pytest.raises(Overloaded, match="that wait already"):
             async with places.place(urgent):
                 pass
@@ -223,17 +223,17 @@ async def test_nobody_is_worked_for_who_will_have_gone_while_others_wait(others:
     clock = ManualClock(0.0)
     room = Fixed(1)
     places = Admission(100, room, clock)
-    async with places.place(Demand(tokens=100)):
+    async with places.place(QueuedRequest(tokens=100)):
         clock.advance(2.0)
     holding = places.place(ONE)
     await holding.__aenter__()
-    late = asyncio.create_task(places.place(Demand(tokens=10, deadline_s=5.0)).__aenter__())
+    late = asyncio.create_task(places.place(QueuedRequest(tokens=10, deadline_s=5.0)).__aenter__())
     await asyncio.sleep(0)
-    waiting = [asyncio.create_task(places.place(Demand(tokens=10)).__aenter__()) for _ in range(others)]
+    waiting = [asyncio.create_task(places.place(QueuedRequest(tokens=10)).__aenter__()) for _ in range(others)]
     await asyncio.sleep(0)
     clock.advance(1.5)
     room.requests_max = 2
-    places.look_again()
+    places.reevaluate()
     await asyncio.wait({late, *waiting}, timeout=1)
     assert late.done()
     assert (type(late.exception()) is Overloaded) is bool(others)
@@ -249,7 +249,7 @@ async def test_a_refusal_is_quick_however_long_the_line_is(tenants: int) -> None
         clock.advance(1)
     async with places.place(ONE):
         waiting = [
-            asyncio.create_task(places.place(Demand(tokens=10, tenant=str(number % tenants))).__aenter__())
+            asyncio.create_task(places.place(QueuedRequest(tokens=10, tenant=str(number % tenants))).__aenter__())
             for number in range(2_000)
         ]
         await asyncio.sleep(0)
@@ -257,7 +257,7 @@ async def test_a_refusal_is_quick_however_long_the_line_is(tenants: int) -> None
         begin_s = time.perf_counter()
         for _ in range(20):
             with pytest.raises(Overloaded):
-                async with places.place(Demand(tokens=10, tenant="0", deadline_s=clock() + 0.5)):
+                async with places.place(QueuedRequest(tokens=10, tenant="0", deadline_s=clock() + 0.5)):
                     pass
         assert (time.perf_counter() - begin_s) / 20 < 0.05
         for task in waiting:
@@ -274,7 +274,7 @@ async def test_room_that_comes_is_given_to_the_line() -> None:
     await asyncio.sleep(0.01)
     assert order == ["holds"]
     room.requests_max = 2
-    places.look_again()
+    places.reevaluate()
     await asyncio.wait_for(waiting, 0.05)
     await holding
 
@@ -283,7 +283,7 @@ async def test_what_changes_in_a_moment_is_looked_at_once() -> None:
     """A thousand workers that say their load must not make a frontend look at its line a thousand times."""
     room = Fixed(1)
     places, order = Admission(10, room, monotonic), list[str]()
-    places.look_again_soon()
+    places.reevaluate_soon()
     assert places._look is None, "nothing waits"
     holding = asyncio.create_task(served(places, ONE, order, "holds", 10))
     await asyncio.sleep(0)
@@ -292,12 +292,12 @@ async def test_what_changes_in_a_moment_is_looked_at_once() -> None:
     assert places.waiting_count == 2
     room.requests_max, room.asked_count = 2, 0
     for _ in range(1000):
-        places.look_again_soon()
+        places.reevaluate_soon()
     assert room.asked_count == 0
     await assert_eventually(lambda: len(order), lambda count: count == 2)
     assert room.asked_count == 2, "the first in line fits, the second one does not"
     room.requests_max = 3
-    places.look_again_soon()
+    places.reevaluate_soon()
     await assert_eventually(lambda: len(order), lambda count: count == 3)
     for task in (holding, *waiting):
         task.cancel()
@@ -308,7 +308,7 @@ async def test_an_answer_without_a_bound_does_not_close_the_line() -> None:
     room = Capacity(decode().capabilities.model)
     room.follow((decode(), decode("decode-1")))
     places, order = Admission(10, room, monotonic), list[str]()
-    endless = Demand(tokens=10 + 10**6, answer_tokens=10**6)
+    endless = QueuedRequest(tokens=10 + 10**6, answer_tokens=10**6)
     tasks = [asyncio.create_task(served(places, endless, order, f"endless-{number}", 5)) for number in range(2)]
     await asyncio.sleep(0)
     await asyncio.wait_for(served(places, ONE, order, "small"), 1)

@@ -13,11 +13,11 @@ from typing import Any, cast
 import pytest
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Sink
-from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import AVOIDED_S, Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import AVOIDED_S, RecentRefusals, Routes
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock
@@ -87,13 +87,13 @@ class Scene:
         self.workers = workers
         self.clock = ManualClock(100.0)
         self.dispatch = PlayedDispatch()
-        refusals = Refusals(self.clock)
-        breakers = self.breakers = Breakers(self.clock, random.Random(7))
+        refusals = RecentRefusals(self.clock)
+        breakers = self.breakers = CircuitBreakers(self.clock, random.Random(7))
         model = ServedModel("m", cast("Any", TOKENIZER), {})
         self.unhealthy: set[Start] = set()
         routes = Routes(model, lambda: self.workers, lambda: self.unhealthy, refusals, breakers, random.Random(7))
         dispatch = cast("Dispatch", self.dispatch)
-        self.attempts = Attempts(routes, refusals, breakers, dispatch, self.clock, random.Random(7))
+        self.attempts = ExecutionDeps(routes, refusals, breakers, dispatch, self.clock, random.Random(7))
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
         async with self.attempts.taken(LEG, Gathered(), timeout_s) as stream:
@@ -295,7 +295,7 @@ async def test_who_is_left_out_by_his_breaker_gets_nothing_while_another_is_ther
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene = pairs(1, 2)
-    monkeypatch.setattr(scene.breakers, "left_out", lambda: {("decode-0", 7)})
+    monkeypatch.setattr(scene.breakers, "ejected", lambda: {("decode-0", 7)})
     assert {(await scene.take()).route.decode.worker_id for _ in range(20)} == {"decode-1"}
     scene.workers = scene.workers[:2]
     assert (await scene.take()).route.decode.worker_id == "decode-0", "avoided, never excluded"

@@ -16,9 +16,9 @@ from tandem_frontend.routing.circuit_breaker import (
     OPEN_MAX_S,
     PROBE_S,
     STRIKES_MAX,
-    Breaker,
-    Breakers,
     BreakerState,
+    CircuitBreaker,
+    CircuitBreakers,
 )
 
 from tandem.clock import ManualClock
@@ -34,7 +34,7 @@ class Scene:
     def __init__(self, *workers: Worker) -> None:
         self.clock = ManualClock(100.0)
         self.unhealthy: frozenset[Start] = frozenset()
-        self.breakers = Breakers(self.clock, random.Random(1), lambda: self.unhealthy)
+        self.breakers = CircuitBreakers(self.clock, random.Random(1), lambda: self.unhealthy)
         self.workers = workers
         self.ill: set[Start] = set()
         """Who does nothing well."""
@@ -50,7 +50,7 @@ class Scene:
             for worker in failing:
                 self.result(worker, good=False)
             self.clock.advance(every_s)
-            self.breakers.left_out()
+            self.breakers.ejected()
             for worker in self.workers:
                 if worker not in failing and worker.start not in self.ill:
                     self.result(worker, good=True)
@@ -61,7 +61,7 @@ class Scene:
     def until_probe(self, worker: Worker) -> float:
         """Let time pass until a request may go there."""
         begin_s = self.clock()
-        while worker.start in self.breakers.left_out():
+        while worker.start in self.breakers.ejected():
             self.clock.advance(0.01)
         return self.clock() - begin_s
 
@@ -77,9 +77,9 @@ def test_who_fails_what_its_peers_can_do_is_left_out() -> None:
     scene = decodes(2)
     bad, good = scene.workers
     scene.moments(STRIKES_MAX - 1, bad)
-    assert not scene.breakers.left_out()
+    assert not scene.breakers.ejected()
     scene.moments(1, bad)
-    assert scene.breakers.left_out() == {bad.start}
+    assert scene.breakers.ejected() == {bad.start}
     assert (scene.state(bad), scene.state(good)) == (OPEN, CLOSED)
 
 
@@ -112,7 +112,7 @@ def test_failures_while_nobody_works_are_no_strikes() -> None:
         for worker in scene.workers:
             scene.result(worker, good=False)
             scene.clock.advance(2 * MOMENT_S)
-            scene.breakers.left_out()
+            scene.breakers.ejected()
     assert not scene.breakers.states()
 
 
@@ -129,7 +129,7 @@ def test_at_most_half_are_left_out() -> None:
         scene.ill.add(worker.start)
         scene.moments(2 * STRIKES_MAX, worker)
     assert len(scene.breakers.states()) == 2
-    assert len(scene.breakers.left_out()) <= 2
+    assert len(scene.breakers.ejected()) <= 2
 
 
 def test_a_worker_that_does_not_serve_is_none_that_is_left() -> None:
@@ -146,11 +146,11 @@ def test_a_fleet_that_shrinks_lets_somebody_in_again() -> None:
     for worker in scene.workers[:2]:
         scene.moments(STRIKES_MAX, worker)
     scene.breakers.sent(scene.workers)
-    assert len(scene.breakers.left_out()) == 2
+    assert len(scene.breakers.ejected()) == 2
     scene.breakers.follow(scene.workers[:2])
-    assert len(scene.breakers.left_out()) == 1
+    assert len(scene.breakers.ejected()) == 1
     scene.breakers.follow([scene.workers[0], replace(scene.workers[1], state=WorkerState.DRAINING)])
-    assert not scene.breakers.left_out()
+    assert not scene.breakers.ejected()
 
 
 def test_a_new_start_begins_anew() -> None:
@@ -159,7 +159,7 @@ def test_a_new_start_begins_anew() -> None:
     scene.moments(STRIKES_MAX, bad)
     newer = replace(bad, epoch=bad.epoch + 1)
     scene.breakers.follow([newer, good])
-    assert not scene.breakers.left_out()
+    assert not scene.breakers.ejected()
     assert scene.state(newer) is CLOSED
 
 
@@ -171,11 +171,11 @@ def test_one_probe_at_a_time() -> None:
     assert scene.state(bad) is OPEN
     sent_s = scene.breakers.sent([bad])
     assert scene.state(bad) is HALF_OPEN
-    assert scene.breakers.left_out() == {bad.start}, "a second one goes beside the probe"
+    assert scene.breakers.ejected() == {bad.start}, "a second one goes beside the probe"
     scene.clock.advance(0.1)
     scene.breakers.succeeded(bad, sent_s)
     assert scene.state(bad) is CLOSED
-    assert not scene.breakers.left_out()
+    assert not scene.breakers.ejected()
 
 
 def test_who_is_left_out_is_determined_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,20 +184,20 @@ def test_who_is_left_out_is_determined_once_until_something_changes(monkeypatch:
     determine = scene.breakers._determine
     monkeypatch.setattr(scene.breakers, "_determine", lambda *now: determined.append(now) or determine(*now))
     scene.moments(STRIKES_MAX, bad)
-    before = scene.breakers.left_out()
+    before = scene.breakers.ejected()
     assert before == {bad.start}
     determined.clear()
     for _ in range(50):
         scene.result(good, good=True)
-        assert scene.breakers.left_out() is before
+        assert scene.breakers.ejected() is before
     assert not determined
     scene.until_probe(bad)
     assert len(determined) == 1
     scene.unhealthy = frozenset({bad.start})
-    assert not scene.breakers.left_out()
+    assert not scene.breakers.ejected()
     scene.unhealthy = frozenset()
     scene.breakers.sent([bad])
-    assert scene.breakers.left_out() == {bad.start}
+    assert scene.breakers.ejected() == {bad.start}
 
 
 def test_workers_of_another_leg_contract_are_no_peers() -> None:
@@ -227,7 +227,7 @@ def test_what_was_sent_before_it_opened_is_no_probe() -> None:
     assert scene.state(bad) is OPEN
     scene.until_probe(bad)
     scene.breakers.failed(bad, early_s)
-    assert not scene.breakers.left_out(), "a late failure counts against the next probe"
+    assert not scene.breakers.ejected(), "a late failure counts against the next probe"
 
 
 def test_one_that_had_nowhere_else_to_go_is_no_probe() -> None:
@@ -256,7 +256,7 @@ def test_it_stays_open_for_longer_each_time_up_to_a_bound() -> None:
 
 
 def test_an_opening_after_a_long_time_is_a_first_one() -> None:
-    breaker = Breaker(random.Random(0))
+    breaker = CircuitBreaker(random.Random(0))
     for _ in range(8):
         breaker.open(breaker.until_s if breaker.state is OPEN else 0.0)
     breaker.sent(breaker.until_s)
@@ -315,7 +315,7 @@ def test_bursts_that_strike_all_open_nothing(ticks: list[tuple[str, int]], count
                 scene.result(worker, good=kind == "well")
                 scene.clock.advance(MOMENT_S / 2 / count)
         scene.clock.advance(MOMENT_S * 1.5)
-        assert not scene.breakers.left_out()
+        assert not scene.breakers.ejected()
     assert not scene.breakers.states()
 
 
@@ -353,21 +353,21 @@ class BreakersMachine(RuleBasedStateMachine):
         scene = self.scene
         for start, state in scene.breakers.states().items():
             worker = next(worker for worker in scene.workers if worker.start == start)
-            if state is OPEN and start not in scene.breakers.left_out():
+            if state is OPEN and start not in scene.breakers.ejected():
                 scene.breakers.sent([worker])
 
     @invariant()
     def some_are_left(self) -> None:
         breakers = self.scene.breakers
-        left_out = breakers.left_out()
-        assert left_out <= breakers.states().keys()
-        assert breakers.left_out() is left_out, "each request would have another object"
-        assert left_out == breakers._determine(self.scene.unhealthy, self.scene.clock()), "what is kept is out of date"
+        ejected = breakers.ejected()
+        assert ejected <= breakers.states().keys()
+        assert breakers.ejected() is ejected, "each request would have another object"
+        assert ejected == breakers._determine(self.scene.unhealthy, self.scene.clock()), "what is kept is out of date"
         view = [worker.start for worker in self.scene.workers if worker.start in breakers._peers_of]
         healthy = [start for start in view if start[0] != "prefill-0" and start not in self.scene.unhealthy]
-        assert len(left_out) <= len(healthy) // 2
-        assert ("prefill-0", 7) not in left_out
-        assert not left_out & self.scene.unhealthy
+        assert len(ejected) <= len(healthy) // 2
+        assert ("prefill-0", 7) not in ejected
+        assert not ejected & self.scene.unhealthy
 
 
 BreakersMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

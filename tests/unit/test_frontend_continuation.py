@@ -9,14 +9,14 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.execution.continuation import continued, obstacle
+from tandem_frontend.execution.continuation import continued, refusal_reason
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Sink
-from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, BREAKS_MAX, Attempts
+from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, BREAKS_MAX, ExecutionDeps
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.clock import ManualClock
@@ -64,11 +64,11 @@ class Fleet:
         self.headers: list[Headers] = []
         workers = (*(prefill(f"prefill-{n}") for n in range(2)), *(decode(f"decode-{n}") for n in range(decodes)))
         clock = ManualClock(100.0)
-        refusals = Refusals(clock)
-        breakers = Breakers(clock, random.Random(7))
+        refusals = RecentRefusals(clock)
+        breakers = CircuitBreakers(clock, random.Random(7))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(7))
-        self.attempts = Attempts(routes, refusals, breakers, cast("Dispatch", self), clock, _no_pause())
+        self.attempts = ExecutionDeps(routes, refusals, breakers, cast("Dispatch", self), clock, _no_pause())
 
     def send(
         self,
@@ -187,7 +187,7 @@ async def test_what_would_go_on_wrongly_does_not_go_on(fields: dict[str, Any], w
 
 def test_neutral_penalties_are_no_obstacle() -> None:
     neutral = sampling_pb2.Sampling(presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, seed=3)
-    assert obstacle(leg(sampling=neutral)) is None
+    assert refusal_reason(leg(sampling=neutral)) is None
 
 
 async def test_the_clients_deadline_is_not_the_failure_of_a_leg() -> None:

@@ -1,4 +1,4 @@
-"""Figures and timelines made of courses: nothing is counted twice, nothing of an open request is missing."""
+"""RequestStats and timelines made of courses: nothing is counted twice, nothing of an open request is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tandem_frontend.admin.stats import FAILURES_MAX, Figures
+from tandem_frontend.admin.stats import FAILURES_MAX, RequestStats
 from tandem_frontend.admin.timeline import timeline_of
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
@@ -26,7 +26,7 @@ class World:
     def __init__(self) -> None:
         self.clock = ManualClock(WALL_S)
         self.traces: TraceStore[RequestTrace] = TraceStore()
-        self.figures = Figures(self.traces, self.clock)
+        self.figures = RequestStats(self.traces, self.clock)
 
     def attempt(self, trace: RequestTrace, *, tokens_before: int = 0) -> AttemptTrace:
         number = len(trace.attempts) + 1

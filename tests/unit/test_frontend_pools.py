@@ -95,7 +95,7 @@ def choices(scene: Scene, prompt_tokens: int, later: tuple[Collection[Start], Co
 def check(found: Any, route: Route | None, expected: Expected) -> None:
     assert found == expected.possible
     if route is not None:
-        left = f", without {' and '.join(expected.left_out)} ones" if expected.left_out else ""
+        left = f", without {' and '.join(expected.ejected)} ones" if expected.ejected else ""
         left_count = every_pair.count(expected.possible)
         every_count = every_pair.count(expected.every)
         assert route.pick.why == f"by index among {left_count} of {every_count}{left}"

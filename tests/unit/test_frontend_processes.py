@@ -287,7 +287,7 @@ def test_while_nobody_can_take_a_connection_nobody_is_accepted() -> None:
     listening.take("second")
     assert (listening.is_paused, child.given) == (True, [])
     child.can_take = True
-    distributor.look_again()
+    distributor.reevaluate()
     assert (listening.is_paused, child.given) == (False, ["first", "second"])
 
 
@@ -298,7 +298,7 @@ def test_what_comes_back_goes_first() -> None:
     listening.take("late")
     distributor.give_again(["early", "earlier"])
     child.can_take = True
-    distributor.look_again()
+    distributor.reevaluate()
     assert child.given == ["early", "earlier", "late"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.router import AVOIDED_S, Refusals
+from tandem_frontend.routing.router import AVOIDED_S, RecentRefusals
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import LEG_CONTRACT, PAIR_FIELDS, Worker, WorkerState
@@ -229,7 +229,7 @@ def test_nothing_is_determined_anew_while_nothing_changes(monkeypatch: pytest.Mo
 
 def test_refusals_are_remembered_for_a_while() -> None:
     clock = ManualClock(5.0)
-    refusals = Refusals(clock)
+    refusals = RecentRefusals(clock)
     assert refusals.recent() == frozenset()
     refusals.note(decode())
     clock.advance(AVOIDED_S / 2)

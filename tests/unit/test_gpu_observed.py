@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tandem.api.types.v1 import leg_pb2
-from tandem.engine.sglang.hooks.kv_accounting import Ledger
+from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 from tools.gpu import observed
 
 
@@ -40,7 +40,7 @@ def test_kernels_of_a_trace_are_counted(tmp_path: Path) -> None:
 
 
 def test_bytes_that_arrive_tell_no_start() -> None:
-    ledger = Ledger()
-    ledger.moved(7, 100, 5.0)
-    transfer, _ = ledger.close(7, "r")
+    transfers = TransferStats()
+    transfers.moved(7, 100, 5.0)
+    transfer, _ = transfers.close(7, "r")
     assert (transfer.start_s, transfer.end_s, transfer.moved_bytes) == (None, 5.0, 100)

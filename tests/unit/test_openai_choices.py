@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai.common_params import CommonFields
-from tandem_frontend.openai.handler import Answer, Door
+from tandem_frontend.openai.handler import Answer, EndpointHandler
 from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Answer as GenerationAnswer
 from tandem_frontend.pipeline import Generation
@@ -107,7 +107,7 @@ async def run(sources: Sequence[Source], call: Call, *, stream: bool = True, **c
         async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: GenerationAnswer) -> None:
             await sources[int(request.request_id)].generate(answer)
 
-    door = Door(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
+    door = EndpointHandler(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
     requests = [pb.GenerateRequest(request_id=str(number)) for number in range(len(sources))]
     answer = Answer({"id": "x"}, [Choice(number, **choices) for number in range(len(sources))], UsageSum(len(sources)))
     options = {"include_usage": True} if stream else None

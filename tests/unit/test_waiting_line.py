@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem_frontend.admission.queue import Demand, WaitingLine
+from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
 
 
-def order(*demands: Demand) -> list[int]:
-    line: WaitingLine[int] = WaitingLine()
+def order(*demands: QueuedRequest) -> list[int]:
+    line: RequestQueue[int] = RequestQueue()
     for number, demand in enumerate(demands):
         line.add(number, demand)
     return [line.take()[0] for _ in range(len(line))]
 
 
 def test_a_higher_priority_of_a_tenant_goes_first() -> None:
-    demands = (Demand(tokens=1), Demand(tokens=1, priority=5), Demand(tokens=1, priority=-5))
+    demands = (QueuedRequest(tokens=1), QueuedRequest(tokens=1, priority=5), QueuedRequest(tokens=1, priority=-5))
     assert order(*demands) == [1, 0, 2]
 
 
 def test_no_priority_of_one_tenant_holds_up_another() -> None:
-    loud = [Demand(tokens=10, tenant="loud", priority=100)] * 50
-    assert order(*loud, Demand(tokens=10, tenant="quiet")).index(50) <= 1
+    loud = [QueuedRequest(tokens=10, tenant="loud", priority=100)] * 50
+    assert order(*loud, QueuedRequest(tokens=10, tenant="quiet")).index(50) <= 1
 
 
 def test_who_comes_again_at_once_has_no_more_turns_than_who_waits() -> None:
     """A tenant with one request at a time leaves the line with each, and must not begin anew for it."""
-    line: WaitingLine[int] = WaitingLine()
+    line: RequestQueue[int] = RequestQueue()
     for number in range(1000):
-        line.add(number, Demand(tokens=10, tenant="many"))
-    line.add(1000, Demand(tokens=10, tenant="one at a time"))
+        line.add(number, QueuedRequest(tokens=10, tenant="many"))
+    line.add(1000, QueuedRequest(tokens=10, tenant="one at a time"))
     given = {"many": 0, "one at a time": 0}
     for number in range(1001, 1401):
         _, demand = line.take()
@@ -40,10 +40,10 @@ def test_who_comes_again_at_once_has_no_more_turns_than_who_waits() -> None:
 
 
 def test_tickets_that_left_are_not_kept() -> None:
-    line: WaitingLine[int] = WaitingLine()
-    line.add(-1, Demand(tokens=1, priority=1))
+    line: RequestQueue[int] = RequestQueue()
+    line.add(-1, QueuedRequest(tokens=1, priority=1))
     for number in range(10_000):
-        line.add(number, Demand(tokens=1))
+        line.add(number, QueuedRequest(tokens=1))
         line.remove(number)
     assert len(line) == 1
     assert sum(len(tenant.heap) for tenant in line._tenants.values()) < 100
@@ -51,22 +51,22 @@ def test_tickets_that_left_are_not_kept() -> None:
 
 def test_within_a_tenant_the_earliest_deadline_goes_first() -> None:
     demands = (
-        Demand(tokens=1),
-        Demand(tokens=1, deadline_s=9),
-        Demand(tokens=1, deadline_s=3),
-        Demand(tokens=1, deadline_s=3),
+        QueuedRequest(tokens=1),
+        QueuedRequest(tokens=1, deadline_s=9),
+        QueuedRequest(tokens=1, deadline_s=3),
+        QueuedRequest(tokens=1, deadline_s=3),
     )
     assert order(*demands) == [2, 3, 1, 0]
 
 
 def test_a_thousand_requests_of_one_tenant_do_not_hold_up_anothers_first() -> None:
-    many = [Demand(tokens=10, tenant="many")] * 1000
-    assert order(*many, Demand(tokens=10, tenant="one")).index(1000) <= 1
+    many = [QueuedRequest(tokens=10, tenant="many")] * 1000
+    assert order(*many, QueuedRequest(tokens=10, tenant="one")).index(1000) <= 1
 
 
 def test_tenants_take_turns_by_tokens_not_by_requests() -> None:
-    long = [Demand(tokens=300, tenant="long")] * 10
-    short = [Demand(tokens=100, tenant="short")] * 30
+    long = [QueuedRequest(tokens=300, tenant="long")] * 10
+    short = [QueuedRequest(tokens=100, tenant="short")] * 30
     first = order(*long, *short)[:20]
     tokens = {"long": 0, "short": 0}
     for number in first:
@@ -75,19 +75,19 @@ def test_tenants_take_turns_by_tokens_not_by_requests() -> None:
 
 
 def test_a_tenant_that_comes_late_has_no_credit_for_the_time_before() -> None:
-    line: WaitingLine[int] = WaitingLine()
+    line: RequestQueue[int] = RequestQueue()
     for number in range(20):
-        line.add(number, Demand(tokens=10, tenant="early"))
+        line.add(number, QueuedRequest(tokens=10, tenant="early"))
     for _ in range(10):
         line.take()
     for number in range(20, 40):
-        line.add(number, Demand(tokens=10, tenant="late"))
+        line.add(number, QueuedRequest(tokens=10, tenant="late"))
     next_six = [line.take()[0] for _ in range(6)]
     assert sum(number >= 20 for number in next_six) in (3, 4), "they take turns from now on"
 
 
 DEMANDS = st.builds(
-    Demand,
+    QueuedRequest,
     tokens=st.integers(1, 50),
     priority=st.integers(-1, 1),
     tenant=st.sampled_from(["a", "b", "c"]),
@@ -96,9 +96,9 @@ DEMANDS = st.builds(
 
 
 @given(st.lists(st.tuples(DEMANDS, st.sampled_from(["stay", "leave", "take"]))))
-def test_nobody_is_lost_or_served_twice(steps: list[tuple[Demand, str]]) -> None:
-    line: WaitingLine[int] = WaitingLine()
-    waiting: dict[int, Demand] = {}
+def test_nobody_is_lost_or_served_twice(steps: list[tuple[QueuedRequest, str]]) -> None:
+    line: RequestQueue[int] = RequestQueue()
+    waiting: dict[int, QueuedRequest] = {}
     for number, (demand, step) in enumerate(steps):
         line.add(number, demand)
         waiting[number] = demand
@@ -120,22 +120,22 @@ def test_nobody_is_lost_or_served_twice(steps: list[tuple[Demand, str]]) -> None
 
 
 def test_what_goes_before_a_newcomer_counts_the_turns_of_others() -> None:
-    line: WaitingLine[str] = WaitingLine()
+    line: RequestQueue[str] = RequestQueue()
     for number in range(10):
-        line.add(f"a{number}", Demand(tokens=10, tenant="a"))
-    assert line.tokens_before(Demand(tokens=10, tenant="a")) == 100
-    assert line.tokens_before(Demand(tokens=10, tenant="b")) == 0, "his turn comes at once"
+        line.add(f"a{number}", QueuedRequest(tokens=10, tenant="a"))
+    assert line.tokens_before(QueuedRequest(tokens=10, tenant="a")) == 100
+    assert line.tokens_before(QueuedRequest(tokens=10, tenant="b")) == 0, "his turn comes at once"
     for number in range(3):
-        line.add(f"b{number}", Demand(tokens=10, tenant="b"))
-    assert line.tokens_before(Demand(tokens=10, tenant="b")) == 30 + 30
-    assert line.tokens_before(Demand(tokens=10, tenant="a")) == 100 + 30, "of another tenant no more than waits"
-    assert line.tokens_before(Demand(tokens=10, tenant="b", priority=1)) == 0
+        line.add(f"b{number}", QueuedRequest(tokens=10, tenant="b"))
+    assert line.tokens_before(QueuedRequest(tokens=10, tenant="b")) == 30 + 30
+    assert line.tokens_before(QueuedRequest(tokens=10, tenant="a")) == 100 + 30, "of another tenant no more than waits"
+    assert line.tokens_before(QueuedRequest(tokens=10, tenant="b", priority=1)) == 0
 
 
 def test_tenants_that_leave_without_a_turn_are_forgotten() -> None:
-    line: WaitingLine[int] = WaitingLine()
-    line.add(0, Demand(tokens=1, tenant="stays"))
+    line: RequestQueue[int] = RequestQueue()
+    line.add(0, QueuedRequest(tokens=1, tenant="stays"))
     for number in range(1, 1_000):
-        line.add(number, Demand(tokens=1, tenant=f"tenant-{number}"))
+        line.add(number, QueuedRequest(tokens=1, tenant=f"tenant-{number}"))
         line.remove(number)
     assert not line._turns

@@ -10,7 +10,7 @@ from tandem.testing.fake_model import write_fake_model
 from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
-from tandem.worker.stats import Figures
+from tandem.worker.stats import WorkerStats
 from tests.unit.support.registry_workers import make_worker
 from tests.unit.support.simulated_engines import AGGREGATED, running
 
@@ -32,7 +32,7 @@ async def _ignore(trouble: str | None) -> None:
 async def test_an_engine_that_is_gone_takes_only_its_own_gauges_along(tmp_path: Path) -> None:
     async with running(write_fake_model(tmp_path), AGGREGATED) as engine:
         health = EngineHealth(engine, lambda: 0, Periods(60, 60), _ignore)
-        figures = Figures(engine, Legs(engine, Identity(make_worker(), Place())), health, LegMetrics(Metrics()))
+        figures = WorkerStats(engine, Legs(engine, Identity(make_worker(), Place())), health, LegMetrics(Metrics()))
         assert {"tandem.kv.pages", "tandem.legs.open"} <= {reading.name for reading in await figures.read()}
     left = {reading.name for reading in await figures.read()}
     assert left == {"tandem.legs.open", "tandem.engine.healthy"}

@@ -104,12 +104,12 @@ async def test_the_heartbeat_notices_without_a_leg(identity: Identity, clock: Ma
 
 
 def test_a_start_of_before_with_a_later_epoch_is_outrun(identity: Identity, place: Place) -> None:
-    identity.outrun(5_000)
+    identity.supersede(5_000)
     assert identity.current().epoch == 5_001
     assert place.renewed == [5_001]
 
 
 def test_outrunning_takes_no_epoch_that_is_earlier_than_the_clock(identity: Identity, place: Place) -> None:
-    identity.outrun(8)
+    identity.supersede(8)
     assert identity.current().epoch == 1000
     assert place.renewed == [1000]

@@ -43,16 +43,16 @@ from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.service.awake_timers import AwakeTimers
 from tandem.service.loop_load import LoopLoad
-from tandem_frontend.admin.local_requests import OwnAnswers
+from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
 from tandem_frontend.admin.servicer import FrontendAdminServicer
-from tandem_frontend.admin.stats import Figures
+from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.execution.dispatch import Dispatch
 from tandem_frontend.execution.link_leg import Bounds
-from tandem_frontend.execution.request_stream import Attempts
+from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
@@ -63,8 +63,8 @@ from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.response.coalescing import Coalescing
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 
@@ -82,12 +82,12 @@ class FrontendApp:
         self._membership = membership
         self._siblings = Siblings({}) if membership is None else membership.siblings
         self._traces: TraceStore[RequestTrace] = TraceStore([log_request], closed_kept=config.timelines_kept)
-        self._figures = Figures(self._traces)
+        self._figures = RequestStats(self._traces)
         self._looking: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
         self._tokenizer: Tokenizer | None = None
         self._admission: Admission | None = None
-        self._attempts: Attempts | None = None
+        self._attempts: ExecutionDeps | None = None
         self._loads: LoadWatch | None = None
         self._links: WorkerLinks | None = None
         self._timers = AwakeTimers()
@@ -100,7 +100,7 @@ class FrontendApp:
         self._channels = Channels(config.tls)
         self._registration: Registration | None = None
         self._health = WorkerHealth(self._channels, self._timers)
-        self._breakers = Breakers(monotonic, random.SystemRandom(), self._health.unhealthy)
+        self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._known_starts: set[tuple[str, Start]] = set()
         """Address and start of the workers of the view."""
         self._parsers: Parsers | None = None
@@ -168,13 +168,15 @@ class FrontendApp:
         await self._health.start()
         # Seeded by the system, so that no two processes draw the same; nothing that is drawn is a secret.
         rng = random.Random()  # noqa: S311 -- see above
-        refusals = Refusals(monotonic)
+        refusals = RecentRefusals(monotonic)
         routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         links = self._links = WorkerLinks(
             self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
         )
-        attempts = self._attempts = Attempts(routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng)
+        attempts = self._attempts = ExecutionDeps(
+            routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng
+        )
         coalescing = Coalescing(config.coalesce_ms / 1_000, load)
         generation = Generation(
             model, admission, attempts, self._traces, coalescing, tells_prompts=config.trace_prompts
@@ -187,7 +189,7 @@ class FrontendApp:
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-        own = OwnAnswers(self._traces, self._figures, lambda: admission.waiting_count)
+        own = LocalRequests(self._traces, self._figures, lambda: admission.waiting_count)
         told = FrontendAdminServicer(own, self._siblings)
         server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, told))
         self._looking = asyncio.create_task(self._figures.keep_looking(), name="figures")
@@ -294,11 +296,11 @@ class FrontendApp:
             self._loads.follow(workers)
         if self._attempts is not None:
             self._attempts.notice(workers)
-        self._look_again()
+        self._reevaluate()
 
     def _note_load(self, start: Start, load: EngineLoad | None) -> None:
         self._room.note(start, load)
-        self._look_again()
+        self._reevaluate()
 
     async def _read(self) -> list[Reading]:
         """What the gauges show."""
@@ -310,7 +312,7 @@ class FrontendApp:
             Reading("tandem.queue.depth", self._admission.waiting_count),
         ]
 
-    def _look_again(self) -> None:
+    def _reevaluate(self) -> None:
         """A request that waits may have room now."""
         if self._admission is not None:
-            self._admission.look_again_soon()
+            self._admission.reevaluate_soon()

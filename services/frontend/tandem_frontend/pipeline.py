@@ -20,10 +20,10 @@ from tandem.observability.spans import is_sampled
 from tandem.observability.trace_store import TraceStore
 from tandem.rpc.convert import present
 from tandem_frontend.admission.controller import Admission
-from tandem_frontend.admission.queue import Demand
+from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.call_context import Caller
 from tandem_frontend.execution.attempt import Attempt
-from tandem_frontend.execution.request_stream import Attempts, RequestStream
+from tandem_frontend.execution.request_stream import ExecutionDeps, RetryingStream
 from tandem_frontend.execution.trace_recorder import Record, trace_of
 from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
@@ -56,7 +56,7 @@ class Generation:
         self,
         model: ServedModel,
         admission: Admission,
-        attempts: Attempts,
+        attempts: ExecutionDeps,
         traces: TraceStore[RequestTrace] | None = None,
         coalescing: Coalescing | None = None,
         *,
@@ -121,7 +121,7 @@ class Generation:
     @contextlib.asynccontextmanager
     async def _served(
         self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
-    ) -> AsyncIterator[RequestStream]:
+    ) -> AsyncIterator[RetryingStream]:
         async with self._admission.place(_demand(wanted, caller)):
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
@@ -165,9 +165,9 @@ class Generation:
         )
 
 
-def _demand(wanted: CheckedRequest, caller: Caller) -> Demand:
+def _demand(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
     """The KV it may hold, counted when it is asked for: what it really needs is known only at its end."""
-    return Demand(
+    return QueuedRequest(
         tokens=len(wanted.token_ids) + wanted.max_tokens,
         answer_tokens=wanted.max_tokens,
         priority=wanted.priority or 0,

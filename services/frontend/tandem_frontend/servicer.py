@@ -21,7 +21,7 @@ from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel, check_name_length, get_model, list_models
 from tandem_frontend.preparation.validation import checked_detokenize, checked_tokenize
 from tandem_frontend.response.sse import failure_event
-from tandem_frontend.response.writers import EventsAnswer, StreamAnswer, WholeAnswer
+from tandem_frontend.response.writers import ChunkWriter, SseWriter, UnaryWriter
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -36,11 +36,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Stream a generation; a client that leaves cancels it. Messages are pushed, not returned."""
-        await self._generation.generate(request, caller_of(context), StreamAnswer(context))
+        await self._generation.generate(request, caller_of(context), ChunkWriter(context))
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """The same as server-sent events, for HTTP; what fails after the first of them is the last event."""
-        answer = EventsAnswer(context)
+        answer = SseWriter(context)
         try:
             await self._generation.generate(request.generate, caller_of(context), answer)
         except Exception as problem:
@@ -50,7 +50,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
-        answer = WholeAnswer()
+        answer = UnaryWriter()
         await self._generation.generate(request.generate, caller_of(context), answer)
         return answer.response
 

@@ -16,7 +16,7 @@ from tandem.rpc.server import RpcServer
 from tandem_registry.backends.factory import open_backend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
-from tandem_registry.gauges import Figures
+from tandem_registry.gauges import RegistryGauges
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
@@ -49,7 +49,7 @@ class RegistryApp:
     async def start(self) -> None:
         """Return when it answers; it is healthy once it has a view."""
         self._backend = open_backend(self._config)
-        self._metrics.measure(Figures(self._backend).read)
+        self._metrics.measure(RegistryGauges(self._backend).read)
         servicer = self._servicer = RegistryServicer(self._backend)
         self._server = RpcServer(
             [

@@ -16,7 +16,7 @@ from tandem_registry.backends.port import Backend
 from tandem_registry.view import View
 
 
-class Figures:
+class RegistryGauges:
     """Readings of one registry."""
 
     def __init__(self, backend: Backend) -> None:

@@ -65,7 +65,7 @@ class Registration:
         self._member = member
         self._held_epoch: int | None = None
         """Of the last lease: whoever has a later one has taken this member's place. None: it never had one."""
-        self._outrun: Callable[[int], None] = lambda epoch: self.renew(epoch + 1)
+        self._supersede: Callable[[int], None] = lambda epoch: self.renew(epoch + 1)
         self._may_be_fenced = may_be_fenced
         self._clock = clock
         self._backoff = Backoff(rng=self._rng)
@@ -133,12 +133,12 @@ class Registration:
                 await self._state_told.wait()
         return self._state_told.is_set()
 
-    def when_outrun(self, outrun: Callable[[int], None]) -> None:
+    def when_superseded(self, supersede: Callable[[int], None]) -> None:
         """Have somebody else renew it where a start of before has a later epoch; by default it does so itself.
 
-        `outrun` is given that epoch, and calls `renew` with a later one.
+        `supersede` is given that epoch, and calls `renew` with a later one.
         """
-        self._outrun = outrun
+        self._supersede = supersede
 
     def renew(self, epoch: int) -> None:
         """Register anew, at once, as a new start of the same member; its former lease is nothing to it any more."""
@@ -190,7 +190,7 @@ class Registration:
         later_epoch = self._later_epoch_of_before(problem)
         if later_epoch is not None:
             log.warning("a start of before was epoch %d: this machine's clock has gone back", later_epoch)
-            self._outrun(later_epoch)
+            self._supersede(later_epoch)
             return 0.0
         reason = self._final(problem)
         if reason is None:

@@ -41,7 +41,7 @@ from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
-from tandem.worker.stats import Figures, LegFigures
+from tandem.worker.stats import LegStats, WorkerStats
 from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
 from tandem.worker.step_servicer import StepServicer
 from tandem.worker.steps import StepStreams
@@ -109,9 +109,9 @@ class WorkerHost:
         )
         registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
         identity = Identity(worker, registration)
-        registration.when_outrun(identity.outrun)
+        registration.when_superseded(identity.supersede)
         self._legs = Legs(self._engine, identity, self._traces, self._timers)
-        counts = LegFigures(self._traces).counts
+        counts = LegStats(self._traces).counts
         servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         streams = StepStreams(self._legs.abort_stream)
@@ -183,7 +183,7 @@ class WorkerHost:
     def _tell_metrics(self, legs: Legs, health: EngineHealth) -> None:
         leg_metrics = LegMetrics(self._metrics)
         self._traces.sinks.append(leg_metrics)
-        self._metrics.measure(Figures(self._engine, legs, health, leg_metrics).read)
+        self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
 
     async def _leave(self, server: RpcServer) -> None:
         """NOT_SERVING from here on, whatever the engine's health."""

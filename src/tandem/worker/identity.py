@@ -65,7 +65,7 @@ class Identity:
             self._begin_anew(now_s - ran_s)
         return self._worker
 
-    def outrun(self, epoch: int) -> None:
+    def supersede(self, epoch: int) -> None:
         """Become a later start than one of before, whose epoch is later than a clock that went back can tell."""
         self._take_epoch(max(epoch + 1, self._new_epoch()))
 

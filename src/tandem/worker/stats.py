@@ -18,7 +18,7 @@ from tandem.worker.engine_health import EngineHealth
 from tandem.worker.legs import Legs
 
 
-class LegFigures:
+class LegStats:
     """Counts that only grow."""
 
     def __init__(self, traces: TraceStore[LegTrace]) -> None:
@@ -50,7 +50,7 @@ class LegFigures:
         }
 
 
-class Figures:
+class WorkerStats:
     """Readings of one worker."""
 
     def __init__(self, engine: Engine, legs: Legs, health: EngineHealth, leg_metrics: LegMetrics) -> None:

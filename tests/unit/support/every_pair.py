@@ -19,7 +19,7 @@ class Expected:
     possible: Possible
     every: Possible
     """Before anything was avoided."""
-    left_out: tuple[str, ...]
+    ejected: tuple[str, ...]
 
 
 def possible(workers: Iterable[Worker], digest: str, prompt_tokens: int = -1, contract: int | None = None) -> Possible:
@@ -64,13 +64,13 @@ def names(all_of: Possible) -> set[str]:
 
 def preferred(every: Possible, avoiding: Mapping[str, Collection[Start]]) -> Expected:
     """Avoid one kind after the other, as long as something is left."""
-    left, left_out = every, []
+    left, ejected = every, []
     for name, avoided in avoiding.items():
         narrower = without(left, avoided)
         if narrower and narrower != left:
             left = narrower
-            left_out.append(name)
-    return Expected(left, every, tuple(left_out))
+            ejected.append(name)
+    return Expected(left, every, tuple(ejected))
 
 
 def problem(workers: Collection[Worker], digest: str, prompt_tokens: int) -> type[TandemError] | None:

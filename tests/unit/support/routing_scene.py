@@ -42,7 +42,7 @@ class Scene:
         self.unhealthy = self.failing = self.refused = frozenset[Start]()
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=DIGEST)), {})
         refusals = cast("Any", SimpleNamespace(recent=lambda: self.refused))
-        breakers = cast("Any", SimpleNamespace(left_out=lambda: self.failing))
+        breakers = cast("Any", SimpleNamespace(ejected=lambda: self.failing))
         self.routes = Routes(
             model, lambda: self.workers, lambda: self.unhealthy, refusals, breakers, random.Random(0), policy
         )

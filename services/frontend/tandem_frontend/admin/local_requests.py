@@ -14,7 +14,7 @@ from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFU
 from tandem.observability.trace_store import TraceStore
 from tandem.observability.windows import LATENCY_WINDOW_S
 from tandem.rpc.convert import timestamp
-from tandem_frontend.admin.stats import Figures
+from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admin.timeline import duration, reason_number, summary_of, timeline_of
 from tandem_frontend.processes.sums import buckets
 
@@ -22,10 +22,12 @@ Position = tuple[float, str]
 """When a request came, and its id: its position in a list."""
 
 
-class OwnAnswers:
+class LocalRequests:
     """Of one process."""
 
-    def __init__(self, traces: TraceStore[RequestTrace], figures: Figures, waiting_count: Callable[[], int]) -> None:
+    def __init__(
+        self, traces: TraceStore[RequestTrace], figures: RequestStats, waiting_count: Callable[[], int]
+    ) -> None:
         """`waiting_count` says how many requests wait for room with the workers."""
         self._traces = traces
         self._figures = figures

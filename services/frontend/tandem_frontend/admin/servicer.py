@@ -14,7 +14,7 @@ from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1 import admin_service_pb2_grpc as pb_grpc
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
 from tandem.errors import InvalidRequest, RequestNotFound
-from tandem_frontend.admin.local_requests import OwnAnswers, Position
+from tandem_frontend.admin.local_requests import LocalRequests, Position
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.processes.sums import combined
 
@@ -28,7 +28,7 @@ ID_CHARS_MAX = 128
 class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     """The contract of admin_service.proto."""
 
-    def __init__(self, own: OwnAnswers, siblings: Siblings) -> None:
+    def __init__(self, own: LocalRequests, siblings: Siblings) -> None:
         self._own = own
         self._siblings = siblings
 

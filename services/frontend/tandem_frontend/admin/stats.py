@@ -35,7 +35,7 @@ class _Seen:
     has_first: bool = False
 
 
-class Figures:
+class RequestStats:
     """The figures of one frontend."""
 
     def __init__(self, traces: TraceStore[RequestTrace], clock: Clock = monotonic) -> None:

@@ -26,7 +26,7 @@ frontend fills its own places as they become free, and whoever came late would n
 
 
 @dataclass(frozen=True, slots=True)
-class _Room:
+class _Headroom:
     """What one worker can take."""
 
     requests: int
@@ -52,7 +52,7 @@ class Capacity:
     def __init__(self, model: str) -> None:
         self._model = model
         self._view = KnownView()
-        self._rooms: dict[Start, _Room] = {}
+        self._rooms: dict[Start, _Headroom] = {}
         """Of the workers that stream answers."""
         self._loads: dict[Start, EngineLoad] = {}
         """Of all workers that have said one lately."""
@@ -126,7 +126,7 @@ class Capacity:
         del self._request_tokens[bisect_left(self._request_tokens, room.request_tokens)]
         self._count(room, self._loads.get(start), -1)
 
-    def _count(self, room: _Room, load: EngineLoad | None, sign: int) -> None:
+    def _count(self, room: _Headroom, load: EngineLoad | None, sign: int) -> None:
         requests, tokens = room.taken(load)
         self._requests += sign * requests
         self._tokens += sign * tokens
@@ -140,8 +140,8 @@ class Capacity:
         )
 
 
-def _room(worker: Worker) -> _Room:
+def _room(worker: Worker) -> _Headroom:
     capabilities = worker.capabilities
     running, tokens = capabilities.running_requests_max, capabilities.kv_capacity_tokens
     requests = running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
-    return _Room(requests, tokens, min(capabilities.context_tokens_max, tokens))
+    return _Headroom(requests, tokens, min(capabilities.context_tokens_max, tokens))

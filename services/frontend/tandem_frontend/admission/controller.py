@@ -2,7 +2,7 @@
 
 Bounded three times: by the requests in this frontend and by how late its event loop is, refused at once beyond that,
 and by the requests and tokens the workers have room for, which the others wait for in line. Who is next is
-`waiting_line`'s, how much room there is `capacity`'s. Everything is decided before the first byte.
+`queue`'s, how much room there is `capacity`'s. Everything is decided before the first byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from tandem.clock import Clock
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
-from tandem_frontend.admission.queue import Demand, WaitingLine
+from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
 from tandem_frontend.admission.throughput import Pace
 
 LAG_MAX_S = 1.0
@@ -32,7 +32,7 @@ WAIT_MARGIN = 2.0
 """The line may come to move half as fast. With less, whoever is let in stands at the edge all the time he waits."""
 
 
-class Room(Protocol):
+class Headroom(Protocol):
     """How much the workers can take."""
 
     def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
@@ -50,7 +50,7 @@ class Admission:
     def __init__(
         self,
         open_requests_max: int,
-        room: Room,
+        room: Headroom,
         clock: Clock,
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
@@ -61,7 +61,7 @@ class Admission:
         self._lag_max_s = lag_max_s
         self._room = room
         self._clock = clock
-        self._line: WaitingLine[asyncio.Future[None]] = WaitingLine()
+        self._line: RequestQueue[asyncio.Future[None]] = RequestQueue()
         self._open_count = 0
         self._held_requests = 0
         self._held_tokens = 0
@@ -112,7 +112,7 @@ class Admission:
                 self._none.set()
 
     @asynccontextmanager
-    async def place(self, demand: Demand) -> AsyncIterator[None]:
+    async def place(self, demand: QueuedRequest) -> AsyncIterator[None]:
         """Wait in line for room with the workers, and hold it.
 
         Raises:
@@ -128,9 +128,9 @@ class Admission:
             self._pace.note(demand, self._clock() - begin_s)
             self._held_requests -= 1
             self._held_tokens -= demand.tokens
-            self.look_again()
+            self.reevaluate()
 
-    def look_again(self) -> None:
+    def reevaluate(self) -> None:
         """Let in who has room now: a request has ended, or the workers have changed."""
         while (first := self._line.first()) is not None and self._fits(first[1]):
             place, demand = first
@@ -143,7 +143,7 @@ class Admission:
             self._hold(demand)
             place.set_result(None)
 
-    def look_again_soon(self) -> None:
+    def reevaluate_soon(self) -> None:
         """The same after a few milliseconds, once for all that has changed until then."""
         if self._look is None and len(self._line):
             self._look = asyncio.get_running_loop().call_later(LOOK_PAUSE_S, self._look_at_last)
@@ -156,13 +156,13 @@ class Admission:
         """Return when no request is open."""
         await self._none.wait()
 
-    async def _wait(self, demand: Demand) -> None:
+    async def _wait(self, demand: QueuedRequest) -> None:
         if not len(self._line) and self._fits(demand):
             return self._hold(demand)
         self._refuse_the_late(demand)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.add(place, demand)
-        self.look_again()
+        self.reevaluate()
         try:
             async with asyncio.timeout(None if demand.deadline_s is None else demand.deadline_s - self._clock()):
                 await asyncio.shield(place)
@@ -172,16 +172,16 @@ class Admission:
                 self._held_requests -= 1
                 self._held_tokens -= demand.tokens
             self._line.remove(place)
-            self.look_again()
+            self.reevaluate()
             if isinstance(problem, TimeoutError):
                 raise DeadlinePassed("the deadline passed while the request waited for a worker") from None
             raise
 
     def _look_at_last(self) -> None:
         self._look = None
-        self.look_again()
+        self.reevaluate()
 
-    def _refuse_the_late(self, demand: Demand) -> None:
+    def _refuse_the_late(self, demand: QueuedRequest) -> None:
         if demand.deadline_s is None:
             return
         before = self._line.tokens_before(demand)
@@ -201,13 +201,13 @@ class Admission:
                     retry_delay_s=self._delay_s(self._line.tokens),
                 )
 
-    def _is_late(self, demand: Demand, wait_s: float, share: float) -> bool:
+    def _is_late(self, demand: QueuedRequest, wait_s: float, share: float) -> bool:
         """Whether the deadline passes before it ends, if it waits so long and then takes as such a share of others."""
         if demand.deadline_s is None:
             return False
         return self._clock() + wait_s + self._pace.held_s(demand, share) >= demand.deadline_s
 
-    def _too_late(self, demand: Demand, wait_s: float, share: float) -> Overloaded:
+    def _too_late(self, demand: QueuedRequest, wait_s: float, share: float) -> Overloaded:
         left_s = (demand.deadline_s or 0.0) - self._clock()
         return Overloaded(
             f"the line takes about {wait_s:.1f} s and the request itself {self._pace.held_s(demand, share):.1f} s, "
@@ -215,10 +215,10 @@ class Admission:
             retry_delay_s=self._delay_s(self._line.tokens),
         )
 
-    def _fits(self, demand: Demand) -> bool:
+    def _fits(self, demand: QueuedRequest) -> bool:
         return self._room.fits(self._held_requests, self._held_tokens, demand.tokens)
 
-    def _hold(self, demand: Demand) -> None:
+    def _hold(self, demand: QueuedRequest) -> None:
         self._held_requests += 1
         self._held_tokens += demand.tokens
 

@@ -23,7 +23,7 @@ LOOKED_AT_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class QueuedRequest:
     """What a request asks for."""
 
     tokens: int
@@ -53,7 +53,7 @@ class _Tenant(Generic[T]):
     """(urgency, arrival, ticket); may hold tickets that have left."""
 
 
-class WaitingLine(Generic[T]):
+class RequestQueue(Generic[T]):
     """Tickets of those who wait."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class WaitingLine(Generic[T]):
         """Turns of tenants that have none now, while they are ahead of whoever went last."""
         self._turn = 0.0
         """Of whoever went last: a tenant that comes anew begins there, not before."""
-        self._demands: dict[T, Demand] = {}
+        self._demands: dict[T, QueuedRequest] = {}
         self._arrivals = itertools.count()
         self.tokens = 0
         """Tokens asked for by all who wait."""
@@ -71,7 +71,7 @@ class WaitingLine(Generic[T]):
     def __len__(self) -> int:
         return len(self._demands)
 
-    def add(self, ticket: T, demand: Demand) -> None:
+    def add(self, ticket: T, demand: QueuedRequest) -> None:
         """Join the line."""
         assert ticket not in self._demands, "one ticket twice"
         self._demands[ticket] = demand
@@ -105,7 +105,7 @@ class WaitingLine(Generic[T]):
             self._turns.clear()
             self._turn = 0.0
 
-    def first(self) -> tuple[T, Demand] | None:
+    def first(self) -> tuple[T, QueuedRequest] | None:
         """Who is next; None when nobody waits."""
         if not self._demands:
             return None
@@ -113,7 +113,7 @@ class WaitingLine(Generic[T]):
         ticket = tenant.heap[0][2]
         return ticket, self._demands[ticket]
 
-    def take(self) -> tuple[T, Demand]:
+    def take(self) -> tuple[T, QueuedRequest]:
         """Take out who is next."""
         first = self.first()
         assert first is not None, "nobody waits"
@@ -125,7 +125,7 @@ class WaitingLine(Generic[T]):
         self.remove(ticket)
         return ticket, demand
 
-    def tokens_before(self, demand: Demand) -> int:
+    def tokens_before(self, demand: QueuedRequest) -> int:
         """Tokens of those who go before a newcomer: his own tenant's that are as urgent, and other tenants' turns."""
         own = sum(
             waiting.tokens
@@ -134,7 +134,7 @@ class WaitingLine(Generic[T]):
         )
         return self._with_others(demand.tenant, own)
 
-    def overtaken(self, demand: Demand) -> Iterator[tuple[Demand, int]]:
+    def overtaken(self, demand: QueuedRequest) -> Iterator[tuple[QueuedRequest, int]]:
         """Those that a newcomer would push back for his deadline's sake, each with the tokens that go before it now.
 
         None where so many wait that looking at each would take too long.

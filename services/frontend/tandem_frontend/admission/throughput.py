@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tandem.clock import Clock
-from tandem_frontend.admission.queue import Demand
+from tandem_frontend.admission.queue import QueuedRequest
 
 WINDOW_S = 5.0
 ENDED_MAX = 512
@@ -21,12 +21,12 @@ class Pace:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._ended: deque[tuple[float, Demand, float]] = deque(maxlen=ENDED_MAX)
+        self._ended: deque[tuple[float, QueuedRequest, float]] = deque(maxlen=ENDED_MAX)
         """(when, what was asked for, seconds held)."""
         self._sorted: tuple[list[float], list[float]] | None = None
         """Seconds held, and seconds held for each token of the longest answer; None: to be sorted anew."""
 
-    def note(self, demand: Demand, held_s: float) -> None:
+    def note(self, demand: QueuedRequest, held_s: float) -> None:
         """A request has given back the place that it has held for so long."""
         self._ended.append((self._clock(), demand, held_s))
         self._sorted = None
@@ -41,7 +41,7 @@ class Pace:
         elapsed_s = max(self._clock() - self._ended[0][0], 0.5)
         return tokens * elapsed_s / ended
 
-    def held_s(self, demand: Demand, share: float) -> float:
+    def held_s(self, demand: QueuedRequest, share: float) -> float:
         """Within which time such a share of requests ends, or less where its own answer is short.
 
         0 when nothing has ended lately.

@@ -15,7 +15,7 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 NO_PENALTY = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
-def obstacle(leg: leg_pb2.LegRequest) -> str | None:
+def refusal_reason(leg: leg_pb2.LegRequest) -> str | None:
     """Why a stream with tokens of this request cannot go on elsewhere, as one word of the contract; None if it can."""
     if leg.HasField("guided"):
         return "guided"

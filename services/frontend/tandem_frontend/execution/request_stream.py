@@ -23,13 +23,13 @@ from tandem.errors import DeadlinePassed, LegFailed, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import headers_of
 from tandem_frontend.execution.attempt import Attempt
-from tandem_frontend.execution.continuation import continued, obstacle
+from tandem_frontend.execution.continuation import continued, refusal_reason
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.execution.trace_recorder import Record
 from tandem_frontend.routing.candidates import Route
-from tandem_frontend.routing.circuit_breaker import Breakers
-from tandem_frontend.routing.router import Refusals, Routes
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,14 @@ class Taker(Protocol):
         ...
 
 
-class Attempts:
+class ExecutionDeps:
     """Makes attempts at requests."""
 
     def __init__(
         self,
         routes: Routes,
-        refusals: Refusals,
-        breakers: Breakers,
+        refusals: RecentRefusals,
+        breakers: CircuitBreakers,
         dispatch: Dispatch,
         clock: Clock,
         rng: random.Random,
@@ -77,7 +77,7 @@ class Attempts:
         self.dispatch = dispatch
         self.clock = clock
         self.rng = rng
-        self._open: set[RequestStream] = set()
+        self._open: set[RetryingStream] = set()
 
     def notice(self, workers: Iterable[Worker]) -> None:
         """Take note of a new view: attempts at a start of a worker that has a newer one are at a dead process.
@@ -94,7 +94,7 @@ class Attempts:
     @asynccontextmanager
     async def taken(
         self, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record | None = None
-    ) -> AsyncIterator[RequestStream]:
+    ) -> AsyncIterator[RetryingStream]:
         """The stream of a request whose legs their workers have taken; leaving it ends all legs.
 
         Args:
@@ -106,7 +106,7 @@ class Attempts:
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        stream = RequestStream(self, leg, taker, timeout_s, record or Record(RequestTrace()))
+        stream = RetryingStream(self, leg, taker, timeout_s, record or Record(RequestTrace()))
         async with stream:
             self._open.add(stream)
             try:
@@ -115,11 +115,11 @@ class Attempts:
                 self._open.discard(stream)
 
 
-class RequestStream:
+class RetryingStream:
     """The tokens of one request over all its attempts. Entering it makes the first attempt that is taken."""
 
     def __init__(
-        self, attempts: Attempts, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record
+        self, attempts: ExecutionDeps, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record
     ) -> None:
         self._attempts = attempts
         self._record = record
@@ -150,7 +150,7 @@ class RequestStream:
         assert self._attempt is not None, "attempt before a worker has taken it"
         return self._attempt
 
-    async def __aenter__(self) -> RequestStream:
+    async def __aenter__(self) -> RetryingStream:
         try:
             with self._record.routing():
                 route = self._attempts.routes.first(len(self._leg.token_ids))
@@ -241,7 +241,7 @@ class RequestStream:
         """Have another attempt take the rest of a stream that broke."""
         self._break_count += 1
         self._note_failed()
-        why_not = obstacle(self._leg) if self._sent else None
+        why_not = refusal_reason(self._leg) if self._sent else None
         if why_not is None and self._break_count > BREAKS_MAX:
             why_not = "breaks"
         if why_not is not None:
@@ -319,7 +319,7 @@ class RequestStream:
             self._failed.add(worker.start)
 
     def _next_route(self, failed: Collection[Start]) -> Route | None:
-        may_go_on = not self._sent or obstacle(self._leg) is None
+        may_go_on = not self._sent or refusal_reason(self._leg) is None
         if self._fruitless_count >= ATTEMPTS_MAX or not may_go_on:
             return None
         prompt_tokens = len(self._leg.token_ids) + len(self._sent)

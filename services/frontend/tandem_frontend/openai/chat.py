@@ -14,7 +14,7 @@ from tandem.output_parsers import ParsedStream, Parsers
 from tandem.rpc.convert import guided_to_proto
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai.chat_choice import ChatChoice
-from tandem_frontend.openai.handler import Answer, Door
+from tandem_frontend.openai.handler import Answer, EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.response import UsageSum
@@ -31,7 +31,7 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 class ChatCompletions:
     """The call."""
 
-    def __init__(self, door: Door, model: ServedModel, texts: TokenTexts, parsers: Parsers | None) -> None:
+    def __init__(self, door: EndpointHandler, model: ServedModel, texts: TokenTexts, parsers: Parsers | None) -> None:
         """`parsers` is None where neither tool calls nor reasoning are told apart from text."""
         self._door = door
         self._model = model

@@ -10,7 +10,7 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
 from tandem_frontend.call_context import Caller
-from tandem_frontend.openai.handler import Answer, Door
+from tandem_frontend.openai.handler import Answer, EndpointHandler
 from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_logprobs
 from tandem_frontend.openai.response import UsageSum, finish_reason
 from tandem_frontend.openai.schemas import CompletionRequest
@@ -23,7 +23,7 @@ from tandem_frontend.response.writers import Call
 class Completions:
     """The call."""
 
-    def __init__(self, door: Door, model: ServedModel, texts: TokenTexts) -> None:
+    def __init__(self, door: EndpointHandler, model: ServedModel, texts: TokenTexts) -> None:
         self._door = door
         self._model = model
         self._texts = texts

@@ -60,7 +60,7 @@ class Answer:
         self.usage = usage
 
 
-class Door:
+class EndpointHandler:
     """Runs requests that have been checked and tokenised."""
 
     def __init__(

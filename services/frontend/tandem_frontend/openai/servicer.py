@@ -23,7 +23,7 @@ from tandem_frontend.call_context import caller_of
 from tandem_frontend.openai import response
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
-from tandem_frontend.openai.handler import Door
+from tandem_frontend.openai.handler import EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
@@ -45,7 +45,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         parsers: Parsers | None,
         open_requests_max: int,
     ) -> None:
-        door, texts = Door(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
+        door, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(door, model, texts, parsers)
         self._completions = Completions(door, model, texts)
         self._model = model

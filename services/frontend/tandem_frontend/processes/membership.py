@@ -16,7 +16,7 @@ from tandem.api.process.v1 import process_service_pb2 as process_pb
 from tandem.errors import StartError
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.service.prefork.child import ParentLink
-from tandem_frontend.admin.local_requests import OwnAnswers
+from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.processes.identity import ProcessIdentity
 from tandem_frontend.processes.servicer import SERVICE_NAME, SiblingServicer
 from tandem_frontend.processes.siblings import Siblings
@@ -34,7 +34,7 @@ class Membership:
         self._link = link
         self._server = Http2RpcServer()
 
-    async def open(self, server: Http2RpcServer, own: OwnAnswers) -> None:
+    async def open(self, server: Http2RpcServer, own: LocalRequests) -> None:
         """Answer siblings, and take the connections of clients for `server`.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any
 from tandem.api.frontend.v1 import sibling_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2_grpc as pb_grpc
 from tandem.rpc.process_servicer import ProcessServicer
-from tandem_frontend.admin.local_requests import OwnAnswers
+from tandem_frontend.admin.local_requests import LocalRequests
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SiblingService"].full_name
 
@@ -15,7 +15,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SiblingService"].full_name
 class SiblingServicer(pb_grpc.SiblingServiceServicer):
     """The contract of sibling_service.proto."""
 
-    def __init__(self, own: OwnAnswers, process: ProcessServicer) -> None:
+    def __init__(self, own: LocalRequests, process: ProcessServicer) -> None:
         """`process` is that of the server which clients call."""
         self._own = own
         self._process = process

@@ -1,6 +1,6 @@
 """The forms in which Generate's answers leave: messages of a stream, server-sent events, or one message.
 
-Each is an `Answer` that a generation pushes into. `CallAnswer` writes to the client's call as chunks come; nothing
+Each is an `Answer` that a generation pushes into. `CallWriter` writes to the client's call as chunks come; nothing
 waits for a chunk.
 """
 
@@ -32,7 +32,7 @@ class Call(Protocol):
         ...
 
 
-class CallAnswer:
+class CallWriter:
     """What answers that leave as they come have in common."""
 
     def __init__(self, call: Call) -> None:
@@ -48,7 +48,7 @@ class CallAnswer:
         self._call.on_writable(callback)
 
 
-class StreamAnswer(CallAnswer):
+class ChunkWriter(CallWriter):
     """Generate: each event is a message."""
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
@@ -64,7 +64,7 @@ class StreamAnswer(CallAnswer):
         self._call.send(pb.GenerateResponse(finish=finish))
 
 
-class EventsAnswer(CallAnswer):
+class SseWriter(CallWriter):
     """GenerateEvents: each event is a server-sent event; the first one sets the content type of the whole answer."""
 
     def __init__(self, call: Call) -> None:
@@ -89,7 +89,7 @@ class EventsAnswer(CallAnswer):
         self.has_begun = True
 
 
-class WholeAnswer:
+class UnaryWriter:
     """GenerateUnary: everything in one message, `response`."""
 
     def __init__(self) -> None:

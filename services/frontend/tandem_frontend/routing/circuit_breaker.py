@@ -45,7 +45,7 @@ class BreakerState(Enum):
     """A probe is on its way, and nothing else."""
 
 
-class Breaker:
+class CircuitBreaker:
     """One worker's."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -114,7 +114,7 @@ OTHERS_FAILED_SHARE = 1 / 8
 """So many peers may fail at the same moment, and whoever does has a strike all the same; of fewer than 8 none."""
 STRIKES_MAX = 3
 """Few, because they take seconds to come."""
-LEFT_OUT_SHARE_MAX = 0.5
+EJECTED_SHARE_MAX = 0.5
 """Of a worker and its peers that are healthy."""
 
 
@@ -137,7 +137,7 @@ class _Moment:
     """Of those that have failed too."""
 
 
-class Breakers:
+class CircuitBreakers:
     """Of all workers of the view. A new start of a worker begins with a clean sheet."""
 
     def __init__(
@@ -150,16 +150,16 @@ class Breakers:
         self._view = KnownView()
         self._peers_of: dict[Start, _Peers] = {}
         self._peers: dict[tuple[object, ...], _Peers] = {}
-        self._breakers: dict[Start, Breaker] = {}
+        self._breakers: dict[Start, CircuitBreaker] = {}
         self._tripped: set[Start] = set()
         """Whose breakers are not closed."""
         self._moments: dict[_Peers, _Moment] = {}
         """In the order in which they began."""
-        self._left_out: frozenset[Start] = frozenset()
-        self._left_out_until_s = math.inf
+        self._ejected: frozenset[Start] = frozenset()
+        self._ejected_until_s = math.inf
         """When one of them may take a probe; at once where they are to be determined anew."""
         self._unhealthy_then: Collection[Start] = frozenset()
-        """What `_left_out` is based on."""
+        """What `_ejected` is based on."""
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Judge these workers and no others."""
@@ -179,30 +179,30 @@ class Breakers:
         for peers in [peers for peers in self._peers.values() if not peers.starts]:
             del self._peers[peers.key]
             self._moments.pop(peers, None)
-        self._left_out_until_s = -math.inf
+        self._ejected_until_s = -math.inf
 
     def states(self) -> dict[Start, BreakerState]:
         """Of those that are not closed."""
         return {start: self._breakers[start].state for start in self._tripped}
 
-    def left_out(self) -> frozenset[Start]:
+    def ejected(self) -> frozenset[Start]:
         """Those that no request goes to now. One whose next probe is due is not among them.
 
         The same object as before until something changes.
         """
         now_s = self._clock()
         self._judge_moments(now_s)
-        if not self._tripped and not self._left_out:
-            return self._left_out
+        if not self._tripped and not self._ejected:
+            return self._ejected
         unhealthy = self._unhealthy()
         # Another kind of collection may have changed although it is the same object.
         is_known = unhealthy is self._unhealthy_then and isinstance(unhealthy, frozenset)
-        if now_s >= self._left_out_until_s or not is_known:
+        if now_s >= self._ejected_until_s or not is_known:
             self._unhealthy_then = unhealthy
             found = self._determine(unhealthy, now_s)
-            if found != self._left_out:
-                self._left_out = found
-        return self._left_out
+            if found != self._ejected:
+                self._ejected = found
+        return self._ejected
 
     def _determine(self, unhealthy: Collection[Start], now_s: float) -> frozenset[Start]:
         found = set[Start]()
@@ -213,9 +213,9 @@ class Breakers:
         for peers, tripped in by_peers.items():
             # The fleet may have shrunk since they opened: the one that is due first is let in again.
             tripped.sort(reverse=True)
-            closed_to_all = tripped[: _left_out_max(len(peers.starts) - unhealthy_counts[peers])]
+            closed_to_all = tripped[: _ejected_max(len(peers.starts) - unhealthy_counts[peers])]
             found.update(start for _, start in closed_to_all if not self._breakers[start].may_take(now_s))
-        self._left_out_until_s = min((self._breakers[start].until_s for start in found), default=math.inf)
+        self._ejected_until_s = min((self._breakers[start].until_s for start in found), default=math.inf)
         return frozenset(found)
 
     def sent(self, workers: Iterable[Worker]) -> float:
@@ -224,7 +224,7 @@ class Breakers:
         for worker in workers:
             if worker.start in self._tripped:
                 self._breakers[worker.start].sent(now_s)
-                self._left_out_until_s = -math.inf
+                self._ejected_until_s = -math.inf
         return now_s
 
     def succeeded(self, worker: Worker, sent_s: float) -> None:
@@ -235,7 +235,7 @@ class Breakers:
             return
         if self._breaker(start).succeed(now_s, sent_s):
             self._tripped.discard(start)
-            self._left_out_until_s = -math.inf
+            self._ejected_until_s = -math.inf
             log.info("worker %s does its work again: its breaker closes", worker.worker_id)
         moment = self._moments.get(peers)
         if moment is not None and start in moment.failures:
@@ -250,7 +250,7 @@ class Breakers:
             return
         breaker = self._breaker(start)
         if breaker.fail(now_s, sent_s):
-            self._left_out_until_s = -math.inf
+            self._ejected_until_s = -math.inf
             log.warning("worker %s fails still: %.1f s to its next probe", worker.worker_id, breaker.until_s - now_s)
         if breaker.state is BreakerState.CLOSED:
             self._moments.setdefault(peers, _Moment(now_s)).failures[start] += 1
@@ -284,25 +284,25 @@ class Breakers:
     def _open(self, start: Start, peers: _Peers, now_s: float) -> None:
         unhealthy = self._unhealthy()
         healthy = peers.starts.difference(unhealthy) | {start}
-        if len(healthy & self._tripped) + 1 > _left_out_max(len(healthy)):
+        if len(healthy & self._tripped) + 1 > _ejected_max(len(healthy)):
             return
         breaker = self._breaker(start)
         breaker.open(now_s)
         self._tripped.add(start)
-        self._left_out_until_s = -math.inf
+        self._ejected_until_s = -math.inf
         log.warning(
             "worker %s is sent nothing for %.1f s: it fails and its peers do not", start[0], breaker.until_s - now_s
         )
 
-    def _breaker(self, start: Start) -> Breaker:
+    def _breaker(self, start: Start) -> CircuitBreaker:
         if start not in self._breakers:
-            self._breakers[start] = Breaker(self._rng)
+            self._breakers[start] = CircuitBreaker(self._rng)
         return self._breakers[start]
 
 
-def _left_out_max(healthy_count: int) -> int:
+def _ejected_max(healthy_count: int) -> int:
     """How many of so many may be left out: never all, and none of one that stands alone."""
-    return int(healthy_count * LEFT_OUT_SHARE_MAX)
+    return int(healthy_count * EJECTED_SHARE_MAX)
 
 
 def _peers_key(worker: Worker) -> tuple[object, ...]:

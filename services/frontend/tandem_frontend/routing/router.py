@@ -14,7 +14,7 @@ from tandem.domain.worker import Start, Worker
 from tandem.errors import ContextExceeded
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Pick, Route
-from tandem_frontend.routing.circuit_breaker import Breakers
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
 from tandem_frontend.routing.policy import Policy
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY
 from tandem_frontend.routing.pools import Pools, Selection
@@ -23,7 +23,7 @@ from tandem_frontend.routing.random_policy import RandomPolicy
 AVOIDED_S = 1.0
 
 
-class Refusals:
+class RecentRefusals:
     """Remembers starts of workers for a short while. A new start of the same worker begins with a clean sheet."""
 
     def __init__(self, clock: Clock) -> None:
@@ -78,8 +78,8 @@ class Routes:
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
         unhealthy: Callable[[], Collection[Start]],
-        refusals: Refusals,
-        breakers: Breakers,
+        refusals: RecentRefusals,
+        breakers: CircuitBreakers,
         rng: random.Random,
         policy: Policy | None = None,
     ) -> None:
@@ -138,7 +138,7 @@ class Routes:
             self.follow(workers)
         pools = self._pools
         pools.mark(UNHEALTHY, self._unhealthy())
-        pools.mark(FAILING, self._breakers.left_out())
+        pools.mark(FAILING, self._breakers.ejected())
         pools.mark(REFUSED, self._refusals.recent())
         if pools.version != self._version:
             self._version = pools.version
@@ -157,13 +157,13 @@ class Routes:
 
     def _prefer(self, every: Selection, tried: Collection[Start]) -> _Preferred:
         """Avoid what is better avoided, one kind after the other, as long as something is left."""
-        left, left_out = every, list[str]()
+        left, ejected = every, list[str]()
         for mark, name in AVOIDED:
             if self._pools.has_marked(mark):
-                left = _narrowed(left, left.avoiding(mark), name, left_out)
+                left = _narrowed(left, left.avoiding(mark), name, ejected)
         if tried:
-            left = _narrowed(left, left.without(tried), "tried", left_out)
-        return _Preferred(left, _pick(every, left, left_out, self._policy.name))
+            left = _narrowed(left, left.without(tried), "tried", ejected)
+        return _Preferred(left, _pick(every, left, ejected, self._policy.name))
 
     def _choose(self, preferred: _Preferred) -> Route:
         selection = preferred.selection
@@ -173,18 +173,18 @@ class Routes:
         return Route(decode=stream, prefill=prefill, pick=preferred.pick)
 
 
-def _narrowed(left: Selection, narrower: Selection, name: str, left_out: list[str]) -> Selection:
+def _narrowed(left: Selection, narrower: Selection, name: str, ejected: list[str]) -> Selection:
     """The narrower selection unless it is empty; its name is noted where it leaves something out."""
     if not narrower.routes_count or narrower.routes_count == left.routes_count:
         return left
-    left_out.append(name)
+    ejected.append(name)
     return narrower
 
 
-def _pick(every: Selection, left: Selection, left_out: list[str], policy: str) -> Pick:
+def _pick(every: Selection, left: Selection, ejected: list[str], policy: str) -> Pick:
     """What a trace says of a choice; bounded, because a fleet has a million pairs."""
     count, left_count = every.routes_count, left.routes_count
-    without_them = f", without {' and '.join(left_out)} ones" if left_out else ""
+    without_them = f", without {' and '.join(ejected)} ones" if ejected else ""
     return Pick(
         count, " ".join(every.names(NAMED_MAX)), policy, f"{policy} among {left_count} of {count}{without_them}"
     )

@@ -48,9 +48,9 @@ class Keepalive:
             self._timer = self._loop.call_later(limits.PING_AFTER_S - silence_s, self._look)
             return
         self._ping()
-        self._timer = self._loop.call_later(limits.PING_TIMEOUT_S, self._look_again, self.heard_s)
+        self._timer = self._loop.call_later(limits.PING_TIMEOUT_S, self._reevaluate, self.heard_s)
 
-    def _look_again(self, heard_s: float, *, is_last: bool = False) -> None:
+    def _reevaluate(self, heard_s: float, *, is_last: bool = False) -> None:
         if self.heard_s != heard_s:
             self._look()
         elif is_last:
@@ -59,4 +59,4 @@ class Keepalive:
             self._timer = self._loop.call_later(LAG_S, self._last_look, heard_s)
 
     def _last_look(self, heard_s: float) -> None:
-        self._look_again(heard_s, is_last=True)
+        self._reevaluate(heard_s, is_last=True)

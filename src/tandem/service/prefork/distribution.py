@@ -117,9 +117,9 @@ class Distributor:
     def give_again(self, connections: Iterable[socket.socket]) -> None:
         """These were given to one that has ended before it took them. They come first."""
         self._waiting.extendleft(reversed(list(connections)))
-        self.look_again()
+        self.reevaluate()
 
-    def look_again(self) -> None:
+    def reevaluate(self) -> None:
         """Give away what waits: a child may be able to take a connection now."""
         while self._waiting:
             found = fittest(self._candidates())
@@ -137,7 +137,7 @@ class Distributor:
 
     def _take(self, connection: socket.socket) -> None:
         self._waiting.append(connection)
-        self.look_again()
+        self.reevaluate()
 
     def _pause(self, *, paused: bool) -> None:
         if paused is not self._is_paused:

@@ -170,7 +170,7 @@ class Prefork(Watcher):
         elif child.drained is not None and not self._is_draining:
             # It was asked by a signal of its own.
             child.send(Kind.STOP)
-        self._distributor.look_again()
+        self._distributor.reevaluate()
         self._wake_waiters()
 
     def asked(self, child: ChildProcess) -> None:
@@ -265,7 +265,7 @@ class Prefork(Watcher):
             log.error("process %d has not answered for %g s: it gets no new connections", child.number, SILENT_S)
         else:
             log.info("process %d answers again", child.number)
-            self._distributor.look_again()
+            self._distributor.reevaluate()
 
     # Waiting for each other.
 

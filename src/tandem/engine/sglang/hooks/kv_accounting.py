@@ -25,7 +25,7 @@ class Transfer:
     moved_bytes: int | None = None
 
 
-class Ledger:
+class TransferStats:
     """Written by NIXL's worker threads and the scheduler's thread, read by the latter."""
 
     def __init__(self) -> None:

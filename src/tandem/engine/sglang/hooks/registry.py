@@ -19,7 +19,7 @@ from typing import Any
 
 from tandem.engine.sglang import reports
 from tandem.engine.sglang.hooks import grammars, seeded_sampling
-from tandem.engine.sglang.hooks.kv_accounting import Ledger
+from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _SCALING = ("sglang.srt.sampling.sampling_batch_info", "sglang.srt.sampling.pena
 _NIXL = "sglang.srt.disaggregation.nixl.conn"
 _SENDS = ("send_kvcache", "send_kvcache_slice", "send_kvcache_mixed", "send_kvcache_dcp")
 
-_ledger = Ledger()
+_transfers = TransferStats()
 _sending = threading.local()
 
 
@@ -209,7 +209,7 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
         return convert_time_to_realtime(counter) if counter > 0 else None
 
     stats = req.time_stats
-    transfer, recomputed_tokens = _ledger.close(req.bootstrap_room, req.rid)
+    transfer, recomputed_tokens = _transfers.close(req.bootstrap_room, req.rid)
     decodes = mode == "decode"
     first_token = stats.decode_prebuilt_finish_time if decodes else stats.prefill_finished_time
     return {
@@ -236,7 +236,7 @@ def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: An
     """On decode, any prompt token that is handed to the model was not received."""
     if scheduler.disaggregation_mode.value == "decode" and batch.forward_mode.is_extend_without_speculative():
         for req, token_count in zip(batch.reqs, batch.extend_lens, strict=True):
-            _ledger.recomputed(req.rid, token_count)
+            _transfers.recomputed(req.rid, token_count)
 
 
 # --- Bytes, where prefill writes them
@@ -253,7 +253,7 @@ def _note_room(manager: Any, bootstrap_room: int, status: Any) -> None:
     if status == KVPoll.Transferring:
         _sending.room, _sending.handles = bootstrap_room, []
         # Not after the pages have been handed over: with many small ones, most of the time goes there.
-        _ledger.began(bootstrap_room, time.time())
+        _transfers.began(bootstrap_room, time.time())
 
 
 def _note_handles(result: Any, *arguments: Any, **keywords: Any) -> None:
@@ -275,12 +275,12 @@ def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **key
     except Exception as problem:
         log.warning("NIXL tells no figures for room %s: %s", room, problem)
         return
-    _ledger.moved(room, moved_bytes, time.time())
+    _transfers.moved(room, moved_bytes, time.time())
 
 
 def _tell_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: int, **keywords: Any) -> list[bytes]:
     """Tell decode how much was written for it; a decode engine without Tandem ignores the frame."""
-    moved_bytes = _ledger.moved_bytes(bootstrap_room)
+    moved_bytes = _transfers.moved_bytes(bootstrap_room)
     if moved_bytes is not None and len(frames) == STATUS_FRAMES:
         frames.append(str(moved_bytes).encode("ascii"))
     return frames
@@ -294,7 +294,7 @@ def _hear_bytes(status: tuple[int, int, int, str | None] | None, manager: Any, m
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     if status is not None and status[1] == KVPoll.Success and len(msg) > STATUS_FRAMES:
-        _ledger.moved(status[0], int(msg[STATUS_FRAMES]), time.time())
+        _transfers.moved(status[0], int(msg[STATUS_FRAMES]), time.time())
 
 
 def _meet_carefully(original: Callable[..., Any], manager: Any, bootstrap_addr: str) -> bool:
