@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -237,7 +236,7 @@ PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from simulated_engines import AGGREGATED, collect, request, running
+from tests.unit.support.simulated_engines import AGGREGATED, collect, request, running
 
 async def main():
     async with running(Path(sys.argv[2]), AGGREGATED, faults=[{"point": "finish", "kind": "kill"}]) as engine:
@@ -248,5 +247,5 @@ asyncio.run(main())
 
 
 def test_a_kill_is_one(model_path: Path) -> None:
-    arguments = [sys.executable, "-c", PROGRAM, os.path.dirname(__file__), str(model_path)]
+    arguments = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[2]), str(model_path)]
     assert subprocess.run(arguments, timeout=30).returncode == -signal.SIGKILL

@@ -34,7 +34,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, pb.ListResponse | Tand
             raise answer
         return answer
 
-    monkeypatch.setattr(membership.clients, "list_members", list_members)
+    monkeypatch.setattr(membership.calls, "list_members", list_members)
     return found
 
 
