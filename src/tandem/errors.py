@@ -177,7 +177,10 @@ class IncompatibleWorkers(ServiceError):
 
 
 class LegFailed(ServiceError):
-    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room."""
+    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room; `cause` where another leg broke it."""
+
+    PEER_ABORTED = "peer_aborted"
+    """Value of `cause`: the other leg was aborted at its worker, and its engine has notified this one's."""
 
     reason = "LEG_FAILED"
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFILL_FINISH_TIMEOUT_S = 1.0
 """After decode's end, prefill's account is already on its way; the client does not wait for it longer."""
+DECODE_END_TIMEOUT_S = 0.5
+"""A prefill engine that was notified of decode's abort may report it before the decode worker does."""
 
 SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
 """Failures of a leg that are about the request; all others are about the leg."""
@@ -138,6 +140,7 @@ class Attempt:
         """Done when nothing more will come of it."""
         self._dispatched: Dispatched | None = None
         self._prefill_timer: asyncio.TimerHandle | None = None
+        self._decode_timer: asyncio.TimerHandle | None = None
         self._failure: TandemError | None = None
         self._is_taken = False
         self._is_ended = False
@@ -187,8 +190,9 @@ class Attempt:
         if self._is_ended:
             return
         self._is_ended = True
-        if self._prefill_timer is not None:
-            self._prefill_timer.cancel()
+        for timer in (self._prefill_timer, self._decode_timer):
+            if timer is not None:
+                timer.cancel()
         self._abort()
         _set(self._taken)
         _set(self._over)
@@ -261,7 +265,13 @@ class Attempt:
         """A leg has failed."""
         if self._is_ended or side.phase is Phase.FINISHED:
             return
-        self._fail(side, self._explain(side, problem))
+        is_consequence = side is self._prefill and problem.metadata.get("cause") == LegFailed.PEER_ABORTED
+        if is_consequence and self._decode.phase not in (Phase.FINISHED, Phase.ABORTED):
+            # Decode's own end says why, and whether it was a failure at all.
+            loop = asyncio.get_running_loop()
+            self._decode_timer = loop.call_later(DECODE_END_TIMEOUT_S, self._fail_leg, side, problem)
+            return
+        self._fail_leg(side, problem)
 
     def on_unanswered(self, side: _Side) -> None:
         """A leg's worker is slow, and has not answered a question about its health."""
@@ -269,6 +279,9 @@ class Attempt:
             return
         if self._hearer.is_replaceable(side.worker):
             self.on_failed(side, LegFailed("no answer, neither to the leg nor to a question about its health"))
+
+    def _fail_leg(self, side: _Side, problem: TandemError) -> None:
+        self._fail(side, self._explain(side, problem))
 
     def _fail(self, side: _Side, problem: TandemError) -> None:
         side.phase = Phase.ABORTED

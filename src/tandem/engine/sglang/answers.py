@@ -61,6 +61,7 @@ _ROOT_CAUSE = re.compile(r"KVTransferError\([^)]*\): (.*)$", re.DOTALL)
 _TOO_LONG = ("maximum allowed length", "model's context length")
 _COMPILER_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 """What XGrammar puts before its sentence: a time, and a line of its own source."""
+_PEER_WORDS = "decode-side abort"
 _BOOTSTRAP_WORDS = ("bootstrap", "Could not fetch", "parallel info")
 
 
@@ -149,7 +150,9 @@ class Answers:
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
         # SGLang's prefill says "Prefill bootstrap failed", its decode "Decode transfer failed" for either phase.
         phase = "bootstrapping" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transferring"
-        return LegFailed(message, phase=phase, room=self._request.bootstrap.room)
+        # A prefill engine that its peer has told of an abort fails for no reason of its own.
+        cause = {"cause": LegFailed.PEER_ABORTED} if _PEER_WORDS in whole else {}
+        return LegFailed(message, phase=phase, room=self._request.bootstrap.room, **cause)
 
     def refused(self, message: str) -> RequestError:
         """A refusal of SGLang's, with the field it is most likely about."""
