@@ -297,7 +297,7 @@ class RequestStream:
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
         headers = headers_of(record.trace)
-        attempt = self._attempt = Attempt(route, self, self.state, record)
+        attempt = self._attempt = Attempt(route, self, self.state, record, wants_logprobs=leg.HasField("logprobs"))
 
         def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
             dispatched = self._attempts.dispatch.send(route, leg, number, sinks, self._left_s(), headers)
