@@ -31,6 +31,7 @@ from tandem.observe.course import AttemptCourse
 from tandem_frontend.dispatch import Dispatched
 from tandem_frontend.link_leg import Logprobs, Sink
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.step_logprobs import fault_in
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Hearer(Protocol):
 class _Side:
     """One leg of the attempt: what it says, in the order in which it says it."""
 
-    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker) -> None:
+    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker, *, wants_logprobs: bool = False) -> None:
         self._attempt = attempt
         self.role = role
         self.worker = worker
@@ -74,6 +75,7 @@ class _Side:
         self.is_accepted = False
         self._expected_index = 0
         self._token_ids_below = worker.capabilities.vocabulary_size
+        self._wants_logprobs = wants_logprobs
 
     def accepted(self) -> None:
         """See `Sink`."""
@@ -91,8 +93,15 @@ class _Side:
             problem = f"token {max(token_ids)} is outside the vocabulary of {self._token_ids_below} tokens"
             self._attempt.on_failed(self, LegFailed(problem))
             return
+        if self._wants_logprobs:
+            fault = fault_in(logprobs, self._token_ids_below)
+            if len(logprobs) != len(token_ids):
+                fault = f"{len(logprobs)} log probabilities came with {len(token_ids)} tokens"
+            if fault is not None:
+                self._attempt.on_failed(self, LegFailed(fault))
+                return
         self._expected_index += len(token_ids)
-        self._attempt.on_tokens(self, token_ids, logprobs)
+        self._attempt.on_tokens(self, token_ids, logprobs if self._wants_logprobs else ())
 
     def finish(self, finish: leg_pb2.LegFinish) -> None:
         """See `Sink`."""
@@ -116,6 +125,8 @@ class Attempt:
         hearer: Hearer,
         state: RequestState | None = None,
         record: AttemptCourse | None = None,
+        *,
+        wants_logprobs: bool = False,
     ) -> None:
         """Sends nothing yet.
 
@@ -124,13 +135,14 @@ class Attempt:
             hearer: whose attempt it is.
             state: of the request, when it has one beyond this attempt.
             record: where to write what happens.
+            wants_logprobs: whether each token must come with its log probability; others are dropped.
         """
         self.route = route
         self._hearer = hearer
         self._state = state or RequestState()
         self._record = record or AttemptCourse()
         streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
-        self._decode = _Side(self, streaming, route.decode)
+        self._decode = _Side(self, streaming, route.decode, wants_logprobs=wants_logprobs)
         self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)
         self._state.dispatch(*(side.role for side in self._sides()))
         loop = asyncio.get_running_loop()
@@ -250,8 +262,8 @@ class Attempt:
             self.prefill_finish = finish
         else:
             self.decode_finish = finish
-        side.phase = Phase.FINISHED
         self._state.end_leg(side.role)
+        side.phase = Phase.FINISHED
         if self.decode_finish is None:
             return
         # Of an aborted request prefill has no account to give: it may still wait for decode.

@@ -80,16 +80,16 @@ class Answers:
         self._is_over = False
 
     def tokens(self, token_ids: Sequence[int], batch: Any, i: int) -> None:
-        """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it."""
+        """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it.
+
+        Raises:
+            EngineFailed: there are not as many log probabilities as tokens. Other errors: the row is no row at all.
+        """
         if self._is_over:
             return
         logprobs: tuple[TokenLogprob, ...] = ()
         if self._request.top_logprobs is not None:
-            try:
-                logprobs = self._logprobs(batch, i, len(token_ids))
-            except EngineFailed as problem:
-                self.fail(problem)
-                return
+            logprobs = self._logprobs(batch, i, len(token_ids))
         self._sent_count += len(token_ids)
         self._output.tokens(token_ids, logprobs)
 
