@@ -43,7 +43,8 @@ class TandemError(Exception):
     reason: ClassVar[str] = "INTERNAL"
     """Name in `tandem.api.types.v1.ErrorReason` without its prefix."""
 
-    def __init__(self, message: str, **metadata: str | int | None) -> None:
+    def __init__(self, message: str, /, **metadata: str | int | None) -> None:
+        """`metadata` may hold any key: another process's error is told again with the keys that came with it."""
         super().__init__(message)
         self.message = message
         self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items() if value is not None}
@@ -64,8 +65,8 @@ class RequestError(TandemError):
 class InvalidRequest(RequestError):
     """A field of the request is wrong; `metadata["field"]` names it."""
 
-    def __init__(self, field: str, problem: str, **metadata: str | int | None) -> None:
-        super().__init__(f"{field}: {problem}", field=field, **metadata)
+    def __init__(self, field: str, problem: str, /, **metadata: str | int | None) -> None:
+        super().__init__(f"{field}: {problem}", **{**metadata, "field": field})
         self.field = field
 
     def renamed(self, field: str) -> InvalidRequest:
@@ -177,7 +178,10 @@ class IncompatibleWorkers(ServiceError):
 
 
 class LegFailed(ServiceError):
-    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room."""
+    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room; `cause` where another leg broke it."""
+
+    PEER_ABORTED = "peer_aborted"
+    """Value of `cause`: the other leg was aborted at its worker, and its engine has notified this one's."""
 
     reason = "LEG_FAILED"
 
@@ -199,7 +203,7 @@ class Overloaded(ServiceError):
     code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
 
-    def __init__(self, message: str, *, retry_delay_s: float = 1.0, **metadata: str | int | None) -> None:
+    def __init__(self, message: str, /, *, retry_delay_s: float = 1.0, **metadata: str | int | None) -> None:
         super().__init__(message, **metadata)
         self._retry_delay_s = retry_delay_s
 

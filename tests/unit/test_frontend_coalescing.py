@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem_frontend.response import relay as relays
@@ -166,5 +167,65 @@ def test_the_text_is_the_same_however_it_is_cut(ids: list[int], cuts: list[int],
         assert scene.outbox.text == Letters().decode(ids)
         assert scene.outbox.token_ids == ids
         assert [chunk.index for chunk in scene.outbox.chunks] == list(range(len(scene.outbox.chunks)))
+
+    run_virtually(live())
+
+
+def test_a_held_chunk_that_cannot_be_sent_ends_its_own_request_only() -> None:
+    async def live() -> None:
+        broken, whole = Scene(), Scene()
+        await broken.be_busy(0.9)
+        whole.relay._coalescing = broken.coalescing
+        defects: list[Exception] = []
+        broken.relay.open(defects.append)
+        whole.relay.open()
+        for scene in (broken, whole):
+            scene.relay.take([1], ())
+        broken.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        for scene in (broken, whole):
+            scene.relay.take([2], ())
+        assert whole.sizes == [1], "held"
+        await asyncio.sleep(HOLD_S + 2 * FLUSH_S)
+        assert [type(defect) for defect in defects] == [ZeroDivisionError]
+        assert whole.sizes == [1, 1]
+        for _ in range(2):
+            whole.relay.take([1], ())
+            await asyncio.sleep(2 * HOLD_S)
+        assert sum(whole.sizes) == 4, "held chunks are looked at still"
+
+    run_virtually(live())
+
+
+def test_a_stream_that_raises_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        due_s = 0.0
+
+        def flush(self) -> None:
+            raise KeyError(1)
+
+    async def live() -> None:
+        scene = Scene()
+        await scene.be_busy(0.9)
+        scene.relay.open()
+        scene.relay.take([1], ())
+        scene.coalescing.hold(Broken())
+        scene.relay.take([2], ())
+        await asyncio.sleep(HOLD_S + 2 * FLUSH_S)
+        assert scene.sizes == [1, 1]
+
+    run_virtually(live())
+    assert [record.getMessage() for record in caplog.records] == ["a held chunk could not be sent"]
+
+
+def test_a_client_that_reads_again_is_told_when_its_chunk_cannot_be_sent() -> None:
+    async def live() -> None:
+        scene, defects = Scene(), list[Exception]()
+        scene.relay.open(defects.append)
+        scene.relay.take([1], ())
+        scene.outbox.read(reads=False)
+        scene.relay.take([2], ())
+        scene.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        scene.outbox.read(reads=True)
+        assert len(defects) == 1
 
     run_virtually(live())

@@ -116,6 +116,28 @@ async def test_a_prefill_leg_may_break_once_decode_has_spoken() -> None:
     assert scene.attempt.decode_finish is not None
 
 
+PEER_ABORTED = LegFailed("aborted by decode", cause=LegFailed.PEER_ABORTED)
+
+
+async def test_prefill_that_was_notified_of_an_abort_waits_for_decodes_own_end() -> None:
+    d = PlayedLeg(accepted)
+    p = PlayedLeg(accepted, fail(PEER_ABORTED), lambda sink: d.say(ABORTED))
+    scene = Scene(d, p)
+    assert await scene.run() == []
+    assert scene.attempt.decode_finish is not None
+    assert scene.attempt.faulty_worker is None
+
+
+async def test_prefill_that_was_notified_of_an_abort_fails_where_decode_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "DECODE_END_TIMEOUT_S", 0.01)
+    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, fail(PEER_ABORTED)))
+    with pytest.raises(LegFailed, match="aborted by decode"):
+        await asyncio.wait_for(scene.run(), 1)
+    assert scene.are_aborted
+
+
 async def test_the_end_waits_for_prefills_account_only_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 0.01)
     scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), PlayedLeg(accepted, tokens(0, 5)))

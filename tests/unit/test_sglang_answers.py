@@ -68,4 +68,8 @@ def test_other_refusals_and_failures() -> None:
     problem = answered("min_p must be in [0, 1], got 3.", 400)
     assert isinstance(problem, InvalidRequest)
     assert problem.field == "sampling.min_p"
-    assert isinstance(answered("Decode transfer failed", 500, guided=REGEX), LegFailed)
+    failed = answered("Decode transfer failed", 500, guided=REGEX)
+    assert isinstance(failed, LegFailed)
+    assert "cause" not in failed.metadata
+    notified = answered("Prefill transfer failed: Aborted by decode-side abort notification.", 500, guided=REGEX)
+    assert notified.metadata["cause"] == LegFailed.PEER_ABORTED

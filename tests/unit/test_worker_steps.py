@@ -299,3 +299,59 @@ async def _first_end(scene: Scene) -> leg2_pb2.LegEnd:
         step = await scene.read()
         if step.ends:
             return step.ends[0]
+
+
+async def test_ends_of_a_frontend_that_does_not_read_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "WAITING_TOKENS_MAX", 100)
+    scene = await Scene().begin()
+    most = 0
+    while not scene.overflows:
+        most += 1
+        await scene.start(most)
+        scene.output(most).fail(EngineFailed("m" * 100))
+    assert 1 < most < 100 / steps.END_TOKENS
+    assert not scene.stream._message.ends, "nothing is kept for it"
+    with pytest.raises(ServiceError):
+        await scene.read()
+
+
+async def test_counts_are_left_out_only_where_each_is_one() -> None:
+    stream = StepStream(1, "f", lambda: None)
+    stream._take()
+    stream.tokens(1, 0, [10, 11], ())
+    stream.tokens(2, 0, [], ())
+    assert list(stream._take().counts) == [2, 0]
+    stream.tokens(1, 2, [12], ())
+    stream.tokens(2, 0, [20], ())
+    assert list(stream._take().counts) == []
+
+
+async def test_a_defect_at_one_start_is_that_legs_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    scene = await Scene().begin()
+    submit = scene.engine.submit
+
+    async def broken(request: EngineRequest, output: Output) -> None:
+        if request.request_id == "r2.1":
+            raise RuntimeError("a defect")
+        await submit(request, output)
+
+    scene.engine.submit = broken
+    results = await scene.start(1, 2, 3)
+    assert [result.WhichOneof("result") for result in results] == ["accepted", "refused", "accepted"]
+    problem = from_status(results[1].refused)
+    assert (problem.reason, str(problem)) == ("INTERNAL", "internal error at the start of a leg: RuntimeError")
+    assert list(scene.stream._open) == [1, 3]
+    assert [record.getMessage() for record in caplog.records] == ["leg 2 of r2 could not be started"]
+
+
+async def test_what_an_engine_says_after_a_legs_end_is_passed_over() -> None:
+    scene = await Scene().begin()
+    await scene.start(1)
+    output = scene.output(1)
+    output.tokens([5], ())
+    output.finish(EngineFinish(reason=FinishReason.STOP))
+    output.tokens([6], ())
+    output.finish(EngineFinish(reason=FinishReason.STOP))
+    output.fail(EngineFailed("again"))
+    step = await scene.read()
+    assert (list(step.token_ids), [end.WhichOneof("end") for end in step.ends]) == ([5], ["finish"])

@@ -95,7 +95,7 @@ class Generation:
             relay = self._relay(wanted, record, answer)
             async with self._served(wanted, caller, relay, recorder) as stream:
                 answer.accepted(self._accepted(wanted, stream.attempt))
-                relay.open()
+                relay.open(stream.give_up)
                 await stream.run()
                 if relay.is_overrun:
                     raise Overloaded("the client does not read its answer: too much of it waits")

@@ -48,6 +48,9 @@ class StepCall:
             raise _of_worker(self._worker, from_rpc_error(failure)) from None
         if message is grpc.aio.EOF:
             raise ServiceError(f"worker {self._worker.worker_id} has closed its step stream")
+        if message is None:
+            # What gRPC gives for bytes that are no message of this type.
+            raise ServiceError(f"worker {self._worker.worker_id} sent a step that cannot be read")
         return message  # type: ignore[no-any-return]
 
     def cancel(self) -> None:
@@ -92,9 +95,12 @@ class WorkerCalls:
         else:
             stub, request = DecodeServiceStub(channel), StartDecodeLegs(stream_id=stream_id, legs=legs)  # type: ignore[assignment]
         try:
-            results: Sequence[leg_pb2.LegStartResult] = (await stub.StartLegs(request)).results
+            answer = await stub.StartLegs(request)
         except grpc.aio.AioRpcError as failure:
             raise _of_worker(worker, from_rpc_error(failure)) from None
+        if answer is None:
+            raise ServiceError(f"worker {worker.worker_id} sent an answer to starts that cannot be read")
+        results: Sequence[leg_pb2.LegStartResult] = answer.results
         if len(results) != len(legs):
             raise ServiceError(f"worker {worker.worker_id} answered {len(results)} starts instead of {len(legs)}")
         return results

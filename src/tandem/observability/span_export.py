@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 QUEUE_MAX = 1024
 """Closed courses that wait: a few seconds of a busy frontend, at some kilobytes each."""
 BATCH_MAX = 128
-"""Courses of one call of the collector."""
+"""TraceStore of one call of the collector."""
 INTERVAL_S = 1.0
 EXPORT_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
@@ -36,9 +36,9 @@ class SpanExport:
     def __init__(self, endpoint: str, resource: Mapping[str, str], *, queue_max: int = QUEUE_MAX) -> None:
         """`endpoint` is a URL, or host:port for plaintext; `resource` says which process this is."""
         self.dropped_count = 0
-        """Courses whose spans nobody has got: the queue was full, or the collector did not take them."""
+        """TraceStore whose spans nobody has got: the queue was full, or the collector did not take them."""
         self.exported_count = 0
-        """Courses whose spans the collector has taken."""
+        """TraceStore whose spans the collector has taken."""
         self._queue: deque[RequestTrace | LegTrace] = deque()
         self._queue_max = queue_max
         self._wake = threading.Event()
@@ -55,7 +55,7 @@ class SpanExport:
 
     @property
     def queued_count(self) -> int:
-        """Courses that wait."""
+        """TraceStore that wait."""
         return len(self._queue)
 
     def take(self, trace: RequestTrace | LegTrace) -> None:

@@ -1,12 +1,14 @@
 """Errors on the wire: `TandemError` to `google.rpc.Status` with ErrorInfo (and RetryInfo), and back.
 
 The only place that knows both sides, and how much of an error fits into a response's metadata. A status that carries
-no ErrorInfo of ours becomes the error that fits its code.
+no ErrorInfo of ours becomes the error that fits its code. Reading one never raises: a peer may send anything, and who
+waits for a call's end must hear of it. What could not be read is told in the error's sentence.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from itertools import accumulate
 
 import grpc
@@ -17,6 +19,8 @@ from grpc_status import rpc_status
 from tandem import errors
 from tandem.errors import TandemError
 
+log = logging.getLogger(__name__)
+
 DOMAIN = "tandem"
 
 # A peer takes 8 KiB of metadata by default and drops the type of an error with the rest. Message and details travel
@@ -26,6 +30,9 @@ MESSAGE_BYTES_MAX = 1_000
 VALUE_BYTES_MAX = 256
 METADATA_BYTES_MAX = 1_000
 CUT = "..."
+RETRY_DELAY_S_MAX = 3_600.0
+"""Of a peer's answer: a longer delay is a defect, and one of 300 years is none that can be told again."""
+UNREADABLE = "its details cannot be read"
 
 
 def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
@@ -68,7 +75,11 @@ async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None: 
 
 def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) -> TandemError:
     """The error a call failed with. `metadata` fills in what the peer did not say (worker, leg, ...)."""
-    error = _typed(failure) or _untyped(failure)
+    try:
+        error = _typed(failure) or _untyped(failure)
+    except Exception as problem:
+        log.warning("the details of an error of code %s cannot be read: %r", failure.code(), problem)
+        error = _untyped(failure, f" ({UNREADABLE})")
     for key, value in metadata.items():
         if value is not None:
             error.metadata.setdefault(key, str(value))
@@ -77,7 +88,12 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
 
 def from_status(status: status_pb2.Status) -> TandemError:
     """The error in a status that came inside a message."""
-    return _from_details(status) or TandemError(status.message or "a failure without a sentence")
+    sentence = status.message or "a failure without a sentence"
+    try:
+        return _from_details(status) or TandemError(sentence)
+    except Exception as problem:
+        log.warning("the details of a failure cannot be read: %r", problem)
+        return TandemError(f"{sentence} ({UNREADABLE})")
 
 
 def _typed(failure: grpc.aio.AioRpcError) -> TandemError | None:
@@ -100,16 +116,17 @@ def _from_details(status: status_pb2.Status) -> TandemError | None:
 def _rebuild(reason: str, message: str, metadata: dict[str, str], retry_delay_s: float | None) -> TandemError:
     kind = ERROR_BY_REASON.get(reason, TandemError)
     error = kind.__new__(kind)
-    TandemError.__init__(error, message, **metadata)
+    TandemError.__init__(error, message)
+    error.metadata = metadata
     if isinstance(error, errors.Overloaded):
-        error._retry_delay_s = retry_delay_s or 1.0
+        error._retry_delay_s = min(max(0.0, retry_delay_s or 1.0), RETRY_DELAY_S_MAX)
     if isinstance(error, errors.InvalidRequest):
         error.field = metadata.get("field", "request")
     return error
 
 
-def _untyped(failure: grpc.aio.AioRpcError) -> TandemError:
-    details = failure.details() or failure.code().name
+def _untyped(failure: grpc.aio.AioRpcError, unread: str = "") -> TandemError:
+    details = (failure.details() or failure.code().name) + unread
     match failure.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlinePassed(details)

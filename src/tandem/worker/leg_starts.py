@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from tandem.api.types.v1 import leg_pb2
@@ -11,8 +12,10 @@ from tandem.errors import InvalidRequest, TandemError
 from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, parsed
 from tandem.rpc.status import to_status
 from tandem.worker.leg_messages import leg_key
-from tandem.worker.legs import Legs
+from tandem.worker.legs import Legs, defect_of
 from tandem.worker.steps import StepStream, StepStreams
+
+log = logging.getLogger(__name__)
 
 Role = Callable[[leg_pb2.LegRequest], EngineRequest]
 """What a leg is to an engine of the worker's role; raises where it is nothing to it."""
@@ -54,5 +57,9 @@ class LegStarts:
             )
         except TandemError as problem:
             return leg2_pb2.LegStartResult(refused=to_status(problem))
+        except Exception as problem:
+            # Of this leg: those before it in the call have started, and the frontend must hear that they have.
+            log.exception("leg %d of %s could not be started", start.leg, request.request_id)
+            return leg2_pb2.LegStartResult(refused=to_status(defect_of(problem)))
         accepted = leg_pb2.LegAccepted(worker_id=self._legs.worker_id, epoch=request.worker_epoch)
         return leg2_pb2.LegStartResult(accepted=accepted)

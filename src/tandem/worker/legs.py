@@ -40,7 +40,19 @@ LegKey = tuple[str, int]
 class OpenLeg:
     """One leg that was taken: the engine's output on its way to a step stream. An `engine.port.Output`."""
 
-    __slots__ = ("_ending", "_index", "_legs", "deadline", "key", "number", "record", "request_id", "room", "stream")
+    __slots__ = (
+        "_ending",
+        "_index",
+        "_legs",
+        "deadline",
+        "is_over",
+        "key",
+        "number",
+        "record",
+        "request_id",
+        "room",
+        "stream",
+    )
 
     def __init__(self, legs: Legs, key: LegKey, request: EngineRequest, stream: StepStream, number: int) -> None:
         self._legs = legs
@@ -51,12 +63,16 @@ class OpenLeg:
         self.number = number
         self.record: LegTrace = legs.new_record(key, request)
         self.deadline: Timer | None = None
+        self.is_over = False
+        """It has ended on its stream, or was not taken: what the engine still says is passed over."""
         self._index = 0
         self._ending: TandemError | None = None
         """Why this side has aborted it, where that is an error."""
 
     def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         """See the port. On the hot path: once a leg and step."""
+        if self.is_over:
+            return
         record, count = self.record, len(token_ids)
         self._legs.batch_count += 1
         record.note_tokens(record.clock(), count)
@@ -65,6 +81,8 @@ class OpenLeg:
 
     def finish(self, finish: EngineFinish) -> None:
         """See the port."""
+        if self.is_over:
+            return
         if finish.reason is FinishReason.ABORTED and self._ending is not None:
             self.fail(self._ending)
             return
@@ -78,6 +96,8 @@ class OpenLeg:
 
     def fail(self, problem: TandemError) -> None:
         """See the port."""
+        if self.is_over:
+            return
         self._legs.locate(problem, self)
         self.record.fail(problem.reason, message_of(problem))
         self._legs.forget(self)
@@ -90,6 +110,11 @@ class OpenLeg:
     def end_with(self, problem: TandemError) -> None:
         """Its abort, which is about to come, is this error."""
         self._ending = problem
+
+
+def defect_of(problem: Exception) -> TandemError:
+    """What a frontend is told of an error that is none of Tandem's."""
+    return TandemError(f"internal error at the start of a leg: {type(problem).__name__}")
 
 
 class Legs:
@@ -200,6 +225,8 @@ class Legs:
             if isinstance(problem, TandemError):
                 self.locate(problem, leg)
                 leg.record.fail(problem.reason, message_of(problem))
+            elif isinstance(problem, Exception):
+                leg.record.fail(TandemError.reason, message_of(defect_of(problem)))
             self.forget(leg)
             raise
         if stream.is_closed:
@@ -260,8 +287,10 @@ class Legs:
 
     def forget(self, leg: OpenLeg) -> None:
         """A leg has ended, and its record says how."""
-        if self._open.pop(leg.key, None) is None:
+        if leg.is_over:
             return
+        leg.is_over = True
+        del self._open[leg.key]
         del self._numbered[leg.stream.stream_id, leg.number]
         if leg.deadline is not None:
             leg.deadline.cancel()

@@ -26,9 +26,12 @@ log = logging.getLogger(__name__)
 ALIVE_S = 0.2
 """How often silent legs are named: each one within two of these, as the contract promises."""
 WAITING_TOKENS_MAX = 256 * 1024
-"""Most tokens that wait for a frontend that does not read; one with log probabilities counts as several."""
+"""Most tokens that wait for a frontend that does not read; one with log probabilities, and an end, count as several."""
 LOGPROB_TOKENS = 8
 """What a token with log probabilities counts for, and each of its rivals once more."""
+END_TOKENS = 4
+"""What the end of a leg counts for, and each END_BYTES of it once more."""
+END_BYTES = 32
 
 
 class StepStream:
@@ -125,7 +128,8 @@ class StepStream:
         if self._legs:
             message.legs.extend(self._legs)
             message.indices.extend(self._indices)
-            if len(self._token_ids) != len(self._legs):
+            # Not told by the number of tokens: a leg with two and a leg with none are two legs with two tokens.
+            if self._counts.count(1) != len(self._counts):
                 message.counts.extend(self._counts)
             message.token_ids.extend(self._token_ids)
             self._legs, self._indices, self._counts, self._token_ids = [], [], [], []
@@ -143,7 +147,11 @@ class StepStream:
         if not self._is_closed:
             self._message.ends.append(end)
             self._has_message = True
-            self._wake()
+            self._waiting_tokens += END_TOKENS + end.ByteSize() // END_BYTES
+            if self._waiting_tokens > WAITING_TOKENS_MAX:
+                self._on_overflow()
+            else:
+                self._wake()
 
     def _name_the_silent(self) -> None:
         silent = [leg for leg in self._open if leg not in self._spoken]

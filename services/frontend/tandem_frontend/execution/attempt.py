@@ -30,12 +30,15 @@ from tandem.errors import (
 from tandem.observability.request_trace import AttemptTrace
 from tandem_frontend.execution.dispatch import Dispatched
 from tandem_frontend.execution.link_leg import Logprobs, Sink
+from tandem_frontend.execution.step_logprobs import fault_in
 from tandem_frontend.routing.candidates import Route
 
 log = logging.getLogger(__name__)
 
 PREFILL_FINISH_TIMEOUT_S = 1.0
 """After decode's end, prefill's account is already on its way; the client does not wait for it longer."""
+DECODE_END_TIMEOUT_S = 0.5
+"""A prefill engine that was notified of decode's abort may report it before the decode worker does."""
 
 SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
 """Failures of a leg that are about the request; all others are about the leg."""
@@ -64,7 +67,7 @@ class Hearer(Protocol):
 class _Side:
     """One leg of the attempt: what it says, in the order in which it says it."""
 
-    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker) -> None:
+    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker, *, wants_logprobs: bool = False) -> None:
         self._attempt = attempt
         self.role = role
         self.worker = worker
@@ -72,6 +75,7 @@ class _Side:
         self.is_accepted = False
         self._expected_index = 0
         self._token_ids_below = worker.capabilities.vocabulary_size
+        self._wants_logprobs = wants_logprobs
 
     def accepted(self) -> None:
         """See `Sink`."""
@@ -89,8 +93,15 @@ class _Side:
             problem = f"token {max(token_ids)} is outside the vocabulary of {self._token_ids_below} tokens"
             self._attempt.on_failed(self, LegFailed(problem))
             return
+        if self._wants_logprobs:
+            fault = fault_in(logprobs, self._token_ids_below)
+            if len(logprobs) != len(token_ids):
+                fault = f"{len(logprobs)} log probabilities came with {len(token_ids)} tokens"
+            if fault is not None:
+                self._attempt.on_failed(self, LegFailed(fault))
+                return
         self._expected_index += len(token_ids)
-        self._attempt.on_tokens(self, token_ids, logprobs)
+        self._attempt.on_tokens(self, token_ids, logprobs if self._wants_logprobs else ())
 
     def finish(self, finish: leg_pb2.LegFinish) -> None:
         """See `Sink`."""
@@ -114,6 +125,8 @@ class Attempt:
         hearer: Hearer,
         state: RequestState | None = None,
         record: AttemptTrace | None = None,
+        *,
+        wants_logprobs: bool = False,
     ) -> None:
         """Sends nothing yet.
 
@@ -122,13 +135,14 @@ class Attempt:
             hearer: whose attempt it is.
             state: of the request, when it has one beyond this attempt.
             record: where to write what happens.
+            wants_logprobs: whether each token must come with its log probability; others are dropped.
         """
         self.route = route
         self._hearer = hearer
         self._state = state or RequestState()
         self._record = record or AttemptTrace()
         streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
-        self._decode = _Side(self, streaming, route.decode)
+        self._decode = _Side(self, streaming, route.decode, wants_logprobs=wants_logprobs)
         self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)
         self._state.dispatch(*(side.role for side in self._sides()))
         loop = asyncio.get_running_loop()
@@ -138,6 +152,7 @@ class Attempt:
         """Done when nothing more will come of it."""
         self._dispatched: Dispatched | None = None
         self._prefill_timer: asyncio.TimerHandle | None = None
+        self._decode_timer: asyncio.TimerHandle | None = None
         self._failure: TandemError | None = None
         self._is_taken = False
         self._is_ended = False
@@ -187,8 +202,9 @@ class Attempt:
         if self._is_ended:
             return
         self._is_ended = True
-        if self._prefill_timer is not None:
-            self._prefill_timer.cancel()
+        for timer in (self._prefill_timer, self._decode_timer):
+            if timer is not None:
+                timer.cancel()
         self._abort()
         _set(self._taken)
         _set(self._over)
@@ -246,8 +262,8 @@ class Attempt:
             self.prefill_finish = finish
         else:
             self.decode_finish = finish
-        side.phase = Phase.FINISHED
         self._state.end_leg(side.role)
+        side.phase = Phase.FINISHED
         if self.decode_finish is None:
             return
         # Of an aborted request prefill has no account to give: it may still wait for decode.
@@ -261,7 +277,13 @@ class Attempt:
         """A leg has failed."""
         if self._is_ended or side.phase is Phase.FINISHED:
             return
-        self._fail(side, self._explain(side, problem))
+        is_consequence = side is self._prefill and problem.metadata.get("cause") == LegFailed.PEER_ABORTED
+        if is_consequence and self._decode.phase not in (Phase.FINISHED, Phase.ABORTED):
+            # Decode's own end says why, and whether it was a failure at all.
+            loop = asyncio.get_running_loop()
+            self._decode_timer = loop.call_later(DECODE_END_TIMEOUT_S, self._fail_leg, side, problem)
+            return
+        self._fail_leg(side, problem)
 
     def on_unanswered(self, side: _Side) -> None:
         """A leg's worker is slow, and has not answered a question about its health."""
@@ -269,6 +291,9 @@ class Attempt:
             return
         if self._hearer.is_replaceable(side.worker):
             self.on_failed(side, LegFailed("no answer, neither to the leg nor to a question about its health"))
+
+    def _fail_leg(self, side: _Side, problem: TandemError) -> None:
+        self._fail(side, self._explain(side, problem))
 
     def _fail(self, side: _Side, problem: TandemError) -> None:
         side.phase = Phase.ABORTED

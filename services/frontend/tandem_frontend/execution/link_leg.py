@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,8 @@ from typing import Protocol
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.errors import TandemError
+
+log = logging.getLogger(__name__)
 
 Logprobs = Sequence[generation_pb2.TokenLogprob]
 STARTS_BYTES_MAX = 4 * 2**20
@@ -76,6 +79,28 @@ class Leg:
         if self.sink is not None:
             self.sink = None
             self._abort(self)
+
+    def fail(self, problem: TandemError) -> None:
+        """End the leg here: its sink hears why, and nothing more."""
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            tell_failed(sink, problem)
+
+
+def tell_failed(sink: Sink, problem: TandemError) -> None:
+    """Give a sink its end. A sink that raises is no other leg's business."""
+    try:
+        sink.fail(problem)
+    except Exception as defect:
+        log.error("a sink could not take the failure of its leg: %s", problem, exc_info=defect)
+
+
+def copied(problem: TandemError) -> TandemError:
+    """The same error, which takes in facts of its own."""
+    copy = problem.__class__.__new__(problem.__class__)
+    copy.__dict__.update(problem.__dict__)
+    copy.args, copy.metadata = problem.args, dict(problem.metadata)
+    return copy
 
 
 def batch(legs: Sequence[Leg]) -> tuple[list[Leg], list[Leg]]:

@@ -180,9 +180,10 @@ class RetryingStream:
         """
         while True:
             try:
-                await self.attempt.wait()
+                if not self._is_stopped:
+                    await self.attempt.wait()
             except LegFailed as problem:
-                if not self._taker.is_over and not self._is_complete():
+                if not (self._is_stopped or self._taker.is_over or self._is_complete()):
                     await self._go_on(problem)
                     continue
             if self._defect is not None:
@@ -194,6 +195,13 @@ class RetryingStream:
         """The taker has enough, or cannot take more: `run` returns."""
         self._is_stopped = True
         self.attempt.stop()
+
+    def give_up(self, problem: Exception) -> None:
+        """The tokens cannot become an answer: `run` raises."""
+        if self._defect is None:
+            log.error("%s: its tokens could not be turned into an answer", self._leg.request_id, exc_info=problem)
+            self._defect = TandemError(f"internal error in an answer: {type(problem).__name__}")
+        self.stop()
 
     def finish(self) -> leg_pb2.LegFinish | None:
         """What the decode leg says at the end; of one that broke after its last token, what is known here."""
@@ -222,9 +230,7 @@ class RetryingStream:
         try:
             self._taker.take(token_ids, logprobs)
         except Exception as problem:
-            log.exception("%s: its tokens could not be turned into an answer", self._leg.request_id)
-            self._defect = TandemError(f"internal error in an answer: {type(problem).__name__}")
-            self.stop()
+            self.give_up(problem)
             return
         if self._taker.ends_the_legs:
             self.stop()
@@ -290,7 +296,7 @@ class RetryingStream:
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
         headers = headers_of(record.span_context)
-        attempt = self._attempt = Attempt(route, self, self.state, record)
+        attempt = self._attempt = Attempt(route, self, self.state, record, wants_logprobs=leg.HasField("logprobs"))
 
         def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
             dispatched = self._attempts.dispatch.send(route, leg, number, sinks, self._left_s(), headers)

@@ -27,7 +27,8 @@ from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.status import from_status
 from tandem.service.awake_timers import AwakeTimers, Timer
-from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, tell_failed
+from tandem_frontend.execution.step_logprobs import by_leg
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,11 @@ NAMED_S = 1.0
 """Each open leg is named several times within it; one that is missing twice in a row is lost."""
 OPENING_S = 2.0
 """Within which a worker must open its stream."""
+STEADY_S = 1.0
+"""A stream that has been open for so long is opened again at once when it breaks; others wait longer each time."""
+UNKNOWN_LEGS_MAX = 16_384
+"""Most legs in one message that are not open here; a worker that names more does not speak of this frontend's."""
+UNKNOWN_LEGS_TOLD = 5
 
 
 class WorkerLink:
@@ -70,12 +76,13 @@ class WorkerLink:
         self._next_number = 1
         self._stream_id = 0
         """0: the stream is not open."""
+        self._opened_s = 0.0
         self._problem: TandemError | None = None
         """Why it could not be opened a moment ago."""
         self._unsent: list[Leg] = []
         self._fresh: list[Leg] = []
         """Legs of this turn of the loop."""
-        self._to_abort: list[int] = []
+        self._to_abort: dict[int, None] = {}
         self._is_flushing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_spoken = False
@@ -129,7 +136,7 @@ class WorkerLink:
         if not leg.is_sent:
             self._legs.pop(leg.number, None)
         elif leg.is_started:
-            self._to_abort.append(leg.number)
+            self._to_abort[leg.number] = None
             self._flush_soon()
         # Otherwise its start is on the way: it is aborted when the worker has answered, which may not have it yet.
 
@@ -148,16 +155,26 @@ class WorkerLink:
     # --- The stream
 
     async def _keep_open(self) -> None:
-        """Read the stream, and open it again whenever it breaks."""
-        backoff = Backoff()
+        """Read the stream, and open it again whenever it breaks, however it breaks."""
+        backoff, loop = Backoff(), asyncio.get_running_loop()
         while True:
             try:
-                await self._read_stream(backoff)
-            except TandemError as problem:
-                self._break(problem)
+                await self._read_stream()
+            except Exception as problem:
+                if self._stream_id and loop.time() - self._opened_s >= STEADY_S:
+                    backoff.reset()
+                self._break(self._as_told(problem))
             await asyncio.sleep(backoff.next_s())
 
-    async def _read_stream(self, backoff: Backoff) -> None:
+    def _as_told(self, problem: Exception) -> TandemError:
+        """What a failed call means for legs. gRPC has errors of its own, for what it cannot make sense of."""
+        if isinstance(problem, TandemError):
+            return problem
+        log.error("what worker %s said cannot be read", self.worker.worker_id, exc_info=problem)
+        what = f"{type(problem).__name__}: {problem}"
+        return ServiceError(f"what worker {self.worker.worker_id} said cannot be read ({what})")
+
+    async def _read_stream(self) -> None:
         """One life of the stream; it always ends with an error."""
         call: StepCall | None = None
         try:
@@ -167,7 +184,7 @@ class WorkerLink:
             if first.stream_id < 1:
                 raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a number")
             self._stream_id, self._problem = first.stream_id, None
-            backoff.reset()
+            self._opened_s = asyncio.get_running_loop().time()
             self._flush()
             while True:
                 self.take(await call.read())
@@ -198,34 +215,39 @@ class WorkerLink:
         """Take a message apart: every leg that it names hears its part.
 
         Raises:
-            ServiceError: its lists do not fit together, so that nothing in it can be told apart.
+            ServiceError: its lists do not fit together, so that nothing in it can be told apart; or it names too many
+                legs that are not open here.
         """
         self._has_spoken = self._has_named = True
-        if message.legs:
-            self._take_tokens(message)
+        unknown: dict[int, None] = {}
+        if message.legs or message.token_ids or message.indices or message.counts or message.logprobs:
+            self._take_tokens(message, unknown)
         for number in message.alive:
             leg = self._legs.get(number)
             if leg is not None:
                 leg.is_named = True
             else:
-                self._abort_unknown(number)
+                self._note_unknown(number, unknown)
         for end in message.ends:
             self._end(end)
+        if unknown:
+            self._abort_unknown(unknown)
 
-    def _take_tokens(self, message: StreamStepsResponse) -> None:
+    def _take_tokens(self, message: StreamStepsResponse, unknown: dict[int, None]) -> None:
         numbers, indices, token_ids = list(message.legs), list(message.indices), list(message.token_ids)
         counts = list(message.counts) or [1] * len(numbers)
         if not len(numbers) == len(indices) == len(counts) or sum(counts) != len(token_ids):
             raise ServiceError(f"worker {self.worker.worker_id} sent a step whose lists do not fit together")
         logprobs: dict[int, Iterator[generation_pb2.TokenLogprob]] = {}
         if message.logprobs:
-            logprobs = _by_leg(message)
+            logprobs, misfits = by_leg(message, numbers, counts)
+            self._fail_misfits(misfits, unknown)
         legs, begin = self._legs, 0
         for number, index, count in zip(numbers, indices, counts, strict=True):
             end = begin + count
             leg = legs.get(number)
             if leg is None:
-                self._abort_unknown(number)
+                self._note_unknown(number, unknown)
             else:
                 leg.is_named = True
                 if leg.sink is not None:
@@ -244,23 +266,44 @@ class WorkerLink:
         sink, leg.sink = leg.sink, None
         if sink is None:
             return
+        if end.WhichOneof("end") != "finish":
+            tell_failed(sink, from_status(end.failure))
+            return
         try:
-            if end.WhichOneof("end") == "finish":
-                sink.finish(end.finish)
-            else:
-                sink.fail(from_status(end.failure))
+            sink.finish(end.finish)
         except Exception as problem:
-            log.exception("a leg of worker %s could not be ended here", self.worker.worker_id, exc_info=problem)
+            log.exception("a leg of worker %s could not be ended here", self.worker.worker_id)
+            tell_failed(sink, _defect(problem))
+
+    def _fail_misfits(self, misfits: dict[int, str], unknown: dict[int, None]) -> None:
+        """End legs whose log probabilities do not fit their tokens."""
+        for number, problem in misfits.items():
+            leg = self._legs.get(number)
+            if leg is None:
+                self._note_unknown(number, unknown)
+            else:
+                self._fail(leg, LegFailed(problem))
 
     def _drop_defective(self, leg: Leg, problem: Exception) -> None:
         """A sink has failed: its own leg ends, and no other."""
         log.error("defect in a leg of worker %s", self.worker.worker_id, exc_info=problem)
-        self._fail(leg, TandemError(f"internal error in a leg: {type(problem).__name__}"))
+        self._fail(leg, _defect(problem))
 
-    def _abort_unknown(self, number: int) -> None:
-        """The worker speaks of a leg that is not open here: it must not go on computing."""
-        log.warning("worker %s spoke of leg %d, which is not open here: aborting it", self.worker.worker_id, number)
-        self._to_abort.append(number)
+    def _note_unknown(self, number: int, unknown: dict[int, None]) -> None:
+        unknown[number] = None
+        if len(unknown) > UNKNOWN_LEGS_MAX:
+            raise ServiceError(
+                f"worker {self.worker.worker_id} named more than {UNKNOWN_LEGS_MAX} legs that are not open here"
+            )
+
+    def _abort_unknown(self, unknown: dict[int, None]) -> None:
+        """The worker speaks of legs that are not open here: it must not go on computing."""
+        first = ", ".join(map(str, islice(unknown, UNKNOWN_LEGS_TOLD)))
+        log.warning(
+            "worker %s spoke of %d legs that are not open here: aborting them (%s%s)",
+            self.worker.worker_id, len(unknown), first, ", ..." if len(unknown) > UNKNOWN_LEGS_TOLD else "",
+        )  # fmt: skip
+        self._to_abort.update(unknown)
         self._flush_soon()
 
     def _break(self, problem: TandemError) -> None:
@@ -275,17 +318,14 @@ class WorkerLink:
     def _fail_all(self, problem: TandemError) -> None:
         legs, self._legs, self._unsent = self._legs, {}, []
         for leg in legs.values():
-            sink, leg.sink = leg.sink, None
-            if sink is not None:
-                # Each its own: an error takes in facts of the leg it ends.
-                sink.fail(_copy(problem))
+            # Each its own: an error takes in facts of the leg it ends.
+            leg.fail(copied(problem))
 
     def _fail(self, leg: Leg, problem: TandemError) -> None:
         """End a leg from this side."""
-        sink = leg.sink
-        leg.abort()
-        if sink is not None:
-            sink.fail(problem)
+        if leg.sink is not None:
+            self.abort(leg)
+            leg.fail(problem)
 
     # --- Starts and aborts, those of one turn of the loop in one call each
 
@@ -307,9 +347,7 @@ class WorkerLink:
             problem, unsent, self._unsent = self._problem, self._unsent, []
             for leg in unsent:
                 self._legs.pop(leg.number, None)
-                sink, leg.sink = leg.sink, None
-                if sink is not None:
-                    sink.fail(_copy(problem))
+                leg.fail(copied(problem))
             return
         if not self._stream_id:
             return
@@ -318,8 +356,8 @@ class WorkerLink:
             first, unsent = batch(unsent)
             self._spawn(self._send_starts(first), "start-legs")
         if self._to_abort:
-            numbers, self._to_abort = self._to_abort, []
-            self._spawn(self._send_aborts(numbers), "abort-legs")
+            numbers, self._to_abort = self._to_abort, {}
+            self._spawn(self._send_aborts(list(numbers)), "abort-legs")
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name, context=contextvars.Context())
@@ -335,35 +373,40 @@ class WorkerLink:
         stream_id = self._stream_id
         try:
             results = await self._calls.start_legs(self.worker, stream_id, starts)
-        except TandemError as problem:
+        except Exception as defect:
+            problem = self._as_told(defect)
             for leg in legs:
                 # Whether the worker has it is not known: an abort of a leg it has not is passed over.
                 leg.is_started = True
-                self._fail(leg, _copy(problem))
+                self._fail(leg, copied(problem))
             return
         for leg, result in zip(legs, results, strict=True):
             self._answer(leg, result)
 
     def _answer(self, leg: Leg, result: leg2_pb2.LegStartResult) -> None:
-        sink = leg.sink
-        if result.WhichOneof("result") == "refused":
+        kind = result.WhichOneof("result")
+        if kind == "refused":
             self._legs.pop(leg.number, None)
-            leg.sink = None
-            if sink is not None:
-                sink.fail(from_status(result.refused))
+            leg.fail(from_status(result.refused))
             return
         leg.is_started = True
-        if sink is not None:
-            sink.accepted()
-        elif leg.number in self._legs:
-            self.abort(leg)
+        if leg.sink is None:
+            if leg.number in self._legs:
+                self.abort(leg)
+        elif kind is None:
+            self._fail(leg, ServiceError(f"worker {self.worker.worker_id} answered a start with nothing known here"))
+        else:
+            try:
+                leg.sink.accepted()
+            except Exception as problem:
+                self._drop_defective(leg, problem)
 
     async def _send_aborts(self, numbers: Sequence[int]) -> None:
         try:
             await self._calls.abort_legs(self.worker, self._stream_id, numbers)
-        except TandemError as problem:
+        except Exception as problem:
             # What still speaks is aborted again, and what does not is over with its stream.
-            log.info("worker %s did not take an abort: %s", self.worker.worker_id, problem)
+            log.info("worker %s did not take an abort: %s", self.worker.worker_id, self._as_told(problem))
 
     # --- Life
 
@@ -403,7 +446,10 @@ class WorkerLink:
             return
         for leg in list(self._legs.values()):
             if leg.sink is not None:
-                leg.sink.unanswered()
+                try:
+                    leg.sink.unanswered()
+                except Exception as problem:
+                    self._drop_defective(leg, problem)
 
     def _look_for_the_lost(self) -> None:
         """Give up legs that the worker has ceased to name, and abort again those that it still names.
@@ -421,7 +467,7 @@ class WorkerLink:
                 if leg.sink is not None:
                     self._fail(leg, LegFailed("the worker does not know of it any more"))
             elif leg.sink is None and leg.is_named and leg.is_started:
-                self._to_abort.append(leg.number)
+                self._to_abort[leg.number] = None
                 self._flush_soon()
             leg.is_named = False
         self._look_for_the_lost_later()
@@ -430,23 +476,11 @@ class WorkerLink:
         self._naming = self._timers.after(NAMED_S, self._look_for_the_lost) if self._legs else None
 
 
-def _by_leg(message: StreamStepsResponse) -> dict[int, Iterator[generation_pb2.TokenLogprob]]:
-    """The log probabilities of each leg in order: of a leg that stands in several steps of one message, all."""
-    found: dict[int, list[generation_pb2.TokenLogprob]] = {}
-    for entry in message.logprobs:
-        found.setdefault(entry.leg, []).extend(entry.logprobs)
-    return {number: iter(entries) for number, entries in found.items()}
+def _defect(problem: Exception) -> TandemError:
+    return TandemError(f"internal error in a leg: {type(problem).__name__}")
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(int(seconds * 1e9))
     return duration
-
-
-def _copy(problem: TandemError) -> TandemError:
-    """The same error, which takes in facts of its own."""
-    copied = problem.__class__.__new__(problem.__class__)
-    copied.__dict__.update(problem.__dict__)
-    copied.args, copied.metadata = problem.args, dict(problem.metadata)
-    return copied

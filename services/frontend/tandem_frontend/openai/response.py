@@ -58,8 +58,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def to_json(value: Any) -> bytes:
-    """Compact JSON; every character as it is."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Compact JSON; every character as it is.
+
+    Raises:
+        ValueError: a number that JSON cannot express.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def whole(value: Any) -> httpbody_pb2.HttpBody:

@@ -9,9 +9,12 @@ What a chunk holds is the relay's business, and however it is cut the text, toke
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
 
 from tandem.service.loop_load import LoopLoad
+
+log = logging.getLogger(__name__)
 
 HOLD_MAX_S = 0.025
 """Default of the bound."""
@@ -26,7 +29,7 @@ class Held(Protocol):
     """On the loop's clock."""
 
     def flush(self) -> None:
-        """Send the chunk."""
+        """Send the chunk. A stream that cannot is to end itself; whatever it raises is no other stream's business."""
         ...
 
 
@@ -54,14 +57,17 @@ class Coalescing:
 
     def _flush_due(self) -> None:
         loop = asyncio.get_running_loop()
-        held, self._held = self._held, []
         # What becomes due before the next look leaves now: a bound is kept, not overrun.
         soon_s = loop.time() + FLUSH_S
-        for stream in held:
-            if stream.due_s <= soon_s:
-                stream.flush()
-            else:
-                self._held.append(stream)
-        self._is_flushing = bool(self._held)
-        if self._is_flushing:
-            loop.call_later(FLUSH_S, self._flush_due)
+        due = [stream for stream in self._held if stream.due_s <= soon_s]
+        self._held = [stream for stream in self._held if stream.due_s > soon_s]
+        try:
+            for stream in due:
+                try:
+                    stream.flush()
+                except Exception:
+                    log.exception("a held chunk could not be sent")
+        finally:
+            self._is_flushing = bool(self._held)
+            if self._is_flushing:
+                loop.call_later(FLUSH_S, self._flush_due)

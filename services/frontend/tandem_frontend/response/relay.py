@@ -84,6 +84,7 @@ class Relay:
         self._token_ids: list[int] = []
         self._logprobs: list[generation_pb2.TokenLogprob] = []
         """What waits for its chunk."""
+        self._on_defect: Callable[[Exception], None] | None = None
         self._is_open = False
         self._is_held = False
         self._loop = loop or asyncio.get_running_loop()
@@ -105,11 +106,12 @@ class Relay:
         """A stop has matched: the client has everything but the finish."""
         return self._matched is not None
 
-    def open(self) -> None:
-        """Let chunks leave."""
+    def open(self, on_defect: Callable[[Exception], None] | None = None) -> None:
+        """Let chunks leave. `on_defect` is called when one that was held cannot; it must end the request."""
         self._is_open = True
+        self._on_defect = on_defect
         self._outlet.on_writable(self.flush)
-        self.flush()
+        self._send()
 
     def take(self, token_ids: Sequence[int], logprobs: Sequence[generation_pb2.TokenLogprob]) -> None:
         """The next tokens; up to the stop, if one matches among them. On the hot path: once a request and step."""
@@ -129,14 +131,13 @@ class Relay:
         self._offer()
 
     def flush(self) -> None:
-        """Send what waits, if anything does and the client reads."""
-        self._is_held = False
-        if not self._token_ids or not self._is_open or not self._outlet.is_writable:
-            return
-        texts, token_ids, logprobs = self._texts, self._token_ids, self._logprobs
-        self._texts, self._token_ids, self._logprobs = [], [], []
-        self._flushed_s = self._loop.time()
-        self._outlet.chunk(self._chunk("".join(texts), token_ids, logprobs))
+        """Send what waits, if anything does and the client reads. Called from outside of the request's own turns."""
+        try:
+            self._send()
+        except Exception as problem:
+            if self._on_defect is None:
+                raise
+            self._on_defect(problem)
 
     def finish(
         self,
@@ -172,6 +173,15 @@ class Relay:
         self._fill_timings(finish.timings, decode, prefill)
         return finish
 
+    def _send(self) -> None:
+        self._is_held = False
+        if not self._token_ids or not self._is_open or not self._outlet.is_writable:
+            return
+        texts, token_ids, logprobs = self._texts, self._token_ids, self._logprobs
+        self._texts, self._token_ids, self._logprobs = [], [], []
+        self._flushed_s = self._loop.time()
+        self._outlet.chunk(self._chunk("".join(texts), token_ids, logprobs))
+
     def _offer(self) -> None:
         """Send what waits now, or have it sent when it has waited long enough."""
         if self._is_held or not self._is_open:
@@ -183,7 +193,7 @@ class Relay:
             # The first token never waits, and a stream that is slower than the bound does not either.
             self.due_s = self._flushed_s + self._coalescing.pressure * self._hold_max_s
             if self.due_s <= self._loop.time():
-                self.flush()
+                self._send()
             else:
                 self._is_held = True
                 self._coalescing.hold(self)

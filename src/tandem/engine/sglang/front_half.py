@@ -8,6 +8,7 @@ code. Imported only when an engine starts, because it imports SGLang.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput, unwrap_from_pickle
@@ -15,6 +16,9 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from tandem.engine.sglang.hooks.registry import FACTS_KEY
 from tandem.engine.sglang.responses import Answers
+from tandem.errors import EngineFailed, TandemError
+
+log = logging.getLogger(__name__)
 
 
 class FrontHalf(TokenizerManager):  # type: ignore[misc]
@@ -50,25 +54,46 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
             self.abort_request(given.rid)
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
-        """The outputs of one step of the scheduler, of all its requests."""
+        """The outputs of one step of the scheduler. A row that cannot be read ends its own request."""
         if not isinstance(recv_obj, BatchTokenIDOutput):
             await super()._handle_batch_output(recv_obj)
             return
         facts = (unwrap_from_pickle(recv_obj.customized_info) or {}).get(FACTS_KEY)
-        states, output_ids, reasons = self.rid_to_state, recv_obj.output_ids, recv_obj.finished_reasons
+        states = self.rid_to_state
         for i, rid in enumerate(recv_obj.rids):
             # A request that the scheduler still spoke of when its end was already known here.
             state = states.get(rid)
             if state is None:
                 continue
-            if state.time_stats.first_token_time == 0.0:
-                state.time_stats.set_first_token_time()
-            answers: Answers = state.answers
-            if len(output_ids[i]):
-                answers.tokens(output_ids[i], recv_obj, i)
-            if reasons[i] is not None:
-                self._finish(rid, state, recv_obj, i)
-                answers.end(reasons[i], recv_obj, i, (facts[i] if facts else None) or None)
+            try:
+                self._handle_row(rid, state, recv_obj, i, facts)
+            except Exception as problem:
+                is_last = recv_obj.finished_reasons[i : i + 1] not in ([], [None])
+                self._give_up(rid, state, problem, is_last=is_last)
+
+    def _handle_row(self, rid: str, state: Any, recv_obj: Any, i: int, facts: Any) -> None:
+        if state.time_stats.first_token_time == 0.0:
+            state.time_stats.set_first_token_time()
+        answers: Answers = state.answers
+        token_ids, reason = recv_obj.output_ids[i], recv_obj.finished_reasons[i]
+        if len(token_ids):
+            answers.tokens(token_ids, recv_obj, i)
+        if reason is not None:
+            self._finish(rid, state, recv_obj, i)
+            answers.end(reason, recv_obj, i, (facts[i] if facts else None) or None)
+
+    def _give_up(self, rid: str, state: Any, problem: Exception, *, is_last: bool) -> None:
+        """A request whose row cannot be read: it ends, in the scheduler too, and the others go on."""
+        log.error("what the engine said of request %s cannot be read", rid, exc_info=problem)
+        if not isinstance(problem, TandemError):
+            problem = EngineFailed(f"what the engine said of this request cannot be read: {type(problem).__name__}")
+        state.answers.fail(problem)
+        if is_last:
+            self.rid_to_state.pop(rid, None)
+            self._release_lora_once(state)
+        else:
+            # Its state is left to the scheduler's last word of it, as that of any request that is aborted.
+            self.abort_request(rid)
 
     def _finish(self, rid: str, state: Any, recv_obj: Any, i: int) -> None:
         """What SGLang does at a request's end, beside telling it."""

@@ -55,6 +55,7 @@ _ROOT_CAUSE = re.compile(r"KVTransferError\([^)]*\): (.*)$", re.DOTALL)
 _TOO_LONG = ("maximum allowed length", "model's context length")
 _COMPILER_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 """What XGrammar puts before its sentence: a time, and a line of its own source."""
+_PEER_WORDS = "decode-side abort"
 _BOOTSTRAP_WORDS = ("bootstrap", "Could not fetch", "parallel info")
 
 
@@ -73,16 +74,16 @@ class Answers:
         self._is_over = False
 
     def tokens(self, token_ids: Sequence[int], batch: Any, i: int) -> None:
-        """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it."""
+        """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it.
+
+        Raises:
+            EngineFailed: there are not as many log probabilities as tokens. Other errors: the row is no row at all.
+        """
         if self._is_over:
             return
         logprobs: tuple[TokenLogprob, ...] = ()
         if self._request.top_logprobs is not None:
-            try:
-                logprobs = self._logprobs(batch, i, len(token_ids))
-            except EngineFailed as problem:
-                self.fail(problem)
-                return
+            logprobs = self._logprobs(batch, i, len(token_ids))
         self._sent_count += len(token_ids)
         self._output.tokens(token_ids, logprobs)
 
@@ -143,7 +144,9 @@ class Answers:
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
         # SGLang's prefill says "Prefill bootstrap failed", its decode "Decode transfer failed" for either phase.
         phase = "bootstrapping" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transferring"
-        return LegFailed(message, phase=phase, room=self._request.bootstrap.room)
+        # A prefill engine that its peer has told of an abort fails for no reason of its own.
+        cause = {"cause": LegFailed.PEER_ABORTED} if _PEER_WORDS in whole else {}
+        return LegFailed(message, phase=phase, room=self._request.bootstrap.room, **cause)
 
     def refused(self, message: str) -> RequestError:
         """A refusal of SGLang's, with the field it is most likely about."""

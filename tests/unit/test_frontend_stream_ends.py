@@ -1,0 +1,103 @@
+"""A request's stream that is ended here: by a worker that sends too much, or by an answer that cannot be made."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tandem_frontend.execution.dispatch import Dispatched
+from tandem_frontend.execution.link_leg import Logprobs
+from tandem_frontend.execution.request_stream import RetryingStream
+
+from tandem.errors import TandemError
+from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, tokens
+from tests.unit.test_frontend_continuation import KILLED, PROMPT, Fleet, answer, leg, stream
+
+
+class Lavish(Fleet):
+    """Workers that send more tokens than they were asked for, and no end."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        super().__init__()
+        self._at_once = at_once
+
+    def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
+        whole = answer(tuple(sent.token_ids), sent.stopping.max_tokens + 5)
+        words = [tokens(index, token) for index, token in enumerate(whole)]
+        decode_leg = PlayedLeg(accepted, *([tokens(0, *whole)] if self._at_once else words)).play(sinks[0])
+        self.sent.append(Dispatched(route, attempt, attempt, decode_leg, PlayedLeg(accepted).play(sinks[1])))
+        return self.sent[-1]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptureFixture, *, at_once: bool) -> None:
+    """The client has what it asked for, to the token: that its worker goes on is not its failure."""
+    fleet = Lavish(at_once=at_once)
+    assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
+    (dispatched,) = fleet.sent
+    for played in (dispatched.decode, dispatched.prefill):
+        assert isinstance(played, PlayedLeg)
+        assert played.aborted.is_set()
+    warned = [record.getMessage() for record in caplog.records]
+    assert warned == ["r: the worker sent more than the 10 tokens asked for"]
+
+
+class GivesUp(Gathered):
+    """A taker that finds, beside a token, that its answer cannot be made; its worker may be lost in the same turn."""
+
+    def __init__(self, after: int, *, loses_worker: bool) -> None:
+        super().__init__()
+        self.stream: RetryingStream
+        self._after = after
+        self._loses_worker = loses_worker
+
+    def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        super().take(token_ids, logprobs)
+        if len(self.token_ids) == self._after:
+            self.stream.give_up(OverflowError("-1"))
+            self.stream.give_up(KeyError("a second one"))
+            if self._loses_worker:
+                self.stream.attempt.lose(self.stream.attempt.route.decode, "it was started again")
+
+
+@pytest.mark.parametrize("loses_worker", [False, True])
+async def test_an_answer_that_cannot_be_made_ends_its_request_and_is_told_once(
+    caplog: pytest.LogCaptureFixture, *, loses_worker: bool
+) -> None:
+    fleet, got = Fleet(), GivesUp(3, loses_worker=loses_worker)
+    async with fleet.attempts.taken(leg(10), got, None) as got.stream:
+        with pytest.raises(TandemError) as failed:
+            await got.stream.run()
+    assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in an answer: OverflowError")
+    assert len(got.token_ids) == 3
+    assert len(fleet.sent) == 1, "no other attempt is made at it"
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["r: its tokens could not be turned into an answer"]
+
+
+class Unending(Fleet):
+    """Workers of which the second one takes its leg and says nothing more."""
+
+    def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
+        if attempt == 1:
+            return super().send(route, sent, attempt, sinks, *others)
+        decode_leg, prefill_leg = PlayedLeg(accepted).play(sinks[0]), PlayedLeg(accepted).play(sinks[1])
+        return Dispatched(route, attempt, attempt, decode_leg, prefill_leg)
+
+
+async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither() -> None:
+    fleet, got = Unending(faults={1: (3, KILLED)}), Gathered()
+    async with fleet.attempts.taken(leg(10), got, None) as whole:
+
+        class Pause(random.Random):
+            def uniform(self, least: float, most: float) -> float:
+                whole.give_up(OverflowError("-1"))
+                return 0.0
+
+        fleet.attempts.rng = Pause()
+        with pytest.raises(TandemError, match="internal error in an answer: OverflowError"):
+            await asyncio.wait_for(whole.run(), 5)
+    assert len(got.token_ids) == 3

@@ -1,0 +1,136 @@
+"""The loop over SGLang's rows, on rows that are played: one that cannot be read ends its own request."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.engine.sglang.responses import Answers
+from tandem.errors import EngineFailed
+from tests.unit.support.simulated_legs import Collected
+
+NAME = "tandem.engine.sglang.front_half"
+RIDS = ("r0", "r1", "r2")
+
+
+class Manager:
+    """What the front half takes over of SGLang's TokenizerManager."""
+
+    def __init__(self) -> None:
+        self.rid_to_state: dict[str, Any] = {}
+        self.aborted: list[str] = []
+        self.released: list[Any] = []
+
+    def abort_request(self, rid: str) -> None:
+        self.aborted.append(rid)
+
+    def _release_lora_once(self, state: Any) -> None:
+        self.released.append(state)
+
+
+class Batch(SimpleNamespace):
+    """A BatchTokenIDOutput."""
+
+
+@pytest.fixture
+def front_half(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    messages: Any = ModuleType("io_struct")
+    messages.BatchTokenIDOutput, messages.GenerateReqInput, messages.unwrap_from_pickle = Batch, object, lambda it: it
+    manager: Any = ModuleType("tokenizer_manager")
+    manager.TokenizerManager = Manager
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", messages)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.tokenizer_manager", manager)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    yield importlib.import_module(NAME).FrontHalf()
+    # The next one to import it gets the real one.
+    sys.modules.pop(NAME, None)
+
+
+def admit(front_half: Any) -> list[Collected]:
+    outputs = []
+    times = SimpleNamespace(
+        first_token_time=1.0, trace_ctx=SimpleNamespace(tracing_enable=False), set_finished_time=lambda **_: None
+    )
+    for rid in RIDS:
+        request = EngineRequest(
+            request_id=rid, token_ids=(1, 2), sampling=Sampling(), stopping=Stopping(max_tokens=9), top_logprobs=1
+        )
+        outputs.append(Collected())
+        answers = Answers(request, rid, outputs[-1], lambda ended: None)
+        front_half.rid_to_state[rid] = SimpleNamespace(answers=answers, time_stats=times)
+    return outputs
+
+
+def batch(**columns: Any) -> Batch:
+    """A step with a token for each request; the second one's row is made wrong."""
+    whole: dict[str, Any] = {
+        "rids": list(RIDS),
+        "customized_info": None,
+        "output_ids": [[5], [6], [7]],
+        "finished_reasons": [None, None, None],
+        "output_token_logprobs_val": [[-1.0]] * 3,
+        "output_token_logprobs_idx": [[5], [6], [7]],
+        "output_top_logprobs_val": [[[-1.0]]] * 3,
+        "output_top_logprobs_idx": [[[5]]] * 3,
+        **{name: [5] * 3 for name in ("prompt_tokens", "completion_tokens", "cached_tokens")},
+    }
+    for name, wrong in columns.items():
+        whole[name] = [whole[name][0], wrong, whole[name][2]]
+    return Batch(**whole)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"output_top_logprobs_val": [[-1.0, -2.0]], "output_top_logprobs_idx": []}, "cannot be read: ValueError"),
+        ({"output_top_logprobs_val": [[-1.0, -2.0]]}, "cannot be read: ValueError"),
+        ({"output_token_logprobs_val": None}, "cannot be read: TypeError"),
+        ({"output_token_logprobs_val": [], "output_token_logprobs_idx": []}, "sent 0 log probabilities with 1 tokens"),
+        ({"output_ids": None}, "cannot be read: TypeError"),
+    ],
+    ids=["rivals", "rivals of one token", "nothing", "none", "no tokens"],
+)
+async def test_a_row_that_cannot_be_read_ends_its_own_request(
+    front_half: Any, wrong: dict[str, Any], sentence: str
+) -> None:
+    outputs = admit(front_half)
+    await front_half._handle_batch_output(batch(**wrong))
+    await front_half._handle_batch_output(batch())
+    assert [output.token_ids for output in outputs] == [[5, 5], [], [7, 7]]
+    assert [len(output.failures) for output in outputs] == [0, 1, 0]
+    (problem,) = outputs[1].failures
+    assert isinstance(problem, EngineFailed)
+    assert str(problem).endswith(sentence)
+    assert front_half.aborted == ["r1"], "the scheduler does not go on with it"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"finished_reasons": {}}, {"finished_reasons": {"type": "stop"}, "output_token_logprobs_val": None}],
+    ids=["reason", "row"],
+)
+async def test_a_last_row_that_cannot_be_read_leaves_nothing_behind(front_half: Any, wrong: dict[str, Any]) -> None:
+    outputs = admit(front_half)
+    await front_half._handle_batch_output(batch(**wrong))
+    assert [len(output.failures) for output in outputs] == [0, 1, 0]
+    assert list(front_half.rid_to_state) == ["r0", "r2"]
+    assert front_half.aborted == []
+    assert front_half.released
+
+
+async def test_whole_rows_are_passed_on_and_finished(front_half: Any) -> None:
+    outputs = admit(front_half)
+    step = batch()
+    step.finished_reasons = [{"type": "stop"}] * 3
+    await front_half._handle_batch_output(step)
+    assert [output.token_ids for output in outputs] == [[5], [6], [7]]
+    assert [len(output.finishes) for output in outputs] == [1, 1, 1]
+    assert not front_half.rid_to_state
