@@ -1,4 +1,4 @@
-"""Writes deploy/grafana/dashboards/*.json, so that panels are lines here and not pages of JSON.
+"""Writes deploy/observability/grafana/dashboards/*.json, so that panels are lines here and not pages of JSON.
 
 --check writes nothing and fails when a file differs. Every query is run against a real Prometheus in
 tests/integration/test_prometheus.py. Standard library only.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DIRECTORY = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
+DIRECTORY = Path(__file__).parents[1] / "deploy" / "observability" / "grafana" / "dashboards"
 SOURCE = {"type": "prometheus", "uid": "${source}"}
 COLUMNS = 24
 HEIGHT = 8

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/metrics.md from src/tandem/observability/metric_catalog.py.
+"""Writes the tables of docs/reference/metrics.md from src/tandem/observability/metric_catalog.py.
 
 What stands above them is written by hand.
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from tandem.observability.metric_catalog import EVERY, OTHER, TABLE, Attribute, Emitter, Metric, prometheus_name
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "metrics.md"
+PAGE = ROOT / "docs" / "reference" / "metrics.md"
 MARK = "## The table\n"
 TITLES = {
     (Emitter.FRONTEND,): "Frontends: requests",

@@ -3,7 +3,7 @@
 #
 # What is pinned goes into the environment /opt/libraries, Tandem itself to /opt/tandem beside it: a new release then
 # changes a layer of a megabyte. pip has an environment of its own, which no image gets.
-# The index, its credentials and CAs come from build arguments and secrets (docs/deployment.md), and stay in no layer.
+# The index, its credentials and CAs come from build arguments and secrets (docs/guide/deploy.md), and stay in no layer.
 set -eu
 
 libraries=/opt/libraries

@@ -1,6 +1,6 @@
 """The proof on GPUs: a pair's greedy tokens are an aggregated worker's, because its KV moved over NIXL.
 
-Opt-in by having a GPU and SGLang's packages for it (docs/gpu.md). The same driver that measures runs here.
+Opt-in by having a GPU and SGLang's packages for it (docs/evidence/gpu.md). The same driver that measures runs here.
 """
 
 from __future__ import annotations

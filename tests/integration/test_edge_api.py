@@ -214,7 +214,7 @@ async def test_a_failure_after_the_first_event_is_the_last_event(tmp_path: Path)
 
 
 CURL = re.compile(r"```sh\n(curl .*?)\n```(?:\n\n```(?:json|text)\n(.*?)\n```)?", re.DOTALL)
-EXAMPLES = CURL.findall((REPOSITORY / "docs" / "http.md").read_text())
+EXAMPLES = CURL.findall((REPOSITORY / "docs" / "guide" / "clients.md").read_text())
 
 
 @pytest.mark.parametrize(("command", "shown"), EXAMPLES)

@@ -1,4 +1,4 @@
-"""Each parameter of the OpenAI door does what docs/openai.md says, on the real engine behind a real Envoy."""
+"""Each parameter of the OpenAI door does what docs/reference/openai.md says, on the real engine behind a real Envoy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is under deploy/prometheus and deploy/grafana, loaded into a real Prometheus that scrapes a real cluster.
+"""What is under deploy/observability, loaded into a real Prometheus that scrapes a real cluster.
 
 Rules are also run by promtool against series that were made up for each alert. No Grafana runs here: its dashboards are
 read by Grafana's own schema, and each of their queries must give a series.

@@ -1,12 +1,14 @@
-"""deploy/otel/collector.yml, judged without a collector: pipelines name what is there, and all of it."""
+"""deploy/observability/otel/collector.yml, judged without a collector: pipelines name what is there, and all of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-FILE = Path(__file__).parents[2] / "deploy" / "otel" / "collector.yml"
+FILE = Path(__file__).parents[2] / "deploy" / "observability" / "otel" / "collector.yml"
+COMPOSE = Path(__file__).parents[2] / "deploy" / "compose" / "collector.yml"
 KINDS = ("receivers", "processors", "exporters")
 
 
@@ -26,3 +28,18 @@ def test_pipelines_use_what_is_defined_and_all_of_it() -> None:
 def test_it_listens_for_what_our_processes_speak() -> None:
     protocols = yaml.safe_load(FILE.read_text())["receivers"]["otlp"]["protocols"]
     assert protocols == {"grpc": {"endpoint": "127.0.0.1:4317"}}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """As the collector merges a second --config: maps key by key, everything else replaced."""
+    both = {key: merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
+    return {**base, **over, **both}
+
+
+def test_what_compose_lays_over_it_uses_what_is_defined() -> None:
+    whole = merged(yaml.safe_load(FILE.read_text()), yaml.safe_load(COMPOSE.read_text()))
+    pipelines = whole["service"]["pipelines"]
+    for kind in KINDS:
+        assert {name for pipeline in pipelines.values() for name in pipeline[kind]} <= set(whole[kind])
+    assert pipelines["traces"]["exporters"] == ["otlp/traces"]
+    assert whole["exporters"]["otlp/traces"] == {"endpoint": "jaeger:4317", "tls": {"insecure": True}}

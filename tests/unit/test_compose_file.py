@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -118,3 +119,18 @@ def test_gpus_are_reserved_and_memory_can_be_shared() -> None:
         assert seconds(service["stop_grace_period"]) >= drain_s(kind(name)) + STOP_SLACK_S
         assert unknown_settings(service["environment"]) == []
         assert "UCX_TLS" in service["environment"]
+
+
+def test_what_is_mounted_from_the_repository_exists() -> None:
+    mounts = [mount for service in SERVICES.values() for mount in service.get("volumes", ()) if mount.startswith("./")]
+    assert mounts
+    for mount in mounts:
+        assert (REPOSITORY / mount.split(":")[0]).exists(), mount
+
+
+def test_prometheus_scrapes_every_process_of_its_own() -> None:
+    targets = json.loads((REPOSITORY / "deploy" / "compose" / "targets.json").read_text())
+    assert {target["labels"]["process"] for target in targets} == set(OWN)
+    for target in targets:
+        assert target["targets"] == [f"{target['labels']['process']}:9400"]
+        assert target["labels"]["role"] == kind(target["labels"]["process"])

@@ -17,7 +17,7 @@ from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 
 from tandem.errors import InvalidRequest
 
-DOCS = Path(__file__).parents[2] / "docs" / "openai.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
 USER = {"role": "user", "content": "hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

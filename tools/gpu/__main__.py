@@ -1,4 +1,4 @@
-"""`python -m tools.gpu`: carry the project to a GPU machine, and measure it there. docs/gpu.md says how."""
+"""`python -m tools.gpu`: carry the project to a GPU machine, and measure it there. docs/evidence/gpu.md says how."""
 
 from __future__ import annotations
 

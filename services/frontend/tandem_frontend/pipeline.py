@@ -1,7 +1,7 @@
 """The whole way of a request, hop by hop, from a client's message to the finish of its stream.
 
-    validate -> admit -> wait -> route -> dispatch -> supervise -> relay -> finish
-                         (again, from where it broke, when a leg fails)
+    admit -> validate -> wait -> route -> dispatch -> supervise -> relay -> finish
+                                 (again from route, with the tokens so far, when a leg fails)
 
 Owns the order of the hops. The task of a request waits while its tokens are pushed through the relay to the client.
 """

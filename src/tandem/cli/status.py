@@ -1,7 +1,7 @@
 """`tandem status`: who is alive, in which role, how busy, on which lease; and where each registry knows it from.
 
 Three tables, as narrow as their names allow; the rest is in --json, whose fields are those of the contracts: see
-docs/command-line.md.
+docs/reference/command-line.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one table of metrics: name, kind, unit, meaning, who emits it, and every attribute with all values it can have.
 
-Pure, and without OpenTelemetry: what is not switched on is not imported. docs/metrics.md is generated from here, the
-instruments are made from here (`otel_metrics.py`), and a test makes each row move. Spans are named in `span_names.py`.
+Pure, and without OpenTelemetry: what is not switched on is not imported. docs/reference/metrics.md is generated from
+here, the instruments are made from here (`otel_metrics.py`), and a test makes each row move. Spans are named in
+`span_names.py`.
 """
 
 from __future__ import annotations

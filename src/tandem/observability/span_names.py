@@ -1,4 +1,4 @@
-"""Names of spans and of their attributes: the one place where they are spelled. docs/tracing.md explains them.
+"""Names of spans and of their attributes, spelled only here. docs/reference/tracing.md explains them.
 
 `gen_ai.*` and `error.type` are OpenTelemetry's own conventions; what those have no word for is `tandem.*`.
 """

@@ -19,7 +19,7 @@ from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.process_faults import free_port
 
-DEPLOY = Path(__file__).parents[3] / "deploy" / "prometheus"
+DEPLOY = Path(__file__).parents[3] / "deploy" / "observability" / "prometheus"
 START_S = 30.0
 
 
@@ -62,7 +62,7 @@ def configuration(targets: Path, interval: str) -> str:
     """The repository's, but for where the targets are and how often they are scraped."""
     text = (DEPLOY / "prometheus.yml").read_text()
     for own, other in (
-        ("../../.tandem/targets.json", str(targets)),
+        ("../../../.tandem/targets.json", str(targets)),
         ("  - alerts.yml", f"  - {DEPLOY / 'alerts.yml'}"),
         ("scrape_interval: 5s", f"scrape_interval: {interval}"),
         ("evaluation_interval: 5s", f"evaluation_interval: {interval}"),

@@ -48,7 +48,7 @@ class StreamOptions(Schema):
 
 
 class CommonFields(Schema):
-    """Parameters of both completion calls. docs/openai.md says what each one does here."""
+    """Parameters of both completion calls. docs/reference/openai.md says what each one does here."""
 
     model: str = Field(min_length=1, max_length=128)
 

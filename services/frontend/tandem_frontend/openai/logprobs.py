@@ -1,6 +1,6 @@
 """Log probabilities in OpenAI's two shapes, and what a single token looks like there: its text and its bytes.
 
-A token can be a part of a character. It is then called by its bytes (docs/openai.md), so that no two look alike.
+A token can be a part of a character. Its bytes are then its name (docs/reference/openai.md): no two look alike.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
 from tandem.engine.sglang.parsing.whole_calls import WholeCalls
 
 WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|plugin|>"}
-"""Formats of which SGLang's streaming detector loses calls (docs/openai-tools.md) -> what begins the calls."""
+"""Formats whose streaming detector loses calls (docs/reference/openai-tools.md) -> the markers that begin a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

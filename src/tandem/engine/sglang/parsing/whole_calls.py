@@ -1,6 +1,6 @@
 """The second half of a stream for formats whose streaming detector is wrong: content as it comes, the calls at the end.
 
-Which formats these are is in `stream`; how SGLang's detectors fail on them, in docs/openai-tools.md.
+Which formats these are is in `stream`; how SGLang's detectors fail on them, in docs/reference/openai-tools.md.
 """
 
 from __future__ import annotations
