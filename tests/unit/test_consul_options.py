@@ -39,10 +39,10 @@ def test_the_address_may_be_left_out(given: str, read: str) -> None:
         ("localhost", {}, "consul", "must be host:port, or an http or https URL"),
         ("ftp://localhost:1", {}, "consul", "must be host:port"),
         ("http://user:secret@localhost:1", {}, "consul", "must be host:port"),
-        (None, {"token_file": Path("x")}, "consul_token_file", "needs the address of an agent that runs already"),
-        ("local", {"ca": Path("x")}, "consul_ca", "needs the address of an agent that runs already"),
-        (None, {"service": "other"}, "consul_service", "needs --consul"),
-        ("local", {"service": "Not a name"}, "consul_service", "must be a name of DNS"),
+        (None, {"token_file": Path("x")}, "consul_token_file", "requires --consul ADDRESS (an existing agent)"),
+        ("local", {"ca": Path("x")}, "consul_ca", "requires --consul ADDRESS (an existing agent)"),
+        (None, {"service": "other"}, "consul_service", "requires --consul"),
+        ("local", {"service": "Not a name"}, "consul_service", "must be a DNS label"),
         ("a:1", {"cert": Path("c")}, "consul_key", "is missing"),
         ("a:1", {"key": Path("k")}, "consul_cert", "is missing"),
         ("a:1", {"cert": Path("c"), "key": Path("k")}, "consul_ca", "is missing"),
@@ -136,7 +136,7 @@ async def test_certificates_made_before_consul_had_one_are_refused(tmp_path: Pat
     issue_all(tmp_path)
     (tmp_path / "consul-key.pem").unlink()
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(), tls=tmp_path)
-    with pytest.raises(ConfigError, match=r"tls: .*consul-key\.pem is missing: `tandem certs"):
+    with pytest.raises(ConfigError, match=r"tls: .*consul-key\.pem is missing: create it with `tandem certs"):
         await check_consul(spec, Console())
 
 
