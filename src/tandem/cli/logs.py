@@ -43,7 +43,7 @@ def _make_given(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError("log_dir", f"{directory}: this path, or a parent of it, is not a directory") from None
+        raise ConfigError("log_dir", f"{directory}, or a parent of it, is not a directory") from None
     except OSError as problem:
         raise ConfigError("log_dir", f"{directory} cannot be created: {problem.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
