@@ -70,7 +70,7 @@ def test_a_sink_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> Non
     with traces.following(RequestTrace()) as trace:
         trace.finish("stop", 1, 1, 0)
     assert told == [trace]
-    assert "could not be told of" in caplog.text
+    assert "observer failed while recording" in caplog.text
 
 
 def test_the_last_ones_are_kept_beside_those_that_run() -> None:

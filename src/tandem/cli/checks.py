@@ -32,7 +32,7 @@ def check_spec(spec: ClusterSpec) -> None:
     """
     _check_counts(spec)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
-        raise ConfigError("model", f"must be given outside a checkout of Tandem (the default, {DEMO_MODEL}, is missing)")
+        raise ConfigError("model", f"must be given outside a checkout of Tandem (no {DEMO_MODEL} here)")
     _check_worker(spec)
     read_checkpoint(spec.model)
     _check_ports(spec)
