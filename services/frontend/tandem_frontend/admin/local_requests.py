@@ -1,6 +1,6 @@
-"""What this process knows of its own requests, as messages: timelines of an id, requests in order, figures.
+"""The requests of this process as proto messages: timelines by id, the request list, statistics.
 
-Owns the translation of the whole; a frontend of several processes puts the answers of all together (`admin_servicer`).
+Owns the translation; `servicer.py` merges the responses of all processes of a frontend.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from tandem_frontend.admin.timeline import duration, reason_number, summary_of, 
 from tandem_frontend.processes.sums import buckets
 
 Position = tuple[float, str]
-"""When a request came, and its id: its position in a list."""
+"""Arrival time in s and request id: the sort key of the request list."""
 
 
 class LocalRequests:
-    """Of one process."""
+    """The requests of one process."""
 
     def __init__(
         self, traces: TraceStore[RequestTrace], figures: RequestStats, waiting_count: Callable[[], int]
     ) -> None:
-        """`waiting_count` says how many requests wait for room with the workers."""
+        """`waiting_count` returns the number of queued requests."""
         self._traces = traces
         self._figures = figures
         self._waiting_count = waiting_count
 
     def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
-        """The timelines of all requests that an id stands for."""
+        """Timelines of all requests with that request id or x-request-id."""
         return [timeline_of(trace) for trace in self._known() if wanted in (trace.request_id, trace.call_id)]
 
     def requests(self, count: int, before: Position | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
-        """So many at most, newest first."""
+        """At most `count` requests before a position, newest first."""
         known = self._traces.open if open_only else self._known()
         known.sort(key=_position, reverse=True)
         if before is not None:
@@ -53,10 +53,10 @@ class LocalRequests:
         ]
 
     def figures(self) -> sibling_pb.GetSiblingFiguresResponse:
-        """The figures now, without percentiles and a number in a stream."""
+        """Current statistics, without percentiles and sequence number."""
         figures = self._figures
         figures.look()
-        counted = pb.WatchFiguresResponse(
+        response = pb.WatchFiguresResponse(
             measured_time=timestamp(time.time()),
             counted_since=timestamp(figures.since_s),
             open_requests=figures.open_count,
@@ -77,7 +77,7 @@ class LocalRequests:
             kv_transfer_bytes_per_s=figures.kv_transfer_bytes.per_s(),
         )
         return sibling_pb.GetSiblingFiguresResponse(
-            figures=counted,
+            figures=response,
             time_to_first_token=buckets(figures.ttft.histogram()),
             inter_token_latency=buckets(figures.itl.histogram()),
         )
