@@ -124,7 +124,7 @@ async def test_refusals_are_one_sentence(serving: Path) -> None:
         (["generate", "x", "--address", addresses["registry"]], 1, "is not a Tandem frontend"),
         (["generate", "x", "--plain", "--address", addresses["registry"]], 1, "is not a Tandem frontend"),
         (["status", "--address", addresses["frontend"]], 1, "is not a Tandem registry"),
-        (["health", addresses["frontend"], "--service", "bogus"], 2, "carries no service 'bogus'"),
+        (["health", addresses["frontend"], "--service", "bogus"], 2, "has no service 'bogus'"),
     ):
         status, _, err = await run(*TANDEM, *command, state=serving)
         assert status == exit_status, err
