@@ -168,7 +168,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling probability mass, (0, 1].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling probability mass, above 0, up to 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens; -1: all.")] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")
@@ -180,7 +180,7 @@ def generate(
         float | None, typer.Option(help="Penalty proportional to how often a token appeared, -2 to 2.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Multiplicative repetition penalty, (0, 2]; 1: off.")
+        float | None, typer.Option(help="Multiplicative repetition penalty, above 0, up to 2; 1: off.")
     ] = None,
     logprobs: Annotated[
         int | None,
