@@ -25,12 +25,10 @@ Position = tuple[float, str]
 class LocalRequests:
     """The requests of one process."""
 
-    def __init__(
-        self, traces: TraceStore[RequestTrace], figures: RequestStats, waiting_count: Callable[[], int]
-    ) -> None:
+    def __init__(self, traces: TraceStore[RequestTrace], stats: RequestStats, waiting_count: Callable[[], int]) -> None:
         """`waiting_count` returns the number of queued requests."""
         self._traces = traces
-        self._figures = figures
+        self._stats = stats
         self._waiting_count = waiting_count
 
     def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
@@ -54,32 +52,32 @@ class LocalRequests:
 
     def figures(self) -> sibling_pb.GetSiblingFiguresResponse:
         """Current statistics, without percentiles and sequence number."""
-        figures = self._figures
-        figures.look()
+        stats = self._stats
+        stats.look()
         response = pb.WatchFiguresResponse(
             measured_time=timestamp(time.time()),
-            counted_since=timestamp(figures.since_s),
-            open_requests=figures.open_count,
+            counted_since=timestamp(stats.since_s),
+            open_requests=stats.open_count,
             waiting_requests=self._waiting_count(),
-            finished_requests=figures.outcomes[FINISHED],
-            failed_requests=figures.outcomes[FAILED],
-            refused_requests=figures.outcomes[REFUSED],
-            cancelled_requests=figures.outcomes[CANCELLED],
-            continuations=figures.continuations,
+            finished_requests=stats.outcomes[FINISHED],
+            failed_requests=stats.outcomes[FAILED],
+            refused_requests=stats.outcomes[REFUSED],
+            cancelled_requests=stats.outcomes[CANCELLED],
+            continuations=stats.continuations,
             leg_failures=[
                 pb.LegFailures(worker_id=worker_id, reason=reason_number(reason), count=count)
-                for (worker_id, reason), count in figures.leg_failures.items()
+                for (worker_id, reason), count in stats.leg_failures.items()
             ],
             window=duration(LATENCY_WINDOW_S),
-            completion_tokens=figures.tokens.total,
-            completion_tokens_per_s=figures.tokens.per_s(),
-            kv_transfer_bytes=figures.kv_transfer_bytes.total,
-            kv_transfer_bytes_per_s=figures.kv_transfer_bytes.per_s(),
+            completion_tokens=stats.tokens.total,
+            completion_tokens_per_s=stats.tokens.per_s(),
+            kv_transfer_bytes=stats.kv_transfer_bytes.total,
+            kv_transfer_bytes_per_s=stats.kv_transfer_bytes.per_s(),
         )
         return sibling_pb.GetSiblingFiguresResponse(
             figures=response,
-            time_to_first_token=buckets(figures.ttft.histogram()),
-            inter_token_latency=buckets(figures.itl.histogram()),
+            time_to_first_token=buckets(stats.ttft.histogram()),
+            inter_token_latency=buckets(stats.itl.histogram()),
         )
 
     def _known(self) -> list[RequestTrace]:

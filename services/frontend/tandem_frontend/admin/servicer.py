@@ -83,9 +83,9 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         while True:
             sequence += 1
             others = await self._siblings.ask(lambda sibling: sibling.figures())
-            figures = combined([self._own.figures(), *others])
-            figures.sequence = sequence
-            yield figures
+            stats = combined([self._own.figures(), *others])
+            stats.sequence = sequence
+            yield stats
             await asyncio.sleep(interval_ms / 1_000)
 
 

@@ -75,14 +75,14 @@ def _kv_percents(row: WorkerSample, now_s: float) -> Value:
 
 
 def _count(name: str) -> Callable[[FrontendSample, float], Value]:
-    return lambda row, now_s: None if row.figures is None else int(getattr(row.figures, name))
+    return lambda row, now_s: None if row.stats is None else int(getattr(row.stats, name))
 
 
 def _latency(of: str, percentile: str) -> Callable[[FrontendSample, float], Value]:
     def value(row: FrontendSample, now_s: float) -> Value:
-        if row.figures is None or not row.figures.HasField(of):  # type: ignore[arg-type]
+        if row.stats is None or not row.stats.HasField(of):  # type: ignore[arg-type]
             return None
-        latency: admin_pb.LatencyFigures = getattr(row.figures, of)
+        latency: admin_pb.LatencyFigures = getattr(row.stats, of)
         return float(getattr(latency, percentile).ToNanoseconds() / 1e9)
 
     return value

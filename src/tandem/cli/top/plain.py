@@ -66,7 +66,7 @@ def _frontend(row: FrontendSample) -> dict[str, Any]:
         "health": row.health,
         "epoch": row.epoch,
         "address": row.address,
-        "figures": _fields(row.figures),
+        "figures": _fields(row.stats),
     }
 
 

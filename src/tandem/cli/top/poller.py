@@ -228,7 +228,7 @@ class FleetWatch:
             address=member.address,
             state=state,
             health=member.health,
-            figures=member.report if state not in (GONE, UNREACHABLE) else None,
+            stats=member.report if state not in (GONE, UNREACHABLE) else None,
         )
 
     def _state(self, member: _Member) -> str:
@@ -243,6 +243,6 @@ class FleetWatch:
 def _failures_by_worker(frontends: Sequence[FrontendSample]) -> dict[str, int]:
     failures: dict[str, int] = {}
     for frontend in frontends:
-        for failed in frontend.figures.leg_failures if frontend.figures is not None else ():
+        for failed in frontend.stats.leg_failures if frontend.stats is not None else ():
             failures[failed.worker_id] = failures.get(failed.worker_id, 0) + failed.count
     return failures

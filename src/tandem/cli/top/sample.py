@@ -62,7 +62,7 @@ class FrontendSample:
     address: str
     state: str
     health: str
-    figures: admin_pb.WatchFiguresResponse | None = None
+    stats: admin_pb.WatchFiguresResponse | None = None
     """Its last report; None: unreachable."""
 
 
@@ -81,11 +81,11 @@ class Sample:
 
     def total(self, name: str) -> int:
         """Sum of a counter or gauge over the frontends."""
-        return sum(int(getattr(f.figures, name)) for f in self.frontends if f.figures is not None)
+        return sum(int(getattr(f.stats, name)) for f in self.frontends if f.stats is not None)
 
     def rate(self, name: str) -> float:
         """Sum of a rate over the frontends."""
-        return sum(float(getattr(f.figures, name)) for f in self.frontends if f.figures is not None)
+        return sum(float(getattr(f.stats, name)) for f in self.frontends if f.stats is not None)
 
 
 def role_name(number: worker_pb2.WorkerRole.ValueType) -> str:
