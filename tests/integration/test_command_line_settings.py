@@ -79,7 +79,7 @@ async def test_outside_a_checkout_the_model_must_be_given(state: Path, tmp_path:
     assert "--model: must be given outside a checkout" in err
 
 
-async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None:
+async def test_a_port_in_use_is_reported_before_anything_starts(state: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -94,7 +94,7 @@ async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None
     assert said == [f"tandem-registry: cannot listen on 127.0.0.1:{port}: the port is in use"]
 
 
-async def test_a_damaged_model_is_told_before_anything_starts(state: Path, tmp_path: Path) -> None:
+async def test_a_damaged_model_is_reported_before_anything_starts(state: Path, tmp_path: Path) -> None:
     ended, err = await refused(state, "up", "--engine", "simulated", "--model", str(tmp_path))
     assert ended == 1
     assert err == f"tandem up: {tmp_path / 'config.json'} is missing"
@@ -107,7 +107,7 @@ async def test_nothing_runs_here(state: Path) -> None:
         assert "start one with `tandem up`" in err
 
 
-async def test_a_stale_state_is_told(state: Path) -> None:
+async def test_a_stale_state_file_is_reported(state: Path) -> None:
     gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
     await gone.wait()
     state.parent.mkdir()
@@ -115,10 +115,10 @@ async def test_a_stale_state_is_told(state: Path) -> None:
     state.write_text(json.dumps({"pid": gone.pid, **where}))
     status, _, err = await run(*TANDEM, "generate", "x", state=state)
     assert status == 1
-    assert "is gone" in err
+    assert "has stopped" in err
 
 
-async def test_a_prompt_that_is_not_text_is_told(state: Path) -> None:
+async def test_a_prompt_that_is_not_utf8_is_reported(state: Path) -> None:
     status, _, err = await run(*TANDEM, "generate", "-", state=state, stdin=b"Hi \xff")
     assert status == 2
     assert err == "tandem generate: Invalid value: standard input is not UTF-8 (byte 3)\n"

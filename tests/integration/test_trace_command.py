@@ -118,7 +118,7 @@ async def test_an_answer_over_http_is_found_by_its_header(cluster: LocalCluster,
     assert not any("Hi" in json.dumps(timeline) for timeline in timelines)
 
 
-async def test_what_nobody_knows_is_one_sentence(cluster: LocalCluster, tmp_path: Path) -> None:
+async def test_an_unknown_request_gives_one_sentence(cluster: LocalCluster, tmp_path: Path) -> None:
     registry, worker = cluster.registry.address, cluster.process("prefill-0").address
     for arguments, words in (
         (

@@ -1,4 +1,4 @@
-"""The words about settings: plain, with what is allowed, and never another setting's value."""
+"""Text about settings: plain, with the allowed values, and never the value of another setting."""
 
 from __future__ import annotations
 
