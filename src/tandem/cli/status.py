@@ -76,7 +76,7 @@ def _busy(entry: registry_pb.ListedWorker, load: Load) -> tuple[str, ...]:
     return (
         worker.worker_id,
         worker_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower(),
-        _state(worker.state) if load is not None else "silent",
+        _state(worker.state) if load is not None else "unreachable",
         _load_field(load, "running_requests"),
         _load_field(load, "waiting_requests"),
         _kv_used(load),
