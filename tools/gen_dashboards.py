@@ -1,4 +1,4 @@
-"""Writes deploy/observability/grafana/dashboards/*.json, so that panels are lines here and not pages of JSON.
+"""Generates deploy/observability/grafana/dashboards/*.json from a short list of panels.
 
 --check writes nothing and fails when a file differs. Every query is run against a real Prometheus in
 tests/integration/test_prometheus.py. Standard library only.
@@ -49,42 +49,38 @@ def quantiles(name: str) -> dict[str, str]:
 REQUESTS = (
     Panel(
         "Requests",
-        "Requests that ended, by how: without an error, or by its reason. CANCELLED: the client left.",
+        "Ended requests by error reason; empty: no error. CANCELLED: the client cancelled.",
         "reqps",
         {"{{error_type}}": rate(f"{REQUEST}_count", "error_type")},
         stacked=True,
     ),
-    Panel(
-        "Time to first token", "From a request's coming, the line before the workers included.", "s", quantiles(FIRST)
-    ),
-    Panel(
-        "Time per output token", "Between tokens after the first, as an average of each request.", "s", quantiles(EACH)
-    ),
+    Panel("Time to first token", "From the arrival of a request; includes queue wait.", "s", quantiles(FIRST)),
+    Panel("Time per output token", "Average per request, over the tokens after the first.", "s", quantiles(EACH)),
     Panel(
         "Tokens",
-        "Of requests that finished.",
+        "Of finished requests.",
         "short",
         {"{{gen_ai_token_type}} tokens a second": rate(f"{USAGE}_sum", "gen_ai_token_type")},
     ),
     Panel(
-        "Open and in line",
-        "Requests that have not ended, and those of them that wait for room with the workers.",
+        "Open and queued",
+        "Requests in progress, and those of them that wait for worker capacity.",
         "short",
-        {"open": "sum(tandem_requests_open)", "in line": "sum(tandem_queue_depth)"},
+        {"open": "sum(tandem_requests_open)", "queued": "sum(tandem_queue_depth)"},
     ),
-    Panel("Wait in line", "Of requests that got a place.", "s", quantiles("tandem_queue_wait_seconds")),
+    Panel("Queue wait", "Of admitted requests.", "s", quantiles("tandem_queue_wait_seconds")),
     Panel(
-        "Admitted and refused",
-        "A refused request reached no worker; the reason says whose fault it is.",
+        "Admitted and rejected",
+        "A rejected request reached no worker; the reason tells client errors from cluster errors.",
         "reqps",
         {
             "admitted": rate("tandem_requests_admitted_total"),
-            "refused: {{tandem_reason}}": f"{rate('tandem_requests_refused_total', 'tandem_reason')} > 0",
+            "rejected: {{tandem_reason}}": f"{rate('tandem_requests_refused_total', 'tandem_reason')} > 0",
         },
     ),
     Panel(
         "Attempts and continuations",
-        "How pairs are chosen, and streams that went on with other workers.",
+        "Attempts by policy and route, and streams continued on other workers.",
         "ops",
         {
             "{{tandem_policy}} {{tandem_route}}": rate("tandem_pairs_chosen_total", "tandem_policy", "tandem_route"),
@@ -93,7 +89,7 @@ REQUESTS = (
     ),
     Panel(
         "Leg failures",
-        "Legs that broke an attempt. Another attempt or a continuation may have saved the request.",
+        "Legs whose failure ended an attempt. A retry or continuation may have recovered the request.",
         "ops",
         {
             "{{tandem_leg}} {{tandem_phase}} {{tandem_reason}}": rate(
@@ -103,7 +99,7 @@ REQUESTS = (
     ),
     Panel(
         "Cancel latency",
-        "From a client's leaving to the end of both legs, and from there to the moment an engine has let go.",
+        "Frontend: from a client's cancellation to the end of both legs. Engine: until it has released the leg.",
         "s",
         {
             "frontend p99": quantile(0.99, "tandem_cancel_latency_seconds"),
@@ -113,21 +109,21 @@ REQUESTS = (
     ),
     Panel(
         "Requests of each frontend",
-        "Uneven shares mean that something before them does not spread.",
+        "Uneven rates: the load balancer in front does not spread requests evenly.",
         "reqps",
         {"{{process}}": rate(f"{REQUEST}_count", "process")},
         width=12,
     ),
     Panel(
         "Connections",
-        "Of clients, edges and probes; of a frontend with several processes, of each. One without any is idle.",
+        "From clients, edges and health checks, per process. A process without connections is idle.",
         "short",
         {"{{process}} {{tandem_process}}": "sum by (process, tandem_process) (tandem_connections_open)"},
         width=12,
     ),
     Panel(
         "Open requests of each process",
-        "Of a frontend with several processes, of each.",
+        "Per process of a frontend.",
         "short",
         {"{{process}} {{tandem_process}}": "sum by (process, tandem_process) (tandem_requests_open)"},
         width=12,
@@ -138,31 +134,31 @@ KV = "tandem_kv_transfer"
 WORKERS = (
     Panel(
         "KV in use",
-        "Pages that requests hold. Near 100 % requests wait for memory.",
+        "KV pages held by requests. Near 100 % requests wait for memory.",
         "percentunit",
         {"{{process}}": 'sum without (tandem_state) (tandem_kv_pages{tandem_state="used"}) / tandem_kv_pages_capacity'},
     ),
     Panel(
         "KV pages free",
-        "Pages that can be had at once.",
+        "Pages available without eviction.",
         "short",
         {"{{process}}": 'tandem_kv_pages{tandem_state="free"}'},
     ),
     Panel(
         "Cache hit ratio",
-        "Prompt tokens found in the prefix cache, of the last 256 legs.",
+        "Fraction of prompt tokens found in the prefix cache, over the last 256 legs.",
         "percentunit",
         {"{{process}}": "tandem_cache_hit_ratio"},
     ),
     Panel(
         "KV transfer",
-        "Bytes that the transport has moved.",
+        "Bytes per second, as counted by the transfer backend.",
         "Bps",
         {"{{process}}": rate(f"{KV}_bytes_total", "process")},
     ),
     Panel(
-        "Transfer time",
-        "From the first byte of a request's KV to the last.",
+        "KV transfer time",
+        "From the first to the last byte of a request's KV.",
         "s",
         {
             "{{tandem_leg}} p50": quantile(0.5, f"{KV}_duration_seconds", "tandem_leg"),
@@ -170,14 +166,14 @@ WORKERS = (
         },
     ),
     Panel(
-        "Transfer bandwidth",
-        "Of each request: what one transfer gets, not the sum.",
+        "KV transfer bandwidth",
+        "Of a single transfer, not the sum.",
         "Bps",
         {"{{tandem_leg}} p50": quantile(0.5, f"{KV}_bandwidth_bytes_per_second", "tandem_leg")},
     ),
     Panel(
         "Engine queue wait",
-        "From the engine's taking of a request to its prefill.",
+        "From the engine's acceptance of a request to its prefill.",
         "s",
         {
             "p50": quantile(0.5, "tandem_engine_queue_wait_seconds"),
@@ -186,7 +182,7 @@ WORKERS = (
     ),
     Panel(
         "Prefill",
-        "The prompt's way through the model.",
+        "Duration of the prefill forward passes.",
         "s",
         {
             "p50": quantile(0.5, "tandem_prefill_duration_seconds"),
@@ -195,13 +191,13 @@ WORKERS = (
     ),
     Panel(
         "Requests in the engines",
-        "What they do.",
+        "By state.",
         "short",
         {"{{process}} {{tandem_state}}": "tandem_engine_requests"},
     ),
     Panel(
         "Legs",
-        "Legs that ended, by how.",
+        "Ended legs by outcome.",
         "ops",
         {
             "{{tandem_leg}} {{tandem_outcome}}": rate(
@@ -221,7 +217,7 @@ WORKERS = (
     ),
     Panel(
         "Healthy engines",
-        "1: it proves itself by tokens or a canary.",
+        "1: the engine emits tokens or answers its canary; 0: the worker is NOT_SERVING.",
         "short",
         {"{{process}}": "tandem_engine_healthy"},
         width=24,
@@ -231,29 +227,29 @@ WORKERS = (
 CLUSTER = (
     Panel(
         "Members",
-        "As the registries see them.",
+        "As listed by the registries.",
         "short",
         {"{{tandem_role}} {{tandem_state}}": "max by (tandem_role, tandem_state) (tandem_members) > 0"},
     ),
     Panel(
         "Lease age",
-        "Time since each worker's last sign of life, and the age at which it is out.",
+        "Time since each worker's last keepalive, and the age at which its lease expires.",
         "s",
         {
             "{{tandem_worker_id}}": "max by (tandem_worker_id) (tandem_lease_age_seconds)",
-            "out": "max(tandem_lease_ttl_seconds)",
+            "expiry": "max(tandem_lease_ttl_seconds)",
         },
     ),
     Panel(
         "Views",
-        "Who follows each registry, and whether its view is live (1) or the last known one (0).",
+        "Watchers of each registry, and whether its view is live (1) or last known (0).",
         "short",
         {"{{process}} watchers": "tandem_watchers", "{{process}} live": "tandem_view_live"},
     ),
-    Panel("Processes", "1: it can be scraped.", "short", {"{{process}} {{job}}": 'up{job=~"tandem.*"}'}),
+    Panel("Processes", "1: scraped successfully.", "short", {"{{process}} {{job}}": 'up{job=~"tandem.*"}'}),
     Panel(
         "Event loop lag",
-        "How late timers are: whatever holds up the loop holds up every stream of the process.",
+        "Delay of event loop timers; it delays every stream of the process.",
         "s",
         {
             "{{process}} {{tandem_process}} p99": quantile(
@@ -263,34 +259,34 @@ CLUSTER = (
     ),
     Panel(
         "Drains",
-        "Begun by processes that are still there.",
+        "Started by processes that still run.",
         "short",
         {"{{process}}": "sum by (process) (tandem_drains_total)"},
     ),
     Panel(
         "CPU",
-        "Cores of each process; engines' children are not in it.",
+        "Cores used per process, without the child processes of engines.",
         "short",
         {"{{process}}": 'sum by (process) (rate(process_cpu_seconds_total{job="tandem"}[$__rate_interval]))'},
     ),
     Panel(
         "Memory",
-        "Resident; of a frontend with several processes, of all together.",
+        "Resident memory; of all processes of a frontend together.",
         "bytes",
         {"{{process}}": 'sum by (process) (process_resident_memory_bytes{job="tandem"})'},
     ),
     Panel(
         "Processes of frontends",
-        "Of frontends that have several: how many serve, and how often one was started again.",
+        "Frontends with several processes: processes by state, and restarts.",
         "short",
         {
             "{{process}} {{tandem_state}}": "sum by (process, tandem_state) (tandem_processes) > 0",
-            "{{process}} started again": "sum by (process) (increase(tandem_process_restarts_total[$__rate_interval]))",
+            "{{process}} restarts": "sum by (process) (increase(tandem_process_restarts_total[$__rate_interval]))",
         },
     ),
     Panel(
         "HTTP at the edge",
-        "Responses of Envoy by class of status.",
+        "Responses of Envoy by status class.",
         "reqps",
         {
             "{{envoy_response_code_class}}xx": rate(
@@ -301,9 +297,9 @@ CLUSTER = (
 )
 
 DASHBOARDS = {
-    "tandem-requests": ("Tandem: requests", "What clients get, and what it costs.", REQUESTS),
-    "tandem-workers": ("Tandem: workers and KV", "Engines, their memory, and the way of the KV between them.", WORKERS),
-    "tandem-cluster": ("Tandem: cluster", "Members, registries, processes, the edge.", CLUSTER),
+    "tandem-requests": ("Tandem: requests", "Latency, throughput, queue and errors as seen by clients.", REQUESTS),
+    "tandem-workers": ("Tandem: workers and KV", "Engines, KV memory and KV transfer.", WORKERS),
+    "tandem-cluster": ("Tandem: cluster", "Members, registries, processes and the edge.", CLUSTER),
 }
 
 

@@ -59,7 +59,7 @@ def _attributes() -> Iterator[str]:
         values = attribute.bound or ", ".join(f"`{value}`" for value in attribute.values)
         yield f"| `{attribute.name}` | {of} | {values} |"
     yield ""
-    yield f"A value that is none of these would be told as `{OTHER}`."
+    yield f"Any other value is reported as `{OTHER}`."
 
 
 def main() -> int:

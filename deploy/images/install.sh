@@ -1,16 +1,16 @@
 #!/bin/sh
 # One step of a build stage: sh install.sh libraries|cpu-engine|gpu-engine|envoy|tandem
 #
-# What is pinned goes into the environment /opt/libraries, Tandem itself to /opt/tandem beside it: a new release then
-# changes a layer of a megabyte. pip has an environment of its own, which no image gets.
-# The index, its credentials and CAs come from build arguments and secrets (docs/guide/deploy.md), and stay in no layer.
+# Pinned dependencies are installed into /opt/libraries, Tandem into /opt/tandem: a new release then changes only a layer
+# of about 1 MB. pip runs in a separate environment, which is not part of any image.
+# The index, its credentials and CAs come from build arguments and secrets (docs/guide/deploy.md) and end up in no layer.
 set -eu
 
 libraries=/opt/libraries
 app=/opt/tandem
 pins=requirements
 
-# An argument that was not given arrives as an empty variable, which pip would take for an address.
+# A build argument that is not set arrives as an empty variable, which pip would use as an address.
 for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST TORCH_INDEX_URL; do
     eval "value=\${$name:-}"
     [ -n "$value" ] || unset "$name"
@@ -37,20 +37,20 @@ install() {
 case "${1:-}" in
 libraries)
     install -r "$pins/base.txt"
-    # Speeds up downloads from a hub, which nothing here ever does.
+    # Only speeds up downloads from a model hub, which the image never does.
     /opt/pip/bin/python -m pip --python "$libraries/bin/python" uninstall --quiet --yes hf_xet
     ;;
 cpu-engine)
-    # As tools/setup_environment.py does: PyTorch by itself, because where its CPU build comes from differs.
+    # As in tools/setup_environment.py: PyTorch separately, because its CPU build comes from another index.
     install -r "$pins/torch.txt" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
     install -c "$pins/torch.txt" -r "$pins/base.txt" -r "$pins/cpu-engine.txt"
     install --no-deps -r "$pins/cpu-engine-nodeps.txt"
-    # Headers and archives are for compiling against, which nobody can do here.
+    # Headers and static archives are only needed to compile, and the image has no compiler.
     rm -rf "$libraries"/lib/python3*/site-packages/torch/include
     find "$libraries" -name '*.a' -delete
     ;;
 gpu-engine)
-    # The stock engine with what it asks for itself; our own pins come after it, and win where both name a package.
+    # The stock engine with its own dependencies first; our pins follow and override them.
     install -r "$pins/gpu-image.txt"
     install -r "$pins/base.txt"
     ;;

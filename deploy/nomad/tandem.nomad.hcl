@@ -1,6 +1,6 @@
 # A cluster on Nomad and Consul: nomad job run -var release=0.1.0 deploy/nomad/tandem.nomad.hcl
 #
-# Everything uses the network of its host, because the engine chooses some of its ports and NIXL wants the host's cards.
+# All tasks use host networking: the engine chooses some of its ports, and NIXL needs the host's network cards.
 # Each client has a Consul agent (HTTP on 127.0.0.1:8500, DNS on 127.0.0.1:8600), a host volume `tandem-models` with the
 # checkpoint below it, and the Docker driver. Workers on GPUs: -var engine=gpu, with Nomad's NVIDIA device plugin.
 
@@ -45,7 +45,7 @@ job "tandem" {
   datacenters = var.datacenters
   type        = "service"
 
-  # Two, each on a host of its own, because both want the port that a person can remember.
+  # Two, on different hosts, because both use the same well-known port.
   group "registry" {
     count = 2
 
@@ -61,7 +61,7 @@ job "tandem" {
       auto_revert      = true
     }
 
-    # For ever: what is missing may come later, and the log says what it is.
+    # Restart without limit: a missing dependency may appear later, and the log names it.
     restart {
       attempts = 10
       interval = "5m"
@@ -73,7 +73,7 @@ job "tandem" {
       driver = "docker"
       user   = "10001:10001"
 
-      # More than drain_settle_s + drain_timeout_s, and the time to stop an engine.
+      # Must exceed drain_settle_s + drain_timeout_s plus the time to stop an engine.
       kill_signal  = "SIGTERM"
       kill_timeout = "60s"
 
@@ -104,7 +104,7 @@ job "tandem" {
         memory = 512
       }
 
-      # What Nomad goes by in a rollout. Members are found in Consul by what the registries enter there, not by this.
+      # Used by Nomad for rollouts only. Members are found by the services that the registries register in Consul.
       service {
         name     = "tandem-nomad-registry"
         port     = "grpc"
@@ -140,7 +140,7 @@ job "tandem" {
       auto_revert      = true
     }
 
-    # For ever: what is missing may come later, and the log says what it is.
+    # Restart without limit: a missing dependency may appear later, and the log names it.
     restart {
       attempts = 10
       interval = "5m"
@@ -152,7 +152,7 @@ job "tandem" {
       driver = "docker"
       user   = "10001:10001"
 
-      # More than drain_settle_s + drain_timeout_s, and the time to stop an engine.
+      # Must exceed drain_settle_s + drain_timeout_s plus the time to stop an engine.
       kill_signal  = "SIGTERM"
       kill_timeout = "60s"
 
@@ -189,7 +189,7 @@ job "tandem" {
         memory = 512
       }
 
-      # What Nomad goes by in a rollout. Members are found in Consul by what the registries enter there, not by this.
+      # Used by Nomad for rollouts only. Members are found by the services that the registries register in Consul.
       service {
         name     = "tandem-nomad-frontend"
         port     = "grpc"
@@ -225,7 +225,7 @@ job "tandem" {
       auto_revert      = true
     }
 
-    # For ever: what is missing may come later, and the log says what it is.
+    # Restart without limit: a missing dependency may appear later, and the log names it.
     restart {
       attempts = 10
       interval = "5m"
@@ -237,7 +237,7 @@ job "tandem" {
       driver = "docker"
       user   = "10001:10001"
 
-      # More than drain_settle_s + drain_timeout_s, and the time to stop an engine.
+      # Must exceed drain_settle_s + drain_timeout_s plus the time to stop an engine.
       kill_signal  = "SIGTERM"
       kill_timeout = "60s"
 
@@ -288,7 +288,7 @@ job "tandem" {
         }
       }
 
-      # What Nomad goes by in a rollout. Members are found in Consul by what the registries enter there, not by this.
+      # Used by Nomad for rollouts only. Members are found by the services that the registries register in Consul.
       service {
         name     = "tandem-nomad-prefill"
         port     = "grpc"
@@ -323,7 +323,7 @@ job "tandem" {
       auto_revert      = true
     }
 
-    # For ever: what is missing may come later, and the log says what it is.
+    # Restart without limit: a missing dependency may appear later, and the log names it.
     restart {
       attempts = 10
       interval = "5m"
@@ -335,7 +335,7 @@ job "tandem" {
       driver = "docker"
       user   = "10001:10001"
 
-      # More than drain_settle_s + drain_timeout_s, and the time to stop an engine.
+      # Must exceed drain_settle_s + drain_timeout_s plus the time to stop an engine.
       kill_signal  = "SIGTERM"
       kill_timeout = "60s"
 
@@ -385,7 +385,7 @@ job "tandem" {
         }
       }
 
-      # What Nomad goes by in a rollout. Members are found in Consul by what the registries enter there, not by this.
+      # Used by Nomad for rollouts only. Members are found by the services that the registries register in Consul.
       service {
         name     = "tandem-nomad-decode"
         port     = "grpc"
@@ -414,7 +414,7 @@ job "tandem" {
       auto_revert      = true
     }
 
-    # For ever: what is missing may come later, and the log says what it is.
+    # Restart without limit: a missing dependency may appear later, and the log names it.
     restart {
       attempts = 10
       interval = "5m"
@@ -426,7 +426,7 @@ job "tandem" {
       driver = "docker"
       user   = "10001:10001"
 
-      # More than drain_settle_s + drain_timeout_s, and the time to stop an engine.
+      # Must exceed drain_settle_s + drain_timeout_s plus the time to stop an engine.
       kill_signal  = "SIGTERM"
       kill_timeout = "60s"
 
@@ -453,7 +453,7 @@ job "tandem" {
         TANDEM_EDGE_DRAIN_SETTLE_S = "5"
       }
 
-      # The keys of clients, a line `client-id: key` for each: nomad var put nomad/jobs/tandem/edge/edge api_keys=@FILE
+      # API keys, one line `client-id: key` per client: nomad var put nomad/jobs/tandem/edge/edge api_keys=@FILE
       template {
         destination = "${NOMAD_SECRETS_DIR}/api-keys"
         perms       = "0444"
@@ -468,7 +468,7 @@ job "tandem" {
         memory = 512
       }
 
-      # What Nomad goes by in a rollout. Members are found in Consul by what the registries enter there, not by this.
+      # Used by Nomad for rollouts only. Members are found by the services that the registries register in Consul.
       service {
         name     = "tandem-nomad-edge"
         port     = "http"

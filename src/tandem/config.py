@@ -1,7 +1,7 @@
-"""Settings of a process: defaults < file < environment < flags, checked once at start.
+"""Settings of a process: defaults < file < environment < flags, validated once at start.
 
-Owns precedence and the one sentence an operator sees. A key that is unknown, malformed or out of range stops the
-process with exit status 2 and is named. Types and ranges are pydantic's work.
+Owns their precedence. An unknown, malformed or out-of-range key stops the process with exit status 2 and an error that
+names the key. pydantic checks types and ranges.
 """
 
 from __future__ import annotations
@@ -23,73 +23,81 @@ CONVENTIONS = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
 
 
 def _as_url(value: Any) -> Any:
-    """Without a scheme an exporter would take TLS for granted."""
+    """Add `http://`: without a scheme the exporter would use TLS."""
     return f"http://{value}" if isinstance(value, str) and value and "://" not in value else value
 
 
 class ServiceConfig(BaseModel):
-    """Settings every Tandem process has."""
+    """Settings of every Tandem process."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: the OS chooses")
-    advertise_host: str | None = Field(None, description="host other processes reach this one at; default: host")
-    drain_settle_s: float = Field(0.5, ge=0, le=60, description="still admit this long after a drain was announced")
-    drain_timeout_s: float = Field(30, ge=0, le=3600, description="most time for running requests to finish")
-    announce_file: Path | None = Field(None, description="write address and process id there, as JSON, once serving")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level that is logged")
+    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: any free port")
+    advertise_host: str | None = Field(
+        None, description="host under which other processes reach this one; default: host"
+    )
+    drain_settle_s: float = Field(
+        0.5, ge=0, le=60, description="seconds a draining process still admits requests after announcing the drain"
+    )
+    drain_timeout_s: float = Field(
+        30, ge=0, le=3600, description="maximum seconds to wait for running requests when draining"
+    )
+    announce_file: Path | None = Field(
+        None, description="file to write address and process id to, as JSON, once serving"
+    )
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="minimum log level")
     log_format: str = Field(
         "auto",
         pattern="^(auto|json|text)$",
-        description="json (one object a line), text (for a terminal), auto (text on a terminal, else json)",
+        description="json (one object per line), text, or auto (text on a terminal, else json)",
     )
     otlp_endpoint: Annotated[str | None, BeforeValidator(_as_url)] = Field(
         None,
         pattern=r"^https?://[^\s/]+$",
-        description="OTLP collector over gRPC (host:port, or a URL); default: OTEL_EXPORTER_OTLP_ENDPOINT, or none",
+        description="OTLP/gRPC collector (host:port or URL); default: $OTEL_EXPORTER_OTLP_ENDPOINT, or none",
     )
     trace_sample_ratio: float = Field(
-        1.0, ge=0, le=1, description="part of the requests whose trace is exported, where the caller has not decided"
+        1.0, ge=0, le=1, description="fraction of requests whose trace is exported, unless the caller has decided"
     )
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="port where Prometheus scrapes /metrics; 0: the OS chooses; default: none"
+        None, ge=0, le=65535, description="port on which Prometheus scrapes /metrics; 0: any free port; default: none"
     )
 
     @property
     def reachable_host(self) -> str:
-        """Host that other processes use."""
+        """Host under which other processes reach this one."""
         return self.advertise_host or self.host
 
 
 class RpcServiceConfig(ServiceConfig):
-    """Settings of every process that serves and calls others over gRPC; the edge has rules of its own."""
+    """Settings of every process that serves and calls gRPC; the edge has its own TLS settings."""
 
-    tls_cert: Path | None = Field(None, description="certificate (PEM) this process presents; read again on change")
+    tls_cert: Path | None = Field(None, description="certificate (PEM) of this process; reloaded when the file changes")
     tls_key: Path | None = Field(None, description="private key of that certificate (PEM)")
-    tls_ca: Path | None = Field(None, description="CAs (PEM) whose certificates are accepted of every peer")
+    tls_ca: Path | None = Field(None, description="CA certificates (PEM) that verify every peer")
 
     @property
     def tls(self) -> Tls | None:
-        """What this process proves itself with; None: plaintext."""
+        """TLS files of this process; None: plaintext."""
         if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
             return None
         return Tls(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca)
 
     @model_validator(mode="after")
     def _all_of_tls_or_nothing(self) -> Self:
-        """Half of it would be plaintext that looks like TLS."""
+        """Reject an incomplete set: it would mean plaintext where the operator expects TLS."""
         given = {"tls_cert": self.tls_cert, "tls_key": self.tls_key, "tls_ca": self.tls_ca}
         missing = [key for key, value in given.items() if value is None]
         if missing and len(missing) < len(given):
-            raise ConfigError(missing[0], "is missing: tls_cert, tls_key and tls_ca are given together or not at all")
+            raise ConfigError(missing[0], "is missing: tls_cert, tls_key and tls_ca must be set together")
         return self
 
 
 class AdminConfig(RpcServiceConfig):
-    """Settings of every process that can be asked for a profile."""
+    """Settings of every process that can record profiles."""
 
-    admin_enabled: bool = Field(False, description="give profiles to whoever may call; they slow the process down")
+    admin_enabled: bool = Field(False, description="allow clients to record profiles; recording slows the process down")
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -99,7 +107,7 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
     """Read the settings of `program` (for example "tandem-decode"; its variables are then TANDEM_DECODE_*).
 
     Raises:
-        ConfigError: names the first key at fault.
+        ConfigError: a key is unknown or its value is invalid; names the first one.
     """
     flags = vars(_parser(config_type, program).parse_args(argv))
     config_file = flags.pop("config", None) or environ.get(f"{_prefix(program)}CONFIG")
@@ -118,7 +126,7 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
 
 
 def effective(config: BaseModel) -> str:
-    """All settings as one line of JSON, secrets masked."""
+    """All settings as one line of JSON, with secrets masked."""
     return json.dumps(config.model_dump(mode="json"))
 
 
@@ -131,7 +139,7 @@ def _flag(name: str) -> str:
 
 
 def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentParser:
-    """Flags carry strings; pydantic gives them their types, so that a wrong value is reported in one way."""
+    """Flags stay strings here; pydantic converts them, so that errors read alike for flags, files and variables."""
     parser = argparse.ArgumentParser(
         prog=program,
         description=(config_type.__doc__ or "").strip(),
@@ -159,7 +167,7 @@ def _from_file(config_type: type[BaseModel], file: str | None) -> dict[str, Any]
 
 
 def _from_convention(config_type: type[BaseModel], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Variables that people set for all their programs; whatever is said to this one alone counts more."""
+    """Values of conventional variables shared by all programs; every Tandem-specific source overrides them."""
     given = {key: environ[name] for key, name in CONVENTIONS.items() if environ.get(name)}
     return {key: value.rstrip("/") for key, value in given.items() if key in config_type.model_fields}
 

@@ -1,6 +1,6 @@
-"""What a person reads about settings: the help of each flag, and the sentence for each mistake.
+"""Text about settings: the help of each flag and the message for each invalid value.
 
-Owns words only. Which settings there are, and their ranges, is said once, in the pydantic models.
+Owns wording only. Settings and their ranges are defined once, in the pydantic models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TYPES = {
 
 
 def metavar(name: str, field: FieldInfo) -> str:
-    """What stands for a flag's value in its help."""
+    """Placeholder of a flag's value in its help."""
     kinds = {kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)}
     choices = _choices(field)
     if choices:
@@ -49,7 +49,7 @@ def metavar(name: str, field: FieldInfo) -> str:
 
 
 def explanation(field: FieldInfo) -> str:
-    """What a flag is for, and its default unless the words say it."""
+    """Help of a flag, with its default unless the description already gives it."""
     description = field.description or ""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     if field.is_required():
@@ -58,7 +58,7 @@ def explanation(field: FieldInfo) -> str:
 
 
 def sentence(fields: Mapping[str, FieldInfo], error: ErrorDetails) -> str:
-    """What is wrong with the value of one setting, and what is allowed; never the value of another one."""
+    """Error message for one setting, with the allowed values; never contains the value of another setting."""
     if error["type"] == "missing":
         return "must be given"
     field = fields.get(str(error["loc"][0])) if error["loc"] else None

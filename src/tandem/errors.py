@@ -1,33 +1,33 @@
-"""The errors of Tandem, the one place where a failure gets its gRPC code and its machine-readable reason.
+"""The errors of Tandem, with their gRPC codes and machine-readable reasons.
 
     TandemError
-    ├── RequestError             the caller can repair it
+    ├── RequestError             the caller must change the request
     │   ├── InvalidRequest       a field is wrong                       INVALID_ARGUMENT
-    │   │   ├── ContextExceeded  the prompt leaves no room to answer    INVALID_ARGUMENT
-    │   │   └── RequestTooLarge  more bytes than any request needs      INVALID_ARGUMENT
-    │   ├── ModelNotFound        nobody serves that model               NOT_FOUND
-    │   ├── WorkerNotFound       no such worker or lease                NOT_FOUND
-    │   ├── RequestNotFound      no such request, or no longer          NOT_FOUND
-    │   ├── DuplicateWorker      a live worker holds that id            ALREADY_EXISTS
-    │   ├── StaleEpoch           the worker was restarted since         FAILED_PRECONDITION
-    │   ├── WrongRole            a worker cannot serve that call        FAILED_PRECONDITION
-    │   ├── AdminDisabled        a setting does not allow it            FAILED_PRECONDITION
-    │   └── NotSupported         this engine or model cannot            UNIMPLEMENTED
-    ├── ServiceError             the cluster must repair it; most can be tried again
+    │   │   ├── ContextExceeded  the prompt fills the model's context   INVALID_ARGUMENT
+    │   │   └── RequestTooLarge  the request exceeds the size limit     INVALID_ARGUMENT
+    │   ├── ModelNotFound        no worker serves that model            NOT_FOUND
+    │   ├── WorkerNotFound       unknown worker or lease                NOT_FOUND
+    │   ├── RequestNotFound      unknown or forgotten request           NOT_FOUND
+    │   ├── DuplicateWorker      a live worker has that id or address   ALREADY_EXISTS
+    │   ├── StaleEpoch           the worker was restarted               FAILED_PRECONDITION
+    │   ├── WrongRole            wrong worker role for that call        FAILED_PRECONDITION
+    │   ├── AdminDisabled        disabled by a setting                  FAILED_PRECONDITION
+    │   └── NotSupported         not supported by engine or model       UNIMPLEMENTED
+    ├── ServiceError             the cluster is at fault; most can be retried
     │   ├── NoWorkers            no live worker of a needed role        UNAVAILABLE
-    │   ├── IncompatibleWorkers  live workers do not make a pair        FAILED_PRECONDITION
-    │   ├── LegFailed            a leg broke: says leg, worker, phase   UNAVAILABLE
-    │   ├── Draining             going away, try another                UNAVAILABLE
-    │   ├── Overloaded           try again after a while                RESOURCE_EXHAUSTED
-    │   ├── DeadlinePassed       the caller's time is over              DEADLINE_EXCEEDED
-    │   ├── RequestAborted       somebody asked for the abort           CANCELLED
+    │   ├── IncompatibleWorkers  no two live workers are compatible     FAILED_PRECONDITION
+    │   ├── LegFailed            a leg failed: leg, worker, phase       UNAVAILABLE
+    │   ├── Draining             shutting down; retry elsewhere         UNAVAILABLE
+    │   ├── Overloaded           at capacity; retry later               RESOURCE_EXHAUSTED
+    │   ├── DeadlinePassed       the caller's deadline has passed       DEADLINE_EXCEEDED
+    │   ├── RequestAborted       the request was aborted                CANCELLED
     │   ├── ParserFailed         the output could not be parsed         UNAVAILABLE
-    │   ├── ProfileFailed        there is no profile to be sent         INTERNAL
-    │   └── EngineFailed         the engine broke its contract          INTERNAL
-    └── StartError               a process cannot start; one sentence, no traceback
-        └── ConfigError          names the key; exit status 2
+    │   ├── ProfileFailed        no profile was recorded                INTERNAL
+    │   └── EngineFailed         the engine died or misbehaved          INTERNAL
+    └── StartError               a process cannot start; printed without traceback
+        └── ConfigError          invalid setting, names the key; exit status 2
 
-Handlers raise these; `tandem.rpc.status` alone turns them into a status on the wire and back.
+Handlers raise these; only `tandem.rpc.status` converts them to and from gRPC statuses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import ClassVar
 
 
 class TandemError(Exception):
-    """Root of all errors Tandem raises on purpose. `str()` is one sentence that can be shown to a user."""
+    """Base class of all expected errors. `str()` is one sentence that can be shown to a user."""
 
     code: ClassVar[str] = "INTERNAL"
     """Name of the gRPC status code."""
@@ -51,38 +51,38 @@ class TandemError(Exception):
 
     @property
     def retry_delay_s(self) -> float | None:
-        """Seconds after which another try makes sense; None when nothing is known."""
+        """Seconds after which a retry makes sense; None: unknown."""
         return None
 
 
 class RequestError(TandemError):
-    """The caller can repair it."""
+    """The request is at fault; the caller must change it."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID_REQUEST"
 
 
 class InvalidRequest(RequestError):
-    """A field of the request is wrong; `metadata["field"]` names it."""
+    """A field of the request is invalid; `metadata["field"]` names it."""
 
     def __init__(self, field: str, problem: str, /, **metadata: str | int | None) -> None:
         super().__init__(f"{field}: {problem}", **{**metadata, "field": field})
         self.field = field
 
     def renamed(self, field: str) -> InvalidRequest:
-        """The same refusal where the caller knows the field by another name."""
+        """The same error for an API in which the field has another name."""
         others = {key: value for key, value in self.metadata.items() if key != "field"}
         return type(self)(field, self.message.removeprefix(f"{self.field}: "), **others)
 
 
 class ContextExceeded(InvalidRequest):
-    """The prompt leaves no room in the model's context; `metadata["limit"]` is the context in tokens."""
+    """The prompt fills the model's context; `metadata["limit"]` is the context length in tokens."""
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
 
 class RequestTooLarge(InvalidRequest):
-    """The request has more bytes than any that can be served; `metadata["limit"]` says how many it may have."""
+    """The request exceeds the size limit; `metadata["limit"]` is the limit in bytes."""
 
     reason = "REQUEST_TOO_LARGE"
 
@@ -95,82 +95,82 @@ class ModelNotFound(RequestError):
 
 
 class WorkerNotFound(RequestError):
-    """The registry knows no such worker or lease."""
+    """The worker or lease is unknown to the registry."""
 
     code = "NOT_FOUND"
     reason = "WORKER_NOT_FOUND"
 
 
 class RequestNotFound(RequestError):
-    """The frontend knows no request of that id, or no longer."""
+    """The request is unknown to the frontend, or its record has been evicted."""
 
     code = "NOT_FOUND"
     reason = "REQUEST_NOT_FOUND"
 
 
 class DuplicateWorker(RequestError):
-    """A live worker already holds that id or address."""
+    """A live worker already has that id or address."""
 
     code = "ALREADY_EXISTS"
     reason = "DUPLICATE_WORKER"
 
 
 class StaleEpoch(RequestError):
-    """The call was meant for another start of this worker."""
+    """The call carries the epoch of another start of this worker."""
 
     code = "FAILED_PRECONDITION"
     reason = "STALE_EPOCH"
 
 
 class RevisionAhead(RequestError):
-    """The watcher knows a later revision than this registry: it came here from a replica that is ahead."""
+    """The watcher holds a later revision than this registry, received from a replica that is ahead."""
 
     code = "FAILED_PRECONDITION"
     reason = "REVISION_AHEAD"
 
 
 class WrongRole(RequestError):
-    """This worker does not play the role the call needs."""
+    """The call requires another worker role."""
 
     code = "FAILED_PRECONDITION"
     reason = "WRONG_ROLE"
 
 
 class AdminDisabled(RequestError):
-    """The process was not started with the setting that allows this; `metadata["setting"]` names it."""
+    """The call is disabled; `metadata["setting"]` names the setting that enables it."""
 
     code = "FAILED_PRECONDITION"
     reason = "ADMIN_DISABLED"
 
 
 class NotSupported(RequestError):
-    """The engine or the model cannot do what was asked."""
+    """The engine or the model does not support the request."""
 
     code = "UNIMPLEMENTED"
     reason = "NOT_SUPPORTED"
 
 
 class ServiceError(TandemError):
-    """The cluster must repair it."""
+    """The cluster is at fault, not the request."""
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
 
 
 class NoWorkers(ServiceError):
-    """No live worker of a role the request needs."""
+    """No live worker of a required role."""
 
     reason = "NO_WORKERS"
 
     @property
     def retry_delay_s(self) -> float | None:
-        """Long enough for a worker to start listening again after a restart of its process group."""
+        """1 s: a worker that is restarted usually listens again by then."""
         return 1.0
 
 
 class IncompatibleWorkers(ServiceError):
-    """Both roles are live, but no two workers can exchange KV, or none speaks this frontend's leg contract;
-    `metadata["field"]` names what differs.
+    """Both roles are live, but no two workers can exchange KV, or none implements this frontend's leg contract;
+    `metadata["field"]` names the field that differs.
     """
 
     code = "FAILED_PRECONDITION"
@@ -178,27 +178,27 @@ class IncompatibleWorkers(ServiceError):
 
 
 class LegFailed(ServiceError):
-    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room; `cause` where another leg broke it."""
+    """A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room; `cause` if the other leg failed it."""
 
     PEER_ABORTED = "peer_aborted"
-    """Value of `cause`: the other leg was aborted at its worker, and its engine has notified this one's."""
+    """Value of `cause`: the other leg was aborted at its worker, whose engine notified this one's."""
 
     reason = "LEG_FAILED"
 
 
 class Draining(ServiceError):
-    """The process is going away and admits nothing new."""
+    """The process is draining and admits no new requests."""
 
     reason = "DRAINING"
 
     @property
     def retry_delay_s(self) -> float | None:
-        """Another replica can be tried at once."""
+        """0.1 s: another replica can take the request immediately."""
         return 0.1
 
 
 class Overloaded(ServiceError):
-    """A bound was reached; try again after `retry_delay_s`."""
+    """A capacity limit was reached; retry after `retry_delay_s`."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
@@ -209,46 +209,46 @@ class Overloaded(ServiceError):
 
     @property
     def retry_delay_s(self) -> float | None:
-        """As given by whoever refused."""
+        """As given by the component that rejected the request."""
         return self._retry_delay_s
 
 
 class DeadlinePassed(ServiceError):
-    """The caller's deadline passed before the work was done."""
+    """The caller's deadline passed before the request finished, or would pass before it could."""
 
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
 
 
 class RequestAborted(ServiceError):
-    """The request was ended by an abort or by its caller's leaving."""
+    """The request was aborted, or its caller cancelled it."""
 
     code = "CANCELLED"
     reason = "ABORTED"
 
 
 class EngineFailed(ServiceError):
-    """The engine died or answered in a way its contract excludes."""
+    """The engine died or violated its contract."""
 
     code = "INTERNAL"
     reason = "ENGINE_FAILED"
 
 
 class ParserFailed(ServiceError):
-    """The process that parses tool calls and reasoning died, or its parser failed on the model's output."""
+    """The parser process died, or failed on the model's output (tool calls, reasoning)."""
 
     reason = "PARSER_FAILED"
 
 
 class ProfileFailed(ServiceError):
-    """A profile was not recorded, or is too large to be sent."""
+    """A profile could not be recorded, or is too large to send."""
 
     code = "INTERNAL"
     reason = "PROFILE_FAILED"
 
 
 class StartError(TandemError):
-    """A process cannot start, for a reason its operator can repair."""
+    """A process cannot start, for a reason its operator can fix."""
 
     reason = "START_FAILED"
     exit_status: ClassVar[int] = 1

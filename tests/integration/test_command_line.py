@@ -100,7 +100,7 @@ async def test_while_it_starts_that_is_said(state: Path) -> None:
             for command in (["generate", "x"], ["status"]):
                 status, _, err = await run(*TANDEM, *command, state=state)
                 assert status == 1
-                assert f"a cluster is starting here; its log is {state.parent}/logs/" in err
+                assert f"the cluster is still starting; its logs are in {state.parent}/logs/" in err
             status, _, err = await run(*TANDEM, "up", *SIMULATED, state=state)
             assert status == 1
             assert "a cluster is starting here already" in err
@@ -114,17 +114,17 @@ async def test_refusals_are_one_sentence(serving: Path) -> None:
         (["generate", "x", "--max-tokens", "0"], 1, "stopping.max_tokens: must be 1 or more, not 0 (INVALID_REQU"),
         (["generate", "x", "--model", "gpt"], 1, "no model 'gpt' is served here"),
         (["generate", "x", "--temperature", "nan"], 1, "sampling.temperature"),
-        (["generate", "x", "--plain", "--system", "Be brief."], 2, "--system: is of use with --chat only"),
+        (["generate", "x", "--plain", "--system", "Be brief."], 2, "--system: requires --chat"),
         (["generate", "x", "--top-k", "0"], 1, "sampling.top_k"),
         (["generate", "x", "--min-p", "7"], 1, "sampling.min_p"),
         (["generate", "x", "--presence-penalty", "7"], 1, "sampling.presence_penalty"),
         (["generate", "x", "--frequency-penalty", "7"], 1, "sampling.frequency_penalty"),
         (["generate", "x", "--repetition-penalty", "7"], 1, "sampling.repetition_penalty"),
         (["generate", "x", "--logprobs", "99"], 1, "logprobs.top_logprobs"),
-        (["generate", "x", "--address", addresses["registry"]], 1, "is not a frontend of Tandem"),
-        (["generate", "x", "--plain", "--address", addresses["registry"]], 1, "is not a frontend of Tandem"),
-        (["status", "--address", addresses["frontend"]], 1, "is not a registry of Tandem"),
-        (["health", addresses["frontend"], "--service", "bogus"], 2, "carries no service 'bogus'"),
+        (["generate", "x", "--address", addresses["registry"]], 1, "is not a Tandem frontend"),
+        (["generate", "x", "--plain", "--address", addresses["registry"]], 1, "is not a Tandem frontend"),
+        (["status", "--address", addresses["frontend"]], 1, "is not a Tandem registry"),
+        (["health", addresses["frontend"], "--service", "bogus"], 2, "has no service 'bogus'"),
     ):
         status, _, err = await run(*TANDEM, *command, state=serving)
         assert status == exit_status, err
@@ -137,7 +137,7 @@ async def test_log_probabilities_stand_below_the_text(serving: Path) -> None:
         *TANDEM, "generate", "x", "--max-tokens", "3", "--logprobs", "2", "--seed", "1", state=serving
     )
     assert status == 0
-    assert len(re.findall(r"token \d+: -\d+\.\d{3}  \(likeliest \d+: \S+  \d+: \S+\)", err)) == 3
+    assert len(re.findall(r"token \d+: -\d+\.\d{3}  \(most likely: \d+: \S+  \d+: \S+\)", err)) == 3
 
 
 async def test_ctrl_c_cancels_a_generation(serving: Path) -> None:

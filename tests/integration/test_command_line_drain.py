@@ -51,7 +51,7 @@ async def test_a_rolling_restart_of_all_workers_loses_nothing(state: Path) -> No
             for worker in WORKERS:
                 status, out, err = await run(*TANDEM, "drain", worker, state=state)
                 assert (status, err) == (0, ""), err
-                assert out.splitlines()[-1] == f"{worker}: epoch {before[worker]} has left"
+                assert out.splitlines()[-1] == f"{worker}: drained, epoch {before[worker]} is deregistered"
                 assert "0 open legs" in out
                 await line_with(up, f"{worker} serves again")
         finally:
@@ -70,4 +70,4 @@ async def test_a_worker_that_is_not_there_is_named(state: Path) -> None:
     async with cluster_up(state, "--no-edge"):
         status, out, err = await run(*TANDEM, "drain", "decode-7", state=state)
         assert (status, out) == (1, "")
-        assert err == "tandem drain: no worker is called decode-7 (known: decode-0, prefill-0)\n"
+        assert err == "tandem drain: no worker decode-7 is registered (registered: decode-0, prefill-0)\n"

@@ -133,7 +133,7 @@ raise SystemExit(asyncio.run(up(spec, Console(), RestartPolicy(count_max=0))))
     children = children_of(process)
     child_of(process, "tandem_decode").kill()
     assert (await line_with(process, "decode-0 was killed by signal 9")).endswith("; given up after 0 restarts")
-    await line_with(process, "nothing here can serve any more")
+    await line_with(process, "stopping: the cluster can no longer serve requests")
     assert await process.wait() == 1
     await gone(children, 1)
     assert not state.exists()

@@ -33,8 +33,11 @@ async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tupl
         (["--frontends", "0"], "--frontends: must be 1 or more, not 0"),
         (["--prefill", "-1"], "--prefill: must be 0 or more, not -1"),
         (["--prefill", "two"], "'--prefill': must be a whole number"),
-        (["--prefill", "0", "--decode", "0"], "--prefill: there must be a prefill and a decode worker"),
-        (["--prefill", "1", "--decode", "0"], "--decode: prefill and decode workers are only of use together"),
+        (["--prefill", "0", "--decode", "0"], "--prefill: needs at least one prefill and one decode worker"),
+        (
+            ["--prefill", "1", "--decode", "0"],
+            "--decode: must be 1 or more: prefill and decode workers work only in pairs",
+        ),
         (["--model", "/nowhere"], "--model: there is no directory /nowhere"),
         (["--model-name", ""], "--model-name: must be 1 to 128 characters long, not ''"),
         (["--engine", "vllm"], "--engine: must be sglang or simulated, not 'vllm'"),
@@ -45,13 +48,13 @@ async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tupl
         (["--engine-extra", "[]"], "--engine-extra: must be a JSON object"),
         (["--engine-extra", '{"speed": 1}'], "--engine-extra: speed: the simulated engine knows only "),
         (["--port", "65536"], "--port: must be a whole number from 0 to 65535, not 65536"),
-        (["--log-dir", "/dev/null"], "--log-dir: /dev/null is not a directory"),
-        (["--log-dir", "/dev/null/x"], "--log-dir: /dev/null/x is not a directory, or lies in a file"),
-        (["--log-dir", "/proc/x"], "--log-dir: /proc/x cannot be made: "),
+        (["--log-dir", "/dev/null"], "--log-dir: /dev/null, or a parent of it, is not a directory"),
+        (["--log-dir", "/dev/null/x"], "--log-dir: /dev/null/x, or a parent of it, is not a directory"),
+        (["--log-dir", "/proc/x"], "--log-dir: /proc/x cannot be created: "),
         (["--registries", "0"], "--registries: must be 1 or more, not 0"),
-        (["--registries", "2"], "--registries: more than one need --consul"),
+        (["--registries", "2"], "--registries: more than one registry requires --consul"),
         (["--consul", "nowhere"], "--consul: must be host:port, or an http or https URL, not 'nowhere'"),
-        (["--consul", "--consul-ca", "x"], "--consul-ca: needs the address of an agent that runs already"),
+        (["--consul", "--consul-ca", "x"], "--consul-ca: requires --consul ADDRESS (an existing agent)"),
         (["--consul", "a:1", "--consul-token-file", "/nowhere"], "--consul-token-file: /nowhere cannot be read"),
         (["--bogus"], "No such option: --bogus"),
     ],
@@ -73,10 +76,10 @@ async def test_the_demo_checks_too(state: Path) -> None:
 async def test_outside_a_checkout_the_model_must_be_given(state: Path, tmp_path: Path) -> None:
     ended, err = await refused(state, "up", "--engine", "simulated", cwd=tmp_path)
     assert ended == 2
-    assert "--model: must be given here" in err
+    assert "--model: must be given outside a checkout" in err
 
 
-async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None:
+async def test_a_port_in_use_is_reported_before_anything_starts(state: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -84,14 +87,14 @@ async def test_a_port_in_use_is_told_before_anything_starts(state: Path) -> None
         for flag in ("--port", "--http-port"):
             ended, err = await refused(state, "up", *SIMULATED, flag, str(port))
             assert ended == 2
-            assert f"{flag}: cannot listen on 127.0.0.1:{port} (the port is in use); 0 takes a free one" in err
+            assert f"{flag}: cannot listen on 127.0.0.1:{port} (the port is in use); 0 selects a free port" in err
         ended, out, err = await run(sys.executable, "-m", "tandem_registry", "--port", str(port), state=state)
     assert (ended, out) == (1, "")
     said = [line for line in err.splitlines() if '"level": "INFO"' not in line]
     assert said == [f"tandem-registry: cannot listen on 127.0.0.1:{port}: the port is in use"]
 
 
-async def test_a_damaged_model_is_told_before_anything_starts(state: Path, tmp_path: Path) -> None:
+async def test_a_damaged_model_is_reported_before_anything_starts(state: Path, tmp_path: Path) -> None:
     ended, err = await refused(state, "up", "--engine", "simulated", "--model", str(tmp_path))
     assert ended == 1
     assert err == f"tandem up: {tmp_path / 'config.json'} is missing"
@@ -104,7 +107,7 @@ async def test_nothing_runs_here(state: Path) -> None:
         assert "start one with `tandem up`" in err
 
 
-async def test_a_stale_state_is_told(state: Path) -> None:
+async def test_a_stale_state_file_is_reported(state: Path) -> None:
     gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
     await gone.wait()
     state.parent.mkdir()
@@ -112,10 +115,10 @@ async def test_a_stale_state_is_told(state: Path) -> None:
     state.write_text(json.dumps({"pid": gone.pid, **where}))
     status, _, err = await run(*TANDEM, "generate", "x", state=state)
     assert status == 1
-    assert "is gone" in err
+    assert "has stopped" in err
 
 
-async def test_a_prompt_that_is_not_text_is_told(state: Path) -> None:
+async def test_a_prompt_that_is_not_utf8_is_reported(state: Path) -> None:
     status, _, err = await run(*TANDEM, "generate", "-", state=state, stdin=b"Hi \xff")
     assert status == 2
     assert err == "tandem generate: Invalid value: standard input is not UTF-8 (byte 3)\n"

@@ -246,7 +246,11 @@ async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> No
 @pytest.mark.parametrize(
     ("given", "status", "sentence"),
     [
-        (["--tls-cert=/nowhere/c", "--tls-ca=/nowhere/a"], 2, "tls_key: is missing: tls_cert, tls_key and tls_ca are "),
+        (
+            ["--tls-cert=/nowhere/c", "--tls-ca=/nowhere/a"],
+            2,
+            "tls_key: is missing: tls_cert, tls_key and tls_ca must ",
+        ),
         (["--tls-cert=/nowhere/c", "--tls-key=/k", "--tls-ca=/a"], 1, "/nowhere/c cannot be read: No such file"),
     ],
 )

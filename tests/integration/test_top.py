@@ -128,7 +128,7 @@ async def test_it_outlives_the_registry(cluster: LocalCluster) -> None:
             cluster.registry.signal(signal.SIGKILL)
             await cluster.registry.wait_ended()
             await assert_eventually(is_told, within_s=10, what="a registry that does not answer")
-            assert "no registry answers" in str(problem.render())
+            assert "no registry reachable" in str(problem.render())
             assert row_of(app.worker_table, "decode-0")["STATE"] == "serving"
             await generate(cluster, request_of("Once", max_tokens=2))
             await cluster.restart(cluster.registry.name)
@@ -216,7 +216,7 @@ async def test_lines_of_json_go_on(cluster: LocalCluster, tmp_path: Path) -> Non
 
 
 async def test_what_is_no_registry_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
-    for address, words in ((cluster.frontend.address, "is not a registry of Tandem"), ("127.0.0.1:1", "UNAVAILABLE")):
+    for address, words in ((cluster.frontend.address, "is not a Tandem registry"), ("127.0.0.1:1", "UNAVAILABLE")):
         status, out, err = await run(*TANDEM, "top", "--address", address, "--once", state=tmp_path / "none.json")
         assert (status, out) == (1, "")
         assert words in err

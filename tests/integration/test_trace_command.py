@@ -88,7 +88,11 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
     assert lines[0] == "request killed-in-mid-stream · finished: length"
     order = [
         next(n for n, line in enumerate(lines) if words in line)
-        for words in ("attempt 1", f"decode leg on {killed} broke in phase decoding: UNAVAILABLE", "attempt 2, goes on")
+        for words in (
+            "attempt 1",
+            f"decode leg on {killed} failed in phase decoding: UNAVAILABLE",
+            "attempt 2, continues",
+        )
     ]
     assert order == sorted(order)
     assert "Once upon" not in out
@@ -114,14 +118,14 @@ async def test_an_answer_over_http_is_found_by_its_header(cluster: LocalCluster,
     assert not any("Hi" in json.dumps(timeline) for timeline in timelines)
 
 
-async def test_what_nobody_knows_is_one_sentence(cluster: LocalCluster, tmp_path: Path) -> None:
+async def test_an_unknown_request_gives_one_sentence(cluster: LocalCluster, tmp_path: Path) -> None:
     registry, worker = cluster.registry.address, cluster.process("prefill-0").address
     for arguments, words in (
         (
             ["nope", "--address", registry],
-            "no request nope is known to frontend-0, frontend-1, or no longer (REQ",
+            "request nope not found on frontend-0, frontend-1 (each keeps the timelines of",
         ),
-        (["nope", "--frontend", worker], f"{worker} is not a frontend that tells timelines"),
+        (["nope", "--frontend", worker], f"{worker} is not a Tandem frontend: it has no admin service"),
         (["x" * 129, "--address", registry], "request_id: must have 1 to 128 characters"),
     ):
         status, out, err = await traced(cluster, tmp_path, *arguments)
@@ -208,7 +212,7 @@ async def test_a_profile_needs_the_setting(cluster: LocalCluster, tmp_path: Path
             state=tmp_path / "none.json",
         ),
     )  # fmt: skip
-    assert "start it with admin_enabled (ADMIN_DISABLED)" in err
+    assert "start the process with admin_enabled (ADMIN_DISABLED)" in err
     assert status == 0
     file = tmp_path / "frontend-1-profile.speedscope.json"
     assert out == f"{file} ({file.stat().st_size:,} bytes)\n"

@@ -1,4 +1,4 @@
-"""Settings of every process: precedence, and the one sentence for each mistake."""
+"""Settings of every process: precedence and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What options of `tandem up` say of Consul: an address that may be left out, files, and a token that is not shown."""
+"""Consul options of `tandem up`: optional address, files, and a token that is never printed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRET = "2f3b9a7e-a-token"
         ("", ""),
     ],
 )
-def test_the_address_may_be_left_out(given: str, read: str) -> None:
+def test_consul_address_is_optional(given: str, read: str) -> None:
     assert with_value(given.split()) == read.split()
 
 
@@ -39,16 +39,16 @@ def test_the_address_may_be_left_out(given: str, read: str) -> None:
         ("localhost", {}, "consul", "must be host:port, or an http or https URL"),
         ("ftp://localhost:1", {}, "consul", "must be host:port"),
         ("http://user:secret@localhost:1", {}, "consul", "must be host:port"),
-        (None, {"token_file": Path("x")}, "consul_token_file", "needs the address of an agent that runs already"),
-        ("local", {"ca": Path("x")}, "consul_ca", "needs the address of an agent that runs already"),
-        (None, {"service": "other"}, "consul_service", "needs --consul"),
-        ("local", {"service": "Not a name"}, "consul_service", "must be a name of DNS"),
+        (None, {"token_file": Path("x")}, "consul_token_file", "requires --consul ADDRESS (an existing agent)"),
+        ("local", {"ca": Path("x")}, "consul_ca", "requires --consul ADDRESS (an existing agent)"),
+        (None, {"service": "other"}, "consul_service", "requires --consul"),
+        ("local", {"service": "Not a name"}, "consul_service", "must be a DNS label"),
         ("a:1", {"cert": Path("c")}, "consul_key", "is missing"),
         ("a:1", {"key": Path("k")}, "consul_cert", "is missing"),
         ("a:1", {"cert": Path("c"), "key": Path("k")}, "consul_ca", "is missing"),
     ],
 )
-def test_what_is_wrong_is_named(address: str | None, options: dict[str, Any], key: str, words: str) -> None:
+def test_an_invalid_consul_option_is_named(address: str | None, options: dict[str, Any], key: str, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_options(address, environ={}, **options)
     assert refused.value.key == key
@@ -78,7 +78,7 @@ def test_a_token_is_in_the_environment_of_registries_only(tmp_path: Path, monkey
     assert not [p.name for p in cluster.processes if any(SECRET in word for word in p._command())]
 
 
-def test_registries_are_told_where_consul_is_and_others_are_not(tmp_path: Path) -> None:
+def test_only_registries_get_the_consul_address(tmp_path: Path) -> None:
     consul = ClusterConsul(address="https://a:1", service="blue", token_file=tmp_path / "token")
     tls = tmp_path / "certs"
     cluster = LocalCluster(
@@ -99,7 +99,7 @@ def test_registries_are_told_where_consul_is_and_others_are_not(tmp_path: Path) 
     assert cluster.dns_name("decode") == "decode.blue.service.consul"
 
 
-def test_an_agent_of_its_own_comes_first_and_speaks_as_the_cluster_does(tmp_path: Path) -> None:
+def test_a_local_agent_starts_first_with_the_tls_of_the_cluster(tmp_path: Path) -> None:
     cluster = LocalCluster(ClusterSpec(model=tmp_path, log_directory=tmp_path, consul=ClusterConsul()))
     assert [process.name for process in cluster.processes][:2] == ["consul", "registry"]
     assert cluster.consul is not None
@@ -119,7 +119,7 @@ def test_a_file_without_a_token_is_named(tmp_path: Path, content: str) -> None:
         read_token_file(tmp_path / "token")
 
 
-async def test_an_agent_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+async def test_an_unreachable_agent_is_rejected_before_anything_starts(tmp_path: Path) -> None:
     from rich.console import Console
 
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(address="127.0.0.1:1"))
@@ -130,16 +130,16 @@ async def test_an_agent_that_is_not_there_is_refused_before_anything_starts(tmp_
         await check_consul(spec, Console())
 
 
-async def test_certificates_made_before_consul_had_one_are_refused(tmp_path: Path) -> None:
+async def test_certificates_without_one_for_consul_are_rejected(tmp_path: Path) -> None:
     from rich.console import Console
 
     issue_all(tmp_path)
     (tmp_path / "consul-key.pem").unlink()
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(), tls=tmp_path)
-    with pytest.raises(ConfigError, match=r"tls: .*consul-key\.pem is missing: `tandem certs"):
+    with pytest.raises(ConfigError, match=r"tls: .*consul-key\.pem is missing: create it with `tandem certs"):
         await check_consul(spec, Console())
 
 
-async def test_a_question_to_what_is_not_consul_is_one_sentence() -> None:
+async def test_a_server_that_is_not_consul_gives_one_sentence() -> None:
     with pytest.raises(StartError, match="neither host:port nor"):
         await ConsulAccess(address="file:///etc/passwd").get("/v1/status/leader")

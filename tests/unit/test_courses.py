@@ -1,4 +1,4 @@
-"""The record of a request: how its ending is read, what is kept, and that telling of it never harms it."""
+"""Request traces: outcomes, retention, and sinks that fail."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_defect_is_a_failure_without_its_text() -> None:
     assert (trace.outcome, trace.reason, trace.message) == ("failed", "INTERNAL", "ValueError")
 
 
-async def test_a_client_that_leaves_cancels_and_one_that_has_its_finish_does_not() -> None:
+async def test_a_client_that_disconnects_cancels_unless_it_has_its_finish() -> None:
     traces: TraceStore[RequestTrace] = TraceStore()
 
     async def stream(*, finished: bool) -> AsyncGenerator[int, None]:
@@ -60,7 +60,7 @@ async def test_a_client_that_leaves_cancels_and_one_that_has_its_finish_does_not
     assert traces.closed[-1].outcome == "cancelled"
 
 
-def test_a_sink_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_sink_does_not_affect_the_request(caplog: pytest.LogCaptureFixture) -> None:
     told: list[RequestTrace] = []
 
     def broken(trace: RequestTrace) -> None:
@@ -70,10 +70,10 @@ def test_a_sink_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> Non
     with traces.following(RequestTrace()) as trace:
         trace.finish("stop", 1, 1, 0)
     assert told == [trace]
-    assert "could not be told of" in caplog.text
+    assert "observer failed while recording" in caplog.text
 
 
-def test_the_last_ones_are_kept_beside_those_that_run() -> None:
+def test_the_last_closed_traces_are_kept_beside_open_ones() -> None:
     traces: TraceStore[LegTrace] = TraceStore(closed_kept=2)
     for number in range(4):
         with traces.following(LegTrace(request_id=f"r{number % 2}", attempt=number)):
@@ -98,7 +98,7 @@ def test_tokens_are_noted_with_their_times() -> None:
     assert (trace.begin_s, trace.end_s) == (10.0, 15.0)
 
 
-def test_a_long_stream_does_not_grow_its_record_without_bound() -> None:
+def test_the_trace_of_a_long_stream_is_bounded() -> None:
     trace = RequestTrace()
     for number in range(GAPS_MAX * 2):
         trace.note_tokens(float(number), 1)
@@ -108,7 +108,7 @@ def test_a_long_stream_does_not_grow_its_record_without_bound() -> None:
     assert len(trace.events) < 100
 
 
-def test_a_leg_ends_as_its_engine_says() -> None:
+def test_a_leg_has_the_outcome_of_its_engine() -> None:
     traces: TraceStore[LegTrace] = TraceStore()
     with traces.following(LegTrace()) as trace:
         trace.finish(EngineFinish(reason=FinishReason.LENGTH))

@@ -1,4 +1,4 @@
-"""RequestStats and timelines made of courses: nothing is counted twice, nothing of an open request is missing."""
+"""RequestStats and timelines from traces: nothing is counted twice, and open requests are included."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def broken_then_continued(world: World, trace: RequestTrace) -> None:
     second.end(leg_finish(1_400), leg_finish(1_400))
 
 
-def test_a_request_is_counted_once_however_often_it_is_looked_at() -> None:
+def test_a_request_is_counted_once_however_often_it_is_polled() -> None:
     world = World()
     figures = world.figures
     with world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:
@@ -95,7 +95,7 @@ def test_a_request_is_counted_once_however_often_it_is_looked_at() -> None:
     assert not figures._seen, "what has ended is forgotten"
 
 
-def test_endings_are_told_apart() -> None:
+def test_outcomes_are_counted_separately() -> None:
     world = World()
 
     def end_with(raised: BaseException, *, attempted: bool) -> None:
@@ -125,7 +125,7 @@ def test_the_table_of_failures_is_bounded() -> None:
     assert failures.total() == 2 * FAILURES_MAX
 
 
-def test_a_timeline_tells_both_attempts() -> None:
+def test_a_timeline_has_both_attempts() -> None:
     world = World()
     with world.traces.following(
         RequestTrace(clock=world.clock, request_id="r", call_id="c", operation="chat", model="m", prompt="a secret")
@@ -162,7 +162,7 @@ def test_a_timeline_tells_both_attempts() -> None:
     assert told.inter_token_latency.longest.ToMilliseconds() == 200
 
 
-def test_a_failed_request_tells_its_reason() -> None:
+def test_the_timeline_of_a_failed_request_has_its_reason() -> None:
     world = World()
     fields: dict[str, Any] = {"role": "decode"}
     with pytest.raises(NoWorkers), world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:

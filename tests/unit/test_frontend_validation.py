@@ -31,7 +31,7 @@ def request_of(**fields: Any) -> pb.GenerateRequest:
 def test_ranges_are_those_of_the_contract(name: str) -> None:
     said = re.search(rf"// ([^\n]*)\n  optional float {name} = ", SAMPLING)
     assert said is not None
-    words = re.search(r"(over )?(-?\d+) to (\d+)\b", said[1])
+    words = re.search(r"(above )?(-?\d+),?(?: up)? to (\d+)\b", said[1])
     assert words is not None, said[1]
     assert RANGES[name] == (float(words[2]), float(words[3]), words[1] is None)
 

@@ -1,4 +1,4 @@
-"""Loads of workers: each is as old as its own stream's interval says, and its listener hears when it is forgotten."""
+"""Load reports: each expires by the interval of its own stream, and the listener is notified."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def telling() -> AsyncIterator[int]:
         await server.stop(0)
 
 
-async def test_a_listener_hears_each_load_and_when_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_listener_gets_each_report_and_its_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_watch, "INTERVAL_S", 0.1)
     heard: asyncio.Queue[tuple[Start, EngineLoad | None]] = asyncio.Queue()
     channels = Channels()
@@ -66,7 +66,7 @@ async def test_a_listener_hears_each_load_and_when_it_is_forgotten(monkeypatch: 
     assert heard.empty()
 
 
-async def test_a_load_stays_good_for_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_report_expires_by_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_watch, "MESSAGES_PER_S_MAX", 0.5)
     channels, clock, arrived = Channels(), ManualClock(0.0), asyncio.Event()
 

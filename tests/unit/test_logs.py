@@ -1,4 +1,4 @@
-"""What a line of the log says: ids of the request whose work it is, one line at its end, nothing that is secret."""
+"""Log lines: request ids, one summary per request, no secrets."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
     assert (entry["outcome"], entry["reason"]) == ("refused", "INVALID_REQUEST")
 
 
-def test_a_leg_that_fails_is_news_and_one_that_finishes_is_not(stream: Stream) -> None:
+def test_a_failed_leg_is_a_warning_and_a_finished_one_is_not(stream: Stream) -> None:
     logs.set_up("info", "json", "tandem-decode")
     traces: TraceStore[LegTrace] = TraceStore([logs.log_leg])
     with traces.following(LegTrace(request_id="fine")) as trace:

@@ -1,4 +1,4 @@
-"""Metrics without a cluster: off they cost nothing, on they are bounded, and no reader of them holds a process up."""
+"""Metrics without a cluster: free when disabled, bounded when enabled, and no reader blocks a process."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_a_process_has_the_rows_of_its_kind_only() -> None:
     assert "tandem_requests_admitted" not in text
 
 
-async def test_a_gauge_is_read_on_the_loop_and_left_out_while_that_stands_still(
+async def test_a_gauge_is_read_on_the_loop_and_left_out_while_it_is_blocked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(otel_metrics, "READ_TIMEOUT_S", 0.3)
@@ -188,7 +188,7 @@ async def test_idle_connections_take_no_thread_for_ever() -> None:
         await assert_eventually(answers, within_s=8, what="an answer once they have gone")
 
 
-async def test_with_certificates_whoever_scrapes_must_show_one(tmp_path: Path) -> None:
+async def test_with_tls_a_scrape_requires_a_client_certificate(tmp_path: Path) -> None:
     issue_all(tmp_path)
     own = client_tls(tmp_path)
     assert own is not None
@@ -235,7 +235,7 @@ async def test_metrics_are_pushed_to_a_receiver_and_the_last_ones_at_the_end(mon
         await asyncio.to_thread(server.stop(None).wait)
 
 
-async def test_a_collector_that_is_dead_delays_nothing(
+async def test_a_dead_collector_delays_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(otel_metrics, "PUSH_INTERVAL_S", 0.1)

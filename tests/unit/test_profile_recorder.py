@@ -1,4 +1,4 @@
-"""A recorder is stopped whoever leaves, and given back whatever fails."""
+"""A recorder is stopped when the caller cancels, and released when anything fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def begun(profiles: Profiles) -> None:
         pass
 
 
-async def test_a_caller_who_leaves_while_it_starts_leaves_nothing_on() -> None:
+async def test_a_caller_that_cancels_during_start_leaves_no_recorder_running() -> None:
     recorder = Recorder()
     profiles = Profiles(recorder, enabled=True)
     caller = asyncio.create_task(begun(profiles))

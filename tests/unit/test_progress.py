@@ -1,4 +1,4 @@
-"""What is shown of processes that start and end, with and without a terminal."""
+"""Progress display of starting and stopping processes, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shown(terminal: bool) -> tuple[Console, io.StringIO]:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-async def test_a_drain_is_shown_as_one(tmp_path: Path, terminal: bool) -> None:
+async def test_a_draining_process_is_shown_as_draining(tmp_path: Path, terminal: bool) -> None:
     console, text = shown(terminal)
     with Readiness(console) as readiness:
         for state in (ProcessState.DRAINING, ProcessState.ENDED):
@@ -34,7 +34,9 @@ async def test_a_drain_is_shown_as_one(tmp_path: Path, terminal: bool) -> None:
     assert "-0.0" not in text.getvalue()
 
 
-async def test_a_long_wait_is_said_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_wait_prints_a_reminder_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "REMIND_INTERVAL_S", 0.02)
     console, text = shown(terminal=False)
     with Readiness(console) as readiness:

@@ -1,4 +1,4 @@
-"""What metrics are told of a request: labels are words of fields, not of sentences."""
+"""Request metrics: label values come from fields, not from messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words about settings: plain, with what is allowed, and never another setting's value."""
+"""Text about settings: plain, with the allowed values, and never the value of another setting."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def test_help_has_one_default_and_a_telling_value(config_type: Any, capsys: pyte
     with pytest.raises(SystemExit):
         config.load(config_type, "tandem-x", ["--help"], {})
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "--advertise-host HOST host other processes reach this one at; default: host --" in shown
+    assert "--advertise-host HOST host under which other processes reach this one; default: host --" in shown
     assert "--drain-settle-s SECONDS" in shown
     assert "--port N" in shown

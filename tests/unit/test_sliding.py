@@ -1,4 +1,4 @@
-"""Figures over the last seconds: how exact they are, what they forget, and that they do not grow."""
+"""Sliding windows: accuracy, expiry and bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a closed course to spans: which there are, whose children they are, what they say; and OTLP's bytes of them."""
+"""Spans of a closed trace: names, parents, attributes, and their OTLP encoding."""
 
 from __future__ import annotations
 

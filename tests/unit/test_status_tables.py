@@ -1,4 +1,4 @@
-"""What `tandem status` makes of the answers of several registries."""
+"""How `tandem status` merges and prints the responses of several registries."""
 
 from __future__ import annotations
 
@@ -25,52 +25,54 @@ def view(replica: str, revision: int, *, live: bool = True, ages: dict[str, floa
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, pb.ListResponse | TandemError]:
+def responses(monkeypatch: pytest.MonkeyPatch) -> dict[str, pb.ListResponse | TandemError]:
     found: dict[str, pb.ListResponse | TandemError] = {}
 
     async def list_members(address: str, *, tls: object) -> pb.ListResponse:
-        answer = found[address]
-        if isinstance(answer, TandemError):
-            raise answer
-        return answer
+        response = found[address]
+        if isinstance(response, TandemError):
+            raise response
+        return response
 
     monkeypatch.setattr(membership.calls, "list_members", list_members)
     return found
 
 
-async def test_an_age_comes_from_the_replica_that_keeps_the_lease(
-    answers: dict[str, pb.ListResponse | TandemError],
+async def test_a_lease_age_comes_from_the_lease_holder(
+    responses: dict[str, pb.ListResponse | TandemError],
 ) -> None:
-    answers["a:1"] = view("a", 9, ages={"w": None, "x": None})
-    answers["b:1"] = view("b", 8, ages={"w": 0.4, "gone": 3.0})
+    responses["a:1"] = view("a", 9, ages={"w": None, "x": None})
+    responses["b:1"] = view("b", 8, ages={"w": 0.4, "gone": 3.0})
     fleet = await ask_all(["a:1", "b:1"], None)
     assert status._leases(fleet) == [("w", "0.4 s", "7", "passing", "b:1"), ("x", "-", "7", "passing", "b:1")]
 
 
-async def test_a_live_view_counts_before_a_later_one_that_is_only_remembered(
-    answers: dict[str, pb.ListResponse | TandemError],
+async def test_a_live_view_is_preferred_to_a_later_last_known_one(
+    responses: dict[str, pb.ListResponse | TandemError],
 ) -> None:
-    answers["a:1"] = view("a", 9, live=False, ages={"old": 60.0})
-    answers["b:1"] = view("b", 3, ages={"new": 0.1})
-    answers["c:1"] = StartError("connection refused")
+    responses["a:1"] = view("a", 9, live=False, ages={"old": 60.0})
+    responses["b:1"] = view("b", 3, ages={"new": 0.1})
+    responses["c:1"] = StartError("connection refused")
     fleet = await ask_all(["a:1", "b:1", "c:1"], None)
     assert [entry.worker.worker_id for entry in fleet.workers] == ["new"]
-    remembered, live, dead = (status._registry(answer) for answer in fleet.answers)
+    last_known, live, dead = (status._registry(response) for response in fleet.responses)
     assert live == ("b:1", "3", "live")
-    assert dead == ("c:1", "-", "does not answer: connection refused")
-    assert remembered[:2] == ("a:1", "9")
-    assert remembered[2].startswith("last known since ")
-    assert remembered[2].endswith(", 17 s ago")
-    told = status._as_json(fleet, [None])
-    assert [registry.get("source") for registry in told["registries"]] == [
+    assert dead == ("c:1", "-", "unreachable: connection refused")
+    assert last_known[:2] == ("a:1", "9")
+    assert last_known[2].startswith("last known since ")
+    assert last_known[2].endswith(", 17 s ago")
+    as_json = status._as_json(fleet, [None])
+    assert [registry.get("source") for registry in as_json["registries"]] == [
         "VIEW_SOURCE_LAST_KNOWN",
         "VIEW_SOURCE_LIVE",
         None,
     ]
-    assert told["registries"][2] == {"address": "c:1", "problem": "connection refused"}
+    assert as_json["registries"][2] == {"address": "c:1", "problem": "connection refused"}
 
 
-async def test_when_none_answers_the_first_reason_is_told(answers: dict[str, pb.ListResponse | TandemError]) -> None:
-    answers["a:1"] = StartError("connection refused")
+async def test_the_first_error_is_raised_when_no_registry_responds(
+    responses: dict[str, pb.ListResponse | TandemError],
+) -> None:
+    responses["a:1"] = StartError("connection refused")
     with pytest.raises(StartError, match="connection refused"):
         await ask_all(["a:1"], None)

@@ -1,4 +1,4 @@
-"""`tandem trace` as text: a request that broke and went on, line for line; open and refused ones; bars that fit."""
+"""Text of `tandem trace`: a continued request, open and rejected requests, and the width of bars."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ BROKEN = timeline(
 )  # fmt: skip
 
 
-def test_a_request_that_went_on_elsewhere() -> None:
+def test_a_continued_request_matches_the_golden_file() -> None:
     assert render(BROKEN, "frontend-0", width=106) + "\n" == GOLDEN.read_text()
 
 
-def test_bars_are_of_one_width_and_never_leave_it() -> None:
+def test_bars_have_equal_width() -> None:
     for width in (20, 80, 106, 300):
         lines = render(BROKEN, "frontend-0", width=width).split("WHAT\n")[1].splitlines()
         bar_width = min(60, max(20, width - 66))
@@ -92,7 +92,7 @@ def test_bars_are_of_one_width_and_never_leave_it() -> None:
             assert bar.strip()
 
 
-def test_a_request_that_is_open_says_so() -> None:
+def test_a_request_in_progress_is_shown_as_open() -> None:
     attempt = {
         "number": 1, "dispatched": at(5), "decode": leg("aggregated", "aggregated-0", 4004, 6),
         "first_token": at(20), "last_token": at(80), "end": None,
@@ -116,7 +116,7 @@ def test_a_request_that_is_open_says_so() -> None:
     assert "room" not in text
 
 
-def test_a_refused_request_says_why() -> None:
+def test_a_rejected_request_shows_the_reason() -> None:
     text = render(
         timeline(
             outcome="REQUEST_OUTCOME_REFUSED",
@@ -130,7 +130,7 @@ def test_a_refused_request_says_why() -> None:
     assert "\nno decode worker is alive\n" in text
 
 
-def test_waits_are_told_apart_where_the_engine_does() -> None:
+def test_waits_are_shown_separately_if_the_engine_reports_them() -> None:
     sent = leg(
         "prefill", "p", 1, 6, queued_time=BEGIN % 107, bootstrap_end_time=BEGIN % 110, prefill_start_time=BEGIN % 115
     )  # fmt: skip
@@ -141,18 +141,18 @@ def test_waits_are_told_apart_where_the_engine_does() -> None:
     attempt = {"number": 1, "dispatched": at(5), "prefill": sent, "decode": received, "end": at(50)}
     text = render(timeline(outcome="REQUEST_OUTCOME_FINISHED", end=at(60), attempts=[attempt]), "f")
     took = {line[22 + 34 :].strip(" █"): line[11:20].strip() for line in text.splitlines()}
-    assert took["p: finds its peer"] == "3.0 ms"
-    assert took["p: waits for its turn"] == "5.0 ms"
-    assert took["d: finds its peer, sets memory aside"] == "2.0 ms"
-    assert took["d: waits for the KV"] == "21.0 ms"
+    assert took["p: bootstrap with peer"] == "3.0 ms"
+    assert took["p: waits in the prefill queue"] == "5.0 ms"
+    assert took["d: bootstrap with peer, KV preallocation"] == "2.0 ms"
+    assert took["d: waits for KV"] == "21.0 ms"
     assert "waits in the engine" not in text
 
 
-def test_a_worker_whose_clock_is_behind_is_shown_before_the_beginning() -> None:
+def test_a_worker_clock_that_is_behind_gives_negative_times() -> None:
     account = {"prefill_start_time": "2026-11-25T03:34:28.050Z", "prefill_end_time": "2026-11-25T03:34:28.110Z"}
     attempt = {"number": 1, "dispatched": at(5), "decode": leg("decode", "d", 1, None, **account), "end": at(50)}
     text = render(timeline(outcome="REQUEST_OUTCOME_FINISHED", end=at(60), attempts=[attempt]), "f")
-    assert "decode leg sent to d (127.0.0.1:1, epoch 1795577662202), which never accepted it" in text
+    assert "decode leg sent to d (127.0.0.1:1, epoch 1795577662202), not accepted" in text
     (line,) = [line for line in text.splitlines() if line.endswith("d: prefill")]
     assert line.split()[:4] == ["-50.0", "ms", "60.0", "ms"]
     assert line[22] == "█"

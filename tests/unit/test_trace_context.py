@@ -1,4 +1,4 @@
-"""The W3C header: what is read, what is passed on, and who decides about sampling."""
+"""W3C trace context: parsing, forwarding and sampling."""
 
 from __future__ import annotations
 

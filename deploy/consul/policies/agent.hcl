@@ -1,10 +1,10 @@
-# For one agent, to enter itself. Replace NODE by its node_name: a token for each machine.
+# For one agent, to register itself. Replace NODE with its node_name: one token per machine.
 
 node "NODE" {
   policy = "write"
 }
 
-# To see which of the services that it once entered are still its own.
+# To see which of the services it registered earlier are still its own.
 service_prefix "" {
   policy = "read"
 }

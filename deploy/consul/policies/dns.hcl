@@ -1,5 +1,5 @@
-# For the agent that answers DNS to frontends, workers and edges: they find registries and frontends by it, and write
-# nothing. Give it to the agent, as its default token: a question by DNS carries none.
+# For agents that serve DNS to frontends, workers and edges, which look up registries and frontends and write nothing.
+# Set it as the agent's default token: DNS queries carry no token.
 
 service "tandem" {
   policy = "read"

@@ -1,7 +1,7 @@
-# For the registries, the only ones that write to Consul. `tandem` is the setting consul_service: one cluster's name.
+# For the registries, the only processes that write to Consul. `tandem` is the setting consul_service: one cluster's name.
 
-# Enters, checks and removes the members of this cluster, and reads them. No other service, not even one whose name
-# begins the same way.
+# Registers, checks, removes and reads the members of this cluster; no other service, not even one whose name has the
+# same prefix.
 service "tandem" {
   policy = "write"
 }
@@ -11,7 +11,7 @@ key "tandem/generation" {
   policy = "write"
 }
 
-# A service's health is told with the health of its node.
+# Consul reports the health of a service together with that of its node.
 node_prefix "" {
   policy = "read"
 }

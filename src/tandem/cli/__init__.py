@@ -1,1 +1,1 @@
-"""The `tandem` command: a local cluster, a client, a look at the workers. One file for each subcommand."""
+"""The `tandem` command: local cluster, client, operations. One module per subcommand."""

@@ -1,6 +1,6 @@
 """Entry point of `tandem` and of `python -m tandem.cli`.
 
-Owns nothing but the first moment, in which an interrupt must not show a traceback.
+`begin` runs before the imports: an interrupt during them must not print a traceback.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The options of `tandem`. What each subcommand does is in the file of its name; errors become one sentence here.
+"""The options of `tandem`. Each subcommand is implemented in the module of its name; usage errors are printed here.
 
-The subcommands are imported when they run, so that `tandem --help` answers at once.
+Subcommands are imported when they run, so that `tandem --help` prints at once.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ app = typer.Typer(
     help="Large language models served with prefill and decode disaggregated.",
 )
 
-PLAIN_WORDS = {
+PLAIN_MESSAGES = {
     "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
     "Input should be a valid number, unable to parse string as a number": "must be a number",
 }
 
 Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.", metavar="DIRECTORY")]
-EngineName = Annotated[str, typer.Option(help="sglang or simulated.")]
+EngineName = Annotated[str, typer.Option(help="Engine: sglang or simulated.")]
 LogDirectory = Annotated[
     Path | None,
-    typer.Option("--log-dir", help="Where the processes log; default: a new one in .tandem/logs.", metavar="DIRECTORY"),
+    typer.Option(
+        "--log-dir", help="Directory for process logs; default: a new one in .tandem/logs.", metavar="DIRECTORY"
+    ),
 ]
-Address = Annotated[str | None, typer.Option(help="host:port; default: the cluster that `tandem up` runs here.")]
+Address = Annotated[str | None, typer.Option(help="Frontend host:port; default: that of `tandem up` here.")]
 TlsDirectory = Annotated[
     Path | None,
-    typer.Option("--tls", help="Directory of `tandem certs`; default: what `tandem up` runs with here.", metavar="DIR"),
+    typer.Option("--tls", help="Directory made by `tandem certs`; default: that of `tandem up` here.", metavar="DIR"),
 ]
 
 
@@ -50,13 +52,13 @@ def run() -> int:
     try:
         return int(app(with_value(sys.argv[1:]), prog_name="tandem", standalone_mode=False) or 0)
     except TyperException as problem:
-        words = problem.format_message()
-        for given, plain in PLAIN_WORDS.items():
-            words = words.replace(given, plain)
-        # Called without arguments, it has shown the help, and there is nothing to say.
-        if words:
+        message = problem.format_message()
+        for library_message, plain_message in PLAIN_MESSAGES.items():
+            message = message.replace(library_message, plain_message)
+        # Without arguments the help has been printed already, and the message is empty.
+        if message:
             context = getattr(problem, "ctx", None)
-            print(f"{context.command_path if context else 'tandem'}: {words}", file=sys.stderr)
+            print(f"{context.command_path if context else 'tandem'}: {message}", file=sys.stderr)
         return problem.exit_code
 
 
@@ -72,54 +74,54 @@ def version(
 
 @app.command()
 def up(
-    prefill: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(help="Decode workers.")] = 1,
-    aggregated: Annotated[int, typer.Option(help="Workers that do both halves.")] = 0,
+    prefill: Annotated[int, typer.Option(help="Number of prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(help="Number of decode workers.")] = 1,
+    aggregated: Annotated[int, typer.Option(help="Number of workers that run both prefill and decode.")] = 0,
     model: Model = DEMO_MODEL,
-    model_name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the directory's.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Served model name; default: name of --model.")] = None,
     engine: EngineName = "sglang",
-    frontends: Annotated[int, typer.Option(help="Frontends.")] = 1,
-    frontend_processes: Annotated[int, typer.Option(help="Processes of each frontend.")] = 1,
-    port: Annotated[int, typer.Option(help="Port of the first frontend; 0: the OS chooses.")] = 0,
-    edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Answer HTTP, through Envoy.")] = True,
-    http_port: Annotated[int, typer.Option(help="Port for HTTP; 0: the OS chooses.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    kv_capacity_tokens: Annotated[int | None, typer.Option(help="Tokens whose KV each worker keeps.")] = None,
-    engine_extra: Annotated[str, typer.Option(help="More arguments of the engine, as a JSON object.")] = "{}",
-    tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's tool calls.")] = None,
-    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of the model's reasoning.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="Let `tandem profile` record workers and frontends.")] = False,
+    frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
+    frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
+    port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
+    edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
+    http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
+    kv_capacity_tokens: Annotated[int | None, typer.Option(help="KV cache capacity per worker, in tokens.")] = None,
+    engine_extra: Annotated[str, typer.Option(help="Additional engine arguments, as a JSON object.")] = "{}",
+    tool_parser: Annotated[str | None, typer.Option(help="SGLang parser for tool calls.")] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang parser for reasoning.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow `tandem profile` on workers and frontends.")] = False,
     log_dir: LogDirectory = None,
     otlp_endpoint: Annotated[
         str | None,
-        typer.Option(help="OTLP collector (gRPC) for traces and metrics of all processes.", metavar="HOST:PORT"),
+        typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT"),
     ] = None,
-    tls: Annotated[Path | None, typer.Option(help="Directory of `tandem certs`.", metavar="DIR")] = None,
-    registries: Annotated[int, typer.Option(help="Registries; more than one need --consul.")] = 1,
+    tls: Annotated[Path | None, typer.Option(help="Directory made by `tandem certs`.", metavar="DIR")] = None,
+    registries: Annotated[int, typer.Option(help="Number of registries; more than one requires --consul.")] = 1,
     consul: Annotated[
         str | None,
         typer.Option(
-            help="Keep membership in Consul: in an agent of the cluster's own, or in the one at that address.",
+            help="Keep membership in Consul: a new local agent, or the existing one at ADDRESS.",
             metavar="[ADDRESS]",
         ),
     ] = None,
-    consul_service: Annotated[str, typer.Option(help="Name of this cluster in Consul.")] = "tandem",
+    consul_service: Annotated[str, typer.Option(help="Service name of this cluster in Consul.")] = "tandem",
     consul_token_file: Annotated[
-        Path | None, typer.Option(help="Holds the ACL token; default: of $CONSUL_HTTP_TOKEN.", metavar="FILE")
+        Path | None, typer.Option(help="File with the Consul ACL token; default: $CONSUL_HTTP_TOKEN.", metavar="FILE")
     ] = None,
     consul_ca: Annotated[
-        Path | None, typer.Option(help="CAs of that agent's certificate; default: of --tls.", metavar="FILE")
+        Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")
     ] = None,
     consul_cert: Annotated[
-        Path | None, typer.Option(help="Certificate shown to that agent; default: of --tls.", metavar="FILE")
+        Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
     ] = None,
-    consul_key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
+    consul_key: Annotated[Path | None, typer.Option(help="Private key of --consul-cert.", metavar="FILE")] = None,
     metrics: Annotated[
-        bool, typer.Option("--metrics/--no-metrics", help="Give every process a port for Prometheus.")
+        bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")
     ] = True,
 ) -> None:
-    """Run a cluster on this machine until Ctrl-C, which drains it."""
+    """Run a cluster on this machine; Ctrl-C drains and stops it."""
     from rich.console import Console
 
     from tandem.cli import up as up_command
@@ -135,8 +137,8 @@ def up(
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
     async def run() -> int:
-        kept_in = read_options(consul, consul_service, environ=os.environ, **files)
-        return await up_command.up(replace(spec, consul=kept_in), Console())
+        consul_options = read_options(consul, consul_service, environ=os.environ, **files)
+        return await up_command.up(replace(spec, consul=consul_options), Console())
 
     spec = ClusterSpec(
         model=model,
@@ -164,26 +166,38 @@ def up(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus, over 0 to 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; -1: all.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least part of the likeliest token's probability.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Against tokens already there, -2 to 2.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time, -2 to 2.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Divides their logits, over 0 to 2.")] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="Show log probabilities, and those of the N likeliest tokens.", metavar="N")
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling probability mass, above 0, up to 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens; -1: all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Penalty proportional to how often a token appeared, -2 to 2.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Multiplicative repetition penalty, above 0, up to 2; 1: off.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="Show log probabilities, with N alternatives per token.", metavar="N"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed, for repeatable sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--plain", help="As a message, or as plain text; default: what the model takes."),
+        typer.Option(
+            "--chat/--plain",
+            help="Prompt as chat message or plain text; default: by the model's chat template.",
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model; default: the only one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each event.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; requires --chat.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name; default: the only served model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
     address: Address = None,
     tls: TlsDirectory = None,
 ) -> None:
@@ -222,12 +236,13 @@ def generate(
 @app.command()
 def status(
     address: Annotated[
-        str | None, typer.Option(help="Registries: host:port or srv://NAME, with commas; default: of `tandem up` here.")
+        str | None,
+        typer.Option(help="Registries: host:port or srv://NAME, comma-separated; default: of `tandem up` here."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     tls: TlsDirectory = None,
 ) -> None:
-    """Show workers, frontends and registries: states, load, leases, where the view is from. More with --json."""
+    """Show state, load and lease of all workers and frontends, and the view of each registry."""
     from rich.console import Console
 
     from tandem.cli import status as status_command
@@ -243,13 +258,14 @@ def status(
 
 @app.command()
 def drain(
-    worker: Annotated[str, typer.Argument(help="Name of the worker, as `tandem status` shows it.")],
+    worker: Annotated[str, typer.Argument(help="Worker id, as shown by `tandem status`.")],
     address: Annotated[
-        str | None, typer.Option(help="Registries: host:port or srv://NAME, with commas; default: of `tandem up` here.")
+        str | None,
+        typer.Option(help="Registries: host:port or srv://NAME, comma-separated; default: of `tandem up` here."),
     ] = None,
     tls: TlsDirectory = None,
 ) -> None:
-    """Let a worker finish what it has and end; `tandem up` then starts it again."""
+    """Drain a worker: finish its open legs, then stop it. `tandem up` restarts it."""
     from tandem.cli import operations as drain_command
     from tandem.cli.membership import registry_addresses
     from tandem.cli.state import find_tls, read_state
@@ -263,7 +279,7 @@ def drain(
 
 @app.command()
 def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogDirectory = None) -> None:
-    """Start a cluster, stream one answer through it, tell what happened, stop it."""
+    """Start a cluster, stream one completion, print a summary, stop the cluster."""
     from rich.console import Console
 
     from tandem.cli import demo as demo_command
@@ -275,10 +291,10 @@ def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogD
 @app.command()
 def health(
     address: Annotated[str, typer.Argument(help="host:port of any Tandem process.")],
-    service: Annotated[str, typer.Option(help="Full protobuf name of one of its services.")] = "",
+    service: Annotated[str, typer.Option(help="Full protobuf name of a service; default: the whole process.")] = "",
     tls: TlsDirectory = None,
 ) -> None:
-    """Ask a process for its health: exit status 0 when it serves."""
+    """Check the health of a process; exit status 0 if it is serving."""
     from tandem.cli import operations as health_command
     from tandem.cli.state import find_tls
 
@@ -287,19 +303,19 @@ def health(
 
 @app.command()
 def certs(
-    directory: Annotated[Path, typer.Argument(help="Where the certificates are made, or renewed.", metavar="DIR")],
+    directory: Annotated[Path, typer.Argument(help="Directory of the certificates to create or renew.", metavar="DIR")],
     host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name or IP address of a machine the services run on; may be given several times. Default: as before."
+            help="DNS name or IP address of a host of the services; repeatable. Default: those of the last run."
         ),
     ] = None,
-    days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 90,
+    days: Annotated[int, typer.Option(help="Validity of the certificates, in days.")] = 90,
 ) -> None:
-    """Make a development CA and a certificate for each role, or renew the certificates of that CA."""
+    """Create a development CA and one certificate per role, or renew those certificates."""
 
     async def run() -> int:
-        # Making certificates needs a library that takes 70 ms to load, which other commands do not pay.
+        # `cryptography` takes 70 ms to import, which the other commands need not pay.
         from rich.console import Console
 
         from tandem.cli import operations as certs_command

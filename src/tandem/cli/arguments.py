@@ -1,20 +1,20 @@
-"""What the library of options cannot do: an option whose value may be left out.
+"""An option whose value is optional (`--consul [ADDRESS]`), which Typer does not support.
 
-Imports nothing, because every command passes here.
+Imports nothing: every command runs this module first.
 """
 
 from __future__ import annotations
 
 CONSUL = "--consul"
 LOCAL = "local"
-"""Stands for an agent of the cluster's own, where no address is given."""
+"""Value of `--consul` without an address: start a local agent."""
 
 
 def with_value(arguments: list[str]) -> list[str]:
-    """The arguments of `tandem up`, with an address behind a bare --consul."""
+    """The arguments, with `LOCAL` inserted after a bare `--consul` of `tandem up`."""
     if not arguments or arguments[0] != "up":
         return arguments
     filled = []
-    for word, follower in zip(arguments, [*arguments[1:], "--"], strict=True):
-        filled += [word, LOCAL] if word == CONSUL and follower.startswith("-") else [word]
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        filled += [argument, LOCAL] if argument == CONSUL and following.startswith("-") else [argument]
     return filled

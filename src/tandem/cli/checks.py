@@ -1,6 +1,6 @@
-"""What `tandem up` and `tandem demo` look at before they start anything: a wrong setting is told at once.
+"""Checks that `tandem up` and `tandem demo` run before they start a process, so that a wrong setting fails at once.
 
-Owns the order of the checks. What is allowed is said by the settings of the workers and by their engine.
+Owns the order of the checks. The ranges are those of the worker's settings and of its engine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ HOST = "127.0.0.1"
 
 
 def check_spec(spec: ClusterSpec) -> None:
-    """Refuse a cluster that cannot start, or that could answer nothing.
+    """Reject a cluster that cannot start, or that could not serve any request.
 
     Raises:
         ConfigError: names the setting.
-        StartError: something that is needed is not installed, or the model is damaged.
+        StartError: a dependency is not installed, or the model is damaged.
     """
     _check_counts(spec)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
-        raise ConfigError("model", f"must be given here: its default, {DEMO_MODEL}, is in a checkout of Tandem only")
+        raise ConfigError("model", f"must be given outside a checkout of Tandem (no {DEMO_MODEL} here)")
     _check_worker(spec)
     read_checkpoint(spec.model)
     _check_ports(spec)
@@ -50,12 +50,12 @@ def _check_counts(spec: ClusterSpec) -> None:
         if getattr(spec, name) < 1:
             raise ConfigError(name, f"must be 1 or more, not {getattr(spec, name)}")
     if spec.registries > 1 and spec.consul is None:
-        raise ConfigError("registries", "more than one need --consul, which keeps what they know")
+        raise ConfigError("registries", "more than one registry requires --consul, their shared store")
     if not spec.aggregated and not spec.prefill:
-        raise ConfigError("prefill", "there must be a prefill and a decode worker, or an aggregated one")
+        raise ConfigError("prefill", "needs at least one prefill and one decode worker, or one aggregated worker")
     if bool(spec.prefill) != bool(spec.decode):
         missing = "decode" if spec.prefill else "prefill"
-        raise ConfigError(missing, "prefill and decode workers are only of use together")
+        raise ConfigError(missing, "must be 1 or more: prefill and decode workers work only in pairs")
 
 
 def _check_worker(spec: ClusterSpec) -> None:
@@ -71,7 +71,7 @@ def _check_worker(spec: ClusterSpec) -> None:
 
         compat.check_installed(config.transfer_backend)
         if config.device == "cuda" and not _has_nvidia_driver():
-            raise ConfigError("device", "must be auto or cpu here: this machine has no NVIDIA driver")
+            raise ConfigError("device", "cuda is not available: no NVIDIA driver on this machine; use auto or cpu")
 
 
 def _has_nvidia_driver() -> bool:
@@ -91,6 +91,6 @@ def _check_ports(spec: ClusterSpec) -> None:
             raise ConfigError(name, f"must be a whole number from 0 to {PORT_MAX}, not {port}")
         problem = listen_problem(HOST, port)
         if problem is not None:
-            raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 takes a free one")
+            raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 selects a free port")
     if spec.edge and spec.http_port and spec.http_port == spec.frontend_port:
-        raise ConfigError("http_port", "must not be the port of the frontend too")
+        raise ConfigError("http_port", "must differ from --port")

@@ -1,6 +1,6 @@
-"""Consul on the command line: what the options of `tandem up` mean together, and what it says of Consul.
+"""Consul on the command line: validates the Consul options of `tandem up` and finds the addresses it prints.
 
-Owns the options and the variables that Consul's own tools read as well. A token is passed on, never shown.
+Owns these options and the environment variables shared with Consul's own tools. Tokens are never printed.
 """
 
 from __future__ import annotations
@@ -35,30 +35,33 @@ def read_options(
     key: Path | None = None,
     environ: Mapping[str, str],
 ) -> ClusterConsul | None:
-    """The Consul that a cluster is to use; None: none.
+    """Consul settings of the cluster; None: the cluster does not use Consul.
 
     Raises:
-        ConfigError: names the option that is wrong, or of no use without another one.
+        ConfigError: an option is wrong or requires another one; names it.
     """
     given = {"consul_token_file": token_file, "consul_ca": ca, "consul_cert": cert, "consul_key": key}
     if address is None or address == LOCAL:
         for name, value in given.items():
             if value is not None:
-                raise ConfigError(name, f"needs the address of an agent that runs already: {OPTION} ADDRESS")
+                raise ConfigError(name, f"requires {OPTION} ADDRESS (an existing agent)")
     if not SERVICE.fullmatch(service):
-        raise ConfigError("consul_service", f"must be a name of DNS: a-z, 0-9 and '-', 63 at most, not {service!r}")
+        raise ConfigError("consul_service", f"must be a DNS label (a-z, 0-9, '-'; 63 at most), not {service!r}")
     if address is None:
         if service != DEFAULT_SERVICE:
-            raise ConfigError("consul_service", f"needs {OPTION}")
+            raise ConfigError("consul_service", f"requires {OPTION}")
         return None
     if address == LOCAL:
         return ClusterConsul(service=service)
     if not ADDRESS.fullmatch(address) or not ("://" in address or re.search(r":[0-9]+$", address)):
         raise ConfigError("consul", f"must be host:port, or an http or https URL, not {address!r}")
     if (cert is None) != (key is None):
-        raise ConfigError("consul_key" if key is None else "consul_cert", "is missing: certificate and key go together")
+        raise ConfigError(
+            "consul_key" if key is None else "consul_cert",
+            "is missing: certificate and key are required together",
+        )
     if cert is not None and ca is None:
-        raise ConfigError("consul_ca", "is missing: it says whose certificates are accepted from the agent")
+        raise ConfigError("consul_ca", "is missing: it verifies the certificate of the agent")
     token = environ.get("CONSUL_HTTP_TOKEN", "").strip() if token_file is None else ""
     if token_file is None and not token and environ.get("CONSUL_HTTP_TOKEN_FILE"):
         token_file = Path(environ["CONSUL_HTTP_TOKEN_FILE"])
@@ -68,11 +71,11 @@ def read_options(
 
 
 async def check_consul(spec: ClusterSpec, console: Console) -> None:
-    """Refuse a Consul that is not there; fetches the binary of an agent of the cluster's own.
+    """Check that Consul is reachable; for a local agent, download its binary if needed.
 
     Raises:
         ConfigError: names the option.
-        StartError: there is no Consul, and none can be had.
+        StartError: Consul is unreachable or has no leader, or its binary cannot be found or downloaded.
     """
     consul = spec.consul
     if consul is None:
@@ -91,23 +94,23 @@ async def check_consul(spec: ClusterSpec, console: Console) -> None:
 
 
 def consul_url(cluster: LocalCluster) -> str | None:
-    """Where Consul answers HTTP; None: there is none."""
+    """URL of Consul's HTTP API; None: the cluster does not use Consul."""
     access = _access(cluster)
     return None if access is None else access.url
 
 
 async def dns_address(cluster: LocalCluster) -> str | None:
-    """host:port of Consul's DNS; None: there is none, or the agent does not tell."""
+    """host:port of Consul's DNS; None: not used, or the agent does not report it."""
     access = _access(cluster)
     if access is None:
         return None
     if cluster.consul is not None:
         return cluster.consul.dns
     try:
-        told = await access.get("/v1/agent/self")
-        port = int(told["DebugConfig"]["DNSPort"])
+        agent = await access.get("/v1/agent/self")
+        port = int(agent["DebugConfig"]["DNSPort"])
     except (StartError, KeyError, TypeError, ValueError):
-        # The token may be one that cannot read this.
+        # An ACL token for the registry alone may lack agent:read; the address is only a hint.
         return None
     host = re.sub(r"^https?://|:[0-9]+/?$|/$", "", access.url)
     return f"{host}:{port}" if port > 0 else None
@@ -125,4 +128,4 @@ def _check_certificates(directory: Path | None) -> None:
     tls = Tls.in_directory(directory, "consul")
     for file in (tls.cert, tls.key):
         if not file.exists():
-            raise ConfigError("tls", f"{file} is missing: `tandem certs {directory}` makes it")
+            raise ConfigError("tls", f"{file} is missing: create it with `tandem certs {directory}`")

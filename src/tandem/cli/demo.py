@@ -1,4 +1,4 @@
-"""`tandem demo`: a whole cluster, one answer streamed through it, and what happened to it. What `make demo` runs."""
+"""`tandem demo` (`make demo`): start a cluster, stream one completion, print route, latency and KV transfer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_TOKENS = 60
 
 
 async def demo(spec: ClusterSpec, console: Console) -> int:
-    """Start, stream, tell, stop. Returns the exit status: 0 only when KV moved and the stream had its finish.
+    """Start, stream, stop, report. Returns the exit status: 0 only if KV was transferred and the stream finished.
 
     Raises:
         ConfigError: a setting is wrong; nothing has been started.
@@ -40,13 +40,13 @@ async def demo(spec: ClusterSpec, console: Console) -> int:
     )
     with Readiness(console) as readiness:
         cluster.on_change = readiness.changed
-        await interruption.unless_asked(cluster.start())
-    if interruption.asked.is_set():
-        # It may have come up at the very moment of the signal.
+        await interruption.unless_requested(cluster.start())
+    if interruption.requested.is_set():
+        # The cluster may have become ready just as the signal arrived.
         await cluster.stop()
         return EXIT_INTERRUPTED
     try:
-        finish = await interruption.unless_asked(_stream(cluster, console))
+        finish = await interruption.unless_requested(_stream(cluster, console))
     finally:
         console.print(highlight=False)
         with Readiness(console) as readiness:
@@ -54,7 +54,7 @@ async def demo(spec: ClusterSpec, console: Console) -> int:
             clean = await cluster.stop()
     if finish is None:
         return EXIT_INTERRUPTED
-    _tell(finish, console)
+    _print_summary(finish, console)
     console.print(f"all in {time.monotonic() - begin_s:.1f} s", style="dim", highlight=False)
     moved = finish.timings.kv_transfer_bytes > 0 and finish.reason != generation_pb2.FINISH_REASON_UNSPECIFIED
     return 0 if moved and clean else 1
@@ -69,7 +69,7 @@ async def _stream(cluster: LocalCluster, console: Console) -> pb.GenerateFinish:
     return await print_events(cluster.frontend.address, request, console)
 
 
-def _tell(finish: pb.GenerateFinish, console: Console) -> None:
+def _print_summary(finish: pb.GenerateFinish, console: Console) -> None:
     route, timings = finish.route, finish.timings
     rate = tokens_per_s(finish)
     rows = {

@@ -1,6 +1,6 @@
-"""How a subcommand ends: its exit status, and one sentence for what was raised on purpose.
+"""How a subcommand exits: its exit status, and one printed sentence for each Tandem error.
 
-Owns the names of settings as options; what the sentences say is the errors' own.
+Owns the mapping from setting names to option names; the sentence itself comes from the error.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class Interruption:
-    """The signals of one command, from its construction on."""
+    """Handles SIGINT and SIGTERM of one command, from its construction on."""
 
     def __init__(self, console: Console, end_at_once: Callable[[], None]) -> None:
-        """`end_at_once` is called on the second signal, last of all."""
-        self.asked = asyncio.Event()
+        """`end_at_once` is called on the second signal, just before the process exits."""
+        self.requested = asyncio.Event()
         self.second_status = EXIT_INTERRUPTED
         """Exit status after a second signal."""
         self._console = console
@@ -36,59 +36,59 @@ class Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._handle)
 
-    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The result of some work; None when a signal came first, and the work has been cancelled and has ended."""
+    async def unless_requested(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`; None if a signal arrived first, after `work` has been cancelled and has ended."""
         working = asyncio.create_task(work)
-        asked = asyncio.create_task(self.asked.wait())
-        await asyncio.wait({working, asked}, return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        if self.asked.is_set():
+        requested = asyncio.create_task(self.requested.wait())
+        await asyncio.wait({working, requested}, return_when=asyncio.FIRST_COMPLETED)
+        requested.cancel()
+        if self.requested.is_set():
             working.cancel()
             await asyncio.wait({working})
             return None
         return await working
 
     def _handle(self) -> None:
-        if self.asked.is_set():
+        if self.requested.is_set():
             self._end_at_once()
-            # A live display hides it.
+            # os._exit skips the cleanup of rich's live display, which hides the cursor.
             self._console.show_cursor(True)
             os._exit(self.second_status)
         self._console.print("stopping (Ctrl-C again to end at once)", highlight=False)
-        self.asked.set()
+        self.requested.set()
 
 
 EXIT_FAILED = 1
 
 
 def end(command: str, work: Coroutine[Any, Any, int]) -> NoReturn:
-    """Run a subcommand to its exit status; what it raises on purpose becomes one sentence."""
+    """Run a subcommand and exit with its status; a Tandem error is printed as one sentence."""
     try:
         exit_status = asyncio.run(work)
     except ConfigError as problem:
-        exit_status = _say(command, _as_option(problem), problem.exit_status)
+        exit_status = _report(command, _as_option(problem), problem.exit_status)
     except StartError as problem:
-        exit_status = _say(command, str(problem), problem.exit_status)
+        exit_status = _report(command, str(problem), problem.exit_status)
     except TandemError as problem:
-        exit_status = _say(command, f"{problem} ({_reason(problem)})", EXIT_FAILED)
+        exit_status = _report(command, f"{problem} ({_reason(problem)})", EXIT_FAILED)
     raise typer.Exit(exit_status)
 
 
-def _say(command: str, sentence: str, exit_status: int) -> int:
+def _report(command: str, sentence: str, exit_status: int) -> int:
     print(f"tandem {command}: {sentence}", file=sys.stderr)
     return exit_status
 
 
 def _reason(problem: TandemError) -> str:
-    """The reason, and why a broken stream did not go on where that is known."""
+    """The reason, and why a broken stream was not continued, where known."""
     why_not = problem.metadata.get("continuation")
     return problem.reason if why_not is None else f"{problem.reason}; not continued: {why_not}"
 
 
 def _as_option(problem: ConfigError) -> str:
-    """The sentence about a setting, with the name it has on this command line."""
+    """The error message with the setting named as its command-line option."""
     key, _, inner = problem.key.partition(".")
     if not key.isidentifier():
         return str(problem)
-    words = problem.message.removeprefix(f"{problem.key}: ")
-    return f"--{key.replace('_', '-')}: {f'{inner}: ' if inner else ''}{words}"
+    message = problem.message.removeprefix(f"{problem.key}: ")
+    return f"--{key.replace('_', '-')}: {f'{inner}: ' if inner else ''}{message}"

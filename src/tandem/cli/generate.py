@@ -1,4 +1,4 @@
-"""`tandem generate`: one completion, streamed to the terminal as it comes."""
+"""`tandem generate`: one completion, streamed to the terminal."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ SAMPLING = (
     "repetition_penalty",
     "seed",
 )
-"""Names in the contract, and here."""
+"""Sampling fields; named alike in the proto and in `Asked`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the person at the terminal asked for."""
+    """The options of one `tandem generate`; None: not given."""
 
     prompt: str
     chat: bool | None
-    """None: as a message where the model has a chat template, else as plain text."""
+    """None: as a chat message if the model has a chat template, else as plain text."""
     system: str | None
     model: str | None
     max_tokens: int | None
@@ -50,7 +50,7 @@ class Asked:
     repetition_penalty: float | None
     seed: int | None
     logprobs: int | None
-    """Likeliest tokens to tell of beside each chosen one; None: no log probabilities."""
+    """Number of alternatives to show for each token; None: no log probabilities."""
     stop: tuple[str, ...]
     as_json: bool
     tls: Tls | None = None
@@ -61,11 +61,11 @@ async def generate(address: str, asked: Asked, console: Console) -> int:
     """Stream a completion to standard output, and a summary to `console`. Returns the exit status.
 
     Raises:
-        ConfigError: two options do not go together.
-        TandemError: the request was refused or failed.
+        ConfigError: two options contradict each other.
+        TandemError: the request was rejected or failed.
     """
     if asked.system is not None and asked.chat is False:
-        raise ConfigError("system", "is of use with --chat only; plain text has no system message")
+        raise ConfigError("system", "requires --chat: plain text has no system message")
     streaming = asyncio.create_task(_stream(address, asked, console))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, streaming.cancel)
@@ -85,7 +85,12 @@ async def _stream(address: str, asked: Asked, console: Console) -> None:
 
 
 async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
-    """The request; asks the frontend whether its model takes messages, which also tells whether it is one."""
+    """Build the request. Lists the models first, to learn whether the model has a chat template.
+
+    Raises:
+        StartError: `address` is not a Tandem frontend.
+        NoWorkers: no worker is alive.
+    """
     request = pb.GenerateRequest(model=asked.model)
     takes_messages = await _takes_messages(address, asked)
     if takes_messages if asked.chat is None else asked.chat:
@@ -114,9 +119,9 @@ async def print_events(
     hint_at_trace: bool = False,
     tls: Tls | None = None,
 ) -> pb.GenerateFinish:
-    """Show a stream's events as they come; returns its finish.
+    """Print the events of a stream as they arrive; returns its finish.
 
-    `hint_at_trace`: end with the command that shows the request's timeline; for clusters that go on.
+    `hint_at_trace`: also print the `tandem trace` command; not for a cluster that stops right after the request.
     """
     finish = pb.GenerateFinish()
     route = pb.Route()
@@ -147,13 +152,13 @@ async def print_events(
 
 
 def _line(chosen: generation_pb2.TokenLogprob) -> str:
-    """A token's log probability, and those of the likeliest at its place."""
+    """Log probability of a token and of its most likely alternatives."""
     others = "  ".join(f"{other.token_id}: {other.logprob:.3f}" for other in chosen.top)
-    return f"token {chosen.token_id}: {chosen.logprob:.3f}" + (f"  (likeliest {others})" if others else "")
+    return f"token {chosen.token_id}: {chosen.logprob:.3f}" + (f"  (most likely: {others})" if others else "")
 
 
 def summary(finish: pb.GenerateFinish) -> str:
-    """One line: who served it, how fast, how much KV moved, and why it ended."""
+    """One line: route, token counts, latency, KV bytes transferred, finish reason."""
     route, timings, usage = finish.route, finish.timings, finish.usage
     pair = (
         f"{route.prefill_worker_id} → {route.decode_worker_id}" if route.prefill_worker_id else route.decode_worker_id
@@ -173,7 +178,7 @@ def summary(finish: pb.GenerateFinish) -> str:
 
 
 def tokens_per_s(finish: pb.GenerateFinish) -> float | None:
-    """Tokens after the first, over the time from the first to the last; None for fewer than two."""
+    """Tokens per second after the first token; None for fewer than two tokens."""
     first, last = finish.timings.first_token_time, finish.timings.last_token_time
     took_s = (last.ToNanoseconds() - first.ToNanoseconds()) / 1e9
     return (finish.usage.completion_tokens - 1) / took_s if took_s > 0 else None
@@ -183,8 +188,8 @@ async def _takes_messages(address: str, asked: Asked) -> bool:
     try:
         models = await calls.list_models(address, tls=asked.tls)
     except NotSupported:
-        raise StartError(f"{address} is not a frontend of Tandem") from None
+        raise StartError(f"{address} is not a Tandem frontend") from None
     if not models:
-        raise NoWorkers("no model is served now: no worker is alive")
+        raise NoWorkers("no model is served: no worker is alive")
     named = [m for m in models if asked.model in (None, m.name)]
     return bool(named) and named[0].has_chat_template

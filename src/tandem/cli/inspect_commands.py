@@ -1,6 +1,6 @@
-"""The options of the subcommands that look into a running cluster: top, trace, profile.
+"""The options of the subcommands that inspect a running cluster: top, trace, profile.
 
-What each one does is in the file of its name, imported when it runs.
+Each is implemented in the module of its name, imported when it runs.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ import typer
 from tandem.cli.exit_status import end
 
 Registries = Annotated[
-    str | None, typer.Option("--address", help="host:port of registries, with commas; default: of `tandem up` here.")
+    str | None,
+    typer.Option("--address", help="Registries: host:port or srv://NAME, comma-separated; default: of `tandem up`."),
 ]
 TlsDirectory = Annotated[
     Path | None,
-    typer.Option("--tls", help="Directory of `tandem certs`; default: what `tandem up` runs with here.", metavar="DIR"),
+    typer.Option("--tls", help="Directory made by `tandem certs`; default: that of `tandem up` here.", metavar="DIR"),
 ]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make them subcommands."""
+    """Register the subcommands."""
     app.command()(top)
     app.command()(trace)
     app.command()(profile)
 
 
 def top(
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2, max=60)] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print plain tables and end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each look.")] = False,
+    interval: Annotated[float, typer.Option(help="Refresh interval in seconds.", min=0.2, max=60)] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print plain tables once and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per refresh.")] = False,
     address: Registries = None,
     tls: TlsDirectory = None,
 ) -> None:
-    """Show workers and frontends, live: load, queues, latencies, KV transfer, failures."""
+    """Live view of workers and frontends: load, queues, latencies, KV transfer, failures."""
 
     async def run() -> int:
         from tandem.cli.state import find_tls
@@ -49,13 +50,13 @@ def top(
 
 
 def trace(
-    request_id: Annotated[str, typer.Argument(help="Id of the request, or x-request-id of an HTTP answer.")],
-    frontend: Annotated[str | None, typer.Option(help="host:port of the frontend to ask; default: all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The timeline as JSON, one line.")] = False,
+    request_id: Annotated[str, typer.Argument(help="Request id, or x-request-id of an HTTP response.")],
+    frontend: Annotated[str | None, typer.Option(help="host:port of the frontend to query; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each timeline as one line of JSON.")] = False,
     address: Registries = None,
     tls: TlsDirectory = None,
 ) -> None:
-    """Show what happened to one request and when, as its frontend remembers it."""
+    """Show the timeline of one request, as recorded by its frontend."""
 
     async def run() -> int:
         from tandem.cli import trace as trace_command
@@ -63,34 +64,34 @@ def trace(
 
         found = find_tls(tls)
         if frontend is not None:
-            asked = [trace_command.Frontend(frontend, frontend)]
+            frontends = [trace_command.Frontend(frontend, frontend)]
         else:
-            asked = await trace_command.frontends_of(await _registries(address), found)
-        return await trace_command.trace(request_id, asked, as_json=as_json, tls=found)
+            frontends = await trace_command.frontends_of(await _registries(address), found)
+        return await trace_command.trace(request_id, frontends, as_json=as_json, tls=found)
 
     end("trace", run())
 
 
 def profile(
-    process: Annotated[str, typer.Argument(help="Name of a worker or frontend, or host:port.")],
-    seconds: Annotated[float, typer.Option(help="How long to record, 0.1 to 60.", min=0.1, max=60)] = 5.0,
-    out: Annotated[Path, typer.Option(help="Where the files are written.", metavar="DIR")] = Path(),
-    form: Annotated[str | None, typer.Option(help="Of a frontend: speedscope or html; default: speedscope.")] = None,
-    with_stack: Annotated[bool, typer.Option("--with-stack", help="Of a worker: with Python frames.")] = False,
+    process: Annotated[str, typer.Argument(help="Worker or frontend id, or host:port.")],
+    seconds: Annotated[float, typer.Option(help="Recording time in seconds.", min=0.1, max=60)] = 5.0,
+    out: Annotated[Path, typer.Option(help="Output directory.", metavar="DIR")] = Path(),
+    form: Annotated[str | None, typer.Option(help="Frontends only: speedscope or html; default: speedscope.")] = None,
+    with_stack: Annotated[bool, typer.Option("--with-stack", help="Workers only: include Python frames.")] = False,
     address: Registries = None,
     tls: TlsDirectory = None,
 ) -> None:
-    """Record what a process does; it must have been started with --admin-enabled (of `up`: --admin)."""
+    """Record a profile of a process that runs with --admin-enabled (with `tandem up`: --admin)."""
 
     async def run() -> int:
         from tandem.cli import profile as profile_command
         from tandem.cli.state import find_tls
 
         request, found = profile_command.profile_request(seconds, form, with_stack=with_stack), find_tls(tls)
-        where = process
+        process_address = process
         if ":" not in process:
-            where = await profile_command.address_of(process, await _registries(address), found)
-        return await profile_command.profile(process, where, request, out, found)
+            process_address = await profile_command.address_of(process, await _registries(address), found)
+        return await profile_command.profile(process, process_address, request, out, found)
 
     end("profile", run())
 

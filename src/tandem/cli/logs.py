@@ -1,6 +1,6 @@
-"""Where the processes of `tandem up` and `tandem demo` log: `logs/<start time>` beside the state file.
+"""The log directory of `tandem up` and `tandem demo`: `logs/<start time>` beside the state file.
 
-Owns the choice and the cleaning: the newest few are kept. Nothing is made before everything else has been checked.
+Owns its creation and retention: the newest `KEPT_COUNT` are kept. Created only after all settings have been checked.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tandem.errors import ConfigError
 
 KEPT_COUNT = 5
 NAME = re.compile(r"\d{8}-\d{6}-\d+")
-"""Start time and process: sorts by time."""
+"""Start time and process id, so that names sort by time."""
 
 
 def make_log_directory(given: Path | None) -> Path:
-    """Make the directory: the one given, or a new one beside the state file.
+    """Create the log directory: `given`, or a new one beside the state file.
 
     Raises:
-        ConfigError: the given one cannot be made or written to.
+        ConfigError: `given` cannot be created or written to.
     """
     if given is not None:
         return _make_given(given)
@@ -33,7 +33,7 @@ def make_log_directory(given: Path | None) -> Path:
     try:
         (parent / name).mkdir(parents=True)
     except OSError:
-        # The place of the state file is read-only.
+        # The directory of the state file is read-only, as in a container image.
         return Path(tempfile.mkdtemp(prefix="tandem-logs-"))
     _remove_old(parent)
     return parent / name
@@ -43,9 +43,9 @@ def _make_given(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError("log_dir", f"{directory} is not a directory, or lies in a file") from None
+        raise ConfigError("log_dir", f"{directory}, or a parent of it, is not a directory") from None
     except OSError as problem:
-        raise ConfigError("log_dir", f"{directory} cannot be made: {problem.strerror}") from None
+        raise ConfigError("log_dir", f"{directory} cannot be created: {problem.strerror}") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError("log_dir", f"{directory} is not writable")
     return directory

@@ -1,6 +1,6 @@
-"""What all registries say of the fleet, put together: each is asked, and each lease's age comes from who keeps it.
+"""Membership as merged from all registries: each one is queried, and each lease age comes from the lease's holder.
 
-Owns the asking and the merging; showing is `status.py`'s.
+Owns the queries and the merge; `status.py` prints the result.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from tandem.tls.paths import Tls
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What one registry says."""
+class RegistryResponse:
+    """The members listed by one registry, or why it could not be queried."""
 
     address: str
     listed: pb.ListResponse | None
-    """None: it does not answer."""
+    """None: the query failed; see `problem`."""
     problem: TandemError | None = None
 
     @property
     def is_live(self) -> bool:
-        """Whether what it says holds now; a registry that does not say since when keeps it itself."""
+        """Whether the view is current; a registry with an in-memory backend reports no source, and is."""
         return self.listed is not None and self.listed.source != pb.VIEW_SOURCE_LAST_KNOWN
 
     @property
     def since(self) -> datetime | None:
-        """Since when its view comes from where it does; None: it does not say."""
+        """Since when the view has had its present source; None: not reported."""
         if self.listed is None or not self.listed.HasField("source_since"):
             return None
         return self.listed.source_since.ToDatetime(tzinfo=UTC)
@@ -44,70 +44,70 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The fleet."""
+    """All workers and frontends, and the response of each registry."""
 
     workers: tuple[pb.ListedWorker, ...]
     frontends: tuple[pb.ListedFrontend, ...]
-    answers: tuple[Answer, ...]
+    responses: tuple[RegistryResponse, ...]
 
-    def keeper_address(self, replica_id: str) -> str:
-        """Address of a registry, where it has answered; else its id."""
-        by_id = {answer.listed.replica_id: answer.address for answer in self.answers if answer.listed is not None}
+    def holder_address(self, replica_id: str) -> str:
+        """Address of the registry with that replica id, if it responded; else the id."""
+        by_id = {r.listed.replica_id: r.address for r in self.responses if r.listed is not None}
         return by_id.get(replica_id, replica_id)
 
 
 async def registry_addresses(text: str) -> list[str]:
-    """The addresses behind a setting's words for registries: DNS is asked once for each name.
+    """Resolve --address into host:port addresses; each srv:// name is looked up once.
 
     Raises:
-        StartError: one of the forms is malformed.
-        ServiceError: DNS has no answer for a name.
+        StartError: an address is malformed.
+        ServiceError: DNS has no record for a name.
     """
     try:
         parsed = [(form, parse_srv(form)) for form in parse_addresses(text)]
     except ValueError as problem:
         raise StartError(f"--address: {problem}") from None
-    rng = random.Random()  # noqa: S311 -- an order of equals, protects nothing
+    rng = random.Random()  # noqa: S311 -- shuffles equal SRV records, not a secret
     found = [(form,) if srv is None else await resolve_srv(srv, rng) for form, srv in parsed]
     return list(dict.fromkeys(address for addresses in found for address in addresses))
 
 
 async def ask_all(addresses: Sequence[str], tls: Tls | None) -> Membership:
-    """What the registries say together.
+    """Query all registries and merge their members.
 
     Raises:
-        StartError: one of the addresses is not a registry.
-        TandemError: no registry answers; what the first one failed with.
+        StartError: an address is not that of a registry.
+        TandemError: no registry responded; the error of the first one.
     """
-    answers = await asyncio.gather(*(_ask(address, tls) for address in addresses))
-    heard = [answer.listed for answer in sorted(answers, key=_weight, reverse=True) if answer.listed is not None]
-    if not heard:
-        raise answers[0].problem or StartError(f"no registry answers at {', '.join(addresses)}")
+    responses = await asyncio.gather(*(_ask(address, tls) for address in addresses))
+    views = [r.listed for r in sorted(responses, key=_freshness, reverse=True) if r.listed is not None]
+    if not views:
+        raise responses[0].problem or StartError(f"no registry reachable at {', '.join(addresses)}")
     return Membership(
-        _merged((listed.workers for listed in heard), lambda entry: (entry.worker.worker_id, entry.worker.epoch)),
+        _merged((listed.workers for listed in views), lambda entry: (entry.worker.worker_id, entry.worker.epoch)),
         _merged(
-            (listed.frontends for listed in heard), lambda entry: (entry.frontend.frontend_id, entry.frontend.epoch)
+            (listed.frontends for listed in views), lambda entry: (entry.frontend.frontend_id, entry.frontend.epoch)
         ),
-        tuple(answers),
+        tuple(responses),
     )
 
 
-async def _ask(address: str, tls: Tls | None) -> Answer:
+async def _ask(address: str, tls: Tls | None) -> RegistryResponse:
     try:
-        return Answer(address, await calls.list_members(address, tls=tls))
+        return RegistryResponse(address, await calls.list_members(address, tls=tls))
     except NotSupported:
-        raise StartError(f"{address} is not a registry of Tandem") from None
+        raise StartError(f"{address} is not a Tandem registry") from None
     except TandemError as problem:
-        return Answer(address, None, problem)
+        return RegistryResponse(address, None, problem)
 
 
-def _weight(answer: Answer) -> tuple[bool, int]:
-    """The view that counts is live, and the latest of those."""
-    return answer.is_live, answer.listed.revision if answer.listed is not None else -1
+def _freshness(response: RegistryResponse) -> tuple[bool, int]:
+    """Sort key: a live view before a last known one, then the higher revision."""
+    return response.is_live, response.listed.revision if response.listed is not None else -1
 
 
 def _merged(views: Iterable[Iterable[Any]], key: Callable[[Any], tuple[str, int]]) -> tuple[Any, ...]:
-    """The entries of the first view; where it does not know a lease's age, from the one that does."""
+    """The entries of the first (freshest) view; one without a lease age is taken from the view that has it."""
     first, *others = [list(view) for view in views]
     aged = {key(entry): entry for view in reversed(others) for entry in view if entry.HasField("lease_age")}
     return tuple(entry if entry.HasField("lease_age") else aged.get(key(entry), entry) for entry in first)

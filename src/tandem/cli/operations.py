@@ -1,4 +1,4 @@
-"""`tandem health`: does a process serve?"""
+"""`tandem drain`, `tandem certs` and `tandem health`."""
 
 from __future__ import annotations
 
@@ -17,57 +17,56 @@ from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls
 
 LEAVING_TIMEOUT_S = 15.0
-"""From its last leg to its leaving: it settles, leaves the registry, and stops its engine."""
-LOOK_S = 0.2
+"""Limit from the end of its last leg until it is deregistered."""
+POLL_INTERVAL_S = 0.2
 
 
 async def drain(worker_id: str, registries: Sequence[str], tls: Tls | None = None) -> int:
-    """Drain a worker and wait until its start has left. Returns the exit status.
+    """Drain a worker and wait until that epoch of it is deregistered. Returns the exit status.
 
     Raises:
-        StartError: no worker has that name.
-        DeadlinePassed: its legs have ended, and it does not leave.
-        TandemError: no registry or not the worker answers.
+        StartError: no worker has that id.
+        DeadlinePassed: all its legs have ended, but it is still registered.
+        TandemError: no registry, or not the worker, can be reached.
     """
     workers = [entry.worker for entry in (await ask_all(registries, tls)).workers]
     found = {worker.worker_id: worker for worker in workers}.get(worker_id)
     if found is None:
         known = ", ".join(sorted(worker.worker_id for worker in workers)) or "none"
-        raise StartError(f"no worker is called {worker_id} (known: {known})")
-    told = None
+        raise StartError(f"no worker {worker_id} is registered (registered: {known})")
+    printed = None
     async for open_legs in calls.drain_worker(found.address, found.epoch, tls=tls):
-        if open_legs != told:
-            told = open_legs
+        if open_legs != printed:
+            printed = open_legs
             print(f"{worker_id}: {open_legs} open legs", flush=True)
-    await _until_left((worker_id, found.epoch), registries, tls)
-    print(f"{worker_id}: epoch {found.epoch} has left")
+    await _wait_until_deregistered((worker_id, found.epoch), registries, tls)
+    print(f"{worker_id}: drained, epoch {found.epoch} is deregistered")
     return 0
 
 
-async def _until_left(start: Start, registries: Sequence[str], tls: Tls | None) -> None:
-    looks = int(LEAVING_TIMEOUT_S / LOOK_S)
-    for _ in range(looks):
+async def _wait_until_deregistered(start: Start, registries: Sequence[str], tls: Tls | None) -> None:
+    for _ in range(int(LEAVING_TIMEOUT_S / POLL_INTERVAL_S)):
         listed = [(entry.worker.worker_id, entry.worker.epoch) for entry in (await ask_all(registries, tls)).workers]
         if start not in listed:
             return
-        await asyncio.sleep(LOOK_S)
-    raise DeadlinePassed(f"{start[0]} has not left within {LEAVING_TIMEOUT_S:g} s of its last leg")
+        await asyncio.sleep(POLL_INTERVAL_S)
+    raise DeadlinePassed(f"{start[0]} is still registered {LEAVING_TIMEOUT_S:g} s after its last leg; see its log")
 
 
 def certs(directory: Path, hosts: Sequence[str], days: int, console: Console) -> int:
-    """Make or renew them and tell what there is now. Returns the exit status.
+    """Create or renew the certificates and print a table of them. Returns the exit status.
 
     Raises:
         ConfigError: an option is wrong.
         StartError: the directory cannot be written, or its CA cannot be used.
     """
-    table = Table("certificate", "serial", "until (UTC)")
+    table = Table("certificate", "serial", "valid until (UTC)")
     for issued in issue_all(directory, hosts, days):
         table.add_row(f"{issued.name}.pem", f"{issued.serial_number:x}", f"{issued.end_time:%Y-%m-%d %H:%M}")
     console.print(table)
     console.print(
-        f"Start a cluster with `tandem up --tls {directory}`. Run this again to renew: running processes take the new "
-        "certificates by themselves.",
+        f"Start a cluster with `tandem up --tls {directory}`. Run this again to renew: running processes reload their "
+        "certificates.",
         highlight=False,
         soft_wrap=True,
     )
@@ -75,18 +74,18 @@ def certs(directory: Path, hosts: Sequence[str], days: int, console: Console) ->
 
 
 async def health(address: str, service: str, tls: Tls | None = None) -> int:
-    """Print what a process says of itself, or of one of its services. Returns the exit status: 0 when it serves.
+    """Print the health of a process or of one of its services. Returns the exit status: 0 if it is serving.
 
     Raises:
-        ConfigError: it carries no such service.
-        StartError: it answers no health checks.
-        TandemError: it does not answer.
+        ConfigError: the process has no such service.
+        StartError: the process has no health service.
+        TandemError: the process cannot be reached.
     """
     try:
         serving = await calls.is_serving(address, service, tls=tls)
     except InvalidRequest as problem:
         raise ConfigError("service", problem.message.removeprefix("service: ")) from None
     except NotSupported:
-        raise StartError(f"{address} is not a process of Tandem: it answers no health checks") from None
+        raise StartError(f"{address} is not a Tandem process: it has no health service") from None
     print("serving" if serving else "not serving")
     return 0 if serving else 1

@@ -1,7 +1,6 @@
-"""`tandem profile`: what a process does, recorded by itself and written to files here.
+"""`tandem profile`: have a process record a profile and write it to local files.
 
-Owns the finding of the process and the files; recording is the process's, which must have been started with
-admin_enabled.
+Owns the lookup of the process and the files; the process itself records, and must run with admin_enabled.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ FORMS = {"speedscope": pb.PROFILE_FORMAT_SPEEDSCOPE, "html": pb.PROFILE_FORMAT_H
 
 
 def profile_request(duration_s: float, form: str | None, *, with_stack: bool) -> pb.CaptureProfileRequest:
-    """What is asked of the process.
+    """Build the request.
 
     Raises:
-        ConfigError: there is no such form.
+        ConfigError: `form` is unknown.
     """
     if form is not None and form not in FORMS:
         raise ConfigError("form", f"must be {' or '.join(FORMS)}, not {form}")
@@ -35,31 +34,33 @@ def profile_request(duration_s: float, form: str | None, *, with_stack: bool) ->
 
 
 async def address_of(process: str, registries: Sequence[str], tls: Tls | None) -> str:
-    """Address of a worker or frontend by its name; what has a colon is an address already.
+    """Look up the address of a worker or frontend by its id.
 
     Raises:
-        StartError: nobody has that name.
-        TandemError: no registry answers.
+        StartError: no process with that id is registered.
+        TandemError: no registry can be reached.
     """
     fleet = await ask_all(registries, tls)
     by_name = {entry.worker.worker_id: entry.worker.address for entry in fleet.workers}
     by_name |= {entry.frontend.frontend_id: entry.frontend.address for entry in fleet.frontends}
     if process not in by_name:
-        raise StartError(f"nobody is called {process} (known: {', '.join(sorted(by_name)) or 'none'})")
+        raise StartError(
+            f"no worker or frontend {process} is registered (registered: {', '.join(sorted(by_name)) or 'none'})"
+        )
     return by_name[process]
 
 
 async def profile(
     process: str, address: str, request: pb.CaptureProfileRequest, directory: Path, tls: Tls | None = None
 ) -> int:
-    """Record, and write what comes back. Returns the exit status.
+    """Record a profile and write its files. Returns the exit status.
 
     Raises:
         ConfigError: the directory cannot be written to.
-        TandemError: the process gives no profile.
+        TandemError: the process could not record a profile.
     """
     async for name, data in admin_calls.capture_profile(address, request, tls=tls):
-        # The name comes from elsewhere, and must not lead out of the directory.
+        # The name comes from the remote process: keep its last part, so that it cannot escape the directory.
         file = directory / f"{process.replace(':', '-')}-{Path(name).name}"
         try:
             await asyncio.to_thread(_write, file, data)

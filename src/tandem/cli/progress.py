@@ -1,6 +1,6 @@
-"""What a person sees while a cluster starts and stops: one line for each process, with the time it takes.
+"""Progress display while a cluster starts and stops: one line per process, with the time taken.
 
-On a terminal the lines live; elsewhere each change is a line of its own, and so is a long wait.
+A live table on a terminal; elsewhere one line per state change, and a reminder for each long wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKS = {ProcessState.READY: "[green]✓[/]", ProcessState.ENDED: "[dim]·[/]"}
 
 
 class Readiness:
-    """Shows the state of processes as they change."""
+    """Displays the states of the processes of a cluster."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -33,7 +33,7 @@ class Readiness:
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._table, transient=False)
 
     def __enter__(self) -> Readiness:
-        """Begin to show."""
+        """Start the display."""
         if self._console.is_terminal:
             self._live.start()
         else:
@@ -49,7 +49,7 @@ class Readiness:
             self._reminder.cancel()
 
     def changed(self, process: ClusterProcess) -> None:
-        """A process has another state than before."""
+        """Display the state of a process, if it changed."""
         if self._seen.get(process.name, (None, None))[1] is process.state:
             return
         if process.state in WAITING:
@@ -69,7 +69,7 @@ class Readiness:
         self._reminder = asyncio.get_running_loop().call_later(REMIND_INTERVAL_S, self._remind)
 
     def _remind(self) -> None:
-        """Nobody should have to wonder whether it hangs."""
+        """Print what is still in progress: loading a model takes long, and silence looks like a hang."""
         waiting = [(name, state) for name, (_, state) in self._seen.items() if state in WAITING]
         for name, state in waiting:
             took_s = time.monotonic() - self._begin_s[name]
@@ -82,6 +82,6 @@ class Readiness:
             waiting = state in WAITING
             took_s = time.monotonic() - self._begin_s[process.name] if waiting else self._took_s[process.name]
             mark = Spinner("dots") if waiting else MARKS[state]
-            where = f"{process.address}  [dim]pid {process.pid}[/]" if state is ProcessState.READY else ""
-            table.add_row(mark, process.name, state.value, f"[dim]{took_s:5.1f} s[/]", where)
+            details = f"{process.address}  [dim]pid {process.pid}[/]" if state is ProcessState.READY else ""
+            table.add_row(mark, process.name, state.value, f"[dim]{took_s:5.1f} s[/]", details)
         return table

@@ -1,7 +1,7 @@
-"""The file by which `tandem generate` and `tandem status` find the cluster that `tandem up` runs in this directory.
+"""The state file by which the other commands find the cluster that `tandem up` runs in this directory.
 
-It is there from the moment a cluster starts, and says so; a second cluster is refused as long as it names a process
-that lives.
+It is written when a cluster starts, with state "starting"; a second cluster is refused while the process it names is
+alive.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tandem.errors import StartError
 from tandem.tls.paths import Tls, client_tls
 
 DEMO_MODEL = Path("models") / "tandem-demo"
-"""In a checkout; anywhere else --model must be given."""
+"""Exists only in a checkout; elsewhere --model is required."""
 VARIABLE = "TANDEM_STATE"
 DEFAULT = Path(".tandem") / "cluster.json"
 HINT = "start one with `tandem up`, or give --address"
@@ -25,7 +25,7 @@ HINT = "start one with `tandem up`, or give --address"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartingCluster:
-    """A cluster that does not serve yet."""
+    """A cluster that is not serving yet."""
 
     pid: int
     """Of the `tandem up` that owns it."""
@@ -36,20 +36,20 @@ class StartingCluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
-    """Where a running cluster is."""
+    """Addresses of a running cluster."""
 
     pid: int
     """Of the `tandem up` that owns it."""
     frontend: str
     registry: str
-    """Several are separated by commas."""
+    """Comma-separated host:port."""
     model: str
     log: str
     """Directory of the processes' logs."""
     http: str | None = None
-    """Where HTTP is answered; None: there is no edge."""
+    """host:port of HTTP; None: there is no edge."""
     consul: str | None = None
-    """URL of the Consul that keeps its membership; None: the registry does."""
+    """URL of the Consul that stores its membership; None: the registry stores it in memory."""
     consul_dns: str | None = None
     """host:port of the DNS of that Consul; None: not known."""
     tls: str | None = None
@@ -58,47 +58,47 @@ class ClusterState:
 
 
 def state_file() -> Path:
-    """The file; the environment may name another one."""
+    """Path of the state file: $TANDEM_STATE, or .tandem/cluster.json."""
     return Path(os.environ.get(VARIABLE) or DEFAULT)
 
 
 def claim_state(state: StartingCluster) -> None:
-    """Say that a cluster starts here, if none does or runs.
+    """Write the state file for a cluster that starts, unless another one starts or runs here.
 
     Raises:
-        StartError: there is one already, or the file cannot be written.
+        StartError: another cluster starts or runs here, or the file cannot be written.
     """
     file = state_file()
     partial = _write_partial(state)
     try:
-        check_nobody_runs()
+        check_no_cluster_runs()
         file.unlink(missing_ok=True)
-        # Fails where another one was a moment faster.
+        # A link is atomic: it fails if another `tandem up` has just created the file.
         os.link(partial, file)
     except FileExistsError:
-        check_nobody_runs()
+        check_no_cluster_runs()
         raise StartError(f"another cluster has just been started here ({file})") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_state(state: ClusterState) -> None:
-    """Say that the cluster serves."""
+    """Replace the state file by that of a serving cluster."""
     _write_partial(state).rename(state_file())
 
 
 def remove_state(pid: int) -> None:
-    """Say that the cluster of that process has ended; the file of another one is left alone."""
+    """Remove the state file if it belongs to process `pid`; keep that of another cluster."""
     with contextlib.suppress(StartError):
         if _read().pid == pid:
             state_file().unlink(missing_ok=True)
 
 
-def check_nobody_runs() -> None:
-    """Refuse to take the place of a cluster that starts or runs.
+def check_no_cluster_runs() -> None:
+    """Refuse to start while another cluster starts or runs here.
 
     Raises:
-        StartError: there is one already.
+        StartError: one does; names its process.
     """
     try:
         state = _read()
@@ -106,24 +106,24 @@ def check_nobody_runs() -> None:
         return
     verb = "is starting" if isinstance(state, StartingCluster) else "runs"
     raise StartError(
-        f"a cluster {verb} here already (process {state.pid}, {state_file()}): stop it, or set TANDEM_STATE elsewhere"
+        f"a cluster {verb} here already (process {state.pid}, {state_file()}): stop it, or set another TANDEM_STATE"
     )
 
 
 def read_state() -> ClusterState:
-    """The running cluster.
+    """State of the running cluster.
 
     Raises:
-        StartError: none runs, or it is still starting; says what to do.
+        StartError: no cluster runs here, or it is still starting.
     """
     state = _read()
     if isinstance(state, StartingCluster):
-        raise StartError(f"a cluster is starting here; its log is {state.log}")
+        raise StartError(f"the cluster is still starting; its logs are in {state.log}")
     return state
 
 
 def read_log_directory() -> Path | None:
-    """Where the cluster that starts or runs here logs; None when there is none."""
+    """Log directory of the cluster that starts or runs here; None: there is none."""
     try:
         return Path(_read().log)
     except StartError:
@@ -137,7 +137,7 @@ def _write_partial(state: StartingCluster | ClusterState) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(asdict(state), indent=2) + "\n")
     except OSError as problem:
-        raise StartError(f"{file} cannot be written ({problem.strerror}): set TANDEM_STATE elsewhere") from None
+        raise StartError(f"{file} cannot be written ({problem.strerror}): set another TANDEM_STATE") from None
     return partial
 
 
@@ -154,14 +154,15 @@ def _read() -> StartingCluster | ClusterState:
     try:
         os.kill(state.pid, 0)
     except ProcessLookupError:
-        raise StartError(f"the cluster of {file} is gone (process {state.pid} has ended): {HINT}") from None
+        raise StartError(f"the cluster of {file} has stopped (process {state.pid} has exited): {HINT}") from None
     except PermissionError:
+        # The process exists and belongs to another user.
         pass
     return state
 
 
 def find_tls(directory: Path | None) -> Tls | None:
-    """What a command presents: of the directory given, else as the cluster that runs here wants it; None: plaintext."""
+    """Client certificate of `directory`, else of the cluster that runs here; None: plaintext."""
     if directory is not None:
         return client_tls(directory)
     try:

@@ -1,6 +1,6 @@
-"""`tandem status`: who is alive, in which role, how busy, on which lease; and where each registry knows it from.
+"""`tandem status`: state, load and lease of every worker and frontend, and the view of each registry.
 
-Three tables, as narrow as their names allow; the rest is in --json, whose fields are those of the contracts: see
+Three narrow tables; everything else is in --json, whose fields are those of the protos: see
 docs/reference/command-line.md.
 """
 
@@ -18,26 +18,26 @@ from rich.console import Console
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
-from tandem.cli.membership import Answer, Membership, ask_all
+from tandem.cli.membership import Membership, RegistryResponse, ask_all
 from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.tls.paths import Tls
 
-BUSY = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "KV USED", "ADDRESS")
-LEASES = ("NAME", "LEASE AGE", "EPOCH", "HEALTH", "KEPT BY")
-REGISTRIES = ("REGISTRY", "REVISION", "ITS VIEW")
+LOAD_COLUMNS = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "KV USED", "ADDRESS")
+LEASE_COLUMNS = ("NAME", "LEASE AGE", "EPOCH", "HEALTH", "KEPT BY")
+REGISTRY_COLUMNS = ("REGISTRY", "REVISION", "ITS VIEW")
 NOTHING = "-"
 
 Load = worker_service_pb.WatchLoadResponse | None
-"""None: the worker does not answer."""
+"""None: the worker cannot be reached."""
 
 
 async def status(addresses: Sequence[str], console: Console, *, as_json: bool, tls: Tls | None = None) -> int:
-    """Show what the registries list, and how busy the workers are.
+    """Print members, load and registries.
 
     Raises:
         StartError: an address is not that of a registry.
-        TandemError: no registry answers.
+        TandemError: no registry can be reached.
     """
     fleet = await ask_all(addresses, tls)
     loads = await asyncio.gather(*(_load(entry.worker.address, tls) for entry in fleet.workers))
@@ -45,14 +45,14 @@ async def status(addresses: Sequence[str], console: Console, *, as_json: bool, t
         print(json.dumps(_as_json(fleet, loads), indent=2))
         return 0
     if not fleet.workers:
-        console.print("no worker is registered")
+        console.print("no workers registered")
     if fleet.workers or fleet.frontends:
         busy = [_busy(entry, load) for entry, load in zip(fleet.workers, loads, strict=True)]
-        _show(console, BUSY, [*busy, *map(_frontend, fleet.frontends)])
+        _show(console, LOAD_COLUMNS, [*busy, *map(_frontend, fleet.frontends)])
         console.print()
-        _show(console, LEASES, _leases(fleet))
+        _show(console, LEASE_COLUMNS, _leases(fleet))
     console.print()
-    _show(console, REGISTRIES, [_registry(answer) for answer in fleet.answers])
+    _show(console, REGISTRY_COLUMNS, [_registry(response) for response in fleet.responses])
     return 0
 
 
@@ -60,7 +60,7 @@ def _show(console: Console, head: tuple[str, ...], rows: Sequence[tuple[str, ...
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        # Wrapped by the terminal when names are long, never cut.
+        # Long names wrap in the terminal: a cut worker id could not be passed to `tandem drain`.
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -77,9 +77,9 @@ def _busy(entry: registry_pb.ListedWorker, load: Load) -> tuple[str, ...]:
     return (
         worker.worker_id,
         worker_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower(),
-        _state(worker.state) if load is not None else "silent",
-        _figure(load, "running_requests"),
-        _figure(load, "waiting_requests"),
+        _state(worker.state) if load is not None else "unreachable",
+        _load_field(load, "running_requests"),
+        _load_field(load, "waiting_requests"),
         _kv_used(load),
         worker.address,
     )
@@ -109,18 +109,18 @@ def _lease(
 ) -> tuple[str, ...]:
     age = f"{entry.lease_age.ToNanoseconds() / 1e9:.1f} s" if entry.HasField("lease_age") else NOTHING
     health = registry_pb.ListedHealth.Name(entry.health).removeprefix("LISTED_HEALTH_").lower()
-    keeper = fleet.keeper_address(entry.lease_keeper) if entry.lease_keeper else NOTHING
-    return name, age, str(epoch), NOTHING if health == "unspecified" else health, keeper
+    holder = fleet.holder_address(entry.lease_keeper) if entry.lease_keeper else NOTHING
+    return name, age, str(epoch), NOTHING if health == "unspecified" else health, holder
 
 
-def _registry(answer: Answer) -> tuple[str, ...]:
-    if answer.listed is None:
-        return answer.address, NOTHING, f"does not answer: {answer.problem}"
-    words = "live" if answer.is_live else "last known"
-    if not answer.is_live and answer.since is not None:
-        ago_s = (datetime.now(UTC) - answer.since).total_seconds()
-        words = f"last known since {answer.since.astimezone():%H:%M:%S}, {max(0.0, ago_s):.0f} s ago"
-    return answer.address, str(answer.listed.revision), words
+def _registry(response: RegistryResponse) -> tuple[str, ...]:
+    if response.listed is None:
+        return response.address, NOTHING, f"unreachable: {response.problem}"
+    view = "live" if response.is_live else "last known"
+    if not response.is_live and response.since is not None:
+        ago_s = (datetime.now(UTC) - response.since).total_seconds()
+        view = f"last known since {response.since.astimezone():%H:%M:%S}, {max(0.0, ago_s):.0f} s ago"
+    return response.address, str(response.listed.revision), view
 
 
 def _state(number: worker_pb2.WorkerState.ValueType) -> str:
@@ -133,7 +133,7 @@ def _kv_used(load: Load) -> str:
     return f"{100 * load.kv_used_tokens / load.kv_capacity_tokens:.0f} %"
 
 
-def _figure(load: Load, name: str) -> str:
+def _load_field(load: Load, name: str) -> str:
     return str(getattr(load, name)) if load is not None and load.HasField(name) else "?"  # type: ignore[arg-type]
 
 
@@ -144,16 +144,16 @@ def _as_json(fleet: Membership, loads: Sequence[Load]) -> dict[str, Any]:
             for entry, load in zip(fleet.workers, loads, strict=True)
         ],
         "frontends": [_fields(entry) for entry in fleet.frontends],
-        "registries": [_registry_fields(answer) for answer in fleet.answers],
+        "registries": [_registry_fields(response) for response in fleet.responses],
     }
 
 
-def _registry_fields(answer: Answer) -> dict[str, Any]:
-    if answer.listed is None:
-        return {"address": answer.address, "problem": str(answer.problem)}
+def _registry_fields(response: RegistryResponse) -> dict[str, Any]:
+    if response.listed is None:
+        return {"address": response.address, "problem": str(response.problem)}
     names = ("registry_id", "revision", "replica_id", "source", "source_since")
-    said = _fields(answer.listed)
-    return {"address": answer.address, **{name: said[name] for name in names if name in said}}
+    fields = _fields(response.listed)
+    return {"address": response.address, **{name: fields[name] for name in names if name in fields}}
 
 
 def _fields(message: Any) -> dict[str, Any]:

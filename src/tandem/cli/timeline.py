@@ -1,6 +1,6 @@
-"""A request's timeline as text: one line for each thing that took time, with a bar, in the order of their beginnings.
+"""A request's timeline as text: one line with a bar for each step, attempt, leg and event, ordered by start time.
 
-Owns the layout, and nothing of how the timeline was come by: that is `trace.py`'s.
+Owns the layout; `trace.py` fetches the timeline.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from tandem.rpc.convert import seconds
 
 BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
 TEXT_WIDTH = 44
-"""What the words of a line take, mostly; the bar has the rest."""
+"""Usual width of the text of a line, in characters; the bar gets the rest."""
 PREFILL_WAITS = (
-    ("queued_time", "bootstrap_end_time", "finds its peer"),
-    ("bootstrap_end_time", "prefill_start_time", "waits for its turn"),
+    ("queued_time", "bootstrap_end_time", "bootstrap with peer"),
+    ("bootstrap_end_time", "prefill_start_time", "waits in the prefill queue"),
 )
 DECODE_WAITS = (
-    ("queued_time", "preallocation_end_time", "finds its peer, sets memory aside"),
-    ("preallocation_end_time", "kv_transfer_end_time", "waits for the KV"),
+    ("queued_time", "preallocation_end_time", "bootstrap with peer, KV preallocation"),
+    ("preallocation_end_time", "kv_transfer_end_time", "waits for KV"),
 )
 FULL, POINT, OPEN = "█", "╵", "▒"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Something that took time, or happened at one moment."""
+    """A span or an instant of the timeline; times are offsets from the start of the request."""
 
     begin_s: float
     end_s: float | None
-    """None: it goes on."""
-    words: str
+    """None: still in progress."""
+    text: str
     depth: int = 0
     is_moment: bool = False
 
@@ -44,9 +44,9 @@ def render(timeline: pb.RequestTimeline, frontend: str, *, width: int = 100) -> 
     """The timeline as lines of text.
 
     Args:
-        timeline: as a frontend tells it.
+        timeline: as reported by a frontend.
         frontend: name of that frontend.
-        width: of the terminal; longer words wrap, the bars never do.
+        width: of the terminal, in characters; long texts wrap, bars do not.
     """
     lines = list(_lines(timeline))
     shown_s = max([line.begin_s if line.end_s is None else line.end_s for line in lines], default=0.0)
@@ -60,14 +60,14 @@ def render(timeline: pb.RequestTimeline, frontend: str, *, width: int = 100) -> 
 
 def _head(timeline: pb.RequestTimeline, frontend: str) -> Iterator[str]:
     yield f"request {timeline.request_id} · {_ending(timeline)}"
-    came = timeline.begin.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
-    parts = [f"came {came} UTC to {frontend}", timeline.operation, timeline.model]
+    received = timeline.begin.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
+    parts = [f"received {received} UTC by {frontend}", timeline.operation, timeline.model]
     if timeline.tenant:
         parts.append(f"tenant {timeline.tenant}")
     yield " · ".join(part for part in parts if part)
-    figures = list(_figures(timeline))
-    if figures:
-        yield " · ".join(figures)
+    stats = list(_stats(timeline))
+    if stats:
+        yield " · ".join(stats)
     if timeline.error_message:
         yield timeline.error_message
     if timeline.trace_id:
@@ -82,7 +82,7 @@ def _ending(timeline: pb.RequestTimeline) -> str:
     return f"{outcome}: {error_reason(timeline.error_reason)}" if timeline.HasField("error_reason") else outcome
 
 
-def _figures(timeline: pb.RequestTimeline) -> Iterator[str]:
+def _stats(timeline: pb.RequestTimeline) -> Iterator[str]:
     if timeline.HasField("end"):
         yield f"took {_time(_offset_s(timeline.end))}"
     if timeline.HasField("usage"):
@@ -100,15 +100,15 @@ def _figures(timeline: pb.RequestTimeline) -> Iterator[str]:
 
 
 def _lines(timeline: pb.RequestTimeline) -> Iterator[Line]:
-    """Steps, attempts and events in the order of their beginnings; what belongs to an attempt right below it."""
+    """Steps, attempts and events by start time; the lines of an attempt follow it directly."""
     blocks: list[tuple[float, list[Line]]] = []
     for step in timeline.steps:
         end_s = _offset_s(step.end) if step.HasField("end") else None
-        words = " ".join([step.name, *_attributes(step.attributes)])
-        blocks.append((_offset_s(step.begin), [Line(_offset_s(step.begin), end_s, words)]))
+        text = " ".join([step.name, *_attributes(step.attributes)])
+        blocks.append((_offset_s(step.begin), [Line(_offset_s(step.begin), end_s, text)]))
     for event in timeline.events:
-        words = " ".join([event.name, *_attributes(event.attributes)])
-        blocks.append((_offset_s(event.at), [_moment(event.at, words)]))
+        text = " ".join([event.name, *_attributes(event.attributes)])
+        blocks.append((_offset_s(event.at), [_moment(event.at, text)]))
     blocks.extend((_offset_s(attempt.dispatched), list(_attempt(attempt))) for attempt in timeline.attempts)
     for _, lines in sorted(blocks, key=lambda block: block[0]):
         yield from lines
@@ -119,25 +119,25 @@ def _lines(timeline: pb.RequestTimeline) -> Iterator[Line]:
 def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
     facts = [f"attempt {attempt.number}"]
     if attempt.tokens_before:
-        facts.append(f"goes on after {attempt.tokens_before} tokens")
+        facts.append(f"continues after {attempt.tokens_before} tokens")
     if attempt.bootstrap_room:
         facts.append(f"room {attempt.bootstrap_room}")
     if attempt.HasField("candidates"):
-        facts.append(f"of {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
+        facts.append(f"chosen from {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
     end_s = _offset_s(attempt.end) if attempt.HasField("end") else None
     yield Line(_offset_s(attempt.dispatched), end_s, ", ".join(facts))
     inner = [line for leg in _legs(attempt) for line in _leg(leg, attempt)]
     if attempt.HasField("first_token"):
         last_s = _offset_s(attempt.last_token)
         inner.append(Line(_offset_s(attempt.first_token), last_s, "first to last token", depth=1))
-    # Of what begins at one moment the legs come first, each with its worker.
+    # The sort is stable: of lines with the same start the legs come first, as their text names the worker.
     yield from sorted(inner, key=lambda line: line.begin_s)
     if attempt.HasField("failure"):
         failure = attempt.failure
-        where = f" in phase {failure.phase}" if failure.phase else ""
-        who = f"{role(failure.leg)} leg on {failure.worker_id}" if failure.worker_id else "it"
+        phase = f" in phase {failure.phase}" if failure.phase else ""
+        failed = f"{role(failure.leg)} leg on {failure.worker_id}" if failure.worker_id else "attempt"
         at = attempt.end if attempt.HasField("end") else attempt.dispatched
-        yield _moment(at, f"{who} broke{where}: {error_reason(failure.reason)}", depth=1)
+        yield _moment(at, f"{failed} failed{phase}: {error_reason(failure.reason)}", depth=1)
 
 
 def _legs(attempt: pb.TimelineAttempt) -> Iterator[pb.TimelineLeg]:
@@ -147,13 +147,13 @@ def _legs(attempt: pb.TimelineAttempt) -> Iterator[pb.TimelineLeg]:
 
 
 def _leg(leg: pb.TimelineLeg, attempt: pb.TimelineAttempt) -> Iterator[Line]:
-    name, where = f"{role(leg.role)} leg", f"{leg.worker_id} ({leg.address}, epoch {leg.epoch})"
+    name, worker = f"{role(leg.role)} leg", f"{leg.worker_id} ({leg.address}, epoch {leg.epoch})"
     begin_s = _offset_s(attempt.dispatched)
     if leg.HasField("accepted"):
-        yield Line(begin_s, _offset_s(leg.accepted), f"{name} accepted by {where}", depth=1)
+        yield Line(begin_s, _offset_s(leg.accepted), f"{name} accepted by {worker}", depth=1)
     else:
-        yield Line(begin_s, begin_s, f"{name} sent to {where}, which never accepted it", depth=1, is_moment=True)
-    # The worker's clock is another one than the frontend's: what it says is shown where it says it was.
+        yield Line(begin_s, begin_s, f"{name} sent to {worker}, not accepted", depth=1, is_moment=True)
+    # Worker timestamps come from the worker's clock. They are shown uncorrected: the skew is not known.
     timings, zero_s = leg.timings, seconds(attempt.dispatched.time) - begin_s
     moved = f", {timings.kv_transfer_bytes:,} bytes" if timings.kv_transfer_bytes else ""
     waits: tuple[tuple[str, str, str], ...] = (("queued_time", "prefill_start_time", "waits in the engine"),)
@@ -161,23 +161,23 @@ def _leg(leg: pb.TimelineLeg, attempt: pb.TimelineAttempt) -> Iterator[Line]:
         waits = PREFILL_WAITS
     elif timings.HasField("preallocation_end_time"):
         waits = DECODE_WAITS
-    for begin, end, words in (
+    for begin, end, text in (
         *waits,
         ("prefill_start_time", "prefill_end_time", "prefill"),
-        ("kv_transfer_start_time", "kv_transfer_end_time", f"KV moves{moved}"),
+        ("kv_transfer_start_time", "kv_transfer_end_time", f"KV transfer{moved}"),
     ):
         if timings.HasField(begin) and timings.HasField(end):  # type: ignore[arg-type]
             from_s, to_s = seconds(getattr(timings, begin)) - zero_s, seconds(getattr(timings, end)) - zero_s
-            yield Line(from_s, to_s, f"{leg.worker_id}: {words}", depth=2)
+            yield Line(from_s, to_s, f"{leg.worker_id}: {text}", depth=2)
 
 
 def _shown(line: Line, shown_s: float, bar_width: int) -> str:
     took = "" if line.is_moment else "open" if line.end_s is None else _time(line.end_s - line.begin_s)
-    return f"{_time(line.begin_s):>9}  {took:>9}  {_bar(line, shown_s, bar_width)}  {'  ' * line.depth}{line.words}"
+    return f"{_time(line.begin_s):>9}  {took:>9}  {_bar(line, shown_s, bar_width)}  {'  ' * line.depth}{line.text}"
 
 
 def _bar(line: Line, shown_s: float, width: int) -> str:
-    """Blank, then the part of the time it took; never less than one character."""
+    """Blank up to the start, then the duration; at least one character wide."""
     if shown_s <= 0:
         return POINT.ljust(width)
     begin = min(width - 1, max(0, int(width * line.begin_s / shown_s)))
@@ -188,8 +188,8 @@ def _bar(line: Line, shown_s: float, width: int) -> str:
     return (" " * begin + (OPEN if line.end_s is None else FULL) * length).ljust(width)
 
 
-def _moment(at: pb.Moment, words: str, depth: int = 0) -> Line:
-    return Line(_offset_s(at), _offset_s(at), words, depth, is_moment=True)
+def _moment(at: pb.Moment, text: str, depth: int = 0) -> Line:
+    return Line(_offset_s(at), _offset_s(at), text, depth, is_moment=True)
 
 
 def _attributes(attributes: Mapping[str, str]) -> Iterator[str]:
@@ -197,12 +197,12 @@ def _attributes(attributes: Mapping[str, str]) -> Iterator[str]:
 
 
 def role(number: worker_pb2.WorkerRole.ValueType) -> str:
-    """Name of a role."""
+    """Name of a role, in lower case."""
     return worker_pb2.WorkerRole.Name(number).removeprefix("WORKER_ROLE_").lower()
 
 
 def error_reason(number: error_pb2.ErrorReason.ValueType) -> str:
-    """Name of a reason."""
+    """Name of a reason, without its prefix."""
     return error_pb2.ErrorReason.Name(number).removeprefix("ERROR_REASON_")
 
 
@@ -215,7 +215,7 @@ def _offset_s(moment: pb.Moment) -> float:
 
 
 def _time(value_s: float) -> str:
-    """Milliseconds below ten seconds, with a decimal below a hundred."""
+    """Seconds from 10 s on, else milliseconds, with one decimal below 100 ms."""
     if abs(value_s) >= 10:
         return f"{value_s:.2f} s"
     return f"{value_s * 1e3:.1f} ms" if abs(value_s) < 0.1 else f"{value_s * 1e3:.0f} ms"

@@ -1,6 +1,6 @@
-"""`tandem trace`: one request's timeline, asked of every frontend, without any collector of traces.
+"""`tandem trace`: the timeline of one request, fetched from the frontends; needs no trace collector.
 
-Owns the finding of the frontend that knows the request; the text is `timeline.py`'s.
+Owns the search for the frontend that has the request; `timeline.py` renders it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tandem.tls.paths import Tls
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """Who is asked."""
+    """A frontend to query."""
 
     name: str
     address: str
@@ -31,20 +31,20 @@ class Frontend:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What one frontend knows."""
+    """The result of querying one frontend."""
 
     frontend: Frontend
     timelines: tuple[pb.RequestTimeline, ...] = ()
     problem: TandemError | None = None
-    """Why it said nothing, where it should have."""
+    """Why the query failed; None: it succeeded, or the request is unknown there."""
 
 
 async def frontends_of(registries: Sequence[str], tls: Tls | None) -> list[Frontend]:
     """All frontends the registries list.
 
     Raises:
-        StartError: there is none.
-        TandemError: no registry answers.
+        StartError: no frontend is registered.
+        TandemError: no registry can be reached.
     """
     listed = [entry.frontend for entry in (await ask_all(registries, tls)).frontends]
     if not listed:
@@ -53,16 +53,16 @@ async def frontends_of(registries: Sequence[str], tls: Tls | None) -> list[Front
 
 
 async def trace(request_id: str, frontends: Sequence[Frontend], *, as_json: bool, tls: Tls | None = None) -> int:
-    """Print what the frontends know of a request. Returns the exit status.
+    """Print the timelines of a request from all frontends. Returns the exit status.
 
     Raises:
-        RequestNotFound: all of them answer, and none knows it.
-        TandemError: none knows it, and one does not answer.
+        RequestNotFound: all frontends responded, and none has the request.
+        TandemError: none has it, and at least one could not be queried.
     """
-    answers = await asyncio.gather(*(_ask(frontend, request_id, tls) for frontend in frontends))
-    found = [(answer.frontend, timeline) for answer in answers for timeline in answer.timelines]
+    results = await asyncio.gather(*(_ask(frontend, request_id, tls) for frontend in frontends))
+    found = [(result.frontend, timeline) for result in results for timeline in result.timelines]
     if not found:
-        raise _not_found(request_id, answers)
+        raise _not_found(request_id, results)
     found.sort(key=lambda pair: pair[1].begin.time.ToNanoseconds())
     if as_json:
         for frontend, timeline in found:
@@ -80,15 +80,20 @@ async def _ask(frontend: Frontend, request_id: str, tls: Tls | None) -> Found:
     except RequestNotFound:
         return Found(frontend)
     except NotSupported:
-        return Found(frontend, problem=StartError(f"{frontend.address} is not a frontend that tells timelines"))
+        return Found(
+            frontend, problem=StartError(f"{frontend.address} is not a Tandem frontend: it has no admin service")
+        )
     except TandemError as problem:
         return Found(frontend, problem=problem)
 
 
-def _not_found(request_id: str, answers: Sequence[Found]) -> TandemError:
-    problems = [answer for answer in answers if answer.problem is not None]
-    for answer in problems:
-        assert answer.problem is not None
-        return answer.problem
-    names = ", ".join(answer.frontend.name for answer in answers)
-    return RequestNotFound(f"no request {request_id} is known to {names}, or no longer", request_id=request_id)
+def _not_found(request_id: str, results: Sequence[Found]) -> TandemError:
+    # A failed query is reported first: the frontend that could not be queried may have the request.
+    problems = [result.problem for result in results if result.problem is not None]
+    if problems:
+        return problems[0]
+    names = ", ".join(result.frontend.name for result in results)
+    return RequestNotFound(
+        f"request {request_id} not found on {names} (each keeps the timelines of its last finished requests only)",
+        request_id=request_id,
+    )

@@ -15,7 +15,7 @@ from tandem.cli.progress import Readiness
 from tandem.cli.state import (
     ClusterState,
     StartingCluster,
-    check_nobody_runs,
+    check_no_cluster_runs,
     claim_state,
     remove_state,
     state_file,
@@ -28,15 +28,15 @@ from tandem.service.restart_budget import RestartPolicy
 
 
 async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:
-    """Run a cluster until a signal comes or nothing of it can serve any more. Returns the exit status.
+    """Run a cluster until a signal arrives or no process of it can serve. Returns the exit status.
 
-    `policy` says how often a process that dies is started again.
+    `policy` bounds how often a process that exits unexpectedly is restarted.
 
     Raises:
         ConfigError: a setting is wrong; nothing has been started.
-        StartError: a process did not start, or a cluster runs here already.
+        StartError: a process did not start, or another cluster runs in this directory.
     """
-    check_nobody_runs()
+    check_no_cluster_runs()
     check_spec(spec)
     await check_consul(spec, console)
     targets = state_file().parent / scrape_targets.FILE
@@ -56,9 +56,9 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
     interruption = Interruption(console, end_at_once)
     with Readiness(console) as readiness:
         cluster.on_change = readiness.changed
-        await interruption.unless_asked(cluster.start())
-    if interruption.asked.is_set():
-        # It may have come up at the very moment of the signal.
+        await interruption.unless_requested(cluster.start())
+    if interruption.requested.is_set():
+        # The cluster may have become ready just as the signal arrived.
         await cluster.stop()
         return EXIT_INTERRUPTED
     cluster.on_change = lambda process: None
@@ -67,16 +67,16 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
     write_state(state)
     _print_addresses(cluster, state, console)
 
-    def tell(line: str) -> None:
+    def print_line(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    await interruption.unless_asked(Restarts(cluster, tell, policy).run())
-    if not interruption.asked.is_set():
-        tell("nothing here can serve any more")
+    await interruption.unless_requested(Restarts(cluster, print_line, policy).run())
+    if not interruption.requested.is_set():
+        print_line("stopping: the cluster can no longer serve requests; see the logs")
     with Readiness(console) as readiness:
         cluster.on_change = readiness.changed
         clean = await cluster.stop()
-    return 0 if clean and interruption.asked.is_set() else 1
+    return 0 if clean and interruption.requested.is_set() else 1
 
 
 async def _state(cluster: LocalCluster) -> ClusterState:

@@ -1,1 +1,1 @@
-"""Calls between processes and from tools: one function for each RPC, failures as TandemError."""
+"""gRPC clients for processes and tools: one function per RPC; failures are raised as TandemError."""

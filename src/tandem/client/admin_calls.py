@@ -1,6 +1,6 @@
-"""Calls of operators: timelines and figures of frontends, load of workers, profiles. Failures come as TandemError.
+"""Calls of operators: timelines and statistics of frontends, and profiles. Failures are raised as TandemError.
 
-Owns the calls only. Each takes the `Tls` of a cluster that asks for certificates; without it the call is in plaintext.
+Owns the calls only. `tls`: client certificate, for a cluster with TLS; None: plaintext.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CALL_TIMEOUT_S = 5.0
 
 
 async def request_timelines(address: str, request_id: str, *, tls: Tls | None = None) -> list[pb.RequestTimeline]:
-    """The courses of a request, from a frontend; more than one where its id stands for several.
+    """Timelines of a request id from a frontend; several if the id was used more than once.
 
     Raises:
-        RequestNotFound: it knows none of that id.
+        RequestNotFound: the frontend has no request with that id.
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
@@ -40,7 +40,7 @@ async def request_timelines(address: str, request_id: str, *, tls: Tls | None = 
 async def list_requests(
     address: str, request: pb.ListRequestsRequest, *, tls: Tls | None = None
 ) -> pb.ListRequestsResponse:
-    """One page of the requests a frontend knows.
+    """One page of the request list of a frontend.
 
     Raises:
         TandemError: the call failed.
@@ -55,7 +55,7 @@ async def list_requests(
 
 
 async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> pb.WatchFiguresResponse:
-    """A frontend's figures now.
+    """Current statistics of a frontend.
 
     Raises:
         TandemError: the call failed.
@@ -75,11 +75,11 @@ async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | N
 async def capture_profile(
     address: str, request: pb.CaptureProfileRequest, *, tls: Tls | None = None
 ) -> AsyncGenerator[tuple[str, bytes], None]:
-    """Name and content of each file of a process's profile; closing the iterator ends the recording.
+    """Record a profile and yield (name, content) of each file; closing the iterator ends the recording.
 
     Raises:
-        AdminDisabled: the process gives none.
-        ProfileFailed: it sent less than it said.
+        AdminDisabled: profiles are disabled in the process.
+        ProfileFailed: a file is shorter than announced.
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
@@ -100,4 +100,4 @@ async def capture_profile(
         finally:
             call.cancel()
         if name:
-            raise ProfileFailed(f"{name} has {len(data)} bytes of {size_bytes}")
+            raise ProfileFailed(f"{name} is incomplete: received {len(data)} of {size_bytes} bytes")

@@ -1,6 +1,6 @@
-"""Calls a client makes: one function for each, failures as TandemError. For the command line, tests and benchmarks.
+"""Client calls: one function per RPC, failures are raised as TandemError. For the command line, tests and benchmarks.
 
-Each takes the `Tls` of a cluster that asks for certificates; without it the call goes in plaintext.
+`tls`: client certificate, for a cluster with TLS; None: plaintext.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ async def generate(
 
 
 async def list_models(address: str, *, tls: Tls | None = None) -> list[frontend_pb.Model]:
-    """The models a frontend offers now.
+    """The models served by a frontend.
 
     Raises:
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
         stub: Any = InferenceServiceStub(channel)
-        response = await _answer(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
+        response = await _response(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
         return list(response.models)
 
 
 async def list_workers(address: str, *, tls: Tls | None = None) -> list[registry_pb.ListedWorker]:
-    """The workers a registry lists.
+    """The workers listed by a registry.
 
     Raises:
         TandemError: the call failed.
@@ -71,19 +71,21 @@ async def list_workers(address: str, *, tls: Tls | None = None) -> list[registry
 
 
 async def list_members(address: str, *, tls: Tls | None = None) -> registry_pb.ListResponse:
-    """All that a registry lists, and where it knows it from.
+    """Workers and frontends listed by a registry, and the source of its view.
 
     Raises:
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
         stub: Any = RegistryServiceStub(channel)
-        response: registry_pb.ListResponse = await _answer(stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S))
+        response: registry_pb.ListResponse = await _response(
+            stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S)
+        )
         return response
 
 
 async def worker_at(address: str, timeout_s: float = CALL_TIMEOUT_S, *, tls: Tls | None = None) -> Worker:
-    """Who serves at an address, as it says itself.
+    """Identity, role and capabilities of the worker at an address.
 
     Raises:
         TandemError: the call failed.
@@ -91,12 +93,12 @@ async def worker_at(address: str, timeout_s: float = CALL_TIMEOUT_S, *, tls: Tls
     async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         request = worker_pb.GetCapabilitiesRequest()
-        response: worker_pb.GetCapabilitiesResponse = await _answer(stub.GetCapabilities(request, timeout=timeout_s))
+        response: worker_pb.GetCapabilitiesResponse = await _response(stub.GetCapabilities(request, timeout=timeout_s))
         return worker_from_proto(response.worker)
 
 
 async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> worker_pb.WatchLoadResponse:
-    """How busy a worker is now.
+    """Current load of a worker.
 
     Raises:
         TandemError: the call failed.
@@ -104,16 +106,16 @@ async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None =
     async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
-        response: worker_pb.WatchLoadResponse = await _answer(call.read())
+        response: worker_pb.WatchLoadResponse = await _response(call.read())
         call.cancel()
         return response
 
 
 async def drain_worker(address: str, epoch: int, *, tls: Tls | None = None) -> AsyncGenerator[int, None]:
-    """Ask one start of a worker to finish and end; its open legs, each time one has ended, down to none.
+    """Drain one epoch of a worker; yields its open legs whenever the number changes, down to 0.
 
     Raises:
-        StaleEpoch: it was started again.
+        StaleEpoch: the worker was restarted.
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
@@ -129,7 +131,7 @@ async def drain_worker(address: str, epoch: int, *, tls: Tls | None = None) -> A
 
 
 async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb.GetFiguresResponse:
-    """What a process holds now.
+    """Current resource use of a process: calls, tasks, threads, descriptors, memory.
 
     Raises:
         TandemError: the call failed.
@@ -137,15 +139,15 @@ async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb
     async with open_channel(address, tls) as channel:
         stub: Any = ProcessServiceStub(channel)
         request = process_pb.GetFiguresRequest()
-        response: process_pb.GetFiguresResponse = await _answer(stub.GetFigures(request, timeout=CALL_TIMEOUT_S))
+        response: process_pb.GetFiguresResponse = await _response(stub.GetFigures(request, timeout=CALL_TIMEOUT_S))
         return response
 
 
 async def is_serving(address: str, service: str = "", *, tls: Tls | None = None) -> bool:
-    """What grpc.health.v1 says of a process, or of one of its services.
+    """grpc.health.v1 status of a process, or of one of its services.
 
     Raises:
-        InvalidRequest: it carries no such service.
+        InvalidRequest: the process has no such service.
         TandemError: the call failed.
     """
     async with open_channel(address, tls) as channel:
@@ -155,12 +157,12 @@ async def is_serving(address: str, service: str = "", *, tls: Tls | None = None)
             response = await stub.Check(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.NOT_FOUND:
-                raise InvalidRequest("service", f"{address} carries no service {service!r}") from None
+                raise InvalidRequest("service", f"{address} has no service {service!r}") from None
             raise from_rpc_error(failure) from None
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def _answer(call: Any) -> Any:
+async def _response(call: Any) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as failure:

@@ -1,6 +1,6 @@
-"""What a peer says of its health over grpc.health.v1: a stream that is silent until it changes, and a question.
+"""Health of a peer over grpc.health.v1: a watch stream that sends changes only, and a single check.
 
-Asks over channels that are there; what follows from an answer, or from none, is the caller's business.
+Uses existing channels; the caller decides what follows from a status or a failure.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 class HealthWatch:
-    """The health of a process as a whole, followed over one stream. Close it in the end."""
+    """Watch stream of the overall health of a process. Must be closed."""
 
     def __init__(self, channel: grpc.aio.Channel, *, waits: bool) -> None:
-        """Asks at once. With `waits`, as long as it takes to connect; else who cannot be reached is an error."""
+        """Starts the call. `waits`: wait for the connection without limit, instead of failing when unreachable."""
         stub: Any = health_pb2_grpc.HealthStub(channel)
         self._call = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=waits)
 
     async def read(self) -> bool:
-        """Whether it serves: at the first call now, then at each change.
+        """Whether the process is serving: first the current status, then each change.
 
         Raises:
-            TandemError: the stream ended, as it does when the process dies.
+            TandemError: the stream ended, for example because the process died.
         """
         try:
-            answer = await self._call.read()
+            response = await self._call.read()
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from None
         except asyncio.CancelledError:
@@ -40,24 +40,24 @@ class HealthWatch:
             if task is not None and task.cancelling():
                 raise
             raise ServiceError("the channel was closed") from None
-        if answer is grpc.aio.EOF:
-            raise ServiceError("the stream of health ended")
-        return bool(answer.status == SERVING)
+        if response is grpc.aio.EOF:
+            raise ServiceError("the health stream ended")
+        return bool(response.status == SERVING)
 
     def close(self) -> None:
-        """Ask no more."""
+        """Cancel the stream."""
         self._call.cancel()
 
 
 async def check_health(channel: grpc.aio.Channel, timeout_s: float | None = None) -> bool:
-    """Whether a process says that it serves, within `timeout_s` where that is given.
+    """Check once whether a process is serving; `timeout_s` None: no deadline.
 
     Raises:
-        TandemError: it did not answer.
+        TandemError: the process did not respond.
     """
     stub: Any = health_pb2_grpc.HealthStub(channel)
     try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError as failure:
         raise from_rpc_error(failure) from None
-    return bool(answer.status == SERVING)
+    return bool(response.status == SERVING)

@@ -1,6 +1,7 @@
-"""What workers say of their load, followed for as long as they are in the view.
+"""Load reports of all workers in the view.
 
-Owns one stream for each worker and the last figures of each. A figure that is old is no figure: it is forgotten.
+Owns one stream per worker and its last report. A report expires after `STALE_INTERVALS`: stale load would misguide
+admission.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 MESSAGES_PER_S_MAX = 200.0
-"""Of all workers together: in a large fleet each is asked less often."""
+"""Limit over all workers: in a large fleet each one reports less often."""
 STALE_INTERVALS = 3
 
 
 class LoadWatch:
-    """Loads of workers by start."""
+    """Last load report of each worker, by start."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class LoadWatch:
         on_change: Callable[[Start, EngineLoad | None], None] | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """`on_change` is called with each load that arrives, and with None where one is forgotten; must not raise."""
+        """`on_change` is called with each report, and with None when one expires; must not raise."""
         self._channels = channels
         self._on_change = on_change
         self._clock = clock
@@ -47,16 +48,16 @@ class LoadWatch:
         self._tasks: dict[Start, asyncio.Task[None]] = {}
         self._loads: dict[Start, EngineLoad] = {}
         self._fresh: Expiries[Start] = Expiries()
-        """Until when each of them counts."""
+        """Expiry time of each report."""
         self._timer: asyncio.TimerHandle | None = None
-        """One for all of them."""
+        """One timer for the next expiry of any report."""
 
     def of(self, start: Start) -> EngineLoad | None:
-        """What a worker said last; None when that is long ago, or it has said nothing yet."""
+        """Last report of a worker; None: expired, or none received yet."""
         return self._loads.get(start) if self._fresh.is_live(start, self._clock()) else None
 
     def follow(self, workers: Iterable[Worker]) -> None:
-        """Follow exactly these from now on."""
+        """Set the workers to follow: start new streams, cancel those of other workers."""
         wanted = {worker.start: worker for worker in workers}
         self._interval_s = max(INTERVAL_S, len(wanted) / MESSAGES_PER_S_MAX)
         for start in [start for start in self._tasks if start not in wanted]:
@@ -68,7 +69,7 @@ class LoadWatch:
                 self._tasks[start] = task
 
     async def close(self) -> None:
-        """Follow no worker any more. May be called twice."""
+        """Cancel all streams. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
         tasks = list(self._tasks.values())
@@ -82,39 +83,39 @@ class LoadWatch:
         backoff = Backoff(first_s=0.5, most_s=5.0)
         while True:
             stub: Any = WorkerServiceStub(self._channels.get(worker.address))
-            # A stream keeps the pace it was asked for, however the fleet grows or shrinks meanwhile.
+            # A stream keeps its interval even if the fleet size changes, so its expiry is computed from that interval.
             interval_s = self._interval_s
             call = stub.WatchLoad(pb.WatchLoadRequest(interval_ms=int(interval_s * 1_000)))
             try:
-                while (said := await call.read()) is not grpc.aio.EOF:
-                    if said.epoch == worker.epoch:
-                        self._keep(worker.start, load_from_proto(said), STALE_INTERVALS * interval_s)
+                while (report := await call.read()) is not grpc.aio.EOF:
+                    if report.epoch == worker.epoch:
+                        self._keep(worker.start, load_from_proto(report), STALE_INTERVALS * interval_s)
                         backoff.reset()
             except grpc.aio.AioRpcError as failure:
-                log.debug("load of %s is not told: %s", worker.worker_id, failure.details())
+                log.debug("load stream of worker %s failed, reconnecting: %s", worker.worker_id, failure.details())
             finally:
                 call.cancel()
             await asyncio.sleep(backoff.next_s())
 
-    def _keep(self, start: Start, load: EngineLoad, fresh_s: float) -> None:
+    def _keep(self, start: Start, load: EngineLoad, expires_in_s: float) -> None:
         self._loads[start] = load
-        self._fresh.set(start, self._clock() + fresh_s)
+        self._fresh.set(start, self._clock() + expires_in_s)
         self._set_timer()
-        self._tell(start, load)
+        self._notify(start, load)
 
     def _forget(self, start: Start) -> None:
         self._fresh.discard(start)
         if self._loads.pop(start, None) is not None:
-            self._tell(start, None)
+            self._notify(start, None)
 
-    def _forget_old(self) -> None:
+    def _expire(self) -> None:
         self._timer = None
         for start in self._fresh.take(self._clock()):
             self._forget(start)
         self._set_timer()
 
     def _set_timer(self) -> None:
-        """Look again when the first load may have become old."""
+        """Schedule `_expire` for the earliest expiry."""
         next_s = self._fresh.next_s()
         if next_s is None:
             return
@@ -124,8 +125,8 @@ class LoadWatch:
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = loop.call_at(when_s, self._forget_old)
+            self._timer = loop.call_at(when_s, self._expire)
 
-    def _tell(self, start: Start, load: EngineLoad | None) -> None:
+    def _notify(self, start: Start, load: EngineLoad | None) -> None:
         if self._on_change is not None:
             self._on_change(start, load)

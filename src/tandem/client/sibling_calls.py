@@ -1,8 +1,7 @@
-"""The calls by which the processes of one frontend ask each other, over Unix sockets; failures come as TandemError.
+"""Calls between the processes of one frontend, over Unix sockets; failures are raised as TandemError.
 
-Each call has a connection of its own: they are rare, and one that is kept would wait for its next try to connect when
-the process at its other end has been started again. Which process is asked, and what is made of the answers, is the
-frontend's.
+Each call opens its own connection: calls are rare, and a kept connection would still be in reconnect backoff after its
+peer has been restarted. The frontend chooses the processes and merges their responses.
 """
 
 from __future__ import annotations
@@ -20,46 +19,46 @@ from tandem.rpc.channels import open_channel
 from tandem.rpc.status import from_rpc_error
 
 TIMEOUT_S = 1.0
-"""A process that does not answer in it is left out."""
+"""A process that does not respond within this time is left out."""
 
 
 class SiblingCalls:
-    """To one of the others."""
+    """Calls to one sibling process."""
 
     def __init__(self, path: Path) -> None:
         self._address = f"unix:{path}"
 
     async def timelines(self, request_id: str) -> list[admin_pb.RequestTimeline]:
-        """The timelines it has for an id.
+        """Its timelines of a request id.
 
         Raises:
-            TandemError: it does not answer.
+            TandemError: the process did not respond.
         """
         request = pb.GetSiblingTimelinesRequest(request_id=request_id)
         return list((await self._ask("GetSiblingTimelines", request)).timelines)
 
     async def requests(self, request: pb.ListSiblingRequestsRequest) -> list[pb.ListedRequest]:
-        """The requests it knows.
+        """Its request list.
 
         Raises:
-            TandemError: it does not answer.
+            TandemError: the process did not respond.
         """
         return list((await self._ask("ListSiblingRequests", request)).requests)
 
     async def figures(self) -> pb.GetSiblingFiguresResponse:
-        """Its figures.
+        """Its statistics.
 
         Raises:
-            TandemError: it does not answer.
+            TandemError: the process did not respond.
         """
         response: pb.GetSiblingFiguresResponse = await self._ask("GetSiblingFigures", pb.GetSiblingFiguresRequest())
         return response
 
     async def process(self) -> process_pb.GetFiguresResponse:
-        """What it holds.
+        """Its resource use.
 
         Raises:
-            TandemError: it does not answer.
+            TandemError: the process did not respond.
         """
         response: pb.GetSiblingProcessResponse = await self._ask("GetSiblingProcess", pb.GetSiblingProcessRequest())
         return response.process

@@ -1,6 +1,6 @@
-"""The calls of leg contract 2, as a frontend makes them: the step stream of a worker, starts and aborts of legs.
+"""Client of leg contract 2: the step stream of a worker, starting and aborting legs.
 
-Owns nothing but the calls; which leg a message belongs to, and what a failure means for it, is the caller's business.
+Owns the calls only; the caller assigns messages to legs and decides what a failure means for them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tandem.rpc.channels import Channels
 from tandem.rpc.status import from_rpc_error
 
 ABORT_TIMEOUT_S = 5.0
-"""A worker that does not take an abort in this time is named again by its next words of the leg."""
+"""After a timeout the abort is sent again when the worker reports the leg the next time."""
 
 
 class StepCall:
-    """One step stream, open until it is cancelled or breaks."""
+    """One step stream, open until it is cancelled or fails."""
 
     def __init__(self, channel: grpc.aio.Channel, worker: Worker, frontend_id: str) -> None:
-        """Sends the call; nothing is waited for."""
+        """Starts the call without waiting for a response."""
         request = pb.StreamStepsRequest(leg_contract=LEG_CONTRACT, worker_epoch=worker.epoch, frontend_id=frontend_id)
         stub: Any = StepServiceStub(channel)
         self._worker = worker
@@ -40,35 +40,35 @@ class StepCall:
         """The next message.
 
         Raises:
-            TandemError: the stream could not be opened, or has ended: it never ends well.
+            TandemError: the stream could not be opened, or has ended; every end is an error.
         """
         try:
             message = await self._call.read()
         except grpc.aio.AioRpcError as failure:
             raise _of_worker(self._worker, from_rpc_error(failure)) from None
         if message is grpc.aio.EOF:
-            raise ServiceError(f"worker {self._worker.worker_id} has closed its step stream")
+            raise ServiceError(f"worker {self._worker.worker_id} closed its step stream")
         if message is None:
-            # What gRPC gives for bytes that are no message of this type.
-            raise ServiceError(f"worker {self._worker.worker_id} sent a step that cannot be read")
+            # gRPC returns None for bytes that are no message of this type.
+            raise ServiceError(f"worker {self._worker.worker_id} sent a step message that cannot be read")
         return message  # type: ignore[no-any-return]
 
     def cancel(self) -> None:
-        """End the stream, which aborts every leg that runs on it. Harmless after its end."""
+        """End the stream, which aborts all its legs. No effect after its end."""
         self._call.cancel()
 
 
 class WorkerCalls:
-    """The calls to workers, over channels that are kept by address."""
+    """Calls to workers, over channels cached by address."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
 
     def connection(self, worker: Worker) -> object:
-        """What calls to a worker go over now; another one when the certificate has been renewed.
+        """The channel to a worker, as an identity to compare: a renewed certificate opens a new one.
 
         Raises:
-            ServiceError: without usable TLS files there is none.
+            ServiceError: the TLS files are unusable.
         """
         return self._channel(worker)
 
@@ -99,10 +99,10 @@ class WorkerCalls:
         except grpc.aio.AioRpcError as failure:
             raise _of_worker(worker, from_rpc_error(failure)) from None
         if answer is None:
-            raise ServiceError(f"worker {worker.worker_id} sent an answer to starts that cannot be read")
+            raise ServiceError(f"worker {worker.worker_id} sent a response to StartLegs that cannot be read")
         results: Sequence[leg_pb2.LegStartResult] = answer.results
         if len(results) != len(legs):
-            raise ServiceError(f"worker {worker.worker_id} answered {len(results)} starts instead of {len(legs)}")
+            raise ServiceError(f"worker {worker.worker_id} returned {len(results)} start results for {len(legs)} legs")
         return results
 
     async def abort_legs(self, worker: Worker, stream_id: int, legs: Iterable[int]) -> None:
@@ -121,15 +121,15 @@ class WorkerCalls:
         try:
             return self._channels.get(worker.address)
         except StartError as problem:
-            raise ServiceError(f"no connection to worker {worker.worker_id} can be made: {problem}") from None
+            raise ServiceError(f"cannot connect to worker {worker.worker_id}: {problem}") from None
 
 
 def _of_worker(worker: Worker, problem: TandemError) -> TandemError:
-    """A failed call as a failure of that worker, which another one may not have."""
+    """Turn a failed call into a failure of that worker, so that it is retried on another one."""
     if type(problem) is NotSupported and not problem.metadata:
         return ServiceError(
-            f"worker {worker.worker_id} does not know leg contract {LEG_CONTRACT}, which this frontend speaks"
+            f"worker {worker.worker_id} does not implement leg contract {LEG_CONTRACT} of this frontend"
         )
     if isinstance(problem, RequestAborted):
-        return ServiceError(f"worker {worker.worker_id} has ended the call: {problem.message}")
+        return ServiceError(f"worker {worker.worker_id} ended the call: {problem.message}")
     return problem

@@ -1,7 +1,7 @@
-"""A CPU profile of this process's event loop, by pyinstrument: samples its stack a thousand times a second.
+"""CPU profile of this process's event loop, by pyinstrument: samples its stack 1,000 times per second.
 
-Owns the recorder and its two forms. Without root, and nothing is loaded before the first profile. Other threads are not
-in it: what a frontend does, it does on its event loop, but for the tokenizer's work in Rust.
+Owns the recorder and its two output formats. Needs no root; pyinstrument is loaded by the first profile. Other threads
+are not sampled: a frontend works on its event loop, except for the tokenizer's Rust code.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ class CpuProfiler:
         self._form = SPEEDSCOPE
 
     async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
-        """Begin to sample the thread of this event loop."""
+        """Start sampling the thread of this event loop.
+
+        Raises:
+            NotSupported: pyinstrument is not installed.
+        """
         try:
             from pyinstrument import Profiler
         except ImportError:
-            raise NotSupported("this installation has no pyinstrument, which records the profile") from None
+            raise NotSupported("pyinstrument, which records the profile, is not installed") from None
         self._form = form
         self._file = directory / ("profile.speedscope.json" if form == SPEEDSCOPE else "profile.html")
-        # Disabled: the loop as a whole, and not the one task that has started this.
+        # disabled: profile the whole loop, not only the task that called start().
         self._recorder = Profiler(interval=INTERVAL_S, async_mode="disabled")
         self._recorder.start()
 
     async def stop(self) -> None:
-        """Stop, and write the file on a thread: a minute of samples takes seconds."""
+        """Stop and write the file in a thread: rendering a minute of samples takes seconds."""
         assert self._recorder is not None, "stop() before start()"
         recorder, self._recorder = self._recorder, None
         session = recorder.stop()

@@ -1,6 +1,6 @@
-"""Metrics of the legs of a worker: what a leg's record says when it closes, with the engine's own times and counts.
+"""Metrics of a worker's legs, recorded from the trace of each leg when it closes, with the engine's times and counts.
 
-Nothing here is estimated: what the engine does not tell is not told.
+Nothing is estimated: values that the engine does not report are not recorded.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from tandem.observability.metrics import Attributes, Metrics
 from tandem.observability.request_trace import LegTrace
 
 HIT_LEGS = 256
-"""So many of the last legs make the hit ratio."""
+"""Number of last finished legs in the hit ratio."""
 ABORTED = "aborted"
 
 
 class LegMetrics:
-    """A sink of legs' courses."""
+    """A sink of closed leg traces."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._prompts: deque[tuple[int, int]] = deque(maxlen=HIT_LEGS)
-        """Prompt tokens and cached ones among them."""
+        """(prompt tokens, cached tokens) per leg."""
 
     @property
     def hit_ratio(self) -> float | None:
-        """Cached over all prompt tokens of the last legs; None before the first."""
+        """Cached divided by all prompt tokens of the last legs; None before the first."""
         prompt_tokens = sum(prompt for prompt, _ in self._prompts)
         return sum(cached for _, cached in self._prompts) / prompt_tokens if prompt_tokens else None
 
     def __call__(self, trace: LegTrace) -> None:
-        """Tell of one that has closed."""
-        assert trace.end_s is not None, "a course is told when it has closed"
+        """Record the metrics of a closed leg."""
+        assert trace.end_s is not None, "a leg is recorded only after it has closed"
         metrics, finish = self._metrics, trace.engine_finish
         is_aborted = finish is not None and finish.reason is FinishReason.ABORTED
         outcome = ABORTED if is_aborted else trace.outcome
@@ -42,18 +42,18 @@ class LegMetrics:
         if trace.outcome == traces.CANCELLED and trace.left_s is not None:
             metrics.record("tandem.leg.abort.duration", trace.end_s - trace.left_s, leg)
         if finish is not None:
-            self._tell_tokens(leg, finish)
+            self._record_tokens(leg, finish)
             if finish.timings is not None:
-                self._tell_timings(leg, finish.timings)
+                self._record_timings(leg, finish.timings)
 
-    def _tell_tokens(self, leg: Attributes, finish: EngineFinish) -> None:
+    def _record_tokens(self, leg: Attributes, finish: EngineFinish) -> None:
         if finish.reason is FinishReason.ABORTED:
             return
         self._metrics.count("tandem.prompt.tokens", finish.prompt_tokens, leg)
         self._metrics.count("tandem.prompt.cached_tokens", finish.cached_tokens, leg)
         self._prompts.append((finish.prompt_tokens, finish.cached_tokens))
 
-    def _tell_timings(self, leg: Attributes, timings: EngineTimings) -> None:
+    def _record_timings(self, leg: Attributes, timings: EngineTimings) -> None:
         metrics = self._metrics
         queue_s = _between(timings.queued_time_s, timings.prefill_start_time_s)
         prefill_s = _between(timings.prefill_start_time_s, timings.prefill_end_time_s)

@@ -1,7 +1,7 @@
-"""Logs: one event a line on standard error, as JSON for machines or as text for people.
+"""Logs: one event per line on standard error, as JSON or as text.
 
-Every line of a request's own work carries its ids; one line tells of each request when it ends. Prompts, token ids and
-secrets are never logged, and of a refused value only the name of its field.
+Every line logged while handling a request carries its ids, and one line summarises each request when it ends. Prompts,
+token ids and secrets are never logged; of an invalid value only the name of its field is.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 from tandem.observability.request_trace import FAILED, FINISHED, LegTrace, RequestTrace
 
 FIELDS = "tandem"
-"""The attribute of a record that holds its further fields: `log.info(..., extra={FIELDS: {...}})`."""
+"""Attribute of a log record that holds additional fields: `log.info(..., extra={FIELDS: {...}})`."""
 PLAIN = "%(asctime)s %(levelname)s %(name)s %(message)s"
 requests_log, legs_log = logging.getLogger("tandem.request"), logging.getLogger("tandem.leg")
 
 about: ContextVar[RequestTrace | LegTrace | None] = ContextVar("about", default=None)
-"""Whose work is being done. It is set for good: every call is a task of its own, with a context of its own."""
+"""The request or leg being handled. Never reset: every call runs in its own task and context."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """One JSON object per line."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record as one line of JSON."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC)
             .isoformat(timespec="milliseconds")
@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Numbered(logging.Filter):
-    """Adds the number of this process to every line."""
+    """Adds the number of this process to every record."""
 
     def __init__(self, process: int) -> None:
         super().__init__()
@@ -63,20 +63,20 @@ class _Numbered(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line for people; what JSON has as fields stands behind the sentence."""
+    """Readable lines; the fields follow the message in brackets."""
 
     def __init__(self) -> None:
         super().__init__(PLAIN)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the library's name
-        """The line without what is said of an exception."""
+        """The line without the traceback."""
         fields = {**ids_of(about.get()), **getattr(record, FIELDS, {})}
-        told = " ".join(f"{key}={value}" for key, value in fields.items())
-        return f"{super().formatMessage(record)}{f' [{told}]' if told else ''}"
+        suffix = " ".join(f"{key}={value}" for key, value in fields.items())
+        return f"{super().formatMessage(record)}{f' [{suffix}]' if suffix else ''}"
 
 
 def ids_of(trace: RequestTrace | LegTrace | None) -> dict[str, str]:
-    """What finds a request again, in logs and in traces."""
+    """Ids by which a request is found in logs and traces."""
     if trace is None:
         return {}
     ids = {"request_id": trace.request_id} if trace.request_id else {}
@@ -84,40 +84,40 @@ def ids_of(trace: RequestTrace | LegTrace | None) -> dict[str, str]:
 
 
 def set_up(level: str, log_format: str, service: str, process: int | None = None) -> None:
-    """Have everything this process logs written in one form; `auto` is text on a terminal and JSON elsewhere.
+    """Configure the root logger; format `auto` is text on a terminal and JSON elsewhere.
 
-    `process` is its number where several of one service log into one file.
+    `process`: number of this process, added to every line where several processes share a log file.
     """
     handler = logging.StreamHandler(sys.stderr)
     if process is not None:
         handler.addFilter(_Numbered(process))
     handler.setFormatter(TextFormatter() if is_text(log_format) else JsonFormatter(service))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # What no form of a line shows need not be found out for each: a third of a line's cost.
+    # Neither format shows these attributes, and collecting them is a third of the cost of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # as the library's documentation says
+    logging._srcfile = None  # documented way to skip the caller lookup
 
 
 def is_text(log_format: str) -> bool:
-    """Whether people read it."""
+    """Whether the effective log format is text."""
     return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
 
 
 def log_request(trace: RequestTrace) -> None:
-    """The line of a request that has ended."""
+    """Log the summary of an ended request."""
     if requests_log.isEnabledFor(logging.INFO):
         requests_log.info("%s %s", trace.operation, trace.outcome, extra={FIELDS: request_fields(trace)})
 
 
 def log_leg(trace: LegTrace) -> None:
-    """The line of a leg that has ended: the frontend tells of the request, so only failures are news here."""
+    """Log the summary of an ended leg. Only failures are warnings: the frontend logs every request already."""
     level = logging.WARNING if trace.outcome == FAILED else logging.DEBUG
     if legs_log.isEnabledFor(level):
         legs_log.log(level, "%s leg %s", trace.role, trace.outcome, extra={FIELDS: leg_fields(trace)})
 
 
 def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
-    """What is told of a request."""
+    """Log fields of a request."""
     last = trace.attempts[-1] if trace.attempts else None
     workers = () if last is None else (last.prefill_worker, last.decode_worker)
     fields: dict[str, Any] = {
@@ -140,7 +140,7 @@ def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
 
 
 def leg_fields(trace: LegTrace) -> Mapping[str, Any]:
-    """What is told of a leg."""
+    """Log fields of a leg."""
     return {
         **ids_of(trace),
         "attempt": trace.attempt,

@@ -1,7 +1,7 @@
-"""One scrape of several processes: each is asked for its own text, and every sample gets a label with its process.
+"""One scrape of several processes: fetches the text of each and adds a label with the process to every sample.
 
-Works on the text, in either of the two forms that Prometheus reads: what a process measures is not taken apart and made
-anew. A process that does not answer is left out, which is logged once. Owns no listener.
+Works on the exposition text, in both formats that Prometheus reads, without parsing values. A process that cannot be
+scraped is left out and logged once. Owns no listener.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LABEL = "tandem_process"
-"""Not `process`: that is the target's own label, and Prometheus would rename one of the two."""
+"""Not `process`: the scrape target has that label already, and Prometheus would rename one of them."""
 TIMEOUT_S = 2.0
-"""Longer than a busy process takes for its gauges (`otel.READ_TIMEOUT_S`)."""
+"""Longer than a busy process takes to read its gauges (`otel_metrics.READ_TIMEOUT_S`)."""
 ABOUT = re.compile(r"# (?:HELP|TYPE|UNIT) (\S+)")
 NAME = re.compile(r"[^{ ]+")
 END = "# EOF"
 
 
 def merged(texts: Mapping[str, str]) -> str:
-    """Texts of processes as one, by the value of the label. What belongs to one metric stands together."""
+    """Merge the texts, keyed by label value. The format requires all samples of a metric to be adjacent."""
     about: dict[str, dict[str, None]] = {}
     samples: dict[str, list[str]] = {}
     has_end = False
@@ -47,7 +47,7 @@ def merged(texts: Mapping[str, str]) -> str:
 
 def _labelled(sample: str, process: str) -> str:
     found = NAME.match(sample)
-    assert found is not None, "a sample begins with its name"
+    assert found is not None, "a sample starts with the metric name"
     name, rest = found[0], sample[found.end() :]
     if not rest.startswith("{"):
         return f'{name}{{{LABEL}="{process}"}}{rest}'
@@ -56,25 +56,29 @@ def _labelled(sample: str, process: str) -> str:
 
 
 class LocalScrapes:
-    """The endpoints of processes of this machine, by the value of the label."""
+    """The scrape endpoints of other local processes, keyed by label value."""
 
     def __init__(self, sockets: Mapping[str, Path]) -> None:
         self._sockets = sockets
         self._failing: set[str] = set()
 
     def texts(self, accept: str) -> dict[str, str]:
-        """What each of them reports now, in the form that `accept` asks for. Blocks, for a bounded time."""
+        """Scrape all of them, in the format of the `accept` header. Blocks for at most `TIMEOUT_S`."""
         with ThreadPoolExecutor(len(self._sockets)) as pool:
-            return dict(self._answers(pool, accept))
+            return dict(self._responses(pool, accept))
 
-    def _answers(self, pool: ThreadPoolExecutor, accept: str) -> Iterator[tuple[str, str]]:
-        asked = {process: pool.submit(_scrape, path, accept) for process, path in self._sockets.items()}
-        for process, answer in asked.items():
+    def _responses(self, pool: ThreadPoolExecutor, accept: str) -> Iterator[tuple[str, str]]:
+        scrapes = {process: pool.submit(_scrape, path, accept) for process, path in self._sockets.items()}
+        for process, scrape in scrapes.items():
             try:
-                yield process, answer.result()
+                yield process, scrape.result()
             except (OSError, http.client.HTTPException) as problem:
                 if process not in self._failing:
-                    log.warning("metrics of process %s are left out: %s", process, problem or type(problem).__name__)
+                    log.warning(
+                        "metrics of process %s cannot be scraped and are left out: %s",
+                        process,
+                        problem or type(problem).__name__,
+                    )
                 self._failing.add(process)
             else:
                 self._failing.discard(process)
@@ -94,7 +98,7 @@ def _scrape(path: Path, accept: str) -> str:
 
 
 class _LocalConnection(http.client.HTTPConnection):
-    """To a Unix socket."""
+    """HTTP over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=TIMEOUT_S)

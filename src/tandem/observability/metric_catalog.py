@@ -1,8 +1,7 @@
-"""The one table of metrics: name, kind, unit, meaning, who emits it, and every attribute with all values it can have.
+"""The catalog of all metrics: name, kind, unit, meaning, emitting processes, and attributes with all their values.
 
-Pure, and without OpenTelemetry: what is not switched on is not imported. docs/reference/metrics.md is generated from
-here, the instruments are made from here (`otel_metrics.py`), and a test makes each row move. Spans are named in
-`span_names.py`.
+Does not import OpenTelemetry, so that disabled metrics cost no import. docs/reference/metrics.md and the instruments
+(`otel_metrics.py`) are generated from it, and a test changes the value of each row. Spans are in `span_names.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
 
 OTHER = "other"
-"""Stands for every value that is not in the table: a surprise must not become a new series."""
+"""Replaces every value that is not in the table, so that unexpected values cannot create new series."""
 KNOWN_SERIES_MAX = 32
-"""A counter of no more series than this shows all of them from the start, as 0."""
+"""A counter with at most so many series exports all of them from the start, as 0: `rate()` needs a first sample."""
 WORKERS_MAX = 64
-"""Worker ids that one process tells apart in its metrics; the rest are `OTHER` together."""
+"""Maximum number of worker ids in the metrics of one process; further ones are aggregated as `OTHER`."""
 
 
 class Kind(Enum):
-    """How a metric moves."""
+    """Kind of instrument."""
 
     COUNTER = "counter"
     HISTOGRAM = "histogram"
@@ -34,14 +33,14 @@ class Kind(Enum):
 
 
 class Emitter(Enum):
-    """Which processes have it."""
+    """Process that emits a metric."""
 
     FRONTEND = "frontend"
     WORKER = "worker"
     REGISTRY = "registry"
     EDGE = "edge"
     PARENT = "parent"
-    """Of a frontend's processes, where it has several."""
+    """The parent process of a frontend with several processes."""
 
 
 EVERY = tuple(Emitter)
@@ -49,31 +48,31 @@ EVERY = tuple(Emitter)
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One attribute, with everything that bounds its values."""
+    """One attribute and what bounds its cardinality."""
 
     name: str
     values: tuple[str, ...] = ()
-    """All of them, but for `OTHER`; empty: `bound` says why there are few."""
+    """All values except `OTHER`; empty: `bound` states why they are few."""
     bound: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row."""
+    """One row of the catalog."""
 
     name: str
     kind: Kind
     unit: str
-    """In UCUM, as OpenTelemetry has it; what is in braces is a word for people."""
+    """UCUM unit, as in OpenTelemetry; text in braces is an annotation."""
     meaning: str
     emitters: tuple[Emitter, ...]
     attributes: tuple[Attribute, ...] = ()
     buckets: tuple[float, ...] = ()
-    """Upper bounds, of a histogram."""
+    """Upper bounds of a histogram, in `unit`."""
 
 
 def _reasons() -> Iterator[str]:
-    """Reasons of all errors that can travel."""
+    """Reasons of all errors that are sent over the wire."""
 
     def below(error: type[TandemError]) -> Iterator[type[TandemError]]:
         yield error
@@ -86,13 +85,13 @@ def _reasons() -> Iterator[str]:
 
 
 CANCELLED = "CANCELLED"
-"""In place of a reason: the client left."""
+"""Used instead of a reason when the client cancelled."""
 REASONS = tuple(sorted(set(_reasons())))
 ROLES = tuple(role.value for role in WorkerRole)
 
 OPERATION = Attribute("gen_ai.operation.name", ("chat", "text_completion", "generate"))
 PROVIDER = Attribute("gen_ai.provider.name", ("tandem",))
-MODEL = Attribute("gen_ai.request.model", bound="the one model that the frontend serves")
+MODEL = Attribute("gen_ai.request.model", bound="the model served by the frontend")
 ERROR_TYPE = Attribute("error.type", (*REASONS, CANCELLED))
 TOKEN_TYPE = Attribute("gen_ai.token.type", ("input", "output"))
 
@@ -108,7 +107,9 @@ PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
 MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
 MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
-WORKER_ID = Attribute("tandem.worker.id", bound=f"{WORKERS_MAX} ids; the rest share `{OTHER}`, with the greatest value")
+WORKER_ID = Attribute(
+    "tandem.worker.id", bound=f"{WORKERS_MAX} ids; further ones are aggregated as `{OTHER}`, by maximum"
+)
 
 OF_REQUEST = (OPERATION, PROVIDER, MODEL)
 
@@ -116,15 +117,15 @@ REQUEST_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 
 FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 TOKENS = tuple(float(4**power) for power in range(14))
-"""These four as the GenAI conventions advise."""
+"""Buckets of these four follow the OpenTelemetry GenAI conventions."""
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BANDWIDTH = tuple(float(10**power * factor) for power in range(5, 12) for factor in (1, 3))
-"""From 100 kB to 300 GB a second."""
+"""100 kB/s to 300 GB/s."""
 
 
 def _rows(emitter: Emitter) -> Callable[..., Metric]:
-    """Makes rows of one emitter."""
+    """Factory of rows of one emitter."""
 
     def row(
         name: str, kind: Kind, unit: str, meaning: str, *attributes: Attribute, buckets: tuple[float, ...] = ()
@@ -142,7 +143,7 @@ TABLE: tuple[Metric, ...] = (
         "gen_ai.server.request.duration",
         Kind.HISTOGRAM,
         "s",
-        "From the request's coming to its end, whatever that is; `error.type` says how it failed.",
+        "Time from the arrival of a request to its end, successful or not; `error.type` is set on failure.",
         *OF_REQUEST,
         ERROR_TYPE,
         buckets=REQUEST_S,
@@ -151,7 +152,7 @@ TABLE: tuple[Metric, ...] = (
         "gen_ai.server.time_to_first_token",
         Kind.HISTOGRAM,
         "s",
-        "From the request's coming to its first token, waiting in line included; of requests that finished.",
+        "Time from the arrival of a request to its first token, including queue wait; finished requests only.",
         *OF_REQUEST,
         buckets=FIRST_TOKEN_S,
     ),
@@ -159,7 +160,7 @@ TABLE: tuple[Metric, ...] = (
         "gen_ai.server.time_per_output_token",
         Kind.HISTOGRAM,
         "s",
-        "From the first token to the last one, for each token after the first; of requests that finished.",
+        "Average time per output token after the first; finished requests only.",
         *OF_REQUEST,
         buckets=TOKEN_S,
     ),
@@ -167,34 +168,38 @@ TABLE: tuple[Metric, ...] = (
         "gen_ai.client.token.usage",
         Kind.HISTOGRAM,
         "{token}",
-        "Tokens of a request that finished. The conventions have this name only, for clients and servers.",
+        "Tokens per finished request. The conventions define only this name, for clients and servers.",
         *OF_REQUEST,
         TOKEN_TYPE,
         buckets=TOKENS,
     ),
-    _frontend("tandem.connections.open", Kind.GAUGE, "{connection}", "Connections of clients, edges and probes."),
-    _frontend("tandem.requests.open", Kind.GAUGE, "{request}", "Requests that have not ended, those in line included."),
-    _frontend("tandem.requests.admitted", Kind.COUNTER, "{request}", "Requests that got a place with the workers."),
+    _frontend(
+        "tandem.connections.open", Kind.GAUGE, "{connection}", "Open connections from clients, edges and health checks."
+    ),
+    _frontend("tandem.requests.open", Kind.GAUGE, "{request}", "Requests in progress, including queued ones."),
+    _frontend("tandem.requests.admitted", Kind.COUNTER, "{request}", "Requests admitted by the frontend."),
     _frontend(
         "tandem.requests.refused",
         Kind.COUNTER,
         "{request}",
-        "Requests that ended with an error before any leg was sent.",
+        "Requests rejected before any leg was dispatched.",
         REASON,
     ),
-    _frontend("tandem.queue.depth", Kind.GAUGE, "{request}", "Requests that wait in line for room with the workers."),
+    _frontend(
+        "tandem.queue.depth", Kind.GAUGE, "{request}", "Requests in the frontend's queue, waiting for worker capacity."
+    ),
     _frontend(
         "tandem.queue.wait",
         Kind.HISTOGRAM,
         "s",
-        "Time in that line, of requests that got a place.",
+        "Time in the frontend's queue; admitted requests only.",
         buckets=WAIT_S,
     ),
     _frontend(
         "tandem.pairs.chosen",
         Kind.COUNTER,
         "{attempt}",
-        "Attempts that were sent: by which policy their workers were chosen, and whether these are a pair.",
+        "Dispatched attempts, by routing policy and kind of route.",
         POLICY,
         ROUTE,
     ),
@@ -202,7 +207,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.leg.failures",
         Kind.COUNTER,
         "{leg}",
-        "Legs that broke an attempt: which leg, in which phase, and the reason.",
+        "Legs whose failure ended their attempt, by leg, phase and reason.",
         LEG,
         PHASE,
         REASON,
@@ -211,22 +216,22 @@ TABLE: tuple[Metric, ...] = (
         "tandem.continuations",
         Kind.COUNTER,
         "{attempt}",
-        "Attempts that went on with a stream whose client had tokens already, by how they ended.",
+        "Attempts that continued a stream after its first token, by outcome.",
         ATTEMPT_OUTCOME,
     ),
     _frontend(
         "tandem.cancel.latency",
         Kind.HISTOGRAM,
         "s",
-        "From a client's leaving to the end of both its legs here: their calls are over, and their engines told.",
+        "Time from a client's cancellation until the frontend has closed both legs and notified their engines.",
         buckets=SHORT_S,
     ),
-    _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs that the worker's service holds open."),
+    _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs in progress on the worker."),
     _worker(
         "tandem.leg.duration",
         Kind.HISTOGRAM,
         "s",
-        "From the worker's taking of a leg to its end. `cancelled`: its frontend ended the call.",
+        "Time from the acceptance of a leg to its end. `cancelled`: its frontend closed the call.",
         LEG,
         LEG_OUTCOME,
         buckets=REQUEST_S,
@@ -235,7 +240,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.leg.abort.duration",
         Kind.HISTOGRAM,
         "s",
-        "From the moment a frontend ends the call of a leg to the moment its engine has let go of it.",
+        "Time from the cancellation of a leg by its frontend until the engine has released it.",
         LEG,
         buckets=SHORT_S,
     ),
@@ -243,7 +248,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.engine.queue.wait",
         Kind.HISTOGRAM,
         "s",
-        "From the engine's taking of a request to the beginning of its prefill, as the engine tells it.",
+        "Time from the engine's acceptance of a request to the start of its prefill, as reported by the engine.",
         LEG,
         buckets=WAIT_S,
     ),
@@ -251,7 +256,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.prefill.duration",
         Kind.HISTOGRAM,
         "s",
-        "Time in which the prompt ran through the model, as the engine tells it.",
+        "Duration of the prefill forward passes, as reported by the engine.",
         LEG,
         buckets=SHORT_S,
     ),
@@ -259,14 +264,14 @@ TABLE: tuple[Metric, ...] = (
         "tandem.kv.transfer.bytes",
         Kind.COUNTER,
         "By",
-        "KV that has moved: sent (prefill) or received (decode), as the engine's transport counts it.",
+        "KV bytes sent (prefill) or received (decode), as counted by the engine's transfer backend.",
         LEG,
     ),
     _worker(
         "tandem.kv.transfer.duration",
         Kind.HISTOGRAM,
         "s",
-        "From the first byte of a request's KV to the last one, as the engine tells it; SGLang's decode does not.",
+        "Duration of the KV transfer of a request, as reported by the engine; not reported by SGLang decode engines.",
         LEG,
         buckets=SHORT_S,
     ),
@@ -274,106 +279,106 @@ TABLE: tuple[Metric, ...] = (
         "tandem.kv.transfer.bandwidth",
         Kind.HISTOGRAM,
         "By/s",
-        "Those bytes over that time, for each request.",
+        "KV transfer bytes per second of each request.",
         LEG,
         buckets=BANDWIDTH,
     ),
-    _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of legs that finished.", LEG),
+    _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of finished legs.", LEG),
     _worker(
         "tandem.prompt.cached_tokens",
         Kind.COUNTER,
         "{token}",
-        "Those of them whose KV was in this engine's prefix cache, as the engine tells it.",
+        "Prompt tokens of finished legs found in the engine's prefix cache, as reported by the engine.",
         LEG,
     ),
     _worker(
         "tandem.cache.hit_ratio",
         Kind.GAUGE,
         "1",
-        "Cached over all prompt tokens of the last 256 legs that finished.",
+        "Cached divided by all prompt tokens of the last 256 finished legs.",
     ),
     _worker(
         "tandem.engine.requests",
         Kind.GAUGE,
         "{request}",
-        "Requests in the engine, by what they do: `transferring` waits for the other leg's KV, or for its taking.",
+        "Requests in the engine by state; `transferring`: waiting for the KV transfer to or from the other leg.",
         ENGINE_STATE,
     ),
     _worker(
         "tandem.kv.pages",
         Kind.GAUGE,
         "{page}",
-        "Pages of KV memory: `used` by requests, `cached` for nobody, `free`. Where the engine does not tell cached "
-        "pages apart, they are among the free ones.",
+        "KV cache pages: `used` by requests, `cached` (evictable prefix cache), `free`. Where the engine does not "
+        "report cached pages, they count as free.",
         PAGE_STATE,
     ),
-    _worker("tandem.kv.pages.capacity", Kind.GAUGE, "{page}", "Pages of KV memory that the engine has."),
+    _worker("tandem.kv.pages.capacity", Kind.GAUGE, "{page}", "Total KV cache pages of the engine."),
     _worker(
         "tandem.engine.healthy",
         Kind.GAUGE,
         "1",
-        "1 while the engine proves itself by tokens or a canary, 0 while it does not, and health is NOT_SERVING.",
+        "1: the engine emits tokens or answers its canary; 0: it does neither, and the worker is NOT_SERVING.",
     ),
     _registry(
         "tandem.members",
         Kind.GAUGE,
         "{member}",
-        "Members of the view, by role and state. A role without members is told as 0.",
+        "Members of the view, by role and state; 0 for a role without members.",
         MEMBER_ROLE,
         MEMBER_STATE,
     ),
-    _registry("tandem.watchers", Kind.GAUGE, "{watcher}", "Frontends and edges that follow this registry now."),
+    _registry("tandem.watchers", Kind.GAUGE, "{watcher}", "Watch streams of frontends and edges on this registry."),
     _registry(
         "tandem.lease.age",
         Kind.GAUGE,
         "s",
-        "Time since the last sign of life of each worker whose lease this registry keeps.",
+        "Time since the last keepalive of each worker whose lease this registry holds.",
         WORKER_ID,
     ),
-    _registry("tandem.lease.ttl", Kind.GAUGE, "s", "Age at which a lease is over."),
+    _registry("tandem.lease.ttl", Kind.GAUGE, "s", "Age at which a lease expires."),
     _registry(
         "tandem.view.live",
         Kind.GAUGE,
         "1",
-        "1 while the view comes from where membership is kept, 0 while it is the last known one: Consul is away.",
+        "1: the view is current; 0: Consul is unreachable and the registry serves the last known view.",
     ),
     _registry(
         "tandem.consul.answer.age",
         Kind.GAUGE,
         "s",
-        "Time since Consul's last answer; with the consul backend only.",
+        "Time since Consul's last response; consul backend only.",
     ),
     _registry(
         "tandem.consul.index_lag",
         Kind.GAUGE,
         "{index}",
-        "By how much the view that is told is behind Consul's last answer; with the consul backend only.",
+        "How far the published view lags behind Consul's last response; consul backend only.",
     ),
     _parent(
         "tandem.processes",
         Kind.GAUGE,
         "{process}",
-        "Processes of this frontend by state; `open` answers but does not serve yet, `silent` does not answer.",
+        "Processes of this frontend by state; `open`: reachable but not serving yet, `silent`: not responding.",
         PROCESS_STATE,
     ),
     _parent(
         "tandem.process.restarts",
         Kind.COUNTER,
         "{restart}",
-        "Processes of this frontend that have ended and were started again.",
+        "Restarts of processes of this frontend.",
     ),
     Metric(
         "tandem.drains",
         Kind.COUNTER,
         "{drain}",
-        "Drains that this process has begun.",
+        "Drains started by this process.",
         EVERY,
     ),
     Metric(
         "tandem.event_loop.lag",
         Kind.HISTOGRAM,
         "s",
-        "By how much a timer of the event loop came too late, four times a second.",
+        "Delay of an event loop timer, sampled four times per second.",
         EVERY,
         buckets=SHORT_S,
     ),
@@ -385,7 +390,7 @@ _UNITS = {"s": "seconds", "By": "bytes", "By/s": "bytes_per_second"}
 
 
 def prometheus_name(metric: Metric) -> str:
-    """Its name where Prometheus scrapes it; a histogram's series end in `_bucket`, `_sum` and `_count` besides."""
+    """Name in Prometheus; a histogram's series have the suffixes `_bucket`, `_sum` and `_count` in addition."""
     name = metric.name.replace(".", "_")
     unit = _UNITS.get(metric.unit, "")
     if unit and not name.endswith(unit):
@@ -394,14 +399,14 @@ def prometheus_name(metric: Metric) -> str:
 
 
 def bounded(metric: Metric, attributes: Mapping[str, str]) -> dict[str, str]:
-    """The attributes, with `OTHER` for each value that is not in the table."""
+    """The attributes, with `OTHER` for each value that is not in the catalog."""
     known = {attribute.name: attribute.values for attribute in metric.attributes}
     assert attributes.keys() <= known.keys(), f"{metric.name} has no attribute {attributes.keys() - known.keys()}"
     return {name: value if not known[name] or value in known[name] else OTHER for name, value in attributes.items()}
 
 
 def combinations(metric: Metric) -> list[dict[str, str]]:
-    """All its series, where they are known and few; else none."""
+    """Attributes of all series of a metric; empty when they are unknown or more than `KNOWN_SERIES_MAX`."""
     names = [attribute.name for attribute in metric.attributes]
     values = [attribute.values for attribute in metric.attributes]
     if math.prod(map(len, values)) > KNOWN_SERIES_MAX:

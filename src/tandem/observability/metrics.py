@@ -1,7 +1,7 @@
-"""The metrics interface of the services: counters and histograms are recorded when something happens, gauges when read.
+"""The metrics interface of the services: counters and histograms are recorded on events, gauges read on demand.
 
-Switched off, it does nothing and imports nothing; `otel_metrics.py` implements it. `metric_catalog.py` alone says which
-metrics there are.
+Disabled, it does nothing and imports nothing; `otel_metrics.py` implements it. The metrics are defined in
+`metric_catalog.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NONE: Attributes = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a gauge shows now."""
+    """The current value of a gauge."""
 
     name: str
     value: float
@@ -29,17 +29,17 @@ class Reading:
 
 
 Measure = Callable[[], Awaitable[Iterable[Reading]]]
-"""Reads gauges. Runs on the service's event loop, when somebody asks."""
+"""Reads gauges; called on the service's event loop, once per scrape or push."""
 MorePages = Mapping[str, Callable[[], bytes]]
-"""What the scrape endpoint answers beside the metrics, by path; called in a thread."""
+"""Additional pages of the scrape endpoint, by path; called in a thread."""
 
 
 class Metrics:
-    """Metrics that are off."""
+    """Disabled metrics; the base class of enabled ones."""
 
     is_on = False
     port = 0
-    """Of the scrape endpoint, once started; 0: there is none."""
+    """Port of the scrape endpoint, once started; 0: there is none."""
 
     def count(self, name: str, amount: float = 1, attributes: Attributes = NONE) -> None:
         """Add to a counter."""
@@ -48,29 +48,29 @@ class Metrics:
         """Add a value to a histogram."""
 
     def measure(self, read: Measure) -> None:
-        """Have gauges read by this from now on."""
+        """Register a function that reads gauges."""
 
     async def start(self, instance: str) -> None:
-        """Open the scrape endpoint and begin to push; `instance` names this process.
+        """Open the scrape endpoint and start pushing; `instance` identifies this process.
 
         Raises:
             StartError: the port cannot be listened on.
         """
 
     async def stop(self) -> None:
-        """Push what is left, within a bound, and close. May be called twice, and without a start."""
+        """Push a last time, within `otel_metrics.STOP_TIMEOUT_S`, and close. Idempotent; allowed without start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Where a process stands among those that are scraped together."""
+    """Role of a process among several that are scraped at one endpoint."""
 
     path: Path | None = None
-    """Of a socket, where it is scraped by the one that answers for all of them; None: it is that one."""
+    """Socket at which the serving process scrapes this one; None: this is the serving process."""
     others: Mapping[str, Path] = field(default_factory=dict)
-    """Those sockets, by what tells the processes apart."""
+    """Sockets of the other processes, by label value; of the serving process only."""
     own_label: str = ""
-    """The same of the one that answers."""
+    """Label value of the serving process itself."""
 
 
 def open_metrics(
@@ -81,15 +81,15 @@ def open_metrics(
     pages: MorePages | None = None,
     together: Together | None = None,
 ) -> Metrics:
-    """The metrics of a process, not started; off when nobody would read them.
+    """The metrics of a process, not started; disabled if neither scrape port nor collector is configured.
 
     Args:
-        config: says who reads them.
-        emitter: which rows of the table it has.
+        config: metrics_port and otlp_endpoint.
+        emitter: selects rows of the catalog.
         service: its name, as OpenTelemetry's `service.name`.
-        tls: what the scrape endpoint proves itself with, and asks of whoever scrapes.
-        pages: what the endpoint answers besides.
-        together: where several processes are scraped at one endpoint; None: this one is alone.
+        tls: certificate of the scrape endpoint; clients must present one of the same CA.
+        pages: additional pages of the endpoint.
+        together: set if several processes are scraped at one endpoint; None: only this one.
     """
     if config.metrics_port is None and config.otlp_endpoint is None:
         return Metrics()

@@ -1,8 +1,8 @@
-"""Metrics through OpenTelemetry's SDK: instruments made from the table, read by scrapes, pushed over OTLP.
+"""Metrics through OpenTelemetry's SDK: instruments built from the catalog, scraped by Prometheus or pushed over OTLP.
 
-The only module of metrics that imports OpenTelemetry, and it is imported only where metrics are on. Gauges are read on
-the service's own event loop, because what they read belongs to it; a loop that stands still leaves them out of a
-scrape, and never makes one wait for long.
+The only metrics module that imports OpenTelemetry; imported only when metrics are enabled. Gauges are read on the
+service's event loop, which owns the state they read. If the loop is blocked, a scrape waits for at most
+`READ_TIMEOUT_S` and leaves the gauges out.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from tandem.tls.paths import Tls
 PERIOD_S = 0.25
 
 
-async def watch_lag(tell: Callable[[float], None]) -> None:
-    """Tell at each period, without end, by how many seconds it came late."""
+async def watch_lag(report: Callable[[float], None]) -> None:
+    """Report the delay of a timer in seconds, every `PERIOD_S`, until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due_s = loop.time() + PERIOD_S
         await asyncio.sleep(PERIOD_S)
-        tell(max(0.0, loop.time() - due_s))
+        report(max(0.0, loop.time() - due_s))
 
 
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 1.0
-"""Most time a scrape waits for the event loop."""
+"""Limit of a scrape's wait for the event loop."""
 READ_EVERY_S = 0.2
-"""All gauges of one scrape are of one moment."""
+"""Age up to which readings are reused, so that all gauges of one scrape are read once and together."""
 PUSH_INTERVAL_S = 15.0
 PUSH_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 1.0
-"""A collector that does not answer must not hold up the end of a process."""
+"""An unresponsive collector must not delay the exit of a process."""
 
 
 class OtelMetrics(Metrics):
@@ -108,7 +108,7 @@ class OtelMetrics(Metrics):
         self._loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
         if self._config.metrics_port is not None:
-            # Before anything else has a thread that would have to be ended again.
+            # Bind first: if it fails, no thread has been started that would have to be stopped.
             server = self._server = ScrapeServer(registry, self._pages, self._tls, self._others())
             if self._together.path is not None:
                 server.bind_local(self._together.path)
@@ -179,10 +179,10 @@ class OtelMetrics(Metrics):
         return lambda options: self._read().get(metric.name, ())
 
     def _read(self) -> dict[str, list[Observation]]:
-        """What the gauges show; asked of the event loop once for all of them. Called in threads of readers."""
+        """All gauges, read on the event loop in one go. Called in reader threads, once per gauge."""
         with self._lock:
             if time.monotonic() - self._read_s >= READ_EVERY_S:
-                # Also after a failure: it is not asked for again, and logged, for each gauge.
+                # Set before reading: after a timeout the other gauges of the scrape must not wait and log again.
                 self._read_s, self._readings = time.monotonic(), {}
                 self._readings = self._ask_loop()
             return self._readings
@@ -196,7 +196,9 @@ class OtelMetrics(Metrics):
             return future.result(READ_TIMEOUT_S)
         except TimeoutError:
             future.cancel()
-            log.warning("gauges are left out: the event loop has not answered within %g s", READ_TIMEOUT_S)
+            log.warning(
+                "gauges are left out of this scrape: the event loop did not respond within %g s", READ_TIMEOUT_S
+            )
             return {}
 
     async def _measure_all(self) -> dict[str, list[Observation]]:
@@ -205,7 +207,7 @@ class OtelMetrics(Metrics):
             try:
                 readings = await measure()
             except TandemError as problem:
-                log.warning("some gauges are left out: %s", problem)
+                log.warning("some gauges are left out of this scrape: %s", problem)
                 continue
             for reading in readings:
                 found[reading.name].append(_observation(reading))
@@ -217,11 +219,11 @@ def _observation(reading: Reading) -> Observation:
 
 
 def _push_reader(endpoint: str) -> MetricReader:
-    """Pushes in a thread of its own; what cannot be delivered is lost, and nothing waits for it."""
+    """Pushes in its own thread; what cannot be delivered is dropped, and nothing waits for it."""
     from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 
     class Exporter(OTLPMetricExporter):
-        """The SDK's; says once when the collector goes, and once when it is back."""
+        """The SDK's exporter; logs once when the collector fails, and once when it has recovered."""
 
         is_failing = False
 
@@ -229,11 +231,14 @@ def _push_reader(endpoint: str) -> MetricReader:
             result = super().export(*arguments, **options)
             is_failing = result is not MetricExportResult.SUCCESS
             if is_failing is not self.is_failing:
-                log.warning("metrics are %s", f"not taken by {endpoint}" if is_failing else "taken again")
+                if is_failing:
+                    log.warning("metrics push to %s failed; retrying every %g s", endpoint, PUSH_INTERVAL_S)
+                else:
+                    log.warning("metrics push to %s works again", endpoint)
             self.is_failing = is_failing
             return result
 
-    # It would log each of its tries.
+    # The SDK logs every failed push; the transitions logged above are enough.
     logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
     url = endpoint if "://" in endpoint else f"http://{endpoint}"
     return PeriodicExportingMetricReader(

@@ -1,7 +1,7 @@
-"""Spans as OTLP's messages.
+"""Encodes spans as OTLP messages.
 
-Written straight from our spans: through the SDK's span objects the same costs three and a half times as much, which
-short requests would feel (docs/adr/0010). Imported only when an endpoint is set.
+Encodes our spans directly: going through the SDK's span objects costs 3.5 times as much, which is noticeable for short
+requests (docs/adr/0010). Imported only when an endpoint is set.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ HAS_IS_REMOTE, IS_REMOTE = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK, trac
 
 
 class Encoder:
-    """Makes a collector's requests of courses."""
+    """Encodes traces of requests and legs into export requests."""
 
     def __init__(self, resource: Mapping[str, str]) -> None:
-        """`resource` says which process this is."""
+        """`resource`: attributes that identify this process."""
         self._resource = Resource(attributes=_attributes(resource))
         self._scope = InstrumentationScope(name=SCOPE, version=tandem.__version__)
         self._ids = trace_ids(1.0)
 
     def request(self, traces: Sequence[RequestTrace | LegTrace]) -> ExportTraceServiceRequest:
-        """One request with the spans of courses that are sampled."""
+        """One export request with the spans of sampled traces."""
         spans = [_span(span) for trace in traces for span in spans_of(trace, self._ids.span_id)]
         scope_spans = trace_pb2.ScopeSpans(scope=self._scope, spans=spans)
         resource_spans = trace_pb2.ResourceSpans(resource=self._resource, scope_spans=[scope_spans])

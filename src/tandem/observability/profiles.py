@@ -1,7 +1,7 @@
-"""Profiles of this process, on request: bounded in time and size, one at a time, and only where a setting allows it.
+"""Profiles of this process on request: bounded in time and size, one at a time, and only if enabled by a setting.
 
-Owns the bounds, the order (record, stop, send, forget) and the files. How a profile is recorded is a `Profiler`'s: of
-Python in `cpu_profile.py`, of an engine in `tandem.worker.engine_profile`. Knows no gRPC.
+Owns the limits, the order (record, stop, send, delete) and the files. A `Profiler` records: Python in `cpu_profile.py`,
+an engine in `tandem.worker.engine_profile`. Independent of gRPC.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from tandem.service import run_directory
 SETTING = "admin_enabled"
 CHUNK_BYTES = 2**20
 STOP_ALLOWANCE_S = 2.0
-"""What a recorder takes to write its files, as far as a caller that comes meanwhile is told."""
+"""Time to write the files, included in the retry delay given to concurrent callers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a caller asks for, within bounds."""
+    """A profile request with validated limits."""
 
     duration_s: float
     size_bytes_max: int
     steps_max: int
-    """Of an engine: recording ends early when it has done so many."""
+    """Engines only: recording ends early after so many steps."""
     with_stack: bool
     form: str | None
-    """One of the profiler's forms; None: its first."""
+    """One of the profiler's formats; None: its first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Recording has begun."""
+    """Recording has started."""
 
     form: str
     duration_s: float
@@ -47,7 +47,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class ProfileFile:
-    """A file begins; its bytes follow."""
+    """Header of a file; its bytes follow."""
 
     name: str
     size_bytes: int
@@ -63,18 +63,18 @@ class Profiler(Protocol):
     """Names in ProfileFormat without its prefix, in lower case; the first is the default."""
 
     async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
-        """Begin to record.
+        """Start recording.
 
         Raises:
-            TandemError: it cannot.
+            TandemError: recording cannot start.
         """
         ...
 
     async def stop(self) -> None:
-        """Stop recording, and leave the files in the directory. Called once for each `start` that did not raise.
+        """Stop recording and write the files to the directory. Called once per successful `start`.
 
         Raises:
-            TandemError: there is no profile.
+            TandemError: no profile was recorded.
         """
         ...
 
@@ -85,22 +85,22 @@ class Profiles:
     def __init__(
         self, profiler: Profiler, *, enabled: bool, clock: Clock = monotonic, process: int | None = None
     ) -> None:
-        """`process` is the number of this process, with which names of files begin where there are several."""
+        """`process`: number of this process, the prefix of its file names; None: the only process."""
         self._prefix = "" if process is None else f"{process}-"
         self._profiler = profiler
         self._enabled = enabled
         self._clock = clock
         self._end_s: float | None = None
-        """When the recording in hand will be over; None: there is none."""
+        """When the present recording ends, on `clock`; None: none is running."""
 
     async def capture(self, wanted: Wanted) -> AsyncGenerator[Part, None]:
-        """Record, then give the files out; closing this early ends the recording and forgets it.
+        """Record, then yield the files; closing the generator early stops and discards the recording.
 
         Raises:
-            AdminDisabled: this process gives no profiles.
-            NotSupported: not in that form, or not with this engine.
-            Overloaded: another one is being recorded.
-            ProfileFailed: there is none, or it is larger than asked for.
+            AdminDisabled: profiles are disabled in this process.
+            NotSupported: the format, or profiling of this engine, is not supported.
+            Overloaded: another profile is being recorded.
+            ProfileFailed: nothing was recorded, or more than `size_bytes_max`.
         """
         form = self._admit(wanted)
         directory = run_directory.make_inside("tandem-profile-")
@@ -121,20 +121,20 @@ class Profiles:
 
     def _admit(self, wanted: Wanted) -> str:
         if not self._enabled:
-            raise AdminDisabled(f"this process gives no profiles: start it with {SETTING}", setting=SETTING)
+            raise AdminDisabled(f"profiles are disabled: start the process with {SETTING}", setting=SETTING)
         forms = self._profiler.forms
         form = wanted.form or next(iter(forms), "")
         if form not in forms:
             known = " or ".join(forms) or "none"
-            raise NotSupported(f"format: profiles of this process are {known}, not {form or 'any'}", field="format")
+            raise NotSupported(f"format: this process supports {known}, not {form or 'any'}", field="format")
         if self._end_s is not None:
             raise Overloaded(
-                "another profile is being recorded here", retry_delay_s=max(0.1, self._end_s - self._clock())
+                "another profile is being recorded by this process", retry_delay_s=max(0.1, self._end_s - self._clock())
             )
         return form
 
     async def _start(self, directory: Path, form: str, wanted: Wanted) -> None:
-        """Start whole or not at all: what was told to begin is told to stop, also when the caller leaves in between."""
+        """Start completely or not at all: a caller that cancels meanwhile must not leave a recorder running."""
         starting = asyncio.ensure_future(self._profiler.start(directory, form, wanted))
         try:
             await asyncio.shield(starting)
@@ -145,7 +145,7 @@ class Profiles:
             raise
 
     async def _stop(self) -> None:
-        """Stop whatever becomes of the caller: a recorder that is left on slows its process down for good."""
+        """Stop even if the caller is cancelled: a recorder left running would slow the process down."""
         stopping = asyncio.ensure_future(self._profiler.stop())
         try:
             await asyncio.shield(stopping)
@@ -161,7 +161,7 @@ async def _sent(directory: Path, size_bytes_max: int, prefix: str) -> AsyncGener
         raise ProfileFailed("nothing was recorded")
     if size_bytes > size_bytes_max:
         raise ProfileFailed(
-            f"the profile has {size_bytes} bytes, more than {size_bytes_max}: record for a shorter time",
+            f"the profile has {size_bytes} bytes, the limit is {size_bytes_max}: record for a shorter time",
             limit=size_bytes_max,
         )
     for path in files:

@@ -1,6 +1,6 @@
-"""Metrics of the requests of a frontend: what a course's record says when it closes, as the table's figures.
+"""Metrics of a frontend's requests, recorded from the trace of each request when it closes.
 
-Pure translation, once for each request and never for each token. What happened is the course's business.
+Pure translation, once per request and never per token.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ WAIT_STEP = "wait"
 
 
 class RequestMetrics:
-    """A sink of courses."""
+    """A sink of closed request traces."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        """`model` is the one that is served: what clients ask for is theirs to make up."""
+        """`model` is the served model: the name in a request may be anything, and would create series."""
         self._metrics = metrics
         self._model = model
 
     def __call__(self, trace: RequestTrace) -> None:
-        """Tell of one that has closed."""
-        self._tell_request(trace)
-        self._tell_place(trace)
+        """Record the metrics of a closed request."""
+        self._record_request(trace)
+        self._record_admission(trace)
         for attempt in trace.attempts:
-            self._tell_attempt(attempt)
+            self._record_attempt(attempt)
 
-    def _tell_request(self, trace: RequestTrace) -> None:
+    def _record_request(self, trace: RequestTrace) -> None:
         metrics, end_s = self._metrics, trace.end_s
-        assert end_s is not None, "a course is told when it has closed"
+        assert end_s is not None, "a request is recorded only after it has closed"
         about = {
             "gen_ai.operation.name": trace.operation,
             "gen_ai.provider.name": "tandem",
@@ -51,7 +51,7 @@ class RequestMetrics:
             each_s = (trace.last_token_s - trace.first_token_s) / (trace.token_count - 1)
             metrics.record("gen_ai.server.time_per_output_token", each_s, about)
 
-    def _tell_place(self, trace: RequestTrace) -> None:
+    def _record_admission(self, trace: RequestTrace) -> None:
         for step in trace.steps:
             if step.name == WAIT_STEP:
                 self._metrics.count("tandem.requests.admitted")
@@ -61,12 +61,12 @@ class RequestMetrics:
         if trace.outcome == traces.REFUSED:
             self._metrics.count("tandem.requests.refused", attributes={"tandem.reason": trace.reason})
 
-    def _tell_attempt(self, attempt: AttemptTrace) -> None:
+    def _record_attempt(self, attempt: AttemptTrace) -> None:
         metrics = self._metrics
         route = "aggregated" if attempt.prefill_worker is None else "pair"
         metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": attempt.policy, "tandem.route": route})
         if attempt.tokens_before:
             metrics.count("tandem.continuations", attributes={"tandem.outcome": attempt.outcome})
         if attempt.failed_leg:
-            broken = {"tandem.leg": attempt.failed_leg, "tandem.phase": attempt.phase, "tandem.reason": attempt.reason}
-            metrics.count("tandem.leg.failures", attributes=broken)
+            failure = {"tandem.leg": attempt.failed_leg, "tandem.phase": attempt.phase, "tandem.reason": attempt.reason}
+            metrics.count("tandem.leg.failures", attributes=failure)

@@ -1,9 +1,8 @@
-"""The course of a request: one record of what happened to it and when, written on the way, read when it closes.
+"""The trace of a request or leg: what happened and when, written while it runs, read when it closes.
 
-Everything that is told of a request (spans, metrics, its line in the log, `tandem trace`) is derived from this one
-record. Times are seconds since the Unix epoch on this process's clock. No token id and no secret enters it, and no
-prompt unless the operator has asked for that.
-Writing costs a few attribute sets for each attempt and one call for each batch of tokens; nothing is computed here.
+Spans, metrics, the summary log line and `tandem trace` are all derived from this record. Times are seconds since the
+Unix epoch on this process's clock. It holds no token ids and no secrets, and the prompt only with `trace_prompts`.
+Writing costs a few attribute sets per attempt and one call per batch of tokens; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from tandem.domain.worker import Worker
 from tandem.observability.trace_context import TraceContext
 
 FINISHED, FAILED, REFUSED, CANCELLED = "finished", "failed", "refused", "cancelled"
-"""How a course ends. Refused: before any worker was asked. Cancelled: whoever asked has left."""
+"""Outcome of a request. REFUSED: rejected before a leg was dispatched. CANCELLED: the caller cancelled."""
 OUTCOMES = (FINISHED, FAILED, REFUSED, CANCELLED)
 BROKEN, ENDED = "broken", "ended"
-"""How an attempt ends, besides FINISHED: a leg failed; or it was ended from here, by a stop string or a cancelled
-request."""
+"""Outcome of an attempt besides FINISHED. BROKEN: a leg failed. ENDED: the frontend ended it, for a stop string or a
+cancelled request."""
 GAPS_MAX = 4096
-"""Times between batches that are kept of one course; later ones are not."""
+"""Maximum number of inter-batch times kept per trace; later ones are dropped."""
 EVENTS_MAX = 64
 
 
@@ -36,18 +35,18 @@ def _gaps() -> array[float]:
 
 @dataclass(slots=True, kw_only=True)
 class Tokens:
-    """When tokens came."""
+    """Arrival times of tokens."""
 
     clock: Callable[[], float] = field(default_factory=SteadyTime)
-    """The time of day, which goes on evenly from the first look at it: a clock that is set changes no order."""
+    """Wall clock that advances monotonically from its first reading: setting the system clock reorders nothing."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     token_count: int = 0
     gaps_s: array[float] = field(default_factory=_gaps)
-    """Between a batch of tokens and the next one, in order; the first GAPS_MAX."""
+    """Seconds between consecutive batches of tokens; the first GAPS_MAX."""
 
     def note_tokens(self, now_s: float, count: int) -> None:
-        """A batch of tokens has come. On the hot path: once for each batch."""
+        """Record the arrival of a batch of tokens. Hot path: called once per batch."""
         if self.last_token_s is None:
             self.first_token_s = now_s
         elif len(self.gaps_s) < GAPS_MAX:
@@ -58,7 +57,7 @@ class Tokens:
 
 @dataclass(slots=True)
 class Step:
-    """A step that the frontend makes by itself: admit, tokenise, wait, route."""
+    """A step inside the frontend: admit, tokenise, wait, route."""
 
     name: str
     begin_s: float
@@ -68,7 +67,7 @@ class Step:
 
 @dataclass(slots=True)
 class Event:
-    """Something that happened at a moment."""
+    """An event at one point in time."""
 
     name: str
     time_s: float
@@ -77,59 +76,59 @@ class Event:
 
 @dataclass(slots=True, kw_only=True)
 class AttemptTrace:
-    """One attempt: both legs, as the frontend saw them."""
+    """One attempt with its legs, as seen by the frontend."""
 
     number: int = 1
     clock: Callable[[], float] = field(default_factory=SteadyTime)
     span_context: TraceContext | None = None
-    """Its own span, which is the parent of its legs'; the caller's where nothing is exported."""
+    """Its span, the parent of those of its legs; the caller's span if nothing is exported."""
     room: int = 0
-    """Where its legs meet; 0: it has one leg only."""
+    """Bootstrap room; 0: aggregated, one leg only."""
     prefill_worker: Worker | None = None
     decode_worker: Worker | None = None
-    """Also the aggregated one."""
+    """The decode or aggregated worker."""
     candidates_count: int = 0
-    """Pairs and aggregated workers that were possible."""
+    """Number of routes (pairs and aggregated workers) to choose from."""
     candidates: str = ""
-    """Some of them, by name."""
+    """Some of these routes, by name."""
     policy: str = ""
-    """Which policy has chosen this pair."""
+    """Routing policy."""
     why: str = ""
-    """Why this one."""
+    """Why the policy chose this route."""
     begin_s: float = 0.0
-    """Its legs were sent."""
+    """When its legs were dispatched."""
     prefill_accepted_s: float | None = None
     decode_accepted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     end_s: float | None = None
     tokens_before: int = 0
-    """Tokens the client had before it: more than none in a continuation."""
+    """Tokens sent to the client before this attempt; > 0: a continuation."""
     outcome: str = ""
     """FINISHED, BROKEN or ENDED; empty while it runs."""
     failed_leg: str = ""
     failed_worker: Worker | None = None
     phase: str = ""
-    """Where the leg was that broke."""
+    """Phase in which the leg failed."""
     reason: str = ""
-    """ErrorInfo's, of the failure."""
+    """ErrorInfo reason of the failure."""
     prefill_finish: leg_pb2.LegFinish | None = None
     decode_finish: leg_pb2.LegFinish | None = None
 
     def accepted(self, leg: str) -> None:
-        """A worker has taken its leg: prefill, decode or aggregated."""
+        """Record that a worker accepted its leg: "prefill", "decode" or "aggregated"."""
         if leg == "prefill":
             self.prefill_accepted_s = self.clock()
         else:
             self.decode_accepted_s = self.clock()
 
     def broke(self, leg: str, worker: Worker, phase: str, reason: str) -> None:
-        """A leg failed, and the attempt with it. The first failure counts."""
+        """Record the failed leg. Only the first is kept: the second leg usually fails because of the first."""
         if not self.failed_leg:
             self.failed_leg, self.failed_worker, self.phase, self.reason = leg, worker, phase, reason
 
     def end(self, prefill: leg_pb2.LegFinish | None, decode: leg_pb2.LegFinish | None) -> None:
-        """Both legs have ended, with these accounts of theirs."""
+        """Record the end of the attempt, with the finish of each leg; None: the leg did not finish."""
         self.end_s = self.clock()
         self.prefill_finish, self.decode_finish = prefill, decode
         self.outcome = FINISHED if decode is not None else BROKEN if self.failed_leg else ENDED
@@ -137,19 +136,19 @@ class AttemptTrace:
 
 @dataclass(slots=True, kw_only=True)
 class RequestTrace(Tokens):
-    """A request on its way through the frontend, over all its attempts."""
+    """Trace of a request in the frontend, over all its attempts."""
 
     request_id: str = ""
     call_id: str = ""
-    """x-request-id of the call it came with, where there is one; several requests may share it."""
+    """x-request-id of the HTTP call, if any; several requests may share it."""
     operation: str = "generate"
-    """Or chat, or text_completion."""
+    """generate, chat or text_completion."""
     model: str = ""
     tenant: str = ""
     parent: TraceContext | None = None
     """The caller's span."""
     span_context: TraceContext | None = None
-    """This request's own span; the caller's where nothing is exported."""
+    """Span of this request; the caller's if nothing is exported."""
     begin_s: float = 0.0
     end_s: float | None = None
     prompt_tokens: int = 0
@@ -157,38 +156,38 @@ class RequestTrace(Tokens):
     cached_tokens: int = 0
     max_tokens: int | None = None
     prompt: str | None = None
-    """Only where the operator has asked for it (`trace_prompts`)."""
+    """Only with the setting `trace_prompts`."""
     left_s: float | None = None
-    """The client's leaving was seen, while it had legs."""
+    """When the client's cancellation was noticed while legs were running."""
     steps: list[Step] = field(default_factory=list)
     attempts: list[AttemptTrace] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     outcome: str = ""
     """One of OUTCOMES; empty while it runs."""
     reason: str = ""
-    """The FinishReason's name in small letters, or ErrorInfo's reason."""
+    """FinishReason name in lower case, or ErrorInfo reason."""
     message: str = ""
-    """The failure's sentence; of a refused value the name of its field."""
+    """Error message; for an invalid request only the name of the field."""
 
     def step(self, name: str, begin_s: float, **attributes: Any) -> float:
-        """A step of the frontend's has ended now; returns now."""
+        """Record a step that ends now; returns the current time."""
         now_s = self.clock()
         self.steps.append(Step(name, begin_s, now_s, attributes))
         return now_s
 
     def event(self, name: str, **attributes: Any) -> None:
-        """Something has happened now."""
+        """Record an event; dropped after EVENTS_MAX."""
         if len(self.events) < EVENTS_MAX:
             self.events.append(Event(name, self.clock(), attributes))
 
     def add_attempt(self, attempt: AttemptTrace) -> AttemptTrace:
-        """Another attempt begins."""
+        """Add an attempt; returns it."""
         self.attempts.append(attempt)
         return attempt
 
     def note_tokens(self, now_s: float, count: int) -> None:
-        """A batch of tokens has come, of the present attempt."""
-        # Not super(): with slots it costs as much again as the call itself.
+        """Record the arrival of a batch of tokens of the last attempt."""
+        # Not super(): in a dataclass with slots it doubles the cost of the call.
         Tokens.note_tokens(self, now_s, count)
         if self.attempts:
             attempt = self.attempts[-1]
@@ -197,35 +196,35 @@ class RequestTrace(Tokens):
                 attempt.first_token_s = now_s
 
     def finish(self, reason: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
-        """The client gets its finish."""
+        """Record the finish sent to the client."""
         self.outcome, self.reason = FINISHED, reason
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
         self.cached_tokens = cached_tokens
 
     def fail(self, reason: str, message: str) -> None:
-        """The client gets an error."""
+        """Record the error sent to the client."""
         self.outcome = FAILED if self.attempts else REFUSED
         self.reason, self.message = reason, message
 
     def cancel(self) -> None:
-        """The client has left."""
+        """Record that the client cancelled."""
         self.outcome, self.reason = CANCELLED, "client_left"
 
     @property
     def ttft_s(self) -> float | None:
-        """From its arrival to the first token; None when there was none."""
+        """Seconds from arrival to the first token; None: no token yet."""
         return None if self.first_token_s is None else self.first_token_s - self.begin_s
 
     @property
     def kv_transfer_bytes(self) -> int:
-        """KV that moved, over all attempts whose legs told of it."""
+        """KV bytes transferred, over all attempts whose legs reported it."""
         finishes = [attempt.decode_finish or attempt.prefill_finish for attempt in self.attempts]
         return sum(finish.timings.kv_transfer_bytes for finish in finishes if finish is not None)
 
 
 @dataclass(slots=True, kw_only=True)
 class LegTrace(Tokens):
-    """A leg on its way through a worker."""
+    """Trace of a leg in a worker."""
 
     request_id: str = ""
     attempt: int = 1
@@ -235,33 +234,33 @@ class LegTrace(Tokens):
     epoch: int = 0
     model: str = ""
     room: int = 0
-    """0: it has no peer."""
+    """Bootstrap room; 0: aggregated."""
     parent: TraceContext | None = None
     """The attempt's span in the frontend."""
     span_context: TraceContext | None = None
-    """This leg's own span; the parent's where nothing is exported."""
+    """Span of this leg; the parent's if nothing is exported."""
     begin_s: float = 0.0
-    """Accepted."""
+    """When the worker accepted it."""
     end_s: float | None = None
     prompt_tokens: int = 0
     left_s: float | None = None
-    """The caller's leaving was seen."""
+    """When the caller's cancellation was noticed."""
     engine_finish: EngineFinish | None = None
-    """With the engine's own times and usage; None when it did not finish."""
+    """With the engine's times and usage; None: it did not finish."""
     outcome: str = ""
     """FINISHED, FAILED or CANCELLED; empty while it runs."""
     reason: str = ""
     message: str = ""
 
     def finish(self, finish: EngineFinish) -> None:
-        """The engine has ended it."""
+        """Record the finish of the engine."""
         self.engine_finish = finish
         self.outcome, self.reason = FINISHED, finish.reason.value
 
     def fail(self, reason: str, message: str) -> None:
-        """The caller gets an error."""
+        """Record the error sent to the caller."""
         self.outcome, self.reason, self.message = FAILED, reason, message
 
     def cancel(self) -> None:
-        """The caller has left."""
+        """Record that the caller cancelled."""
         self.outcome, self.reason = CANCELLED, "client_left"

@@ -1,8 +1,8 @@
-"""The endpoint that Prometheus scrapes: one small HTTP server in threads of its own, beside the event loop.
+"""The endpoint that Prometheus scrapes: a small HTTP server in its own threads, beside the event loop.
 
-Owns the listener and its bounds. A scrape costs the event loop what reading its gauges costs, and nothing for the
-text. With TLS it asks for a certificate, as every port of a process does; the files are read at each connection, so
-that a new certificate needs no restart.
+Owns the listener and its limits. A scrape uses the event loop only to read the gauges; the text is encoded in a thread.
+With TLS it requires a client certificate, like every port of a process; the files are read per connection, so that a
+renewed certificate needs no restart.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ log = logging.getLogger(__name__)
 
 METRICS_PATH = "/metrics"
 CONNECTIONS_MAX = 8
-"""Prometheus has one. More than this at once are closed without an answer."""
+"""Prometheus uses one. Concurrent connections beyond this are closed without a response."""
 TIMEOUT_S = 5.0
-"""Most time for a client to send its request, or to take the answer."""
+"""Time limit for a client to send its request, and to read the response."""
 POLL_S = 0.2
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """Processes whose metrics are told together with this one's."""
+    """Processes whose metrics are merged with those of this one."""
 
     scrapes: LocalScrapes
     own_label: str
-    """What this process is called beside them."""
+    """Label value of this process."""
 
 
 class ScrapeServer:
-    """See the module."""
+    """The scrape endpoint of one process; see the module."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ScrapeServer:
         tls: Tls | None,
         others: Others | None = None,
     ) -> None:
-        """`pages` are answered by their path besides the metrics."""
+        """`pages`: additional pages, by path."""
         self._registry = registry
         self._pages = pages
         self._tls = tls
@@ -66,42 +66,42 @@ class ScrapeServer:
 
     @property
     def port(self) -> int:
-        """The one in use, once bound; 0 at a path."""
+        """The bound port; 0 for a Unix socket."""
         assert self._server is not None, "port before bind()"
         address = self._server.server_address
         return int(address[1]) if isinstance(address, tuple) else 0
 
     def bind(self, host: str, port: int) -> None:
-        """Take the port; 0: the OS chooses.
+        """Listen on a TCP port; 0: any free port.
 
         Raises:
-            StartError: it cannot be listened on.
+            StartError: the port cannot be bound.
         """
         try:
-            self._server = _Server((host.strip("[]"), port), self._answer, self._tls)
+            self._server = _Server((host.strip("[]"), port), self._page, self._tls)
         except OSError as problem:
             raise StartError(f"cannot listen for metrics on {host}:{port}: {problem.strerror or problem}") from None
 
     def bind_local(self, path: Path) -> None:
-        """Take a path instead, in a directory that only processes of ours can enter: it asks for no certificate.
+        """Listen on a Unix socket instead, without TLS: file permissions of the directory protect it.
 
         Raises:
-            StartError: it cannot be listened on.
+            StartError: the socket cannot be bound.
         """
         path.unlink(missing_ok=True)
         try:
-            self._server = _LocalServer(str(path), self._answer, None)
+            self._server = _LocalServer(str(path), self._page, None)
         except OSError as problem:
             raise StartError(f"cannot listen for metrics at {path}: {problem.strerror or problem}") from None
 
     def serve(self) -> None:
-        """Answer from now on."""
+        """Start serving."""
         assert self._server is not None, "serve() before bind()"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_S,), name="scrape", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nobody any more. Blocks for a moment; may be called twice."""
+        """Stop serving. Blocks for up to `POLL_S`; idempotent."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -110,8 +110,8 @@ class ScrapeServer:
             self._thread.join()
         server.server_close()
 
-    def _answer(self, path: str, accept: str) -> tuple[str, bytes] | None:
-        """Content type and body; None: nothing is there."""
+    def _page(self, path: str, accept: str) -> tuple[str, bytes] | None:
+        """Content type and body of a page; None: not found."""
         if path == METRICS_PATH:
             encode, content_type = choose_encoder(accept)
             body = encode(self._registry)
@@ -123,16 +123,16 @@ class ScrapeServer:
         return None if page is None else (TEXT, page())
 
 
-Answer = Callable[[str, str], tuple[str, bytes] | None]
+PageHandler = Callable[[str, str], tuple[str, bytes] | None]
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # The end of a process does not wait for whoever reads slowly.
+    # The exit of a process must not wait for a slow client.
     block_on_close = False
 
-    def __init__(self, address: tuple[str, int] | str, answer: Answer, tls: Tls | None) -> None:
-        self.answer = answer
+    def __init__(self, address: tuple[str, int] | str, page: PageHandler, tls: Tls | None) -> None:
+        self.page = page
         self._tls = tls
         self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self.address_family = self._family(address)
@@ -152,16 +152,16 @@ class _Server(ThreadingHTTPServer):
             request.settimeout(TIMEOUT_S)
             super().process_request_thread(self._secured(request), client_address)
         except (OSError, ssl.SSLError) as problem:
-            log.debug("a scrape has failed: %s", problem)
+            log.debug("scrape failed: %s", problem)
             self.shutdown_request(request)
         finally:
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever scrapes has left, or sends no HTTP: nothing. Anything else is a defect."""
+        """Ignore clients that disconnect or do not speak HTTP; log anything else, which is a defect."""
         problem = sys.exc_info()[1]
         if not isinstance(problem, OSError):
-            log.error("a scrape has failed", exc_info=problem)
+            log.error("scrape failed with an unexpected error", exc_info=problem)
 
     def _secured(self, request: socket.socket) -> socket.socket:
         if self._tls is None:
@@ -177,7 +177,7 @@ class _LocalServer(_Server):
         return socket.AF_UNIX
 
     def server_bind(self) -> None:
-        """Without a look-up of the host's name, which a path has not."""
+        """Skip HTTPServer's host name lookup, which fails for a path."""
         TCPServer.server_bind(self)
 
 
@@ -189,13 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            answer = self.server.answer(self.path.partition("?")[0], self.headers.get("Accept", ""))
+            page = self.server.page(self.path.partition("?")[0], self.headers.get("Accept", ""))
         except OSError as problem:
-            # Whatever a page asks for its text is away.
+            # A page that proxies another process (Envoy's statistics) cannot reach it.
             return self._send(503, TEXT, f"{problem}\n".encode())
-        if answer is None:
+        if page is None:
             return self._send(404, TEXT, f"see {METRICS_PATH}\n".encode())
-        return self._send(200, *answer)
+        return self._send(200, *page)
 
     def _send(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
@@ -205,4 +205,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the library's name for it
-        """A scrape is no event."""
+        """Scrapes are not logged: they arrive every few seconds."""

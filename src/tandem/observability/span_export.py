@@ -1,8 +1,8 @@
-"""Spans of courses to an OTLP collector, over gRPC.
+"""Exports the spans of traces to an OTLP collector over gRPC.
 
-A request pays for putting its closed record into a bounded queue; a thread makes the spans and sends them. When the
-collector is slow or gone, the queue fills and records are dropped and counted: requests never wait and memory does not
-grow. OpenTelemetry's packages are imported here, and only when an endpoint is set.
+A request only appends its closed trace to a bounded queue; a thread builds the spans and sends them. If the collector
+is slow or unreachable, traces are dropped and counted: requests never wait and memory is bounded. OpenTelemetry is
+imported here, and only when an endpoint is set.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from tandem.observability.trace_store import TraceStore, trace_ids
 log = logging.getLogger(__name__)
 
 QUEUE_MAX = 1024
-"""Closed courses that wait: a few seconds of a busy frontend, at some kilobytes each."""
+"""Maximum number of queued traces: a few seconds of a busy frontend, at some kilobytes each."""
 BATCH_MAX = 128
-"""TraceStore of one call of the collector."""
+"""Traces per export call."""
 INTERVAL_S = 1.0
 EXPORT_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
-"""Most time that the end of a process waits for a collector."""
+"""Limit of the last export when a process exits."""
 
 
 class SpanExport:
-    """Takes closed courses, and sends their spans."""
+    """Queues closed traces and exports their spans."""
 
     def __init__(self, endpoint: str, resource: Mapping[str, str], *, queue_max: int = QUEUE_MAX) -> None:
-        """`endpoint` is a URL, or host:port for plaintext; `resource` says which process this is."""
+        """`endpoint`: URL, or host:port for plaintext; `resource`: attributes that identify this process."""
         self.dropped_count = 0
-        """TraceStore whose spans nobody has got: the queue was full, or the collector did not take them."""
+        """Traces that were not exported: the queue was full, or the collector failed."""
         self.exported_count = 0
-        """TraceStore whose spans the collector has taken."""
+        """Traces whose spans were exported."""
         self._queue: deque[RequestTrace | LegTrace] = deque()
         self._queue_max = queue_max
         self._wake = threading.Event()
         self._is_closing = False
         self._is_failing = False
         self._is_full = False
-        # Imported with the exporter: both need OpenTelemetry's packages.
+        # Imported here, as the exporter is: both need OpenTelemetry's packages.
         from tandem.observability.otlp import Encoder
 
         self._encoder = Encoder(resource)
@@ -55,17 +55,19 @@ class SpanExport:
 
     @property
     def queued_count(self) -> int:
-        """TraceStore that wait."""
+        """Queued traces."""
         return len(self._queue)
 
     def take(self, trace: RequestTrace | LegTrace) -> None:
-        """Have a closed course's spans sent; never waits."""
+        """Queue a closed trace for export, or drop it if the queue is full; never waits."""
         if not is_sampled(trace):
             return
         if len(self._queue) >= self._queue_max:
             self.dropped_count += 1
             if not self._is_full:
-                log.warning("spans are made faster than the collector takes them; some requests go without")
+                log.warning(
+                    "span export queue is full (%d traces): the collector is too slow, dropping traces", self._queue_max
+                )
             self._is_full = True
             return
         self._is_full = False
@@ -74,11 +76,11 @@ class SpanExport:
             self._wake.set()
 
     def close(self) -> None:
-        """Send what is queued, within CLOSE_TIMEOUT_S; blocks so long at most."""
+        """Export what is queued; blocks for at most CLOSE_TIMEOUT_S."""
         self._is_closing = True
         self._wake.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        # Ends a call that hangs and a wait before another try.
+        # Aborts a hanging call and the wait before a retry.
         self._exporter.shutdown()
         self.dropped_count += len(self._queue)
         self._queue.clear()
@@ -93,26 +95,26 @@ class SpanExport:
     def _send(self) -> None:
         batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
         try:
-            taken = self._exporter.export(self._encoder.request(batch)).name == "SUCCESS"
+            exported = self._exporter.export(self._encoder.request(batch)).name == "SUCCESS"
         except Exception as problem:
-            # The end of this thread would be the end of all traces, and nobody would notice.
-            log.debug("spans could not be sent", exc_info=True)
-            self._tell(taken=False, problem=type(problem).__name__)
+            # An exception must not end the thread: all later traces would be lost silently.
+            log.debug("span export failed", exc_info=True)
+            self._log_transition(exported=False, problem=type(problem).__name__)
             self.dropped_count += len(batch)
             return
-        if taken:
+        if exported:
             self.exported_count += len(batch)
         else:
             self.dropped_count += len(batch)
-        self._tell(taken=taken, problem="the collector does not take them")
+        self._log_transition(exported=exported, problem="the collector is unreachable or rejects them")
 
-    def _tell(self, *, taken: bool, problem: str) -> None:
-        """Once when it begins to fail, and once when it works again."""
-        if taken and self._is_failing:
-            log.info("spans are sent again; those of %d requests were dropped", self.dropped_count)
-        elif not taken and not self._is_failing:
-            log.warning("spans are not sent: %s; requests go on without", problem)
-        self._is_failing = not taken
+    def _log_transition(self, *, exported: bool, problem: str) -> None:
+        """Log once when exports start to fail, and once when they work again."""
+        if exported and self._is_failing:
+            log.info("span export works again; %d traces were dropped so far", self.dropped_count)
+        elif not exported and not self._is_failing:
+            log.warning("span export failed: %s; traces are dropped, requests are not affected", problem)
+        self._is_failing = not exported
 
 
 def export_spans(
@@ -121,18 +123,18 @@ def export_spans(
     ratio: float,
     resource: Mapping[str, str],
 ) -> SpanExport | None:
-    """Have the spans of all these courses exported; None, and nothing imported, where there is no endpoint."""
+    """Export the spans of all traces of a store; without an endpoint returns None and imports nothing."""
     if endpoint is None:
         return None
     export = SpanExport(endpoint, resource)
     traces.ids = trace_ids(ratio)
     traces.sinks.append(export.take)
-    log.info("spans of %g of all requests go to %s", ratio, endpoint)
+    log.info("exporting spans to %s (sample ratio %g)", endpoint, ratio)
     return export
 
 
 def resource(role: str, instance: str) -> dict[str, str]:
-    """Which process tells, by OpenTelemetry's conventions."""
+    """Resource attributes of this process, by OpenTelemetry's conventions."""
     return {
         "service.namespace": "tandem",
         "service.name": f"tandem-{role}",
@@ -145,7 +147,7 @@ def _exporter(endpoint: str) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
     class Exporter(OTLPSpanExporter):
-        """The SDK's, with its credentials, headers and retries, for messages that are encoded already."""
+        """The SDK's exporter, with its credentials, headers and retries, for messages that are encoded already."""
 
         def _translate_data(self, data: Any) -> Any:
             return data
@@ -153,7 +155,7 @@ def _exporter(endpoint: str) -> Any:
         def _count_data(self, data: Any) -> int:
             return len(data.resource_spans[0].scope_spans[0].spans)
 
-    # It would log each of its tries; `_tell` says what an operator needs.
+    # The SDK logs every failed export; the transitions logged above are enough.
     logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
     url = endpoint if "://" in endpoint else f"http://{endpoint}"
     return Exporter(endpoint=url, timeout=EXPORT_TIMEOUT_S)

@@ -1,21 +1,21 @@
-"""Names of spans and of their attributes, spelled only here. docs/reference/tracing.md explains them.
+"""Names of spans and of their attributes, defined only here. docs/reference/tracing.md explains them.
 
-`gen_ai.*` and `error.type` are OpenTelemetry's own conventions; what those have no word for is `tandem.*`.
+`gen_ai.*` and `error.type` follow OpenTelemetry's conventions; everything else is `tandem.*`.
 """
 
 from __future__ import annotations
 
-# Spans of the frontend, beside the request's own, which is named after its operation.
+# Spans of the frontend. The root span of a request is named after its operation.
 TOKENISE, VALIDATE, ADMIT, WAIT, ROUTE = "tokenise", "validate", "admit", "wait", "route"
 ATTEMPT, DISPATCH, AWAIT, FINISH = "attempt", "dispatch", "await first token", "finish"
-# Spans of a worker: the leg's own, and its steps in the engine.
+# Spans of a worker: the leg, and its steps in the engine.
 LEG = {"prefill": "prefill leg", "decode": "decode leg", "aggregated": "aggregated leg"}
 SUBMIT = "submit"
 BOOTSTRAP, QUEUE, PREFILL, TRANSFER = "bootstrap", "queue", "prefill", "transfer"
 PREALLOCATE, WAIT_FOR_KV, FIRST_TOKEN, STREAM = "pre-allocate", "wait for KV", "first token", "stream"
 
 IN_ENGINE = "in the engine"
-"""The event of the first token's span: the scheduler had it."""
+"""Event on the first token's span: the engine's scheduler had the token."""
 
 OPERATION, MODEL = "gen_ai.operation.name", "gen_ai.request.model"
 INPUT_TOKENS, OUTPUT_TOKENS = "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"
@@ -36,4 +36,4 @@ FAILED_LEG, FAILED_WORKER, PHASE = "tandem.failed_leg", "tandem.failed_worker", 
 KV_BYTES, RECOMPUTED_TOKENS = "tandem.kv_transfer_bytes", "tandem.recomputed_tokens"
 PROMPT = "tandem.prompt"
 CONTINUES = "tandem.continues"
-"""Of a link: this attempt goes on, or begins again, where that one broke."""
+"""Attribute of the link to the failed attempt; true: this attempt continues its stream, false: it starts over."""

@@ -1,6 +1,6 @@
-"""From a course that has closed to its spans: pure, and only done for courses that are sampled.
+"""Derives the spans of a closed trace; pure, and only called for sampled traces.
 
-Every time is the one the course holds. Steps whose begin or end is not known make no span; nothing is guessed.
+All times are those of the trace. A step without a known start or end has no span; nothing is estimated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NewId = Callable[[], int]
 
 @dataclass(slots=True)
 class Span:
-    """One span, before anybody's format."""
+    """One span, independent of the export format."""
 
     name: str
     trace_id: int
@@ -30,23 +30,23 @@ class Span:
     end_s: float
     attributes: dict[str, Any] = field(default_factory=dict)
     kind: str = "internal"
-    """Or server, or client."""
+    """internal, server or client."""
     is_parent_remote: bool = False
     state: str = ""
     events: list[Event] = field(default_factory=list)
     links: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    """Spans of the same trace."""
+    """(span id, attributes) of linked spans of the same trace."""
     error: str | None = None
-    """Why it failed; None: it did not."""
+    """Error message; None: no error."""
 
 
 def is_sampled(trace: RequestTrace | LegTrace) -> bool:
-    """Whether its spans are wanted."""
+    """Whether the trace is sampled."""
     return trace.span_context is not None and trace.span_context.is_sampled
 
 
 def spans_of(trace: RequestTrace | LegTrace, new_id: NewId) -> list[Span]:
-    """The spans of a sampled course, its own first."""
+    """The spans of a sampled trace, root first."""
     return _request_spans(trace, new_id) if isinstance(trace, RequestTrace) else _leg_spans(trace, new_id)
 
 
@@ -183,9 +183,9 @@ def _leg_spans(trace: LegTrace, new_id: NewId) -> list[Span]:
 
 
 def _leg_steps(trace: LegTrace, timings: EngineTimings) -> tuple[tuple[str, float | None, float | None], ...]:
-    """Name, begin and end of each step: the engine's times, between the worker's own of its first and last word."""
+    """Name, start and end of each step: engine times, bounded by the worker's times of acceptance and last token."""
     submit = names.SUBMIT, trace.begin_s, timings.queued_time_s
-    # To the worker, not to the scheduler: on a busy core a token waits between the two as long as for its computing.
+    # Worker time, not scheduler time: on a busy core a token waits between them as long as it takes to compute.
     stream = names.STREAM, trace.first_token_s, trace.last_token_s
     if trace.role == "decode":
         return (
@@ -235,9 +235,9 @@ def _leg_attributes(trace: LegTrace) -> dict[str, Any]:
 
 
 def _own(trace: RequestTrace | LegTrace, name: str, attributes: dict[str, Any]) -> Span:
-    """The span of the course itself."""
+    """The root span of a trace."""
     span_context, parent = trace.span_context, trace.parent
-    assert span_context is not None, "a course without a trace has no spans"
+    assert span_context is not None, "a trace without a span context has no spans"
     span = Span(
         name=name,
         trace_id=span_context.trace_id,

@@ -1,6 +1,6 @@
-"""W3C trace context: which trace a request belongs to, and which span of it caused what comes next.
+"""W3C trace context: the trace a request belongs to, and the parent span of the next hop.
 
-Pure. Owns the header's form and the sampling of requests that nobody has decided about; makes no spans.
+Pure. Owns the header format, and sampling of requests for which the caller has not decided; creates no spans.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 STATE_CHARS_MAX = 512
 """A longer tracestate is dropped, as the specification allows."""
 _STATE = re.compile(rf"[ -~]{{0,{STATE_CHARS_MAX}}}")
-"""Printable ASCII: gRPC refuses to send anything else on, and with it the whole call."""
+"""Printable ASCII: with anything else in its metadata gRPC fails the whole call."""
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED = 1
 _RATIO_BITS = 64
@@ -30,32 +30,32 @@ class TraceContext:
     span_id: int
     is_sampled: bool = True
     state: str = ""
-    """Vendors' own entries, passed on as they came."""
+    """tracestate, forwarded unchanged."""
 
     @property
     def trace_hex(self) -> str:
-        """The trace's id as everybody writes it."""
+        """Trace id as 32 hex digits."""
         return f"{self.trace_id:032x}"
 
     def headers(self) -> Headers:
-        """What tells the next hop that this span is its parent; also gRPC metadata."""
+        """HTTP headers or gRPC metadata that make this span the parent of the next hop."""
         traceparent = f"00-{self.trace_id:032x}-{self.span_id:016x}-{int(self.is_sampled):02x}"
         return ((TRACEPARENT, traceparent), (TRACESTATE, self.state)) if self.state else ((TRACEPARENT, traceparent),)
 
 
 def headers_of(context: TraceContext | None) -> Headers:
-    """The headers of a context; none where there is none."""
+    """The headers of a context; empty for None."""
     return () if context is None else context.headers()
 
 
 def parsed(headers: Mapping[str, object]) -> TraceContext | None:
-    """The context a caller sent; None when there is none, or none that can be read."""
+    """The context sent by a caller; None: absent or malformed."""
     given = headers.get(TRACEPARENT)
     found = _TRACEPARENT.fullmatch(given.strip()) if isinstance(given, str) else None
     if found is None:
         return None
     version, trace_id, span_id, flags, more = found.groups()
-    # Version 00 has four parts; a later one may have more. ff is no version, and ids of zeroes are none.
+    # Version 00 has exactly four parts, later versions may have more. Version ff and all-zero ids are invalid.
     if version == "ff" or (version == "00" and more) or not int(trace_id, 16) or not int(span_id, 16):
         return None
     state = str(headers.get(TRACESTATE, ""))
@@ -68,19 +68,19 @@ def parsed(headers: Mapping[str, object]) -> TraceContext | None:
 
 
 def caller_span(context: Any) -> TraceContext | None:
-    """The span a gRPC call comes from (context: a grpc.aio.ServicerContext); None when the caller told of none."""
+    """The caller's span of a gRPC call (context: a grpc.aio.ServicerContext); None: not sent."""
     return parsed(dict(context.invocation_metadata() or ()))
 
 
 class TraceIds:
-    """Ids of new spans. A caller's decision to sample holds; where there is none, the ratio decides by the trace id."""
+    """Creates span and trace ids. The caller's sampling decision is kept; without one the ratio decides by trace id."""
 
     def __init__(self, sample_ratio: float, rng: random.Random) -> None:
         self._sampled_below = int(sample_ratio * 2**_RATIO_BITS)
         self._rng = rng
 
     def span_id(self) -> int:
-        """Of a span whose trace is known."""
+        """A new span id."""
         return self._rng.getrandbits(64) or 1
 
     def child(self, parent: TraceContext | None) -> TraceContext:

@@ -1,6 +1,6 @@
-"""The courses of a process: those that are open, the last ones that have closed, and who is told when one closes.
+"""The traces of a process: open ones, the last closed ones, and the sinks called when one closes.
 
-Owns how an ending is read from what is raised. A sink that fails is logged and never reaches the request.
+Owns the mapping from exceptions to outcomes. A sink that fails is logged and does not affect the request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ C = TypeVar("C", RequestTrace, LegTrace)
 
 
 class TraceStore(Generic[C]):
-    """Opens and closes courses."""
+    """Opens, keeps and closes traces."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class TraceStore(Generic[C]):
         closed_kept: int = CLOSED_KEPT,
         ids: TraceIds | None = None,
     ) -> None:
-        """Each sink is called once with each course that closes; `ids` is None where no spans are exported."""
+        """Each sink is called once with every closed trace; `ids` is None if no spans are exported."""
         self.sinks: list[Callable[[C], None]] = list(sinks)
         self.ids = ids
         self._open: dict[int, C] = {}
@@ -43,21 +43,21 @@ class TraceStore(Generic[C]):
 
     @property
     def open(self) -> list[C]:
-        """Those that run now, the oldest first."""
+        """Open traces, oldest first."""
         return list(self._open.values())
 
     @property
     def closed(self) -> list[C]:
-        """The last ones, the newest last."""
+        """The last closed traces, newest last."""
         return list(self._closed)
 
     def child(self, parent: TraceContext | None) -> TraceContext | None:
-        """The span below `parent`; where nothing is exported `parent` itself, which is then passed on."""
+        """A new span below `parent`; if nothing is exported `parent` itself, which is then forwarded."""
         return parent if self.ids is None else self.ids.child(parent)
 
     @contextlib.contextmanager
     def following(self, trace: C) -> Iterator[C]:
-        """Have a course open; whatever leaves this is its ending."""
+        """Keep a trace open within the context; an exception that leaves it sets the outcome."""
         self.begin(trace)
         about.set(trace)
         try:
@@ -76,13 +76,13 @@ class TraceStore(Generic[C]):
             self.close(trace)
 
     def begin(self, trace: C) -> None:
-        """Have a course open until `close`."""
+        """Open a trace until `close`."""
         trace.begin_s = trace.begin_s or trace.clock()
         trace.span_context = self.child(trace.parent)
         self._open[id(trace)] = trace
 
     def close(self, trace: C) -> None:
-        """The end of a course whose outcome is set; without one it was cancelled."""
+        """Close a trace and call the sinks; a trace without an outcome is recorded as cancelled."""
         trace.end_s = trace.clock()
         if not trace.outcome:
             trace.cancel()
@@ -92,15 +92,15 @@ class TraceStore(Generic[C]):
             try:
                 sink(trace)
             except Exception:
-                # The one place besides the interceptor: what is told of a request must not change its ending.
-                log.exception("a request could not be told of")
+                # A broad except is right here: a failing observer must not change the result of the request.
+                log.exception("observer failed while recording a finished request")
 
 
 def message_of(problem: TandemError) -> str:
-    """What a record may hold of a failure. Of a refused value only the name of its field: the value is the client's."""
+    """Error message for a trace. For an invalid request only the field name: the message may quote client data."""
     return problem.metadata.get("field", "") if isinstance(problem, RequestError) else problem.message
 
 
 def trace_ids(sample_ratio: float) -> TraceIds:
-    """Ids that nobody can guess or meet twice."""
+    """Ids from the system's random source: unpredictable, and unique across processes."""
     return TraceIds(sample_ratio, random.SystemRandom())

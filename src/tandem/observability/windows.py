@@ -1,7 +1,7 @@
-"""Figures over the last seconds: percentiles of latencies, and rates. Cheap to add to, bounded in memory.
+"""Sliding windows: latency percentiles and rates over the last seconds. Cheap to add to, bounded in memory.
 
-Owns the arithmetic of sliding windows and nothing of what is counted. A window is a ring of slices; a slice that is too
-old is emptied when time passes over it, so nothing has to run for that.
+Owns the arithmetic, not what is counted. A window is a ring of slices; expired slices are cleared on access, so that no
+timer is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tandem.clock import Clock
 FIRST_S = 10e-6
 LAST_S = 1_000.0
 GROWTH = 1.05
-"""Of one bucket over the one before. A value is told as the middle of its bucket: within 2.5 % of the true one."""
+"""Ratio of consecutive buckets. A value is reported as the middle of its bucket: within 2.5 % of the true value."""
 SCALE = 1 / math.log(GROWTH)
 BUCKETS = math.ceil(math.log(LAST_S / FIRST_S) * SCALE)
 
@@ -26,7 +26,7 @@ RATE_WINDOW_S, RATE_SLICES = 5.0, 10
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Percentiles of what was added in the window."""
+    """Percentiles of the values in a window."""
 
     count: int
     p50_s: float
@@ -37,14 +37,14 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """What was added in a window, as counts of buckets: those of several windows can be added up."""
+    """Bucket counts of a window; those of several windows can be summed."""
 
     counts: tuple[int, ...]
-    """Of all buckets; empty: there is nothing."""
+    """One per bucket; empty: no values."""
     longest_s: float
 
     def latencies(self) -> Latencies | None:
-        """Its percentiles; None: there is nothing."""
+        """Percentiles; None: no values."""
         total, longest_s = sum(self.counts), self.longest_s
         if not total:
             return None
@@ -53,14 +53,14 @@ class Histogram:
 
 
 def added(histograms: Sequence[Histogram]) -> Histogram:
-    """All of them as one."""
+    """Sum of histograms."""
     counts = [histogram.counts for histogram in histograms if histogram.counts]
     longest_s = max((histogram.longest_s for histogram in histograms), default=0.0)
     return Histogram(tuple(sum(column) for column in zip(*counts, strict=True)), longest_s)
 
 
 class _Slices:
-    """Which slice of a ring is the present one, and which ones have become too old on the way."""
+    """Tracks the current slice of a ring and the slices that have expired."""
 
     def __init__(self, clock: Clock, window_s: float, count: int) -> None:
         self._clock = clock
@@ -69,7 +69,7 @@ class _Slices:
         self._number = int(clock() / self._slice_s)
 
     def turn(self) -> tuple[int, range]:
-        """Index of the present slice; those to be emptied first."""
+        """(index of the current slice, numbers of the slices to clear first)."""
         number = int(self._clock() / self._slice_s)
         passed = range(max(self._number, number - self._count) + 1, number + 1)
         self._number = max(number, self._number)
@@ -89,64 +89,64 @@ class LatencyWindow:
         self._longest_s = [0.0] * slices
 
     def add(self, latency_s: float, count: int = 1) -> None:
-        """Note a latency, so many times."""
-        place = self._place()
+        """Add a latency `count` times."""
+        index = self._current_slice()
         bucket = int(math.log(latency_s / FIRST_S) * SCALE) if latency_s > FIRST_S else 0
-        self._counts[place][min(bucket, BUCKETS - 1)] += count
-        if latency_s > self._longest_s[place]:
-            self._longest_s[place] = latency_s
+        self._counts[index][min(bucket, BUCKETS - 1)] += count
+        if latency_s > self._longest_s[index]:
+            self._longest_s[index] = latency_s
 
     def latencies(self) -> Latencies | None:
-        """What is in the window; None: nothing."""
+        """Percentiles of the window; None: no values."""
         return self.histogram().latencies()
 
     def histogram(self) -> Histogram:
-        """What is in the window."""
-        self._place()
+        """Bucket counts of the window."""
+        self._current_slice()
         counts = tuple(sum(column) for column in zip(*self._counts, strict=True))
         return Histogram(counts, max(self._longest_s))
 
-    def _place(self) -> int:
-        place, passed = self._slices.turn()
+    def _current_slice(self) -> int:
+        current, passed = self._slices.turn()
         for number in passed:
             index = number % len(self._counts)
             self._counts[index] = array("L", bytes(8 * BUCKETS))
             self._longest_s[index] = 0.0
-        return place
+        return current
 
 
 class RateWindow:
-    """How much a second, over the last seconds."""
+    """Rate per second over the last seconds."""
 
     def __init__(self, clock: Clock, window_s: float = RATE_WINDOW_S, slices: int = RATE_SLICES) -> None:
         self._slices = _Slices(clock, window_s, slices)
         self._counts = [0] * slices
         self._window_s = window_s
         self.total = 0
-        """All that was ever added."""
+        """Sum of everything added so far."""
 
     def add(self, count: int) -> None:
-        """Note so much."""
-        self._counts[self._place()] += count
+        """Add to the count."""
+        self._counts[self._current_slice()] += count
         self.total += count
 
     def per_s(self) -> float:
-        """What came in the window, over its length."""
-        self._place()
+        """Sum of the window divided by its length."""
+        self._current_slice()
         return sum(self._counts) / self._window_s
 
-    def _place(self) -> int:
-        place, passed = self._slices.turn()
+    def _current_slice(self) -> int:
+        current, passed = self._slices.turn()
         for number in passed:
             self._counts[number % len(self._counts)] = 0
-        return place
+        return current
 
 
 def _quantile(counts: Sequence[int], rank: float) -> float:
-    """The middle of the bucket that holds the value of that rank."""
+    """Middle of the bucket that contains the value of that rank."""
     seen = 0
     for bucket, count in enumerate(counts):
         seen += count
         if seen >= rank and count:
             return float(FIRST_S * GROWTH ** (bucket + 0.5))
-    raise AssertionError("a rank beyond the count")
+    raise AssertionError("rank exceeds the count")

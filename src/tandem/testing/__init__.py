@@ -1,1 +1,1 @@
-"""What tests of Tandem, and of programs that use it, share: waiting for conditions, models without weights."""
+"""Helpers for tests of Tandem and of programs that use it: waiting, virtual time, models without weights."""

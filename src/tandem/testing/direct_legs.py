@@ -1,6 +1,6 @@
-"""Legs at one worker without a frontend: a step stream of one's own, and what each leg on it says.
+"""Runs legs on one worker without a frontend, over a separate step stream.
 
-For tests and benchmarks that ask a worker itself; serving goes through `tandem_frontend.execution.worker_link`.
+For tests and benchmarks of a worker; serving uses `tandem_frontend.execution.worker_link`.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from tandem.tls.paths import Tls
 
 
 class DirectLeg:
-    """One leg, as it is heard of."""
+    """One leg and what the stream has reported of it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.token_ids: list[int] = []
         self.alive_count = 0
-        """How often the worker has named it without a token."""
+        """Number of keepalives: messages that name the leg without a token."""
         self._end: asyncio.Future[leg_pb2.LegFinish] = asyncio.get_running_loop().create_future()
 
     async def finish(self) -> leg_pb2.LegFinish:
-        """Its finish.
+        """Wait for its finish.
 
         Raises:
-            TandemError: it failed.
+            TandemError: the leg failed.
         """
         return await asyncio.shield(self._end)
 
     @property
     def is_over(self) -> bool:
-        """Whether its end has been heard of."""
+        """Whether it has ended."""
         return self._end.done()
 
     def end(self, end: leg_pb2.LegFinish | TandemError) -> None:
-        """Its end has come."""
+        """Record its end; a second end is an AssertionError."""
         if self._end.done():
             raise AssertionError(f"leg {self.number} has ended twice")
         if isinstance(end, TandemError):
             self._end.set_exception(end)
+            # Mark it as retrieved: asyncio logs exceptions of legs that a test never awaits.
             self._end.exception()
         else:
             self._end.set_result(end)
@@ -68,7 +69,7 @@ class DirectLegs:
         """Start a leg.
 
         Raises:
-            TandemError: the worker refuses it, or cannot be reached.
+            TandemError: the worker rejects it, or cannot be reached.
         """
         leg = DirectLeg(len(self._legs) + 1)
         self._legs[leg.number] = leg
@@ -83,7 +84,7 @@ class DirectLegs:
         await self._calls.abort_legs(self.worker, self.stream_id, [leg.number])
 
     async def read(self) -> None:
-        """Hear what the legs say, until the stream ends; that is the end of all of them."""
+        """Read the stream until it ends, which ends all its legs."""
         try:
             while True:
                 message = await self._steps.read()
@@ -106,7 +107,7 @@ class DirectLegs:
 
 @asynccontextmanager
 async def direct_legs(address: str, tls: Tls | None = None) -> AsyncIterator[DirectLegs]:
-    """A step stream of one's own to the worker at host:port; leaving it aborts every leg that still runs on it.
+    """Open a step stream to the worker at host:port; leaving the context aborts all legs still running on it.
 
     Raises:
         TandemError: the stream cannot be opened.

@@ -1,6 +1,6 @@
-"""Waiting for a condition in tests, instead of sleeping and hoping.
+"""Waiting for a condition in tests instead of sleeping a fixed time.
 
-A failed wait says what was last seen, so that a red test explains itself.
+A timeout reports the last value seen, so that the failure explains itself.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ async def assert_eventually(
     every_s: float = 0.02,
     what: str = "condition",
 ) -> Any:
-    """Look again and again until what is seen is accepted, and return it.
+    """Poll `probe` until `accept` is true for its value, and return that value.
 
     Args:
-        probe: looks once; may be a coroutine function. An AssertionError inside it counts as "not yet".
-        accept: whether that is it.
-        within_s: the bound.
-        every_s: pause between two looks.
-        what: how the condition is named when it never came true.
+        probe: returns the current value; may be a coroutine function. An AssertionError counts as "not yet".
+        accept: whether the value is the expected one.
+        within_s: timeout in seconds.
+        every_s: polling interval in seconds.
+        what: name of the condition in the error.
 
     Raises:
-        AssertionError: it was not accepted within the bound; says what was seen last.
+        AssertionError: no accepted value within the timeout; contains the last value.
     """
     end_time_s = time.monotonic() + within_s
     while True:

@@ -1,7 +1,7 @@
-"""A model directory that is whole but knows nothing: enough for the simulated engine and for a frontend's tokenizer.
+"""A complete model directory without real weights, for the simulated engine and a frontend's tokenizer.
 
-Written in a fraction of a second without torch. Its single weight is there for the digest; its tokenizer is real (a
-byte-level BPE trained on a few sentences), so that any token the simulated engine emits has a text.
+Written in a fraction of a second, without torch. Its single weight exists for the digest; its tokenizer is real (a
+byte-level BPE trained on a few sentences), so that every token of the simulated engine decodes to text.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHAT_TEMPLATE = (
 
 
 def write_fake_model(directory: Path, *, vocabulary_size: int = 512, **config: Any) -> Path:
-    """Write the directory (made if missing) and return it.
+    """Write the model directory and return its path.
 
     Args:
-        directory: where.
-        vocabulary_size: tokens of the tokenizer and of the model; 512 holds all bytes and some merges.
-        config: entries of config.json that differ from the defaults.
+        directory: created if missing.
+        vocabulary_size: of tokenizer and model, in tokens; 512 covers all bytes and some merges.
+        config: overrides of entries of config.json.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(vocabulary_size)

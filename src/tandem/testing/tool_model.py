@@ -1,6 +1,6 @@
-"""A model directory whose chat template takes tools: another model's files by links, with a template of its own.
+"""A model directory with a chat template for tools: links to the files of another model, plus its own template.
 
-The demo model knows no tools. What it writes with this template is not a call; the prompt is what tests look at.
+The demo model was not trained on tools and writes no calls; tests check the prompt.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ Write each call as <tool_call>
 
 
 def link_tool_model(directory: Path, model: Path) -> Path:
-    """Make the directory and return it.
+    """Create the model directory and return its path.
 
     Args:
-        directory: where; made if missing.
-        model: whose files it links to, but for the chat template.
+        directory: created if missing.
+        model: directory whose files are linked, except for the chat template.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for file in model.resolve().iterdir():

@@ -1,7 +1,7 @@
-"""Virtual time: an event loop whose clock jumps to the next timer as soon as nothing else is left to do.
+"""Virtual time: an event loop whose clock jumps to the next timer when no task is ready.
 
-With `LoopClock` and `MemoryNetwork`, engines on this loop spend no real time and meet no chance that is not seeded: a
-run with the same seeds has the same history. Not for anything with real sockets or threads.
+With `LoopClock` and `MemoryNetwork`, engines on this loop take no real time and are deterministic: the same seeds give
+the same history. Not usable with real sockets or threads.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ EPOCH_TIME_S = 1_000_000_000.0
 
 
 class Deadlock(Exception):
-    """Everything waits, and nothing will ever happen."""
+    """All tasks wait, and no timer is set."""
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Never waits: tells the loop instead how far its clock may go."""
+    """Never blocks; advances the clock of the loop instead."""
 
     def __init__(self) -> None:
         super().__init__()
         self.jump: Callable[[float | None], None] = lambda _: None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """What is ready now; the clock moves on if that is nothing."""
+        """The ready events; if there are none, the clock advances by `timeout` seconds."""
         ready = super().select(0)
         if not ready and timeout != 0:
             self.jump(timeout)
@@ -35,7 +35,7 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """A loop on virtual time."""
+    """An event loop on virtual time."""
 
     def __init__(self) -> None:
         selector = _JumpingSelector()
@@ -44,11 +44,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Virtual seconds since the loop was created."""
         return self._now_s
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
-        """Call at once, on this thread: the end of another thread has no place in virtual time."""
+        """Call immediately on this thread: virtual time cannot wait for another thread."""
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -63,22 +63,22 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 class LoopClock:
-    """The running loop's time, as seconds since an epoch of its own."""
+    """Wall clock that follows the running loop's virtual time."""
 
     def time_s(self) -> float:
-        """Seconds since the Unix epoch, as far as anybody in here knows."""
+        """Simulated seconds since the Unix epoch."""
         return EPOCH_TIME_S + asyncio.get_running_loop().time()
 
     async def sleep(self, duration_s: float) -> None:
-        """Wait; may be cancelled."""
+        """Sleep in virtual time."""
         await asyncio.sleep(duration_s)
 
 
 def run_virtually(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end on virtual time.
+    """Run a coroutine to completion in virtual time.
 
     Raises:
-        Deadlock: it waits for something that cannot happen.
+        Deadlock: all tasks wait, and no timer is set.
     """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)

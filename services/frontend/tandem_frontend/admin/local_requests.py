@@ -1,6 +1,6 @@
-"""What this process knows of its own requests, as messages: timelines of an id, requests in order, figures.
+"""The requests of this process as proto messages: timelines by id, the request list, statistics.
 
-Owns the translation of the whole; a frontend of several processes puts the answers of all together (`admin_servicer`).
+Owns the translation; `servicer.py` merges the responses of all processes of a frontend.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from tandem_frontend.admin.timeline import duration, reason_number, summary_of, 
 from tandem_frontend.processes.sums import buckets
 
 Position = tuple[float, str]
-"""When a request came, and its id: its position in a list."""
+"""Arrival time in s and request id: the sort key of the request list."""
 
 
 class LocalRequests:
-    """Of one process."""
+    """The requests of one process."""
 
-    def __init__(
-        self, traces: TraceStore[RequestTrace], figures: RequestStats, waiting_count: Callable[[], int]
-    ) -> None:
-        """`waiting_count` says how many requests wait for room with the workers."""
+    def __init__(self, traces: TraceStore[RequestTrace], stats: RequestStats, waiting_count: Callable[[], int]) -> None:
+        """`waiting_count` returns the number of queued requests."""
         self._traces = traces
-        self._figures = figures
+        self._stats = stats
         self._waiting_count = waiting_count
 
     def timelines(self, wanted: str) -> list[pb.RequestTimeline]:
-        """The timelines of all requests that an id stands for."""
+        """Timelines of all requests with that request id or x-request-id."""
         return [timeline_of(trace) for trace in self._known() if wanted in (trace.request_id, trace.call_id)]
 
     def requests(self, count: int, before: Position | None, *, open_only: bool) -> list[sibling_pb.ListedRequest]:
-        """So many at most, newest first."""
+        """At most `count` requests before a position, newest first."""
         known = self._traces.open if open_only else self._known()
         known.sort(key=_position, reverse=True)
         if before is not None:
@@ -53,33 +51,33 @@ class LocalRequests:
         ]
 
     def figures(self) -> sibling_pb.GetSiblingFiguresResponse:
-        """The figures now, without percentiles and a number in a stream."""
-        figures = self._figures
-        figures.look()
-        counted = pb.WatchFiguresResponse(
+        """Current statistics, without percentiles and sequence number."""
+        stats = self._stats
+        stats.look()
+        response = pb.WatchFiguresResponse(
             measured_time=timestamp(time.time()),
-            counted_since=timestamp(figures.since_s),
-            open_requests=figures.open_count,
+            counted_since=timestamp(stats.since_s),
+            open_requests=stats.open_count,
             waiting_requests=self._waiting_count(),
-            finished_requests=figures.outcomes[FINISHED],
-            failed_requests=figures.outcomes[FAILED],
-            refused_requests=figures.outcomes[REFUSED],
-            cancelled_requests=figures.outcomes[CANCELLED],
-            continuations=figures.continuations,
+            finished_requests=stats.outcomes[FINISHED],
+            failed_requests=stats.outcomes[FAILED],
+            refused_requests=stats.outcomes[REFUSED],
+            cancelled_requests=stats.outcomes[CANCELLED],
+            continuations=stats.continuations,
             leg_failures=[
                 pb.LegFailures(worker_id=worker_id, reason=reason_number(reason), count=count)
-                for (worker_id, reason), count in figures.leg_failures.items()
+                for (worker_id, reason), count in stats.leg_failures.items()
             ],
             window=duration(LATENCY_WINDOW_S),
-            completion_tokens=figures.tokens.total,
-            completion_tokens_per_s=figures.tokens.per_s(),
-            kv_transfer_bytes=figures.kv_transfer_bytes.total,
-            kv_transfer_bytes_per_s=figures.kv_transfer_bytes.per_s(),
+            completion_tokens=stats.tokens.total,
+            completion_tokens_per_s=stats.tokens.per_s(),
+            kv_transfer_bytes=stats.kv_transfer_bytes.total,
+            kv_transfer_bytes_per_s=stats.kv_transfer_bytes.per_s(),
         )
         return sibling_pb.GetSiblingFiguresResponse(
-            figures=counted,
-            time_to_first_token=buckets(figures.ttft.histogram()),
-            inter_token_latency=buckets(figures.itl.histogram()),
+            figures=response,
+            time_to_first_token=buckets(stats.ttft.histogram()),
+            inter_token_latency=buckets(stats.itl.histogram()),
         )
 
     def _known(self) -> list[RequestTrace]:

@@ -1,7 +1,7 @@
-"""FrontendAdminService on the wire: what every process of this frontend knows, with bounds on pages and intervals.
+"""FrontendAdminService: timelines, request list and statistics of all processes of this frontend.
 
-Reads only. Nothing here needs admin_enabled: no answer holds a prompt, and a caller that can reach this can
-reach the service that the requests come to. Each process answers for all: it asks the others.
+Read-only. Does not need admin_enabled: responses contain no prompts, and a caller that can reach this service can also
+reach the inference service. Each process responds for the whole frontend by querying its siblings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ID_CHARS_MAX = 128
 
 
 class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
-    """The contract of admin_service.proto."""
+    """Implements FrontendAdminService of admin_service.proto."""
 
     def __init__(self, own: LocalRequests, siblings: Siblings) -> None:
         self._own = own
@@ -35,7 +35,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     async def GetRequestTimeline(  # noqa: N802
         self, request: pb.GetRequestTimelineRequest, context: Any
     ) -> pb.GetRequestTimelineResponse:
-        """The timelines of all requests that an id stands for."""
+        """Timelines of all requests with that request id or x-request-id."""
         wanted = request.request_id
         if not wanted or len(wanted) > ID_CHARS_MAX:
             raise InvalidRequest("request_id", f"must have 1 to {ID_CHARS_MAX} characters")
@@ -45,9 +45,9 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
             found = sorted((*found, *(timeline for other in others for timeline in other)), key=_begin)
         if not found:
             silent = self._siblings.silent
-            but = f" (process {', '.join(map(str, silent))} of it does not answer)" if silent else ""
+            unreachable = f"; process {', '.join(map(str, silent))} did not respond" if silent else ""
             raise RequestNotFound(
-                f"this frontend knows no request {wanted}, or no longer: only the last ones that ended are kept{but}",
+                f"request {wanted} not found on this frontend (only the last finished requests are kept){unreachable}",
                 request_id=wanted,
             )
         return pb.GetRequestTimelineResponse(timelines=found[-TIMELINES_MAX:])
@@ -58,7 +58,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         if not 1 <= size <= PAGE_SIZE_MAX:
             raise InvalidRequest("page_size", f"must be 1 to {PAGE_SIZE_MAX}, not {size}")
         before = _parse_token(request.page_token) if request.HasField("page_token") else None
-        # One more than a page has: whether there is another page.
+        # One more than fits the page shows whether there is a next page.
         known = self._own.requests(size + 1, before, open_only=request.open_only)
         asked = sibling_pb.ListSiblingRequestsRequest(open_only=request.open_only, count=size + 1)
         if before is not None:
@@ -75,7 +75,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     async def WatchFigures(  # noqa: N802
         self, request: pb.WatchFiguresRequest, context: Any
     ) -> AsyncIterator[pb.WatchFiguresResponse]:
-        """The figures now, and then at each interval."""
+        """Statistics now and at each interval."""
         interval_ms = request.interval_ms if request.HasField("interval_ms") else INTERVAL_MS
         if not INTERVAL_MS_MIN <= interval_ms <= INTERVAL_MS_MAX:
             raise InvalidRequest("interval_ms", f"must be {INTERVAL_MS_MIN} to {INTERVAL_MS_MAX}")
@@ -83,9 +83,9 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         while True:
             sequence += 1
             others = await self._siblings.ask(lambda sibling: sibling.figures())
-            figures = combined([self._own.figures(), *others])
-            figures.sequence = sequence
-            yield figures
+            stats = combined([self._own.figures(), *others])
+            stats.sequence = sequence
+            yield stats
             await asyncio.sleep(interval_ms / 1_000)
 
 
@@ -102,4 +102,4 @@ def _parse_token(token: str) -> Position:
     try:
         return float(begin), request_id
     except ValueError:
-        raise InvalidRequest("page_token", "is not one that was given out") from None
+        raise InvalidRequest("page_token", "is not a next_page_token of this service") from None

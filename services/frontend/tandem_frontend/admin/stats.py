@@ -1,7 +1,7 @@
-"""Figures over all requests of this frontend, for `tandem top`: what has ended and how, latencies and rates of late.
+"""Statistics over all requests of this frontend, for `tandem top`: outcomes, recent latencies and rates.
 
-Owns the counting, all of it from courses. A course is read when it closes, and once a second while it is open, so the
-hot path does nothing for this. Memory is bounded: two windows of fixed size, a few numbers for each open course, and a
+Owns the counting, all of it from request traces. A trace is read when it closes, and once per second while it is open,
+so that the hot path does no work for it. Memory is bounded: fixed-size windows, a few numbers per open trace, and a
 bounded table of failures.
 """
 
@@ -17,29 +17,29 @@ from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFU
 from tandem.observability.trace_store import TraceStore
 from tandem.observability.windows import LatencyWindow, RateWindow
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 FAILURES_MAX = 256
-"""Pairs of worker and reason that are told apart."""
+"""Maximum number of (worker, reason) entries; further failures are counted without a worker."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """How much of an open course has been counted."""
+    """How much of an open trace has been counted."""
 
     gaps: int = 0
     tokens: int = 0
     begun: int = 0
-    """Attempts."""
+    """Started attempts."""
     ended: int = 0
-    """Attempts."""
+    """Ended attempts."""
     has_first: bool = False
 
 
 class RequestStats:
-    """The figures of one frontend."""
+    """The statistics of one process."""
 
     def __init__(self, traces: TraceStore[RequestTrace], clock: Clock = monotonic) -> None:
-        """Is told of every course from here on."""
+        """Registers itself as a sink of `traces`."""
         self._traces = traces
         self._seen: dict[int, _Seen] = {}
         self.since_s = time.time()
@@ -56,25 +56,25 @@ class RequestStats:
 
     @property
     def open_count(self) -> int:
-        """Requests that have not ended."""
+        """Requests in progress."""
         return len(self._traces.open)
 
     def close(self, trace: RequestTrace) -> None:
-        """A course has ended."""
+        """Count a closed trace."""
         self._count(trace)
         self._seen.pop(id(trace), None)
         assert trace.outcome in (FINISHED, FAILED, REFUSED, CANCELLED)
         self.outcomes[trace.outcome] += 1
 
     def look(self) -> None:
-        """Count what open courses have come to since the last look."""
+        """Count the progress of open traces since the last call."""
         for trace in self._traces.open:
             self._count(trace)
 
     async def keep_looking(self) -> None:
-        """Look once a second, without end."""
+        """Call `look` every POLL_INTERVAL_S, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
             self.look()
 
     def _count(self, trace: RequestTrace) -> None:
@@ -105,6 +105,6 @@ class RequestStats:
 
 
 def kv_transfer_bytes(attempt: AttemptTrace) -> int:
-    """Bytes of KV that an attempt moved, as either leg counted them."""
+    """KV bytes transferred by an attempt: the larger count of its legs."""
     finishes = (attempt.prefill_finish, attempt.decode_finish)
     return max((finish.timings.kv_transfer_bytes for finish in finishes if finish is not None), default=0)

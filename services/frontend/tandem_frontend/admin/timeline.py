@@ -1,6 +1,6 @@
-"""A course as the contract's timeline: times relative to the request's coming, and on the wall clock.
+"""Translates a request trace into a RequestTimeline: wall clock times, and offsets from the arrival of the request.
 
-Owns that translation, and what of a course is told: no prompt, token or secret is in one.
+Owns the translation and what is exposed: a timeline contains no prompt, token or secret.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTCOMES = {
 
 
 def timeline_of(trace: RequestTrace) -> pb.RequestTimeline:
-    """The whole course so far."""
+    """The timeline of a trace, finished or in progress."""
     timeline = pb.RequestTimeline(
         request_id=trace.request_id,
         call_id=trace.call_id,
@@ -59,12 +59,12 @@ def timeline_of(trace: RequestTrace) -> pb.RequestTimeline:
         trace_id="" if trace.span_context is None else f"{trace.span_context.trace_id:032x}",
         inter_token_latency=latency_figures(_latencies(trace.gaps_s)),
     )
-    _tell_ending(timeline, trace)
+    _add_ending(timeline, trace)
     return timeline
 
 
 def summary_of(trace: RequestTrace, now_s: float) -> pb.RequestSummary:
-    """One line of a list."""
+    """An entry of the request list."""
     return pb.RequestSummary(
         request_id=trace.request_id,
         operation=trace.operation,
@@ -77,19 +77,19 @@ def summary_of(trace: RequestTrace, now_s: float) -> pb.RequestSummary:
 
 
 def outcome_of(trace: RequestTrace) -> pb.RequestOutcome.ValueType:
-    """How it ended. Between the finish that a client gets and the end of the course it is open still."""
+    """Outcome; OPEN until the trace is closed, which is after the client has received the finish."""
     return OUTCOMES[trace.outcome if trace.end_s is not None else ""]
 
 
 def duration(value_s: float) -> duration_pb2.Duration:
-    """Seconds as a Duration, to the microsecond: more is not known of differences between times of day."""
+    """Seconds as a Duration, rounded to microseconds: doubles of wall clock times are not more precise."""
     message = duration_pb2.Duration()
     message.FromMicroseconds(round(value_s * 1e6))
     return message
 
 
 def latency_figures(latencies: Latencies | None) -> pb.LatencyFigures | None:
-    """Percentiles as the contract's message."""
+    """Percentiles as a proto message."""
     if latencies is None:
         return None
     return pb.LatencyFigures(
@@ -102,12 +102,12 @@ def latency_figures(latencies: Latencies | None) -> pb.LatencyFigures | None:
 
 
 def reason_number(reason: str) -> error_pb2.ErrorReason.ValueType:
-    """An ErrorInfo's reason as the contract's enum; UNSPECIFIED for what is none."""
+    """ErrorInfo reason as an ErrorReason; UNSPECIFIED if unknown."""
     name = f"ERROR_REASON_{reason}"
     return error_pb2.ErrorReason.Value(name if name in REASONS else "ERROR_REASON_UNSPECIFIED")
 
 
-def _tell_ending(timeline: pb.RequestTimeline, trace: RequestTrace) -> None:
+def _add_ending(timeline: pb.RequestTimeline, trace: RequestTrace) -> None:
     if trace.end_s is None:
         return
     if trace.outcome == FINISHED:
@@ -182,7 +182,7 @@ def _texts(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _latencies(gaps_s: Sequence[float]) -> Latencies | None:
-    """Exact percentiles of the few that one course keeps."""
+    """Exact percentiles of the inter-batch times kept in one trace."""
     if not gaps_s:
         return None
     ordered = sorted(gaps_s)

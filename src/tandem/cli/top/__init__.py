@@ -1,3 +1,3 @@
-"""`tandem top`: the fleet, live. `watching` follows it, `sample` is what is known, `cells` makes tables of it, `screen`
-shows them on a terminal, `plain` in scripts.
+"""`tandem top`: a live view of the fleet. `poller` follows it, `sample` holds its state, `cells` formats it, `screen`
+shows it on a terminal, `plain` in scripts.
 """

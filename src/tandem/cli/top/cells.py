@@ -1,6 +1,6 @@
-"""The tables of `tandem top` as text: columns, cells, the line of totals, and the order of rows.
+"""The tables of `tandem top` as text: columns, cells, totals and sort order.
 
-Owns what each column says and how a row is sorted by it; knows neither terminals nor gRPC.
+Owns the content and sort key of each column; independent of terminals and of gRPC.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Value = float | int | str | None
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[R]):
-    """One column: its head, and what it says of a row."""
+    """One column: its header, its value for a row, and how the value is formatted."""
 
     head: str
     value: Callable[[R, float], Value]
-    """Of a row at a time; None: not known. What rows are sorted by."""
+    """Value for (row, current time in s); also the sort key. None: unknown."""
     text: Callable[[Value], str] = str
 
 
 def age(value_s: Value) -> str:
-    """Short: seconds, minutes, hours or days."""
+    """A duration in s as seconds, minutes, hours or days."""
     assert isinstance(value_s, (int, float))
     for unit, length_s in (("d", 86_400), ("h", 3_600), ("m", 60)):
         if value_s >= 2 * length_s:
@@ -44,7 +44,7 @@ def age(value_s: Value) -> str:
 
 
 def amount(value: Value) -> str:
-    """Three digits or so, with k, M, G."""
+    """A count with the suffix k, M or G."""
     assert isinstance(value, (int, float))
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
@@ -53,7 +53,7 @@ def amount(value: Value) -> str:
 
 
 def milliseconds(value_s: Value) -> str:
-    """Milliseconds, with a decimal where they are few."""
+    """A duration in s as milliseconds, with one decimal below 100 ms."""
     assert isinstance(value_s, (int, float))
     return f"{value_s * 1e3:.1f}" if value_s < 0.1 else f"{value_s * 1e3:.0f}"
 
@@ -75,14 +75,14 @@ def _kv_percents(row: WorkerSample, now_s: float) -> Value:
 
 
 def _count(name: str) -> Callable[[FrontendSample, float], Value]:
-    return lambda row, now_s: None if row.figures is None else int(getattr(row.figures, name))
+    return lambda row, now_s: None if row.stats is None else int(getattr(row.stats, name))
 
 
 def _latency(of: str, percentile: str) -> Callable[[FrontendSample, float], Value]:
     def value(row: FrontendSample, now_s: float) -> Value:
-        if row.figures is None or not row.figures.HasField(of):  # type: ignore[arg-type]
+        if row.stats is None or not row.stats.HasField(of):  # type: ignore[arg-type]
             return None
-        latency: admin_pb.LatencyFigures = getattr(row.figures, of)
+        latency: admin_pb.LatencyFigures = getattr(row.stats, of)
         return float(getattr(latency, percentile).ToNanoseconds() / 1e9)
 
     return value
@@ -120,7 +120,7 @@ FRONTEND_COLUMNS: tuple[Column[FrontendSample], ...] = (
 
 
 def cell(column: Column[R], row: R, now_s: float) -> str:
-    """What stands there. Latencies are milliseconds, of the last minute."""
+    """Text of a cell. Latencies are in milliseconds, over the last minute."""
     value = column.value(row, now_s)
     if value is not None:
         return column.text(value)
@@ -128,7 +128,7 @@ def cell(column: Column[R], row: R, now_s: float) -> str:
 
 
 def ordered(rows: Sequence[R], column: Column[R], now_s: float, *, descending: bool) -> list[R]:
-    """The rows by what a column says; those of which it says nothing come last."""
+    """The rows sorted by a column; rows without a value come last in either direction."""
     known: list[R] = []
     unknown: list[R] = []
     for row in rows:
@@ -139,7 +139,7 @@ def ordered(rows: Sequence[R], column: Column[R], now_s: float, *, descending: b
 
 
 def totals(sample: Sample) -> str:
-    """The whole cluster in one line."""
+    """One line with the totals of the cluster."""
     alive = [worker for worker in sample.workers if worker.state not in (GONE, UNREACHABLE)]
     parts = [
         f"{len(alive)}/{len(sample.workers)} workers",

@@ -1,6 +1,6 @@
-"""`tandem top` without a screen: plain tables, or one JSON object a line. For scripts, and where there is no terminal.
+"""`tandem top` without a screen: plain tables, or one JSON object per line, for scripts and pipes.
 
-Owns the text; the names in JSON are those of the contracts.
+Owns the layout; JSON keys are the field names of the protos.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def tables(sample: Sample) -> str:
     parts = [totals(sample), _table(WORKER_COLUMNS, sample.workers, sample.time_s)]
     parts.append(_table(FRONTEND_COLUMNS, sample.frontends, sample.time_s))
     if sample.registry_problem is not None:
-        parts.append(f"no registry answers: {sample.registry_problem}")
+        parts.append(f"no registry reachable, showing the last known members: {sample.registry_problem}")
     return "\n\n".join(parts)
 
 
 def line(sample: Sample) -> str:
-    """All that is known, as one line of JSON."""
+    """The whole sample as one line of JSON."""
     return json.dumps(
         {
             "time_s": round(sample.time_s, 3),
@@ -66,7 +66,7 @@ def _frontend(row: FrontendSample) -> dict[str, Any]:
         "health": row.health,
         "epoch": row.epoch,
         "address": row.address,
-        "figures": _fields(row.figures),
+        "figures": _fields(row.stats),
     }
 
 

@@ -1,7 +1,7 @@
-"""Follows the fleet: who there is, from the registries; how busy each one is, from itself.
+"""Follows the fleet: members from the registries, load and health from each process.
 
-Owns one task for the registries and one for each process of the fleet. Whatever dies is shown as such and followed
-again; nothing that fails ends the watch. Finds everybody as `tandem status` does.
+Owns one task for the registries and one per process. A process that fails is shown as unreachable and reconnected
+to; no failure ends the watch. Members are found as in `tandem status`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tandem.rpc.channels import Channels
 from tandem.tls.paths import Tls
 
 GONE_SHOWN_S = 60.0
-"""A process that has left is shown for so long."""
+"""How long a process is still shown after it was deregistered."""
 SILENT_INTERVALS = 3
-"""Without a word for so many of them, a process does not answer."""
+"""A process without a report for so many intervals is shown as unreachable."""
 SILENT_S_MIN = 2.0
 
 
 @dataclass(slots=True)
 class _Member:
-    """A process of the fleet and what it has said."""
+    """A process of the fleet and its last two reports."""
 
     role: str
     name: str
@@ -47,9 +47,9 @@ class _Member:
     state: str
     task: asyncio.Task[None] | None = None
     health: str = "-"
-    said: Any = None
-    said_before: Any = None
-    said_s: float | None = None
+    report: Any = None
+    previous_report: Any = None
+    reported_s: float | None = None
     gone_s: float | None = None
 
 
@@ -66,15 +66,15 @@ class FleetWatch:
         self._channels = Channels(tls)
         self._members: dict[tuple[str, str], _Member] = {}
         """By role "frontend" or "worker", and name."""
-        self._problem: str | None = "no registry has answered yet"
+        self._problem: str | None = "no registry has responded yet"
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[FleetWatch]:
-        """Follow it.
+        """Follow the fleet while the context is open.
 
         Raises:
             StartError: an address is not that of a registry.
-            TandemError: no registry answers at the beginning; later ones are only told of.
+            TandemError: no registry responds at the start; later failures are reported in `Sample.registry_problem`.
         """
         await self._ask()
         self._problem = None
@@ -89,7 +89,7 @@ class FleetWatch:
             await self._channels.close()
 
     def sample(self) -> Sample:
-        """What is known now."""
+        """The current state of the fleet."""
         members = sorted(self._members.values(), key=lambda member: (member.role, member.name))
         frontends = tuple(self._frontend(member) for member in members if member.role == "frontend")
         failures = _failures_by_worker(frontends)
@@ -98,10 +98,10 @@ class FleetWatch:
             workers=tuple(self._worker(m, failures.get(m.name, 0)) for m in members if m.role != "frontend"),
             frontends=frontends,
             registry_problem=self._problem,
-            missing=tuple(m.name for m in members if m.said_before is None and m.gone_s is None),
+            missing=tuple(m.name for m in members if m.previous_report is None and m.gone_s is None),
         )
 
-    # --- Who there is
+    # --- Members
 
     async def _ask_again(self) -> None:
         while True:
@@ -150,17 +150,17 @@ class FleetWatch:
         if task is not None:
             task.cancel()
 
-    # --- How busy it is
+    # --- Load and health
 
     async def _follow(self, member: _Member, follow: Callable[[_Member], Awaitable[None]]) -> None:
         backoff = Backoff(first_s=0.2, most_s=max(1.0, self._interval_s))
         health = asyncio.create_task(self._follow_health(member))
         try:
             while True:
-                said_s = member.said_s
+                reported_s = member.reported_s
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await follow(member)
-                if member.said_s != said_s:
+                if member.reported_s != reported_s:
                     backoff.reset()
                 await asyncio.sleep(backoff.next_s())
         finally:
@@ -169,19 +169,20 @@ class FleetWatch:
     async def _follow_worker(self, member: _Member) -> None:
         stub: Any = WorkerServiceStub(self._channels.get(member.address))
         call = stub.WatchLoad(worker_pb.WatchLoadRequest(interval_ms=self._interval_ms(10)))
-        await self._read(call, member, lambda said: bool(said.epoch == member.epoch))
+        await self._read(call, member, lambda report: bool(report.epoch == member.epoch))
 
     async def _follow_frontend(self, member: _Member) -> None:
         stub: Any = FrontendAdminServiceStub(self._channels.get(member.address))
         call = stub.WatchFigures(admin_pb.WatchFiguresRequest(interval_ms=self._interval_ms(100)))
-        await self._read(call, member, lambda said: True)
+        await self._read(call, member, lambda report: True)
 
-    async def _read(self, call: Any, member: _Member, is_its: Callable[[Any], bool]) -> None:
+    async def _read(self, call: Any, member: _Member, is_current: Callable[[Any], bool]) -> None:
         try:
-            while (said := await call.read()) is not grpc.aio.EOF:
-                if is_its(said):
-                    member.said_before, member.said = member.said, said
-                    member.said_s = self._clock()
+            while (report := await call.read()) is not grpc.aio.EOF:
+                # Another start of the worker may listen at the address by now.
+                if is_current(report):
+                    member.previous_report, member.report = member.report, report
+                    member.reported_s = self._clock()
         finally:
             call.cancel()
 
@@ -190,8 +191,8 @@ class FleetWatch:
             stub: Any = health_pb2_grpc.HealthStub(self._channels.get(member.address))
             call = stub.Watch(health_pb2.HealthCheckRequest())
             try:
-                while (said := await call.read()) is not grpc.aio.EOF:
-                    is_ok = said.status == health_pb2.HealthCheckResponse.SERVING
+                while (response := await call.read()) is not grpc.aio.EOF:
+                    is_ok = response.status == health_pb2.HealthCheckResponse.SERVING
                     member.health = "ok" if is_ok else "not serving"
             except grpc.aio.AioRpcError:
                 member.health = "-"
@@ -202,11 +203,11 @@ class FleetWatch:
     def _interval_ms(self, least: int) -> int:
         return max(least, int(self._interval_s * 1_000))
 
-    # --- What is shown of it
+    # --- Rows
 
     def _worker(self, member: _Member, failures: int) -> WorkerSample:
         state = self._state(member)
-        answers = state not in (GONE, UNREACHABLE)
+        is_reachable = state not in (GONE, UNREACHABLE)
         return WorkerSample(
             name=member.name,
             role=member.role,
@@ -214,8 +215,8 @@ class FleetWatch:
             address=member.address,
             state=state,
             health=member.health,
-            load=member.said if answers else None,
-            before=member.said_before if answers else None,
+            load=member.report if is_reachable else None,
+            before=member.previous_report if is_reachable else None,
             failures=failures,
         )
 
@@ -227,14 +228,14 @@ class FleetWatch:
             address=member.address,
             state=state,
             health=member.health,
-            figures=member.said if state not in (GONE, UNREACHABLE) else None,
+            stats=member.report if state not in (GONE, UNREACHABLE) else None,
         )
 
     def _state(self, member: _Member) -> str:
         if member.gone_s is not None:
             return GONE
         silent_s = max(SILENT_S_MIN, SILENT_INTERVALS * self._interval_s)
-        if member.said_s is None or self._clock() - member.said_s > silent_s:
+        if member.reported_s is None or self._clock() - member.reported_s > silent_s:
             return UNREACHABLE
         return member.state
 
@@ -242,6 +243,6 @@ class FleetWatch:
 def _failures_by_worker(frontends: Sequence[FrontendSample]) -> dict[str, int]:
     failures: dict[str, int] = {}
     for frontend in frontends:
-        for broken in frontend.figures.leg_failures if frontend.figures is not None else ():
-            failures[broken.worker_id] = failures.get(broken.worker_id, 0) + broken.count
+        for failed in frontend.stats.leg_failures if frontend.stats is not None else ():
+            failures[failed.worker_id] = failures.get(failed.worker_id, 0) + failed.count
     return failures

@@ -1,6 +1,6 @@
-"""What `tandem top` knows of the fleet at one moment, as values.
+"""The state of the fleet at one moment, as shown by `tandem top`.
 
-Owns the arithmetic of rates and totals; asks nobody.
+Owns the arithmetic of rates and totals; performs no I/O.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.rpc.convert import seconds
 
 SERVING, DRAINING, UNREACHABLE, GONE = "serving", "draining", "unreachable", "gone"
-"""States: what the registry says; or it lists the process, which does not answer; or it lists it no more."""
+"""SERVING and DRAINING as registered; UNREACHABLE: registered but not responding; GONE: no longer registered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +26,16 @@ class WorkerSample:
     address: str
     state: str
     health: str
-    """What its own grpc.health.v1 says: "ok", "not serving", or "-" where it says nothing."""
+    """Status of its grpc.health.v1: "ok", "not serving", or "-" when it cannot be queried."""
     load: worker_pb.WatchLoadResponse | None = None
-    """Its last word; None: it does not answer."""
+    """Its last load report; None: unreachable."""
     before: worker_pb.WatchLoadResponse | None = None
-    """The one before that, of the same epoch."""
+    """The report before that, of the same epoch."""
     failures: int = 0
-    """Legs that broke on it, as the frontends count them over all its starts."""
+    """Failed legs on it, as counted by the frontends over all its epochs."""
 
     def rate(self, counter: str) -> float | None:
-        """How much a second a counter of its load grows; None: not known."""
+        """Increase of a load counter per second; None: unknown."""
         if self.load is None or self.before is None or not self.load.HasField(counter):  # type: ignore[arg-type]
             return None
         took_s = seconds(self.load.measured_time) - seconds(self.before.measured_time)
@@ -44,12 +44,12 @@ class WorkerSample:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of a prefill worker the tokens of prompts, of the others those they have told."""
+        """Prompt tokens/s of a prefill worker, completion tokens/s of the others."""
         return self.rate("prompt_tokens" if self.role == "prefill" else "completion_tokens")
 
     @property
     def transfer_bytes_per_s(self) -> float | None:
-        """KV sent or received."""
+        """KV bytes/s sent (prefill) or received (decode)."""
         return self.rate("kv_transfer_bytes")
 
 
@@ -62,37 +62,37 @@ class FrontendSample:
     address: str
     state: str
     health: str
-    figures: admin_pb.WatchFiguresResponse | None = None
-    """Its last word; None: it does not answer."""
+    stats: admin_pb.WatchFiguresResponse | None = None
+    """Its last report; None: unreachable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The fleet."""
+    """State of the fleet."""
 
     time_s: float
     """Since the Unix epoch."""
     workers: tuple[WorkerSample, ...] = ()
     frontends: tuple[FrontendSample, ...] = ()
     registry_problem: str | None = None
-    """Why the fleet may have changed since; None: a registry answers."""
+    """Why the member list may be outdated; None: a registry responds."""
     missing: tuple[str, ...] = field(default=())
-    """Who has not said anything yet."""
+    """Registered processes that have not sent two reports yet."""
 
     def total(self, name: str) -> int:
-        """A figure of the frontends, added up."""
-        return sum(int(getattr(f.figures, name)) for f in self.frontends if f.figures is not None)
+        """Sum of a counter or gauge over the frontends."""
+        return sum(int(getattr(f.stats, name)) for f in self.frontends if f.stats is not None)
 
     def rate(self, name: str) -> float:
-        """A rate of the frontends, added up."""
-        return sum(float(getattr(f.figures, name)) for f in self.frontends if f.figures is not None)
+        """Sum of a rate over the frontends."""
+        return sum(float(getattr(f.stats, name)) for f in self.frontends if f.stats is not None)
 
 
 def role_name(number: worker_pb2.WorkerRole.ValueType) -> str:
-    """Name of a role."""
+    """Name of a role, in lower case."""
     return worker_pb2.WorkerRole.Name(number).removeprefix("WORKER_ROLE_").lower()
 
 
 def state_name(number: worker_pb2.WorkerState.ValueType) -> str:
-    """Name of a state."""
+    """Name of a state, in lower case."""
     return worker_pb2.WorkerState.Name(number).removeprefix("WORKER_STATE_").lower()

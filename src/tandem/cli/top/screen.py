@@ -1,7 +1,7 @@
-"""`tandem top` on a terminal: two tables and a line of totals, drawn anew at each interval.
+"""`tandem top` on a terminal: two tables and a line of totals, redrawn at each interval.
 
-Owns keys, sorting and what is selected; what stands in the cells is `cells.py`'s. Textual is imported here only, and so
-only when the screen is opened.
+Owns key bindings, sorting and selection; `cells.py` formats the cells. Textual is imported only here, so that the other
+commands do not load it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, ce
 from tandem.cli.top.sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 STYLES = {UNREACHABLE: "bold red", GONE: "dim", DRAINING: "yellow"}
-WORDS = ("WORKER", "FRONTEND", "ROLE", "STATE", "HEALTH")
-"""Columns of words stand to the left, those of numbers to the right."""
+TEXT_COLUMNS = ("WORKER", "FRONTEND", "ROLE", "STATE", "HEALTH")
+"""Left-aligned columns; numbers are right-aligned."""
 
 
 class FleetTable(DataTable[Text], Generic[R]):
-    """A table whose rows are processes, sorted by one of its columns."""
+    """A table of processes, sorted by one of its columns."""
 
     def __init__(self, columns: Sequence[Column[R]], table_id: str) -> None:
         super().__init__(id=table_id, cursor_type="row", zebra_stripes=True)
@@ -34,21 +34,21 @@ class FleetTable(DataTable[Text], Generic[R]):
         self._fleet_rows: Sequence[R] = ()
 
     def on_mount(self) -> None:
-        """Columns are known from the first frame on."""
+        """Show the header from the first frame on."""
         self._head()
 
     def sort_next(self, step: int) -> None:
-        """Sort by the next column, or with -1 by the one before."""
+        """Move the sort column by `step`: 1 or -1."""
         self._sorted_by = (self._sorted_by + step) % len(self._fleet_columns)
         self.show_rows(self._fleet_rows)
 
     def reverse(self) -> None:
-        """Turn the order round."""
+        """Reverse the sort order."""
         self._descending = not self._descending
         self.show_rows(self._fleet_rows)
 
     def show_rows(self, rows: Sequence[R]) -> None:
-        """Show these; the cursor stays on its process."""
+        """Replace the rows; the cursor stays on its process."""
         self._fleet_rows = rows
         selected = self._selected()
         now_s = time.time()
@@ -78,7 +78,7 @@ class FleetTable(DataTable[Text], Generic[R]):
 
 
 class TopScreen(App[None]):
-    """The whole screen."""
+    """The application: totals, registry problem, workers, frontends."""
 
     TITLE = "tandem top"
     CSS = """
@@ -98,7 +98,7 @@ class TopScreen(App[None]):
     ENABLE_COMMAND_PALETTE = False
 
     def __init__(self, sample: Callable[[], Sample], interval_s: float) -> None:
-        """`sample` is asked at each interval."""
+        """`sample` is called at each redraw."""
         super().__init__()
         self._sample = sample
         self._interval_s = interval_s
@@ -107,7 +107,7 @@ class TopScreen(App[None]):
         self.frontend_table: FleetTable[FrontendSample] = FleetTable(FRONTEND_COLUMNS, "frontends")
 
     def compose(self) -> ComposeResult:
-        """From top to bottom."""
+        """The widgets from top to bottom."""
         yield Static(id="totals", markup=False)
         yield Static(id="problem", markup=False)
         yield self.worker_table
@@ -115,36 +115,36 @@ class TopScreen(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Draw at once, and then at each interval."""
+        """Draw now and at each interval."""
         self.draw()
         self.set_interval(self._interval_s, self._draw_unless_paused)
         self.worker_table.focus()
 
     def draw(self) -> None:
-        """Show what is known now."""
+        """Redraw from a new sample."""
         sample = self._sample()
         at = time.strftime("%H:%M:%S", time.localtime(sample.time_s))
         self.query_one("#totals", Static).update(f"{at}{' · paused' if self._is_paused else ''} · {totals(sample)}")
         problem = self.query_one("#problem", Static)
         problem.display = sample.registry_problem is not None
-        problem.update(f"no registry answers, so this is the fleet as last seen: {sample.registry_problem}")
+        problem.update(f"no registry reachable, showing the last known members: {sample.registry_problem}")
         self.worker_table.show_rows(sample.workers)
         self.frontend_table.show_rows(sample.frontends)
 
     def action_sort(self, step: int) -> None:
-        """Sort the table in focus by another column."""
+        """Change the sort column of the focused table."""
         self._table().sort_next(step)
 
     def action_reverse(self) -> None:
-        """Turn its order round."""
+        """Reverse the order of the focused table."""
         self._table().reverse()
 
     def action_switch(self) -> None:
-        """Give the keys to the other table."""
+        """Move the focus to the other table."""
         (self.worker_table if self.frontend_table.has_focus else self.frontend_table).focus()
 
     def action_pause(self) -> None:
-        """Hold the screen still, or go on."""
+        """Pause or resume redrawing."""
         self._is_paused = not self._is_paused
         self.draw()
 
@@ -157,4 +157,4 @@ class TopScreen(App[None]):
 
 
 def _side(column: Column[R]) -> Literal["left", "right"]:
-    return "left" if column.head in WORDS else "right"
+    return "left" if column.head in TEXT_COLUMNS else "right"

@@ -32,33 +32,33 @@ class _RequestOutcome:
 class _RequestOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestOutcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     REQUEST_OUTCOME_UNSPECIFIED: _RequestOutcome.ValueType  # 0
-    """Not known to this release."""
+    """Unknown to this release."""
     REQUEST_OUTCOME_OPEN: _RequestOutcome.ValueType  # 1
-    """It has not."""
+    """In progress."""
     REQUEST_OUTCOME_FINISHED: _RequestOutcome.ValueType  # 2
-    """With a finish."""
+    """Finished successfully."""
     REQUEST_OUTCOME_FAILED: _RequestOutcome.ValueType  # 3
-    """With an error of the cluster."""
+    """Failed with an error of the cluster."""
     REQUEST_OUTCOME_REFUSED: _RequestOutcome.ValueType  # 4
-    """With an error before any worker was asked."""
+    """Rejected before any leg was dispatched."""
     REQUEST_OUTCOME_CANCELLED: _RequestOutcome.ValueType  # 5
-    """Its client left, or somebody aborted it."""
+    """Cancelled by its client, or aborted."""
 
 class RequestOutcome(_RequestOutcome, metaclass=_RequestOutcomeEnumTypeWrapper):
-    """How a request ended."""
+    """Outcome of a request."""
 
 REQUEST_OUTCOME_UNSPECIFIED: RequestOutcome.ValueType  # 0
-"""Not known to this release."""
+"""Unknown to this release."""
 REQUEST_OUTCOME_OPEN: RequestOutcome.ValueType  # 1
-"""It has not."""
+"""In progress."""
 REQUEST_OUTCOME_FINISHED: RequestOutcome.ValueType  # 2
-"""With a finish."""
+"""Finished successfully."""
 REQUEST_OUTCOME_FAILED: RequestOutcome.ValueType  # 3
-"""With an error of the cluster."""
+"""Failed with an error of the cluster."""
 REQUEST_OUTCOME_REFUSED: RequestOutcome.ValueType  # 4
-"""With an error before any worker was asked."""
+"""Rejected before any leg was dispatched."""
 REQUEST_OUTCOME_CANCELLED: RequestOutcome.ValueType  # 5
-"""Its client left, or somebody aborted it."""
+"""Cancelled by its client, or aborted."""
 Global___RequestOutcome: _TypeAlias = RequestOutcome  # noqa: Y015
 
 class _ProfileFormat:
@@ -68,36 +68,36 @@ class _ProfileFormat:
 class _ProfileFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProfileFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PROFILE_FORMAT_UNSPECIFIED: _ProfileFormat.ValueType  # 0
-    """The first of those that the process can."""
+    """The default format of the process."""
     PROFILE_FORMAT_SPEEDSCOPE: _ProfileFormat.ValueType  # 1
     """JSON for https://speedscope.app. Frontends."""
     PROFILE_FORMAT_HTML: _ProfileFormat.ValueType  # 2
-    """A page that shows itself in a browser. Frontends."""
+    """A self-contained HTML page. Frontends."""
     PROFILE_FORMAT_CHROME_TRACE: _ProfileFormat.ValueType  # 3
     """Trace events of PyTorch's profiler, gzipped JSON, for https://ui.perfetto.dev. Workers with the engine "sglang"."""
 
 class ProfileFormat(_ProfileFormat, metaclass=_ProfileFormatEnumTypeWrapper):
-    """In which form a profile comes."""
+    """Format of a profile."""
 
 PROFILE_FORMAT_UNSPECIFIED: ProfileFormat.ValueType  # 0
-"""The first of those that the process can."""
+"""The default format of the process."""
 PROFILE_FORMAT_SPEEDSCOPE: ProfileFormat.ValueType  # 1
 """JSON for https://speedscope.app. Frontends."""
 PROFILE_FORMAT_HTML: ProfileFormat.ValueType  # 2
-"""A page that shows itself in a browser. Frontends."""
+"""A self-contained HTML page. Frontends."""
 PROFILE_FORMAT_CHROME_TRACE: ProfileFormat.ValueType  # 3
 """Trace events of PyTorch's profiler, gzipped JSON, for https://ui.perfetto.dev. Workers with the engine "sglang"."""
 Global___ProfileFormat: _TypeAlias = ProfileFormat  # noqa: Y015
 
 @_typing.final
 class GetRequestTimelineRequest(_message.Message):
-    """Asks for one request's course."""
+    """Requests the timeline of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Its id, as the client gave it or got it; or the x-request-id of an HTTP answer."""
+    """Its id, chosen by the client or returned to it; or the x-request-id of an HTTP response."""
     def __init__(
         self,
         *,
@@ -113,15 +113,15 @@ Global___GetRequestTimelineRequest: _TypeAlias = GetRequestTimelineRequest  # no
 
 @_typing.final
 class GetRequestTimelineResponse(_message.Message):
-    """One request's course."""
+    """Timelines of a request id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMELINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def timelines(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTimeline]:
-        """The course so far, oldest first: several where an id was used again, or one call asked for several choices; the last
-        128 of them. Those of every process of the frontend.
+        """The timelines, oldest first, from all processes of the frontend; at most the last 128. Several if an id was reused,
+        or if one call requested several choices.
         """
 
     def __init__(
@@ -139,7 +139,7 @@ Global___GetRequestTimelineResponse: _TypeAlias = GetRequestTimelineResponse  # 
 
 @_typing.final
 class ListRequestsRequest(_message.Message):
-    """Asks for the requests."""
+    """Requests the request list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -147,11 +147,11 @@ class ListRequestsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     open_only: _builtins.bool
-    """Only those that have not ended. Default false."""
+    """Only requests in progress. Default false."""
     page_size: _builtins.int
-    """Most of them in one answer, 1 to 1,000. Default 100."""
+    """Maximum number of requests per page, 1 to 1,000. Default 100."""
     page_token: _builtins.str
-    """next_page_token of the answer before. Default: from the newest on."""
+    """next_page_token of the previous page. Default: the first page."""
     def __init__(
         self,
         *,
@@ -180,14 +180,14 @@ Global___ListRequestsRequest: _TypeAlias = ListRequestsRequest  # noqa: Y015
 
 @_typing.final
 class ListRequestsResponse(_message.Message):
-    """The requests."""
+    """One page of the request list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUESTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where the next page begins; empty: there is none."""
+    """Token of the next page; empty: this is the last one."""
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestSummary]:
         """Newest first."""
@@ -222,20 +222,20 @@ class RequestSummary(_message.Message):
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
-    """What was asked for: "generate", "chat" or "text_completion"."""
+    """The operation: "generate", "chat" or "text_completion"."""
     outcome: Global___RequestOutcome.ValueType
-    """How it ended."""
+    """Its outcome."""
     attempts: _builtins.int
-    """Attempts made."""
+    """Number of attempts."""
     completion_tokens: _builtins.int
-    """Tokens the client has got."""
+    """Tokens sent to the client."""
     @_builtins.property
     def begin_time(self) -> _timestamp_pb2.Timestamp:
-        """When it came, on the frontend's clock."""
+        """Arrival time, on the frontend's clock."""
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """From its coming to its end, or until now."""
+        """From its arrival to its end, or until now."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ Global___RequestSummary: _TypeAlias = RequestSummary  # noqa: Y015
 
 @_typing.final
 class Moment(_message.Message):
-    """A point in time, on the clock of whoever noted it: the frontend, or the worker of a leg."""
+    """A point in time, on the clock of the process that recorded it: the frontend, or the worker of a leg."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -266,11 +266,11 @@ class Moment(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """On the wall clock."""
+        """Wall clock time."""
 
     @_builtins.property
     def offset(self) -> _duration_pb2.Duration:
-        """Since the request came. Negative where a worker's clock is behind the frontend's."""
+        """Since the arrival of the request. Negative if a worker's clock is behind the frontend's."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ Global___Moment: _TypeAlias = Moment  # noqa: Y015
 
 @_typing.final
 class RequestTimeline(_message.Message):
-    """The course of one request through a frontend."""
+    """The timeline of one request in a frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -316,46 +316,46 @@ class RequestTimeline(_message.Message):
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
-    """What was asked for: "generate", "chat" or "text_completion"."""
+    """The operation: "generate", "chat" or "text_completion"."""
     model: _builtins.str
-    """The model; empty when the request was refused before it was known."""
+    """The model; empty if the request was rejected before it was known."""
     tenant: _builtins.str
-    """Who asked, as far as the frontend knows; empty: everybody who has no name."""
+    """Tenant of the caller; empty: none."""
     outcome: Global___RequestOutcome.ValueType
-    """How it ended."""
+    """Its outcome."""
     finish_reason: _generation_pb2.FinishReason.ValueType
-    """Why it finished. Only where the outcome is FINISHED."""
+    """Finish reason. Only if the outcome is FINISHED."""
     error_reason: _error_pb2.ErrorReason.ValueType
-    """Why it did not. Only where the outcome is FAILED, REFUSED or CANCELLED and the reason is known."""
+    """Error reason. Only if the outcome is FAILED, REFUSED or CANCELLED and the reason is known."""
     completion_tokens: _builtins.int
     """Tokens so far."""
     trace_id: _builtins.str
-    """W3C trace id, 32 hex digits. Empty where the request is in no trace."""
+    """W3C trace id, 32 hex digits. Empty if the request has no trace."""
     error_message: _builtins.str
-    """One sentence, as the client got it. Only where error_reason is set."""
+    """Error message sent to the client. Only if error_reason is set."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt. Absent where they are not known yet."""
+    """Tokens of the prompt. Absent if not known yet."""
     call_id: _builtins.str
-    """The x-request-id it came with. Empty where there was none."""
+    """The x-request-id of its HTTP call. Empty: none."""
     @_builtins.property
     def begin(self) -> Global___Moment:
-        """When it came."""
+        """Arrival."""
 
     @_builtins.property
     def end(self) -> Global___Moment:
-        """When it ended. Absent while it is open."""
+        """End. Absent while in progress."""
 
     @_builtins.property
     def first_token(self) -> Global___Moment:
-        """When the first token came, of whichever attempt. Absent before."""
+        """First token, of any attempt. Absent before."""
 
     @_builtins.property
     def last_token(self) -> Global___Moment:
-        """When the last token so far came. Absent before the first."""
+        """Last token so far. Absent before the first."""
 
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineStep]:
-        """What the frontend did with it, in order."""
+        """Steps in the frontend, in order."""
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineAttempt]:
@@ -363,15 +363,15 @@ class RequestTimeline(_message.Message):
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEvent]:
-        """What happened beside that, in order."""
+        """Other events, in order."""
 
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
-        """Tokens taken. Absent where they are not known: the request is open, or has not finished."""
+        """Token counts. Absent unless the request has finished."""
 
     @_builtins.property
     def inter_token_latency(self) -> Global___LatencyFigures:
-        """From tokens that came together to the next ones, of the first 4,096. Absent before the second token."""
+        """Times between consecutive batches of tokens, of the first 4,096. Absent before the second batch."""
 
     def __init__(
         self,
@@ -439,7 +439,7 @@ Global___RequestTimeline: _TypeAlias = RequestTimeline  # noqa: Y015
 
 @_typing.final
 class TimelineStep(_message.Message):
-    """One hop of a request in the frontend."""
+    """One step of a request in the frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -468,18 +468,18 @@ class TimelineStep(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the hop, for example "tokenise" or "wait"."""
+    """Name of the step, for example "tokenise" or "wait"."""
     @_builtins.property
     def begin(self) -> Global___Moment:
-        """When it began."""
+        """Start."""
 
     @_builtins.property
     def end(self) -> Global___Moment:
-        """When it ended. Absent while it goes on."""
+        """End. Absent while in progress."""
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What is known of it, as text."""
+        """Attributes, as text."""
 
     def __init__(
         self,
@@ -501,7 +501,7 @@ Global___TimelineStep: _TypeAlias = TimelineStep  # noqa: Y015
 
 @_typing.final
 class TimelineEvent(_message.Message):
-    """Something that happened to a request at one moment."""
+    """An event of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -529,14 +529,14 @@ class TimelineEvent(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What."""
+    """Name of the event."""
     @_builtins.property
     def at(self) -> Global___Moment:
-        """When."""
+        """Time of the event."""
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What is known of it, as text."""
+        """Attributes, as text."""
 
     def __init__(
         self,
@@ -571,13 +571,13 @@ class TimelineAttempt(_message.Message):
     TOKENS_BEFORE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """From 1."""
+    """Number of the attempt, from 1."""
     bootstrap_room: _builtins.int
     """The bootstrap room; 0 on an aggregated route."""
     candidates: _builtins.int
-    """Routes that could have been taken. Absent where nobody counted."""
+    """Number of routes to choose from. Absent if unknown."""
     tokens_before: _builtins.int
-    """Tokens the client had before it: more than 0 where it continues a stream that broke."""
+    """Tokens sent to the client before this attempt; more than 0 if it continues a broken stream."""
     @_builtins.property
     def prefill(self) -> Global___TimelineLeg:
         """The prefill leg. Absent on an aggregated route."""
@@ -588,23 +588,23 @@ class TimelineAttempt(_message.Message):
 
     @_builtins.property
     def dispatched(self) -> Global___Moment:
-        """When both legs were sent."""
+        """When its legs were dispatched."""
 
     @_builtins.property
     def first_token(self) -> Global___Moment:
-        """When its first token came. Absent before."""
+        """First token. Absent before."""
 
     @_builtins.property
     def last_token(self) -> Global___Moment:
-        """When its last token so far came. Absent before the first."""
+        """Last token so far. Absent before the first."""
 
     @_builtins.property
     def end(self) -> Global___Moment:
-        """When it ended. Absent while it goes on."""
+        """End. Absent while in progress."""
 
     @_builtins.property
     def failure(self) -> Global___TimelineFailure:
-        """How it broke. Absent where it did not."""
+        """Its failure. Absent: none."""
 
     def __init__(
         self,
@@ -665,20 +665,20 @@ class TimelineLeg(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     role: _worker_pb2.WorkerRole.ValueType
-    """What the worker does for it."""
+    """Role of the worker."""
     worker_id: _builtins.str
     """Its worker."""
     epoch: _builtins.int
-    """Start of the worker."""
+    """Epoch of the worker."""
     address: _builtins.str
     """host:port of the worker."""
     @_builtins.property
     def accepted(self) -> Global___Moment:
-        """When the worker had taken it, on the frontend's clock. Absent where it has not, or nobody noted it."""
+        """When the worker accepted it, on the frontend's clock. Absent if not accepted, or unknown."""
 
     @_builtins.property
     def timings(self) -> _leg_pb2.LegTimings:
-        """The worker's own account, on its own clock. Absent where the leg has not finished."""
+        """Times reported by the worker, on its own clock. Absent unless the leg has finished."""
 
     def __init__(
         self,
@@ -707,7 +707,7 @@ Global___TimelineLeg: _TypeAlias = TimelineLeg  # noqa: Y015
 
 @_typing.final
 class TimelineFailure(_message.Message):
-    """How an attempt broke."""
+    """Failure of an attempt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -716,13 +716,13 @@ class TimelineFailure(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     leg: _worker_pb2.WorkerRole.ValueType
-    """Which leg; UNSPECIFIED where it was neither."""
+    """The failed leg; UNSPECIFIED: neither."""
     worker_id: _builtins.str
-    """Its worker; empty where it was none."""
+    """Its worker; empty: none."""
     phase: _builtins.str
-    """Where in the attempt, for example "decoding"; empty where that is not known."""
+    """Phase of the attempt, for example "decoding"; empty: unknown."""
     reason: _error_pb2.ErrorReason.ValueType
-    """Why."""
+    """Error reason."""
     def __init__(
         self,
         *,
@@ -741,7 +741,7 @@ Global___TimelineFailure: _TypeAlias = TimelineFailure  # noqa: Y015
 
 @_typing.final
 class WatchFiguresRequest(_message.Message):
-    """Asks for the figures."""
+    """Requests statistics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -765,7 +765,7 @@ Global___WatchFiguresRequest: _TypeAlias = WatchFiguresRequest  # noqa: Y015
 
 @_typing.final
 class WatchFiguresResponse(_message.Message):
-    """Figures over all requests of a frontend."""
+    """Statistics over all requests of a frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -791,56 +791,52 @@ class WatchFiguresResponse(_message.Message):
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     open_requests: _builtins.int
-    """Requests that have not ended."""
+    """Requests in progress, including queued ones."""
     waiting_requests: _builtins.int
-    """Those of them that wait for room with the workers."""
+    """Requests in the queue, waiting for worker capacity."""
     finished_requests: _builtins.int
-    """Requests that ended with a finish."""
+    """Requests that finished successfully."""
     failed_requests: _builtins.int
-    """Requests that ended with an error of the cluster."""
+    """Requests that failed with an error of the cluster."""
     refused_requests: _builtins.int
-    """Requests that ended with an error before any worker was asked."""
+    """Requests rejected before any leg was dispatched."""
     cancelled_requests: _builtins.int
-    """Requests whose client left, or that somebody aborted."""
+    """Requests cancelled by their clients, or aborted."""
     continuations: _builtins.int
-    """Attempts that went on with a stream that had broken after its first token."""
+    """Attempts that continued a stream which had broken after its first token."""
     completion_tokens: _builtins.int
-    """Tokens that came from workers."""
+    """Tokens received from workers."""
     completion_tokens_per_s: _builtins.float
-    """The same a second, over the last 5 seconds."""
+    """The same per second, over the last 5 seconds."""
     kv_transfer_bytes: _builtins.int
-    """Bytes of KV that attempts moved, as far as their workers said."""
+    """KV bytes transferred, as reported by workers."""
     kv_transfer_bytes_per_s: _builtins.float
-    """The same a second, over the last 5 seconds. They are counted when a leg ends."""
+    """The same per second, over the last 5 seconds. Counted when a leg ends."""
     processes: _builtins.int
-    """Processes of the frontend whose figures these are; one that does not answer is left out, and one that was started
-    again counts from 0.
-    """
+    """Number of processes of the frontend included; an unresponsive one is left out, and a restarted one counts from 0."""
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
-        """When they were taken."""
+        """When they were measured."""
 
     @_builtins.property
     def counted_since(self) -> _timestamp_pb2.Timestamp:
-        """Since when the counts below count: the start of the frontend."""
+        """Start of the counts below: the start of the frontend."""
 
     @_builtins.property
     def leg_failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___LegFailures]:
-        """Legs that broke, by worker and reason. At most 256 entries: what comes beyond is counted without a worker."""
+        """Failed legs by worker and reason. At most 256 entries; further failures are counted without a worker."""
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """How long `time_to_first_token`, `inter_token_latency` look back."""
+        """Window of `time_to_first_token` and `inter_token_latency`."""
 
     @_builtins.property
     def time_to_first_token(self) -> Global___LatencyFigures:
-        """From a request's coming to its first token, of requests whose first token came in the window. Absent: there was none."""
+        """From the arrival of a request to its first token, of requests whose first token is in the window. Absent: none."""
 
     @_builtins.property
     def inter_token_latency(self) -> Global___LatencyFigures:
-        """From tokens that came together to the next ones, of those that came in the window; of one request the first 4,096.
-        Absent: there were none.
-        """
+        """Times between consecutive batches of tokens in the window; the first 4,096 of each request. Absent: none."""
 
     def __init__(
         self,
@@ -882,7 +878,7 @@ Global___WatchFiguresResponse: _TypeAlias = WatchFiguresResponse  # noqa: Y015
 
 @_typing.final
 class LegFailures(_message.Message):
-    """Legs that broke on one worker for one reason."""
+    """Failed legs on one worker for one reason."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -890,11 +886,11 @@ class LegFailures(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """The worker; empty where there was none, or there are too many."""
+    """The worker; empty: none, or beyond the limit of entries."""
     reason: _error_pb2.ErrorReason.ValueType
-    """Why."""
+    """Error reason."""
     count: _builtins.int
-    """How many."""
+    """Number of failed legs."""
     def __init__(
         self,
         *,
@@ -912,7 +908,7 @@ Global___LegFailures: _TypeAlias = LegFailures  # noqa: Y015
 
 @_typing.final
 class LatencyFigures(_message.Message):
-    """Percentiles of a latency. Each is within 2.5 % of the true one."""
+    """Percentiles of a latency, each within 2.5 % of the true value."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -922,22 +918,22 @@ class LatencyFigures(_message.Message):
     P99_FIELD_NUMBER: _builtins.int
     LONGEST_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """How many were seen."""
+    """Number of values."""
     @_builtins.property
     def p50(self) -> _duration_pb2.Duration:
-        """Half of them took no longer."""
+        """Median."""
 
     @_builtins.property
     def p90(self) -> _duration_pb2.Duration:
-        """90 % of them took no longer."""
+        """90th percentile."""
 
     @_builtins.property
     def p99(self) -> _duration_pb2.Duration:
-        """99 % of them took no longer."""
+        """99th percentile."""
 
     @_builtins.property
     def longest(self) -> _duration_pb2.Duration:
-        """The longest."""
+        """Maximum."""
 
     def __init__(
         self,
@@ -958,7 +954,7 @@ Global___LatencyFigures: _TypeAlias = LatencyFigures  # noqa: Y015
 
 @_typing.final
 class CaptureProfileRequest(_message.Message):
-    """Asks for a profile."""
+    """Requests a profile."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -970,13 +966,13 @@ class CaptureProfileRequest(_message.Message):
     duration_ms: _builtins.int
     """Milliseconds to record, 100 to 60,000. Default 5,000."""
     format: Global___ProfileFormat.ValueType
-    """In which form. Default: the first of those that the process can."""
+    """The format. Default: the default format of the process."""
     with_stack: _builtins.bool
-    """Workers: tell the Python frames of each operation, which makes the files several times as large. Default false."""
+    """Workers only: include Python frames of each operation; files are several times larger. Default false."""
     size_bytes_max: _builtins.int
-    """Most bytes of all files together, 1,024 to 268,435,456. Default 67,108,864."""
+    """Maximum size of all files together, in bytes, 1,024 to 268,435,456. Default 67,108,864."""
     steps_max: _builtins.int
-    """Workers: most steps of the engine to record, 1 to 10,000; recording ends early where they are done. Default 500."""
+    """Workers only: maximum number of engine steps to record, 1 to 10,000; recording ends early after them. Default 500."""
     def __init__(
         self,
         *,
@@ -1027,11 +1023,11 @@ class CaptureProfileResponse(_message.Message):
     """The next bytes of that file, 1 MiB at most."""
     @_builtins.property
     def started(self) -> Global___ProfileStarted:
-        """Recording has begun."""
+        """Recording has started."""
 
     @_builtins.property
     def file(self) -> Global___ProfileFile:
-        """A file begins."""
+        """Header of a file."""
 
     @_builtins.property
     def finished(self) -> Global___ProfileFinished:
@@ -1057,16 +1053,16 @@ Global___CaptureProfileResponse: _TypeAlias = CaptureProfileResponse  # noqa: Y0
 
 @_typing.final
 class ProfileStarted(_message.Message):
-    """Recording has begun."""
+    """Recording has started."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FORMAT_FIELD_NUMBER: _builtins.int
     DURATION_MS_FIELD_NUMBER: _builtins.int
     format: Global___ProfileFormat.ValueType
-    """In which form it comes."""
+    """Its format."""
     duration_ms: _builtins.int
-    """Milliseconds until it is over."""
+    """Recording time in milliseconds."""
     def __init__(
         self,
         *,
@@ -1090,11 +1086,11 @@ class ProfileFile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name, without a directory. Where a frontend has several processes it begins with the number of the one that was
-    recorded: the one that the call came to.
+    """Its name, without a directory. If a frontend has several processes, it starts with the number of the recorded one:
+    the one that received the call.
     """
     size_bytes: _builtins.int
-    """Its length."""
+    """Its size in bytes."""
     def __init__(
         self,
         *,
@@ -1117,7 +1113,7 @@ class ProfileFinished(_message.Message):
 
     FILES_FIELD_NUMBER: _builtins.int
     files: _builtins.int
-    """Files that were sent."""
+    """Number of files sent."""
     def __init__(
         self,
         *,

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class FrontendAdminServiceStub:
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     def __init__(self, channel):
@@ -54,27 +54,27 @@ class FrontendAdminServiceStub:
 
 
 class FrontendAdminServiceServicer:
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     def GetRequestTimeline(self, request, context):
-        """The course of one request, open or among the last that have ended. REQUEST_NOT_FOUND: this frontend knows none of
-        that id (any more).
+        """The timeline of one request, in progress or among the last finished ones. REQUEST_NOT_FOUND: the id is unknown, or
+        its record has been evicted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Requests this frontend knows, newest first: those still open, and the last that have ended.
+        """Requests of this frontend, newest first: those in progress, and the last finished ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchFigures(self, request, context):
-        """Figures over all requests: the first message at once, then one each interval, until the caller leaves.
+        """Statistics over all requests: the first message at once, then one per interval, until cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,8 +107,8 @@ def add_FrontendAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FrontendAdminService:
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     @staticmethod
@@ -194,8 +194,8 @@ class FrontendAdminService:
 
 
 class ProfileServiceStub:
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     def __init__(self, channel):
@@ -212,14 +212,14 @@ class ProfileServiceStub:
 
 
 class ProfileServiceServicer:
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     def CaptureProfile(self, request, context):
-        """Records for some time, then sends what was recorded: `started` at once, then for each file its name and its bytes,
-        then `finished`. Leaving the call ends the recording. OVERLOADED while another profile is recorded here,
-        PROFILE_FAILED when there is nothing that could be sent.
+        """Records a profile and sends it: `started` at once, then each file with its name and bytes, then `finished`.
+        Cancelling the call ends the recording. OVERLOADED: another profile is being recorded by this process.
+        PROFILE_FAILED: nothing was recorded, or the profile is too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,8 +242,8 @@ def add_ProfileServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProfileService:
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     @staticmethod

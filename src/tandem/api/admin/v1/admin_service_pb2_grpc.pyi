@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FrontendAdminServiceStub:
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     @_typing.overload
@@ -36,33 +36,33 @@ class FrontendAdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FrontendAdminServiceAsyncStub: ...
     GetRequestTimeline: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetRequestTimelineRequest, _admin_service_pb2.GetRequestTimelineResponse]
-    """The course of one request, open or among the last that have ended. REQUEST_NOT_FOUND: this frontend knows none of
-    that id (any more).
+    """The timeline of one request, in progress or among the last finished ones. REQUEST_NOT_FOUND: the id is unknown, or
+    its record has been evicted.
     """
     ListRequests: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListRequestsRequest, _admin_service_pb2.ListRequestsResponse]
-    """Requests this frontend knows, newest first: those still open, and the last that have ended."""
+    """Requests of this frontend, newest first: those in progress, and the last finished ones."""
     WatchFigures: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchFiguresRequest, _admin_service_pb2.WatchFiguresResponse]
-    """Figures over all requests: the first message at once, then one each interval, until the caller leaves."""
+    """Statistics over all requests: the first message at once, then one per interval, until cancelled."""
 
 @_typing.type_check_only
 class FrontendAdminServiceAsyncStub(FrontendAdminServiceStub):
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetRequestTimeline: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetRequestTimelineRequest, _admin_service_pb2.GetRequestTimelineResponse]  # type: ignore[assignment]
-    """The course of one request, open or among the last that have ended. REQUEST_NOT_FOUND: this frontend knows none of
-    that id (any more).
+    """The timeline of one request, in progress or among the last finished ones. REQUEST_NOT_FOUND: the id is unknown, or
+    its record has been evicted.
     """
     ListRequests: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListRequestsRequest, _admin_service_pb2.ListRequestsResponse]  # type: ignore[assignment]
-    """Requests this frontend knows, newest first: those still open, and the last that have ended."""
+    """Requests of this frontend, newest first: those in progress, and the last finished ones."""
     WatchFigures: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchFiguresRequest, _admin_service_pb2.WatchFiguresResponse]  # type: ignore[assignment]
-    """Figures over all requests: the first message at once, then one each interval, until the caller leaves."""
+    """Statistics over all requests: the first message at once, then one per interval, until cancelled."""
 
 class FrontendAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a frontend tells its operators: courses of single requests, and figures over all of them. Reads only, and never
-    holds a prompt, a token or a secret. Not for clients: the edge has no way to it.
+    """Observability for operators: timelines of single requests and statistics over all of them. Read-only; responses
+    contain no prompts, tokens or secrets. Not for clients: the edge has no route to it.
     """
 
     @_abc_1.abstractmethod
@@ -71,8 +71,8 @@ class FrontendAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetRequestTimelineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetRequestTimelineResponse, _abc.Awaitable[_admin_service_pb2.GetRequestTimelineResponse]]:
-        """The course of one request, open or among the last that have ended. REQUEST_NOT_FOUND: this frontend knows none of
-        that id (any more).
+        """The timeline of one request, in progress or among the last finished ones. REQUEST_NOT_FOUND: the id is unknown, or
+        its record has been evicted.
         """
 
     @_abc_1.abstractmethod
@@ -81,7 +81,7 @@ class FrontendAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListRequestsResponse, _abc.Awaitable[_admin_service_pb2.ListRequestsResponse]]:
-        """Requests this frontend knows, newest first: those still open, and the last that have ended."""
+        """Requests of this frontend, newest first: those in progress, and the last finished ones."""
 
     @_abc_1.abstractmethod
     def WatchFigures(
@@ -89,13 +89,13 @@ class FrontendAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.WatchFiguresRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.WatchFiguresResponse], _abc.AsyncIterator[_admin_service_pb2.WatchFiguresResponse]]:
-        """Figures over all requests: the first message at once, then one each interval, until the caller leaves."""
+        """Statistics over all requests: the first message at once, then one per interval, until cancelled."""
 
 def add_FrontendAdminServiceServicer_to_server(servicer: FrontendAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ProfileServiceStub:
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     @_typing.overload
@@ -103,27 +103,27 @@ class ProfileServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProfileServiceAsyncStub: ...
     CaptureProfile: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]
-    """Records for some time, then sends what was recorded: `started` at once, then for each file its name and its bytes,
-    then `finished`. Leaving the call ends the recording. OVERLOADED while another profile is recorded here,
-    PROFILE_FAILED when there is nothing that could be sent.
+    """Records a profile and sends it: `started` at once, then each file with its name and bytes, then `finished`.
+    Cancelling the call ends the recording. OVERLOADED: another profile is being recorded by this process.
+    PROFILE_FAILED: nothing was recorded, or the profile is too large.
     """
 
 @_typing.type_check_only
 class ProfileServiceAsyncStub(ProfileServiceStub):
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CaptureProfile: _aio.UnaryStreamMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]  # type: ignore[assignment]
-    """Records for some time, then sends what was recorded: `started` at once, then for each file its name and its bytes,
-    then `finished`. Leaving the call ends the recording. OVERLOADED while another profile is recorded here,
-    PROFILE_FAILED when there is nothing that could be sent.
+    """Records a profile and sends it: `started` at once, then each file with its name and bytes, then `finished`.
+    Cancelling the call ends the recording. OVERLOADED: another profile is being recorded by this process.
+    PROFILE_FAILED: nothing was recorded, or the profile is too large.
     """
 
 class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Profiles of one process, for whoever may slow it down: ADMIN_DISABLED unless the process was started with
-    admin_enabled. On frontends and workers.
+    """Profiles of one process. Recording slows it down, so calls fail with ADMIN_DISABLED unless the process was started
+    with admin_enabled. Served by frontends and workers.
     """
 
     @_abc_1.abstractmethod
@@ -132,9 +132,9 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CaptureProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.CaptureProfileResponse], _abc.AsyncIterator[_admin_service_pb2.CaptureProfileResponse]]:
-        """Records for some time, then sends what was recorded: `started` at once, then for each file its name and its bytes,
-        then `finished`. Leaving the call ends the recording. OVERLOADED while another profile is recorded here,
-        PROFILE_FAILED when there is nothing that could be sent.
+        """Records a profile and sends it: `started` at once, then each file with its name and bytes, then `finished`.
+        Cancelling the call ends the recording. OVERLOADED: another profile is being recorded by this process.
+        PROFILE_FAILED: nothing was recorded, or the profile is too large.
         """
 
 def add_ProfileServiceServicer_to_server(servicer: ProfileServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ class DecodeRequest(_message.Message):
     LEG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leg(self) -> _leg_pb2.LegRequest:
-        """The leg; bootstrap is required by a decode worker and refused by an aggregated one."""
+        """The leg; bootstrap is required by a decode worker and rejected by an aggregated one."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class DecodeResponse(_message.Message):
     FINISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> _leg_pb2.LegAccepted:
-        """The worker has taken the leg."""
+        """The worker accepted the leg."""
 
     @_builtins.property
     def progress(self) -> _leg_pb2.LegProgress:

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class DecodeServiceStub:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
@@ -47,8 +47,8 @@ class DecodeServiceStub:
 
 
 class DecodeServiceServicer:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
@@ -79,8 +79,8 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.

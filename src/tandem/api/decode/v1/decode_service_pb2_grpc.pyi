@@ -33,8 +33,8 @@ GRPC_VERSION: str
 
 @_deprecated("""This stub has been marked as deprecated using proto service options.""")
 class DecodeServiceStub:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
@@ -52,8 +52,8 @@ class DecodeServiceStub:
 @_deprecated("""This stub has been marked as deprecated using proto service options.""")
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.
@@ -67,8 +67,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
 
 @_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.decode.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.decode.v2.
 
     The decode leg: waits for a prompt's KV and streams the generation. Served by decode workers, and by aggregated
     workers, which compute the prompt themselves. Closing the call aborts the leg in the engine.

@@ -28,10 +28,10 @@ class StartLegsRequest(_message.Message):
     STREAM_ID_FIELD_NUMBER: _builtins.int
     LEGS_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.int
-    """The stream, by the number that its first message gave."""
+    """Number of the stream, from its first message."""
     @_builtins.property
     def legs(self) -> _containers.RepeatedCompositeFieldContainer[_leg_pb2.LegStart]:
-        """The legs, 1 or more. The bootstrap of each one is required by a decode worker and refused by an aggregated one."""
+        """The legs, 1 or more. The bootstrap of each is required by a decode worker and rejected by an aggregated one."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ Global___StartLegsRequest: _TypeAlias = StartLegsRequest  # noqa: Y015
 
 @_typing.final
 class StartLegsResponse(_message.Message):
-    """What became of them."""
+    """Results of the starts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_leg_pb2.LegStartResult]:
-        """One for each leg, in the order of the request."""
+        """One per leg, in the order of the request."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class DecodeServiceStub:
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 
@@ -46,13 +46,13 @@ class DecodeServiceStub:
 
 class DecodeServiceServicer:
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 
     def StartLegs(self, request, context):
-        """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-        engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+        """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+        the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +76,7 @@ def add_DecodeServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class DecodeService:
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class DecodeServiceStub:
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 
@@ -37,26 +37,26 @@ class DecodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
     StartLegs: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.StartLegsRequest, _decode_service_pb2.StartLegsResponse]
-    """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-    engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+    """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+    the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
     """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartLegs: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.StartLegsRequest, _decode_service_pb2.StartLegsResponse]  # type: ignore[assignment]
-    """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-    engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+    """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+    the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """The decode leg, leg contract 2: waits for a prompt's KV and generates. Served by decode workers, and by aggregated
-    workers, which compute the prompt themselves. A leg's tokens and its end go out on the caller's step stream
+    workers, which compute the prompt themselves. A leg's tokens and its end are sent on the caller's step stream
     (tandem.api.worker.v2.StepService).
     """
 
@@ -66,8 +66,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_service_pb2.StartLegsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_service_pb2.StartLegsResponse, _abc.Awaitable[_decode_service_pb2.StartLegsResponse]]:
-        """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-        engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+        """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+        the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

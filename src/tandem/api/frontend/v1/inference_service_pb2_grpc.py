@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     def __init__(self, channel):
@@ -75,12 +75,12 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     def Generate(self, request, context):
-        """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it.
+        """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Cancelling the call aborts it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,8 +88,8 @@ class InferenceServiceServicer:
 
     def GenerateEvents(self, request, context):
         """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
-        protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
-        right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+        protobuf JSON, original field names>`. An error before the first event is the call's status, so that HTTP has the
+        right one; an error after it is the last event `data: {"error": {"message", "type", "param", "code"}}`, because a
         status after the first byte is invisible on HTTP/1.1.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,14 +97,14 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateUnary(self, request, context):
-        """The same in one message.
+        """Returns a generation in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Text or messages to token ids; to four times as many at most as the context holds.
+        """Text or messages to token ids, at most four times the context length.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,8 +178,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     @staticmethod

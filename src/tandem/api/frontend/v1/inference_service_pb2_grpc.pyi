@@ -28,8 +28,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     @_typing.overload
@@ -37,17 +37,17 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]
-    """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+    """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Cancelling the call aborts it."""
     GenerateEvents: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateEventsRequest, _httpbody_pb2.HttpBody]
     """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
-    protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
-    right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+    protobuf JSON, original field names>`. An error before the first event is the call's status, so that HTTP has the
+    right one; an error after it is the last event `data: {"error": {"message", "type", "param", "code"}}`, because a
     status after the first byte is invisible on HTTP/1.1.
     """
     GenerateUnary: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]
-    """The same in one message."""
+    """Returns a generation in one message."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
-    """Text or messages to token ids; to four times as many at most as the context holds."""
+    """Text or messages to token ids, at most four times the context length."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]
     """Token ids to text."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]
@@ -57,23 +57,23 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+    """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Cancelling the call aborts it."""
     GenerateEvents: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateEventsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
-    protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
-    right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+    protobuf JSON, original field names>`. An error before the first event is the call's status, so that HTTP has the
+    right one; an error after it is the last event `data: {"error": {"message", "type", "param", "code"}}`, because a
     status after the first byte is invisible on HTTP/1.1.
     """
     GenerateUnary: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]  # type: ignore[assignment]
-    """The same in one message."""
+    """Returns a generation in one message."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Text or messages to token ids; to four times as many at most as the context holds."""
+    """Text or messages to token ids, at most four times the context length."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Token ids to text."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -82,8 +82,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """One model."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The door for clients. Failures are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"); nothing in a stream
-    ever means failure, with one exception that says so: GenerateEvents, whose reader sees no status.
+    """The API for clients. Errors are gRPC statuses with google.rpc.ErrorInfo (domain "tandem"), never messages of a
+    stream; the exception is GenerateEvents, whose HTTP clients cannot see a status.
     """
 
     @_abc_1.abstractmethod
@@ -92,7 +92,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.GenerateResponse], _abc.AsyncIterator[_inference_service_pb2.GenerateResponse]]:
-        """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Closing the call aborts it."""
+        """Streams a generation: accepted, chunks with contiguous indices, exactly one finish. Cancelling the call aborts it."""
 
     @_abc_1.abstractmethod
     def GenerateEvents(
@@ -101,8 +101,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
         """For HTTP behind a transcoding edge: Generate's events as server-sent events, each `data: <GenerateResponse as
-        protobuf JSON, original field names>`. A failure before the first event is the call's status, so that HTTP has the
-        right one; a failure after it is a last event `data: {"error": {"message", "type", "param", "code"}}`, because a
+        protobuf JSON, original field names>`. An error before the first event is the call's status, so that HTTP has the
+        right one; an error after it is the last event `data: {"error": {"message", "type", "param", "code"}}`, because a
         status after the first byte is invisible on HTTP/1.1.
         """
 
@@ -112,7 +112,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GenerateUnaryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.GenerateUnaryResponse, _abc.Awaitable[_inference_service_pb2.GenerateUnaryResponse]]:
-        """The same in one message."""
+        """Returns a generation in one message."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -120,7 +120,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.TokenizeResponse, _abc.Awaitable[_inference_service_pb2.TokenizeResponse]]:
-        """Text or messages to token ids; to four times as many at most as the context holds."""
+        """Text or messages to token ids, at most four times the context length."""
 
     @_abc_1.abstractmethod
     def Detokenize(

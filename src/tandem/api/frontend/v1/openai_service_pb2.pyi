@@ -18,7 +18,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class OpenAiServiceListModelsRequest(_message.Message):
-    """Asks for all models."""
+    """Requests all models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -35,7 +35,7 @@ Global___OpenAiServiceListModelsRequest: _TypeAlias = OpenAiServiceListModelsReq
 
 @_typing.final
 class OpenAiServiceGetModelRequest(_message.Message):
-    """Asks for one model."""
+    """Requests one model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -28,8 +28,8 @@ if _version_not_supported:
 
 class OpenAiServiceStub:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
@@ -68,8 +68,8 @@ class OpenAiServiceStub:
 
 class OpenAiServiceServicer:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
@@ -88,7 +88,7 @@ class OpenAiServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Embeddings(self, request, context):
-        """POST /v1/embeddings, where the model has them.
+        """POST /v1/embeddings, if the model supports it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,8 +146,8 @@ def add_OpenAiServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OpenAiService:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 

@@ -29,8 +29,8 @@ GRPC_VERSION: str
 
 class OpenAiServiceStub:
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
@@ -43,7 +43,7 @@ class OpenAiServiceStub:
     Completions: _grpc.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """POST /v1/completions."""
     Embeddings: _grpc.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
-    """POST /v1/embeddings, where the model has them."""
+    """POST /v1/embeddings, if the model supports it."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]
     """GET /v1/models."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceGetModelRequest, _httpbody_pb2.HttpBody]
@@ -52,8 +52,8 @@ class OpenAiServiceStub:
 @_typing.type_check_only
 class OpenAiServiceAsyncStub(OpenAiServiceStub):
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
@@ -63,7 +63,7 @@ class OpenAiServiceAsyncStub(OpenAiServiceStub):
     Completions: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """POST /v1/completions."""
     Embeddings: _aio.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """POST /v1/embeddings, where the model has them."""
+    """POST /v1/embeddings, if the model supports it."""
     ListModels: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """GET /v1/models."""
     GetModel: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceGetModelRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
@@ -71,8 +71,8 @@ class OpenAiServiceAsyncStub(OpenAiServiceStub):
 
 class OpenAiServiceServicer(metaclass=_abc_1.ABCMeta):
     """The OpenAI HTTP API behind a transcoding edge. Bodies are OpenAI's own JSON, byte for byte, so they travel as
-    google.api.HttpBody; one RPC answers both `stream: true` (server-sent events) and `stream: false`. Failures before the
-    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; a failure after it is the
+    google.api.HttpBody; one RPC serves both `stream: true` (server-sent events) and `stream: false`. Errors before the
+    first body are statuses with google.rpc.ErrorInfo, whose `field` is the parameter's name; an error after it is the
     stream's last event, `data: {"error": ...}`, and `data: [DONE]` does not follow.
     """
 
@@ -98,7 +98,7 @@ class OpenAiServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _httpbody_pb2.HttpBody,
         context: _ServicerContext,
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
-        """POST /v1/embeddings, where the model has them."""
+        """POST /v1/embeddings, if the model supports it."""
 
     @_abc_1.abstractmethod
     def ListModels(

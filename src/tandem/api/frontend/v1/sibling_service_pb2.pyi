@@ -22,13 +22,13 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetSiblingTimelinesRequest(_message.Message):
-    """Asks for the timelines of an id."""
+    """Requests the timelines of an id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """A request's id, or the x-request-id of an HTTP answer."""
+    """A request id, or the x-request-id of an HTTP response."""
     def __init__(
         self,
         *,
@@ -68,14 +68,14 @@ Global___GetSiblingTimelinesResponse: _TypeAlias = GetSiblingTimelinesResponse  
 
 @_typing.final
 class RequestPosition(_message.Message):
-    """The position of a request in a list: by its coming, then by its id."""
+    """Position of a request in a list: ordered by arrival time, then by id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BEGIN_S_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     begin_s: _builtins.float
-    """When it came, in seconds since the Unix epoch."""
+    """Arrival time in seconds since the Unix epoch."""
     request_id: _builtins.str
     """Its id."""
     def __init__(
@@ -94,7 +94,7 @@ Global___RequestPosition: _TypeAlias = RequestPosition  # noqa: Y015
 
 @_typing.final
 class ListSiblingRequestsRequest(_message.Message):
-    """Asks for requests."""
+    """Requests a list of requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -104,10 +104,10 @@ class ListSiblingRequestsRequest(_message.Message):
     open_only: _builtins.bool
     """Only those that have not ended."""
     count: _builtins.int
-    """Most of them."""
+    """Maximum number of entries."""
     @_builtins.property
     def before(self) -> Global___RequestPosition:
-        """Only those that come after this position. Absent: from the newest on."""
+        """Only requests after this position in the list. Absent: from the newest on."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ Global___ListSiblingRequestsResponse: _TypeAlias = ListSiblingRequestsResponse  
 
 @_typing.final
 class ListedRequest(_message.Message):
-    """A request of a list."""
+    """An entry of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -182,7 +182,7 @@ Global___ListedRequest: _TypeAlias = ListedRequest  # noqa: Y015
 
 @_typing.final
 class GetSiblingFiguresRequest(_message.Message):
-    """Asks for the figures."""
+    """Requests the statistics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -199,7 +199,7 @@ Global___GetSiblingFiguresRequest: _TypeAlias = GetSiblingFiguresRequest  # noqa
 
 @_typing.final
 class GetSiblingFiguresResponse(_message.Message):
-    """The figures, with what is needed to add them up."""
+    """Statistics that can be summed over processes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -208,7 +208,7 @@ class GetSiblingFiguresResponse(_message.Message):
     INTER_TOKEN_LATENCY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def figures(self) -> _admin_service_pb2.WatchFiguresResponse:
-        """Without percentiles: those of several processes cannot be made of each one's."""
+        """Without percentiles, which cannot be merged."""
 
     @_builtins.property
     def time_to_first_token(self) -> Global___LatencyBuckets:
@@ -235,7 +235,7 @@ Global___GetSiblingFiguresResponse: _TypeAlias = GetSiblingFiguresResponse  # no
 
 @_typing.final
 class LatencyBuckets(_message.Message):
-    """Latencies of a window, counted in buckets that every process of a release has alike."""
+    """Latency histogram of a window; all processes of a release use the same buckets."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -246,11 +246,11 @@ class LatencyBuckets(_message.Message):
     """The longest, in seconds."""
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Numbers of the buckets that have any."""
+        """Numbers of the non-empty buckets."""
 
     @_builtins.property
     def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """How many each of them has."""
+        """Their counts."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ Global___LatencyBuckets: _TypeAlias = LatencyBuckets  # noqa: Y015
 
 @_typing.final
 class GetSiblingProcessRequest(_message.Message):
-    """Asks what the process holds."""
+    """Requests the resource use."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -286,14 +286,14 @@ Global___GetSiblingProcessRequest: _TypeAlias = GetSiblingProcessRequest  # noqa
 
 @_typing.final
 class GetSiblingProcessResponse(_message.Message):
-    """What it holds."""
+    """Resource use of the process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROCESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def process(self) -> _process_service_pb2.GetFiguresResponse:
-        """As ProcessService answers."""
+        """As in ProcessService."""
 
     def __init__(
         self,

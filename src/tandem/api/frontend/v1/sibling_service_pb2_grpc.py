@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class SiblingServiceStub:
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     def __init__(self, channel):
@@ -59,33 +59,33 @@ class SiblingServiceStub:
 
 
 class SiblingServiceServicer:
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     def GetSiblingTimelines(self, request, context):
-        """The timelines of the requests that an id stands for; none is no error.
+        """Timelines of the requests with that id; none is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSiblingRequests(self, request, context):
-        """The requests that this process knows, newest first.
+        """The requests of this process, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSiblingFigures(self, request, context):
-        """The figures over all requests of this process.
+        """Statistics over all requests of this process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSiblingProcess(self, request, context):
-        """What this process holds.
+        """Resource use of this process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,8 +123,8 @@ def add_SiblingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SiblingService:
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SiblingServiceStub:
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     @_typing.overload
@@ -36,33 +36,33 @@ class SiblingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SiblingServiceAsyncStub: ...
     GetSiblingTimelines: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingTimelinesRequest, _sibling_service_pb2.GetSiblingTimelinesResponse]
-    """The timelines of the requests that an id stands for; none is no error."""
+    """Timelines of the requests with that id; none is no error."""
     ListSiblingRequests: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.ListSiblingRequestsRequest, _sibling_service_pb2.ListSiblingRequestsResponse]
-    """The requests that this process knows, newest first."""
+    """The requests of this process, newest first."""
     GetSiblingFigures: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingFiguresRequest, _sibling_service_pb2.GetSiblingFiguresResponse]
-    """The figures over all requests of this process."""
+    """Statistics over all requests of this process."""
     GetSiblingProcess: _grpc.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingProcessRequest, _sibling_service_pb2.GetSiblingProcessResponse]
-    """What this process holds."""
+    """Resource use of this process."""
 
 @_typing.type_check_only
 class SiblingServiceAsyncStub(SiblingServiceStub):
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSiblingTimelines: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingTimelinesRequest, _sibling_service_pb2.GetSiblingTimelinesResponse]  # type: ignore[assignment]
-    """The timelines of the requests that an id stands for; none is no error."""
+    """Timelines of the requests with that id; none is no error."""
     ListSiblingRequests: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.ListSiblingRequestsRequest, _sibling_service_pb2.ListSiblingRequestsResponse]  # type: ignore[assignment]
-    """The requests that this process knows, newest first."""
+    """The requests of this process, newest first."""
     GetSiblingFigures: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingFiguresRequest, _sibling_service_pb2.GetSiblingFiguresResponse]  # type: ignore[assignment]
-    """The figures over all requests of this process."""
+    """Statistics over all requests of this process."""
     GetSiblingProcess: _aio.UnaryUnaryMultiCallable[_sibling_service_pb2.GetSiblingProcessRequest, _sibling_service_pb2.GetSiblingProcessResponse]  # type: ignore[assignment]
-    """What this process holds."""
+    """Resource use of this process."""
 
 class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What the processes of one frontend ask each other, so that each of them can answer for all. Served at a path that only
-    they can reach, and between processes of one release: not a contract for others. Each answers for itself alone.
+    """Calls between the processes of one frontend, so that each can respond for all. Served on private Unix sockets
+    between processes of one release; not a public API. Each process responds for itself only.
     """
 
     @_abc_1.abstractmethod
@@ -71,7 +71,7 @@ class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sibling_service_pb2.GetSiblingTimelinesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sibling_service_pb2.GetSiblingTimelinesResponse, _abc.Awaitable[_sibling_service_pb2.GetSiblingTimelinesResponse]]:
-        """The timelines of the requests that an id stands for; none is no error."""
+        """Timelines of the requests with that id; none is no error."""
 
     @_abc_1.abstractmethod
     def ListSiblingRequests(
@@ -79,7 +79,7 @@ class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sibling_service_pb2.ListSiblingRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sibling_service_pb2.ListSiblingRequestsResponse, _abc.Awaitable[_sibling_service_pb2.ListSiblingRequestsResponse]]:
-        """The requests that this process knows, newest first."""
+        """The requests of this process, newest first."""
 
     @_abc_1.abstractmethod
     def GetSiblingFigures(
@@ -87,7 +87,7 @@ class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sibling_service_pb2.GetSiblingFiguresRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sibling_service_pb2.GetSiblingFiguresResponse, _abc.Awaitable[_sibling_service_pb2.GetSiblingFiguresResponse]]:
-        """The figures over all requests of this process."""
+        """Statistics over all requests of this process."""
 
     @_abc_1.abstractmethod
     def GetSiblingProcess(
@@ -95,6 +95,6 @@ class SiblingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sibling_service_pb2.GetSiblingProcessRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sibling_service_pb2.GetSiblingProcessResponse, _abc.Awaitable[_sibling_service_pb2.GetSiblingProcessResponse]]:
-        """What this process holds."""
+        """Resource use of this process."""
 
 def add_SiblingServiceServicer_to_server(servicer: SiblingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

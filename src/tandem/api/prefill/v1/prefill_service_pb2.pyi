@@ -53,7 +53,7 @@ class PrefillResponse(_message.Message):
     FINISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> _leg_pb2.LegAccepted:
-        """The worker has taken the leg."""
+        """The worker accepted the leg."""
 
     @_builtins.property
     def progress(self) -> _leg_pb2.LegProgress:
@@ -65,7 +65,7 @@ class PrefillResponse(_message.Message):
 
     @_builtins.property
     def finish(self) -> _leg_pb2.LegFinish:
-        """The KV has been handed over."""
+        """The KV has been transferred."""
 
     def __init__(
         self,

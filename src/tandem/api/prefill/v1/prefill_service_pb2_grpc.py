@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -47,16 +47,16 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
     def Prefill(self, request, context):
         """Runs the prompt. The stream is accepted, progress any number of times, tokens (the first token), finish. It
-        finishes when the KV has been handed over. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
+        finishes when the KV has been transferred. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
         INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -80,10 +80,10 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 

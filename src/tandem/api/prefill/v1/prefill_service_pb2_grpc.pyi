@@ -33,10 +33,10 @@ GRPC_VERSION: str
 
 @_deprecated("""This stub has been marked as deprecated using proto service options.""")
 class PrefillServiceStub:
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -46,33 +46,33 @@ class PrefillServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_service_pb2.PrefillRequest, _prefill_service_pb2.PrefillResponse]
     """Runs the prompt. The stream is accepted, progress any number of times, tokens (the first token), finish. It
-    finishes when the KV has been handed over. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
+    finishes when the KV has been transferred. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
     INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
 @_deprecated("""This stub has been marked as deprecated using proto service options.""")
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_service_pb2.PrefillRequest, _prefill_service_pb2.PrefillResponse]  # type: ignore[assignment]
     """Runs the prompt. The stream is accepted, progress any number of times, tokens (the first token), finish. It
-    finishes when the KV has been handed over. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
+    finishes when the KV has been transferred. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
     INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
     """
 
 @_deprecated("""This servicer has been marked as deprecated using proto service options.""")
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Leg contract 1, which no release speaks any more: every call is refused with NOT_SUPPORTED, by a sentence that names
-    both versions. See tandem.api.prefill.v2.
+    """Leg contract 1, no longer supported: every call fails with NOT_SUPPORTED and names both versions.
+    See tandem.api.prefill.v2.
 
-    The prefill leg: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap room.
+    The prefill leg: computes a prompt's KV and transfers it to the decode leg in the same bootstrap room.
     Served by prefill workers. Closing the call aborts the leg in the engine.
     """
 
@@ -83,7 +83,7 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_service_pb2.PrefillResponse], _abc.AsyncIterator[_prefill_service_pb2.PrefillResponse]]:
         """Runs the prompt. The stream is accepted, progress any number of times, tokens (the first token), finish. It
-        finishes when the KV has been handed over. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
+        finishes when the KV has been transferred. Failures end the call with a status: STALE_EPOCH, WRONG_ROLE,
         INVALID_REQUEST, LEG_FAILED, DRAINING, OVERLOADED, ENGINE_FAILED.
         """
 

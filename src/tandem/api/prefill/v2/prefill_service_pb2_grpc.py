@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     def __init__(self, channel):
@@ -45,14 +45,14 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     def StartLegs(self, request, context):
-        """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-        engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+        """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+        the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,9 +75,9 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     @staticmethod

@@ -27,9 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PrefillServiceStub:
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     @_typing.overload
@@ -37,27 +37,27 @@ class PrefillServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     StartLegs: _grpc.UnaryUnaryMultiCallable[_prefill_service_pb2.StartLegsRequest, _prefill_service_pb2.StartLegsResponse]
-    """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-    engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+    """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+    the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
     """
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartLegs: _aio.UnaryUnaryMultiCallable[_prefill_service_pb2.StartLegsRequest, _prefill_service_pb2.StartLegsResponse]  # type: ignore[assignment]
-    """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-    engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+    """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+    the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The prefill leg, leg contract 2: computes a prompt's KV and hands it to the decode leg that waits in the same bootstrap
-    room. Served by prefill workers. A leg's tokens (the first token of the answer) and its end, which comes when the KV
-    has been handed over, go out on the caller's step stream (tandem.api.worker.v2.StepService).
+    """The prefill leg, leg contract 2: computes a prompt's KV and transfers it to the decode leg in the same bootstrap
+    room. Served by prefill workers. A leg's tokens (the first token of the completion) and its end, after the KV
+    transfer, are sent on the caller's step stream (tandem.api.worker.v2.StepService).
     """
 
     @_abc_1.abstractmethod
@@ -66,8 +66,8 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_service_pb2.StartLegsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_prefill_service_pb2.StartLegsResponse, _abc.Awaitable[_prefill_service_pb2.StartLegsResponse]]:
-        """Starts legs on a step stream of the same caller. Returns when each of them has been taken or refused, before the
-        engine has done anything; tokens may overtake the response. UNAVAILABLE: the stream is not open.
+        """Starts legs on a step stream of the same caller. Returns when each of them has been accepted or rejected, before
+        the engine has started; tokens may arrive before the response. UNAVAILABLE: the stream is not open.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

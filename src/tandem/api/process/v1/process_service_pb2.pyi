@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetFiguresRequest(_message.Message):
-    """Asks for the figures."""
+    """Requests the resource use."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,7 +38,7 @@ Global___GetFiguresRequest: _TypeAlias = GetFiguresRequest  # noqa: Y015
 
 @_typing.final
 class GetFiguresResponse(_message.Message):
-    """What the process holds."""
+    """Resource use of a process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -74,25 +74,25 @@ class GetFiguresResponse(_message.Message):
     release: _builtins.str
     """Release of Tandem."""
     pid: _builtins.int
-    """Number of the process on its machine."""
+    """Operating system process id."""
     open_calls: _builtins.int
-    """Calls it answers now, this one left out, and without health and reflection."""
+    """Open calls, without this one and without health and reflection."""
     tasks: _builtins.int
-    """Tasks of its event loop."""
+    """Tasks on its event loop."""
     threads: _builtins.int
     """Threads."""
     descriptors: _builtins.int
-    """Open files and sockets. Absent where the system does not tell."""
+    """Open files and sockets. Absent if the system does not report it."""
     resident_bytes: _builtins.int
-    """Memory it holds, in bytes. Absent where the system does not tell."""
+    """Resident memory in bytes. Absent if the system does not report it."""
     @_builtins.property
     def started_time(self) -> _timestamp_pb2.Timestamp:
-        """When it began."""
+        """When the process started."""
 
     @_builtins.property
     def failed_calls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Calls that ended with an error since it began, by the reason of their ErrorInfo; failures that a client saw inside a
-        stream of HTTP are not among them.
+        """Calls that ended with an error since the start, by ErrorInfo reason; without errors sent as an event inside an HTTP
+        stream.
         """
 
     def __init__(

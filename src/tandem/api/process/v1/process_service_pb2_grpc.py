@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ProcessServiceStub:
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     def __init__(self, channel):
@@ -44,12 +44,12 @@ class ProcessServiceStub:
 
 
 class ProcessServiceServicer:
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     def GetFigures(self, request, context):
-        """The figures now.
+        """Current resource use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,8 +72,8 @@ def add_ProcessServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProcessService:
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ProcessServiceStub:
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     @_typing.overload
@@ -36,21 +36,21 @@ class ProcessServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProcessServiceAsyncStub: ...
     GetFigures: _grpc.UnaryUnaryMultiCallable[_process_service_pb2.GetFiguresRequest, _process_service_pb2.GetFiguresResponse]
-    """The figures now."""
+    """Current resource use."""
 
 @_typing.type_check_only
 class ProcessServiceAsyncStub(ProcessServiceStub):
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetFigures: _aio.UnaryUnaryMultiCallable[_process_service_pb2.GetFiguresRequest, _process_service_pb2.GetFiguresResponse]  # type: ignore[assignment]
-    """The figures now."""
+    """Current resource use."""
 
 class ProcessServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a process of Tandem holds at this moment. Served by each of them, whatever it does: what grows without end leaks.
-    Of a frontend with several processes, what all of them hold together.
+    """Resource use of a Tandem process, for finding leaks. Served by every process. A frontend with several processes
+    reports their sum.
     """
 
     @_abc_1.abstractmethod
@@ -59,6 +59,6 @@ class ProcessServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _process_service_pb2.GetFiguresRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_process_service_pb2.GetFiguresResponse, _abc.Awaitable[_process_service_pb2.GetFiguresResponse]]:
-        """The figures now."""
+        """Current resource use."""
 
 def add_ProcessServiceServicer_to_server(servicer: ProcessServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

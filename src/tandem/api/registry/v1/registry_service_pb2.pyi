@@ -31,23 +31,23 @@ class _RemovalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Removal
     REMOVAL_REASON_UNSPECIFIED: _RemovalReason.ValueType  # 0
     """Not set; never sent."""
     REMOVAL_REASON_DEREGISTERED: _RemovalReason.ValueType  # 1
-    """It said so."""
+    """It deregistered."""
     REMOVAL_REASON_LEASE_EXPIRED: _RemovalReason.ValueType  # 2
-    """Its lease ran out."""
+    """Its lease expired."""
     REMOVAL_REASON_REPLACED: _RemovalReason.ValueType  # 3
-    """A newer start of it, or another worker at its address, took its place."""
+    """It was superseded by a newer start, or by another worker at its address."""
 
 class RemovalReason(_RemovalReason, metaclass=_RemovalReasonEnumTypeWrapper):
-    """Why a worker left the view."""
+    """Why a worker was removed from the view."""
 
 REMOVAL_REASON_UNSPECIFIED: RemovalReason.ValueType  # 0
 """Not set; never sent."""
 REMOVAL_REASON_DEREGISTERED: RemovalReason.ValueType  # 1
-"""It said so."""
+"""It deregistered."""
 REMOVAL_REASON_LEASE_EXPIRED: RemovalReason.ValueType  # 2
-"""Its lease ran out."""
+"""Its lease expired."""
 REMOVAL_REASON_REPLACED: RemovalReason.ValueType  # 3
-"""A newer start of it, or another worker at its address, took its place."""
+"""It was superseded by a newer start, or by another worker at its address."""
 Global___RemovalReason: _TypeAlias = RemovalReason  # noqa: Y015
 
 class _ViewSource:
@@ -57,21 +57,21 @@ class _ViewSource:
 class _ViewSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ViewSource.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VIEW_SOURCE_UNSPECIFIED: _ViewSource.ValueType  # 0
-    """Not said."""
+    """Not reported."""
     VIEW_SOURCE_LIVE: _ViewSource.ValueType  # 1
-    """From where membership is kept, now."""
+    """The membership store; the view is current."""
     VIEW_SOURCE_LAST_KNOWN: _ViewSource.ValueType  # 2
-    """From where membership was kept when it was last heard of; what has changed since is not in it."""
+    """The last known state of an unreachable membership store; later changes are missing."""
 
 class ViewSource(_ViewSource, metaclass=_ViewSourceEnumTypeWrapper):
     """Where a registry's view comes from."""
 
 VIEW_SOURCE_UNSPECIFIED: ViewSource.ValueType  # 0
-"""Not said."""
+"""Not reported."""
 VIEW_SOURCE_LIVE: ViewSource.ValueType  # 1
-"""From where membership is kept, now."""
+"""The membership store; the view is current."""
 VIEW_SOURCE_LAST_KNOWN: ViewSource.ValueType  # 2
-"""From where membership was kept when it was last heard of; what has changed since is not in it."""
+"""The last known state of an unreachable membership store; later changes are missing."""
 Global___ViewSource: _TypeAlias = ViewSource  # noqa: Y015
 
 class _ListedHealth:
@@ -81,26 +81,26 @@ class _ListedHealth:
 class _ListedHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ListedHealth.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LISTED_HEALTH_UNSPECIFIED: _ListedHealth.ValueType  # 0
-    """Nothing: nobody checks it there."""
+    """Not checked there."""
     LISTED_HEALTH_PASSING: _ListedHealth.ValueType  # 1
-    """It answers its health check."""
+    """Its health check passes."""
     LISTED_HEALTH_CRITICAL: _ListedHealth.ValueType  # 2
-    """It does not, or says that it does not serve."""
+    """Its health check fails, or it is not serving."""
 
 class ListedHealth(_ListedHealth, metaclass=_ListedHealthEnumTypeWrapper):
-    """What the place where membership is kept says of a worker's or frontend's health."""
+    """Health of a worker or frontend, as reported by the membership store."""
 
 LISTED_HEALTH_UNSPECIFIED: ListedHealth.ValueType  # 0
-"""Nothing: nobody checks it there."""
+"""Not checked there."""
 LISTED_HEALTH_PASSING: ListedHealth.ValueType  # 1
-"""It answers its health check."""
+"""Its health check passes."""
 LISTED_HEALTH_CRITICAL: ListedHealth.ValueType  # 2
-"""It does not, or says that it does not serve."""
+"""Its health check fails, or it is not serving."""
 Global___ListedHealth: _TypeAlias = ListedHealth  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
-    """Enters a worker."""
+    """Registers a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -132,12 +132,12 @@ class RegisterResponse(_message.Message):
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
-    """Names the lease in the other calls."""
+    """Id of the lease, for the other calls."""
     revision: _builtins.int
-    """Revision of the view that first holds the worker."""
+    """First revision of the view that contains the worker."""
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """Time the lease lives without a sign of life."""
+        """Time to live of the lease without a keepalive."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
 
 @_typing.final
 class KeepAliveRequest(_message.Message):
-    """A sign of life."""
+    """A keepalive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -165,7 +165,7 @@ class KeepAliveRequest(_message.Message):
     lease_id: _builtins.str
     """The lease."""
     state: _worker_pb2.WorkerState.ValueType
-    """Where the worker is in its life; absent: unchanged."""
+    """New lifecycle state; absent: unchanged."""
     def __init__(
         self,
         *,
@@ -182,14 +182,14 @@ Global___KeepAliveRequest: _TypeAlias = KeepAliveRequest  # noqa: Y015
 
 @_typing.final
 class KeepAliveResponse(_message.Message):
-    """Answers a sign of life."""
+    """Response to a keepalive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """Time the lease lives from now on."""
+        """Time to live of the lease, from now on."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ Global___KeepAliveResponse: _TypeAlias = KeepAliveResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
-    """Asks for the view and its changes."""
+    """Requests the view and its changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -216,9 +216,9 @@ class WatchRequest(_message.Message):
     model: _builtins.str
     """Only workers of this model. Default: all."""
     known_registry_id: _builtins.str
-    """registry_id of the view the watcher holds. Default: it holds none."""
+    """registry_id of the view held by the watcher. Default: none."""
     known_revision: _builtins.int
-    """Revision of the view the watcher holds; counts only under the same registry_id. Default: it holds none."""
+    """Revision of the view held by the watcher; ignored under another registry_id. Default: none."""
     def __init__(
         self,
         *,
@@ -257,20 +257,20 @@ class WatchResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     PREVIOUS_REVISION_FIELD_NUMBER: _builtins.int
     registry_id: _builtins.str
-    """Names whoever counts the revisions: one registry process, or all replicas over one Consul. Another one means: start
-    again from its snapshot.
+    """Scope of the revisions: one registry process, or all replicas over one Consul. If it changes, discard the view and
+    start from the snapshot.
     """
     revision: _builtins.int
-    """Revision of the view after this step; grows within one registry_id, not always by one."""
+    """Revision of the view after this step; increases within one registry_id, not always by one."""
     previous_revision: _builtins.int
-    """Delta only: the revision it follows. A watcher that holds another one has missed a step. Default: revision - 1."""
+    """Delta only: the revision it follows. A watcher at another revision has missed a step. Default: revision - 1."""
     @_builtins.property
     def snapshot(self) -> Global___ViewSnapshot:
         """The whole view; always the first message."""
 
     @_builtins.property
     def delta(self) -> Global___ViewDelta:
-        """A change; empty where it was of other models' workers than those watched."""
+        """A change; empty if only workers of other models changed."""
 
     def __init__(
         self,
@@ -322,7 +322,7 @@ Global___ViewSnapshot: _TypeAlias = ViewSnapshot  # noqa: Y015
 
 @_typing.final
 class ViewDelta(_message.Message):
-    """A change of the view: entries that came or changed, and entries that went."""
+    """A change of the view: added or changed entries, and removed entries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -330,11 +330,11 @@ class ViewDelta(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def upserted(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Worker]:
-        """New or changed workers, whole."""
+        """Added or changed workers, complete."""
 
     @_builtins.property
     def removed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RemovedWorker]:
-        """Workers that left."""
+        """Removed workers."""
 
     def __init__(
         self,
@@ -352,7 +352,7 @@ Global___ViewDelta: _TypeAlias = ViewDelta  # noqa: Y015
 
 @_typing.final
 class RemovedWorker(_message.Message):
-    """A worker that left the view."""
+    """A worker removed from the view."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -362,9 +362,9 @@ class RemovedWorker(_message.Message):
     worker_id: _builtins.str
     """The worker."""
     epoch: _builtins.int
-    """Its start."""
+    """Its epoch."""
     reason: Global___RemovalReason.ValueType
-    """Why it left."""
+    """Why it was removed."""
     def __init__(
         self,
         *,
@@ -382,7 +382,7 @@ Global___RemovedWorker: _TypeAlias = RemovedWorker  # noqa: Y015
 
 @_typing.final
 class ListRequest(_message.Message):
-    """Asks for the view."""
+    """Requests the view."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -418,11 +418,11 @@ class ListResponse(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SOURCE_SINCE_FIELD_NUMBER: _builtins.int
     registry_id: _builtins.str
-    """Names whoever counts the revisions: one registry process, or all replicas over one Consul."""
+    """Scope of the revisions: one registry process, or all replicas over one Consul."""
     revision: _builtins.int
     """Revision of the view."""
     replica_id: _builtins.str
-    """Names the registry process that answers."""
+    """Id of the registry process that responds."""
     source: Global___ViewSource.ValueType
     """Where its view comes from."""
     @_builtins.property
@@ -435,7 +435,7 @@ class ListResponse(_message.Message):
 
     @_builtins.property
     def source_since(self) -> _timestamp_pb2.Timestamp:
-        """Since when it comes from there."""
+        """Since when the view has this source."""
 
     def __init__(
         self,
@@ -467,16 +467,16 @@ class ListedWorker(_message.Message):
     LEASE_KEEPER_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     lease_keeper: _builtins.str
-    """replica_id of the registry that keeps its lease."""
+    """replica_id of the registry that holds its lease."""
     health: Global___ListedHealth.ValueType
-    """What is said of its health."""
+    """Its health."""
     @_builtins.property
     def worker(self) -> _worker_pb2.Worker:
         """The worker."""
 
     @_builtins.property
     def lease_age(self) -> _duration_pb2.Duration:
-        """Time since its last sign of life. Absent: another replica keeps its lease, or nobody does now."""
+        """Time since its last keepalive. Absent: another replica holds its lease, or none does at present."""
 
     def __init__(
         self,
@@ -505,16 +505,16 @@ class ListedFrontend(_message.Message):
     LEASE_KEEPER_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     lease_keeper: _builtins.str
-    """replica_id of the registry that keeps its lease."""
+    """replica_id of the registry that holds its lease."""
     health: Global___ListedHealth.ValueType
-    """What is said of its health."""
+    """Its health."""
     @_builtins.property
     def frontend(self) -> _worker_pb2.Frontend:
         """The frontend."""
 
     @_builtins.property
     def lease_age(self) -> _duration_pb2.Duration:
-        """Time since its last sign of life. Absent: another replica keeps its lease, or nobody does now."""
+        """Time since its last keepalive. Absent: another replica holds its lease, or none does at present."""
 
     def __init__(
         self,
@@ -543,7 +543,7 @@ class DrainRequest(_message.Message):
     worker_id: _builtins.str
     """The worker."""
     epoch: _builtins.int
-    """Its start."""
+    """Its epoch."""
     def __init__(
         self,
         *,
@@ -560,13 +560,13 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
-    """The worker is marked."""
+    """The worker is marked as draining."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Revision of the view that first shows it."""
+    """First revision of the view that shows it."""
     def __init__(
         self,
         *,
@@ -582,7 +582,7 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):
-    """Takes a worker out."""
+    """Removes a worker or frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -604,13 +604,13 @@ Global___DeregisterRequest: _TypeAlias = DeregisterRequest  # noqa: Y015
 
 @_typing.final
 class DeregisterResponse(_message.Message):
-    """The worker is out."""
+    """The worker or frontend has been removed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Revision of the view that first lacks it."""
+    """First revision of the view without it."""
     def __init__(
         self,
         *,
@@ -626,7 +626,7 @@ Global___DeregisterResponse: _TypeAlias = DeregisterResponse  # noqa: Y015
 
 @_typing.final
 class RegisterFrontendRequest(_message.Message):
-    """Enters a frontend."""
+    """Registers a frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -657,10 +657,10 @@ class RegisterFrontendResponse(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
-    """Names the lease in the other calls."""
+    """Id of the lease, for the other calls."""
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """Time the lease lives without a sign of life."""
+        """Time to live of the lease without a keepalive."""
 
     def __init__(
         self,
@@ -678,7 +678,7 @@ Global___RegisterFrontendResponse: _TypeAlias = RegisterFrontendResponse  # noqa
 
 @_typing.final
 class WatchFrontendsRequest(_message.Message):
-    """Asks for the frontends and their changes."""
+    """Requests the frontends and their changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -710,7 +710,7 @@ class WatchFrontendsResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FRONTENDS_FIELD_NUMBER: _builtins.int
     registry_id: _builtins.str
-    """Names whoever counts the revisions."""
+    """Scope of the revisions."""
     revision: _builtins.int
     """Revision of the view."""
     @_builtins.property

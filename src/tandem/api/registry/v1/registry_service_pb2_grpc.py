@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RegistryServiceStub:
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     def __init__(self, channel):
@@ -79,39 +79,40 @@ class RegistryServiceStub:
 
 
 class RegistryServiceServicer:
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     def Register(self, request, context):
-        """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-        live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
-        once that has given no sign of life for half its time to live.
-        DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
+        """Registers one start of a worker and grants it a lease, which must be renewed by KeepAlive within its time to live.
+        Supersedes an older epoch at the same address immediately, and an older epoch of the same worker id at another
+        address once that has sent no keepalive for half its time to live.
+        DUPLICATE_WORKER: the id or the address belongs to a worker with a newer or equal epoch, or the id to a live worker
+        at another address.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request_iterator, context):
-        """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
-        When the stream ends the lease runs on for its time to live, so that a worker can reconnect.
-        WORKER_NOT_FOUND: the lease is over; register again.
+        """Renews a lease. The worker sends a message at least every third of the time to live, and gets a response to each.
+        When the stream ends, the lease stays valid for its time to live, so that the worker can reconnect.
+        WORKER_NOT_FOUND: unknown or expired lease; register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
-        REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+        """The view: a snapshot first, then a delta per change, until cancelled. Each delta names the revision it follows.
+        REVISION_AHEAD: the watcher holds a later revision, received from another replica that is ahead of this one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """The view at this moment.
+        """The current view.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,22 +126,22 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Deregister(self, request, context):
-        """Takes a worker or a frontend out of the view at once.
+        """Removes a worker or a frontend from the view immediately.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterFrontend(self, request, context):
-        """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
-        The rules and errors are those of Register.
+        """Registers one start of a frontend and grants it a lease, renewed by KeepAlive and ended by Deregister.
+        Rules and errors are those of Register.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchFrontends(self, request, context):
-        """The frontends: all of them at once, and again after each change, without end. For edges and tools.
+        """All frontends, and again all of them after each change, until cancelled. For edges and tools.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -198,8 +199,8 @@ def add_RegistryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RegistryService:
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RegistryServiceStub:
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     @_typing.overload
@@ -36,71 +36,73 @@ class RegistryServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RegistryServiceAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterRequest, _registry_service_pb2.RegisterResponse]
-    """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-    live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
-    once that has given no sign of life for half its time to live.
-    DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
+    """Registers one start of a worker and grants it a lease, which must be renewed by KeepAlive within its time to live.
+    Supersedes an older epoch at the same address immediately, and an older epoch of the same worker id at another
+    address once that has sent no keepalive for half its time to live.
+    DUPLICATE_WORKER: the id or the address belongs to a worker with a newer or equal epoch, or the id to a live worker
+    at another address.
     """
     KeepAlive: _grpc.StreamStreamMultiCallable[_registry_service_pb2.KeepAliveRequest, _registry_service_pb2.KeepAliveResponse]
-    """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
-    When the stream ends the lease runs on for its time to live, so that a worker can reconnect.
-    WORKER_NOT_FOUND: the lease is over; register again.
+    """Renews a lease. The worker sends a message at least every third of the time to live, and gets a response to each.
+    When the stream ends, the lease stays valid for its time to live, so that the worker can reconnect.
+    WORKER_NOT_FOUND: unknown or expired lease; register again.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.WatchRequest, _registry_service_pb2.WatchResponse]
-    """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
-    REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+    """The view: a snapshot first, then a delta per change, until cancelled. Each delta names the revision it follows.
+    REVISION_AHEAD: the watcher holds a later revision, received from another replica that is ahead of this one.
     """
     List: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.ListRequest, _registry_service_pb2.ListResponse]
-    """The view at this moment."""
+    """The current view."""
     Drain: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.DrainRequest, _registry_service_pb2.DrainResponse]
     """Marks a worker as draining; frontends stop choosing it. It keeps its lease."""
     Deregister: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.DeregisterRequest, _registry_service_pb2.DeregisterResponse]
-    """Takes a worker or a frontend out of the view at once."""
+    """Removes a worker or a frontend from the view immediately."""
     RegisterFrontend: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterFrontendRequest, _registry_service_pb2.RegisterFrontendResponse]
-    """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
-    The rules and errors are those of Register.
+    """Registers one start of a frontend and grants it a lease, renewed by KeepAlive and ended by Deregister.
+    Rules and errors are those of Register.
     """
     WatchFrontends: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]
-    """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
+    """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterRequest, _registry_service_pb2.RegisterResponse]  # type: ignore[assignment]
-    """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-    live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
-    once that has given no sign of life for half its time to live.
-    DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
+    """Registers one start of a worker and grants it a lease, which must be renewed by KeepAlive within its time to live.
+    Supersedes an older epoch at the same address immediately, and an older epoch of the same worker id at another
+    address once that has sent no keepalive for half its time to live.
+    DUPLICATE_WORKER: the id or the address belongs to a worker with a newer or equal epoch, or the id to a live worker
+    at another address.
     """
     KeepAlive: _aio.StreamStreamMultiCallable[_registry_service_pb2.KeepAliveRequest, _registry_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
-    When the stream ends the lease runs on for its time to live, so that a worker can reconnect.
-    WORKER_NOT_FOUND: the lease is over; register again.
+    """Renews a lease. The worker sends a message at least every third of the time to live, and gets a response to each.
+    When the stream ends, the lease stays valid for its time to live, so that the worker can reconnect.
+    WORKER_NOT_FOUND: unknown or expired lease; register again.
     """
     Watch: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchRequest, _registry_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
-    REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+    """The view: a snapshot first, then a delta per change, until cancelled. Each delta names the revision it follows.
+    REVISION_AHEAD: the watcher holds a later revision, received from another replica that is ahead of this one.
     """
     List: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ListRequest, _registry_service_pb2.ListResponse]  # type: ignore[assignment]
-    """The view at this moment."""
+    """The current view."""
     Drain: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DrainRequest, _registry_service_pb2.DrainResponse]  # type: ignore[assignment]
     """Marks a worker as draining; frontends stop choosing it. It keeps its lease."""
     Deregister: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeregisterRequest, _registry_service_pb2.DeregisterResponse]  # type: ignore[assignment]
-    """Takes a worker or a frontend out of the view at once."""
+    """Removes a worker or a frontend from the view immediately."""
     RegisterFrontend: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RegisterFrontendRequest, _registry_service_pb2.RegisterFrontendResponse]  # type: ignore[assignment]
-    """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
-    The rules and errors are those of Register.
+    """Registers one start of a frontend and grants it a lease, renewed by KeepAlive and ended by Deregister.
+    Rules and errors are those of Register.
     """
     WatchFrontends: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]  # type: ignore[assignment]
-    """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
+    """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Membership: which workers are alive, in which role, where, and in which epoch. Not on the path of a request, and
-    holds no load figures.
+    """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
+    load.
     """
 
     @_abc_1.abstractmethod
@@ -109,10 +111,11 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.RegisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.RegisterResponse, _abc.Awaitable[_registry_service_pb2.RegisterResponse]]:
-        """Enters one start of a worker and grants it a lease. The lease must be kept alive by KeepAlive within its time to
-        live. It replaces an older epoch at the same address at once, and an older epoch of the same worker id elsewhere
-        once that has given no sign of life for half its time to live.
-        DUPLICATE_WORKER: a worker holds the id or the address with a newer or equal epoch, or the id elsewhere and is alive.
+        """Registers one start of a worker and grants it a lease, which must be renewed by KeepAlive within its time to live.
+        Supersedes an older epoch at the same address immediately, and an older epoch of the same worker id at another
+        address once that has sent no keepalive for half its time to live.
+        DUPLICATE_WORKER: the id or the address belongs to a worker with a newer or equal epoch, or the id to a live worker
+        at another address.
         """
 
     @_abc_1.abstractmethod
@@ -121,9 +124,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_registry_service_pb2.KeepAliveRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.KeepAliveResponse], _abc.AsyncIterator[_registry_service_pb2.KeepAliveResponse]]:
-        """Keeps a lease alive. The worker sends one message at least every third of the time to live; each is answered.
-        When the stream ends the lease runs on for its time to live, so that a worker can reconnect.
-        WORKER_NOT_FOUND: the lease is over; register again.
+        """Renews a lease. The worker sends a message at least every third of the time to live, and gets a response to each.
+        When the stream ends, the lease stays valid for its time to live, so that the worker can reconnect.
+        WORKER_NOT_FOUND: unknown or expired lease; register again.
         """
 
     @_abc_1.abstractmethod
@@ -132,8 +135,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.WatchResponse], _abc.AsyncIterator[_registry_service_pb2.WatchResponse]]:
-        """The view: one snapshot first, then a delta for each change, without end. Each delta names the revision it follows.
-        REVISION_AHEAD: the watcher has seen more than this registry, as it may right after it came from another replica.
+        """The view: a snapshot first, then a delta per change, until cancelled. Each delta names the revision it follows.
+        REVISION_AHEAD: the watcher holds a later revision, received from another replica that is ahead of this one.
         """
 
     @_abc_1.abstractmethod
@@ -142,7 +145,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.ListResponse, _abc.Awaitable[_registry_service_pb2.ListResponse]]:
-        """The view at this moment."""
+        """The current view."""
 
     @_abc_1.abstractmethod
     def Drain(
@@ -158,7 +161,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.DeregisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.DeregisterResponse, _abc.Awaitable[_registry_service_pb2.DeregisterResponse]]:
-        """Takes a worker or a frontend out of the view at once."""
+        """Removes a worker or a frontend from the view immediately."""
 
     @_abc_1.abstractmethod
     def RegisterFrontend(
@@ -166,8 +169,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.RegisterFrontendRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.RegisterFrontendResponse, _abc.Awaitable[_registry_service_pb2.RegisterFrontendResponse]]:
-        """Enters one start of a frontend and grants it a lease, which KeepAlive keeps and Deregister ends like a worker's.
-        The rules and errors are those of Register.
+        """Registers one start of a frontend and grants it a lease, renewed by KeepAlive and ended by Deregister.
+        Rules and errors are those of Register.
         """
 
     @_abc_1.abstractmethod
@@ -176,6 +179,6 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.WatchFrontendsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.WatchFrontendsResponse], _abc.AsyncIterator[_registry_service_pb2.WatchFrontendsResponse]]:
-        """The frontends: all of them at once, and again after each change, without end. For edges and tools."""
+        """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -35,51 +35,51 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ALREADY_EXISTS.
     """
     ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 5
-    """The call was meant for another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
+    """The call carries the epoch of another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
     ERROR_REASON_WRONG_ROLE: _ErrorReason.ValueType  # 6
-    """The worker does not play the role the call needs. Metadata: worker, role. FAILED_PRECONDITION."""
+    """The call requires another worker role. Metadata: worker, role. FAILED_PRECONDITION."""
     ERROR_REASON_NOT_SUPPORTED: _ErrorReason.ValueType  # 7
-    """The engine or the model cannot do what was asked. Metadata: field where there is one. UNIMPLEMENTED."""
+    """The engine or the model does not support the request. Metadata: field, if one is at fault. UNIMPLEMENTED."""
     ERROR_REASON_NO_WORKERS: _ErrorReason.ValueType  # 8
-    """No live worker of a needed role. Metadata: role. Comes with RetryInfo. UNAVAILABLE."""
+    """No live worker of a required role. Metadata: role. Sent with RetryInfo. UNAVAILABLE."""
     ERROR_REASON_INCOMPATIBLE_WORKERS: _ErrorReason.ValueType  # 9
-    """Live workers differ so that no two can exchange KV (metadata: field, prefill, decode), or those left speak another
-    leg contract than the frontend (metadata: field, worker). FAILED_PRECONDITION.
+    """No two live workers can exchange KV (metadata: field, prefill, decode), or none implements the frontend's leg
+    contract (metadata: field, worker). FAILED_PRECONDITION.
     """
     ERROR_REASON_LEG_FAILED: _ErrorReason.ValueType  # 10
-    """A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
+    """A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 11
-    """The process is going away. Comes with RetryInfo. UNAVAILABLE."""
+    """The process is draining. Sent with RetryInfo. UNAVAILABLE."""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 12
-    """A bound was reached. Comes with RetryInfo. RESOURCE_EXHAUSTED."""
+    """A capacity limit was reached. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 13
     """The caller's deadline passed. DEADLINE_EXCEEDED."""
     ERROR_REASON_ABORTED: _ErrorReason.ValueType  # 14
-    """Somebody asked for the abort. CANCELLED."""
+    """The request was aborted. CANCELLED."""
     ERROR_REASON_ENGINE_FAILED: _ErrorReason.ValueType  # 15
-    """The engine died or broke its contract. Metadata: worker. INTERNAL."""
+    """The engine died or violated its contract. Metadata: worker. INTERNAL."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 16
-    """A defect of Tandem itself. INTERNAL."""
+    """A defect of Tandem. INTERNAL."""
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 17
-    """Some part of the cluster cannot be reached. UNAVAILABLE."""
+    """A part of the cluster is unreachable. UNAVAILABLE."""
     ERROR_REASON_PARSER_FAILED: _ErrorReason.ValueType  # 18
     """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 19
-    """The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
+    """The prompt fills the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 20
-    """The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
+    """The request exceeds the size limit in bytes. Metadata: field, limit. INVALID_ARGUMENT."""
     ERROR_REASON_REVISION_AHEAD: _ErrorReason.ValueType  # 21
-    """The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
+    """The watcher holds a later revision than this registry. Metadata: known, revision. FAILED_PRECONDITION."""
     ERROR_REASON_ADMIN_DISABLED: _ErrorReason.ValueType  # 22
-    """The process was not started with the setting that allows this. Metadata: setting. FAILED_PRECONDITION."""
+    """The call is disabled by a setting of the process. Metadata: setting. FAILED_PRECONDITION."""
     ERROR_REASON_REQUEST_NOT_FOUND: _ErrorReason.ValueType  # 23
-    """The frontend knows no request of that id, or no longer. Metadata: request_id. NOT_FOUND."""
+    """The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
     ERROR_REASON_PROFILE_FAILED: _ErrorReason.ValueType  # 24
-    """A profile was not recorded, or is too large to be sent. Metadata: limit where it is too large. INTERNAL."""
+    """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
-    "tandem"; `ErrorInfo.metadata` carries what the comments below name. A reason never changes its meaning.
+    "tandem"; `ErrorInfo.metadata` carries the keys listed below. A reason never changes its meaning.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
@@ -95,45 +95,45 @@ ERROR_REASON_DUPLICATE_WORKER: ErrorReason.ValueType  # 4
 ALREADY_EXISTS.
 """
 ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 5
-"""The call was meant for another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
+"""The call carries the epoch of another start of the worker. Metadata: worker, expected, actual. FAILED_PRECONDITION."""
 ERROR_REASON_WRONG_ROLE: ErrorReason.ValueType  # 6
-"""The worker does not play the role the call needs. Metadata: worker, role. FAILED_PRECONDITION."""
+"""The call requires another worker role. Metadata: worker, role. FAILED_PRECONDITION."""
 ERROR_REASON_NOT_SUPPORTED: ErrorReason.ValueType  # 7
-"""The engine or the model cannot do what was asked. Metadata: field where there is one. UNIMPLEMENTED."""
+"""The engine or the model does not support the request. Metadata: field, if one is at fault. UNIMPLEMENTED."""
 ERROR_REASON_NO_WORKERS: ErrorReason.ValueType  # 8
-"""No live worker of a needed role. Metadata: role. Comes with RetryInfo. UNAVAILABLE."""
+"""No live worker of a required role. Metadata: role. Sent with RetryInfo. UNAVAILABLE."""
 ERROR_REASON_INCOMPATIBLE_WORKERS: ErrorReason.ValueType  # 9
-"""Live workers differ so that no two can exchange KV (metadata: field, prefill, decode), or those left speak another
-leg contract than the frontend (metadata: field, worker). FAILED_PRECONDITION.
+"""No two live workers can exchange KV (metadata: field, prefill, decode), or none implements the frontend's leg
+contract (metadata: field, worker). FAILED_PRECONDITION.
 """
 ERROR_REASON_LEG_FAILED: ErrorReason.ValueType  # 10
-"""A leg of the attempt broke. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
+"""A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 11
-"""The process is going away. Comes with RetryInfo. UNAVAILABLE."""
+"""The process is draining. Sent with RetryInfo. UNAVAILABLE."""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 12
-"""A bound was reached. Comes with RetryInfo. RESOURCE_EXHAUSTED."""
+"""A capacity limit was reached. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 13
 """The caller's deadline passed. DEADLINE_EXCEEDED."""
 ERROR_REASON_ABORTED: ErrorReason.ValueType  # 14
-"""Somebody asked for the abort. CANCELLED."""
+"""The request was aborted. CANCELLED."""
 ERROR_REASON_ENGINE_FAILED: ErrorReason.ValueType  # 15
-"""The engine died or broke its contract. Metadata: worker. INTERNAL."""
+"""The engine died or violated its contract. Metadata: worker. INTERNAL."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
-"""A defect of Tandem itself. INTERNAL."""
+"""A defect of Tandem. INTERNAL."""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 17
-"""Some part of the cluster cannot be reached. UNAVAILABLE."""
+"""A part of the cluster is unreachable. UNAVAILABLE."""
 ERROR_REASON_PARSER_FAILED: ErrorReason.ValueType  # 18
 """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
-"""The prompt leaves no room in the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
+"""The prompt fills the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 20
-"""The request has more bytes than any that can be served. Metadata: field, limit. INVALID_ARGUMENT."""
+"""The request exceeds the size limit in bytes. Metadata: field, limit. INVALID_ARGUMENT."""
 ERROR_REASON_REVISION_AHEAD: ErrorReason.ValueType  # 21
-"""The watcher knows a later revision than this registry does. Metadata: known, revision. FAILED_PRECONDITION."""
+"""The watcher holds a later revision than this registry. Metadata: known, revision. FAILED_PRECONDITION."""
 ERROR_REASON_ADMIN_DISABLED: ErrorReason.ValueType  # 22
-"""The process was not started with the setting that allows this. Metadata: setting. FAILED_PRECONDITION."""
+"""The call is disabled by a setting of the process. Metadata: setting. FAILED_PRECONDITION."""
 ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason.ValueType  # 23
-"""The frontend knows no request of that id, or no longer. Metadata: request_id. NOT_FOUND."""
+"""The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
 ERROR_REASON_PROFILE_FAILED: ErrorReason.ValueType  # 24
-"""A profile was not recorded, or is too large to be sent. Metadata: limit where it is too large. INTERNAL."""
+"""A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -32,9 +32,9 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """A stop token, a stop string or the model's end-of-sequence token."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    """The token budget or the context was used up."""
+    """max_tokens or the context length was reached."""
     FINISH_REASON_ABORTED: _FinishReason.ValueType  # 3
-    """An abort was asked for."""
+    """The request was aborted."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a generation ended."""
@@ -44,9 +44,9 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """A stop token, a stop string or the model's end-of-sequence token."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-"""The token budget or the context was used up."""
+"""max_tokens or the context length was reached."""
 FINISH_REASON_ABORTED: FinishReason.ValueType  # 3
-"""An abort was asked for."""
+"""The request was aborted."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -64,7 +64,7 @@ class TokenLogprob(_message.Message):
     """Natural logarithm of its probability."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankedToken]:
-        """The likeliest tokens at that place, best first; as many as were asked for."""
+        """The most likely tokens at that position, best first; as many as requested."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class RankedToken(_message.Message):
-    """One of the likeliest tokens at a place."""
+    """One of the most likely tokens at a position."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -109,7 +109,7 @@ Global___RankedToken: _TypeAlias = RankedToken  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """How many tokens a generation took."""
+    """Token counts of a generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -119,7 +119,7 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens of the prompt after the chat template."""
     completion_tokens: _builtins.int
-    """Tokens generated, the stop token included where there was one."""
+    """Tokens generated, including a stop token."""
     cached_tokens: _builtins.int
     """Prompt tokens found in the prefix cache of the engine that computed the prompt."""
     def __init__(
@@ -139,7 +139,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """When a generation's steps happened and how much KV moved. An absent field did not happen or is not known."""
+    """When the steps of a generation happened and how much KV was transferred. Absent: did not happen, or unknown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,28 +154,28 @@ class Timings(_message.Message):
     LAST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     kv_transfer_bytes: _builtins.int
-    """KV bytes that moved between the engines, as counted by the engines. Absent on an aggregated worker."""
+    """KV bytes transferred between the engines, as counted by them. Absent on an aggregated worker."""
     recomputed_tokens: _builtins.int
-    """Prompt tokens the decode engine had to compute itself. 0: all KV came over the transfer. Absent: aggregated worker."""
+    """Prompt tokens recomputed by the decode engine. 0: all KV was transferred. Absent: aggregated worker."""
     @_builtins.property
     def accepted_time(self) -> _timestamp_pb2.Timestamp:
-        """The frontend took the request."""
+        """The frontend accepted the request."""
 
     @_builtins.property
     def prefill_start_time(self) -> _timestamp_pb2.Timestamp:
-        """The prompt began to run through the model."""
+        """Prefill started."""
 
     @_builtins.property
     def prefill_end_time(self) -> _timestamp_pb2.Timestamp:
-        """The prompt's KV and first token were computed."""
+        """Prefill ended: the prompt's KV and the first token were computed."""
 
     @_builtins.property
     def kv_transfer_start_time(self) -> _timestamp_pb2.Timestamp:
-        """The KV began to move to the decode engine."""
+        """The KV transfer to the decode engine started."""
 
     @_builtins.property
     def kv_transfer_end_time(self) -> _timestamp_pb2.Timestamp:
-        """The KV was in the decode engine's memory."""
+        """The KV transfer ended: the KV is in the decode engine's memory."""
 
     @_builtins.property
     def first_token_time(self) -> _timestamp_pb2.Timestamp:
@@ -220,7 +220,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class MatchedStop(_message.Message):
-    """A stop that matched."""
+    """The stop condition that matched."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -33,34 +33,34 @@ class _LegPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LegPhase.Val
     LEG_PHASE_QUEUED: _LegPhase.ValueType  # 1
     """Waiting in the engine's queue."""
     LEG_PHASE_BOOTSTRAPPING: _LegPhase.ValueType  # 2
-    """The legs are finding each other."""
+    """The legs are connecting to each other."""
     LEG_PHASE_PREFILLING: _LegPhase.ValueType  # 3
-    """The prompt runs through the model."""
+    """The prompt is being computed."""
     LEG_PHASE_TRANSFERRING: _LegPhase.ValueType  # 4
-    """KV is on its way."""
+    """KV is being transferred."""
     LEG_PHASE_DECODING: _LegPhase.ValueType  # 5
     """Tokens are being generated."""
 
 class LegPhase(_LegPhase, metaclass=_LegPhaseEnumTypeWrapper):
-    """A step inside the engine, where the engine tells it."""
+    """A phase inside the engine, if the engine reports it."""
 
 LEG_PHASE_UNSPECIFIED: LegPhase.ValueType  # 0
 """Not set; never sent."""
 LEG_PHASE_QUEUED: LegPhase.ValueType  # 1
 """Waiting in the engine's queue."""
 LEG_PHASE_BOOTSTRAPPING: LegPhase.ValueType  # 2
-"""The legs are finding each other."""
+"""The legs are connecting to each other."""
 LEG_PHASE_PREFILLING: LegPhase.ValueType  # 3
-"""The prompt runs through the model."""
+"""The prompt is being computed."""
 LEG_PHASE_TRANSFERRING: LegPhase.ValueType  # 4
-"""KV is on its way."""
+"""KV is being transferred."""
 LEG_PHASE_DECODING: LegPhase.ValueType  # 5
 """Tokens are being generated."""
 Global___LegPhase: _TypeAlias = LegPhase  # noqa: Y015
 
 @_typing.final
 class LegRequest(_message.Message):
-    """One leg of one attempt, as a frontend hands it to a worker. Token ids only: text stays in the frontend."""
+    """One leg of one attempt, sent by a frontend to a worker. Token ids only: text stays in the frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -77,11 +77,11 @@ class LegRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The client's request, over all attempts."""
+    """Id of the client's request, the same for all attempts."""
     attempt: _builtins.int
     """Number of the attempt, from 1."""
     worker_epoch: _builtins.int
-    """Start of the worker the frontend means; a worker refuses another one's with STALE_EPOCH."""
+    """Epoch of the worker; rejected with STALE_EPOCH if the worker has another one."""
     model: _builtins.str
     """Name of the model."""
     priority: _builtins.int
@@ -94,11 +94,11 @@ class LegRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.Sampling:
-        """How tokens are drawn."""
+        """Sampling parameters."""
 
     @_builtins.property
     def stopping(self) -> _sampling_pb2.Stopping:
-        """When to end; stop strings are left empty here."""
+        """Stop conditions; stop strings are empty, the frontend matches them."""
 
     @_builtins.property
     def guided(self) -> _sampling_pb2.Guided:
@@ -110,7 +110,7 @@ class LegRequest(_message.Message):
 
     @_builtins.property
     def bootstrap(self) -> Global___Bootstrap:
-        """Where the legs meet; absent on an aggregated worker."""
+        """Bootstrap of the KV transfer; absent on an aggregated worker."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ Global___LegRequest: _TypeAlias = LegRequest  # noqa: Y015
 
 @_typing.final
 class Bootstrap(_message.Message):
-    """Where and under which number the two legs of an attempt meet."""
+    """Bootstrap server and room through which the two legs of an attempt connect."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -175,7 +175,7 @@ Global___Bootstrap: _TypeAlias = Bootstrap  # noqa: Y015
 
 @_typing.final
 class LegAccepted(_message.Message):
-    """The worker has taken the leg; sent first, before any work."""
+    """The worker accepted the leg; sent first, before any work."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -184,7 +184,7 @@ class LegAccepted(_message.Message):
     worker_id: _builtins.str
     """The worker."""
     epoch: _builtins.int
-    """Its start."""
+    """Its epoch."""
     def __init__(
         self,
         *,
@@ -201,7 +201,7 @@ Global___LegAccepted: _TypeAlias = LegAccepted  # noqa: Y015
 
 @_typing.final
 class LegProgress(_message.Message):
-    """A leg that has nothing else to say is alive and in this phase."""
+    """Keepalive: the leg is alive and in this phase."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -231,14 +231,14 @@ class LegTokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Place of the first of them in the leg's output, from 0."""
+    """Position of the first of them in the leg's output, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens, 1 or more."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
-        """As long as token_ids where asked for, else empty."""
+        """One per token if requested, else empty."""
 
     def __init__(
         self,
@@ -271,11 +271,11 @@ class LegFinish(_message.Message):
     """The stop token that ended it, if one did."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
-        """Tokens taken."""
+        """Token counts."""
 
     @_builtins.property
     def timings(self) -> Global___LegTimings:
-        """What happened when inside the engine."""
+        """Times inside the engine."""
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ Global___LegFinish: _TypeAlias = LegFinish  # noqa: Y015
 
 @_typing.final
 class LegTimings(_message.Message):
-    """When a leg's steps happened inside its engine. An absent field did not happen or is not known."""
+    """When the steps of a leg happened inside its engine. Absent: did not happen, or unknown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -317,35 +317,35 @@ class LegTimings(_message.Message):
     """Decode: prompt tokens computed here instead of received."""
     @_builtins.property
     def queued_time(self) -> _timestamp_pb2.Timestamp:
-        """The engine took the request."""
+        """The engine accepted the request."""
 
     @_builtins.property
     def prefill_start_time(self) -> _timestamp_pb2.Timestamp:
-        """The prompt began to run through the model."""
+        """Prefill started."""
 
     @_builtins.property
     def prefill_end_time(self) -> _timestamp_pb2.Timestamp:
-        """The prompt's KV was computed."""
+        """Prefill ended."""
 
     @_builtins.property
     def kv_transfer_start_time(self) -> _timestamp_pb2.Timestamp:
-        """KV began to move."""
+        """The KV transfer started."""
 
     @_builtins.property
     def kv_transfer_end_time(self) -> _timestamp_pb2.Timestamp:
-        """KV had moved."""
+        """The KV transfer ended."""
 
     @_builtins.property
     def bootstrap_end_time(self) -> _timestamp_pb2.Timestamp:
-        """Prefill: the legs had found each other; from here on the prompt waited for its turn."""
+        """Prefill: the legs were connected; from here on the prompt waited in the prefill queue."""
 
     @_builtins.property
     def preallocation_end_time(self) -> _timestamp_pb2.Timestamp:
-        """Decode: memory for the prompt's KV was set aside; from here on the leg waited for the KV."""
+        """Decode: memory for the prompt's KV was allocated; from here on the leg waited for the KV."""
 
     @_builtins.property
     def first_token_time(self) -> _timestamp_pb2.Timestamp:
-        """The engine had the first token: computed, or come with the KV."""
+        """The engine had the first token: computed, or received with the KV."""
 
     def __init__(
         self,

@@ -20,8 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Sampling(_message.Message):
-    """How the next token is drawn. An absent field means the model's own default (generation_config.json) or, where it has
-    none, the value given here. A zero is a zero.
+    """Sampling parameters. Absent: the model's default (generation_config.json) or, if it has none, the default given here.
+    An explicit 0 is 0, not the default.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -58,21 +58,20 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """Softmax temperature, 0 to 2. 0 is greedy. Default 1."""
     top_p: _builtins.float
-    """Nucleus: smallest set of tokens whose probabilities reach this sum, over 0 to 1. Default 1 (off)."""
+    """Nucleus sampling: smallest set of tokens whose probabilities reach this sum, above 0, up to 1. Default 1 (off)."""
     top_k: _builtins.int
-    """Draw among the k likeliest tokens, 1 or more, or -1 for all. Default -1."""
+    """Sample from the k most likely tokens, 1 or more, or -1 for all. Default -1."""
     min_p: _builtins.float
-    """Drop tokens less likely than this fraction of the likeliest, 0 to 1. Default 0."""
+    """Minimum probability relative to the most likely token, 0 to 1. Default 0."""
     presence_penalty: _builtins.float
     """Subtracted from the logit of each token already emitted, -2 to 2. Default 0."""
     frequency_penalty: _builtins.float
     """Subtracted from a token's logit for each time it was emitted, -2 to 2. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides (positive) or multiplies (negative) the logit of each token seen, over 0 to 2. Default 1."""
+    """Divides (positive) or multiplies (negative) the logit of each token seen, above 0, up to 2. Default 1 (off)."""
     seed: _builtins.int
-    """Makes sampling repeatable: the same seed after the same tokens draws the same token, on one worker or on a pair,
-    whoever else is in the batch. Only the rounding of a batch of another shape may tip a draw. Any number. Default: not
-    repeatable.
+    """Makes sampling repeatable: after the same tokens the same seed gives the same token, on any worker or pair and in
+    any batch. Rounding in a batch of another shape may still change a result. Any number. Default: not repeatable.
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
@@ -142,14 +141,14 @@ class Stopping(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most tokens to generate, 1 or more. Default: what the context leaves."""
+    """Maximum number of tokens to generate, 1 or more. Default: the rest of the context."""
     min_tokens: _builtins.int
     """No stop before this many tokens, 0 to max_tokens. Default 0."""
     ignore_eos: _builtins.bool
-    """Go on past the model's end-of-sequence token. Default false."""
+    """Continue past the model's end-of-sequence token. Default false."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """End before the first of these strings shows; it is not part of the text. At most 16, 1 to 1,024 bytes each."""
+        """End at the first of these strings; it is not part of the text. At most 16, 1 to 1,024 bytes each."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -185,7 +184,7 @@ Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
 @_typing.final
 class Guided(_message.Message):
-    """A grammar the output must follow."""
+    """A grammar that constrains the output."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -200,7 +199,7 @@ class Guided(_message.Message):
     ebnf: _builtins.str
     """A grammar in extended Backus-Naur form, at most 16 KiB."""
     structural_tag: _builtins.str
-    """Free text with parts in a grammar behind what begins them, as JSON text; the format is SGLang's."""
+    """Free text with constrained parts after trigger strings, as JSON text in SGLang's structural tag format."""
     def __init__(
         self,
         *,
@@ -227,7 +226,7 @@ class LogprobsOptions(_message.Message):
 
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     top_logprobs: _builtins.int
-    """Beside the chosen token's, those of this many likeliest tokens, 0 to 20. Default 0."""
+    """Number of most likely tokens to return beside the chosen one, 0 to 20. Default 0."""
     def __init__(
         self,
         *,

@@ -28,23 +28,23 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     WORKER_ROLE_UNSPECIFIED: _WorkerRole.ValueType  # 0
     """Not set; never valid."""
     WORKER_ROLE_PREFILL: _WorkerRole.ValueType  # 1
-    """Computes the prompt's KV and hands it over."""
+    """Computes the prompt's KV and transfers it."""
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 2
-    """Receives KV and generates."""
+    """Receives the KV and generates."""
     WORKER_ROLE_AGGREGATED: _WorkerRole.ValueType  # 3
-    """Does both."""
+    """Runs both prefill and decode."""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper):
-    """What a worker does for a request."""
+    """Role of a worker."""
 
 WORKER_ROLE_UNSPECIFIED: WorkerRole.ValueType  # 0
 """Not set; never valid."""
 WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 1
-"""Computes the prompt's KV and hands it over."""
+"""Computes the prompt's KV and transfers it."""
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 2
-"""Receives KV and generates."""
+"""Receives the KV and generates."""
 WORKER_ROLE_AGGREGATED: WorkerRole.ValueType  # 3
-"""Does both."""
+"""Runs both prefill and decode."""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 class _WorkerState:
@@ -56,24 +56,24 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_UNSPECIFIED: _WorkerState.ValueType  # 0
     """Not set; never valid."""
     WORKER_STATE_SERVING: _WorkerState.ValueType  # 1
-    """Takes requests."""
+    """Admits requests."""
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 2
-    """Finishes what it has and takes nothing new."""
+    """Finishes open requests and admits no new ones."""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper):
-    """Where a worker is in its life."""
+    """Lifecycle state of a worker or frontend."""
 
 WORKER_STATE_UNSPECIFIED: WorkerState.ValueType  # 0
 """Not set; never valid."""
 WORKER_STATE_SERVING: WorkerState.ValueType  # 1
-"""Takes requests."""
+"""Admits requests."""
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
-"""Finishes what it has and takes nothing new."""
+"""Finishes open requests and admits no new ones."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
-    """One start of one worker."""
+    """One start of a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -88,30 +88,30 @@ class Worker(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     LEG_CONTRACT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Stable over restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
+    """Stable across restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
     epoch: _builtins.int
-    """Grows with every start of the worker (milliseconds since the Unix epoch at its start). Calls to a worker carry it."""
+    """Increases with every start of the worker (milliseconds since the Unix epoch at its start); calls carry it."""
     role: Global___WorkerRole.ValueType
-    """What it does."""
+    """Its role."""
     address: _builtins.str
     """host:port of its gRPC server."""
     state: Global___WorkerState.ValueType
-    """Where it is in its life."""
+    """Its lifecycle state."""
     capabilities_digest: _builtins.str
-    """SHA-256, hex, over `capabilities`: one line "name=value" and a line feed for each field, in the order of their
-    numbers, lists with commas, truth as "true" or "false". Absent: not checked.
+    """SHA-256, hex, over `capabilities`: one line "name=value" and a line feed per field, by field number; lists are
+    joined by commas, booleans are "true" or "false". Absent: not checked.
     """
     release: _builtins.str
     """Release of Tandem it runs, for example "0.1.0". Default: unknown."""
     leg_contract: _builtins.int
-    """Version of the leg contract it speaks; only a frontend of the same version sends it legs. Absent: 1."""
+    """Version of its leg contract; only frontends of the same version send it legs. Absent: 1."""
     @_builtins.property
     def capabilities(self) -> Global___WorkerCapabilities:
-        """What its engine can do."""
+        """Capabilities of its engine."""
 
     @_builtins.property
     def bootstrap(self) -> Global___BootstrapAddress:
-        """Prefill only: where decode engines meet its engine."""
+        """Prefill only: bootstrap server of its engine."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
 @_typing.final
 class Frontend(_message.Message):
-    """One start of one frontend."""
+    """One start of a frontend."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -155,15 +155,15 @@ class Frontend(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     frontend_id: _builtins.str
-    """Stable over restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
+    """Stable across restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
     epoch: _builtins.int
-    """Grows with every start of the frontend (milliseconds since the Unix epoch at its start)."""
+    """Increases with every start of the frontend (milliseconds since the Unix epoch at its start)."""
     address: _builtins.str
     """host:port of its gRPC server."""
     model: _builtins.str
-    """The model it serves, under the name clients ask for."""
+    """Name of the model it serves."""
     state: Global___WorkerState.ValueType
-    """Where it is in its life."""
+    """Its lifecycle state."""
     release: _builtins.str
     """Release of Tandem it runs, for example "0.1.0". Default: unknown."""
     def __init__(
@@ -186,7 +186,7 @@ Global___Frontend: _TypeAlias = Frontend  # noqa: Y015
 
 @_typing.final
 class BootstrapAddress(_message.Message):
-    """Where decode engines meet a prefill engine (SGLang's bootstrap server)."""
+    """Address of SGLang's bootstrap server, at which decode engines connect to a prefill engine."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -212,7 +212,7 @@ Global___BootstrapAddress: _TypeAlias = BootstrapAddress  # noqa: Y015
 
 @_typing.final
 class WorkerCapabilities(_message.Message):
-    """What an engine can do. Two workers make a pair when all fields marked "pair" agree."""
+    """Capabilities of an engine. Two workers can form a pair if all fields marked "Pair" are equal."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -238,19 +238,19 @@ class WorkerCapabilities(_message.Message):
     engine_version: _builtins.str
     """Pair. Release of the engine."""
     model: _builtins.str
-    """Pair. Name clients ask for."""
+    """Pair. Served model name."""
     model_digest: _builtins.str
     """Pair. SHA-256, hex, over configuration and weights."""
     tokenizer_digest: _builtins.str
     """Pair. SHA-256, hex, over the tokenizer's files."""
     context_tokens_max: _builtins.int
-    """Most tokens of prompt and completion together, so that a prompt has one less at most. Below the model's own context
-    where the memory for KV is smaller.
+    """Maximum number of tokens of prompt and completion together; a prompt may have one less. Smaller than the model's
+    context if the KV memory is smaller.
     """
     kv_capacity_tokens: _builtins.int
-    """Tokens whose KV fits into the engine's memory."""
+    """KV capacity of the engine, in tokens."""
     running_requests_max: _builtins.int
-    """Most requests that run at once."""
+    """Maximum number of concurrently running requests."""
     vocabulary_size: _builtins.int
     """Size of the vocabulary; token ids are below it."""
     page_size_tokens: _builtins.int
@@ -264,7 +264,7 @@ class WorkerCapabilities(_message.Message):
     transfer_backend: _builtins.str
     """Pair. "nixl", "simulated", or "none" on an aggregated worker."""
     tensor_parallel_size: _builtins.int
-    """Pair, unless is_mla. GPUs one copy of the model is split over."""
+    """Pair, unless is_mla. Number of GPUs per copy of the model."""
     is_mla: _builtins.bool
     """Whether the model uses multi-head latent attention."""
     @_builtins.property

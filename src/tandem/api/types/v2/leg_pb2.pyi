@@ -41,11 +41,11 @@ class LegStart(_message.Message):
     """W3C trace state. Empty: none."""
     @_builtins.property
     def request(self) -> _leg_pb2.LegRequest:
-        """What the leg is to do."""
+        """The request."""
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """What is left of the client's deadline; the worker aborts the leg when it has passed. Absent: no deadline."""
+        """Time left until the client's deadline; the worker aborts the leg after it. Absent: no deadline."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ Global___LegStart: _TypeAlias = LegStart  # noqa: Y015
 
 @_typing.final
 class LegStartResult(_message.Message):
-    """What became of a leg that was to start."""
+    """Result of starting a leg."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -74,12 +74,12 @@ class LegStartResult(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> _leg_pb2.LegAccepted:
-        """The worker has taken the leg. From here on it ends with exactly one LegEnd, unless the stream ends first."""
+        """The worker accepted the leg. It ends with exactly one LegEnd, unless the stream ends first."""
 
     @_builtins.property
     def refused(self) -> _status_pb2.Status:
-        """The worker has refused the leg; nothing of it will come on the stream. Details hold google.rpc.ErrorInfo with one
-        of STALE_EPOCH, WRONG_ROLE, MODEL_NOT_FOUND, INVALID_REQUEST, NOT_SUPPORTED, DRAINING, OVERLOADED, ENGINE_FAILED.
+        """The worker rejected the leg; it will not appear on the stream. Details contain google.rpc.ErrorInfo with one of
+        STALE_EPOCH, WRONG_ROLE, MODEL_NOT_FOUND, INVALID_REQUEST, NOT_SUPPORTED, DRAINING, OVERLOADED, ENGINE_FAILED.
         """
 
     def __init__(
@@ -110,7 +110,7 @@ class LegLogprobs(_message.Message):
     """The leg's number."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
-        """One for each of the leg's tokens in the same message, in order."""
+        """One per token of the leg in the same message, in order."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ Global___LegLogprobs: _TypeAlias = LegLogprobs  # noqa: Y015
 
 @_typing.final
 class LegEnd(_message.Message):
-    """The end of a leg; the last word on it."""
+    """The end of a leg; sent once, last."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -139,11 +139,11 @@ class LegEnd(_message.Message):
     """The leg's number."""
     @_builtins.property
     def finish(self) -> _leg_pb2.LegFinish:
-        """The engine ended it, or it was aborted (reason ABORTED)."""
+        """The engine finished it, or it was aborted (reason ABORTED)."""
 
     @_builtins.property
     def failure(self) -> _status_pb2.Status:
-        """It failed. Details hold google.rpc.ErrorInfo: LEG_FAILED, ENGINE_FAILED, INVALID_REQUEST or DEADLINE_EXCEEDED."""
+        """It failed. Details contain google.rpc.ErrorInfo: LEG_FAILED, ENGINE_FAILED, INVALID_REQUEST or DEADLINE_EXCEEDED."""
 
     def __init__(
         self,

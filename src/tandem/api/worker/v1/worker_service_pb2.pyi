@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetCapabilitiesRequest(_message.Message):
-    """Asks who the worker is."""
+    """Requests the identity and capabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -39,7 +39,7 @@ Global___GetCapabilitiesRequest: _TypeAlias = GetCapabilitiesRequest  # noqa: Y0
 
 @_typing.final
 class GetCapabilitiesResponse(_message.Message):
-    """Who the worker is."""
+    """Identity and capabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -63,7 +63,7 @@ Global___GetCapabilitiesResponse: _TypeAlias = GetCapabilitiesResponse  # noqa: 
 
 @_typing.final
 class WatchLoadRequest(_message.Message):
-    """Asks for the load."""
+    """Requests load reports."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -87,7 +87,7 @@ Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
 
 @_typing.final
 class WatchLoadResponse(_message.Message):
-    """The load at one moment. An absent figure is not known, never zero."""
+    """The load at one moment. An absent field is unknown, never zero."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,33 +111,33 @@ class WatchLoadResponse(_message.Message):
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     epoch: _builtins.int
-    """Start of the worker it belongs to."""
+    """Epoch of the worker."""
     running_requests: _builtins.int
-    """Requests the engine runs now."""
+    """Requests running in the engine."""
     waiting_requests: _builtins.int
     """Requests in the engine's queue."""
     waiting_tokens: _builtins.int
     """Prompt tokens in the engine's queue."""
     kv_used_tokens: _builtins.int
-    """Tokens whose KV is held by requests."""
+    """KV tokens held by requests."""
     kv_capacity_tokens: _builtins.int
-    """Tokens whose KV fits."""
+    """KV capacity in tokens."""
     transferring_requests: _builtins.int
-    """Prefill: requests whose KV is still to be pulled. Decode: requests that wait for KV."""
+    """Prefill: requests whose KV has not been pulled completely. Decode: requests waiting for KV."""
     open_legs: _builtins.int
-    """Legs this worker's service holds open now."""
+    """Open legs on this worker."""
     kv_transferring_tokens: _builtins.int
-    """The part of kv_used_tokens that is held for a hand-over alone."""
+    """The part of kv_used_tokens that is held only for the KV transfer."""
     kv_cached_tokens: _builtins.int
-    """Tokens whose KV the prefix cache keeps for nobody: their memory can be had at once."""
+    """KV tokens of the prefix cache that no request uses; evictable."""
     kv_free_tokens: _builtins.int
-    """Tokens that fit in memory that holds nothing. Used, cached and free ones together are the capacity."""
+    """Unused KV tokens. Used, cached and free add up to the capacity."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompts of legs that have ended, since the start of the worker."""
+    """Prompt tokens of ended legs, since the start of the worker."""
     completion_tokens: _builtins.int
-    """Tokens that legs have told, since the start of the worker."""
+    """Tokens emitted by legs, since the start of the worker."""
     kv_transfer_bytes: _builtins.int
-    """Bytes of KV that legs that have ended received (decode) or sent (prefill), since the start of the worker."""
+    """KV bytes received (decode) or sent (prefill) by ended legs, since the start of the worker."""
     failed_legs: _builtins.int
     """Legs that ended with an error, since the start of the worker."""
     @_builtins.property
@@ -226,7 +226,7 @@ Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015
 
 @_typing.final
 class WatchKvEventsRequest(_message.Message):
-    """Asks for cache events."""
+    """Requests cache events."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -259,18 +259,18 @@ class WatchKvEventsResponse(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     CLEARED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Contiguous from 1 for each start of the worker; a gap means lost events."""
+    """Contiguous from 1 per start of the worker; a gap means lost events."""
     @_builtins.property
     def stored(self) -> Global___KvBlocksStored:
-        """Blocks came."""
+        """Blocks were stored."""
 
     @_builtins.property
     def removed(self) -> Global___KvBlocksRemoved:
-        """Blocks went."""
+        """Blocks were removed."""
 
     @_builtins.property
     def cleared(self) -> Global___KvCacheCleared:
-        """All blocks went."""
+        """All blocks were removed."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ Global___WatchKvEventsResponse: _TypeAlias = WatchKvEventsResponse  # noqa: Y015
 
 @_typing.final
 class KvBlocksStored(_message.Message):
-    """Blocks of KV that can be reused from now on."""
+    """Blocks of KV that can now be reused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,7 +332,7 @@ Global___KvBlocksStored: _TypeAlias = KvBlocksStored  # noqa: Y015
 
 @_typing.final
 class KvBlocksRemoved(_message.Message):
-    """Blocks of KV that are gone."""
+    """Blocks of KV that were removed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,7 +356,7 @@ Global___KvBlocksRemoved: _TypeAlias = KvBlocksRemoved  # noqa: Y015
 
 @_typing.final
 class KvCacheCleared(_message.Message):
-    """The whole cache is gone."""
+    """The whole cache was cleared."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -373,7 +373,7 @@ Global___KvCacheCleared: _TypeAlias = KvCacheCleared  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):
-    """Ends a request."""
+    """Aborts a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -381,9 +381,9 @@ class AbortRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     worker_epoch: _builtins.int
-    """Start of the worker the caller means."""
+    """Epoch of the worker."""
     request_id: _builtins.str
-    """The client's request."""
+    """Id of the client's request."""
     attempt: _builtins.int
     """Number of the attempt; absent: all attempts of the request."""
     def __init__(
@@ -405,13 +405,13 @@ Global___AbortRequest: _TypeAlias = AbortRequest  # noqa: Y015
 
 @_typing.final
 class AbortResponse(_message.Message):
-    """What an abort met."""
+    """Result of an abort."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ABORTED_LEGS_FIELD_NUMBER: _builtins.int
     aborted_legs: _builtins.int
-    """Legs that were ended; 0: the worker held none."""
+    """Legs that were aborted; 0: none were open."""
     def __init__(
         self,
         *,
@@ -433,7 +433,7 @@ class DrainRequest(_message.Message):
 
     WORKER_EPOCH_FIELD_NUMBER: _builtins.int
     worker_epoch: _builtins.int
-    """Start of the worker the caller means."""
+    """Epoch of the worker."""
     def __init__(
         self,
         *,
@@ -471,13 +471,13 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class FlushCacheRequest(_message.Message):
-    """Forgets the prefix cache."""
+    """Clears the prefix cache."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_EPOCH_FIELD_NUMBER: _builtins.int
     worker_epoch: _builtins.int
-    """Start of the worker the caller means."""
+    """Epoch of the worker."""
     def __init__(
         self,
         *,
@@ -493,13 +493,13 @@ Global___FlushCacheRequest: _TypeAlias = FlushCacheRequest  # noqa: Y015
 
 @_typing.final
 class FlushCacheResponse(_message.Message):
-    """What a flush met."""
+    """Result of a flush."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FLUSHED_FIELD_NUMBER: _builtins.int
     flushed: _builtins.bool
-    """Whether it was done; an engine with running requests may refuse."""
+    """Whether the cache was cleared; an engine with running requests may refuse."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub:
-    """What every worker answers, whatever its role.
+    """Calls that every worker serves, in any role.
     """
 
     def __init__(self, channel):
@@ -68,46 +68,46 @@ class WorkerServiceStub:
 
 
 class WorkerServiceServicer:
-    """What every worker answers, whatever its role.
+    """Calls that every worker serves, in any role.
     """
 
     def GetCapabilities(self, request, context):
-        """Who the worker is and what its engine can do.
+        """Identity and capabilities of the worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """How busy it is: the first message at once, then one each interval, until the caller leaves.
+        """Load reports: the first message at once, then one per interval, until the call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchKvEvents(self, request, context):
-        """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED where the engine publishes none.
+        """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request in the engine. Ending the leg's own call does the same.
+        """Aborts a request in the engine, as cancelling the leg's call does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Finishes what it has, takes nothing new, then ends the process. The stream tells the progress.
+        """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FlushCache(self, request, context):
-        """Forgets the prefix cache.
+        """Clears the prefix cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +155,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService:
-    """What every worker answers, whatever its role.
+    """Calls that every worker serves, in any role.
     """
 
     @staticmethod

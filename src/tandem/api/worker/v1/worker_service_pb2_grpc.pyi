@@ -27,45 +27,45 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WorkerServiceStub:
-    """What every worker answers, whatever its role."""
+    """Calls that every worker serves, in any role."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetCapabilitiesRequest, _worker_service_pb2.GetCapabilitiesResponse]
-    """Who the worker is and what its engine can do."""
+    """Identity and capabilities of the worker."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.WatchLoadRequest, _worker_service_pb2.WatchLoadResponse]
-    """How busy it is: the first message at once, then one each interval, until the caller leaves."""
+    """Load reports: the first message at once, then one per interval, until the call is cancelled."""
     WatchKvEvents: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.WatchKvEventsRequest, _worker_service_pb2.WatchKvEventsResponse]
-    """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED where the engine publishes none."""
+    """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none."""
     Abort: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.AbortRequest, _worker_service_pb2.AbortResponse]
-    """Ends a request in the engine. Ending the leg's own call does the same."""
+    """Aborts a request in the engine, as cancelling the leg's call does."""
     Drain: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.DrainRequest, _worker_service_pb2.DrainResponse]
-    """Finishes what it has, takes nothing new, then ends the process. The stream tells the progress."""
+    """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress."""
     FlushCache: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]
-    """Forgets the prefix cache."""
+    """Clears the prefix cache."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
-    """What every worker answers, whatever its role."""
+    """Calls that every worker serves, in any role."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetCapabilitiesRequest, _worker_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
-    """Who the worker is and what its engine can do."""
+    """Identity and capabilities of the worker."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_worker_service_pb2.WatchLoadRequest, _worker_service_pb2.WatchLoadResponse]  # type: ignore[assignment]
-    """How busy it is: the first message at once, then one each interval, until the caller leaves."""
+    """Load reports: the first message at once, then one per interval, until the call is cancelled."""
     WatchKvEvents: _aio.UnaryStreamMultiCallable[_worker_service_pb2.WatchKvEventsRequest, _worker_service_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
-    """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED where the engine publishes none."""
+    """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none."""
     Abort: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.AbortRequest, _worker_service_pb2.AbortResponse]  # type: ignore[assignment]
-    """Ends a request in the engine. Ending the leg's own call does the same."""
+    """Aborts a request in the engine, as cancelling the leg's call does."""
     Drain: _aio.UnaryStreamMultiCallable[_worker_service_pb2.DrainRequest, _worker_service_pb2.DrainResponse]  # type: ignore[assignment]
-    """Finishes what it has, takes nothing new, then ends the process. The stream tells the progress."""
+    """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress."""
     FlushCache: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]  # type: ignore[assignment]
-    """Forgets the prefix cache."""
+    """Clears the prefix cache."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What every worker answers, whatever its role."""
+    """Calls that every worker serves, in any role."""
 
     @_abc_1.abstractmethod
     def GetCapabilities(
@@ -73,7 +73,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.GetCapabilitiesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.GetCapabilitiesResponse, _abc.Awaitable[_worker_service_pb2.GetCapabilitiesResponse]]:
-        """Who the worker is and what its engine can do."""
+        """Identity and capabilities of the worker."""
 
     @_abc_1.abstractmethod
     def WatchLoad(
@@ -81,7 +81,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.WatchLoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.WatchLoadResponse], _abc.AsyncIterator[_worker_service_pb2.WatchLoadResponse]]:
-        """How busy it is: the first message at once, then one each interval, until the caller leaves."""
+        """Load reports: the first message at once, then one per interval, until the call is cancelled."""
 
     @_abc_1.abstractmethod
     def WatchKvEvents(
@@ -89,7 +89,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.WatchKvEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.WatchKvEventsResponse], _abc.AsyncIterator[_worker_service_pb2.WatchKvEventsResponse]]:
-        """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED where the engine publishes none."""
+        """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none."""
 
     @_abc_1.abstractmethod
     def Abort(
@@ -97,7 +97,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.AbortResponse, _abc.Awaitable[_worker_service_pb2.AbortResponse]]:
-        """Ends a request in the engine. Ending the leg's own call does the same."""
+        """Aborts a request in the engine, as cancelling the leg's call does."""
 
     @_abc_1.abstractmethod
     def Drain(
@@ -105,7 +105,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.DrainResponse], _abc.AsyncIterator[_worker_service_pb2.DrainResponse]]:
-        """Finishes what it has, takes nothing new, then ends the process. The stream tells the progress."""
+        """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress."""
 
     @_abc_1.abstractmethod
     def FlushCache(
@@ -113,6 +113,6 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.FlushCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.FlushCacheResponse, _abc.Awaitable[_worker_service_pb2.FlushCacheResponse]]:
-        """Forgets the prefix cache."""
+        """Clears the prefix cache."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

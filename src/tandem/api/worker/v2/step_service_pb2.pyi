@@ -29,11 +29,11 @@ class StreamStepsRequest(_message.Message):
     WORKER_EPOCH_FIELD_NUMBER: _builtins.int
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     leg_contract: _builtins.int
-    """Version of the leg contract that the caller speaks: 2."""
+    """Version of the caller's leg contract: 2."""
     worker_epoch: _builtins.int
-    """Start of the worker the caller means."""
+    """Epoch of the worker."""
     frontend_id: _builtins.str
-    """Who reads the stream, for the worker's log; at most 128 characters."""
+    """Id of the reading frontend, for the worker's log; at most 128 characters."""
     def __init__(
         self,
         *,
@@ -51,8 +51,8 @@ Global___StreamStepsRequest: _TypeAlias = StreamStepsRequest  # noqa: Y015
 
 @_typing.final
 class StreamStepsResponse(_message.Message):
-    """What happened to the stream's legs since the message before: as a rule one step of the engine. A reader that is slow
-    gets several steps in one message. Of each leg the tokens come before its end, each exactly once and in order.
+    """What happened to the stream's legs since the previous message, usually one step of the engine. A slow reader gets
+    several steps in one message. The tokens of a leg precede its end, each exactly once and in order.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -66,18 +66,18 @@ class StreamStepsResponse(_message.Message):
     ENDS_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.int
-    """In the first message, which holds nothing else: the number of the stream. 0 in all others."""
+    """The number of the stream, in the first message, which contains nothing else. 0 in all others."""
     @_builtins.property
     def legs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Legs with tokens in this message, by their numbers; one may stand here more than once."""
+        """Numbers of the legs with tokens in this message; a leg may be listed more than once."""
 
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each of `legs`: place of its first token of this message in the leg's output, from 0."""
+        """For each of `legs`: position of its first token of this message in the leg's output, from 0."""
 
     @_builtins.property
     def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each of `legs`: how many tokens it has here. Empty: one each."""
+        """For each of `legs`: number of its tokens. Empty: one each."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -85,7 +85,7 @@ class StreamStepsResponse(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_leg_pb2.LegLogprobs]:
-        """Log probabilities of those legs that asked for them."""
+        """Log probabilities of the legs that requested them."""
 
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[_leg_pb2.LegEnd]:
@@ -93,7 +93,7 @@ class StreamStepsResponse(_message.Message):
 
     @_builtins.property
     def alive(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Legs that are open and have nothing to say: the worker names every open leg at least once within 0.4 s."""
+        """Keepalive: open legs without tokens. The worker names every open leg at least once within 0.4 s."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class AbortLegsRequest(_message.Message):
     """The stream."""
     @_builtins.property
     def legs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The legs, by their numbers."""
+        """Numbers of the legs."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ Global___AbortLegsRequest: _TypeAlias = AbortLegsRequest  # noqa: Y015
 
 @_typing.final
 class AbortLegsResponse(_message.Message):
-    """What the abort met."""
+    """Result of the abort."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class StepServiceStub:
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     def __init__(self, channel):
@@ -49,20 +49,20 @@ class StepServiceStub:
 
 
 class StepServiceServicer:
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     def StreamSteps(self, request, context):
-        """Opens the stream and keeps it open. The end of the call, from whichever side, aborts every leg that runs on it.
-        Refused with STALE_EPOCH, DRAINING, and NOT_SUPPORTED where the caller speaks another leg contract.
+        """Opens the stream. When the call ends, from either side, all legs running on it are aborted.
+        Errors: STALE_EPOCH, DRAINING, and NOT_SUPPORTED if the caller uses another leg contract.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbortLegs(self, request, context):
-        """Aborts legs of a stream. Each of them still ends with one LegEnd; legs that have ended are passed over.
+        """Aborts legs of a stream. Each of them still ends with one LegEnd; ended legs are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,8 +90,8 @@ def add_StepServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StepService:
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     @staticmethod

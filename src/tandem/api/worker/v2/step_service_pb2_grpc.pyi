@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StepServiceStub:
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     @_typing.overload
@@ -36,29 +36,29 @@ class StepServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StepServiceAsyncStub: ...
     StreamSteps: _grpc.UnaryStreamMultiCallable[_step_service_pb2.StreamStepsRequest, _step_service_pb2.StreamStepsResponse]
-    """Opens the stream and keeps it open. The end of the call, from whichever side, aborts every leg that runs on it.
-    Refused with STALE_EPOCH, DRAINING, and NOT_SUPPORTED where the caller speaks another leg contract.
+    """Opens the stream. When the call ends, from either side, all legs running on it are aborted.
+    Errors: STALE_EPOCH, DRAINING, and NOT_SUPPORTED if the caller uses another leg contract.
     """
     AbortLegs: _grpc.UnaryUnaryMultiCallable[_step_service_pb2.AbortLegsRequest, _step_service_pb2.AbortLegsResponse]
-    """Aborts legs of a stream. Each of them still ends with one LegEnd; legs that have ended are passed over."""
+    """Aborts legs of a stream. Each of them still ends with one LegEnd; ended legs are ignored."""
 
 @_typing.type_check_only
 class StepServiceAsyncStub(StepServiceStub):
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StreamSteps: _aio.UnaryStreamMultiCallable[_step_service_pb2.StreamStepsRequest, _step_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
-    """Opens the stream and keeps it open. The end of the call, from whichever side, aborts every leg that runs on it.
-    Refused with STALE_EPOCH, DRAINING, and NOT_SUPPORTED where the caller speaks another leg contract.
+    """Opens the stream. When the call ends, from either side, all legs running on it are aborted.
+    Errors: STALE_EPOCH, DRAINING, and NOT_SUPPORTED if the caller uses another leg contract.
     """
     AbortLegs: _aio.UnaryUnaryMultiCallable[_step_service_pb2.AbortLegsRequest, _step_service_pb2.AbortLegsResponse]  # type: ignore[assignment]
-    """Aborts legs of a stream. Each of them still ends with one LegEnd; legs that have ended are passed over."""
+    """Aborts legs of a stream. Each of them still ends with one LegEnd; ended legs are ignored."""
 
 class StepServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The way of tokens from a worker to a frontend, leg contract 2: one stream for each pair of processes, one message for
-    each step of the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
+    """Sends tokens from a worker to a frontend, leg contract 2: one stream per pair of processes, one message per step of
+    the engine. Legs are started by StartLegs of PrefillService or DecodeService and end on the stream.
     """
 
     @_abc_1.abstractmethod
@@ -67,8 +67,8 @@ class StepServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _step_service_pb2.StreamStepsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_step_service_pb2.StreamStepsResponse], _abc.AsyncIterator[_step_service_pb2.StreamStepsResponse]]:
-        """Opens the stream and keeps it open. The end of the call, from whichever side, aborts every leg that runs on it.
-        Refused with STALE_EPOCH, DRAINING, and NOT_SUPPORTED where the caller speaks another leg contract.
+        """Opens the stream. When the call ends, from either side, all legs running on it are aborted.
+        Errors: STALE_EPOCH, DRAINING, and NOT_SUPPORTED if the caller uses another leg contract.
         """
 
     @_abc_1.abstractmethod
@@ -77,6 +77,6 @@ class StepServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _step_service_pb2.AbortLegsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_step_service_pb2.AbortLegsResponse, _abc.Awaitable[_step_service_pb2.AbortLegsResponse]]:
-        """Aborts legs of a stream. Each of them still ends with one LegEnd; legs that have ended are passed over."""
+        """Aborts legs of a stream. Each of them still ends with one LegEnd; ended legs are ignored."""
 
 def add_StepServiceServicer_to_server(servicer: StepServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
