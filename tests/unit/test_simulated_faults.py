@@ -128,21 +128,21 @@ async def test_memory_without_an_end_comes_back_with_other_rules(engine: Simulat
     await assert_eventually(engine.load, at_rest)
 
 
-async def test_a_crash_fails_everybody_and_is_told_in_one_sentence(model_path: Path) -> None:
+async def test_a_crash_fails_every_request_and_is_reported_in_one_sentence(model_path: Path) -> None:
     async with running(model_path, PREFILL) as prefill, running(model_path, DECODE, decode_step_s=0.01) as decode:
-        told = asyncio.create_task(decode.wait_failed())
+        failure = asyncio.create_task(decode.wait_failed())
         where = room(prefill)
         pair = [asyncio.create_task(collect(e, request(max_tokens=100, bootstrap=where))) for e in (prefill, decode)]
         waits = asyncio.create_task(collect(decode, request(bootstrap=room(prefill))))
         await assert_eventually(decode.load, lambda load: load.running_requests and load.transferring_requests)
         decode.faults.replace(rule("decode_step", "crash"))
-        assert "crashed at decode_step" in await asyncio.wait_for(told, 2)
+        assert "crashes at decode_step" in await asyncio.wait_for(failure, 2)
         for leg in (pair[1], waits):
-            with pytest.raises(EngineFailed, match="crashed at decode_step"):
+            with pytest.raises(EngineFailed, match="crashes at decode_step"):
                 await leg
-        with pytest.raises(EngineFailed, match="crashed"):
+        with pytest.raises(EngineFailed, match="crashes"):
             await decode.load()
-        with pytest.raises(EngineFailed, match="crashed"):
+        with pytest.raises(EngineFailed, match="crashes"):
             await collect(decode, request(bootstrap=where))
         await assert_eventually(prefill.load, at_rest)
 
@@ -248,5 +248,5 @@ asyncio.run(main())
 
 
 def test_a_kill_is_one(model_path: Path) -> None:
-    arguments = [sys.executable, "-c", PROGRAM, os.path.dirname(__file__), str(model_path)]
+    arguments = [sys.executable, "-c", PROGRAM, os.path.join(os.path.dirname(__file__), "support"), str(model_path)]
     assert subprocess.run(arguments, timeout=30).returncode == -signal.SIGKILL

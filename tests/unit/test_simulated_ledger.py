@@ -85,7 +85,7 @@ class LedgerMachine(RuleBasedStateMachine):
         alive = [leg for leg in self.legs if not leg.over]
         if alive:
             leg = alive[place % len(alive)]
-            leg.tell_end(leg.finish(FinishReason.ABORTED))
+            leg.report_end(leg.finish(FinishReason.ABORTED))
             self.scheduler.leave(leg)
 
     @rule(place=st.integers(0, 30))
@@ -141,10 +141,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def _tell(self, ended: Ended) -> None:
         for leg in ended.naturally:
             if not leg.over:
-                leg.tell_end(leg.ended())
+                leg.report_end(leg.ended())
         for leg in ended.out_of_memory:
             if not leg.over:
-                leg.tell_end(MemoryError())
+                leg.report_end(MemoryError())
 
     def _leaving(self) -> set[Leg]:
         return set(self.scheduler._leaving)

@@ -40,7 +40,7 @@ class Bench:
             self.scheduler.commit(step, ended)
         for leg in ended.naturally:
             if not leg.over:
-                leg.tell_end(leg.ended())
+                leg.report_end(leg.ended())
         self.out_of_memory += ended.out_of_memory
         self.pool.check()
         return step
@@ -259,7 +259,7 @@ def test_whoever_is_over_leaves_the_batch_after_one_more_pass_and_says_nothing()
     output = leg.output
     assert isinstance(output, Collected)
     said = len(output.token_ids)
-    leg.tell_end(EngineFailed("no memory"))
+    leg.report_end(EngineFailed("no memory"))
     bench.scheduler.leave(leg)
     bench.scheduler.reap(bench.scheduler.take_leaving()[0])
     assert bench.pool.account().lent == 1

@@ -145,7 +145,7 @@ def test_nobody_listens_in_memory(model_path: Path) -> None:
             await prefill.stop()
         return ""
 
-    assert "no prefill engine at" in run_virtually(lonely())
+    assert "cannot connect to the prefill engine at" in run_virtually(lonely())
 
 
 async def handed_over(model_path: Path, prompts: list[int], **options: Any) -> list[tuple[float, float, float]]:
