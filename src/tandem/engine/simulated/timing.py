@@ -55,7 +55,6 @@ class Ended:
 
 if TYPE_CHECKING:
     from tandem.engine.simulated.options import Options
-    from tandem.engine.simulated.timing import Step
 
 
 class Clock(Protocol):
