@@ -299,8 +299,8 @@ class SglangEngine:
     async def flush_cache(self) -> bool:
         """See the port."""
         self._check_alive()
-        answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
-        return bool(answer.success)
+        response = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
+        return bool(response.success)
 
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
         """See the port."""
@@ -324,15 +324,15 @@ class SglangEngine:
 
     async def _unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, through a stall if there is one; raise EngineFailed if the engine fails first."""
-        answer = asyncio.create_task(work)
+        call = asyncio.create_task(work)
         over = asyncio.create_task(self._over.wait())
         try:
-            either: set[asyncio.Future[Any]] = {answer, over}
+            either: set[asyncio.Future[Any]] = {call, over}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             self._check_lives()
-            return await answer
+            return await call
         finally:
-            answer.cancel()
+            call.cancel()
             over.cancel()
 
     def _check_alive(self) -> None:

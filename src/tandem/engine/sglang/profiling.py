@@ -21,7 +21,7 @@ async def start(manager: Any, directory: Path, device: str, *, steps_max: int, w
     """
     from sglang.srt.managers.io_struct import ProfileReq
 
-    asked = ProfileReq(
+    request = ProfileReq(
         output_dir=str(directory),
         num_steps=steps_max,
         activities=["CPU", "GPU"] if device == "cuda" else ["CPU"],
@@ -29,7 +29,7 @@ async def start(manager: Any, directory: Path, device: str, *, steps_max: int, w
         record_shapes=False,
     )
     try:
-        await manager.start_profile(asked)
+        await manager.start_profile(request)
     except RuntimeError as problem:
         raise ProfileFailed(f"SGLang refused to start the profile: {problem}") from None
 
