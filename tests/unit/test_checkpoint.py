@@ -1,4 +1,4 @@
-"""Model directories: what is missing or damaged is said in one sentence, and other weights have another digest."""
+"""Model directories: each missing or damaged file gives one sentence, and other weights give another digest."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_truncated_weights(model: Path, cut_bytes: int) -> None:
     assert "truncated" in refused(model)
 
 
-def test_longer_weights_than_the_header_says(model: Path) -> None:
+def test_weights_longer_than_their_header_requires(model: Path) -> None:
     with (model / "model.safetensors").open("ab") as stream:
         stream.write(b"x")
     assert "damaged" in refused(model)
@@ -106,7 +106,7 @@ def test_one_of_two_files_damaged_is_named(model: Path) -> None:
     assert "model-2.safetensors" in refused(model)
 
 
-def test_digests_tell_models_apart(model: Path) -> None:
+def test_digests_differ_between_models(model: Path) -> None:
     first = read_checkpoint(model)
     assert read_checkpoint(model) == first
     write_fake_weights(model / "model.safetensors", (1.0, 2.0, 3.0, 4.5))

@@ -1,4 +1,4 @@
-"""SGLang's parsers behind our cutting: every format under every cutting, and nothing lost of what is malformed."""
+"""SGLang's parsers behind `Pieces`: every format under every split of the text; malformed text is not lost."""
 
 from __future__ import annotations
 

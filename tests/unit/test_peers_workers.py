@@ -1,4 +1,4 @@
-"""The fake workers of the peers' benchmark keep their contracts, as gRPC's and HTTP's own clients see them."""
+"""The fake workers of the peers benchmark follow their protocols, checked with gRPC and HTTP clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine's processes find in their environment, and what is said where the machine lacks something."""
+"""Environment variables of an engine's processes, and errors for what the machine lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults at named points of the simulated engine: each fires where and when its rule says, and proves it."""
+"""Injected faults of the simulated engine: each fires where and when its rule says, and is recorded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_delay_delays(engine: SimulatedEngine) -> None:
     assert fired(engine) == [("decode_step", "delay", 3)]
 
 
-async def test_what_hangs_in_the_engine_stops_everybody_until_the_rules_change(engine: SimulatedEngine) -> None:
+async def test_a_hang_in_the_engine_blocks_every_request_until_the_rules_change(engine: SimulatedEngine) -> None:
     engine.faults.replace(rule("decode_step", "hang", nth=2))
     legs = [asyncio.create_task(collect(engine, request(tuple(range(20 + i, 60 + i))))) for i in range(2)]
     await assert_eventually(lambda: engine.faults.fired)

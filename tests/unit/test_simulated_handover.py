@@ -1,4 +1,4 @@
-"""The hand-over between two simulated engines: crossed, cut, late, sabotaged, broken on request, and its timing."""
+"""KV transfer between two simulated engines: mixed up, disconnected, late, faked, failed, and its timing."""
 
 from __future__ import annotations
 

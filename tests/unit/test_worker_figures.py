@@ -1,4 +1,4 @@
-"""Readings of a worker's metrics: those of its engine, and those that are left when the engine is gone."""
+"""Readings of a worker's metrics: the engine's, and those that remain when the engine has failed."""
 
 from __future__ import annotations
 
