@@ -48,7 +48,7 @@ async def test_ends_once_and_counts_what_it_emitted(engine: EngineProcess) -> No
 async def test_streams_while_it_generates(engine: EngineProcess) -> None:
     result = await engine.generate(request_of(prompt(engine), 24)).all()
     assert len([b for b in result.batches if b.token_ids]) >= 6
-    assert all(not b.logprobs for b in result.batches), "nobody asked for log probabilities"
+    assert all(not b.logprobs for b in result.batches), "log probabilities without a request for them"
 
 
 async def test_greedy_repeats_itself(engine: EngineProcess) -> None:

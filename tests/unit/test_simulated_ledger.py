@@ -131,7 +131,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.hand_over(place)
             if self.step is None and all(leg.phase is Phase.GONE for leg in self.legs):
                 break
-        assert all(leg.phase is Phase.GONE and leg.over for leg in self.legs), "somebody starves"
+        assert all(leg.phase is Phase.GONE and leg.over for leg in self.legs), "a leg was never reaped"
         self.scheduler.rest()
         account = self.pool.account()
         assert account.free + account.cached == CAPACITY_PAGES

@@ -16,7 +16,7 @@ from tests.unit.support.simulated_engines import AGGREGATED, running
 
 
 class Place:
-    """No lease, which nobody asks for here."""
+    """No lease: these tests do not need one."""
 
     ttl_s: float | None = None
     lease_time = None
