@@ -1,1 +1,1 @@
-"""Measurements. Each prints its figures; README.md keeps them beside the command."""
+"""Benchmarks. Each prints its results; README.md records them with the command."""

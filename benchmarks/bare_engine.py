@@ -1,13 +1,13 @@
-"""One bare sglang.Engine in its own process, driven over stdin and stdout: what Tandem is compared with.
+"""One bare sglang.Engine in its own process, driven over stdin and stdout: the baseline for Tandem.
 
-No Tandem service is involved: token ids go into `Engine.async_generate`, times are taken beside it. Tandem's plugin is
-switched on, because SGLang does not run on a plain CPU without it. Arguments: role, model, and more of EngineSettings
-as JSON.
+No Tandem service is involved: token ids go into `Engine.async_generate`, and times are taken around it. Tandem's plugin
+is enabled, because SGLang does not run on a plain CPU without it. Arguments: role, model, and further EngineSettings as
+JSON.
 
-A line in is JSON: a request with rid, token_ids, max_tokens and, for half of a pair, the meeting place; or a list of
-requests that all begin at once. A line out is JSON: the times of each token of a request, on the machine's monotonic
-clock; or, when the last of a list has ended, those of each in its order, and the processor seconds (user and system)
-that this process needed for them. Tokens of one of SGLang's chunks arrive at the same time.
+An input line is JSON: a request with rid, token_ids, max_tokens and, for one side of a pair, the bootstrap address; or
+a list of requests that all start at once. An output line is JSON: the times of each token of a request, on the
+machine's monotonic clock; or, after the last request of a list, the times of each request in order, and the CPU seconds
+(user and system) that this process used. Tokens of one SGLang chunk have the same time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINE_BYTES_MAX = 2**28
 
 
 async def heard(engine: Any, work: dict[str, Any]) -> dict[str, Any]:
-    """One request to its end; a failure is noted, not raised."""
+    """Run one request to its end; a failure is recorded, not raised."""
     begin_s = time.monotonic()
     times_s: list[float] = []
     failure = None

@@ -1,9 +1,9 @@
-"""How few long-lived connections spread over the processes of one port: `python -m benchmarks.connection_spread`.
+"""How a few long-lived connections spread over the processes of one port: `python -m benchmarks.connection_spread`.
 
-Each trial opens connections one after the other and keeps them, as edges and clients of gRPC do, and then counts those
-of each process. "reuseport": each process listens by itself (SO_REUSEPORT), and the kernel draws by a hash of the
-addresses. "queue": the processes accept from one inherited socket, and the one that wakes first has the connection.
-"parent": what `--processes` does. Only "queue" depends on how busy the machine is.
+Each trial opens connections one after another and keeps them, as edges and gRPC clients do, and then counts the
+connections of each process. "reuseport": each process listens itself (SO_REUSEPORT), and the kernel selects one by a
+hash of the addresses. "queue": the processes accept from one inherited socket, and the first to wake gets the
+connection. "parent": what `--processes` does. Only "queue" depends on the machine's load.
 """
 
 from __future__ import annotations

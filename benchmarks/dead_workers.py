@@ -1,10 +1,10 @@
-"""How long a frontend sends legs to a dead or frozen worker while no registry tells of it, and what knowing costs.
+"""How long a frontend sends legs to a dead or frozen worker while the registry is down, and the cost of detection.
 
     python -m benchmarks.dead_workers
 
-Two pairs of simulated engines under a steady load, the registry killed first. For each round a decode worker is killed
-(then frozen) and the last leg that was sent to it is told, in milliseconds after the signal. Then the processor time of
-a frontend that follows 2 and 1,000 workers and does nothing else: all at one process that answers for them.
+Two pairs of simulated engines under a steady load, with the registry killed first. In each round a decode worker is
+killed (then frozen), and the time of the last leg sent to it is reported, in milliseconds after the signal. Then the
+CPU time of an idle frontend that watches 2 and 1,000 workers, all served by one process.
 """
 
 from __future__ import annotations

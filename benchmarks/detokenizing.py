@@ -1,8 +1,8 @@
-"""What a token costs on its way to text: `python -m benchmarks.detokenizing [--tokenizer FILE]`.
+"""Cost of detokenization per token: `python -m benchmarks.detokenizing [--tokenizer FILE]`.
 
-Compares a stream that looks tokens up (`tandem_frontend.response.token_table`), one that decodes a window of tokens
-and the library's own DecodeStream, on one tokenizer.json; then the search for stop strings. Microseconds for each
-token, best of several rounds, because others share the machine.
+Compares a stream that uses a token table (`tandem_frontend.response.token_table`), one that decodes a window of tokens,
+and the library's own DecodeStream, on one tokenizer.json; then measures the search for stop strings. Microseconds per
+token, best of several rounds, because the machine is shared.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long a dead worker is still asked: `python -m benchmarks.discovery_faults`.
+"""How long requests are still sent to a dead worker: `python -m benchmarks.discovery_faults`.
 
-Starts registries over a real Consul agent, two frontends and simulated workers, keeps up a steady load, and kills a
-decode worker again and again: with the registries alive, and with all of them dead. A request whose first attempt was
-not taken was sent to the dead worker. Prints the time from SIGKILL to the last such request of each kill.
+Starts registries on a real Consul agent, two frontends and simulated workers, keeps up a steady load, and kills a
+decode worker repeatedly: with the registries alive, and with all of them dead. A request whose first attempt was not
+accepted was sent to the dead worker. Prints the time from SIGKILL to the last such request for each kill.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VICTIM = "decode-0"
 
 
 async def settled(cluster: FaultCluster, views: Views, seconds: float = 2.0) -> None:
-    """Everything runs again, and for longer than a frontend remembers a refusal."""
+    """Wait until everything runs again, and for longer than a frontend avoids a worker that failed."""
     await cluster.restore(views)
     await asyncio.sleep(seconds)
 
@@ -88,9 +88,11 @@ def report(kills: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--decode", type=int, default=2, help="decode workers, of which one is killed")
+    parser.add_argument("--decode", type=int, default=2, help="number of decode workers; one of them is killed")
     parser.add_argument("--rate-per-s", type=float, default=50)
-    parser.add_argument("--watched-s", type=float, default=6, help="longer than a lease")
+    parser.add_argument(
+        "--watched-s", type=float, default=6, help="seconds observed after each kill; longer than a lease"
+    )
     parser.add_argument("--lease-ttl-s", type=float, default=5)
     print(json.dumps(asyncio.run(measure(parser.parse_args())), indent=2))
 

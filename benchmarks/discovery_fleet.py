@@ -1,8 +1,8 @@
-"""The processes of `benchmarks.discovery_scale` beside the registry: many workers in one process, one frontend in one.
+"""The other processes of `benchmarks.discovery_scale`: many workers in one process, or one frontend in one.
 
-Workers have no engine; their registrations, addresses and answers to health checks are real. Frontends have no
-requests; their watch is real. Both take one command a line on stdin, and answer with one line of JSON. Times are of
-the machine's monotonic clock, which all processes share.
+Workers have no engine; their registrations, addresses and health checks are real. Frontends have no requests; their
+watch is real. Both read one command per line on stdin, and respond with one line of JSON. Times are from the machine's
+monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Workers:
 
 
 class Frontend:
-    """One frontend's watch, and when it saw what."""
+    """One frontend's watch, and the times of the events it received."""
 
     def __init__(self, registry: str) -> None:
         self._registry = registry.split(",")
@@ -164,7 +164,7 @@ def _processor_s() -> float:
 
 
 async def obey(commands: dict[str, Command]) -> None:
-    """Do what stdin says until it ends."""
+    """Run commands from stdin until it ends."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := (await reader.readline()).decode().strip():

@@ -1,9 +1,9 @@
-"""What discovery costs with many workers: `python -m benchmarks.discovery_scale --backend consul`.
+"""Cost of discovery with many workers: `python -m benchmarks.discovery_scale --backend consul`.
 
-Starts one registry process, real registrations of simulated workers (a few processes hold them, each worker has a port
-of its own), and frontends' watches, each in a process of its own. Prints how long a fresh frontend takes to know
-everybody, when a change has reached all frontends, and what the registry spends meanwhile. `--workers` takes several
-numbers, for the slope.
+Starts one registry process, real registrations of workers without engines (in a few processes, each worker with its own
+port), and frontends' watches, each in its own process. Prints how long a new frontend takes to learn of all workers,
+how long a change takes to reach all frontends, and the CPU use of the registry. `--workers` takes several numbers, to
+show the growth.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Child:
             self._process.stdin.write(f"{command} {argument}\n".encode())
             line = await self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process ended at {command!r}")
+            raise RuntimeError(f"the child process exited during command {command!r}")
         return json.loads(line)
 
 

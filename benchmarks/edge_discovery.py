@@ -1,9 +1,9 @@
-"""Two ways for the edge to find frontends, side by side: `python -m benchmarks.edge_discovery`.
+"""Two ways for the edge to discover frontends, side by side: `python -m benchmarks.edge_discovery`.
 
-Starts real frontends, a registry over a Consul agent, and two edges before the same frontends at the same time: one
-follows the registry, the other asks Consul's DNS over TCP. The registry enters each frontend in Consul, for both. Both
-are under the same steady load while frontends join, drain and are killed, and while Consul and the registry are killed
-and come back, Consul without its data. Prints what each edge's clients saw of it.
+Starts real frontends, a registry on a Consul agent, and two edges in front of the same frontends: one watches the
+registry, the other queries Consul's DNS over TCP. The registry registers each frontend in Consul, for both. Both edges
+are under the same steady load while frontends join, drain and are killed, and while Consul (losing its data) and the
+registry are killed and restarted. Prints the failed requests of each edge's clients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What HTTP adds to native gRPC: `python -m benchmarks.http_overhead`.
+"""Overhead of HTTP over native gRPC: `python -m benchmarks.http_overhead`.
 
 Starts one cluster behind a real Envoy, on simulated engines so that the engine costs little, and streams the same chat
-through both doors in turn: `Generate` over gRPC, and OpenAI's chat completions over HTTP. Prints, for each, the time to
-the first token and the processor time that frontend and edge together spend on a streamed message.
+through both APIs in turn: `Generate` over gRPC, and OpenAI's chat completions over HTTP. Prints, for each, the time to
+the first token and the CPU time that frontend and edge together use per streamed message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an idle cluster costs: `python -m benchmarks.idle`.
+"""CPU and memory use of an idle cluster: `python -m benchmarks.idle`.
 
-Starts a cluster with the real engine, answers some requests, lets it rest, and then adds up the processor time of all
-its processes (children included) over a while. Prints it in percent of one core, and the memory of each service.
+Starts a cluster with the real engine, runs some requests, waits until it is idle, and then sums the CPU time of all its
+processes (children included) for a while. Prints it in percent of one core, and the memory of each service.
 """
 
 from __future__ import annotations

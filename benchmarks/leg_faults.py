@@ -1,8 +1,8 @@
-"""How soon a broken leg is noticed, and a stream goes on: `python -m benchmarks.leg_faults`.
+"""How soon a failed leg is detected and its stream continues: `python -m benchmarks.leg_faults`.
 
-Simulated engines, two pairs of workers, real processes and signals. A round breaks one worker under a few requests: a
-decode worker killed or stopped in mid-stream, a prefill worker killed or stopped while requests wait in it, and clients
-that leave in each phase. Times are the clients' and the engines' own, all on one machine's clock.
+Simulated engines, two pairs of workers, real processes and signals. A round injects one fault under a few requests: a
+decode worker killed or stopped in mid-stream, a prefill worker killed or stopped while requests are queued in it, and
+clients that disconnect in each phase. Times are the clients' and the engines' own, all from one machine's clock.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ class Bench:
                 stream.prefill_s = took / 1e9
 
     async def whole(self) -> None:
-        """Everything runs, nothing is held, and nobody is avoided for what he did before."""
+        """Wait until all workers run, hold no pages, and none is avoided for an earlier failure."""
         self.cluster.release()
         await self.cluster.restore(self.views)
         await self.cluster.assert_idle(10.0)
         await asyncio.sleep(1.1)
 
     async def broken_decode(self, number: int, *, stops: bool) -> None:
-        """A decode worker breaks in mid-stream; from the last token before to the first one after."""
+        """Fail a decode worker in mid-stream; measures from the last token before to the first one after."""
         victim = self.cluster.processes[f"decode-{number % 2}"]
         async with self.streams(STREAM_TOKENS) as streams, contextlib.AsyncExitStack() as stack:
             running = lambda: min(len(stream.times_s) for stream in streams)  # noqa: E731
@@ -128,7 +128,7 @@ class Bench:
             else:
                 await kill(victim)
         for stream in held:
-            assert stream.attempt > 1, "void: the fault did not meet it"
+            assert stream.attempt > 1, "void: the fault did not affect this stream"
             pause_s = stream.longest_pause_s(struck_s)
             if stops:
                 self.note("next_token_after_stop", pause_s)

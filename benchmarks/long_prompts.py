@@ -1,11 +1,11 @@
-"""What long prompts do to running streams: `python -m benchmarks.long_prompts`, and the same with `--cluster`.
+"""Effect of long prompts on running streams: `python -m benchmarks.long_prompts`, and the same with `--cluster`.
 
-In one process: a ticker of 10 ms stands for the streams, and beside it prompts of 100,000 tokens arrive one after
-another, are checked, become tokens and two leg requests in bytes. With the frontend's process for long prompts, with a
-thread instead of it, as a chat, and as token ids. With `--cluster`: 16 paced streams of a simulated cluster, while a
-client in a process of its own sends such prompts to the same frontend.
+In one process: a 10 ms ticker stands in for the streams, while prompts of 100,000 tokens arrive one after another, are
+validated, tokenized and serialized as two leg requests. With the frontend's process for long prompts, with a thread
+instead, as a chat, and as token ids. With `--cluster`: 16 paced streams of a simulated cluster, while a client in its
+own process sends such prompts to the same frontend.
 
-Moments alone and moments beside alternate, because others share the machine; the figures are over all moments of a
+Intervals with and without long prompts alternate, because the machine is shared; the results cover all intervals of a
 kind.
 """
 
@@ -235,14 +235,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cluster", action="store_true", help="through a simulated cluster")
     parser.add_argument("--call", choices=("generate", "tokenize"), default="generate",
-                        help="with --cluster; tokenize: without the workers, which share the cores")  # fmt: skip
+                        help="with --cluster; tokenize: does not use the workers, which share the cores")  # fmt: skip
     parser.add_argument("--apart", action="store_true",
-                        help="with --cluster, through another frontend: what workers and cores do to it")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, help="with --cluster; 0: a thread encodes")
+                        help="with --cluster: send prompts to another frontend (effect of shared cores)")  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=1, help="with --cluster: tokenizer processes; 0: tokenize in a thread"
+    )
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--moment-s", type=float, default=2.0, help="of each kind in each round")
-    parser.add_argument("--pause-s", type=float, default=0.05, help="between two prompts, in one process")
+    parser.add_argument("--moment-s", type=float, default=2.0, help="seconds of each kind in each round")
+    parser.add_argument("--pause-s", type=float, default=0.05, help="seconds between two prompts, without --cluster")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--tokenizer", type=Path, default=DEMO, help="a tokenizer.json")
     parser.add_argument("--send-to", help=argparse.SUPPRESS)

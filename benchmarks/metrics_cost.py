@@ -1,9 +1,9 @@
-"""What metrics cost a frontend: `python -m benchmarks.metrics_cost`.
+"""Cost of metrics in a frontend: `python -m benchmarks.metrics_cost`.
 
 Starts three clusters side by side on simulated engines: without metrics, scraped every second, and pushing over OTLP to
-a collector that is not there. Each round asks each of them for the same streams, in turn. Prints the processor time of
-the frontend for a request (means over all rounds: the kernel counts in hundredths of a second), its memory, how long a
-scrape takes, and what telling of one closed record costs by itself.
+an absent collector. Each round runs the same streams on each of them, in turn. Prints the CPU time of the frontend per
+request (means over all rounds: the kernel counts in hundredths of a second), its memory, the duration of a scrape, and
+the CPU time of recording one closed request trace.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What OpenAI's door costs by itself: `python -m benchmarks.openai_door`.
+"""CPU time of the OpenAI API handler alone: `python -m benchmarks.openai_door`.
 
-Streams a chat through the door's servicer in this process, over a generation that costs next to nothing, and prints the
-processor time of one event in microseconds, with and without what the generation itself took.
+Streams a chat through the API's servicer in this process, over a generation that costs next to nothing, and prints the
+CPU time per event in microseconds, with and without the generation's own.
 """
 
 from __future__ import annotations

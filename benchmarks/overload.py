@@ -1,9 +1,9 @@
-"""What overload does to a cluster: `python -m benchmarks.overload`, and `--minutes 10` for its memory.
+"""Goodput of a cluster under overload: `python -m benchmarks.overload`, and `--minutes 10` for its memory.
 
-Finds the peak goodput of two prefill and two decode workers on simulated engines, then offers 1, 2 and 4 times as much
-in the same run, in rounds that begin with the peak's own load: a machine that others use is not the same a minute
-later. The engines are slow, so that the frontend has processor time left; the clients are a process of their
-own. Goodput, refusals and the frontends' memory are told and judged by `overload_figures`.
+Finds the peak goodput of two prefill and two decode workers on simulated engines, then offers 1, 2 and 4 times that
+load in the same run, in rounds that start with the peak load, because a shared machine changes within minutes. The
+engines are slow, so that the frontend has CPU time left; the clients run in their own process. `overload_figures`
+computes goodput, rejections and the frontends' memory, and checks them against the goals.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frontends", type=int, default=1)
     parser.add_argument("--tenants", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=50, help="of each load, ten of warm-up included")
+    parser.add_argument("--seconds", type=float, default=50, help="seconds of each load, ten of warm-up included")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=0, help="a last load of 4x for so long, for the memory")
+    parser.add_argument("--minutes", type=float, default=0, help="duration of a final 4x load, to observe memory")
     parser.add_argument("--seed", type=int, default=0)
     print(json.dumps(asyncio.run(measure(parser.parse_args())), indent=2))
 

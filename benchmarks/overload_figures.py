@@ -1,7 +1,7 @@
-"""The figures of `benchmarks.overload` and its judgement: pure, so that a test can hold both.
+"""Statistics and goals of `benchmarks.overload`: pure, so that both can be tested.
 
-A request is good when it has finished within its own deadline. What a load comes to is counted by the time at which
-requests end, between the end of the warm-up and the end of the arrivals.
+A request is good if it has finished within its deadline. Requests are counted by the time at which they end, between
+the end of the warm-up and the end of the arrivals.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The clients of `benchmarks.overload`, in a process of their own: Poisson arrivals, whether or not others have ended.
+"""The clients of `benchmarks.overload`, in their own process: open-loop Poisson arrivals.
 
-Reads a plan as JSON from standard input and writes what became of each request, one JSON object a line, to the plan's
-file. Beside the load it asks an idle process for its health: what that takes is the machine's doing. Every request has
-a deadline, as real clients' have, and none is tried again: a retry would be another arrival.
+Reads a plan as JSON from standard input and writes the outcome of each request, one JSON object per line, to the plan's
+file. It also sends health checks to an idle process; their latency shows interference on the machine. Every request has
+a deadline, as with real clients, and none is retried: a retry would be another arrival.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What Tandem adds to a pair of engines: `python -m benchmarks.pair_overhead`.
+"""Overhead of Tandem over a bare pair of engines: `python -m benchmarks.pair_overhead`.
 
 Starts a Tandem cluster (registry, prefill, decode, frontend) and a pair of bare sglang.Engine with the same settings,
-and sends the same prompts to both in turn, one at a time. TTFT is what the client sees: from the call to the first
+and sends the same prompts to both in turn, one at a time. TTFT is measured at the client, from the call to the first
 token. Prints medians and their differences.
 """
 
@@ -69,7 +69,7 @@ class BareEngine:
         """The next line it says."""
         line = await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT_S)
         if not line:
-            raise RuntimeError("a bare engine has ended")
+            raise RuntimeError("a bare engine process exited; see its log")
         return json.loads(line)
 
     def send(self, work: dict | list[dict]) -> None:

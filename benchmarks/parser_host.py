@@ -1,4 +1,4 @@
-"""What the parser host costs: its start, its memory, and the way there and back for each chunk.
+"""Cost of the parser host: its start, its memory, and the round trip per chunk.
 
 python benchmarks/parser_host.py
 """
@@ -40,14 +40,14 @@ async def main() -> None:
     begin = time.perf_counter()
     await parsers.start()
     host = psutil.Process(parsers.pid)
-    print(f"start {time.perf_counter() - begin:.1f} s, of that {sum(host.cpu_times()[:2]):.1f} s of CPU")
+    print(f"start {time.perf_counter() - begin:.1f} s, of which {sum(host.cpu_times()[:2]):.1f} s CPU time")
     print(f"memory {host.memory_info().rss / 2**20:.0f} MiB")
     show("a chunk of reasoning", await feed_us(await parsers.open(TOOLS, prompt="<think>\n")))
     show("a chunk of content", await feed_us(await parsers.open(TOOLS)))
     stream = await parsers.open(TOOLS)
     await stream.feed(CALL)
     show("a chunk of arguments, the first 500 of a call", await feed_us(stream, 500))
-    show("a chunk of arguments, behind 30,000 characters", [*await feed_us(stream, 5_500)][-500:])
+    show("a chunk of arguments, after 30,000 characters", [*await feed_us(stream, 5_500)][-500:])
     begin, used = time.perf_counter(), sum(host.cpu_times()[:2])
     streams = [await parsers.open(TOOLS) for _ in range(STREAMS)]
     await asyncio.gather(*(feed_us(stream, 200) for stream in streams))

@@ -1,9 +1,9 @@
-"""What the choice of workers costs a frontend, and what of it grows with the fleet: `python -m benchmarks.routing`
+"""CPU time of worker selection in a frontend, by the number of workers: `python -m benchmarks.routing`
 
-One choice after the other in one process: first attempts, further attempts, and first attempts each after a change of
-one worker's marks. Then what a change of the view costs, what admission asks for each request, and memory.
-`--every-pair` compares all pairs for some choices, as frontends did before there were pools, in the same run. Processor
-time of the thread, so that what else runs on the machine disturbs little.
+One selection after another in one process: first attempts, retries, and first attempts each after a change of one
+worker's marks. Then the cost of a view change, of admission's capacity check per request, and memory. `--every-pair`
+also compares all pairs per selection, as frontends did before there were pools. Measures the thread's CPU time, which
+other load on the machine affects little.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _cell(pair: tuple[float, float]) -> str:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description="Times of a choice of workers, median / 99th percentile, in us.")
-    parser.add_argument("--every-pair", action="store_true", help="also compare every pair for each choice")
+    parser.add_argument("--every-pair", action="store_true", help="also compare every pair for each selection")
     every = parser.parse_args().every_pair
     logging.getLogger("tandem_frontend").setLevel(logging.ERROR)
     print(
@@ -269,12 +269,12 @@ def main() -> None:
                 router = Router(workers_of(size, fleet), is_unwell=fleet.is_unwell)
                 cells = " | ".join(_cell(microseconds(act)) for act in choices(router).values())
                 print(f"| {size} | {fleet.name} | {cells} |")
-    print("\n| workers | one worker of the view changes | room for a request | a load | KiB | every pair |")
+    print("\n| workers | one worker of the view changes | capacity check | load report | KiB | every pair |")
     print("|---|---|---|---|---|---|")
     for size in SIZES:
-        fits, said = capacity(size)
+        fits, report = capacity(size)
         pairs = _cell(microseconds(every_pair(workers_of(size, FLEETS[0])), 40)) if every else "-"
-        cells = " | ".join((_cell(view_change(size)), _cell(fits), _cell(said), f"{memory_kib(size):.0f}", pairs))
+        cells = " | ".join((_cell(view_change(size)), _cell(fits), _cell(report), f"{memory_kib(size):.0f}", pairs))
         print(f"| {size} | {cells} |")
     print(f"\nA loop of additions, which always does the same: {_cell(noise())}")
 

@@ -1,8 +1,8 @@
-"""What a message, a short call and an open stream cost a server: `python -m benchmarks.servers`.
+"""Cost of a message, a short call and an open stream in a gRPC server: `python -m benchmarks.servers`.
 
-Serves the same small stream from a process of its own, in turn on grpc.aio and on h2, each with asyncio and uvloop, and
-asks for it from another process over four connections of grpc.aio. Prints the processor time of the serving process
-for a message (64 streams, a message each 10 ms), for a call of three messages, and its memory for an open stream.
+Serves the same small stream from its own process, in turn on grpc.aio and on h2, each with asyncio and uvloop, to a
+client process with four grpc.aio connections. Prints the CPU time of the server process per message (64 streams, a
+message every 10 ms) and per call of three messages, and its memory per open stream.
 
 "pulled" is an async generator that waits for its next message on a queue, as handlers of grpc.aio must; "pushed" is a
 handler that is called with each message and sends it, which only the server on h2 offers.

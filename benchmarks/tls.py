@@ -1,9 +1,9 @@
-"""What TLS costs: `python -m benchmarks.tls`.
+"""Cost of TLS: `python -m benchmarks.tls`.
 
-Starts two clusters of simulated engines on one machine, one in plaintext and one with certificates, and asks both in
-turn, so that whatever else the machine does hits both. TTFT is what a client sees, one request at a time; throughput
-is that of many streams at once, whose tokens come as fast as the services can pass them on, and beside it stands the
-processor time all services of the cluster spent on one token, which a busy machine disturbs least. Prints medians.
+Starts two clusters of simulated engines on one machine, one in plaintext and one with certificates, and sends requests
+to both in turn, so that other load on the machine affects both. TTFT is measured at the client, one request at a time;
+throughput with many concurrent streams whose tokens come as fast as the services can forward them, together with the
+CPU time of all services per token, which a busy machine affects least. Prints medians.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What telling of requests costs a frontend: `python -m benchmarks.tracing --before ../checkout-before`.
+"""Cost of request traces and spans in a frontend: `python -m benchmarks.tracing --before ../checkout-before`.
 
-Starts clusters of simulated workers side by side: with traces off, with every request traced, and, where the checkout
-of an earlier state is given, of that state in this environment. Requests go to them in turns, so that
-whatever else the machine does hits all alike. What is compared is the processor time of the frontend's process for
-each request, from /proc: the exporting thread and the line in the log are in it. Also prints what the parts cost
-alone: a record's way through its hops, its spans, and one batch of tokens.
+Starts clusters of simulated workers side by side: with traces off, with every request traced, and, if the checkout of
+an earlier state is given, one of that state in this environment. Requests go to them in turn, so that other load on the
+machine affects all alike. Compares the CPU time of the frontend process per request, from /proc, including the
+exporting thread and the log record. Also prints the cost of the parts alone: recording a request trace, its spans, and
+one batch of tokens.
 """
 
 from __future__ import annotations
@@ -221,12 +221,12 @@ def _us(work: Any, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", type=Path, help="checkout of the state to compare with")
+    parser.add_argument("--before", type=Path, help="checkout of an earlier state to compare with")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--requests", type=int, default=20, help="of each round and cluster")
+    parser.add_argument("--requests", type=int, default=20, help="requests per round and cluster")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--parts", action="store_true", help="only what the parts cost alone")
+    parser.add_argument("--parts", action="store_true", help="measure only the parts by themselves")
     arguments = parser.parse_args()
     figures = {"parts_us": parts()}
     if not arguments.parts:

@@ -1,9 +1,9 @@
-"""What a token costs a worker's own process, without a GPU: `python -m benchmarks.worker_tokens --streams 256`.
+"""CPU time per token in a worker's process, without a GPU: `python -m benchmarks.worker_tokens --streams 256`.
 
-The worker is the real one: its service, its legs, SGLang's front half with ours in it. Only the scheduler is played: a
-process that takes the requests and sends, every 12.9 ms (an H200's step at 256 streams), one BatchTokenIDOutput with a
-token for each of them into the worker's socket, as SGLang's scheduler does. Frontends are step streams in this process.
-Processor time is the worker's main process's alone, by its own clock.
+The worker is real: its service, its legs, and SGLang's tokenizer manager as Tandem extends it. Only the scheduler is
+fake: a process that receives the requests and sends, every 12.9 ms (an H200's step at 256 streams), one
+BatchTokenIDOutput with a token for each of them to the worker's socket, as SGLang's scheduler does. Frontends are step
+streams in this process. CPU time is that of the worker's main process only, by its own clock.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ async def _announced(file: Path, process: asyncio.subprocess.Process) -> dict:
     async with asyncio.timeout(180):
         while not (announced := _read(file)):
             if process.returncode is not None:
-                raise SystemExit(f"a process that should serve has ended with status {process.returncode}")
+                raise SystemExit(f"a server process exited with status {process.returncode}")
             await asyncio.sleep(0.1)
     return json.loads(announced)
 
@@ -218,7 +218,7 @@ def _read(file: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", default="64,256,512", help="with commas")
+    parser.add_argument("--streams", default="64,256,512", help="numbers of streams, comma-separated")
     parser.add_argument("--frontends", type=int, default=4)
     parser.add_argument("--serve", metavar="SOCKET", help=argparse.SUPPRESS)
     parser.add_argument("--play", metavar="SOCKET", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Holds the deployment files against other tools' checkers: what `make deploy-lint` does.
+"""Lints the deployment files with third-party checkers; run by `make deploy-lint`.
 
 hadolint reads the Dockerfiles, kubernetes-validate the manifests against Kubernetes' published schemas (strictly, after
 kustomize where there is one), python-hcl2 the syntax of the Nomad job; `docker compose config` and
@@ -26,12 +26,12 @@ def main() -> int:
     install()
     checks = (dockerfiles, kubernetes, nomad, compose)
     failed = [check.__name__ for check in checks if not check()]
-    print(f"failed: {', '.join(failed)}" if failed else "all that could be checked is right")
+    print(f"failed: {', '.join(failed)}" if failed else "all checks that could run here passed")
     return 1 if failed else 0
 
 
 def install() -> None:
-    """The checkers, once for each change of their pins."""
+    """Install the checkers; does nothing if their pins have not changed."""
     if STAMP.is_file() and STAMP.read_text() == PINS.read_text():
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
@@ -71,7 +71,7 @@ def kubernetes() -> bool:
 
 
 def nomad() -> bool:
-    """Its syntax; what a job means is known to `nomad job validate` only."""
+    """Check the syntax only: the meaning of a job can be checked only by `nomad job validate`."""
     return run("Nomad, syntax", own("hcl2tojson"), ROOT / "deploy" / "nomad" / "tandem.nomad.hcl")
 
 

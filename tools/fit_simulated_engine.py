@@ -1,8 +1,9 @@
 """Fit the simulated engine's timing to a real engine: `python tools/fit_simulated_engine.py models/tandem-demo`.
 
 Runs SGLang over a grid of prompt lengths and batch sizes, fits the timing model by least squares of the relative
-errors, prints what is left, checks the fit on requests outside the grid, and writes a profile that
-`--engine-extra '{"profile": ...}'` loads. With --pair, a cluster of two engines also gives the hand-over's bandwidth.
+errors, prints the residuals, checks the fit on requests outside the grid, and writes a profile that
+`--engine-extra '{"profile": ...}'` loads. With --pair, also measures the KV transfer bandwidth of a cluster of two
+engines.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _draw = random.Random(0)
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured duration and what the model multiplies its coefficients with."""
+    """One measured duration, and the factors of the model's coefficients for it."""
 
     kind: str
     name: str
@@ -62,7 +63,7 @@ class Sample:
 
 
 def prompt_of(length: int, vocabulary_size: int) -> tuple[int, ...]:
-    """A fresh prompt: nothing of it is cached."""
+    """A fresh prompt, of which nothing is in the prefix cache."""
     return tuple(_draw.randrange(FIRST_ORDINARY_TOKEN_ID, vocabulary_size) for _ in range(length))
 
 
@@ -105,7 +106,7 @@ class Bench:
         return self._watch.now_s() - begin_s
 
     async def shortest_batch_s(self, count: int, length: int, new_tokens: int) -> float:
-        """Of some repeats the shortest, because a machine only ever adds time."""
+        """The shortest of several repeats: interference only ever adds time."""
         return min([await self.batch_s(count, length, new_tokens) for _ in range(self._repeats)])
 
     async def decode_step_s(self, count: int, context: int) -> float:
@@ -144,7 +145,7 @@ async def generate(engine: Engine, token_ids: tuple[int, ...], new_tokens: int) 
 
 
 async def measure_pair(model: Path, flags: dict[str, str], repeats: int) -> list[Sample]:
-    """How long hand-overs take between the engines of a cluster, as they tell it."""
+    """Durations of KV transfers between the engines of a cluster, as the engines report them."""
     samples = []
     size = read_checkpoint(model).vocabulary_size
     with tempfile.TemporaryDirectory() as state:
@@ -189,7 +190,7 @@ def fit(samples: list[Sample]) -> list[float]:
 
 
 def options_of(fits: dict[str, list[float]], capabilities: Capabilities) -> dict[str, float]:
-    """The fit in the words of the simulated engine's options."""
+    """The fit as options of the simulated engine."""
     step_s, token_s, pair_s = fits["prefill"]
     decode_s, request_s, context_s = fits["decode"]
     options = {
@@ -210,7 +211,7 @@ def options_of(fits: dict[str, list[float]], capabilities: Capabilities) -> dict
 
 
 async def simulated_batch_s(model: Path, options: dict[str, float], check: tuple[int, int, int]) -> float:
-    """What the simulated engine takes for a check, in virtual time."""
+    """Time that the simulated engine needs for a check, in virtual time."""
     settings = EngineSettings(role=WorkerRole.AGGREGATED, model_path=model, model_name="fit", extra=dict(options))
     engine = SimulatedEngine(settings, LoopClock(), MemoryNetwork())
     await engine.start()
@@ -225,7 +226,7 @@ async def simulated_batch_s(model: Path, options: dict[str, float], check: tuple
 
 
 def report(samples: list[Sample], fits: dict[str, list[float]]) -> list[dict[str, object]]:
-    """Print what the fit leaves unexplained."""
+    """Print the residuals of the fit."""
     rows: list[dict[str, object]] = []
     print(f"{'step':10}{'of':>18}{'measured ms':>14}{'fitted ms':>12}{'off by':>9}")
     for sample in samples:
@@ -263,9 +264,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path, help="default: a profile named for the model")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--device", default="cpu", help="on anything but a CPU, wall time is measured")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; on a GPU, wall time is measured instead of CPU time"
+    )
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pair", action="store_true", help="measure hand-overs too")
+    parser.add_argument("--pair", action="store_true", help="also measure KV transfers")
     arguments = parser.parse_args()
     flags = {"device": arguments.device, "dtype": arguments.dtype}
     # First, because an engine in this process takes the event loops that could start others.

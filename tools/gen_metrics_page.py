@@ -1,6 +1,6 @@
 """Writes the tables of docs/reference/metrics.md from src/tandem/observability/metric_catalog.py.
 
-What stands above them is written by hand.
+The text above the tables is written by hand.
 
 --check writes nothing and fails when the page differs.
 """

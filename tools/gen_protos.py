@@ -1,4 +1,4 @@
-"""Generates `src/tandem/api` from `protos/`, or checks that what is committed is what would be generated.
+"""Generates `src/tandem/api` from `protos/`, or checks that the committed files are up to date.
 
 The path of a proto is its protobuf package is its Python import path, so nothing needs rewriting afterwards.
 
@@ -62,7 +62,7 @@ def generate(out: Path) -> None:
 
 
 def differing(left: Path, right: Path) -> list[str]:
-    """Relative names of files that only one side has or whose contents differ."""
+    """Relative names of files that exist on one side only or whose contents differ."""
     names = {str(p.relative_to(side)) for side in (left, right) for p in side.rglob("*.py*") if p.suffix != ".pyc"}
     equal, _, _ = filecmp.cmpfiles(left, right, names, shallow=False)
     return sorted(names - set(equal))
@@ -107,7 +107,7 @@ def lint(against: str) -> int:
 def main() -> int:
     """Parse the arguments and do the one thing asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a committed file differs")
     parser.add_argument("--lint", action="store_true", help="run buf lint and buf breaking")
     parser.add_argument("--against", default="main", help="git revision that buf breaking compares with")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Writes a small Llama with random weights and a byte-level BPE tokenizer trained on text made here.
 
-For tests of the real engine: it answers nonsense, but repeatably so, and every Unicode text survives its tokenizer.
+For tests of the real engine: its output is nonsense but reproducible, and every Unicode text round-trips its tokenizer.
 The same arguments and seed give the same files, byte for byte (same torch, transformers and tokenizers).
 """
 
@@ -82,7 +82,8 @@ def write_tokenizer(out: Path, seed: int) -> None:
 def write_model(out: Path, hidden: int, layers: int, seed: int, dtype: str) -> int:
     """Write config.json, generation_config.json and the weights; return the number of parameters.
 
-    The weights are drawn wide (0.2), so that logits differ by much and greedy outputs vary with the prompt.
+    The weights have a large standard deviation (0.2), so that logits differ clearly and greedy outputs depend on the
+    prompt.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -119,7 +120,7 @@ def write_json(file: Path, value: object) -> None:
 def main() -> int:
     """Parse the arguments and write the directory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="directory to write (made if missing)")
+    parser.add_argument("out", type=Path, help="output directory (created if missing)")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 8")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

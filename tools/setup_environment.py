@@ -1,11 +1,10 @@
-"""Makes .venv: PyTorch, the CPU engine, the services, and the tools of development, each exactly as pinned.
+"""Creates .venv with PyTorch, the CPU engine, the services and the development tools, at their pinned versions.
 
-Standard library only, because it runs before anything is installed. Does nothing when nothing has changed since the
-last time. The whole log is in .cache/setup.log.
+Standard library only, because it runs before anything is installed. Does nothing if no input has changed since the last
+run. The complete log is in .cache/setup.log.
 
-PyTorch comes first and alone. Where pip finds a CPU build of the pinned version, that is installed; where pip would
-take the default build, which brings CUDA libraries along, TORCH_INDEX_URL may name an index that has a CPU build, and
-without it the default build is taken.
+PyTorch is installed first, by itself. If pip finds a CPU build of the pinned version, that is installed; otherwise pip
+installs the default build with its CUDA libraries, unless TORCH_INDEX_URL names an index that has a CPU build.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def fail(sentence: str) -> int:
 
 
 def fingerprint() -> str:
-    """Changes when anything changes that decides what is installed."""
+    """Hash of everything that determines what is installed."""
     digest = hashlib.sha256(f"{ROOT} {sys.version} {os.environ.get('TORCH_INDEX_URL')}".encode())
     for file in (*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", Path(__file__)):
         digest.update(file.read_bytes())
@@ -74,7 +73,7 @@ def pip(*arguments: str | Path) -> list[str]:
 
 
 def torch_source() -> list[str]:
-    """Where to take PyTorch from."""
+    """pip's arguments for the index to install PyTorch from."""
     index = os.environ.get("TORCH_INDEX_URL")
     if index:
         return ["--index-url", index]
@@ -94,7 +93,7 @@ def torch_source() -> list[str]:
 
 
 def step(name: str, command: list[str]) -> None:
-    """Run a command with its output in the log, and show that it goes on."""
+    """Run a command with its output in the log, and show its progress."""
     begin_s = time.monotonic()
     done = threading.Event()
     shown = threading.Thread(target=show, args=(name, begin_s, done))
@@ -111,7 +110,7 @@ def step(name: str, command: list[str]) -> None:
 
 
 def show(name: str, begin_s: float, done: threading.Event) -> None:
-    """Count seconds on a terminal; elsewhere say only that it began."""
+    """Count seconds on a terminal; otherwise print only the start."""
     if not sys.stdout.isatty():
         print(f"  {name} ...", flush=True)
         return

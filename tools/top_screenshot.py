@@ -1,8 +1,8 @@
-"""Makes docs/images/top.svg: `tandem top` before a simulated cluster under load, one decode worker of which was killed.
+"""Renders docs/images/top.svg: `tandem top` on a simulated cluster under load, after one decode worker was killed.
 
     python tools/top_screenshot.py            write it
 
-Nothing in it is drawn by hand: the screen is Textual's own export, after the fault has shown.
+The picture is Textual's own export of the screen, taken once the fault is visible.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOAD_S, AFTER_KILL_S = 12.0, 3.5
 
 
 async def client(address: str, number: int) -> None:
-    """Streams one after the other, without end."""
+    """Run streams one after another, until cancelled."""
     while True:
         request = pb.GenerateRequest(
             prompt=f"Once upon a time there were {number} cats. " * 8, stopping={"max_tokens": 150, "ignore_eos": True}

@@ -1,6 +1,6 @@
-"""The command line: which systems and scenarios, and where the results go.
+"""The command line of `benchmarks.peers`: systems, scenarios, and the output of results.
 
-Owns the options and the report. Environments are made first, because inside the isolated network there is no index.
+Owns the options and the report. Environments are installed first, because the isolated network has no package index.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def make_systems(options: argparse.Namespace) -> tuple[list[System], dict[str, s
         elif name == "tandem":
             systems += _tandems(options)
         else:
-            raise SystemExit(f"--systems: no system {name!r}; there are {', '.join(SYSTEMS)}")
+            raise SystemExit(f"--systems: unknown system {name!r}; available: {', '.join(SYSTEMS)}")
     return systems, missing
 
 
@@ -119,7 +119,7 @@ def make_scenarios(options: argparse.Namespace) -> list[Scenario]:
     try:
         return chosen(names, streams)
     except KeyError as problem:
-        raise SystemExit(f"--scenarios: no scenario {problem}; there are {', '.join(SCENARIOS)}") from None
+        raise SystemExit(f"--scenarios: unknown scenario {problem}; available: {', '.join(SCENARIOS)}") from None
 
 
 def machine() -> dict[str, Any]:
@@ -183,7 +183,9 @@ def main() -> None:
         os.environ[MISSING] = json.dumps(missing)
         if not options.shared_network:
             if not isolation.can_isolate():
-                raise SystemExit("this machine gives no network namespace; --shared-network measures without one")
+                raise SystemExit(
+                    "cannot create a network namespace on this machine; use --shared-network to measure without one"
+                )
             isolation.enter("benchmarks.peers", sys.argv[1:])
     asyncio.run(measure(options))
 

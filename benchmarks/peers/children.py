@@ -1,6 +1,6 @@
-"""The processes that a measurement starts: their beginning, their pipes and logs, their end.
+"""The child processes of a measurement: start, pipes, logs, end.
 
-Owns every process until it has ended. What they are is the systems' business.
+Owns every process until it has ended. `systems` defines which processes to start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _end_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens at now, for programs that must be given one."""
+    """A port that is free now, for programs that must be given one."""
     with socket.socket() as any_socket:
         any_socket.bind((HOST, 0))
         return int(any_socket.getsockname()[1])
@@ -96,12 +96,12 @@ class Program:
                     self.check_runs()
                     await asyncio.sleep(POLL_S)
                 return address
-        raise StartError(f"{self.name} does not serve after {START_TIMEOUT_S:g} s: {self.last_words()}")
+        raise StartError(f"{self.name} was not ready after {START_TIMEOUT_S:g} s: {self.last_words()}")
 
     def check_runs(self) -> None:
         """Raise StartError if it has ended."""
         if self.process.returncode is not None:
-            raise StartError(f"{self.name} ended with status {self.process.returncode}: {self.last_words()}")
+            raise StartError(f"{self.name} exited with status {self.process.returncode}: {self.last_words()}")
 
     def last_words(self) -> str:
         """The end of its log."""

@@ -1,6 +1,6 @@
-"""What processes have cost: their own CPU clocks and memory, and what the rest of the machine did meanwhile.
+"""CPU time and memory of processes, and the CPU time of the rest of the machine.
 
-Reads the kernel's exact accounts, never samples. Decides nothing: whether a window counts is `figures.py`'s.
+Reads the kernel's exact counters, never samples. `figures.py` decides whether a window is valid.
 """
 
 from __future__ import annotations

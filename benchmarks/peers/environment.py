@@ -1,6 +1,6 @@
-"""The peers' environments: one for each, so that their dependencies never meet, made once from pinned requirements.
+"""Virtual environments of the other systems: one each, so that dependencies do not conflict, from pinned requirements.
 
-Owns what is installed where, and the refusal of anything that pulls PyTorch or CUDA. Starts nothing.
+Owns what is installed where, and rejects packages that would install PyTorch or CUDA. Starts nothing.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Environment:
         brought = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
         forbidden = [package for package in brought if FORBIDDEN.match(package)]
         if forbidden:
-            raise Unavailable(f"would bring {', '.join(forbidden)}")
+            raise Unavailable(f"would install {', '.join(forbidden)}")
         self._call([*command, *arguments])
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The arithmetic of a window: from clocks and the clients' records to the figures of a table.
+"""Statistics of a window: from clocks and the clients' records to the numbers of a table.
 
-Pure. Owns the rule of which windows count.
+Pure. Owns the rule for which windows are valid.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A network with nothing but loopback: some peers listen on every address, and nobody else is to reach them.
+"""Runs the benchmark in a network namespace with loopback only, because some systems listen on all addresses.
 
-Owns the step into a network namespace of this process's own. Installs nothing: inside there is no index to ask.
+Owns the creation of the namespace. Packages must be installed before: no package index is reachable inside.
 """
 
 from __future__ import annotations

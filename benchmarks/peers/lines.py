@@ -1,6 +1,6 @@
-"""The pipe between the benchmark and its children: one JSON object a line, a question and its answer.
+"""The pipe between the benchmark and its children: one JSON object per line, request and response.
 
-Owns the child's end. The other end is `children.py`'s.
+Owns the child's end; `children.py` owns the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One measurement after the other: a system is started, asked by clients, and looked at for one window.
+"""Runs one measurement after another: starts a system, puts load on it, and measures one window.
 
 Owns the order, warm-ups, and the repetition of windows in which the rest of the machine was busy.
 """

@@ -1,6 +1,6 @@
-"""What is measured: named scenarios, each a pace of the workers, a length of the answers and numbers of streams.
+"""Named scenarios: each a token rate of the workers, a response length and numbers of streams.
 
-Owns the scenarios. How they are run is `running.py`'s.
+`running.py` runs them.
 """
 
 from __future__ import annotations

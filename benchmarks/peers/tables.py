@@ -1,4 +1,4 @@
-"""Rows as Markdown, a table for each scenario. Pure."""
+"""Formats result rows as Markdown, one table per scenario. Pure."""
 
 from __future__ import annotations
 

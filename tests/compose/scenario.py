@@ -175,7 +175,7 @@ def lacks_a_gpu(cluster: Cluster, tell: Tell) -> None:
     """A GPU is asked for where there is none: one sentence and status 1."""
     run = ("run", "--rm", "--no-deps", "--env=TANDEM_DECODE_DEVICE=cuda", "decode-2")
     said = cluster.compose(*run, check=False)
-    sentence = "device: cuda is asked for, and PyTorch finds no GPU that it can use"
+    sentence = "device: is cuda, but PyTorch finds no usable GPU"
     assert sentence in said, said
     tell(f"no GPU: {sentence!r}")
 

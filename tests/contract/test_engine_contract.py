@@ -1,4 +1,4 @@
-"""The engine port on one aggregated engine: streams, endings, refusals, the prefix cache."""
+"""The engine port on one aggregated engine: streams, ends, rejections, the prefix cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_ends_once_and_counts_what_it_emitted(engine: EngineProcess) -> No
 async def test_streams_while_it_generates(engine: EngineProcess) -> None:
     result = await engine.generate(request_of(prompt(engine), 24)).all()
     assert len([b for b in result.batches if b.token_ids]) >= 6
-    assert all(not b.logprobs for b in result.batches), "nobody asked for log probabilities"
+    assert all(not b.logprobs for b in result.batches), "log probabilities without a request for them"
 
 
 async def test_greedy_repeats_itself(engine: EngineProcess) -> None:
@@ -231,7 +231,7 @@ async def test_refuses_a_wrong_count_of_rivals(engine: EngineProcess, count: int
     assert len(await greedy(engine)) == 24
 
 
-async def test_load_tells_what_runs(engine: EngineProcess) -> None:
+async def test_load_counts_running_requests(engine: EngineProcess) -> None:
     await assert_idle(engine)
     generation = engine.generate(request_of(prompt(engine), LONG))
     await generation.tokens(3)
@@ -244,7 +244,7 @@ async def test_load_tells_what_runs(engine: EngineProcess) -> None:
     await assert_idle(engine)
 
 
-async def test_more_requests_than_places_all_end(engine: EngineProcess) -> None:
+async def test_more_requests_than_slots_all_end(engine: EngineProcess) -> None:
     count = engine.capabilities.running_requests_max + 8
     requests = [request_of(prompt(engine, 20, seed=i), 8) for i in range(count)]
     results: list[Result] = await asyncio.gather(*(engine.generate(request).all() for request in requests))

@@ -1,4 +1,4 @@
-"""Draws on one aggregated engine: repeatable with a seed and only then, whoever else is in the batch; never slow."""
+"""Sampling on one aggregated engine: reproducible only with a seed, independent of the batch, never slow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def draw(engine: EngineProcess, sampling: Sampling, max_tokens: int = 16) 
     return (await engine.generate(request_of(prompt, max_tokens, sampling=sampling)).all()).token_ids
 
 
-async def test_the_first_penalty_and_the_first_seed_hold_nobody_up(engine: EngineProcess) -> None:
+async def test_the_first_penalty_and_the_first_seed_delay_no_stream(engine: EngineProcess) -> None:
     begin_s = time.monotonic()
     await draw(engine, Sampling(temperature=1.0, repetition_penalty=1.1, presence_penalty=0.1, seed=5))
     assert time.monotonic() - begin_s < FIRST_USE_S_MAX

@@ -1,4 +1,4 @@
-"""How an aggregated engine comes to its own end: stopped before it began, killed from outside, stopped twice."""
+"""How an aggregated engine ends: stopped before it started, killed from outside, stopped twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_wait_failed_is_silent_while_the_engine_lives(fleet: Fleet) -> Non
         await asyncio.wait_for(answers.get(), timeout=0.5)
 
 
-async def test_wait_failed_tells_of_a_killed_child(fleet: Fleet) -> None:
+async def test_wait_failed_reports_a_killed_child(fleet: Fleet) -> None:
     engine = await fleet.aggregated()
     children = await engine.children()
     if not children:

@@ -1,4 +1,4 @@
-"""The engine port on a prefill and a decode engine in two processes: the same tokens, and KV that really moved."""
+"""The engine port on a prefill and a decode engine in two processes: the same tokens, and KV was transferred."""
 
 from __future__ import annotations
 

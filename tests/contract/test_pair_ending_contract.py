@@ -1,4 +1,4 @@
-"""Attempts that do not come to their natural end: aborted in every phase, waiting for a peer that never comes."""
+"""Attempts that do not finish: aborted in every phase, or waiting for a peer that never connects."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ async def test_without_transfer_the_tokens_differ(fleet: Fleet) -> None:
     reference = await fleet.reference()
     decode = await fleet.sabotaged_decode()
     # SGLang skips the hand-over only for this host name of its own (FAKE_BOOTSTRAP_HOST), whatever the backend.
-    nobody = Bootstrap(host="2.2.2.2", port=1, room=1)
+    no_peer = Bootstrap(host="2.2.2.2", port=1, room=1)
     equal = 0
     lengths = (17, 64, 128, 300, 600)
     for length in lengths:
-        request = request_of(prompt_of(length, decode.capabilities.vocabulary_size), bootstrap=nobody)
+        request = request_of(prompt_of(length, decode.capabilities.vocabulary_size), bootstrap=no_peer)
         finished = await decode.generate(request).all()
         equal += finished.token_ids == reference[length].token_ids
         assert finished.finish.timings is not None

@@ -46,7 +46,7 @@ async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tupl
         (["--kv-capacity-tokens", "1"], "--kv-capacity-tokens: must be a whole number from 64 up, not '1'"),
         (["--engine-extra", "{"], "--engine-extra: is not JSON: "),
         (["--engine-extra", "[]"], "--engine-extra: must be a JSON object"),
-        (["--engine-extra", '{"speed": 1}'], "--engine-extra: speed: the simulated engine knows only "),
+        (["--engine-extra", '{"speed": 1}'], "--engine-extra: speed: is not an option of the simulated engine"),
         (["--port", "65536"], "--port: must be a whole number from 0 to 65535, not 65536"),
         (["--log-dir", "/dev/null"], "--log-dir: /dev/null, or a parent of it, is not a directory"),
         (["--log-dir", "/dev/null/x"], "--log-dir: /dev/null/x, or a parent of it, is not a directory"),

@@ -1,4 +1,4 @@
-"""The parser host as a process: its whole life, its ends, and a frontend that has one."""
+"""Integration test of the parser host process: start, streams, crashes and timeouts, and a frontend that uses one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_the_life_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         await forgets_what_is_abandoned(parsers)
         await refuses_what_is_wrong(parsers)
         await survives_its_death(parsers)
-        await is_killed_when_it_does_not_answer(parsers, monkeypatch)
+        await is_killed_when_it_does_not_respond(parsers, monkeypatch)
         pid = parsers.pid
         assert pid is not None
     finally:
@@ -120,12 +120,12 @@ async def survives_its_death(parsers: Parsers) -> None:
     assert parsers.pid != first
 
 
-async def is_killed_when_it_does_not_answer(parsers: Parsers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def is_killed_when_it_does_not_respond(parsers: Parsers, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = await parsers.open(TOOLS)
-    monkeypatch.setattr(host_process, "ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(host_process, "RESPONSE_TIMEOUT_S", 0.3)
     assert parsers.pid is not None
     os.kill(parsers.pid, signal.SIGSTOP)
-    with pytest.raises(ParserFailed, match="did not answer"):
+    with pytest.raises(ParserFailed, match="did not respond"):
         await stream.feed("words")
     monkeypatch.undo()
     assert await deltas_of(await parsers.open(TOOLS), ["Yes."]) == [Content("Yes.")]
@@ -145,7 +145,7 @@ async def test_a_stop_in_the_middle_of_a_restart_comes_back() -> None:
     ("names", "key", "hint"),
     [(("qwen2.5", None), "tool_parser", "qwen25"), ((None, "deepseek_r1"), "reasoning_parser", "deepseek-r1")],
 )
-async def test_an_unknown_name_is_refused_with_near_ones(
+async def test_an_unknown_name_is_rejected_with_the_closest(
     names: tuple[str | None, str | None], key: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError, match=hint) as refused:

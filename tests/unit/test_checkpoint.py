@@ -1,4 +1,4 @@
-"""Model directories: what is missing or damaged is said in one sentence, and other weights have another digest."""
+"""Model directories: each missing or damaged file gives one sentence, and other weights give another digest."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_truncated_weights(model: Path, cut_bytes: int) -> None:
     assert "truncated" in refused(model)
 
 
-def test_longer_weights_than_the_header_says(model: Path) -> None:
+def test_weights_longer_than_their_header_requires(model: Path) -> None:
     with (model / "model.safetensors").open("ab") as stream:
         stream.write(b"x")
     assert "damaged" in refused(model)
@@ -106,7 +106,7 @@ def test_one_of_two_files_damaged_is_named(model: Path) -> None:
     assert "model-2.safetensors" in refused(model)
 
 
-def test_digests_tell_models_apart(model: Path) -> None:
+def test_digests_differ_between_models(model: Path) -> None:
     first = read_checkpoint(model)
     assert read_checkpoint(model) == first
     write_fake_weights(model / "model.safetensors", (1.0, 2.0, 3.0, 4.5))
@@ -153,7 +153,7 @@ def test_an_end_of_sequence_that_is_no_token(model: Path, name: str, value: Any)
     file = model / name
     content = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps({**content, "eos_token_id": value}))
-    assert refused(model).startswith(f"{file}: eos_token_id is neither")
+    assert refused(model).startswith(f"{file}: eos_token_id must be a token id")
 
 
 @pytest.mark.parametrize("ids", [{"a": "b"}, {"a": None}, {"a": 1.5}])
@@ -190,7 +190,9 @@ def vocabulary_of(size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("read", [read_card, read_checkpoint])
 def test_tokenizer_of_a_larger_model(model: Path, read: Any) -> None:
     edit_config(model, vocab_size=511)
-    with pytest.raises(StartError, match=r"tokenizer\.json does not match the model: its token 511 is beyond .* 511$"):
+    with pytest.raises(
+        StartError, match=r"tokenizer\.json does not match the model: its token id 511 is beyond .* 511$"
+    ):
         read(model)
 
 
@@ -218,7 +220,7 @@ def test_tokenizer_without_the_end_of_sequence(model: Path) -> None:
     edit_config(model, vocab_size=600, eos_token_id=598)
     (model / "generation_config.json").write_text('{"eos_token_id": [599, 600]}')
     edit_tokenizer(model, added_tokens=[{"id": 600, "content": "beyond the embedding: never emitted"}])
-    assert refused(model).endswith("it has none of the tokens that end a sequence (598, 599, 600)")
+    assert refused(model).endswith("it has none of the end-of-sequence tokens (598, 599, 600)")
     # One of several is enough: a list may name tokens of a sibling model.
     edit_tokenizer(model, added_tokens=[{"id": 599, "content": "<|end|>"}])
     assert read_checkpoint(model).eos_token_ids == (598, 599, 600)
@@ -233,7 +235,7 @@ def test_without_a_known_end_there_is_nothing_to_miss(model: Path, value: Any) -
 def test_pieces_of_a_unigram_tokenizer_are_counted_by_position(model: Path) -> None:
     pieces = [[f"piece {i}", -1.0] for i in range(513)]
     edit_tokenizer(model, model={"type": "Unigram", "vocab": pieces})
-    assert "its token 512 is beyond" in refused(model)
+    assert "its token id 512 is beyond" in refused(model)
     edit_tokenizer(model, model={"type": "Unigram", "vocab": pieces[:512]})
     read_checkpoint(model)
 
@@ -283,5 +285,5 @@ def test_card_needs_no_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
     card = read_card(model)
     assert (card.tokenizer_digest, card.vocabulary_size) == (whole.tokenizer_digest, whole.vocabulary_size)
-    with pytest.raises(StartError, match="holds no weights"):
+    with pytest.raises(StartError, match="has no weights"):
         read_checkpoint(model)

@@ -249,9 +249,9 @@ def truncated(model: Path, tmp_path: Path) -> None:
     ("damage", "name", "sentence"),
     [
         (truncated, "model.safetensors", "is truncated or damaged"),
-        (flipped_header, "model.safetensors", "is damaged: its header is not readable"),
+        (flipped_header, "model.safetensors", "is damaged: its header cannot be parsed"),
         (foreign_tokenizer, "tokenizer.json", "does not match the model: it has 512 tokens for a vocabulary of 1536"),
-        (larger_tokenizer, "tokenizer.json", "does not match the model: its token 1535 is beyond the vocabulary"),
+        (larger_tokenizer, "tokenizer.json", "does not match the model: its token id 1535 is beyond the vocabulary"),
         (larger_vocabulary, "model.safetensors", "does not match config.json: 1536 rows"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -1,4 +1,4 @@
-"""What is said of an engine's health under every kind of trouble."""
+"""Engine health reported for each kind of failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tandem.worker.engine_health import EngineHealth, Periods
 
 
 class PlayedEngine:
-    """Answers its canary as it is told."""
+    """An engine whose canary result each test sets."""
 
     def __init__(self) -> None:
         self.answers: Callable[[], Any] = lambda: None
@@ -41,13 +41,13 @@ class PlayedEngine:
 
 @contextlib.asynccontextmanager
 async def watched(engine: PlayedEngine, proof_s: float = 0.1) -> AsyncIterator[SimpleNamespace]:
-    scene = SimpleNamespace(batches=0, told=[])
+    scene = SimpleNamespace(batches=0, reported=[])
 
-    async def tell(trouble: str | None) -> None:
-        scene.told.append(trouble)
+    async def report(trouble: str | None) -> None:
+        scene.reported.append(trouble)
 
     periods = Periods(proof_s=proof_s, canary_s=0.2)
-    health = scene.health = EngineHealth(cast("Engine", engine), lambda: scene.batches, periods, tell)
+    health = scene.health = EngineHealth(cast("Engine", engine), lambda: scene.batches, periods, report)
     task = asyncio.create_task(health.watch())
     try:
         yield scene
@@ -56,7 +56,7 @@ async def watched(engine: PlayedEngine, proof_s: float = 0.1) -> AsyncIterator[S
         task.cancel()
 
 
-async def said(scene: SimpleNamespace, text: str | None) -> None:
+async def reported(scene: SimpleNamespace, text: str | None) -> None:
     async def trouble() -> str | None:
         return cast("str | None", scene.health.trouble)
 
@@ -66,15 +66,15 @@ async def said(scene: SimpleNamespace, text: str | None) -> None:
     await assert_eventually(trouble, fits, within_s=3, every_s=0.02, what=f"trouble {text!r}")
 
 
-async def test_an_idle_engine_proves_itself_by_canaries() -> None:
+async def test_an_idle_engine_runs_canaries() -> None:
     engine = PlayedEngine()
     async with watched(engine) as scene:
         await asyncio.sleep(0.5)
         assert engine.canary_count >= 2
-        assert scene.told == []
+        assert scene.reported == []
 
 
-async def test_tokens_are_proof_enough() -> None:
+async def test_no_canary_runs_while_tokens_come() -> None:
     engine = PlayedEngine()
     async with watched(engine, proof_s=0.3) as scene:
         for _ in range(40):
@@ -87,9 +87,9 @@ async def test_an_engine_that_hangs_is_not_serving_until_it_answers_again() -> N
     engine = PlayedEngine()
     engine.is_hanging = True
     async with watched(engine) as scene:
-        await said(scene, "not answered a canary within 0.2 s")
+        await reported(scene, "canary timed out after 0.2 s")
         engine.is_hanging = False
-        await said(scene, None)
+        await reported(scene, None)
 
 
 async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
@@ -100,29 +100,29 @@ async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
 
     engine.answers = fail
     async with watched(engine) as scene:
-        await said(scene, "failed a canary: no token came")
+        await reported(scene, "canary failed: no token came")
 
 
-async def test_a_stall_is_told_at_once_and_ends_with_a_canary() -> None:
+async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
     engine = PlayedEngine()
     async with watched(engine, proof_s=1.0) as scene:
         engine.stall = "the scheduler is stopped"
-        await said(scene, "the scheduler is stopped")
+        await reported(scene, "the scheduler is stopped")
         engine.is_hanging, engine.stall = True, None
-        await said(scene, "not answered a canary")
+        await reported(scene, "canary timed out")
         engine.is_hanging = False
-        await said(scene, None)
+        await reported(scene, None)
         assert engine.canary_count >= 2
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])
-async def test_a_bootstrap_server_that_is_gone_is_told(host: str) -> None:
+async def test_an_unreachable_bootstrap_server_is_reported(host: str) -> None:
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
     engine = PlayedEngine()
     engine.bootstrap = BootstrapAddress(host=host, port=server.sockets[0].getsockname()[1])
     async with watched(engine, proof_s=0.5) as scene:
         await asyncio.sleep(0.6)
-        assert scene.told == []
+        assert scene.reported == []
         server.close()
         await server.wait_closed()
-        await said(scene, "bootstrap server at")
+        await reported(scene, "is unreachable")

@@ -1,4 +1,4 @@
-"""Figures and tables of many streams at once: hand-made arrivals in, known figures out."""
+"""Statistics and tables of many concurrent streams: hand-made arrivals in, known numbers out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_steady_gaps_leave_out_what_came_before_all_streams_ran() -> None:
     assert figures.steady_gaps_s([early, late]) == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_a_level_tells_its_paces_and_why_streams_failed() -> None:
+def test_a_level_reports_its_rates_and_why_streams_failed() -> None:
     good = [Streamed(0.0, (0.1, 0.2, 0.4, 0.4)), Streamed(0.1, (0.3, 0.5, 0.5, 0.6))]
     bad = [Streamed(0.0, (), reason) for reason in ("c", "a", "b", "a")]
     level = figures.decoding([*good, *bad])

@@ -1,4 +1,4 @@
-"""Statistics and tables of a run on a GPU machine: hand-made streams in, known figures out."""
+"""Statistics and tables of a GPU run: hand-made streams in, known numbers out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU run judges of a cluster's own account: order of steps, sums of pages, kernels in a trace."""
+"""Checks of the GPU run on a cluster's observability: order of steps, sums of pages, kernels in a trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 from tools.gpu import observed
 
 
-def test_offsets_are_of_what_is_told() -> None:
+def test_offsets_cover_the_reported_steps() -> None:
     timings = leg_pb2.LegTimings()
     timings.queued_time.FromNanoseconds(2_500_000)
     timings.kv_transfer_end_time.FromNanoseconds(9_000_000)
@@ -39,7 +39,7 @@ def test_kernels_of_a_trace_are_counted(tmp_path: Path) -> None:
     assert found["kinds"] == {"kernel": 2, "cpu_op": 1}
 
 
-def test_bytes_that_arrive_tell_no_start() -> None:
+def test_received_bytes_do_not_imply_a_start_time() -> None:
     transfers = TransferStats()
     transfers.moved(7, 100, 5.0)
     transfer, _ = transfers.close(7, "r")

@@ -1,4 +1,4 @@
-"""Packing for a GPU machine: nothing is lost on the way, no piece is too large, and only other GPUs' code goes."""
+"""Packing for a GPU machine: nothing is lost, no piece is too large, and only other GPUs' code is removed."""
 
 from __future__ import annotations
 

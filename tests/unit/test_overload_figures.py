@@ -1,4 +1,4 @@
-"""The figures of the overload benchmark and its verdicts, on loads whose figures are known; and its clients, once."""
+"""Statistics and verdicts of the overload benchmark, on loads with known results; and one run of its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's parsers behind our cutting: every format under every cutting, and nothing lost of what is malformed."""
+"""SGLang's parsers behind `Pieces`: every format under every split of the text; malformed text is not lost."""
 
 from __future__ import annotations
 
@@ -234,17 +234,17 @@ def test_kimis_ids_count_on() -> None:
 )
 def test_a_wrong_request_is_refused_by_its_field(change: dict[str, Any], field: str) -> None:
     host = Host(Formats("qwen25", None, None))
-    answer = host.answer({"op": "open", "id": 1, **NOTHING, "tools": TOOLS, "tool_choice": "auto", **change})
-    assert answer["field"] == field
-    assert host.answer({"op": "count"}) == {"streams": 0}
+    response = host.handle({"op": "open", "id": 1, **NOTHING, "tools": TOOLS, "tool_choice": "auto", **change})
+    assert response["field"] == field
+    assert host.handle({"op": "count"}) == {"streams": 0}
 
 
 def test_an_exception_is_one_streams() -> None:
     host = Host(Formats("qwen25", None, None))
     for number in (1, 2):
-        host.answer({"op": "open", "id": number, **NOTHING, "tools": TOOLS, "tool_choice": "auto"})
-    assert "error" in host.answer({"op": "feed", "id": 1, "text": 5})
-    assert host.answer({"op": "count"}) == {"streams": 1}
-    assert host.answer({"op": "feed", "id": 2, "text": "yes "})["deltas"] == [["c", "yes"]]
-    assert "error" in host.answer({"op": "feed", "id": 1, "text": "no"})
-    assert "error" in host.answer({"op": "no such", "id": 2})
+        host.handle({"op": "open", "id": number, **NOTHING, "tools": TOOLS, "tool_choice": "auto"})
+    assert "error" in host.handle({"op": "feed", "id": 1, "text": 5})
+    assert host.handle({"op": "count"}) == {"streams": 1}
+    assert host.handle({"op": "feed", "id": 2, "text": "yes "})["deltas"] == [["c", "yes"]]
+    assert "error" in host.handle({"op": "feed", "id": 1, "text": "no"})
+    assert "error" in host.handle({"op": "no such", "id": 2})

@@ -1,4 +1,4 @@
-"""The arithmetic of the peers' benchmark, on windows whose figures are known; and the words of its prompts."""
+"""Statistics of the peers benchmark, on windows with known results; and the words of its prompts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_added_time_is_each_request_less_its_own_wait_at_the_worker() -> None:
     assert added_ms([(1, 10.0), (2, 9.0), (3, 4.0)], [(2, 0.008), (1, 0.004), (4, 0.001)]) == pytest.approx([1.0, 6.0])
 
 
-def test_spent_tells_others_from_own() -> None:
+def test_spent_separates_others_from_own() -> None:
     spent = Spent.between(BEFORE, AFTER)
     assert spent.seconds == 10.0
     assert spent.front_s == 4.0
@@ -172,7 +172,7 @@ def test_scenarios_start_their_streams_over_one_answer() -> None:
         chosen(["other"], {})
 
 
-def test_a_table_says_why_a_row_has_no_figures() -> None:
+def test_a_table_gives_the_reason_for_a_row_without_numbers() -> None:
     figures = summarise(Spent.between(BEFORE, AFTER), SEEN, [], 1.0, has_proxy=False)
     rows = [Row("paced", "Tandem gRPC", 64, 3, figures), Row("paced", "smg", 0, 0, None, "not here: no index | x")]
     lines = table(PACED, rows).splitlines()

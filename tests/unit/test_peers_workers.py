@@ -1,4 +1,4 @@
-"""The fake workers of the peers' benchmark keep their contracts, as gRPC's and HTTP's own clients see them."""
+"""The fake workers of the peers benchmark follow their protocols, checked with gRPC and HTTP clients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LENGTH, ABORTED = generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REA
 
 @asynccontextmanager
 async def listening(methods: dict[str, Method]) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to whoever answers these."""
+    """A channel to a server with these handlers."""
     listeners = Listeners()
     port = await listeners.open(partial(GrpcServer, methods))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -1,4 +1,4 @@
-"""Arguments that Tandem gives SGLang for a reason of its own."""
+"""Arguments that Tandem sets in SGLang, and the reasons for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw itself, without an engine: fair, filtered as asked, the same in any company."""
+"""Seeded sampling without an engine: unbiased, filtered as requested, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shares(*filters: float, over: str = "seeds") -> list[float]:
 
 
 @pytest.mark.parametrize("over", ["seeds", "positions"])
-def test_each_token_comes_as_often_as_its_probability_says(over: str) -> None:
+def test_token_frequencies_match_their_probabilities(over: str) -> None:
     assert shares(over=over) == pytest.approx(PROBS, abs=0.015)
 
 

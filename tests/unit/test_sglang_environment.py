@@ -1,4 +1,4 @@
-"""What an engine's processes find in their environment, and what is said where the machine lacks something."""
+"""Environment variables of an engine's processes, and errors for what the machine lacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_pa
 
 
 def test_a_host_without_an_address_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match=r"advertise_host: nobody\.invalid has no address"):
+    with pytest.raises(StartError, match=r"advertise_host: nobody\.invalid does not resolve to an address"):
         environment.variables(settings("nobody.invalid"), "cpu", tmp_path)
 
 
@@ -34,6 +34,6 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(StartError, match="device: cuda is asked for, and PyTorch finds no GPU that it can use"):
+    with pytest.raises(StartError, match="device: is cuda, but PyTorch finds no usable GPU"):
         engine._device("cuda")
     assert engine._device("auto") == "cpu"

@@ -1,4 +1,4 @@
-"""SGLang's load snapshots in the terms of the engine port: a figure is told where every rank tells it."""
+"""Conversion of SGLang's load snapshots: a value is reported only if every rank reports it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_rank_is_added_up() -> None:
     assert (load.kv_transferring_tokens, load.kv_cached_tokens, load.kv_free_tokens) == (40, 60, 20)
 
 
-def test_a_figure_that_one_rank_does_not_tell_is_told_by_nobody() -> None:
+def test_a_value_that_one_rank_does_not_report_is_none() -> None:
     load = capabilities.load([snapshot(), snapshot(kv_transferring_tokens=None)], WorkerRole.PREFILL)
     assert load.kv_transferring_tokens is None
     assert load.kv_free_tokens == 20

@@ -1,4 +1,4 @@
-"""SGLang is asked to stop its recording during a stall too, and answers once it is over."""
+"""Stopping a profile during a stall: the stop is sent, and completes once the stall is over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the SGLang adapter refuses before SGLang sees it: everything that would end or block its scheduler."""
+"""Requests that the SGLang adapter rejects, because they would crash or block SGLang's scheduler."""
 
 from __future__ import annotations
 

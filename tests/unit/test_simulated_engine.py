@@ -1,4 +1,4 @@
-"""What one simulated engine does beyond the contract: faults on request, its queue, its cache, its refusals."""
+"""One simulated engine beyond the contract: injected faults, its queue, its cache, its rejections."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_what_does_not_fit_waits_in_turn(model_path: Path) -> None:
             await collect(engine, request(tuple(range(20, 148))))
 
 
-async def test_load_tells_where_every_page_is(model_path: Path) -> None:
+async def test_load_accounts_for_every_page(model_path: Path) -> None:
     slow = {"transfer_bytes_per_s": 48 * 512, "decode_step_s": 0.05}
     async with running(model_path, PREFILL, **slow) as prefill, running(model_path, DECODE, **slow) as decode:
         where = room(prefill)
@@ -168,7 +168,7 @@ async def test_kv_bytes_follow_the_dtype(model_path: Path) -> None:
             assert engine.capabilities().kv_bytes_per_token == kv_bytes
 
 
-async def test_a_stopped_engine_says_so() -> None:
+async def test_a_stopped_engine_rejects_calls() -> None:
     engine = SimulatedEngine(EngineSettings(role=AGGREGATED, model_path=Path("x"), model_name="m"))
     await engine.stop()
     with pytest.raises(EngineFailed, match="not running"):

@@ -1,4 +1,4 @@
-"""Faults at named points of the simulated engine: each fires where and when its rule says, and proves it."""
+"""Injected faults of the simulated engine: each fires where and when its rule says, and is recorded."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_a_delay_delays(engine: SimulatedEngine) -> None:
     assert fired(engine) == [("decode_step", "delay", 3)]
 
 
-async def test_what_hangs_in_the_engine_stops_everybody_until_the_rules_change(engine: SimulatedEngine) -> None:
+async def test_a_hang_in_the_engine_blocks_every_request_until_the_rules_change(engine: SimulatedEngine) -> None:
     engine.faults.replace(rule("decode_step", "hang", nth=2))
     legs = [asyncio.create_task(collect(engine, request(tuple(range(20 + i, 60 + i))))) for i in range(2)]
     await assert_eventually(lambda: engine.faults.fired)
@@ -127,21 +127,21 @@ async def test_memory_without_an_end_comes_back_with_other_rules(engine: Simulat
     await assert_eventually(engine.load, at_rest)
 
 
-async def test_a_crash_fails_everybody_and_is_told_in_one_sentence(model_path: Path) -> None:
+async def test_a_crash_fails_every_request_and_is_reported_in_one_sentence(model_path: Path) -> None:
     async with running(model_path, PREFILL) as prefill, running(model_path, DECODE, decode_step_s=0.01) as decode:
-        told = asyncio.create_task(decode.wait_failed())
+        failure = asyncio.create_task(decode.wait_failed())
         where = room(prefill)
         pair = [asyncio.create_task(collect(e, request(max_tokens=100, bootstrap=where))) for e in (prefill, decode)]
         waits = asyncio.create_task(collect(decode, request(bootstrap=room(prefill))))
         await assert_eventually(decode.load, lambda load: load.running_requests and load.transferring_requests)
         decode.faults.replace(rule("decode_step", "crash"))
-        assert "crashed at decode_step" in await asyncio.wait_for(told, 2)
+        assert "crashes at decode_step" in await asyncio.wait_for(failure, 2)
         for leg in (pair[1], waits):
-            with pytest.raises(EngineFailed, match="crashed at decode_step"):
+            with pytest.raises(EngineFailed, match="crashes at decode_step"):
                 await leg
-        with pytest.raises(EngineFailed, match="crashed"):
+        with pytest.raises(EngineFailed, match="crashes"):
             await decode.load()
-        with pytest.raises(EngineFailed, match="crashed"):
+        with pytest.raises(EngineFailed, match="crashes"):
             await collect(decode, request(bootstrap=where))
         await assert_eventually(prefill.load, at_rest)
 

@@ -1,4 +1,4 @@
-"""The hand-over between two simulated engines: crossed, cut, late, sabotaged, broken on request, and its timing."""
+"""KV transfer between two simulated engines: mixed up, disconnected, late, faked, failed, and its timing."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ async def test_a_stopped_prefill_engine_ends_waiting_decodes(model_path: Path) -
         await prefill.stop()
         with pytest.raises(LegFailed, match="bootstrap"):
             await asyncio.wait_for(leg, 2)
-        with pytest.raises(LegFailed, match="no prefill engine at"):
+        with pytest.raises(LegFailed, match="cannot connect to the prefill engine at"):
             await collect(decode, request(bootstrap=Bootstrap(host="127.0.0.1", port=1, room=5)))
 
 
 @pytest.mark.parametrize(("host", "port"), [("a" * 300, 1), ("..", 1), ("\x00", 1), ("127.0.0.1", 99_999)])
 async def test_a_host_that_cannot_be_one_is_a_failed_leg(model_path: Path, host: str, port: int) -> None:
     async with running(model_path, DECODE) as decode:
-        with pytest.raises(LegFailed, match="no prefill engine at") as caught:
+        with pytest.raises(LegFailed, match="cannot connect to the prefill engine at") as caught:
             await collect(decode, request(bootstrap=Bootstrap(host=host, port=port, room=5)))
         assert caught.value.metadata["phase"] == "bootstrapping"
         assert len(str(caught.value)) < 300

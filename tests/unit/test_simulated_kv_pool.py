@@ -1,4 +1,4 @@
-"""The KV account of the simulated engine: pages are neither made nor lost, whatever comes in whatever order."""
+"""KV accounting of the simulated engine: no page is leaked or duplicated, in any order of operations."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class LedgerMachine(RuleBasedStateMachine):
         alive = [leg for leg in self.legs if not leg.over]
         if alive:
             leg = alive[place % len(alive)]
-            leg.tell_end(leg.finish(FinishReason.ABORTED))
+            leg.report_end(leg.finish(FinishReason.ABORTED))
             self.scheduler.leave(leg)
 
     @rule(place=st.integers(0, 30))
@@ -131,7 +131,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.hand_over(place)
             if self.step is None and all(leg.phase is Phase.GONE for leg in self.legs):
                 break
-        assert all(leg.phase is Phase.GONE and leg.over for leg in self.legs), "somebody starves"
+        assert all(leg.phase is Phase.GONE and leg.over for leg in self.legs), "a leg was never reaped"
         self.scheduler.rest()
         account = self.pool.account()
         assert account.free + account.cached == CAPACITY_PAGES
@@ -141,10 +141,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def _tell(self, ended: Ended) -> None:
         for leg in ended.naturally:
             if not leg.over:
-                leg.tell_end(leg.ended())
+                leg.report_end(leg.ended())
         for leg in ended.out_of_memory:
             if not leg.over:
-                leg.tell_end(MemoryError())
+                leg.report_end(MemoryError())
 
     def _leaving(self) -> set[Leg]:
         return set(self.scheduler._leaving)

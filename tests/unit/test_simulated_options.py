@@ -1,4 +1,4 @@
-"""Options of the simulated engine: every mistake is refused before start and named by its key."""
+"""Options of the simulated engine: every invalid one is rejected before start and named by its key."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_profiles_that_come_with_tandem_load(profile: str) -> None:
     assert fitted.decode_step_s > Options().decode_step_s, "no profile was read"
 
 
-def test_a_profile_takes_the_place_of_the_defaults_and_not_of_what_is_said(tmp_path: Path) -> None:
+def test_a_profile_overrides_defaults_but_not_given_options(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"options": {"decode_step_s": 0.5, "jitter": 0.1}}))
     options = parse_options({"profile": str(file), "jitter": 0.2})

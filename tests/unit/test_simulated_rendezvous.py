@@ -1,4 +1,4 @@
-"""The bootstrap server against peers that misbehave: silent, rude, early, duplicated."""
+"""The bootstrap server against misbehaving peers: silent, malformed, early, duplicated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step comes next in the simulated engine: chunks, batches, retraction, and memory before the KV comes."""
+"""The simulated scheduler's next step: chunks, batches, retraction, and allocation before the KV arrives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Bench:
             self.scheduler.commit(step, ended)
         for leg in ended.naturally:
             if not leg.over:
-                leg.tell_end(leg.ended())
+                leg.report_end(leg.ended())
         self.out_of_memory += ended.out_of_memory
         self.pool.check()
         return step
@@ -80,7 +80,7 @@ def test_prompts_go_before_tokens() -> None:
     assert len(first.emitted) == 2
 
 
-def test_a_mixed_chunk_gives_everybody_a_token() -> None:
+def test_a_mixed_chunk_gives_every_running_leg_a_token() -> None:
     bench = Bench(mixed_chunk=True)
     bench.submit(leg_of(prompt(8), 4))
     bench.step()
@@ -184,7 +184,7 @@ def test_the_belief_in_new_tokens_falls_and_is_corrected() -> None:
     assert ratio.value == 0.7
 
 
-def test_whoever_ignores_the_end_is_believed_to_emit_everything() -> None:
+def test_a_leg_that_ignores_eos_is_expected_to_emit_its_whole_budget() -> None:
     for ignore_eos, admitted in ((False, 2), (True, 1)):
         bench = Bench(pages=12, new_token_ratio=0.1)
         bench.submit(leg_of(prompt(8), 24, ignore_eos=ignore_eos))
@@ -194,7 +194,7 @@ def test_whoever_ignores_the_end_is_believed_to_emit_everything() -> None:
         assert len(bench.scheduler.running) == admitted
 
 
-def test_a_full_batch_lets_nobody_in_until_somebody_leaves() -> None:
+def test_a_full_batch_admits_no_leg_until_one_leaves() -> None:
     bench = Bench(places=2)
     bench.submit(leg_of(prompt(4), 2), leg_of(prompt(4, 100), 8), leg_of(prompt(4, 200), 1))
     assert shape(bench.step()) == ([4, 4], 0)
@@ -202,7 +202,7 @@ def test_a_full_batch_lets_nobody_in_until_somebody_leaves() -> None:
     assert shape(bench.step()) == ([4], 0)
 
 
-def test_a_prefill_engine_holds_pages_and_places_until_the_kv_has_gone() -> None:
+def test_a_prefill_engine_holds_pages_and_slots_until_the_kv_is_sent() -> None:
     bench = Bench(role=WorkerRole.PREFILL, places=1)
     legs = [leg_of(prompt(8), 1), leg_of(prompt(8, 100), 1)]
     for leg in legs:
@@ -233,7 +233,7 @@ def test_a_decode_engine_grants_memory_with_a_reserve_for_those_before() -> None
     assert [leg.over for leg in legs] == [True] * 4
 
 
-def test_a_decode_engine_has_three_places_for_each_that_runs_on_a_small_batch() -> None:
+def test_a_decode_engine_with_a_small_batch_has_three_slots_per_running_request() -> None:
     for places, granted in ((1, 3), (2, 6)):
         bench = Bench(role=WorkerRole.DECODE, places=places)
         legs = [leg_of(prompt(4, 100 * place), 4) for place in range(8)]
@@ -251,7 +251,7 @@ def test_a_retracted_leg_that_is_alone_needs_no_reserve() -> None:
     assert bench.scheduler.preallocation.resume([]) == [leg]
 
 
-def test_whoever_is_over_leaves_the_batch_after_one_more_pass_and_says_nothing() -> None:
+def test_an_ended_leg_leaves_the_batch_after_one_more_step_without_output() -> None:
     bench = Bench()
     leg = leg_of(prompt(4), 8)
     bench.submit(leg)
@@ -259,7 +259,7 @@ def test_whoever_is_over_leaves_the_batch_after_one_more_pass_and_says_nothing()
     output = leg.output
     assert isinstance(output, Collected)
     said = len(output.token_ids)
-    leg.tell_end(EngineFailed("no memory"))
+    leg.report_end(EngineFailed("no memory"))
     bench.scheduler.leave(leg)
     bench.scheduler.reap(bench.scheduler.take_leaving()[0])
     assert bench.pool.account().lent == 1

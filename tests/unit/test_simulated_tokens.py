@@ -1,4 +1,4 @@
-"""Tokens of the simulated engine: a function of the whole sequence so far, in order, and of nothing else."""
+"""Tokens of the simulated engine: a function of the whole sequence so far, and of nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_prompt_plus_tokens_sent_continues_exactly(prompt: list[int], count: int
 
 
 @given(prompts, prompts)
-def test_every_token_and_its_place_matter(one: list[int], other: list[int]) -> None:
+def test_every_token_and_its_position_matter(one: list[int], other: list[int]) -> None:
     assert (digest(one) == digest(other)) == (one == other)
 
 

@@ -1,4 +1,4 @@
-"""Engines on virtual time: a run repeats to the last event, hours pass in moments, and a deadlock is found at once."""
+"""Engines on virtual time: runs are repeatable, hours take moments, and a deadlock is detected at once."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_wait_that_cannot_end_is_found(model_path: Path) -> None:
         run_virtually(stuck())
 
 
-def test_nobody_listens_in_memory(model_path: Path) -> None:
+def test_connecting_to_an_unused_port_in_memory_fails(model_path: Path) -> None:
     async def lonely() -> str:
         engine = engine_of(model_path, DECODE, MemoryNetwork())
         await engine.start()
@@ -145,7 +145,7 @@ def test_nobody_listens_in_memory(model_path: Path) -> None:
             await prefill.stop()
         return ""
 
-    assert "no prefill engine at" in run_virtually(lonely())
+    assert "cannot connect to the prefill engine at" in run_virtually(lonely())
 
 
 async def handed_over(model_path: Path, prompts: list[int], **options: Any) -> list[tuple[float, float, float]]:

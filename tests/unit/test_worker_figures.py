@@ -1,4 +1,4 @@
-"""Readings of a worker's metrics: those of its engine, and those that are left when the engine is gone."""
+"""Readings of a worker's metrics: the engine's, and those that remain when the engine has failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.support.simulated_engines import AGGREGATED, running
 
 
 class Place:
-    """No lease, which nobody asks for here."""
+    """No lease: these tests do not need one."""
 
     ttl_s: float | None = None
     lease_time = None

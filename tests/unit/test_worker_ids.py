@@ -1,4 +1,4 @@
-"""The name of a worker: one form of it for its own settings and for the registry, with or without a given one."""
+"""Worker ids: the same syntax in settings and registry, configured or derived from the address."""
 
 from __future__ import annotations
 

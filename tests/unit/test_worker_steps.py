@@ -1,4 +1,4 @@
-"""A worker's side of a step stream: what legs say is packed, bounded and named, and each leg ends once."""
+"""The worker's side of a step stream: messages are packed and bounded, and each leg ends once."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ async def test_a_frontend_that_does_not_read_is_bounded_and_loses_its_own(monkey
         await scene.read()
 
 
-async def test_a_failure_says_where_it_was() -> None:
+async def test_a_failure_names_leg_worker_attempt_and_room() -> None:
     scene = await Scene().begin()
     await scene.start(1)
     scene.output(1).fail(EngineFailed("out of memory"))

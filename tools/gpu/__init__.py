@@ -1,5 +1,5 @@
-"""Runs the whole project on a GPU machine that reaches no network: `python -m tools.gpu`, see docs/evidence/gpu.md.
+"""Runs the whole project on a GPU machine without network access: `python -m tools.gpu`, see docs/evidence/gpu.md.
 
-Owns the way of packages to such a machine, and what is measured there. Knows nothing of who lends the machine, nor how
-files and commands get to it.
+Owns the packaging of dependencies for such a machine, and the measurements there. How files and commands reach the
+machine is not part of it.
 """

@@ -1,4 +1,4 @@
-"""`python -m tools.gpu`: carry the project to a GPU machine, and measure it there. docs/evidence/gpu.md says how."""
+"""`python -m tools.gpu`: package the project for a GPU machine, and measure it there; see docs/evidence/gpu.md."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="fetch the packages, thin them, and write pieces")
-    packing.add_argument("work", type=Path, help="a scratch folder; 15 GB")
+    packing.add_argument("work", type=Path, help="scratch directory; needs 15 GB")
     packing.add_argument("--piece-mib", type=int, default=56)
-    packing.add_argument("--architecture", type=int, default=90, help="compute capability to keep, times ten")
+    packing.add_argument(
+        "--architecture", type=int, default=90, help="compute capability whose code is kept, times ten (90: H100, H200)"
+    )
     unpacking = commands.add_parser("unpack", help="put one piece together, on the machine")
     unpacking.add_argument("piece", type=Path)
     unpacking.add_argument("folder", type=Path)
@@ -40,15 +42,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--model", type=Path, required=True, help="the large model; `model` makes one")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="directory of the large model; the `model` command makes one"
+    )
     parser.add_argument("--demo", type=Path, default=DEMO)
-    parser.add_argument("--out", type=Path, required=True, help="where results.json and the logs go")
+    parser.add_argument("--out", type=Path, required=True, help="output directory for results.json and the logs")
     parser.add_argument("--deadline-s", type=float, default=520)
-    parser.add_argument("--steps", default="", help="names with commas; default: all")
+    parser.add_argument("--steps", default="", help="comma-separated step names; default: all")
     parser.add_argument("--kv-tokens", type=int, default=220_000)
     parser.add_argument("--frontends", type=int, default=4)
     parser.add_argument("--callers", type=int, default=8)
-    parser.add_argument("--extra", default="{}", help="more arguments of every engine, as JSON")
+    parser.add_argument("--extra", default="{}", help="additional arguments of every engine, as JSON")
 
 
 def _pack(given: argparse.Namespace) -> int:

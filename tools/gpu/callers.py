@@ -1,6 +1,6 @@
 """The load generator: Tandem's own gRPC client, in as many processes as the load needs.
 
-Each process runs its share of the streams, so that the caller's interpreter is not what is measured. Times are the
+Each process runs its share of the streams, so that the client's interpreter is not the bottleneck. Times are from the
 machine's monotonic clock, which all processes share.
 """
 
@@ -27,7 +27,7 @@ WARM_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """So many requests of one kind, so many at a time, through one frontend."""
+    """A number of requests of one kind, with a fixed concurrency, through one frontend."""
 
     address: str
     requests: int
@@ -43,7 +43,7 @@ class Work:
 
 
 def prompt(length: int, vocabulary_size: int, seed: int) -> list[int]:
-    """Random tokens: no prefix cache answers for them."""
+    """Random tokens, so that no prefix cache has them."""
     draw = random.Random(f"{seed} {length}")
     return [draw.randrange(FIRST_ORDINARY_TOKEN, vocabulary_size) for _ in range(length)]
 
@@ -59,7 +59,7 @@ def request_of(token_ids: Sequence[int], new_tokens: int) -> pb.GenerateRequest:
 
 
 async def stream(stub: InferenceServiceStub, request: pb.GenerateRequest, timeout_s: float, keep: bool) -> Streamed:
-    """One request to its end; a failure is noted, not raised."""
+    """Run one request to its end; a failure is recorded, not raised."""
     import grpc
 
     begin_s = time.monotonic()

@@ -1,7 +1,7 @@
-"""How fast NIXL moves memory between two processes, beside a plain copy of the same bytes.
+"""Bandwidth of NIXL transfers between two processes, compared with a plain copy of the same bytes.
 
-The receiver runs in a process of its own, as a decode engine does. The plain copy is PyTorch's, in one process, between
-the same two places.
+The receiver runs in its own process, as a decode engine does. The plain copy is PyTorch's, in one process, between the
+same two devices.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _send(peer: Connection, place: str, sizes_bytes: tuple[int, ...]) -> dict[st
     agent = _agent("sender", place)
     agent.register_memory([_region(source.data_ptr(), source.numel(), place)], mem_type=_kind(place))
     if not peer.poll(TIMEOUT_S):
-        raise TimeoutError("the receiver does not answer")
+        raise TimeoutError("the receiver process did not respond in time")
     name_bytes, address, device = peer.recv()
     name = agent.add_remote_agent(name_bytes)
     rows, wrong = [], 0
@@ -96,11 +96,11 @@ def _write(agent: Any, name: str, ours: list[tuple], others: list[tuple], kind: 
     state = agent.transfer(handle)
     while state not in ("DONE", "ERR"):
         if time.perf_counter() - begin_s > TIMEOUT_S:
-            raise TimeoutError("the write does not end")
+            raise TimeoutError("the NIXL write did not complete in time")
         state = agent.check_xfer_state(handle)
     took_s = time.perf_counter() - begin_s
     if state == "ERR":
-        raise RuntimeError("NIXL could not write")
+        raise RuntimeError("the NIXL write failed")
     agent.release_xfer_handle(handle)
     return took_s
 

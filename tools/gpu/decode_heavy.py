@@ -1,15 +1,16 @@
-"""Many streams of short prompts at once: does the way out of a worker hold the GPU's pace?
+"""Many concurrent streams of short prompts: does a worker's output path keep up with the GPU?
 
-Bare SGLang engines and a Tandem cluster run with the same settings, and get the same work in turn. What differs is the
-way of a token: from the engine's step through the worker, gRPC and a frontend to a client in another process, or
-through SGLang's own front half to a loop in the same one. Aggregated, each side has a GPU; pairs share both, and the
-side that is not asked sleeps. On one GPU all engines share it, and levels whose KV finds no room are left out.
+Bare SGLang engines and a Tandem cluster run with the same settings and get the same work in turn. They differ in the
+path of a token: from the engine's step through the worker, gRPC and a frontend to a client in another process, or
+through SGLang's own tokenizer manager to a loop in the same process. Aggregated, each side has a GPU; pairs share both,
+and the side that is not measured is idle. With one GPU, all engines share it, and levels whose KV does not fit are
+skipped.
 
-Both sides may send several tokens at once when they lag: a frontend then holds a stream's tokens back and sends them
-together, and SGLang's front half gives a stream all tokens since it last looked. So on both sides a gap is one between
-two arrivals of a stream, whatever number of tokens came with each (`figures.gaps_between_arrivals_s`); the mean ITL is
-per token. SGLang's front half costs processor time of its own for each token: where it is at one core, bare is not the
-GPU's pace either, and Tandem can be ahead.
+Both sides may send several tokens at once when they lag: a frontend coalesces a stream's tokens, and SGLang's tokenizer
+manager returns all tokens since the last read. So on both sides a gap is the time between two arrivals of a stream,
+however many tokens each had (`figures.gaps_between_arrivals_s`); the mean ITL is per token. SGLang's tokenizer manager
+costs CPU time per token: where it saturates one core, the bare engine is slower than the GPU too, and Tandem can be
+faster.
 """
 
 from __future__ import annotations

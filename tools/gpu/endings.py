@@ -1,4 +1,4 @@
-"""Cancelled streams and killed engines: what becomes of the KV pages, of the device's memory, and of the requests."""
+"""Cancelled streams and killed engines: effects on KV pages, on device memory, and on requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def kv_tokens(cluster: LocalCluster) -> dict[str, int]:
 
 
 async def until_free(cluster: LocalCluster, tokens_max: int = 0) -> dict[str, Any]:
-    """Wait until no worker holds more than so many tokens; says how long it took, and what was held then."""
+    """Wait until no worker holds more than a number of tokens; returns the time it took, and the tokens held then."""
     begin_s = time.monotonic()
     while True:
         held = await kv_tokens(cluster)
@@ -43,7 +43,7 @@ async def until_free(cluster: LocalCluster, tokens_max: int = 0) -> dict[str, An
 
 
 def device_memory_mib() -> list[int]:
-    """What each GPU's memory holds, whoever took it; empty without a GPU."""
+    """Used memory of each GPU, by any process; empty without a GPU."""
     try:
         said = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],

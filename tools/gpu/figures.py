@@ -1,4 +1,4 @@
-"""Statistics of streams: pure functions from times of arrival to the figures of a report."""
+"""Statistics of streams: pure functions from arrival times to the numbers of a report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def spread_ms(values_s: Sequence[float]) -> dict[str, float]:
 
 
 def summary(streams: Sequence[Streamed]) -> dict[str, object]:
-    """What a level of load came to. Failed streams are counted, and are in no other figure."""
+    """Statistics of a load level. Failed streams are counted, and excluded from all other numbers."""
     good = _good(streams)
     failures = sorted({stream.failure for stream in streams if stream.failure is not None})
     figures: dict[str, object] = {

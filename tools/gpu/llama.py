@@ -1,4 +1,4 @@
-"""Writes a model of Llama 3 8B's shape with random weights, in bfloat16: for speed, not for sense.
+"""Writes a model with the shape of Llama 3 8B and random weights, in bfloat16, for performance measurements.
 
 Its tokenizer is the demo model's with invented words after it, so that every token has a text of its own.
 """

@@ -1,4 +1,4 @@
-"""What a run was made on: hardware, drivers and the versions of everything that matters."""
+"""Describes the machine of a run: hardware, drivers and the versions of relevant packages."""
 
 from __future__ import annotations
 

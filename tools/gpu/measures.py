@@ -1,4 +1,4 @@
-"""What is measured on a running cluster: parity, throughput, and decodes while long prompts arrive."""
+"""Measurements on a running cluster: parity, throughput, and decode latency while long prompts arrive."""
 
 from __future__ import annotations
 

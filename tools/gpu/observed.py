@@ -1,7 +1,7 @@
-"""Whether what a cluster tells of itself holds on GPUs: courses, where KV pages are, metrics, a worker's profile.
+"""Checks a cluster's observability on GPUs: request traces, KV page accounting, metrics, a worker's profile.
 
-Reads them as an operator does, over the cluster's own contracts. Judges nothing but order and sums: figures are for
-whoever reads the results.
+Reads them as an operator does, over the cluster's own APIs. Checks order and sums only; the numbers are recorded for
+the reader of the results.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def with_everything(spec: ClusterSpec) -> ClusterSpec:
 
 
 async def traces(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
-    """What each leg tells of its steps, one request at a time and several at once."""
+    """The steps that each leg reports, for one request at a time and for several at once."""
     rows = [await _trace(cluster, length, vocabulary_size) for length in (1, size.prompt_tokens) for _ in range(3)]
     rows += [await _trace(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(3)]
     several = [_trace(cluster, size.long_prompt_tokens, vocabulary_size) for _ in range(AT_ONCE)]
@@ -161,7 +161,7 @@ def _extremes(loads: list[dict[str, int]]) -> dict[str, Any]:
 
 
 async def metrics(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
-    """By how much the workers' metrics moved over some requests, beside what the requests' finishes told."""
+    """Change of the workers' metrics over some requests, compared with the usage in the requests' finishes."""
     before = {worker.name: await _scraped(worker.metrics_address) for worker in cluster.workers}
     work = Work(cluster.frontend.address, 16, 4, size.long_prompt_tokens, 16, vocabulary_size, time.monotonic_ns())
     streams: list[Streamed] = await run(work)

@@ -1,4 +1,4 @@
-"""What Tandem's services add to a pair of bare SGLang engines on a GPU, both on the same GPUs at the same time.
+"""Overhead of Tandem's services over a pair of bare SGLang engines, both on the same GPUs at the same time.
 
 The same comparison as benchmarks/pair_overhead.py makes on a CPU, with the same bare engine.
 """

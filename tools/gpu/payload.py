@@ -1,4 +1,4 @@
-"""What a GPU machine lacks, as a folder of packages and then as pieces: fetched, thinned for one GPU, packed.
+"""Downloads the packages that a GPU machine lacks, strips them to one GPU architecture, and packs them into pieces.
 
 Runs where package registries can be reached; needs pip, strip and readelf, and 15 GB of disk. Nothing is installed into
 the environment it runs in.
@@ -53,7 +53,7 @@ def requirements() -> list[str]:
 
 
 def install(site: Path) -> None:
-    """Put the packages for the machine's Python into a folder, without what they ask for."""
+    """Install the packages for the machine's Python into a folder, without their dependencies."""
     platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
     subprocess.run(
         [
@@ -66,11 +66,11 @@ def install(site: Path) -> None:
 
 
 def lessen(site: Path, architecture: int) -> None:
-    """Take out what such a machine never uses."""
+    """Remove files that the machine never uses."""
     removed_bytes = pieces.remove(site, UNUSED)
     for name in CODE_FOR_GPUS:
         removed_bytes += thin.thin_file(site / name, architecture)
     removed_bytes += thin.thin_file(site / ATTENTION, architecture, thin.attention_wanted)
     for name in WITH_SYMBOLS:
         subprocess.run(["strip", "--strip-unneeded", str(site / name)], check=True)
-    print(f"{removed_bytes / 1e6:.0f} MB are not needed there")
+    print(f"{removed_bytes / 1e6:.0f} MB of unused files removed")

@@ -1,7 +1,7 @@
-"""A folder of packages, packed into pieces that each fit a limit, and put together again.
+"""Packs a folder of packages into pieces of a limited size, and unpacks them.
 
-Each unit is compressed by itself: a chunk of a large file, or an archive of small files. So a machine unpacks the units
-it has while others are on their way, in any order, on all its cores. Needs `zstandard` on both sides.
+Each unit (a chunk of a large file, or an archive of small files) is compressed separately, so that a machine can unpack
+units in any order, on all cores, while others are still in transfer. Needs `zstandard` on both sides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables in Markdown, from a results file: what benchmarks/README.md shows of a run."""
+"""Markdown tables from a results file, as shown in benchmarks/README.md."""
 
 from __future__ import annotations
 

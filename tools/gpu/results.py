@@ -1,4 +1,4 @@
-"""The results file: written anew after each measurement, so that a run that is cut short loses nothing before it."""
+"""The results file: rewritten after each measurement, so that an interrupted run keeps all earlier results."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Results:
         return True
 
     def tell(self, line: str) -> None:
-        """One line for whoever watches, with the time since the start."""
+        """Print a progress line with the time since the start to standard error."""
         print(f"[{time.monotonic() - self._begin_s:6.1f}] {line}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,7 @@
-"""One whole run, its measurements in the order of their worth: `python -m tools.gpu run`.
+"""One whole run, most important measurements first: `python -m tools.gpu run`.
 
-Owns the order and the deadline. A measurement that fails or finds no time is noted as such, and the next one goes on.
+Owns the order and the deadline. A measurement that fails or has no time left is recorded as such, and the run
+continues with the next one.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Run:
             await pair.stop()
 
     async def _observed(self) -> None:
-        """A pair that tells all it can: whether that is right, and what it costs its streams."""
+        """A pair with all observability on: whether its data is right, and what it costs the streams."""
         plan, take = self.plan, self.results.take
         vocabulary = read_checkpoint(plan.model).vocabulary_size
         spec = observed.with_everything(shapes.pair(plan.machine, plan.model, plan.load, "observed"))

@@ -1,6 +1,6 @@
-"""The clusters that are compared: a pair, and aggregated workers, with the same settings but for their roles.
+"""The clusters that are compared: a pair, and aggregated workers, with the same settings except for their roles.
 
-Owns which GPU each worker gets and how much memory. Starts nothing.
+Owns the assignment of GPUs and memory to workers. Starts nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Takes the code of other GPUs out of a CUDA library, so that little of it is left to carry.
+"""Removes the code of other GPU architectures from a CUDA library, so that it compresses well.
 
-Zeroes bytes in place: the file keeps its length, its symbols and its layout, and what is zeroed compresses to nothing.
-A library treated so works on one architecture only, and fails at the first use of a kernel that was taken out.
+Zeroes bytes in place: the file keeps its length, symbols and layout, and zeroed ranges compress to almost nothing. The
+resulting library works on one architecture only, and fails at the first use of a removed kernel.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The clients: a closed loop of streams in a process of its own, with its own clock, at little cost."""
+"""The clients: a closed loop of streams in its own process, at little CPU cost."""

@@ -1,6 +1,6 @@
-"""What the clients saw, kept with its times, so that any window can be asked for afterwards.
+"""Records the clients' events with their times, so that any window can be evaluated afterwards.
 
-Owns the arithmetic of one window of one process. Sums nothing up over systems; that is `figures.py`'s.
+Owns the statistics of one window of one process; `figures.py` combines them.
 """
 
 from __future__ import annotations

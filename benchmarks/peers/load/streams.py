@@ -1,7 +1,7 @@
-"""A client in a closed loop: ask, read the answer to its end, ask again.
+"""A closed-loop client: sends a request, reads the response to its end, sends the next.
 
-Owns the life of a request as its client sees it, and what is written down of it. How bytes become tokens is the doors'
-business: `grpc_door.py`, `http_door.py`, `leg_door.py`.
+Owns the lifecycle of a request at its client, and what is recorded of it. The protocols are in `grpc_door.py`,
+`http_door.py` and `leg_door.py`.
 """
 
 from __future__ import annotations

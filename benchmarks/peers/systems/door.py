@@ -1,6 +1,6 @@
-"""What every system offers to a measurement: doors for clients, workers that keep their own times, and processes.
+"""The interface of a measured system: endpoints for clients, workers that record their own times, and processes.
 
-Owns the values and the fleet that stands behind every system. How a system is started is its own module's.
+Owns these types and the fake workers behind every system. Each system's own module starts it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fake workers alone, asked directly: what every other row has to be compared with."""
+"""The fake workers alone, called directly: the baseline for every other row."""
 
 from __future__ import annotations
 

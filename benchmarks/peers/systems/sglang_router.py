@@ -31,7 +31,7 @@ async def wait_listening(program: Program, port: int) -> None:
             writer.close()
             return
         await asyncio.sleep(LISTEN_POLL_S)
-    raise StartError(f"{program.name} does not listen: {program.last_words()}")
+    raise StartError(f"{program.name} did not listen in time: {program.last_words()}")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Fake workers: each speaks one system's own contract and costs little. An answer is a row of words of the model."""
+"""Fake workers: each implements one system's own protocol at little CPU cost. Responses are words of the vocabulary."""

@@ -1,6 +1,6 @@
-"""The place of fake workers in a real registry: entered by its contract, kept by signs of life.
+"""Registers fake workers in a real registry, and renews their leases.
 
-Owns one connection and one stream for each worker. Gives up where the registry refuses.
+Owns one connection, and one stream per worker. Fails if the registry rejects a worker.
 """
 
 from __future__ import annotations

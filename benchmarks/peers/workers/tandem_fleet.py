@@ -1,4 +1,4 @@
-"""A fleet of Tandem's fake workers in this process: each has a port of its own and a place in the registry."""
+"""A group of Tandem's fake workers in this process, each with its own port and registration."""
 
 from __future__ import annotations
 

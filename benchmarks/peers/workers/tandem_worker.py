@@ -1,7 +1,6 @@
-"""What a fake worker of Tandem is whatever the contract of its legs: identity, health, load.
+"""The part of a fake Tandem worker that is the same for every leg contract: identity, health, load.
 
-Owns the calls that every worker answers. Its legs are `contract1.py`'s and `contract2.py`'s; its place in the registry
-is `registering.py`'s.
+Owns the calls that every worker serves. `contract1.py` and `contract2.py` run its legs; `registering.py` registers it.
 """
 
 from __future__ import annotations
@@ -140,9 +139,9 @@ class FakeWorker:
     def _watch_load(self, call: ServerCall, message: bytes) -> None:
         request = worker_service_pb2.WatchLoadRequest.FromString(message)
         interval_ms = request.interval_ms if request.HasField("interval_ms") else LOAD_INTERVAL_MS
-        self._tell_load(call, 1, interval_ms / 1_000)
+        self._publish_load(call, 1, interval_ms / 1_000)
 
-    def _tell_load(self, call: ServerCall, sequence: int, interval_s: float) -> None:
+    def _publish_load(self, call: ServerCall, sequence: int, interval_s: float) -> None:
         """Say how busy it is, now and for as long as somebody listens."""
         if not call.is_open:
             return
@@ -158,4 +157,4 @@ class FakeWorker:
         load.measured_time.FromNanoseconds(time.time_ns())
         call.send(load.SerializeToString())
         call.connection.flush()
-        self._loop.call_later(interval_s, self._tell_load, call, sequence + 1, interval_s)
+        self._loop.call_later(interval_s, self._publish_load, call, sequence + 1, interval_s)

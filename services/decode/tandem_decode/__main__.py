@@ -1,7 +1,7 @@
 """Entry point of `tandem-decode` and of `python -m tandem_decode`.
 
-Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
-`tandem.service.process`.
+Only wires the parts together, and imports them after the signal handlers are installed, so that a signal during the
+imports exits without a traceback. `tandem.service.process` owns the process lifecycle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tandem.service.startup import begin
 
 
 def main() -> NoReturn:
-    """Run the worker until it is asked to end."""
+    """Run the worker until a signal or a Drain call stops it."""
     begin()
     from tandem.service import process
     from tandem.worker.app import WorkerHost

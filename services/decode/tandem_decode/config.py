@@ -9,11 +9,15 @@ from tandem.worker.config import WorkerConfig
 
 
 class DecodeConfig(WorkerConfig):
-    """Streams generations from KV it receives, or (aggregated) computes itself: one SGLang engine."""
+    """Streams tokens from KV it receives, or (aggregated) computes itself: one SGLang engine."""
 
-    role: str = Field("decode", pattern="^(decode|aggregated)$", description="decode, or aggregated (does both halves)")
+    role: str = Field(
+        "decode",
+        pattern="^(decode|aggregated)$",
+        description="decode, or aggregated (prefill and decode in one engine)",
+    )
 
     @property
     def worker_role(self) -> WorkerRole:
-        """The role as the rest of the program knows it."""
+        """`role` as a WorkerRole."""
         return WorkerRole(self.role)

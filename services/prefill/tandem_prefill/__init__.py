@@ -1,4 +1,4 @@
-"""The prefill service: computes prompts' KV and hands it to decode workers.
+"""The prefill service: computes the KV of prompts and transfers it to decode workers.
 
-In reading order: __main__, config, app, servicer, prefill.
+In reading order: __main__, config; then `tandem.worker.app` and `tandem.worker.roles.prefill`.
 """

@@ -6,4 +6,4 @@ from tandem.worker.config import WorkerConfig
 
 
 class PrefillConfig(WorkerConfig):
-    """Computes the KV of prompts and hands it to decode workers: one SGLang engine in the prefill role."""
+    """Computes the KV of prompts and transfers it to decode workers: one SGLang engine in the prefill role."""

@@ -1,8 +1,8 @@
-"""A model directory in Hugging Face format, read without torch: is it whole, and what does it say of itself?
+"""Reads and checks a model directory in Hugging Face format, without torch.
 
-Owns the checks a process makes before it loads anything, and the two digests by which workers and frontends recognise
-that they hold the same model and the same tokenizer. Refuses to load weights, and to guess: a foreign tokenizer of the
-same size as the right one is not noticed here.
+Owns the integrity checks that run before anything is loaded, and the two digests by which workers and frontends verify
+that they have the same model and the same tokenizer. Never loads weights. Cannot detect another model's tokenizer if it
+has the same size as the right one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ EMBEDDING_NAME = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What a model directory says of itself without its weights: all a frontend needs."""
+    """Configuration and tokenizer of a model directory, without its weights: what a frontend needs."""
 
     path: Path
     config: dict[str, Any]
     tokenizer_digest: str
-    """SHA-256, hex, over the tokenizer's files."""
+    """SHA-256, hex, over TOKENIZER_FILES."""
     eos_token_ids: tuple[int, ...]
     vocabulary_size: int
     context_tokens_max: int
@@ -38,7 +38,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint(Card):
-    """What a model directory says of itself, weights included."""
+    """A model directory, weights included."""
 
     model_digest: str
     """SHA-256, hex, over config.json and the weights (whole files up to 64 MiB; header and samples of larger ones)."""
@@ -73,11 +73,11 @@ class Checkpoint(Card):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Check that a model directory is whole and read what it says of itself.
+    """Check that a model directory is complete, and read its configuration, tokenizer and weight headers.
 
     Raises:
-        ConfigError: there is no such directory.
-        StartError: one sentence that names the directory or the file at fault.
+        ConfigError: the directory does not exist.
+        StartError: a file is missing, damaged or does not match; names the file.
     """
     card = read_card(path)
     return Checkpoint(
@@ -87,11 +87,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_card(path: Path) -> Card:
-    """Check what describes a model and read it; its weights may be elsewhere.
+    """Check and read a model's configuration and tokenizer; its weights may be missing.
 
     Raises:
-        ConfigError: there is no such directory.
-        StartError: one sentence that names the directory or the file at fault.
+        ConfigError: the directory does not exist.
+        StartError: a file is missing, damaged or does not match; names the file.
     """
     if not path.is_dir():
         raise ConfigError("model", f"there is no directory {path}")
@@ -99,7 +99,7 @@ def read_card(path: Path) -> Card:
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not _is_count(config.get(key)) or config[key] < 1:
             raise StartError(
-                f"{path / 'config.json'} has no whole number {key} from 1 up", path=str(path / "config.json")
+                f"{path / 'config.json'}: {key} must be a whole number from 1 up", path=str(path / "config.json")
             )
     digest = tokenizer_digest(path)
     eos_token_ids = _eos_token_ids(path, config)
@@ -115,7 +115,7 @@ def read_card(path: Path) -> Card:
 
 
 def tokenizer_digest(path: Path) -> str:
-    """SHA-256, hex, over the tokenizer's files.
+    """SHA-256, hex, over TOKENIZER_FILES.
 
     Raises:
         StartError: the tokenizer is missing or is not JSON.
@@ -143,41 +143,41 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Both files may say it, and an engine stops at what either says."""
+    """End-of-sequence token ids of config.json and generation_config.json: an engine stops at either's."""
     found = {path / "config.json": config.get("eos_token_id")}
     generation = path / "generation_config.json"
     if generation.is_file():
         found[generation] = _read_json(generation).get("eos_token_id")
     token_ids: list[int] = []
     for file, value in found.items():
-        said = value if isinstance(value, list) else [] if value is None else [value]
-        # Some makers write -1 where they mean none.
-        said = [] if said == [-1] else said
-        if not all(map(_is_count, said)):
-            raise StartError(f"{file}: eos_token_id is neither a token id nor a list of them", path=str(file))
-        token_ids += said
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        # Some published models have -1 for "none".
+        listed = [] if listed == [-1] else listed
+        if not all(map(_is_count, listed)):
+            raise StartError(f"{file}: eos_token_id must be a token id or a list of token ids", path=str(file))
+        token_ids += listed
     return tuple(dict.fromkeys(token_ids))
 
 
 def _is_count(value: Any) -> bool:
-    """A whole number from 0 up; to Python, true is one too."""
+    """Whether a JSON value is an integer of at least 0; bool is excluded, which is an int in Python."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_tokenizer_fits(file: Path, vocabulary_size: int, eos_token_ids: tuple[int, ...]) -> None:
-    """Refuse a tokenizer that no model with this configuration can have been trained with: two directories mixed up.
+    """Reject a tokenizer that cannot belong to this model, as when files of two directories are mixed up.
 
-    Three signs are sure, and none of them is seen in sound checkpoints. Ordinary tokens beyond the vocabulary: only
-    added tokens lie there, such as a padding token. Not one of the tokens that end a sequence. Fewer tokens than half
-    of the vocabulary: what makers pad it with is a few hundredths.
+    Three signs are certain, and do not occur in valid checkpoints: an ordinary token id beyond the vocabulary (only
+    added tokens, such as padding, may lie there); no end-of-sequence token; and fewer tokens than half of the
+    vocabulary (padding of the vocabulary is a few percent).
     """
     ordinary, added = _tokenizer_ids(file)
     problem = ""
     if max(ordinary) >= vocabulary_size:
-        problem = f"its token {max(ordinary)} is beyond the vocabulary of {vocabulary_size}"
+        problem = f"its token id {max(ordinary)} is beyond the vocabulary of {vocabulary_size}"
     usable = {token_id for token_id in ordinary | added if token_id < vocabulary_size}
     if not problem and eos_token_ids and usable.isdisjoint(eos_token_ids):
-        problem = f"it has none of the tokens that end a sequence ({', '.join(map(str, eos_token_ids))})"
+        problem = f"it has none of the end-of-sequence tokens ({', '.join(map(str, eos_token_ids))})"
     if not problem and 2 * len(usable) < vocabulary_size:
         problem = f"it has {len(usable)} tokens for a vocabulary of {vocabulary_size}"
     if problem:
@@ -185,27 +185,27 @@ def _check_tokenizer_fits(file: Path, vocabulary_size: int, eos_token_ids: tuple
 
 
 def _tokenizer_ids(file: Path) -> tuple[set[int], set[int]]:
-    """Token ids of the vocabulary, and those of added tokens."""
+    """Token ids of the vocabulary, and token ids of added tokens."""
     tokenizer = _read_json(file)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not vocabulary:
-        raise StartError(f"{file} is damaged: it holds no vocabulary", path=str(file))
-    # Unigram tokenizers list their pieces by position; the others map each piece to its id.
+        raise StartError(f"{file} is damaged: it has no vocabulary", path=str(file))
+    # Unigram tokenizers list their pieces in id order; the others map each piece to its id.
     ordinary = list(range(len(vocabulary))) if isinstance(vocabulary, list) else list(vocabulary.values())
     try:
         added = [entry["id"] for entry in tokenizer.get("added_tokens") or ()]
     except (TypeError, KeyError):
         raise StartError(f"{file} is damaged: an added token has no id", path=str(file)) from None
     if not all(map(_is_count, ordinary + added)):
-        raise StartError(f"{file} is damaged: a token's id is no whole number", path=str(file))
+        raise StartError(f"{file} is damaged: a token id is not a whole number from 0 up", path=str(file))
     return set(ordinary), set(added)
 
 
 def _model_digest(path: Path, vocabulary_size: int) -> str:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise StartError(f"{path} holds no weights (*.safetensors)", path=str(path))
+        raise StartError(f"{path} has no weights (*.safetensors)", path=str(path))
     digest = hashlib.sha256((path / "config.json").read_bytes())
     embedding_rows: dict[Path, int] = {}
     for file in files:
@@ -221,7 +221,7 @@ def _model_digest(path: Path, vocabulary_size: int) -> str:
 
 
 def _check_embedding_fits(rows_by_file: dict[Path, int], vocabulary_size: int) -> None:
-    """Every token needs its row. Files that share the embedding hold a part of it each; other names are not judged."""
+    """Check that the embedding, summed over shards, has a row per token. Other tensor names are not checked."""
     if rows_by_file and sum(rows_by_file.values()) < vocabulary_size:
         file, rows = next(iter(rows_by_file.items()))
         raise StartError(
@@ -231,7 +231,7 @@ def _check_embedding_fits(rows_by_file: dict[Path, int], vocabulary_size: int) -
 
 
 def _read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, list[int]]:
-    """Shape of each tensor by name, once the file is known to be as long as its header says.
+    """Shape of each tensor by name, after checking that the file is as long as its header requires.
 
     The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps.
     """
@@ -245,15 +245,17 @@ def _read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, lis
         shapes = {name: [int(length) for length in tensor["shape"]] for name, tensor in tensors.items()}
         expected_bytes = 8 + header_bytes + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise StartError(f"{file} is damaged: its header is not readable", path=str(file)) from None
+        raise StartError(f"{file} is damaged: its header cannot be parsed", path=str(file)) from None
     if expected_bytes != size_bytes:
         raise StartError(
-            f"{file} is truncated or damaged: {size_bytes} bytes where its header says {expected_bytes}", path=str(file)
+            f"{file} is truncated or damaged: it has {size_bytes} bytes, its header requires {expected_bytes}",
+            path=str(file),
         )
     return shapes
 
 
 def _digest_weights(digest: Any, stream: BinaryIO, size_bytes: int) -> None:
+    # Samples of large files only: hashing all weights would delay each start by minutes.
     stream.seek(0)
     if size_bytes <= WHOLE_FILE_BYTES_MAX:
         digest.update(stream.read())

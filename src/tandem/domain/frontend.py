@@ -1,6 +1,6 @@
-"""What a frontend is, as the registry lists it.
+"""A frontend as a member of the registry: its identity, epoch and address.
 
-Owns identity and place of one start of a frontend. What it does for a request is the frontend's own business.
+Pure value types; nothing about requests.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from tandem.domain.worker import Worker, WorkerState, id_at
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontend:
-    """One start of one frontend process, as the registry lists it."""
+    """One incarnation of a frontend process, as the registry lists it."""
 
     kind: ClassVar[str] = "frontend"
 
     frontend_id: str
-    """Stable over restarts, for example "frontend-0"."""
+    """Stable across restarts, for example "frontend-0"."""
     epoch: int
-    """Grows with every start of the frontend."""
+    """Increases with every start of the frontend."""
     address: str
     """host:port of its gRPC server."""
     model: str
-    """The name clients ask for."""
+    """The model name clients request."""
     state: WorkerState = WorkerState.SERVING
     release: str = ""
-    """Release of Tandem it runs; empty: unknown."""
+    """Tandem release it runs; empty: unknown."""
 
     @property
     def member_id(self) -> str:
-        """Its id, under the name that is common to all members."""
+        """`frontend_id`, under the name that all kinds of members share."""
         return self.frontend_id
 
 
 Member = Worker | Frontend
-"""Whoever holds a lease. Ids are unique within one kind, addresses within a cluster."""
+"""A holder of a lease in the registry. Ids are unique within a kind, addresses within a cluster."""
 
 
 def default_frontend_id(address: str) -> str:
-    """The name of a frontend that was given none."""
+    """Id of a frontend for which none is configured: kind and address."""
     return id_at(Frontend.kind, address)

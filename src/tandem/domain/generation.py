@@ -1,7 +1,7 @@
-"""What one generation asks for and what an engine answers, in token ids.
+"""A generation's parameters and an engine's results, in token ids.
 
-Owns the value types that cross the engine port. Text lives in the frontend alone; bytes on the wire in `tandem.rpc`.
-Absent (`None`) always means "the engine's or the model's default": a zero is a zero.
+Owns the value types that cross the engine port. Only the frontend handles text; `tandem.rpc` converts to protobuf.
+`None` always means "the engine's or the model's default"; zero is a value.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from enum import Enum
 
 
 class FinishReason(Enum):
-    """Why a generation ended. Every generation that was accepted ends with exactly one of these or one error."""
+    """Why a generation ended. Every accepted generation ends with exactly one of these or one error."""
 
     STOP = "stop"
     """A stop token, a stop string or the model's end-of-sequence token."""
     LENGTH = "length"
     """The token budget or the context was used up."""
     ABORTED = "aborted"
-    """The caller went away, or asked for the abort."""
+    """The caller disconnected or requested the abort."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. Ranges are checked at the frontend, before admission."""
+    """How the next token is sampled. The frontend checks the ranges before admission."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -33,13 +33,13 @@ class Sampling:
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    """Both legs of an attempt get the same: the first token is drawn by one, the others by the other."""
+    """The same for both legs of an attempt: prefill samples the first token, decode the others."""
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopping:
-    """When a generation ends, as far as an engine is concerned (stop strings are the frontend's work)."""
+    """When an engine ends a generation. Stop strings are not here: the frontend matches them."""
 
     max_tokens: int
     min_tokens: int | None = None
@@ -55,12 +55,12 @@ class Guided:
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
-    """JSON: free text with parts in a grammar behind what begins them."""
+    """JSON text: free text in which a trigger starts a part that must follow a grammar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bootstrap:
-    """Where and under which number two legs of one attempt meet: at the bootstrap server of the prefill worker."""
+    """Where the two legs of an attempt connect: the prefill worker's bootstrap server, and the bootstrap room."""
 
     host: str
     port: int
@@ -70,7 +70,7 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One leg of one attempt, as handed to an engine."""
+    """One leg of one attempt, as submitted to an engine."""
 
     request_id: str
     """Engine-side id, unique per leg and attempt; no id is a prefix of another."""
@@ -79,7 +79,7 @@ class EngineRequest:
     stopping: Stopping
     guided: Guided | None = None
     top_logprobs: int | None = None
-    """None: no log probabilities. 0: of the chosen token only. n: also of the n likeliest."""
+    """None: no log probabilities. 0: of the sampled token only. n: also of the n most likely tokens."""
     bootstrap: Bootstrap | None = None
     """None on an aggregated engine; required on a prefill or decode engine."""
     priority: int = 0
@@ -89,7 +89,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Log probability (natural logarithm) of one emitted token and of its likeliest rivals, best first."""
+    """Log probability (natural logarithm) of an emitted token and of the most likely tokens, best first."""
 
     token_id: int
     logprob: float
@@ -98,7 +98,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFinish:
-    """The end of a generation as the engine saw it."""
+    """The end of a generation as reported by the engine."""
 
     reason: FinishReason
     matched_token_id: int | None = None
@@ -108,27 +108,27 @@ class EngineFinish:
     cached_tokens: int = 0
     """Prompt tokens whose KV was in this engine's prefix cache."""
     recomputed_tokens: int | None = None
-    """Decode leg: prompt tokens this engine ran through the model itself. 0 means all KV came over the transfer."""
+    """Decode leg: prompt tokens that this engine computed itself. 0: all KV was received."""
     timings: EngineTimings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTimings:
-    """When things happened inside one engine, in seconds since the Unix epoch; None: did not happen or not known."""
+    """Timestamps inside one engine, in seconds since the Unix epoch; None: did not happen or unknown."""
 
     queued_time_s: float | None = None
     bootstrap_end_time_s: float | None = None
-    """Prefill: the legs had found each other; from here on the prompt waited for its turn."""
+    """Prefill: the legs had connected; from here on the prompt was queued."""
     preallocation_end_time_s: float | None = None
-    """Decode: memory for the prompt's KV was set aside; from here on the leg waited for the KV."""
+    """Decode: memory for the prompt's KV was allocated; from here on the leg waited for the KV."""
     prefill_start_time_s: float | None = None
     prefill_end_time_s: float | None = None
     kv_transfer_start_time_s: float | None = None
     kv_transfer_end_time_s: float | None = None
     first_token_time_s: float | None = None
-    """The engine had the first token: computed, or come with the KV."""
+    """The engine had the first token, computed or received with the KV."""
     kv_transfer_bytes: int | None = None
-    """Bytes of KV received (decode) or sent (prefill) by this engine for this request, as it counted them."""
+    """KV bytes received (decode) or sent (prefill) by this engine for this request, as measured by the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,5 +137,5 @@ class TokenBatch:
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    """As long as `token_ids` when asked for, else empty."""
+    """One per token if requested, else empty."""
     finish: EngineFinish | None = None

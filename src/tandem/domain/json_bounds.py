@@ -1,7 +1,7 @@
-"""How deep and how large a client's JSON may be, before anybody works on it recursively.
+"""Depth and size limits for a client's JSON, checked before any recursive processing.
 
-Pure. Knows nothing of schemas: whether one compiles, only an engine can tell. Frontends ask it first, and an engine
-again, for whoever calls a worker himself.
+Pure. Knows nothing of schemas: only an engine can determine whether one compiles. Checked by the frontend, and again by
+the engine, because a worker may be called directly.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ VALUES_MAX = 2_000
 
 
 def check_json_bounds(field: str, value: Any) -> None:
-    """Refuse JSON that is nested too deeply or holds too many values: objects, arrays and what is in them.
+    """Reject JSON that is nested too deeply or has too many values (objects, arrays and scalars).
 
     Raises:
-        InvalidRequest: names the field.
+        InvalidRequest: DEPTH_MAX or VALUES_MAX is exceeded; names the field.
     """
+    # Level by level instead of recursively: the input may be nested more deeply than Python's stack.
     level, depth, count = [value], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)
         if depth > DEPTH_MAX:
             raise InvalidRequest(field, f"is nested more than {DEPTH_MAX} levels deep")
         if count > VALUES_MAX:
-            raise InvalidRequest(field, f"holds more than {VALUES_MAX} values")
+            raise InvalidRequest(field, f"has more than {VALUES_MAX} values")
         level = [inner for outer in level for inner in _inside(outer)]
 
 

@@ -1,11 +1,11 @@
-"""The state of one request over all its attempts, driven by what both legs say.
+"""The state of one request over all its attempts, driven by the reports of both legs.
 
     queued -> dispatched -> bootstrapping -> prefilling -> transferring -> decoding -> finished
        ^                                                                      |
        +---- another attempt, from every state but the last two --------------+      aborted, from every state
 
-Pure: events come in, a phase comes out, and an event that cannot be is an assertion. Owns no leg and decides nothing;
-an attempt may skip states that its engines do not tell of, and never goes back within one attempt.
+Pure: events in, a phase out; an impossible event is an assertion. Owns no leg and decides nothing. An attempt may skip
+states that its engines do not report, and never moves backwards.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """Where a request, or one leg of it, is."""
+    """Phase of a request, or of one of its legs."""
 
     QUEUED = "queued"
-    """Waits in the frontend for a place or for another attempt."""
+    """Queued in the frontend, for admission or for another attempt."""
     DISPATCHED = "dispatched"
-    """Its legs are on their way to their workers."""
+    """Its legs have been sent to their workers."""
     BOOTSTRAPPING = "bootstrapping"
-    """Both workers have their legs; the legs are finding each other, or nothing more has been heard."""
+    """Both workers have accepted their legs; the legs are connecting, or have reported nothing more."""
     PREFILLING = "prefilling"
-    """The prompt runs through the model."""
+    """The prompt is being computed."""
     TRANSFERRING = "transferring"
-    """The first token is known; KV is on its way."""
+    """Prefill has reported the first token; the KV transfer is not reported complete."""
     DECODING = "decoding"
-    """Tokens are coming."""
+    """Decode is reporting tokens."""
     FINISHED = "finished"
     ABORTED = "aborted"
 
     @property
     def is_last(self) -> bool:
-        """Nothing can follow."""
+        """Whether this is a final phase."""
         return self in (Phase.FINISHED, Phase.ABORTED)
 
 
 class LegRole(Enum):
-    """Which leg of an attempt."""
+    """Role of a leg within an attempt."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -52,18 +52,18 @@ IN_ATTEMPT = ORDER[ORDER.index(Phase.DISPATCHED) : ORDER.index(Phase.DECODING) +
 
 @dataclass(slots=True)
 class LegState:
-    """One leg of the present attempt."""
+    """One leg of the current attempt."""
 
     role: LegRole
     phase: Phase = Phase.DISPATCHED
 
     @property
     def is_taken(self) -> bool:
-        """Its worker has it."""
+        """Whether its worker has accepted it."""
         return self.phase is not Phase.DISPATCHED
 
     def advance(self, phase: Phase) -> None:
-        """Go on to a later phase; word of an earlier one, which may overtake it, changes nothing."""
+        """Move to a later phase; a late report of an earlier phase is ignored."""
         assert not self.phase.is_last, f"the {self.role.value} leg has ended and cannot be {phase.value}"
         if ORDER.index(phase) > ORDER.index(self.phase):
             self.phase = phase
@@ -78,52 +78,56 @@ class RequestState:
     legs: dict[LegRole, LegState] = field(default_factory=dict)
 
     def dispatch(self, *roles: LegRole) -> None:
-        """The legs of another attempt have been sent."""
+        """The legs of a new attempt have been sent."""
         self._must_be(Phase.QUEUED)
-        assert set(roles) in ({LegRole.AGGREGATED}, {LegRole.PREFILL, LegRole.DECODE}), f"no attempt has legs {roles}"
+        assert set(roles) in ({LegRole.AGGREGATED}, {LegRole.PREFILL, LegRole.DECODE}), (
+            f"an attempt cannot have legs {roles}"
+        )
         self.attempt += 1
         self.legs = {role: LegState(role) for role in roles}
         self.phase = Phase.DISPATCHED
 
     def take(self, role: LegRole) -> None:
-        """A worker has taken its leg."""
+        """A worker has accepted its leg."""
         leg = self._leg(role)
-        assert not leg.is_taken, f"the {role.value} leg was taken twice"
+        assert not leg.is_taken, f"the {role.value} leg was accepted twice"
         leg.advance(Phase.PREFILLING if role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING)
         self._follow()
 
     def speak(self, role: LegRole) -> None:
-        """The first token of a leg has come."""
+        """A leg has reported its first token."""
         leg = self._taken(role)
         leg.advance(Phase.TRANSFERRING if role is LegRole.PREFILL else Phase.DECODING)
         self._follow()
 
     def end_leg(self, role: LegRole) -> None:
-        """A leg has finished well."""
+        """A leg has finished without an error."""
         self._taken(role).advance(Phase.FINISHED)
         self._follow()
 
     def requeue(self) -> None:
-        """The attempt is over without an end of the request; both legs have been cancelled."""
-        assert self.phase in IN_ATTEMPT, f"no attempt runs in {self.phase.value}"
+        """The attempt has failed and the request continues; both legs have been cancelled."""
+        assert self.phase in IN_ATTEMPT, f"no attempt is running in phase {self.phase.value}"
         self.legs = {}
         self.phase = Phase.QUEUED
 
     def finish(self) -> None:
-        """The client has its finish."""
-        assert self.phase in IN_ATTEMPT, f"a request cannot finish in {self.phase.value}"
+        """The finish has been sent to the client."""
+        assert self.phase in IN_ATTEMPT, f"a request cannot finish in phase {self.phase.value}"
         self.legs = {}
         self.phase = Phase.FINISHED
 
     def abort(self) -> None:
-        """The request ends without a finish: an error, or a client that is gone."""
-        assert not self.phase.is_last, f"a request that is {self.phase.value} cannot be aborted"
+        """The request ends without a finish: an error, or the client disconnected."""
+        assert not self.phase.is_last, f"a request cannot be aborted in phase {self.phase.value}"
         self.legs = {}
         self.phase = Phase.ABORTED
 
     def _follow(self) -> None:
-        """The request is where its slower leg is, until decode speaks: from there on decode's word counts."""
-        assert self.phase in IN_ATTEMPT, f"a leg spoke in {self.phase.value}"
+        """Derive the request's phase from its legs: `decoding` as soon as decode reports a token; before that the
+        furthest leg's phase, at most `transferring`, once every leg is accepted.
+        """
+        assert self.phase in IN_ATTEMPT, f"a leg reported in phase {self.phase.value}"
         streaming = self.legs.get(LegRole.DECODE) or self.legs[LegRole.AGGREGATED]
         if ORDER.index(streaming.phase) >= ORDER.index(Phase.DECODING):
             self.phase = Phase.DECODING
@@ -138,8 +142,8 @@ class RequestState:
 
     def _taken(self, role: LegRole) -> LegState:
         leg = self._leg(role)
-        assert leg.is_taken, f"the {role.value} leg spoke before it was taken"
+        assert leg.is_taken, f"the {role.value} leg reported before it was accepted"
         return leg
 
     def _must_be(self, phase: Phase) -> None:
-        assert self.phase is phase, f"must be {phase.value}, is {self.phase.value}"
+        assert self.phase is phase, f"phase must be {phase.value}, is {self.phase.value}"

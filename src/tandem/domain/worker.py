@@ -1,6 +1,6 @@
-"""What a worker is, what it can do, and when two workers make a pair.
+"""A worker's identity, capabilities and load, and the rule for which two workers can form a pair.
 
-Owns identity, capabilities, load and the compatibility rule. Where workers are kept is the registry's business.
+Pure value types; the registry stores them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from operator import attrgetter
 from typing import ClassVar
 
 WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
-"""What the name of a worker may look like, in its settings and in the registry."""
+"""Syntax of a worker id, in settings and in the registry."""
 WORKER_ID_CHARS_MAX = 128
 LEG_CONTRACT = 2
 """Version of the contract between frontends and workers that this release speaks: protos/tandem/api/worker/v2."""
 
 
 class WorkerRole(Enum):
-    """What a worker does for a request."""
+    """Which legs a worker runs."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -29,7 +29,7 @@ class WorkerRole(Enum):
 
 
 class WorkerState(Enum):
-    """Where a worker is in its life, as the registry tells it."""
+    """Lifecycle state of a worker, as published by the registry."""
 
     SERVING = "serving"
     DRAINING = "draining"
@@ -37,7 +37,7 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What an engine can do. Everything two legs must agree on to exchange KV is in here.
+    """An engine's capabilities, including every property that two legs must agree on to exchange KV.
 
     `model_digest` covers configuration and weights, `tokenizer_digest` the tokenizer's files; both are hex SHA-256.
     """
@@ -46,11 +46,11 @@ class Capabilities:
     """"sglang" or "simulated"."""
     engine_version: str
     model: str
-    """The name clients ask for."""
+    """The model name clients request."""
     model_digest: str
     tokenizer_digest: str
     context_tokens_max: int
-    """Prompt plus completion: what the engine really takes, below the model's where its KV memory is smaller."""
+    """Prompt plus completion that the engine accepts; below the model's own limit if the KV memory is smaller."""
     kv_capacity_tokens: int
     running_requests_max: int
     vocabulary_size: int
@@ -64,7 +64,7 @@ class Capabilities:
     """"nixl", "simulated", or "none" on an aggregated worker."""
     tensor_parallel_size: int = 1
     is_mla: bool = False
-    """Multi-head latent attention: lets the two legs differ in tensor parallelism."""
+    """Multi-head latent attention: the two legs may differ in tensor parallelism."""
 
 
 PAIR_FIELDS = (
@@ -79,11 +79,11 @@ PAIR_FIELDS = (
     "transfer_backend",
 )
 ANY_PARALLELISM = "any"
-"""Stands for every tensor parallelism in a key: of workers with multi-head latent attention."""
+"""Wildcard for tensor parallelism in the key of workers with multi-head latent attention."""
 
 
 def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | None:
-    """Name of the first field in which two workers differ so that they cannot exchange KV; None when they can."""
+    """Name of the first field whose difference prevents two workers from exchanging KV; None if they can."""
     for name in PAIR_FIELDS:
         if getattr(prefill, name) != getattr(decode, name):
             return name
@@ -98,8 +98,8 @@ pair_key: Callable[[Capabilities], tuple[object, ...]] = attrgetter(*PAIR_FIELDS
 
 
 def offered_keys(prefill: Capabilities) -> tuple[Hashable, ...]:
-    """Keys under which an index finds a prefill worker. It can hand over KV to exactly those decode workers that accept
-    one of them: the rule of `incompatible_field`, without a comparison of each pair.
+    """Keys under which an index lists a prefill worker. It can send KV to exactly those decode workers that accept one
+    of them: the rule of `incompatible_field`, without comparing each pair.
     """
     alike = pair_key(prefill)
     own = (alike, prefill.tensor_parallel_size, prefill.is_mla)
@@ -107,54 +107,54 @@ def offered_keys(prefill: Capabilities) -> tuple[Hashable, ...]:
 
 
 def accepted_keys(decode: Capabilities) -> tuple[Hashable, Hashable]:
-    """Keys of the prefill workers that a decode worker can receive KV from; no worker offers both of them."""
+    """Keys of the prefill workers that a decode worker can receive KV from; no prefill worker offers both."""
     alike, size = pair_key(decode), decode.tensor_parallel_size
     return (alike, size, False), (alike, ANY_PARALLELISM) if decode.is_mla else (alike, size, True)
 
 
 Start = tuple[str, int]
-"""Worker id and epoch: one start of one worker, whatever else is said of it."""
+"""Worker id and epoch: identifies one incarnation of a worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One start of one worker process, as the registry lists it."""
+    """One incarnation of a worker process, as the registry lists it."""
 
     kind: ClassVar[str] = "worker"
 
     worker_id: str
-    """Stable over restarts, for example "decode-0"."""
+    """Stable across restarts, for example "decode-0"."""
     epoch: int
-    """Grows with every start of the worker; calls to a worker carry it and a worker refuses another one's."""
+    """Increases with every start of the worker; a worker rejects calls that carry another epoch."""
     role: WorkerRole
     address: str
     """host:port of its gRPC server."""
     capabilities: Capabilities
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
-    """Where decode engines meet this prefill worker; prefill only."""
+    """Bootstrap server, to which decode engines connect; prefill workers only."""
     state: WorkerState = WorkerState.SERVING
     capabilities_digest: str | None = None
-    """`capabilities_digest(capabilities)` where it was made; None: not checked."""
+    """`capabilities_digest(capabilities)` as computed by the worker; None: not checked."""
     release: str = ""
-    """Release of Tandem it runs; empty: unknown."""
+    """Tandem release it runs; empty: unknown."""
     leg_contract: int = 1
     """Version of the leg contract it speaks; only a frontend of the same version sends it legs."""
 
     @property
     def member_id(self) -> str:
-        """Its id, under the name that is common to all members."""
+        """`worker_id`, under the name that all kinds of members share."""
         return self.worker_id
 
     @property
     def start(self) -> Start:
-        """Which start of which worker this is."""
+        """Worker id and epoch."""
         return self.worker_id, self.epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """How busy an engine is at this moment. A figure the engine does not tell is None, never zero."""
+    """The load of an engine at this moment. A value that the engine does not report is None, never zero."""
 
     running_requests: int | None = None
     waiting_requests: int | None = None
@@ -162,29 +162,29 @@ class EngineLoad:
     kv_used_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     transferring_requests: int | None = None
-    """Prefill: requests whose KV is on its way or still to be pulled. Decode: requests that wait for KV."""
+    """Prefill: requests whose KV is being transferred or waits for it. Decode: requests that wait for KV."""
     kv_transferring_tokens: int | None = None
-    """The part of kv_used_tokens whose pages are held for a hand-over alone."""
+    """The part of kv_used_tokens whose pages are held only for a KV transfer."""
     kv_cached_tokens: int | None = None
-    """Tokens' worth of pages that the prefix cache keeps and no request holds: they can be evicted."""
+    """Pages, in tokens, that only the prefix cache holds: they can be evicted."""
     kv_free_tokens: int | None = None
-    """Tokens' worth of pages that hold nothing. Used, cached and free ones together are the capacity."""
+    """Empty pages, in tokens. Used + cached + free = capacity."""
 
 
 def default_worker_id(role: WorkerRole, address: str) -> str:
-    """The name of a worker that was given none."""
+    """Id of a worker for which none is configured: role and address."""
     return id_at(role.value, address)
 
 
 def id_at(kind: str, address: str) -> str:
-    """What something is and its address, without what a name may not contain."""
-    place = re.sub("[^A-Za-z0-9._-]+", "-", address)
-    # Of a host that is too long the end is kept, and with it the port.
-    return f"{kind}-{place[-(WORKER_ID_CHARS_MAX - len(kind) - 1) :]}"
+    """`kind`-`address`, with characters that an id may not contain replaced by "-"."""
+    suffix = re.sub("[^A-Za-z0-9._-]+", "-", address)
+    # Too long an address is cut at its start: the end has the port, which makes the id unique.
+    return f"{kind}-{suffix[-(WORKER_ID_CHARS_MAX - len(kind) - 1) :]}"
 
 
 def capability_text(value: object) -> str:
-    """A capability as text: lists with commas, truth as "true" or "false"."""
+    """A capability as text: list items joined by commas, booleans as "true" or "false"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
@@ -193,11 +193,11 @@ def capability_text(value: object) -> str:
 
 
 def capabilities_digest(capabilities: Capabilities) -> str:
-    """SHA-256, hex, over all capabilities: one line "name=value" and a line feed each, in the contract's order."""
+    """SHA-256, hex, over all capabilities: "name=value" and a line feed each, in the order of their field numbers."""
     lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in field_names())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def field_names() -> tuple[str, ...]:
-    """Names of all capability fields, in the order of their numbers in the contract."""
+    """Names of all capability fields, in the order of their protobuf field numbers."""
     return tuple(f.name for f in fields(Capabilities))

@@ -1,1 +1,1 @@
-"""The engine port and its adapters: `sglang` (the real one) and `simulated` (scale, faults, tests in seconds)."""
+"""The engine port and its adapters: `sglang` (the real engine) and `simulated` (for scale, faults and fast tests)."""

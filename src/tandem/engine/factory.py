@@ -1,4 +1,4 @@
-"""Chooses the adapter by name and imports only that one, so that a simulated worker needs no SGLang."""
+"""Selects the engine adapter by name and imports only that one, so that a simulated worker needs no SGLang."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ ENGINES = ("sglang", "simulated")
 
 
 def create_engine(name: str, settings: EngineSettings) -> Engine:
-    """Make an engine that is not started yet.
+    """Construct an engine; it is not started.
 
     Raises:
-        ConfigError: no adapter has that name.
+        ConfigError: unknown adapter name.
     """
     if name == "sglang":
         from tandem.engine.sglang.engine import SglangEngine

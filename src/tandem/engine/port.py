@@ -1,7 +1,7 @@
-"""The engine port: all that a worker knows about the engine it owns.
+"""The engine port: the interface between a worker and its engine.
 
-Two adapters stand behind it, `tandem.engine.sglang` and `tandem.engine.simulated`, and both pass tests/contract.
-An adapter owns its engine's processes, its KV memory and, in the prefill role, its bootstrap server.
+Two adapters implement it, `tandem.engine.sglang` and `tandem.engine.simulated`; both pass tests/contract. An adapter
+owns its engine's processes, its KV memory and, in the prefill role, its bootstrap server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tandem.errors import TandemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootstrapAddress:
-    """Where decode engines meet a prefill engine."""
+    """Address of a prefill engine's bootstrap server, to which decode engines connect."""
 
     host: str
     port: int
@@ -29,7 +29,7 @@ class KvEvent:
     """One change of an engine's prefix cache."""
 
     sequence: int
-    """Contiguous from 1 for each start of the engine; a gap means lost events."""
+    """Contiguous from 1 for each start of the engine; a gap means that events were lost."""
     kind: str
     """"stored", "removed" or "cleared"."""
     block_hashes: tuple[int, ...] = ()
@@ -39,21 +39,21 @@ class KvEvent:
 
 
 class Output(Protocol):
-    """Where an engine puts what it generates for one request.
+    """Receives what an engine generates for one request.
 
-    Tokens come in order, each exactly once; then exactly one end. No method may block, raise or call the engine back.
+    Tokens arrive in order, each exactly once; then exactly one end. Methods must not block, raise or call the engine.
     """
 
     def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
-        """The next tokens, 1 or more. `logprobs` is as long where the request asked for them, else empty."""
+        """The next tokens, at least one. `logprobs` has one entry per token if requested, else none."""
         ...
 
     def finish(self, finish: EngineFinish) -> None:
-        """The end: by itself, or by an abort."""
+        """The generation ended, by itself or by an abort."""
         ...
 
     def fail(self, problem: TandemError) -> None:
-        """The end: LegFailed (the hand-over between the two legs), EngineFailed, or a late InvalidRequest."""
+        """The generation failed: LegFailed (the KV transfer), EngineFailed, or a late InvalidRequest."""
         ...
 
 
@@ -61,71 +61,69 @@ class Engine(Protocol):
     """One engine in one role. Methods are called on the event loop that called `start`."""
 
     async def start(self) -> None:
-        """Bring the engine up and return when it can generate.
+        """Start the engine; return when it can generate.
 
         Raises:
-            StartError: the engine cannot start; the message is one sentence that names the file, package or
-                setting at fault.
+            StartError: the engine cannot start; one sentence that names the file, package or setting at fault.
         """
         ...
 
     async def stop(self) -> None:
-        """End every process and free everything the engine holds, within 10 s. May be called twice, or before start."""
+        """End the engine's processes and release its resources, within 10 s. May be called twice, or before `start`."""
         ...
 
     def capabilities(self) -> Capabilities:
-        """What the engine can do. Valid after `start`."""
+        """The engine's capabilities. Valid after `start`."""
         ...
 
     def bootstrap_address(self) -> BootstrapAddress | None:
-        """Where decode engines meet this one; None unless its role is prefill. Valid after `start`."""
+        """The bootstrap server's address; None unless the role is prefill. Valid after `start`."""
         ...
 
     async def submit(self, request: EngineRequest, output: Output) -> None:
-        """Take one leg; returns when it waits in the engine. All that it generates goes to `output`.
+        """Submit one leg; returns when the engine has queued it. Its results go to `output`.
 
-        A prefill engine puts out the first token and ends when its KV has been handed over (or the hand-over ended). A
-        decode engine puts out all tokens, the first one included. Outputs of one step of the engine come within one
-        turn of the event loop.
+        A prefill engine outputs the first token and ends when its KV transfer has ended. A decode engine outputs all
+        tokens, the first one included. Outputs of one engine step arrive within one iteration of the event loop.
 
         Args:
             request: the leg.
-            output: called on the event loop, from now on until its end.
+            output: called on the event loop, from now on until the leg's end.
 
         Raises:
-            InvalidRequest: the engine refuses a value; `field` names it. May also come late, as the output's failure:
-                a grammar may turn out to allow nothing only while it is followed.
-            NotSupported: this engine cannot do what a field asks.
+            InvalidRequest: the engine rejects a value; `field` names it. Also possible later, through `output.fail`:
+                some grammars are found to be unsatisfiable only during generation.
+            NotSupported: the engine does not support a field; `field` names it.
             EngineFailed: the engine is dead or stalled.
         """
         ...
 
     async def canary(self) -> None:
-        """Run a small generation by itself, without a peer in any role: proves that the model runs, not the hand-over.
+        """Run a small generation without a peer, in any role. Tests the model, not the KV transfer.
 
         Raises:
-            EngineFailed: it did not end as it should, or the engine has died.
+            EngineFailed: the generation failed, or the engine has died.
         """
         ...
 
     def abort(self, request_id: str) -> bool:
-        """Stop working on a request; its output has ended with `FinishReason.ABORTED` when this returns.
+        """Abort a request; its output has ended with `FinishReason.ABORTED` when this returns.
 
-        The engine frees what the request held within a step or two. Returns whether it ran here; never raises for an
-        unknown id.
+        The engine frees the request's memory within a step or two. Returns whether the request was running; an unknown
+        id is not an error.
         """
         ...
 
     async def load(self) -> EngineLoad:
-        """How busy the engine is now."""
+        """The engine's current load."""
         ...
 
     async def flush_cache(self) -> bool:
-        """Forget the prefix cache. Returns whether it was done (an engine with running requests may refuse)."""
+        """Flush the prefix cache. Returns whether it was flushed (an engine with running requests may refuse)."""
         ...
 
     def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
-        """Changes of the prefix cache from a sequence number on, or (None) from now on, without end.
+        """Stream the changes of the prefix cache, from a sequence number or (None) from now on, without end.
 
         Raises:
             NotSupported: this engine was started without KV events.
@@ -133,36 +131,36 @@ class Engine(Protocol):
         ...
 
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
-        """Begin to record what the engine computes. One profile at a time; requests go on, slower.
+        """Start a profile. One at a time; requests continue, slower.
 
         Args:
-            directory: where the files will be; it is there, and empty.
-            steps_max: most steps to record; the engine stops by itself when they are done.
-            with_stack: whether each operation tells its Python frames.
+            directory: existing, empty directory for the files.
+            steps_max: number of engine steps after which recording stops by itself.
+            with_stack: whether to record the Python stack of each operation.
 
         Raises:
-            NotSupported: this engine cannot.
-            ProfileFailed: it refuses now.
-            EngineFailed: it has died.
+            NotSupported: this engine has no profiler.
+            ProfileFailed: the engine refused.
+            EngineFailed: the engine has died.
         """
         ...
 
     async def stop_profile(self) -> None:
-        """Stop recording and return when the files are written, one for each rank. No step runs meanwhile.
+        """Stop the profile; return when its files are written, one per rank. No engine step runs meanwhile.
 
         Raises:
-            ProfileFailed: there is no profile.
+            ProfileFailed: no profile was recorded.
             EngineFailed: the engine has died.
         """
         ...
 
     def stalled(self) -> str | None:
-        """One sentence while the engine lives but cannot answer, known without asking it; None otherwise.
+        """One sentence while the engine is alive but cannot respond, detected without a request to it; None otherwise.
 
-        Requests end with EngineFailed when it begins, and are refused so until it is over.
+        When a stall begins, running requests end with EngineFailed; new ones are rejected with it until the stall ends.
         """
         ...
 
     async def wait_failed(self) -> str:
-        """Return one sentence when the engine has died by itself; never return otherwise."""
+        """Return one sentence once the engine has died by itself; otherwise never return."""
         ...

@@ -1,4 +1,4 @@
-"""One request of an engine read batch by batch, for canaries and tests: serving pushes, see `port.Output`."""
+"""Reads one engine request as a stream of batches, for canaries and tests. Serving uses `port.Output` directly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tandem.errors import TandemError
 
 
 class BatchQueue:
-    """An `Output` that keeps everything until it is read."""
+    """An `Output` that buffers everything until it is read."""
 
     def __init__(self) -> None:
         self._batches: asyncio.Queue[TokenBatch | TandemError] = asyncio.Queue()
@@ -29,7 +29,7 @@ class BatchQueue:
         self._batches.put_nowait(problem)
 
     async def read(self) -> TokenBatch:
-        """The next batch; the last one carries the finish.
+        """Wait for the next batch; the last one carries the finish.
 
         Raises:
             TandemError: the request failed.
@@ -41,10 +41,10 @@ class BatchQueue:
 
 
 async def generate(engine: Engine, request: EngineRequest) -> AsyncGenerator[TokenBatch, None]:
-    """All batches of a request. Closing this early, or cancelling its reader, aborts the request.
+    """Submit a request and yield its batches. Closing the generator early, or cancelling its reader, aborts it.
 
     Raises:
-        TandemError: the engine refused the request, or it failed.
+        TandemError: the engine rejected the request, or it failed.
     """
     output = BatchQueue()
     await engine.submit(request, output)

@@ -1,4 +1,4 @@
-"""What a worker tells its engine at start, whichever adapter it is."""
+"""Settings that a worker passes to its engine at start, the same for all adapters."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class EngineSettings:
     role: WorkerRole
     model_path: Path
     model_name: str
-    """The name clients ask for."""
+    """The model name clients request."""
     host: str = "127.0.0.1"
     """Address the engine's own sockets (bootstrap server, NIXL) bind and advertise."""
     bootstrap_port: int = 0
-    """Prefill: port of the bootstrap server; 0: one the OS chooses."""
+    """Prefill: port of the bootstrap server; 0: any free port."""
     device: str = "auto"
-    """"auto" (CUDA when there is one), "cpu" or "cuda"."""
+    """"auto" (CUDA if available), "cpu" or "cuda"."""
     dtype: str = "auto"
-    """"auto" (as the model says), "float32", "bfloat16" or "float16"."""
+    """"auto" (the model's), "float32", "bfloat16" or "float16"."""
     kv_capacity_tokens: int | None = None
     """None: the engine's own choice on a GPU; 16,384 on a CPU."""
     running_requests_max: int = 16
     transfer_backend: str = "nixl"
-    """"nixl", or "fake" (SGLang's own, moves nothing: the negative control of the parity tests)."""
+    """"nixl", or "fake" (SGLang's own, transfers nothing: the negative control of the parity tests)."""
     threads: int = 1
-    """CPU threads for the engine's arithmetic (OMP_NUM_THREADS); used on a CPU only."""
+    """CPU threads for the engine's computation (OMP_NUM_THREADS); used on a CPU only."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `sglang.srt.server_args.ServerArgs`, or of the simulated engine's timing model."""
+    """Additional arguments of `sglang.srt.server_args.ServerArgs`, or `Options` of the simulated engine."""

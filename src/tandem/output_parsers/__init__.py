@@ -1,6 +1,6 @@
-"""Tool calls and reasoning, told from content while a model writes: the side that imports neither SGLang nor gRPC.
+"""Parses tool calls and reasoning out of a model's output stream: the client side, without SGLang or gRPC imports.
 
-The parsers are SGLang's own and run in a child process (`tandem.engine.sglang.parsing`); what they say comes as deltas.
+The parsers are SGLang's own and run in a child process (`tandem.engine.sglang.parsing`), which returns deltas.
 """
 
 from tandem.output_parsers.deltas import Content, Delta, Reasoning, ToolCallArguments, ToolCallStart

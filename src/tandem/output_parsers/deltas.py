@@ -1,4 +1,4 @@
-"""What a parsed stream consists of. Pure values; they come in the order in which the model wrote them."""
+"""Deltas of a parsed stream, in the order in which the model wrote them. Pure value types."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """More of the answer itself, without markup."""
+    """The next text of the answer itself, without markup."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of what the model thinks before it answers."""
+    """The next text of the model's reasoning, which precedes the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A tool is called. Comes once for each call, before its arguments."""
+    """Start of a tool call: one per call, before its arguments."""
 
     index: int
     """From 0, in the order of the calls."""
@@ -33,7 +33,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """More of a call's arguments: the fragments of one index make one JSON object together."""
+    """The next part of a call's arguments; the fragments of one index concatenate to one JSON object."""
 
     index: int
     json_fragment: str
@@ -43,7 +43,7 @@ Delta = Content | Reasoning | ToolCallStart | ToolCallArguments
 
 
 def read(items: Iterable[list[Any]]) -> list[Delta]:
-    """Deltas as the parser host writes them."""
+    """Decode deltas from the parser host's JSON lists."""
     return [_read(item) for item in items]
 
 
@@ -58,4 +58,4 @@ def _read(item: list[Any]) -> Delta:
             return ToolCallStart(*values)
         case "a":
             return ToolCallArguments(*values)
-    raise AssertionError(f"the parser host wrote a delta of no known kind: {kind!r}")
+    raise AssertionError(f"the parser host sent a delta of unknown kind {kind!r}")

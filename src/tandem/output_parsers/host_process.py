@@ -1,7 +1,7 @@
-"""One life of the parser host's process: started, asked, ended.
+"""One parser host process, from start to end, and the request-response protocol on its pipes.
 
-Owns the lines between the two and the bound on an answer's time: a host that does not answer is killed, since every
-stream waits behind it. Knows nothing of streams; who starts the next one is `parsers`.
+Owns the pipe protocol and the response timeout: a host that does not respond is killed, because it serves all streams
+in order. Knows nothing of streams; `pool` restarts the process.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ MODULE = "tandem.engine.sglang.parsing"
 LINE_BYTES_MAX = 64 * 1_024 * 1_024
 START_TIMEOUT_S = 180.0
 """Importing SGLang takes 5 s of CPU, and far longer from a cold disk."""
-ANSWER_TIMEOUT_S = 20.0
+RESPONSE_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 2.0
 
 
 class ParserProcess:
-    """A parser host that is ready."""
+    """A parser host process that is ready."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
     async def start(cls, flags: Sequence[str]) -> ParserProcess:
-        """Start one; return when it is ready.
+        """Start a process; return when it is ready.
 
         Raises:
-            ConfigError: there is no such parser; the key is the setting's.
-            StartError: it cannot start.
+            ConfigError: SGLang has no parser of that name; the key is the setting's.
+            StartError: the process failed to start, or was not ready within START_TIMEOUT_S.
         """
         process = await _spawn(flags)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                assert process.stdout is not None, "its output is a pipe"
+                assert process.stdout is not None, "stdout is a pipe"
                 _check_hello(await process.stdout.readline())
         except TimeoutError:
             await _end(process)
@@ -59,72 +59,73 @@ class ParserProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     @property
     def has_ended(self) -> bool:
-        """Whether it answers nothing any more."""
+        """Whether the process has closed its output and sends no more responses."""
         return self._reading.done()
 
     async def wait_ended(self) -> int:
-        """Its exit status, once it has ended and everybody who waited for it knows."""
+        """Return the exit status once the process has ended and every pending request has failed."""
         await asyncio.shield(self._reading)
         return await self._process.wait()
 
-    async def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a message.
+    async def call(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a message and return its response.
 
         Raises:
-            InvalidRequest: the message's content is wrong; names the field.
-            ParserFailed: the process has died or does not answer, or this message was too much for a parser.
+            InvalidRequest: the message's content is invalid; names the field.
+            ParserFailed: the process has died or timed out, or a parser raised on this message.
         """
         if self.has_ended:
             raise _gone()
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        pending = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
             self._write({"n": number, **message})
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                found: dict[str, Any] = await answer
+            async with asyncio.timeout(RESPONSE_TIMEOUT_S):
+                response: dict[str, Any] = await pending
         except TimeoutError:
+            # Killed, not only failed: it is stuck in this message, and every other stream is queued behind it.
             self._kill()
-            raise ParserFailed(f"the parser host did not answer within {ANSWER_TIMEOUT_S:g} s") from None
+            raise ParserFailed(f"the parser host did not respond within {RESPONSE_TIMEOUT_S:g} s") from None
         finally:
-            self._waiting.pop(number, None)
-        if "error" in found:
-            if "field" in found:
-                raise InvalidRequest(found["field"], found["error"])
-            raise ParserFailed(f"the model's output could not be parsed: {found['error']}")
-        return found
+            self._pending.pop(number, None)
+        if "error" in response:
+            if "field" in response:
+                raise InvalidRequest(response["field"], response["error"])
+            raise ParserFailed(f"the model's output could not be parsed: {response['error']}")
+        return response
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """A message that has no answer."""
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message that has no response; ignored if the process has ended."""
         if not self.has_ended:
             self._write({"n": 0, **message})
 
     async def stop(self) -> None:
-        """End it; whoever waits for an answer gets ParserFailed."""
+        """End the process; pending calls fail with ParserFailed."""
         await _end(self._process)
         await self._reading
 
     def _write(self, message: Mapping[str, Any]) -> None:
-        # Not drained: every stream waits for its answer before it writes again, so the pipe holds one message of each.
-        assert self._process.stdin is not None, "its input is a pipe"
+        # Not drained: each stream awaits its response before it sends again, so at most one message each is buffered.
+        assert self._process.stdin is not None, "stdin is a pipe"
         self._process.stdin.write(json.dumps(message, ensure_ascii=False).encode() + b"\n")
 
     async def _read(self) -> None:
-        assert self._process.stdout is not None, "its output is a pipe"
+        assert self._process.stdout is not None, "stdout is a pipe"
         try:
             while line := await self._process.stdout.readline():
-                answer = json.loads(line)
-                waiting = self._waiting.get(answer["n"])
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(answer)
+                response = json.loads(line)
+                pending = self._pending.get(response["n"])
+                if pending is not None and not pending.done():
+                    pending.set_result(response)
         finally:
-            for waiting in self._waiting.values():
-                if not waiting.done():
-                    waiting.set_exception(_gone())
+            for pending in self._pending.values():
+                if not pending.done():
+                    pending.set_exception(_gone())
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -132,7 +133,7 @@ class ParserProcess:
 
 
 async def _spawn(flags: Sequence[str]) -> asyncio.subprocess.Process:
-    """Start the process. asyncio may hang when this is cancelled in its middle, so a cancellation waits for its end."""
+    """Start the process. Shielded, because asyncio may hang if create_subprocess_exec is cancelled midway."""
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
             sys.executable,
@@ -142,7 +143,7 @@ async def _spawn(flags: Sequence[str]) -> asyncio.subprocess.Process:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=LINE_BYTES_MAX,
-            # Ctrl-C is for the parent, which ends its streams first.
+            # A session of its own, so that Ctrl-C reaches only the parent, which finishes its streams first.
             start_new_session=True,
             env={**os.environ, VARIABLE: str(os.getpid())},
         )
@@ -168,8 +169,8 @@ def _check_hello(line: bytes) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """The end of its input is the end of the process; killed when it is in the middle of something."""
-    assert process.stdin is not None, "its input is a pipe"
+    """Close the process's input, at which it exits; kill it if it is still busy after END_TIMEOUT_S."""
+    assert process.stdin is not None, "stdin is a pipe"
     process.stdin.close()
     try:
         async with asyncio.timeout(END_TIMEOUT_S):

@@ -1,7 +1,7 @@
-"""SGLang's parsers as the frontend sees them: a stream for each request, in a host process that is kept alive.
+"""SGLang's output parsers for the frontend: one stream per request, in a host process that is restarted when it dies.
 
-Owns the host's restarts and the ids of streams. A host that dies takes the streams that run in it along, each with one
-ParserFailed; the next stream waits for the next host.
+Owns the host's restarts and the stream ids. When the host dies, each of its streams fails with one ParserFailed; new
+streams wait for the next host.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ToolChoice = str | Mapping[str, Any]
 """As OpenAI writes it: "none", "auto", "required", or {"type": "function", "function": {"name": ...}}."""
 PROMPT_TAIL_CHARS = 1_024
 READY_TIMEOUT_S = 60.0
-"""How long a request waits for a host that is being started again."""
-RESTART_PAUSE_S = 1.0
+"""How long a request waits for the host to be restarted."""
+RESTART_DELAY_S = 1.0
 
 
 class Parsers:
-    """The parsers of one model. Neither name: every stream is content."""
+    """The parsers of one model. With neither parser named, the whole output is content."""
 
     def __init__(self, model: Path, *, tool_parser: str | None, reasoning_parser: str | None) -> None:
         self.tool_parser = tool_parser
@@ -44,12 +44,12 @@ class Parsers:
             self._flags.append(f"--reasoning-parser={reasoning_parser}")
         self._host: ParserProcess | None = None
         self._ready = asyncio.Event()
-        self._keeping: asyncio.Task[None] | None = None
+        self._restart_task: asyncio.Task[None] | None = None
         self._ids = itertools.count(1)
 
     @property
     def pid(self) -> int | None:
-        """Of the host that runs; None while none is ready."""
+        """Process id of the host; None while no host is ready."""
         return self._host.pid if self._host is not None and self._ready.is_set() else None
 
     async def start(self) -> None:
@@ -61,15 +61,15 @@ class Parsers:
         """
         self._host = await ParserProcess.start(self._flags)
         self._ready.set()
-        self._keeping = asyncio.create_task(self._keep())
+        self._restart_task = asyncio.create_task(self._restart_when_ended())
 
     async def stop(self) -> None:
-        """End the host. Harmless after a failed start, and twice."""
-        if self._keeping is not None:
-            self._keeping.cancel()
+        """End the host. Safe after a failed start, and when called twice."""
+        if self._restart_task is not None:
+            self._restart_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeping
-            self._keeping = None
+                await self._restart_task
+            self._restart_task = None
         self._ready.clear()
         if self._host is not None:
             await self._host.stop()
@@ -84,23 +84,23 @@ class Parsers:
         template_kwargs: Mapping[str, Any] | None = None,
         previous_calls: int = 0,
     ) -> ParsedStream:
-        """A stream for one request's output.
+        """Open a stream for one request's output.
 
         Args:
-            tools: as OpenAI's `tools`; none: only reasoning is parsed.
-            tool_choice: with "required" or a named tool the output is held to the grammar that `constraint` gives.
-            prompt: as rendered; its end tells whether the model begins inside a block of reasoning.
-            template_kwargs: what the request gave to the chat template; some parsers look at it.
-            previous_calls: tool calls in the messages; some models count on in their ids.
+            tools: as OpenAI's `tools`; empty: only reasoning is parsed.
+            tool_choice: with "required" or a named tool, the engine must be given the grammar of `constraint`.
+            prompt: rendered prompt; its end shows whether the output starts inside a reasoning block.
+            template_kwargs: the request's chat template arguments, which some parsers depend on.
+            previous_calls: number of tool calls in the messages; some models continue that count in their call ids.
 
         Raises:
-            InvalidRequest: a tool or the choice is wrong.
-            ParserFailed: there is no host.
+            InvalidRequest: a tool or the tool choice is invalid.
+            ParserFailed: no host is ready within READY_TIMEOUT_S.
         """
         stream_id = next(self._ids)
         message = _wanted(tools, tool_choice, prompt, template_kwargs) | {"previous_calls": previous_calls}
-        host, answer = await self._ask({"op": "open", "id": stream_id, **message})
-        return ParsedStream(host, stream_id, keep_special_tokens=answer["keep_special_tokens"])
+        host, response = await self._call({"op": "open", "id": stream_id, **message})
+        return ParsedStream(host, stream_id, keep_special_tokens=response["keep_special_tokens"])
 
     async def constraint(
         self,
@@ -111,76 +111,76 @@ class Parsers:
         prompt: str = "",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Guided | None:
-        """The grammar SGLang's own server would hold the engine to; None: none.
+        """The grammar that SGLang's own server would constrain the output with; None: unconstrained.
 
         Raises:
-            InvalidRequest: a tool or the choice is wrong.
-            ParserFailed: there is no host, or SGLang cannot make a grammar of these tools.
+            InvalidRequest: a tool or the tool choice is invalid.
+            ParserFailed: no host is ready, or SGLang cannot build a grammar for these tools.
         """
         if tool_choice == "none" or (not tools and tool_choice == "auto"):
             return None
         message = _wanted(tools, tool_choice, prompt, template_kwargs) | {"parallel": parallel_tool_calls}
-        grammar = (await self._ask({"op": "grammar", **message}))[1]["grammar"]
+        grammar = (await self._call({"op": "grammar", **message}))[1]["grammar"]
         return None if grammar is None else Guided(**{grammar["kind"]: grammar["grammar"]})
 
     async def open_count(self) -> int:
-        """Streams that the host holds."""
-        count: int = (await self._ask({"op": "count"}))[1]["streams"]
+        """Number of open streams in the host."""
+        count: int = (await self._call({"op": "count"}))[1]["streams"]
         return count
 
-    async def _ask(self, message: Mapping[str, Any]) -> tuple[ParserProcess, dict[str, Any]]:
-        """The answer to a message that begins something, and who gave it."""
+    async def _call(self, message: Mapping[str, Any]) -> tuple[ParserProcess, dict[str, Any]]:
+        """Send a message that depends on no open stream; returns the host that responded, and its response."""
         host = await self._get_host()
         try:
-            return host, await host.ask(message)
+            return host, await host.call(message)
         except ParserFailed:
             if not host.has_ended:
                 raise
-            # Nothing was lost with it: the next one can be asked as well.
+            # Retry on the next host: the message needs no state of the one that died.
             host = await self._get_host()
-            return host, await host.ask(message)
+            return host, await host.call(message)
         except asyncio.CancelledError:
             if "id" in message:
-                host.tell({"op": "forget", "id": message["id"]})
+                host.send({"op": "forget", "id": message["id"]})
             raise
 
     async def _get_host(self) -> ParserProcess:
         if self._host is not None and self._host.has_ended:
-            # Its keeper is about to notice.
+            # The restart task has not noticed yet: wait for the next host instead of using this one.
             self._ready.clear()
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._ready.wait()
         except TimeoutError:
-            raise ParserFailed("the parser host has ended and is not ready again") from None
+            raise ParserFailed(f"the parser host ended and no other was ready within {READY_TIMEOUT_S:g} s") from None
         assert self._host is not None, "ready without a host"
         return self._host
 
-    async def _keep(self) -> None:
-        """Start the next host when one has ended."""
+    async def _restart_when_ended(self) -> None:
+        """Start another host whenever one ends."""
         while True:
-            assert self._host is not None, "kept before it was started"
+            assert self._host is not None, "restart task before start()"
             status = await self._host.wait_ended()
             self._ready.clear()
-            log.error("the parser host has ended (status %d): starting another", status)
+            log.error("parser host exited with status %d: its streams failed; starting another", status)
             while not self._ready.is_set():
                 try:
                     self._host = await ParserProcess.start(self._flags)
                     self._ready.set()
                 except StartError as problem:
-                    log.error("the parser host does not start: %s", problem)
-                    await asyncio.sleep(RESTART_PAUSE_S)
+                    log.error("parser host failed to start, retrying in %g s: %s", RESTART_DELAY_S, problem)
+                    await asyncio.sleep(RESTART_DELAY_S)
 
 
 class ParsedStream:
-    """One request's output. Leaving its context before `close` abandons it."""
+    """One request's output stream. Leaving its context before `close` abandons it."""
 
     def __init__(self, host: ParserProcess, stream_id: int, *, keep_special_tokens: bool) -> None:
         self._host = host
         self._id = stream_id
         self._is_open = True
         self.keep_special_tokens = keep_special_tokens
-        """Whether the text must be made with special tokens in it, because the format's markers are such tokens."""
+        """Whether to detokenize with special tokens, because the format's markers are special tokens."""
 
     async def __aenter__(self) -> ParsedStream:
         return self
@@ -191,7 +191,7 @@ class ParsedStream:
         self.abandon()
 
     async def feed(self, text: str) -> list[Delta]:
-        """What became certain with the next text of the model.
+        """Parse the next text of the model; returns the deltas that are final now.
 
         Raises:
             ParserFailed: the host has died, or its parser failed on this text.
@@ -199,26 +199,26 @@ class ParsedStream:
         assert self._is_open, "feed() after the end"
         if not text:
             return []
-        return deltas.read((await self._host.ask({"op": "feed", "id": self._id, "text": text}))["deltas"])
+        return deltas.read((await self._host.call({"op": "feed", "id": self._id, "text": text}))["deltas"])
 
     async def close(self, *, complete: bool = True) -> list[Delta]:
-        """What was held back, at the end of the model's output.
+        """End the model's output; returns the deltas that were held back.
 
         Args:
-            complete: the model ended by itself. False: it was cut off, and a call may be cut off with it.
+            complete: the model ended by itself. False: the output was cut off, perhaps in the middle of a call.
 
         Raises:
             ParserFailed: as `feed`.
         """
         assert self._is_open, "close() after the end"
         self._is_open = False
-        return deltas.read((await self._host.ask({"op": "close", "id": self._id, "complete": complete}))["deltas"])
+        return deltas.read((await self._host.call({"op": "close", "id": self._id, "complete": complete}))["deltas"])
 
     def abandon(self) -> None:
-        """The rest of the output is of no interest. Harmless after the end."""
+        """Discard the rest of the output. Safe after the end."""
         if self._is_open:
             self._is_open = False
-            self._host.tell({"op": "forget", "id": self._id})
+            self._host.send({"op": "forget", "id": self._id})
 
 
 def _wanted(

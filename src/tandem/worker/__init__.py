@@ -1,4 +1,4 @@
-"""What prefill and decode workers have in common: settings, the life of the process, legs, and WorkerService.
+"""Code shared by prefill and decode workers: settings, process lifecycle, legs, WorkerService, and the two roles.
 
-A worker service adds its role: which call it serves, and what that call makes of a leg.
+The services `tandem_prefill` and `tandem_decode` add an entry point and their settings.
 """

@@ -1,9 +1,10 @@
-"""The life of a worker process: engine, canary, server, registry; and back.
+"""Start, drain and stop order of a worker process.
 
-Start: metrics -> engine -> canary -> listen -> register; nobody hears of a worker whose engine has not generated.
-Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still taken -> settle -> end of
-admission -> wait for the open legs (prefill: for every hand-over) -> deregister. Fenced (another start has its place):
-NOT_SERVING, end of admission, the open legs, exit status 1. Stop: server, then engine, then metrics.
+Start: metrics -> engine -> canary -> listen -> register; a worker is registered only after its engine has generated.
+Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still accepted -> settle -> close
+admission -> wait for the open legs (prefill: for every KV hand-over) -> deregister. Fenced (another process has
+registered at this worker's id or address): NOT_SERVING, close admission, finish the open legs, exit status 1. Stop:
+server, then engine, then metrics.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
 LEG_BYTES_MAX = 16 * 2**20
-"""Of one leg: a million token ids of five bytes, and a grammar."""
+"""Maximum size of one leg request: a million token ids of five bytes, and a grammar."""
 
 RoleServices = Callable[[Legs, StepStreams, Worker], list[tuple[str, AddServicer]]]
-"""Makes the services of the role: of each its full name, and what adds its servicer to a server."""
+"""Makes the gRPC services of a role: (full service name, function that adds the servicer to a server)."""
 
 
 class WorkerHost:
-    """A worker as `tandem.service.process` runs it."""
+    """A worker application: the start, drain, stop and wait_finished that `tandem.service.process` runs."""
 
     def __init__(self, config: WorkerConfig, role: WorkerRole, role_services: RoleServices) -> None:
         self._config = config
@@ -74,28 +75,28 @@ class WorkerHost:
         self._tasks: list[asyncio.Task[None]] = []
         self._health: EngineHealth | None = None
         self._is_leaving = False
-        self._drain_asked = asyncio.Event()
+        self._drain_requested = asyncio.Event()
 
     @property
     def address(self) -> str:
-        """host:port it serves at, once started."""
+        """host:port of the gRPC server. Valid after `start`."""
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
     @property
     def metrics_port(self) -> int:
-        """Where it is scraped, once started; 0: nowhere."""
+        """Port of the metrics endpoint; 0: metrics are off. Valid after `start`."""
         return self._metrics.port
 
     async def start(self) -> None:
-        """Return when the worker is registered; waits for a registry as long as it takes.
+        """Return when the worker is registered; retries without limit while no registry is reachable.
 
         Raises:
-            StartError: the port is taken, a TLS file cannot be used, the engine cannot start or fails its canary, or
-                the registry refuses.
+            StartError: the port is in use, a TLS file is unusable, the engine cannot start or fails its canary, or
+                the registry rejects the worker.
         """
         server = self._server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=self._config.tls)
-        # First, because an engine takes long to start, only to find that somebody else listens here.
+        # Bind before the engine starts: a port conflict shows at once, not after minutes of loading a model.
         server.bind(self._config.host, self._config.port)
         await self._metrics.start(self._worker_id)
         await self._engine.start()
@@ -112,7 +113,7 @@ class WorkerHost:
         registration.when_superseded(identity.supersede)
         self._legs = Legs(self._engine, identity, self._traces, self._timers)
         counts = LegStats(self._traces).counts
-        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_asked.set, counts)
+        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_requested.set, counts)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
         streams = StepStreams(self._legs.abort_stream)
         server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
@@ -123,17 +124,17 @@ class WorkerHost:
         await server.serve()
         await server.set_serving(True)
         legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
-        health = self._health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._tell_health)
+        health = self._health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._report_health)
         self._tasks = [
             asyncio.create_task(identity.beat(), name="heartbeat"),
             asyncio.create_task(health.watch(), name="engine-health"),
         ]
         if self._metrics.is_on:
-            self._tell_metrics(self._legs, health)
+            self._publish_metrics(self._legs, health)
         await self._register(registration)
 
     async def drain(self) -> bool:
-        """See the module. Returns whether every leg ended within the drain's bound."""
+        """Drain in the order given at the top of this module. Returns whether every leg ended within the timeout."""
         assert self._server is not None, "drain() before start()"
         assert self._legs is not None, "drain() before start()"
         assert self._registration is not None, "drain() before start()"
@@ -147,7 +148,7 @@ class WorkerHost:
             await self._registration.close()
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
+        """Release everything; safe after a failed `start`."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -163,14 +164,16 @@ class WorkerHost:
         await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return why the worker cannot go on, or None when a Drain call asked it to end.
+        """Return why the worker must stop, or None when a Drain call requested it.
 
-        A worker that was fenced has finished its legs by then: their frontends hold on to them, but send no new ones.
+        A fenced worker finishes its open legs first: their frontends still read them, but send no new ones.
         """
         assert self._registration is not None, "wait_finished() before start()"
         assert self._server is not None, "wait_finished() before start()"
         assert self._legs is not None, "wait_finished() before start()"
-        trouble = await _first(self._engine.wait_failed(), self._registration.wait_fenced(), self._asked_to_drain())
+        trouble = await _first(
+            self._engine.wait_failed(), self._registration.wait_fenced(), self._wait_drain_requested()
+        )
         if self._registration.fenced is not None:
             await self._leave(self._server)
             await _first(self._engine.wait_failed(), self._until_legs_end(self._legs))
@@ -180,29 +183,30 @@ class WorkerHost:
     def _worker_id(self) -> str:
         return self._config.worker_id or default_worker_id(self._role, self.address)
 
-    def _tell_metrics(self, legs: Legs, health: EngineHealth) -> None:
+    def _publish_metrics(self, legs: Legs, health: EngineHealth) -> None:
         leg_metrics = LegMetrics(self._metrics)
         self._traces.sinks.append(leg_metrics)
         self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
 
     async def _leave(self, server: RpcServer) -> None:
-        """NOT_SERVING from here on, whatever the engine's health."""
+        """Report NOT_SERVING from here on, even when the engine is healthy."""
         self._is_leaving = True
         await server.set_serving(False)
 
-    async def _tell_health(self, trouble: str | None) -> None:
+    async def _report_health(self, trouble: str | None) -> None:
         assert self._server is not None, "health before start()"
         if not self._is_leaving:
             await self._server.set_serving(trouble is None)
 
     async def _finish_legs(self, legs: Legs) -> bool:
-        """Admit no more legs and wait for the open ones. Returns whether all ended within the drain's bound."""
+        """Close admission and wait for the open legs. Returns whether all ended within the drain timeout."""
         legs.close_admission()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
                 await legs.wait_none()
         except TimeoutError:
-            log.error("%d legs still open after %g s: they end now", legs.open_count, self._config.drain_timeout_s)
+            timeout_s = self._config.drain_timeout_s
+            log.error("drain timed out after %g s: aborting %d open legs", timeout_s, legs.open_count)
             return False
         return True
 
@@ -214,9 +218,9 @@ class WorkerHost:
             async with asyncio.timeout(self._config.canary_timeout_s):
                 await self._engine.canary()
         except TimeoutError:
-            raise StartError(f"the engine's canary did not end within {self._config.canary_timeout_s:g} s") from None
+            raise StartError(f"engine canary timed out after {self._config.canary_timeout_s:g} s") from None
         except EngineFailed as problem:
-            raise StartError(f"the engine failed its canary: {problem}") from None
+            raise StartError(f"engine canary failed: {problem}") from None
 
     async def _register(self, registration: Registration) -> None:
         await registration.start()
@@ -224,8 +228,8 @@ class WorkerHost:
         if trouble is not None:
             raise StartError(trouble)
 
-    async def _asked_to_drain(self) -> None:
-        await self._drain_asked.wait()
+    async def _wait_drain_requested(self) -> None:
+        await self._drain_requested.wait()
 
     def _describe(self) -> Worker:
         bootstrap, capabilities = self._engine.bootstrap_address(), self._engine.capabilities()
@@ -244,7 +248,7 @@ class WorkerHost:
 
 
 async def _first(*waits: Coroutine[Any, Any, str | None]) -> str | None:
-    """The result of whichever ends first; the others are cancelled."""
+    """The result of the coroutine that ends first; the others are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

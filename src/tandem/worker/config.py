@@ -1,6 +1,6 @@
 """Settings of every worker, whatever its role.
 
-Owns names, ranges and defaults. What the engine makes of them is the adapter's business.
+Owns names, ranges and defaults. The engine adapter maps them to the engine's own arguments.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class WorkerConfig(AdminConfig):
     worker_id: str | None = Field(
         None,
         pattern=f"^{WORKER_ID_PATTERN}$",
-        description="name in the registry, stable over restarts; default: role-host-port",
+        description="id in the registry, stable across restarts; default: role-host-port",
     )
     model: Path = Field(description="model directory in Hugging Face format")
     model_name: str | None = Field(
-        None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"
+        None, min_length=1, max_length=128, description="model name clients request; default: the directory's name"
     )
     engine: str = Field("sglang", pattern=f"^({'|'.join(ENGINES)})$", description=" or ".join(ENGINES))
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto, cpu or cuda")
@@ -49,33 +49,31 @@ class WorkerConfig(AdminConfig):
         description="auto (the model's), float32, bfloat16, float16",
     )
     kv_capacity_tokens: int | None = Field(
-        None, ge=64, description="tokens whose KV is kept; default: what fits on a GPU, 16384 on a CPU"
+        None, ge=64, description="KV cache capacity in tokens; default: what fits on a GPU, 16384 on a CPU"
     )
-    running_requests_max: int = Field(16, ge=1, le=4096, description="requests the engine runs at the same time")
-    threads: int = Field(1, ge=1, le=256, description="threads of the engine's arithmetic on a CPU")
+    running_requests_max: int = Field(16, ge=1, le=4096, description="maximum concurrent requests in the engine")
+    threads: int = Field(1, ge=1, le=256, description="CPU threads for the engine's computation (device cpu)")
     transfer_backend: str = Field(
-        "nixl", pattern="^(nixl|fake)$", description="nixl; fake moves no KV at all and is only for negative controls"
+        "nixl", pattern="^(nixl|fake)$", description="nixl; fake transfers no KV and is only for negative-control tests"
     )
-    bootstrap_port: int = Field(0, ge=0, le=65535, description="port of the bootstrap server (prefill); 0: any")
-    seed: int = Field(0, ge=0, description="seed of the engine")
+    bootstrap_port: int = Field(0, ge=0, le=65535, description="bootstrap server port (prefill); 0: any free port")
+    seed: int = Field(0, ge=0, description="the engine's random seed")
     canary_period_s: float = Field(
-        10, ge=0.5, le=3600, description="an engine that has told no token for this long must pass a canary"
+        10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
     )
-    canary_timeout_s: float = Field(60, gt=0, le=600, description="most time for the generation that proves the engine")
-    engine_spans: bool = Field(
-        False, description="trace also what SGLang itself traces; its scheduler's loop pays for that"
-    )
+    canary_timeout_s: float = Field(60, gt=0, le=600, description="timeout of a canary generation, in seconds")
+    engine_spans: bool = Field(False, description="also export SGLang's own spans; slows down its scheduler loop")
     engine_extra: Annotated[dict[str, Any], BeforeValidator(_parse_extra)] = Field(
-        default_factory=dict, description="more arguments of the engine, as a JSON object"
+        default_factory=dict, description="additional engine arguments, as a JSON object"
     )
 
     @property
     def served_name(self) -> str:
-        """Name clients ask for."""
+        """The model name clients request."""
         return self.model_name or self.model.resolve().name
 
     def _engine_tracing(self) -> dict[str, Any]:
-        """SGLang's arguments for spans of its own."""
+        """SGLang's arguments that make it export its own spans."""
         if not self.engine_spans or self.otlp_endpoint is None or self.engine != "sglang":
             return {}
         return {
@@ -85,7 +83,7 @@ class WorkerConfig(AdminConfig):
         }
 
     def engine_settings(self, role: WorkerRole) -> EngineSettings:
-        """The engine's part."""
+        """The subset of these settings that the engine needs, for a worker in `role`."""
         return EngineSettings(
             role=role,
             model_path=self.model,
@@ -99,6 +97,7 @@ class WorkerConfig(AdminConfig):
             transfer_backend=self.transfer_backend,
             threads=self.threads,
             seed=self.seed,
+            # SGLang logs every batch at "info", which would bury the worker's own log.
             log_level=self.log_level if self.log_level != "info" else "warning",
             extra={**self._engine_tracing(), **self.engine_extra},
         )

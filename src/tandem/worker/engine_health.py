@@ -1,8 +1,8 @@
-"""Whether the engine can be trusted with a request now: what a worker's health tells is only as true as this.
+"""Health check of the engine; the worker's gRPC health status is set from its result.
 
-Proof is the engine's own work: tokens that come, and when none have come for a while, a canary generation. Before the
-proof can fail, an engine that is known to be stalled, or a bootstrap server that nobody can reach, is enough. Says so;
-what follows is the host's business.
+Output tokens prove that the engine works; after a period without any, a canary generation is run. A stalled engine or
+an unreachable bootstrap server is unhealthy at once, without waiting for a canary to time out. Reports changes to the
+worker host, which decides what to do about them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from tandem.errors import TandemError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+CHECK_INTERVAL_S = 0.5
 CONNECT_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Periods:
-    """How often an engine must prove itself."""
+    """When a canary runs, and how long it may take."""
 
     proof_s: float
-    """After so long without a token, a canary runs."""
+    """Time without an output token after which a canary runs."""
     canary_s: float
-    """Most time for that canary: it waits its turn behind whatever the engine does."""
+    """Timeout of the canary; includes its wait in the engine's queue behind running requests."""
 
 
 class EngineHealth:
-    """Looks after one engine that has passed its first canary."""
+    """Checks one engine that has passed its first canary."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class EngineHealth:
         on_change: Callable[[str | None], Awaitable[None]],
         clock: Clock = monotonic,
     ) -> None:
-        """`batch_count` grows with every answer of the engine; `on_change` is told the trouble, or None at its end."""
+        """`batch_count` grows with every output of the engine; `on_change` gets the new trouble, None on recovery."""
         self._engine = engine
         self._batch_count = batch_count
         self._periods = periods
@@ -53,29 +53,29 @@ class EngineHealth:
 
     @property
     def trouble(self) -> str | None:
-        """Why the engine cannot be trusted now, in one sentence; None when it can."""
+        """Why the engine is unhealthy, in one sentence; None while it is healthy."""
         return self._trouble
 
     async def watch(self) -> None:
-        """Look for ever."""
+        """Check the engine periodically until cancelled."""
         proved_s, batches = self._clock(), self._batch_count()
         while True:
-            await asyncio.sleep(min(LOOK_S, self._periods.proof_s / 2))
-            if (trouble := await self._obvious()) is not None:
-                await self._say(trouble)
-                # What the engine did before its trouble proves nothing after it.
+            await asyncio.sleep(min(CHECK_INTERVAL_S, self._periods.proof_s / 2))
+            if (trouble := await self._passive_check()) is not None:
+                await self._report(trouble)
+                # Tokens from before the trouble do not prove that the engine works after it: run a canary at once.
                 proved_s, batches = float("-inf"), self._batch_count()
                 continue
             if self._batch_count() != batches:
                 proved_s, batches = self._clock(), self._batch_count()
-                await self._say(None)
+                await self._report(None)
             elif self._clock() - proved_s >= self._periods.proof_s:
                 trouble = await self._canary()
-                await self._say(trouble)
+                await self._report(trouble)
                 proved_s, batches = self._clock(), self._batch_count()
 
-    async def _obvious(self) -> str | None:
-        """Trouble that is known without asking the engine for a token."""
+    async def _passive_check(self) -> str | None:
+        """Trouble that can be detected without a generation."""
         stall = self._engine.stalled()
         if stall is not None:
             return stall
@@ -87,28 +87,28 @@ class EngineHealth:
             async with asyncio.timeout(self._periods.canary_s):
                 await self._engine.canary()
         except TimeoutError:
-            return f"the engine has not answered a canary within {self._periods.canary_s:g} s"
+            return f"engine canary timed out after {self._periods.canary_s:g} s"
         except TandemError as problem:
-            return f"the engine failed a canary: {problem.message}"
+            return f"engine canary failed: {problem.message}"
         return None
 
-    async def _say(self, trouble: str | None) -> None:
+    async def _report(self, trouble: str | None) -> None:
         if trouble == self._trouble:
             return
         if trouble is not None:
-            log.error("not serving: %s", trouble)
+            log.error("engine unhealthy, health status is now NOT_SERVING: %s", trouble)
         else:
-            log.warning("serving again: the engine works")
+            log.warning("engine healthy again, health status is now SERVING")
         self._trouble = trouble
         await self._on_change(trouble)
 
 
 async def _unreachable(bootstrap: BootstrapAddress) -> str | None:
-    """Why decode engines cannot meet this one; None when they can."""
+    """Why decode engines cannot connect to the bootstrap server; None when they can."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, writer = await asyncio.open_connection(bootstrap.host.strip("[]"), bootstrap.port)
     except (OSError, TimeoutError) as problem:
-        return f"the bootstrap server at {bootstrap.host}:{bootstrap.port} cannot be reached: {problem or 'no answer'}"
+        return f"bootstrap server {bootstrap.host}:{bootstrap.port} is unreachable: {problem or 'connect timed out'}"
     writer.close()
     return None

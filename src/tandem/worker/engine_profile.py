@@ -1,4 +1,4 @@
-"""The profile of a worker is its engine's own: from `tandem.observability.profiles` to the engine."""
+"""Adapts the engine's profiler to `tandem.observability.profiles`: a worker's profile is its engine's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class EngineProfiler:
         self._engine = engine
 
     async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
-        """Have the engine record."""
+        """Start recording in the engine."""
         await self._engine.start_profile(directory, steps_max=wanted.steps_max, with_stack=wanted.with_stack)
 
     async def stop(self) -> None:
-        """Have it write what it has recorded."""
+        """Stop recording; return when the files are written."""
         await self._engine.stop_profile()

@@ -1,4 +1,4 @@
-"""A leg on the wire: LegRequest to the engine's request. Pure translation, the same for both roles."""
+"""Converts a protobuf LegRequest to an EngineRequest. Pure; the same for both roles."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ REQUEST_ID_CHARS_MAX = 128
 
 
 def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
-    """Which attempt of which request.
+    """Request id and attempt of a leg.
 
     Raises:
-        InvalidRequest: one of the two is missing.
+        InvalidRequest: one of the two is missing or out of range.
     """
     if not 1 <= len(leg.request_id) <= REQUEST_ID_CHARS_MAX:
         raise InvalidRequest("leg.request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters long")
@@ -25,7 +25,7 @@ def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
 
 
 def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> EngineRequest:
-    """What the engine is asked for. `bootstrap` is given apart: each role has its own rule for it."""
+    """The engine's request. `bootstrap` is passed separately because each role derives it differently."""
     return EngineRequest(
         request_id=f"{leg.request_id}.{leg.attempt}",
         token_ids=tuple(leg.token_ids),

@@ -1,4 +1,4 @@
-"""StartLegs, the same for both roles: each leg of the call is checked, given to the engine, and taken or refused."""
+"""StartLegs for both roles: checks each leg of the call, submits it to the engine, and reports accepted or refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tandem.worker.steps import StepStream, StepStreams
 log = logging.getLogger(__name__)
 
 Role = Callable[[leg_pb2.LegRequest], EngineRequest]
-"""What a leg is to an engine of the worker's role; raises where it is nothing to it."""
+"""Converts a leg to an engine request for the worker's role; raises WrongRole or InvalidRequest."""
 LEGS_MAX = 4_096
-"""Of one call."""
+"""Maximum number of legs in one StartLegs call."""
 
 
 class LegStarts:
@@ -32,14 +32,14 @@ class LegStarts:
         self._role = role
 
     async def start(self, stream_id: int, starts: Sequence[leg2_pb2.LegStart]) -> list[leg2_pb2.LegStartResult]:
-        """Start legs on a stream; a result for each, in order. One that is refused stops no other.
+        """Start legs on a stream; returns one result per leg, in order. A refused leg does not affect the others.
 
         Raises:
-            InvalidRequest: there are none, or too many.
+            InvalidRequest: the number of legs is not 1 to LEGS_MAX.
             ServiceError: the stream is not open.
         """
         if not 1 <= len(starts) <= LEGS_MAX:
-            raise InvalidRequest("legs", f"must be 1 to {LEGS_MAX}, not {len(starts)}")
+            raise InvalidRequest("legs", f"must hold 1 to {LEGS_MAX} legs, not {len(starts)}")
         stream = self._streams.get(stream_id)
         return [await self._start(stream, start) for start in starts]
 

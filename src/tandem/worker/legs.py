@@ -1,8 +1,8 @@
-"""The legs a worker has open: who asked for them, which engine request each one is, and how they end.
+"""The worker's open legs: admission checks, mapping to engine requests, deadlines, aborts and ends.
 
-Owns the checks that need no engine (epoch, model, drain), the table of open legs, their deadlines, and the facts an
-error carries (leg, worker, attempt, room). Which epoch counts is `identity`'s; how tokens travel is `steps`'. What a
-leg asks of the engine comes in as an EngineRequest. Each leg that was taken ends exactly once, whatever ends it.
+Owns the checks that need no engine (epoch, model, drain), the table of open legs, their deadlines, and the metadata of
+a leg's error (leg, worker, attempt, room). `identity` owns the epoch, `steps` the token stream; the engine's request
+arrives ready-made as an EngineRequest. Each accepted leg ends exactly once: finish, error or abort.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LegKey = tuple[str, int]
 
 
 class OpenLeg:
-    """One leg that was taken: the engine's output on its way to a step stream. An `engine.port.Output`."""
+    """One accepted leg: forwards the engine's output to a step stream. An `engine.port.Output`."""
 
     __slots__ = (
         "_ending",
@@ -64,13 +64,13 @@ class OpenLeg:
         self.record: LegTrace = legs.new_record(key, request)
         self.deadline: Timer | None = None
         self.is_over = False
-        """It has ended on its stream, or was not taken: what the engine still says is passed over."""
+        """It has ended on its stream, or was not accepted: further output of the engine is ignored."""
         self._index = 0
         self._ending: TandemError | None = None
-        """Why this side has aborted it, where that is an error."""
+        """The error that this worker aborted it with (its deadline passed); None otherwise."""
 
     def tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
-        """See the port. On the hot path: once a leg and step."""
+        """See the port. Hot path: called once per leg and engine step."""
         if self.is_over:
             return
         record, count = self.record, len(token_ids)
@@ -104,11 +104,11 @@ class OpenLeg:
         self.stream.fail(self.number, to_status(problem))
 
     def leave(self) -> None:
-        """The frontend does not want it any more, or is gone."""
+        """Record that the frontend aborted the leg or disconnected."""
         self.record.left_s = self.record.clock()
 
     def end_with(self, problem: TandemError) -> None:
-        """Its abort, which is about to come, is this error."""
+        """Report the abort that is about to follow as this error."""
         self._ending = problem
 
 
@@ -127,59 +127,61 @@ class Legs:
         records: TraceStore[LegTrace] | None = None,
         timers: AwakeTimers | None = None,
     ) -> None:
-        """`records` keeps what happened to each leg; None: nothing is kept."""
+        """`records` stores each leg's trace; None: traces are discarded."""
         self._records: TraceStore[LegTrace] = records or TraceStore()
         self._timers = timers or AwakeTimers()
         self._engine = engine
         self._identity = identity
         self._open: dict[LegKey, OpenLeg] = {}
         self._numbered: dict[tuple[int, int], OpenLeg] = {}
-        """The same by stream and number."""
+        """Open legs by stream id and leg number."""
         self._is_closed = False
         self.batch_count = 0
-        """Outputs of the engine since the start: while it grows, the engine works."""
+        """Engine outputs since start; the health check takes growth as proof that the engine works."""
         self._changed = asyncio.Event()
 
     @property
     def worker_id(self) -> str:
-        """The worker."""
+        """The worker's id."""
         return self._identity.current().worker_id
 
     @property
     def open_count(self) -> int:
-        """Legs that have not ended yet."""
+        """Number of legs that have not ended yet."""
         return len(self._open)
 
     def check_epoch(self, worker_epoch: int) -> None:
-        """Refuse what was meant for another start of this worker.
+        """Reject a call that was addressed to another incarnation of this worker.
 
         Raises:
-            StaleEpoch
+            StaleEpoch: `worker_epoch` is not the current epoch.
         """
         worker = self._identity.current()
         if worker_epoch != worker.epoch:
             raise StaleEpoch(
-                f"worker {worker.worker_id} is now in epoch {worker.epoch}, not {worker_epoch}",
+                f"stale epoch: worker {worker.worker_id} has epoch {worker.epoch}, the call has {worker_epoch}",
                 worker=worker.worker_id,
                 expected=worker_epoch,
                 actual=worker.epoch,
             )
 
     def check_admission(self) -> None:
-        """Refuse everything after the end of admission.
+        """Reject new work once the drain has closed admission.
 
         Raises:
-            Draining
+            Draining: admission is closed.
         """
         if self._is_closed:
             worker = self._identity.current()
-            raise Draining(f"worker {worker.worker_id} is going away", worker=worker.worker_id)
+            raise Draining(f"worker {worker.worker_id} is draining and accepts no legs", worker=worker.worker_id)
 
     def admit(self, worker_epoch: int, model: str) -> None:
-        """Refuse a leg for another start or another model, or after the end of admission.
+        """Check that a leg may start on this worker.
 
         Raises:
-            StaleEpoch, ModelNotFound, Draining
+            StaleEpoch: the leg was addressed to another incarnation of this worker.
+            ModelNotFound: this worker serves another model.
+            Draining: admission is closed.
         """
         self.check_epoch(worker_epoch)
         worker = self._identity.current()
@@ -199,24 +201,24 @@ class Legs:
         parent: TraceContext | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Start a leg that was admitted; returns when the engine has taken it. Its end comes on the stream.
+        """Start an admitted leg; return when the engine has accepted it. Its end is reported on the stream.
 
         Args:
-            key: which attempt of which request.
-            request: what the engine is asked for.
-            stream: where its tokens and its end go.
-            number: of the leg on the stream.
+            key: request id and attempt.
+            request: the engine's request.
+            stream: receives its tokens and its end.
+            number: the leg's number on the stream, chosen by the frontend.
             parent: the caller's span.
-            timeout_s: after so long the leg is aborted, and ends with DeadlinePassed; None: no deadline.
+            timeout_s: the leg is aborted and ends with DeadlinePassed after this time; None: no deadline.
 
         Raises:
-            InvalidRequest: this attempt of the request runs here already, or the engine refuses a value.
-            TandemError: the engine cannot take it; with leg, worker, attempt and room.
+            InvalidRequest: this attempt is already running, the number is in use, or the engine rejects a value.
+            TandemError: the engine cannot accept it; metadata has leg, worker, attempt and room.
         """
         if key in self._open:
-            raise InvalidRequest("request_id", f"attempt {key[1]} of {key[0]} runs already")
+            raise InvalidRequest("request_id", f"attempt {key[1]} of {key[0]} is already running on this worker")
         if number < 1 or (stream.stream_id, number) in self._numbered:
-            raise InvalidRequest("leg", f"{number} is no new number on this stream")
+            raise InvalidRequest("leg", f"must be at least 1 and not in use on this stream, not {number}")
         leg = self._begin(OpenLeg(self, key, request, stream, number), parent)
         try:
             await self._engine.submit(self._traced(request, leg.record), leg)
@@ -236,7 +238,7 @@ class Legs:
             leg.deadline = self._timers.at(deadline_s, lambda: self._expire(leg))
 
     def abort(self, request_id: str, attempt: int | None) -> int:
-        """End the legs of a request, all attempts or one. Returns how many there were."""
+        """Abort the legs of a request: one attempt, or (None) all. Returns the number of legs aborted."""
         found = [
             leg
             for (known_id, known_attempt), leg in self._open.items()
@@ -245,23 +247,23 @@ class Legs:
         return sum([self._engine.abort(leg.request_id) for leg in found])
 
     def abort_numbered(self, stream_id: int, numbers: Iterable[int]) -> int:
-        """End legs of a stream that its frontend does not want any more. Returns how many were open."""
+        """Abort legs of a stream by number. Returns how many of them were open."""
         found = [leg for number in numbers if (leg := self._numbered.get((stream_id, number))) is not None]
         for leg in found:
             self._leave(leg)
         return len(found)
 
     def abort_stream(self, stream: StepStream) -> None:
-        """End all legs of a stream that has ended."""
+        """Abort all legs of a stream that has ended."""
         for leg in [leg for leg in self._open.values() if leg.stream is stream]:
             self._leave(leg)
 
     def close_admission(self) -> None:
-        """Take no more legs."""
+        """Reject new legs from now on."""
         self._is_closed = True
 
     async def wait_changed(self) -> None:
-        """Return when a leg has come or gone since the call."""
+        """Return when a leg has started or ended since the call."""
         await self._changed.wait()
 
     async def wait_none(self) -> None:
@@ -272,7 +274,7 @@ class Legs:
     # --- For the legs themselves
 
     def new_record(self, key: LegKey, request: EngineRequest) -> LegTrace:
-        """The record of a leg that begins."""
+        """A trace for a leg that is about to start."""
         worker = self._identity.current()
         return LegTrace(
             request_id=key[0],
@@ -286,7 +288,7 @@ class Legs:
         )
 
     def forget(self, leg: OpenLeg) -> None:
-        """A leg has ended, and its record says how."""
+        """Remove a leg that has ended and close its trace."""
         if leg.is_over:
             return
         leg.is_over = True
@@ -298,7 +300,7 @@ class Legs:
         self._notify()
 
     def locate(self, problem: TandemError, leg: OpenLeg) -> None:
-        """Say where a leg failed, where that is not the request's fault."""
+        """Add leg, worker, attempt and room to an error that the request itself did not cause."""
         if not isinstance(problem, LegFailed | EngineFailed):
             return
         worker = self._identity.current()
@@ -317,7 +319,7 @@ class Legs:
         leg.record.parent = parent
         self._records.begin(leg.record)
         self._notify()
-        # Before the engine has it: the first token may come before the engine says that it has taken the leg.
+        # Before submit: the engine may emit the first token before submit() returns.
         leg.stream.open_leg(leg.number)
         return leg
 
@@ -326,11 +328,11 @@ class Legs:
         self._engine.abort(leg.request_id)
 
     def _expire(self, leg: OpenLeg) -> None:
-        leg.end_with(DeadlinePassed("the request's deadline has passed"))
+        leg.end_with(DeadlinePassed("request deadline exceeded"))
         self._engine.abort(leg.request_id)
 
     def _traced(self, request: EngineRequest, record: LegTrace) -> EngineRequest:
-        """With what makes the leg's span the parent of the engine's own, where spans are exported."""
+        """Add trace headers, so that the engine's spans become children of the leg's span (if it is sampled)."""
         if self._records.ids is None or record.span_context is None or not record.span_context.is_sampled:
             return request
         return replace(request, trace_headers=dict(record.span_context.headers()))

@@ -1,4 +1,4 @@
-"""WorkerService, the half of a worker's contract that does not depend on its role: protobuf to domain and back."""
+"""WorkerService: the role-independent calls of a worker, converted between protobuf and domain types."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOAD_INTERVAL_MAX_MS = 60_000
 
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
-    """Each method is one contract of worker_service.proto."""
+    """Implements worker_service.proto."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         ask_drain: Callable[[], None],
         counts: Callable[[], dict[str, int]] = dict,
     ) -> None:
-        """`ask_drain` makes the process drain and end; `counts` says what its legs have done since its start."""
+        """`ask_drain` makes the process drain and exit; `counts` returns the legs' counters since start."""
         self._counts = counts
         self._engine = engine
         self._legs = legs
@@ -41,11 +41,11 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         self._ask_drain = ask_drain
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:  # noqa: N802
-        """Who this worker is."""
+        """The worker's identity and capabilities."""
         return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._identity.current()))
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
-        """The load now, and then at each interval."""
+        """Stream the load: once now, then once per interval."""
         interval_ms = request.interval_ms if request.HasField("interval_ms") else LOAD_INTERVAL_MS
         if not LOAD_INTERVAL_MIN_MS <= interval_ms <= LOAD_INTERVAL_MAX_MS:
             raise InvalidRequest("interval_ms", f"must be {LOAD_INTERVAL_MIN_MS} to {LOAD_INTERVAL_MAX_MS}")
@@ -58,25 +58,25 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     async def WatchKvEvents(  # noqa: N802
         self, request: pb.WatchKvEventsRequest, context: Any
     ) -> AsyncIterator[pb.WatchKvEventsResponse]:
-        """Changes of the prefix cache."""
+        """Stream the changes of the prefix cache."""
         from_sequence = present(request, "from_sequence", request.from_sequence)
         if from_sequence is not None and from_sequence < 1:
-            raise InvalidRequest("from_sequence", "must be 1 or more")
+            raise InvalidRequest("from_sequence", "must be at least 1")
         events: Any = self._engine.kv_events(from_sequence)
         async with contextlib.aclosing(events):
             async for event in events:
                 yield _kv_event(event)
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
-        """End a request here."""
+        """Abort a request's legs on this worker."""
         self._legs.check_epoch(request.worker_epoch)
         if not request.request_id:
-            raise InvalidRequest("request_id", "must be given")
+            raise InvalidRequest("request_id", "is required")
         attempt = present(request, "attempt", request.attempt)
         return pb.AbortResponse(aborted_legs=self._legs.abort(request.request_id, attempt))
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> AsyncIterator[pb.DrainResponse]:  # noqa: N802
-        """Begin the end of this process, and say how many legs are left each time one ends."""
+        """Start the drain, and stream the number of open legs each time it changes."""
         self._legs.check_epoch(request.worker_epoch)
         self._ask_drain()
         while True:
@@ -86,7 +86,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             await self._legs.wait_changed()
 
     async def FlushCache(self, request: pb.FlushCacheRequest, context: Any) -> pb.FlushCacheResponse:  # noqa: N802
-        """Forget the prefix cache."""
+        """Flush the prefix cache."""
         self._legs.check_epoch(request.worker_epoch)
         return pb.FlushCacheResponse(flushed=await self._engine.flush_cache())
 

@@ -1,6 +1,6 @@
-"""What a worker's gauges show: its legs, its engine's requests and KV memory, and whether the engine proves itself.
+"""Readings of a worker's gauges: open legs, engine health, the engine's requests and its KV pages.
 
-Reads only. A figure that the engine does not tell is left out, never zero.
+Read-only. A value that the engine does not report is omitted, never zero.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tandem.worker.legs import Legs
 
 
 class LegStats:
-    """Counts that only grow."""
+    """Monotonic counters over all legs since start."""
 
     def __init__(self, traces: TraceStore[LegTrace]) -> None:
-        """Is told of every leg from here on."""
+        """Subscribe to `traces`, which calls `close` when a leg ends."""
         self._traces = traces
         self._completion_tokens = 0
         self._prompt_tokens = 0
@@ -31,7 +31,7 @@ class LegStats:
         traces.sinks.append(self.close)
 
     def close(self, trace: LegTrace) -> None:
-        """A leg has ended."""
+        """Add an ended leg to the counters."""
         self._completion_tokens += trace.token_count
         self._failed_legs += trace.outcome == FAILED
         finish = trace.engine_finish
@@ -41,7 +41,7 @@ class LegStats:
                 self._kv_transfer_bytes += finish.timings.kv_transfer_bytes or 0
 
     def counts(self) -> dict[str, int]:
-        """As keyword arguments of WatchLoadResponse; tokens of open legs are among them."""
+        """The counters as keyword arguments of WatchLoadResponse, tokens of open legs included."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens + sum(trace.token_count for trace in self._traces.open),
@@ -51,7 +51,7 @@ class LegStats:
 
 
 class WorkerStats:
-    """Readings of one worker."""
+    """Reads the gauges of one worker."""
 
     def __init__(self, engine: Engine, legs: Legs, health: EngineHealth, leg_metrics: LegMetrics) -> None:
         self._engine = engine
@@ -60,7 +60,7 @@ class WorkerStats:
         self._leg_metrics = leg_metrics
 
     async def read(self) -> Iterable[Reading]:
-        """All of this moment."""
+        """The current value of each gauge."""
         readings = [
             Reading("tandem.legs.open", self._legs.open_count),
             Reading("tandem.engine.healthy", float(self._health.trouble is None)),
@@ -70,7 +70,7 @@ class WorkerStats:
         try:
             load, page_tokens = await self._engine.load(), self._engine.capabilities().page_size_tokens
         except EngineFailed:
-            # It is gone, or on its way: what the worker knows by itself is told all the same.
+            # The engine has failed or is stopping: the gauges that do not need it are still reported.
             return readings
         return [*readings, *_requests(load), *_pages(load, page_tokens)]
 
@@ -91,7 +91,7 @@ def _pages(load: EngineLoad, page_tokens: int) -> Iterator[Reading]:
         return
     free_tokens = load.kv_free_tokens
     if free_tokens is None:
-        # What no request holds can be had at once, cached or not.
+        # Some pools report neither free nor cached tokens: every page that no request uses then counts as free.
         free_tokens = load.kv_capacity_tokens - load.kv_used_tokens - (load.kv_cached_tokens or 0)
     tokens = {"used": load.kv_used_tokens, "cached": load.kv_cached_tokens, "free": free_tokens}
     yield Reading("tandem.kv.pages.capacity", load.kv_capacity_tokens // page_tokens)

@@ -1,6 +1,6 @@
-"""StepService on the wire, and the refusal of every call of an older leg contract.
+"""StepService, and the servicers that reject calls of leg contract 1.
 
-Owns the life of a step stream's call; what travels on it is `steps`', and what its end does to legs is `legs`'.
+Owns the lifetime of a step stream's call. `steps` owns the messages on it, `legs` aborts its legs when it ends.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ FRONTEND_ID_CHARS_MAX = 128
 
 
 class StepServicer(pb_grpc.StepServiceServicer):
-    """The contract of step_service.proto."""
+    """Implements step_service.proto."""
 
     def __init__(self, legs: Legs, streams: StepStreams) -> None:
         self._legs = legs
         self._streams = streams
 
     async def StreamSteps(self, request: pb.StreamStepsRequest, context: Any) -> AsyncIterator[pb.StreamStepsResponse]:  # noqa: N802
-        """Everything that the legs of one frontend have to say; its end, from either side, aborts them."""
+        """Stream tokens and ends of one frontend's legs. When the stream ends, on either side, its legs are aborted."""
         if request.leg_contract != LEG_CONTRACT:
             raise other_contract(self._legs.worker_id, request.leg_contract)
         if len(request.frontend_id) > FRONTEND_ID_CHARS_MAX:
-            raise InvalidRequest("frontend_id", f"must be at most {FRONTEND_ID_CHARS_MAX} characters long")
+            raise InvalidRequest("frontend_id", f"must have at most {FRONTEND_ID_CHARS_MAX} characters")
         self._legs.check_epoch(request.worker_epoch)
         self._legs.check_admission()
         call = asyncio.current_task()
         assert call is not None, "a handler runs in a task"
-        # On overflow the call waits for room in the connection, which may never come: only a cancellation ends it.
+        # On overflow the call is blocked in HTTP/2 flow control, perhaps forever: only a cancellation ends it.
         stream = self._streams.open(request.frontend_id, on_overflow=call.cancel)
         try:
             async with contextlib.aclosing(stream.messages()) as messages:
@@ -51,39 +51,39 @@ class StepServicer(pb_grpc.StepServiceServicer):
             self._streams.close(stream)
 
     async def AbortLegs(self, request: pb.AbortLegsRequest, context: Any) -> pb.AbortLegsResponse:  # noqa: N802
-        """End legs that their frontend does not want any more."""
+        """Abort legs by number."""
         stream = self._streams.get(request.stream_id)
         return pb.AbortLegsResponse(aborted_legs=self._legs.abort_numbered(stream.stream_id, request.legs))
 
 
 class FormerPrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
-    """Leg contract 1, which is refused."""
+    """Rejects calls of leg contract 1."""
 
     def __init__(self, legs: Legs) -> None:
         self._legs = legs
 
     async def Prefill(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Refuse."""
+        """Reject with NotSupported."""
         raise other_contract(self._legs.worker_id, 1)
-        yield  # makes this a stream, as the contract has it
+        yield  # makes this an async generator: the call is a server stream
 
 
 class FormerDecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
-    """Leg contract 1, which is refused."""
+    """Rejects calls of leg contract 1."""
 
     def __init__(self, legs: Legs) -> None:
         self._legs = legs
 
     async def Decode(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Refuse."""
+        """Reject with NotSupported."""
         raise other_contract(self._legs.worker_id, 1)
-        yield  # makes this a stream, as the contract has it
+        yield  # makes this an async generator: the call is a server stream
 
 
 def other_contract(worker_id: str, version: int) -> NotSupported:
-    """The refusal of a caller that speaks another leg contract."""
+    """The error for a caller with another version of the leg contract."""
     return NotSupported(
-        f"worker {worker_id} (release {tandem.__version__}) speaks leg contract {LEG_CONTRACT}, "
-        f"and the caller speaks leg contract {version}: upgrade the older of the two",
+        f"leg contract mismatch: worker {worker_id} (release {tandem.__version__}) speaks leg contract {LEG_CONTRACT}, "
+        f"the caller speaks leg contract {version}; upgrade the older of the two",
         worker=worker_id,
     )

@@ -52,7 +52,7 @@ def request_of(
     guided: Guided | None = None,
     **stopping: Any,
 ) -> EngineRequest:
-    """A request under a fresh id, greedy unless told else."""
+    """A request under a fresh id, greedy by default."""
     return EngineRequest(
         request_id=f"contract-{next(_numbers):06d}",
         token_ids=token_ids,

@@ -1,6 +1,6 @@
-"""From `EngineSettings` to SGLang's ServerArgs: the one place that knows which arguments Tandem sets, and why.
+"""Converts `EngineSettings` to SGLang's ServerArgs: the only module that knows which arguments Tandem sets, and why.
 
-Chooses the ports too. Does not read the environment, nor start anything.
+Also chooses the ports. Does not read the environment and starts nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tandem.engine.settings import EngineSettings
 from tandem.errors import ConfigError, StartError
 
 FIELDS = Path("srt") / "arg_groups" / "fields"
-"""Classes with a namespace, each argument an annotated name."""
+"""Directory, inside the sglang package, of the classes whose annotated names are the arguments."""
 
 
 def read_names() -> frozenset[str]:
-    """Names of the arguments; empty where SGLang is not installed, or keeps them elsewhere."""
+    """Names of SGLang's arguments, read without importing it; empty if not installed or defined elsewhere."""
     package = importlib.util.find_spec("sglang")
     names: set[str] = set()
     for folder in (package.submodule_search_locations or []) if package is not None else []:
@@ -44,10 +44,10 @@ RESERVED_SHARE = 8
 RESERVED_TOKENS_MAX = 512
 """SGLang's own default."""
 FREE_PORTS = (20_000, 32_000)
-"""Below the range from which the kernel takes ports for outgoing connections, so nobody takes one in the meantime."""
+"""Below the kernel's ephemeral port range, so that no outgoing connection takes the port before SGLang binds it."""
 FREE_PORT_TRIES = 100
 LOG_LEVELS = {"warning": "error"}
-"""SGLang warns of every model and every kind of hardware that it does without."""
+"""Our level -> SGLang's. SGLang warns about every optional model and accelerator that is missing."""
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSFER_BACKENDS = ("nixl", "fake")
@@ -55,7 +55,7 @@ TRANSFER_BACKENDS = ("nixl", "fake")
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Ports of one engine; those of two engines that start at the same moment never meet."""
+    """Ports of one engine, drawn at random so that engines that start at the same moment do not collide."""
 
     server: int
     distributed: int
@@ -63,10 +63,10 @@ class Ports:
 
 
 def check_settings(settings: EngineSettings) -> None:
-    """Refuse what no SGLang engine could be started with.
+    """Reject settings that no SGLang engine can start with.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: a value is not allowed; names the setting.
     """
     for name, value, allowed in (
         ("device", settings.device, DEVICES),
@@ -83,24 +83,24 @@ def check_settings(settings: EngineSettings) -> None:
 
 
 def choose_ports(settings: EngineSettings) -> Ports:
-    """Take the configured bootstrap port, and free ones for the rest.
+    """Use the configured bootstrap port, and free ports for the rest.
 
     Raises:
-        StartError: the configured port is in use, or its address is not this machine's.
+        StartError: the configured port is in use, or the host is not an address of this machine.
     """
     bootstrap = settings.bootstrap_port
     if settings.role is not WorkerRole.PREFILL or bootstrap == 0:
         bootstrap = free_port(settings.host)
     elif (problem := _bind_problem(settings.host, bootstrap)) is not None:
-        raise StartError(f"bootstrap port {bootstrap} of {settings.host} cannot be used: {problem}")
+        raise StartError(f"bootstrap_port: cannot bind {settings.host}:{bootstrap}: {problem}")
     return Ports(server=free_port(settings.host), distributed=free_port("127.0.0.1"), bootstrap=bootstrap)
 
 
 def free_port(host: str) -> int:
-    """A port nobody listens on.
+    """A free port on `host`, from FREE_PORTS.
 
     Raises:
-        StartError: none could be bound; the sentence says why.
+        StartError: none of FREE_PORT_TRIES ports could be bound.
     """
     draw = random.SystemRandom()
     problem = None
@@ -109,7 +109,7 @@ def free_port(host: str) -> int:
         problem = _bind_problem(host, port)
         if problem is None:
             return port
-    raise StartError(f"no free port on {host}: {problem}")
+    raise StartError(f"no free port on {host} after {FREE_PORT_TRIES} tries: {problem}")
 
 
 def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict[str, Any]:
@@ -125,11 +125,11 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
         "max_running_requests": settings.running_requests_max,
         "random_seed": settings.seed,
         "log_level": LOG_LEVELS.get(settings.log_level.lower(), settings.log_level.lower()),
-        # Idle schedulers otherwise spin on one core each.
+        # An idle scheduler would otherwise busy-loop on one core.
         "sleep_on_idle": True,
-        # The figures `load` reads; SGLang's own default is every 15th step.
+        # `load` reads this snapshot; by default SGLang publishes it only every 15th step.
         "load_snapshot_publish_interval": 1,
-        # Where a schema allows any white space, a model can go on with it until its budget is used up.
+        # Where a schema allows any white space, a model can emit it until its token budget is used up.
         "constrained_json_disable_any_whitespace": True,
     }
     if settings.kv_capacity_tokens is not None or device == "cpu":
@@ -137,7 +137,7 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
     if device == "cpu":
         arguments |= {
             "attention_backend": "torch_native",
-            # With overlap on, the first hit of the prefix cache asks for a CUDA event and kills the scheduler.
+            # With overlap on, the first prefix-cache hit creates a CUDA event, which crashes the scheduler on a CPU.
             "disable_overlap_schedule": True,
         }
     return arguments | _role_arguments(settings, device, ports) | _extra_arguments(settings)
@@ -154,7 +154,7 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
     if settings.role is WorkerRole.DECODE and device == "cpu":
         arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     if settings.role is WorkerRole.DECODE and settings.kv_capacity_tokens is not None:
-        # SGLang takes no prompt unless this much is free besides: on a small pool, never.
+        # SGLang admits a prompt only if this much stays free; its default would never be free on a small pool.
         share_tokens = settings.kv_capacity_tokens // RESERVED_SHARE
         arguments["num_reserved_decode_tokens"] = min(RESERVED_TOKENS_MAX, share_tokens)
     return arguments
@@ -184,7 +184,7 @@ OWNED = frozenset(
         "node_rank",
     )
 )
-"""Settled by EngineSettings, or by what the adapter can read from the engine's answers."""
+"""Arguments that `engine_extra` may not set: EngineSettings sets them, or the adapter depends on their value."""
 
 
 def _extra_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -195,16 +195,16 @@ def _extra_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _check_names(extra: dict[str, Any], known: frozenset[str]) -> None:
-    """`known` is empty when nobody can say."""
+    """Reject owned and unknown argument names. `known` is empty when SGLang's names could not be read."""
     for name in extra:
         if name in OWNED:
-            raise ConfigError(f"engine_extra.{name}", "is settled by a setting of the worker's own")
+            raise ConfigError(f"engine_extra.{name}", "is set by the worker and cannot be overridden")
         if known and name not in known:
             raise ConfigError(f"engine_extra.{name}", "is not an argument of SGLang's ServerArgs")
 
 
 def _bind_problem(host: str, port: int) -> str | None:
-    """Why nobody can listen there; None when one can."""
+    """Why the port cannot be bound; None if it can."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:

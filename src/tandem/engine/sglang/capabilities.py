@@ -1,7 +1,7 @@
-"""What a running engine says of itself: its capabilities once, its load at any time.
+"""Converts SGLang's start-up message to Capabilities, and its load snapshots to EngineLoad.
 
-Pure: knows SGLang's names, imports none of it. Figures of the model come from the checkpoint, figures of the KV pool
-from the scheduler that holds it.
+Pure: knows SGLang's names, imports none of it. Sizes of the model come from the checkpoint, sizes of the KV pool from
+the scheduler that allocated it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tandem.engine.sglang.hooks.registry import FACTS_KEY
 def capabilities(
     settings: EngineSettings, checkpoint: Checkpoint, server_args: Any, info: dict[str, Any]
 ) -> Capabilities:
-    """From the settings, the checkpoint and the scheduler's start-up message."""
+    """Capabilities from the settings, the checkpoint and the scheduler's start-up message."""
     facts = info[FACTS_KEY]
     aggregated = settings.role is WorkerRole.AGGREGATED
     return Capabilities(
@@ -44,8 +44,8 @@ def capabilities(
 
 
 def load(snapshots: Iterable[Any], role: WorkerRole) -> EngineLoad:
-    """The scheduler's latest figures, summed over data-parallel ranks; nothing is known before the first."""
-    # SGLang writes an empty one first, of time 0.
+    """The scheduler's latest load, summed over data-parallel ranks; every field is None before the first snapshot."""
+    # SGLang first writes an empty snapshot, with timestamp 0.
     every = [s for s in snapshots if s.timestamp > 0]
     if not every:
         return EngineLoad()
@@ -62,14 +62,14 @@ def load(snapshots: Iterable[Any], role: WorkerRole) -> EngineLoad:
     )
 
 
-def _sum(figures: Iterable[int | None]) -> int | None:
-    """Over all ranks, where every one tells its own."""
-    told = list(figures)
-    return None if None in told else sum(figure for figure in told if figure is not None)
+def _sum(values: Iterable[int | None]) -> int | None:
+    """Sum over all ranks; None if any rank does not report the value."""
+    reported = list(values)
+    return None if None in reported else sum(value for value in reported if value is not None)
 
 
 def _waiting(snapshot: Any) -> int:
-    """Requests that wait for this engine itself, and not for the other leg."""
+    """Requests that wait for this engine, not for the other leg."""
     queues = snapshot.queues
     return 0 if queues is None else int(queues.waiting + queues.grammar + queues.retracted)
 

@@ -1,8 +1,8 @@
-"""The processes SGLang starts for one engine: watched from the moment they exist, ended together.
+"""The child processes of one SGLang engine: watched from their start, killed together.
 
-Owns the sentence that says how one died. Watches by the kernel's own signal (the process's sentinel becomes readable),
-so that a death is known at once, where SGLang's watchdog looks once a second and then ends the whole worker. A process
-that is only stopped sends no signal: it is asked for.
+Owns the sentence that reports how one died. A death is noticed at once because the process's sentinel becomes readable;
+SGLang's own watchdog polls once a second and then ends the whole worker. A stopped process (SIGSTOP) makes no sentinel
+readable, so that state is polled.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from tandem.engine.sglang import reports
 
 END_TIMEOUT_S = 5.0
 STOPPED_STATES = ("T", "t")
-"""Of /proc/PID/stat: by a signal, and by a debugger."""
+"""State letters in /proc/PID/stat: stopped by a signal, stopped by a debugger."""
 
 
 def process_state(pid: int | None) -> str:
-    """The kernel's letter for what a process does; "" where the system has no /proc.
+    """The process state letter of /proc/PID/stat; "" where the system has no /proc.
 
     Raises:
-        OSError: there is no such process.
+        OSError: no such process.
     """
     stat = Path(f"/proc/{pid}/stat")
     if pid is None or not stat.parent.parent.is_dir():
         return ""
-    # The name in parentheses may hold anything, so the state is looked for behind its end.
+    # The name in parentheses may hold spaces and parentheses: the state follows the last closing one.
     return stat.read_text().rpartition(")")[2].split()[0]
 
 
 class Children:
-    """Child processes of one engine. Made on the event loop; `add` is called on the thread that starts them."""
+    """Child processes of one engine. Constructed on the event loop; `add` is called on the thread that starts them."""
 
     def __init__(self, report_file: Path, on_death: Callable[[str], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -48,7 +48,7 @@ class Children:
         self._had_tracker = _tracker_runs()
 
     def add(self, name: str, process: BaseProcess) -> None:
-        """Take charge of a process that has just been started."""
+        """Watch a process that has just been started; kill it at once if `end` was called already."""
         self._processes.append((name, process))
         if self._ending:
             process.kill()
@@ -56,33 +56,33 @@ class Children:
         self._loop.call_soon_threadsafe(self._watch, name, process)
 
     async def end(self) -> None:
-        """Kill them all and wait until they are gone; from now on a death is no failure."""
+        """Kill all of them and wait for their exit; deaths are no longer reported from now on."""
         self._ending = True
         for sentinel in list(self._watched):
             self._unwatch(sentinel)
-        # SIGKILL, as SGLang's own shutdown does: nothing in them outlives them, GPU memory included.
+        # SIGKILL, like SGLang's own shutdown: everything they hold, GPU memory included, is released with them.
         for _, process in self._processes:
             with contextlib.suppress(ValueError):
                 process.kill()
         await asyncio.to_thread(self._reap)
 
     def died(self, name: str, exit_code: int | None) -> str:
-        """How a process ended, in one sentence."""
-        left = reports.read(self._report_file)
-        if left is not None:
-            return f"SGLang's {name} failed: {left}"
+        """How a process ended, in one sentence: its own report if it left one, else its signal or exit status."""
+        report = reports.read(self._report_file)
+        if report is not None:
+            return f"SGLang's {name} failed: {report}"
         if exit_code is not None and exit_code < 0:
             number = signal.Signals(-exit_code)
-            hint = " (most often by the kernel, for want of memory)" if number is signal.SIGKILL else ""
+            hint = " (most often by the kernel's OOM killer: check dmesg)" if number is signal.SIGKILL else ""
             return f"SGLang's {name} was killed by {number.name}{hint}"
-        return f"SGLang's {name} ended with exit status {exit_code}"
+        return f"SGLang's {name} exited with status {exit_code}"
 
     def stopped(self) -> str | None:
-        """Which of them is stopped (SIGSTOP, a debugger), in one sentence; None when none is."""
+        """A sentence that names a stopped child (SIGSTOP, a debugger); None when none is stopped."""
         for name, process in list(self._processes):
             with contextlib.suppress(ValueError, OSError):
                 if process_state(process.pid) in STOPPED_STATES:
-                    return f"SGLang's {name} is stopped and answers nothing"
+                    return f"SGLang's {name} is stopped (SIGSTOP or a debugger) and does not respond"
         return None
 
     def _watch(self, name: str, process: BaseProcess) -> None:
@@ -114,6 +114,6 @@ def _tracker_runs() -> bool:
 
 
 def _end_tracker() -> None:
-    """Multiprocessing starts a process of its own beside the first child, and ends it never."""
+    """Stop multiprocessing's resource tracker: it is started with the first child, and nothing else ends it."""
     with contextlib.suppress(OSError):
         multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Is the SGLang that is installed the one this adapter was written for? Asked at start, answered in one sentence.
+"""Checks at start that the installed SGLang is the one this adapter was written for; fails with one sentence.
 
-Three times: before SGLang is imported (what is installed), after (what it offers), and when its scheduler is up
-(whether the hooks are in place there, because SGLang itself only logs those that are not).
+Three checks: installed versions, before SGLang is imported; the names this adapter calls or hooks, after; and, once the
+scheduler is up, that the hooks are applied there, because SGLang only logs a hook that fails to apply.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MANAGER_METHODS = (
     "flush_cache",
     "start_profile",
     "stop_profile",
-    # What `front_half` calls or replaces.
+    # Called or overridden by `front_half`.
     "_handle_batch_output",
     "_handle_abort_req",
     "_init_req_state",
@@ -54,10 +54,10 @@ INSTALL = 'run `make setup` in a checkout, or `pip install "tandem[sglang]"` on 
 
 
 def check_installed(transfer_backend: str) -> None:
-    """Look at the installed distributions, without importing any.
+    """Check the installed distributions, without importing any.
 
     Raises:
-        StartError: one is missing, or not the pinned one.
+        StartError: a distribution or entry point is missing, or SGLang is not the pinned version.
     """
     version = _version("sglang")
     if version is None:
@@ -67,19 +67,19 @@ def check_installed(transfer_backend: str) -> None:
     if _version("torch") is None:
         raise StartError(f"torch is not installed: {INSTALL}")
     if transfer_backend == "nixl" and _version("nixl") is None:
-        raise StartError(f"nixl is not installed, and the transfer backend is nixl: {INSTALL}")
+        raise StartError(f"transfer_backend: is nixl, but nixl is not installed: {INSTALL}")
     for group, name in ENTRY_POINTS:
         if not metadata.entry_points(group=group, name=name):
             raise StartError(
-                f"the entry point {name} of the group {group} is missing: reinstall tandem (pip install -e . --no-deps)"
+                f"entry point {name} of group {group} is missing: reinstall tandem (pip install -e . --no-deps)"
             )
 
 
 def check_offers(transfer_backend: str, device: str) -> None:
-    """Import SGLang and look for everything this adapter calls or hooks.
+    """Import SGLang and check for every name this adapter calls or hooks.
 
     Raises:
-        StartError: something cannot be imported, or is not there.
+        StartError: a module cannot be imported, or a name is missing.
     """
     _import("sglang.srt.entrypoints.engine")
     manager = _import("sglang.srt.managers.tokenizer_manager").TokenizerManager
@@ -100,10 +100,10 @@ def check_offers(transfer_backend: str, device: str) -> None:
 
 
 def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
-    """Compare the scheduler's own account with what should be in place.
+    """Compare the hooks that the scheduler reports with those expected on this device.
 
     Raises:
-        StartError: the plugin did not run there, or a hook is not in place.
+        StartError: the plugin did not run in the scheduler, or a hook is not applied.
     """
     if facts is None:
         raise StartError(
@@ -111,7 +111,7 @@ def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
         )
     absent = sorted(set(registry.targets(device)) - set(facts["hooks"]))
     if absent:
-        raise StartError(f"hooks are not in place in SGLang's scheduler: {', '.join(absent)}")
+        raise StartError(f"hooks were not applied in SGLang's scheduler: {', '.join(absent)}")
 
 
 def _version(distribution: str) -> str | None:

@@ -1,7 +1,7 @@
 """The engine port on SGLang: one engine in this process, driven on the event loop that called `start`.
 
-Owns the engine's life and every request that runs in it. What SGLang's words mean is in `requests` and `answers`;
-how it is kept from taking the process over is in `launch` and `children`.
+Owns the engine's lifecycle and its running requests. `requests` and `responses` convert to and from SGLang's types;
+`launch` and `children` keep SGLang from taking over the process (signals, exits, child processes).
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STOP_LOOK_S = 0.25
+STOP_CHECK_INTERVAL_S = 0.25
 BUILDING_END_S = 0.5
-"""Most time to wait for the end of a start that was given up."""
+"""Time that `stop` waits for the thread of an unfinished start."""
 
 
 class SglangEngine:
-    """SGLang behind the port. Its own start takes some 10 s, in a thread, so that the event loop stays free."""
+    """An `Engine` that runs SGLang. Starting SGLang blocks for some 10 s, so it runs in a thread of its own."""
 
     def __init__(self, settings: EngineSettings) -> None:
         arguments.check_settings(settings)
         self._settings = settings
         self._runs: dict[str, Answers] = {}
-        """Requests that run, by their id."""
+        """Running requests by request id."""
         self._failure: str | None = None
         self._failed = asyncio.Event()
         self._over = asyncio.Event()
-        """It has failed, or is being stopped: no answer will come."""
+        """Set when the engine has failed or is being stopped: pending calls get no response."""
         self._directory: Path | None = None
         self._files: list[Path] = []
         self._thread: ThreadPoolExecutor | None = None
         self._building: asyncio.Future[None] | None = None
         self._children: Children | None = None
         self._engine: Any = None
-        self._answering: asyncio.Task[None] | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._response_reader: asyncio.Task[None] | None = None
+        self._stop_watcher: asyncio.Task[None] | None = None
         self._stall: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._profile_directory: Path
@@ -66,16 +66,16 @@ class SglangEngine:
         self._checkpoint: Checkpoint
         self._capabilities: Capabilities
 
-    # --- Life
+    # --- Lifecycle
 
     async def start(self) -> None:
-        """See the port. SIGQUIT belongs to this engine from here on: SGLang's children send it when they fail."""
+        """See the port. Takes over SIGQUIT, which SGLang's children send to this process when they fail."""
         compat.check_installed(self._settings.transfer_backend)
         self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
         self._directory = run_directory.make_inside("tandem-sglang-")
         self._children = Children(self._directory / "report", self._fail)
         self._listen_to_sigquit()
-        # One thread that lives as long as the engine, see `launch.construct`.
+        # A thread that lives as long as the engine: SGLang's children die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sglang")
         self._building = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
         try:
@@ -110,15 +110,15 @@ class SglangEngine:
         if self._failure is not None:
             raise StartError(self._failure)
         await building
-        self._answering = asyncio.create_task(self._answer())
-        self._looking = asyncio.create_task(self._look_for_stops(), name="stopped-children")
+        self._response_reader = asyncio.create_task(self._read_responses())
+        self._stop_watcher = asyncio.create_task(self._watch_for_stops(), name="stopped-children")
 
     def _build(self) -> None:
-        """On the engine's thread: import SGLang, look it over, load the model."""
+        """On the engine's thread: import SGLang, check its version and API, load the model."""
         settings, children, directory = self._settings, self._children, self._directory
         assert children is not None
         assert directory is not None
-        # SGLang makes the files of its sockets here, and leaves them behind when it does not come to its end.
+        # SGLang creates its socket files in tempdir and does not remove them when it is killed.
         tempfile.tempdir = str(directory)
         device = _device(settings.device)
         environment.apply(settings, device, directory / "report")
@@ -126,32 +126,32 @@ class SglangEngine:
         self._ports = arguments.choose_ports(settings)
         given = arguments.server_arguments(settings, device, self._ports)
         if self._stopping is not None:
-            raise StartError("stopped before the engine was up")
+            raise StartError("engine start was cancelled by a stop")
         try:
             from tandem.engine.sglang import launch
 
             engine = launch.construct(given, children.add, self._files.append)
         except Exception as problem:
-            log.debug("SGLang could not be started", exc_info=True)
-            left = reports.read(directory / "report")
-            raise StartError(f"SGLang could not start: {left or reports.sentence_of(problem)}") from None
+            log.debug("SGLang failed to start", exc_info=True)
+            report = reports.read(directory / "report")
+            raise StartError(f"SGLang failed to start: {report or reports.sentence_of(problem)}") from None
         self._engine = engine
         info = launch.scheduler_info(engine)
         compat.check_hooks(info.get(FACTS_KEY), device)
         self._capabilities = capabilities.capabilities(settings, self._checkpoint, engine.server_args, info)
 
-    async def _answer(self) -> None:
-        """Take the engine's answers in, for all requests. SGLang would run this itself, and exit when it raises."""
+    async def _read_responses(self) -> None:
+        """Run SGLang's response loop for all requests. SGLang's own wrapper would exit the process when it raises."""
         try:
             await self._engine.tokenizer_manager.handle_loop()
         except asyncio.CancelledError:
             raise
         except Exception as problem:
-            log.exception("the engine's answers cannot be read")
-            self._fail(f"the engine's answers cannot be read: {reports.sentence_of(problem)}")
+            log.exception("reading SGLang's responses failed; the engine is unusable")
+            self._fail(f"reading SGLang's responses failed: {reports.sentence_of(problem)}")
 
     def _fail(self, sentence: str) -> None:
-        """The engine is dead: tell whoever waits."""
+        """Mark the engine as failed and fail every running request."""
         if self._failure is not None or self._stopping is not None:
             return
         log.error("%s", sentence)
@@ -160,17 +160,17 @@ class SglangEngine:
         self._over.set()
         self._fail_all(sentence)
 
-    async def _look_for_stops(self) -> None:
-        """Break every request while a child is stopped, and take new ones when it goes on."""
+    async def _watch_for_stops(self) -> None:
+        """Fail running requests and reject new ones while a child process is stopped (SIGSTOP, a debugger)."""
         assert self._children is not None
         while True:
-            await asyncio.sleep(STOP_LOOK_S)
+            await asyncio.sleep(STOP_CHECK_INTERVAL_S)
             stall = self._children.stopped()
             if stall is not None and self._stall is None:
-                log.error("%s: %d requests end here", stall, len(self._runs))
+                log.error("%s: failing %d running requests", stall, len(self._runs))
                 self._fail_all(stall)
             elif stall is None and self._stall is not None:
-                log.warning("SGLang's processes go on")
+                log.warning("SGLang processes resumed; accepting requests again")
             self._stall = stall
 
     async def _stop(self) -> None:
@@ -181,14 +181,14 @@ class SglangEngine:
             await self._children.end()
         self._remove_files()
         if self._building is not None:
-            # Importing SGLang cannot be interrupted: the thread finds out when it is through, or goes with the process.
+            # Importing SGLang cannot be interrupted: the thread checks `_stopping` afterwards, or dies at process exit.
             await asyncio.wait({self._building}, timeout=BUILDING_END_S)
             if self._building.done() and not self._building.cancelled():
                 self._building.exception()
-            # Children that were started while the first ones were being ended.
+            # Again, for children that were started while the first ones were being killed.
             assert self._children is not None
             await self._children.end()
-        for task in (self._answering, self._looking):
+        for task in (self._response_reader, self._stop_watcher):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
@@ -208,12 +208,12 @@ class SglangEngine:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _listen_to_sigquit(self) -> None:
-        """A child of SGLang's that fails sends SIGQUIT, whose default would end this process with a core dump."""
+        """Handle SIGQUIT, which a failing SGLang child sends; by default it would dump core and end this process."""
         if threading.current_thread() is threading.main_thread():
-            failure = "SGLang reported a failure that it cannot go on from; its log says which"
+            failure = "SGLang reported a fatal error (SIGQUIT); see its log lines above for the cause"
             asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, self._fail, failure)
 
-    # --- What it is
+    # --- Description and load
 
     def capabilities(self) -> Capabilities:
         """See the port."""
@@ -226,7 +226,7 @@ class SglangEngine:
         return BootstrapAddress(host=self._settings.host, port=self._ports.bootstrap)
 
     async def load(self) -> EngineLoad:
-        """See the port. Read from the shared memory in which the scheduler keeps its figures: never waits for it."""
+        """See the port. Reads the scheduler's load snapshot from shared memory, so it never waits for the scheduler."""
         self._check_alive()
         return capabilities.load(self._engine.tokenizer_manager.load_snapshot_reader.read_all(), self._settings.role)
 
@@ -239,9 +239,9 @@ class SglangEngine:
         await self._submit(request, output)
 
     async def canary(self) -> None:
-        """See the port. As SGLang's own warm-up does: the peer is one that SGLang only pretends to meet."""
+        """See the port. Like SGLang's own warm-up, it uses SGLang's fake bootstrap host, so no peer is needed."""
         await self._pass_canary(requests.CANARY_GREEDY)
-        # Two at once: what is compiled for a batch of one is compiled again for the first larger one.
+        # Two at once: kernels compiled for a batch of one are compiled again for the first larger batch.
         await asyncio.gather(*(self._pass_canary(requests.CANARY_DRAWN) for _ in range(2)))
 
     async def _pass_canary(self, sampling: Sampling) -> None:
@@ -254,14 +254,14 @@ class SglangEngine:
         finally:
             self.abort(request.request_id)
         if not token_count:
-            raise EngineFailed("the engine answered its canary without a token")
+            raise EngineFailed("the canary finished without a token")
 
     async def _submit(self, request: EngineRequest, output: Output) -> None:
         self._check_alive()
         c = self._capabilities
         requests.check(request, self._settings.role, c.vocabulary_size, c.context_tokens_max)
         if request.request_id in self._runs:
-            raise InvalidRequest("request_id", f"{request.request_id} runs already")
+            raise InvalidRequest("request_id", f"{request.request_id} is already running on this engine")
         priorities = bool(self._settings.extra.get("enable_priority_scheduling"))
         rid = requests.mint_rid(request.request_id)
         answers = self._runs[request.request_id] = Answers(request, rid, output, self._forget)
@@ -274,7 +274,7 @@ class SglangEngine:
             if isinstance(problem, ValueError):
                 raise answers.refused(str(problem)) from None
             if isinstance(problem, Exception) and not isinstance(problem, TandemError):
-                log.exception("request %s broke in the engine's front half", request.request_id)
+                log.exception("request %s failed in SGLang's tokenizer manager", request.request_id)
                 raise EngineFailed(reports.sentence_of(problem)) from None
             raise
 
@@ -291,7 +291,7 @@ class SglangEngine:
         self._runs.pop(request.request_id, None)
 
     def _fail_all(self, sentence: str) -> None:
-        """Every request ends with EngineFailed; the engine is told to stop working on them, should it go on."""
+        """End every request with EngineFailed, and abort them in SGLang in case it resumes."""
         for answers in list(self._runs.values()):
             self._engine.tokenizer_manager.abort_request(answers.rid)
             answers.fail(EngineFailed(sentence))
@@ -299,8 +299,8 @@ class SglangEngine:
     async def flush_cache(self) -> bool:
         """See the port."""
         self._check_alive()
-        answer = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
-        return bool(answer.success)
+        response = await self._unless_failed(self._engine.tokenizer_manager.flush_cache())
+        return bool(response.success)
 
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
         """See the port."""
@@ -313,26 +313,26 @@ class SglangEngine:
         self._profile_directory = directory
 
     async def stop_profile(self) -> None:
-        """See the port. Asked during a stall too, and answered after it: nobody else would stop the recording."""
+        """See the port. Also sent during a stall and completed after it, or the recording would never stop."""
         self._check_lives()
         await self._unless_failed(profiling.stop(self._engine.tokenizer_manager, self._profile_directory))
 
     async def kv_events(self, from_sequence: int | None) -> AsyncGenerator[KvEvent, None]:
-        """See the port: not carried over from SGLang's own event socket."""
+        """See the port. Not supported: SGLang's own event socket is not connected."""
         raise NotSupported("this engine was started without KV events")
-        yield  # makes this an iterator, as the port wants it
+        yield  # makes this an async generator, as the port requires
 
     async def _unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """The engine's answer, after a stall where there is one; EngineFailed when it dies without one."""
-        answer = asyncio.create_task(work)
+        """Await `work`, through a stall if there is one; raise EngineFailed if the engine fails first."""
+        call = asyncio.create_task(work)
         over = asyncio.create_task(self._over.wait())
         try:
-            either: set[asyncio.Future[Any]] = {answer, over}
+            either: set[asyncio.Future[Any]] = {call, over}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             self._check_lives()
-            return await answer
+            return await call
         finally:
-            answer.cancel()
+            call.cancel()
             over.cancel()
 
     def _check_alive(self) -> None:
@@ -344,14 +344,14 @@ class SglangEngine:
         if self._failure is not None:
             raise EngineFailed(self._failure)
         if self._engine is None or self._stopping is not None:
-            raise EngineFailed("the engine does not run")
+            raise EngineFailed("the engine is not running")
 
 
 def _device(wanted: str) -> str:
-    """The device to use; looks for a GPU only when one may be used.
+    """Resolve "auto", "cpu" or "cuda" to "cpu" or "cuda"; imports torch only if a GPU may be used.
 
     Raises:
-        StartError: a GPU is asked for, and there is none.
+        StartError: `wanted` is cuda and PyTorch finds no usable GPU.
     """
     if wanted == "cpu":
         return wanted
@@ -359,5 +359,5 @@ def _device(wanted: str) -> str:
 
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
-        raise StartError("device: cuda is asked for, and PyTorch finds no GPU that it can use")
+        raise StartError("device: is cuda, but PyTorch finds no usable GPU")
     return "cuda" if has_gpu else "cpu"

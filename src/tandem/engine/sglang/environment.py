@@ -1,7 +1,7 @@
-"""The environment variables of an engine's processes: SGLang reads most of its transport settings from nowhere else.
+"""The environment variables of an engine's processes: most of SGLang's transport settings can only be set there.
 
-Owns the switch that turns Tandem's plugin on. Nothing of the plugin works unless an adapter has set it in this process
-or in its parent, so that having Tandem installed never changes anybody else's SGLang.
+Owns the switch that enables Tandem's plugin. The plugin does nothing unless the adapter has set it in this process or
+its parent, so that installing Tandem never changes an SGLang that runs without it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from tandem.errors import StartError
 DEVICE_SWITCH = "TANDEM_SGLANG_DEVICE"
 """Set by the adapter to "cpu" or "cuda"; the plugin does nothing without it."""
 REPORT_FILE = "TANDEM_SGLANG_REPORT"
-"""Where a child process writes the one sentence that says why it ended."""
+"""Path of the file to which a failing child process writes its reason, one sentence."""
 PLATFORM_NAME = "tandem_cpu"
 """Name of the entry point in the group sglang.srt.platforms."""
 STANDINS = Path(__file__).with_name("standins")
 
 HANDOVER_TIMEOUT_S = 30
 HEARTBEAT_INTERVAL_S = 1.0
-GRAMMAR_LOOKS_MAX = 1_000
+GRAMMAR_POLLS_MAX = 1_000
 
 
 def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[str, str | None]:
-    """What must hold for the engine's processes, whatever the operator's environment says; None: unset.
+    """Variables that override the operator's environment; None: unset.
 
     Raises:
-        StartError: the engine's host is a name without an address.
+        StartError: the engine's host name does not resolve.
     """
     values: dict[str, str | None] = {
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
-        # NIXL's control sockets would otherwise bind the first address of the first network card.
+        # NIXL's control sockets would otherwise bind the first address of the first network interface.
         "SGLANG_HOST_IP": _ip(settings.host),
-        # A list of allowed plugins that lacks ours would silently leave the hooks out.
+        # An allow-list without Tandem's plugin would silently disable the hooks.
         "SGLANG_PLUGINS": None,
     }
     if device == "cpu":
@@ -53,27 +53,27 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
 
 
 def _ip(host: str) -> str:
-    """An address of the host, which may be a name (in a container it is): sockets bind to addresses only."""
+    """Resolve the host, which may be a name (in a container it is): NIXL binds to IP addresses only."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as problem:
-        raise StartError(f"advertise_host: {host} has no address: {problem.strerror}") from None
+        raise StartError(f"advertise_host: {host} does not resolve to an address: {problem.strerror}") from None
 
 
 def defaults(device: str) -> dict[str, str]:
-    """What holds unless the operator's environment says otherwise."""
+    """Defaults for variables that the operator's environment does not set."""
     values = {
-        # SGLang's own are 300 s, and two missed heartbeats 5 s apart.
+        # SGLang's defaults are too slow to retry on another worker: 300 s, and two missed heartbeats 5 s apart.
         "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(HANDOVER_TIMEOUT_S),
         "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(HANDOVER_TIMEOUT_S),
         "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL_S),
-        # Looks of 5 ms at a grammar that is being compiled, so 5 s and more; SGLang's own are 10,000.
-        "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": str(GRAMMAR_LOOKS_MAX),
-        # The model is a directory on this machine: nothing here needs to ask a hub.
+        # SGLang polls a compiling grammar every 5 ms, so this times out after 5 s; its default, 10,000, after 50 s.
+        "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": str(GRAMMAR_POLLS_MAX),
+        # The model is a local directory: no download is ever needed.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Its children greet with warnings about hardware they do not need, and with progress bars.
+        # SGLang's children print warnings about hardware they do not use, and progress bars.
         "PYTHONWARNINGS": "ignore",
         "TQDM_DISABLE": "1",
         "NIXL_LOG_LEVEL": "WARN",
@@ -87,7 +87,7 @@ def defaults(device: str) -> dict[str, str]:
 
 
 def apply(settings: EngineSettings, device: str, report_file: Path) -> None:
-    """Change this process's environment; its children inherit it. Must come before SGLang is imported."""
+    """Change this process's environment, which its children inherit. Must run before SGLang is imported."""
     for name, value in defaults(device).items():
         os.environ.setdefault(name, value)
     for name, required in variables(settings, device, report_file).items():
@@ -96,11 +96,11 @@ def apply(settings: EngineSettings, device: str, report_file: Path) -> None:
         else:
             os.environ[name] = required
     if device == "cpu" and str(STANDINS) not in sys.path:
-        # Last, so that a real package always wins. Spawned children get this path from multiprocessing.
+        # Appended last, so that an installed package takes precedence. multiprocessing passes sys.path to children.
         sys.path.append(str(STANDINS))
     warnings.filterwarnings("ignore", module=r"(sglang|triton|torchvision)(\..*)?$")
 
 
 def plugin_device() -> str | None:
-    """The device, in a process of an engine that an adapter started; None anywhere else."""
+    """The device, in a process that belongs to an engine started by the adapter; None in any other process."""
     return os.environ.get(DEVICE_SWITCH)

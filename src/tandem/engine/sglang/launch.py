@@ -1,8 +1,8 @@
-"""Starting SGLang's Engine under an event loop of ours: imported only when an engine starts, because it imports SGLang.
+"""Starts SGLang's Engine inside this process. Imports SGLang, so it is imported only when an engine starts.
 
-SGLang's Engine expects to own its process: it takes over signals, kills the process when a child fails or a task of its
-own raises, and kills every child of the process at its end. The subclass here and `front_half` take exactly
-these rights away.
+SGLang's Engine expects to own its process: it installs signal handlers, kills the process when a child fails or one of
+its tasks raises, and kills every child of the process at shutdown. The subclass here and `front_half` disable exactly
+that.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def construct(
 ) -> Any:
     """Build SGLang's engine; blocks until the model is loaded.
 
-    Must run on a thread that lives as long as the engine: the children ask the kernel to kill them when the thread that
-    started them ends. Not the main thread, or SGLang installs its signal handlers.
+    Must run on a thread that lives as long as the engine: the children set PR_SET_PDEATHSIG, which kills them when the
+    thread that started them ends. Must not be the main thread, or SGLang installs its signal handlers.
 
     Args:
-        arguments: of ServerArgs.
-        on_child: called with the name of each child and the process, as soon as it runs.
-        on_file: called with each file that SGLang leaves behind when its children are killed, before it exists.
+        arguments: keyword arguments of ServerArgs.
+        on_child: called with the name and process of each child as soon as it is started.
+        on_file: called, before the file exists, with each file that SGLang leaves behind when its children are killed.
     """
 
     class GuestEngine(Engine):  # type: ignore[misc]
-        """SGLang's engine, with its children known to us from the start."""
+        """SGLang's engine, with every child process reported to `on_child`."""
 
         @staticmethod
         def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> Any:
@@ -54,20 +54,20 @@ def construct(
 
         @classmethod
         def _launch_detokenizer_subprocesses(cls, *positional: Any, **keywords: Any) -> tuple[list[Any], list[str]]:
-            """None: see `hooks._skip_detokenizer`. It would cost 400 MB, a hop for each token and half the start."""
+            """Start none (`hooks._skip_detokenizer`): it would cost 400 MB, a hop per token and half the start time."""
             return [], []
 
         @staticmethod
         def _ensure_event_loop() -> None:
-            """Only SGLang's blocking methods need a loop of their own."""
+            """Do nothing: only SGLang's blocking methods, which are not used here, need an event loop of their own."""
 
         def shutdown(self) -> None:
-            """Registered to run at exit, where it would kill children that are not SGLang's."""
+            """Do nothing: SGLang registers this at exit, where it would kill children that are not SGLang's."""
 
     kv_snapshot.read_accounts()
     logging.getLogger("sglang").setLevel(arguments["log_level"].upper())
     engine = GuestEngine(**arguments)
-    # Ours watches the children already; this one sends SIGQUIT to the whole process.
+    # `children` watches the processes already; SGLang's watchdog would send SIGQUIT to this process.
     engine.tokenizer_manager._subprocess_watchdog.stop()
     if arguments.get("enable_trace"):
         _trace_here(engine)
@@ -75,7 +75,7 @@ def construct(
 
 
 def _trace_here(engine: Any) -> None:
-    """SGLang's scheduler begins to trace by itself; in this process only its HTTP server would."""
+    """Start SGLang's tracing in this process: its scheduler does so by itself, but here only its HTTP server would."""
     from sglang.srt.observability import trace
 
     args = engine.server_args
@@ -84,13 +84,13 @@ def _trace_here(engine: Any) -> None:
 
 
 def scheduler_info(engine: Any) -> dict[str, Any]:
-    """What the scheduler said of itself when it was up."""
+    """The scheduler's start-up message: sizes of its KV pool, and under FACTS_KEY what the hooks add."""
     info: dict[str, Any] = engine._scheduler_init_result.scheduler_infos[0]
     return info
 
 
 def dismantle(engine: Any) -> None:
-    """Close what SGLang leaves open in this process. Its children must be gone already."""
+    """Close the sockets and remove the files that SGLang leaves in this process. Its children must have ended."""
     manager = engine.tokenizer_manager
     if manager.bootstrap_server is not None:
         manager.bootstrap_server.close()
@@ -98,9 +98,9 @@ def dismantle(engine: Any) -> None:
         if socket is not None:
             socket.close(linger=0)
     manager.load_snapshot_reader.close()
-    leftovers = [Path(manager.load_snapshot_reader.path)]
+    stale_files = [Path(manager.load_snapshot_reader.path)]
     names = (getattr(engine.port_args, name) for name in vars(engine.port_args))
-    leftovers += [Path(name.removeprefix(IPC)) for name in names if isinstance(name, str) and name.startswith(IPC)]
-    for file in leftovers:
+    stale_files += [Path(name.removeprefix(IPC)) for name in names if isinstance(name, str) and name.startswith(IPC)]
+    for file in stale_files:
         with contextlib.suppress(OSError):
             file.unlink()

@@ -1,6 +1,6 @@
-"""Entry points through which SGLang's own processes find Tandem (groups sglang.srt.platforms and sglang.srt.plugins).
+"""Entry points through which SGLang's processes load Tandem (groups sglang.srt.platforms and sglang.srt.plugins).
 
-SGLang calls both in its main process and in every child. They do nothing unless an adapter has switched them on.
+SGLang calls both in its main process and in every child. They do nothing unless the adapter has set DEVICE_SWITCH.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tandem.service.parent_death import follow
 
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
-    """Out of tree for SGLang: its own CPU platform wants compiled kernels."""
+    """A CPU platform on plain PyTorch, out of tree: SGLang's own CPU platform requires compiled kernels."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
@@ -27,30 +27,30 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     capabilities = PlatformCapabilities()
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
-        """There is no device to pin memory for."""
+        """False: there is no device to pin memory for."""
         return False
 
     def get_default_attention_backend(self) -> str:
-        """Attention in PyTorch."""
+        """Attention implemented in PyTorch."""
         return "torch_native"
 
     def get_dispatch_key_name(self) -> str:
-        """Every layer's plain implementation."""
+        """Selects each layer's native PyTorch implementation."""
         return "native"
 
     def get_torch_profiler_activity_str(self) -> str:
-        """What SGLang calls this platform's part of a profile; asked of every platform out of tree."""
+        """Name of the profiler activity; SGLang requires it of out-of-tree platforms."""
         return "CPU"
 
     def get_torch_profiler_activity(self) -> Any:
-        """The same in PyTorch's words."""
+        """The same as PyTorch's enum value."""
         import torch
 
         return torch.profiler.ProfilerActivity.CPU
 
 
 def activate() -> str | None:
-    """The platform to use: plain PyTorch on a CPU, or None to leave SGLang's own choice (CUDA) alone."""
+    """Class path of the platform to use: PlainCpuPlatform on a CPU; None to keep SGLang's own choice (CUDA)."""
     return "tandem.engine.sglang.plugin.PlainCpuPlatform" if plugin_device() == "cpu" else None
 
 
@@ -65,12 +65,12 @@ def register() -> None:
     if parent is None:
         registry.register_in_main()
         return
-    # SGLang asks for the same, but does not look whether its parent has died by then.
+    # SGLang sets PR_SET_PDEATHSIG too, but does not check whether its parent has already died by then.
     assert parent.pid is not None
     if not follow(parent.pid, signal.SIGKILL):
         os._exit(1)
-    # A signal to the whole group (Ctrl-C, systemd) reaches the children too, and must not end them before their parent
-    # has drained. They end when the parent says so, and by PR_SET_PDEATHSIG when it dies.
+    # A signal to the whole process group (Ctrl-C, systemd) reaches the children too, and must not end them before the
+    # parent has drained. The parent kills them when it stops, and PR_SET_PDEATHSIG does when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     registry.register_in_child(device)

@@ -1,7 +1,7 @@
-"""SGLang's own profile: PyTorch's profiler in the scheduler's process, started and stopped over SGLang's own messages.
+"""SGLang's profiler: PyTorch's profiler in the scheduler process, started and stopped by SGLang's own messages.
 
-Owns what is asked of it. While SGLang writes a trace its scheduler does nothing else, so what is recorded is kept
-small: a bounded number of steps, no shapes, and Python frames only when asked for.
+Owns the profile's options. SGLang's scheduler is blocked while it writes a trace, so the trace is kept small: a bounded
+number of steps, no tensor shapes, and Python stacks only on request.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from tandem.errors import ProfileFailed
 
 
 async def start(manager: Any, directory: Path, device: str, *, steps_max: int, with_stack: bool) -> None:
-    """Begin to record, through SGLang's TokenizerManager.
+    """Start recording through SGLang's TokenizerManager. See `Engine.start_profile`.
 
     Raises:
-        ProfileFailed: SGLang refuses; its own words.
+        ProfileFailed: SGLang refused; has its message.
     """
     from sglang.srt.managers.io_struct import ProfileReq
 
-    asked = ProfileReq(
+    request = ProfileReq(
         output_dir=str(directory),
         num_steps=steps_max,
         activities=["CPU", "GPU"] if device == "cuda" else ["CPU"],
@@ -29,20 +29,20 @@ async def start(manager: Any, directory: Path, device: str, *, steps_max: int, w
         record_shapes=False,
     )
     try:
-        await manager.start_profile(asked)
+        await manager.start_profile(request)
     except RuntimeError as problem:
-        raise ProfileFailed(f"SGLang does not record: {problem}") from None
+        raise ProfileFailed(f"SGLang refused to start the profile: {problem}") from None
 
 
 async def stop(manager: Any, directory: Path) -> None:
-    """Stop recording; the trace of each rank is in the directory then.
+    """Stop recording; on return, `directory` holds the trace of each rank.
 
     Raises:
-        ProfileFailed: SGLang refuses; its own words.
+        ProfileFailed: SGLang refused and has written no trace; has its message.
     """
     try:
         await manager.stop_profile()
     except RuntimeError as problem:
-        # It has stopped by itself where the steps asked for are done, and then refuses to stop again.
+        # SGLang stops by itself after `steps_max` steps and then refuses the stop: no error if the trace was written.
         if not os.listdir(directory):
-            raise ProfileFailed(f"SGLang has no profile: {problem}") from None
+            raise ProfileFailed(f"SGLang refused to stop the profile and wrote no trace: {problem}") from None

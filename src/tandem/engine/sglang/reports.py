@@ -1,6 +1,6 @@
-"""The one sentence a child process leaves behind when it ends by itself: why.
+"""The report of a child process that ends because of an error: one sentence with the reason, in a file.
 
-SGLang logs a traceback and sends its parent SIGQUIT; neither tells a program, or an operator, what the matter was.
+SGLang logs a traceback and sends its parent SIGQUIT; from neither can the worker report a reason to its operator.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SENTENCE_LENGTH_MAX = 400
 
 
 def sentence_of(problem: BaseException) -> str:
-    """An exception on one line, without its traceback."""
+    """An exception as one line of at most SENTENCE_LENGTH_MAX characters, without its traceback."""
     text = " ".join(str(problem).split())
     sentence = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
     return sentence if len(sentence) <= SENTENCE_LENGTH_MAX else sentence[: SENTENCE_LENGTH_MAX - 3] + "..."
 
 
 def leave(sentence: str) -> None:
-    """Write it down; the first sentence of an engine is kept."""
+    """Write the report; only the first report of an engine is kept."""
     name = os.environ.get(REPORT_FILE)
     if name is None:
         return
@@ -32,15 +32,15 @@ def leave(sentence: str) -> None:
         with Path(name).open("x", encoding="utf-8") as file:
             file.write(sentence)
     except OSError:
-        # Somebody was first, or the parent is gone with its directory: nobody reads this one.
+        # Another child has reported first, or the parent has removed the directory: this report would not be read.
         return
 
 
 def end(problem: BaseException) -> NoReturn:
-    """Leave the sentence and end this process now, with status 1.
+    """Write the report and exit at once, with status 1.
 
-    Not by an exception: SGLang's prefill scheduler has a thread that is no daemon and never ends, for which the
-    interpreter would wait for ever, with the parent none the wiser and every request waiting for its time-out.
+    Not by an exception: SGLang's prefill scheduler has a non-daemon thread that never ends. The interpreter would wait
+    for it forever, the parent would not notice the failure, and every request would run into its timeout.
     """
     leave(sentence_of(problem))
     logging.shutdown()
@@ -50,7 +50,7 @@ def end(problem: BaseException) -> NoReturn:
 
 
 def read(file: Path) -> str | None:
-    """The sentence, if a child left one."""
+    """The report, or None if no child has written one."""
     try:
         return file.read_text(encoding="utf-8").strip() or None
     except OSError:

@@ -1,4 +1,4 @@
-"""From an `EngineRequest` to the arguments of SGLang's GenerateReqInput, after the checks that SGLang makes too late.
+"""Converts an `EngineRequest` to the arguments of SGLang's GenerateReqInput, after checks that SGLang makes too late.
 
 Pure: knows SGLang's names, imports none of it.
 """
@@ -30,39 +30,39 @@ _HOST = re.compile(r"[A-Za-z0-9_.:%\[\]-]{1,253}")
 ROOM_MAX = 2**63 - 1
 TOP_LOGPROBS_MAX = 20
 LOGIT_BIAS_MAX = 100
-PRETENDED_HOST = "2.2.2.2"
-"""SGLang's FAKE_BOOTSTRAP_HOST: a request that names it meets nobody and moves no KV, whatever the transfer backend."""
+FAKE_BOOTSTRAP_HOST = "2.2.2.2"
+"""SGLang's constant of the same name: a request with this host has no peer and transfers no KV on any backend."""
 CANARY_GREEDY = Sampling(temperature=0.0)
 CANARY_DRAWN = Sampling(
     temperature=1.0, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1, seed=1
 )
-"""Everything that SGLang compiles or loads at its first use, so that no client waits for it."""
+"""Uses every sampling feature that SGLang compiles or loads at first use, so that no client's request waits for it."""
 _numbers = itertools.count(1)
 
 
 def mint_rid(request_id: str) -> str:
-    """An id of SGLang's own. Its scheduler aborts by prefix, so the number in front, of fixed width, makes ids differ
-    within it: none is a prefix of another, whatever the caller's ids look like.
+    """A request id for SGLang. SGLang's scheduler aborts by id prefix, so each id starts with a unique number of fixed
+    width: no id is a prefix of another, whatever the caller's ids are.
     """
     return f"{next(_numbers):012d}-{request_id}"
 
 
 def check(request: EngineRequest, role: WorkerRole, vocabulary_size: int, context_tokens_max: int) -> None:
-    """Refuse what this engine cannot run.
+    """Reject a request that this engine cannot run.
 
     Raises:
         InvalidRequest, ContextExceeded: names the field.
     """
     if not request.token_ids:
-        raise InvalidRequest("token_ids", "is empty")
-    # SGLang would index past a table with any of these, and its scheduler end with all its requests.
+        raise InvalidRequest("token_ids", "must not be empty")
+    # With any of these SGLang indexes out of bounds, which crashes its scheduler and every running request.
     _check_in_vocabulary("token_ids", request.token_ids, vocabulary_size)
     _check_in_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, vocabulary_size)
     _check_in_vocabulary("sampling.logit_bias", request.sampling.logit_bias, vocabulary_size)
     if len(request.token_ids) >= context_tokens_max:
         raise ContextExceeded(
             "token_ids",
-            f"{len(request.token_ids)} tokens leave no room in a context of {context_tokens_max}",
+            f"has {len(request.token_ids)} tokens, which leaves none to generate in a context of {context_tokens_max}",
             limit=context_tokens_max,
         )
     if request.stopping.max_tokens < 1:
@@ -78,13 +78,15 @@ def _check_in_vocabulary(field: str, token_ids: Iterable[int], vocabulary_size: 
 
 
 def _check_options(request: EngineRequest) -> None:
-    """What SGLang finds out in its scheduler, which then ends, or in a thread that cannot be stopped."""
+    """Checks that SGLang makes only in its scheduler, which then crashes, or in a thread that cannot be stopped."""
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
         raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}, not {request.top_logprobs}")
     for token_id, bias in request.sampling.logit_bias.items():
-        # NaN compares false with everything.
+        # Written as `not <=` because NaN compares false with everything.
         if not abs(bias) <= LOGIT_BIAS_MAX:
-            raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
+            limit = LOGIT_BIAS_MAX
+            problem = f"must be {-limit} to {limit}, not {bias:g} for token {token_id}"
+            raise InvalidRequest("sampling.logit_bias", problem)
     if request.guided is not None:
         grammars.check(request.guided)
 
@@ -92,19 +94,19 @@ def _check_options(request: EngineRequest) -> None:
 def _check_bootstrap(request: EngineRequest, role: WorkerRole) -> None:
     pairs = role is not WorkerRole.AGGREGATED
     if pairs and request.bootstrap is None:
-        raise InvalidRequest("bootstrap", f"a {role.value} engine works only with a peer")
+        raise InvalidRequest("bootstrap", f"is required on a {role.value} engine")
     if not pairs and request.bootstrap is not None:
-        raise InvalidRequest("bootstrap", "an aggregated engine has no peer")
+        raise InvalidRequest("bootstrap", "must be absent on an aggregated engine")
     if request.bootstrap is None:
         return
     if not 0 < request.bootstrap.room <= ROOM_MAX:
-        raise InvalidRequest("bootstrap.room", f"must be a positive number of 63 bits, not {request.bootstrap.room}")
+        raise InvalidRequest("bootstrap.room", f"must be 1 to 2**63 - 1, not {request.bootstrap.room}")
     if not _HOST.fullmatch(request.bootstrap.host):
-        raise InvalidRequest("bootstrap.host", "is no name or address of a host")
+        raise InvalidRequest("bootstrap.host", "is not a host name or address")
 
 
 def check_seed(request: EngineRequest, extra: dict[str, Any]) -> None:
-    """Refuse a seed where the engine was started in a way that draws without `draws`.
+    """Reject a seed if the engine's arguments bypass `hooks.seeded_sampling`.
 
     Raises:
         NotSupported: names the field.
@@ -113,31 +115,31 @@ def check_seed(request: EngineRequest, extra: dict[str, Any]) -> None:
     if sampling.seed is None:
         return
     if extra.get("speculative_algorithm"):
-        raise NotSupported("this engine decodes speculatively and knows no seeds", field="sampling.seed")
+        raise NotSupported("seeds are not supported with speculative decoding", field="sampling.seed")
     if extra.get("enable_deterministic_inference") and sampling.min_p:
-        raise NotSupported("this engine knows no min_p together with a seed", field="sampling.min_p")
+        raise NotSupported("min_p with a seed is not supported in deterministic inference", field="sampling.min_p")
 
 
 def check_peer(request: EngineRequest, transfer_backend: str) -> None:
-    """Refuse a request that asks SGLang to pretend: decode would answer from KV that never came.
+    """Reject SGLang's fake bootstrap host in a client's request: decode would generate from KV that never arrived.
 
     Raises:
         InvalidRequest: names the field.
     """
     bootstrap = request.bootstrap
-    if bootstrap is not None and bootstrap.host == PRETENDED_HOST and transfer_backend != "fake":
-        raise InvalidRequest("bootstrap.host", f"{PRETENDED_HOST} is no engine's address")
+    if bootstrap is not None and bootstrap.host == FAKE_BOOTSTRAP_HOST and transfer_backend != "fake":
+        raise InvalidRequest("bootstrap.host", f"must not be {FAKE_BOOTSTRAP_HOST}, SGLang's fake bootstrap host")
 
 
 def canary(role: WorkerRole, sampling: Sampling) -> EngineRequest:
-    """The smallest request that runs the model in a role."""
-    room = random.randrange(1, ROOM_MAX)  # noqa: S311 -- tells rooms apart, protects nothing
+    """The smallest request that runs the model in `role`."""
+    room = random.randrange(1, ROOM_MAX)  # noqa: S311 -- only has to be unique, not secret
     return EngineRequest(
         request_id=f"canary-{room}",
         token_ids=(0,),
         sampling=sampling,
         stopping=Stopping(max_tokens=2, ignore_eos=True),
-        bootstrap=None if role is WorkerRole.AGGREGATED else Bootstrap(host=PRETENDED_HOST, port=1, room=room),
+        bootstrap=None if role is WorkerRole.AGGREGATED else Bootstrap(host=FAKE_BOOTSTRAP_HOST, port=1, room=room),
     )
 
 
@@ -167,7 +169,7 @@ def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, prio
 
 def _sampling_params(request: EngineRequest, context_tokens_max: int) -> dict[str, Any]:
     stopping = request.stopping
-    # SGLang refuses a budget beyond the context; here it ends there with LENGTH.
+    # SGLang rejects a budget beyond the context; clamp it, so that the generation ends there with LENGTH.
     max_tokens = min(stopping.max_tokens, context_tokens_max - len(request.token_ids))
     values: dict[str, Any] = {
         "max_new_tokens": max_tokens,
@@ -185,7 +187,7 @@ def _sampling_params(request: EngineRequest, context_tokens_max: int) -> dict[st
 
 
 def _chosen(sampling: Sampling) -> dict[str, Any]:
-    """Only what the caller gave: what is absent stays SGLang's."""
+    """Only the fields the caller set; SGLang's defaults apply to the rest."""
     given = ((name, getattr(sampling, name)) for name in _SAMPLING_NAMES)
     values = {name: value for name, value in given if value is not None}
     if sampling.seed is not None:

@@ -1,6 +1,6 @@
-"""Which prompts fit into the next step: SGLang's estimate of the memory that the legs admitted so far will still need.
+"""Admission budget of a prefill step: SGLang's estimate of the memory that the admitted legs will still need.
 
-Owns arithmetic only. The pool is asked and never changed; what is promised here is taken by the scheduler.
+Arithmetic only: reads the pool and never changes it. The scheduler allocates what is promised here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg
 
 COUNTED_NEW_TOKENS_MAX = 4096
-"""Nobody's wish for more new tokens than this is counted."""
+"""Upper bound of the new tokens counted per leg, as in SGLang."""
 RATIO_MIN_SHARE = 0.14
 RATIO_DECAY_STEPS = 600
 RETRACT_STEPS = 20
 
 
 class NewTokenRatio:
-    """The share of their new tokens that legs are believed to emit: falls with each step, rises at retraction."""
+    """Estimated share of their token budgets that legs will emit: decays with each step, rises at a retraction."""
 
     def __init__(self, initial: float) -> None:
         self._initial = initial
@@ -26,15 +26,15 @@ class NewTokenRatio:
         self.value = initial
 
     def decay(self) -> None:
-        """One more decode step went well."""
+        """Lower the estimate after a decode step without a retraction."""
         self.value = max(self._lowest, self.value - (self._initial - self._lowest) / RATIO_DECAY_STEPS)
 
     def reset(self) -> None:
-        """The engine is idle."""
+        """Return to the initial estimate; called when the engine is idle."""
         self.value = self._initial
 
     def correct(self, running: Iterable[Leg]) -> None:
-        """The belief was too low: legs had to be retracted, and these are left."""
+        """Raise the estimate after a retraction, from the legs that still run."""
         legs = list(running)
         decoded = sum(len(leg.emitted) for leg in legs)
         wanted = sum(leg.token_budget for leg in legs)
@@ -42,7 +42,7 @@ class NewTokenRatio:
 
 
 class PrefillBudget:
-    """Tokens that one step may still compute, and tokens of memory that may still be promised."""
+    """Tokens that one step may still compute, and memory, in tokens, that may still be promised."""
 
     def __init__(
         self, pool: KvPool, running: Iterable[Leg], ratio: float, *, chunk_tokens: int, prefill_tokens: int
@@ -50,27 +50,27 @@ class PrefillBudget:
         self._pool = pool
         self.chunk_tokens = chunk_tokens
         self._prefill_tokens = prefill_tokens
-        self._promised_tokens = sum(counted_tokens(leg) * believed(leg, ratio) for leg in running)
+        self._promised_tokens = sum(counted_tokens(leg) * expected_share(leg, ratio) for leg in running)
 
     @property
     def spent(self) -> bool:
-        """No more tokens can be computed in this step."""
+        """Whether no more tokens can be computed in this step."""
         return self.chunk_tokens <= 0 or self._prefill_tokens <= 0
 
     def fits(self, leg: Leg, new_tokens: int) -> bool:
-        """Whether the memory for a leg's sequence and for what it may emit can be promised besides the rest."""
+        """Whether there is unpromised memory for a leg's sequence and for the tokens it may emit."""
         needed = new_tokens + counted_tokens(leg) + self._pool.page_size_tokens
         return needed < self._pool.available_tokens - self._promised_tokens
 
     def chunk(self, leg: Leg, new_tokens: int) -> int:
-        """How many of a leg's tokens this step may compute: all that are left, or whole pages of them."""
+        """Number of a leg's tokens that this step may compute: all of `new_tokens`, or those up to a full page."""
         if new_tokens <= self.chunk_tokens:
             return new_tokens
         page = self._pool.page_size_tokens
         return (leg.computed_tokens + self.chunk_tokens) // page * page - leg.computed_tokens
 
     def promise(self, leg: Leg, new_tokens: int, *, whole: bool) -> None:
-        """Count a leg in; of a prompt that is not computed to its end, only this part."""
+        """Promise memory to a leg; with `whole` false (a chunk that is not the last), only for this chunk."""
         rounded = self._pool.tokens_for(new_tokens)
         self._promised_tokens += rounded + self._pool.page_size_tokens + (counted_tokens(leg) if whole else 0)
         self.chunk_tokens -= rounded
@@ -78,10 +78,10 @@ class PrefillBudget:
 
 
 def counted_tokens(leg: Leg) -> int:
-    """Tokens that a leg may still emit, as far as they are counted."""
+    """Tokens that a leg may still emit, at most COUNTED_NEW_TOKENS_MAX."""
     return min(leg.left_tokens, COUNTED_NEW_TOKENS_MAX)
 
 
-def believed(leg: Leg, ratio: float) -> float:
-    """The share of them that it is believed to emit; who ignores the end of sequence emits them all."""
+def expected_share(leg: Leg, ratio: float) -> float:
+    """Share of `counted_tokens` that a leg is expected to emit: all of them if it ignores the end of sequence."""
     return 1.0 if leg.request.stopping.ignore_eos else ratio

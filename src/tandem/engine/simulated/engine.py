@@ -1,6 +1,6 @@
-"""The simulated engine behind the engine port: checks settings and requests, and says what the engine is and holds.
+"""Implements the engine port: checks settings and requests, and reports capabilities and load.
 
-What happens to a request is in `machine`; here is only what the port asks for.
+`machine` runs the requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidReq
 
 
 def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
-    """The figures of this moment."""
+    """The current load, from the legs' phases and the pool's account."""
     phases = Counter(leg.phase for leg in legs)
     account = pool.account()
     page = pool.page_size_tokens
@@ -55,18 +55,18 @@ TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fak
 
 
 class SimulatedEngine:
-    """An `Engine` made of hashes and timers."""
+    """An `Engine` that generates tokens by hashing and takes its time from timers."""
 
     def __init__(self, settings: EngineSettings, clock: Clock | None = None, network: Network | None = None) -> None:
-        """Check the settings; nothing is opened before `start`.
+        """Check the settings; opens nothing.
 
         Args:
-            settings: see `Options` for what `extra` may say.
+            settings: `extra` takes the fields of `Options`.
             clock: default: real time.
             network: default: TCP.
 
         Raises:
-            ConfigError: a key of `extra`, the dtype or the transfer backend is not known.
+            ConfigError: a key of `extra`, the dtype or the transfer backend is unknown.
         """
         self._settings = settings
         self._options = parse_options(settings.extra)
@@ -84,18 +84,20 @@ class SimulatedEngine:
 
     @property
     def faults(self) -> Faults:
-        """The fault rules of a started engine, for tests in its own process."""
+        """The fault rules of a started engine, for tests in the same process."""
         return self._running().faults
 
     async def start(self) -> None:
-        """Read the model directory and, as prefill, listen for decode engines. See the port."""
+        """Read the model directory and, in the prefill role, start the bootstrap server. See the port."""
         checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
         vocabulary = await asyncio.to_thread(read_vocabulary, checkpoint, self._options.eos_chance)
         if self._options.eos_after_tokens is not None and vocabulary.eos_token_id is None:
             raise ConfigError("engine_extra.eos_after_tokens", "the model has no end-of-sequence token")
         capabilities = self._describe(checkpoint)
         if capabilities.kv_capacity_tokens < 2 * self._options.page_size_tokens:
-            raise StartError("kv_capacity_tokens: must hold two pages at least")
+            raise StartError(
+                f"kv_capacity_tokens: must be at least two pages of {self._options.page_size_tokens} tokens"
+            )
         machine = Machine(
             self._settings.role,
             self._options,
@@ -115,26 +117,26 @@ class SimulatedEngine:
             await machine.stop()
 
     def capabilities(self) -> Capabilities:
-        """What the engine can do."""
+        """See the port."""
         if self._capabilities is None:
             raise EngineFailed("the simulated engine is not started")
         return self._capabilities
 
     def bootstrap_address(self) -> BootstrapAddress | None:
-        """Where decode engines meet this one."""
+        """See the port. `bootstrap_told_port` replaces the real port, for a proxy in front of it."""
         if self._bootstrap_port is None:
             return None
         port = self._options.bootstrap_told_port or self._bootstrap_port
         return BootstrapAddress(host=self._settings.host, port=port)
 
     async def submit(self, request: EngineRequest, output: Output) -> None:
-        """Take one leg. See the port."""
+        """See the port."""
         machine = self._running()
         self._check(request, machine)
         machine.begin(request, output)
 
     async def canary(self) -> None:
-        """Compute a prompt of one token. See the port."""
+        """See the port. Computes a prompt of one token."""
         machine = self._running()
         canary = EngineRequest(
             request_id=f"canary-{next(self._canaries)}",
@@ -155,39 +157,39 @@ class SimulatedEngine:
             machine.abort(canary.request_id)
 
     def abort(self, request_id: str) -> bool:
-        """Stop working on a request."""
+        """See the port."""
         return self._machine is not None and self._machine.abort(request_id)
 
     async def load(self) -> EngineLoad:
-        """How busy the engine is now."""
+        """See the port."""
         machine = self._running()
         return load(machine.legs, machine.pool)
 
     async def flush_cache(self) -> bool:
-        """Forget the prefix cache; refused while requests run."""
+        """See the port. Refused while requests run."""
         return self._running().pool.flush()
 
     def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
-        """Changes of the prefix cache."""
+        """See the port."""
         log = self._running().kv_event_log
         if log is None:
-            raise NotSupported("this simulated engine keeps no prefix cache or was started without KV events")
+            raise NotSupported("this simulated engine was started without a prefix cache or without KV events")
         return log.read(from_sequence)
 
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
         """See the port."""
-        raise NotSupported("the simulated engine computes nothing that could be profiled", field="format")
+        raise NotSupported("the simulated engine has no profiler", field="format")
 
     async def stop_profile(self) -> None:
         """See the port."""
         raise AssertionError("stop_profile() before start_profile()")
 
     def stalled(self) -> str | None:
-        """See the port. The engine is this process: when it is stopped, so is whoever would ask."""
+        """See the port. Always None: the engine runs in this process, so a stopped engine cannot be asked."""
         return None
 
     async def wait_failed(self) -> str:
-        """Returns when a fault has killed the engine, or a defect of its own."""
+        """See the port. Returns when an injected fault or an internal error has ended the engine."""
         return await asyncio.shield(self._running().failed)
 
     def _running(self) -> Machine:
@@ -203,23 +205,25 @@ class SimulatedEngine:
         if not tokens:
             raise InvalidRequest("token_ids", "must not be empty")
         if not all(0 <= t < capabilities.vocabulary_size for t in tokens):
-            raise InvalidRequest("token_ids", f"all must be from 0 to {capabilities.vocabulary_size - 1}")
+            raise InvalidRequest("token_ids", f"must all be 0 to {capabilities.vocabulary_size - 1}")
         longest = capabilities.context_tokens_max - 1
         if len(tokens) > longest:
-            problem = f"{len(tokens)} tokens are more than the {longest} that fit"
+            problem = f"has {len(tokens)} tokens, more than the {longest} that fit into the context"
             raise ContextExceeded("token_ids", problem, limit=longest + 1)
         if request.top_logprobs is not None and not 0 <= request.top_logprobs <= TOP_LOGPROBS_MAX:
             raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
         if stopping.max_tokens < 1:
-            raise InvalidRequest("stopping.max_tokens", "must be 1 at least")
+            raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {stopping.max_tokens}")
         if (stopping.min_tokens or 0) > stopping.max_tokens:
-            raise InvalidRequest("stopping.min_tokens", "must not be above max_tokens")
+            problem = f"must be at most max_tokens ({stopping.max_tokens}), not {stopping.min_tokens}"
+            raise InvalidRequest("stopping.min_tokens", problem)
         if (request.bootstrap is None) != (self._settings.role is WorkerRole.AGGREGATED):
-            raise InvalidRequest("bootstrap", f"does not suit an engine in role {self._settings.role.value}")
+            expected = "must be absent" if request.bootstrap else "is required"
+            raise InvalidRequest("bootstrap", f"{expected} on an engine in role {self._settings.role.value}")
         if machine.knows(request.request_id):
-            raise InvalidRequest("request_id", "is running already")
+            raise InvalidRequest("request_id", f"{request.request_id} is already running on this engine")
         if request.guided is not None:
-            raise NotSupported("the simulated engine knows no guided decoding", field="guided")
+            raise NotSupported("the simulated engine does not support guided decoding", field="guided")
 
     def _describe(self, checkpoint: Checkpoint) -> Capabilities:
         settings = self._settings
@@ -227,7 +231,7 @@ class SimulatedEngine:
         if dtype == "auto":
             dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
         if dtype not in ELEMENT_BYTES:
-            raise StartError(f"{checkpoint.path / 'config.json'}: dtype {dtype} is not known to the simulated engine")
+            raise StartError(f"{checkpoint.path / 'config.json'}: the simulated engine does not support dtype {dtype}")
         aggregated = settings.role is WorkerRole.AGGREGATED
         page = self._options.page_size_tokens
         kv_capacity_tokens = (settings.kv_capacity_tokens or KV_CAPACITY_TOKENS) // page * page

@@ -1,7 +1,7 @@
-"""Faults at named points of the simulated engine: which there are, when one fires, and the proof that it has.
+"""Fault injection at named points of the simulated engine: rules, when they fire, and a record of each that fired.
 
-Owns the rules and their counting, seeded, so that a run repeats. What an engine does when it crashes or has no memory
-left is the machine's business.
+Owns the rules and their counters; randomness is seeded, so that a run is repeatable. `machine` implements a crash and
+memory exhaustion.
 """
 
 from __future__ import annotations
@@ -20,69 +20,69 @@ from tandem.engine.simulated.timing import Clock
 from tandem.errors import ConfigError
 
 ENGINE_POINTS = ("admit", "prefill_chunk", "decode_step", "finish", "abort")
-"""Passed by the engine's own loop: what hangs there stops every request."""
+"""Points in the engine's loop: a hang there blocks every request."""
 LEG_POINTS = ("canary", "bootstrap", "transfer_begin", "transfer_middle", "transfer_end")
-"""Passed by one request beside the loop: what hangs there stops that request."""
+"""Points in a request's own task: a hang there blocks only that request."""
 POINTS = (*ENGINE_POINTS, *LEG_POINTS)
 KINDS = ("fail", "delay", "hang", "exhaust", "crash", "kill")
 CONTROL_INTERVAL_S = 0.05
 
 
 class FaultInjected(Exception):
-    """A rule says that this request fails here."""
+    """A fault rule makes this request fail here."""
 
 
 class EngineCrashed(Exception):
-    """The engine is dead; the message is one sentence for whoever waits for it."""
+    """A fault rule has killed the engine; the message is the sentence that `wait_failed` returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultRule:
-    """One fault: where, what, and on which passes of that point."""
+    """One fault: its point, its kind, and the passes of the point at which it fires."""
 
     point: str
     kind: str
-    """fail: the request fails. delay: `delay_s` pass. hang: nothing goes on until the rules change. exhaust: every page
-    that can be had is gone for `delay_s`, or until the rules change. crash: the engine dies, as SGLang's scheduler
-    would, and the process learns of it. kill: the process is gone."""
+    """fail: the request fails. delay: waits for `delay_s`. hang: waits until the rules change. exhaust: withholds every
+    available page for `delay_s`, or until the rules change. crash: the engine dies as if SGLang's scheduler had died,
+    and `wait_failed` returns. kill: the process gets SIGKILL."""
     nth: int | None = None
-    """The pass at which it fires, from 1; without it, every pass."""
+    """The first pass at which it fires, from 1; None: every pass."""
     times: int | None = None
-    """How often it fires at most. Default: once with `nth` alone, else without end."""
+    """Maximum number of times it fires. Default: once with `nth` alone, else unlimited."""
     chance: float | None = None
-    """From the n-th pass on, the seeded chance of each pass; default: certain."""
+    """Probability of firing per pass, from the `nth` on; seeded. Default: 1."""
     every: int | None = None
-    """Only each so many-th pass, exactly: the n-th and those that far apart after it. Default for `nth`: `every`."""
+    """Fires at pass `nth` and at every `every`-th pass after it; `nth` then defaults to `every`."""
     delay_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fired:
-    """A fault that has happened."""
+    """Record of a fault that has fired."""
 
     point: str
     kind: str
     passed: int
-    """Which pass of the point it was."""
+    """Number of the pass, from 1."""
     request_id: str
     time_s: float
 
 
 def parse_rules(rules: Any, key: str) -> tuple[FaultRule, ...]:
-    """Check a list of faults.
+    """Check and convert a list of fault rules.
 
     Raises:
-        ConfigError: names the entry under `key`.
+        ConfigError: a rule is invalid; names the entry under `key`.
     """
     if not isinstance(rules, list):
-        raise ConfigError(key, "must be a list of faults")
-    return tuple(_parse_rule(rule, f"{key}[{place}]") for place, rule in enumerate(rules))
+        raise ConfigError(key, "must be a list of fault rules")
+    return tuple(_parse_rule(rule, f"{key}[{index}]") for index, rule in enumerate(rules))
 
 
 def _parse_rule(rule: Any, key: str) -> FaultRule:
     known = [f.name for f in fields(FaultRule)]
     if not isinstance(rule, dict) or not {"point", "kind"} <= rule.keys() <= set(known):
-        raise ConfigError(key, f"must be an object with point, kind and nothing but {', '.join(known)}")
+        raise ConfigError(key, f"must be an object with point and kind, and no keys but {', '.join(known)}")
     for name, allowed in (("point", POINTS), ("kind", KINDS)):
         if rule[name] not in allowed:
             raise ConfigError(f"{key}.{name}", f"must be one of {', '.join(allowed)}, not {rule[name]!r}")
@@ -94,14 +94,14 @@ def _parse_rule(rule: Any, key: str) -> FaultRule:
     if chance is not None and (type(chance) not in (int, float) or not 0 <= chance <= 1):
         raise ConfigError(f"{key}.chance", f"must be a number from 0 to 1, not {chance!r}")
     if delay_s is None and rule["kind"] == "delay":
-        raise ConfigError(f"{key}.delay_s", "must be given with kind delay")
+        raise ConfigError(f"{key}.delay_s", "is required with kind delay")
     if delay_s is not None and (type(delay_s) not in (int, float) or not 0 <= delay_s <= 86_400):
         raise ConfigError(f"{key}.delay_s", f"must be a number from 0 to 86400, not {delay_s!r}")
     return FaultRule(**rule)
 
 
 class _Counter:
-    """One rule and how far it is."""
+    """One rule and the number of its passes so far."""
 
     def __init__(self, rule: FaultRule, seed: str) -> None:
         self.rule = rule
@@ -111,9 +111,9 @@ class _Counter:
         self._left = rule.times if rule.times is not None else (1 if is_once else None)
 
     def due(self) -> bool:
-        """Count a pass; whether the rule fires on it."""
+        """Count a pass; returns whether the rule fires on it."""
         self.passed += 1
-        if self._left == 0 or not self._is_turn():
+        if self._left == 0 or not self._matches_pass():
             return False
         if self.rule.chance is not None and self._random.random() >= self.rule.chance:
             return False
@@ -121,8 +121,8 @@ class _Counter:
             self._left -= 1
         return True
 
-    def _is_turn(self) -> bool:
-        """Whether this pass is one of those that the rule is about."""
+    def _matches_pass(self) -> bool:
+        """Whether the rule selects the current pass, by `nth` and `every`."""
         first, every = self.rule.nth or self.rule.every or 1, self.rule.every or 1
         return self.passed >= first and (self.passed - first) % every == 0
 
@@ -140,7 +140,7 @@ class Faults:
         exhaust: Callable[[float | None], None],
         restore: Callable[[], None],
     ) -> None:
-        """`exhaust` takes all memory away, for some seconds or until `restore`."""
+        """`exhaust` withholds all available memory, for some seconds or (None) until `restore`."""
         self._seed = seed
         self._clock = clock
         self._control_file = control_file
@@ -153,18 +153,18 @@ class Faults:
         self.replace(rules)
 
     def replace(self, rules: tuple[FaultRule, ...]) -> None:
-        """Take other rules from now on, counted from their first pass; whatever hangs goes on."""
-        self._counters = [_Counter(rule, f"{self._seed} {place}") for place, rule in enumerate(rules)]
+        """Replace all rules; counters start again, and requests that hang continue."""
+        self._counters = [_Counter(rule, f"{self._seed} {index}") for index, rule in enumerate(rules)]
         self._restore()
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def reach(self, point: str, request_id: str) -> None:
-        """Pass a point, and whatever the rules have in store there.
+        """Pass a point, and apply the rules that fire there.
 
         Raises:
-            FaultInjected: the request fails.
-            EngineCrashed: the engine does.
+            FaultInjected: a rule makes the request fail.
+            EngineCrashed: a rule kills the engine.
         """
         self.read_control_file()
         for counter in self._counters:
@@ -173,16 +173,16 @@ class Faults:
                 await self._act(counter.rule)
 
     async def watch_control_file(self) -> None:
-        """Follow the control file without end; ends at once when there is none."""
+        """Poll the control file until cancelled; returns at once if none is configured."""
         while self._control_file is not None:
             self.read_control_file()
             await self._clock.sleep(CONTROL_INTERVAL_S)
 
     def read_control_file(self) -> None:
-        """Take the rules of the control file, if it has changed.
+        """Replace the rules with those of the control file, if it has changed.
 
         Raises:
-            EngineCrashed: it cannot be read, or a rule in it is wrong.
+            EngineCrashed: the file cannot be read, or a rule in it is invalid.
         """
         if self._control_file is None:
             return
@@ -195,15 +195,15 @@ class Faults:
         except FileNotFoundError:
             return
         except (OSError, ValueError, ConfigError) as problem:
-            raise EngineCrashed(f"the control file {self._control_file} cannot be used: {problem}") from None
+            raise EngineCrashed(f"fault control file {self._control_file} is unusable: {problem}") from None
         self._control_seen = seen
         self.replace(rules)
 
     async def _act(self, rule: FaultRule) -> None:
         if rule.kind == "fail":
-            raise FaultInjected(f"the simulated engine fails at {rule.point}, as its rules say")
+            raise FaultInjected(f"injected fault: the request fails at {rule.point}")
         if rule.kind == "crash":
-            raise EngineCrashed(f"the simulated engine crashed at {rule.point}, as its rules say")
+            raise EngineCrashed(f"injected fault: the engine crashes at {rule.point}")
         if rule.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if rule.kind == "exhaust":

@@ -1,6 +1,6 @@
-"""What a leg does beside the engine's loop: it meets its peer, and its KV moves from one engine to the other.
+"""KV transfer of a leg, in a task beside the engine's loop: bootstrap with the peer, then the transfer itself.
 
-Every step may be cancelled. Memory and computing are the scheduler's; a broken hand-over is a LegFailed.
+Every step may be cancelled. The scheduler owns memory and computation; a failed transfer is a LegFailed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tandem.engine.simulated.wire import KvHeader
 
 
 class HandOver:
-    """Both ends of hand-overs; an engine uses one of them."""
+    """Both sides of KV transfers; an engine uses the one of its role."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class HandOver:
         kv_bytes_per_token: int,
         wake: Callable[[], None],
     ) -> None:
-        """`wake` tells the engine's loop that a leg has come further."""
+        """`wake` makes the engine's loop look for legs that can proceed."""
         bounds = options.bootstrap_timeout_s, options.transfer_timeout_s
         self.server = BootstrapServer(*bounds, network)
         self._puller = KvPuller(*bounds, clock.time_s, network)
@@ -46,14 +46,14 @@ class HandOver:
         self._page_bytes = options.page_size_tokens * kv_bytes_per_token
         self._page_size_tokens = options.page_size_tokens
         self._wake = wake
-        # One prefill engine's bandwidth: parts of all its hand-overs move in turn.
-        self._line = asyncio.Lock()
+        # Models the bandwidth of one prefill engine: the parts of all its transfers are sent one after another.
+        self._link = asyncio.Lock()
 
     async def send(self, leg: Leg) -> None:
-        """A prefill leg: meet decode, have the prompt computed, move the KV of each chunk as soon as it is there."""
+        """Prefill leg: wait for decode, have the prompt computed, send the KV of each chunk once it is computed."""
         bootstrap = _room(leg)
         await self._reach(leg, "prefill", "bootstrap")
-        # The order is SGLang's: first meet, so that decode has memory for the KV, then compute.
+        # As in SGLang, bootstrap comes first and computation second, so that decode has memory when KV is ready.
         async with self.server.meet(bootstrap.room) as peer:
             leg.bootstrap_end_time_s = self._clock.time_s()
             self._scheduler.submit(leg)
@@ -63,7 +63,7 @@ class HandOver:
         self._wake()
 
     async def receive(self, leg: Leg) -> None:
-        """A decode leg: wait for memory, meet prefill, and take the KV."""
+        """Decode leg: wait for memory, connect to prefill, and receive the KV."""
         bootstrap = _room(leg)
         await leg.pages_granted.wait()
         leg.preallocation_end_time_s = self._clock.time_s()
@@ -89,7 +89,7 @@ class HandOver:
         leg.kv_transfer_bytes = header.size_bytes
 
     async def _move(self, leg: Leg, computed_tokens: int, size_bytes: int) -> AsyncGenerator[int]:
-        """Move what has been computed, chunk by chunk; only whole pages, until the last one."""
+        """Send the KV as it is computed, chunk by chunk: full pages only, until the prompt is complete."""
         moved_bytes, half_bytes = 0, -(-size_bytes // 2)
         while True:
             whole = computed_tokens == leg.prompt_tokens
@@ -113,7 +113,7 @@ class HandOver:
             computed_tokens = await leg.computed_parts.get()
 
     async def _move_part(self, size_bytes: int, *, begun: bool = False) -> None:
-        async with self._line:
+        async with self._link:
             await self._clock.sleep(self._timing.transfer_s(size_bytes, begun=begun))
 
     async def _reach(self, leg: Leg, role: str, point: str) -> None:

@@ -1,6 +1,6 @@
-"""The log of what a prefix cache stored, removed and cleared, numbered without gaps, for any number of readers.
+"""Log of prefix cache events (stored, removed, cleared), numbered contiguously, for any number of readers.
 
-Keeps the latest events only; a reader that asks for older ones sees the gap in the sequence numbers.
+Keeps only the latest events; a reader of older ones sees a gap in the sequence numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class KvEventLog:
         self._grown = asyncio.Event()
 
     def stored(self, block_hashes: Sequence[int], parent: int | None, token_ids: Sequence[int]) -> None:
-        """A run of blocks, each the child of the one before, entered the cache."""
+        """A chain of blocks, each the child of the previous one, was added to the cache."""
         self._add("stored", block_hashes, parent, token_ids)
 
     def removed(self, block_hash: int) -> None:
@@ -32,17 +32,17 @@ class KvEventLog:
         self._add("removed", (block_hash,), None, ())
 
     def cleared(self) -> None:
-        """The whole cache was dropped."""
+        """The whole cache was flushed."""
         self._add("cleared", (), None, ())
 
     async def read(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
-        """Events from a sequence number on, or (None) from now on, without end."""
+        """Yield events from a sequence number on, or (None) from now on, without end."""
         sequence = self._next_sequence if from_sequence is None else from_sequence
         while True:
             for event in [e for e in self._events if e.sequence >= sequence]:
                 sequence = event.sequence + 1
                 yield event
-            # Each growth has its own Event, so that no reader can miss one between two waits.
+            # A new Event per append, taken before the check below: no reader can miss an append between two waits.
             grown = self._grown
             if sequence >= self._next_sequence:
                 await grown.wait()

@@ -1,7 +1,7 @@
-"""KV memory in pages: what legs hold, what is on its way to a peer, what the prefix cache keeps, what is free.
+"""KV memory accounting in pages: held by legs, in transfer, in the prefix cache, free.
 
-Owns the account only: there are no bytes. Pages of the prefix cache are shared by name; those that nobody holds are
-evicted leaf by leaf, the least recently used first. At any time, every page is counted exactly once:
+Owns the accounting only; there is no KV data. Pages of the prefix cache are shared by name; unreferenced ones are
+evicted leaf by leaf, least recently used first. At any time, every page is counted exactly once:
 free + cached + lent + transferring + withheld = capacity.
 """
 
@@ -16,7 +16,7 @@ from tandem.engine.simulated.kv_events import KvEventLog
 
 
 class PageNames:
-    """The names of one growing sequence's full pages."""
+    """Names of the full pages of one growing sequence; a page's name is a hash of all tokens up to its end."""
 
     def __init__(self, page_size_tokens: int, salt: str | None = None) -> None:
         self._page_size_tokens = page_size_tokens
@@ -24,7 +24,7 @@ class PageNames:
         self._names: list[int] = []
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
-        """Names of the full pages of `token_ids`, which begins as every sequence given before, or is its beginning."""
+        """Names of the full pages of `token_ids`, which must extend the sequence of earlier calls or be its prefix."""
         page = self._page_size_tokens
         count = len(token_ids) // page
         for start in range(len(self._names) * page, count * page, page):
@@ -35,23 +35,23 @@ class PageNames:
 
 
 def page_names(token_ids: Sequence[int], page_size_tokens: int, salt: str | None = None) -> list[int]:
-    """Names of the full pages of a sequence; each depends on all tokens before its end and on the salt."""
+    """Names of the full pages of a sequence; each depends on all tokens up to its end and on the salt."""
     return PageNames(page_size_tokens, salt).of(token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvAccount:
-    """Where every page is at one moment."""
+    """Number of pages in each state at one moment."""
 
     free: int
     cached: int
-    """In the prefix cache and held by nobody: can be evicted."""
+    """In the prefix cache and not held by a leg: can be evicted."""
     lent: int
     """Held by legs that wait, compute or decode."""
     transferring: int
-    """Held by legs whose KV is on its way, and by no other."""
+    """Held only by legs whose KV is being transferred."""
     withheld: int
-    """Taken away by a fault."""
+    """Withheld by an injected fault."""
 
 
 @dataclass(slots=True)
@@ -60,15 +60,15 @@ class _Block:
 
     holders: int = 0
     moving: int = 0
-    """Holders whose KV is on its way."""
+    """Holders whose KV is being transferred."""
 
 
 @dataclass(slots=True, eq=False)
 class KvLease:
-    """The pages of one leg, from its admission to its release."""
+    """Pages held by one leg, from its admission to its release."""
 
     shared: list[int] = field(default_factory=list)
-    """Names of the cached pages it holds: the beginning of its sequence."""
+    """Names of the cached pages it holds: the prefix of its sequence."""
     private_pages: int = 0
     cached_tokens: int = 0
     """Tokens found in the cache when the lease was opened."""
@@ -77,12 +77,12 @@ class KvLease:
 
     @property
     def pages(self) -> int:
-        """All pages it holds."""
+        """Number of pages it holds."""
         return len(self.shared) + self.private_pages
 
 
 class KvPool:
-    """Pages of one engine."""
+    """The page pool of one engine."""
 
     def __init__(
         self, capacity_tokens: int, page_size_tokens: int, *, prefix_cache: bool = True, log: KvEventLog | None = None
@@ -96,15 +96,15 @@ class KvPool:
         self._leases: set[KvLease] = set()
         self._private = {False: 0, True: 0}
         self._shared = {False: 0, True: 0}
-        """Cached pages that somebody holds, by whether all who hold them are moving."""
+        """Number of held cached pages, by whether all their holders are in transfer."""
         self._tree: dict[int, _Block] = {}
-        # Least recently used first. Pages are let go from the end of a sequence to its beginning, so that a page
-        # stands before its parent here and goes before it.
+        # Least recently used first. A lease releases its pages from the end of the sequence to its start, so a page
+        # precedes its parent here and is evicted before it.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available_pages(self) -> int:
-        """Pages that can be had at once: free ones, and cached ones that nobody holds."""
+        """Pages that can be allocated now: free ones, and cached ones that no leg holds."""
         return self._free + len(self._idle)
 
     @property
@@ -118,7 +118,7 @@ class KvPool:
         return self.capacity_pages * self.page_size_tokens
 
     def account(self) -> KvAccount:
-        """Where every page is."""
+        """Number of pages in each state."""
         return KvAccount(
             free=self._free,
             cached=len(self._idle),
@@ -128,19 +128,19 @@ class KvPool:
         )
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens take, the last one perhaps not full."""
+        """Number of pages for `tokens` tokens, the last one perhaps partly filled."""
         return -(-tokens // self.page_size_tokens)
 
     def tokens_for(self, tokens: int) -> int:
-        """Tokens rounded up to whole pages."""
+        """`tokens` rounded up to whole pages."""
         return self.pages_for(tokens) * self.page_size_tokens
 
     def cached_pages(self, names: Sequence[int]) -> int:
-        """How many of the first pages of a sequence are in the cache."""
+        """Length of the longest cached prefix of `names`, in pages."""
         return next((i for i, name in enumerate(names) if name not in self._tree), len(names))
 
     def open(self, names: Sequence[int] = ()) -> KvLease:
-        """Begin a lease with the pages of a sequence that are in the cache."""
+        """Open a lease that holds the cached prefix of a sequence."""
         lease = KvLease(shared=list(names[: self.cached_pages(names)]))
         lease.cached_tokens = len(lease.shared) * self.page_size_tokens
         self._hold(lease.shared, moving=False)
@@ -148,7 +148,7 @@ class KvPool:
         return lease
 
     def grow(self, lease: KvLease, tokens: int) -> bool:
-        """Make a lease hold so many tokens, evicting as needed; False, and nothing is done, if they do not fit."""
+        """Extend a lease to `tokens` tokens, evicting as needed; returns False without change if they do not fit."""
         pages = self.pages_for(tokens) - lease.pages
         if pages <= 0:
             return True
@@ -161,9 +161,9 @@ class KvPool:
         return True
 
     def checkpoint(self, lease: KvLease, names: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Put the full pages that a leg has computed into the cache, where it goes on holding them.
+        """Add the full pages that a leg has computed to the cache; the lease keeps holding them.
 
-        A page that another leg has put there meanwhile is given back, and the other's is held instead.
+        If another leg has cached the same page meanwhile, this lease's copy is freed and the cached one held instead.
         """
         if not self._prefix_cache:
             return
@@ -183,7 +183,7 @@ class KvPool:
             self._log.stored(names[stored:], parent, token_ids[stored * page : len(names) * page])
 
     def set_moving(self, lease: KvLease, moving: bool) -> None:
-        """Say whether a lease's KV is on its way to or from a peer."""
+        """Set whether a lease's KV is being transferred."""
         if lease.moving == moving:
             return
         self._private[lease.moving] -= lease.private_pages
@@ -194,7 +194,7 @@ class KvPool:
             self._recount(block, holders=0, moving=1 if moving else -1)
 
     def close(self, lease: KvLease) -> None:
-        """Give a lease's pages back; those in the cache stay there."""
+        """Release a lease's pages; those in the cache stay cached."""
         assert not lease.closed, "a lease was closed twice"
         lease.closed = True
         self._leases.remove(lease)
@@ -207,7 +207,7 @@ class KvPool:
                 self._idle[name] = None
 
     def flush(self) -> bool:
-        """Forget the prefix cache; refused while a lease is open."""
+        """Flush the prefix cache; returns False without change while a lease is open."""
         if self._leases:
             return False
         self._free += len(self._tree)
@@ -218,18 +218,18 @@ class KvPool:
         return True
 
     def withhold(self) -> None:
-        """Take away every page that can be had."""
+        """Withhold every available page (an injected fault)."""
         self._evict(len(self._idle))
         self._withheld += self._free
         self._free = 0
 
     def restore(self) -> None:
-        """Give back what was withheld."""
+        """Return the withheld pages."""
         self._free += self._withheld
         self._withheld = 0
 
     def check(self) -> None:
-        """Count everything anew and compare; an AssertionError says that pages were made, lost or held twice."""
+        """Recount all pages and compare; an AssertionError means that pages were leaked, duplicated or held twice."""
         counted = {False: 0, True: 0}
         holders: dict[int, list[bool]] = {}
         for lease in self._leases:
@@ -240,9 +240,11 @@ class KvPool:
             counted[all(moving)] += 1
         account = self.account()
         assert (account.lent, account.transferring) == (counted[False], counted[True]), (account, counted)
-        assert set(self._idle) == self._tree.keys() - holders.keys(), "an idle page is held, or a held one idle"
+        assert set(self._idle) == self._tree.keys() - holders.keys(), (
+            "idle pages are not the cached pages without holder"
+        )
         total = account.free + account.cached + account.lent + account.transferring + account.withheld
-        assert total == self.capacity_pages, f"{account} is not {self.capacity_pages} pages"
+        assert total == self.capacity_pages, f"{account} does not add up to {self.capacity_pages} pages"
         assert account.free >= 0, account
 
     def _hold(self, names: Sequence[int], *, moving: bool) -> None:

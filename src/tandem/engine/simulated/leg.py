@@ -1,7 +1,7 @@
-"""One leg inside the engine: what it was asked, where it is, what it has emitted, and when which part of it happened.
+"""One leg inside the engine: its request, phase, emitted tokens and timestamps.
 
-Owns the rules by which a generation ends (stop tokens, end of sequence, budget), and that its end is told once. When
-a leg computes is the scheduler's business.
+Owns the rules by which a generation ends (stop tokens, end of sequence, budget), and reports the end exactly once. The
+scheduler decides when a leg computes.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from tandem.errors import TandemError
 
 
 class Phase(Enum):
-    """Where in the engine a leg is."""
+    """Phase of a leg inside the engine."""
 
     BOOTSTRAP = "bootstrap"
-    """Not in the scheduler yet: a prefill leg waits for its peer."""
+    """Prefill: waits for its peer; not yet in the scheduler."""
     PREALLOCATING = "preallocating"
-    """A decode leg waits for memory for its prompt."""
+    """Decode: waits for memory for its prompt."""
     WAITING = "waiting"
-    """For its turn: to compute its prompt or, when its KV has come, for a place in the batch."""
+    """Queued, to compute its prompt or, once its KV has arrived, to enter the batch."""
     PREFILLING = "prefilling"
-    """Some of its prompt is computed or being computed."""
+    """Part of its prompt is computed or being computed."""
     RUNNING = "running"
     """In the decode batch."""
     TRANSFERRING = "transferring"
-    """Its KV is on its way to or from the other leg."""
+    """Its KV is being transferred to or from the other leg."""
     RETRACTED = "retracted"
-    """A decode leg that gave up its pages for others; its KV is kept outside the pool."""
+    """Decode: gave up its pages for other legs; its KV is kept outside the pool."""
     GONE = "gone"
-    """It holds nothing any more."""
+    """Holds no resources."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,10 +46,10 @@ class Leg:
     request: EngineRequest
     vocabulary: Vocabulary
     token_budget: int
-    """New tokens at most: the smallest of max_tokens, what the context leaves, and what KV memory leaves."""
+    """Maximum number of new tokens: the smallest of max_tokens, the rest of the context, and the rest of KV memory."""
     page_names: PageNames
     output: Output
-    """Where its tokens and its end go."""
+    """Receives its tokens and its end."""
     eos_after_tokens: int | None = None
     draw_seed: int | None = None
     """None: greedy."""
@@ -58,26 +58,26 @@ class Leg:
     computed_tokens: int = 0
     """Tokens of its sequence whose KV exists."""
     state: SequenceState | None = None
-    """What the next token is chosen by; None until the prompt has been computed or received."""
+    """Hash state that determines the next token; None until the prompt has been computed or received."""
     over: bool = False
-    """Its end has been told, and it says nothing more; what it holds is given back when the scheduler comes to it."""
+    """Its end has been reported and no output may follow; the scheduler releases its resources later."""
     reaped: bool = False
-    """The scheduler has come to it: only a leg in the decode batch still holds something then."""
+    """The scheduler has removed it; only a leg in the decode batch still holds resources then."""
     kv_came: bool = False
-    """Decode: the hand-over is through."""
+    """Decode: the KV transfer is complete."""
     kv_went: bool = False
-    """Prefill: the hand-over is through."""
+    """Prefill: the KV transfer is complete."""
     pages_granted: asyncio.Event = field(default_factory=asyncio.Event)
     computed_parts: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
-    """Prefill: `computed_tokens` after each chunk, for whoever hands the KV over."""
+    """Prefill: `computed_tokens` after each chunk, for the task that sends the KV."""
     task: asyncio.Task[None] | None = None
-    """Meets the other leg and moves the KV."""
+    """Task that connects to the other leg and transfers the KV."""
     emitted: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     recomputed_tokens: int | None = None
     retraction_count: int = 0
     time_s: Callable[[], float] | None = None
-    """The engine's clock; None: nobody asks for times."""
+    """The engine's clock; None: timestamps are not recorded."""
     queued_time_s: float | None = None
     bootstrap_end_time_s: float | None = None
     preallocation_end_time_s: float | None = None
@@ -95,24 +95,24 @@ class Leg:
 
     @property
     def sequence_tokens(self) -> int:
-        """Length of the prompt and of all that was emitted."""
+        """Length of the prompt plus the emitted tokens."""
         return self.prompt_tokens + len(self.emitted)
 
     @property
     def left_tokens(self) -> int:
-        """Tokens it may still emit."""
+        """Number of tokens it may still emit."""
         return self.token_budget - len(self.emitted)
 
     def sequence(self) -> list[int]:
-        """The prompt and all that was emitted."""
+        """The prompt followed by the emitted tokens."""
         return [*self.request.token_ids, *self.emitted]
 
     def names(self, tokens: int | None = None) -> list[int]:
-        """Names of the full pages of its first so many tokens (None: of all)."""
+        """Names of the full pages of the first `tokens` tokens (None: of all)."""
         return self.page_names.of(self.sequence()[:tokens])
 
     def emit_next(self) -> None:
-        """Put out the next token."""
+        """Choose and output the next token."""
         if self.state is None:
             self.state = digest(self.request.token_ids)
         chooser = self.state if self.draw_seed is None else drawn(self.state, self.draw_seed)
@@ -128,7 +128,7 @@ class Leg:
         self.state = advance(self.state, token_id)
 
     def end(self) -> EngineFinish | None:
-        """The finish, if the token just emitted was the last one."""
+        """The finish, if the token just emitted was the last one, else None."""
         token_id = self.emitted[-1]
         if self._ends_generation(token_id):
             return self.finish(FinishReason.STOP, token_id)
@@ -137,14 +137,14 @@ class Leg:
         return None
 
     def ended(self) -> EngineFinish:
-        """The finish of a leg that is known to be over."""
+        """The finish of a leg that has emitted its last token."""
         finish = self.end()
-        assert finish is not None, "a leg was ended before its last token"
+        assert finish is not None, "finish of a leg that has tokens left"
         return finish
 
-    def tell_end(self, ending: EngineFinish | TandemError) -> None:
-        """Put out how it ended; nothing may be emitted afterwards."""
-        assert not self.over, "the end of a leg was told twice"
+    def report_end(self, ending: EngineFinish | TandemError) -> None:
+        """Output the end; no tokens may be emitted afterwards."""
+        assert not self.over, "the end of a leg was reported twice"
         self.over = True
         if isinstance(ending, EngineFinish):
             self.output.finish(ending)
@@ -152,7 +152,7 @@ class Leg:
             self.output.fail(ending)
 
     def finish(self, reason: FinishReason, matched_token_id: int | None = None) -> EngineFinish:
-        """The account of this leg as it stands."""
+        """A finish with the leg's current counts and timestamps."""
         return EngineFinish(
             reason=reason,
             matched_token_id=matched_token_id,
@@ -174,10 +174,10 @@ class Leg:
         )
 
     def _choose(self, state: SequenceState) -> int:
-        place = len(self.emitted) + 1
-        too_early = place <= (self.request.stopping.min_tokens or 0)
+        position = len(self.emitted) + 1
+        too_early = position <= (self.request.stopping.min_tokens or 0)
         eos = self.vocabulary.eos_token_id
-        if eos is not None and place == self.eos_after_tokens and not too_early:
+        if eos is not None and position == self.eos_after_tokens and not too_early:
             return eos
         return self.vocabulary.next_token(state, refuse=self._ends_generation if too_early else None)
 

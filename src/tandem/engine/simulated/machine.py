@@ -1,7 +1,7 @@
-"""The engine's loop: it computes one step after the other, tells legs their ends, and keeps what they held in order.
+"""The engine's loop: computes one step after another, reports the ends of legs, and releases what they held.
 
-Owns the life of a leg, from `begin` through abort or failure to exactly one ending, and the engine's own death. Which
-step comes next is the scheduler's decision; what a request may ask is the adapter's.
+Owns the lifecycle of a leg, from `begin` to exactly one end (finish, abort or failure), and the engine's own failure.
+The scheduler chooses the next step; `engine` checks the requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tandem.errors import EngineFailed, TandemError
 
 
 class Machine:
-    """Everything one engine computes with."""
+    """One engine: its loop, pool, scheduler, faults and KV transfers."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Machine:
         seed: int,
     ) -> None:
         self._work = asyncio.Event()
-        # As in SGLang, a decode engine has no prefix cache: its KV comes from elsewhere.
+        # As in SGLang, a decode engine has no prefix cache: it receives all its KV.
         caches = options.prefix_cache and role is not WorkerRole.DECODE
         page = capabilities.page_size_tokens
         self.kv_event_log = KvEventLog(page) if caches and options.kv_events else None
@@ -70,7 +70,7 @@ class Machine:
         self._capabilities = capabilities
         self._vocabulary = vocabulary
         self._clock = clock
-        self._random = random.Random(seed)  # noqa: S311 -- draws nobody asked to repeat, no secret
+        self._random = random.Random(seed)  # noqa: S311 -- samples of requests without a seed, no secret
         self._moves_kv = capabilities.transfer_backend != "fake"
         self._legs: dict[str, Leg] = {}
         self._leg_tasks: set[asyncio.Task[None]] = set()
@@ -78,10 +78,10 @@ class Machine:
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self, host: str, bootstrap_port: int) -> int | None:
-        """Begin to compute; returns the port at which decode engines meet a prefill engine.
+        """Start the loop; returns the bootstrap server's port in the prefill role, else None.
 
         Raises:
-            StartError: that port cannot be had.
+            StartError: the bootstrap port cannot be bound.
         """
         port = None
         if self._role is WorkerRole.PREFILL:
@@ -100,15 +100,15 @@ class Machine:
 
     @property
     def legs(self) -> set[Leg]:
-        """Every leg that runs or still holds something."""
+        """Every leg that runs or still holds pages."""
         return {*self._legs.values(), *self.scheduler.legs}
 
     def knows(self, request_id: str) -> bool:
-        """Whether a request runs here."""
+        """Whether a request is running."""
         return request_id in self._legs
 
     def begin(self, request: EngineRequest, output: Output) -> Leg:
-        """Take a request; what becomes of it goes to `output`."""
+        """Start a request; its tokens and its end go to `output`."""
         if self.failed.done():
             raise EngineFailed(self.failed.result())
         leg = self._make_leg(request, output)
@@ -125,7 +125,7 @@ class Machine:
             self._leg_tasks.add(leg.task)
             leg.task.add_done_callback(partial(self._notice_end, leg))
         elif self._role is not WorkerRole.AGGREGATED:
-            # Nobody to meet: a canary, or an engine whose transfers are sabotaged.
+            # No peer: a canary, or an engine with the `fake` transfer backend.
             leg.kv_transfer_bytes = 0
             leg.state = NO_STATE if self._role is WorkerRole.DECODE else None
             leg.kv_came = True
@@ -133,7 +133,7 @@ class Machine:
         return leg
 
     def abort(self, request_id: str) -> bool:
-        """End a request; its pages come back when the present step has ended. Returns whether it ran."""
+        """Abort a request; its pages are released after the current step. Returns whether it was running."""
         leg = self._legs.get(request_id)
         if leg is None:
             return False
@@ -150,7 +150,7 @@ class Machine:
                 self.scheduler.reap(leg)
             ended = Ended()
             step = self.scheduler.plan(ended)
-            await self._tell(ended)
+            await self._report_ends(ended)
             if step is not None:
                 await self._compute(step)
             elif not self._work.is_set():
@@ -172,9 +172,9 @@ class Machine:
                 chunk.leg.prefill_end_time_s = self._clock.time_s()
         ended = Ended()
         self.scheduler.commit(step, ended)
-        await self._tell(ended)
+        await self._report_ends(ended)
 
-    async def _tell(self, ended: Ended) -> None:
+    async def _report_ends(self, ended: Ended) -> None:
         for leg in ended.naturally:
             if not leg.over:
                 await self._reach("finish", leg)
@@ -182,7 +182,7 @@ class Machine:
                 self._retire(leg, leg.ended())
         for leg in ended.out_of_memory:
             if not leg.over:
-                self._retire(leg, EngineFailed("no KV memory is left, even with every other request retracted"))
+                self._retire(leg, EngineFailed("out of KV memory, with every other request retracted"))
 
     async def _reach(self, point: str, leg: Leg) -> None:
         try:
@@ -209,18 +209,18 @@ class Machine:
         )
 
     def _draw_seed(self, request: EngineRequest) -> int | None:
-        """The seed of a request that draws; this engine's model is greedy unless a temperature or a seed says else."""
+        """The sampling seed of a request; None: greedy, the default without a temperature and a seed."""
         sampling = request.sampling
         if sampling.temperature == 0 or (sampling.temperature is None and sampling.seed is None):
             return None
         if sampling.seed is not None:
             return sampling.seed
-        # The room is random and known to both legs, which must draw the same first token.
+        # The bootstrap room is random and known to both legs, which must sample the same first token.
         return request.bootstrap.room if request.bootstrap is not None else self._random.getrandbits(63)
 
     def _retire(self, leg: Leg, ending: EngineFinish | TandemError) -> None:
-        """Tell how a leg ended, and have the scheduler take it out."""
-        leg.tell_end(ending)
+        """Report a leg's end, and have the scheduler remove it."""
+        leg.report_end(ending)
         del self._legs[leg.request.request_id]
         if leg.task is not None:
             leg.task.cancel()
@@ -229,7 +229,7 @@ class Machine:
             self._wake()
 
     def _notice_end(self, leg: Leg, task: asyncio.Task[None]) -> None:
-        """A leg has met its peer and moved its KV, or failed in it."""
+        """Callback of a leg's transfer task: fails the leg, or the engine, if the task failed."""
         self._leg_tasks.discard(task)
         if task.cancelled() or (problem := task.exception()) is None:
             return
@@ -237,7 +237,7 @@ class Machine:
             self._die(str(problem))
         elif not leg.over:
             if not isinstance(problem, TandemError):
-                problem = EngineFailed(f"defect in a hand-over: {problem!r}")
+                problem = EngineFailed(f"internal error in a KV transfer: {problem!r}")
             self._retire(leg, problem)
 
     # --- The engine
@@ -247,7 +247,7 @@ class Machine:
             self._die(str(problem) or repr(problem))
 
     def _die(self, sentence: str) -> None:
-        """The engine is dead, as when SGLang's scheduler dies: every request fails, every connection is cut."""
+        """Fail the engine, as when SGLang's scheduler dies: every request fails, every connection is closed."""
         if self.failed.done():
             return
         self.failed.set_result(sentence)

@@ -1,6 +1,6 @@
-"""How two simulated engines reach each other: over TCP, or, in a simulation on virtual time, through memory.
+"""Connections between two simulated engines: over TCP or, in a simulation on virtual time, in memory.
 
-Owns connections only; what is said over them is in `wire`.
+Owns connections only; `wire` defines the messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Writer(Protocol):
     """The sending end of a connection: the part of asyncio.StreamWriter that is used here."""
 
     def write(self, data: bytes) -> None:
-        """Send some bytes."""
+        """Send bytes."""
         ...
 
     async def drain(self) -> None:
@@ -28,7 +28,7 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         ...
 
 
@@ -36,23 +36,23 @@ Handler = Callable[[asyncio.StreamReader, Writer], Awaitable[None]]
 
 
 class Listener(Protocol):
-    """A place that can be connected to."""
+    """A listening socket."""
 
     port: int
 
     async def close(self) -> None:
-        """Take no more connections."""
+        """Stop accepting connections."""
         ...
 
 
 class Network(Protocol):
-    """Where connections come from."""
+    """Makes listeners and connections."""
 
     async def listen(self, handler: Handler, host: str, port: int) -> Listener:
-        """Serve connections at an address; port 0 is any free one.
+        """Serve connections at an address; port 0: any free port.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address cannot be bound.
         """
         ...
 
@@ -60,7 +60,8 @@ class Network(Protocol):
         """Connect to an address.
 
         Raises:
-            OSError, ValueError, OverflowError: nobody is there, or it is no address.
+            OSError: the connection failed.
+            ValueError, OverflowError: the host or port is invalid.
         """
         ...
 
@@ -73,13 +74,13 @@ class TcpListener:
         self.port: int = server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
-        """Take no more connections."""
+        """Stop accepting connections."""
         self._server.close()
         await self._server.wait_closed()
 
 
 class TcpNetwork:
-    """The real one."""
+    """Real TCP sockets."""
 
     async def listen(self, handler: Handler, host: str, port: int) -> TcpListener:
         """See the protocol."""
@@ -91,7 +92,7 @@ class TcpNetwork:
 
 
 class MemoryWriter:
-    """The sending end of a connection in memory; what is sent arrives in the next turn of the loop."""
+    """The sending end of an in-memory connection; data arrives in the next iteration of the event loop."""
 
     def __init__(self, there: asyncio.StreamReader) -> None:
         self._there = there
@@ -117,7 +118,7 @@ class MemoryWriter:
 
 
 class MemoryListener:
-    """A place in a network in memory."""
+    """A listening port of an in-memory network."""
 
     def __init__(self, network: MemoryNetwork, port: int) -> None:
         self._network = network
@@ -129,7 +130,7 @@ class MemoryListener:
 
 
 class MemoryNetwork:
-    """One for all engines of a simulation; hosts are not told apart."""
+    """An in-memory network shared by all engines of a simulation; host names are ignored."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}
@@ -141,7 +142,7 @@ class MemoryNetwork:
         if port == 0:
             port, self._next_port = self._next_port, self._next_port + 1
         if port in self._handlers:
-            raise OSError(f"port {port} is taken")
+            raise OSError(f"port {port} is in use")
         self._handlers[port] = handler
         return MemoryListener(self, port)
 
@@ -149,7 +150,7 @@ class MemoryNetwork:
         """See the protocol."""
         handler = self._handlers.get(port)
         if handler is None:
-            raise ConnectionRefusedError(f"nobody listens at port {port}")
+            raise ConnectionRefusedError(f"connection refused on port {port}")
         here, there = (asyncio.StreamReader(limit=LINE_BYTES_MAX) for _ in range(2))
         to_there, to_here = MemoryWriter(there), MemoryWriter(here)
         to_there.other, to_here.other = to_here, to_there
@@ -159,5 +160,5 @@ class MemoryNetwork:
         return here, to_there
 
     def forget(self, port: int) -> None:
-        """Nobody listens at a port any more."""
+        """Remove the listener of a port."""
         del self._handlers[port]

@@ -1,7 +1,7 @@
-"""What `EngineSettings.extra` may say to the simulated engine, checked before anything starts.
+"""Options of the simulated engine (`EngineSettings.extra`), checked before anything starts.
 
-Owns the defaults, which are small so that tests take seconds, and the profiles: measured values of a real engine that
-take the defaults' place. An unknown or malformed key is a ConfigError that names it.
+Owns the defaults, which are small so that tests take seconds, and the profiles: sets of values measured on a real
+engine that replace the defaults. An unknown or malformed key is a ConfigError that names it.
 """
 
 from __future__ import annotations
@@ -21,59 +21,60 @@ PROFILES = Path(__file__).parent / "profiles"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The timing model, the scheduler, the bounds of the rendezvous and the faults of one simulated engine."""
+    """Timing model, scheduler, bootstrap timeouts and faults of one simulated engine."""
 
     profile: str | None = None
-    """A fitted profile: the name of one that comes with Tandem, or the path of a JSON file. Other keys go before it."""
+    """A fitted profile: the name of a built-in one, or the path of a JSON file. Other keys override its values."""
 
     prefill_step_s: float = 0.0
-    """Time of a forward pass over prompts, however short they are."""
+    """Fixed time of a forward pass over prompts."""
     prefill_tokens_per_s: float = 1e6
-    """Prompt tokens found in the prefix cache cost nothing."""
+    """Prompt tokens computed per second; tokens found in the prefix cache take no time."""
     prefill_pair_s: float = 0.0
-    """Time for each pair of a prompt token and one before it: why long prompts cost more than their length."""
+    """Time per pair of a prompt token and an earlier one: the quadratic cost of attention."""
     decode_step_s: float = 0.001
-    """Time of one step, in which every running request gets a token."""
+    """Fixed time of a decode step, in which every running request gets a token."""
     decode_request_s: float = 0.0
-    """What each running request adds to a step."""
+    """Time that each running request adds to a decode step."""
     decode_context_token_s: float = 0.0
-    """What each token in the context of a running request adds to a step."""
+    """Time that each context token of each running request adds to a decode step."""
     transfer_latency_s: float = 0.0
-    """Time of each part of a hand-over, however small it is."""
+    """Fixed time of each part of a KV transfer."""
     transfer_bytes_per_s: float = 10e9
-    """Bandwidth of a prefill engine; its hand-overs take turns, part by part."""
+    """Bandwidth of a prefill engine; its KV transfers share it, part by part."""
     jitter: float = 0.0
     """Every duration is scaled by a seeded random factor from 1 - jitter to 1 + jitter."""
 
     page_size_tokens: int = 16
     chunked_prefill_tokens: int = 2048
-    """Prompt tokens of one step at most, a whole number of pages; a longer prompt is computed in several."""
+    """Maximum prompt tokens of one step, a multiple of the page size; a longer prompt takes several steps."""
     prefill_tokens_max: int = 16_384
-    """Prompt tokens of all requests of one step at most."""
+    """Maximum prompt tokens of all requests in one step."""
     mixed_chunk: bool = False
-    """Running requests get a token in steps over prompts too."""
+    """Whether running requests also get a token in prefill steps."""
     new_token_ratio: float = 0.7
-    """The share of its new tokens that a request is first believed to emit, when others ask for memory."""
+    """Initial estimate of the share of its token budget that a request will emit, used for admission."""
     reserved_decode_tokens: int = 512
-    """Decode: memory kept free for each request beyond its prompt, an eighth of the whole at most."""
+    """Decode: memory reserved per request beyond its prompt; at most an eighth of the KV memory."""
     prefix_cache: bool = True
     kv_events: bool = True
 
     bootstrap_timeout_s: float = 30.0
-    """How long one leg waits for the other to come."""
+    """How long a leg waits for the other leg to connect."""
     transfer_timeout_s: float = 30.0
-    """How long one leg waits for the other to move on once they have met, the prefill's computing included."""
+    """How long a connected leg waits for the KV transfer, including the computation of the prompt."""
     bootstrap_told_port: int | None = None
-    """Port that decode engines are told, where something that a test can cut stands before the one listened at."""
+    """Port that is advertised instead of the listening one, for tests with a proxy in front of it."""
 
     eos_after_tokens: int | None = None
-    """Place in this generation (from 1) at which the end-of-sequence token comes; None: never."""
+    """Position (from 1) in the generation at which the end-of-sequence token is emitted; None: never."""
     eos_chance: float = 0.0
-    """Chance of the end-of-sequence token at each place, drawn from the sequence so far: a continuation agrees."""
+    """Probability of the end-of-sequence token at each position; a hash of the sequence decides, so that a
+    continuation on another worker agrees."""
 
     faults: tuple[FaultRule, ...] = ()
     control_file: Path | None = None
-    """A JSON file with a list of faults that take the place of `faults` whenever it changes."""
+    """A JSON file with a list of fault rules, which replaces `faults` whenever the file changes."""
 
 
 def parse_options(extra: dict[str, Any]) -> Options:
@@ -86,7 +87,8 @@ def parse_options(extra: dict[str, Any]) -> Options:
     known = {f.name for f in fields(Options)}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"engine_extra.{key}", f"the simulated engine knows only {', '.join(sorted(known))}")
+            problem = f"is not an option of the simulated engine; options are {', '.join(sorted(known))}"
+            raise ConfigError(f"engine_extra.{key}", problem)
         _CHECKS.get(key, _positive_number)(key, value)
     if "faults" in values:
         values["faults"] = parse_rules(values["faults"], "engine_extra.faults")
@@ -100,7 +102,7 @@ def parse_options(extra: dict[str, Any]) -> Options:
 
 
 def _read_profile(name: Any) -> dict[str, Any]:
-    """The options of a profile; none when no profile is named."""
+    """The options of a profile; empty if no profile is named."""
     if name is None:
         return {}
     if not isinstance(name, str) or not name:

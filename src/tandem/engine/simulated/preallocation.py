@@ -1,6 +1,6 @@
-"""Memory of a decode engine before its KV comes: whose prompt gets pages, and who of the retracted may come back.
+"""Memory allocation of a decode engine, before KV arrives: pages for new prompts, and for retracted legs that resume.
 
-Owns the two queues in which legs hold nothing. Pages are granted with enough in reserve for those that run already.
+Owns the two queues of legs that hold no pages. Pages are granted only if a reserve stays free for the running legs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from tandem.engine.simulated.budget import counted_tokens
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 
-EXTRA_PLACES_RUNNING_MAX = 32
+EXTRA_SLOTS_RUNNING_MAX = 32
 RESERVED_SHARE = 8
 
 
 class Preallocation:
-    """The queues of legs that wait for memory."""
+    """The queues of decode legs that wait for memory."""
 
     def __init__(self, pool: KvPool, reserved_decode_tokens: int, running_requests_max: int) -> None:
         self._pool = pool
-        # On a small pool the whole reserve would never be free besides.
+        # On a small pool the configured reserve would never be free, and no leg would ever be granted pages.
         self._reserved_tokens = min(reserved_decode_tokens, pool.capacity_tokens // RESERVED_SHARE)
-        extra = 2 * running_requests_max if running_requests_max <= EXTRA_PLACES_RUNNING_MAX else 0
-        self._places = running_requests_max + extra
+        extra = 2 * running_requests_max if running_requests_max <= EXTRA_SLOTS_RUNNING_MAX else 0
+        self._slots = running_requests_max + extra
         self.queue: deque[Leg] = deque()
         self.retracted: deque[Leg] = deque()
 
@@ -34,7 +34,7 @@ class Preallocation:
         return [*self.queue, *self.retracted]
 
     def resume(self, active: Sequence[Leg]) -> list[Leg]:
-        """Give retracted legs their pages back, in turn, as long as they fit besides the active ones' reserve."""
+        """Allocate pages to retracted legs, in order, while the active legs' reserve stays free; returns those legs."""
         resumed: list[Leg] = []
         while self.retracted:
             leg = self.retracted[0]
@@ -51,14 +51,14 @@ class Preallocation:
         return resumed
 
     def grant(self, running: Sequence[Leg], arriving: Sequence[Leg]) -> list[Leg]:
-        """Give legs pages for their prompts, in turn, and tell them."""
+        """Allocate pages for queued prompts, in order, and wake the legs' tasks; returns those legs."""
         granted: list[Leg] = []
         retractable_tokens = sum(leg.sequence_tokens for leg in running)
         single_tokens = max((self._whole_tokens(leg) - retractable_tokens for leg in running), default=0)
         while self.queue:
             leg = self.queue[0]
             active_count = len(running) + len(arriving) + len(granted)
-            if active_count >= self._places:
+            if active_count >= self._slots:
                 break
             held_back = max(self._reserved_tokens * active_count, single_tokens)
             prompt_tokens = self._pool.tokens_for(leg.prompt_tokens)

@@ -1,8 +1,7 @@
-"""Where the two legs of one attempt meet and KV is handed over: a server in the prefill engine, a client in decode.
+"""Bootstrap and KV transfer between the two legs of an attempt: a server in the prefill engine, a client in decode.
 
-The socket is real unless time is virtual, so that killing, freezing or cutting either process has real effects; the KV
-itself is a 16-byte state and a count of bytes. Owns the bounds: nobody waits longer than the options say, and a closed
-socket ends the wait at once.
+The socket is real unless time is virtual, so that killing, freezing or disconnecting either process has real effects;
+the KV itself is a 16-byte state and a byte count. Owns the timeouts; a closed socket ends a wait at once.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ T = TypeVar("T")
 
 
 class DecodePeer:
-    """A decode engine that has come for a room, as the prefill engine sees it."""
+    """A decode engine that has connected for a room, as seen by the prefill engine."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
         self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        """Bytes that decode says it has; ConnectionLost when it hung up."""
+        """Bytes that decode confirms; ConnectionLost if it disconnected."""
 
     async def unless_lost(self, work: Awaitable[T]) -> T:
-        """Do some work for this peer, but no longer than it is there.
+        """Await `work`, and cancel it if the peer disconnects.
 
         Raises:
-            ConnectionLost: it went away meanwhile.
+            ConnectionLost: the peer disconnected first.
         """
         task = asyncio.ensure_future(work)
-        # However it ends: when the peer is lost, its own error is the same loss, and nobody else looks at it.
+        # Retrieve its exception: when the peer is lost, `work` fails for the same reason and is not awaited.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             await asyncio.wait((task, self.done), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 self.done.result()
-                raise ConnectionLost("it said done before it had everything")
+                raise ConnectionLost("it confirmed the KV before all of it was sent")
             return task.result()
         finally:
             if not task.done():
@@ -54,7 +53,7 @@ class DecodePeer:
 
 
 class BootstrapServer:
-    """The prefill engine's side."""
+    """The prefill engine's side: listens, and pairs decode engines with prefill legs by room."""
 
     def __init__(self, bootstrap_timeout_s: float, transfer_timeout_s: float, network: Network | None = None) -> None:
         self._bootstrap_timeout_s = bootstrap_timeout_s
@@ -66,7 +65,7 @@ class BootstrapServer:
         self._connections: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which the OS chooses when it is 0.
+        """Listen; returns the port (0 lets the OS choose one).
 
         Raises:
             StartError: the address cannot be bound.
@@ -78,7 +77,7 @@ class BootstrapServer:
         return self._listener.port
 
     async def stop(self) -> None:
-        """Hang up on everybody and stop listening."""
+        """Close all connections and stop listening."""
         if self._listener is None:
             return
         listener, self._listener = self._listener, None
@@ -90,36 +89,36 @@ class BootstrapServer:
 
     @asynccontextmanager
     async def meet(self, room: int) -> AsyncIterator[DecodePeer]:
-        """Wait for the decode leg of a room; leaving the block hangs up.
+        """Wait for the decode leg of a room; leaving the block closes the connection.
 
         Raises:
-            LegFailed: nobody came in time (phase "bootstrapping"), or the peer was lost inside the block
-                ("transferring").
+            LegFailed: no decode leg connected in time (phase "bootstrapping"), or the connection was lost inside the
+                block ("transferring").
         """
         peer = await self._wait_for_decode(room)
         try:
             await peer.line.send("met")
             yield peer
         except ConnectionLost as lost:
-            raise leg_failed("prefill", "transferring", room, f"the decode leg was lost: {lost}") from None
+            raise leg_failed("prefill", "transferring", room, f"lost the decode leg: {lost}") from None
         finally:
             peer.line.close()
 
     async def hand_over(
         self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, parts: AsyncGenerator[int]
     ) -> None:
-        """Send a prompt's KV and wait until decode has it all.
+        """Send a prompt's KV, and wait until decode confirms all of it.
 
         Args:
-            peer: who gets it.
-            room: where they met.
-            header: what is sent in all.
-            state: what stands for the KV.
-            parts: moves the KV, and yields the bytes of each part that has been moved.
+            peer: the decode engine.
+            room: the bootstrap room.
+            header: total size.
+            state: hash state that stands for the KV.
+            parts: transfers the KV; yields the bytes of each part that has been transferred.
 
         Raises:
-            ConnectionLost: the peer went away.
-            LegFailed: it did not confirm in time, or not everything.
+            ConnectionLost: the peer disconnected.
+            LegFailed: the peer did not confirm in time, or confirmed another number of bytes.
         """
         await peer.line.send("begin", prompt_tokens=header.prompt_tokens, size_bytes=header.size_bytes)
         async with aclosing(parts):
@@ -130,27 +129,29 @@ class BootstrapServer:
             async with asyncio.timeout(self._transfer_timeout_s):
                 received_bytes = await peer.done
         except TimeoutError:
-            raise leg_failed("prefill", "transferring", room, "the decode leg did not confirm its KV in time") from None
+            problem = f"the decode leg did not confirm its KV within {self._transfer_timeout_s:g} s"
+            raise leg_failed("prefill", "transferring", room, problem) from None
         if received_bytes != header.size_bytes:
-            problem = f"the decode leg has {received_bytes} of {header.size_bytes} KV bytes"
+            problem = f"the decode leg received {received_bytes} of {header.size_bytes} KV bytes"
             raise leg_failed("prefill", "transferring", room, problem)
 
     async def _wait_for_decode(self, room: int) -> DecodePeer:
         if room in self._early_decodes:
             return self._early_decodes.pop(room)
         if room in self._early_prefills:
-            raise leg_failed("prefill", "bootstrapping", room, "another prefill leg waits in that room")
+            raise leg_failed("prefill", "bootstrapping", room, "another prefill leg is waiting in this room")
         arrival: asyncio.Future[DecodePeer] = asyncio.get_running_loop().create_future()
         self._early_prefills[room] = arrival
         try:
             async with asyncio.timeout(self._bootstrap_timeout_s):
                 return await arrival
         except BaseException as problem:
-            # Arrived and given up in the same turn of the loop: nobody else would hang up on that peer.
+            # Connected and timed out in the same iteration of the event loop: this is the only reference to the peer.
             if arrival.done() and not arrival.cancelled():
                 arrival.result().line.close()
             if isinstance(problem, TimeoutError):
-                raise leg_failed("prefill", "bootstrapping", room, "no decode leg came in time") from None
+                waited = f"no decode leg connected within {self._bootstrap_timeout_s:g} s"
+                raise leg_failed("prefill", "bootstrapping", room, waited) from None
             raise
         finally:
             del self._early_prefills[room]
@@ -162,7 +163,7 @@ class BootstrapServer:
         try:
             await self._serve_line(Line(reader, writer))
         except (ConnectionLost, TimeoutError, asyncio.CancelledError):
-            # Told to whoever waits for this peer; asyncio would log it as a crash of the server.
+            # Reported through `peer.done`; if it propagated, asyncio would log it as a crash of the server.
             pass
         finally:
             self._connections.discard(task)
@@ -177,7 +178,7 @@ class BootstrapServer:
         if waiting is not None and not waiting.done():
             waiting.set_result(peer)
         elif room in self._early_decodes:
-            return  # the first comer keeps the room
+            return  # the first peer keeps the room
         else:
             self._early_decodes[room] = peer
         try:
@@ -187,7 +188,7 @@ class BootstrapServer:
             reason = str(lost)
             _settle(peer.done, lambda: peer.done.set_exception(ConnectionLost(reason)))
         except asyncio.CancelledError:
-            _settle(peer.done, lambda: peer.done.set_exception(ConnectionLost("this engine stops")))
+            _settle(peer.done, lambda: peer.done.set_exception(ConnectionLost("this engine is stopping")))
             raise
         finally:
             if self._early_decodes.get(room) is peer:
@@ -198,12 +199,12 @@ def _settle(future: asyncio.Future[int], how: Callable[[], None]) -> None:
     if not future.done():
         how()
     if not future.cancelled():
-        future.exception()  # looked at, so that asyncio does not log it as never retrieved
+        future.exception()  # retrieved, so that asyncio does not log it as never retrieved
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedKv:
-    """What a decode engine got."""
+    """The KV that a decode engine received."""
 
     state: SequenceState
     size_bytes: int
@@ -216,7 +217,7 @@ async def _nothing(point: str) -> None:
 
 
 class KvPuller:
-    """The decode engine's side."""
+    """The decode engine's side: connects to prefill and receives the KV."""
 
     def __init__(
         self,
@@ -233,12 +234,12 @@ class KvPuller:
     async def pull(
         self, bootstrap: Bootstrap, prompt_tokens: int, reach: Callable[[str], Awaitable[None]] = _nothing
     ) -> ReceivedKv:
-        """Meet the prefill leg and take its KV.
+        """Connect to the prefill leg and receive its KV.
 
         Args:
-            bootstrap: where, and in which room.
-            prompt_tokens: how many tokens' KV is expected.
-            reach: called at the named points of the transfer.
+            bootstrap: address and room.
+            prompt_tokens: number of tokens whose KV is expected.
+            reach: called at the named fault points of the transfer.
 
         Raises:
             LegFailed: phase "bootstrapping" or "transferring".
@@ -253,9 +254,11 @@ class KvPuller:
             async with asyncio.timeout(self._transfer_timeout_s):
                 return await self._receive(line, prompt_tokens, reach)
         except TimeoutError:
-            raise leg_failed("decode", phase, bootstrap.room, "the prefill leg did not answer in time") from None
+            limit_s = self._bootstrap_timeout_s if phase == "bootstrapping" else self._transfer_timeout_s
+            problem = f"the prefill leg did not respond within {limit_s:g} s"
+            raise leg_failed("decode", phase, bootstrap.room, problem) from None
         except ConnectionLost as lost:
-            raise leg_failed("decode", phase, bootstrap.room, f"the prefill leg was lost: {lost}") from None
+            raise leg_failed("decode", phase, bootstrap.room, f"lost the prefill leg: {lost}") from None
         finally:
             line.close()
 
@@ -263,7 +266,7 @@ class KvPuller:
         begin = await line.receive("begin", prompt_tokens=int, size_bytes=int)
         begin_time_s = self._time_s()
         if begin["prompt_tokens"] != prompt_tokens:
-            raise ConnectionLost(f"it sent KV of {begin['prompt_tokens']} tokens for {prompt_tokens}")
+            raise ConnectionLost(f"it sent KV of {begin['prompt_tokens']} tokens, expected {prompt_tokens}")
         await reach("transfer_begin")
         size_bytes, half_bytes = 0, -(-begin["size_bytes"] // 2)
         while size_bytes < begin["size_bytes"]:
@@ -284,13 +287,13 @@ class KvPuller:
             async with asyncio.timeout(self._bootstrap_timeout_s):
                 reader, writer = await self._network.connect(bootstrap.host, bootstrap.port)
         except (OSError, ValueError, OverflowError) as problem:
-            # The last two: a host that is no name (an empty label, a NUL, too long), a port beyond 65535.
+            # ValueError: an invalid host name (an empty label, a NUL, too long). OverflowError: a port beyond 65535.
             where = f"{bootstrap.host[:HOST_SHOWN_CHARS]}:{bootstrap.port}"
-            problem_text = f"no prefill engine at {where}: {str(problem) or 'timed out'}"
+            problem_text = f"cannot connect to the prefill engine at {where}: {str(problem) or 'timed out'}"
             raise leg_failed("decode", "bootstrapping", bootstrap.room, problem_text) from None
         return Line(reader, writer)
 
 
 def leg_failed(leg: str, phase: str, room: int, problem: str) -> LegFailed:
-    """The error of a hand-over that broke."""
+    """The error of a bootstrap or KV transfer that failed."""
     return LegFailed(f"{leg} leg failed in {phase} of room {room}: {problem}", leg=leg, phase=phase, room=room)

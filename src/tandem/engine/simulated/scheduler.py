@@ -1,7 +1,7 @@
-"""The order in which legs compute: SGLang's continuous batching, one decision between two forward passes.
+"""Chooses each step: SGLang's continuous batching, one decision between two forward passes.
 
-Prompts first, chunk by chunk; else one more token for every running leg; whoever does not fit any more is retracted and
-comes back. Owns the queues and takes pages from the pool; waits for nothing and knows no time: the machine does.
+Prompts first, chunk by chunk; otherwise one more token for every running leg; legs that no longer fit are retracted and
+resumed later. Owns the queues and allocates pages from the pool. Never waits and has no clock; `machine` does that.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Scheduler:
         self._running_requests_max = running_requests_max
         self._ratio = NewTokenRatio(options.new_token_ratio)
         self._full = False
-        """An admission failed for want of memory or places; nobody tries again until a running leg has left."""
+        """An admission failed for lack of memory or slots; not retried until a running leg has left."""
         self.waiting: deque[Leg] = deque()
         self.running: list[Leg] = []
         self.chunked: Leg | None = None
-        """The one leg whose prompt is computed in part."""
+        """The one leg whose prompt is partly computed."""
         self.computing: list[Leg] = []
-        """Legs of whose prompts the present step computes a part."""
+        """Legs with a chunk in the current step."""
         self.transferring: list[Leg] = []
         self._leaving: list[Leg] = []
         self.preallocation = Preallocation(pool, options.reserved_decode_tokens, running_requests_max)
 
     @property
     def legs(self) -> set[Leg]:
-        """Every leg that is somewhere in here."""
+        """Every leg in any queue."""
         queues = (self.waiting, self.computing, self.running, self.transferring, self.preallocation.legs)
         return {leg for queue in queues for leg in queue} | ({self.chunked} if self.chunked else set())
 
@@ -55,16 +55,16 @@ class Scheduler:
         self.preallocation.queue.append(leg)
 
     def leave(self, leg: Leg) -> None:
-        """Take out a leg that is over, when the present step has ended."""
+        """Remove a leg that is over, once the current step has ended."""
         self._leaving.append(leg)
 
     def take_leaving(self) -> list[Leg]:
-        """Legs that are over and to be reaped now."""
+        """Return the legs that are over and must be reaped now, and clear the list."""
         leaving, self._leaving = self._leaving, []
         return [leg for leg in leaving if leg.phase is not Phase.GONE]
 
     def reap(self, leg: Leg) -> None:
-        """Give back what a leg holds that is over: at once, but in the decode batch only after one more pass."""
+        """Release what a finished leg holds; a leg in the decode batch is released after one more step."""
         leg.reaped = True
         if leg.phase in (Phase.RUNNING, Phase.GONE):
             return
@@ -76,13 +76,13 @@ class Scheduler:
         self._release(leg)
 
     def plan(self, ended: Ended) -> Step | None:
-        """Choose the next step and take the pages it needs; None when there is nothing to compute."""
+        """Choose the next step and allocate its pages; None if there is nothing to compute."""
         for leg in [leg for leg in self.transferring if leg.kv_went]:
             self.transferring.remove(leg)
             self._release(leg)
             ended.naturally.append(leg)
         if self._role is WorkerRole.DECODE:
-            self._take_what_came(ended)
+            self._admit_decode_legs(ended)
             return Step(decodes=self._plan_decodes(ended)) if self.running else None
         if not self.running:
             self._full = False
@@ -95,7 +95,7 @@ class Scheduler:
         return Step(decodes=decodes) if decodes else None
 
     def commit(self, step: Step, ended: Ended) -> None:
-        """The step has been computed: tokens come out, legs move on."""
+        """Apply a computed step: output tokens, and move legs to their next phase."""
         for leg in step.decodes:
             leg.computed_tokens += 1
             leg.emit_next()
@@ -107,10 +107,10 @@ class Scheduler:
             self._commit_chunk(chunk, ended)
 
     def rest(self) -> None:
-        """Nothing is left to do: check that nothing was lost."""
+        """Called when idle: resets the estimate and checks that no page is leaked."""
         self._ratio.reset()
         account = self._pool.account()
-        assert self.legs or account.lent == account.transferring == 0, f"no leg is left, and yet {account}"
+        assert self.legs or account.lent == account.transferring == 0, f"pages are held without a leg: {account}"
 
     # --- Prompts
 
@@ -137,26 +137,26 @@ class Scheduler:
         return self._take_chunks(chosen)
 
     def _admit(self, budget: PrefillBudget, chosen: list[Chunk]) -> None:
-        places = self._running_requests_max - len(self.running) - len(self.transferring) - (self.chunked is not None)
+        slots = self._running_requests_max - len(self.running) - len(self.transferring) - (self.chunked is not None)
         for leg in self.waiting:
             if budget.spent or (chosen and not chosen[-1].last):
                 return
-            if places <= 0:
+            if slots <= 0:
                 self._full = True
                 return
             chunk = self._admit_one(leg, budget, alone=not chosen and not self.running)
             if chunk is None:
                 return
             chosen.append(chunk)
-            places -= 1
+            slots -= 1
 
     def _admit_one(self, leg: Leg, budget: PrefillBudget, *, alone: bool) -> Chunk | None:
-        # The last token is always computed: its output is the next one.
+        # The last token is always computed, even if cached: its output is the next token.
         lease = self._pool.open(leg.names(leg.sequence_tokens - 1))
         leg.computed_tokens = lease.cached_tokens
         new_tokens = leg.sequence_tokens - lease.cached_tokens
         needed_pages = self._pool.pages_for(leg.sequence_tokens) - len(lease.shared)
-        # A leg that has the engine for itself needs no promise: nobody can be in its way later.
+        # A leg that is alone in the engine needs no promise: no other leg can compete for memory.
         fits = budget.fits(leg, new_tokens) or (alone and needed_pages <= self._pool.available_pages)
         taken = budget.chunk(leg, new_tokens) if fits else 0
         if taken <= 0:
@@ -169,12 +169,12 @@ class Scheduler:
         return chunk
 
     def _take_chunks(self, chosen: list[Chunk]) -> list[Chunk]:
-        """Take the pages of what was chosen, as far as there are any; who gets none waits on."""
+        """Allocate the pages of the chosen chunks, in order, until they run out; the other legs stay queued."""
         taken: list[Chunk] = []
-        for place, chunk in enumerate(chosen):
+        for index, chunk in enumerate(chosen):
             leg = chunk.leg
             assert leg.lease is not None
-            if len(taken) < place or not self._pool.grow(leg.lease, chunk.end_tokens):
+            if len(taken) < index or not self._pool.grow(leg.lease, chunk.end_tokens):
                 if chunk.first:
                     self._pool.close(leg.lease)
                     leg.lease = None
@@ -213,13 +213,13 @@ class Scheduler:
 
     # --- Decode steps
 
-    def _take_what_came(self, ended: Ended) -> None:
-        """Decode: memory for those who wait for it, places for those whose KV is here."""
+    def _admit_decode_legs(self, ended: Ended) -> None:
+        """Decode: allocate memory to queued legs, and move legs whose KV has arrived into the batch."""
         active = [*self.running, *self.waiting, *self.transferring]
         self.waiting += self.preallocation.resume(active)
         if not self.preallocation.retracted:
             self.transferring += self.preallocation.grant(self.running, [*self.waiting, *self.transferring])
-        # While retracted legs wait, nobody new comes in -- unless only that can bring memory back.
+        # Retracted legs have priority over new ones, unless only new ones can run and release memory.
         if not self.preallocation.retracted or not (self.running or self.waiting):
             for leg in [leg for leg in self.transferring if leg.kv_came]:
                 assert leg.lease is not None
@@ -229,10 +229,10 @@ class Scheduler:
                 leg.computed_tokens = leg.prompt_tokens
                 self.waiting.append(leg)
         while self.waiting and len(self.running) < self._running_requests_max:
-            self._seat(self.waiting.popleft(), ended)
+            self._enter_batch(self.waiting.popleft(), ended)
 
-    def _seat(self, leg: Leg, ended: Ended) -> None:
-        """A leg enters the decode batch; its first token was computed by the other leg."""
+    def _enter_batch(self, leg: Leg, ended: Ended) -> None:
+        """Add a leg to the decode batch; its first token was computed by the prefill leg."""
         if not leg.emitted:
             leg.emit_next()
             if leg.end() is not None:
@@ -246,7 +246,7 @@ class Scheduler:
         if self._fits_decodes(self.running):
             self._ratio.decay()
             return self._take_decode_pages()
-        # Who has emitted most stays; of equals, who has the shortest prompt.
+        # As in SGLang, legs that have emitted the most tokens stay; of equals, those with the shortest prompts.
         kept = sorted(self.running, key=lambda leg: (len(leg.emitted), -leg.prompt_tokens), reverse=True)
         retracted: list[Leg] = []
         while len(kept) > 1 and (not retracted or not self._fits_decodes(kept)):
@@ -266,11 +266,11 @@ class Scheduler:
         for leg in self.running:
             assert leg.lease is not None
             grown = self._pool.grow(leg.lease, leg.computed_tokens + 1)
-            assert grown, "a decode step was begun without its pages"
+            assert grown, "a decode step was planned without pages for it"
         return tuple(self.running)
 
     def _retract(self, leg: Leg) -> None:
-        """Give up a running leg's pages for others; what it has emitted stays emitted."""
+        """Release a running leg's pages for other legs; its emitted tokens are kept."""
         assert leg.lease is not None
         self.running.remove(leg)
         self._full = False
@@ -291,7 +291,7 @@ class Scheduler:
         self._release(leg)
 
     def _release(self, leg: Leg) -> None:
-        """Give back a leg's pages; what it has computed stays in the cache."""
+        """Release a leg's pages; what it has computed stays in the prefix cache."""
         leg.phase = Phase.GONE
         if leg.lease is None:
             return

@@ -1,6 +1,6 @@
-"""How long things take in the simulated engine, and the clock by which it waits.
+"""The timing model of the simulated engine, its steps, and its clock.
 
-Time and randomness are passed in, so that a test can replace the one and repeat the other.
+Time and randomness are passed in, so that a test can replace the clock and repeat the jitter.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from tandem.engine.simulated.leg import Leg
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of one leg's sequence that is computed in this step."""
+    """A part of a leg's sequence that is computed in one step."""
 
     leg: Leg
     start_tokens: int
     new_tokens: int
     first: bool
-    """The leg was admitted with it."""
+    """Whether it is the leg's first chunk."""
 
     @property
     def end_tokens(self) -> int:
-        """Tokens whose KV exists afterwards."""
+        """Number of tokens whose KV exists afterwards."""
         return self.start_tokens + self.new_tokens
 
     @property
     def last(self) -> bool:
-        """A token follows from it."""
+        """Whether it completes the sequence, so that the step outputs a token."""
         return self.end_tokens == self.leg.sequence_tokens
 
 
@@ -45,40 +45,39 @@ class Step:
 
 @dataclass(slots=True)
 class Ended:
-    """Legs that a step or a plan brought to their end, and how each ended."""
+    """Legs that ended in a step or while it was planned."""
 
     naturally: list[Leg] = field(default_factory=list)
-    """After their last token; a prefill leg after its hand-over."""
+    """After their last token; a prefill leg after its KV transfer."""
     out_of_memory: list[Leg] = field(default_factory=list)
-    """Alone in the batch, and still without the pages for one more token."""
+    """Alone in the batch, and still without a page for one more token."""
 
 
 if TYPE_CHECKING:
     from tandem.engine.simulated.options import Options
-    from tandem.engine.simulated.timing import Step
 
 
 class Clock(Protocol):
-    """Where the engine takes its time from."""
+    """The engine's source of time."""
 
     def time_s(self) -> float:
         """Seconds since the Unix epoch."""
         ...
 
     async def sleep(self, duration_s: float) -> None:
-        """Wait; may be cancelled."""
+        """Wait for `duration_s` seconds; may be cancelled."""
         ...
 
 
 class SystemClock:
-    """The machine's clock and the event loop's sleep."""
+    """The system clock and the event loop's sleep."""
 
     def time_s(self) -> float:
         """Seconds since the Unix epoch."""
         return time.time()
 
     async def sleep(self, duration_s: float) -> None:
-        """Wait; may be cancelled."""
+        """Wait for `duration_s` seconds; may be cancelled."""
         await asyncio.sleep(duration_s)
 
 
@@ -94,7 +93,7 @@ class Timing:
         return self._jittered(self.prefill_s(step) + self.decode_s(step))
 
     def prefill_s(self, step: Step) -> float:
-        """What the prompts in a step cost, without jitter."""
+        """Time of the prompts in a step, without jitter."""
         if not step.chunks:
             return 0.0
         tokens = sum(chunk.new_tokens for chunk in step.chunks)
@@ -103,17 +102,17 @@ class Timing:
         return o.prefill_step_s + tokens / o.prefill_tokens_per_s + pairs * o.prefill_pair_s
 
     def decode_s(self, step: Step) -> float:
-        """What one more token for each running leg costs, without jitter."""
+        """Time of one more token for each running leg, without jitter."""
         if not step.decodes:
             return 0.0
         context_tokens = sum(leg.computed_tokens for leg in step.decodes)
         o = self._options
-        # In a step over prompts, the running legs only add their own share.
+        # In a mixed step the fixed time is already in `prefill_s`; running legs only add their own share.
         fixed_s = 0.0 if step.chunks else o.decode_step_s
         return fixed_s + len(step.decodes) * o.decode_request_s + context_tokens * o.decode_context_token_s
 
     def transfer_s(self, size_bytes: int, *, begun: bool = False) -> float:
-        """Time to move a part of some KV, or (`begun`) what is left of it."""
+        """Time to transfer a part of the KV; with `begun`, the rest of a part whose latency is already counted."""
         latency_s = 0.0 if begun else self._options.transfer_latency_s
         return self._jittered(latency_s + size_bytes / self._options.transfer_bytes_per_s)
 

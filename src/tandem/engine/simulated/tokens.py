@@ -1,8 +1,8 @@
-"""Which token comes next: a hash of the whole sequence so far, the stand-in for KV and for the model.
+"""Chooses the next token by a hash of the whole sequence, which stands in for KV and for the model.
 
-`SequenceState` is 16 bytes that depend on every token in order. A prefill engine computes it from the prompt and hands
-it over; a decode engine starts from the bytes that arrived. So a lost, repeated, crossed or sabotaged transfer shows in
-the tokens, and `prompt + tokens so far` continues exactly as the undisturbed run would have.
+`SequenceState` is 16 bytes that depend on every token in order. A prefill engine computes it from the prompt and sends
+it; a decode engine starts from the bytes it received. So a lost, repeated, mixed-up or faked transfer is visible in the
+tokens, and a continuation from `prompt + tokens so far` yields exactly the tokens of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tandem.domain.generation import TokenLogprob
 SequenceState = bytes
 STATE_BYTES = 16
 NO_STATE: SequenceState = bytes(STATE_BYTES)
-"""What a decode engine starts from when nothing was moved to it."""
+"""State of a decode engine to which no KV was transferred."""
 
 _START: SequenceState = blake2b(b"tandem simulated engine", digest_size=STATE_BYTES).digest()
 
@@ -30,12 +30,12 @@ def advance(state: SequenceState, token_id: int) -> SequenceState:
 
 
 def drawn(state: SequenceState, seed: int) -> SequenceState:
-    """What the next token is chosen by when it is drawn: the same seed after the same tokens draws the same."""
+    """The state mixed with a sampling seed: the same seed after the same tokens samples the same token."""
     return blake2b(state + seed.to_bytes(9, "little", signed=True), digest_size=STATE_BYTES, person=b"draw").digest()
 
 
 def digest(token_ids: Iterable[int]) -> SequenceState:
-    """The state after a whole sequence: what stands for its KV."""
+    """The state after a whole sequence, which stands for its KV."""
     state = _START
     for token_id in token_ids:
         state = advance(state, token_id)
@@ -52,11 +52,11 @@ class Vocabulary:
     eos_chance: float = 0.0
 
     def next_token(self, state: SequenceState, *, refuse: Callable[[int], bool] | None = None) -> int:
-        """The token that follows.
+        """The next token.
 
         Args:
-            state: all tokens so far.
-            refuse: tokens that must not come now (stop tokens before `min_tokens`); the next best candidate is taken.
+            state: state after all tokens so far.
+            refuse: tokens that are not allowed now (stop tokens before `min_tokens`); the next candidate is chosen.
         """
         if self._is_end(state) and self.eos_token_id is not None and not (refuse and refuse(self.eos_token_id)):
             return self.eos_token_id
@@ -68,7 +68,7 @@ class Vocabulary:
         return self.ordinary[index]
 
     def logprob(self, state: SequenceState, token_id: int, top_count: int) -> TokenLogprob:
-        """Plausible log probabilities: the chosen token leads with 0.5 to 1, each rival has half of what is left."""
+        """Plausible log probabilities: the chosen token has 0.5 to 1, each other one half of the remaining mass."""
         share = int.from_bytes(blake2b(state, digest_size=4, person=b"logprob").digest(), "little") / 2**32
         chosen = 0.5 + share / 2
         top = [(token_id, math.log(chosen))]
@@ -96,7 +96,7 @@ def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabula
     """Ordinary tokens of a model: in its tokenizer, not added as special, below the model's vocabulary size."""
     tokenizer = json.loads((checkpoint.path / "tokenizer.json").read_bytes())
     pieces = tokenizer.get("model", {}).get("vocab")
-    # Unigram tokenizers list their pieces by position; the others map each piece to its id.
+    # Unigram tokenizers list their pieces in id order; the others map each piece to its id.
     ids: Iterable[int] = pieces.values() if isinstance(pieces, dict) else range(len(pieces or ()))
     special = {added["id"] for added in tokenizer.get("added_tokens") or () if added.get("special")}
     excluded = special.union(checkpoint.eos_token_ids)
@@ -108,7 +108,7 @@ def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabula
 
 
 def expected_tokens(vocabulary: Vocabulary, prompt: Sequence[int], count: int) -> list[int]:
-    """What an undisturbed run emits after a prompt; for tests of whatever stands before the engine."""
+    """The tokens of an undisturbed run after a prompt, for tests of the layers above the engine."""
     state = digest(prompt)
     tokens: list[int] = []
     for _ in range(count):

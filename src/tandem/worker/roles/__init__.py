@@ -1,1 +1,1 @@
-"""What each role does with a leg: its request to the engine."""
+"""How each role converts a leg to an engine request."""

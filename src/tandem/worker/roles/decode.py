@@ -1,7 +1,7 @@
-"""The decode role: what a decode leg asks of the engine, and the service that starts such legs.
+"""The decode role: converts decode legs to engine requests, and serves StartLegs.
 
-On a decode worker a leg comes with the address of the prefill engine that holds its KV; on an aggregated worker it
-comes without. Chooses no other worker.
+On a decode worker a leg carries the bootstrap address of the prefill engine that holds its KV; on an aggregated worker
+it carries none. Never selects a worker.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ PORT_MAX = 65_535
 
 
 class DecodeLegs:
-    """Turns decode legs into requests of an engine."""
+    """Converts decode legs to engine requests."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
     def __call__(self, leg: leg_pb2.LegRequest) -> EngineRequest:
-        """What the engine is asked for.
+        """The engine's request for a leg.
 
         Raises:
-            WrongRole, InvalidRequest
+            WrongRole: a decode worker got a leg without bootstrap, or an aggregated worker one with it.
+            InvalidRequest: a bootstrap field is missing or out of range.
         """
         has_peer = leg.HasField("bootstrap")
         if has_peer is (self._worker.role is WorkerRole.AGGREGATED):
-            refused = "with" if has_peer else "without"
+            role, refused = self._worker.role.value, "with" if has_peer else "without"
             raise WrongRole(
-                f"worker {self._worker.worker_id} is {self._worker.role.value} and runs no leg {refused} a peer",
+                f"worker {self._worker.worker_id} has role {role}: it rejects legs {refused} a bootstrap address",
                 worker=self._worker.worker_id,
-                role=self._worker.role.value,
+                role=role,
             )
         if not has_peer:
             return engine_request(leg, None)
         if not leg.bootstrap.host:
-            raise InvalidRequest("leg.bootstrap.host", "must be given")
+            raise InvalidRequest("leg.bootstrap.host", "is required")
         if not 0 < leg.bootstrap.port <= PORT_MAX:
             raise InvalidRequest("leg.bootstrap.port", f"must be 1 to {PORT_MAX}")
         if leg.bootstrap.room < 1:
@@ -66,12 +67,12 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self._starts = starts
 
     async def StartLegs(self, request: pb.StartLegsRequest, context: Any) -> pb.StartLegsResponse:  # noqa: N802
-        """Start legs; what they generate goes out on the caller's step stream."""
+        """Start legs; their tokens are sent on the caller's step stream."""
         return pb.StartLegsResponse(results=await self._starts.start(request.stream_id, request.legs))
 
 
 def services(legs: Legs, streams: StepStreams, worker: Worker) -> list[tuple[str, AddServicer]]:
-    """The role's services by name: the present leg contract, and the one before, which is refused by its version."""
+    """The role's services by name: the current leg contract, and version 1, whose calls are rejected."""
     servicer = DecodeServicer(LegStarts(legs, streams, DecodeLegs(worker)))
     name, v1_name = (file.services_by_name["DecodeService"].full_name for file in (pb.DESCRIPTOR, V1))
     return [

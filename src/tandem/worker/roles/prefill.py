@@ -1,7 +1,7 @@
-"""The prefill role: what a prefill leg asks of the engine, and the service that starts such legs.
+"""The prefill role: converts prefill legs to engine requests, and serves StartLegs.
 
-A prefill leg always has a peer, and meets it here: the bootstrap server is this worker's own, whatever the caller
-wrote. Streams nothing to clients.
+A prefill leg always has a decode peer, which connects to this worker's own bootstrap server; a bootstrap address in the
+request is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tandem.worker.steps import StepStreams
 
 
 class PrefillLegs:
-    """Turns prefill legs into requests of an engine."""
+    """Converts prefill legs to engine requests."""
 
     def __init__(self, worker: Worker) -> None:
         assert worker.bootstrap_host is not None, "a prefill engine has a bootstrap server"
@@ -34,13 +34,13 @@ class PrefillLegs:
         self._host, self._port = worker.bootstrap_host, worker.bootstrap_port
 
     def __call__(self, leg: leg_pb2.LegRequest) -> EngineRequest:
-        """What the engine is asked for.
+        """The engine's request for a leg.
 
         Raises:
-            InvalidRequest
+            InvalidRequest: the leg has no bootstrap room.
         """
         if not leg.HasField("bootstrap") or leg.bootstrap.room < 1:
-            raise InvalidRequest("leg.bootstrap.room", "must be a positive number: a prefill leg has a peer")
+            raise InvalidRequest("leg.bootstrap.room", "is required on a prefill leg and must be positive")
         return engine_request(leg, Bootstrap(host=self._host, port=self._port, room=leg.bootstrap.room))
 
 
@@ -51,12 +51,12 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         self._starts = starts
 
     async def StartLegs(self, request: pb.StartLegsRequest, context: Any) -> pb.StartLegsResponse:  # noqa: N802
-        """Start legs; what they generate goes out on the caller's step stream."""
+        """Start legs; their tokens are sent on the caller's step stream."""
         return pb.StartLegsResponse(results=await self._starts.start(request.stream_id, request.legs))
 
 
 def services(legs: Legs, streams: StepStreams, worker: Worker) -> list[tuple[str, AddServicer]]:
-    """The role's services by name: the present leg contract, and the one before, which is refused by its version."""
+    """The role's services by name: the current leg contract, and version 1, whose calls are rejected."""
     servicer = PrefillServicer(LegStarts(legs, streams, PrefillLegs(worker)))
     name, v1_name = (file.services_by_name["PrefillService"].full_name for file in (pb.DESCRIPTOR, V1))
     return [

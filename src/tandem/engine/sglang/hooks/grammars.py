@@ -1,8 +1,8 @@
-"""Grammars, bounded before SGLang sees them and proven once it has compiled them.
+"""Grammar checks: size limits before SGLang compiles a grammar, and a trial step after.
 
-`check` (pure, in the worker's process) refuses what is known to keep the compiler busy for minutes: a thread that
-compiles cannot be stopped, and SGLang has few. The hooks (in the scheduler) refuse what compiled and still cannot be
-used: a grammar that no text satisfies, or one whose every step would hold up all streams.
+`check` (pure, in the worker's process) rejects grammars that are known to compile for minutes: a compiling thread
+cannot be stopped, and SGLang has few. The hooks (in the scheduler) reject grammars that compile but are unusable: no
+text satisfies them, or each step would delay all streams.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tandem.domain.json_bounds import check_json_bounds
 from tandem.errors import InvalidRequest
 
 REPEATS_MAX = 100
-"""Repetitions without an upper end in a regular expression or a grammar: compiling takes the third power."""
+"""Unbounded repetitions in a regular expression or a grammar: compile time grows with their number cubed."""
 STEP_CPU_S_MAX = 0.25
-"""The first step's, in which an ambiguous grammar is already slow."""
+"""CPU time limit of the first step, which is already slow for an ambiguous grammar."""
 CACHED_MAX = 512
 UNSATISFIABLE = "no text satisfies it"
 TIMED_OUT = "Grammar preprocessing timed out"
-"""SGLang's words for a grammar whose compiling took longer than `environment.defaults` allows."""
+"""SGLang's error message for a grammar that exceeded the compile timeout set in `environment.defaults`."""
 _CLASS_OR_REPEAT = r"\\.|\[(?:\\.|[^\]\\])*\]|(?P<repeat>[*+]|\{\d*,\})"
 _IN_REGEX = re.compile(_CLASS_OR_REPEAT, re.DOTALL)
 _IN_EBNF = re.compile(r"\"(?:\\.|[^\"\\])*\"|" + _CLASS_OR_REPEAT, re.DOTALL)
@@ -34,26 +34,26 @@ _XGRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend"
 
 
 def field_of(guided: Guided | None) -> str:
-    """The one field that is set, as the caller knows it."""
+    """Request field name of the grammar that is set, for error messages."""
     if guided is None:
         return "guided"
     return next((f"guided.{f.name}" for f in fields(guided) if getattr(guided, f.name) is not None), "guided")
 
 
 def check(guided: Guided) -> None:
-    """Refuse a grammar that would keep the compiler busy.
+    """Reject a grammar that would compile for too long.
 
     Raises:
-        InvalidRequest: names the field.
+        InvalidRequest: names the field and the limit.
     """
     field = field_of(guided)
-    told = guided.json_schema if guided.json_schema is not None else guided.structural_tag
-    if told is not None:
+    schema_text = guided.json_schema if guided.json_schema is not None else guided.structural_tag
+    if schema_text is not None:
         try:
-            schema = json.loads(told)
+            schema = json.loads(schema_text)
         except (ValueError, RecursionError) as problem:
             raise InvalidRequest(field, f"is not JSON: {problem}") from None
-        # Compiling takes the third power of the depth: minutes at 900.
+        # Compile time grows with the depth cubed: minutes at 900.
         check_json_bounds(field, schema)
         _check_patterns(field, schema)
     if guided.regex is not None:
@@ -63,7 +63,7 @@ def check(guided: Guided) -> None:
 
 
 def _check_patterns(field: str, schema: Any) -> None:
-    """The regular expressions inside of a schema."""
+    """Check every regular expression (`pattern`) inside a schema."""
     waiting = [schema]
     while waiting:
         node = waiting.pop()
@@ -76,10 +76,10 @@ def _check_patterns(field: str, schema: Any) -> None:
 
 
 def _check_repeats(field: str, text: str, pattern: re.Pattern[str]) -> None:
-    """Those in brackets or behind a backslash, and in EBNF those in quotes, are no repetitions."""
+    """Count unbounded repetitions, except in character classes, after a backslash and, in EBNF, in quotes."""
     count = sum(found["repeat"] is not None for found in pattern.finditer(text))
     if count > REPEATS_MAX:
-        raise InvalidRequest(field, f"has {count} repetitions without an upper end, more than {REPEATS_MAX}")
+        raise InvalidRequest(field, f"has {count} unbounded repetitions, more than {REPEATS_MAX}")
 
 
 # --- In the scheduler
@@ -87,13 +87,16 @@ def _check_repeats(field: str, text: str, pattern: re.Pattern[str]) -> None:
 
 def targets() -> dict[str, tuple[Callable[..., Any], str]]:
     """Hooks of the scheduler: dotted target -> (hook, kind)."""
-    return {f"{_XGRAMMAR}._from_context": (_prove, "after"), f"{_BACKEND}.set_cache": (_remember, "around")}
+    return {
+        f"{_XGRAMMAR}._from_context": (_check_first_step, "after"),
+        f"{_BACKEND}.set_cache": (_cache_bounded, "around"),
+    }
 
 
-def _prove(grammar: Any, backend: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Take the first step, in the thread that compiled: what it cannot take, or not in time, is refused like an error.
+def _check_first_step(grammar: Any, backend: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Run the first step in the compiling thread; reject a grammar that allows no token or takes too long.
 
-    SGLang would draw from nothing, and end the request as if the engine had broken.
+    SGLang would otherwise sample from no token, and fail the request as if the engine had failed.
     """
     from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
 
@@ -104,12 +107,12 @@ def _prove(grammar: Any, backend: Any, *arguments: Any, **keywords: Any) -> Any:
     if not mask.any():
         return InvalidGrammarObject(UNSATISFIABLE)
     if step_s > STEP_CPU_S_MAX:
-        return InvalidGrammarObject(f"it is too ambiguous: one step takes {step_s:.1f} s")
+        return InvalidGrammarObject(f"too ambiguous: one step takes {step_s:.1f} s, the limit is {STEP_CPU_S_MAX:g} s")
     return grammar
 
 
-def _remember(original: Callable[..., Any], backend: Any, key: Any, value: Any) -> None:
-    """SGLang keeps every grammar for ever, and one that was late in a busy moment as broken for ever."""
+def _cache_bounded(original: Callable[..., Any], backend: Any, key: Any, value: Any) -> None:
+    """Bound SGLang's unbounded grammar cache, and do not cache a timeout: it would reject the grammar forever."""
     if TIMED_OUT in getattr(value, "error_message", ""):
         return
     if len(backend.cache) >= CACHED_MAX:

@@ -1,8 +1,8 @@
-"""What really happened to a request's KV, noted in the scheduler process while it happens.
+"""KV transfer statistics per request, recorded in the scheduler process during the transfer.
 
-Fed by `hooks`, which sit where SGLang hands pages to NIXL and where it hears that they have arrived. Nothing in here is
-computed from a model's shape: bytes are those NIXL's own telemetry reports for each finished write, and prompt tokens
-count as recomputed when a batch that contains them is handed to the model.
+Written by hooks (`hooks.registry`) at the points where SGLang submits pages to NIXL and where it learns that they have
+arrived. Measured, never computed from the model's shape: bytes are those that NIXL's telemetry reports for each
+finished write, and prompt tokens count as recomputed when a batch that contains them is passed to the model.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 REMEMBERED_MAX = 16_384
-"""Requests that were aborted are never asked about, so the oldest entries are forgotten."""
+"""Entries of aborted requests are never closed, so the oldest are dropped beyond this count."""
 
 
 @dataclass(slots=True)
 class Transfer:
-    """The hand-over of one room, as this engine saw it. Times are seconds since the Unix epoch."""
+    """The KV transfer of one bootstrap room, as seen by this engine. Times are seconds since the Unix epoch."""
 
     start_s: float | None = None
-    """Prefill's alone: decode makes its pages known before there is anything to write, and hears of the end only."""
+    """Set on prefill only: decode is notified only of the end."""
     end_s: float | None = None
     moved_bytes: int | None = None
 
@@ -34,32 +34,32 @@ class TransferStats:
         self._recomputed: OrderedDict[str, int] = OrderedDict()
 
     def began(self, room: int, now_s: float) -> None:
-        """Prefill: the first page is about to be written."""
+        """Prefill: record that the first page is about to be written."""
         with self._lock:
             transfer = self._transfer(room)
             transfer.start_s = transfer.start_s or now_s
 
     def moved(self, room: int, size_bytes: int, now_s: float) -> None:
-        """So many bytes more have arrived in the other engine's memory (prefill), or in this one's (decode)."""
+        """Add bytes that have arrived in the decode engine's memory (called on both sides)."""
         with self._lock:
             transfer = self._transfer(room)
             transfer.moved_bytes = (transfer.moved_bytes or 0) + size_bytes
             transfer.end_s = now_s
 
     def moved_bytes(self, room: int) -> int | None:
-        """Bytes so far; None when nothing was counted."""
+        """Bytes so far; None if nothing was recorded."""
         with self._lock:
             transfer = self._transfers.get(room)
             return None if transfer is None else transfer.moved_bytes
 
     def recomputed(self, rid: str, token_count: int) -> None:
-        """So many prompt tokens of a request go through this engine's own model."""
+        """Add prompt tokens of a request that this engine computes itself."""
         with self._lock:
             self._recomputed[rid] = self._recomputed.get(rid, 0) + token_count
             _forget(self._recomputed)
 
     def close(self, room: int | None, rid: str) -> tuple[Transfer, int]:
-        """The hand-over and the recomputed tokens of a request that has ended; both are forgotten."""
+        """Remove and return the transfer and the recomputed tokens of a request that has ended."""
         with self._lock:
             transfer = Transfer() if room is None else self._transfers.pop(room, Transfer())
             return transfer, self._recomputed.pop(rid, 0)

@@ -1,7 +1,7 @@
-"""Where the pages of SGLang's KV pool are, told with its own load figures: cached, free, and held for a hand-over.
+"""Extends SGLang's load snapshot with the use of its KV pool: cached, free, and reserved for a KV transfer.
 
-SGLang's snapshot tells how many tokens' worth of pages are used, and neither what is left nor who uses them. The
-scheduler's side adds what its queues know; the worker's side reads it. Imported where SGLang runs only: it imports it.
+SGLang's snapshot has the number of used tokens, but neither what is left nor what uses them. The scheduler's side adds
+the numbers from its queues; the worker's side decodes them. Imports SGLang, so it is imported only where SGLang runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sglang.srt.managers import load_snapshot
 
 
 class AccountedSnapshot(load_snapshot.LoadSnapshot):  # type: ignore[misc]
-    """SGLang's snapshot and three figures of ours; a scheduler that tells none leaves them None."""
+    """SGLang's snapshot with three more fields; None where the scheduler does not report them."""
 
     kv_transferring_tokens: int | None = None
     kv_cached_tokens: int | None = None
@@ -22,27 +22,27 @@ class AccountedSnapshot(load_snapshot.LoadSnapshot):  # type: ignore[misc]
 
 
 def read_accounts() -> None:
-    """In the worker's process: read snapshots with our figures. Everybody else finds SGLang's own in them."""
+    """In the worker's process: decode snapshots with the added fields. SGLang's own decoder ignores them."""
     load_snapshot.snapshot_decoder = msgspec.msgpack.Decoder(AccountedSnapshot)
 
 
 def account(snapshot: Any, inquirer: Any) -> AccountedSnapshot:
-    """In the scheduler: the snapshot it is about to publish, with our figures."""
+    """In the scheduler: the snapshot it is about to publish, with the added fields."""
     stats = inquirer.pool_stats_observer.get_pool_stats()
-    figures: dict[str, int] = {}
-    # Of a pool in several parts SGLang tells the fuller part only, and nothing adds up to the capacity.
+    fields: dict[str, int] = {}
+    # For a hybrid pool SGLang reports only its fuller part, so the numbers would not add up to the capacity.
     if not stats.is_hybrid_swa:
-        figures = {"kv_cached_tokens": stats.full_evictable_size, "kv_free_tokens": stats.full_available_size}
-    # On prefill, hand-overs share the pages of a prefix with each other and with the cache: nobody counts those apart.
+        fields = {"kv_cached_tokens": stats.full_evictable_size, "kv_free_tokens": stats.full_available_size}
+    # On prefill, transfers share prefix pages with each other and with the cache: SGLang does not count them apart.
     if inquirer.disaggregation_mode.value == "decode":
         queue = inquirer.get_disagg_decode_transfer_queue()
         page = inquirer.token_to_kv_pool_allocator.page_size
-        figures["kv_transferring_tokens"] = held_tokens(queue, page)
-    return AccountedSnapshot(**msgspec.structs.asdict(snapshot), **figures)
+        fields["kv_transferring_tokens"] = held_tokens(queue, page)
+    return AccountedSnapshot(**msgspec.structs.asdict(snapshot), **fields)
 
 
 def held_tokens(queue: Any, page_size_tokens: int) -> int:
-    """Tokens' worth of pages that wait for KV, or whose request is over while prefill may still write into them."""
+    """Pages, in tokens, that wait for KV, or whose request has ended while prefill may still write into them."""
     given_up = (entry[0] for entry in queue._deferred_releases)
     return sum(
         -(-request.seqlen // page_size_tokens) * page_size_tokens

@@ -1,9 +1,9 @@
-"""What Tandem adds inside SGLang's processes, through SGLang's own hook registry: figures, sentences, and CPU manners.
+"""Hooks that Tandem registers in SGLang's processes through its hook registry: statistics, error reports, CPU use.
 
-Every hook here either notes a fact in the ledger, turns a silent end into a sentence, lifts a bound without a reason,
-or (on a CPU only) says what is true of host memory; `draws` makes seeds count and `grammars` refuses what cannot be
-used. None changes what a request without a seed gets. SGLang only logs a hook that fails to apply; `probe.check_hooks`
-refuses.
+Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
+memory and avoids busy loops; `seeded_sampling` makes seeds effective and `grammars` rejects unusable grammars. No hook
+changes the tokens of a request without a seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
+the start instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 log = logging.getLogger(__name__)
 
 FACTS_KEY = "tandem"
-"""Under this key a request's facts stand in `meta_info`, and the engine's in SGLang's start-up message."""
+"""Key of what the hooks add: per request in `meta_info`, per engine in SGLang's start-up message."""
 _MAX_REQ_LEN_AT = 4
-"""Where TpModelWorker.get_worker_info tells max_req_len; max_req_input_len follows."""
+"""Index of max_req_len in the result of TpModelWorker.get_worker_info; max_req_input_len follows."""
 IDLE_POLL_MS = 1
 PROGRESS_DELAY_US = 5_000
-"""NIXL's progress thread looks at its connections this often, besides whenever one of them wakes it."""
+"""Poll interval of NIXL's progress thread, which events on its connections wake in addition."""
 PEER_PROBE_TIMEOUT_S = 0.5
 STATUS_FRAMES = 5
-"""Frames of SGLang's own status message: tag, room, status, rank, reason. A sixth, ours, holds the bytes moved."""
+"""Frames of SGLang's status message: tag, room, status, rank, reason. Tandem appends a sixth: the bytes transferred."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _CHANNELS = "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels"
 _LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 _SCALING = ("sglang.srt.sampling.sampling_batch_info", "sglang.srt.sampling.penaltylib.repetition_penalty")
-"""Both know the function by a name of their own."""
+"""Modules that import `apply_scaling_penalties` by name, so both have to be hooked."""
 _NIXL = "sglang.srt.disaggregation.nixl.conn"
 _SENDS = ("send_kvcache", "send_kvcache_slice", "send_kvcache_mixed", "send_kvcache_dcp")
 
@@ -62,8 +62,8 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         **grammars.targets(),
     }
     if device == "cpu":
-        hooks[f"{_SCHEDULER}.on_idle"] = (_wait_politely, "after")
-        hooks |= {f"{module}.apply_scaling_penalties": (_scale_plainly, "around") for module in _SCALING}
+        hooks[f"{_SCHEDULER}.on_idle"] = (_sleep_while_waiting, "after")
+        hooks |= {f"{module}.apply_scaling_penalties": (_apply_penalties_uncompiled, "around") for module in _SCALING}
     return hooks if importlib.util.find_spec("nixl") is None else hooks | _nixl_targets(device)
 
 
@@ -72,14 +72,14 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         "nixl._api.nixl_agent_config.__init__": (_capture_telemetry, "around"),
         f"{_NIXL}.NixlKVManager.update_status": (_note_room, "before"),
         f"{_NIXL}.NixlKVManager._await_handles": (_count_moved, "after"),
-        f"{_NIXL}.NixlKVManager._encode_kv_status_message": (_tell_bytes, "after"),
-        f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_hear_bytes, "after"),
-        f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_meet_carefully, "around"),
+        f"{_NIXL}.NixlKVManager._encode_kv_status_message": (_append_moved_bytes, "after"),
+        f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_record_received_bytes, "after"),
+        f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_probe_peer_first, "around"),
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
     }
     if device == "cpu":
-        hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_say_host_memory, "before")
-        hooks["nixl._api.nixl_agent.__init__"] = (_progress_politely, "around")
+        hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
+        hooks["nixl._api.nixl_agent.__init__"] = (_limit_progress_polling, "around")
     return hooks
 
 
@@ -88,34 +88,34 @@ def register_in_child(device: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for name in ("decode", "prefill"):
-        logging.getLogger(f"sglang.srt.disaggregation.{name}").addFilter(_not_about_aborts)
-    # What is wrong with a grammar is told to whoever sent it; SGLang would log the whole of it as an error.
+        logging.getLogger(f"sglang.srt.disaggregation.{name}").addFilter(_drop_abort_errors)
+    # The client that sent a bad grammar gets the error; SGLang would also log the whole grammar as an error.
     logging.getLogger("sglang.srt.constrained").setLevel(logging.CRITICAL)
     for target, (hook, kind) in targets(device).items():
         HookRegistry.register(target, hook, HookType(kind))
 
 
 def register_in_main() -> None:
-    """In the worker's process: leave its logging alone, which SGLang would set up anew."""
+    """In the worker's process: stop SGLang from reconfiguring the process's logging."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.utils.common.configure_logger", _leave_logging_alone, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.utils.common.configure_logger", _skip_configure_logger, HookType.REPLACE)
 
 
 def in_place(names: list[str]) -> list[str]:
-    """Those targets that are wrapped in this process."""
+    """The targets that are hooked in this process."""
     return [name for name in names if hasattr(pkgutil.resolve_name(name), "__wrapped__")]
 
 
-# --- Ends that explain themselves
+# --- Failure reports
 
 
 def _report_start_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     try:
         return original(*arguments, **keywords)
     except Exception as problem:
-        log.debug("the scheduler could not start", exc_info=True)
-        # An exception would make SGLang log a traceback and send SIGQUIT to the worker.
+        log.debug("SGLang's scheduler failed to start", exc_info=True)
+        # Re-raising would make SGLang log a traceback and send SIGQUIT to the worker.
         reports.end(problem)
 
 
@@ -123,29 +123,29 @@ def _report_failure(original: Callable[..., Any], *arguments: Any, **keywords: A
     try:
         return original(*arguments, **keywords)
     except Exception as problem:
-        log.exception("the scheduler failed")
+        log.exception("SGLang's scheduler failed; this process exits")
         reports.end(problem)
 
 
-def _leave_logging_alone(*arguments: Any, **keywords: Any) -> None:
+def _skip_configure_logger(*arguments: Any, **keywords: Any) -> None:
     pass
 
 
-def _not_about_aborts(record: logging.LogRecord) -> bool:
-    """A request that was aborted on purpose is no error; SGLang logs it as one."""
+def _drop_abort_errors(record: logging.LogRecord) -> bool:
+    """Drop SGLang's error records about aborted requests: an abort is normal."""
     return "Aborted by" not in record.getMessage()
 
 
 def _skip_detokenizer(original: Callable[..., Any], cls: type, *arguments: Any, **keywords: Any) -> Any:
-    """Send token ids straight to the worker's process: text is the frontend's, and `launch` starts no detokenizer."""
+    """Send token ids straight to the worker's process: frontends detokenize, and `launch` starts no detokenizer."""
     return original(cls, *arguments, **{**keywords, "skip_tokenizer_init": True})
 
 
-# --- Facts
+# --- What the scheduler reports
 
 
 def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """Add what only the scheduler knows to its start-up message."""
+    """Add the applied hooks and the KV pool's sizes to the scheduler's start-up message."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     _, _, page_bytes = pool.get_contiguous_buf_infos()
     device = "cpu" if str(pool.device).startswith("cpu") else "cuda"
@@ -161,10 +161,7 @@ def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
 
 def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """SGLang keeps 5 places of the context back for what no code of its own uses any more; this takes them.
-
-    With speculative decoding the places are used, and stay.
-    """
+    """Use the 5 tokens of context that SGLang reserves without a need; speculative decoding does need them."""
     server_args = worker.server_args
     if server_args.speculative_algorithm is not None:
         return info
@@ -176,18 +173,18 @@ def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
 
 
 def _context_tokens_max(scheduler: Any) -> int:
-    """Most tokens of prompt and completion that the scheduler really takes."""
+    """Largest number of prompt plus completion tokens that the scheduler accepts."""
     # One page is the allocator's reserve, and the last page of a prompt may be nearly empty.
     reserve_tokens = 2 * scheduler.page_size
     if scheduler.disaggregation_mode.value == "decode":
-        # A prompt for which this much is not free besides waits until its time is over.
+        # A prompt is admitted only while this much stays free; otherwise it waits until it times out.
         reserve_tokens += scheduler.server_args.num_reserved_decode_tokens
     kv_tokens = scheduler.max_total_num_tokens - reserve_tokens
     return int(min(scheduler.max_req_len - 1, scheduler.max_req_input_len, kv_tokens))
 
 
 def _streamer_class(streamer: type, scheduler: Any) -> type:
-    """SGLang's own class, which also sends a request's facts along with its end."""
+    """A subclass of SGLang's streamer that adds `_facts` to the end of each request."""
 
     class FactStreamer(streamer):  # type: ignore[misc]
         has_additional_customized_info = True
@@ -202,7 +199,7 @@ def _streamer_class(streamer: type, scheduler: Any) -> type:
 
 
 def _facts(req: Any, mode: str) -> dict[str, Any]:
-    """Facts of a request that has ended; names are those of EngineTimings and EngineFinish."""
+    """Timings and counts of a request that has ended; keys are fields of EngineTimings and EngineFinish."""
     from sglang.srt.observability.req_time_stats import convert_time_to_realtime
 
     def time_s(counter: float) -> float | None:
@@ -233,13 +230,13 @@ def _account_for_pages(snapshot: Any, inquirer: Any) -> Any:
 
 
 def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
-    """On decode, any prompt token that is handed to the model was not received."""
+    """On decode, count prompt tokens that the model computes: their KV was not received."""
     if scheduler.disaggregation_mode.value == "decode" and batch.forward_mode.is_extend_without_speculative():
         for req, token_count in zip(batch.reqs, batch.extend_lens, strict=True):
             _transfers.recomputed(req.rid, token_count)
 
 
-# --- Bytes, where prefill writes them
+# --- Transferred bytes, on prefill
 
 
 def _capture_telemetry(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -247,24 +244,24 @@ def _capture_telemetry(original: Callable[..., Any], *arguments: Any, **keywords
 
 
 def _note_room(manager: Any, bootstrap_room: int, status: Any) -> None:
-    """SGLang's transfer worker announces a room in its own thread before it writes that room's pages."""
+    """Remember, per transfer thread, the room whose pages it is about to write: the write calls do not carry it."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     if status == KVPoll.Transferring:
         _sending.room, _sending.handles = bootstrap_room, []
-        # Not after the pages have been handed over: with many small ones, most of the time goes there.
+        # Timed before the pages are submitted: with many small pages, submitting takes most of the time.
         _transfers.began(bootstrap_room, time.time())
 
 
 def _note_handles(result: Any, *arguments: Any, **keywords: Any) -> None:
-    """Writes of KV pages, so that those of the metadata buffers are not counted as KV."""
+    """Collect the handles of KV page writes, so that metadata buffers are not counted as KV."""
     room = getattr(_sending, "room", None)
     if room is not None and result is not None:
         _sending.handles.extend(result if isinstance(result, list) else [result])
 
 
 def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **keywords: Any) -> None:
-    """Every write of a chunk has settled: add up what NIXL says it has moved."""
+    """When every write of a chunk is complete, add the bytes that NIXL's telemetry reports."""
     settled, failed = result
     room, handles = getattr(_sending, "room", None), getattr(_sending, "handles", [])
     _sending.handles = []
@@ -273,34 +270,34 @@ def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **key
     try:
         moved_bytes = sum(manager.agent.get_xfer_telemetry(handle).totalBytes for handle in handles)
     except Exception as problem:
-        log.warning("NIXL tells no figures for room %s: %s", room, problem)
+        log.warning("NIXL telemetry missing for room %s, its transferred bytes are not counted: %s", room, problem)
         return
     _transfers.moved(room, moved_bytes, time.time())
 
 
-def _tell_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: int, **keywords: Any) -> list[bytes]:
-    """Tell decode how much was written for it; a decode engine without Tandem ignores the frame."""
+def _append_moved_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: int, **keywords: Any) -> list[bytes]:
+    """Send decode the number of bytes written; a decode engine without Tandem ignores the extra frame."""
     moved_bytes = _transfers.moved_bytes(bootstrap_room)
     if moved_bytes is not None and len(frames) == STATUS_FRAMES:
         frames.append(str(moved_bytes).encode("ascii"))
     return frames
 
 
-# --- Bytes, where decode receives them
+# --- Transferred bytes, on decode
 
 
-def _hear_bytes(status: tuple[int, int, int, str | None] | None, manager: Any, msg: list[bytes]) -> None:
-    """Prefill says that a room's KV has arrived here, and how many bytes NIXL counted."""
+def _record_received_bytes(status: tuple[int, int, int, str | None] | None, manager: Any, msg: list[bytes]) -> None:
+    """Record the bytes that prefill reports when a room's KV has arrived."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     if status is not None and status[1] == KVPoll.Success and len(msg) > STATUS_FRAMES:
         _transfers.moved(status[0], int(msg[STATUS_FRAMES]), time.time())
 
 
-def _meet_carefully(original: Callable[..., Any], manager: Any, bootstrap_addr: str) -> bool:
-    """First contact with a prefill engine happens in the scheduler's loop, where every stream waits for it.
+def _probe_peer_first(original: Callable[..., Any], manager: Any, bootstrap_addr: str) -> bool:
+    """Probe a new prefill engine before SGLang contacts it in the scheduler loop, where every stream waits.
 
-    A frozen peer would hold the loop for SGLang's 5 s, and one of another shape would end this engine.
+    A frozen peer would block the loop for SGLang's 5 s, and an incompatible one would crash this engine.
     """
     import requests
 
@@ -310,44 +307,44 @@ def _meet_carefully(original: Callable[..., Any], manager: Any, bootstrap_addr: 
         requests.get(f"http://{bootstrap_addr}/health", timeout=PEER_PROBE_TIMEOUT_S)
         return bool(original(manager, bootstrap_addr))
     except (requests.RequestException, ValueError) as problem:
-        # ValueError: a host that no URL can hold, for which requests has no error of its own.
-        log.warning("prefill at %s does not answer: %s", bootstrap_addr, problem)
+        # ValueError: the host is not valid in a URL, for which `requests` has no error of its own.
+        log.warning("prefill worker at %s is unreachable, its requests fail: %s", bootstrap_addr, problem)
     except RuntimeError as problem:
-        log.error("prefill at %s does not suit this engine: %s", bootstrap_addr, problem)
+        log.error("prefill worker at %s is incompatible with this decode engine: %s", bootstrap_addr, problem)
     return False
 
 
 # --- On a CPU
 
 
-def _say_host_memory(manager: Any, kv_args: Any, *arguments: Any, **keywords: Any) -> None:
-    """The KV pool is host memory; NIXL would otherwise register it as a GPU's, and fail."""
+def _register_host_memory(manager: Any, kv_args: Any, *arguments: Any, **keywords: Any) -> None:
+    """Register the KV pool as host memory; NIXL would otherwise register it as GPU memory, and fail."""
     kv_args.kv_data_mem_kinds = ["DRAM"] * len(kv_args.kv_data_ptrs)
 
 
-def _scale_plainly(original: Callable[..., Any], logits: Any, scaling_penalties: Any) -> None:
-    """SGLang's own lines, uncompiled: to compile them at their first use, in the scheduler's loop, would hold every
-    stream up for tens of seconds. What is compiled at the start (rotary embedding) stays so, for a tenth of the speed.
+def _apply_penalties_uncompiled(original: Callable[..., Any], logits: Any, scaling_penalties: Any) -> None:
+    """SGLang's function, uncompiled: compiling it at first use, in the scheduler loop, would block every stream for
+    tens of seconds. Functions compiled at start (rotary embedding) stay compiled, which is worth a tenth of the speed.
     """
     import torch
 
     logits[:] = torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties)
 
 
-def _wait_politely(result: None, scheduler: Any) -> None:
-    """While requests wait for their other leg, SGLang spins, on the core that the other leg needs."""
+def _sleep_while_waiting(result: None, scheduler: Any) -> None:
+    """Sleep while requests wait for their other leg: SGLang busy-loops, on the core that the other leg needs."""
     if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
         scheduler.idle_sleeper.poller.poll(IDLE_POLL_MS)
 
 
-def _progress_politely(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """NIXL's Python front sets the progress thread's delay to 0, with which it spins on a core, idle or not."""
+def _limit_progress_polling(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Enforce a minimum delay: NIXL's Python API sets the progress thread's to 0, which busy-loops on one core."""
     bindings = importlib.import_module("nixl._api").nixlBind
     config_type: Any = bindings.nixlAgentConfig
     delay = config_type.pthrDelay
 
-    class PoliteConfig(config_type):  # type: ignore[misc]
-        """A configuration whose delay cannot be set to nothing."""
+    class PollingConfig(config_type):  # type: ignore[misc]
+        """A configuration whose delay is at least PROGRESS_DELAY_US."""
 
         @property
         def pthrDelay(self) -> int:  # noqa: N802 -- NIXL's name
@@ -357,7 +354,7 @@ def _progress_politely(original: Callable[..., Any], *arguments: Any, **keywords
         def pthrDelay(self, delay_us: int) -> None:  # noqa: N802
             delay.__set__(self, max(delay_us, PROGRESS_DELAY_US))
 
-    bindings.nixlAgentConfig = PoliteConfig
+    bindings.nixlAgentConfig = PollingConfig
     try:
         return original(*arguments, **keywords)
     finally:

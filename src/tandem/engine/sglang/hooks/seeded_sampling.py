@@ -1,9 +1,9 @@
-"""Draws that a seed makes repeatable, inside SGLang's scheduler.
+"""Reproducible sampling for requests with a seed, inside SGLang's scheduler.
 
-SGLang looks at a request's seed under deterministic inference only, which excludes attention in PyTorch, costs speed on
-a GPU, and gives every request a seed. Here SGLang draws for the whole batch as ever; the rows that have a seed are then
-drawn again, each token by a hash of the seed, the place and the token's id. So a draw does not depend on who else is in
-the batch, an attempt's two legs draw as one engine would, and whoever has no seed pays nothing.
+SGLang uses a request's seed only in deterministic inference, which excludes attention in PyTorch, is slower on a GPU,
+and gives every request a seed. Here SGLang samples the whole batch as usual; rows with a seed are then sampled again,
+with noise from a hash of the seed, the token's position and the token id. So a sample does not depend on the other
+requests in the batch, the two legs of an attempt sample like one engine, and requests without a seed cost nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def targets() -> dict[str, tuple[Callable[..., Any], str]]:
     }
 
 
-# --- The seeds of a batch, while SGLang builds, filters, merges and copies it
+# --- Seeds of a batch: kept in step while SGLang builds, filters, merges and copies it
 
 
 def _note_seeds(info: Any, cls: type, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-    # A row with top_k 1 is greedy: there is nothing to draw.
+    # A row with top_k 1 is greedy: nothing is sampled.
     params = [req.sampling_params for req in batch.reqs]
     _keep_seeds(info, [p.sampling_seed if p.top_k > 1 else None for p in params])
     return info
@@ -50,7 +50,7 @@ def _filter_seeds(result: None, info: Any, keep_indices: Sequence[int], *argumen
 
 
 def _merge_seeds(info: Any, other: Any) -> None:
-    """Before SGLang merges, because a batch tells its length by what is merged."""
+    """Runs before SGLang merges, because len() of a batch changes with the merge."""
     _keep_seeds(info, _seeds_of(info) + _seeds_of(other))
 
 
@@ -68,7 +68,7 @@ def _keep_seeds(info: Any, seeds: list[int | None]) -> None:
     setattr(info, _SEEDS, seeds if any(seed is not None for seed in seeds) else None)
 
 
-# --- The draw
+# --- Sampling
 
 
 def _draw(
@@ -81,7 +81,7 @@ def _draw(
     *arguments: Any,
     **keywords: Any,
 ) -> Any:
-    """SGLang's draw for everybody, and ours in its place where there is a seed."""
+    """SGLang's samples for the batch, replaced by reproducible ones in the rows that have a seed."""
     seeds = getattr(info, _SEEDS, None)
     if seeds is None or info.sampling_seed is not None:
         return original(sampler, probs, info, positions, simple_sampling_case, *arguments, **keywords)
@@ -89,7 +89,7 @@ def _draw(
 
     rows = torch.tensor([row for row, seed in enumerate(seeds) if seed is not None], device=probs.device)
     keys = torch.tensor([seed for seed in seeds if seed is not None], dtype=torch.int64, device=probs.device)
-    # First, because SGLang may work in place.
+    # Before SGLang's own sampling, which may modify probs in place.
     filters = None if simple_sampling_case else (info.top_ks[rows], info.top_ps[rows], info.min_ps[rows])
     drawn = draw(probs[rows], keys, positions[rows], filters)
     token_ids, capture = original(sampler, probs, info, positions, simple_sampling_case, *arguments, **keywords)
@@ -98,13 +98,13 @@ def _draw(
 
 
 def draw(probs: Any, seeds: Any, positions: Any, filters: tuple[Any, Any, Any] | None) -> Any:
-    """Draw one token for each row by the Gumbel-max rule.
+    """Sample one token per row with the Gumbel-max trick.
 
     Args:
-        probs: [rows, vocabulary], what the model says.
+        probs: [rows, vocabulary], the model's probabilities.
         seeds: [rows], int64.
-        positions: [rows], the place each draw is for.
-        filters: top_k, top_p and min_p, [rows] each; None: all off.
+        positions: [rows], position in the sequence of the token to sample.
+        filters: top_k, top_p and min_p, [rows] each; None: no filter.
 
     Returns:
         [rows], int64 token ids.
@@ -119,7 +119,7 @@ def draw(probs: Any, seeds: Any, positions: Any, filters: tuple[Any, Any, Any] |
 
 
 def _filtered(probs: Any, top_ks: Any, top_ps: Any, min_ps: Any) -> tuple[Any, Any]:
-    """Likeliest first, with what a filter drops at 0; and the token id of each place. The likeliest always stays."""
+    """Probabilities in descending order, filtered ones set to 0, and the token id of each; the first always stays."""
     import torch
 
     ordered, token_ids = probs.sort(dim=1, descending=True, stable=True)
@@ -132,10 +132,10 @@ def _filtered(probs: Any, top_ks: Any, top_ps: Any, min_ps: Any) -> tuple[Any, A
 
 
 def _noise(seeds: Any, positions: Any, token_ids: Any) -> Any:
-    """Gumbel noise, [rows, vocabulary], that anybody can compute again from the three."""
+    """Gumbel noise, [rows, vocabulary], a pure function of the three."""
     rows = _mixed(_mixed(seeds) ^ positions)
     bits = _shifted(_mixed(rows.view(-1, 1) ^ token_ids), 64 - _NOISE_BITS)
-    # Never 0 nor 1: half a step inside.
+    # Offset by half a step: 0 or 1 would make a logarithm infinite.
     return -(-((bits.double() + 0.5) / 2**_NOISE_BITS).log()).log()
 
 
@@ -147,5 +147,5 @@ def _mixed(numbers: Any) -> Any:
 
 
 def _shifted(numbers: Any, bits: int) -> Any:
-    """To the right, with zeros coming in: PyTorch's own shift repeats the sign."""
+    """Logical right shift: PyTorch's >> on signed integers is arithmetic."""
     return (numbers >> bits) & (2 ** (64 - bits) - 1)

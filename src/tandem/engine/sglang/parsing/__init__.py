@@ -1,7 +1,7 @@
-"""The parser host: SGLang's parsers of tool calls and reasoning, in a process of their own beside the frontend.
+"""The parser host: SGLang's tool call and reasoning parsers, in a child process of the frontend.
 
-They import PyTorch, which no frontend may. In the order of a start: `names` (is there such a parser), `host` (the loop
-over standard input); then, for every stream, `pieces` (text cut at the same places however it arrives), `stream`,
-`reasoning`, `tool_text` or `whole_calls`; and `grammar` for what an engine must be held to. At the other end of its
-pipes is `tandem.output_parsers`.
+They import PyTorch, which no frontend may. In start order: `names` (checks the parser names), `host` (the loop over
+standard input); then, per stream, `pieces` (splits text independently of how it arrives), `stream`, `reasoning`,
+`tool_text` or `whole_calls`; and `grammar`, which builds the engine's constraint. The client end of its pipes is
+`tandem.output_parsers`.
 """

@@ -1,7 +1,7 @@
-"""`python -m tandem.engine.sglang.parsing`: the parser host as a process, started by `tandem.output_parsers`.
+"""`python -m tandem.engine.sglang.parsing`: the parser host process, started by `tandem.output_parsers`.
 
-Owns its start: names first, then SGLang's import, and one line that says ready or refused. Standard output carries
-answers only; whatever libraries print goes to standard error.
+Owns its start: checks the parser names, imports SGLang, and writes one line, `ready` or `refused`. Standard output
+carries responses only; what libraries print is redirected to standard error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tandem.errors import ConfigError, StartError
 from tandem.service.parent_death import follow_parent
 
 VARIABLES = {
-    # It computes nothing: no device, no threads, no hub.
+    # The parser host runs no model: it needs no device, no threads and no downloads.
     DEVICE_SWITCH: "cpu",
     "SGLANG_PLATFORM": PLATFORM_NAME,
     "CUDA_VISIBLE_DEVICES": "",
@@ -36,25 +36,25 @@ TOKENIZER_PARSERS = frozenset({"beam", "hunyuan", "inkling", "response_template"
 
 
 def main() -> int:
-    """Serve until the input ends; returns the exit status."""
+    """Serve until standard input ends; returns the exit status."""
     follow_parent(os.environ)
     arguments = _arguments()
-    answers = _take_stdout()
+    responses = _take_stdout()
     logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         host = _build(arguments)
     except StartError as problem:
         key = problem.key if isinstance(problem, ConfigError) else None
         sentence = problem.message.removeprefix(f"{key}: ")
-        answers.write(json.dumps({"refused": sentence, "key": key}) + "\n")
-        answers.flush()
+        responses.write(json.dumps({"refused": sentence, "key": key}) + "\n")
+        responses.flush()
         return problem.exit_status
-    answers.write(json.dumps({"ready": time.process_time()}) + "\n")
-    answers.flush()
+    responses.write(json.dumps({"ready": time.process_time()}) + "\n")
+    responses.flush()
 
     def write(line: str) -> None:
-        answers.write(line)
-        answers.flush()
+        responses.write(line)
+        responses.flush()
 
     host.serve(sys.stdin, write)
     return 0
@@ -62,24 +62,24 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tandem.engine.sglang.parsing", allow_abbrev=False)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tool-parser")
-    parser.add_argument("--reasoning-parser")
+    parser.add_argument("--model", type=Path, required=True, help="model directory; some formats need its tokenizer")
+    parser.add_argument("--tool-parser", help="name of SGLang's tool call parser")
+    parser.add_argument("--reasoning-parser", help="name of SGLang's reasoning parser")
     return parser.parse_args()
 
 
 def _take_stdout() -> TextIO:
-    """The channel for answers; from now on descriptor 1 is standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Take over standard output for responses, and redirect descriptor 1 to standard error."""
+    responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return answers
+    return responses
 
 
 def _build(arguments: argparse.Namespace) -> Any:
-    """Import SGLang and make the host.
+    """Import SGLang and construct the host.
 
     Raises:
-        StartError: SGLang is not there, or cannot make such parsers.
+        StartError: SGLang is not installed, has no such parser, or fails to construct it.
     """
     given = {"tool_parser": arguments.tool_parser, "reasoning_parser": arguments.reasoning_parser}
     names = read_names()
@@ -97,8 +97,8 @@ def _build(arguments: argparse.Namespace) -> Any:
         host = Host(formats)
         formats.open(wanted({"tools": [probe], "tool_choice": "auto", **NOTHING}))
     except Exception as problem:
-        raise StartError(f"SGLang's parsers {given} cannot be used: {type(problem).__name__}: {problem}") from problem
-    # Its detectors warn of what a model wrote.
+        raise StartError(f"SGLang's parsers {given} failed to load: {type(problem).__name__}: {problem}") from problem
+    # SGLang's detectors log a warning for every malformed call that a model writes.
     logging.getLogger("sglang").setLevel("CRITICAL")
     return host
 
@@ -107,7 +107,7 @@ NOTHING: dict[str, Any] = {"prompt": "", "template_kwargs": {}, "previous_calls"
 
 
 def _tokenizer(model: Path, names: set[str | None]) -> Any:
-    """For the few formats whose markers depend on the model's vocabulary."""
+    """The model's tokenizer if one of the formats needs it (its markers depend on the vocabulary), else None."""
     if not names & TOKENIZER_PARSERS:
         return None
     from transformers import AutoTokenizer

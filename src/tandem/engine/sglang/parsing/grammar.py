@@ -1,6 +1,6 @@
-"""What an engine must be held to so that its output is a tool call: SGLang's own constraint for each format.
+"""Builds the grammar that constrains an engine's output to tool calls: SGLang's own constraint for each format.
 
-Stateless. A grammar is text in the end; which kind it is follows the format.
+Stateless. The result is grammar text and its kind (a field of Guided), which depends on the format.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WHITE_SPACE_MAX = 2
 
 
 def is_forced(tool_choice: str | ToolChoice) -> bool:
-    """Whether the model must call: any tool ("required") or one that is named."""
+    """Whether the model must call a tool: any ("required") or a named one."""
     return tool_choice == "required" or isinstance(tool_choice, ToolChoice)
 
 
 def thinks_first(parser: FunctionCallParser) -> bool:
-    """Whether the grammar of a forced call can have a block of reasoning before the call."""
+    """Whether the grammar of a forced call allows a reasoning block before the call."""
     detector = parser.detector
     return detector.get_structural_tag_name() is not None and detector.supports_structural_tag()
 
@@ -46,15 +46,15 @@ def constraint(
     thinks: bool,
     think_tokens: tuple[str, ...],
 ) -> dict[str, str] | None:
-    """The field of Guided and the grammar, or None where the model is to be left free.
+    """Kind (a field of Guided) and text of the grammar; None if the output is unconstrained.
 
     Args:
-        parser: of these tools; None where no format is known: forced calls are then a plain JSON array.
-        tools: which may be called; of a named choice only the named one, since some grammars allow all they are given.
-        tool_choice: as SGLang has it.
-        parallel: whether there may be more than one call.
-        thinks: whether the output begins with the rest of a block of reasoning.
-        think_tokens: the reasoning parser's markers, which the grammar must not forbid.
+        parser: tool call parser; None if no format is known: forced calls are then a plain JSON array.
+        tools: tools that may be called; with a named choice only that one, since some grammars allow all of them.
+        tool_choice: in SGLang's form.
+        parallel: whether more than one call is allowed.
+        thinks: whether the output starts inside a reasoning block.
+        think_tokens: the reasoning parser's markers, which the grammar must allow.
 
     Raises:
         InvalidRequest: the schemas of two tools contradict each other.
@@ -83,7 +83,7 @@ def constraint(
 
 
 def _triggered(grammar: dict[str, Any], *, one_only: bool) -> dict[str, Any]:
-    """SGLang's older form of a structural tag in xgrammar's own, which can also say that one call ends the output."""
+    """Convert SGLang's legacy structural tag to xgrammar's form, which can also end the output after one call."""
     if "structures" not in grammar:
         return grammar
     tags = [
@@ -106,7 +106,7 @@ def _triggered(grammar: dict[str, Any], *, one_only: bool) -> dict[str, Any]:
 
 
 def _bounded(form: Any) -> Any:
-    """The same with a bound on white space in JSON: a model can otherwise go on with it until its budget is used up."""
+    """Limit white space in JSON schemas: a model can otherwise emit it until its token budget is used up."""
     if isinstance(form, list):
         return [_bounded(inner) for inner in form]
     if not isinstance(form, dict):

@@ -1,7 +1,7 @@
-"""The parser host's loop: one JSON object a line in, one a line out, in order.
+"""The parser host's loop: one JSON object per line in, one per line out, in order.
 
-Owns the streams that are open and what a message means. An exception for one of them answers an error for that one;
-whoever abandons a stream says so, and the end of the input is the end of the process.
+Owns the open streams and the operations of the protocol. An exception in one stream becomes an error response for that
+stream. The client sends `forget` for a stream it abandons; the process exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tandem.errors import InvalidRequest
 log = logging.getLogger(__name__)
 
 STREAMS_MAX = 8_192
-Answer = dict[str, Any]
+Message = dict[str, Any]
 
 
 class Host:
-    """Answers messages."""
+    """Handles messages."""
 
     def __init__(self, formats: Formats) -> None:
         self._formats = formats
         self._streams: dict[int, Stream] = {}
-        self._operations: dict[str, Callable[[Answer], Answer]] = {
+        self._operations: dict[str, Callable[[Message], Message]] = {
             "open": self._open,
             "feed": self._feed,
             "close": self._close,
@@ -39,53 +39,53 @@ class Host:
         }
 
     def serve(self, lines: Iterable[str], write: Callable[[str], object]) -> None:
-        """Answer until the input ends."""
+        """Respond to each line until the input ends. A message with number 0 gets no response."""
         for line in lines:
             message = json.loads(line)
-            answer = self.answer(message)
+            response = self.handle(message)
             if message["n"]:
-                write(json.dumps({"n": message["n"], **answer}, ensure_ascii=False) + "\n")
+                write(json.dumps({"n": message["n"], **response}, ensure_ascii=False) + "\n")
 
-    def answer(self, message: Answer) -> Answer:
-        """The answer to one message; `error` in it says what was wrong, `field` whose fault it was."""
+    def handle(self, message: Message) -> Message:
+        """The response to one message; on failure it has `error`, and `field` if the request is at fault."""
         try:
             return self._operations[message["op"]](message)
         except InvalidRequest as problem:
             self._streams.pop(message.get("id", 0), None)
             return {"error": problem.message.removeprefix(f"{problem.field}: "), "field": problem.field}
-        except Exception as problem:  # whatever a detector trips over must not end the other streams
-            log.exception("message %s of stream %s failed", message.get("op"), message.get("id"))
+        except Exception as problem:  # an exception in a detector must not end the other streams
+            log.exception("operation %s failed, stream %s is closed", message.get("op"), message.get("id"))
             self._streams.pop(message.get("id", 0), None)
             return {"error": f"{type(problem).__name__}: {problem}"}
 
-    def _open(self, message: Answer) -> Answer:
+    def _open(self, message: Message) -> Message:
         if len(self._streams) >= STREAMS_MAX:
-            return {"error": f"{STREAMS_MAX} streams are open"}
+            return {"error": f"the limit of {STREAMS_MAX} open streams is reached"}
         stream = self._streams[message["id"]] = self._formats.open(wanted(message))
         return {"keep_special_tokens": stream.keep_special_tokens}
 
-    def _feed(self, message: Answer) -> Answer:
+    def _feed(self, message: Message) -> Message:
         return {"deltas": self._streams[message["id"]].feed(message["text"])}
 
-    def _close(self, message: Answer) -> Answer:
+    def _close(self, message: Message) -> Message:
         return {"deltas": self._streams.pop(message["id"]).close(complete=message["complete"])}
 
-    def _forget(self, message: Answer) -> Answer:
+    def _forget(self, message: Message) -> Message:
         self._streams.pop(message["id"], None)
         return {}
 
-    def _grammar(self, message: Answer) -> Answer:
+    def _grammar(self, message: Message) -> Message:
         return {"grammar": self._formats.grammar(wanted(message))}
 
-    def _count(self, message: Answer) -> Answer:
+    def _count(self, message: Message) -> Message:
         return {"streams": len(self._streams)}
 
 
-def wanted(message: Answer) -> Wanted:
-    """What a message asks for, checked.
+def wanted(message: Message) -> Wanted:
+    """Check a message's tools and tool choice, and convert them.
 
     Raises:
-        InvalidRequest: names the tool, or the choice, at fault.
+        InvalidRequest: names the tool or the tool choice at fault.
     """
     tools = [_tool(number, tool) for number, tool in enumerate(message["tools"])]
     choice: str | ToolChoice = message["tool_choice"]
@@ -93,12 +93,12 @@ def wanted(message: Answer) -> Wanted:
         name = (choice.get("function") or {}).get("name")
         tools = [tool for tool in tools if tool.function.name == name]
         if not tools:
-            raise InvalidRequest("tool_choice", f"names no tool of the request: {name!r}")
+            raise InvalidRequest("tool_choice", f"names {name!r}, which is not in tools")
         choice = ToolChoice(function={"name": name})
     elif choice not in ("none", "auto", "required"):
         raise InvalidRequest("tool_choice", f"must be none, auto, required or a function, not {choice!r}")
     if choice == "required" and not tools:
-        raise InvalidRequest("tool_choice", "is required, and there are no tools")
+        raise InvalidRequest("tool_choice", "is required, but tools is empty")
     return Wanted(
         tools=[] if choice == "none" else tools,
         tool_choice=choice,
@@ -117,5 +117,5 @@ def _tool(number: int, tool: Any) -> Tool:
         where = "".join(f".{part}" for part in first["loc"])
         raise InvalidRequest(f"tools[{number}]{where}", first["msg"]) from None
     if not checked.function.name:
-        raise InvalidRequest(f"tools[{number}].function.name", "must be given")
+        raise InvalidRequest(f"tools[{number}].function.name", "is required")
     return checked

@@ -1,6 +1,6 @@
-"""Which parsers the installed SGLang has, asked without importing it: its lists of names import nothing.
+"""Reads the names of the installed SGLang's parsers from its source, without importing it.
 
-So a wrong name is refused in a fraction of a second, where importing the parsers takes several.
+So a wrong name is rejected in a fraction of a second; importing the parsers takes several.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ FILES = {
     "tool_parser": ("srt/function_call/parser_names.py", "TOOL_CALL_PARSER_NAMES"),
     "reasoning_parser": ("srt/parser/reasoning_parser_names.py", "REASONING_PARSER_NAMES"),
 }
-"""Setting -> the file of its names inside SGLang, and the list's name there."""
+"""Setting -> file inside the sglang package, and the name of the list in it."""
 NEAR_MAX = 5
 
 
 def read_names() -> dict[str, list[str]]:
-    """The names for each setting.
+    """The parser names for each setting.
 
     Raises:
-        StartError: SGLang is not there, or keeps no such lists.
+        StartError: SGLang is not installed, has another version, or does not have these lists.
     """
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise StartError(f"tool_parser and reasoning_parser need sglang, which is not installed: {INSTALL}")
     version = metadata.version("sglang")
     if version != SGLANG_VERSION:
-        raise StartError(f"sglang is version {version}, but its parsers are used as of {SGLANG_VERSION}: {INSTALL}")
+        raise StartError(f"sglang is version {version}, but the parsers need {SGLANG_VERSION}: {INSTALL}")
     root = Path(spec.submodule_search_locations[0])
     return {setting: _list_in(root / file, name) for setting, (file, name) in FILES.items()}
 
 
 def check_name(setting: str, name: str | None, names: list[str]) -> None:
-    """Refuse a name that is none of them.
+    """Reject an unknown parser name.
 
     Raises:
-        ConfigError: names the setting and the nearest names, or all where none is near.
+        ConfigError: names the setting and the closest names, or all names if none is close.
     """
     if name is None or name in names:
         return
     near = difflib.get_close_matches(name, names, NEAR_MAX, cutoff=0.4)
-    hint = f"near ones: {', '.join(near)}" if near else f"there are {', '.join(names)}"
+    hint = f"closest: {', '.join(near)}" if near else f"available: {', '.join(names)}"
     kind = setting.replace("_", " ")
     raise ConfigError(setting, f"SGLang {SGLANG_VERSION} has no {kind} {name!r}; {hint}")
 
@@ -57,9 +57,9 @@ def _list_in(file: Path, name: str) -> list[str]:
     try:
         tree = ast.parse(file.read_text())
     except (OSError, SyntaxError) as problem:
-        raise StartError(f"the names of SGLang's parsers cannot be read from {file}: {problem}") from None
+        raise StartError(f"cannot read SGLang's parser names from {file}: {problem}") from None
     for node in tree.body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
             names: list[str] = ast.literal_eval(node.value)
             return names
-    raise StartError(f"{file} holds no {name}")
+    raise StartError(f"{file} does not define {name}")

@@ -1,8 +1,7 @@
-"""A model's text, cut into pieces at places that depend on the text alone, however it arrives.
+"""Splits a model's text into pieces at positions that depend on the text only, not on how it arrives.
 
-SGLang's detectors answer differently to differently cut text: most lose something when a whole call comes at once,
-some when a marker comes in two parts. Tags, words and single characters are what they are written for: they look like
-tokens.
+The results of SGLang's detectors depend on how the text is split: most lose text when a whole call arrives at once,
+some when a marker arrives in two parts. They are written for pieces the size of tokens: tags, words, characters.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import re
 
 TAG_CHARS_MAX = 160
-"""Longer than any detector's tag; what looks like a longer one is no tag."""
+"""Longer than the tag of any detector; a longer match is not treated as a tag."""
 WORD_CHARS_MAX = 16
 
-# A tag never begins like a comparison or a shift: "a < b", "a <= b", "1<2", "x << y".
+# Excludes comparisons and shifts in content: "a < b", "a <= b", "1<2", "x << y".
 _TAG = rf"<[^\s<>=\d][^<>\n]{{0,{TAG_CHARS_MAX}}}>"
 _BRACKET = r"\[/?[A-Z_]{1,20}\]"
 _WORD = rf"[A-Za-z0-9_]{{1,{WORD_CHARS_MAX}}}"
@@ -24,13 +23,13 @@ _UNDECIDED = re.compile(
 
 
 class Pieces:
-    """Cuts one stream."""
+    """Splits one stream."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def push(self, text: str) -> list[str]:
-        """The pieces that are certain now; what may still grow is held back."""
+        """The pieces that are complete now; a piece that may still grow is held back."""
         text = self._held + text
         pieces: list[str] = []
         at = 0
@@ -43,13 +42,13 @@ class Pieces:
         return pieces
 
     def take_word(self) -> str:
-        """The beginning of a word that is held back, and is from now on not; empty when something else is held."""
+        """Release the partial word that is held back; "" if a possible tag or nothing is held."""
         if not self._held or self._held[0] in "<[":
             return ""
         word, self._held = self._held, ""
         return word
 
     def flush(self) -> list[str]:
-        """The rest, at the end of the stream."""
+        """The remaining pieces, at the end of the stream."""
         text, self._held = self._held, ""
         return _PIECE.findall(text)

@@ -1,7 +1,7 @@
-"""The first half of a stream: what the model thinks, told from what it answers, by SGLang's reasoning parser.
+"""The first stage of a stream: separates reasoning from the answer, with SGLang's reasoning parser.
 
-Owns the question whether the prompt leaves the model inside a block of reasoning. SGLang guesses it from the template
-and the request; the rendered prompt knows it.
+Owns the decision whether the output starts inside a reasoning block. SGLang guesses that from the template and the
+request; here it is read from the end of the rendered prompt.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
 SPECIAL_TOKEN_PARSERS = frozenset({"apertus2509", "gemma4", "gpt-oss", "inkling", "kimi_k3", "mistral", "muse"})
-"""Their markers are special tokens, which a detokeniser would otherwise leave out."""
+"""Parsers whose markers are special tokens, which detokenization would drop by default."""
 
 
 def make(
     name: str, prompt: str, template_kwargs: Mapping[str, Any], tokenizer: Any, *, before_tools: bool
 ) -> ReasoningParser | None:
-    """The parser of one stream; None where the prompt has closed the reasoning already.
+    """A reasoning parser for one stream; None if the prompt has closed the reasoning already.
 
     Args:
-        name: of the parser.
+        name: the parser's name in SGLang.
         prompt: the end of the rendered prompt.
-        template_kwargs: what the request gave to the template; some parsers look at it.
+        template_kwargs: the request's chat template arguments, which some parsers depend on.
         tokenizer: for parsers that need one, else None.
-        before_tools: whether tool calls are parsed behind it.
+        before_tools: whether tool calls are parsed after the reasoning.
     """
 
     def build(forced: bool | None) -> ReasoningParser:
@@ -49,13 +49,13 @@ def make(
         return build(True)
     if not inside and parser.detector._in_reasoning:
         parser = build(False)
-        # Some always begin inside.
+        # Some parsers always start inside a reasoning block, even with force_reasoning=False.
         return None if parser.detector._in_reasoning else parser
     return parser
 
 
 def is_inside(prompt: str, start: str, end: str) -> bool | None:
-    """Whether a prompt ends in an open block of reasoning, or in a closed one; None: in neither."""
+    """True if the prompt ends with an opened reasoning block, False if with a closed one, None if with neither."""
     text = prompt.rstrip()
     if start and text.endswith(start):
         return True

@@ -1,8 +1,8 @@
-"""One stream of the parser host: text in, deltas out, the same however the text is cut.
+"""One stream of the parser host: text in, deltas out, independent of how the text is split.
 
     text -> pieces -> reasoning -> content and tool calls
 
-Owns the order of the halves and which parser reads what. Knows no other stream, and does no input or output.
+Owns the order of the two parsers and the choice of each. Independent of other streams; does no I/O.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
 from tandem.engine.sglang.parsing.whole_calls import WholeCalls
 
 WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|plugin|>"}
-"""Formats whose streaming detector loses calls (docs/reference/openai-tools.md) -> the markers that begin a call."""
+"""Formats whose streaming detector in SGLang loses calls (docs/reference/openai-tools.md) -> the marker that starts the calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a stream, or a grammar, is for."""
+    """The tools and options of the request that a stream or a grammar is for."""
 
     tools: list[Tool]
-    """Of a named choice only the one that is named."""
+    """With a named tool choice, only that tool."""
     tool_choice: str | ToolChoice
     prompt: str
     template_kwargs: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Wanted:
 
 
 class Formats:
-    """The parsers of this host, by the names it was started with."""
+    """Constructs the parsers that this host was started with."""
 
     def __init__(self, tool_parser: str | None, reasoning_parser: str | None, tokenizer: Any) -> None:
         self.tool_parser = tool_parser
@@ -47,7 +47,7 @@ class Formats:
         self._tokenizer = tokenizer
 
     def tools(self, wanted: Wanted) -> FunctionCallParser | None:
-        """The parser of a request's tool calls; None where no format is named."""
+        """A tool call parser for a request; None if the host has none."""
         if self.tool_parser is None:
             return None
         return FunctionCallParser(
@@ -55,7 +55,7 @@ class Formats:
         )
 
     def reasoning(self, wanted: Wanted) -> ReasoningParser | None:
-        """The parser of a request's reasoning; None where there is no format, or no reasoning can come."""
+        """A reasoning parser for a request; None if the host has none, or the prompt has closed the reasoning."""
         if self.reasoning_parser is None:
             return None
         return reasoning.make(
@@ -80,11 +80,11 @@ class Formats:
         )
 
     def open(self, wanted: Wanted) -> Stream:
-        """A new stream."""
+        """Open a stream for a request."""
         parser, thoughts = (self.tools(wanted) if wanted.tools else None), self.reasoning(wanted)
         forced = bool(wanted.tools) and grammar.is_forced(wanted.tool_choice)
         if forced and not (parser is not None and grammar.thinks_first(parser) and _thinks(thoughts)):
-            # The grammar begins with the call: there is nothing before it that could be reasoning.
+            # The grammar starts with the call, so no reasoning can precede it.
             thoughts = None
         keeps = bool(wanted.tools) or self.reasoning_parser in reasoning.SPECIAL_TOKEN_PARSERS
         return Stream(thoughts, self._calls(parser, wanted, forced=forced), keep_special_tokens=keeps)
@@ -106,7 +106,7 @@ class Formats:
 
 
 class Stream:
-    """One request's output."""
+    """Parses one request's output."""
 
     def __init__(
         self, thoughts: ReasoningParser | None, calls: ToolText | WholeCalls | None, *, keep_special_tokens: bool
@@ -118,35 +118,35 @@ class Stream:
         self._is_clear = False
 
     def feed(self, text: str) -> list[Delta]:
-        """What became certain with the next text."""
+        """Parse the next text; returns the deltas that are final now."""
         deltas = [delta for piece in self._pieces.push(text) for delta in self._take(piece)]
-        # A word need not be whole to be shown, where the last piece was shown at once.
+        # If the last piece was emitted at once, no marker is pending: a partial word can be emitted too, for latency.
         if self._is_clear and (word := self._pieces.take_word()):
             deltas += self._take(word)
         return _joined(deltas)
 
     def close(self, *, complete: bool) -> list[Delta]:
-        """What is left at the end."""
+        """End the text; returns the remaining deltas."""
         deltas = [delta for piece in self._pieces.flush() for delta in self._take(piece)]
         if self._thoughts is not None:
             thought, rest = self._thoughts.parse_stream_end()
-            deltas += self._told(thought, rest)
+            deltas += self._deltas(thought, rest)
         if self._calls is not None:
             deltas += self._calls.finish(complete=complete)
         return _joined(deltas)
 
     def _take(self, piece: str) -> list[Delta]:
         if self._thoughts is None:
-            return self._told(None, piece)
+            return self._deltas(None, piece)
         thought, rest = self._thoughts.parse_stream_chunk(piece)
-        deltas = self._told(thought, rest)
+        deltas = self._deltas(thought, rest)
         if thought and not rest:
             self._is_clear = thought.endswith(piece)
         elif not rest:
             self._is_clear = False
         return deltas
 
-    def _told(self, thought: str | None, rest: str | None) -> list[Delta]:
+    def _deltas(self, thought: str | None, rest: str | None) -> list[Delta]:
         deltas: list[Delta] = [["r", thought]] if thought else []
         if rest and self._calls is None:
             deltas.append(["c", rest])
@@ -158,12 +158,12 @@ class Stream:
 
 
 def _thinks(thoughts: ReasoningParser | None) -> bool:
-    """Whether the output begins with the rest of a block of reasoning."""
+    """Whether the output starts inside a reasoning block."""
     return thoughts is not None and bool(getattr(thoughts.detector, "_in_reasoning", False))
 
 
 def _minter(tool_parser: str | None, previous_calls: int) -> Callable[[str, int], str]:
-    """Ids of calls: random, but for the models whose templates want their own kind."""
+    """Makes call ids from a name and an index: random, except for models whose chat templates require a format."""
     if tool_parser == "kimi_k2":
         return lambda name, index: f"functions.{name}:{previous_calls + index}"
     if tool_parser == "kimi_k3":
@@ -172,7 +172,7 @@ def _minter(tool_parser: str | None, previous_calls: int) -> Callable[[str, int]
 
 
 def _joined(deltas: list[Delta]) -> list[Delta]:
-    """Neighbours of one kind become one."""
+    """Merge neighbouring deltas of the same kind and index."""
     joined: list[Delta] = []
     for delta in deltas:
         last = joined[-1] if joined else None

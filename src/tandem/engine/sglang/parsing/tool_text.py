@@ -1,7 +1,7 @@
-"""The second half of a stream: content and tool calls, by SGLang's detector of the model's format.
+"""The second stage of a stream: content and tool calls, with SGLang's detector for the model's format.
 
-Owns the numbering of calls, and that nothing is lost: text that a detector swallows without making a call of it (a call
-that is malformed, or to a tool that does not exist) comes out as content.
+Owns the numbering of calls, and the guarantee that no text is lost: text that a detector consumes without producing a
+call (a malformed call, or one to an unknown tool) is emitted as content.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.function_call.json_array_parser import JsonArrayParser
 
 Delta = list[Any]
-"""["c", text], ["s", index, call id, name] or ["a", index, fragment of JSON]."""
+"""["r", text], ["c", text], ["s", index, call id, name] or ["a", index, JSON fragment]; see `output_parsers.deltas`."""
 PIECES_PER_CHARS = 64
-"""Some detectors parse a call's whole text anew with each piece: the more there is, the more pieces go in at once."""
+"""Batching: some detectors re-parse a call's whole text on each piece, so pieces are batched as the text grows."""
 FRAMED_FORMATS = frozenset({"beam", "gpt-oss", "inkling", "kimi_k3", "muse", "response_template"})
-"""Here what is swallowed is frames around channels, and not for us to tell from what is lost."""
+"""Formats whose detectors consume channel frames, which cannot be distinguished from lost text."""
 _TAGS = re.compile(r"<[^<>]*>|\s+")
 _PUNCTUATION = re.compile(r"<[^<>]*>|[\s\[\]{}(),;`]+")
 _STRUCTURAL = frozenset("}]{[<>)(")
 
 
 class ToolText:
-    """One stream's content and calls."""
+    """Parses one stream's content and calls."""
 
     def __init__(
         self, parser: FunctionCallParser | None, tools: list[Tool], format_name: str, mint_id: Callable[[str, int], str]
     ) -> None:
-        """`parser` None: the output is a plain JSON array of calls. `mint_id`: of a call's name and index."""
+        """`parser` None: the output is a plain JSON array of calls. `mint_id` makes a call id from name and index."""
         self._parser = parser
         self._json = JsonArrayParser() if parser is None else None
         self._detector = self._json if parser is None else parser.detector
@@ -42,17 +42,17 @@ class ToolText:
         self._mint_id = mint_id
         self._batch: list[str] = []
         self._pending = ""
-        """What has gone in since something last came out."""
+        """Text fed since the detector last produced output."""
         self._blank = ""
-        """White space that belongs to content only if more of it follows."""
+        """Trailing white space of the content, emitted only if more content follows."""
         self._numbers: dict[int, int] = {}
-        """SGLang's index of a call -> ours."""
+        """SGLang's index of a call -> the index that is emitted."""
         self._arguments: list[str] = []
         self.is_clear = False
-        """Whether all that has gone in has come out as content."""
+        """Whether all text fed so far has been emitted as content."""
 
     def push(self, piece: str) -> list[Delta]:
-        """Take the next piece."""
+        """Parse the next piece; returns the deltas that are final now."""
         self._batch.append(piece)
         held_chars = len(getattr(self._detector, "_buffer", ""))
         if len(self._batch) * PIECES_PER_CHARS <= held_chars and not _STRUCTURAL.intersection(piece):
@@ -64,7 +64,7 @@ class ToolText:
         return [delta for part in (text, rest) if part for delta in self._feed(part)]
 
     def finish(self, *, complete: bool) -> list[Delta]:
-        """What is left. `complete`: the model ended by itself, and was not cut off."""
+        """End the text; returns the remaining deltas. `complete`: the model ended by itself and was not cut off."""
         deltas = self._feed("".join(self._batch)) if self._batch else []
         self._batch.clear()
         while more := self._feed(""):
@@ -83,7 +83,7 @@ class ToolText:
         if self._parser is not None:
             normal, calls = self._parser.parse_stream_chunk(text)
         else:
-            assert self._json is not None, "one of the two reads"
+            assert self._json is not None, "either a parser or a JSON parser is set"
             result = self._json.parse_streaming_increment(text, self._tools)
             normal, calls = result.normal_text, result.calls
         self.is_clear = not calls and bool(text) and normal.endswith(text)
@@ -93,7 +93,7 @@ class ToolText:
         if self._parser is not None:
             text, calls = self._parser.parse_stream_end()
             return text, calls
-        assert self._json is not None, "one of the two reads"
+        assert self._json is not None, "either a parser or a JSON parser is set"
         result = self._json.finish(self._tools)
         return result.normal_text, result.calls
 
@@ -106,14 +106,14 @@ class ToolText:
         return deltas
 
     def _with_lost(self, normal: str) -> str:
-        """The content, and before it what the detector has swallowed on the way to it, but for markup."""
+        """The content, preceded by text that the detector consumed before it, unless that is markup only."""
         lost = self._pending.removesuffix(normal)
         if self._framed or lost == self._pending or self._is_markup(lost):
             return normal
         return lost + normal
 
     def _is_markup(self, text: str) -> bool:
-        """Nothing but tags; behind a call also the brackets that close it."""
+        """Whether the text is only tags or, after a call, also closing brackets and punctuation."""
         for marker in (getattr(self._detector, "bot_token", ""), getattr(self._detector, "eot_token", "")):
             if len(marker) > 1:
                 text = text.replace(marker, "")
@@ -143,14 +143,14 @@ class ToolText:
         return deltas
 
     def _settle(self) -> list[Delta]:
-        """A finished call without arguments has an empty object of them."""
+        """Emit an empty JSON object for a finished call without arguments."""
         if not self._arguments or self._arguments[-1]:
             return []
         self._arguments[-1] = "{}"
         return [["a", len(self._arguments) - 1, "{}"]]
 
     def _in_call(self) -> bool:
-        """Whether the last call is not finished: what is pending is a part of it."""
+        """Whether the last call is unfinished, so that pending text belongs to it."""
         if not self._arguments:
             return False
         try:
@@ -160,13 +160,13 @@ class ToolText:
         return False
 
     def _unstreamed(self) -> list[Delta]:
-        """The end of the last call's arguments where a detector knows it and has not said it."""
+        """The end of the last call's arguments, if the detector has parsed but not emitted it."""
         known = getattr(self._detector, "prev_tool_call_arr", None) or []
-        said = getattr(self._detector, "streamed_args_for_tool", None) or []
+        streamed = getattr(self._detector, "streamed_args_for_tool", None) or []
         last = len(known) - 1
-        if not 0 <= last < len(said) or last not in self._numbers:
+        if not 0 <= last < len(streamed) or last not in self._numbers:
             return []
         arguments = known[last].get("arguments", {})
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        rest = text[len(said[last]) :] if text.startswith(said[last]) else ""
+        rest = text[len(streamed[last]) :] if text.startswith(streamed[last]) else ""
         return self._call(ToolCallItem(tool_index=last, parameters=rest)) if rest else []

@@ -1,6 +1,6 @@
-"""The second half of a stream for formats whose streaming detector is wrong: content as it comes, the calls at the end.
+"""The second stage of a stream for formats whose streaming detector is wrong: content is streamed, calls at the end.
 
-Which formats these are is in `stream`; how SGLang's detectors fail on them, in docs/reference/openai-tools.md.
+`stream` lists these formats; docs/reference/openai-tools.md describes how SGLang's detectors fail on them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from tandem.engine.sglang.parsing.tool_text import Delta
 
 
 class WholeCalls:
-    """One stream's content and calls."""
+    """Parses one stream's content and calls."""
 
     def __init__(self, parser: FunctionCallParser, marker: str, mint_id: Callable[[str, int], str]) -> None:
-        """`marker` begins the part of the text that holds the calls."""
+        """`marker` starts the part of the text that contains the calls."""
         self._parser = parser
         self._marker = marker
         self._mint_id = mint_id
@@ -25,7 +25,7 @@ class WholeCalls:
         self.is_clear = False
 
     def push(self, piece: str) -> list[Delta]:
-        """Content before the marker comes out, but for white space that may be right before it."""
+        """Content before the marker, without white space that may directly precede the marker."""
         self._held += piece
         if self._found or self._marker in self._held:
             before, _, _ = self._held.partition(self._marker) if not self._found else ("", "", "")
@@ -39,7 +39,7 @@ class WholeCalls:
         return [["c", out]] if out else []
 
     def finish(self, *, complete: bool) -> list[Delta]:
-        """The calls, and content behind them. A text without a whole call is content."""
+        """The calls, and content after them. Text without a complete call is content."""
         text, self._held = self._held, ""
         if not text:
             return []
@@ -55,7 +55,7 @@ class WholeCalls:
         return deltas
 
     def _kept_chars(self) -> int:
-        """Length of the end of what is held that may still be the marker, with the white space before it."""
+        """Length of the held text's end that may be the start of the marker, with the white space before it."""
         whole = len(self._held)
         partial = next(
             (n for n in range(min(whole, len(self._marker) - 1), 0, -1) if self._marker.startswith(self._held[-n:])), 0

@@ -1,6 +1,5 @@
-"""Packages that SGLang imports and, on a CPU, never uses.
+"""Stand-ins for packages that SGLang imports but does not use on a CPU.
 
-Not imported from here but under their own names, see `tandem.engine.sglang.environment`.
-
-The adapter appends this directory to `sys.path`, behind everything that is installed, so a real package always wins.
+They are imported under their own names, not from here: `tandem.engine.sglang.environment` appends this directory to
+the end of `sys.path`, so that an installed package takes precedence.
 """

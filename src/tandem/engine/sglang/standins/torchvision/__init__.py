@@ -1,6 +1,6 @@
-"""Stand-in for torchvision on machines that have none that fits their torch: names exist, no function works.
+"""Stand-in for torchvision where none that matches the installed torch exists: names exist, functions raise.
 
-SGLang and transformers import it for image models while their modules load; a language model on a CPU uses none of it.
+SGLang and transformers import it for image models while their modules load; a language model on a CPU does not use it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __version__ = "0.0.0+standin"
 
 
 class _Part(types.ModuleType):
-    """A submodule in which every class is empty and every function refuses."""
+    """A submodule in which every class is empty and every function raises NotImplementedError."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -26,13 +26,13 @@ class _Part(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         full = f"{self.__name__}.{name}"
-        value = type(name, (), {"__module__": self.__name__}) if name[0].isupper() else _refusal(full)
+        value = type(name, (), {"__module__": self.__name__}) if name[0].isupper() else _raiser(full)
         setattr(self, name, value)
         return value
 
 
 class _InterpolationMode:
-    """The names of torchvision's modes of scaling an image."""
+    """Names of torchvision's interpolation modes."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -43,7 +43,7 @@ class _InterpolationMode:
     HAMMING = "hamming"
 
 
-def _refusal(name: str) -> Any:
+def _raiser(name: str) -> Any:
     def refuse(*arguments: Any, **keywords: Any) -> Any:
         raise NotImplementedError(f"{name} cannot run: torchvision is not installed here")
 

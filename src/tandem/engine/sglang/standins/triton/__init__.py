@@ -1,7 +1,7 @@
-"""Stand-in for Triton on machines that have none: kernels can be defined and decorated, never launched.
+"""Stand-in for Triton where it is not installed: kernels can be defined and decorated, but not launched.
 
-SGLang imports Triton and decorates GPU kernels while its modules load. On the CPU path none of them runs, so any name
-exists here, any decorator returns what it decorates, and launching a kernel says what is the matter.
+SGLang imports Triton and decorates GPU kernels while its modules load. On a CPU none of them runs, so here every name
+exists, every decorator returns what it decorates, and launching a kernel raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __version__ = "3.9.0"
 
 
 class _Nothing(types.ModuleType):
-    """A module, an attribute and a decorator at once: whatever the importing code takes it for."""
+    """Works as a module, an attribute or a decorator, depending on how the importing code uses it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -42,7 +42,7 @@ class _Nothing(types.ModuleType):
 
 
 class _Kernel:
-    """What `jit` makes of a function: it keeps it, and refuses to launch it."""
+    """Result of `jit`: keeps the function, raises when launched."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.fn = function
@@ -57,7 +57,7 @@ class _Kernel:
 
 
 def _make(name: str) -> Any:
-    """Names that begin like classes become classes, so that they can be derived from and used in annotations."""
+    """Capitalised names become classes, so that they can be subclassed and used in annotations."""
     if name in sys.modules:
         return sys.modules[name]
     module, _, last = name.rpartition(".")
@@ -84,12 +84,12 @@ autotune = heuristics = _decorator
 
 
 def cdiv(a: int, b: int) -> int:
-    """Division, rounded up."""
+    """Division, rounding up."""
     return -(a // -b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not less than n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
@@ -98,11 +98,11 @@ class _Loader(importlib.abc.Loader):
         return _Nothing(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
+        """Do nothing."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds every submodule of this package, whatever its name."""
+    """Finds any submodule name of this package."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
