@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_registry.backends.consul.parsing import AnswerReader
+from tandem_registry.backends.consul.parsing import ResponseReader
 from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, change_between, observed_of
 from tandem_registry.view import Health, RemovalReason, View
 
@@ -74,7 +74,7 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     views = []
     for _ in range(2):
         read = sorted(data.draw(st.sets(st.integers(0, len(history) - 1))) | {len(history) - 1})
-        reader, held, observed = AnswerReader(), {}, ConsulSnapshot()
+        reader, held, observed = ResponseReader(), {}, ConsulSnapshot()
         at: dict[int, Any] = {}
         for index in read:
             after = observed_of(index, reader.entries(answer_of(history[index])))

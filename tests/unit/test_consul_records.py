@@ -12,8 +12,8 @@ from tandem_registry.backends.consul.records import (
     Replica,
     Unreadable,
     check_fits,
+    host_and_port,
     meta,
-    place,
     record_of,
     service_id,
     tags,
@@ -27,7 +27,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 
 
 def written(record: Record) -> Record:
-    return record_of(*place(record), meta(record))
+    return record_of(*host_and_port(record), meta(record))
 
 
 @given(
@@ -69,7 +69,7 @@ def test_an_entry_without_a_leg_contract_is_of_a_worker_that_speaks_the_first_on
     record = Record(member=make_worker(), lease_id="l", keeper="k")
     old = meta(record)
     assert old.pop("leg_contract") == str(LEG_CONTRACT)
-    read = record_of(*place(record), old).member
+    read = record_of(*host_and_port(record), old).member
     assert isinstance(read, Worker)
     assert read.leg_contract == 1
 
@@ -121,7 +121,7 @@ def test_what_was_changed_is_not_taken(key: str, value: str | None) -> None:
     else:
         changed[key] = value
     with pytest.raises(Unreadable):
-        record_of(*place(record), changed)
+        record_of(*host_and_port(record), changed)
 
 
 def test_what_consul_cannot_keep_is_refused_by_the_name_of_its_field() -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tandem_registry.backends.consul.records import Record, Replica, meta, place, service_id
+from tandem_registry.backends.consul.records import Record, Replica, host_and_port, meta, service_id
 from tandem_registry.backends.consul.snapshot import Entry
 from tandem_registry.view import Health
 
@@ -43,7 +43,7 @@ def registry_entry(replica_id: str, **more: Any) -> Entry:
 
 def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
     """As in the answer of /v1/health/service."""
-    host, port = place(entry.record)
+    host, port = host_and_port(entry.record)
     status = "critical" if entry.health is Health.CRITICAL else "passing"
     words = "connection refused" if status == "critical" else ""
     own = {"ServiceID": entry.service_id, "Status": status, "Output": words, "Notes": ""}
