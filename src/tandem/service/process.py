@@ -154,7 +154,7 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
             announce(announce_file, service.address, service.metrics_port)
         failure = await _wait_end(service, stop_asked)
         if failure is not None:
-            log.error("cannot go on: %s", failure)
+            log.error("cannot continue: %s", failure)
             return 1
         return 0 if await service.drain() else 1
     finally:
