@@ -233,7 +233,7 @@ async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> No
     )
     assert process.stderr is not None
     try:
-        while b"trying until it answers" not in await process.stderr.readline():
+        while b"retrying until it responds" not in await process.stderr.readline():
             pass
         listed = await calls.list_workers(cluster.registry.address, tls=client_tls(certs_of(cluster)))
         assert "stranger" not in {entry.worker.worker_id for entry in listed}
