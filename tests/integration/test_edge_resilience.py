@@ -210,7 +210,7 @@ async def test_an_edge_of_a_cluster_comes_back_after_it_was_asked_to_end(tmp_pat
         assert cluster.edge is not None
         cluster.edge.signal(signal.SIGTERM)
         assert await cluster.edge.wait_ended() == 0
-        assert " (" not in cluster.edge.epitaph()
+        assert " (" not in cluster.edge.exit_summary()
         await cluster.restart("edge")
         async with client_of(cluster.edge) as client:
             assert (await client.get("/v1/models")).status_code == 200
