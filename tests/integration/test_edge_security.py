@@ -334,7 +334,7 @@ async def ended(tmp_path: Path, *flags: str) -> tuple[int | None, str]:
         (["--host", "edge.example"], 2, "host: must be an IP address"),
         (["--tls-cert", "x"], 2, "tls_key: must be given with tls_cert"),
         (["--api-keys", "nowhere"], 2, "api_keys: nowhere cannot be read"),
-        (["--envoy", "/nowhere/envoy"], 1, "envoy: /nowhere/envoy is not a program"),
+        (["--envoy", "/nowhere/envoy"], 1, "envoy: /nowhere/envoy is not an executable file"),
         (["--host", "192.0.2.1", "--insecure-open", "true"], 1, "cannot listen on 192.0.2.1:0"),
     ],
 )
