@@ -222,7 +222,9 @@ async def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
         async with running(tmp_path / "logs", engine="simulated", tls=tmp_path / "certs"):
             pass
     assert "decode-0 did not start: " in str(problem.value)
-    assert "decode-key.pem holds no private key without a password in PEM form, or is damaged" in str(problem.value)
+    assert "decode-key.pem is damaged, or contains no private key without a password in PEM format" in str(
+        problem.value
+    )
 
 
 async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> None:
