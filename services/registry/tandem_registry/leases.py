@@ -68,13 +68,13 @@ class Membership:
     def __init__(
         self,
         *,
-        keeper: str,
+        owner: str,
         ttl_s: float,
         clock: Clock,
         new_lease_id: Callable[[], str],
         on_change: Callable[[Change], None],
     ) -> None:
-        self.keeper = keeper
+        self.owner = owner
         """Id of the replica that owns this table's leases and numbers its revisions."""
         self.ttl_s = ttl_s
         self.revision = 0
@@ -202,10 +202,10 @@ class Membership:
         for _, lease in sorted(self._by_id.items()):
             age_s, member = now_s - lease.renewed_s, lease.member
             if isinstance(member, Frontend):
-                frontends.append(Listed(member, age_s, self.keeper))
+                frontends.append(Listed(member, age_s, self.owner))
             else:
-                workers.append(Listed(member, age_s, self.keeper))
-        return View(self.keeper, self.revision, tuple(workers), tuple(frontends))
+                workers.append(Listed(member, age_s, self.owner))
+        return View(self.owner, self.revision, tuple(workers), tuple(frontends))
 
     def next_expiry_s(self) -> float | None:
         """When to call `expire` next; None while there is no lease."""

@@ -56,7 +56,7 @@ class Listed(Generic[M]):
     member: M
     lease_age_s: float | None
     """Time since its last keep-alive; None: another replica owns the lease, or no keep-alive has arrived yet."""
-    keeper: str
+    owner: str
     """Id of the registry replica that owns its lease."""
     health: Health = Health.UNKNOWN
 

@@ -134,7 +134,7 @@ def listing(replica_id: str, origin: Origin, view: View, model: str | None) -> p
 
 def _lease(entry: Listed[Worker] | Listed[Frontend]) -> dict[str, Any]:
     age = None if entry.lease_age_s is None else duration(entry.lease_age_s)
-    return {"lease_age": age, "lease_keeper": entry.keeper, "health": HEALTHS[entry.health]}
+    return {"lease_age": age, "lease_keeper": entry.owner, "health": HEALTHS[entry.health]}
 
 
 def duration(seconds: float) -> duration_pb2.Duration:

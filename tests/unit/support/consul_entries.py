@@ -14,7 +14,7 @@ from tandem_registry.view import Health
 def make_entry(
     member: Any,
     *,
-    keeper: str = "one",
+    owner: str = "one",
     term: int = 1,
     node: str = "n",
     lease_id: str = "",
@@ -26,7 +26,7 @@ def make_entry(
     record = Record(
         member=member,
         lease_id="" if isinstance(member, Replica) else lease,
-        keeper=keeper,
+        owner=owner,
         term=term,
         is_gone=is_gone,
     )
@@ -38,7 +38,7 @@ def make_replica(replica_id: str, epoch: int = 1) -> Replica:
 
 
 def registry_entry(replica_id: str, **more: Any) -> Entry:
-    return make_entry(make_replica(replica_id), keeper=replica_id, **more)
+    return make_entry(make_replica(replica_id), owner=replica_id, **more)
 
 
 def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class MemoryBackend:
         self._clock = clock
         self._subscriptions = Subscriptions(pending_steps_max)
         self._membership = Membership(
-            keeper=self.replica_id,
+            owner=self.replica_id,
             ttl_s=ttl_s,
             clock=clock,
             new_lease_id=random_id,

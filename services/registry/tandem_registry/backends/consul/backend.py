@@ -278,7 +278,7 @@ class ConsulBackend:
             address=address,
             release=tandem.__version__,
         )
-        record = Record(member=replica, keeper=self.replica_id)
+        record = Record(member=replica, owner=self.replica_id)
         self._own_entry_id = service_id(self._settings.service, record)
         self._reconciler.want(self._own_entry_id, record)
 

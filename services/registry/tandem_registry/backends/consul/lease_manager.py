@@ -53,7 +53,7 @@ class LeaseManager:
         self.observed = ConsulSnapshot()
         """The last snapshot of Consul."""
         self.membership = Membership(
-            keeper=replica_id, ttl_s=ttl_s, clock=clock, new_lease_id=new_lease_id, on_change=self._write
+            owner=replica_id, ttl_s=ttl_s, clock=clock, new_lease_id=new_lease_id, on_change=self._write
         )
         self.reasons: dict[Start, RemovalReason] = {}
         """Removal reasons of incarnations whose leases this replica owned, until the view has been published."""
@@ -90,7 +90,7 @@ class LeaseManager:
         """Mark a worker as draining; adopts its lease where another replica owns it. Raises as `Membership.drain`."""
         entry = self.observed.winners.get((Worker.kind, worker_id))
         is_foreign = self.membership.lease_of(Worker.kind, worker_id) is None and entry is not None
-        if is_foreign and entry is not None and not entry.record.is_gone and entry.record.keeper != self.replica_id:
+        if is_foreign and entry is not None and not entry.record.is_gone and entry.record.owner != self.replica_id:
             actual = entry.record.member.epoch
             if actual != epoch:
                 problem = f"worker {worker_id} has restarted: its epoch is {actual}, not {epoch}"
@@ -145,9 +145,9 @@ class LeaseManager:
         own = self._own_entries()
         self._compare_all(own)
         self._remove_unwanted(own)
-        absent = {entry.record.keeper for entry in observed.entries} - observed.replicas - {self.replica_id}
+        absent = {entry.record.owner for entry in observed.entries} - observed.replicas - {self.replica_id}
         now_s = self._clock()
-        self._absent = {keeper: self._absent.get(keeper, now_s) for keeper in absent}
+        self._absent = {owner: self._absent.get(owner, now_s) for owner in absent}
 
     def adopt(self) -> list[Orphan]:
         """Adopt the leases of dead replicas, and return their entries that must be removed. Only the live replica with
@@ -156,16 +156,16 @@ class LeaseManager:
         A replica is dead when it was absent for a lease's time to live. Live members have reconnected elsewhere by
         then.
         """
-        dead = {keeper for keeper in self._absent if self._is_dead(keeper)}
+        dead = {owner for owner in self._absent if self._is_dead(owner)}
         if not dead or min(self.observed.replicas, default="") != self.replica_id:
             return []
         return self._adopt_orphan(dead)
 
-    def _is_dead(self, keeper: str) -> bool:
-        return self._clock() - self._absent.get(keeper, self._clock()) >= self.membership.ttl_s
+    def _is_dead(self, owner: str) -> bool:
+        return self._clock() - self._absent.get(owner, self._clock()) >= self.membership.ttl_s
 
     def _own_entries(self) -> dict[str, Entry]:
-        return {entry.service_id: entry for entry in self.observed.entries if entry.record.keeper == self.replica_id}
+        return {entry.service_id: entry for entry in self.observed.entries if entry.record.owner == self.replica_id}
 
     def _compare_all(self, own: dict[str, Entry]) -> None:
         self._is_incomplete = False
@@ -176,8 +176,8 @@ class LeaseManager:
         record = self._record(held)
         entry_id = service_id(self._service, record)
         winner = self.observed.winners.get(record.key)
-        if winner is not None and winner.record.keeper != self.replica_id and winner.record.rank > record.rank:
-            log.info("lease of %s %s was adopted by registry %s", *record.key, winner.record.keeper)
+        if winner is not None and winner.record.owner != self.replica_id and winner.record.rank > record.rank:
+            log.info("lease of %s %s was adopted by registry %s", *record.key, winner.record.owner)
             self.membership.give_up(held.lease_id)
             self._terms.pop(held.lease_id, None)
             if entry_id in own:
@@ -210,11 +210,11 @@ class LeaseManager:
         check for ever, because this process now listens at the address that is checked.
         """
         replicas = [entry for entry in self.observed.entries if isinstance(entry.record.member, Replica)]
-        addresses = {entry.record.member.address for entry in replicas if entry.record.keeper == self.replica_id}
+        addresses = {entry.record.member.address for entry in replicas if entry.record.owner == self.replica_id}
         return [
             Orphan(entry.node, entry.service_id, is_only_one=True)
             for entry in replicas
-            if entry.record.member.address in addresses and entry.record.keeper != self.replica_id
+            if entry.record.member.address in addresses and entry.record.owner != self.replica_id
         ]
 
     def _adopt_orphan(self, dead: set[str]) -> list[Orphan]:
@@ -222,7 +222,7 @@ class LeaseManager:
         names = [entry.service_id for entry in self.observed.entries]
         for entry in self.observed.entries:
             record = entry.record
-            if record.keeper not in dead or isinstance(record.member, Replica):
+            if record.owner not in dead or isinstance(record.member, Replica):
                 continue
             if self.observed.winners[record.key] is entry and not record.is_gone:
                 # Until its own entry is visible, Consul may show this replica the dead one's entry again.
@@ -234,7 +234,7 @@ class LeaseManager:
 
     def _adopt_lease(self, lease_id: str) -> bool:
         entry = self.observed.by_lease.get(lease_id)
-        if entry is None or entry.record.keeper == self.replica_id:
+        if entry is None or entry.record.owner == self.replica_id:
             # This replica has ended that lease itself, and Consul does not show it yet.
             return False
         self._adopt(entry, is_heard=True)
@@ -243,7 +243,7 @@ class LeaseManager:
     def _adopt(self, entry: Entry, *, is_heard: bool) -> None:
         record = entry.record
         assert not isinstance(record.member, Replica)
-        log.info("adopted the lease of %s %s from registry %s", *record.key, record.keeper)
+        log.info("adopted the lease of %s %s from registry %s", *record.key, record.owner)
         self._terms[record.lease_id] = record.term + 1
         self.membership.adopt(record.lease_id, record.member, is_heard=is_heard)
 
@@ -268,7 +268,7 @@ class LeaseManager:
         return Urgency.UNSEEN if entry.record.member == record.member else Urgency.SEEN
 
     def _end(self, member: Member, reason: RemovalReason) -> None:
-        entry_id = service_id(self._service, Record(member=member, keeper=self.replica_id))
+        entry_id = service_id(self._service, Record(member=member, owner=self.replica_id))
         record = self._reconciler.wanted(entry_id)
         if record is None:
             return
@@ -278,7 +278,7 @@ class LeaseManager:
         elif self._others(record.key):
             # Removing this entry would make an older one at another agent the winner again: write a tombstone instead.
             gone = Record(
-                member=member, lease_id=record.lease_id, keeper=self.replica_id, term=record.term + 1, is_gone=True
+                member=member, lease_id=record.lease_id, owner=self.replica_id, term=record.term + 1, is_gone=True
             )
             self._reconciler.want(entry_id, gone)
         else:
@@ -291,9 +291,9 @@ class LeaseManager:
         for entry in self.observed.winners.values():
             other = entry.record.member
             is_rival = entry.record.key == key or other.address == member.address
-            is_own = entry.record.keeper == self.replica_id
+            is_own = entry.record.owner == self.replica_id
             if is_rival and not is_own and not entry.record.is_gone and not isinstance(other, Replica):
-                is_kept = not self._is_dead(entry.record.keeper)
+                is_kept = not self._is_dead(entry.record.owner)
                 found.append(Rival(other, self._is_alive(entry, is_kept=is_kept), is_kept))
         return found
 
@@ -309,7 +309,7 @@ class LeaseManager:
         return [
             entry
             for entry in self.observed.entries
-            if entry.record.key == key and entry.record.keeper != self.replica_id
+            if entry.record.key == key and entry.record.owner != self.replica_id
         ]
 
     def _passes(self, held: Held) -> bool:
@@ -323,6 +323,6 @@ class LeaseManager:
         return Record(
             member=held.member,
             lease_id=held.lease_id,
-            keeper=self.replica_id,
+            owner=self.replica_id,
             term=self._terms.get(held.lease_id, 1),
         )

@@ -56,8 +56,8 @@ class Record:
 
     member: Worker | Frontend | Replica
     lease_id: str = ""
-    keeper: str
-    """Id of the replica that owns the lease and wrote the entry."""
+    owner: str
+    """Id of the replica that owns the lease and wrote the entry; key `keeper` in meta."""
     term: int = 1
     """Incremented each time another replica adopts the lease."""
     is_gone: bool = False
@@ -71,7 +71,7 @@ class Record:
     @property
     def rank(self) -> tuple[int, int, str]:
         """Of several entries of one member the highest wins: the newest incarnation, adopted last."""
-        return self.member.epoch, self.term, self.keeper
+        return self.member.epoch, self.term, self.owner
 
 
 def service_id(service: str, record: Record) -> str:
@@ -100,7 +100,7 @@ def meta(record: Record) -> dict[str, str]:
         "id": member.replica_id if isinstance(member, Replica) else member.member_id,
         "epoch": str(member.epoch),
         "release": member.release,
-        "keeper": record.keeper,
+        "keeper": record.owner,
         "term": str(record.term),
     }
     if not isinstance(member, Replica):
@@ -128,7 +128,7 @@ def check_fits(member: Worker | Frontend) -> None:
     Raises:
         InvalidRequest: names the field that is too long, as a path from the request.
     """
-    for key, value in meta(Record(member=member, keeper="")).items():
+    for key, value in meta(Record(member=member, owner="")).items():
         size_bytes = len(value.encode())
         if size_bytes > VALUE_BYTES_MAX:
             within = "capabilities." if key in field_names() and isinstance(member, Worker) else ""
@@ -151,14 +151,14 @@ def record_of(address: str, port: int, written: Mapping[str, str]) -> Record:
 
 
 def _record_of(address: str, written: Mapping[str, str]) -> Record:
-    kind, keeper, term = written["kind"], written["keeper"], int(written["term"])
+    kind, owner, term = written["kind"], written["keeper"], int(written["term"])
     common: dict[str, Any] = {
         "epoch": int(written["epoch"]),
         "address": address,
         "release": written.get("release", ""),
     }
     if kind == Replica.kind:
-        return Record(member=Replica(replica_id=written["id"], **common), keeper=keeper, term=term)
+        return Record(member=Replica(replica_id=written["id"], **common), owner=owner, term=term)
     is_gone = written["state"] == "gone"
     common["state"] = WorkerState.DRAINING if is_gone else WorkerState(written["state"])
     member: Worker | Frontend
@@ -168,7 +168,7 @@ def _record_of(address: str, written: Mapping[str, str]) -> Record:
         member = _worker_of(written, common)
     else:
         raise ValueError(f"unknown kind {kind!r} in its meta")
-    return Record(member=member, lease_id=written["lease_id"], keeper=keeper, term=term, is_gone=is_gone)
+    return Record(member=member, lease_id=written["lease_id"], owner=owner, term=term, is_gone=is_gone)
 
 
 def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:

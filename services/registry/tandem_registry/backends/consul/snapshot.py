@@ -54,9 +54,9 @@ class ConsulSnapshot:
             record, member = entry.record, entry.record.member
             age_s = ages_s.get(record.lease_id)
             if isinstance(member, Worker):
-                workers.append(Listed(member, age_s, record.keeper, entry.health))
+                workers.append(Listed(member, age_s, record.owner, entry.health))
             elif isinstance(member, Frontend):
-                frontends.append(Listed(member, age_s, record.keeper, entry.health))
+                frontends.append(Listed(member, age_s, record.owner, entry.health))
         return View(registry_id, self.index, tuple(workers), tuple(frontends))
 
 
