@@ -1,4 +1,4 @@
-"""Leases of dead registries: who takes them over keeps them, however often Consul shows the dead one's entry."""
+"""Adoption of a dead registry's leases: the new owner keeps them, also while Consul shows the dead one's entries."""
 
 from __future__ import annotations
 

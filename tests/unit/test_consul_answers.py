@@ -1,4 +1,4 @@
-"""Reading Consul's answers: what did not change is not read again, and nothing depends on how the JSON is laid out."""
+"""Parsing Consul's responses: unchanged instances are not parsed again, and the layout of the JSON does not matter."""
 
 from __future__ import annotations
 

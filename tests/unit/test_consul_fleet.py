@@ -1,4 +1,4 @@
-"""What entries of Consul mean: a function of the answer alone, whatever its order and whoever asks."""
+"""Snapshots of Consul: a pure function of the entries, whatever their order and the replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following Consul's indexes: generations, indexes that go backwards, answers that are suddenly empty, outages."""
+"""Blocking queries to Consul: generations, indexes that go backwards, suddenly empty responses, outages."""
 
 from __future__ import annotations
 

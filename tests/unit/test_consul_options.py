@@ -1,4 +1,4 @@
-"""What options of `tandem up` say of Consul: an address that may be left out, files, and a token that is not shown."""
+"""Consul options of `tandem up`: an optional address, files, and a token that is never printed."""
 
 from __future__ import annotations
 

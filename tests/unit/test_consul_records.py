@@ -1,4 +1,4 @@
-"""What is written to Consul holds a member whole; what was changed there is not taken."""
+"""Consul records round-trip a whole member; altered entries are rejected."""
 
 from __future__ import annotations
 

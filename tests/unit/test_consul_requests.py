@@ -1,4 +1,4 @@
-"""What is asked of Consul in which form, as an agent sees it."""
+"""The registry's requests to Consul, as an agent receives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of Consul: each mistake is found at the start, under its name, and tokens are not shown."""
+"""Consul settings: each error is raised at the start and names its setting; tokens are never printed."""
 
 from __future__ import annotations
 

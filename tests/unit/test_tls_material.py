@@ -1,4 +1,4 @@
-"""The files of a process: what is said of damaged ones, and how changed ones are taken over while it runs."""
+"""TLS files of a process: errors for damaged ones, and the reload of changed ones."""
 
 from __future__ import annotations
 
