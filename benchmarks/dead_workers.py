@@ -173,7 +173,7 @@ async def measure(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    process.allow_many()
+    process.raise_file_limit()
     asyncio.run(measure(parser.parse_args().rounds))
 
 

@@ -93,7 +93,7 @@ class Bench:
 
     def __init__(self, logs: Path, run: Path) -> None:
         self.logs, self.run = logs, run
-        self.consul = ConsulAgent(find_consul(tell=print), logs, AgentSpec(in_memory=True))
+        self.consul = ConsulAgent(find_consul(report=print), logs, AgentSpec(in_memory=True))
         self.port = AgentPorts.draw().server
         kept = {"backend": "consul", "consul-address": self.consul.access.address.removeprefix("http://")}
         self.registry = ClusterProcess("registry", "registry", {"port": "0", "lease-ttl-s": str(LEASE_S), **kept}, logs)

@@ -65,19 +65,19 @@ def no_thread_is_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def consul_binary() -> Path:
     """Consul's binary, fetched when there is none. Where it cannot be had a test is skipped; in CI it fails."""
-    return _had(lambda: find_consul(tell=print))
+    return _had(lambda: find_consul(report=print))
 
 
 @pytest.fixture(scope="session")
 def prometheus_binary() -> Path:
     """Prometheus's, in the same way."""
-    return _had(lambda: find_program(PROMETHEUS, tell=print))
+    return _had(lambda: find_program(PROMETHEUS, report=print))
 
 
 @pytest.fixture(scope="session")
 def promtool() -> Path:
     """The tool that comes with it."""
-    return _had(lambda: find_program(PROMTOOL, tell=print))
+    return _had(lambda: find_program(PROMTOOL, report=print))
 
 
 def _had(find: Callable[[], Path]) -> Path:

@@ -16,7 +16,7 @@ from tandem.local_cluster.consul_binary import find_consul
 
 def main() -> int:
     try:
-        print(find_consul(tell=lambda line: print(line, file=sys.stderr)))
+        print(find_consul(report=lambda line: print(line, file=sys.stderr)))
     except StartError as problem:
         print(problem, file=sys.stderr)
         return 1

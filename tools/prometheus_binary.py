@@ -20,7 +20,7 @@ PROMETHEUS, PROMTOOL = (
 
 def main() -> int:
     try:
-        print(find_program(PROMETHEUS, tell=lambda line: print(line, file=sys.stderr)))
+        print(find_program(PROMETHEUS, report=lambda line: print(line, file=sys.stderr)))
     except StartError as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -208,7 +208,7 @@ def starts_before_consul(cluster: Cluster, tell: Tell) -> None:
     """Consul is not there at the start of a registry: one sentence, red, and green by itself when it comes."""
     cluster.compose("stop", "consul")
     cluster.compose("up", "--detach", "--no-deps", "--no-build", "--force-recreate", "registry-2")
-    cluster.wait_log("registry-2", "not serving until Consul answers, which is asked again and again")
+    cluster.wait_log("registry-2", "not ready: Consul is unreachable, retrying")
     cluster.wait_health("registry-2", "unhealthy")
     calls.generate(cluster.address)
     cluster.compose("start", "consul")

@@ -85,7 +85,7 @@ def _make_python(docker: Docker, name: str) -> None:
 
 def _make_consul(docker: Docker, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="tandem-consul-") as work:
-        shutil.copy(find_consul(tell=print), Path(work) / "consul")
+        shutil.copy(find_consul(report=print), Path(work) / "consul")
         (Path(work) / "Dockerfile").write_text(
             f"FROM {python_image()}\nLABEL tandem.standin=1\nCOPY consul /bin/consul\nRUN mkdir -p /consul/data\n"
         )

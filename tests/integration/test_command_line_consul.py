@@ -89,8 +89,8 @@ async def test_an_agent_of_its_own_serves_and_is_no_loss(state: Path) -> None:
         assert out.count("s ago") == 2
         await generated(state)
         consul.kill()
-        assert "starting it again in 1 s" in await line_with(up, "consul was killed by signal 9")
-        assert told["consul"].partition("://")[2] in await line_with(up, "consul serves again")
+        assert "restarting in 1 s" in await line_with(up, "consul was killed by signal 9")
+        assert told["consul"].partition("://")[2] in await line_with(up, "consul is ready again")
         await assert_eventually(
             lambda: sources(state), lambda found: found == {"VIEW_SOURCE_LIVE"}, within_s=60, what="a live view"
         )

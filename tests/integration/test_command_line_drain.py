@@ -53,7 +53,7 @@ async def test_a_rolling_restart_of_all_workers_loses_nothing(state: Path) -> No
                 assert (status, err) == (0, ""), err
                 assert out.splitlines()[-1] == f"{worker}: drained, epoch {before[worker]} is deregistered"
                 assert "0 open legs" in out
-                await line_with(up, f"{worker} serves again")
+                await line_with(up, f"{worker} is ready again")
         finally:
             for caller in callers:
                 caller.cancel()

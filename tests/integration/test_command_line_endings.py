@@ -155,7 +155,7 @@ async def test_a_worker_without_a_registry_ends_at_once(state: Path) -> None:
         stderr=asyncio.subprocess.PIPE,
     )
     assert process.stderr is not None
-    while b"trying until it answers" not in await process.stderr.readline():
+    while b"retrying until it responds" not in await process.stderr.readline():
         pass
     assert await took_s(process, process.terminate) < AT_ONCE_S
     assert process.returncode == 0

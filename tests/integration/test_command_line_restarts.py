@@ -42,10 +42,10 @@ async def test_a_dead_worker_is_told_and_started_again(state: Path) -> None:
         line = await line_with(up, "decode-0 was")
         said, _, rest = line.partition("; log: ")
         assert said == "decode-0 was killed by signal 9"
-        assert rest.endswith("; starting it again in 1 s")
+        assert rest.endswith("; restarting in 1 s")
         assert Path(rest.partition(";")[0]).resolve() == log.resolve()
         line = await line_with(up, "decode-0 serves")
-        assert re.fullmatch(r"decode-0 serves again at \S+ \(pid \d+\)", line)
+        assert re.fullmatch(r"decode-0 is ready again at \S+ \(pid \d+\)", line)
 
         async def answer() -> tuple[int | None, str, str]:
             return await run(*TANDEM, "generate", "x", "--max-tokens", "2", state=state)
@@ -61,7 +61,7 @@ async def test_registry_frontend_and_edge_come_back_where_they_were(state: Path)
         for module, key in (("tandem_registry", "registry"), ("tandem_frontend", "frontend"), ("tandem_edge", "http")):
             child_of(up, module).kill()
             await line_with(up, "was killed by signal 9")
-            assert f"serves again at {addresses[key]} " in await line_with(up, "serves again")
+            assert f"is ready again at {addresses[key]} " in await line_with(up, "is ready again")
         up.send_signal(signal.SIGINT)
         shown = await output_of(up)
         assert await up.wait() == 0, shown
@@ -73,7 +73,7 @@ async def test_the_cause_is_never_a_line_that_only_informs(tmp_path: Path) -> No
         process.signal(signal.SIGTERM)
         await process.wait_ended()
         assert '"level": "INFO"' in process.log.read_text()
-        assert process.epitaph() == f"decode-0 ended with status 0; log: {process.log}"
+        assert process.exit_summary() == f"decode-0 ended with status 0; log: {process.log}"
         with process.log.open("a") as log:
             log.write("2026-01-01 00:00:00,000 ERROR tandem.x the engine has died\n")
             log.write("2026-01-01 00:00:00,001 INFO tandem.x leaving\n")
@@ -83,7 +83,7 @@ async def test_the_cause_is_never_a_line_that_only_informs(tmp_path: Path) -> No
             log.write('{"time": "2026", "level": "INFO", "logger": "tandem.x", "message": "leaving"}\n')
         assert process.last_words() == 'no "memory"'
         # It is no cause of a clean end, however long ago it was.
-        assert process.epitaph() == f"decode-0 ended with status 0; log: {process.log}"
+        assert process.exit_summary() == f"decode-0 ended with status 0; log: {process.log}"
 
 
 async def test_it_goes_on_with_what_is_left_and_ends_when_nothing_can_serve(tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ async def test_it_goes_on_with_what_is_left_and_ends_when_nothing_can_serve(tmp_
                 lambda: lines[-1:], lambda last: words in str(last), within_s=STARTS_WITHIN_S, what=words
             )
 
-        await dies("decode-0", "decode-0 serves again")
-        await dies("decode-0", "given up after 1 restarts")
+        await dies("decode-0", "decode-0 is ready again")
+        await dies("decode-0", "giving up after 1 restarts")
         await assert_eventually(route, lambda found: found == "decode-1", within_s=20, what="an answer of decode-1")
         assert not restarts.done()
-        await dies("decode-1", "decode-1 serves again")
-        await dies("decode-1", "given up after 1 restarts")
+        await dies("decode-1", "decode-1 is ready again")
+        await dies("decode-1", "giving up after 1 restarts")
         async with asyncio.timeout(5):
             await restarts
 
@@ -132,7 +132,7 @@ raise SystemExit(asyncio.run(up(spec, Console(), RestartPolicy(count_max=0))))
     await wait_state(process, state, "serving")
     children = children_of(process)
     child_of(process, "tandem_decode").kill()
-    assert (await line_with(process, "decode-0 was killed by signal 9")).endswith("; given up after 0 restarts")
+    assert (await line_with(process, "decode-0 was killed by signal 9")).endswith("; giving up after 0 restarts")
     await line_with(process, "stopping: the cluster can no longer serve requests")
     assert await process.wait() == 1
     await gone(children, 1)

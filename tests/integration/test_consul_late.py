@@ -20,7 +20,7 @@ async def test_a_registry_is_healthy_only_once_consul_has_answered(consul_binary
         async with Site(consul).process(tmp_path) as registry:
             assert not await calls.is_serving(registry.address)
             [log] = tmp_path.glob("registry-*.log")
-            sentences = [line for line in log.read_text().splitlines() if "not serving until Consul answers" in line]
+            sentences = [line for line in log.read_text().splitlines() if "not ready: Consul is unreachable" in line]
             assert len(sentences) == 1
             assert consul.address in sentences[0]
 

@@ -213,7 +213,9 @@ async def test_a_foreign_or_changed_entry_is_ignored_with_one_line(
         await scene.consul.access.put("/v1/agent/service/register", body)
     await register_and_wait(scene)
     for name in ("foreign", "forged"):
-        lines = [record for record in caplog.records if record.getMessage().startswith(f"{name} at")]
+        lines = [
+            record for record in caplog.records if record.getMessage().startswith(f"ignored Consul entry {name} at")
+        ]
         assert len(lines) == len(scene.registries), "one line on each replica, however many answers hold it"
     scene.check_nothing_was_seen()
 

@@ -59,7 +59,7 @@ async def test_a_token_of_least_right_is_enough(consul: ConsulHost, tmp_path: Pa
 @pytest.mark.parametrize("token", ["", "99999999-2222-3333-4444-555555555555"], ids=["none", "unknown"])
 async def test_a_token_that_may_not_is_one_sentence_without_it(consul: ConsulHost, token: str) -> None:
     site = Site(consul, SERVICE, {"consul_token": token} if token else {})
-    with pytest.raises(StartError, match="refuses the token of this registry") as refusal:
+    with pytest.raises(StartError, match="rejected this registry's token") as refusal:
         async with site.registry():
             pass
     assert not token or token not in str(refusal.value)

@@ -184,7 +184,7 @@ async def test_an_edge_starts_before_its_registry_and_is_not_healthy_until_there
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     async with edge(tmp_path, registry=f"127.0.0.1:{port}") as process, client_of(process) as client:
-        assert "no registry has told of a frontend yet" in process.log.read_text()
+        assert "no frontends discovered yet" in process.log.read_text()
         assert (await client.get("/healthz")).status_code == 503
         assert (await detokenize(client)).status_code == 503
         async with (

@@ -152,7 +152,7 @@ async def test_an_edge_whose_envoy_dies_says_so_and_ends(tmp_path: Path) -> None
         (envoy,) = psutil.Process(process.pid).children()
         envoy.kill()
         assert await process.wait_ended() == 1
-        assert "cannot go on: Envoy ended with status -9" in process.log.read_text()
+        assert "cannot continue: Envoy exited with status -9" in process.log.read_text()
 
 
 async def test_a_reader_that_does_not_read_lets_a_frontend_run_ahead_by_little(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ async def test_an_edge_of_a_cluster_comes_back_after_it_was_asked_to_end(tmp_pat
         assert cluster.edge is not None
         cluster.edge.signal(signal.SIGTERM)
         assert await cluster.edge.wait_ended() == 0
-        assert " (" not in cluster.edge.epitaph()
+        assert " (" not in cluster.edge.exit_summary()
         await cluster.restart("edge")
         async with client_of(cluster.edge) as client:
             assert (await client.get("/v1/models")).status_code == 200

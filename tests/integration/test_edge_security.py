@@ -330,11 +330,11 @@ async def ended(tmp_path: Path, *flags: str) -> tuple[int | None, str]:
 @pytest.mark.parametrize(
     ("flags", "status", "sentence"),
     [
-        (["--host", "0.0.0.0"], 2, "api_keys: must be given to listen on 0.0.0.0, or set insecure_open"),
+        (["--host", "0.0.0.0"], 2, "api_keys: is required to listen on 0.0.0.0; or set insecure_open"),
         (["--host", "edge.example"], 2, "host: must be an IP address"),
         (["--tls-cert", "x"], 2, "tls_key: must be given with tls_cert"),
         (["--api-keys", "nowhere"], 2, "api_keys: nowhere cannot be read"),
-        (["--envoy", "/nowhere/envoy"], 1, "envoy: /nowhere/envoy is not a program"),
+        (["--envoy", "/nowhere/envoy"], 1, "envoy: /nowhere/envoy is not an executable file"),
         (["--host", "192.0.2.1", "--insecure-open", "true"], 1, "cannot listen on 192.0.2.1:0"),
     ],
 )
@@ -345,5 +345,5 @@ async def test_what_cannot_start_is_one_sentence(tmp_path: Path, flags: list[str
 
 
 async def test_an_open_edge_says_so(open_edge: ClusterProcess, keyed_edge: ClusterProcess) -> None:
-    assert "no API keys: everyone who reaches 127.0.0.1 may call" in open_edge.log.read_text()
+    assert "no API keys (api_keys): unauthenticated access on 127.0.0.1" in open_edge.log.read_text()
     assert "no API keys" not in keyed_edge.log.read_text()

@@ -63,11 +63,11 @@ async def test_it_shows_the_services_own_certificate(serving: bool, expected: tu
 async def test_nobody_there() -> None:
     status, said = await probe("frontend", {"TANDEM_FRONTEND_PORT": "1"})
     assert status == 1
-    assert said == "127.0.0.1:1 does not answer: [Errno 111] Connection refused"
+    assert said == "127.0.0.1:1 is unreachable: [Errno 111] Connection refused"
 
 
 async def test_the_port_is_asked_for() -> None:
-    assert await probe("frontend", {}) == (2, "TANDEM_FRONTEND_PORT is not the number of a port")
+    assert await probe("frontend", {}) == (2, "TANDEM_FRONTEND_PORT must be a port number")
 
 
 async def test_an_edge_is_asked_over_http(tmp_path: Path) -> None:

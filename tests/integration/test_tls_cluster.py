@@ -222,7 +222,9 @@ async def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
         async with running(tmp_path / "logs", engine="simulated", tls=tmp_path / "certs"):
             pass
     assert "decode-0 did not start: " in str(problem.value)
-    assert "decode-key.pem holds no private key without a password in PEM form, or is damaged" in str(problem.value)
+    assert "decode-key.pem is damaged, or contains no private key without a password in PEM format" in str(
+        problem.value
+    )
 
 
 async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> None:
@@ -233,7 +235,7 @@ async def test_a_process_in_plaintext_stays_outside(cluster: LocalCluster) -> No
     )
     assert process.stderr is not None
     try:
-        while b"trying until it answers" not in await process.stderr.readline():
+        while b"retrying until it responds" not in await process.stderr.readline():
             pass
         listed = await calls.list_workers(cluster.registry.address, tls=client_tls(certs_of(cluster)))
         assert "stranger" not in {entry.worker.worker_id for entry in listed}

@@ -93,7 +93,7 @@ async def test_a_second_process_with_the_name_of_a_live_one_ends(tmp_path: Path)
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, role_flags=flags) as cluster:
         async with under_load(cluster) as load, second_start(cluster, "decode-0", tmp_path) as second:
             assert await asyncio.wait_for(second.wait_ended(), 20) == 1
-            assert "another live process has this worker's place" in second.last_words()
+            assert "another live process has this worker's id or address" in second.last_words()
             assert f"at {cluster.process('decode-0').address}" in second.last_words()
             await load.wait_streams(10)
             assert not load.failures

@@ -1,4 +1,4 @@
-"""The forms in which a setting names registries, and which of them is called next."""
+"""Address formats of registries in settings, and the order in which they are called."""
 
 from __future__ import annotations
 

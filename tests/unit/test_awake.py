@@ -1,4 +1,4 @@
-"""Timers on the time in which the loop ran: its own lag is nobody's silence."""
+"""Timers on the time in which the loop ran: its own lag does not count as a peer's silence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds from a process's first moment on."""
+"""gRPC fork handlers are disabled before gRPC is imported."""
 
 from __future__ import annotations
 

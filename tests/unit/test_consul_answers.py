@@ -1,4 +1,4 @@
-"""Reading Consul's answers: what did not change is not read again, and nothing depends on how the JSON is laid out."""
+"""Parsing Consul's responses: unchanged instances are not parsed again, and the layout of the JSON does not matter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tandem_registry.backends.consul import parsing
-from tandem_registry.backends.consul.parsing import NEXT, AnswerReader
+from tandem_registry.backends.consul.parsing import NEXT, ResponseReader
 from tandem_registry.backends.consul.snapshot import observed_of
 from tandem_registry.view import Health
 
@@ -30,7 +30,7 @@ def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch
         return honest(address, port, written)
 
     monkeypatch.setattr(parsing, "record_of", counted)
-    reader = AnswerReader()
+    reader = ResponseReader()
     found = [make_entry(make_worker(name)) for name in "abc"]
     first = reader.entries(answer_of(found))
     assert reads == ["a", "b", "c"]
@@ -47,7 +47,7 @@ def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch
 
 
 def test_what_is_gone_is_forgotten() -> None:
-    reader = AnswerReader()
+    reader = ResponseReader()
     found = [make_entry(make_worker(name)) for name in "ab"]
     (first, _) = reader.entries(answer_of(found))
     assert reader.entries(answer_of(found[1:])) == found[1:]
@@ -59,7 +59,7 @@ def test_what_is_gone_is_forgotten() -> None:
 @pytest.mark.parametrize("layout", [{}, {"indent": 4}, {"separators": (",", ":"), "sort_keys": True}])
 def test_the_layout_of_the_json_means_nothing(layout: dict[str, Any]) -> None:
     answer = make_answer()
-    reader = AnswerReader()
+    reader = ResponseReader()
     expected = reader.entries(body_of(answer))
     assert len(expected) == 6
     assert reader.entries(json.dumps(answer, **layout).encode()) == expected
@@ -75,16 +75,16 @@ def test_no_text_of_an_entry_is_taken_for_the_end_of_it(text: str) -> None:
     answer[2]["Service"]["Meta"]["release"] = text
     for check in answer[1]["Checks"]:
         check["Output"] = text
-    expected = [entry for one in answer for entry in AnswerReader().entries(body_of([one]))]
+    expected = [entry for one in answer for entry in ResponseReader().entries(body_of([one]))]
     assert len(expected) == 4
     assert expected[2].record.member.release == text
-    assert AnswerReader().entries(body_of(answer)) == expected
+    assert ResponseReader().entries(body_of(answer)) == expected
 
 
 def test_an_entry_that_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     answer = make_answer(2)
     del answer[1]["Service"]["Meta"]["epoch"]
-    reader = AnswerReader()
+    reader = ResponseReader()
     for _ in range(3):
         assert len(reader.entries(body_of(answer))) == 2
     assert len(caplog.records) == 1
@@ -93,15 +93,15 @@ def test_an_entry_that_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("body", [b"[]", b"[]\n"])
 def test_nobody(body: bytes) -> None:
-    reader = AnswerReader()
+    reader = ResponseReader()
     reader.entries(body_of(make_answer()))
     assert reader.entries(body) == []
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[{}]", b"<html>", b'{"Node":1}', body_of(make_answer())[:-9] + b"}]"])
 def test_what_is_no_answer_of_consul_is_a_failure_of_consul(body: bytes) -> None:
-    with pytest.raises(ServiceError, match="cannot be read"):
-        AnswerReader().entries(body)
+    with pytest.raises(ServiceError, match="could not parse"):
+        ResponseReader().entries(body)
 
 
 def test_a_check_that_an_agent_has_not_made_yet_says_nothing() -> None:
@@ -116,4 +116,4 @@ def test_a_check_that_an_agent_has_not_made_yet_says_nothing() -> None:
 
 
 def _workers(answer: dict[str, Any]) -> int:
-    return len(observed_of(1, AnswerReader().entries(body_of([answer]))).view("g").workers)
+    return len(observed_of(1, ResponseReader().entries(body_of([answer]))).view("g").workers)

@@ -114,7 +114,7 @@ def test_one_of_several_fetches_and_says_so(tmp_path: Path, monkeypatch: pytest.
     assert found == {tmp_path / consul_binary.NAME / "usr" / "bin" / consul_binary.NAME}
     assert asked == [(consul_binary.NAME, "bullseye")]
     assert len(told) == 1
-    assert "fetching" in told[0]
+    assert "downloading" in told[0]
 
 
 @pytest.mark.usefixtures("no_consul_on_path")
@@ -125,7 +125,7 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(debian_package, "unpack", unpack)
     with pytest.raises(StartError) as refused:
         consul_binary.find_consul(tmp_path)
-    expected = "Consul is not on PATH, and cannot be fetched: there is no network; put consul on PATH"
+    expected = "Consul is not on PATH, and the download failed: there is no network; put consul on PATH"
     assert str(refused.value) == expected
 
 
@@ -169,6 +169,6 @@ def test_what_nobody_signed_is_refused_and_nothing_is_left(tmp_path: Path) -> No
 @needs_apt
 def test_a_mirror_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
     etc = an_etc(tmp_path, lines="deb http://127.0.0.1:1/debian bookworm main\n")
-    with pytest.raises(StartError, match="mirror that this machine's apt configuration names") as refused:
+    with pytest.raises(StartError, match="mirror in this machine's apt configuration") as refused:
         debian_package.unpack("consul", "bullseye", tmp_path / "target", etc)
     assert "\n" not in str(refused.value)

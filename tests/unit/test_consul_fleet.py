@@ -1,4 +1,4 @@
-"""What entries of Consul mean: a function of the answer alone, whatever its order and whoever asks."""
+"""Snapshots of Consul: a pure function of the entries, whatever their order and the replica."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_registry.backends.consul.parsing import AnswerReader
+from tandem_registry.backends.consul.parsing import ResponseReader
 from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, change_between, observed_of
 from tandem_registry.view import Health, RemovalReason, View
 
@@ -27,7 +27,7 @@ def entries(draw: st.DrawFn) -> list[Entry]:
         member = replace(member, state=draw(st.sampled_from(WorkerState)))
         entry = make_entry(
             member,
-            keeper=draw(st.sampled_from(["one", "two"])),
+            owner=draw(st.sampled_from(["one", "two"])),
             term=draw(st.integers(1, 3)),
             node=draw(st.sampled_from(["n", "m"])),
             health=draw(st.sampled_from(Health)),
@@ -74,7 +74,7 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     views = []
     for _ in range(2):
         read = sorted(data.draw(st.sets(st.integers(0, len(history) - 1))) | {len(history) - 1})
-        reader, held, observed = AnswerReader(), {}, ConsulSnapshot()
+        reader, held, observed = ResponseReader(), {}, ConsulSnapshot()
         at: dict[int, Any] = {}
         for index in read:
             after = observed_of(index, reader.entries(answer_of(history[index])))
@@ -104,13 +104,13 @@ def test_of_two_names_at_one_address_the_one_that_started_last_counts() -> None:
 
 
 def test_a_lease_that_was_taken_over_counts_from_its_new_keeper() -> None:
-    found = [make_entry(make_worker()), make_entry(make_worker(), keeper="two", term=2, node="m")]
+    found = [make_entry(make_worker()), make_entry(make_worker(), owner="two", term=2, node="m")]
     (entry,) = observed_of(1, found).view("g").workers
-    assert entry.keeper == "two"
+    assert entry.owner == "two"
 
 
 def test_an_end_outweighs_what_another_agent_still_lists() -> None:
-    found = [make_entry(make_worker()), make_entry(make_worker(), keeper="two", term=2, node="m", is_gone=True)]
+    found = [make_entry(make_worker()), make_entry(make_worker(), owner="two", term=2, node="m", is_gone=True)]
     observed = observed_of(1, found)
     assert ids(observed.view("g")) == []
     assert not observed.by_lease
@@ -141,8 +141,8 @@ def test_a_worker_outlives_the_agent_it_was_entered_at() -> None:
 
 def test_a_registry_that_was_restarted_is_one_registry() -> None:
     found = [
-        make_entry(replace(make_replica("old"), address="h:7"), keeper="old"),
-        make_entry(replace(make_replica("new", 2), address="h:7"), keeper="new"),
+        make_entry(replace(make_replica("old"), address="h:7"), owner="old"),
+        make_entry(replace(make_replica("new", 2), address="h:7"), owner="new"),
     ]
     assert observed_of(1, found).replicas == {"new"}
 

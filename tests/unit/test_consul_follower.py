@@ -1,4 +1,4 @@
-"""Following Consul's indexes: generations, indexes that go backwards, answers that are suddenly empty, outages."""
+"""Blocking queries to Consul: generations, indexes that go backwards, suddenly empty responses, outages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tandem_registry.backends.consul import blocking_query
 from tandem_registry.backends.consul.blocking_query import BlockingQuery
-from tandem_registry.backends.consul.client import Answer, Generation
+from tandem_registry.backends.consul.client import Generation, HealthResponse
 from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 
 from tandem.clock import monotonic
@@ -45,14 +45,16 @@ class PlayedConsul:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def health(self, after: Answer | None = None, wait_s: float = 0.0, *, is_consistent: bool = False) -> Answer:
+    async def health(
+        self, after: HealthResponse | None = None, wait_s: float = 0.0, *, is_consistent: bool = False
+    ) -> HealthResponse:
         self.consistent_reads += is_consistent
         if after is not None and wait_s and after.index == self.index and not self.is_cut:
             await self._changed.wait()
         if self.is_cut:
             raise ServiceError("cut")
         known = None if after is None else after.index
-        return Answer(self.index, None if self.index == known else answer_of(self.entries))
+        return HealthResponse(self.index, None if self.index == known else answer_of(self.entries))
 
     async def generation(self) -> Generation | None:
         if self.is_cut:
@@ -131,9 +133,9 @@ async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothi
     async with following(consul) as told:
         honest = consul.health
 
-        async def deposed(*args: Any, is_consistent: bool = False, **more: Any) -> Answer:
+        async def deposed(*args: Any, is_consistent: bool = False, **more: Any) -> HealthResponse:
             answer = await honest(*args, is_consistent=is_consistent, **more)
-            return answer if is_consistent else Answer(3, b"[]")
+            return answer if is_consistent else HealthResponse(3, b"[]")
 
         consul.health = deposed  # type: ignore[method-assign]
         consul.change(11, *consul.entries)
@@ -180,9 +182,9 @@ async def test_an_answer_that_cannot_be_read_is_an_outage() -> None:
     async with following(consul) as told:
         honest = consul.health
 
-        async def garbled(*args: Any, is_consistent: bool = False, **more: Any) -> Answer:
+        async def garbled(*args: Any, is_consistent: bool = False, **more: Any) -> HealthResponse:
             answer = await honest(*args, is_consistent=is_consistent, **more)
-            return answer if is_consistent else Answer(answer.index, b"<html>")
+            return answer if is_consistent else HealthResponse(answer.index, b"<html>")
 
         consul.health = garbled  # type: ignore[method-assign]
         consul.change(11, *consul.entries)

@@ -115,7 +115,7 @@ def test_a_local_agent_starts_first_with_the_tls_of_the_cluster(tmp_path: Path) 
 @pytest.mark.parametrize("content", ["", " \n", "two words", "\x00", "naïve"])
 def test_a_file_without_a_token_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "token").write_text(content)
-    with pytest.raises(StartError, match="token holds no token"):
+    with pytest.raises(StartError, match="token contains no valid token"):
         read_token_file(tmp_path / "token")
 
 
@@ -123,7 +123,7 @@ async def test_an_unreachable_agent_is_rejected_before_anything_starts(tmp_path:
     from rich.console import Console
 
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(address="127.0.0.1:1"))
-    with pytest.raises(StartError, match=r"Consul at 127\.0\.0\.1:1 does not answer: Connection refused"):
+    with pytest.raises(StartError, match=r"Consul at 127\.0\.0\.1:1 is unreachable: Connection refused"):
         await check_consul(spec, Console())
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(address="a:1", token_file=tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"consul_token_file: .*none cannot be read"):

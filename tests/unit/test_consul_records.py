@@ -1,4 +1,4 @@
-"""What is written to Consul holds a member whole; what was changed there is not taken."""
+"""Consul records round-trip a whole member; altered entries are rejected."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tandem_registry.backends.consul.records import (
     Replica,
     Unreadable,
     check_fits,
+    host_and_port,
     meta,
-    place,
     record_of,
     service_id,
     tags,
@@ -27,7 +27,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 
 
 def written(record: Record) -> Record:
-    return record_of(*place(record), meta(record))
+    return record_of(*host_and_port(record), meta(record))
 
 
 @given(
@@ -58,7 +58,7 @@ def test_a_worker_comes_back_whole(
         worker = replace(worker, bootstrap_host="h", bootstrap_port=9)
     if has_digest:
         worker = replace(worker, capabilities_digest=capabilities_digest(worker.capabilities))
-    record = Record(member=worker, lease_id="l", keeper="k", term=3)
+    record = Record(member=worker, lease_id="l", owner="k", term=3)
     assert written(record) == record
     assert len(meta(record)) <= 64
     assert tags(record) == [role.value]
@@ -66,30 +66,30 @@ def test_a_worker_comes_back_whole(
 
 def test_an_entry_without_a_leg_contract_is_of_a_worker_that_speaks_the_first_one() -> None:
     """As registries wrote them before there was a second one."""
-    record = Record(member=make_worker(), lease_id="l", keeper="k")
+    record = Record(member=make_worker(), lease_id="l", owner="k")
     old = meta(record)
     assert old.pop("leg_contract") == str(LEG_CONTRACT)
-    read = record_of(*place(record), old).member
+    read = record_of(*host_and_port(record), old).member
     assert isinstance(read, Worker)
     assert read.leg_contract == 1
 
 
 def test_frontends_and_registries_come_back_whole() -> None:
-    frontend = Record(member=make_frontend(), lease_id="l", keeper="k")
+    frontend = Record(member=make_frontend(), lease_id="l", owner="k")
     assert written(frontend) == frontend
-    replica = Record(member=Replica(replica_id="r", epoch=3, address="h:1", release="1"), keeper="r")
+    replica = Record(member=Replica(replica_id="r", epoch=3, address="h:1", release="1"), owner="r")
     assert written(replica) == replica
 
 
 def test_an_entry_that_says_that_its_member_is_gone() -> None:
-    gone = written(Record(member=make_worker(), lease_id="l", keeper="k", is_gone=True))
+    gone = written(Record(member=make_worker(), lease_id="l", owner="k", is_gone=True))
     assert gone.is_gone
     assert gone.key == ("worker", "decode-0")
 
 
 def test_starts_of_a_member_never_share_a_name() -> None:
     names = {
-        service_id("tandem", Record(member=member, keeper="k"))
+        service_id("tandem", Record(member=member, owner="k"))
         for member in (make_worker("a"), make_worker("a", 2), make_frontend("a"), make_frontend("a", 2))
     }
     assert len(names) == 4
@@ -114,14 +114,14 @@ def test_starts_of_a_member_never_share_a_name() -> None:
 def test_what_was_changed_is_not_taken(key: str, value: str | None) -> None:
     worker = make_worker()
     worker = replace(worker, capabilities_digest=capabilities_digest(worker.capabilities))
-    record = Record(member=worker, lease_id="l", keeper="k")
+    record = Record(member=worker, lease_id="l", owner="k")
     changed = meta(record)
     if value is None:
         del changed[key]
     else:
         changed[key] = value
     with pytest.raises(Unreadable):
-        record_of(*place(record), changed)
+        record_of(*host_and_port(record), changed)
 
 
 def test_what_consul_cannot_keep_is_refused_by_the_name_of_its_field() -> None:

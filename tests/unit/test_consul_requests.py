@@ -1,4 +1,4 @@
-"""What is asked of Consul in which form, as an agent sees it."""
+"""The registry's requests to Consul, as an agent receives them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
-from tandem_registry.backends.consul.client import Answer, ConsulClient
+from tandem_registry.backends.consul.client import ConsulClient, HealthResponse
 from tandem_registry.backends.consul.settings import ConsulSettings
 
 
@@ -36,9 +36,9 @@ async def test_the_service_is_asked_for_uncompressed_and_handed_on_unread() -> N
     """To compress megabytes takes a near agent longer than to send them."""
     body = b"x" * 3_000_000
     async with asked(body) as (client, requests):
-        assert await client.health() == Answer(7, body)
-        assert await client.health(Answer(6, None), 0.5) == Answer(7, body)
-        assert await client.health(Answer(7, None), 0.5) == Answer(7, None)
+        assert await client.health() == HealthResponse(7, body)
+        assert await client.health(HealthResponse(6, None), 0.5) == HealthResponse(7, body)
+        assert await client.health(HealthResponse(7, None), 0.5) == HealthResponse(7, None)
     assert {request.headers["Accept-Encoding"] for request in requests} == {"identity"}
     assert dict(requests[1].query) == {"index": "6", "wait": "500ms"}
 

@@ -1,4 +1,4 @@
-"""Settings of Consul: each mistake is found at the start, under its name, and tokens are not shown."""
+"""Consul settings: each error is raised at the start and names its setting; tokens are never printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tandem.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("address", "place"),
+    ("address", "endpoint"),
     [
         ("127.0.0.1:8500", ("http", "127.0.0.1", 8500)),
         ("consul", ("http", "consul", 8500)),
@@ -24,8 +24,8 @@ from tandem.errors import ConfigError
         ("https://[::1]:9", ("https", "[::1]", 9)),
     ],
 )
-def test_addresses(address: str, place: tuple[str, str, int]) -> None:
-    assert ConsulSettings(address=address).place() == place
+def test_addresses(address: str, endpoint: tuple[str, str, int]) -> None:
+    assert ConsulSettings(address=address).endpoint() == endpoint
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_addresses(address: str, place: tuple[str, str, int]) -> None:
 )
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(ConfigError) as wrong:
-        ConsulSettings(address=address).place()
+        ConsulSettings(address=address).endpoint()
     assert wrong.value.key == "consul_address"
     assert "word" not in str(wrong.value)
 

@@ -1,4 +1,4 @@
-"""From the registry's list to endpoints: places, names, and what is kept when a name or a file cannot be had."""
+"""From the registry's list to endpoints: addresses, names, and what is kept when a lookup or a write fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tandem_edge.discovery import endpoints_of
-from tandem_edge.dns import Names, ask_system
+from tandem_edge.dns import Names, resolve_by_system
 from tandem_edge.endpoints import Endpoint, replace
 
 from tandem.domain.frontend import Frontend
@@ -59,7 +59,7 @@ async def test_the_last_answer_for_a_name_is_kept() -> None:
 
 
 async def test_the_system_is_asked_for_ipv4_first() -> None:
-    assert await ask_system("localhost") == ("127.0.0.1",)
+    assert await resolve_by_system("localhost") == ("127.0.0.1",)
 
 
 def test_a_file_is_replaced_by_a_rename_and_stays_private(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The edge's configuration: no value can become structure, and what must be in it is."""
+"""The edge's configuration: no value can become YAML structure, and the required parts are there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment
 from tandem_edge.keys import ApiKey
-from tandem_edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Places, quoted, render
+from tandem_edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
 
-PLACES = Places(directory=Path("/run/edge"))
+FILES = Files(directory=Path("/run/edge"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 HOSTILE = "a\"}]\n- evil: {{ config }}\n#\\ \x85\u2028\x7f 🙂 ' & <b> %ENVIRONMENT(HOME)%"
 
@@ -29,7 +29,7 @@ def loaded(text: str | bytes) -> Any:
 
 def rendered(keys: tuple[ApiKey, ...] = (), **settings: Any) -> dict[str, Any]:
     config = EdgeConfig(**{"frontends": "127.0.0.1:1", **settings})
-    return loaded(render(config, keys, PLACES)[PLACES.config])
+    return loaded(render(config, keys, FILES)[FILES.config])
 
 
 def found(tree: Any, key: str) -> list[Any]:
@@ -62,12 +62,12 @@ def test_every_value_reads_back_as_itself(value: Any) -> None:
 def test_no_path_breaks_out_of_its_place(name: str) -> None:
     plain = rendered(tls_cert="c", tls_key="k")
     config = EdgeConfig(frontends="127.0.0.1:1", tls_cert=f"/tls/{name}", tls_key="/k")
-    places = Places(directory=Path("/run") / name)
-    files = render(config, (), places)
-    (secret,) = loaded(files[places.secret("listener")])["resources"]
+    files = Files(directory=Path("/run") / name)
+    contents = render(config, (), files)
+    (secret,) = loaded(contents[files.secret("listener")])["resources"]
     assert secret["tls_certificate"]["certificate_chain"] == {"filename": str(Path(f"/tls/{name}"))}
-    tree = loaded(files[places.config])
-    assert found(tree, "proto_descriptor") == [str(places.descriptors)]
+    tree = loaded(contents[files.config])
+    assert found(tree, "proto_descriptor") == [str(files.descriptors)]
     assert _shape(tree) == _shape(plain)
 
 
@@ -86,7 +86,7 @@ def test_a_key_cannot_become_structure() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_json_cannot_say_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="no form in JSON"):
+    with pytest.raises(ValueError, match="cannot be represented in JSON"):
         quoted(value)
 
 
@@ -128,7 +128,7 @@ def test_names_and_addresses_of_frontends() -> None:
         ("frontend.example", 3),
     ]
     config = EdgeConfig(frontends="10.0.0.1:1,[::1]:2,frontend.example:3", upstream_tls_ca="/ca")
-    (ca,) = loaded(render(config, (), PLACES)[PLACES.secret("frontends_ca")])["resources"]
+    (ca,) = loaded(render(config, (), FILES)[FILES.secret("frontends_ca")])["resources"]
     assert ca["validation_context"]["match_typed_subject_alt_names"] == [
         {"san_type": "IP_ADDRESS", "matcher": {"exact": "10.0.0.1"}},
         {"san_type": "IP_ADDRESS", "matcher": {"exact": "::1"}},
@@ -137,7 +137,7 @@ def test_names_and_addresses_of_frontends() -> None:
 
 
 def frontends_cluster(**settings: Any) -> dict[str, Any]:
-    (cluster,) = loaded(render(EdgeConfig(**settings), (), PLACES)[PLACES.config])["static_resources"]["clusters"]
+    (cluster,) = loaded(render(EdgeConfig(**settings), (), FILES)[FILES.config])["static_resources"]["clusters"]
     return cluster
 
 
@@ -159,25 +159,25 @@ def test_names_are_looked_up_where_the_settings_say() -> None:
 
 def test_frontends_of_a_registry_are_in_a_file_that_envoy_watches() -> None:
     config = EdgeConfig(registry="127.0.0.1:7400", upstream_tls_ca="/ca")
-    files = render(config, (), PLACES, (Endpoint("10.0.0.1", 1), Endpoint("::1", 2, is_draining=True)))
+    files = render(config, (), FILES, (Endpoint("10.0.0.1", 1), Endpoint("::1", 2, is_draining=True)))
     cluster = frontends_cluster(registry="127.0.0.1:7400")
     assert cluster["type"] == "EDS"
     assert "load_assignment" not in cluster
     source = cluster["eds_cluster_config"]["eds_config"]["path_config_source"]
-    assert source == {"path": str(PLACES.endpoints)}
-    (told,) = json.loads(files[PLACES.endpoints])["resources"]
-    assert told["cluster_name"] == cluster["name"]
-    assert [entry.get("health_status") for entry in found(told, "lb_endpoints")[0]] == [None, "DRAINING"]
-    (ca,) = loaded(files[PLACES.secret("frontends_ca")])["resources"]
+    assert source == {"path": str(FILES.endpoints)}
+    (assignment,) = json.loads(files[FILES.endpoints])["resources"]
+    assert assignment["cluster_name"] == cluster["name"]
+    assert [entry.get("health_status") for entry in found(assignment, "lb_endpoints")[0]] == [None, "DRAINING"]
+    (ca,) = loaded(files[FILES.secret("frontends_ca")])["resources"]
     names = ca["validation_context"]["match_typed_subject_alt_names"]
     assert names == [{"san_type": "DNS", "matcher": {"exact": "frontend"}}]
 
 
 def test_nobody_is_marked_where_everybody_drains() -> None:
-    told = json.loads(
+    resource = json.loads(
         assignment((Endpoint("10.0.0.1", 1, is_draining=True), Endpoint("10.0.0.2", 1, is_draining=True)))
     )
-    assert not found(told, "health_status")
+    assert not found(resource, "health_status")
     assert found(json.loads(assignment(())), "lb_endpoints") == [[]]
 
 

@@ -1,4 +1,4 @@
-"""What the edge refuses to start with, and how it reads the keys of clients."""
+"""Settings that the edge rejects at start, and the file of API keys."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "has no key"),
-        ("# nobody\n", "has no key"),
+        ("", "contains no keys"),
+        ("# a comment\n", "contains no keys"),
         (SECRET, "line 1 of"),
         (f"a b: {SECRET}", "line 1 of"),
         (f"a: {SECRET}\nb: short", "line 2 of"),
         (f"a: {SECRET} {SECRET}", "line 1 of"),
-        (f"a: {SECRET}\nb: {SECRET}", "has the key of a again"),
+        (f"a: {SECRET}\nb: {SECRET}", "repeats the key of a"),
         (f"a: {SECRET}é", "line 1 of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What several processes of a frontend share, and how their answers become one: limits, metrics, figures, sockets."""
+"""What the processes of a frontend share, and how their responses are merged: limits, metrics, statistics, sockets."""
 
 from __future__ import annotations
 

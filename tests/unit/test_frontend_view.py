@@ -1,4 +1,4 @@
-"""What a watcher believes of the registry's lists of frontends, and what it keeps in spite of them."""
+"""A watcher's view of the frontends, and which of them it keeps although a list lacks them."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Scene:
         self.changes: list[Change] = []
         lease_ids = itertools.count(1)
         self.membership = Membership(
-            keeper="r",
+            owner="r",
             ttl_s=TTL_S,
             clock=self.clock,
             new_lease_id=lambda: f"lease-{next(lease_ids)}",
@@ -207,7 +207,7 @@ def test_a_frontend_holds_a_lease_like_a_worker(scene: Scene) -> None:
     scene.clock.advance(3)
     scene.membership.keep_alive(grant.lease_id, WorkerState.DRAINING)
     (entry,) = scene.membership.view().frontends
-    assert (entry.member.state, entry.lease_age_s, entry.keeper) == (WorkerState.DRAINING, 0, "r")
+    assert (entry.member.state, entry.lease_age_s, entry.owner) == (WorkerState.DRAINING, 0, "r")
     scene.clock.advance(2)
     assert scene.ids() == [], "each lease has its own time"
     assert len(scene.membership.view().frontends) == 1

@@ -40,7 +40,7 @@ class MembershipMachine(RuleBasedStateMachine):
         self.changes: list[Change] = []
         self.lease_ids = (f"lease-{number}" for number in itertools.count())
         self.membership = Membership(
-            keeper="r",
+            owner="r",
             ttl_s=TTL_S,
             clock=self.clock,
             new_lease_id=self.lease_ids.__next__,

@@ -1,4 +1,4 @@
-"""What a starting process says when it cannot tell where it serves, and what it keeps from the garbage collector."""
+"""Start of a process: an announce file that cannot be written, and objects frozen for the garbage collector."""
 
 from __future__ import annotations
 

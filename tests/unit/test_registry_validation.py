@@ -1,4 +1,4 @@
-"""What a worker says about itself: each rule names its field."""
+"""Validation of registrations: each error names its field."""
 
 from __future__ import annotations
 

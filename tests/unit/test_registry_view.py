@@ -1,4 +1,4 @@
-"""What a watcher believes when registries come and go."""
+"""A watcher's view of the workers while registries stop and start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a process is started again, on a clock that stands still."""
+"""Restart limits and delays, on a manual clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tandem certs`: what the certificates say, what strict verifiers say of them, renewal, and refusals."""
+"""`tandem certs`: contents of the certificates, strict verification, renewal, and rejected input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a process: what is said of damaged ones, and how changed ones are taken over while it runs."""
+"""TLS files of a process: errors for damaged ones, and the reload of changed ones."""
 
 from __future__ import annotations
 
@@ -55,11 +55,20 @@ def test_whole_files_are_read(tls: Tls) -> None:
         (lambda tls: tls.cert.unlink(), "decode.pem cannot be read: No such file or directory"),
         (lambda tls: tls.ca.unlink(), "ca.pem cannot be read: No such file or directory"),
         (lambda tls: (tls.key.unlink(), tls.key.mkdir()), "decode-key.pem cannot be read: Is a directory"),
-        (lambda tls: tls.cert.write_text("hello"), "decode.pem holds no certificate in PEM form, or is damaged"),
-        (lambda tls: tls.ca.write_bytes(b""), "ca.pem holds no certificate in PEM form, or is damaged"),
-        (lambda tls: tls.cert.write_bytes(tls.cert.read_bytes()[:300]), "decode.pem holds no certificate in PEM form"),
-        (lambda tls: tls.key.write_bytes(tls.key.read_bytes()[:99]), "decode-key.pem holds no private key without"),
-        (lambda tls: encrypt(tls.key), "decode-key.pem holds no private key without a password in PEM form"),
+        (lambda tls: tls.cert.write_text("hello"), "decode.pem is damaged, or contains no certificate in PEM format"),
+        (lambda tls: tls.ca.write_bytes(b""), "ca.pem is damaged, or contains no certificate in PEM format"),
+        (
+            lambda tls: tls.cert.write_bytes(tls.cert.read_bytes()[:300]),
+            "decode.pem is damaged, or contains no certificate in PEM format",
+        ),
+        (
+            lambda tls: tls.key.write_bytes(tls.key.read_bytes()[:99]),
+            "decode-key.pem is damaged, or contains no private key without",
+        ),
+        (
+            lambda tls: encrypt(tls.key),
+            "decode-key.pem is damaged, or contains no private key without a password in PEM format",
+        ),
         (
             lambda tls: shutil.copy(tls.key.with_name("edge-key.pem"), tls.key),
             "decode-key.pem is not the private key of ",

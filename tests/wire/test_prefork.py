@@ -249,7 +249,7 @@ async def test_what_a_child_says_that_cannot_start_is_said_by_the_parent(
 
 async def test_children_that_die_at_once_are_given_up() -> None:
     policy = RestartPolicy(count_max=2, first_delay_s=0.01)
-    with pytest.raises(StartError, match=r"process \d ended with status 3; given up after 2 restarts"):
+    with pytest.raises(StartError, match=r"process \d ended with status 3; giving up after 2 restarts"):
         async with family([{"dies": True}] * 2, policy=policy):
             pass
 
@@ -263,7 +263,7 @@ async def test_a_child_that_dies_too_often_is_given_up_and_the_others_serve_on()
         assert again is not first
         assert not given_up.done()
         await found.kill(again)
-        assert await given_up == "process 0 was killed by signal 9; given up after 1 restarts"
+        assert await given_up == "process 0 was killed by signal 9; giving up after 1 restarts"
         assert await (await found.connect())() == second.pid
 
 

@@ -46,7 +46,7 @@ async def test_what_follows_a_loss_is_drawn_evenly_from_a_second(problem: Tandem
     waits: list[float] = []
     for number in range(1000):
         place = Registration(["127.0.0.1:1"], make_worker(), rng=random.Random(number))
-        place._is_heard = True
+        place._was_answered = True
         waits.append(place._after(problem) or 0.0)
     tenths = [sum(tenth / 10 <= wait_s < (tenth + 1) / 10 for wait_s in waits) for tenth in range(10)]
     assert sum(tenths) == 1000

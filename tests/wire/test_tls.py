@@ -302,7 +302,7 @@ async def test_a_worker_in_plaintext_is_not_registered(app: RegistryApp, tls: Tl
 
 async def test_damaged_files_stop_the_start(certs: Path) -> None:
     (certs / "registry.pem").write_text("damaged")
-    with pytest.raises(StartError, match=r"registry\.pem holds no certificate"):
+    with pytest.raises(StartError, match=r"registry\.pem is damaged, or contains no certificate"):
         async with serving(certs):
             pass
     with pytest.raises(StartError, match=r"nowhere/client\.pem cannot be read"):

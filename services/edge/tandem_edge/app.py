@@ -1,8 +1,8 @@
 """Composition root of the edge: which parts there are, and the order in which they start and stop.
 
-Start: settings checked, metrics, keys read, frontends heard of from the registry where it is followed, Envoy ready.
-Drain: /healthz answers 503 while requests are still taken -> settle -> no new connection -> wait for the open requests.
-Stop: the watch of the registry, Envoy, its files, metrics.
+Start: check settings, metrics, read keys, get the frontends from the registry if one is set, Envoy ready.
+Drain: /healthz returns 503 while requests are still accepted -> settle -> no new connections -> wait for open requests.
+Stop: the registry watch, Envoy, its files, metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
 ENVOY_PAGE = "/envoy"
-"""Of the scrape endpoint: what Envoy counts of requests and frontends."""
+"""Path of the metrics endpoint with Envoy's own metrics of requests and frontends."""
 
 
 class EdgeApp:
@@ -39,7 +39,7 @@ class EdgeApp:
         self._config = config
         keys = read_keys(config.api_keys) if config.api_keys is not None else ()
         if not keys:
-            log.warning("no API keys: everyone who reaches %s may call", config.host)
+            log.warning("no API keys (api_keys): unauthenticated access on %s", config.host)
         self._envoy = EnvoyProcess(config, keys)
         self._discovery: Discovery | None = None
         self._port = 0
@@ -48,21 +48,21 @@ class EdgeApp:
 
     @property
     def address(self) -> str:
-        """host:port it serves at, once started."""
+        """host:port it serves on. Valid after `start`."""
         assert self._port, "address before start()"
         host = self._config.reachable_host
         return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
 
     @property
     def metrics_port(self) -> int:
-        """Where it is scraped, once started; 0: nowhere."""
+        """Port of the metrics endpoint, after `start`; 0: there is none."""
         return self._metrics.port
 
     async def start(self) -> None:
-        """Return when it takes requests.
+        """Return when requests are accepted.
 
         Raises:
-            StartError: it cannot; says why.
+            StartError: the start failed; the message says why.
         """
         await self._metrics.start(f"edge-{self._config.reachable_host}-{self._config.port}")
         if self._config.registry is None:
@@ -71,15 +71,15 @@ class EdgeApp:
             watch = FrontendWatch(self._config.registry, tls=self._config.registry_tls)
             self._discovery = Discovery(watch, Names(), self._config.dns_refresh_s)
             await self._envoy.start(await self._discovery.first())
-            self._discovery.follow(self._envoy.take)
+            self._discovery.follow(self._envoy.set_endpoints)
         self._port = await self._envoy.admin.port()
 
     async def drain(self) -> bool:
-        """See the module. Returns whether every request ended within the drain's bound."""
+        """See the module. Returns whether every request finished within drain_timeout_s."""
         try:
             return await self._drained()
         except OSError as problem:
-            log.error("Envoy has ended before its requests: %s", problem)
+            log.error("Envoy exited before its open requests finished: %s", problem)
             return False
 
     async def _drained(self) -> bool:
@@ -90,23 +90,23 @@ class EdgeApp:
         await admin.close_listener()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
-                # Envoy's count is nothing that asyncio can wait for.
+                # Polled: Envoy's admin interface does not push its counters.
                 while await admin.open_requests():  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
-            log.error("requests still open after %g s: they end now", self._config.drain_timeout_s)
+            log.error("requests still open after %g s (drain_timeout_s): aborting them", self._config.drain_timeout_s)
             return False
         return True
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
+        """Free all resources, also when `start` failed."""
         if self._discovery is not None:
             await self._discovery.stop()
         await self._envoy.stop()
         await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return a sentence when Envoy has ended by itself. A defect in following the registry is raised."""
+        """Return the reason when Envoy has exited. An unexpected exception of the discovery task is raised."""
         ended = asyncio.ensure_future(self._envoy.wait_ended())
         followed = [] if self._discovery is None else [self._discovery.following]
         try:
@@ -114,6 +114,6 @@ class EdgeApp:
             for task in followed:
                 if task.done():
                     await task
-            return f"Envoy ended with status {await ended}"
+            return f"Envoy exited with status {await ended}"
         finally:
             ended.cancel()

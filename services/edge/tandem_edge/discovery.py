@@ -1,7 +1,7 @@
-"""Who the frontends are, where the registry says it: follows the registry and tells Envoy after each change.
+"""Discovers frontends from the registry: watches its list and publishes endpoints to Envoy after each change.
 
-Owns the way from the registry's list to endpoints. Keeps the last known ones whatever happens to the registry; which of
-them are healthy is found out by Envoy itself.
+Owns the mapping from the registry's list to endpoints. Keeps the last known endpoints while the registry is unreachable
+or its list is empty: Envoy's own health checks find out which of them are healthy.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from tandem_edge.endpoints import Endpoint
 log = logging.getLogger(__name__)
 
 FIRST_TIMEOUT_S = 5.0
-"""So long a start waits for a first frontend, which then has been checked before the edge says that it serves."""
+"""Longest wait of the start for a first frontend, so that Envoy has checked its health before the edge is ready."""
 
-Tell = Callable[[Sequence[Endpoint]], None]
+Publish = Callable[[Sequence[Endpoint]], None]
 
 
 class Discovery:
     """The registry's frontends as endpoints."""
 
     def __init__(self, watch: FrontendWatch, names: Names, refresh_s: float) -> None:
-        """`refresh_s` is the time between two questions for a frontend's name."""
+        """`refresh_s` is the time between two DNS lookups of a frontend's name."""
         self._watch = watch
         self._names = names
         self._refresh_s = refresh_s
-        self._told: tuple[Endpoint, ...] = ()
+        self._published: tuple[Endpoint, ...] = ()
         self._task: asyncio.Task[None] | None = None
 
     async def first(self) -> tuple[Endpoint, ...]:
-        """Begin to follow; the endpoints as soon as there are any, or none when nobody told of one in time."""
+        """Start the watch; returns the endpoints once there are any, or none after FIRST_TIMEOUT_S."""
         await self._watch.start()
         try:
             async with asyncio.timeout(FIRST_TIMEOUT_S):
@@ -46,51 +46,51 @@ class Discovery:
                 while not (found := await self._endpoints()):
                     await self._wait(changed)
                     changed = self._watch.next_change
-                self._told = found
+                self._published = found
         except TimeoutError:
-            log.warning("no registry has told of a frontend yet: requests are answered with 503 until one does")
-        return self._told
+            log.warning("no frontends discovered yet; answering 503 until the registry lists one")
+        return self._published
 
-    def follow(self, tell: Tell) -> None:
-        """Call `tell` after each change from now on, until `stop`."""
-        self._task = asyncio.create_task(self._follow(tell), name="discovery")
+    def follow(self, publish: Publish) -> None:
+        """Call `publish` after each change from now on, until `stop`."""
+        self._task = asyncio.create_task(self._follow(publish), name="discovery")
 
     @property
     def following(self) -> asyncio.Task[None]:
-        """Ends by `stop`, or by a defect."""
+        """The task; it ends by `stop`, or by an unexpected exception."""
         assert self._task is not None, "following before follow()"
         return self._task
 
     async def stop(self) -> None:
-        """Follow no more. May be called twice, and before `first`."""
+        """Stop the watch. May be called twice, and before `first`."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
         await self._watch.close()
 
-    async def _follow(self, tell: Tell) -> None:
+    async def _follow(self, publish: Publish) -> None:
         while True:
             changed = self._watch.next_change
-            self._tell(tell, await self._endpoints())
+            self._publish(publish, await self._endpoints())
             await self._wait(changed)
 
     async def _wait(self, changed: asyncio.Event) -> None:
-        """Until the list changes, or it is time to look again at what the list does not say: a name, a file."""
+        """Until the list changes, or names must be resolved again and a failed write retried."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._refresh_s):
                 await changed.wait()
 
-    def _tell(self, tell: Tell, endpoints: tuple[Endpoint, ...]) -> None:
-        if endpoints == self._told or not endpoints:
+    def _publish(self, publish: Publish, endpoints: tuple[Endpoint, ...]) -> None:
+        if endpoints == self._published or not endpoints:
             return
         try:
-            tell(endpoints)
+            publish(endpoints)
         except OSError as problem:
-            log.error("Envoy is not told of %d frontends: %s", len(endpoints), problem)
+            log.error("could not write Envoy's endpoint file (%d frontends), retrying: %s", len(endpoints), problem)
             return
         draining = sum(endpoint.is_draining for endpoint in endpoints)
-        log.info("frontends: %d, of them draining: %d", len(endpoints), draining)
-        self._told = endpoints
+        log.info("published %d frontends to Envoy, %d of them draining", len(endpoints), draining)
+        self._published = endpoints
 
     async def _endpoints(self) -> tuple[Endpoint, ...]:
         frontends = self._watch.frontends()
@@ -99,7 +99,7 @@ class Discovery:
 
 
 def endpoints_of(frontends: Iterable[Frontend], addresses: Mapping[str, Sequence[str]]) -> tuple[Endpoint, ...]:
-    """Endpoints in order, each place once; one that several frontends claim serves when any of them does."""
+    """Sorted endpoints without duplicates; an address of several frontends is draining only if all of them are."""
     draining: dict[tuple[str, int], bool] = {}
     for frontend in frontends:
         host, port = split(frontend.address)

@@ -1,7 +1,7 @@
-"""The frontends in the form in which Envoy takes them from a file it watches.
+"""The frontends as Envoy's EDS reads them from a file it watches.
 
-Pure but for `replace`. Envoy asks nobody for them over the network: its resource form is JSON here, so that no
-protobufs of Envoy are needed. Which frontends there are is `discovery.py`'s.
+Pure but for `replace`. A file needs neither an xDS server nor Envoy's protobufs: the resources are JSON. `discovery.py`
+decides which frontends there are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CLUSTER = "frontends"
-"""Its name in the template."""
+"""Name of the Envoy cluster in the template."""
 ASSIGNMENT = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 
@@ -22,16 +22,17 @@ class Endpoint:
     """One address that Envoy may send requests to."""
 
     host: str
-    """An IP address; here Envoy resolves no names."""
+    """An IP address: EDS does not resolve names."""
     port: int
     is_draining: bool = False
-    """Gets no new request; those it has go on."""
+    """Gets no new requests; open ones continue."""
 
 
 def assignment(endpoints: Sequence[Endpoint]) -> bytes:
-    """All of them as the answer of Envoy's discovery of endpoints.
+    """All endpoints as an EDS response, in JSON.
 
-    Where everyone drains, nobody is marked: who still takes requests is then for Envoy's health checks to say.
+    If all of them are draining, none is marked as such: Envoy would answer 503, although some may still accept
+    requests.
     """
     all_drain = all(endpoint.is_draining for endpoint in endpoints)
     entries = [_entry(endpoint, endpoint.is_draining and not all_drain) for endpoint in endpoints]
@@ -45,10 +46,10 @@ def _entry(endpoint: Endpoint, is_draining: bool) -> dict[str, Any]:
 
 
 def replace(file: Path, content: bytes) -> None:
-    """A new content by a rename, which is what Envoy watches for: it never reads half a file.
+    """Replace the file atomically by a rename, which is the event that Envoy watches for.
 
     Raises:
-        OSError: it cannot be written; the former content stays.
+        OSError: the write failed; the previous content stays.
     """
     partial = file.with_suffix(".partial")
     partial.touch(mode=0o600)

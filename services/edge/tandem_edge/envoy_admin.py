@@ -1,6 +1,6 @@
 """Envoy's admin interface, over its unix domain socket: readiness, the port in use, open requests, draining.
 
-Owns that conversation. Envoy has no other way to be asked, and nobody but its owner can reach the socket.
+Owns those requests. Only the user that runs the edge can connect to the socket.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Admin:
         self._path = path
 
     async def is_ready(self) -> bool:
-        """Whether it takes requests: its listeners are open, and every frontend has been checked once."""
+        """Whether it accepts requests: its listeners are open, and every frontend's health has been checked once."""
         try:
             return await self._request("GET", "/ready") == LIVE
         except OSError:
@@ -45,25 +45,25 @@ class Admin:
         return int(listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"])
 
     async def open_requests(self) -> int:
-        """Requests of clients that have no end yet."""
+        """Number of client requests that have not finished."""
         stats = json.loads(await self._request("GET", "/stats?format=json&filter=^http.edge.downstream_rq_active$"))
         return int(stats["stats"][0]["value"])
 
     def prometheus_text(self) -> bytes:
-        """What Envoy has counted, as Prometheus reads it; only what has moved. Blocks: call it in a thread.
+        """Envoy's metrics in Prometheus' text format, without those never updated. Blocks: call it in a thread.
 
         Raises:
-            OSError: Envoy does not answer.
+            OSError: Envoy does not respond.
         """
         return self._blocking("GET", "/stats/prometheus?usedonly")
 
     async def announce_end(self) -> None:
-        """Answer 503 on /healthz, and ask clients to close their connections after what they are at."""
+        """Return 503 on /healthz, and ask clients to close their connections after their current requests."""
         await self._request("POST", "/healthcheck/fail")
         await self._request("POST", "/drain_listeners?graceful&skip_exit")
 
     async def close_listener(self) -> None:
-        """Take no new connection."""
+        """Accept no new connections."""
         await self._request("POST", "/drain_listeners")
 
     async def _request(self, method: str, target: str) -> bytes:

@@ -1,6 +1,6 @@
-"""The Envoy process: its start and its end.
+"""The Envoy process: its start and its stop.
 
-Owns the process and the files it was rendered. Draining is `app.py`'s, which knows when nothing is open any more.
+Owns the process and its rendered files. `app.py` drains it: it knows when no request is open any more.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment, replace
 from tandem_edge.envoy_admin import Admin
 from tandem_edge.keys import ApiKey
-from tandem_edge.render import Places, render
+from tandem_edge.render import Files, render
 
 READY_POLL_S = 0.02
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 SOCKET_PATH_BYTES_MAX = 100
 LEVELS = {"debug": "info", "info": "warning", "warning": "warning", "error": "error"}
-"""Envoy tells at info what is debugging to us, and at debug the headers of requests, keys included."""
+"""Envoy's level for each of ours: its info is as verbose as our debug, and its debug logs request headers with API
+keys.
+"""
 
 JSON_LOG_FORMAT = (
     '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "service": "envoy", "logger": "%n", "message": "%j"}'
@@ -44,38 +46,38 @@ class EnvoyProcess:
     def __init__(self, config: EdgeConfig, keys: tuple[ApiKey, ...]) -> None:
         self._config = config
         self._keys = keys
-        self._places: Places | None = None
+        self._files: Files | None = None
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def admin(self) -> Admin:
         """Its admin interface."""
-        assert self._places is not None, "admin before start()"
-        return Admin(self._places.admin_socket)
+        assert self._files is not None, "admin before start()"
+        return Admin(self._files.admin_socket)
 
     async def start(self, endpoints: Sequence[Endpoint] = ()) -> None:
-        """Return when it takes requests; `endpoints` are the frontends that the registry lists, where it is followed.
+        """Return when it accepts requests; `endpoints` are the frontends discovered from the registry, if one is set.
 
         Raises:
-            StartError: there is no binary, the port is taken, or Envoy refuses the configuration.
+            StartError: there is no binary, the port is in use, or Envoy rejects the configuration.
         """
         binary = find_binary(self._config.envoy)
         _check_port(self._config.listen_host, self._config.port)
-        self._places = Places(directory=_private_directory())
-        for file, content in render(self._config, self._keys, self._places, endpoints).items():
+        self._files = Files(directory=_private_directory())
+        for file, content in render(self._config, self._keys, self._files, endpoints).items():
             file.touch(mode=0o600)
             file.write_bytes(content)
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", parent_death.__name__, str(binary)),
-            *("--config-path", str(self._places.config), "--concurrency", str(self._config.threads)),
+            *("--config-path", str(self._files.config), "--concurrency", str(self._config.threads)),
             *("--log-level", LEVELS[self._config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
             *(() if is_text(self._config.log_format) else ("--log-format", JSON_LOG_FORMAT)),
             *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
-            # Its remark that api_key_auth is marked as unfinished: docs/adr/0002 knows.
+            # Silences its warning that api_key_auth is work in progress, see docs/adr/0002.
             *("--component-log-level", "misc:error"),
             stdin=asyncio.subprocess.DEVNULL,
             env={**os.environ, parent_death.VARIABLE: str(os.getpid())},
-            # A signal to the whole group (Ctrl-C) is for the edge alone, which lets open requests end first.
+            # Ctrl-C signals the whole process group; only the edge must get it, so that it drains open requests first.
             start_new_session=True,
         )
         await self._wait_ready(self._process)
@@ -86,28 +88,28 @@ class EnvoyProcess:
                 while not await self.admin.is_ready():
                     if process.returncode is not None:
                         raise StartError(
-                            f"Envoy ended with status {process.returncode}; its reason is in the log above"
+                            f"Envoy exited with status {process.returncode}; see its log lines above for the reason"
                         )
                     await asyncio.sleep(READY_POLL_S)
         except TimeoutError:
             raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s") from None
 
-    def take(self, endpoints: Sequence[Endpoint]) -> None:
-        """Replace the frontends that the registry lists, all at once.
+    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+        """Replace all discovered frontends at once.
 
         Raises:
-            OSError: the file cannot be written; those before stay.
+            OSError: the endpoint file cannot be written; the previous frontends stay.
         """
-        assert self._places is not None, "take() before start()"
-        replace(self._places.endpoints, assignment(endpoints))
+        assert self._files is not None, "set_endpoints() before start()"
+        replace(self._files.endpoints, assignment(endpoints))
 
     async def wait_ended(self) -> int:
-        """Return its exit status when it ends."""
+        """Return its exit status when it exits."""
         assert self._process is not None, "wait_ended() before start()"
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """End it and remove its files. What is still open is cut. May be called twice, and when `start` failed."""
+        """Terminate it and remove its files; aborts open requests. May be called twice, and when `start` failed."""
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -118,12 +120,12 @@ class EnvoyProcess:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        if self._places is not None:
-            shutil.rmtree(self._places.directory, ignore_errors=True)
+        if self._files is not None:
+            shutil.rmtree(self._files.directory, ignore_errors=True)
 
 
 def _private_directory() -> Path:
-    """A directory for its owner only, short enough for a socket in it."""
+    """A directory with access for its owner only, and a path short enough for a unix socket in it."""
     directory = run_directory.make_inside("tandem-edge-")
     if len(bytes(directory / "admin.sock")) > SOCKET_PATH_BYTES_MAX:
         directory.rmdir()
@@ -132,7 +134,7 @@ def _private_directory() -> Path:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Envoy says it in a paragraph; we say it in a sentence."""
+    """Check that the port is free, for a short error: Envoy's own is a paragraph."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

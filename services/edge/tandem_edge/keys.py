@@ -1,6 +1,6 @@
-"""The keys of clients: a file with a line `client-id: key` for each.
+"""API keys: a file with one line `client-id: key` per client.
 
-Owns their form. A key is never part of a message.
+Owns the file format. A key is never part of a message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KEY = re.compile(r"[!-~]{16,512}")
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What one client shows."""
+    """The API key of one client."""
 
     client_id: str
     key: str
@@ -27,10 +27,10 @@ class ApiKey:
 
 
 def read_keys(file: Path) -> tuple[ApiKey, ...]:
-    """The keys of a file, in its order. Empty lines and lines that begin with # say nothing.
+    """The keys in a file, in its order. Empty lines and lines that begin with # are ignored.
 
     Raises:
-        ConfigError: names the line, never what it says of a key.
+        ConfigError: names the line number, never the key.
     """
     try:
         lines = file.read_text().splitlines()
@@ -46,8 +46,8 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
         if not KEY.fullmatch(key):
             raise ConfigError("api_keys", f"line {number} of {file} has no key of 16 to 512 visible ASCII characters")
         if key in keys:
-            raise ConfigError("api_keys", f"line {number} of {file} has the key of {keys[key].client_id} again")
+            raise ConfigError("api_keys", f"line {number} of {file} repeats the key of {keys[key].client_id}")
         keys[key] = ApiKey(client_id, key)
     if not keys:
-        raise ConfigError("api_keys", f"{file} has no key")
+        raise ConfigError("api_keys", f"{file} contains no keys")
     return tuple(keys.values())

@@ -1,6 +1,6 @@
-"""Settings into Envoy's configuration. Pure: nothing is read but the template, nothing is written.
+"""Renders Envoy's configuration from the settings. Pure: reads only the templates, writes nothing.
 
-Every value a template prints goes through `quoted`, so a value can never become structure.
+Every value that a template prints goes through `quoted`, so that a value can never become YAML structure.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ TEMPLATE = "edge.yaml.jinja"
 SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
 ERRORS_LUA = "errors.lua"
 OTLP_PORT = 4317
-"""Of a collector whose address names none."""
+"""Default port of a collector address without one."""
 FRONTEND_NAME = "frontend"
-"""In the certificate of every frontend that `tandem certs` makes."""
+"""DNS name in every frontend certificate that `tandem certs` issues."""
 
 LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
 NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Files the rendered configuration names."""
+class Files:
+    """Paths of the files in the rendered configuration."""
 
     directory: Path
 
@@ -48,46 +48,46 @@ class Places:
 
     @property
     def admin_socket(self) -> Path:
-        """Where Envoy's admin interface listens; nobody else can enter the directory."""
+        """Socket of Envoy's admin interface; only the owner can access the directory."""
         return self.directory / "admin.sock"
 
     @property
     def descriptors(self) -> Path:
-        """The contracts."""
+        """Protobuf descriptors for transcoding."""
         return self.directory / "contracts.binpb"
 
     @property
     def lua(self) -> Path:
-        """The filter that gives errors their form."""
+        """The filter that formats error responses."""
         return self.directory / ERRORS_LUA
 
     @property
     def endpoints(self) -> Path:
-        """The frontends that the registry lists; Envoy watches it."""
+        """The endpoint file with the discovered frontends; Envoy watches it."""
         return self.directory / "endpoints.json"
 
     def secret(self, name: str) -> Path:
-        """What Envoy watches for one TLS secret."""
+        """File of one TLS secret; Envoy watches it."""
         return self.directory / f"tls_{name}.yaml"
 
 
 def quoted(value: Any) -> Markup:
-    """A value as JSON that is YAML too, on one line: text is always a double-quoted scalar in ASCII.
+    """A value as one line of JSON that is valid YAML too: text is always a double-quoted ASCII scalar.
 
-    What is Markup already is the template's own text, returned by a macro.
+    Markup is returned unchanged: it is the template's own text, returned by a macro.
     """
-    return value if isinstance(value, Markup) else Markup(_json(value))  # noqa: S704 -- that is what it is for
+    return value if isinstance(value, Markup) else Markup(_json(value))  # noqa: S704 -- the JSON is already escaped
 
 
 def _json(value: Any) -> str:
     if isinstance(value, jinja2.Undefined):
-        return str(value)  # raises: a template may print only what it was given
+        return str(value)  # raises UndefinedError: the template uses a value that was not passed
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} has no form in JSON")
+        raise ValueError(f"{value} cannot be represented in JSON")
     if isinstance(value, str):
-        # JSON writes characters beyond the BMP as two surrogates, YAML as one escape.
+        # JSON escapes characters beyond the BMP as two surrogates, which YAML does not accept; YAML uses one \U escape.
         pieces = NON_BMP.split(value)
         beyond = [f"\\U{ord(found):08x}" for found in NON_BMP.findall(value)]
         inner = [json.dumps(piece)[1:-1].replace("\x7f", "\\u007f") for piece in pieces]
@@ -100,35 +100,36 @@ def _json(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as protobuf's JSON writes a Duration."""
+    """Seconds as a Duration in protobuf JSON."""
     return f"{seconds:.3f}s"
 
 
 def render(
-    config: EdgeConfig, keys: tuple[ApiKey, ...], places: Places, endpoints: Sequence[Endpoint] = ()
+    config: EdgeConfig, keys: tuple[ApiKey, ...], output: Files, endpoints: Sequence[Endpoint] = ()
 ) -> dict[Path, bytes]:
-    """Every file Envoy needs. All of them are for its owner only: one holds the clients' keys.
+    """Every file that Envoy needs, by path. The caller must restrict all of them to their owner: one contains the API
+    keys.
 
-    `endpoints` are the frontends that the registry lists, where it is followed.
+    `endpoints` are the frontends discovered from the registry, if one is set.
     """
     values = {
         "config": config,
         "keys": keys,
-        "places": places,
+        "files": output,
         "routes": transcoding.http_routes(),
         "services": transcoding.SERVICE_NAMES,
         "health_service": transcoding.HEALTH_SERVICE_NAME,
-        "frontends": [_place(address) for address in config.frontends or ()],
-        "dns_server": None if config.dns_server is None else _place(config.dns_server),
+        "frontends": [_host_and_port(address) for address in config.frontends or ()],
+        "dns_server": None if config.dns_server is None else _host_and_port(config.dns_server),
         "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),
     }
     rendered = {
-        places.config: _render(TEMPLATE, values),
-        places.descriptors: transcoding.descriptor_set(),
-        places.lua: PARTS.joinpath(ERRORS_LUA).read_bytes(),
+        output.config: _render(TEMPLATE, values),
+        output.descriptors: transcoding.descriptor_set(),
+        output.lua: PARTS.joinpath(ERRORS_LUA).read_bytes(),
     }
     if config.registry is not None:
-        rendered[places.endpoints] = assignment(endpoints)
+        rendered[output.endpoints] = assignment(endpoints)
     for name, cert, key, ca in (
         (LISTENER_SECRET, config.tls_cert, config.tls_key, None),
         (CLIENT_SECRET, config.upstream_tls_cert, config.upstream_tls_key, None),
@@ -136,7 +137,7 @@ def render(
     ):
         if cert is not None or ca is not None:
             secret = {"name": name, "cert": _absolute(cert), "key": _absolute(key), "ca": _absolute(ca)}
-            rendered[places.secret(name)] = _render(SECRET_TEMPLATE, {**secret, "names": _names(config)})
+            rendered[output.secret(name)] = _render(SECRET_TEMPLATE, {**secret, "names": _names(config)})
     return rendered
 
 
@@ -148,21 +149,21 @@ def _render(template: str, values: dict[str, Any]) -> bytes:
     return environment.from_string(PARTS.joinpath(template).read_text()).render(values).encode()
 
 
-def _place(address: str) -> dict[str, Any]:
+def _host_and_port(address: str) -> dict[str, Any]:
     host, port = split(address)
     return {"host": host, "port": port}
 
 
 def _collector(endpoint: str) -> dict[str, Any]:
-    """Where spans go: host:port, or a URL."""
+    """Host, port and TLS of the OpenTelemetry collector, from host:port or a URL."""
     scheme, separator, address = endpoint.rpartition("://")
     if not re.search(r":\d+$", address):
         address = f"{address}:{OTLP_PORT}"
-    return {**_place(address), "tls": bool(separator) and scheme == "https"}
+    return {**_host_and_port(address), "tls": bool(separator) and scheme == "https"}
 
 
 def _names(config: EdgeConfig) -> list[dict[str, Any]]:
-    """Names of which a frontend's certificate must have one, each with the kind it is."""
+    """Names, one of which must be in a frontend's certificate, each with its SAN type."""
     frontends = [FRONTEND_NAME] if config.frontends is None else [split(address)[0] for address in config.frontends]
     hosts = config.upstream_tls_names or dict.fromkeys(frontends)
     return [{"name": host, "kind": "IP_ADDRESS" if is_ip(host) else "DNS"} for host in hosts]

@@ -1,7 +1,7 @@
-"""What Envoy must know of the contracts, taken from the generated code that the frontends run with.
+"""Protobuf descriptors and HTTP routes for Envoy, from the generated code that the frontends run with.
 
-Owns the descriptor set and the table of HTTP routes. Both are made at start from what is installed: there is nothing
-to commit, and nothing that could drift.
+Owns the descriptor set and the route table. Both are built at start from the installed code, so they cannot drift from
+it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ SERVICES = (
 )
 SERVICE_NAMES = tuple(service.full_name for service in SERVICES)
 HEALTH_SERVICE_NAME = SERVICE_NAMES[0]
-"""By its health a frontend is taken in or left out."""
+"""The service whose gRPC health decides whether Envoy sends requests to a frontend."""
 FILES = (inference_service_pb2, openai_service_pb2, error_details_pb2, status_pb2)
-"""Without error_details Envoy cannot print the details of a status, and answers with an empty body."""
+"""Without error_details Envoy cannot transcode the details of a status, and returns an empty body."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class HttpRoute:
-    """A path that HTTP clients may call."""
+    """A path that HTTP clients can call."""
 
     path: str
-    """The whole path, or what it begins with."""
+    """The exact path, or its prefix."""
     is_prefix: bool
     methods: tuple[str, ...]
 
 
 def descriptor_set() -> bytes:
-    """A serialized FileDescriptorSet with every import before the file that needs it."""
+    """A serialized FileDescriptorSet with every import before the files that import it."""
     collected: dict[str, descriptor_pb2.FileDescriptorProto] = {}
 
     def add(file: Any) -> None:
@@ -56,7 +56,9 @@ def descriptor_set() -> bytes:
 
 
 def http_routes() -> tuple[HttpRoute, ...]:
-    """The paths of all google.api.http annotations; whole paths before prefixes, long before short."""
+    """The paths of all google.api.http annotations, most specific first: exact paths before prefixes, long before
+    short.
+    """
     methods: dict[tuple[str, bool], set[str]] = {}
     for method, template in _annotations():
         path, variable, _ = template.partition("{")
@@ -74,5 +76,5 @@ def _annotations() -> Iterator[tuple[str, str]]:
                 continue
             template = getattr(rule, kind)
             if not re.fullmatch(r"/[a-z0-9/:._-]+(\{[a-z_]+=\*\*\})?", template):
-                raise AssertionError(f"{method.full_name}: the edge has no route for a path like {template}")
+                raise AssertionError(f"{method.full_name}: unsupported path template {template}")
             yield kind.upper(), template

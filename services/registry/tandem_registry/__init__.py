@@ -1,1 +1,1 @@
-"""The registry: which workers are alive, in which role, where and in which epoch. Not on the path of any request."""
+"""The registry: which workers are alive, with role, address and epoch. Not on the request path."""

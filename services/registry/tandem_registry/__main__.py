@@ -1,7 +1,7 @@
 """Entry point of `tandem-registry` and of `python -m tandem_registry`.
 
-Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
-`tandem.service.process`.
+Imports the rest only after `begin`, so that a signal during the imports ends the process silently. The process
+lifecycle is in `tandem.service.process`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tandem.service.startup import begin
 
 
 def main() -> NoReturn:
-    """Run the registry until it is asked to end."""
+    """Run the registry until it is asked to stop."""
     begin()
     from tandem.service import process
     from tandem_registry.app import RegistryApp

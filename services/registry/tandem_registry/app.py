@@ -1,8 +1,7 @@
 """Composition root of the registry: which parts there are, and the order in which they start and stop.
 
-Start: metrics, port, backend, server, health SERVING as soon as there is a view to tell. Drain: nobody finds it any
-more, health NOT_SERVING while everything is still answered, then the end of all streams. Stop: the server, then nothing
-holds the backend; metrics.
+Start: metrics, port, backend, server, health SERVING as soon as there is a view. Drain: withdraw from discovery, health
+NOT_SERVING while calls are still answered, then close all streams. Stop: backend, server, metrics.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from tandem_registry.gauges import RegistryGauges
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
-"""For the last bytes: the ends of streams, each with its status."""
+"""For the last bytes: the status that closes each stream."""
 REQUEST_BYTES_MAX = 2**20
-"""Of one request; that of a worker's entry has under a thousand."""
+"""Of one request; a worker's registration has fewer than a thousand."""
 
 
 class RegistryApp:
@@ -37,17 +36,17 @@ class RegistryApp:
 
     @property
     def address(self) -> str:
-        """host:port it serves at, once started."""
+        """host:port it serves on. Valid after `start`."""
         assert self._server is not None, "address before start()"
         return f"{self._config.reachable_host}:{self._server.port}"
 
     @property
     def metrics_port(self) -> int:
-        """Where it is scraped, once started; 0: nowhere."""
+        """Port of the metrics endpoint, after `start`; 0: there is none."""
         return self._metrics.port
 
     async def start(self) -> None:
-        """Return when it answers; it is healthy once it has a view."""
+        """Return when calls are answered; health is SERVING once there is a view."""
         self._backend = open_backend(self._config)
         self._metrics.measure(RegistryGauges(self._backend).read)
         servicer = self._servicer = RegistryServicer(self._backend)
@@ -69,7 +68,7 @@ class RegistryApp:
             await self._server.set_serving(True)
 
     async def drain(self) -> bool:
-        """Say that it goes, give everybody the settle time to look elsewhere, end all streams."""
+        """Withdraw from discovery, wait the settle time for clients to move to another registry, close all streams."""
         assert self._server is not None, "drain() before start()"
         assert self._backend is not None
         self._metrics.count("tandem.drains")
@@ -80,23 +79,23 @@ class RegistryApp:
         return True
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
+        """Free all resources, also when `start` failed."""
         await self._end_streams()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return when leases are no longer watched over. A first view that was late is told meanwhile."""
+        """Return why leases are no longer expired. Sets health SERVING meanwhile, when the first view arrives late."""
         assert self._backend is not None, "wait_finished() before start()"
-        becoming = asyncio.create_task(self._serve_with_view(self._backend), name="first-view")
+        first_view = asyncio.create_task(self._serve_with_view(self._backend), name="first-view")
         try:
             return await self._backend.wait_failed()
         finally:
-            becoming.cancel()
+            first_view.cancel()
 
     async def _serve_with_view(self, backend: Backend) -> None:
-        """A registry that has nothing to tell is of no use to anybody who looks for one."""
+        """Health stays NOT_SERVING without a view: a client that found this registry would get nothing from it."""
         assert self._server is not None
         if not backend.has_view:
             await backend.wait_view()
@@ -104,7 +103,7 @@ class RegistryApp:
 
     async def _end_streams(self) -> None:
         if self._servicer is not None:
-            self._servicer.end_signs_of_life()
+            self._servicer.end_keep_alives()
         if self._backend is not None:
             await self._backend.withdraw()
             await self._backend.close()

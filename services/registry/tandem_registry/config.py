@@ -14,45 +14,49 @@ from tandem.config import RpcServiceConfig
 from tandem.errors import ConfigError
 
 SERVICE_PATTERN = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-"""A label of DNS."""
+"""A DNS label."""
 
 
 class RegistryConfig(RpcServiceConfig):
-    """Keeps the membership of a Tandem cluster: who is alive, in which role, where and in which epoch."""
+    """Membership of a Tandem cluster: which workers and frontends are alive, with role, address and epoch."""
 
     backend: str = Field(
         "memory",
         pattern="^(memory|consul)$",
-        description="where membership is kept: memory of this process, or Consul, over which any number of registries"
-        " tell one view",
+        description="where membership is stored: memory (this process, one replica) or consul (any number of replicas"
+        " that serve one view)",
     )
-    lease_ttl_s: float = Field(5, ge=0.2, le=60, description="a worker without a sign of life for this long is gone")
+    lease_ttl_s: float = Field(5, ge=0.2, le=60, description="a member without a keep-alive for this long expires")
     consul_address: str = Field(
-        "127.0.0.1:8500", description="host:port of a Consul agent, or its URL: https://... for TLS"
+        "127.0.0.1:8500", description="host:port of a Consul agent, or its URL (https://... for TLS)"
     )
     consul_service: str = Field(
-        "tandem", pattern=SERVICE_PATTERN, description="name of the one service in Consul; one for each cluster"
+        "tandem", pattern=SERVICE_PATTERN, description="service name in Consul; a different one for each cluster"
     )
-    consul_token: SecretStr | None = Field(None, description="token for Consul; better from a file or the environment")
-    consul_token_file: Path | None = Field(None, description="file with that token; read again when it is refused")
-    consul_ca: Path | None = Field(None, description="CAs (PEM) of the agent's certificate; default: the system's")
-    consul_cert: Path | None = Field(None, description="certificate (PEM) that is presented to the agent")
+    consul_token: SecretStr | None = Field(
+        None, description="Consul ACL token; prefer consul_token_file or the environment"
+    )
+    consul_token_file: Path | None = Field(None, description="file with that token; read again when Consul rejects it")
+    consul_ca: Path | None = Field(
+        None, description="CAs (PEM) that sign the agent's certificate; default: the system's"
+    )
+    consul_cert: Path | None = Field(None, description="client certificate (PEM) presented to the agent")
     consul_key: Path | None = Field(None, description="private key of that certificate (PEM)")
     consul_checks: bool = Field(
-        True, description="let the agent check the health of members; it must reach them, with TLS too"
+        True, description="the agent checks the health of members; it must be able to reach them, with TLS too"
     )
 
     @model_validator(mode="after")
     def _one_token_and_whole_pairs(self) -> Self:
-        """Half of a pair would be noticed only when Consul refuses."""
+        """Checked at start: half of a pair would otherwise fail only at the first call to Consul."""
         if self.consul_token is not None and self.consul_token_file is not None:
-            raise ConfigError("consul_token_file", "is given beside consul_token: give one of them")
+            raise ConfigError("consul_token_file", "must not be set together with consul_token")
         if "@" in self.consul_address:
-            # Before the settings are logged: what stands there may be a password.
+            # Rejected before the settings are logged: the part before the @ may be a password.
             raise ConfigError(
-                "consul_address", "must hold no user and no password; Consul takes a token: consul_token_file"
+                "consul_address", "must not contain a user or password; authenticate with consul_token_file"
             )
         if (self.consul_cert is None) != (self.consul_key is None):
             missing = "consul_key" if self.consul_key is None else "consul_cert"
-            raise ConfigError(missing, "is missing: consul_cert and consul_key are given together or not at all")
+            raise ConfigError(missing, "is missing: consul_cert and consul_key must be set together")
         return self

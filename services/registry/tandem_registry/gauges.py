@@ -1,6 +1,7 @@
-"""What the registry's gauges show: members by role and state, ages of leases, and how Consul is followed.
+"""The registry's gauges: members by role and state, lease ages, and how far the view is behind Consul.
 
-Reads only. Worker ids are attributes here and nowhere else, so many of them are folded into one.
+Reads only. Lease age is the only metric with the worker id as an attribute, so ids beyond WORKERS_MAX are folded into
+one.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from tandem_registry.view import View
 
 
 class RegistryGauges:
-    """Readings of one registry."""
+    """Gauge readings of one registry."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     async def read(self) -> Iterable[Reading]:
-        """All of this moment."""
+        """The current value of every gauge."""
         backend = self._backend
         readings = [
             Reading("tandem.watchers", backend.watcher_count),
             Reading("tandem.lease.ttl", backend.ttl_s),
             Reading("tandem.view.live", float(backend.origin.is_live)),
         ]
-        if (followed := backend.followed) is not None:
-            readings.append(Reading("tandem.consul.answer.age", followed.answer_age_s))
-            readings.append(Reading("tandem.consul.index_lag", followed.index_lag))
+        if (lag := backend.lag) is not None:
+            readings.append(Reading("tandem.consul.answer.age", lag.response_age_s))
+            readings.append(Reading("tandem.consul.index_lag", lag.index_lag))
         try:
             view = await backend.view()
         except ServiceError:
-            # There is no view yet, or none any more.
+            # No view: Consul has not responded yet, or the backend is closed.
             return readings
         return [*readings, *_members(view), *_ages(view)]
 
@@ -46,8 +47,8 @@ def _members(view: View) -> Iterator[Reading]:
     counts.update(("frontend", listed.member.state.value) for listed in view.frontends)
     for role in MEMBER_ROLE.values:
         for state in WorkerState:
-            about = {"tandem.role": role, "tandem.state": state.value}
-            yield Reading("tandem.members", counts[role, state.value], about)
+            attributes = {"tandem.role": role, "tandem.state": state.value}
+            yield Reading("tandem.members", counts[role, state.value], attributes)
 
 
 def _ages(view: View) -> Iterator[Reading]:

@@ -1,7 +1,7 @@
-"""Membership: the state machine that says which members (workers and frontends) are alive, and numbers each change.
+"""Membership: the state machine that decides which members (workers and frontends) are alive, and numbers each change.
 
-Pure: the clock, the source of lease ids and the receiver of changes are given. Owns leases, epochs and revisions; knows
-neither gRPC, nor watchers, nor when to look again (`next_expiry_s` tells whoever does).
+Pure: the clock, the source of lease ids and the receiver of changes are passed in. Owns leases, epochs and revisions;
+knows neither gRPC nor watchers, and has no timer: the caller calls `expire` at `next_expiry_s`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tandem_registry.view import Change, Listed, RemovalReason, Removed, View
 
 FRESH_FRACTION = 0.5
-"""Of a lease's time. Signs of life come at every third of it: a holder that missed one may be dead."""
+"""Of a lease's time to live. Keep-alives come at every third of it: a member that missed one may be dead."""
 PAUSE_MIN_S = 0.1
-"""An expiry seen later than this was seen by a process that did not run, and so could not hear signs of life either."""
+"""An expiry that is processed later than this means that this process was paused, and read no keep-alives meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease, and the revision of the view that first holds its member."""
+    """A lease, and the first revision of the view that contains its member."""
 
     lease_id: str
     revision: int
@@ -31,18 +31,18 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A member with a lease that somebody else keeps, where it may stand in the way of a new one."""
+    """A member whose lease another replica owns, and whose id or address conflicts with a registration."""
 
     member: Member
     is_alive: bool
-    """Whether there is a recent sign that it lives."""
+    """Whether a recent keep-alive or health check shows that it is running."""
     is_kept: bool = True
-    """Whether its keeper is alive; else its own process may ask for the same lease anew."""
+    """Whether the replica that owns its lease is alive; else the same process may register the same epoch again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A lease of this table, as those who write it down see it."""
+    """A lease of this table, as seen by the code that persists it."""
 
     lease_id: str
     member: Member
@@ -55,27 +55,27 @@ class _Lease:
     renewed_s: float
     expires_s: float
     revision: int
-    """Of the last change of this member's entry."""
+    """Of the last change to this member's entry."""
     is_heard: bool = True
-    """Whether a sign of life came here; not yet, right after it was taken over from another keeper."""
+    """Whether a keep-alive arrived at this replica; false right after the lease was adopted from another one."""
     is_extended: bool = False
-    """Whether it outlives its time because this process was paused; at most once between two signs of life."""
+    """Whether it was extended because this process was paused; at most once between two keep-alives."""
 
 
 class Membership:
-    """All leases. Every method lets leases that are over expire first, so that nothing is decided by the dead."""
+    """All leases. Every method first expires the due ones, so that a dead member never decides a conflict."""
 
     def __init__(
         self,
         *,
-        keeper: str,
+        owner: str,
         ttl_s: float,
         clock: Clock,
         new_lease_id: Callable[[], str],
         on_change: Callable[[Change], None],
     ) -> None:
-        self.keeper = keeper
-        """Names this table: whoever keeps its leases and counts its revisions."""
+        self.owner = owner
+        """Id of the replica that owns this table's leases and numbers its revisions."""
         self.ttl_s = ttl_s
         self.revision = 0
         self._clock = clock
@@ -86,18 +86,20 @@ class Membership:
         """By kind and id."""
         self._by_address: dict[str, _Lease] = {}
         self._not_before_s = 0.0
-        """No lease is over before this time: spares looking at all of them at each call."""
+        """No lease expires before this time: saves a scan of all leases at each call."""
 
     def register(self, member: Member, others: Iterable[Rival] = ()) -> Grant:
-        """Enter one start of a member. It takes the place of older starts at its address, which cannot be alive, and of
-        older starts of its id elsewhere that have missed a sign of life. `others` are rivals that this table has not.
+        """Register one incarnation of a member. It replaces older incarnations at its address, which cannot be alive
+        because only one process can listen there, and older incarnations of its id elsewhere that have missed a
+        keep-alive. `others` are rivals whose leases are not in this table.
 
         Raises:
             DuplicateWorker: a member holds the id or the address with an epoch that is not older, or the id at another
-                address where it is alive. Metadata: worker, epoch and address (of the holder), field, lease_ttl_ms.
+                address where it is alive. Metadata: worker, epoch and address (of the conflicting member), field,
+                lease_ttl_ms.
         """
         self.expire()
-        own = {id(lease): lease for lease in self._in_the_way(member)}
+        own = {id(lease): lease for lease in self._conflicting(member)}
         for lease in own.values():
             self._check_rival(member, Rival(lease.member, self._is_fresh(lease), lease.is_heard))
         for rival in others:
@@ -110,9 +112,9 @@ class Membership:
         return Grant(lease.lease_id, self.revision)
 
     def adopt(self, lease_id: str, member: Member, *, is_heard: bool) -> None:
-        """Take over a lease that another keeper granted. Older starts of its id or at its address give way."""
-        assert not self.holds(lease_id), "a lease that is held here would give way to itself"
-        older = {id(lease): lease for lease in self._in_the_way(member)}
+        """Add a lease that another replica granted. It replaces older incarnations with its id or at its address."""
+        assert not self.holds(lease_id), "a lease that is in this table would replace itself"
+        older = {id(lease): lease for lease in self._conflicting(member)}
         for lease in older.values():
             self._forget(lease)
         self._enter(lease_id, member, is_heard=is_heard)
@@ -120,41 +122,41 @@ class Membership:
         self._change(upserted=(member,), removed=replaced)
 
     def give_up(self, lease_id: str) -> None:
-        """Forget a lease that another keeper has taken over, or that was never written down; nothing is said of it."""
+        """Drop a lease that another replica has adopted, or that was never persisted; reports no change."""
         lease = self._leases.get(lease_id)
         if lease is not None:
             self._forget(lease)
 
     def held(self) -> tuple[Held, ...]:
-        """All leases, those that are over included until `expire`."""
+        """All leases, including those that are due but not expired yet."""
         return tuple(Held(lease.lease_id, lease.member) for lease in self._leases.values())
 
     def holds(self, lease_id: str) -> bool:
-        """Whether this table has the lease, over or not."""
+        """Whether this table has the lease, due or not."""
         return lease_id in self._leases
 
     def lease_of(self, kind: str, member_id: str) -> Held | None:
-        """The lease of a member; None: this table has none."""
+        """The lease of a member; None: not in this table."""
         lease = self._by_id.get((kind, member_id))
         return None if lease is None else Held(lease.lease_id, lease.member)
 
     def age_s(self, lease_id: str) -> float | None:
-        """Time since the last sign of life; None: none came here, or there is no such lease."""
+        """Time since the last keep-alive; None: none arrived here, or there is no such lease."""
         lease = self._leases.get(lease_id)
         return None if lease is None or not lease.is_heard else self._clock() - lease.renewed_s
 
     def extend_if_alive(self, is_alive: Callable[[Held], bool]) -> None:
-        """Let leases that were taken over and not heard of yet live on, for those who are known to live."""
+        """Renew adopted leases without a keep-alive so far, where `is_alive` says that the member is running."""
         end_s = self._clock() + self.ttl_s
         for lease in self._leases.values():
             if not lease.is_heard and is_alive(Held(lease.lease_id, lease.member)):
                 lease.expires_s = end_s
 
     def keep_alive(self, lease_id: str, state: WorkerState | None = None) -> None:
-        """Hear a sign of life; the lease lives for its whole time from now on.
+        """Renew a lease for its whole time to live.
 
         Raises:
-            WorkerNotFound: the lease is over.
+            WorkerNotFound: the lease has expired.
         """
         lease = self._lease(lease_id)
         lease.renewed_s = self._clock()
@@ -168,24 +170,24 @@ class Membership:
 
         Raises:
             WorkerNotFound: no live worker has that id.
-            StaleEpoch: another start of it is alive.
+            StaleEpoch: another incarnation of it is alive.
         """
         self.expire()
         lease = self._by_id.get((Worker.kind, worker_id))
         if lease is None:
-            raise WorkerNotFound(f"no live worker is called {worker_id!r}", worker=worker_id)
+            raise WorkerNotFound(f"no live worker has the id {worker_id!r}", worker=worker_id)
         actual = lease.member.epoch
         if actual != epoch:
-            problem = f"worker {worker_id} was started again: its epoch is {actual}, not {epoch}"
+            problem = f"worker {worker_id} has restarted: its epoch is {actual}, not {epoch}"
             raise StaleEpoch(problem, worker=worker_id, expected=epoch, actual=actual)
         self._set_state(lease, WorkerState.DRAINING)
         return lease.revision
 
     def deregister(self, lease_id: str) -> int:
-        """Take a member out. Returns the revision that first lacks it.
+        """Remove a member. Returns the first revision without it.
 
         Raises:
-            WorkerNotFound: the lease is over.
+            WorkerNotFound: the lease has expired.
         """
         lease = self._lease(lease_id)
         self._forget(lease)
@@ -193,38 +195,40 @@ class Membership:
         return self.revision
 
     def view(self) -> View:
-        """The view at this moment."""
+        """The current view."""
         self.expire()
         now_s = self._clock()
         workers, frontends = [], []
         for _, lease in sorted(self._by_id.items()):
             age_s, member = now_s - lease.renewed_s, lease.member
             if isinstance(member, Frontend):
-                frontends.append(Listed(member, age_s, self.keeper))
+                frontends.append(Listed(member, age_s, self.owner))
             else:
-                workers.append(Listed(member, age_s, self.keeper))
-        return View(self.keeper, self.revision, tuple(workers), tuple(frontends))
+                workers.append(Listed(member, age_s, self.owner))
+        return View(self.owner, self.revision, tuple(workers), tuple(frontends))
 
     def next_expiry_s(self) -> float | None:
         """When to call `expire` next; None while there is no lease."""
         return min((lease.expires_s for lease in self._leases.values()), default=None)
 
     def expire(self) -> None:
-        """Take out the members whose leases are over: one change for all of them."""
+        """Remove the members whose leases are due: one change for all of them."""
         now_s = self._clock()
         if now_s < self._not_before_s:
             return
         self._extend_after_pause(now_s)
-        over = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
-        for lease in over:
+        expired = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
+        for lease in expired:
             self._forget(lease)
-        if over:
-            self._change(removed=tuple(Removed(lease.member, RemovalReason.LEASE_EXPIRED) for lease in over))
+        if expired:
+            self._change(removed=tuple(Removed(lease.member, RemovalReason.LEASE_EXPIRED) for lease in expired))
         next_s = self.next_expiry_s()
         self._not_before_s = now_s + self.ttl_s if next_s is None else next_s
 
     def _extend_after_pause(self, now_s: float) -> None:
-        """A frozen or starved registry must not bury everybody when it wakes: signs of life wait in its sockets."""
+        """After a pause of this process, keep-alives are still unread in its sockets: extend leases by half a time to
+        live instead of expiring all of them.
+        """
         first_s = self.next_expiry_s()
         if first_s is None or now_s - first_s <= PAUSE_MIN_S:
             return
@@ -237,13 +241,13 @@ class Membership:
         self.expire()
         lease = self._leases.get(lease_id)
         if lease is None:
-            raise WorkerNotFound("that lease is over or was never granted: register again", lease=lease_id)
+            raise WorkerNotFound("unknown or expired lease: register again", lease=lease_id)
         return lease
 
     def _is_fresh(self, lease: _Lease) -> bool:
         return self._clock() - lease.renewed_s <= self.ttl_s * FRESH_FRACTION
 
-    def _in_the_way(self, member: Member) -> list[_Lease]:
+    def _conflicting(self, member: Member) -> list[_Lease]:
         found = (self._by_address.get(member.address), self._by_id.get((member.kind, member.member_id)))
         return [lease for lease in found if lease is not None]
 
@@ -252,7 +256,7 @@ class Membership:
         is_same_start = not is_elsewhere and _start(rival.member) == _start(member)
         if is_same_start and not rival.is_kept:
             return
-        # A frontend with a worker's address is a mistake, not its next start.
+        # A frontend at a worker's address is a configuration error, not a restart of that worker.
         is_another_kind = rival.member.kind != member.kind
         if rival.member.epoch >= member.epoch or ((is_elsewhere or is_another_kind) and rival.is_alive):
             raise self._duplicate(_field(member, rival.member), member, rival.member)
@@ -267,11 +271,11 @@ class Membership:
         return lease
 
     def _duplicate(self, field: str, member: Member, holder: Member) -> DuplicateWorker:
-        held = member.address if field == "address" else member.member_id
-        who = f"{holder.kind} {holder.member_id} of epoch {holder.epoch} at {holder.address}"
-        why = "which is alive" if holder.epoch < member.epoch else f"which is not older than epoch {member.epoch}"
+        value = member.address if field == "address" else member.member_id
+        other = f"{holder.kind} {holder.member_id} (epoch {holder.epoch}, at {holder.address})"
+        reason = "which is alive" if holder.epoch < member.epoch else f"which is not older than epoch {member.epoch}"
         return DuplicateWorker(
-            f"{field} {held} is held by {who}, {why}",
+            f"{field} {value} is already registered by {other}, {reason}",
             worker=holder.member_id,
             epoch=holder.epoch,
             address=holder.address,
@@ -300,6 +304,6 @@ def _start(member: Member) -> tuple[str, str, int]:
 
 
 def _field(member: Member, rival: Member) -> str:
-    """In which field a rival stands in the way."""
+    """The field in which a member conflicts with a rival."""
     has_same_id = (rival.kind, rival.member_id) == (member.kind, member.member_id)
     return f"{member.kind}_id" if has_same_id else "address"

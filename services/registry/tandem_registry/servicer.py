@@ -1,6 +1,6 @@
 """RegistryService on the wire: protobuf to domain and back, nothing else.
 
-Rules are in `validation` and `membership`, waiting in the backend; errors become statuses in tandem.rpc.interceptors.
+The rules are in `validation` and `leases`, waiting is in the backend; tandem.rpc.interceptors maps errors to statuses.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
 
 class RegistryServicer(pb_grpc.RegistryServiceServicer):
-    """Each method is one contract of registry_service.proto."""
+    """The methods of registry_service.proto."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._ending = asyncio.Event()
         self._snapshots = Snapshots()
 
-    def end_signs_of_life(self) -> None:
-        """End the streams of signs of life, which never end by themselves, with Draining."""
+    def end_keep_alives(self) -> None:
+        """Close the keep-alive streams with Draining: their clients never close them."""
         self._ending.set()
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:  # noqa: N802
-        """Enter a worker and grant it a lease."""
+        """Register a worker and grant it a lease."""
         if not request.HasField("worker"):
             raise InvalidRequest("worker", "must be given")
         grant = await self._backend.register(checked_worker(request.worker))
@@ -52,7 +52,7 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
     async def RegisterFrontend(  # noqa: N802
         self, request: pb.RegisterFrontendRequest, context: Any
     ) -> pb.RegisterFrontendResponse:
-        """Enter a frontend and grant it a lease."""
+        """Register a frontend and grant it a lease."""
         if not request.HasField("frontend"):
             raise InvalidRequest("frontend", "must be given")
         grant = await self._backend.register(checked_frontend(request.frontend))
@@ -61,36 +61,36 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
     async def KeepAlive(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Any
     ) -> AsyncIterator[pb.KeepAliveResponse]:
-        """Answer each sign of life. The end of the stream leaves the lease to its time."""
-        async for request in self._until_the_end(request_iterator):
+        """Renew the lease at each request. When the stream ends, the lease stays until it expires."""
+        async for request in self._until_draining(request_iterator):
             await self._backend.keep_alive(checked_lease_id(request.lease_id), checked_state(request.state))
             yield pb.KeepAliveResponse(time_to_live=duration(self._backend.ttl_s))
 
-    async def _until_the_end(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveRequest]:
-        """Requests as they come.
+    async def _until_draining(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveRequest]:
+        """Requests as they arrive.
 
         Raises:
-            Draining: the registry is going away.
+            Draining: the registry is shutting down.
         """
         ending = asyncio.ensure_future(self._ending.wait())
-        coming: asyncio.Future[pb.KeepAliveRequest | None] = asyncio.ensure_future(anext(requests, None))
+        received: asyncio.Future[pb.KeepAliveRequest | None] = asyncio.ensure_future(anext(requests, None))
         try:
             while True:
-                waits: set[asyncio.Future[Any]] = {coming, ending}
+                waits: set[asyncio.Future[Any]] = {received, ending}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    raise Draining("the registry is going away")
-                request = coming.result()
+                if not received.done():
+                    raise Draining("the registry is shutting down")
+                request = received.result()
                 if request is None:
                     return
                 yield request
-                coming = asyncio.ensure_future(anext(requests, None))
+                received = asyncio.ensure_future(anext(requests, None))
         finally:
             ending.cancel()
-            coming.cancel()
+            received.cancel()
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
-        """Send the view, then its changes, until the watcher leaves or falls behind."""
+        """Send a snapshot, then each change, until the watcher disconnects or falls behind."""
         model = request.model if request.HasField("model") else None
         subscription = await self._backend.subscribe(_known(request))
         try:
@@ -124,7 +124,7 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
             subscription.close()
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
-        """The view at this moment."""
+        """The current view."""
         model = request.model if request.HasField("model") else None
         view = await self._backend.view()
         return listing(self._backend.replica_id, self._backend.origin, view, model)
@@ -136,12 +136,12 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         return pb.DrainResponse(revision=revision)
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
-        """Take a worker or a frontend out."""
+        """Remove a worker or a frontend."""
         return pb.DeregisterResponse(revision=await self._backend.deregister(checked_lease_id(request.lease_id)))
 
 
 def _known(request: pb.WatchRequest) -> Known | None:
-    """The view that a watcher says it holds."""
+    """Registry id and revision of the view that the watcher already has."""
     if request.HasField("known_registry_id") and request.HasField("known_revision"):
         return request.known_registry_id, request.known_revision
     return None

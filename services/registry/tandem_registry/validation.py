@@ -1,6 +1,6 @@
-"""What a worker or frontend says about itself, checked field by field before it enters the view.
+"""Checks every field of a registration before the member enters the view.
 
-Owns the rules and the dotted names of the fields at fault. Whether somebody else holds the id is membership's question.
+Owns the rules and the dotted names of invalid fields. Conflicts with other members are checked in `leases`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
     """The worker of a request.
 
     Raises:
-        InvalidRequest: names the first field at fault, as a path from the request ("worker.address").
+        InvalidRequest: names the first invalid field, as a path from the request ("worker.address").
     """
     _check_start("worker", "worker.worker_id", message.worker_id, message)
     if message.role not in ROLE_BY_NUMBER:
@@ -43,7 +43,7 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
         worker.capabilities
     ):
         raise InvalidRequest(
-            "worker.capabilities_digest", "does not fit worker.capabilities: the entry was changed on its way"
+            "worker.capabilities_digest", "does not match worker.capabilities: the message was altered in transit"
         )
     return worker
 
@@ -52,7 +52,7 @@ def checked_frontend(message: worker_pb2.Frontend) -> Frontend:
     """The frontend of a request.
 
     Raises:
-        InvalidRequest: names the first field at fault, as a path from the request ("frontend.address").
+        InvalidRequest: names the first invalid field, as a path from the request ("frontend.address").
     """
     _check_start("frontend", "frontend.frontend_id", message.frontend_id, message)
     _check_model("frontend.model", message.model)
@@ -60,32 +60,32 @@ def checked_frontend(message: worker_pb2.Frontend) -> Frontend:
 
 
 def checked_worker_id(field: str, worker_id: str) -> str:
-    """The id of a worker or frontend, under the name its field has in the request."""
+    """A valid worker or frontend id; `field` is its name in the request, for the error."""
     if not WORKER_ID.fullmatch(worker_id):
         raise InvalidRequest(field, "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
     return worker_id
 
 
 def checked_epoch(field: str, epoch: int) -> int:
-    """The epoch of a worker."""
+    """A valid epoch: above 0."""
     if epoch <= 0:
         raise InvalidRequest(field, f"must be above 0, not {epoch}")
     return epoch
 
 
 def checked_lease_id(lease_id: str) -> str:
-    """The id of a lease."""
+    """A valid lease id."""
     if not 1 <= len(lease_id) <= LEASE_ID_CHARACTERS_MAX:
         raise InvalidRequest("lease_id", f"must have 1 to {LEASE_ID_CHARACTERS_MAX} characters")
     return lease_id
 
 
 def checked_state(number: int) -> WorkerState | None:
-    """The state of a sign of life; None when it is not set."""
+    """The state in a keep-alive; None when it is not set."""
     if number == worker_pb2.WORKER_STATE_UNSPECIFIED:
         return None
     if number not in STATE_BY_NUMBER:
-        raise InvalidRequest("state", "must be SERVING or DRAINING where it is set")
+        raise InvalidRequest("state", "must be SERVING or DRAINING if set")
     return STATE_BY_NUMBER[worker_pb2.WorkerState.ValueType(number)]
 
 
@@ -104,7 +104,7 @@ def _check_address(field: str, address: str) -> None:
     if not HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
         raise InvalidRequest(field, f"must be host:port with a port of 1 to {PORT_MAX}")
     if host in WILDCARD_HOSTS:
-        raise InvalidRequest(field, f"{host} is no address that others can call: set advertise_host")
+        raise InvalidRequest(field, f"{host} is a wildcard address, which clients cannot call: set advertise_host")
 
 
 def _check_model(field: str, model: str) -> None:

@@ -1,6 +1,6 @@
-"""The view and its steps, as every place that keeps membership tells them.
+"""The membership view and its changes, as every backend publishes them.
 
-Values only. Who decides what is in a view is `membership` or a backend; how it travels is the servicer's business.
+Values only. `leases` or a backend decides what is in a view; `view_messages` puts it on the wire.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RemovalReason(Enum):
 
 
 class Health(Enum):
-    """What the place where membership is kept says of a member's health."""
+    """Health of a member as the membership store reports it."""
 
     UNKNOWN = "unknown"
     PASSING = "passing"
@@ -33,7 +33,7 @@ class Health(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """A member that left, as it was."""
+    """A removed member, as it last was."""
 
     member: Member
     reason: RemovalReason
@@ -41,23 +41,23 @@ class Removed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One step of the view. What was removed goes first, then what came or changed."""
+    """One change of the view. Apply `removed` first, then `upserted`."""
 
     revision: int
-    """Of the view after this step; above the one before it."""
+    """Of the view after this change; above the one before it."""
     upserted: tuple[Member, ...] = ()
     removed: tuple[Removed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Listed(Generic[M]):
-    """A member of the view, and what is known of its lease."""
+    """A member of the view, with the state of its lease."""
 
     member: M
     lease_age_s: float | None
-    """Time since its last sign of life; None: another replica keeps its lease, or nobody has heard one yet."""
-    keeper: str
-    """Id of the replica that keeps its lease."""
+    """Time since its last keep-alive; None: another replica owns the lease, or no keep-alive has arrived yet."""
+    owner: str
+    """Id of the registry replica that owns its lease."""
     health: Health = Health.UNKNOWN
 
 
@@ -66,27 +66,27 @@ class View:
     """The whole view at one revision, ordered by id."""
 
     registry_id: str
-    """Names whoever counts the revisions."""
+    """Names the sequence that `revision` counts in; revisions of different ids cannot be compared."""
     revision: int
     workers: tuple[Listed[Worker], ...] = ()
     frontends: tuple[Listed[Frontend], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Followed:
-    """How a place elsewhere is followed."""
+class StoreLag:
+    """How far the published view is behind the membership store."""
 
-    answer_age_s: float
-    """Time since its last answer."""
+    response_age_s: float
+    """Time since the store's last response."""
     index_lag: int
-    """By how many of its steps the view that is told is behind that answer."""
+    """Store indexes between the published view and that response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a view comes from."""
+    """Whether a view is live, and since when."""
 
     is_live: bool
-    """Whether from where membership is kept, now; else from there when it was last heard of."""
+    """True: it follows the membership store. False: it is the last known view."""
     since_s: float
-    """Since when, in seconds since the Unix epoch."""
+    """Time of the last switch between the two, in seconds since the Unix epoch."""

@@ -1,7 +1,7 @@
-"""The view and its steps as messages of registry_service.proto.
+"""The view and its changes as messages of registry_service.proto.
 
-Pure translation. A snapshot is the same for every watcher at one revision: the last one made is kept, because a whole
-fleet of frontends asks for it at the same moment.
+Pure translation. A snapshot is the same for every watcher at one revision: the last one is cached, because after a
+reconnect all frontends ask for it at the same time.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HEALTHS = {
 
 
 def serves(member: Member, model: str | None) -> bool:
-    """Whether a member is of that model; None: of any."""
+    """Whether a member serves that model; None: any model."""
     own = member.capabilities.model if isinstance(member, Worker) else member.model
     return model is None or own == model
 
 
 class Snapshots:
-    """Snapshots of the view, the last one kept."""
+    """Snapshots of the view, with the last one cached."""
 
     def __init__(self) -> None:
         self._key: tuple[str, int, str | None] | None = None
@@ -54,13 +54,13 @@ class Snapshots:
 
 
 def is_of_workers(change: Change) -> bool:
-    """Whether a step concerns those who watch workers."""
+    """Whether a change contains workers."""
     members = [*change.upserted, *(removed.member for removed in change.removed)]
     return any(isinstance(member, Worker) for member in members)
 
 
 def delta(registry_id: str, previous_revision: int, change: Change, model: str | None) -> pb.WatchResponse:
-    """A later message of a watch. A change of other models' workers is an empty delta."""
+    """A later message of a watch. A change to other models only is an empty delta, so that no revision is skipped."""
     upserted = [
         worker_to_proto(member) for member in change.upserted if isinstance(member, Worker) and serves(member, model)
     ]
@@ -78,7 +78,7 @@ def delta(registry_id: str, previous_revision: int, change: Change, model: str |
 
 
 class FrontendList:
-    """The frontends as one watcher of them knows them."""
+    """The frontend list as last sent to one watcher."""
 
     def __init__(self, view: View, model: str | None) -> None:
         self._model = model
@@ -86,7 +86,7 @@ class FrontendList:
         self._begin(view)
 
     def apply(self, step: Change | View) -> bool:
-        """Take one step; returns whether there is something to tell."""
+        """Apply one change; returns whether the list must be sent again."""
         if isinstance(step, View):
             self._begin(step)
             return True
@@ -101,7 +101,7 @@ class FrontendList:
         return self._frontends != before
 
     def message(self) -> pb.WatchFrontendsResponse:
-        """All of them, ordered by id."""
+        """The whole list, ordered by id."""
         frontends = [frontend_to_proto(frontend) for _, frontend in sorted(self._frontends.items())]
         return pb.WatchFrontendsResponse(registry_id=self._registry_id, revision=self._revision, frontends=frontends)
 
@@ -112,7 +112,7 @@ class FrontendList:
 
 
 def listing(replica_id: str, origin: Origin, view: View, model: str | None) -> pb.ListResponse:
-    """The whole view with what is known of leases."""
+    """The whole view with the state of each lease."""
     return pb.ListResponse(
         registry_id=view.registry_id,
         revision=view.revision,
@@ -134,11 +134,11 @@ def listing(replica_id: str, origin: Origin, view: View, model: str | None) -> p
 
 def _lease(entry: Listed[Worker] | Listed[Frontend]) -> dict[str, Any]:
     age = None if entry.lease_age_s is None else duration(entry.lease_age_s)
-    return {"lease_age": age, "lease_keeper": entry.keeper, "health": HEALTHS[entry.health]}
+    return {"lease_age": age, "lease_keeper": entry.owner, "health": HEALTHS[entry.health]}
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
-    """Seconds as a Duration."""
+    """Seconds as a protobuf Duration."""
     message = duration_pb2.Duration()
     message.FromNanoseconds(int(seconds * 1e9))
     return message

@@ -82,7 +82,7 @@ async def check_consul(spec: ClusterSpec, console: Console) -> None:
         return
     if consul.address is None:
         _check_certificates(spec.tls)
-        await asyncio.to_thread(find_consul, tell=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        await asyncio.to_thread(find_consul, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
         return
     try:
         if consul.token_file is not None:

@@ -1,4 +1,4 @@
-"""The registry as its clients see it: `Registration` for workers, `WorkerWatch` for whoever chooses among them."""
+"""Registry clients: `Registration` for workers and frontends, `WorkerWatch` for frontends that choose workers."""
 
 from tandem.discovery.lease_calls import LeaseTime
 from tandem.discovery.registration import Registration

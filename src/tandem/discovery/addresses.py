@@ -1,6 +1,6 @@
-"""The forms of addresses in settings: host:port, srv://NAME for DNS to say, or several of them separated by commas.
+"""Address formats in settings: host:port, srv://NAME for a DNS lookup, or several of them separated by commas.
 
-Owns the words only; nothing is asked of DNS here (`tandem.discovery.srv_lookup`).
+Owns the syntax only; `tandem.discovery.srv_lookup` makes the lookups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 PORT_MAX = 65_535
 DNS_PORT = 53
 SRV_PREFIX = "srv://"
-FORMS = "host:port, or srv://NAME@HOST:PORT (a name, and the DNS server to ask)"
+FORMS = "host:port, or srv://NAME@HOST:PORT (a DNS name, and the DNS server to query)"
 REGISTRY_TEXT = f"the registry: {FORMS}; several are separated by commas"
 HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?", re.ASCII)
 NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
@@ -23,16 +23,16 @@ NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?"
 
 @dataclass(frozen=True, slots=True)
 class SrvName:
-    """A name whose SRV records hold host and port of each registry."""
+    """A name whose SRV records contain host and port of each registry."""
 
     name: str
     server: str | None
-    """Host of the DNS server to ask; None: those of this machine."""
+    """Host of the DNS server to query; None: those of this machine."""
     port: int = DNS_PORT
 
 
 def parse_addresses(value: Any) -> Any:
-    """A tuple of addresses, as text, from text like "a:1,b:2" or from a list of such.
+    """A tuple of addresses from a string like "a:1,b:2", or from a list of addresses.
 
     Raises:
         ValueError: says which address is malformed.
@@ -44,10 +44,10 @@ def parse_addresses(value: Any) -> Any:
 
 
 def parse_srv(address: str) -> SrvName | None:
-    """What to ask of DNS; None for a plain host:port.
+    """The SRV name to look up; None for a plain host:port.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the address has neither format.
     """
     if not address.startswith(SRV_PREFIX):
         _host_and_port(address, address)
@@ -76,7 +76,7 @@ def _host_and_port(text: str, address: str) -> tuple[str, int]:
 
 
 def _is_host(text: str) -> bool:
-    """A name, or an IP address: of version 6 in brackets."""
+    """Whether it is a host name or an IP address; IPv6 must be in brackets."""
     if text.startswith("["):
         try:
             return text.endswith("]") and ipaddress.ip_address(text[1:-1]).version == 6

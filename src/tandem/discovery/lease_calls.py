@@ -1,7 +1,7 @@
-"""The calls that enter a member at a registry and keep its lease: protobuf to values and back, failures as TandemError.
+"""The calls that register a member and renew its lease: converts protobuf messages, raises failures as TandemError.
 
-Knows that workers and frontends register by different calls; everything after that is the same for both. When to call
-is `tandem.discovery.registration`.
+Workers and frontends register by different calls; everything after that is the same for both. `registration` decides
+when to call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEREGISTER_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LeaseTime:
-    """How long leases live, and when the present one ends unless it is kept: never later than the registry ends it."""
+    """Time to live of leases, and the end of the current one unless renewed: never after its expiry at the registry."""
 
     ttl_s: float
     end_s: float
@@ -36,20 +36,20 @@ class LeaseTime:
 
 @dataclass(slots=True)
 class Lease:
-    """A lease as its holder knows it."""
+    """A lease as its member knows it."""
 
     lease_id: str
     ttl_s: float
     end_s: float
-    told_state: WorkerState
-    """Of its holder, as the registry has heard it."""
+    reported_state: WorkerState
+    """The member's state that the registry has confirmed."""
 
 
 async def grant(channel: grpc.aio.Channel, member: Member, now_s: float) -> Lease:
-    """Enter a member.
+    """Register a member.
 
     Raises:
-        TandemError: the registry refused, or did not answer.
+        TandemError: the registry rejected it, or did not respond.
     """
     stub: Any = RegistryServiceStub(channel)
     try:
@@ -66,10 +66,10 @@ async def grant(channel: grpc.aio.Channel, member: Member, now_s: float) -> Leas
 
 
 async def give_up(channel: grpc.aio.Channel, lease: Lease) -> None:
-    """Take its holder out.
+    """Deregister the lease's member.
 
     Raises:
-        TandemError: the registry did not hear it.
+        TandemError: the registry was not reached.
     """
     stub: Any = RegistryServiceStub(channel)
     try:
@@ -78,43 +78,43 @@ async def give_up(channel: grpc.aio.Channel, lease: Lease) -> None:
         raise from_rpc_error(failure) from None
 
 
-class SignsOfLife:
-    """One stream of signs of life for one lease. Close it in the end."""
+class KeepAliveStream:
+    """One keep-alive stream for one lease. The caller must close it."""
 
     def __init__(self, channel: grpc.aio.Channel, lease: Lease, wake: asyncio.Event) -> None:
-        """`wake` is set when the stream ends: a registry that goes away is noticed at once, not at the next sign."""
+        """`wake` is set when the stream ends, so that a lost registry is noticed before the next keep-alive."""
         stub: Any = RegistryServiceStub(channel)
         self._lease = lease
         self._call = stub.KeepAlive()
         self._call.add_done_callback(lambda _: wake.set())
 
-    async def give(self, state: WorkerState, now_s: float, answer_timeout_s: float) -> None:
-        """One sign and its answer. It says the state only when the registry has not heard it yet.
+    async def send(self, state: WorkerState, now_s: float, response_timeout_s: float) -> None:
+        """Send one keep-alive and wait for its response. It contains the state until the registry has confirmed it.
 
         Raises:
-            TandemError: the lease is over, the stream ended, or no answer came.
+            TandemError: the lease has expired, the stream ended, or no response came in time.
         """
         lease, request = self._lease, pb.KeepAliveRequest(lease_id=self._lease.lease_id)
-        if state is not lease.told_state:
+        if state is not lease.reported_state:
             request.state = STATES[state]
         try:
-            async with asyncio.timeout(answer_timeout_s):
-                # A stream that has ended refuses the write; the read then raises what it ended with.
+            async with asyncio.timeout(response_timeout_s):
+                # On an ended stream the write fails without a reason; the read then raises the stream's status.
                 with contextlib.suppress(asyncio.InvalidStateError):
                     await self._call.write(request)
-                answer = await self._call.read()
+                response = await self._call.read()
         except TimeoutError:
-            raise ServiceError("no answer to a sign of life") from None
+            raise ServiceError(f"no response to a keep-alive within {response_timeout_s:g} s") from None
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from None
-        if not isinstance(answer, pb.KeepAliveResponse):
-            raise ServiceError("the registry ended the stream")
-        lease.ttl_s = _seconds(answer.time_to_live)
-        # From the asking: while the answer came, the registry's own clock ran.
-        lease.end_s, lease.told_state = now_s + lease.ttl_s, state
+        if not isinstance(response, pb.KeepAliveResponse):
+            raise ServiceError("the registry closed the keep-alive stream")
+        lease.ttl_s = _seconds(response.time_to_live)
+        # Counted from the request: the registry renewed the lease before its response arrived here.
+        lease.end_s, lease.reported_state = now_s + lease.ttl_s, state
 
     def close(self) -> None:
-        """End the stream; the lease lives on for its time."""
+        """Close the stream; the lease stays until it expires."""
         self._call.cancel()
 
 

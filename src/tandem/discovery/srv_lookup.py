@@ -1,7 +1,7 @@
-"""Names to addresses: asks DNS for the SRV records of a name, over TCP.
+"""Resolves a name to addresses by its DNS SRV records, over TCP.
 
-Over TCP, because Consul puts three records at most into an answer over UDP and does not say that it cut it. Remembers
-nothing; what becomes of an answer that does not come is `tandem.discovery.address_book`.
+Over TCP, because Consul returns at most three records over UDP, without marking the response as truncated. Caches
+nothing: `tandem.discovery.address_book` handles failed lookups.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import dns.resolver
 from tandem.discovery.addresses import SrvName
 from tandem.errors import ServiceError
 
-ANSWER_TIMEOUT_S = 1.0
-"""A sign of life to another registry must not be late because DNS is."""
+LOOKUP_TIMEOUT_S = 1.0
+"""Short, so that a slow DNS server does not delay the keep-alive to another registry until the lease expires."""
 
 
-async def resolve_srv(srv: SrvName, rng: random.Random, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[str, ...]:
-    """Addresses (host:port) behind a name: by priority, those of equal priority in any order.
+async def resolve_srv(srv: SrvName, rng: random.Random, timeout_s: float = LOOKUP_TIMEOUT_S) -> tuple[str, ...]:
+    """Addresses (host:port) of a name: by priority, in random order within one priority.
 
     Raises:
-        ServiceError: DNS did not answer, knows no such name, or has no address for it.
+        ServiceError: the lookup timed out or failed, or its targets have no addresses.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -44,11 +44,11 @@ async def resolve_srv(srv: SrvName, rng: random.Random, timeout_s: float = ANSWE
                 for host in await _hosts(resolver, record.target, answer.response)
             ]
     except TimeoutError:
-        raise ServiceError(f"DNS did not answer for {srv.name} within {timeout_s:g} s") from None
+        raise ServiceError(f"DNS lookup of {srv.name} timed out after {timeout_s:g} s") from None
     except (dns.exception.DNSException, OSError) as problem:
-        raise ServiceError(f"DNS has no answer for {srv.name}: {problem}") from None
+        raise ServiceError(f"DNS lookup of {srv.name} failed: {problem}") from None
     if not found:
-        raise ServiceError(f"DNS has no address for the targets of {srv.name}")
+        raise ServiceError(f"the SRV targets of {srv.name} have no addresses")
     return tuple(dict.fromkeys(found))
 
 
@@ -62,7 +62,7 @@ async def _resolver(srv: SrvName, timeout_s: float) -> dns.asyncresolver.Resolve
 
 
 async def _server_ips(host: str, port: int) -> list[str]:
-    """The DNS server's own addresses: it may be given by name, which the machine's other means have to know."""
+    """IP addresses of the DNS server; a host name is resolved by the system's resolver."""
     try:
         return [str(ipaddress.ip_address(host))]
     except ValueError:
@@ -73,16 +73,16 @@ async def _server_ips(host: str, port: int) -> list[str]:
 async def _hosts(
     resolver: dns.asyncresolver.Resolver, target: dns.name.Name, response: dns.message.Message
 ) -> Iterable[str]:
-    """IP addresses of a target: those that came along with the answer, else those that DNS says when asked."""
+    """IP addresses of a target: from the additional section of the response, else from further lookups."""
     kinds = (dns.rdatatype.A, dns.rdatatype.AAAA)
-    along = [
+    additional = [
         record.address
         for records in response.additional
         if records.name == target and records.rdtype in kinds
         for record in records
     ]
-    if along:
-        return along
+    if additional:
+        return additional
     for kind in kinds:
         try:
             return [record.address for record in await resolver.resolve(target, kind, tcp=True)]

@@ -1,8 +1,8 @@
-"""The registry's members as a watcher holds them: merges snapshots, deltas and lists, and outlives a registry.
+"""A watcher's view of the registry's members: merges snapshots, deltas and lists, also of several registries.
 
-Pure: the clock is given, nothing is awaited. Owns the rule of what is no proof of absence: an answer of another
-registry, or one that is older than what is known. A member that is missing from such an answer stays, unconfirmed, for
-a grace period. How messages arrive is `tandem.discovery.watches`.
+Pure: the clock is passed in, nothing is awaited. Owns the rule of what does not prove absence: a message of another
+registry process, or one older than the view. A member that is missing from such a message stays, unconfirmed, for a
+grace period. `tandem.discovery.watches` receives the messages.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from tandem.domain.worker import Worker
 M = TypeVar("M", Worker, Frontend)
 
 CONFIRM_GRACE_S = 10.0
-"""Twice the default lease: every live worker has noticed the loss of its registry and come back by then."""
+"""Twice the default lease: every live worker has noticed the loss of its registry and registered again by then."""
 
 
 class ViewGap(Exception):
-    """A step of the view is missing; only a new snapshot helps."""
+    """A delta is missing, so the stream must be restarted from a new snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry(Generic[M]):
     member: M
     drop_s: float | None = None
-    """Unconfirmed: when to remove it, on the view's clock. None: the present registry lists it."""
+    """Unconfirmed: when to remove it, on the view's clock. None: the current registry lists it."""
 
     def unconfirmed(self, drop_s: float) -> _Entry[M]:
-        """The same, unconfirmed; one that is so already gets no new time."""
+        """The same member, unconfirmed; keeps its time if it was unconfirmed before."""
         return _Entry(self.member, drop_s) if self.drop_s is None else self
 
 
 class View(Generic[M]):
-    """Members by id, confirmed by the present registry or remembered from what was known before."""
+    """Members by id: confirmed by the current registry, or kept from an earlier one."""
 
     def __init__(self, id_of: Callable[[M], str], clock: Clock, confirm_grace_s: float) -> None:
         self.registry_id: str | None = None
@@ -52,11 +52,11 @@ class View(Generic[M]):
         return tuple(self._entries[member_id].member for member_id in sorted(self._entries))
 
     def unconfirmed(self) -> tuple[M, ...]:
-        """Members that were listed once and that the present registry does not list, or not yet."""
+        """Members that an earlier registry listed and the current one does not list, or not yet."""
         return tuple(member for member in self.members() if self._entries[self._id_of(member)].drop_s is not None)
 
     def drop_overdue(self) -> bool:
-        """Remove the unconfirmed whose grace period is over. Returns whether there were any."""
+        """Remove unconfirmed members whose grace period is over. Returns whether there were any."""
         now_s = self._clock()
         overdue = [key for key, entry in self._entries.items() if entry.drop_s is not None and entry.drop_s <= now_s]
         for member_id in overdue:
@@ -64,7 +64,7 @@ class View(Generic[M]):
         return bool(overdue)
 
     def next_drop_s(self) -> float | None:
-        """When to call `drop_overdue`; None while every member is confirmed."""
+        """When to call `drop_overdue`; None while all members are confirmed."""
         return min((entry.drop_s for entry in self._entries.values() if entry.drop_s is not None), default=None)
 
     def _knows_newer(self, member: M) -> bool:
@@ -79,9 +79,9 @@ class WorkerView(View[Worker]):
         super().__init__(lambda worker: worker.worker_id, clock, confirm_grace_s)
 
     def apply_snapshot(self, registry_id: str, revision: int, workers: Iterable[Worker]) -> None:
-        """Take a whole view. Those missing from it stay, unconfirmed, when it is another registry's or an older one.
+        """Apply a whole view. Workers missing from it stay, unconfirmed, if it is another registry's or an older one.
 
-        An older one, as a replica has that lags behind, does not bring former starts of known workers back either.
+        An older one, from a replica that lags, does not bring back previous incarnations of known workers either.
         """
         listed = tuple(workers)
         drop_s = self._clock() + self._confirm_grace_s
@@ -103,14 +103,14 @@ class WorkerView(View[Worker]):
         upserted: Iterable[Worker],
         removed: Iterable[tuple[str, int]],
     ) -> None:
-        """Take one step from one revision to the next; `removed` holds worker id and epoch.
+        """Apply the change from one revision to the next; `removed` contains worker ids and epochs.
 
         Raises:
-            ViewGap: it does not follow what is known; nothing was changed.
+            ViewGap: it does not follow the view's revision; nothing was changed.
         """
         if registry_id != self.registry_id or previous_revision != self.revision or revision <= previous_revision:
             step = f"{registry_id} {previous_revision} to {revision}"
-            raise ViewGap(f"expected a step from {self.registry_id} {self.revision}, got {step}")
+            raise ViewGap(f"missing changes: expected a delta from {self.registry_id} {self.revision}, got {step}")
         self.revision = revision
         for worker_id, epoch in removed:
             entry = self._entries.get(worker_id)
@@ -119,7 +119,7 @@ class WorkerView(View[Worker]):
         self._confirm(tuple(upserted))
 
     def _confirm(self, workers: tuple[Worker, ...]) -> None:
-        """Enter workers; unconfirmed ones at their addresses have been replaced by them."""
+        """Add workers as confirmed; they replace unconfirmed ones at the same addresses."""
         addresses = {worker.address for worker in workers}
         for worker_id, entry in list(self._entries.items()):
             if entry.drop_s is not None and entry.member.address in addresses:
@@ -128,15 +128,15 @@ class WorkerView(View[Worker]):
 
 
 class FrontendView(View[Frontend]):
-    """Frontends: whole lists. The last one is never removed: whether it is dead is for health checks to say."""
+    """Frontends: whole lists. The last one is never removed: health checks decide whether it is dead."""
 
     def __init__(self, clock: Clock, confirm_grace_s: float = CONFIRM_GRACE_S) -> None:
         super().__init__(lambda frontend: frontend.frontend_id, clock, confirm_grace_s)
 
     def apply(self, registry_id: str, revision: int, frontends: Iterable[Frontend]) -> bool:
-        """Take a whole list. Returns False for an empty one after a full one, which is ignored.
+        """Apply a whole list. Returns False for an empty list after a non-empty one, which is ignored.
 
-        A list proves an absence only when it follows the one before at the same registry.
+        A list proves an absence only if it follows the previous one of the same registry.
         """
         listed = {frontend.frontend_id: frontend for frontend in frontends}
         if not listed and self._entries:

@@ -1,6 +1,6 @@
-"""The view that was seen last, and what another one changes in it.
+"""Difference between two views of the workers.
 
-Pure. Owns the comparison, whose cost grows with the fleet and is therefore paid for each view, never for each request.
+Pure. Owns the comparison. Its cost grows with the number of workers, so it runs once per view, never per request.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from tandem.domain.worker import Worker
 
 
 class KnownView:
-    """Workers by id."""
+    """The last view, by worker id."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Worker] = {}
 
     def replace(self, workers: Iterable[Worker]) -> tuple[list[Worker], list[Worker]]:
-        """Take another view. Returns the workers that it takes away and those that it brings; one that has changed is
-        among both. Workers are compared by identity: the view keeps the objects of those that did not change.
+        """Replace the view. Returns the removed and the added workers; a changed worker is in both lists. Workers are
+        compared by identity, which is cheap: a view keeps the objects of unchanged workers.
         """
         known, now = self._by_id, {worker.worker_id: worker for worker in workers}
         removed = [worker for worker_id, worker in known.items() if now.get(worker_id) is not worker]

@@ -1,7 +1,7 @@
-"""What all watches of a registry share: trying its addresses in turn for ever, telling an outage once, giving up in
-time what a live registry does not confirm.
+"""Shared part of all registry watches: reconnects to the addresses in turn, logs an outage once, and drops members
+that a live registry does not confirm in time.
 
-Owns the tasks, the connections and the state. What is heard, and what becomes of it, is each watch's own.
+Owns the tasks, the connections and the state. Each watch handles the messages of its own stream.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from tandem.tls.paths import Tls
 log = logging.getLogger(__name__)
 
 SNAPSHOT_TIMEOUT_S = 3.0
-"""A registry that is frozen accepts connections and never answers; the next address gets its turn after this."""
+"""Timeout of the first message: a frozen registry accepts connections but never responds; then the next is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchState:
-    """Whether the view follows a registry now, and since when it does or does not (on the watch's clock)."""
+    """Whether the view is live, that is connected to a registry, and since when (on the watch's clock)."""
 
     is_live: bool
     since_s: float
 
 
 class AgingView(Protocol):
-    """A view that holds on for a while to what was not confirmed."""
+    """A view that keeps unconfirmed members for a grace period."""
 
     def next_drop_s(self) -> float | None:
-        """When the next one is overdue, on the view's clock; None: all are confirmed."""
+        """When the next grace period ends, on the view's clock; None: all members are confirmed."""
         ...
 
     def drop_overdue(self) -> bool:
-        """Give up who is overdue now. Returns whether there was anyone."""
+        """Remove the members whose grace period is over. Returns whether there were any."""
         ...
 
 
 class RegistryFollower(abc.ABC):
-    """Follows one stream of a registry, and another registry's when it ends."""
+    """Watches one registry, and reconnects to another one when the stream ends."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class RegistryFollower(abc.ABC):
         clock: Clock,
         rng: random.Random | None,
     ) -> None:
-        """Makes no connection yet. `listed` says in logs what the view is of, in the plural."""
+        """Makes no connection yet. `listed` names the members in log lines, in the plural."""
         self._book = AddressBook(addresses, clock=clock, rng=rng)
         self._aging = view
         self._listed = listed
@@ -77,11 +77,11 @@ class RegistryFollower(abc.ABC):
 
     @property
     def state(self) -> WatchState:
-        """Live, or the last known view and since when."""
+        """Whether the view is live or last known, and since when."""
         return self._state
 
     async def start(self) -> None:
-        """Begin to follow; returns at once, whether or not a registry can be reached."""
+        """Start the tasks; returns at once, whether or not a registry is reachable."""
         assert not self._tasks, "start() twice"
         self._tasks = [
             asyncio.create_task(self._follow(), name=f"watch-of-{self._listed}"),
@@ -89,7 +89,7 @@ class RegistryFollower(abc.ABC):
         ]
 
     async def close(self) -> None:
-        """Stop following and free everything; the last view stays readable. May be called twice."""
+        """Stop the tasks and free all resources; the last view stays readable. May be called twice."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -98,66 +98,66 @@ class RegistryFollower(abc.ABC):
 
     @abc.abstractmethod
     def _open(self, stub: RegistryServiceStub) -> Any:
-        """The call whose answers are listened to."""
+        """Open the stream."""
 
     @abc.abstractmethod
     async def _listen(self, call: Any, address: str) -> None:
-        """Hear the stream to its end; calls `_heard_from` once a view has been told.
+        """Read the stream to its end; calls `_on_live` once there is a complete view.
 
         Raises:
-            TimeoutError: nothing came within SNAPSHOT_TIMEOUT_S.
-            TandemError: what came makes no sense.
+            TimeoutError: no message within SNAPSHOT_TIMEOUT_S.
+            TandemError: a message is invalid.
         """
 
     @abc.abstractmethod
     def _count(self) -> int:
-        """How many the view knows."""
+        """Number of members in the view."""
 
-    def _note(self, problem: TandemError) -> None:  # noqa: B027 -- most have nothing to add
-        """A stream has ended with this."""
+    def _note(self, problem: TandemError) -> None:  # noqa: B027 -- optional hook
+        """A stream has ended with this error."""
 
-    def _tell(self) -> None:
-        """The view has changed."""
+    def _publish(self) -> None:
+        """Report a change of the view."""
         self._wake()
 
     def _wake(self) -> None:
-        """Whoever waits for anything more looks now."""
+        """Wake the coroutines that wait for a change."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _heard_from(self, address: str, registry_id: str) -> None:
-        """A registry has told its view: the outage, if there was one, is over."""
+    def _on_live(self, address: str, registry_id: str) -> None:
+        """A registry has sent its view: an outage is over."""
         self._set_live(True)
         self._backoff.reset()
-        log.info("registry %s: following %s, %d %s", address, registry_id, self._count(), self._listed)
+        log.info("registry %s: watching (registry id %s), %d %s", address, registry_id, self._count(), self._listed)
 
     async def _follow(self) -> None:
-        """Try the addresses in turn for ever; one line in the log for an outage, one for its end."""
-        is_outage_told = False
+        """Watch the addresses in turn for ever; logs the start and the end of an outage once each."""
+        is_outage_logged = False
         while True:
-            asked_s = 0.0
+            retry_delay_s = 0.0
             try:
                 await self._watch(await self._book.current())
             except TandemError as problem:
                 self._note(problem)
-                if self._state.is_live or not is_outage_told:
+                if self._state.is_live or not is_outage_logged:
                     log.warning(
                         "registry %s: %s; keeping %d known %s", self._book, problem, self._count(), self._listed
                     )
-                    is_outage_told = True
+                    is_outage_logged = True
                 self._set_live(False)
-                asked_s = problem.retry_delay_s or 0.0
+                retry_delay_s = problem.retry_delay_s or 0.0
             self._book.failed()
-            await asyncio.sleep(max(asked_s, self._backoff.next_s()))
+            await asyncio.sleep(max(retry_delay_s, self._backoff.next_s()))
 
     async def _watch(self, address: str) -> None:
-        """Follow one stream to its end, which is always an error."""
+        """Read one stream to its end, which always raises: a registry never closes it without a failure."""
         call = self._open(RegistryServiceStub(self._channels.get(address)))
         try:
             await self._listen(call, address)
-            raise ServiceError("the registry ended the stream")
+            raise ServiceError("the registry closed the watch")
         except TimeoutError:
-            raise ServiceError(f"no {self._listed} within {SNAPSHOT_TIMEOUT_S:g} s") from None
+            raise ServiceError(f"no list of {self._listed} received within {SNAPSHOT_TIMEOUT_S:g} s") from None
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from None
         finally:
@@ -169,13 +169,13 @@ class RegistryFollower(abc.ABC):
             self._wake()
 
     async def _drop_overdue(self) -> None:
-        """Give up those that a live registry did not confirm in time. Nobody is given up during an outage."""
+        """Drop members that a live registry did not confirm in time. During an outage none is dropped."""
         while True:
             changed, next_s = self._changed, self._aging.next_drop_s()
             wait_s = None
             if self._state.is_live and next_s is not None:
                 if self._aging.drop_overdue():
-                    self._tell()
+                    self._publish()
                     continue
                 wait_s = max(0.0, next_s - self._clock())
             with contextlib.suppress(TimeoutError):

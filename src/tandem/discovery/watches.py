@@ -1,7 +1,7 @@
-"""Watches of a registry's workers and frontends: kept up to date, and kept when the registry is unreachable.
+"""Watches of a registry's workers and frontends. While no registry is reachable, the last known view is kept.
 
-Owns what the streams say and who waits for it. The merge is `tandem.discovery.view`, trying registries in turn
-`tandem.discovery.watch`. Chooses no worker.
+Owns the streams' messages and the waiting for changes. `tandem.discovery.view` merges, `tandem.discovery.watch`
+reconnects. Chooses no worker.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 W = TypeVar("W", worker_pb2.Worker, worker_pb2.Frontend)
 
 AHEAD_PATIENCE_S = 3.0
-"""Replicas that are behind catch up in less. Where all of them stay behind, what they have is the truth by now."""
+"""Registries that lag catch up in less. If all of them stay behind for longer, their view is accepted."""
 
 
 class WorkerWatch(RegistryFollower):
-    """All workers a registry lists, or listed when it was last heard of."""
+    """All workers that a registry lists, or listed last."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class WorkerWatch(RegistryFollower):
         """Makes no connection yet.
 
         Args:
-            addresses: of registries, as settings have them; another one is tried when one fails.
-            tls: what is presented to a registry that asks for certificates.
+            addresses: of registries, in the format of the settings; the next one is tried when one fails.
+            tls: client certificate for a registry that requires one.
             on_change: called with all workers after each change of the view; must not raise.
-            clock: for `state` and the time of unconfirmed workers.
-            confirm_grace_s: how long a worker may be missing from what is no proof of its absence.
-            rng: spreads reconnections.
+            clock: for `state` and the grace period of unconfirmed workers.
+            confirm_grace_s: how long an unconfirmed worker is kept once a registry is live.
+            rng: jitter of reconnections.
         """
         self._view = WorkerView(clock, confirm_grace_s)
         super().__init__(addresses, self._view, "workers", tls, clock, rng)
         self._on_change = on_change
         self._ahead_since_s: float | None = None
-        """Since when registries have said that they know less than this watch."""
+        """Since when registries have rejected this watch with REVISION_AHEAD: their view is older."""
         self._workers: tuple[Worker, ...] = ()
 
     def workers(self) -> tuple[Worker, ...]:
@@ -67,19 +67,19 @@ class WorkerWatch(RegistryFollower):
         return self._workers
 
     def unconfirmed(self) -> tuple[Worker, ...]:
-        """Those among them that only a former registry listed."""
+        """Workers of the view that only a previous registry process listed."""
         return self._view.unconfirmed()
 
     async def wait_live(self) -> None:
-        """Return when a registry has told its view."""
+        """Return once a registry has sent its view."""
         while not self._state.is_live:
             await self._changed.wait()
 
     async def wait_for(self, predicate: Callable[[tuple[Worker, ...]], object], timeout_s: float) -> tuple[Worker, ...]:
-        """Return the workers as soon as the predicate accepts them.
+        """Return the workers once the predicate is true for them.
 
         Raises:
-            DeadlinePassed: it did not within `timeout_s`.
+            DeadlinePassed: it was not within `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -88,7 +88,7 @@ class WorkerWatch(RegistryFollower):
         except TimeoutError:
             known = ", ".join(worker.worker_id for worker in self._workers) or "none"
             raise DeadlinePassed(
-                f"the workers waited for did not come within {timeout_s:g} s (known: {known})"
+                f"the expected workers did not register within {timeout_s:g} s (known: {known})"
             ) from None
         return self._workers
 
@@ -97,7 +97,7 @@ class WorkerWatch(RegistryFollower):
             self._ahead_since_s = self._clock()
 
     def _request(self) -> pb.WatchRequest:
-        """What is known goes along, so that no replica that lags behind takes the view back in time."""
+        """Contains the known revision, so that a lagging replica rejects the watch instead of sending an older view."""
         request = pb.WatchRequest()
         is_patient = self._ahead_since_s is None or self._clock() - self._ahead_since_s < AHEAD_PATIENCE_S
         if self._view.registry_id is not None and is_patient:
@@ -111,11 +111,11 @@ class WorkerWatch(RegistryFollower):
         async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
             first = await call.read()
         if not _is_step(first) or first.WhichOneof("event") != "snapshot":
-            raise ServiceError("the stream did not begin with a snapshot")
+            raise ServiceError("the first message of the watch was not a snapshot")
         try:
             self._apply(first)
             self._ahead_since_s = None
-            self._heard_from(address, first.registry_id)
+            self._on_live(address, first.registry_id)
             while _is_step(step := await call.read()):
                 self._apply(step)
         except ViewGap as gap:
@@ -134,10 +134,10 @@ class WorkerWatch(RegistryFollower):
             previous = step.previous_revision if step.HasField("previous_revision") else step.revision - 1
             upserted = _known(step.delta.upserted, worker_from_proto, "worker")
             self._view.apply_delta(step.registry_id, previous, step.revision, upserted, removed)
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
-        """Publish the view where it differs from the one published before; wake who waits in any case."""
+    def _publish(self) -> None:
+        """Call `on_change` where the view differs from the last published one; wake waiting coroutines in any case."""
         workers = self._view.members()
         if workers != self._workers:
             self._workers = workers
@@ -147,7 +147,7 @@ class WorkerWatch(RegistryFollower):
 
 
 class FrontendWatch(RegistryFollower):
-    """All frontends a registry lists, or listed when it was last heard of."""
+    """All frontends that a registry lists, or listed last."""
 
     def __init__(
         self,
@@ -161,11 +161,11 @@ class FrontendWatch(RegistryFollower):
         """Makes no connection yet.
 
         Args:
-            addresses: of registries, as settings have them; another one is tried when one fails.
-            tls: what is presented to a registry that asks for certificates.
-            clock: for `state` and the time of unconfirmed frontends.
-            confirm_grace_s: how long a frontend may be missing from what is no proof of its absence.
-            rng: spreads reconnections.
+            addresses: of registries, in the format of the settings; the next one is tried when one fails.
+            tls: client certificate for a registry that requires one.
+            clock: for `state` and the grace period of unconfirmed frontends.
+            confirm_grace_s: how long an unconfirmed frontend is kept once a registry is live.
+            rng: jitter of reconnections.
         """
         self._view = FrontendView(clock, confirm_grace_s)
         super().__init__(addresses, self._view, "frontends", tls, clock, rng)
@@ -176,7 +176,7 @@ class FrontendWatch(RegistryFollower):
 
     @property
     def next_change(self) -> asyncio.Event:
-        """Set as soon as anything more is heard. Take it before looking, so that nothing is missed in between."""
+        """Set at the next change. Take it before reading the frontends, so that no change in between is missed."""
         return self._changed
 
     def _open(self, stub: RegistryServiceStub) -> Any:
@@ -184,20 +184,20 @@ class FrontendWatch(RegistryFollower):
 
     async def _listen(self, call: Any, address: str) -> None:
         async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
-            heard = await call.read()
-        while _is_list(heard):
-            self._apply(heard)
+            message = await call.read()
+        while _is_list(message):
+            self._apply(message)
             if not self._state.is_live:
-                self._heard_from(address, heard.registry_id)
-            heard = await call.read()
+                self._on_live(address, message.registry_id)
+            message = await call.read()
 
     def _count(self) -> int:
         return len(self.frontends())
 
-    def _apply(self, heard: pb.WatchFrontendsResponse) -> None:
-        frontends = _known(heard.frontends, frontend_from_proto, "frontend")
-        if not self._view.apply(heard.registry_id, heard.revision, frontends):
-            log.warning("the registry lists no frontend any more; keeping %d known ones", len(self.frontends()))
+    def _apply(self, message: pb.WatchFrontendsResponse) -> None:
+        frontends = _known(message.frontends, frontend_from_proto, "frontend")
+        if not self._view.apply(message.registry_id, message.revision, frontends):
+            log.warning("the registry lists no frontends; keeping %d known ones", len(self.frontends()))
         self._wake()
 
 
@@ -210,12 +210,12 @@ def _is_list(read: object) -> TypeGuard[pb.WatchFrontendsResponse]:
 
 
 def _known(messages: Iterable[W], convert: Callable[[W], M], kind: str) -> list[M]:
-    """Members in roles and states that this release knows; it could not call those of a newer one."""
+    """Members whose role and state this release knows; others are of a newer release, and it could not call them."""
     members = []
     for message in messages:
         try:
             members.append(convert(message))
         except KeyError as unknown:
             name = message.worker_id if isinstance(message, worker_pb2.Worker) else message.frontend_id
-            log.warning("ignored %s %s: its role or state %s is unknown to this release", kind, name, unknown)
+            log.warning("ignored %s %s: this release does not know its role or state %s", kind, name, unknown)
     return members

@@ -1,10 +1,10 @@
-"""A cluster of service processes on this machine: started in order, drained in order.
+"""A cluster of service processes on this machine: starts and drains them in order.
 
     consul -> registries -> prefill, decode, aggregated workers and the frontends together -> edge
     edge -> frontends -> workers -> registries -> consul
 
-Owns which processes there are, and their directory for temporary files. Used by the command line, tests and benchmarks;
-chooses no ports (the OS does) and prints nothing. What follows the death of a process is `restarts.py`'s.
+Owns the set of processes and their directory for temporary files. Used by the command line, tests and benchmarks; the
+OS chooses the ports. Prints nothing. `restarts.py` restarts processes that exit.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from tandem.service import run_directory
 from tandem.tls.paths import Tls
 
 KEPT_PORTS = ("registry", "frontend", "edge")
-"""Roles whose address others have been told: one that is started again takes the same port."""
+"""Roles whose address other processes have in their settings: after a restart they listen on the same port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """What a cluster consists of."""
+    """The processes of a cluster and their settings."""
 
     model: Path
     log_directory: Path | None = None
-    """Where the processes log; must be known by the time a cluster is made of it."""
+    """Directory of the log files; required to create a LocalCluster."""
     model_name: str | None = None
     engine: str = "sglang"
     prefill: int = 1
     decode: int = 1
     aggregated: int = 0
     registries: int = 1
-    """More than one need a Consul, which keeps what they know."""
+    """More than one require Consul as their shared membership store."""
     consul: ClusterConsul | None = None
-    """Where the registries keep membership; None: in their own memory."""
+    """Membership store of the registries; None: the memory of the one registry."""
     frontends: int = 1
     frontend_processes: int = 1
-    """Of each frontend."""
+    """Processes of each frontend."""
     frontend_port: int = 0
-    """Of the first frontend; 0: the OS chooses."""
+    """Port of the first frontend; 0: the OS chooses."""
     edge: bool = False
-    """Whether an Envoy stands before the frontends, for HTTP."""
+    """Whether an Envoy for HTTP runs in front of the frontends."""
     http_port: int = 0
-    """Of the edge; 0: the OS chooses."""
+    """HTTP port of the edge; 0: the OS chooses."""
     otlp_endpoint: str | None = None
-    """Collector that all processes export to; None: nothing is exported, unless the environment says so."""
+    """OpenTelemetry collector of all processes; None: no export, unless the environment variables set one."""
     tls: Path | None = None
-    """Directory that `tandem certs` made: every process presents the certificate of its role. None: plaintext."""
+    """Directory of `tandem certs`: every process presents the certificate of its role. None: plaintext."""
     metrics: bool = False
-    """Whether every process has a port for Prometheus, and a file tells of them."""
+    """Whether every process has a port for Prometheus, listed in `targets_file`."""
     targets_file: Path | None = None
-    """That file; None: in the log directory."""
+    """Target file for Prometheus (`file_sd_configs`); None: in the log directory."""
     worker_flags: dict[str, str] = field(default_factory=dict)
-    """More settings of every worker, by flag name without dashes."""
+    """Additional flags of every worker, by name without dashes."""
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
-    """More settings of the processes of one role: registry, prefill, decode, aggregated, frontend or edge."""
+    """Additional flags by role: registry, prefill, decode, aggregated, frontend or edge."""
 
 
 class LocalCluster:
@@ -70,7 +70,7 @@ class LocalCluster:
 
     def __init__(self, spec: ClusterSpec, on_change: Callable[[ClusterProcess], None] = lambda process: None) -> None:
         """`on_change` is called whenever a process changes its state."""
-        assert spec.log_directory is not None, "a cluster logs somewhere"
+        assert spec.log_directory is not None, "log_directory is required"
         self.spec = spec
         self.log_directory = spec.log_directory
         self.targets_file = spec.targets_file or spec.log_directory / scrape_targets.FILE
@@ -99,7 +99,7 @@ class LocalCluster:
 
     @property
     def processes(self) -> list[ClusterProcess]:
-        """All of them, in the order of their start."""
+        """All processes, in start order."""
         return [*self._consuls, *self.registries, *self.workers, *self.frontends, *self._edges]
 
     @property
@@ -111,16 +111,16 @@ class LocalCluster:
         return [] if self.edge is None else [self.edge]
 
     def process(self, name: str) -> ClusterProcess:
-        """One of them, by name."""
+        """The process of that name."""
         return next(process for process in self.processes if process.name == name)
 
     def dns_name(self, role: str) -> str:
-        """Under which Consul's DNS finds the processes of a role."""
-        assert self.spec.consul is not None, "names are Consul's"
+        """DNS name, served by Consul, of the processes of a role."""
+        assert self.spec.consul is not None, "DNS names require Consul"
         return f"{role}.{self.spec.consul.service}.service.consul"
 
     async def __aenter__(self) -> LocalCluster:
-        """Start it."""
+        """Start the cluster."""
         await self.start()
         return self
 
@@ -128,11 +128,11 @@ class LocalCluster:
         await self.stop()
 
     async def start(self) -> None:
-        """Return when every process serves; ends them all when one does not.
+        """Return when every process is ready; stops all of them if one fails.
 
         Raises:
-            ConfigError: a process refused a setting.
-            StartError: names the process and says why.
+            ConfigError: a process rejected a setting.
+            StartError: names the process and the reason.
         """
         self.log_directory.mkdir(parents=True, exist_ok=True)
         self._run = run_directory.make()
@@ -148,14 +148,14 @@ class LocalCluster:
         except BaseException as failure:
             await self.stop()
             if isinstance(failure, BaseExceptionGroup):
-                # Several may have failed, most often for one reason: the first says it.
+                # Several processes may have failed, mostly for the same reason: report the first.
                 raise failure.exceptions[0] from None
             raise
 
     async def stop(self) -> bool:
-        """Drain and end everything, in order. Returns whether all ended cleanly. May be called twice.
+        """Drain and stop all processes, in order. Returns whether all exited with status 0. May be called twice.
 
-        Before all of it serves there is nothing to drain, and it ends at once.
+        Before all of them are ready there is nothing to drain: then edges, frontends and workers stop at the same time.
         """
         steps: list[Sequence[ClusterProcess]]
         if self._serves:
@@ -169,19 +169,19 @@ class LocalCluster:
         return clean
 
     def kill(self) -> None:
-        """End everything at once, without draining, and leave nothing behind."""
+        """Kill all processes without draining, and remove temporary files."""
         for process in self.processes:
             process.kill()
         self._remove_run()
 
     async def restart(self, name: str) -> ClusterProcess:
-        """Start a process again that has ended.
+        """Restart a process that has exited.
 
         Raises:
-            StartError: it did not start; says why.
+            StartError: the start failed; the message says why.
         """
         process = self.process(name)
-        assert not process.runs, f"{name} still runs"
+        assert not process.runs, f"{name} is still running"
         await self._bring_up(process)
         return process
 
@@ -199,10 +199,10 @@ class LocalCluster:
             process.flags["port"] = process.address.rpartition(":")[2]
         if process.metrics_address is not None:
             process.flags["metrics-port"] = process.metrics_address.rpartition(":")[2]
-            self._tell_targets()
+            self._write_targets()
         self.on_change(process)
 
-    def _tell_targets(self) -> None:
+    def _write_targets(self) -> None:
         services = [*self.registries, *self.workers, *self.frontends, *self._edges]
         scrape_targets.write(self.targets_file, services, with_tls=self.spec.tls is not None)
 
@@ -242,7 +242,7 @@ class LocalCluster:
 
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec
-        # Nobody outside has to look elsewhere before a drain goes on: the edge tries another frontend by itself.
+        # A short settle time is enough: there is no external load balancer, and the edge retries on another frontend.
         own: dict[str, str] = {"drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
         if spec.otlp_endpoint is not None:
             own |= {"otlp-endpoint": spec.otlp_endpoint}
@@ -265,10 +265,10 @@ class LocalCluster:
 
 
 def _tls_flags(directory: Path, role: str) -> dict[str, str]:
-    """What a process of a role presents. An aggregated worker is a decode worker that does both halves."""
+    """TLS flags of a role. An aggregated worker presents the certificate of decode: it runs the same program."""
     tls = Tls.in_directory(directory, "decode" if role == "aggregated" else role)
     if role == "edge":
-        # HTTP clients see the same certificate as the frontends, and are asked for none.
+        # HTTP clients and frontends get the same certificate; HTTP clients need none of their own.
         listener = {"tls-cert": str(tls.cert), "tls-key": str(tls.key)}
         return {
             **listener,

@@ -1,7 +1,7 @@
-"""Which Consul a local cluster keeps its membership in: an agent of its own, or one that runs already.
+"""The Consul of a local cluster: an agent that the cluster starts, or an existing one.
 
-Owns what the registries are told of it. A token goes to them as a file's path or in their environment, never on a
-command line, which everybody on the machine can read.
+Owns the registries' Consul settings. A token is passed to them as a file path or in their environment, never on a
+command line, which every user of the machine can read.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ DEFAULT_SERVICE = "tandem"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConsul:
-    """A cluster's Consul."""
+    """How a cluster uses Consul."""
 
     address: str | None = None
-    """host:port or URL of an agent that runs already; None: the cluster starts one."""
+    """host:port or URL of an existing agent; None: the cluster starts one."""
     service: str = DEFAULT_SERVICE
-    """Name of the cluster in Consul."""
+    """Service name of the cluster in Consul."""
     token: str = field(default="", repr=False)
     token_file: Path | None = None
     ca: Path | None = None
-    """CAs of the agent's certificate."""
+    """CAs that sign the agent's certificate."""
     cert: Path | None = None
     key: Path | None = None
     binary: Path | None = None
-    """Of an agent of its own; None: the one on PATH, or a fetched copy."""
+    """Binary of the agent that the cluster starts; None: the one on PATH, or a downloaded copy."""
 
     def with_certificates(self, directory: Path | None) -> ClusterConsul:
-        """What registries of a cluster with these certificates show an agent that asks for some."""
+        """The same, with the registry's certificate from that directory for an HTTPS agent, unless one is set."""
         if directory is None or not self.is_secure(directory) or self.ca is not None:
             return self
         tls = Tls.in_directory(directory, "registry")
         return replace(self, ca=tls.ca, cert=tls.cert, key=tls.key)
 
     def is_secure(self, directory: Path | None) -> bool:
-        """Whether it is spoken to by HTTPS."""
+        """Whether the agent serves HTTPS."""
         return directory is not None if self.address is None else self.address.startswith("https://")
 
     def make_agent(self, log_directory: Path, tls: Path | None) -> ConsulAgent | None:
-        """An agent of its own; None: one runs already."""
+        """The agent that the cluster starts; None: it uses an existing one."""
         if self.address is not None:
             return None
         own = None if tls is None else Tls.in_directory(tls, "consul")
@@ -54,38 +54,38 @@ class ClusterConsul:
         return ConsulAgent(self.binary, log_directory, AgentSpec(tls=own, client=client))
 
     def registry_flags(self, agent: ConsulAgent | None, tls: Path | None) -> dict[str, str]:
-        """Settings of each registry."""
-        told = self.with_certificates(tls)
-        files = {"token-file": told.token_file, "ca": told.ca, "cert": told.cert, "key": told.key}
+        """Consul flags of each registry."""
+        settings = self.with_certificates(tls)
+        files = {"token-file": settings.token_file, "ca": settings.ca, "cert": settings.cert, "key": settings.key}
         return {
             "backend": "consul",
-            "consul-address": str(told.address if agent is None else _short(agent.access.url)),
-            "consul-service": told.service,
+            "consul-address": str(settings.address if agent is None else _short(agent.access.url)),
+            "consul-service": settings.service,
             **{f"consul-{name}": str(file) for name, file in files.items() if file is not None},
         }
 
     def registry_secrets(self) -> dict[str, str]:
-        """Variables of each registry."""
+        """Environment variables of each registry."""
         return {TOKEN_VARIABLE: self.token} if self.token else {}
 
     def access(self, tls: Path | None) -> ConsulAccess:
-        """How to ask the agent that runs already.
+        """HTTP access to the existing agent.
 
         Raises:
-            StartError: the file of the token cannot be read.
+            StartError: the token file cannot be read.
         """
-        assert self.address is not None, "an agent of its own says how to ask it"
-        told = self.with_certificates(tls)
+        assert self.address is not None, "for a started agent use ConsulAgent.access"
+        settings = self.with_certificates(tls)
         own = None
-        if told.cert is not None and told.key is not None and told.ca is not None:
-            own = Tls(cert=told.cert, key=told.key, ca=told.ca)
-        return ConsulAccess(address=self.address, token=self.read_token(), ca=told.ca, tls=own)
+        if settings.cert is not None and settings.key is not None and settings.ca is not None:
+            own = Tls(cert=settings.cert, key=settings.key, ca=settings.ca)
+        return ConsulAccess(address=self.address, token=self.read_token(), ca=settings.ca, tls=own)
 
     def read_token(self) -> str:
-        """The token itself; empty: there is none.
+        """The token, from its file if there is one; empty: no token.
 
         Raises:
-            StartError: its file cannot be read.
+            StartError: the token file cannot be read.
         """
         return self.token if self.token_file is None else read_token_file(self.token_file)
 

@@ -1,7 +1,7 @@
-"""A Consul agent of a local cluster: its ports, its configuration, its start and its end.
+"""A Consul agent of a local cluster: its ports, configuration, start and stop.
 
-Listens on loopback only, and keeps its data until it is told to forget them. An agent for development: one server, or
-a few that know each other; production has its own (deploy/consul).
+Listens on loopback only, and keeps its data until `forget` or `clean`. For development: one server, or a few that
+join each other; for production see deploy/consul.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tandem.tls.paths import Tls
 
 HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)
-"""Below those that the OS gives to outgoing connections, so that an agent finds its ports free again."""
+"""Below the ephemeral ports of outgoing connections, so that an agent's ports stay free while it is stopped."""
 LOG_LEVEL = "warn"
 GRPC_TLS_SINCE = (1, 14)
-"""Servers listen on one more port by default since then."""
+"""First version whose servers open a gRPC TLS port by default."""
 RUNNING = "==> Consul agent running"
-SAID = re.compile(r"(?:==> (?!Consul agent running|Log data|Starting)|\S+ \[(?:ERROR|ERR)\]\s*)(?P<words>.*)")
+REASON = re.compile(r"(?:==> (?!Consul agent running|Log data|Starting)|\S+ \[(?:ERROR|ERR)\]\s*)(?P<text>.*)")
 TLS_NAME = "localhost"
-"""Name that every certificate of `tandem certs` holds; by it the agent knows whom it checks."""
+"""Name in every certificate of `tandem certs`; the agent verifies it in its health checks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentPorts:
-    """Where an agent listens."""
+    """Ports of an agent, all on loopback."""
 
     http: int
     dns: int
@@ -48,42 +48,42 @@ class AgentPorts:
 
     @classmethod
     def draw(cls) -> AgentPorts:
-        """Ports that nobody listens on now."""
+        """Ports that are free now."""
         http, dns, server, serf = _free_ports(4)
         return cls(http=http, dns=dns, server=server, serf=serf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSpec:
-    """What an agent is."""
+    """Settings of an agent."""
 
     name: str = "consul"
     servers: int = 1
-    """How many servers elect a leader among them."""
+    """Number of servers that elect a leader (bootstrap_expect)."""
     is_server: bool = True
     join: tuple[int, ...] = ()
-    """Serf ports of the others."""
+    """Serf ports of the other agents."""
     in_memory: bool = False
-    """Elects at once and forgets everything at its end; for tests."""
+    """Dev mode: elects itself at once and keeps no data after it stops; for tests."""
     tls: Tls | None = None
-    """Its certificate; it then speaks HTTPS with those who have one too, and shows it to whom it checks."""
+    """Its certificate: it then serves HTTPS, requires client certificates, and presents it in health checks."""
     client: Tls | None = None
-    """What its own starter shows it."""
+    """Client certificate that `access` presents to it."""
     token: str = ""
-    """What its own starter shows it."""
+    """ACL token that `access` presents to it."""
     configuration: tuple[Path, ...] = ()
-    """Files of configuration that are read first; what stands above counts more."""
+    """Configuration files that are read first; the settings above override them."""
     more: tuple[tuple[str, Any], ...] = ()
-    """More of its configuration, by key."""
+    """Additional configuration, by key."""
 
 
 class ConsulAgent(ClusterProcess):
-    """One agent."""
+    """One Consul agent process."""
 
     def __init__(self, binary: Path | None, log_directory: Path, spec: AgentSpec | None = None) -> None:
-        """Makes no I/O but drawing ports; its data are in a directory beside its log.
+        """Choose ports; no other I/O yet. Its data is in a directory beside its log.
 
-        `binary`: None: the one on PATH, or else a copy that is fetched at the first start.
+        `binary`: None: the one on PATH, else a copy that is downloaded at the first start.
         """
         self.spec = spec or AgentSpec()
         super().__init__(self.spec.name, "consul", {}, log_directory)
@@ -94,7 +94,7 @@ class ConsulAgent(ClusterProcess):
 
     @property
     def access(self) -> ConsulAccess:
-        """How to ask it something."""
+        """HTTP access to it."""
         tls, scheme = self.spec.client or self.spec.tls, "http" if self.spec.tls is None else "https"
         ca = None if tls is None else tls.ca
         return ConsulAccess(address=f"{scheme}://{HOST}:{self.ports.http}", token=self.spec.token, ca=ca, tls=tls)
@@ -105,7 +105,7 @@ class ConsulAgent(ClusterProcess):
         return f"{HOST}:{self.ports.dns}"
 
     async def start(self, run: Path) -> None:
-        """Start it, with the data it has."""
+        """Start it with its existing data."""
         if self._binary is None:
             self._binary = await asyncio.to_thread(find_consul)
         version = await asyncio.to_thread(_version, self._binary)
@@ -115,33 +115,34 @@ class ConsulAgent(ClusterProcess):
         await super().start(run)
 
     async def stop(self) -> int | None:
-        """End it without leaving: it comes back as the one it was. Returns 0 when it ended as it should."""
+        """Stop it without leaving the Consul cluster, so that it can rejoin. Returns 0 after a clean stop."""
         ran = self.runs
         status = await super().stop()
-        # A server that ends without leaving ends with status 1.
+        # Consul servers that stop without leaving exit with status 1.
         return 0 if ran and status == 1 else status
 
     def forget(self) -> None:
-        """Remove its data: the next start knows nothing."""
-        assert not self.runs, f"{self.name} still runs"
+        """Remove its data, so that the next start begins empty."""
+        assert not self.runs, f"{self.name} is still running"
         shutil.rmtree(self.data, ignore_errors=True)
 
     def clean(self) -> None:
-        """Remove its data and configuration, for good."""
+        """Remove its data and configuration."""
         shutil.rmtree(self.data, ignore_errors=True)
         self._configuration.unlink(missing_ok=True)
 
     async def leader(self) -> str:
-        """host:port of the leader's server port as this agent knows it; empty: none, or it does not answer."""
+        """host:port of the leader as this agent knows it; empty: no leader, or no response."""
         try:
             return str(await self.access.get("/v1/status/leader", timeout_s=1.0) or "")
         except StartError:
             return ""
 
-    async def answers(self) -> bool:
+    async def is_consistent(self) -> bool:
         """Whether there is a leader that has caught up.
 
-        One that has just been elected answers from before it has read its own data: a key that is there is missing.
+        A leader that was just elected responds before it has applied its log: existing keys are missing in its
+        responses.
         """
         try:
             await self.access.get("/v1/health/service/consul?consistent", timeout_s=1.0)
@@ -150,25 +151,27 @@ class ConsulAgent(ClusterProcess):
         return True
 
     def last_words(self) -> str | None:
-        """The last line of its log that can say why it ended, with the error that may follow on lines of its own."""
+        """The last log line that says why it exited, with the error on its continuation lines."""
         lines = self._lines()
         for number in reversed(range(len(lines))):
-            said = SAID.search(lines[number])
-            if said is not None:
+            reason = REASON.search(lines[number])
+            if reason is not None:
                 more = [line.strip() for line in lines[number + 1 :] if line.startswith("\t")]
-                return " ".join([said["words"], *more])
+                return " ".join([reason["text"], *more])
         return None
 
     def _command(self) -> list[str]:
         mode = ["-dev"] if self.spec.in_memory else []
         files = [f"-config-file={file}" for file in (*self.spec.configuration, self._configuration)]
-        ends_with_us = [sys.executable, "-m", parent_death.__name__]
-        return [*ends_with_us, str(self._binary), "agent", *mode, "-ui", *files]
+        with_parent_death = [sys.executable, "-m", parent_death.__name__]
+        return [*with_parent_death, str(self._binary), "agent", *mode, "-ui", *files]
 
     async def _serving_at(self) -> str | None:
-        """Its address, once it is as good as before. Its own word counts: somebody else may answer at that port."""
+        """Its address, once it has started and is consistent. Its log is checked too, because another process may
+        listen on the port.
+        """
         runs = any(line.startswith(RUNNING) for line in self._lines())
-        return self.access.url.partition("://")[2] if runs and await self.answers() else None
+        return self.access.url.partition("://")[2] if runs and await self.is_consistent() else None
 
     def _settings(self, version: tuple[int, ...]) -> dict[str, Any]:
         spec = self.spec
@@ -219,17 +222,17 @@ def _version(binary: Path) -> tuple[int, ...]:
         StartError: it is not Consul.
     """
     try:
-        said = subprocess.run([binary, "version"], capture_output=True, text=True, timeout=20, check=False).stdout
+        output = subprocess.run([binary, "version"], capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as problem:
         raise StartError(f"{binary} cannot be run: {problem}") from None
-    found = re.match(r"Consul v(\d+)\.(\d+)", said)
+    found = re.match(r"Consul v(\d+)\.(\d+)", output)
     if found is None:
-        raise StartError(f"{binary} is not Consul: it does not tell its version")
+        raise StartError(f"{binary} is not Consul: `{binary} version` printed no version")
     return int(found[1]), int(found[2])
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free for TCP and for UDP."""
+    """Ports on loopback that are free for both TCP and UDP."""
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         if _is_free(port):

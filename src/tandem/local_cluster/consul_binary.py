@@ -1,4 +1,4 @@
-"""Consul's binary: which package of Debian has it. How it is found and fetched is `debian.py`'s."""
+"""Consul's binary: the Debian package that contains it. `debian.py` finds or downloads it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SUITE = "bullseye"
 """The last suite of Debian that has Consul: 1.8.7."""
 
 
-def find_consul(cache: Path | None = None, tell: Callable[[str], None] = lambda line: None) -> Path:
+def find_consul(cache: Path | None = None, report: Callable[[str], None] = lambda line: None) -> Path:
     """The binary; see `find_program`.
 
     Raises:
-        StartError: there is none, and none can be fetched; says why and what to do.
+        StartError: there is none, and the download failed; the message says why and what to do.
     """
-    return find_program(DebianProgram(name=NAME, title="Consul", package=NAME, suite=SUITE), cache, tell)
+    return find_program(DebianProgram(name=NAME, title="Consul", package=NAME, suite=SUITE), cache, report)

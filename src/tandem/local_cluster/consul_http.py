@@ -1,7 +1,7 @@
-"""A question to a Consul agent over HTTP: one at a time, answered whole.
+"""Single HTTP requests to a Consul agent.
 
-For whoever starts an agent or wants to know whether one is there. Membership is the registry's, which has a client of
-its own. Tokens are sent, never shown.
+For code that starts an agent or checks that one is reachable. The registry has its own client for membership. Tokens
+are never logged.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from tandem.errors import StartError
 from tandem.tls.paths import Tls
 
 TIMEOUT_S = 3.0
-REFUSALS = {401: "wants a token", 403: "refuses the token", 500: "has no leader", 503: "has no leader"}
+ERRORS = {401: "requires a token", 403: "rejected the token", 500: "has no leader", 503: "has no leader"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsulAccess:
-    """An agent, and what it is shown."""
+    """Address of an agent, and the credentials presented to it."""
 
     address: str
     """host:port, or a URL."""
     token: str = field(default="", repr=False)
     ca: Path | None = None
-    """CAs of the agent's certificate; None: those of this machine."""
+    """CAs that sign the agent's certificate; None: those of this machine."""
     tls: Tls | None = None
-    """What this process proves itself with; None: the agent asks for nothing."""
+    """Client certificate; None: the agent requires none."""
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Its base URL."""
         return self.address.rstrip("/") if "://" in self.address else f"http://{self.address}"
 
     async def get(self, path: str, timeout_s: float = TIMEOUT_S) -> Any:
-        """The answer to a question, from JSON.
+        """GET a path; returns the decoded JSON of the response.
 
         Raises:
-            StartError: there is none; says why.
+            StartError: no response, or an error status; the message says why.
         """
         return await self.send("GET", path, timeout_s=timeout_s)
 
     async def put(self, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> Any:
-        """Change something. Raises as `get`."""
+        """PUT a JSON body. Raises as `get`."""
         return await self.send("PUT", path, body, timeout_s)
 
     async def send(self, method: str, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> Any:
-        """Any request. Raises as `get`."""
+        """Send any request. Raises as `get`."""
         return await asyncio.to_thread(self._send, method, path, body, timeout_s)
 
     def _send(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
@@ -69,15 +69,15 @@ class ConsulAccess:
             return json.loads(content) if content.strip() else None
         except urllib.error.HTTPError as problem:
             with problem:
-                words = problem.read(200).decode(errors="replace").strip()
-            meaning = REFUSALS.get(problem.code, "answers")
-            raise StartError(f"Consul at {self.address} {meaning} ({problem.code}: {words})") from None
+                body = problem.read(200).decode(errors="replace").strip()
+            meaning = ERRORS.get(problem.code, "responded with an error")
+            raise StartError(f"Consul at {self.address} {meaning} ({problem.code}: {body})") from None
         except urllib.error.URLError as problem:
-            raise StartError(f"Consul at {self.address} does not answer: {_words(problem.reason)}") from None
+            raise StartError(f"Consul at {self.address} is unreachable: {_reason(problem.reason)}") from None
         except TimeoutError:
-            raise StartError(f"Consul at {self.address} does not answer within {timeout_s:g} s") from None
+            raise StartError(f"Consul at {self.address} did not respond within {timeout_s:g} s") from None
         except (OSError, ValueError) as problem:
-            raise StartError(f"{self.address} does not answer as Consul does: {_words(problem)}") from None
+            raise StartError(f"no valid response from Consul at {self.address}: {_reason(problem)}") from None
 
     def _context(self) -> ssl.SSLContext | None:
         if not self.url.startswith("https://"):
@@ -88,26 +88,26 @@ class ConsulAccess:
                 context.load_cert_chain(self.tls.cert, self.tls.key)
         except OSError as problem:
             files = [str(self.ca), *([] if self.tls is None else [str(self.tls.cert), str(self.tls.key)])]
-            raise StartError(f"{', '.join(files)}: cannot be used for TLS: {_words(problem)}") from None
+            raise StartError(f"{', '.join(files)}: cannot be used for TLS: {_reason(problem)}") from None
         return context
 
 
 def read_token_file(file: Path) -> str:
-    """The token that a file holds.
+    """The token in a file.
 
     Raises:
-        StartError: it cannot be read, or holds none.
+        StartError: the file cannot be read, or contains no valid token.
     """
     try:
         token = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise StartError(f"{file} cannot be read: {_words(problem)}") from None
+        raise StartError(f"{file} cannot be read: {_reason(problem)}") from None
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise StartError(f"{file} holds no token: one word is expected in it")
+        raise StartError(f"{file} contains no valid token: expected printable ASCII without spaces")
     return token
 
 
-def _words(problem: object) -> str:
+def _reason(problem: object) -> str:
     if isinstance(problem, ssl.SSLCertVerificationError):
-        return f"its certificate is not accepted ({problem.verify_message})"
+        return f"its certificate is not trusted ({problem.verify_message})"
     return str(getattr(problem, "strerror", None) or problem)

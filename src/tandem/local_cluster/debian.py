@@ -1,7 +1,7 @@
-"""A program that no package of Python has: the one on PATH, else a copy of Debian's that was fetched once.
+"""Finds a program that is not on PyPI: the one on PATH, else a copy from a Debian package that is downloaded once.
 
-Owns where the copies are and that only one process fetches one at a time. How a package is had is
-`debian_package.py`'s; which programs there are is said by whoever needs one.
+Owns the cache of copies, and the lock that lets only one process download at a time. `debian_package.py` downloads; the
+callers name the programs.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ CHECKOUT = Path(__file__).parents[3]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DebianProgram:
-    """A program and where Debian has it."""
+    """A program and its Debian package."""
 
     name: str
-    """Of its file."""
+    """Name of its executable."""
     title: str
-    """What people call it."""
+    """Its name in messages."""
     package: str
     suite: str
 
 
 def find_program(
-    program: DebianProgram, cache: Path | None = None, tell: Callable[[str], None] = lambda line: None
+    program: DebianProgram, cache: Path | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """The program's file. May be called by several processes at the same time; one of them fetches.
+    """Path of the program. Safe for several processes at the same time; one of them downloads.
 
     Args:
-        program: which one.
-        cache: directory of fetched copies; default: `.cache` of a checkout, else the user's.
-        tell: is given one line before something is fetched.
+        program: the program.
+        cache: directory of downloaded copies; default: `.cache` of a checkout, else the user's.
+        report: gets one line before a download.
 
     Raises:
-        StartError: there is none, and none can be fetched; says why and what to do.
+        StartError: there is none, and the download failed; the message says why and what to do.
     """
     on_path = shutil.which(program.name)
     if on_path is not None:
@@ -53,16 +53,16 @@ def find_program(
     try:
         if not _is_program(binary):
             with _one_at_a_time(cache, program.package):
-                # Another process may have fetched it while this one waited.
+                # Another process may have downloaded it while this one waited for the lock.
                 if not _is_program(binary):
-                    tell(f"no {program.name} on PATH: fetching Debian's into {binary.parent}, once")
+                    report(f"no {program.name} on PATH: downloading Debian's package into {binary.parent}, once")
                     debian_package.unpack(program.package, program.suite, cache / program.package)
     except OSError as problem:
         reason = f"{cache} cannot be written: {problem.strerror}"
         raise StartError(f"{program.title} is not on PATH, and {reason}") from None
     except StartError as problem:
         raise StartError(
-            f"{program.title} is not on PATH, and cannot be fetched: {problem}; put {program.title.lower()} on PATH"
+            f"{program.title} is not on PATH, and the download failed: {problem}; put {program.title.lower()} on PATH"
         ) from None
     return binary
 
@@ -79,7 +79,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _one_at_a_time(cache: Path, package: str) -> Iterator[None]:
-    """The lock goes with the process that holds it, however that ends."""
+    """Hold the download lock; the kernel releases it when the process exits, however it exits."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{package}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

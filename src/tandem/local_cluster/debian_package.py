@@ -1,7 +1,7 @@
-"""One package of another Debian suite than this machine's, unpacked into a directory; the system stays as it is.
+"""Downloads one package of a Debian suite and unpacks it into a directory; the system is not changed.
 
-Reads in this machine's apt configuration where it gets Debian from, and asks there by a private list, with apt's own
-check of signatures. Installs nothing, changes no source, and keeps no address: the private list is gone afterwards.
+Takes the mirror from this machine's apt configuration and downloads with a private sources list and apt's signature
+checks. Installs nothing, changes no source, and stores no address: the private list is removed afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KEYRINGS = tuple(Path("/usr/share/keyrings") / f"debian-archive-keyring.{ending}
 SUITES = frozenset(
     {"bullseye", "bookworm", "trixie", "forky", "sid", "oldoldstable", "oldstable", "stable", "testing", "unstable"}
 )
-"""Of Debian itself: whoever has one of them with the component main may have the others too."""
+"""Debian's own suites: a mirror that has one of them with the component main may have the others too."""
 TIMEOUT_S = 180.0
 ONE_LINE = re.compile(r"deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)(?P<components>.*)")
 OPTIONS = {
@@ -35,31 +35,31 @@ OPTIONS = {
     "Dir::Etc::preferencesparts": "/dev/null",
 }
 CLEARED = ("APT::Update", "DPkg::Post-Invoke", "Acquire::IndexTargets::deb::DEP-11", "Acquire::IndexTargets::deb::CNF")
-"""What a system hangs on its own updates: it is none of ours."""
+"""Hooks and extra indexes of the system's own updates, which must not run here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Where this machine gets Debian from."""
+    """A Debian mirror of this machine's apt configuration."""
 
     uri: str
     keyring: Path | None
-    """As its entry names it; None: it names none."""
+    """Keyring in its entry (signed-by); None: not set."""
 
 
 def unpack(package: str, suite: str, target: Path, etc: Path = ETC) -> None:
-    """Fetch a package of a suite and unpack it into `target`, which appears whole or not at all.
+    """Download a package of a suite and unpack it into `target`, which is replaced atomically.
 
     Raises:
-        StartError: says in one sentence why it cannot be had.
+        StartError: the download or unpacking failed; the message says why in one sentence.
     """
     for program in PROGRAMS:
         if shutil.which(program) is None:
-            raise StartError(f"this machine has no {program}, so {package} cannot be taken from Debian")
+            raise StartError(f"{program} is not installed, so the Debian package {package} cannot be downloaded")
     found = mirrors(etc)
     if not found:
         raise StartError(
-            f"the apt configuration of this machine ({etc}) names no mirror of Debian to take {package} from"
+            f"the apt configuration of this machine ({etc}) names no mirror of Debian to download {package} from"
         )
     problems = []
     for mirror in found:
@@ -74,7 +74,7 @@ def unpack(package: str, suite: str, target: Path, etc: Path = ETC) -> None:
 
 
 def mirrors(etc: Path = ETC) -> list[Mirror]:
-    """Where this machine gets Debian from, in the order of its configuration, each once."""
+    """Debian mirrors of this machine's apt configuration, in its order, without duplicates."""
     files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
     found: dict[str, Mirror] = {}
     for file in files:
@@ -121,16 +121,18 @@ def _is_debian(suites: list[str], components: list[str]) -> bool:
 
 
 def _keyring(named: str | None) -> Path | None:
-    """A key may stand in the entry itself, which holds that suite's key only: then Debian's usual keyring is taken."""
+    """The keyring file of an entry. None for an inline key, which covers that suite only: then Debian's keyring is
+    used.
+    """
     return Path(named.split(",")[0].strip()) if named is not None and named.strip().startswith("/") else None
 
 
 def _fetch(package: str, suite: str, mirror: Mirror, work: Path) -> Path:
-    """The package's file, checked by apt."""
+    """Download the package; apt checks its signatures. Returns the path of the .deb file."""
     keyring = next((file for file in (mirror.keyring, *KEYRINGS) if file is not None and file.is_file()), None)
     if keyring is None:
         raise StartError(
-            f"{package} of Debian's suite {suite} cannot be checked: its keyring {mirror.keyring or KEYRINGS[0]} is "
+            f"{package} of Debian's suite {suite} cannot be verified: its keyring {mirror.keyring or KEYRINGS[0]} is "
             "missing (package debian-archive-keyring)"
         )
     for directory in ("lists/partial", "cache/archives/partial"):
@@ -145,12 +147,12 @@ def _fetch(package: str, suite: str, mirror: Mirror, work: Path) -> Path:
     lines = [*(f"#clear {name};" for name in CLEARED), *(f'{name} "{value}";' for name, value in options.items())]
     (work / "apt.conf").write_text("\n".join(lines) + "\n")
     apt = ("apt-get", f"--config-file={work / 'apt.conf'}", "-qq")
-    what = f"Debian's suite {suite} cannot be had from the mirror that this machine's apt configuration names"
+    what = f"could not read Debian's suite {suite} from the mirror in this machine's apt configuration"
     _run(what, *apt, "update", directory=work)
-    _run(f"{package} cannot be had from Debian's suite {suite}", *apt, "download", package, directory=work)
+    _run(f"could not download {package} from Debian's suite {suite}", *apt, "download", package, directory=work)
     files = list(work.glob("*.deb"))
     if not files:
-        raise StartError(f"{package} cannot be had from Debian's suite {suite}: apt-get fetched nothing")
+        raise StartError(f"could not download {package} from Debian's suite {suite}: apt-get downloaded nothing")
     return files[0]
 
 
@@ -164,7 +166,7 @@ def _unpack(file: Path, target: Path) -> None:
 
 
 def _run(what: str, *command: str, directory: Path) -> None:
-    """Run a program to its end; `what` begins the sentence when it fails."""
+    """Run a program and wait for it; `what` begins the error message."""
     try:
         subprocess.run(
             command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
@@ -174,7 +176,7 @@ def _run(what: str, *command: str, directory: Path) -> None:
         raise StartError(f"{what}: {command[0]} took longer than {TIMEOUT_S:.0f} s") from None
     except subprocess.CalledProcessError as problem:
         lines = [line for line in (problem.stderr or "").splitlines() if line.startswith("E: ")] or [
-            "E: it said nothing"
+            "E: no error message"
         ]
         raise StartError(f"{what}: {lines[0].removeprefix('E: ')}") from None
     except OSError as problem:

@@ -1,7 +1,7 @@
-"""What follows the death of a process of a local cluster: one line that says so, a pause, another start.
+"""Supervises the processes of a local cluster: reports an exit in one line, waits, restarts the process.
 
-Owns when nothing can serve any more; how often a start is tried is `restart_budget.py`'s. A cluster goes on with what
-is left of it.
+Owns the decision that the cluster can no longer serve; `restart_budget.py` limits the restarts. Until then the cluster
+keeps running with the remaining processes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from tandem.service.restart_budget import RestartBudget, RestartPolicy
 
 
 class Restarts:
-    """Watches over the processes of a cluster that has been started."""
+    """Restarts the processes of a started cluster when they exit."""
 
     def __init__(
         self,
         cluster: LocalCluster,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
         policy: RestartPolicy | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """`tell` is given one line for each event."""
+        """`report` gets one line for each event."""
         self._cluster = cluster
-        self._tell = tell
+        self._report = report
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._given_up: set[ClusterProcess] = set()
         self._hopeless = asyncio.Event()
 
     async def run(self) -> None:
-        """Return when nothing can serve any more. Cancel it before the cluster is stopped."""
+        """Return when the cluster can no longer serve. Cancel it before the cluster is stopped."""
         hopeless = asyncio.create_task(self._hopeless.wait())
         tasks = {hopeless, *(asyncio.create_task(self._keep(process)) for process in self._cluster.processes)}
         waiting = tasks
@@ -50,22 +50,22 @@ class Restarts:
             await asyncio.wait(tasks)
 
     async def _keep(self, process: ClusterProcess) -> bool:
-        """Start it again as often as the policy allows; False in the end."""
+        """Restart it as often as the policy allows; returns False after the last restart."""
         budget = RestartBudget(self._policy, self._clock)
         while True:
-            # One that ended well was asked to (`tandem drain`): it has not failed, and comes back.
+            # Status 0 means that it was drained (`tandem drain`), which is not a failure: restart it without limit.
             delay_s = self._policy.first_delay_s if await process.wait_ended() == 0 else budget.take_delay_s()
             if delay_s is None:
-                self._tell(f"{process.epitaph()}; given up after {self._policy.count_max} restarts")
+                self._report(f"{process.exit_summary()}; giving up after {self._policy.count_max} restarts")
                 self._give_up(process)
                 return False
-            self._tell(f"{process.epitaph()}; starting it again in {delay_s:g} s")
+            self._report(f"{process.exit_summary()}; restarting in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             try:
                 await self._cluster.restart(process.name)
             except StartError:
                 continue
-            self._tell(f"{process.name} serves again at {process.address} (pid {process.pid})")
+            self._report(f"{process.name} is ready again at {process.address} (pid {process.pid})")
 
     def _give_up(self, process: ClusterProcess) -> None:
         self._given_up.add(process)

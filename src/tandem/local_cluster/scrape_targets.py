@@ -1,6 +1,6 @@
-"""The file by which Prometheus finds the processes of a local cluster (`file_sd_configs`).
+"""The target file by which Prometheus finds the processes of a local cluster (`file_sd_configs`).
 
-Owns its form and that it appears whole or not at all. Which processes there are is `cluster.py`'s.
+Owns its format and that it is replaced atomically. `cluster.py` owns the set of processes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tandem.local_cluster.child_process import ClusterProcess
 FILE = "targets.json"
 JOB, ENVOY_JOB = "tandem", "tandem-envoy"
 ENVOY_PATH = "/envoy"
-"""Of the edge's endpoint, where Envoy's own figures are."""
+"""Path of Envoy's own metrics on the edge's metrics endpoint."""
 
 
 def write(file: Path, processes: Iterable[ClusterProcess], *, with_tls: bool) -> None:
-    """Tell of all processes that have a place to be scraped, whether they run or not: one that is gone is missed."""
+    """List all processes with a metrics endpoint, running or not, so that Prometheus alerts on one that is down."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(list(_targets(processes, "https" if with_tls else "http")), indent=1) + "\n")
     os.replace(partial, file)
 
 
 def remove(file: Path) -> None:
-    """The cluster has been stopped: nobody is missed. May be called twice."""
+    """Remove the file of a stopped cluster, so that nothing alerts. May be called twice."""
     file.unlink(missing_ok=True)
 
 

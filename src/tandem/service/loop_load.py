@@ -1,7 +1,7 @@
-"""How busy this process's event loop is: what share of a core its thread uses, and by how much it is late.
+"""How busy the event loop of this process is: the share of a core that its thread uses, and its lag.
 
-Measured while requests are open; an idle process measures nothing. What follows from it is for others to say:
-`coalescing` holds chunks, `admission` refuses new requests.
+Measured only while requests are open. The users of the result: `coalescing` delays chunks, `admission` rejects new
+requests.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import time
 from collections.abc import Callable
 
 MEASURE_S = 0.1
-"""How often."""
+"""Interval of measurements."""
 BUSY_FROM, BUSY_FULL = 0.15, 0.5
-"""Share of a core that the loop's thread uses at a pressure of 0 and of 1."""
+"""Share of a core used by the loop's thread at which the pressure is 0, and 1."""
 LAG_FROM_S, LAG_FULL_S = 0.003, 0.02
-"""Lag at a pressure of 0 and of 1, however little the thread uses: others use its core."""
+"""Lag at which the pressure is 0, and 1, whatever the thread's share: other processes may use its core."""
 SMOOTHING = 0.5
 """Weight of the newest measurement."""
 
 
 class LoopLoad:
-    """Of one event loop."""
+    """Load of one event loop."""
 
     def __init__(self, thread_time: Callable[[], float] = time.thread_time) -> None:
-        """`thread_time` is the processor time of the thread that calls it, in seconds."""
+        """`thread_time` returns the CPU time of the calling thread, in seconds."""
         self._thread_time = thread_time
         self.pressure = 0.0
-        """0: there is time for everything; 1: there is time for nothing more."""
+        """0: not loaded; 1: saturated."""
         self.late_s = 0.0
-        """By how much the loop is late again and again; a process that stood still once was late once."""
+        """Lag in seconds that lasts: the smaller of the last two measurements, so that a single pause does not count.
+        """
         self._busy = 0.0
         self._lag_s = 0.0
         self._last_lag_s = 0.0
@@ -39,7 +40,7 @@ class LoopLoad:
         self._measured_thread_s = 0.0
 
     def open(self) -> None:
-        """A request begins."""
+        """Count a request that begins."""
         self._open_count += 1
         if self._measuring is None:
             loop = asyncio.get_running_loop()
@@ -47,7 +48,7 @@ class LoopLoad:
             self._measuring = loop.call_later(MEASURE_S, self._measure)
 
     def close(self) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self._open_count -= 1
 
     def _measure(self) -> None:

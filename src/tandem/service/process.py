@@ -1,11 +1,11 @@
-"""The life of a service process, from its arguments to its exit status.
+"""The lifecycle of a service process, from its arguments to its exit status.
 
     parse -> start -> announce -> (a signal, or a failure) -> drain -> stop -> exit status
 
-A signal before it serves ends it at once: there is nothing to drain.
+A signal before the process is ready stops it at once: there is nothing to drain.
 
-Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain bound was hit; 2 a setting is wrong;
-70 a second signal cut the drain short.
+Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain timed out; 2 a setting is invalid;
+70 a second signal interrupted the drain.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ from tandem.service import run_directory
 from tandem.service.parent_death import is_orphan
 
 WANTED = 65_536
-"""Not all that some systems would give: there are programs that close every number up to the limit."""
+"""Soft limit of open file descriptors. Not the hard limit, which may be huge: some programs close every descriptor up
+to it.
+"""
 
 
-def allow_many() -> None:
-    """Raise the soft limit, as far as the hard one allows; never lower it."""
+def raise_file_limit() -> None:
+    """Raise the soft limit of open file descriptors, at most to the hard limit; never lower it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS calls its hard limit infinite and may refuse all the same.
+        # macOS reports an infinite hard limit but may still reject the call.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -51,39 +53,39 @@ log = logging.getLogger(__name__)
 
 EXIT_SECOND_SIGNAL = 70
 ABANDON_TIMEOUT_S = 1.5
-"""Most time for a service to free what it has before it serves; an engine's imports cannot be interrupted."""
+"""Timeout to stop a service during its start. Needed because an engine's imports cannot be interrupted."""
 
-ORPHAN_LOOK_S = 0.05
-"""By then every thread of a parent that dies is gone."""
+ORPHAN_CHECK_S = 0.05
+"""Delay after which all threads of a dying parent are gone."""
 
 
 class Service(Protocol):
-    """What a process runs. Only `app.py` of each service knows what start and stop mean, and in which order."""
+    """What a process runs: implemented by `app.py` of each service, which knows its start and stop order."""
 
     @property
     def address(self) -> str:
-        """host:port it serves at, once started."""
+        """host:port it serves on. Valid after `start`."""
         ...
 
     @property
     def metrics_port(self) -> int:
-        """Where it is scraped, once started; 0: nowhere."""
+        """Port of the metrics endpoint, after `start`; 0: there is none."""
         ...
 
     async def start(self) -> None:
-        """Return when it serves."""
+        """Return when it is ready."""
         ...
 
     async def drain(self) -> bool:
-        """Announce the end, finish what runs. Returns whether everything finished within its bound."""
+        """Announce the shutdown and finish open requests. Returns whether all finished within the timeout."""
         ...
 
     async def stop(self) -> None:
-        """Free everything. Called once, after `drain`, and also when `start` failed."""
+        """Free all resources. Called once, after `drain`, and also when `start` failed."""
         ...
 
     async def wait_finished(self) -> str | None:
-        """Return one sentence when it cannot go on, or None when it was asked over the wire to end."""
+        """Return the reason when it cannot continue, or None when a call asked it to stop."""
         ...
 
 
@@ -91,7 +93,7 @@ C = TypeVar("C", bound=ServiceConfig)
 
 
 def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> int:
-    """Run a service until it ends; returns the exit status. `build` makes the service, without I/O."""
+    """Run a service until it stops; returns the exit status. `build` creates the service, without I/O."""
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
         return run(program, config, build)
@@ -101,25 +103,25 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
 
 
 def run(program: str, config: C, build: Callable[[C], Service], *, process: int | None = None) -> int:
-    """Run a service with these settings until it ends; returns the exit status.
+    """Run a service with these settings until it stops; returns the exit status.
 
     `process` is its number among the processes of one service, for the log.
 
     Raises:
-        StartError: it cannot start.
+        StartError: the start failed.
     """
     logs.set_up(config.log_level, config.log_format, program, process)
-    allow_many()
+    raise_file_limit()
     log.info("%s settings %s", program, configuration.effective(config))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(build(config), config.announce_file))
 
 
 def leave(exit_status: int) -> NoReturn:
-    """End the process without the interpreter's own end.
+    """Exit the process without the interpreter's shutdown, and kill remaining children.
 
-    Libraries leave threads behind in a worker's process (gRPC's poller, SGLang's), and the interpreter trips over them
-    after the sentence that counts has been printed. Everything of ours is stopped by now; what is not is killed.
+    Libraries leave threads running in a worker's process (gRPC's poller, SGLang's), and the interpreter's shutdown
+    fails on them with output after the actual error message. The service itself is stopped by now.
     """
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
@@ -132,29 +134,29 @@ def leave(exit_status: int) -> NoReturn:
 
 
 def _children() -> list[int]:
-    """Processes started by this one that have not been waited for; none where the kernel does not say."""
+    """Pids of child processes that have not been waited for; empty without /proc."""
     lists = Path("/proc/self/task").glob("*/children")
     return [int(pid) for file in lists for pid in file.read_text().split()]
 
 
 async def serve(service: Service, announce_file: Path | None = None) -> int:
-    """Start, wait for a signal or the service's own end, drain, stop. Returns the exit status."""
+    """Start, wait for a signal or until the service finishes, drain, stop. Returns the exit status."""
     stop_asked = asyncio.Event()
-    with_signals(stop_asked)
+    handle_signals(stop_asked)
     if not await _start(service, stop_asked):
-        log.info("asked to end before it served")
+        log.info("stopped by a signal during the start")
         return 0
     try:
-        # An engine may have installed handlers of its own while it started.
-        with_signals(stop_asked)
-        # Modules and what the start has made live as long as the process. Without this the garbage collector walks all
-        # of it again and again, 20 ms in a frontend and longer beside an engine, and every stream stands still.
+        # Again, because an engine may have installed its own handlers during its start.
+        handle_signals(stop_asked)
+        # Modules and objects of the start live as long as the process. Without this, each full garbage collection
+        # traverses them, 20 ms in a frontend and longer beside an engine, and blocks every stream meanwhile.
         gc.freeze()
         if announce_file is not None:
             announce(announce_file, service.address, service.metrics_port)
         failure = await _wait_end(service, stop_asked)
         if failure is not None:
-            log.error("cannot go on: %s", failure)
+            log.error("cannot continue: %s", failure)
             return 1
         return 0 if await service.drain() else 1
     finally:
@@ -162,7 +164,7 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
 
 
 async def _start(service: Service, stop_asked: asyncio.Event) -> bool:
-    """Whether it started; False when a signal came first, and it has freed everything."""
+    """Whether it started; False when a signal came first and the service was stopped."""
     starting = asyncio.ensure_future(service.start())
     asked = asyncio.ensure_future(stop_asked.wait())
     await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -179,19 +181,19 @@ async def _start(service: Service, stop_asked: asyncio.Event) -> bool:
 
 
 async def _abandon(service: Service, starting: asyncio.Future[None]) -> None:
-    """Free what a service has got so far; what cannot be freed in time goes with the process."""
+    """Cancel a start and stop the service; exits the process when that takes too long."""
     try:
         async with asyncio.timeout(ABANDON_TIMEOUT_S):
             starting.cancel()
             await asyncio.wait({starting})
             await service.stop()
     except TimeoutError:
-        log.info("ended while it started")
+        log.info("stopped by a signal during the start, which could not be cancelled within %g s", ABANDON_TIMEOUT_S)
         leave(0)
 
 
 async def _wait_end(service: Service, stop_asked: asyncio.Event) -> str | None:
-    """None: it was asked to end. A sentence: it cannot go on."""
+    """Wait for a stop request (returns None), or a failure (returns the reason)."""
     finished = asyncio.ensure_future(service.wait_finished())
     asked = asyncio.ensure_future(stop_asked.wait())
     await asyncio.wait({finished, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -202,16 +204,16 @@ async def _wait_end(service: Service, stop_asked: asyncio.Event) -> str | None:
     return None
 
 
-def with_signals(stop_asked: asyncio.Event) -> None:
-    """SIGTERM and SIGINT ask for the end; a second one ends the process at once."""
+def handle_signals(stop_asked: asyncio.Event) -> None:
+    """SIGTERM and SIGINT request a stop; a second signal exits the process at once."""
 
     def handle(number: int) -> None:
         if stop_asked.is_set():
-            # The kernel tells of a parent's death once for each of its threads.
-            time.sleep(ORPHAN_LOOK_S)
+            # The kernel sends the parent-death signal once per thread of the parent: not a second request.
+            time.sleep(ORPHAN_CHECK_S)
             if is_orphan(os.environ):
                 return
-            log.error("second signal %s: ending without draining", signal.Signals(number).name)
+            log.error("second signal %s: exiting without draining", signal.Signals(number).name)
             leave(EXIT_SECOND_SIGNAL)
         stop_asked.set()
 
@@ -221,7 +223,7 @@ def with_signals(stop_asked: asyncio.Event) -> None:
 
 
 def announce(file: Path, address: str, metrics_port: int = 0) -> None:
-    """Tell whoever started this process where it serves and is scraped. The file appears whole or not at all.
+    """Write a file with address, pid and metrics port, for the parent process. The file is created atomically.
 
     Raises:
         ConfigError: it cannot be written.

@@ -1,6 +1,6 @@
-"""How often a process that has died is started again, and after which pauses.
+"""How often a process that has exited is restarted, and after which delays.
 
-Owns the counting. Which process it is, what is logged and what follows the last restart is the caller's business.
+Owns the counting. The caller restarts, logs, and handles the last restart.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from tandem.clock import Clock
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """How often a process is started again, and after which pauses."""
+    """Limit of restarts, and their delays."""
 
     count_max: int = 5
-    """Within the window."""
+    """Maximum number of restarts within the window."""
     window_s: float = 600.0
     first_delay_s: float = 1.0
-    """Doubles with each restart within the window."""
+    """Delay of the first restart; doubles with each restart within the window."""
 
 
 class RestartBudget:
@@ -31,7 +31,7 @@ class RestartBudget:
         self._taken_s: deque[float] = deque()
 
     def take_delay_s(self) -> float | None:
-        """The pause before the next restart, which counts from now on; None when there have been too many."""
+        """Count a restart and return the delay before it, in seconds; None when the limit is reached."""
         now_s = self._clock()
         while self._taken_s and now_s - self._taken_s[0] > self._policy.window_s:
             self._taken_s.popleft()

@@ -1,7 +1,7 @@
-"""Where the processes of a local cluster keep what must not outlive them: sockets, reports of children.
+"""Directory for temporary files of a local cluster: sockets, reports of children.
 
-Made by the parent, which names it in the environment and removes it. When the parent was killed, the last of its
-children removes it. A service started by itself has none, and uses the system's directory for temporary files.
+The parent creates it, passes it to children in an environment variable, and removes it. If the parent was killed, its
+last child removes it. A service without a parent uses the system's directory for temporary files.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ VARIABLE = "TANDEM_RUN_DIRECTORY"
 
 
 def make() -> Path:
-    """A directory for a cluster. Not beside the logs: the path of a socket has 107 bytes at most."""
+    """Create the directory of a cluster. Not beside the logs, because a socket path has at most 107 bytes."""
     return Path(tempfile.mkdtemp(prefix="tandem-run-"))
 
 
 def make_inside(prefix: str) -> Path:
-    """A directory for its owner only: in the cluster's directory, or else in the system's."""
+    """Create a private directory in the cluster's directory, or else in the system's."""
     return Path(tempfile.mkdtemp(prefix=prefix, dir=os.environ.get(VARIABLE)))
 
 
 def remove_if_empty() -> None:
-    """Remove the cluster's directory if nobody is left who would: the parent is gone, and no other child is in it."""
+    """Remove the cluster's directory if the parent is dead and no other child uses it."""
     directory = os.environ.get(VARIABLE)
     if directory is not None and parent_death.is_orphan(os.environ):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The first moments of a process, while its modules are still being imported: a signal ends it silently.
+"""Signal handling while the modules are being imported: a signal exits the process silently.
 
-Imports the standard library only, and is called before anything else is imported: importing takes up to a second, and
-an interrupt in it would show a traceback. Once a process serves, its signals are `process.py`'s.
+Imports the standard library only, and is called before all other imports: they take up to a second, and an interrupt
+during them would print a traceback. `process.py` handles signals later.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ GRPC_FORKS = "GRPC_ENABLE_FORK_SUPPORT"
 
 
 def begin() -> None:
-    """End silently when interrupted, and when the parent that the environment names is gone.
+    """Exit silently when interrupted, and when the parent in the environment variable is dead.
 
-    Also tells gRPC, before it is imported, that nothing here goes on after a fork. uvloop starts processes by a fork
-    that gRPC's handlers see, and while threads of gRPC are at work they end the new process by signal 11 now and then,
-    before it has become the program that it should: 6 of 150, and each Envoy of an edge that measures.
+    Also disables gRPC's fork handlers, before gRPC is imported. uvloop starts processes by fork and exec; while gRPC
+    threads run, the handlers sometimes crash the child (signal 11) before the exec: 6 of 150 starts in a measurement,
+    and every Envoy of an edge that exports metrics.
     """
     os.environ.setdefault(GRPC_FORKS, "0")
-    # An interrupt that is ignored, as in a shell's background job, stays ignored.
+    # A SIGINT that is ignored, as in a shell's background job, stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: _leave(EXIT_INTERRUPTED))
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(128 + signal.SIGTERM))

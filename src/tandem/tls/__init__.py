@@ -1,1 +1,1 @@
-"""Certificates between Tandem's processes: where they are, whether they can be used, and how to make them."""
+"""TLS between Tandem's processes: paths of certificates, their validation and reload, and a development CA."""

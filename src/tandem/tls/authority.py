@@ -1,7 +1,7 @@
 """A certificate authority for development: one CA in a directory, and a certificate signed by it for each role.
 
-Keeps its CA and renews everything else, each file whole or not at all, so that a rotation is one call. Owns what the
-certificates say. It is no authority for production: its key lies beside what it signed.
+Keeps the CA and renews all other certificates, each file atomically, so that a rotation is one call. Owns the contents
+of the certificates. Not for production: the CA's key is stored beside the certificates.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CLOCK_SKEW = timedelta(minutes=5)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 CONSUL_DOMAIN = "tandem.service.consul"
 CONSUL_SERVER = "server.dc1.consul"
-"""What Consul's servers must hold where they verify each other's names; only the certificate for Consul does."""
+"""Name that Consul servers require where they verify server names; only the certificate of Consul contains it."""
 HOST_NAME = re.compile(r"(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.I)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """A certificate that was made."""
+    """A certificate that was issued."""
 
     name: str
     serial_number: int
@@ -59,21 +59,21 @@ class _Authority:
 def issue_all(
     directory: Path, hosts: Sequence[str] = (), days: int = 90, now: datetime | None = None
 ) -> tuple[Issued, ...]:
-    """Make or renew the certificates of all roles; makes the directory and the CA where they are missing.
+    """Issue or renew the certificates of all roles; creates the directory and the CA if they are missing.
 
     Args:
-        directory: where the files are.
-        hosts: names and addresses that are entered in every certificate beside the usual ones; none: those that were
-            in the former certificate.
-        days: how long the certificates hold; never longer than the CA.
-        now: the present; for tests.
+        directory: directory of the files.
+        hosts: names and addresses added to every certificate beside the default ones; empty: those in the previous
+            certificate.
+        days: validity of the certificates; never longer than the CA's.
+        now: current time; for tests.
 
     Returns:
-        All certificates; the CA's comes first and only when it was made now.
+        All issued certificates; the CA's is first, and only if it was created now.
 
     Raises:
-        ConfigError: days or a host is wrong; names the option.
-        StartError: the directory cannot be written, or the CA in it cannot be used.
+        ConfigError: days or a host is invalid; names the option.
+        StartError: the directory cannot be written, or its CA cannot be used.
     """
     if not 1 <= days <= DAYS_MAX:
         raise ConfigError("days", f"must be from 1 to {DAYS_MAX}, not {days}")
@@ -95,7 +95,7 @@ def _open_authority(directory: Path, now: datetime) -> _Authority:
     missing = [file for file in files if not file.exists()]
     if len(missing) == len(files):
         return _make_authority(directory, now)
-    advice = f"put it back, or remove {files[0].name} and {files[1].name} to begin with a new CA"
+    advice = f"put it back, or remove {files[0].name} and {files[1].name} to create a new CA"
     if missing:
         raise StartError(f"{missing[0]} is missing: {advice}")
     try:
@@ -111,7 +111,7 @@ def _open_authority(directory: Path, now: datetime) -> _Authority:
     if not _is_authority(certificate):
         raise StartError(f"{files[0]} is not the certificate of a CA: {advice}")
     if certificate.not_valid_after_utc <= now:
-        raise StartError(f"{files[0]} has expired: remove it and {files[1].name} to begin with a new CA")
+        raise StartError(f"{files[0]} has expired: remove it and {files[1].name} to create a new CA")
     return _Authority(certificate, key, is_new=False)
 
 
@@ -144,7 +144,7 @@ def _issue(
     names = [_general_name(host) for host in (*LOCAL_HOSTS, name, f"{name}.{CONSUL_DOMAIN}")]
     if name == "consul":
         names.append(_general_name(CONSUL_SERVER))
-    names += extra or _former_names(certificate_file(directory, name))
+    names += extra or _previous_names(certificate_file(directory, name))
     issuer = authority.certificate
     issuer_key = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"tandem-{name}")])
@@ -173,7 +173,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # The clock of another machine may be a little behind.
+        # The clocks of other machines may be behind.
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(end_time)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
@@ -203,8 +203,8 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _former_names(file: Path) -> list[x509.GeneralName]:
-    """What a certificate was made for; nothing when there is none that can be read."""
+def _previous_names(file: Path) -> list[x509.GeneralName]:
+    """The subject alternative names of a certificate; empty if it is missing or unreadable."""
     try:
         extensions = x509.load_pem_x509_certificate(file.read_bytes()).extensions
         return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
@@ -217,14 +217,14 @@ def _issued(name: str, certificate: x509.Certificate) -> Issued:
 
 
 def _write_pair(directory: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-    """Key first: who reads in between keeps what it has, and so does who reads after a crash in between."""
+    """Write the key first: a reader between the two writes finds a mismatched pair and keeps the current one."""
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     _write(key_file(directory, name), secret, 0o600)
     _write(certificate_file(directory, name), certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """The file appears whole or not at all, and is never readable by more than `mode` says."""
+    """Write the file atomically; it never has wider permissions than `mode`."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     try:

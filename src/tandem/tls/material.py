@@ -1,7 +1,7 @@
-"""Reads the files of a `Tls` and checks them before anybody uses them; reads them again when they have changed.
+"""Reads and validates the files of a `Tls`, and reloads them when they have changed.
 
-A file that is missing, damaged, half written or does not fit the others is named in one sentence. At the start that
-is an error; later the former certificate stays in use. Knows nothing of gRPC.
+A file that is missing, damaged, incomplete or does not match the others is named in one sentence. At the start that is
+an error; later the previous certificate stays in use. Knows nothing of gRPC.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """The contents of the files, checked. `key` is not shown."""
+    """The validated contents of the files. The repr does not contain `key`."""
 
     cert: bytes
     key: bytes
@@ -38,12 +38,12 @@ class Material:
 
 
 def read_material(tls: Tls) -> Material:
-    """Read and check the three files.
+    """Read and validate the three files.
 
     Raises:
-        StartError: names the first file at fault.
+        StartError: names the first invalid file.
     """
-    # 70 ms, which processes without TLS do not pay.
+    # Imported here because it takes 70 ms, which processes without TLS avoid.
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from cryptography.x509 import load_pem_x509_certificates
 
@@ -60,43 +60,43 @@ def read_material(tls: Tls) -> Material:
 
 
 class TlsFiles:
-    """The files of a `Tls` as they are now, or as they were when they could last be used. Makes no I/O when made."""
+    """The current valid contents of the files of a `Tls`. The constructor does no I/O."""
 
     def __init__(self, tls: Tls) -> None:
         self._tls = tls
         self._signature: Signature = ()
         self._material: Material | None = None
-        self._is_trouble_told = False
+        self._is_failure_logged = False
 
     def current(self) -> Material:
-        """What to use now: the same object until the files have changed.
+        """The contents to use now: the same object until the files have changed.
 
-        Looks at the files' times and sizes only, so it may be asked before each call. Safe from several threads.
+        Cheap enough for each call: checks only the files' times, sizes and inodes. Thread-safe.
 
         Raises:
-            StartError: at the first time only.
+            StartError: a file is invalid; at the first call only.
         """
         signature = tuple(_signature(file) for file in (self._tls.cert, self._tls.key, self._tls.ca))
         if self._material is None:
             self._material = read_material(self._tls)
             self._signature = signature
         elif signature != self._signature:
-            # Taken before the files are read: what is written in the meantime is noticed at the next look.
+            # Taken before the files are read, so that a write in between is noticed at the next call.
             self._signature = signature
             self._material = self._renewed(self._material)
         return self._material
 
-    def _renewed(self, former: Material) -> Material:
+    def _renewed(self, previous: Material) -> Material:
         try:
             material = read_material(self._tls)
         except StartError as problem:
-            # Certificate and key are two files: between the two renames of a rotation they do not fit.
-            if not self._is_trouble_told:
-                log.warning("%s; the former certificate (serial %x) stays in use", problem, former.serial_number)
-                self._is_trouble_told = True
-            return former
-        self._is_trouble_told = False
-        log.info("%s: read again, %r", self._tls.cert, material)
+            # Logged once: between the two renames of a rotation, certificate and key do not match.
+            if not self._is_failure_logged:
+                log.warning("%s; the previous certificate (serial %x) stays in use", problem, previous.serial_number)
+                self._is_failure_logged = True
+            return previous
+        self._is_failure_logged = False
+        log.info("reloaded %s: %r", self._tls.cert, material)
         return material
 
 
@@ -121,4 +121,4 @@ def _parse(file: Path, what: str, parse: Callable[[], T]) -> T:
     try:
         return parse()
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise StartError(f"{file} holds no {what} in PEM form, or is damaged") from None
+        raise StartError(f"{file} is damaged, or contains no {what} in PEM format") from None

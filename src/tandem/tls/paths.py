@@ -1,6 +1,6 @@
-"""Where a process finds what it proves itself with, and whom it trusts.
+"""Paths of a process's certificate, its private key, and its trusted CAs.
 
-A value that is passed from the settings to every server and channel; there is no global one. Reads nothing.
+A value that is passed from the settings to every server and channel; there is no global one. Reads no files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Tls:
     """Paths of three PEM files."""
 
     cert: Path
-    """The certificate of this process, then those between it and the CA, if any."""
+    """The certificate of this process, followed by intermediate certificates, if any."""
     key: Path
     """Its private key, without a password."""
     ca: Path
-    """The CAs whose certificates are accepted from peers."""
+    """The CAs that sign the certificates of trusted peers."""
 
     @classmethod
     def in_directory(cls, directory: Path, name: str) -> Tls:
@@ -34,15 +34,15 @@ class Tls:
 
 
 def client_tls(directory: Path | str | None) -> Tls | None:
-    """What a client presents to a cluster that runs with that directory; None: the cluster speaks plaintext."""
+    """The client's files for a cluster with that certificate directory; None: the cluster uses plaintext."""
     return None if directory is None else Tls.in_directory(Path(directory), CLIENT_NAME)
 
 
 def certificate_file(directory: Path, name: str) -> Path:
-    """The certificate of that name in a directory that `tandem certs` made."""
+    """Path of the certificate of that name in a directory of `tandem certs`."""
     return directory / f"{name}.pem"
 
 
 def key_file(directory: Path, name: str) -> Path:
-    """The private key of that name in a directory that `tandem certs` made."""
+    """Path of the private key of that name in a directory of `tandem certs`."""
     return directory / f"{name}-key.pem"

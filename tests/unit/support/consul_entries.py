@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tandem_registry.backends.consul.records import Record, Replica, meta, place, service_id
+from tandem_registry.backends.consul.records import Record, Replica, host_and_port, meta, service_id
 from tandem_registry.backends.consul.snapshot import Entry
 from tandem_registry.view import Health
 
@@ -14,7 +14,7 @@ from tandem_registry.view import Health
 def make_entry(
     member: Any,
     *,
-    keeper: str = "one",
+    owner: str = "one",
     term: int = 1,
     node: str = "n",
     lease_id: str = "",
@@ -26,7 +26,7 @@ def make_entry(
     record = Record(
         member=member,
         lease_id="" if isinstance(member, Replica) else lease,
-        keeper=keeper,
+        owner=owner,
         term=term,
         is_gone=is_gone,
     )
@@ -38,12 +38,12 @@ def make_replica(replica_id: str, epoch: int = 1) -> Replica:
 
 
 def registry_entry(replica_id: str, **more: Any) -> Entry:
-    return make_entry(make_replica(replica_id), keeper=replica_id, **more)
+    return make_entry(make_replica(replica_id), owner=replica_id, **more)
 
 
 def instance(entry: Entry, modify_index: int = 1) -> dict[str, Any]:
     """As in the answer of /v1/health/service."""
-    host, port = place(entry.record)
+    host, port = host_and_port(entry.record)
     status = "critical" if entry.health is Health.CRITICAL else "passing"
     words = "connection refused" if status == "critical" else ""
     own = {"ServiceID": entry.service_id, "Status": status, "Output": words, "Notes": ""}

@@ -1,6 +1,6 @@
--- Gives every failure of a call one form: {"error": {"message", "type", "param", "code"}}, and Retry-After where the
--- status says when to come again. Sees what the transcoder made of a google.rpc.Status. What Envoy answers by itself
--- has its form already (local_reply_config). The same mapping for failures inside a stream: tandem_frontend/response/error_body.py.
+-- Rewrites every error response as {"error": {"message", "type", "param", "code"}}, with Retry-After where the status has
+-- RetryInfo. Its input is the google.rpc.Status as JSON from the transcoder. Envoy's own replies are formatted by
+-- local_reply_config. Errors inside a stream are mapped in the same way by tandem_frontend/response/error_body.py.
 
 local TYPES = {
   [400] = "invalid_request_error", [404] = "invalid_request_error", [405] = "invalid_request_error",
@@ -14,8 +14,8 @@ local ERROR_INFO = '"type.googleapis.com/google.rpc.ErrorInfo"'
 local RETRY_INFO = '"type.googleapis.com/google.rpc.RetryInfo"'
 local HIDDEN = { "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding" }
 
--- A reader of JSON: the value at a place, and the place behind it. Strings, numbers and literals stay as they are
--- written, quotes included, so that nothing inside a string can look like structure, and nothing needs unescaping.
+-- A JSON parser: each function takes an offset and returns the value and the offset behind it. Strings, numbers and literals
+-- stay as written, quotes included, so that text inside a string is never taken for structure, and nothing is unescaped.
 local read_value
 
 local function skip_space(text, at)
@@ -25,7 +25,7 @@ end
 local function read_string(text, at)
   local from = at + 1
   while true do
-    local stop = assert(string.find(text, '["\\]', from), "a string without an end")
+    local stop = assert(string.find(text, '["\\]', from), "unterminated string")
     if string.sub(text, stop, stop) == '"' then
       return string.sub(text, at, stop), stop + 1
     end
@@ -39,7 +39,7 @@ local function read_members(text, at, closing, read_member)
   while string.sub(text, at, at) ~= closing do
     at = skip_space(text, read_member(text, at, members))
     local mark = string.sub(text, at, at)
-    assert(mark == "," or mark == closing, "neither a comma nor an end")
+    assert(mark == "," or mark == closing, "expected a comma or a closing bracket")
     if mark == "," then
       at = skip_space(text, at + 1)
     end
@@ -51,7 +51,7 @@ local function read_field(text, at, fields)
   local name, value
   name, at = read_string(text, at)
   at = skip_space(text, at)
-  assert(string.sub(text, at, at) == ":", "a name without a value")
+  assert(string.sub(text, at, at) == ":", "expected a colon after a field name")
   value, at = read_value(text, skip_space(text, at + 1))
   fields[name] = value
   return at
@@ -74,11 +74,11 @@ function read_value(text, at)
     return read_members(text, at, "]", read_item)
   end
   local first, last = string.find(text, "^[%w%.%+%-]+", at)
-  assert(first, "no value")
+  assert(first, "expected a value")
   return string.sub(text, first, last), last + 1
 end
 
--- What a google.rpc.Status says: reason and field as JSON strings, seconds to wait. All may be nil.
+-- Reason and field of a google.rpc.Status as JSON strings, and its retry delay in seconds. All may be nil.
 local function details_of(status)
   local reason, field, delay_s
   for _, detail in ipairs(status['"details"'] or {}) do
@@ -103,7 +103,7 @@ local function rewritten(handle, http_status, body)
     return nil
   end
   local reason, field, delay_s = details_of(status)
-  -- Ours are about workers that do not fit: the caller can only wait, so it is no 400.
+  -- Tandem uses FAILED_PRECONDITION for incompatible workers: the caller cannot fix it, so it is a 503 and not a 400.
   if status['"code"'] == FAILED_PRECONDITION then
     http_status = 503
     handle:headers():replace(":status", "503")
@@ -144,10 +144,10 @@ function envoy_on_response(handle)
     return
   end
   local buffer = handle:body(true)
-  local told = rewritten(handle, http_status, buffer:getBytes(0, buffer:length()))
-  if told ~= nil then
-    local length = buffer:setBytes(told)
-    -- Asked for again: where the body came later than the headers, the former object is dead.
+  local replaced = rewritten(handle, http_status, buffer:getBytes(0, buffer:length()))
+  if replaced ~= nil then
+    local length = buffer:setBytes(replaced)
+    -- headers() is called again: body() may have yielded until the body arrived, which invalidates the earlier object.
     handle:headers():replace("content-type", "application/json")
     handle:headers():replace("content-length", tostring(length))
   end

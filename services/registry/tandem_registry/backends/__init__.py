@@ -1,1 +1,1 @@
-"""Where membership is kept: one port, and an adapter for each place."""
+"""Where membership is stored: one port, and an adapter for each store."""

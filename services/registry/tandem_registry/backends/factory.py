@@ -1,6 +1,6 @@
-"""The backend that the settings choose.
+"""The backend that the settings select.
 
-Owns the mapping of settings, and that Consul's client is imported only where Consul is used.
+Owns the mapping from settings. Imports the Consul client only when Consul is used.
 """
 
 from __future__ import annotations

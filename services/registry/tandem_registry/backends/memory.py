@@ -1,7 +1,7 @@
 """Membership in the memory of this process: one replica, nothing survives a restart (workers register again).
 
-Owns the asyncio side of membership: waking up for the next expiry, and handing changes to watchers. Every rule about
-leases and epochs is in `tandem_registry.leases`.
+Owns the asyncio side of membership: the timer for the next expiry, and the publication of changes to watchers. Every
+rule about leases and epochs is in `tandem_registry.leases`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tandem_registry.view import Origin, View
 
 
 def random_id() -> str:
-    """An id nobody else draws."""
+    """A unique random id."""
     return uuid.uuid4().hex
 
 
 class MemoryBackend:
-    """Leases in a dictionary, one task that expires them."""
+    """Leases in a dictionary, and one task that expires them."""
 
     has_view = True
 
@@ -36,7 +36,7 @@ class MemoryBackend:
         self._clock = clock
         self._subscriptions = Subscriptions(pending_steps_max)
         self._membership = Membership(
-            keeper=self.replica_id,
+            owner=self.replica_id,
             ttl_s=ttl_s,
             clock=clock,
             new_lease_id=random_id,
@@ -52,22 +52,22 @@ class MemoryBackend:
         return self._subscriptions.count
 
     @property
-    def followed(self) -> None:
-        """There is no place but this process."""
+    def lag(self) -> None:
+        """Always None: this process is the store."""
         return None
 
     async def start(self, address: str) -> None:
-        """Begin to watch over leases. Nobody looks for this registry here."""
+        """Start to expire leases. This backend has no discovery to announce `address` to."""
         self._sweeper = asyncio.create_task(self._sweep(), name="lease-sweep")
 
     async def withdraw(self) -> None:
-        """Nobody looks for this registry here."""
+        """Do nothing: this backend has no discovery to withdraw from."""
 
     async def wait_view(self) -> None:
-        """There is one from the start."""
+        """Return at once: there is a view from the start."""
 
     async def close(self) -> None:
-        """End all subscriptions with Draining and refuse everything from now on. May be called twice."""
+        """Close all subscriptions with Draining, and reject every later call. May be called twice."""
         self._is_closing = True
         self._subscriptions.end(_draining())
         if self._sweeper is not None:
@@ -75,41 +75,43 @@ class MemoryBackend:
             await asyncio.wait({self._sweeper})
 
     async def wait_failed(self) -> str:
-        """Return one sentence when the sweep has died; never returns otherwise."""
+        """Return the reason when the sweep task has failed; never returns otherwise."""
         assert self._sweeper is not None, "wait_failed() before start()"
         await asyncio.wait({self._sweeper})
         problem = None if self._sweeper.cancelled() else self._sweeper.exception()
-        return f"leases are no longer watched: {problem!r}"
+        return f"leases no longer expire, the sweep task failed: {problem!r}"
 
     async def register(self, member: Member) -> Grant:
-        """Enter one start of a member."""
+        """Register one incarnation of a member."""
         grant = self._open().register(member)
         self._first_lease.set()
         return grant
 
     async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
-        """Hear a sign of life."""
+        """Renew a lease."""
         self._open().keep_alive(lease_id, state)
 
     async def drain(self, worker_id: str, epoch: int) -> int:
-        """Mark a worker as draining; the revision that first shows it."""
+        """Mark a worker as draining; returns the first revision that shows it."""
         return self._open().drain(worker_id, epoch)
 
     async def deregister(self, lease_id: str) -> int:
-        """Take a member out; the revision that first lacks it."""
+        """Remove a member; returns the first revision without it."""
         return self._open().deregister(lease_id)
 
     async def view(self) -> View:
-        """The view at this moment."""
+        """The current view."""
         return self._open().view()
 
     async def subscribe(self, known: Known | None = None) -> Subscription:
-        """Begin to watch."""
+        """Subscribe to the view."""
         # Without an await in between, no change can fall between the snapshot and the first push.
         return self._subscriptions.add(self._open().view(), known)
 
     async def _sweep(self) -> None:
-        """Wake up for each expiry, never in between: all leases live equally long, so a new one is never the first."""
+        """Wake up for each expiry only: all leases have the same time to live, so a new one is never the next to
+        expire.
+        """
         while True:
             self._membership.expire()
             next_s = self._membership.next_expiry_s()
@@ -126,4 +128,4 @@ class MemoryBackend:
 
 
 def _draining() -> Draining:
-    return Draining("the registry is going away")
+    return Draining("the registry is shutting down")

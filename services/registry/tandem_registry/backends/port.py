@@ -1,7 +1,7 @@
-"""What the registry asks of a place that keeps membership.
+"""The interface of a membership store.
 
-Owns the shape only. Its errors are those of `tandem_registry.leases`, ServiceError while the place cannot be
-reached, and Draining once it is closing.
+Owns the protocol only. Its errors are those of `tandem_registry.leases`, ServiceError while the store is unreachable,
+and Draining once the backend is closing.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tandem_registry.backends.subscriptions import Known, Subscription
 from tandem_registry.leases import Grant
-from tandem_registry.view import Followed, Origin, View
+from tandem_registry.view import Origin, StoreLag, View
 
 
 class Backend(Protocol):
-    """Keeps leases and tells of changes."""
+    """Stores leases and publishes changes."""
 
     replica_id: str
-    """Names this process among the registries over one place."""
+    """Id of this process among the registries that share one store."""
     ttl_s: float
-    """Time a lease lives without a sign of life."""
+    """Time to live of a lease after its last keep-alive."""
 
     @property
     def watcher_count(self) -> int:
@@ -29,70 +29,70 @@ class Backend(Protocol):
         ...
 
     @property
-    def followed(self) -> Followed | None:
-        """How far behind the place the view is; None where the place is this process itself."""
+    def lag(self) -> StoreLag | None:
+        """How far the view is behind the store; None where this process is the store."""
         ...
 
     @property
     def has_view(self) -> bool:
-        """Whether there is a view to tell, live or last known."""
+        """Whether there is a view to serve, live or last known."""
         ...
 
     @property
     def origin(self) -> Origin:
-        """Where the view comes from at this moment."""
+        """Whether the view is live now, and since when."""
         ...
 
     async def start(self, address: str) -> None:
-        """Begin to watch over leases, and let others find this registry, which serves at host:port.
+        """Start to expire leases, and announce this registry, which serves at host:port, to discovery.
 
         Raises:
-            StartError: the place does not take this registry.
+            StartError: the store rejects this registry.
         """
         ...
 
     async def wait_view(self) -> None:
-        """Return as soon as there has been a view: at once, unless the place has not answered since the start."""
+        """Return once there has been a view; waits only while the store has not responded since the start."""
         ...
 
     async def withdraw(self) -> None:
-        """This registry goes: let nobody find it any more. May be called twice."""
+        """Remove this registry from discovery. May be called twice."""
         ...
 
     async def close(self) -> None:
-        """End all subscriptions with Draining and refuse everything from now on. May be called twice."""
+        """Close all subscriptions with Draining, and reject every later call. May be called twice."""
         ...
 
     async def wait_failed(self) -> str:
-        """Return one sentence when it can no longer watch over leases; never returns otherwise."""
+        """Return the reason when leases can no longer be expired; never returns otherwise."""
         ...
 
     async def register(self, member: Member) -> Grant:
-        """Enter one start of a member.
+        """Register one incarnation of a member.
 
         Raises:
-            InvalidRequest: the place cannot keep a field of it.
+            InvalidRequest: the store cannot hold one of its fields.
         """
         ...
 
     async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
-        """Hear a sign of life."""
+        """Renew a lease."""
         ...
 
     async def drain(self, worker_id: str, epoch: int) -> int:
-        """Mark a worker as draining; the revision that first shows it."""
+        """Mark a worker as draining; returns the first revision that shows it."""
         ...
 
     async def deregister(self, lease_id: str) -> int:
-        """Take a member out; the revision that first lacks it."""
+        """Remove a member; returns the first revision without it."""
         ...
 
     async def view(self) -> View:
-        """The view at this moment."""
+        """The current view."""
         ...
 
     async def subscribe(self, known: Known | None = None) -> Subscription:
-        """Begin to watch, as one who holds the view `known`.
+        """Subscribe to the view; `known` is the view that the watcher already has.
 
         Raises:
             Overloaded: there are too many watchers.

@@ -1,6 +1,6 @@
-"""Watchers of a view: each has a bounded queue of the steps it has not taken yet.
+"""Watchers of a view: each has a bounded queue of changes it has not consumed yet.
 
-Owns the bounds and the ends of watchers. What a step says, and when there is one, is the backend's business.
+Owns the bounds and how a subscription ends. The backend decides what a change contains and when there is one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 WATCHERS_MAX = 1024
 PENDING_STEPS_MAX = 256
-"""A watcher that is further behind begins again from a snapshot, which is cheaper than the steps it missed."""
+"""A watcher that is further behind is closed and starts again from a snapshot, which is cheaper than the backlog."""
 
 Known = tuple[str, int]
-"""Registry id and revision of the view that a watcher holds."""
+"""Registry id and revision of the view that a watcher already has."""
 
 
 class Subscription:
@@ -37,11 +37,11 @@ class Subscription:
 
     @property
     def pending_count(self) -> int:
-        """Steps the watcher has not taken yet."""
+        """Changes the watcher has not consumed yet."""
         return len(self._pending)
 
     def push(self, step: Change | View) -> None:
-        """Queue a step; ends the subscription when its queue is full."""
+        """Queue a change; closes the subscription when its queue is full."""
         if len(self._pending) >= self._pending_max:
             self._pending.clear()
             self.end(Overloaded(f"watcher fell more than {self._pending_max} changes behind: watch again"))
@@ -50,13 +50,13 @@ class Subscription:
         self._ready.set()
 
     def end(self, error: TandemError) -> None:
-        """Let the watcher take what is queued, then raise in it."""
+        """Close it: the watcher still gets what is queued, then `error` is raised in it."""
         self._ending = self._ending or error
         self._ready.set()
         self.close()
 
     async def steps(self) -> AsyncIterator[Change | View]:
-        """All steps after the snapshot; a whole view is where another registry id begins to count."""
+        """All changes after the snapshot; a whole View starts a new registry id, with its own revisions."""
         while True:
             while self._pending:
                 yield self._pending.popleft()
@@ -66,7 +66,7 @@ class Subscription:
             await self._ready.wait()
 
     def close(self) -> None:
-        """The watcher has left. May be called twice."""
+        """Remove the watcher. May be called twice."""
         self._on_close(self)
 
 
@@ -83,17 +83,17 @@ class Subscriptions:
         return len(self._open)
 
     def add(self, snapshot: View, known: Known | None) -> Subscription:
-        """Begin with `snapshot`. The caller must not await between taking it and calling this.
+        """Subscribe from `snapshot`. The caller must not await between taking the snapshot and this call.
 
         Raises:
             Overloaded: there are too many watchers.
-            RevisionAhead: the watcher holds a later view than this one.
+            RevisionAhead: the watcher's view is newer than this one.
         """
         if len(self._open) >= WATCHERS_MAX:
-            raise Overloaded(f"{WATCHERS_MAX} watchers are the most this registry takes")
+            raise Overloaded(f"too many watchers: this registry accepts at most {WATCHERS_MAX}")
         if known is not None and known[0] == snapshot.registry_id and known[1] > snapshot.revision:
             raise RevisionAhead(
-                f"known_revision: {known[1]} is ahead of this registry, which is at {snapshot.revision}",
+                f"known_revision {known[1]} is ahead of this registry's revision {snapshot.revision}",
                 field="known_revision",
                 revision=snapshot.revision,
             )
@@ -102,13 +102,13 @@ class Subscriptions:
         return subscription
 
     def publish(self, step: Change | View) -> None:
-        """Give one step to every watcher, and to the log."""
-        _tell(step)
+        """Queue one change for every watcher, and log it."""
+        _log_step(step)
         for subscription in list(self._open):
             subscription.push(step)
 
     def end(self, error: TandemError) -> None:
-        """End all of them."""
+        """Close all of them with `error`."""
         for subscription in list(self._open):
             subscription.end(error)
 
@@ -116,16 +116,16 @@ class Subscriptions:
         self._open.pop(subscription, None)
 
 
-def _tell(step: Change | View) -> None:
+def _log_step(step: Change | View) -> None:
     if isinstance(step, View):
-        log.info("registry %s counts from revision %d: %d workers", step.registry_id, step.revision, len(step.workers))
+        log.info("new registry id %s, at revision %d: %d workers", step.registry_id, step.revision, len(step.workers))
         return
     for member in step.upserted:
         described = (*_start(member), member.address, member.state.value)
-        log.info("revision %d: %s %s of epoch %d at %s: %s", step.revision, *described)
+        log.info("revision %d: %s %s (epoch %d, at %s) is %s", step.revision, *described)
     for removed in step.removed:
         log.info(
-            "revision %d: %s %s of epoch %d left: %s", step.revision, *_start(removed.member), removed.reason.value
+            "revision %d: %s %s (epoch %d) removed: %s", step.revision, *_start(removed.member), removed.reason.value
         )
 
 

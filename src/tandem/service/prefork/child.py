@@ -1,7 +1,6 @@
-"""The child's side of `prefork`: its identity, the connections it is given, and when it drains and ends.
+"""The child's side of `prefork`: its identity, its connections, and when it drains and stops.
 
-Owns the channel to the parent. A parent that is gone asks for a drain, as the signal of its death does. What is served,
-and how, is the service's.
+Owns the channel to the parent. When the parent dies, the child drains. The service decides what is served, and how.
 """
 
 from __future__ import annotations
@@ -20,46 +19,46 @@ from tandem.service.prefork.process import CONTROL_VARIABLE, Kind, State
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.02
-"""Ends of connections within it are reported together."""
+"""Ends of connections within this time are reported together."""
 ANSWER_TIMEOUT_S = 1.0
 
 
 class Serving(Protocol):
-    """What the connections are given to: `tandem.rpc.http2.server.Http2RpcServer`."""
+    """The server of the connections: `tandem.rpc.http2.server.Http2RpcServer`."""
 
     on_connection_end: Callable[[], None]
 
     @property
     def connection_count(self) -> int:
-        """Connections that are open."""
+        """Number of open connections."""
         ...
 
     @property
     def open_call_count(self) -> int:
-        """Calls that are open."""
+        """Number of open calls."""
         ...
 
     def serve_socket(self, connection: socket.socket) -> None:
-        """Serve one."""
+        """Serve one connection."""
         ...
 
     def release(self, count: int) -> None:
-        """Let clients of so many connections connect anew."""
+        """Close `count` connections gracefully, so that their clients reconnect."""
         ...
 
 
 def find_parent(environ: MutableMapping[str, str]) -> ParentLink | None:
-    """The parent that has started this process as one of its children; None: it was started by itself."""
+    """The link to the parent that started this process as a child; None: it has no parent."""
     descriptor = environ.pop(CONTROL_VARIABLE, None)
     if descriptor is None:
         return None
-    # Whatever this process starts must not hold the channel open.
+    # Processes started by this one must not keep the channel open.
     os.set_inheritable(int(descriptor), False)
     return ParentLink(ControlChannel(socket.socket(fileno=int(descriptor))))
 
 
 class ParentLink:
-    """The way to the parent. `wait_begin` first; the event loop takes over with `open`."""
+    """The link to the parent. Call `wait_begin` first; the event loop takes over with `open`."""
 
     def __init__(self, channel: ControlChannel) -> None:
         self._channel = channel
@@ -76,19 +75,19 @@ class ParentLink:
     # Before there is an event loop.
 
     def wait_begin(self) -> Message:
-        """What the parent says first.
+        """Wait for the parent's first message.
 
         Raises:
-            StartError: it has gone.
+            StartError: the parent is dead.
         """
         first = self._channel.receive_blocking()
         if first is None:
-            raise StartError("the process that started this one has gone")
+            raise StartError("the parent process has exited")
         message, _ = first
         return message
 
     def fail(self, problem: StartError) -> None:
-        """Report why this process cannot start; the parent raises it."""
+        """Report why this process cannot start; the parent raises that error."""
         key = problem.metadata.get("key", "")
         sentence = str(problem).removeprefix(f"{key}: ") if key else str(problem)
         try:
@@ -99,41 +98,41 @@ class ParentLink:
     # On the event loop.
 
     def open(self, serving: Serving) -> None:
-        """Serve what comes from now on, and do what the parent says."""
+        """Start to serve connections and to handle the parent's messages."""
         self._serving = serving
         serving.on_connection_end = self._report_soon
         self._channel.begin(self._on_message, self._on_parent_gone)
         self.enter(State.OPEN)
 
     def enter(self, state: State) -> None:
-        """Report that this process has come to another state."""
+        """Report a new state of this process."""
         if state is not self._state:
             self._state = state
             self._channel.send(Kind.STATE, state=state.value)
 
     async def wait_asked(self) -> None:
-        """Return when the parent wants this process to drain."""
+        """Return when this process must drain."""
         await self._drain.wait()
 
     async def agree_on_drain(self) -> None:
-        """Have the parent know that this process was asked by a signal; return when it agrees, or is gone."""
+        """Report to the parent that this process got a signal; return when the parent starts the drain, or is dead."""
         if not self._drain.is_set():
             self._channel.send(Kind.ASKED)
             await self._drain.wait()
 
     def report_drained(self, *, is_clean: bool) -> None:
-        """Report that the drain is over, and whether all requests ended within its bound."""
+        """Report that the drain is over, and whether all requests finished within its timeout."""
         self._has_drained = True
         self._channel.send(Kind.DRAINED, is_clean=is_clean)
         if self._channel.is_closed:
             self._stop.set()
 
     async def wait_stop(self) -> None:
-        """Return when this process may end; where the parent is gone, when it has drained."""
+        """Return when this process may exit: on the parent's message, or after the drain if the parent is dead."""
         await self._stop.wait()
 
     async def ask(self, **question: Any) -> Message | None:
-        """Ask the parent something; None: it does not answer."""
+        """Send a request to the parent and return its response; None: no response within ANSWER_TIMEOUT_S."""
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         if self._channel.is_closed:
             return None
@@ -148,7 +147,7 @@ class ParentLink:
     def _on_message(self, message: Message, descriptor: int | None) -> None:
         kind = message[KIND]
         if kind == Kind.CONNECTION:
-            assert descriptor is not None, "such a message brings one"
+            assert descriptor is not None, "a CONNECTION message carries a descriptor"
             self._take(descriptor)
         elif kind == Kind.PING:
             self._report()
@@ -161,7 +160,7 @@ class ParentLink:
             self._drain.set()
             self._stop.set()
         elif kind == Kind.ANSWER:
-            # They come in the order of the questions.
+            # Responses come in the order of the requests.
             answer = self._answers.pop(0)
             if not answer.done():
                 answer.set_result(message)
@@ -169,7 +168,7 @@ class ParentLink:
     def _take(self, descriptor: int) -> None:
         assert self._serving is not None, "it is open"
         self._taken_count += 1
-        # Before a byte is answered: what the parent has not heard of, it gives to another when this process dies.
+        # Reported before the first byte is served: the parent redistributes unreported connections of a dead child.
         self._report(begins=1)
         self._serving.serve_socket(socket.socket(fileno=descriptor))
 
@@ -178,18 +177,18 @@ class ParentLink:
             self._reporting = asyncio.get_running_loop().call_later(REPORT_S, self._report)
 
     def _report(self, begins: int = 0) -> None:
-        """`begins`: connections that are about to be served."""
+        """`begins`: number of connections that are about to be served."""
         if self._reporting is not None:
             self._reporting.cancel()
             self._reporting = None
         serving = self._serving
         assert serving is not None, "it is open"
-        # Never less than before: between its handshake and its first use a connection is counted twice for a moment.
+        # max(): between its handshake and its first use a connection is counted twice for a moment.
         self._ended_count = max(self._ended_count, self._taken_count - begins - serving.connection_count)
         self._channel.send(Kind.REPORT, taken=self._taken_count, ended=self._ended_count, calls=serving.open_call_count)
 
     def _on_parent_gone(self) -> None:
-        log.error("the parent of this process is gone: it finishes what it has and ends")
+        log.error("the parent process has exited: finishing open requests, then stopping")
         self._drain.set()
         if self._has_drained:
             self._stop.set()

@@ -1,8 +1,7 @@
-"""Messages between a parent and one of its children, over a pair of Unix sockets that only the two of them have.
+"""Messages between a parent and one of its children, over a private pair of Unix sockets.
 
-Owns the framing: a line of JSON for each message, and a descriptor beside the message that says it brings one. What the
-messages mean is `prefork_process`'s and `prefork_child`'s. Both ends run the same release: a line that cannot be read
-is a defect.
+Owns the framing: one line of JSON per message, with a file descriptor attached where the message says so. The messages
+are defined in `process` and `child`. Both ends run the same release, so a line that cannot be parsed is a bug.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from typing import Any
 
 READ_BYTES = 64 * 2**10
 DESCRIPTORS_MAX = 16
-"""Taken by one read. The kernel ends a read at each message that brings descriptors; more of them would be lost."""
+"""Per read. The kernel ends a read after each message with descriptors; more than this would be lost."""
 CARRIES = "carries"
-"""The key of a message that brings a descriptor."""
+"""Key of a message with an attached descriptor."""
 KIND = "kind"
-"""The key that says what a message is."""
+"""Key of the message type."""
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message, int | None], None]
 
 
 class ControlChannel:
-    """One end. Used by blocking calls until `begin`, and on the event loop from then on."""
+    """One end. Used by blocking calls before `begin`, and on the event loop afterwards."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -42,45 +41,45 @@ class ControlChannel:
 
     @property
     def is_backed_up(self) -> bool:
-        """Whether something waits because the other end does not read."""
+        """Whether messages are queued because the other end does not read."""
         return bool(self._unsent)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing more is sent or received."""
+        """Whether it is closed."""
         return self._is_closed
 
     # Before there is an event loop.
 
     def receive_blocking(self) -> tuple[Message, int | None] | None:
-        """The next message; None: the other end is gone."""
+        """The next message; None: the other end is closed."""
         while (found := next(self._messages(), None)) is None:
             if not self._read():
                 return None
         return found
 
     def send_blocking(self, kind: str, **fields: Any) -> None:
-        """Send a message, and return when it has been taken.
+        """Send a message, and return when the kernel has it.
 
         Raises:
-            OSError: the other end is gone.
+            OSError: the other end is closed.
         """
         self._socket.sendall(_line(kind, fields))
 
     # On the event loop.
 
     def begin(self, on_message: OnMessage, on_close: Callable[[], None]) -> None:
-        """Hand on every message, with its descriptor; `on_close` is called once, when the other end is gone."""
+        """Call `on_message` with each message and its descriptor, and `on_close` once, after the peer has closed."""
         self._on_message, self._on_close = on_message, on_close
         self._socket.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._on_readable)
-        self._hand_on()
+        self._deliver()
 
     def send(self, kind: str, descriptor: int | None = None, **fields: Any) -> None:
-        """Send a message in order; what the other end does not take yet waits here. Nothing after the end.
+        """Send a message in order; queued while the other end does not read. Does nothing once closed.
 
-        A descriptor must stay open until the other end has answered.
+        A descriptor must stay open until the other end has confirmed it.
         """
         if self._is_closed:
             return
@@ -90,17 +89,17 @@ class ControlChannel:
             self._flush()
 
     def read_rest(self) -> None:
-        """Hand on what has come before the other end went. For the end of a process, whose last words count."""
+        """Call `on_message` with each message and its descriptor, and `on_close` once, when the peer is closed."""
         while not self._is_closed:
             try:
                 if not self._read():
                     break
             except BlockingIOError:
                 break
-        self._hand_on()
+        self._deliver()
 
     def close(self) -> None:
-        """Send and receive nothing more. Harmless twice."""
+        """Close it. May be called twice."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -117,25 +116,25 @@ class ControlChannel:
             is_open = self._read()
         except BlockingIOError:
             return
-        self._hand_on()
+        self._deliver()
         if not is_open and not self._is_closed:
             self.close()
             self._on_close()
 
     def _read(self) -> bool:
-        """Take what has come; False: the other end is gone."""
+        """Read received data; False: the other end is closed."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, READ_BYTES, DESCRIPTORS_MAX)
         except ConnectionError:
             return False
         for descriptor in descriptors:
-            # A process that is started from here must not have it.
+            # Processes started by this one must not inherit it.
             os.set_inheritable(descriptor, False)
         self._descriptors.extend(descriptors)
         self._received += data
         return bool(data)
 
-    def _hand_on(self) -> None:
+    def _deliver(self) -> None:
         for message, descriptor in self._messages():
             self._on_message(message, descriptor)
             if self._is_closed:
@@ -160,11 +159,11 @@ class ControlChannel:
                 self._flush_later()
                 return
             except OSError:
-                # The other end is gone, which the next read reports as well.
+                # The other end is closed, which the next read reports.
                 self._unsent.clear()
                 return
             if count < len(line):
-                # The descriptor has gone with the first byte.
+                # The descriptor was sent with the first byte.
                 self._unsent[0] = line[count:], None
             else:
                 self._unsent.popleft()

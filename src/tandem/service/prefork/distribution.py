@@ -1,9 +1,9 @@
-"""Which child gets a connection: the one that serves, takes what it is given, and has fewest; of several, the one with
-the fewest open calls, and then the one whose turn was longest ago.
+"""Which child gets a connection: among serving children that accept connections promptly, the one with the fewest
+connections; of several, the one with the fewest open calls, then the least recently chosen one.
 
-Neither SO_REUSEPORT nor one accept queue for all: clients of gRPC keep few connections for long, and either would leave
-processes without any (docs/adr/0014). Owns the accepted sockets until a child has been given them; never reads a byte
-of them. While no child can take one, none is accepted and clients wait in the kernel.
+Neither SO_REUSEPORT nor a shared accept queue: gRPC clients keep few connections for a long time, and both would leave
+some processes without any (docs/adr/0014). Owns accepted sockets until they are passed to a child; never reads a byte
+of them. While no child can accept one, the parent accepts none and clients wait in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from typing import Protocol
 from tandem.service.prefork.process import State
 
 PREFERENCE = (State.SERVING, State.OPEN, State.DRAINING)
-"""One that serves, else one that says that it does not yet, else one that says that it does not any more."""
+"""States in order of preference: serving, else not serving yet, else draining."""
 
 
 class Candidate(Protocol):
-    """A child, as far as this is about it."""
+    """The properties of a child that decide."""
 
     state: State
     call_count: int
     given_number: int
-    """Of the last connection that it was given, in the order of all; 0: none."""
+    """Number of the last connection passed to it, counted over all children; 0: none."""
 
     @property
     def can_take(self) -> bool:
-        """Whether it can be given a connection now."""
+        """Whether a connection can be passed to it now."""
         ...
 
     @property
     def is_late(self) -> bool:
-        """Whether it has let a connection lie."""
+        """Whether it has not confirmed a connection in time."""
         ...
 
     @property
     def connection_count(self) -> int:
-        """Connections that it has."""
+        """Number of its connections."""
         ...
 
     def give(self, connection: socket.socket, number: int) -> None:
-        """Give it one, the `number`th of all."""
+        """Pass a connection to it, the `number`th of all."""
         ...
 
 
@@ -52,7 +52,7 @@ class Accepting(Protocol):
     """A listening socket: `tandem.rpc.http2.listener.Listener`."""
 
     def begin(self, take: Callable[[socket.socket], None]) -> None:
-        """Accept connections and hand each to `take`."""
+        """Accept connections and call `take` with each."""
         ...
 
     def pause(self) -> None:
@@ -69,7 +69,7 @@ class Accepting(Protocol):
 
 
 def fittest(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The child that gets the next connection; None: none can take one."""
+    """The child that gets the next connection; None: no child can take one."""
     able = [candidate for candidate in candidates if candidate.can_take]
     for state in PREFERENCE:
         peers = [candidate for candidate in able if candidate.state is state]
@@ -83,11 +83,11 @@ def _rank(peer: Candidate) -> tuple[bool, int, int, int]:
 
 
 def releases(counts: Sequence[int], newcomer: int) -> list[int]:
-    """How many connections each child should let go of, so that a newcomer gets its share as their clients come back.
+    """How many connections each child should release, so that a new child gets its share when their clients reconnect.
 
     Args:
-        counts: connections of each child that serves.
-        newcomer: index of the one that serves since a moment ago.
+        counts: connections of each serving child.
+        newcomer: index of the child that has just begun to serve.
     """
     wanted = sum(counts) // len(counts) - counts[newcomer]
     left, released = list(counts), [0] * len(counts)
@@ -99,28 +99,28 @@ def releases(counts: Sequence[int], newcomer: int) -> list[int]:
 
 
 class Distributor:
-    """Gives the connections of one listening socket away."""
+    """Distributes the connections of one listening socket to children."""
 
     def __init__(self, listener: Accepting, candidates: Callable[[], Iterable[Candidate]]) -> None:
-        """`candidates` are the children of this moment."""
+        """`candidates` returns the current children."""
         self._listener = listener
         self._candidates = candidates
         self._waiting: deque[socket.socket] = deque()
-        """Accepted and not given away yet: those of one turn of the loop at most, and what came back."""
+        """Accepted connections without a child: of one loop iteration at most, and those returned by dead children."""
         self._numbers = itertools.count(1)
         self._is_paused = False
 
     def begin(self) -> None:
-        """Accept from now on."""
+        """Start to accept connections."""
         self._listener.begin(self._take)
 
     def give_again(self, connections: Iterable[socket.socket]) -> None:
-        """These were given to one that has ended before it took them. They come first."""
+        """Redistribute, before all others, connections of a child that exited before it accepted them."""
         self._waiting.extendleft(reversed(list(connections)))
         self.reevaluate()
 
     def reevaluate(self) -> None:
-        """Give away what waits: a child may be able to take a connection now."""
+        """Distribute waiting connections: a child may be able to take one now."""
         while self._waiting:
             found = fittest(self._candidates())
             if found is None:
@@ -130,7 +130,7 @@ class Distributor:
         self._pause(paused=False)
 
     def close(self) -> None:
-        """Accept no more connections, and close those that wait. May be called twice."""
+        """Accept no more connections, and close waiting ones. May be called twice."""
         self._listener.close()
         while self._waiting:
             self._waiting.popleft().close()

@@ -1,10 +1,10 @@
 """A service on several processes: a parent that accepts connections, and children that serve them.
 
-    parent: takes the port -> starts the children -> gives each connection to one -> drains and stops them together
-    child:  serves what it is given; dies with its own connections only, and is started again
+    parent: binds the port -> starts the children -> passes each connection to one -> drains and stops them together
+    child:  serves its connections; a crash affects only these, and the child is restarted
 
-Owns the children of one parent: how many there are, when one is started again, which of them answer, and the order of
-their end. Never reads a byte of a client. What a child serves, and what is reported of the whole, is the service's.
+Owns the children of one parent: their number, restarts, liveness checks, and the order of their stop. Never reads a
+byte of a client. The service decides what a child serves and what is reported for the whole.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tandem.service.restart_budget import RestartBudget, RestartPolicy
 log = logging.getLogger(__name__)
 
 OTHERS_WITHIN_S = 5.0
-"""How much longer the start waits for the others once one child serves, so that the first clients find all of them."""
+"""How much longer the start waits for the other children once one serves, so that the first clients reach all."""
 PING_S = 1.0
-"""How often each child is asked whether it is there."""
+"""Interval of liveness checks."""
 SILENT_S = 10.0
-"""One that has not answered for so long gets no connection. On the time in which this process ran."""
+"""A child without a response for this long gets no new connections. Counts only time in which the parent ran."""
 SIGNAL_GRACE_S = 0.5
-"""A signal to the whole group reaches children first, now and then. One that is for a child alone is answered later."""
+"""Delay before a signalled child drains alone: a signal to the whole group may reach children before the parent."""
 DRAIN_MARGIN_S = 5.0
-"""More time for a child's drain than its own bound."""
+"""Added to a child's own drain timeout."""
 STOP_TIMEOUT_S = 15.0
-"""More than a server takes for handlers that do not end."""
+"""Longer than a server waits for handlers that do not finish."""
 ABANDON_TIMEOUT_S = 1.0
-"""For one that does not serve yet."""
+"""Stop timeout of a child that does not serve yet."""
 
 
 class Prefork(Watcher):
@@ -61,14 +61,14 @@ class Prefork(Watcher):
         """Starts nothing yet.
 
         Args:
-            command: starts a child.
-            begins: the first message to each child; as many as there are to be.
-            listener: where clients come.
-            drain_s: bound of a child's own drain.
-            environment: variables that children have besides those of this process.
-            answer: answers a child's question.
-            on_restart: called when a child that has ended is about to be started again.
-            policy: how often one that dies is started again.
+            command: command line of a child.
+            begins: the first message to each child; their number is the number of children.
+            listener: the listening socket for clients.
+            drain_s: drain timeout of a child.
+            environment: environment variables of children besides those of this process.
+            answer: returns the response to a child's request.
+            on_restart: called before a child that has exited is restarted.
+            policy: limit and delays of restarts.
             clock: for that policy.
         """
         self._command = command
@@ -87,30 +87,30 @@ class Prefork(Watcher):
         self._changed = asyncio.Event()
         self._has_served = self._is_draining = False
         self._refused: StartError | None = None
-        """Why a child could not start, before any has."""
+        """Why a child could not start, before any child has served."""
         self._given_up: str | None = None
 
     @property
     def count(self) -> int:
-        """How many children there are to be."""
+        """Configured number of children."""
         return len(self._begins)
 
     @property
     def children(self) -> list[ChildProcess]:
-        """Those of this moment, dead ones until they are started again among them."""
+        """The current children, including dead ones until they are restarted."""
         return [self._children[number] for number in sorted(self._children)]
 
     async def start(self) -> None:
-        """Return when all of them serve, or some do and the rest takes much longer.
+        """Return when all children serve, or OTHERS_WITHIN_S after the first one does.
 
         Raises:
-            ConfigError: a setting is wrong, as a child says.
-            StartError: none of them can start.
+            ConfigError: a child rejected a setting.
+            StartError: no child can start.
         """
         self._distributor.begin()
         for number in range(self.count):
             self._keeping.append(asyncio.create_task(self._keep(number), name=f"process-{number}"))
-        self._timers.after(PING_S, self._look)
+        self._timers.after(PING_S, self._check_liveness)
         while not self._has_served:
             if self._refused is not None:
                 raise self._refused
@@ -123,20 +123,20 @@ class Prefork(Watcher):
                     await self._wait_change()
 
     async def wait_given_up(self) -> str:
-        """Return one sentence when a child has died too often; never otherwise."""
+        """Return the reason when a child has exceeded its restarts; never returns otherwise."""
         while self._given_up is None:
             await self._wait_change()
         return self._given_up
 
     def begin_drain(self) -> None:
-        """The end is near: none is started again, and none drains by itself."""
+        """Stop restarting children, and stop those that do not serve yet."""
         self._is_draining = True
         for child in self.children:
             if child.state is State.STARTING:
                 child.signal(signal.SIGTERM)
 
     async def drain(self) -> bool:
-        """Have every child take no more requests and finish. Returns whether all did, within their bound."""
+        """Drain every child. Returns whether all finished their requests within the timeout."""
         self.begin_drain()
         draining = [child for child in self.children if child.state not in (State.STARTING, State.ENDED)]
         for child in draining:
@@ -146,11 +146,12 @@ class Prefork(Watcher):
                 while any(child.drained is None and child.state is not State.ENDED for child in draining):
                     await self._wait_change()
         except TimeoutError:
-            log.error("a process has not drained within %g s", self._drain_s + DRAIN_MARGIN_S)
+            late = [child.number for child in draining if child.drained is None and child.state is not State.ENDED]
+            log.error("processes %s did not drain within %g s: stopping them", late, self._drain_s + DRAIN_MARGIN_S)
         return all(child.drained for child in draining)
 
     async def stop(self) -> None:
-        """End all of them; kill what does not end. May be called twice, and without a start."""
+        """Stop all children; kill those that do not exit in time. May be called twice, and without a start."""
         self._is_draining = True
         self._timers.close()
         for task in (*self._keeping, *self._tasks):
@@ -160,15 +161,15 @@ class Prefork(Watcher):
         await asyncio.gather(*(self._end(child) for child in self.children))
         self._distributor.close()
 
-    # What children say: `prefork_process.Watcher`.
+    # Events of children: `prefork.process.Watcher`.
 
     def changed(self, child: ChildProcess) -> None:
         """See `Watcher`."""
         if child.state is State.SERVING and not child.has_served:
             child.has_served = self._has_served = True
-            self._make_room_for(child)
+            self._rebalance(child)
         elif child.drained is not None and not self._is_draining:
-            # It was asked by a signal of its own.
+            # It drained after a signal to this child alone, which is restarted.
             child.send(Kind.STOP)
         self._distributor.reevaluate()
         self._wake_waiters()
@@ -179,7 +180,7 @@ class Prefork(Watcher):
         async def drain_it() -> None:
             await asyncio.sleep(SIGNAL_GRACE_S)
             if not self._is_draining:
-                log.info("process %d was asked to end: it drains", child.number)
+                log.info("process %d received a signal: draining it", child.number)
                 child.send(Kind.DRAIN)
 
         self._spawn(drain_it())
@@ -188,18 +189,18 @@ class Prefork(Watcher):
         """See `Watcher`."""
         child.send(Kind.ANSWER, **self._answer(message))
 
-    def _make_room_for(self, newcomer: ChildProcess) -> None:
-        """Its peers' clients have connections that they would keep for ever, and it would have nothing to do."""
+    def _rebalance(self, newcomer: ChildProcess) -> None:
+        """Release connections of the other children, so that their clients reconnect and reach the new child too."""
         serving = [child for child in self.children if child.state is State.SERVING]
         counts = [child.connection_count for child in serving]
         for child, count in zip(serving, releases(counts, serving.index(newcomer)), strict=True):
             if count:
                 child.send(Kind.RELEASE, count=count)
 
-    # One child's lives.
+    # Restarts of one child.
 
     async def _keep(self, number: int) -> None:
-        """Start it, again and again, as often as the policy allows."""
+        """Start a child, and restart it as often as the policy allows."""
         budget = RestartBudget(self._policy, self._clock)
         while not self._is_draining:
             child = self._children[number] = ChildProcess(number, self)
@@ -207,7 +208,7 @@ class Prefork(Watcher):
                 await child.start(self._command, self._begins[number], self._environment)
                 status = await child.wait_ended()
             except OSError as problem:
-                log.error("process %d cannot be started: %s", number, problem)
+                log.error("could not start process %d: %s", number, problem)
                 status = 1
             untaken = child.take_back()
             if child.failure is not None and not self._has_served:
@@ -215,16 +216,16 @@ class Prefork(Watcher):
                 self._wake_waiters()
                 return
             self._distributor.give_again(untaken)
-            # One that ended well was asked to: it has not failed.
+            # Status 0 means that it was asked to stop, which is not a failure: restart it without limit.
             delay_s = self._policy.first_delay_s if status == 0 else budget.take_delay_s()
             how = _ending(status, child)
             if delay_s is None:
-                self._given_up = f"process {number} {how}; given up after {self._policy.count_max} restarts"
+                self._given_up = f"process {number} {how}; giving up after {self._policy.count_max} restarts"
                 self._wake_waiters()
                 return
             if not self._is_draining:
                 level = logging.INFO if status == 0 else logging.ERROR
-                log.log(level, "process %d (pid %s) %s; starting it again in %g s", number, child.pid, how, delay_s)
+                log.log(level, "process %d (pid %s) %s; restarting in %g s", number, child.pid, how, delay_s)
                 self._on_restart()
                 await asyncio.sleep(delay_s)
 
@@ -240,15 +241,15 @@ class Prefork(Watcher):
             async with asyncio.timeout(timeout_s):
                 await child.wait_ended()
         except TimeoutError:
-            log.error("process %d has not ended within %g s: it is killed", child.number, timeout_s)
+            log.error("process %d did not exit within %g s: killing it", child.number, timeout_s)
             child.kill()
             await child.wait_ended()
         for connection in child.take_back():
             connection.close()
 
-    # Whether they answer.
+    # Liveness.
 
-    def _look(self) -> None:
+    def _check_liveness(self) -> None:
         for child in self.children:
             if child.state in (State.STARTING, State.ENDED):
                 continue
@@ -258,16 +259,16 @@ class Prefork(Watcher):
                 child.is_silent = not child.is_silent
                 self._log_silence(child)
             child.ping()
-        self._timers.after(PING_S, self._look)
+        self._timers.after(PING_S, self._check_liveness)
 
     def _log_silence(self, child: ChildProcess) -> None:
         if child.is_silent:
-            log.error("process %d has not answered for %g s: it gets no new connections", child.number, SILENT_S)
+            log.error("process %d has not responded for %g s: it gets no new connections", child.number, SILENT_S)
         else:
-            log.info("process %d answers again", child.number)
+            log.info("process %d responds again: it gets new connections", child.number)
             self._distributor.reevaluate()
 
-    # Waiting for each other.
+    # Waiting for changes.
 
     def _wake_waiters(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -289,7 +290,7 @@ def _ending(status: int, child: ChildProcess) -> str:
 
 
 def _as_error(failure: Message) -> StartError:
-    """A child's reason for not starting, which the parent raises in its stead."""
+    """A child's start failure as the error that the parent raises."""
     if failure["key"]:
         return ConfigError(failure["key"], failure["sentence"])
     return StartError(failure["sentence"])

@@ -1,7 +1,7 @@
-"""One child of a parent that gives its connections away: one life of it, from its start to its exit status.
+"""One child process as its parent sees it, from its start to its exit status.
 
-Owns the process, the channel to it, and what is known of it: its state, its connections, whether it answers. Which
-child gets a connection is `distribution`'s business, and what follows its end is `prefork`'s.
+Owns the process, the channel to it, and its reported state and connections. `distribution` chooses the child for a
+connection, `parent` restarts children.
 """
 
 from __future__ import annotations
@@ -24,118 +24,118 @@ from tandem.service.prefork.control_channel import KIND, ControlChannel, Message
 log = logging.getLogger(__name__)
 
 CONTROL_VARIABLE = "TANDEM_PREFORK_FD"
-"""Names the descriptor of the child's end of the channel."""
+"""Environment variable with the descriptor of the child's end of the channel."""
 UNTAKEN_MAX = 4
-"""Connections on their way to a child. One that is frozen gets no more than these."""
+"""Maximum number of unconfirmed connections of a child, which bounds what a frozen child gets."""
 
 LATE_S = 0.1
-"""A child that has let a connection lie for so long gets another one only where all others have too."""
+"""A child that has not confirmed a connection for this long gets another one only if all others are late too."""
 
 
 class Kind(StrEnum):
-    """What a message is."""
+    """Message types."""
 
-    # To the child.
+    # Parent to child.
     BEGIN = "begin"
     """The first one: the child's identity and settings."""
     PING = "ping"
-    """Answer with a report."""
+    """Requests a report."""
     CONNECTION = "connection"
-    """Brings one."""
+    """Carries a connection."""
     RELEASE = "release"
-    """Let clients of so many connections connect anew."""
+    """Close this many connections gracefully, so that their clients reconnect."""
     DRAIN = "drain"
-    """Take no more requests, and finish those that are open."""
+    """Accept no more requests, and finish the open ones."""
     STOP = "stop"
-    """End."""
+    """Exit."""
     ANSWER = "answer"
-    """To a question."""
-    # From the child.
+    """Response to a QUESTION."""
+    # Child to parent.
     STATE = "state"
-    """Its own."""
+    """The child's new state."""
     REPORT = "report"
-    """Connections taken and ended since its start, and calls that are open."""
+    """Connections accepted and closed since its start, and open calls."""
     ASKED = "asked"
-    """It has got a signal."""
+    """The child received a signal to stop."""
     DRAINED = "drained"
-    """No request is open any more, or the time for them is over."""
+    """No request is open, or the drain timed out."""
     FAILED = "failed"
-    """It cannot start; says why."""
+    """The start failed; contains the reason."""
     QUESTION = "question"
-    """Wants to know what only the parent knows."""
+    """A request for data that only the parent has."""
 
 
 class State(Enum):
-    """Where a child is in its life."""
+    """Lifecycle state of a child."""
 
     STARTING = "starting"
     OPEN = "open"
-    """It answers calls, and says that it does not serve yet."""
+    """Accepts calls; its health is not SERVING yet."""
     SERVING = "serving"
     DRAINING = "draining"
     ENDED = "ended"
 
 
 class Watcher:
-    """Is called with what a child reports. Each method may be left out."""
+    """Callbacks for a child's reports. Each method is optional."""
 
     def changed(self, child: ChildProcess) -> None:
-        """It has come to another state, or has room for connections again."""
+        """Its state has changed, or it can take connections again."""
 
     def asked(self, child: ChildProcess) -> None:
-        """It has got a signal that asks for its end."""
+        """It received a signal to stop."""
 
     def question(self, child: ChildProcess, message: Message) -> None:
-        """It wants to know something."""
+        """It sent a request that needs a response."""
 
 
 class ChildProcess:
-    """One life of one child."""
+    """One run of one child."""
 
     def __init__(self, number: int, watcher: Watcher, clock: Clock = monotonic) -> None:
         self.number = number
         self.state = State.STARTING
         self.is_silent = False
-        """It has not answered for long; set by the parent."""
+        """Whether it has not responded for SILENT_S; set by the parent."""
         self.silent_s = 0.0
         self.has_spoken = False
-        """Whether it has sent anything since the parent last looked."""
+        """Whether it has sent a message since the last liveness check."""
         self.has_served = False
         self.failure: Message | None = None
-        """Why it could not start, as it said itself."""
+        """Its FAILED message, if its start failed."""
         self.drained: bool | None = None
-        """Whether all its requests ended within the bound of its drain; None: it has not drained."""
+        """Whether all its requests finished within the drain timeout; None: it has not drained."""
         self.call_count = 0
-        """Calls that are open on it, as of its last report."""
+        """Its open calls, as of its last report."""
         self.given_number = 0
         self._watcher = watcher
         self._process: asyncio.subprocess.Process | None = None
         self._channel: ControlChannel | None = None
         self._clock = clock
         self._untaken: deque[tuple[socket.socket, float]] = deque()
-        """Connections on their way to it, and when they were given."""
+        """Connections sent to it but not confirmed, and when they were sent."""
         self._given_count = 0
         self._taken_count = 0
         self._ended_count = 0
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None: there is none yet."""
+        """Process id; None: not started yet."""
         return None if self._process is None else self._process.pid
 
     @property
     def connection_count(self) -> int:
-        """Connections that it has, those on the way to it among them."""
+        """Its connections, including unconfirmed ones."""
         return self._given_count - self._ended_count
 
     @property
     def is_late(self) -> bool:
-        """Whether it has let a connection lie: it is busy, or frozen."""
+        """Whether a connection is unconfirmed for more than LATE_S: the child is busy, or frozen."""
         return bool(self._untaken) and self._clock() - self._untaken[0][1] > LATE_S
 
     @property
     def can_take(self) -> bool:
-        """Whether it can be given a connection now."""
+        """Whether a connection can be sent to it now."""
         return (
             self.state in (State.OPEN, State.SERVING, State.DRAINING)
             and not self.is_silent
@@ -145,7 +145,7 @@ class ChildProcess:
         )
 
     async def start(self, command: Sequence[str], begin: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """Start the process with these variables besides those of this one, and send it its identity."""
+        """Start the process with additional environment variables, and send the BEGIN message."""
         own, its = socket.socketpair()
         ties = {parent_death.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
         channel = self._channel = ControlChannel(own)
@@ -158,7 +158,7 @@ class ChildProcess:
                     env={**os.environ, **environment, **ties},
                 )
             )
-            # A cancellation waits: a process without an owner would never be ended.
+            # A cancellation waits for the start: an unowned process would never be stopped.
             try:
                 self._process = await asyncio.shield(starting)
             except asyncio.CancelledError:
@@ -172,7 +172,7 @@ class ChildProcess:
         channel.send(Kind.BEGIN, **begin)
 
     def give(self, connection: socket.socket, number: int) -> None:
-        """Give it a connection, the `number`th of all. It is kept here until the child says that it has it."""
+        """Send it a connection, the `number`th of all. The parent keeps it open until the child confirms it."""
         assert self._channel is not None, "give() before start()"
         self.given_number = number
         self._given_count += 1
@@ -180,17 +180,17 @@ class ChildProcess:
         self._channel.send(Kind.CONNECTION, connection.fileno())
 
     def send(self, kind: Kind, **fields: Any) -> None:
-        """Send it a message; harmless after its end."""
+        """Send it a message; does nothing after its exit."""
         if self._channel is not None:
             self._channel.send(kind, **fields)
 
     def ping(self) -> None:
-        """Have it report, unless it has not even read what it was sent before."""
+        """Request a report, unless earlier messages are still unread."""
         if self._channel is not None and not self._channel.is_backed_up:
             self._channel.send(Kind.PING)
 
     async def wait_ended(self) -> int:
-        """Return its exit status when it has ended; negative: by that signal."""
+        """Return its exit status when it has exited; negative: killed by that signal."""
         assert self._process is not None, "wait_ended() before start()"
         status = await self._process.wait()
         if self._channel is not None and not self._channel.is_closed:
@@ -200,18 +200,18 @@ class ChildProcess:
         return status
 
     def take_back(self) -> list[socket.socket]:
-        """Connections that it was given and has never taken. After its end only: then no process has them."""
+        """Return connections that it never confirmed. Call only after its exit: then no process has them."""
         untaken, self._untaken = self._untaken, deque()
         return [connection for connection, _ in untaken]
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal; harmless after its end."""
+        """Send it a signal; does nothing after its exit."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it at once; harmless after its end."""
+        """Kill it; does nothing after its exit."""
         self.signal(signal.SIGKILL)
 
     def _on_message(self, message: Message, descriptor: int | None) -> None:
@@ -234,7 +234,7 @@ class ChildProcess:
     def _note_report(self, message: Message) -> None:
         while self._taken_count < message["taken"]:
             self._taken_count += 1
-            # The child's own descriptor keeps it open.
+            # The child has its own descriptor now, which keeps the connection open.
             self._untaken.popleft()[0].close()
         self._ended_count, self.call_count = message["ended"], message["calls"]
         self._watcher.changed(self)

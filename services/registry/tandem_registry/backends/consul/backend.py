@@ -1,7 +1,7 @@
-"""Membership in Consul: one of any number of replicas that tell the same view.
+"""Membership in Consul: one of any number of registry replicas that serve the same view.
 
-Composition: `client` speaks, `query` reads, `keeper` keeps own leases, `reconciler` writes, `broadcaster` tells. Owns
-their tasks and the waiting of calls; no rule is here.
+Composition: `client` sends requests, `blocking_query` reads, `lease_manager` owns this replica's leases, `reconciler`
+writes, `broadcaster` publishes. Owns their tasks and what calls wait for; the rules are in those modules.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
 from tandem_registry.leases import Grant
-from tandem_registry.view import Followed, Origin, View
+from tandem_registry.view import Origin, StoreLag, View
 
 log = logging.getLogger(__name__)
 
 START_WAIT_S = 5.0
-"""Without Consul a registry answers after this long, with what is wrong, and stays NOT_SERVING until Consul answers."""
+"""Longest wait of the start for Consul. After it the registry stays NOT_SERVING until Consul responds."""
 SEEN_TIMEOUT_S = 2.0
-"""From a write to the moment when the view shows it; a client waits three seconds."""
+"""From a write until the view shows it. Below the client's timeout of 3 s, so that the client gets the reason."""
 LEAVE_TIMEOUT_S = 0.8
-"""The same for a member that goes; it waits for one second."""
+"""The same for a deregistration, whose client times out after 1 s."""
 REGISTRATIONS_MAX = 64
-"""At once: an agent enters a few hundred a second, and whoever waited in vain would only be written and removed."""
+"""In flight: an agent takes a few hundred a second, and a registration that times out is written only to be removed."""
 INTERVAL_MIN_S = 1.0
 HOLD_S = 2.0
-"""With a lease's time: how long those may take to come back whom Consul has lost."""
+"""Added to a lease's time to live: how long members that disappeared from Consul may take to come back."""
 ORPHAN_RETRY_S = 30.0
 SWEEP_MAX_S = 1.0
 
 
 class ConsulBackend:
-    """Leases of this replica, the view of all."""
+    """The leases of this replica, and the view of all replicas."""
 
     def __init__(
         self, settings: ConsulSettings, ttl_s: float, *, checks_tls: bool = False, clock: Clock = monotonic
     ) -> None:
-        """Opens no connection yet. `checks_tls`: members serve with TLS."""
+        """Open no connection yet. `checks_tls`: members serve with TLS."""
         self.replica_id = uuid.uuid4().hex
         self.ttl_s = ttl_s
         self._settings = settings
@@ -67,10 +67,10 @@ class ConsulBackend:
         self._orphans: dict[tuple[str, str], float] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._held: asyncio.TimerHandle | None = None
-        self._waiting: tuple[str, ConsulSnapshot] | None = None
-        """An answer that is held back."""
+        self._latest: tuple[str, ConsulSnapshot] | None = None
+        """Registry id and last snapshot of Consul, published or held back."""
         self._problem: ServiceError | None = None
-        self._answered = asyncio.Event()
+        self._responded = asyncio.Event()
         self._published = asyncio.Event()
         self._own_entry_id = ""
         self._registering_count = 0
@@ -83,7 +83,7 @@ class ConsulBackend:
 
     @property
     def origin(self) -> Origin:
-        """Where the view comes from at this moment."""
+        """Whether the view is live now, and since when."""
         return self._broadcaster.origin
 
     @property
@@ -92,18 +92,18 @@ class ConsulBackend:
         return self._subscriptions.count
 
     @property
-    def followed(self) -> Followed:
-        """How far behind Consul the view is. Valid after `start`."""
-        told = self._broadcaster.observed.index
-        last = told if self._waiting is None else self._waiting[1].index
-        return Followed(self._clock() - self._query.answered_s, max(0, last - told))
+    def lag(self) -> StoreLag:
+        """How far the view is behind Consul. Valid after `start`."""
+        published = self._broadcaster.observed.index
+        latest = published if self._latest is None else self._latest[1].index
+        return StoreLag(self._clock() - self._query.responded_s, max(0, latest - published))
 
     async def start(self, address: str) -> None:
-        """Follow Consul and let others find this registry at `address`.
+        """Watch Consul and announce this registry at `address`.
 
         Raises:
-            ConfigError: a setting of Consul cannot be used.
-            StartError: Consul refuses this registry.
+            ConfigError: a Consul setting is invalid.
+            StartError: Consul rejects this registry's token.
         """
         interval_s = max(INTERVAL_MIN_S, self.ttl_s / 2)
         client = self._client = ConsulClient(self._settings, interval_s=interval_s, checks_tls=self._checks_tls)
@@ -119,8 +119,8 @@ class ConsulBackend:
         self._query = BlockingQuery(
             client,
             new_id=lambda: uuid.uuid4().hex,
-            on_observed=self._take,
-            on_lost=self._lose,
+            on_observed=self._on_observed,
+            on_lost=self._on_lost,
             explains=self._leases.explains,
             clock=self._clock,
         )
@@ -131,15 +131,15 @@ class ConsulBackend:
             asyncio.create_task(self._sweep(), name="lease-sweep"),
         ]
         if not client.has_checks:
-            self._tasks.append(asyncio.create_task(self._say_alive(interval_s), name="consul-alive"))
-        await self._wait_answered()
+            self._tasks.append(asyncio.create_task(self._pass_own_check(interval_s), name="consul-own-check"))
+        await self._wait_responded()
 
     async def wait_view(self) -> None:
         """See the port."""
         await self._published.wait()
 
     async def withdraw(self) -> None:
-        """Let others take over at once. May be called twice."""
+        """Remove this replica's entry, so that others adopt its leases at once. May be called twice."""
         if not self._is_withdrawn and self._client is not None:
             self._is_withdrawn = True
             self._reconciler.want(self._own_entry_id, None)
@@ -150,7 +150,7 @@ class ConsulBackend:
                     await self._reconciler.written(self._own_entry_id)
 
     async def close(self) -> None:
-        """End all subscriptions with Draining and refuse everything from now on. May be called twice."""
+        """Close all subscriptions with Draining, and reject every later call. May be called twice."""
         self._is_closing = True
         self._subscriptions.end(_draining())
         if self._held is not None:
@@ -166,21 +166,21 @@ class ConsulBackend:
         await self._client.close()
 
     async def wait_failed(self) -> str:
-        """Return one sentence when one of the tasks has died; never returns otherwise."""
+        """Return the reason when one of the tasks has failed; never returns otherwise."""
         assert self._tasks, "wait_failed() before start()"
         done, _ = await asyncio.wait([*self._tasks, *self._reconciler.tasks], return_when=asyncio.FIRST_COMPLETED)
         task = done.pop()
         problem = None if task.cancelled() else task.exception()
-        return f"{task.get_name()} has ended: {problem!r}"
+        return f"task {task.get_name()} failed: {problem!r}"
 
     async def register(self, member: Member) -> Grant:
-        """Enter one start of a member; returns when Consul shows it."""
+        """Register one incarnation of a member; returns once Consul shows it."""
         check_fits(member)
         self._check_live()
         if self.replica_id not in self._leases.observed.replicas:
-            raise ServiceError("Consul does not list this registry, or its check of it fails")
+            raise ServiceError("Consul does not list this registry, or its health check fails")
         if self._registering_count >= REGISTRATIONS_MAX:
-            raise Overloaded(f"{REGISTRATIONS_MAX} registrations are on their way to Consul already")
+            raise Overloaded(f"too many registrations in flight to Consul: the limit is {REGISTRATIONS_MAX}")
         self._registering_count += 1
         try:
             return await self._register(member)
@@ -203,10 +203,12 @@ class ConsulBackend:
         except (TimeoutError, ServiceError) as problem:
             if self._holds(member, grant):
                 self._leases.give_up(grant.lease_id, entry_id)
-                raise ServiceError(f"{entry_id} was not entered in Consul in time: {problem}") from None
+                raise ServiceError(
+                    f"{entry_id} was not registered in Consul within {SEEN_TIMEOUT_S:g} s: {problem}"
+                ) from None
         if not self._holds(member, grant):
             raise DuplicateWorker(
-                f"{member.kind}_id {member.member_id} was entered at another registry meanwhile",
+                f"{member.kind}_id {member.member_id} was registered at another registry at the same time",
                 worker=member.member_id,
                 field=f"{member.kind}_id",
                 lease_ttl_ms=int(self.ttl_s * 1_000),
@@ -214,21 +216,21 @@ class ConsulBackend:
         return Grant(grant.lease_id, self._leases.observed.index)
 
     async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
-        """Hear a sign of life, of a lease granted by any replica."""
+        """Renew a lease that any replica has granted."""
         self._check_open()
         try:
             self._leases.keep_alive(lease_id, state)
         except WorkerNotFound:
-            await self._look_again()
+            await self._catch_up()
             self._leases.keep_alive(lease_id, state)
 
     async def drain(self, worker_id: str, epoch: int) -> int:
-        """Mark a worker as draining; the revision that first shows it."""
+        """Mark a worker as draining; returns the first revision that shows it."""
         self._check_open()
         try:
             self._leases.drain(worker_id, epoch)
         except WorkerNotFound:
-            await self._look_again()
+            await self._catch_up()
             self._leases.drain(worker_id, epoch)
 
         def is_seen() -> bool:
@@ -236,15 +238,15 @@ class ConsulBackend:
             member = None if entry is None else entry.record.member
             return not isinstance(member, Worker) or member.state is WorkerState.DRAINING
 
-        return await self._seen(is_seen, SEEN_TIMEOUT_S, f"{worker_id} is marked here")
+        return await self._seen(is_seen, SEEN_TIMEOUT_S, f"worker {worker_id} is marked as draining on this registry")
 
     async def deregister(self, lease_id: str) -> int:
-        """Take a member out; the revision that first lacks it."""
+        """Remove a member; returns the first revision without it."""
         self._check_open()
         try:
             member = self._leases.deregister(lease_id)
         except WorkerNotFound:
-            await self._look_again()
+            await self._catch_up()
             member = self._leases.deregister(lease_id)
         key, epoch = (member.kind, member.member_id), member.epoch
 
@@ -252,17 +254,19 @@ class ConsulBackend:
             entry = self._leases.observed.members.get(key)
             return entry is None or entry.record.member.epoch > epoch
 
-        return await self._seen(is_seen, LEAVE_TIMEOUT_S, f"{member.member_id} has left here")
+        return await self._seen(
+            is_seen, LEAVE_TIMEOUT_S, f"{member.kind} {member.member_id} is deregistered on this registry"
+        )
 
     async def view(self) -> View:
-        """The view at this moment."""
+        """The current view."""
         self._check_open()
         registry_id = self._broadcaster.registry_id
         assert registry_id is not None
         return self._broadcaster.observed.view(registry_id, self._leases.ages_s())
 
     async def subscribe(self, known: Known | None = None) -> Subscription:
-        """Begin to watch."""
+        """Subscribe to the view."""
         self._check_open()
         # Without an await in between, no change can fall between the snapshot and the first push.
         return self._subscriptions.add(self._broadcaster.snapshot(), known)
@@ -274,71 +278,76 @@ class ConsulBackend:
             address=address,
             release=tandem.__version__,
         )
-        record = Record(member=replica, keeper=self.replica_id)
+        record = Record(member=replica, owner=self.replica_id)
         self._own_entry_id = service_id(self._settings.service, record)
         self._reconciler.want(self._own_entry_id, record)
 
-    async def _wait_answered(self) -> None:
+    async def _wait_responded(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_WAIT_S):
-                await self._answered.wait()
+                await self._responded.wait()
         if self._problem is not None and is_refusal(self._problem):
             raise StartError(str(self._problem))
         if self._broadcaster.registry_id is None:
-            log.warning("not serving until Consul answers, which is asked again and again: %s", self._problem)
+            log.warning("not ready: Consul is unreachable, retrying (%s)", self._problem)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SEEN_TIMEOUT_S):
                 await self._query.wait_for(lambda: self.replica_id in self._leases.observed.replicas)
 
-    def _take(self, registry_id: str, observed: ConsulSnapshot) -> None:
-        """One answer of Consul."""
+    def _on_observed(self, registry_id: str, observed: ConsulSnapshot) -> None:
+        """Process one response of Consul: compare, hold back or publish."""
         if self._problem is not None:
-            log.info("Consul answers again, at index %d", observed.index)
+            log.info("Consul is reachable again, at index %d", observed.index)
         self._problem = None
         self._reconciler.resume()
-        if registry_id != self._broadcaster.registry_id and (self._waiting is None or registry_id != self._waiting[0]):
-            self._reconciler.all_missing(self._own_entry_id)
+        if registry_id != self._broadcaster.registry_id and (self._latest is None or registry_id != self._latest[0]):
+            self._reconciler.rewrite_all(self._own_entry_id)
         if self._is_withdrawn:
             self._leases.observed = observed
         else:
             self._leases.take(observed)
         self._check_own_entry()
-        self._waiting = (registry_id, observed)
+        self._latest = (registry_id, observed)
         missing = self._broadcaster.missing(registry_id, observed, self._leases.own_keys())
         if not missing:
             self._publish()
         elif self._held is None:
-            log.warning("Consul has lost %d members that are known here: they get time to come back", len(missing))
+            log.warning(
+                "%d members disappeared from Consul; serving the last known membership for up to %g s while they"
+                " re-register",
+                len(missing),
+                self.ttl_s + HOLD_S,
+            )
             self._broadcaster.hold(time.time())
             self._held = asyncio.get_running_loop().call_later(self.ttl_s + HOLD_S, self._publish)
-        self._answered.set()
+        self._responded.set()
 
     def _check_own_entry(self) -> None:
         if all(entry.service_id != self._own_entry_id for entry in self._leases.observed.entries):
-            self._reconciler.missing(self._own_entry_id)
+            self._reconciler.rewrite_missing(self._own_entry_id)
 
     def _publish(self) -> None:
-        """What Consul says is the view."""
+        """Publish the latest snapshot, at the end of a hold even where members are missing."""
         if self._held is not None:
             self._held.cancel()
             self._held = None
-        if self._waiting is not None and self._problem is None:
-            self._broadcaster.publish(*self._waiting, self._leases.reasons, time.time())
+        if self._latest is not None and self._problem is None:
+            self._broadcaster.publish(*self._latest, self._leases.reasons, time.time())
             self._leases.forget_reasons()
             self._published.set()
 
-    def _lose(self, problem: ServiceError) -> None:
-        """Consul does not answer."""
+    def _on_lost(self, problem: ServiceError) -> None:
+        """Consul is unreachable: stop writing and serve the last known view."""
         if self._problem is None:
-            log.warning("the last known view is told until Consul answers: %s", problem)
+            log.warning("Consul unreachable; serving the last known membership (%s)", problem)
         self._problem = problem
         self._reconciler.pause()
         self._broadcaster.lost(time.time())
-        self._answered.set()
+        self._responded.set()
 
     async def _sweep(self) -> None:
-        """Wake up for each expiry; a lease that is new is never the first to end."""
+        """Wake up for each expiry; a new lease is never the next to expire."""
         while True:
             self._leases.sweep(is_live=self._problem is None)
             if self._problem is None and self._broadcaster.registry_id is not None:
@@ -348,20 +357,20 @@ class ConsulBackend:
             wait_s = SWEEP_MAX_S if next_s is None else next_s - self._clock()
             await asyncio.sleep(min(SWEEP_MAX_S, self.ttl_s / 2, max(0.01, wait_s)))
 
-    async def _say_alive(self, interval_s: float) -> None:
-        """Where Consul checks nobody, this registry tells that it lives."""
+    async def _pass_own_check(self, interval_s: float) -> None:
+        """Without gRPC checks by the agent, this registry renews its own TTL check."""
         while True:
             await asyncio.sleep(interval_s)
             with contextlib.suppress(ServiceError):
-                await self._client_of().say_alive(self._own_entry_id)
+                await self._client_of().pass_ttl_check(self._own_entry_id)
 
     def _remove(self, orphans: list[Orphan]) -> None:
         now_s = self._clock()
         for orphan in orphans:
-            place = (orphan.node, orphan.service_id)
-            if now_s - self._orphans.get(place, -ORPHAN_RETRY_S) >= ORPHAN_RETRY_S:
-                self._orphans[place] = now_s
-                task = asyncio.create_task(self._remove_one(orphan), name="consul-leftover")
+            key = (orphan.node, orphan.service_id)
+            if now_s - self._orphans.get(key, -ORPHAN_RETRY_S) >= ORPHAN_RETRY_S:
+                self._orphans[key] = now_s
+                task = asyncio.create_task(self._remove_one(orphan), name="consul-remove-orphan")
                 self._removals.add(task)
                 task.add_done_callback(self._removals.discard)
 
@@ -371,22 +380,29 @@ class ConsulBackend:
                 await self._client_of().deregister(orphan.service_id)
             await self._client_of().deregister_elsewhere(orphan.node, orphan.service_id)
         except ServiceError as problem:
-            log.info("%s of a dead registry stays for now: %s", orphan.service_id, problem)
+            log.info(
+                "could not remove %s, an entry of a dead registry; retrying in %g s: %s",
+                orphan.service_id,
+                ORPHAN_RETRY_S,
+                problem,
+            )
 
-    async def _seen(self, is_seen: Callable[[], bool], timeout_s: float, what: str) -> int:
-        """The revision that shows something; it is done here in any case, and Consul hears of it when it can."""
+    async def _seen(self, is_seen: Callable[[], bool], timeout_s: float, done: str) -> int:
+        """Wait until Consul shows a change and return that revision. The change is made on this replica in any case,
+        and written to Consul as soon as possible; `done` describes it for the error.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 await self._query.wait_for(is_seen)
         except TimeoutError:
-            raise ServiceError(f"{what}, and Consul does not show it yet") from None
+            raise ServiceError(f"{done}, but Consul did not show it within {timeout_s:g} s") from None
         return self._leases.observed.index
 
-    async def _look_again(self) -> None:
-        """Before somebody is told that a lease is over: Consul may know it, and this replica not yet.
+    async def _catch_up(self) -> None:
+        """Read everything Consul has now, before a lease is reported as unknown: another replica may have granted it.
 
         Raises:
-            ServiceError: Consul cannot be asked; nothing is known of it.
+            ServiceError: Consul is unreachable, so the lease may or may not exist.
         """
         if self._is_withdrawn:
             raise _draining()
@@ -395,7 +411,9 @@ class ConsulBackend:
             async with asyncio.timeout(SEEN_TIMEOUT_S):
                 await self._query.catch_up()
         except TimeoutError:
-            raise ServiceError("Consul does not say whether that lease is over") from None
+            raise ServiceError(
+                f"cannot tell whether the lease has expired: no response from Consul within {SEEN_TIMEOUT_S:g} s"
+            ) from None
 
     def _holds(self, member: Member, grant: Grant) -> bool:
         held = self._leases.membership.lease_of(member.kind, member.member_id)
@@ -404,13 +422,13 @@ class ConsulBackend:
     def _check_live(self) -> None:
         self._check_open()
         if self._problem is not None:
-            raise ServiceError(f"only the last known view is there: {self._problem}")
+            raise ServiceError(f"Consul is unreachable, only the last known view is served: {self._problem}")
 
     def _check_open(self) -> None:
         if self._is_closing:
             raise _draining()
         if self._broadcaster.registry_id is None:
-            raise ServiceError(f"there is no view yet: {self._problem}")
+            raise ServiceError(f"no view yet, Consul has not responded since the start: {self._problem}")
 
     def _client_of(self) -> ConsulClient:
         assert self._client is not None
@@ -418,4 +436,4 @@ class ConsulBackend:
 
 
 def _draining() -> Draining:
-    return Draining("the registry is going away")
+    return Draining("the registry is shutting down")

@@ -1,6 +1,6 @@
-"""The view that watchers are told: Consul's, unless Consul seems to have lost what the registry still knows.
+"""The view that is published to watchers: Consul's, unless Consul seems to have lost members that are known here.
 
-Owns the published fleet and the rule by which an answer is held back. How answers come is `query`.
+Owns the published snapshot and the rule by which a new one is held back. `blocking_query` delivers the snapshots.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class Broadcaster:
-    """What watchers hold."""
+    """Publishes snapshots of Consul to the watchers."""
 
     def __init__(self, subscriptions: Subscriptions, now_s: float) -> None:
         """`now_s` is in seconds since the Unix epoch, as everywhere here."""
         self.registry_id: str | None = None
-        """None: nothing was published yet."""
+        """None: nothing has been published yet."""
         self.observed = ConsulSnapshot()
         self.origin = Origin(is_live=False, since_s=now_s)
         self._subscriptions = subscriptions
@@ -29,13 +29,13 @@ class Broadcaster:
         self._is_holding = False
 
     def lost(self, now_s: float) -> None:
-        """Consul does not answer: the view is the last known one from now on."""
+        """Mark the view as last known: Consul is unreachable."""
         self._set_live(False, now_s)
 
     def missing(self, registry_id: str, observed: ConsulSnapshot, own_keys: Collection[Key]) -> list[Key]:
-        """Published members that an answer has no entry of, or that of a former start, although nobody can have taken
-        them out: all of them in a new generation, and those whose leases are kept here in the present one. Once
-        somebody is missing, everybody is waited for.
+        """Published members that a snapshot lacks, or shows only in an older incarnation, although no registry removed
+        them: any member in a new generation of Consul's data, and in the current one those whose leases this replica
+        owns. While a snapshot is held back, any member counts as missing.
         """
         if self.registry_id is None:
             return []
@@ -55,7 +55,7 @@ class Broadcaster:
         reasons: Mapping[tuple[str, str, int], RemovalReason],
         now_s: float,
     ) -> None:
-        """Let this be the view, and tell the difference."""
+        """Make this the view, and publish the difference to watchers."""
         before, self.observed = self.observed, observed
         self._snapshot, self._is_holding = None, False
         is_new, is_first = registry_id != self.registry_id, self.registry_id is None
@@ -68,12 +68,12 @@ class Broadcaster:
             self._subscriptions.publish(change)
 
     def hold(self, now_s: float) -> None:
-        """The last view stays, although Consul answers."""
+        """Keep serving the last view although Consul responds, and mark it as last known."""
         self._is_holding = True
         self._set_live(False, now_s)
 
     def snapshot(self) -> View:
-        """The view without ages of leases; made once for each revision."""
+        """The view without lease ages; built once for each revision."""
         assert self.registry_id is not None, "snapshot() before publish()"
         if self._snapshot is None:
             self._snapshot = self.observed.view(self.registry_id)

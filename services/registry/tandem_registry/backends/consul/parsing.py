@@ -1,6 +1,6 @@
-"""Consul's JSON of a service with its health, as entries. What was read once is not read again.
+"""Parses Consul's JSON of a service and its health into entries. Unchanged instances are not parsed again.
 
-Owns the form of the answer, and the one line of log for an entry that cannot be read. What entries mean is `observed`.
+Owns the response format, and the log line for an entry that cannot be read. `snapshot` decides which entries count.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ log = logging.getLogger(__name__)
 
 FIRST = b'[{"Node":{'
 NEXT = b'},{"Node":{'
-"""Between two instances, and nowhere else: in a string its quotation marks would have backslashes, and no other object
-begins with a Node that is an object."""
+"""Separates two instances, and occurs nowhere else: in a string its quotation marks would be escaped, and no other
+object begins with a Node that is an object."""
 LAST = b"}]"
 
 
-class AnswerReader:
-    """Reads one answer after another. The same text is always the same entry, so an entry that did not change costs a
-    look into a table: a thousand of them are two megabytes, and reading them all takes longer than anything else here.
+class ResponseReader:
+    """Parses one response after another. Equal text is the same entry, so an unchanged instance costs one dictionary
+    lookup: a thousand instances are two megabytes, and parsing all of them would dominate the cost of a change.
     """
 
     def __init__(self) -> None:
         self._known: dict[bytes, Entry | None] = {}
-        """Of the last answer, by the text of an instance; None: none of ours."""
+        """Entries of the last response, by the text of the instance; None: not written by a registry."""
 
     def entries(self, body: bytes) -> list[Entry]:
-        """The entries that are ours and whole.
+        """The valid entries written by registries.
 
         Raises:
-            ServiceError: this is no answer of Consul.
+            ServiceError: the body is not a Consul response.
         """
         try:
             return self._entries(body)
         except (ValueError, KeyError, TypeError) as problem:
-            raise ServiceError(f"Consul's answer cannot be read: {problem!r}") from None
+            raise ServiceError(f"could not parse Consul's response: {problem!r}") from None
 
     def _entries(self, body: bytes) -> list[Entry]:
         texts, known = _texts(body), self._known
@@ -52,7 +52,7 @@ class AnswerReader:
 
 
 def _texts(body: bytes) -> list[bytes] | None:
-    """The text of each instance, without what all of them begin and end with; None: the form is another one."""
+    """The text of each instance, without the common beginning and end; None: the response has another format."""
     body = body.strip()
     if not body.startswith(FIRST) or not body.endswith(LAST):
         return None
@@ -69,7 +69,7 @@ def _entry(instance: dict[str, Any]) -> Entry | None:
     try:
         record = record_of(service["Address"], service["Port"], service["Meta"] or {})
     except Unreadable as problem:
-        log.warning("%s at %s is ignored: %s", service["ID"], node, problem)
+        log.warning("ignored Consul entry %s at node %s: %s", service["ID"], node, problem)
         return None
     return _with_health(node, service["ID"], record, instance["Checks"])
 
@@ -87,5 +87,5 @@ def _with_health(node: str, service_id: str, record: Record, checks: list[dict[s
 
 
 def _is_critical(check: dict[str, Any]) -> bool:
-    """An agent that was restarted says critical of everything until it has looked: with no word about why."""
+    """A restarted agent reports every check as critical until it has run it; those have neither output nor notes."""
     return check["Status"] == "critical" and bool(check["Output"] or check["Notes"])

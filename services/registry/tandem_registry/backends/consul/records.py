@@ -1,6 +1,6 @@
-"""What Consul keeps of a member: one service instance, with tags for people and DNS, and meta that holds it whole.
+"""A member as Consul stores it: one service instance, with tags for DNS and people, and meta with the whole record.
 
-Pure. Owns names and forms of what is written, and the check that what is read is what was written. Load is never in it.
+Pure. Owns the names and formats that are written, and the validation of what is read. Load is never stored.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tandem.domain.worker import (
 from tandem.errors import InvalidRequest
 
 VALUE_BYTES_MAX = 512
-"""Of one value of meta; Consul refuses more, and more than 64 of them."""
+"""Of one meta value; Consul rejects longer ones, and more than 64 of them."""
 SERVICE_NAME_PATTERN = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-"""The name of the service is a label of DNS."""
+"""The service name must be a DNS label."""
 SERVICE_ID_WITHOUT = re.compile("[^A-Za-z0-9._-]")
 
 
 class Unreadable(ValueError):
-    """An entry of Consul is none of ours, or was changed; says what does not fit."""
+    """A Consul entry that was not written by a registry, or was altered; the message names the field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """One start of a registry that serves."""
+    """One incarnation of a registry process."""
 
     kind: ClassVar[str] = "registry"
 
@@ -46,61 +46,61 @@ class Replica:
 
     @property
     def member_id(self) -> str:
-        """Its address: a restart takes the place of the start before."""
+        """Derived from its address, so that a restart replaces the previous incarnation."""
         return SERVICE_ID_WITHOUT.sub("-", self.address)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A member and its lease, as written by the replica that keeps it."""
+    """A member and its lease, as written by the replica that owns the lease."""
 
     member: Worker | Frontend | Replica
     lease_id: str = ""
-    keeper: str
-    """Id of the replica that wrote it."""
+    owner: str
+    """Id of the replica that owns the lease and wrote the entry; key `keeper` in meta."""
     term: int = 1
-    """Grows each time another replica takes the lease over."""
+    """Incremented each time another replica adopts the lease."""
     is_gone: bool = False
-    """Says that the member has left, where an older entry of it cannot be removed."""
+    """Tombstone: the member has left, and an older entry of it cannot be removed."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """Kind and id: one member, whatever its start."""
+        """Kind and id, the same for all incarnations of a member."""
         return self.member.kind, self.member.member_id
 
     @property
     def rank(self) -> tuple[int, int, str]:
-        """Of several entries of one member the highest counts: the newest start, last taken over."""
-        return self.member.epoch, self.term, self.keeper
+        """Of several entries of one member the highest wins: the newest incarnation, adopted last."""
+        return self.member.epoch, self.term, self.owner
 
 
 def service_id(service: str, record: Record) -> str:
-    """Names the entry at an agent. Two starts of a member never overwrite each other."""
+    """Id of the entry at an agent. Contains the epoch, so that two incarnations never overwrite each other."""
     kind, member_id = record.key
     return f"{service}-{kind}-{member_id}-{record.member.epoch}"
 
 
 def tags(record: Record) -> list[str]:
-    """What the entry is found by: `decode.<service>.service.consul`."""
+    """The tag by which DNS finds the entry: `decode.<service>.service.consul`."""
     member = record.member
     return [member.role.value if isinstance(member, Worker) else member.kind]
 
 
-def place(record: Record) -> tuple[str, int]:
-    """Host and port, as Consul's DNS answers them."""
+def host_and_port(record: Record) -> tuple[str, int]:
+    """Host, without the brackets of IPv6, and port, as Consul's DNS returns them."""
     host, _, port = record.member.address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def meta(record: Record) -> dict[str, str]:
-    """The record as Consul's meta: one key for each field."""
+    """The record as Consul meta: one key for each field."""
     member = record.member
     written = {
         "kind": member.kind,
         "id": member.replica_id if isinstance(member, Replica) else member.member_id,
         "epoch": str(member.epoch),
         "release": member.release,
-        "keeper": record.keeper,
+        "keeper": record.owner,
         "term": str(record.term),
     }
     if not isinstance(member, Replica):
@@ -123,24 +123,24 @@ def _worker_meta(worker: Worker) -> dict[str, str]:
 
 
 def check_fits(member: Worker | Frontend) -> None:
-    """Whether Consul can keep a member whole.
+    """Check that Consul can store every field of a member.
 
     Raises:
         InvalidRequest: names the field that is too long, as a path from the request.
     """
-    for key, value in meta(Record(member=member, keeper="")).items():
+    for key, value in meta(Record(member=member, owner="")).items():
         size_bytes = len(value.encode())
         if size_bytes > VALUE_BYTES_MAX:
             within = "capabilities." if key in field_names() and isinstance(member, Worker) else ""
-            problem = f"has {size_bytes} bytes, and Consul keeps at most {VALUE_BYTES_MAX}"
+            problem = f"has {size_bytes} bytes; Consul stores at most {VALUE_BYTES_MAX}"
             raise InvalidRequest(f"{member.kind}.{within}{key}", problem)
 
 
 def record_of(address: str, port: int, written: Mapping[str, str]) -> Record:
-    """The record that an entry of Consul holds.
+    """The record in a Consul entry.
 
     Raises:
-        Unreadable: it is none of ours, of a newer release, or was changed.
+        Unreadable: the entry was not written by a registry, or by a newer release, or was altered.
     """
     try:
         return _record_of(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", written)
@@ -151,14 +151,14 @@ def record_of(address: str, port: int, written: Mapping[str, str]) -> Record:
 
 
 def _record_of(address: str, written: Mapping[str, str]) -> Record:
-    kind, keeper, term = written["kind"], written["keeper"], int(written["term"])
+    kind, owner, term = written["kind"], written["keeper"], int(written["term"])
     common: dict[str, Any] = {
         "epoch": int(written["epoch"]),
         "address": address,
         "release": written.get("release", ""),
     }
     if kind == Replica.kind:
-        return Record(member=Replica(replica_id=written["id"], **common), keeper=keeper, term=term)
+        return Record(member=Replica(replica_id=written["id"], **common), owner=owner, term=term)
     is_gone = written["state"] == "gone"
     common["state"] = WorkerState.DRAINING if is_gone else WorkerState(written["state"])
     member: Worker | Frontend
@@ -167,20 +167,20 @@ def _record_of(address: str, written: Mapping[str, str]) -> Record:
     elif kind == Worker.kind:
         member = _worker_of(written, common)
     else:
-        raise ValueError(f"its kind {kind!r} is unknown")
-    return Record(member=member, lease_id=written["lease_id"], keeper=keeper, term=term, is_gone=is_gone)
+        raise ValueError(f"unknown kind {kind!r} in its meta")
+    return Record(member=member, lease_id=written["lease_id"], owner=owner, term=term, is_gone=is_gone)
 
 
 def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:
     capabilities = Capabilities(**{field.name: _capability(field, written) for field in fields(Capabilities)})
     digest = written.get("capabilities_digest")
     if digest is not None and digest != capabilities_digest(capabilities):
-        raise ValueError("its capabilities do not fit its digest")
+        raise ValueError("its capabilities do not match their digest")
     port = written.get("bootstrap_port")
     return Worker(
         worker_id=written["id"],
         role=WorkerRole(written["role"]),
-        # Written since leg contract 2; the entries of before are of workers that speak the first one.
+        # Written since leg contract 2; entries without it are of workers that use contract 1.
         leg_contract=int(written.get("leg_contract", "1")),
         capabilities=capabilities,
         capabilities_digest=digest,
@@ -191,7 +191,7 @@ def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:
 
 
 def _capability(field: Any, written: Mapping[str, str]) -> Any:
-    """One capability from its text, by the type it is declared with."""
+    """One capability, parsed from its text by its declared type."""
     if field.name not in written and field.default is not MISSING:
         return field.default
     text = written[field.name]

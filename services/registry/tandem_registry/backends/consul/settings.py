@@ -1,6 +1,6 @@
-"""How an agent of Consul is reached, and what is shown to it.
+"""Address of a Consul agent, and the credentials presented to it.
 
-Owns the forms of address, token and certificates, checked once at start. Tokens are sent and never shown.
+Owns the formats of address, token and certificates, checked once at start. Tokens are never logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ConsulSettings:
     has_checks: bool = True
     """Whether the agent checks the health of members."""
 
-    def place(self) -> tuple[str, str, int]:
+    def endpoint(self) -> tuple[str, str, int]:
         """Scheme, host and port.
 
         Raises:
@@ -41,7 +41,7 @@ class ConsulSettings:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as problem:
-            raise ConfigError("consul_address", f"cannot be read: {problem}") from None
+            raise ConfigError("consul_address", f"is malformed: {problem}") from None
         is_bare = parts.path in ("", "/") and not parts.query and not parts.fragment
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or not is_bare or parts.username is not None:
             raise ConfigError("consul_address", "must be host:port, http://host:port or https://host:port")
@@ -49,47 +49,47 @@ class ConsulSettings:
         return parts.scheme, host, DEFAULT_PORTS[parts.scheme] if port is None else port
 
     def read_token(self) -> str:
-        """The token as it is now; empty: none.
+        """The current token, from its file if there is one; empty: none.
 
         Raises:
-            ConfigError: its file cannot be read, or it is no token; names consul_token_file or consul_token.
+            ConfigError: its file is unreadable, or it is not a valid token; names consul_token_file or consul_token.
         """
         if self.token_file is None:
-            if self.token and not _is_one_word(self.token):
-                raise ConfigError("consul_token", "is no token, which is one word")
+            if self.token and not _is_token(self.token):
+                raise ConfigError("consul_token", "must be printable ASCII without spaces")
             return self.token
         try:
             token = self.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as problem:
-            raise ConfigError("consul_token_file", f"{self.token_file} cannot be read: {_words(problem)}") from None
-        if not _is_one_word(token):
-            raise ConfigError("consul_token_file", f"{self.token_file} holds no token, which is one word")
+            raise ConfigError("consul_token_file", f"{self.token_file} cannot be read: {_reason(problem)}") from None
+        if not _is_token(token):
+            raise ConfigError("consul_token_file", f"{self.token_file} must contain printable ASCII without spaces")
         return token
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """What this process proves itself with and trusts; None: plaintext.
+        """Client certificate and trusted CAs for HTTPS; None: plaintext.
 
         Raises:
-            ConfigError: a file cannot be used; names its setting.
+            ConfigError: a file is invalid; names its setting.
         """
-        if self.place()[0] == "http":
+        if self.endpoint()[0] == "http":
             return None
         try:
             context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
         except OSError as problem:
-            raise ConfigError("consul_ca", f"{self.ca} cannot be used: {_words(problem)}") from None
+            raise ConfigError("consul_ca", f"{self.ca} cannot be used: {_reason(problem)}") from None
         if self.cert is not None:
             try:
                 context.load_cert_chain(self.cert, self.key)
             except OSError as problem:
                 pair = f"{self.cert} with {self.key}"
-                raise ConfigError("consul_cert", f"{pair} cannot be used: {_words(problem)}") from None
+                raise ConfigError("consul_cert", f"{pair} cannot be used: {_reason(problem)}") from None
         return context
 
 
-def _words(problem: Exception) -> str:
+def _reason(problem: Exception) -> str:
     return str(getattr(problem, "strerror", None) or problem)
 
 
-def _is_one_word(token: str) -> bool:
+def _is_token(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and " " not in token

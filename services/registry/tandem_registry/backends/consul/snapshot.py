@@ -1,6 +1,6 @@
-"""What Consul's answer means: which entries count, and who is alive. The same on every replica at the same index.
+"""Which entries of a Consul response count, and which members are alive: the same on every replica at the same index.
 
-Pure. Owns the rules by which entries of several agents become one view; knows neither time nor whose replica it is on.
+Pure. Owns the rules that merge the entries of several agents into one view; knows neither the time nor its own replica.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One service instance of ours, as an agent registered it."""
+    """One service instance written by a registry, as an agent registered it."""
 
     node: str
     service_id: str
     record: Record
     health: Health
-    """What its own checks say."""
+    """Result of its own checks."""
     is_node_alive: bool = True
     """Whether the agent that registered it is alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConsulSnapshot:
-    """All entries at one index, and what follows from them."""
+    """All entries at one index, and what is derived from them."""
 
     index: int = 0
     entries: tuple[Entry, ...] = ()
     winners: Mapping[Key, Entry] = field(default_factory=dict)
-    """The entry of each member that counts, those that say that it is gone included."""
+    """The winning entry of each member, tombstones included."""
     members: Mapping[Key, Entry] = field(default_factory=dict)
-    """The visible workers and frontends, in the order of their keys."""
+    """The visible workers and frontends, ordered by key."""
     replicas: frozenset[str] = frozenset()
-    """Ids of the registries that are alive."""
+    """Ids of the live registries."""
     by_lease: Mapping[str, Entry] = field(default_factory=dict)
-    """Winners that are not gone, by lease."""
+    """Winning entries without tombstones, by lease id."""
 
     def view(self, registry_id: str, ages_s: Mapping[str, float | None] | None = None) -> View:
-        """As the registry tells it; `ages_s` of the leases that are kept here."""
+        """As the registry serves it; `ages_s`: lease ages, by lease id, of the leases that this replica owns."""
         ages_s = ages_s or {}
         workers: list[Listed[Worker]] = []
         frontends: list[Listed[Frontend]] = []
@@ -54,14 +54,14 @@ class ConsulSnapshot:
             record, member = entry.record, entry.record.member
             age_s = ages_s.get(record.lease_id)
             if isinstance(member, Worker):
-                workers.append(Listed(member, age_s, record.keeper, entry.health))
+                workers.append(Listed(member, age_s, record.owner, entry.health))
             elif isinstance(member, Frontend):
-                frontends.append(Listed(member, age_s, record.keeper, entry.health))
+                frontends.append(Listed(member, age_s, record.owner, entry.health))
         return View(registry_id, self.index, tuple(workers), tuple(frontends))
 
 
 def observed_of(index: int, entries: Iterable[Entry]) -> ConsulSnapshot:
-    """Judge the entries of one answer."""
+    """Build the snapshot of the entries of one response."""
     everything = tuple(sorted(entries, key=lambda entry: (entry.node, entry.service_id)))
     winners: dict[Key, Entry] = {}
     for entry in everything:
@@ -95,7 +95,9 @@ def observed_of(index: int, entries: Iterable[Entry]) -> ConsulSnapshot:
 def change_between(
     before: ConsulSnapshot, after: ConsulSnapshot, reasons: Mapping[tuple[str, str, int], RemovalReason] | None = None
 ) -> Change | None:
-    """The step from one view to another; None when nobody would see it. `reasons` are those known of removed starts."""
+    """The change from one view to another; None when the views are equal. `reasons`: known removal reasons, by
+    incarnation.
+    """
     reasons = reasons or {}
     upserted, removed = [], []
     for key, entry in after.members.items():
@@ -115,7 +117,7 @@ def change_between(
 
 
 def _reason(entry: Entry, now: Entry | None, after: ConsulSnapshot) -> RemovalReason:
-    """Why a start is gone, as far as the answer tells."""
+    """Why an incarnation is gone, as far as the snapshot shows."""
     winner = after.winners.get(entry.record.key)
     is_replaced = now is not None or (winner is not None and winner.record.member.epoch > entry.record.member.epoch)
     address = entry.record.member.address
@@ -126,12 +128,12 @@ def _reason(entry: Entry, now: Entry | None, after: ConsulSnapshot) -> RemovalRe
 
 def _member(entry: Entry) -> Member:
     member = entry.record.member
-    assert not isinstance(member, Replica), "registries are no part of the view"
+    assert not isinstance(member, Replica), "registries are not part of the view"
     return member
 
 
 def _newest_at_each_address(winners: Mapping[Key, Entry]) -> dict[str, Entry]:
-    """One process listens at an address: the one that was started last."""
+    """Only one process can listen at an address: the one that was started last."""
     newest: dict[str, Entry] = {}
     for entry in winners.values():
         if entry.record.is_gone:
@@ -149,7 +151,9 @@ def _age(entry: Entry) -> tuple[int, Key]:
 
 
 def _is_visible(entry: Entry) -> bool:
-    """A worker that drains says itself that it does not serve; it is listed until its lease ends."""
+    """A draining worker is listed until its lease ends although its check is critical: it reports NOT_SERVING on
+    purpose.
+    """
     record = entry.record
     if isinstance(record.member, Replica) or record.is_gone:
         return False

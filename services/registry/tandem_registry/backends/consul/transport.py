@@ -1,7 +1,7 @@
-"""HTTP to an agent of Consul: py-consul's asyncio client on a session of ours.
+"""HTTP to a Consul agent: py-consul's asyncio client on an aiohttp session with limits.
 
-Owns connections (few: an agent takes 200 of one address), bounds of time, the token, and the meaning of failures. What
-is asked is `client`.
+Owns connections (few: an agent accepts 200 per client address), timeouts, the token, and the mapping of failures. The
+requests are in `client`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from tandem.errors import ConfigError, ServiceError
 from tandem_registry.backends.consul.settings import ConsulSettings
 
 CONNECTIONS_MAX = 8
-"""One waits for changes; the others write."""
+"""One is in a blocking query; the others write."""
 CONNECT_TIMEOUT_S = 2.0
-ANSWER_TIMEOUT_S = 5.0
-"""For an answer that Consul does not delay on purpose."""
+RESPONSE_TIMEOUT_S = 5.0
+"""For a response that Consul does not delay on purpose."""
 READ_BUFFER_BYTES = 2**22
-"""So much of an answer is taken without a pause; aiohttp's own 64 KiB are many for megabytes."""
+"""Responses have megabytes: aiohttp's default of 64 KiB would pause reading dozens of times."""
 SHOWN_CHARACTERS = 200
 TOO_MANY = 429
 TOKEN_SETTING = "consul_token"  # noqa: S105 -- the name of a setting
 
 
 def is_refusal(error: ServiceError) -> bool:
-    """Whether Consul does not let this registry do that: its token is unknown, or may not."""
+    """Whether Consul rejected the request because of this registry's token."""
     return error.metadata.get("setting") == TOKEN_SETTING
 
 
 class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
-    """The adapter that py-consul calls, in place of its own, which bounds no answer and keeps no connection limit."""
+    """py-consul's HTTP adapter, in place of its own, which has neither timeouts nor a connection limit."""
 
     def __init__(self, settings: ConsulSettings, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,12 +44,12 @@ class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
         self._session = aiohttp.ClientSession(
             connector=connector,
             trust_env=False,
-            # The agent is near: to compress an answer takes it longer than to send it.
+            # The agent is on this machine or near: compressing a response takes longer than sending it.
             headers={"Accept-Encoding": "identity"},
             read_bufsize=READ_BUFFER_BYTES,
         )
         self._where = settings.address
-        self.timeout_s = ANSWER_TIMEOUT_S
+        self.timeout_s = RESPONSE_TIMEOUT_S
 
     async def send(
         self,
@@ -60,75 +60,74 @@ class Session(base.HTTPClient):  # type: ignore[misc]  # py-consul has no types
         *,
         data: str | bytes | None = None,
         headers: dict[str, str] | None = None,
-        timeout_s: float = ANSWER_TIMEOUT_S,
+        timeout_s: float = RESPONSE_TIMEOUT_S,
     ) -> Any:
-        """One request.
+        """Send one request; `timeout_s` bounds it as a whole.
 
         Raises:
-            ServiceError: there is no answer, or one that says that Consul cannot, or that this registry may not
-                (`is_refusal`).
+            ServiceError: no response in time, an error status, or a rejected token (`is_refusal`).
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._session.request(
                 method, self.uri(path, params), headers=headers, data=data, timeout=timeout, allow_redirects=False
-            ) as answer:
-                body = await answer.read()
+            ) as response:
+                body = await response.read()
         except TimeoutError:
-            raise ServiceError(f"Consul at {self._where} does not answer") from None
+            raise ServiceError(f"Consul at {self._where} did not respond within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as problem:
-            raise ServiceError(f"Consul at {self._where} cannot be reached: {_words(problem)}") from None
-        self._check(answer.status, body)
-        return callback(base.Response(answer.status, answer.headers, body))
+            raise ServiceError(f"Consul at {self._where} is unreachable: {_text(problem)}") from None
+        self._check(response.status, body)
+        return callback(base.Response(response.status, response.headers, body))
 
     def _check(self, status: int, body: bytes) -> None:
-        words = body[:SHOWN_CHARACTERS].decode(errors="replace").strip()
+        text = body[:SHOWN_CHARACTERS].decode(errors="replace").strip()
         if status in (401, 403):
-            sentence = f"Consul at {self._where} refuses the token of this registry (consul_token): {words}"
-            raise ServiceError(sentence, setting=TOKEN_SETTING)
+            problem = f"Consul at {self._where} rejected this registry's token (consul_token): {text}"
+            raise ServiceError(problem, setting=TOKEN_SETTING)
         if status >= 500 or status == TOO_MANY:
-            raise ServiceError(f"Consul at {self._where} cannot: {words or status}")
+            raise ServiceError(f"Consul at {self._where} failed with status {status}: {text}")
         if status >= 300 and status != 404:
-            raise ServiceError(f"Consul at {self._where} answers {status}: {words}")
+            raise ServiceError(f"Consul at {self._where} responded with unexpected status {status}: {text}")
 
     def get(self, callback: Any, path: str, params: Any = None, headers: Any = None, raw: bool = False) -> Any:
-        """As py-consul's parts call it."""
+        """Called by py-consul."""
         return self.send(callback, "GET", path, params, headers=headers)
 
     def put(self, callback: Any, path: str, params: Any = None, data: Any = "", headers: Any = None) -> Any:
-        """As py-consul's parts call it."""
+        """Called by py-consul."""
         return self.send(callback, "PUT", path, params, data=data, headers=headers)
 
     def delete(self, callback: Any, path: str, params: Any = None, data: Any = "", headers: Any = None) -> Any:
-        """As py-consul's parts call it."""
+        """Called by py-consul."""
         return self.send(callback, "DELETE", path, params, data=data, headers=headers)
 
     def post(self, callback: Any, path: str, params: Any = None, data: Any = "", headers: Any = None) -> Any:
-        """As py-consul's parts call it."""
+        """Called by py-consul."""
         return self.send(callback, "POST", path, params, data=data, headers=headers)
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         await self._session.close()
-        # The event loop closes TLS connections in its next turns; the session does not wait for it.
+        # aiohttp does not wait until TLS connections are closed; the event loop closes them in its next iteration.
         await asyncio.sleep(0)
 
 
 class TandemConsul(Consul):  # type: ignore[misc]
-    """py-consul's client over that session."""
+    """py-consul's client on `Session`."""
 
     def __init__(self, settings: ConsulSettings) -> None:
         self._settings = settings
-        scheme, host, port = settings.place()
+        scheme, host, port = settings.endpoint()
         super().__init__(host=host, port=port, scheme=scheme)
         self.token = settings.read_token()
 
     def http_connect(self, host: str, port: int, scheme: str, verify: Any = True, cert: Any = None) -> Session:
-        """The session to that agent."""
+        """The session for that agent; called by py-consul."""
         return Session(self._settings, host, port, scheme)
 
-    def read_token_again(self) -> bool:
-        """Take a token that was renewed in its file; returns whether it is another one."""
+    def reload_token(self) -> bool:
+        """Read the token file again; returns whether the token has changed."""
         try:
             token = self._settings.read_token()
         except ConfigError:
@@ -138,5 +137,5 @@ class TandemConsul(Consul):  # type: ignore[misc]
         return is_new
 
 
-def _words(problem: Exception) -> str:
+def _text(problem: Exception) -> str:
     return str(problem) or type(problem).__name__

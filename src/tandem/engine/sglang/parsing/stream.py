@@ -22,7 +22,9 @@ from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
 from tandem.engine.sglang.parsing.whole_calls import WholeCalls
 
 WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|plugin|>"}
-"""Formats whose streaming detector in SGLang loses calls (docs/reference/openai-tools.md) -> the marker that starts the calls."""
+"""Formats whose streaming detector in SGLang loses calls -> the marker that starts the calls.
+
+See docs/reference/openai-tools.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
