@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tandem import config_errors
+from tandem.domain.limits import PORT_MAX
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -33,7 +34,7 @@ class ServiceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: the OS chooses")
+    port: int = Field(0, ge=0, le=PORT_MAX, description="port to listen on; 0: the OS chooses")
     advertise_host: str | None = Field(None, description="host other processes reach this one at; default: host")
     drain_settle_s: float = Field(0.5, ge=0, le=60, description="still admit this long after a drain was announced")
     drain_timeout_s: float = Field(30, ge=0, le=3600, description="most time for running requests to finish")
@@ -53,7 +54,7 @@ class ServiceConfig(BaseModel):
         1.0, ge=0, le=1, description="part of the requests whose trace is exported, where the caller has not decided"
     )
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="port where Prometheus scrapes /metrics; 0: the OS chooses; default: none"
+        None, ge=0, le=PORT_MAX, description="port where Prometheus scrapes /metrics; 0: the OS chooses; default: none"
     )
 
     @property

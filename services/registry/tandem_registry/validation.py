@@ -9,6 +9,7 @@ import re
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.domain.frontend import Frontend
+from tandem.domain.limits import PORT_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
@@ -20,7 +21,6 @@ MODEL_CHARACTERS_MAX = 256
 RELEASE_CHARACTERS_MAX = 64
 LEASE_ID_CHARACTERS_MAX = 128
 HOST_CHARACTERS_MAX = 253
-PORT_MAX = 65535
 
 
 def checked_worker(message: worker_pb2.Worker) -> Worker:

@@ -6,7 +6,7 @@ Absent (`None`) always means "the engine's or the model's default": a zero is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 
@@ -56,6 +56,10 @@ class Guided:
     ebnf: str | None = None
     structural_tag: str | None = None
     """JSON: free text with parts in a grammar behind what begins them."""
+
+
+GRAMMARS = tuple(kind.name for kind in fields(Guided))
+"""Kinds of grammar, as the contract and SGLang name them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb
 from tandem.api.worker.v1 import worker_service_pb2
 from tandem.domain.frontend import Frontend
 from tandem.domain.generation import (
+    GRAMMARS,
     Bootstrap,
     EngineFinish,
     FinishReason,
@@ -23,6 +24,7 @@ from tandem.domain.generation import (
     Stopping,
     TokenLogprob,
 )
+from tandem.domain.sampling import SCALARS
 from tandem.domain.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
 
 T = TypeVar("T")
@@ -55,17 +57,6 @@ TIMES = (
     "first_token",
 )
 LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
-GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
-SAMPLING_SCALARS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
 
 
 def present(message: Message, field: str, value: T) -> T | None:
@@ -161,7 +152,7 @@ def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad
 
 def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:
     """Absent fields become None."""
-    scalars = {name: getattr(message, name) for name in SAMPLING_SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    scalars = {name: getattr(message, name) for name in SCALARS if message.HasField(name)}  # type: ignore[arg-type]
     return Sampling(**scalars, logit_bias=dict(message.logit_bias))
 
 

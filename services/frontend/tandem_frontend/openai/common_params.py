@@ -10,7 +10,8 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from tandem_frontend.preparation.sampling import LOGIT_BIASES_MAX
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
+from tandem.domain.sampling import LOGIT_BIASES_MAX
 from tandem_frontend.preparation.validation import CACHE_SALT_CHARS_MAX, PATTERN_BYTES_MAX, STOP_TOKENS_MAX, STOPS_MAX
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class StreamOptions(Schema):
 class CommonFields(Schema):
     """Parameters of both completion calls. docs/openai.md says what each one does here."""
 
-    model: str = Field(min_length=1, max_length=128)
+    model: str = Field(min_length=1, max_length=MODEL_NAME_CHARS_MAX)
 
     temperature: float | None = None
     top_p: float | None = None

@@ -10,19 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.sampling import SCALARS
 from tandem.errors import InvalidRequest
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, JsonSchemaFormat, TextFormat
 
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's own default on completions; on chat it is what the context leaves."""
 
@@ -90,12 +82,10 @@ def _common(wanted: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
     if wanted.stream_options is not None and not wanted.stream:
         raise InvalidRequest("stream_options", "needs stream to be true")
     request = pb.GenerateRequest(model=wanted.model)
-    for name in SAMPLING:
+    for name in SCALARS:
         value = getattr(wanted, name)
         if value is not None:
             setattr(request.sampling, name, value)
-    if wanted.seed is not None:
-        request.sampling.seed = wanted.seed
     for token, bias in (wanted.logit_bias or {}).items():
         request.sampling.logit_bias[_token_id(token)] = bias
     if max_tokens is not None:
