@@ -16,9 +16,8 @@ from tandem.api.types.v1 import generation_pb2
 from tandem.client import calls
 from tandem.domain.sampling import SCALARS
 from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
+from tandem.exit_codes import EXIT_INTERRUPTED
 from tandem.tls.paths import Tls
-
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
