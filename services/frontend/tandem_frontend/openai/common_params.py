@@ -31,8 +31,8 @@ class FirstFault(FailFast):
 
 Many = Annotated[list[T], FirstFault()]
 """A list of a client's: the first wrong element is enough, a million of them would be collected for seconds."""
-NotSupported: TypeAlias = None
-"""Type of a parameter of OpenAI's that is refused unless it is absent or null."""
+MustBeNull: TypeAlias = None
+"""Type of an OpenAI parameter that is not supported: rejected unless it is absent or null."""
 
 
 class Schema(BaseModel):

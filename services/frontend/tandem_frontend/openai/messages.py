@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.common_params import Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import Many, MustBeNull, Schema
 
 
 class TextPart(Schema):
@@ -64,9 +64,9 @@ class AssistantMessage(Schema):
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
-    refusal: NotSupported = None
-    audio: NotSupported = None
-    function_call: NotSupported = None
+    refusal: MustBeNull = None
+    audio: MustBeNull = None
+    function_call: MustBeNull = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem_frontend.openai.common_params import CommonFields, Int32, Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import CommonFields, Int32, Many, MustBeNull, Schema
 from tandem_frontend.openai.messages import Message
 
 TOOLS_MAX = 128
@@ -91,12 +91,12 @@ class ChatRequest(CommonFields):
     modalities: Many[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    audio: NotSupported = None
-    functions: NotSupported = None
-    function_call: NotSupported = None
-    prediction: NotSupported = None
-    verbosity: NotSupported = None
-    web_search_options: NotSupported = None
+    audio: MustBeNull = None
+    functions: MustBeNull = None
+    function_call: MustBeNull = None
+    prediction: MustBeNull = None
+    verbosity: MustBeNull = None
+    web_search_options: MustBeNull = None
 
 
 TokenIds = Many[Int32]
@@ -111,4 +111,4 @@ class CompletionRequest(CommonFields):
     best_of: Int32 | None = None
     response_format: ResponseFormat | None = None
 
-    suffix: NotSupported = None
+    suffix: MustBeNull = None
