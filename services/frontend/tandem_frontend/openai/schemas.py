@@ -1,6 +1,6 @@
-"""The two requests of OpenAI's API that generate: what may be in them.
+"""The schemas of the two requests that generate: chat completions and completions.
 
-Pure shapes. What the values mean for a generation is translation's business.
+Types and sizes only; `translation` decides what the values mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME_PATTERN = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 
 class JsonSchema(Schema):
-    """The JSON schema an answer must follow."""
+    """The JSON schema that the output must follow."""
 
     name: str = Field(pattern=NAME_PATTERN)
     description: str | None = None
@@ -64,7 +64,7 @@ class Tool(Schema):
 
 
 class FunctionName(Schema):
-    """Names a function."""
+    """The name of a function."""
 
     name: str
 
