@@ -10,7 +10,14 @@ import re
 from tandem.api.types.v1 import worker_pb2
 from tandem.domain.frontend import Frontend
 from tandem.domain.limits import PORT_MAX
-from tandem.domain.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
+from tandem.domain.worker import (
+    WORKER_ID_CHARS_MAX,
+    WORKER_ID_PATTERN,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    capabilities_digest,
+)
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
 
@@ -62,7 +69,7 @@ def checked_frontend(message: worker_pb2.Frontend) -> Frontend:
 def checked_worker_id(field: str, worker_id: str) -> str:
     """The id of a worker or frontend, under the name its field has in the request."""
     if not WORKER_ID.fullmatch(worker_id):
-        raise InvalidRequest(field, "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+        raise InvalidRequest(field, f"must be 1 to {WORKER_ID_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-'")
     return worker_id
 
 
