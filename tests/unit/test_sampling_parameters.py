@@ -15,7 +15,7 @@ from tandem.api.types.v1 import sampling_pb2
 from tandem.cli.app import app
 from tandem.cli.generate import Asked
 from tandem.domain.generation import Sampling
-from tandem.domain.sampling import PARAMETERS, PENALTIES, RECOMMENDED, SCALARS, Range
+from tandem.domain.sampling import PARAMETERS, PENALTIES, RECOMMENDED, SCALARS, Range, SamplingParameter
 
 SAMPLING_PROTO = Path(__file__).parents[2] / "protos/tandem/api/types/v1/sampling.proto"
 
@@ -33,12 +33,11 @@ def test_clients_can_set_each_of_them() -> None:
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS, ids=lambda parameter: parameter.name)
-def test_neutral_values_are_the_defaults_of_the_contract(parameter: object) -> None:
-    name, neutral = parameter.name, parameter.neutral  # type: ignore[attr-defined]
-    comment = re.search(rf"((?:  //[^\n]*\n)+)  optional \w+ {name} = ", SAMPLING_PROTO.read_text())
+def test_neutral_values_are_the_defaults_of_the_contract(parameter: SamplingParameter) -> None:
+    comment = re.search(rf"((?:  //[^\n]*\n)+)  optional \w+ {parameter.name} = ", SAMPLING_PROTO.read_text())
     assert comment is not None
     default = re.search(r"Default (-?\d+)", comment[1])
-    assert neutral == (None if default is None else float(default[1]))
+    assert parameter.neutral == (None if default is None else float(default[1]))
 
 
 def test_penalties_are_the_parameters_whose_name_says_so() -> None:
