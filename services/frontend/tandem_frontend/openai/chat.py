@@ -64,6 +64,7 @@ class ChatCompletions:
             choices = []
             for number in range(body.choice_count):
                 parsed = await self._parsed(body, tools, prompt, kwargs)
+                # Some parsers recognise calls by special tokens, which detokenizing drops by default.
                 if parsed is not None:
                     await stack.enter_async_context(parsed)
                     request.skip_special_tokens = not parsed.keep_special_tokens
@@ -94,6 +95,7 @@ class ChatCompletions:
             if body.tool_choice not in (None, "none"):
                 raise InvalidRequest("tool_choice", "requires tools")
             return []
+        # Left out of the prompt, so that the model cannot call any.
         if body.tool_choice == "none":
             return []
         template = self._model.tokenizer.chat_template
@@ -117,6 +119,7 @@ class ChatCompletions:
             if template is None or not template.takes("reasoning_effort"):
                 raise InvalidRequest("reasoning_effort", "this model's chat template does not support it")
             kwargs["reasoning_effort"] = body.reasoning_effort
+        # Templates ignore unknown variables, so a misspelt one would have no effect without an error.
         for name in kwargs:
             if template is None or not template.takes(name):
                 raise InvalidRequest("chat_template_kwargs", f"this model's chat template does not read {name[:64]!r}")
@@ -144,6 +147,7 @@ class ChatCompletions:
         )
         if guided is None:
             return
+        # An engine enforces one grammar per request.
         if request.HasField("guided"):
             raise InvalidRequest("tools", "with a required or strict call cannot be combined with another grammar")
         request.guided.CopyFrom(guided_to_proto(guided))

@@ -64,6 +64,7 @@ class ChatChoice:
             # A call that max_tokens cut off stays incomplete: completing it would invent arguments.
             rest = await self._parsed.close(complete=finish.reason != generation_pb2.FINISH_REASON_LENGTH)
         entries = self._entries(rest)
+        # Log probabilities of tokens without text would be lost with no delta to carry them.
         if self._pending_logprobs:
             entries += self._entries((Content(""),))
         elif not self._has_begun:

@@ -54,6 +54,7 @@ class Completions:
         """Text (empty unless it is echoed) and token ids of each prompt."""
         tokenizer = self._model.tokenizer
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        # A list of integers is one prompt given as token ids, not a list of prompts.
         if given and isinstance(given[0], int):
             given = [given]
         if not given:
@@ -94,6 +95,7 @@ class CompletionChoice:
 
     def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
         """One entry; none for a chunk without text and without log probabilities."""
+        # The echo travels with the first text: a response without any still echoes, in `end`.
         text, self._echoed = self._echoed + chunk.text, ""
         kept = self._stop_filter.keep(chunk.logprobs) if self._stop_filter is not None else ()
         if not text and not kept:

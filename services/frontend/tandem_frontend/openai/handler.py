@@ -119,6 +119,7 @@ class EndpointHandler:
         try:
             await self._generate(requests, result, caller, events)
         except Exception as problem:
+            # Nothing was sent yet, so the error can still be an HTTP status.
             if not events.has_begun:
                 raise
             events.fail(problem)
@@ -129,6 +130,7 @@ class EndpointHandler:
         self, requests: Sequence[pb.GenerateRequest], result: ApiResponse, caller: Caller, entries: EntrySink
     ) -> None:
         """Generate all choices concurrently; the first failure cancels the others."""
+        # The common request: it needs no task besides its own.
         if len(requests) == 1 and not result.choices[0].parses:
             await self._generation.generate(requests[0], caller, ChoiceSink(0, result, entries, None))
             return
@@ -148,4 +150,5 @@ def _fingerprint(workers: Iterable[Worker], model: str) -> str:
         for worker in workers
         if worker.capabilities.model == model
     )
+    # The smallest, because the order of workers in a view carries no meaning.
     return f"fp_{hashlib.sha256(min(serving, default='').encode()).hexdigest()[:10]}"

@@ -73,6 +73,7 @@ class EventStream(EntrySink):
 
     def fail(self, problem: Exception) -> None:
         """Send an error event as the last one; for failures after the first event."""
+        # Without [DONE]: SDKs take it as the end of a complete response.
         self._send(response.event(last_event(problem)))
 
     def _send(self, data: bytes) -> None:
@@ -86,7 +87,7 @@ class EventStream(EntrySink):
 
 
 class ChoiceSink:
-    """The `pipeline.Answer` of one choice. Not writable while its parser runs, so that text is sent in fewer chunks."""
+    """The `pipeline.Answer` of one choice. Not writable while its parser runs, so that several tokens share a chunk."""
 
     def __init__(self, number: int, result: ApiResponse, entries: EntrySink, group: asyncio.TaskGroup | None) -> None:
         """`group` owns the parser task; None only for a choice without a parser."""
@@ -124,14 +125,17 @@ class ChoiceSink:
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
         """See `pipeline.Answer`."""
+        # The parser task may still work on earlier chunks; their entries come before the finish.
         if self._parsing is not None:
             await self._parsing
+        # OpenAI has no finish reason for it, and "stop" would present a cut text as a whole one.
         if finish.reason == generation_pb2.FINISH_REASON_ABORTED:
             raise RequestAborted("the generation was aborted")
         self._result.usage.add(self._number, finish.usage)
         self._entries.add(await self._choice.end(finish))
 
     async def _parse(self) -> None:
+        # One task parses all chunks: the parser must get them in order.
         while self._unparsed:
             self._entries.add(await self._choice.parse(self._unparsed.pop(0)))
         self._parsing = None

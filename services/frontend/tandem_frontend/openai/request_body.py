@@ -42,6 +42,7 @@ def _invalid_request(problem: ValidationError, data: bytes) -> InvalidRequest:
     errors = problem.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
         return InvalidRequest("body", f"is not JSON: {errors[0]['ctx']['error']}")
+    # Parsed again, because pydantic's error locations mix the client's keys with names of its own.
     given = json.loads(data)
     if not isinstance(given, dict):
         return InvalidRequest("body", "must be a JSON object")

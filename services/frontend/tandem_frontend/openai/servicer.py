@@ -77,6 +77,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """One model that live workers serve."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
+        # SDKs percent-encode names like "org/model", and the transcoder does not decode a path of several segments.
         return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
 
     def _model_entry(self, name: str) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def _parameter_names(body: ChatRequest | CompletionRequest) -> Iterator[None]:
         yield
     except InvalidRequest as problem:
         raise problem.renamed(parameter(problem.field, body)) from None
+    # Not every NotSupported is about a field: an engine may lack a whole feature.
     except NotSupported as problem:
         if "field" in problem.metadata:
             problem.metadata["field"] = parameter(problem.metadata["field"], body)

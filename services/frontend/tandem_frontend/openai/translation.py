@@ -65,8 +65,10 @@ def for_choice(request: pb.GenerateRequest, token_ids: Sequence[int], number: in
 
 def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
     """The OpenAI parameter of a field of the contract."""
+    # Both endpoints send token ids to the pipeline, so an error about the prompt names a field the client never sent.
     if field.split(".")[0] in {"token_ids", "chat", "prompt"}:
         return "messages" if isinstance(body, ChatRequest) else "prompt"
+    # The grammar of tool calls is a JSON schema too.
     if field.startswith("guided.json_schema"):
         return "response_format" if body.response_format is not None else "tools"
     if field == "stopping.max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
