@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tandem import config_errors
+from tandem.domain.limits import PORT_MAX
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -33,7 +34,7 @@ class ServiceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: any free port")
+    port: int = Field(0, ge=0, le=PORT_MAX, description="port to listen on; 0: any free port")
     advertise_host: str | None = Field(
         None, description="host under which other processes reach this one; default: host"
     )
@@ -61,7 +62,10 @@ class ServiceConfig(BaseModel):
         1.0, ge=0, le=1, description="fraction of requests whose trace is exported, unless the caller has decided"
     )
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="port on which Prometheus scrapes /metrics; 0: any free port; default: none"
+        None,
+        ge=0,
+        le=PORT_MAX,
+        description="port on which Prometheus scrapes /metrics; 0: any free port; default: none",
     )
 
     @property

@@ -34,6 +34,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from tandem.exit_codes import EXIT_CONFIG, EXIT_FAILED
+
 
 class TandemError(Exception):
     """Base class of all expected errors. `str()` is one sentence that can be shown to a user."""
@@ -251,14 +253,14 @@ class StartError(TandemError):
     """A process cannot start, for a reason its operator can fix."""
 
     reason = "START_FAILED"
-    exit_status: ClassVar[int] = 1
+    exit_status: ClassVar[int] = EXIT_FAILED
 
 
 class ConfigError(StartError):
     """A setting is unknown, malformed or out of range; `metadata["key"]` names it."""
 
     reason = "CONFIG_INVALID"
-    exit_status = 2
+    exit_status = EXIT_CONFIG
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}", key=key)

@@ -75,7 +75,7 @@ async def test_status_type_param_code_and_delay(
     assert response.status_code == status, response.text
     expected = {"message": failure.message, "type": kind, "param": param, "code": failure.reason.lower()}
     assert error_of(response) == expected
-    assert error_body(failure) == {"error": expected}, "a failure inside a stream is told in the same words"
+    assert error_body(failure) == {"error": expected}, "an error inside a stream has the same object"
     assert response.headers.get("retry-after") == retry_after
 
 

@@ -72,7 +72,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_what_is_no_python(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"tandem/edge/envoy/edge.yaml.jinja", "tandem/edge/envoy/errors.lua", "tandem/py.typed"} <= names
+    assert {"tandem_edge/envoy/edge.yaml.jinja", "tandem_edge/envoy/errors.lua.jinja", "tandem/py.typed"} <= names
     assert any(name.startswith("tandem/engine/simulated/profiles/") for name in names)
     assert not [name for name in names if name.split("/")[0] in ("tests", "benchmarks", "tools")]
 

@@ -8,10 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
+from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock
 from tandem.domain.generation import EngineFinish, FinishReason
 from tandem.errors import LegFailed, Overloaded
-from tandem.observability.request_trace import GAPS_MAX, AttemptTrace, LegTrace, RequestTrace
+from tandem.observability.request_trace import GAPS_MAX, AttemptTrace, LegTrace, RequestTrace, kv_transfer_bytes
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import TraceStore, trace_ids
 
@@ -123,3 +124,30 @@ def test_spans_are_made_only_where_they_are_exported() -> None:
     with traces.following(RequestTrace(parent=parent)) as trace:
         assert trace.span_context is not None
         assert (trace.span_context.trace_id, trace.span_context.span_id != 8) == (7, True)
+
+
+def reported(moved_bytes: int | None) -> leg_pb2.LegFinish:
+    return leg_pb2.LegFinish(timings=leg_pb2.LegTimings(kv_transfer_bytes=moved_bytes))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "moved_bytes"),
+    [
+        (reported(4_096), reported(4_000), 4_000),
+        (reported(4_096), reported(0), 0),
+        (reported(4_096), reported(None), 4_096),
+        (reported(4_096), None, 4_096),
+        (None, reported(4_000), 4_000),
+        (reported(None), reported(None), None),
+        (None, None, None),
+    ],
+)
+def test_kv_bytes_of_an_attempt_are_what_decode_received_else_what_prefill_sent(
+    prefill: leg_pb2.LegFinish | None, decode: leg_pb2.LegFinish | None, moved_bytes: int | None
+) -> None:
+    assert kv_transfer_bytes(prefill, decode) == moved_bytes
+    attempt = AttemptTrace()
+    assert attempt.kv_transfer_bytes == 0, "nothing is known before the attempt ends"
+    attempt.end(prefill, decode)
+    assert attempt.kv_transfer_bytes == (moved_bytes or 0)
+    assert RequestTrace(attempts=[attempt, attempt]).kv_transfer_bytes == 2 * (moved_bytes or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import jinja2
 import pytest
 import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import code_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment
 from tandem_edge.keys import ApiKey
-from tandem_edge.render import ERRORS_LUA, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
+from tandem_edge.render import ERRORS_TEMPLATE, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
+
+from tandem.domain.http_errors import ERROR_BY_CODE, ERRORS, ROWS
 
 FILES = Files(directory=Path("/run/edge"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -181,6 +185,30 @@ def test_nobody_is_marked_where_everybody_drains() -> None:
     assert found(json.loads(assignment(())), "lb_endpoints") == [[]]
 
 
+def test_every_grpc_code_but_ok_has_one_http_status() -> None:
+    assert set(ERROR_BY_CODE) == {*code_pb2.Code.keys()} - {"OK"}
+    assert len(ERROR_BY_CODE) == sum(len(row.codes) for row in ROWS)
+
+
+def test_replies_of_the_edge_and_its_lua_filter_use_the_table_of_http_errors() -> None:
+    config = EdgeConfig(frontends="127.0.0.1:1")
+    files = render(config, (), FILES)
+    mappers = found(loaded(files[FILES.config]), "mappers")[0]
+    exact = {
+        mapper["filter"]["status_code_filter"]["comparison"]["value"]["default_value"]: mapper["body_format_override"]
+        for mapper in mappers
+        if mapper["filter"]["status_code_filter"]["comparison"]["op"] == "EQ"
+    }
+    assert {401, 413, 429, 503, 504} <= set(exact)
+    for status, body in exact.items():
+        error = body["json_format"]["error"]
+        assert (error["type"], error["code"]) == (ERRORS[status].type, ERRORS[status].edge_code)
+    lua = files[FILES.lua].decode()
+    types = re.findall(r'^  \[(\d+)\] = "(\w+)",$', lua, re.MULTILINE)
+    assert {int(status): kind for status, kind in types} == {row.status: row.type for row in ROWS}
+    assert '["9"] = 503,' in lua, "a failed precondition is about workers that do not fit together"
+
+
 def test_descriptors_are_whole() -> None:
     files = descriptor_pb2.FileDescriptorSet.FromString(transcoding.descriptor_set()).file
     pool = descriptor_pool.DescriptorPool()
@@ -206,4 +234,4 @@ def test_routes_are_those_of_the_contracts() -> None:
 
 
 def test_the_parts_are_found_where_the_package_is() -> None:
-    assert {TEMPLATE, SECRET_TEMPLATE, ERRORS_LUA} <= {part.name for part in PARTS.iterdir()}
+    assert {TEMPLATE, SECRET_TEMPLATE, ERRORS_TEMPLATE} <= {part.name for part in PARTS.iterdir()}

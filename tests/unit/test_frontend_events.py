@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tandem_frontend.call_context import Caller
 from tandem_frontend.pipeline import Answer, Generation
-from tandem_frontend.response.error_body import TYPE_BY_CODE
 from tandem_frontend.response.sse import Event, as_response, event_json, message_json
 from tandem_frontend.servicer import InferenceServicer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem.domain.http_errors import ERROR_BY_CODE
 from tandem.errors import InvalidRequest, LegFailed
 from tandem.rpc.status import ERROR_BY_REASON
 
@@ -124,5 +124,5 @@ async def test_the_whole_in_one_message_is_what_the_stream_says() -> None:
     assert (list(whole.token_ids), whole.finish) == ([1, 2, 3], finish)
 
 
-def test_every_code_of_ours_has_a_type() -> None:
-    assert {error.code for error in ERROR_BY_REASON.values()} <= set(TYPE_BY_CODE)
+def test_every_grpc_code_of_our_errors_has_an_http_status() -> None:
+    assert {error.code for error in ERROR_BY_REASON.values()} <= set(ERROR_BY_CODE)

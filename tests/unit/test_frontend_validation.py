@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem_frontend.preparation.sampling import RANGES
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.preparation.validation import CHECKED_TOKENS, check_prompt_ids, checked_generate
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.sampling import RANGES, Range
 from tandem.errors import InvalidRequest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,12 +33,13 @@ def test_ranges_are_those_of_the_contract(name: str) -> None:
     assert said is not None
     words = re.search(r"(above )?(-?\d+),?(?: up)? to (\d+)\b", said[1])
     assert words is not None, said[1]
-    assert RANGES[name] == (float(words[2]), float(words[3]), words[1] is None)
+    assert RANGES[name] == Range(float(words[2]), float(words[3]), includes_lowest=words[1] is None)
 
 
 @pytest.mark.parametrize("name", RANGES)
 async def test_borders(name: str) -> None:
-    lowest, highest, with_lowest = RANGES[name]
+    allowed = RANGES[name]
+    lowest, highest, with_lowest = allowed.lowest, allowed.highest, allowed.includes_lowest
     inside = [highest, (lowest + highest) / 2, *([lowest] if with_lowest else [])]
     for value in inside:
         await checked_generate(request_of(sampling={name: value}), TOKENIZER)

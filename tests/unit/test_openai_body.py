@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI door: what is refused names its parameter, and nothing that is sent can break the parser."""
+"""Parsing of OpenAI request bodies: an error names its parameter, and no input breaks the parser."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def chat(**fields: Any) -> bytes:
         (chat(**{"a\nb" * 100: 1}), ("a\nb" * 100)[:200], "is not a parameter"),
     ],
 )
-def test_a_refusal_names_its_parameter(body: bytes, param: str, words: str) -> None:
+def test_error_names_its_parameter(body: bytes, param: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(ChatRequest, body)
     assert refused.value.field == param
@@ -90,18 +90,18 @@ def test_a_refusal_names_its_parameter(body: bytes, param: str, words: str) -> N
     assert len(refused.value.message) < 1_000
 
 
-def test_null_is_absence() -> None:
+def test_null_equals_absence() -> None:
     names = {field.alias or name for name, field in ChatRequest.model_fields.items()} - {"model", "messages"}
     assert parse(ChatRequest, chat(**dict.fromkeys(names))) == parse(ChatRequest, chat())
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"], [1, 2], [[1], [2, 3]], [], ""])
-def test_prompts_of_every_shape(prompt: Any) -> None:
+def test_prompt_accepts_every_shape(prompt: Any) -> None:
     assert parse(CompletionRequest, json.dumps({"model": "m", "prompt": prompt}).encode()).prompt == prompt
 
 
 @pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest])
-def test_the_page_names_every_parameter(schema: type[Schema]) -> None:
+def test_docs_name_every_parameter(schema: type[Schema]) -> None:
     named = set(re.findall(r"`([a-z_]+)", DOCS.read_text()))
     assert {field.alias or name for name, field in schema.model_fields.items()} <= named
 
@@ -116,7 +116,7 @@ NAMES = st.sampled_from(sorted({*ChatRequest.model_fields, *CompletionRequest.mo
 
 @settings(max_examples=500, deadline=None)
 @given(body=st.dictionaries(NAMES, JSON, max_size=8), schema=st.sampled_from([ChatRequest, CompletionRequest]))
-def test_any_json_is_a_request_or_a_refusal(body: dict[str, Any], schema: type[Schema]) -> None:
+def test_any_json_is_accepted_or_rejected_with_a_parameter(body: dict[str, Any], schema: type[Schema]) -> None:
     whole = {"model": "m", "messages": [USER], "prompt": "a", **body}
     whole.pop("prompt" if schema is ChatRequest else "messages", None)
     param = refused_param(schema, json.dumps(whole).encode())
@@ -124,7 +124,7 @@ def test_any_json_is_a_request_or_a_refusal(body: dict[str, Any], schema: type[S
 
 
 def refused_param(schema: type[Schema], data: bytes) -> str | None:
-    """None: it is a request."""
+    """The rejected parameter; None: the request is valid."""
     try:
         parse(schema, data)
     except InvalidRequest as refused:
@@ -134,7 +134,7 @@ def refused_param(schema: type[Schema], data: bytes) -> str | None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=200))
-def test_any_bytes_are_a_refusal(data: bytes) -> None:
+def test_random_bytes_are_rejected(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(ChatRequest, data)
 
@@ -148,10 +148,10 @@ def test_any_bytes_are_a_refusal(data: bytes) -> None:
     ],
     ids=["messages", "token ids", "names"],
 )
-def test_a_million_faults_are_not_told_one_by_one(body: bytes, param: str) -> None:
+def test_many_errors_are_not_all_collected(body: bytes, param: str) -> None:
     begin_s = time.process_time()
     with pytest.raises(InvalidRequest) as refused:
         parse(ChatRequest, body)
     assert refused.value.field == param
-    # To collect them all takes some six seconds.
+    # Collecting all of them takes about six seconds.
     assert time.process_time() - begin_s < 1.5

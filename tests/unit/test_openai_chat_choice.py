@@ -1,4 +1,4 @@
-"""One answer of a chat: deltas as a stream tells them, and the message they add up to."""
+"""One choice of a chat completion: its streamed deltas, and the message they add up to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECOND = (ToolCallStart(1, "call_1", "wait"), ToolCallArguments(1, "{}"))
 
 
 class Scripted:
-    """A parser that says what it was told to."""
+    """A parser that returns scripted deltas."""
 
     def __init__(self, feeds: Sequence[Sequence[Delta]], rest: Sequence[Delta] = ()) -> None:
         self._feeds = list(feeds)
@@ -35,10 +35,10 @@ class Scripted:
         return list(self._rest)
 
 
-async def told(
+async def outputs(
     feeds: Sequence[Sequence[Delta]], rest: Sequence[Delta] = (), reason: Any = STOP, **options: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The entries of a stream, and the whole answer."""
+    """The streamed entries, and the entry of the unstreamed response."""
     parsed: Any = Scripted(feeds, rest)
     texts = TokenTexts(Tokenizer.open(DEMO))
     choice = ChatChoice(0, pb.GenerateRequest(), texts, parsed, **options)
@@ -46,7 +46,7 @@ async def told(
     for _ in feeds:
         entries += await choice.parse(pb.GenerateChunk(text="x"))
     entries += await choice.end(pb.GenerateFinish(reason=reason))
-    return entries, choice.told()
+    return entries, choice.as_json()
 
 
 def deltas(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,8 +56,8 @@ def deltas(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 ROLE = {"role": "assistant", "content": "", "refusal": None}
 
 
-async def test_a_call_as_a_stream_tells_it() -> None:
-    entries, whole = await told([[Content("Let me look.")], CALL[:2], [], CALL[2:]])
+async def test_streamed_tool_call_is_a_start_and_argument_fragments() -> None:
+    entries, whole = await outputs([[Content("Let me look.")], CALL[:2], [], CALL[2:]])
     assert deltas(entries) == [
         ROLE,
         {"content": "Let me look."},
@@ -80,34 +80,34 @@ async def test_a_call_as_a_stream_tells_it() -> None:
     assert whole["finish_reason"] == "tool_calls"
 
 
-async def test_a_call_alone_has_no_content() -> None:
-    _, whole = await told([CALL])
+async def test_message_with_only_a_tool_call_has_null_content() -> None:
+    _, whole = await outputs([CALL])
     assert whole["message"]["content"] is None
 
 
-async def test_a_call_that_was_cut_off_ended_by_its_length() -> None:
-    entries, whole = await told([CALL[:2]], reason=LENGTH)
+async def test_truncated_tool_call_finishes_with_length() -> None:
+    entries, whole = await outputs([CALL[:2]], reason=LENGTH)
     assert entries[-1]["finish_reason"] == whole["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(("reason", "complete"), [(STOP, True), (LENGTH, False)])
-async def test_the_parser_is_told_whether_the_model_came_to_its_end(reason: Any, complete: bool) -> None:
+async def test_parser_completes_only_output_that_was_not_truncated(reason: Any, complete: bool) -> None:
     parsed: Any = Scripted([[]])
     choice = ChatChoice(0, pb.GenerateRequest(), TokenTexts(Tokenizer.open(DEMO)), parsed)
     await choice.end(pb.GenerateFinish(reason=reason))
     assert parsed.was_complete is complete
 
 
-async def test_two_calls_and_one_at_most() -> None:
-    _, both = await told([CALL, SECOND])
+async def test_second_tool_call_is_dropped_where_one_is_allowed() -> None:
+    _, both = await outputs([CALL, SECOND])
     assert [call["id"] for call in both["message"]["tool_calls"]] == ["call_0", "call_1"]
-    entries, one = await told([CALL, SECOND], one_call_only=True)
+    entries, one = await outputs([CALL, SECOND], one_call_only=True)
     assert [call["id"] for call in one["message"]["tool_calls"]] == ["call_0"]
     assert not [delta for delta in deltas(entries) for call in delta.get("tool_calls", []) if call["index"] == 1]
 
 
-async def test_reasoning_stands_beside_content() -> None:
-    entries, whole = await told([[Reasoning("He hid ")], [Reasoning("it."), Content("In the barn")]], [Content(".")])
+async def test_reasoning_is_separate_from_content() -> None:
+    entries, whole = await outputs([[Reasoning("He hid ")], [Reasoning("it."), Content("In the barn")]], [Content(".")])
     assert deltas(entries) == [
         ROLE,
         {"reasoning_content": "He hid "},
@@ -121,14 +121,14 @@ async def test_reasoning_stands_beside_content() -> None:
     assert whole["finish_reason"] == "stop"
 
 
-async def test_an_answer_of_nothing_still_begins_and_ends() -> None:
-    entries, whole = await told([[]])
+async def test_empty_output_still_has_a_role_and_a_finish() -> None:
+    entries, whole = await outputs([[]])
     assert deltas(entries) == [ROLE, {}]
     assert whole["message"]["content"] == ""
 
 
 @pytest.mark.parametrize("parses", [False, True])
-async def test_no_log_probability_is_lost_while_nothing_shows(parses: bool) -> None:
+async def test_log_probabilities_wait_for_the_next_text(parses: bool) -> None:
     parsed: Any = Scripted([[], [Content("ab")], []]) if parses else None
     texts = TokenTexts(Tokenizer.open(DEMO))
     request = pb.GenerateRequest(logprobs={})  # type: ignore[arg-type]
@@ -141,4 +141,4 @@ async def test_no_log_probability_is_lost_while_nothing_shows(parses: bool) -> N
     entries += await choice.end(pb.GenerateFinish(reason=LENGTH))
     given = [entry["logprobs"]["content"] for entry in entries if entry["logprobs"]]
     assert [len(content) for content in given] == [2, 1]
-    assert choice.told()["logprobs"]["content"] == [logprob for content in given for logprob in content]
+    assert choice.as_json()["logprobs"]["content"] == [logprob for content in given for logprob in content]

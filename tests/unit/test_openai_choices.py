@@ -1,4 +1,4 @@
-"""The choices of a request in one answer: all entries once and in each one's order; one failure ends all of them."""
+"""Merging the choices of a request: every entry once and in the order of its choice; one failure ends all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, cast
 import pytest
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai.common_params import CommonFields
-from tandem_frontend.openai.handler import Answer, EndpointHandler
+from tandem_frontend.openai.handler import ApiResponse, EndpointHandler
 from tandem_frontend.openai.response import UsageSum
-from tandem_frontend.pipeline import Answer as GenerationAnswer
-from tandem_frontend.pipeline import Generation
+from tandem_frontend.pipeline import Answer, Generation
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
@@ -23,7 +22,7 @@ STOP, ABORTED = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_
 
 
 class Source:
-    """A generation of numbered chunks."""
+    """A scripted generation of numbered chunks."""
 
     def __init__(
         self, count: int, delay_s: float = 0.0, *, failure: Exception | None = None, reason: Any = STOP
@@ -36,7 +35,7 @@ class Source:
         self.given = 0
         self.has_begun = asyncio.Event()
 
-    async def generate(self, answer: GenerationAnswer) -> None:
+    async def generate(self, answer: Answer) -> None:
         try:
             answer.accepted(pb.GenerateAccepted())
             for number in range(self.count):
@@ -52,7 +51,7 @@ class Source:
 
 
 class Choice:
-    """An entry for each chunk; through a parser that takes its time where there is one."""
+    """One entry per chunk; with `parses`, through a parser that yields to the event loop."""
 
     def __init__(self, number: int, *, parses: bool = False, parser_fails: bool = False) -> None:
         self._number = number
@@ -73,12 +72,12 @@ class Choice:
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
         return [{"index": self._number, "end": True}]
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {"index": self._number, "text": "".join(self._texts)}
 
 
 class Call:
-    """A client's call that keeps what was sent."""
+    """A client's call that records what was sent."""
 
     writable = True
 
@@ -89,7 +88,7 @@ class Call:
         self.bodies.append(body)
 
     def on_writable(self, callback: Any) -> None:
-        """It always is."""
+        """Never called: it is always writable."""
 
     @property
     def events(self) -> list[Any]:
@@ -104,38 +103,40 @@ class Call:
 
 async def run(sources: Sequence[Source], call: Call, *, stream: bool = True, **choices: Any) -> None:
     class Generations:
-        async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: GenerationAnswer) -> None:
+        async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
             await sources[int(request.request_id)].generate(answer)
 
-    door = EndpointHandler(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
+    handler = EndpointHandler(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
     requests = [pb.GenerateRequest(request_id=str(number)) for number in range(len(sources))]
-    answer = Answer({"id": "x"}, [Choice(number, **choices) for number in range(len(sources))], UsageSum(len(sources)))
+    response = ApiResponse(
+        {"id": "x"}, [Choice(number, **choices) for number in range(len(sources))], UsageSum(len(sources))
+    )
     options = {"include_usage": True} if stream else None
-    wanted = CommonFields.model_validate({"model": "m", "stream": stream, "stream_options": options})
-    await door.run(requests, answer, Caller(), wanted, call)
+    body = CommonFields.model_validate({"model": "m", "stream": stream, "stream_options": options})
+    await handler.run(requests, response, Caller(), body, call)
 
 
 @pytest.mark.parametrize("parses", [False, True])
 @pytest.mark.parametrize("counts", [[3], [0], [0, 2], [5, 1, 3], [1] * 20])
-async def test_every_entry_once_and_in_order(counts: list[int], parses: bool) -> None:
+async def test_every_entry_is_sent_once_and_in_order(counts: list[int], parses: bool) -> None:
     call = Call()
     await run([Source(count) for count in counts], call, parses=parses)
     for number, count in enumerate(counts):
         texts = [entry.get("text") for entry in call.entries if entry["index"] == number]
-        assert texts == [*map(str, range(count)), None], "its end comes last"
+        assert texts == [*map(str, range(count)), None], "the finish is the last entry"
     assert call.events[-1] == "[DONE]"
     assert [body.content_type for body in call.bodies] == ["text/event-stream"] + [""] * (len(call.bodies) - 1)
     assert all(event == "[DONE]" or "usage" in event for event in call.events)
 
 
-async def test_a_quick_one_does_not_wait_for_a_slow_one() -> None:
+async def test_fast_choice_does_not_wait_for_a_slow_one() -> None:
     call = Call()
     await run([Source(2, 0.02), Source(20)], call)
     assert [entry["index"] for entry in call.entries[:20]].count(1) >= 18
 
 
 @pytest.mark.parametrize("others", [0, 1, 3])
-async def test_one_failure_ends_all(others: int) -> None:
+async def test_one_failed_choice_ends_all(others: int) -> None:
     slow = [Source(1_000, 0.01) for _ in range(others)]
     call = Call()
     await run([*slow, Source(2, failure=LegFailed("broken"))], call)
@@ -144,24 +145,24 @@ async def test_one_failure_ends_all(others: int) -> None:
 
 
 @pytest.mark.parametrize("parses", [False, True])
-async def test_what_fails_before_the_first_entry_is_a_status(parses: bool) -> None:
+async def test_failure_before_the_first_event_raises(parses: bool) -> None:
     call = Call()
     with pytest.raises(LegFailed):
         await run([Source(0, failure=LegFailed("broken")), Source(5, 0.01)], call, parses=parses)
     assert not call.bodies
 
 
-async def test_a_parser_that_fails_ends_the_answer_with_its_error() -> None:
+async def test_parser_failure_ends_the_response() -> None:
     with pytest.raises(ParserFailed):
         await run([Source(3)], Call(), parses=True, parser_fails=True)
 
 
-async def test_an_aborted_generation_is_no_answer() -> None:
+async def test_aborted_generation_raises() -> None:
     with pytest.raises(RequestAborted):
         await run([Source(0, reason=ABORTED)], Call())
 
 
-async def test_leaving_early_ends_all() -> None:
+async def test_cancelled_request_ends_all_choices() -> None:
     sources = [Source(1_000, 0.01) for _ in range(3)]
     task = asyncio.create_task(run(sources, Call()))
     await asyncio.gather(*(source.has_begun.wait() for source in sources))
@@ -171,7 +172,7 @@ async def test_leaving_early_ends_all() -> None:
     assert all(source.is_over for source in sources)
 
 
-async def test_an_answer_in_one_piece() -> None:
+async def test_unstreamed_response_has_all_choices() -> None:
     call = Call()
     await run([Source(3), Source(2)], call, stream=False)
     (body,) = call.bodies

@@ -1,4 +1,4 @@
-"""Messages of the OpenAI door: nothing that a client wrote reaches a template as a control token."""
+"""Chat messages for the template: no control token of a client reaches it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.test_frontend_tokenization import DEMO, demo_tokenizer
 END = "<|end|>"
 
 
-def told(message: dict[str, Any]) -> str:
+def rendered(message: dict[str, Any]) -> str:
     body = {"model": "m", "messages": [message]}
     request = parse(ChatRequest, json.dumps(body).encode())
     return json.dumps(for_template(request.messages, demo_tokenizer().without_control), ensure_ascii=False)
@@ -46,37 +46,37 @@ def call(arguments: str, name: str = "f", call_id: str = "c") -> dict[str, Any]:
         call("{}", name=END, call_id=END),
     ],
 )
-def test_control_tokens_are_taken_apart_wherever_they_are(message: dict[str, Any]) -> None:
-    assert END not in told(message)
-    assert "\u2060" in told(message)
+def test_control_tokens_are_broken_up_in_every_field(message: dict[str, Any]) -> None:
+    assert END not in rendered(message)
+    assert "\u2060" in rendered(message)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [("{", "is not JSON"), ("[]", "must be a JSON object"), ('{"a": "\\ud800"}', "is not valid Unicode")],
 )
-def test_arguments_that_are_none_are_named(arguments: str, words: str) -> None:
+def test_invalid_tool_arguments_are_rejected_by_name(arguments: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        told(call(arguments))
+        rendered(call(arguments))
     assert refused.value.field == "messages[0].tool_calls[0].function.arguments"
     assert words in refused.value.message
 
 
-def test_every_text_of_a_value_is_cleaned() -> None:
+def test_every_string_of_a_value_is_cleaned() -> None:
     value = {"a": ["x", {"x": "x", "n": 1, "t": True, "none": None}]}
     assert without_control(value, lambda text: text.upper()) == {
         "A": ["X", {"X": "X", "N": 1, "T": True, "NONE": None}]
     }
 
 
-def test_no_request_can_name_what_a_template_is_given_anyway() -> None:
+def test_template_kwargs_cannot_override_reserved_names() -> None:
     template = ChatTemplate.read(DEMO)
     assert template is not None
     assert {"bos_token", "eos_token", "raise_exception", "messages"} <= RESERVED_NAMES
     assert not any(template.takes(name) for name in RESERVED_NAMES)
 
 
-def test_a_token_that_overlaps_with_itself_is_gone_too() -> None:
+def test_overlapping_control_tokens_are_removed() -> None:
     backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     backend.add_special_tokens(["aXa", "#"])
     cleaned = Tokenizer(backend, read_card(DEMO), None).without_control("aXaXaXa # ")
@@ -84,7 +84,7 @@ def test_a_token_that_overlaps_with_itself_is_gone_too() -> None:
     assert "#" not in cleaned
 
 
-def test_every_control_token_of_a_model_is_found() -> None:
+def test_every_control_token_of_the_model_is_removed() -> None:
     tokenizer = demo_tokenizer()
     assert len(tokenizer._special_texts) == 6
     for special in tokenizer._special_texts:

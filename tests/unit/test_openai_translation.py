@@ -1,4 +1,4 @@
-"""OpenAI's parameters in the frontend's contract: each one lands, contradictions are named, and names lead back."""
+"""Translation of OpenAI parameters to the contract and of field names back; contradictions name a parameter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def completion(**fields: Any) -> CompletionRequest:
     return parse(CompletionRequest, json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
 
 
-def test_every_parameter_lands_where_the_contract_has_it() -> None:
+def test_every_parameter_is_translated() -> None:
     request = chat_request(
         chat(
             temperature=0,
@@ -63,7 +63,7 @@ def test_every_parameter_lands_where_the_contract_has_it() -> None:
     assert json.loads(request.guided.json_schema) == SCHEMA
 
 
-def test_what_is_absent_stays_absent() -> None:
+def test_absent_parameters_stay_absent() -> None:
     request = chat_request(chat())
     assert not request.sampling.ListFields()
     assert not request.stopping.HasField("max_tokens")
@@ -71,7 +71,7 @@ def test_what_is_absent_stays_absent() -> None:
     assert not request.HasField("guided")
 
 
-def test_completions_have_openais_own_budget() -> None:
+def test_completions_default_to_16_tokens() -> None:
     assert completion_request(completion()).stopping.max_tokens == 16
     assert completion_request(completion(max_tokens=3, logprobs=0)).HasField("logprobs")
 
@@ -84,7 +84,7 @@ def test_completions_have_openais_own_budget() -> None:
         ({"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "object"}),
     ],
 )
-def test_formats_become_grammars(form: Any, schema: Any) -> None:
+def test_response_format_becomes_a_grammar(form: Any, schema: Any) -> None:
     assert json.loads(chat_request(chat(response_format=form)).guided.json_schema) == schema
     assert not chat_request(chat(response_format={"type": "text"})).HasField("guided")
 
@@ -107,7 +107,7 @@ def test_formats_become_grammars(form: Any, schema: Any) -> None:
         ({"logit_bias": {"9" * 10_000: 1}}, "logit_bias"),
     ],
 )
-def test_contradictions_are_named(fields: Any, param: str) -> None:
+def test_chat_contradictions_name_a_parameter(fields: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         chat_request(chat(**fields))
     assert refused.value.field == param
@@ -117,13 +117,13 @@ def test_contradictions_are_named(fields: Any, param: str) -> None:
     ("fields", "param"),
     [({"best_of": 2}, "best_of"), ({"n": 2, "best_of": 3}, "best_of"), ({"echo": True, "logprobs": 0}, "echo")],
 )
-def test_contradictions_of_completions_are_named(fields: Any, param: str) -> None:
+def test_completion_contradictions_name_a_parameter(fields: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         completion_request(completion(**fields))
     assert refused.value.field == param
 
 
-def test_choices_draw_with_seeds_of_their_own() -> None:
+def test_each_choice_has_its_own_seed() -> None:
     request = chat_request(chat(seed=2**63 - 1))
     seeds = [for_choice(request, [1], number).sampling.seed for number in range(3)]
     assert seeds == [2**63 - 1, -(2**63), -(2**63) + 1]
@@ -143,10 +143,10 @@ def test_choices_draw_with_seeds_of_their_own() -> None:
         ("logprobs.top_logprobs", {}, "top_logprobs"),
     ],
 )
-def test_names_lead_back(field: str, fields: Any, param: str) -> None:
+def test_contract_fields_map_to_chat_parameters(field: str, fields: Any, param: str) -> None:
     assert parameter(field, chat(**fields)) == param
 
 
-def test_names_lead_back_to_completions() -> None:
+def test_contract_fields_map_to_completion_parameters() -> None:
     assert parameter("token_ids", completion()) == "prompt"
     assert parameter("logprobs.top_logprobs", completion(logprobs=99)) == "logprobs"

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from google.rpc import code_pb2
 from markupsafe import Markup
 
+from tandem.domain import http_errors
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig, is_ip, split
 from tandem_edge.endpoints import Endpoint, assignment
@@ -25,6 +27,7 @@ from tandem_edge.keys import ApiKey
 PARTS = files("tandem_edge").joinpath("envoy")
 TEMPLATE = "edge.yaml.jinja"
 SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
+ERRORS_TEMPLATE = "errors.lua.jinja"
 ERRORS_LUA = "errors.lua"
 OTLP_PORT = 4317
 """Default port of a collector address without one."""
@@ -122,11 +125,12 @@ def render(
         "frontends": [_host_and_port(address) for address in config.frontends or ()],
         "dns_server": None if config.dns_server is None else _host_and_port(config.dns_server),
         "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),
+        **_errors(),
     }
     rendered = {
         output.config: _render(TEMPLATE, values),
         output.descriptors: transcoding.descriptor_set(),
-        output.lua: PARTS.joinpath(ERRORS_LUA).read_bytes(),
+        output.lua: _render(ERRORS_TEMPLATE, values),
     }
     if config.registry is not None:
         rendered[output.endpoints] = assignment(endpoints)
@@ -147,6 +151,19 @@ def _render(template: str, values: dict[str, Any]) -> bytes:
     )
     environment.filters["duration"] = duration
     return environment.from_string(PARTS.joinpath(template).read_text()).render(values).encode()
+
+
+def _errors() -> dict[str, Any]:
+    """The table of HTTP errors, as both templates name its parts."""
+    codes = http_errors.TRANSCODER_OVERRIDES
+    return {
+        "errors": http_errors.ERRORS,
+        "overrides": {str(code_pb2.Code.Value(code)): http_errors.ERROR_BY_CODE[code].status for code in codes},
+        "invalid_request": http_errors.INVALID_REQUEST,
+        "server_error": http_errors.SERVER_ERROR,
+        "too_large_reason": http_errors.TOO_LARGE_REASON,
+        "too_large_status": http_errors.TOO_LARGE_STATUS,
+    }
 
 
 def _host_and_port(address: str) -> dict[str, Any]:

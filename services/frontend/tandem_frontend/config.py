@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
 
@@ -28,7 +29,10 @@ class FrontendConfig(AdminConfig):
     )
     model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
     model_name: str | None = Field(
-        None, min_length=1, max_length=128, description="name clients ask for; default: the directory's"
+        None,
+        min_length=1,
+        max_length=MODEL_NAME_CHARS_MAX,
+        description="name clients ask for; default: the directory's",
     )
     processes: int = Field(
         1, ge=1, le=256, description="processes that serve the port together; a machine's cores less one are enough"

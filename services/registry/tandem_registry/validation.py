@@ -9,7 +9,15 @@ import re
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.domain.frontend import Frontend
-from tandem.domain.worker import WORKER_ID_PATTERN, Worker, WorkerRole, WorkerState, capabilities_digest
+from tandem.domain.limits import PORT_MAX
+from tandem.domain.worker import (
+    WORKER_ID_CHARS_MAX,
+    WORKER_ID_PATTERN,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    capabilities_digest,
+)
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
 
@@ -20,7 +28,6 @@ MODEL_CHARACTERS_MAX = 256
 RELEASE_CHARACTERS_MAX = 64
 LEASE_ID_CHARACTERS_MAX = 128
 HOST_CHARACTERS_MAX = 253
-PORT_MAX = 65535
 
 
 def checked_worker(message: worker_pb2.Worker) -> Worker:
@@ -62,7 +69,7 @@ def checked_frontend(message: worker_pb2.Frontend) -> Frontend:
 def checked_worker_id(field: str, worker_id: str) -> str:
     """A valid worker or frontend id; `field` is its name in the request, for the error."""
     if not WORKER_ID.fullmatch(worker_id):
-        raise InvalidRequest(field, "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+        raise InvalidRequest(field, f"must be 1 to {WORKER_ID_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-'")
     return worker_id
 
 

@@ -11,8 +11,8 @@ import sys
 
 from tandem import config as configuration
 from tandem.cli.state import DEMO_MODEL
-from tandem.discovery.addresses import PORT_MAX
 from tandem.domain.checkpoint import read_checkpoint
+from tandem.domain.limits import PORT_MAX
 from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.errors import ConfigError

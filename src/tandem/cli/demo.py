@@ -10,10 +10,11 @@ from rich.console import Console
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.cli.checks import check_spec
-from tandem.cli.exit_status import EXIT_INTERRUPTED, Interruption
+from tandem.cli.exit_status import Interruption
 from tandem.cli.generate import print_events, tokens_per_s
 from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
+from tandem.exit_codes import EXIT_INTERRUPTED
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 STORY = (

@@ -16,9 +16,7 @@ import typer
 from rich.console import Console
 
 from tandem.errors import ConfigError, StartError, TandemError
-
-EXIT_INTERRUPTED = 130
-EXIT_SECOND_SIGNAL = 70
+from tandem.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 
 T = TypeVar("T")
 
@@ -56,9 +54,6 @@ class Interruption:
             os._exit(self.second_status)
         self._console.print("stopping (Ctrl-C again to end at once)", highlight=False)
         self.requested.set()
-
-
-EXIT_FAILED = 1
 
 
 def end(command: str, work: Coroutine[Any, Any, int]) -> NoReturn:

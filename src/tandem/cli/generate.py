@@ -14,21 +14,10 @@ from rich.console import Console
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.client import calls
+from tandem.domain.sampling import SCALARS
 from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
+from tandem.exit_codes import EXIT_INTERRUPTED
 from tandem.tls.paths import Tls
-
-EXIT_INTERRUPTED = 130
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
-"""Sampling fields; named alike in the proto and in `Asked`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +88,7 @@ async def build_request(address: str, asked: Asked) -> pb.GenerateRequest:
         request.chat.messages.add(role="user", content=asked.prompt)
     else:
         request.prompt = asked.prompt
-    for name in SAMPLING:
+    for name in SCALARS:
         if getattr(asked, name) is not None:
             setattr(request.sampling, name, getattr(asked, name))
     if asked.max_tokens is not None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tandem.cli.checks import check_spec
 from tandem.cli.consul_options import check_consul, consul_url, dns_address
-from tandem.cli.exit_status import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL, Interruption
+from tandem.cli.exit_status import Interruption
 from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
 from tandem.cli.state import (
@@ -21,6 +21,7 @@ from tandem.cli.state import (
     state_file,
     write_state,
 )
+from tandem.exit_codes import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL
 from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.restarts import Restarts

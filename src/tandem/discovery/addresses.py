@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-PORT_MAX = 65_535
+from tandem.domain.limits import PORT_MAX
+
 DNS_PORT = 53
 SRV_PREFIX = "srv://"
 FORMS = "host:port, or srv://NAME@HOST:PORT (a DNS name, and the DNS server to query)"

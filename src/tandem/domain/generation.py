@@ -6,7 +6,7 @@ Owns the value types that cross the engine port. Only the frontend handles text;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 
@@ -56,6 +56,10 @@ class Guided:
     ebnf: str | None = None
     structural_tag: str | None = None
     """JSON text: free text in which a trigger starts a part that must follow a grammar."""
+
+
+GRAMMARS = tuple(kind.name for kind in fields(Guided))
+"""Kinds of grammar, as the contract and SGLang name them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ from enum import Enum
 from operator import attrgetter
 from typing import ClassVar
 
-WORKER_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
-"""Syntax of a worker id, in settings and in the registry."""
 WORKER_ID_CHARS_MAX = 128
+WORKER_ID_PATTERN = f"[A-Za-z0-9._-]{{1,{WORKER_ID_CHARS_MAX}}}"
+"""Ids of workers and frontends, in their settings and in the registry."""
 LEG_CONTRACT = 2
 """Version of the contract between frontends and workers that this release speaks: protos/tandem/api/worker/v2."""
 

@@ -74,6 +74,17 @@ class Event:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
+def kv_transfer_bytes(prefill: leg_pb2.LegFinish | None, decode: leg_pb2.LegFinish | None) -> int | None:
+    """KV bytes that moved between the legs of one attempt; None: neither leg reported any.
+
+    Decode's count wins, because it counts what arrived. Prefill's stands in where decode failed or does not count.
+    """
+    for finish in (decode, prefill):
+        if finish is not None and finish.timings.HasField("kv_transfer_bytes"):
+            return finish.timings.kv_transfer_bytes
+    return None
+
+
 @dataclass(slots=True, kw_only=True)
 class AttemptTrace:
     """One attempt with its legs, as seen by the frontend."""
@@ -132,6 +143,11 @@ class AttemptTrace:
         self.end_s = self.clock()
         self.prefill_finish, self.decode_finish = prefill, decode
         self.outcome = FINISHED if decode is not None else BROKEN if self.failed_leg else ENDED
+
+    @property
+    def kv_transfer_bytes(self) -> int:
+        """KV bytes that moved between its legs; 0 before `end` and where neither leg reported any."""
+        return kv_transfer_bytes(self.prefill_finish, self.decode_finish) or 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -218,8 +234,7 @@ class RequestTrace(Tokens):
     @property
     def kv_transfer_bytes(self) -> int:
         """KV bytes transferred, over all attempts whose legs reported it."""
-        finishes = [attempt.decode_finish or attempt.prefill_finish for attempt in self.attempts]
-        return sum(finish.timings.kv_transfer_bytes for finish in finishes if finish is not None)
+        return sum(attempt.kv_transfer_bytes for attempt in self.attempts)
 
 
 @dataclass(slots=True, kw_only=True)

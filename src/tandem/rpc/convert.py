@@ -15,17 +15,17 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb
 from tandem.api.worker.v1 import worker_service_pb2
 from tandem.domain.frontend import Frontend
 from tandem.domain.generation import (
+    GRAMMARS,
     Bootstrap,
     EngineFinish,
-    EngineTimings,
     FinishReason,
     Guided,
     Sampling,
     Stopping,
     TokenLogprob,
 )
+from tandem.domain.sampling import SCALARS
 from tandem.domain.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
-from tandem.engine.port import BootstrapAddress
 
 T = TypeVar("T")
 
@@ -45,7 +45,6 @@ FINISH_REASONS = {
 }
 ROLE_BY_NUMBER = {number: role for role, number in ROLES.items()}
 STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
-FINISH_REASON_BY_NUMBER = {number: reason for reason, number in FINISH_REASONS.items()}
 
 TIMES = (
     "queued",
@@ -58,17 +57,6 @@ TIMES = (
     "first_token",
 )
 LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
-GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
-SAMPLING_SCALARS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
 
 
 def present(message: Message, field: str, value: T) -> T | None:
@@ -162,26 +150,10 @@ def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad
     return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIGURES})
 
 
-def sampling_to_proto(sampling: Sampling) -> sampling_pb2.Sampling:
-    """Only what is set; an absent field stays absent."""
-    scalars = {name: getattr(sampling, name) for name in SAMPLING_SCALARS if getattr(sampling, name) is not None}
-    return sampling_pb2.Sampling(**scalars, logit_bias=sampling.logit_bias)
-
-
 def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:
     """Absent fields become None."""
-    scalars = {name: getattr(message, name) for name in SAMPLING_SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    scalars = {name: getattr(message, name) for name in SCALARS if message.HasField(name)}  # type: ignore[arg-type]
     return Sampling(**scalars, logit_bias=dict(message.logit_bias))
-
-
-def stopping_to_proto(stopping: Stopping) -> sampling_pb2.Stopping:
-    """The engine's part of stopping; stop strings are not among it."""
-    return sampling_pb2.Stopping(
-        max_tokens=stopping.max_tokens,
-        min_tokens=stopping.min_tokens,
-        stop_token_ids=stopping.stop_token_ids,
-        ignore_eos=stopping.ignore_eos,
-    )
 
 
 def stopping_from_proto(message: sampling_pb2.Stopping) -> Stopping:
@@ -211,21 +183,10 @@ def bootstrap_from_proto(message: leg_pb2.Bootstrap) -> Bootstrap:
     return Bootstrap(host=message.host, port=message.port, room=message.room)
 
 
-def bootstrap_to_proto(address: BootstrapAddress, room: int) -> leg_pb2.Bootstrap:
-    """Where the legs meet."""
-    return leg_pb2.Bootstrap(host=address.host, port=address.port, room=room)
-
-
 def logprob_to_proto(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
     """One token's log probability with its rivals."""
     top = [generation_pb2.RankedToken(token_id=token_id, logprob=value) for token_id, value in logprob.top]
     return generation_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
-
-
-def logprob_from_proto(message: generation_pb2.TokenLogprob) -> TokenLogprob:
-    """One token's log probability with its rivals."""
-    top = tuple((ranked.token_id, ranked.logprob) for ranked in message.top)
-    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
 
 
 def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
@@ -247,24 +208,3 @@ def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
             if time_s is not None:
                 getattr(message.timings, f"{name}_time").CopyFrom(timestamp(time_s))
     return message
-
-
-def finish_from_proto(message: leg_pb2.LegFinish) -> EngineFinish:
-    """The end of a leg."""
-    timings = message.timings
-    times = {
-        f"{name}_time_s": seconds(getattr(timings, f"{name}_time"))
-        for name in TIMES
-        if timings.HasField(f"{name}_time")  # type: ignore[arg-type]
-    }
-    return EngineFinish(
-        reason=FINISH_REASON_BY_NUMBER[message.reason],
-        matched_token_id=present(message, "matched_token_id", message.matched_token_id),
-        prompt_tokens=message.usage.prompt_tokens,
-        completion_tokens=message.usage.completion_tokens,
-        cached_tokens=message.usage.cached_tokens,
-        recomputed_tokens=present(timings, "recomputed_tokens", timings.recomputed_tokens),
-        timings=EngineTimings(
-            **times, kv_transfer_bytes=present(timings, "kv_transfer_bytes", timings.kv_transfer_bytes)
-        ),
-    )

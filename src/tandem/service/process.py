@@ -29,6 +29,7 @@ import uvloop
 from tandem import config as configuration
 from tandem.config import ServiceConfig
 from tandem.errors import ConfigError, StartError
+from tandem.exit_codes import EXIT_SECOND_SIGNAL
 from tandem.observability import logs
 from tandem.service import run_directory
 from tandem.service.parent_death import is_orphan
@@ -51,7 +52,6 @@ def raise_file_limit() -> None:
 
 log = logging.getLogger(__name__)
 
-EXIT_SECOND_SIGNAL = 70
 ABANDON_TIMEOUT_S = 1.5
 """Timeout to stop a service during its start. Needed because an engine's imports cannot be interrupted."""
 

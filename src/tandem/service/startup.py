@@ -10,10 +10,10 @@ import os
 import signal
 from typing import NoReturn
 
+from tandem.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED
 from tandem.service import run_directory
 from tandem.service.parent_death import follow_parent
 
-EXIT_INTERRUPTED = 130
 GRPC_FORKS = "GRPC_ENABLE_FORK_SUPPORT"
 
 
@@ -28,9 +28,9 @@ def begin() -> None:
     # A SIGINT that is ignored, as in a shell's background job, stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: _leave(EXIT_INTERRUPTED))
-    signal.signal(signal.SIGTERM, lambda number, frame: _leave(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(EXIT_TERMINATED))
     if not follow_parent(os.environ):
-        _leave(1)
+        _leave(EXIT_FAILED)
 
 
 def _leave(exit_status: int) -> NoReturn:

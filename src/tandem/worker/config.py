@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
@@ -39,7 +40,10 @@ class WorkerConfig(AdminConfig):
     )
     model: Path = Field(description="model directory in Hugging Face format")
     model_name: str | None = Field(
-        None, min_length=1, max_length=128, description="model name clients request; default: the directory's name"
+        None,
+        min_length=1,
+        max_length=MODEL_NAME_CHARS_MAX,
+        description="model name clients request; default: the directory's name",
     )
     engine: str = Field("sglang", pattern=f"^({'|'.join(ENGINES)})$", description=" or ".join(ENGINES))
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto, cpu or cuda")
@@ -56,7 +60,7 @@ class WorkerConfig(AdminConfig):
     transfer_backend: str = Field(
         "nixl", pattern="^(nixl|fake)$", description="nixl; fake transfers no KV and is only for negative-control tests"
     )
-    bootstrap_port: int = Field(0, ge=0, le=65535, description="bootstrap server port (prefill); 0: any free port")
+    bootstrap_port: int = Field(0, ge=0, le=PORT_MAX, description="bootstrap server port (prefill); 0: any free port")
     seed: int = Field(0, ge=0, description="the engine's random seed")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import Bootstrap, EngineRequest
+from tandem.domain.limits import REQUEST_ID_CHARS_MAX
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import guided_from_proto, present, sampling_from_proto, stopping_from_proto
 from tandem.worker.legs import LegKey
-
-REQUEST_ID_CHARS_MAX = 128
 
 
 def leg_key(leg: leg_pb2.LegRequest) -> LegKey:

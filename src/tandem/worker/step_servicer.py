@@ -15,13 +15,12 @@ from tandem.api.decode.v1 import decode_service_pb2_grpc
 from tandem.api.prefill.v1 import prefill_service_pb2_grpc
 from tandem.api.worker.v2 import step_service_pb2 as pb
 from tandem.api.worker.v2 import step_service_pb2_grpc as pb_grpc
-from tandem.domain.worker import LEG_CONTRACT
+from tandem.domain.worker import LEG_CONTRACT, WORKER_ID_CHARS_MAX
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.worker.legs import Legs
 from tandem.worker.steps import StepStreams
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["StepService"].full_name
-FRONTEND_ID_CHARS_MAX = 128
 
 
 class StepServicer(pb_grpc.StepServiceServicer):
@@ -35,8 +34,8 @@ class StepServicer(pb_grpc.StepServiceServicer):
         """Stream tokens and ends of one frontend's legs. When the stream ends, on either side, its legs are aborted."""
         if request.leg_contract != LEG_CONTRACT:
             raise other_contract(self._legs.worker_id, request.leg_contract)
-        if len(request.frontend_id) > FRONTEND_ID_CHARS_MAX:
-            raise InvalidRequest("frontend_id", f"must have at most {FRONTEND_ID_CHARS_MAX} characters")
+        if len(request.frontend_id) > WORKER_ID_CHARS_MAX:
+            raise InvalidRequest("frontend_id", f"must have at most {WORKER_ID_CHARS_MAX} characters")
         self._legs.check_epoch(request.worker_epoch)
         self._legs.check_admission()
         call = asyncio.current_task()

@@ -13,6 +13,7 @@ from typing import Any
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1 import admin_service_pb2_grpc as pb_grpc
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.domain.limits import REQUEST_ID_CHARS_MAX
 from tandem.errors import InvalidRequest, RequestNotFound
 from tandem_frontend.admin.local_requests import LocalRequests, Position
 from tandem_frontend.processes.siblings import Siblings
@@ -22,7 +23,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FrontendAdminService"].full_name
 INTERVAL_MS, INTERVAL_MS_MIN, INTERVAL_MS_MAX = 1_000, 100, 60_000
 PAGE_SIZE, PAGE_SIZE_MAX = 100, 1_000
 TIMELINES_MAX = 128
-ID_CHARS_MAX = 128
 
 
 class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
@@ -37,8 +37,8 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
     ) -> pb.GetRequestTimelineResponse:
         """Timelines of all requests with that request id or x-request-id."""
         wanted = request.request_id
-        if not wanted or len(wanted) > ID_CHARS_MAX:
-            raise InvalidRequest("request_id", f"must have 1 to {ID_CHARS_MAX} characters")
+        if not wanted or len(wanted) > REQUEST_ID_CHARS_MAX:
+            raise InvalidRequest("request_id", f"must have 1 to {REQUEST_ID_CHARS_MAX} characters")
         found = self._own.timelines(wanted)
         others = await self._siblings.ask(lambda sibling: sibling.timelines(wanted))
         if any(others):

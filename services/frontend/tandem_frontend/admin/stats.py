@@ -95,16 +95,10 @@ class RequestStats:
             seen.ended += 1
 
     def _count_ended(self, attempt: AttemptTrace) -> None:
-        self.kv_transfer_bytes.add(kv_transfer_bytes(attempt))
+        self.kv_transfer_bytes.add(attempt.kv_transfer_bytes)
         if attempt.failed_leg:
             worker_id = attempt.failed_worker.worker_id if attempt.failed_worker is not None else ""
             key = worker_id, attempt.reason
             if key not in self.leg_failures and len(self.leg_failures) >= FAILURES_MAX:
                 key = "", attempt.reason
             self.leg_failures[key] += 1
-
-
-def kv_transfer_bytes(attempt: AttemptTrace) -> int:
-    """KV bytes transferred by an attempt: the larger count of its legs."""
-    finishes = (attempt.prefill_finish, attempt.decode_finish)
-    return max((finish.timings.kv_transfer_bytes for finish in finishes if finish is not None), default=0)

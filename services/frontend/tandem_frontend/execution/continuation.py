@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.api.types.v1 import leg_pb2
-
-PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-NO_PENALTY = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+from tandem.domain.sampling import PENALTIES
 
 
 def refusal_reason(leg: leg_pb2.LegRequest) -> str | None:
     """Why a stream with tokens of this request cannot go on elsewhere, as one word of the contract; None if it can."""
     if leg.HasField("guided"):
         return "guided"
-    for name in PENALTIES:
-        if leg.sampling.HasField(name) and getattr(leg.sampling, name) != NO_PENALTY[name]:  # type: ignore[arg-type]
+    for name, neutral in PENALTIES.items():
+        if leg.sampling.HasField(name) and getattr(leg.sampling, name) != neutral:  # type: ignore[arg-type]
             return "penalties"
     return None
 

@@ -1,5 +1,5 @@
-"""The OpenAI door: its JSON in, its JSON or server-sent events out, over the same hops as every other request.
+"""OpenAI's HTTP API: JSON bodies in, JSON or server-sent events out, on the same pipeline as every other request.
 
-In reading order: servicer, body, schemas, messages, translation, door, chat and completions, then what those two share:
-choices, usage, logprobs, wire.
+In reading order: servicer, request_body, schemas (with common_params and messages), translation, chat and completions,
+handler, then what those share: chat_choice, logprobs, merge, response.
 """

@@ -1,4 +1,4 @@
-"""One answer of a chat: from chunks of a generation to deltas of a message, and to the message as a whole."""
+"""One choice of a chat completion: chunks of a generation become deltas of a message, and the whole message."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class ChatChoice:
         *,
         one_call_only: bool = False,
     ) -> None:
-        """`parsed` tells tool calls and reasoning from text; None: all is text."""
+        """`parsed` separates tool calls and reasoning from text; None: all output is text."""
         self._index = index
         self._texts = texts
         self._parsed = parsed
         self._one_call_only = one_call_only
-        self._shown = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
-        self._untold: list[generation_pb2.TokenLogprob] = []
-        """Log probabilities of tokens that have shown no text yet."""
+        self._stop_filter = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
+        self._pending_logprobs: list[generation_pb2.TokenLogprob] = []
+        """Log probabilities of tokens whose text has not been sent yet."""
         self._logprobs: list[generation_pb2.TokenLogprob] = []
         self._message = _Message()
         self._has_begun = False
@@ -39,69 +39,71 @@ class ChatChoice:
 
     @property
     def parses(self) -> bool:
-        """Whether text goes through a parser, which another process has: then `parse` takes chunks, and not `take`."""
+        """Whether text goes through a parser, another process: chunks then go to `parse`, not to `take`."""
         return self._parsed is not None
 
     def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """The deltas of a chunk that is all text; none where nothing shows yet."""
+        """The deltas of a chunk without a parser; empty while there is no text to send."""
         self._note_logprobs(chunk)
         return self._entries((Content(chunk.text),) if chunk.text else ())
 
     async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """The deltas a chunk makes; none where nothing shows yet.
+        """The deltas of a chunk; empty while the parser holds its text back.
 
         Raises:
-            ParserFailed
+            ParserFailed: the output could not be parsed.
         """
         assert self._parsed is not None, "parse() without a parser"
         self._note_logprobs(chunk)
         return self._entries(await self._parsed.feed(chunk.text))
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
-        """What was held back, and the entry that tells why it ended."""
+        """The deltas of the text that was held back, and the entry with the finish reason."""
         rest: Sequence[Delta] = ()
         if self._parsed is not None:
-            # What the budget has cut off stays cut off: the parser must not complete it.
+            # A call that max_tokens cut off stays incomplete: completing it would invent arguments.
             rest = await self._parsed.close(complete=finish.reason != generation_pb2.FINISH_REASON_LENGTH)
         entries = self._entries(rest)
-        if self._untold:
+        # Log probabilities of tokens without text would be lost with no delta to carry them.
+        if self._pending_logprobs:
             entries += self._entries((Content(""),))
         elif not self._has_begun:
-            entries += self._beginning()
+            entries += self._role_entry()
         self._reason = finish_reason(finish, called_tools=bool(self._message.calls))
         return [*entries, self._entry({})]
 
-    def told(self) -> dict[str, Any]:
-        """The whole answer."""
-        logprobs = None if self._shown is None else chat_logprobs(self._logprobs, self._texts)
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `choices` in a response that is not streamed; complete after `end`."""
+        logprobs = None if self._stop_filter is None else chat_logprobs(self._logprobs, self._texts)
         return {
             "index": self._index,
-            "message": self._message.told(),
+            "message": self._message.as_json(),
             "logprobs": logprobs,
             "finish_reason": self._reason,
         }
 
     def _note_logprobs(self, chunk: pb.GenerateChunk) -> None:
-        if self._shown is not None:
-            self._untold += self._shown.keep(chunk.logprobs)
+        if self._stop_filter is not None:
+            self._pending_logprobs += self._stop_filter.keep(chunk.logprobs)
 
     def _entries(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-        told = [self._message.add(delta) for delta in deltas if not self._is_unwanted(delta)]
-        if not told:
+        added = [self._message.add(delta) for delta in deltas if not self._is_dropped(delta)]
+        if not added:
             return []
-        entries = self._beginning() + [self._entry(delta) for delta in told]
-        if self._untold:
-            entries[-len(told)]["logprobs"] = chat_logprobs(self._untold, self._texts)
-            self._logprobs += self._untold
-            self._untold = []
+        entries = self._role_entry() + [self._entry(delta) for delta in added]
+        if self._pending_logprobs:
+            # On the first delta of the chunk, so that a client never waits for them longer than for their text.
+            entries[-len(added)]["logprobs"] = chat_logprobs(self._pending_logprobs, self._texts)
+            self._logprobs += self._pending_logprobs
+            self._pending_logprobs = []
         return entries
 
-    def _is_unwanted(self, delta: Delta) -> bool:
-        """A second call where the client takes one at most."""
+    def _is_dropped(self, delta: Delta) -> bool:
+        """Whether it belongs to a second tool call although the client allows one."""
         return self._one_call_only and isinstance(delta, ToolCallStart | ToolCallArguments) and delta.index > 0
 
-    def _beginning(self) -> list[dict[str, Any]]:
-        """The delta that says who speaks, before the first other one."""
+    def _role_entry(self) -> list[dict[str, Any]]:
+        """The delta with the role, once, before all others."""
         if self._has_begun:
             return []
         self._has_begun = True
@@ -112,7 +114,7 @@ class ChatChoice:
 
 
 class _Message:
-    """The message as it grows out of its deltas."""
+    """The message, accumulated from its deltas."""
 
     def __init__(self) -> None:
         self._content: list[str] = []
@@ -120,7 +122,7 @@ class _Message:
         self.calls: dict[int, dict[str, Any]] = {}
 
     def add(self, delta: Delta) -> dict[str, Any]:
-        """Add one, and return it as a stream tells it."""
+        """Add a delta, and return it as a streamed response contains it."""
         match delta:
             case Content(text):
                 self._content.append(text)
@@ -136,7 +138,7 @@ class _Message:
                 self.calls[index]["function"]["arguments"] += fragment
                 return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The whole message."""
         content = "".join(self._content)
         message: dict[str, Any] = {

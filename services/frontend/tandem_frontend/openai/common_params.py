@@ -1,7 +1,7 @@
-"""The parameters that chat completions and completions have in common, and the rules every schema here follows.
+"""The parameters that chat completions and completions share, and the rules of every schema here.
 
-A parameter that cannot be honoured is refused by name, so it is declared with the one value that means nothing. Ranges
-are those of the contracts and are checked behind this door, in one place for all doors.
+An unsupported parameter is rejected by name, so it is declared with the one value that has no effect. Ranges are those
+of the contract and are checked with it, for OpenAI's API and Tandem's own alike.
 """
 
 from __future__ import annotations
@@ -10,47 +10,48 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from tandem_frontend.preparation.sampling import LOGIT_BIASES_MAX
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
+from tandem.domain.sampling import LOGIT_BIASES_MAX
 from tandem_frontend.preparation.validation import CACHE_SALT_CHARS_MAX, PATTERN_BYTES_MAX, STOP_TOKENS_MAX, STOPS_MAX
 
 T = TypeVar("T")
 
 CHOICES_MAX = 128
-"""Of one request, over all its prompts. What each one is given is bounded here too, before it is copied for each."""
+"""Most choices of one request, over all its prompts. Lists below are bounded too: each choice gets a copy."""
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
-class FirstFault(FailFast):
-    """Validation of a list ends at its first wrong element; hashable, as parts of a union must be."""
+class FirstError(FailFast):
+    """Stops the validation of a list at its first invalid element; hashable, as members of a union must be."""
 
     __hash__ = object.__hash__
 
 
-Many = Annotated[list[T], FirstFault()]
-"""A list of a client's: the first wrong element is enough, a million of them would be collected for seconds."""
-NotSupported: TypeAlias = None
-"""Type of a parameter of OpenAI's that is refused unless it is absent or null."""
+Many = Annotated[list[T], FirstError()]
+"""A list from a client. Only the first error is collected: a million of them would take seconds."""
+MustBeNull: TypeAlias = None
+"""Type of an OpenAI parameter that is not supported: rejected unless it is absent or null."""
 
 
 class Schema(BaseModel):
-    """Exactly what is declared, in exactly the types declared."""
+    """Base of all schemas: no undeclared fields, no type conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(Schema):
-    """What a stream carries beside its deltas."""
+    """What a stream contains beside its deltas."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class CommonFields(Schema):
-    """Parameters of both completion calls. docs/reference/openai.md says what each one does here."""
+    """Parameters of both endpoints; docs/reference/openai.md describes each of them."""
 
-    model: str = Field(min_length=1, max_length=128)
+    model: str = Field(min_length=1, max_length=MODEL_NAME_CHARS_MAX)
 
     temperature: float | None = None
     top_p: float | None = None
@@ -64,7 +65,7 @@ class CommonFields(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # Beyond OpenAI's API, by the names other servers of open models use.
+    # Not in OpenAI's API; named as in other inference servers.
     top_k: Int32 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -77,7 +78,7 @@ class CommonFields(Schema):
     cache_salt: Annotated[str, Field(max_length=CACHE_SALT_CHARS_MAX)] | None = None
     coalesce_ms: Int32 | None = None
 
-    # Accepted because to ignore them harms nobody.
+    # Accepted and ignored: they change nothing in the output.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
@@ -88,7 +89,7 @@ class CommonFields(Schema):
 
     @property
     def choice_count(self) -> int:
-        """How many answers to each prompt."""
+        """Choices per prompt."""
         return self.n or 1
 
     @property
@@ -100,5 +101,5 @@ class CommonFields(Schema):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the tokens used."""
+        """Whether a stream ends with an event for the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)

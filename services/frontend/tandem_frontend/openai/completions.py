@@ -10,7 +10,7 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.errors import InvalidRequest
 from tandem_frontend.call_context import Caller
-from tandem_frontend.openai.handler import Answer, EndpointHandler
+from tandem_frontend.openai.handler import ApiResponse, EndpointHandler
 from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, completion_logprobs
 from tandem_frontend.openai.response import UsageSum, finish_reason
 from tandem_frontend.openai.schemas import CompletionRequest
@@ -21,51 +21,51 @@ from tandem_frontend.response.writers import Call
 
 
 class Completions:
-    """The call."""
+    """Handles POST /v1/completions."""
 
-    def __init__(self, door: EndpointHandler, model: ServedModel, texts: TokenTexts) -> None:
-        self._door = door
+    def __init__(self, handler: EndpointHandler, model: ServedModel, texts: TokenTexts) -> None:
+        self._handler = handler
         self._model = model
         self._texts = texts
 
-    async def answer(self, wanted: CompletionRequest, caller: Caller, call: Call) -> None:
-        """Answer a request into its call.
+    async def handle(self, body: CompletionRequest, caller: Caller, call: Call) -> None:
+        """Run the request and send its response into `call`.
 
         Raises:
-            TandemError: its field is the contract's, or the parameter's own.
+            TandemError: its `field` is a field of the contract or an OpenAI parameter.
         """
-        self._model.check_name(wanted.model)
-        request = completion_request(wanted)
-        prompts = await self._prompts(wanted)
-        if len(prompts) * wanted.choice_count > self._door.choices_max:
-            raise InvalidRequest(
-                "n", f"with {len(prompts)} prompts makes more than {self._door.choices_max} choices of one request"
-            )
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        self._model.check_name(body.model)
+        request = completion_request(body)
+        prompts = await self._prompts(body)
+        most, choice_count = self._handler.choices_max, body.choice_count
+        if len(prompts) * choice_count > most:
+            raise InvalidRequest("n", f"{choice_count} choices for each of {len(prompts)} prompts exceed {most} in all")
+        response_id = f"cmpl-{uuid.uuid4().hex}"
         requests: list[pb.GenerateRequest] = []
         choices: list[CompletionChoice] = []
         for text, token_ids in prompts:
-            for number in range(wanted.choice_count):
+            for number in range(body.choice_count):
                 requests.append(for_choice(request, token_ids, number))
-                choices.append(CompletionChoice(len(choices), text if wanted.echo else "", request, self._texts))
-        answer = Answer(self._door.head(answer_id, "text_completion"), choices, UsageSum(wanted.choice_count))
-        await self._door.run(requests, answer, caller, wanted, call)
+                choices.append(CompletionChoice(len(choices), text if body.echo else "", request, self._texts))
+        response = ApiResponse(self._handler.head(response_id, "text_completion"), choices, UsageSum(body.choice_count))
+        await self._handler.run(requests, response, caller, body, call)
 
-    async def _prompts(self, wanted: CompletionRequest) -> list[tuple[str, Sequence[int]]]:
-        """Text (where it will be echoed) and token ids of each prompt."""
+    async def _prompts(self, body: CompletionRequest) -> list[tuple[str, Sequence[int]]]:
+        """Text (empty unless it is echoed) and token ids of each prompt."""
         tokenizer = self._model.tokenizer
-        given: list[Any] = wanted.prompt if isinstance(wanted.prompt, list) else [wanted.prompt]
+        given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        # A list of integers is one prompt given as token ids, not a list of prompts.
         if given and isinstance(given[0], int):
             given = [given]
         if not given:
             raise InvalidRequest("prompt", "must not be empty")
-        if len(given) > self._door.choices_max:
-            raise InvalidRequest("prompt", f"{len(given)} prompts are more than {self._door.choices_max}")
+        if len(given) > self._handler.choices_max:
+            raise InvalidRequest("prompt", f"must have at most {self._handler.choices_max} prompts, not {len(given)}")
         prompts: list[tuple[str, Sequence[int]]] = []
         for prompt in given:
             if not prompt:
                 raise InvalidRequest("prompt", "must not be empty")
-            # Many short ones are as much work as a long one; others are served between them.
+            # Many short prompts are as much work as a long one: the event loop runs other requests between them.
             await asyncio.sleep(0)
             if isinstance(prompt, str):
                 check_text("prompt", prompt, tokenizer)
@@ -73,55 +73,56 @@ class Completions:
             else:
                 check_token_count("prompt", len(prompt), tokenizer)
                 await check_prompt_ids("prompt", prompt, tokenizer.vocabulary_size)
-                prompts.append((await tokenizer.decode_all(prompt) if wanted.echo else "", prompt))
+                prompts.append((await tokenizer.decode_all(prompt) if body.echo else "", prompt))
         return prompts
 
 
 class CompletionChoice:
-    """One answer of POST /v1/completions."""
+    """One choice of POST /v1/completions."""
 
     def __init__(self, index: int, echoed: str, request: pb.GenerateRequest, texts: TokenTexts) -> None:
         self._index = index
         self._texts = texts
         self._echoed = echoed
         self._pieces: list[str] = []
-        self._shown = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
+        self._stop_filter = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
         self._logprobs: dict[str, list[Any]] = completion_logprobs((), texts, 0)
         self._text_chars = 0
         self._reason: str | None = None
 
     parses = False
-    """See `door.Choice`."""
+    """See `handler.Choice`."""
 
     def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """One entry, or none where a chunk shows nothing yet."""
+        """One entry; none for a chunk without text and without log probabilities."""
+        # The echo travels with the first text: a response without any still echoes, in `end`.
         text, self._echoed = self._echoed + chunk.text, ""
-        kept = self._shown.keep(chunk.logprobs) if self._shown is not None else ()
+        kept = self._stop_filter.keep(chunk.logprobs) if self._stop_filter is not None else ()
         if not text and not kept:
             return []
         self._pieces.append(text)
         self._text_chars += len(text)
         logprobs = None
-        if self._shown is not None:
+        if self._stop_filter is not None:
             logprobs = completion_logprobs(kept, self._texts, self._text_chars)
             for name, values in logprobs.items():
                 self._logprobs[name] += values
         return [self._entry(text, logprobs)]
 
     async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """See `door.Choice`: there is no parser here."""
+        """See `handler.Choice`. Never called by the handler: completions have no parser."""
         return self.take(chunk)
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
-        """The entry that tells why."""
+        """The entry with the finish reason; it carries an echo that no chunk carried."""
         text, self._echoed = self._echoed, ""
         self._pieces.append(text)
         self._reason = finish_reason(finish)
         return [self._entry(text, None)]
 
-    def told(self) -> dict[str, Any]:
-        """The whole answer."""
-        return self._entry("".join(self._pieces), None if self._shown is None else self._logprobs)
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `choices` in a response that is not streamed; complete after `end`."""
+        return self._entry("".join(self._pieces), None if self._stop_filter is None else self._logprobs)
 
     def _entry(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"text": text, "index": self._index, "logprobs": logprobs, "finish_reason": self._reason}

@@ -1,7 +1,7 @@
-"""What both completion calls do alike: run the choices, and put their answer together or stream it.
+"""What both completion endpoints share: run one generation per choice, and merge or stream their output.
 
-A stream's first byte waits for the first token, so that whatever fails before it still has a status of its own. A
-failure after it is the stream's last event, and `[DONE]` does not follow.
+The first byte of a stream is sent with the first token, so a failure before it still gets an HTTP status of its own. A
+failure after it becomes the stream's last event, and `[DONE]` is not sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tandem.errors import TandemError
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai import response
 from tandem_frontend.openai.common_params import CHOICES_MAX, CommonFields
-from tandem_frontend.openai.merge import ChoiceAnswer, Entries, EventStream
+from tandem_frontend.openai.merge import ChoiceSink, EntrySink, EventStream
 from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel
@@ -26,15 +26,15 @@ from tandem_frontend.response.writers import Call
 
 
 class Choice(Protocol):
-    """One answer as it grows; each call of the API has its own shapes."""
+    """One choice of a response while it is generated; each endpoint has its own shape."""
 
     @property
     def parses(self) -> bool:
-        """Whether chunks go through a parser that must be waited for: then `parse` takes them, and not `take`."""
+        """Whether chunks go through an asynchronous parser: they then go to `parse`, not to `take`."""
         ...
 
     def take(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
-        """What a stream shows of a chunk: entries of `choices`, none or more."""
+        """Entries of `choices` for a chunk in a streamed response; may be empty."""
         ...
 
     async def parse(self, chunk: pb.GenerateChunk) -> list[dict[str, Any]]:
@@ -42,26 +42,26 @@ class Choice(Protocol):
         ...
 
     async def end(self, finish: pb.GenerateFinish) -> list[dict[str, Any]]:
-        """What a stream shows of the end."""
+        """The last entries of `choices` in a streamed response, with the finish reason."""
         ...
 
-    def told(self) -> dict[str, Any]:
-        """The whole, after its end: the entry of `choices` in an answer of one piece."""
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `choices` in a response that is not streamed; call it after `end`."""
         ...
 
 
-class Answer:
-    """One request being answered."""
+class ApiResponse:
+    """The response to one request while it is generated."""
 
     def __init__(self, head: dict[str, Any], choices: Sequence[Choice], usage: UsageSum) -> None:
         self.head = head
-        """What every event and the whole answer begin with: id, object, created, model, fingerprint."""
+        """First fields of every event, or of the one body: id, object, created, model, system_fingerprint."""
         self.choices = choices
         self.usage = usage
 
 
 class EndpointHandler:
-    """Runs requests that have been checked and tokenised."""
+    """Runs requests that have been validated and tokenised."""
 
     def __init__(
         self,
@@ -70,20 +70,20 @@ class EndpointHandler:
         workers: Callable[[], tuple[Worker, ...]],
         open_requests_max: int,
     ) -> None:
-        """`open_requests_max` is the frontend's: more choices than that could never be taken."""
+        """`open_requests_max` is the frontend's limit: a request with more choices could never be admitted."""
         self.choices_max = min(CHOICES_MAX, open_requests_max)
-        """Of one request, over all its prompts."""
+        """Most choices of one request, over all its prompts."""
         self._generation = generation
         self._model = model
         self._workers = workers
         self._view: tuple[Worker, ...] | None = None
-        """That of `_fingerprint`."""
+        """The view that `_fingerprint` was computed from."""
         self._fingerprint = ""
 
-    def head(self, answer_id: str, kind: str) -> dict[str, Any]:
-        """What every event of an answer begins with."""
+    def head(self, response_id: str, kind: str) -> dict[str, Any]:
+        """The first fields of every event of a response."""
         return {
-            "id": answer_id,
+            "id": response_id,
             "object": kind,
             "created": int(time.time()),
             "model": self._model.name,
@@ -91,7 +91,7 @@ class EndpointHandler:
         }
 
     def fingerprint(self) -> str:
-        """Changes with the weights and with the engine's release. Made once for each view."""
+        """`system_fingerprint`: changes with the weights and the engine's release. Computed once per registry view."""
         workers = self._workers()
         if workers is not self._view:
             self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
@@ -100,45 +100,47 @@ class EndpointHandler:
     async def run(
         self,
         requests: Sequence[pb.GenerateRequest],
-        answer: Answer,
+        result: ApiResponse,
         caller: Caller,
-        wanted: CommonFields,
+        body: CommonFields,
         call: Call,
     ) -> None:
-        """Answer into a call as the request wants it: in one piece, or as server-sent events.
+        """Generate all choices and send the response: one JSON body, or server-sent events where `stream` is set.
 
         Raises:
-            TandemError: a choice failed before the first event; its field is the contract's.
+            TandemError: a choice failed before the first event; its `field` is a field of the contract.
         """
-        if not wanted.stream:
-            await self._generate(requests, answer, caller, Entries())
-            choices = [choice.told() for choice in answer.choices]
-            call.send(response.whole({**answer.head, "choices": choices, "usage": answer.usage.told()}))
+        if not body.stream:
+            await self._generate(requests, result, caller, EntrySink())
+            choices = [choice.as_json() for choice in result.choices]
+            call.send(response.whole({**result.head, "choices": choices, "usage": result.usage.as_json()}))
             return
-        events = EventStream(call, answer.head, with_usage=wanted.includes_usage)
+        events = EventStream(call, result.head, with_usage=body.includes_usage)
         try:
-            await self._generate(requests, answer, caller, events)
+            await self._generate(requests, result, caller, events)
         except Exception as problem:
+            # Nothing was sent yet, so the error can still be an HTTP status.
             if not events.has_begun:
                 raise
             events.fail(problem)
             return
-        events.end(answer.usage.told())
+        events.end(result.usage.as_json())
 
     async def _generate(
-        self, requests: Sequence[pb.GenerateRequest], answer: Answer, caller: Caller, entries: Entries
+        self, requests: Sequence[pb.GenerateRequest], result: ApiResponse, caller: Caller, entries: EntrySink
     ) -> None:
-        """Generate all choices at once; the first failure ends the others."""
-        if len(requests) == 1 and not answer.choices[0].parses:
-            await self._generation.generate(requests[0], caller, ChoiceAnswer(0, answer, entries, None))
+        """Generate all choices concurrently; the first failure cancels the others."""
+        # The common request: it needs no task besides its own.
+        if len(requests) == 1 and not result.choices[0].parses:
+            await self._generation.generate(requests[0], caller, ChoiceSink(0, result, entries, None))
             return
         try:
             async with asyncio.TaskGroup() as group:
                 for number, request in enumerate(requests):
-                    own = ChoiceAnswer(number, answer, entries, group)
+                    own = ChoiceSink(number, result, entries, group)
                     group.create_task(self._generation.generate(request, caller, own), name=f"choice-{number}")
         except ExceptionGroup as problems:
-            # Each one's sentence says what failed; one of them is what the client is told.
+            # The client gets one error. A TandemError is written for clients; any other exception is a defect.
             raise next((p for p in problems.exceptions if isinstance(p, TandemError)), problems.exceptions[0]) from None
 
 
@@ -148,4 +150,5 @@ def _fingerprint(workers: Iterable[Worker], model: str) -> str:
         for worker in workers
         if worker.capabilities.model == model
     )
+    # The smallest, because the order of workers in a view carries no meaning.
     return f"fp_{hashlib.sha256(min(serving, default='').encode()).hexdigest()[:10]}"

@@ -1,6 +1,7 @@
-"""Log probabilities in OpenAI's two shapes, and what a single token looks like there: its text and its bytes.
+"""Log probabilities in OpenAI's two formats, with the text and bytes of each token.
 
-A token can be a part of a character. Its bytes are then its name (docs/reference/openai.md): no two look alike.
+A token can be part of a character. It is then named by its bytes (docs/reference/openai.md), so that no two tokens look
+alike.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from tandem.api.types.v1 import generation_pb2
 from tandem_frontend.preparation.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""Replaces minus infinity, which JSON cannot express."""
 PART = "bytes:"
-"""Begins the name of a token that is a part of a character."""
+"""Prefix of the name of a token that is part of a character."""
 
 
 class TokenTexts:
-    """Tokens as log probabilities name them."""
+    """Names of tokens in log probabilities."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -27,18 +28,18 @@ class TokenTexts:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens at which the model ends."""
+        """The model's end-of-sequence tokens."""
         return self._tokenizer.eos_token_ids
 
     def text(self, token_id: int) -> str:
-        """Its text; a special token's is its name."""
+        """The token's text; for a special token its name."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self._name(token_id)
         return text
 
     def shown_chars(self, token_id: int) -> int:
-        """Characters it adds to a text by itself: none if it is a special token or a part of a character."""
+        """Characters it adds to the text by itself: 0 for a special token and for part of a character."""
         return 0 if self.text(token_id).startswith(PART) else len(self._tokenizer.decode((token_id,)))
 
     def _name(self, token_id: int) -> str:
@@ -49,8 +50,8 @@ class TokenTexts:
             return PART + "".join(f"\\x{byte:02x}" for byte in own)
         return self._tokenizer.decode((token_id,), skip_special_tokens=False)
 
-    def named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        """One entry of chat's log probabilities."""
+    def entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        """One entry of a chat completion's log probabilities."""
         text = self.text(token_id)
         return {
             "token": text,
@@ -60,23 +61,23 @@ class TokenTexts:
 
 
 class StopFilter:
-    """Leaves out the stop token at an answer's end, which is no part of its text."""
+    """Drops the stop token at the end of a choice, which is not part of its text."""
 
     def __init__(self, request: pb.GenerateRequest, eos_token_ids: Sequence[int]) -> None:
         eos = () if request.stopping.ignore_eos else eos_token_ids
         self._stop_token_ids = frozenset((*request.stopping.stop_token_ids, *eos))
 
     def keep(self, logprobs: Sequence[generation_pb2.TokenLogprob]) -> Sequence[generation_pb2.TokenLogprob]:
-        """Those of tokens that are part of the text."""
+        """The log probabilities of tokens that are part of the text."""
         return [entry for entry in logprobs if entry.token_id not in self._stop_token_ids]
 
 
 def chat_logprobs(logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
-    """Those of one delta, or of a whole message."""
+    """Log probabilities of one delta, or of a whole message, in the chat format."""
     content = [
         {
-            **texts.named(entry.token_id, entry.logprob),
-            "top_logprobs": [texts.named(rival.token_id, rival.logprob) for rival in entry.top],
+            **texts.entry(entry.token_id, entry.logprob),
+            "top_logprobs": [texts.entry(alternative.token_id, alternative.logprob) for alternative in entry.top],
         }
         for entry in logprobs
     ]
@@ -86,17 +87,18 @@ def chat_logprobs(logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenT
 def completion_logprobs(
     logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts, end_chars: int
 ) -> dict[str, list[Any]]:
-    """Those of one chunk, with which the answer's text has grown to `end_chars` characters."""
+    """Log probabilities of one chunk in the completions format; the text up to its end has `end_chars` characters."""
     offsets: list[int] = []
     for entry in reversed(logprobs):
-        # Backwards from what has been given out: only then it is known which characters the parts became.
+        # Backwards from the end of the text: how many characters tokens of partial characters make is known only there.
         end_chars = max(0, end_chars - texts.shown_chars(entry.token_id))
         offsets.append(end_chars)
     return {
         "tokens": [texts.text(entry.token_id) for entry in logprobs],
         "token_logprobs": [max(entry.logprob, LOWEST) for entry in logprobs],
         "top_logprobs": [
-            {texts.text(rival.token_id): max(rival.logprob, LOWEST) for rival in entry.top} for entry in logprobs
+            {texts.text(alternative.token_id): max(alternative.logprob, LOWEST) for alternative in entry.top}
+            for entry in logprobs
         ],
         "text_offset": offsets[::-1],
     }

@@ -1,6 +1,6 @@
-"""The choices of a request on their way into one answer: each is a generation of its own that pushes into it.
+"""The choices of one request merged into one response: each choice is a generation that pushes chunks into its sink.
 
-Owns the order in which entries leave and the waiting for parsers. A choice without a parser waits for nothing.
+Owns the order in which entries are sent and the waiting for parsers. A choice without a parser waits for nothing.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tandem_frontend.response.error_body import last_event
 from tandem_frontend.response.writers import Call
 
 if TYPE_CHECKING:
-    from tandem_frontend.openai.handler import Answer
+    from tandem_frontend.openai.handler import ApiResponse
 
 
-class Entries:
-    """Where the entries of all choices go: nowhere, because the whole is put together at the end."""
+class EntrySink:
+    """Takes the entries of all choices. This one drops them: a response that is not streamed is built at the end."""
 
     @property
     def is_writable(self) -> bool:
-        """False while the client does not read what was sent."""
+        """False while the client reads too slowly and sent data is buffered."""
         return True
 
     def on_writable(self, callback: Callable[[], None]) -> None:
-        """One more that is called each time it becomes writable again."""
+        """Add a callback, called each time the sink becomes writable again."""
 
     def add(self, choices: Sequence[dict[str, Any]]) -> None:
-        """More entries of `choices`."""
+        """Add entries of `choices`."""
 
 
-class EventStream(Entries):
-    """Each entry as a server-sent event of its own, as OpenAI streams them."""
+class EventStream(EntrySink):
+    """Sends each entry as a server-sent event of its own, as OpenAI does."""
 
     def __init__(self, call: Call, head: dict[str, Any], *, with_usage: bool) -> None:
-        """`head` is what every event begins with; with usage every event has that field, the last one with a value."""
+        """`head`: the first fields of every event. With usage, each event has the field and the last one a value."""
         self._call = call
         self._head = head
         self._with_usage = with_usage
@@ -52,47 +52,48 @@ class EventStream(Entries):
 
     @property
     def is_writable(self) -> bool:
-        """See `Entries`."""
+        """See `EntrySink`."""
         return self._call.writable
 
     def on_writable(self, callback: Callable[[], None]) -> None:
-        """See `Entries`."""
+        """See `EntrySink`."""
         self._callbacks.append(callback)
-        self._call.on_writable(self._tell_writable)
+        self._call.on_writable(self._notify_writable)
 
     def add(self, choices: Sequence[dict[str, Any]]) -> None:
-        """See `Entries`."""
+        """See `EntrySink`."""
         for choice in choices:
             self._send(self._begin + response.to_json(choice) + self._end)
 
     def end(self, usage: dict[str, Any]) -> None:
-        """Every choice has ended."""
+        """Send the last events, after every choice has ended."""
         if self._with_usage:
             self._send(response.event({**self._head, "choices": [], "usage": usage}))
         self._send(response.DONE)
 
     def fail(self, problem: Exception) -> None:
-        """The answer broke after its first event."""
+        """Send an error event as the last one; for failures after the first event."""
+        # Without [DONE]: SDKs take it as the end of a complete response.
         self._send(response.event(last_event(problem)))
 
     def _send(self, data: bytes) -> None:
-        # The edge takes the content type from the first message.
+        # Envoy's transcoder takes the content type from the first message only.
         self._call.send(HttpBody(data=data) if self.has_begun else HttpBody(content_type=response.EVENTS, data=data))
         self.has_begun = True
 
-    def _tell_writable(self) -> None:
+    def _notify_writable(self) -> None:
         for callback in self._callbacks:
             callback()
 
 
-class ChoiceAnswer:
-    """One choice: a `generation.Answer`. While its parser works it takes no chunk, so that text gathers."""
+class ChoiceSink:
+    """The `pipeline.Answer` of one choice. Not writable while its parser runs, so that several tokens share a chunk."""
 
-    def __init__(self, number: int, answer: Answer, entries: Entries, group: asyncio.TaskGroup | None) -> None:
-        """`group` owns the waiting for the parser; it is there where the choice has one."""
+    def __init__(self, number: int, result: ApiResponse, entries: EntrySink, group: asyncio.TaskGroup | None) -> None:
+        """`group` owns the parser task; None only for a choice without a parser."""
         self._number = number
-        self._answer = answer
-        self._choice = answer.choices[number]
+        self._result = result
+        self._choice = result.choices[number]
         self._entries = entries
         self._group = group
         self._unparsed: list[pb.GenerateChunk] = []
@@ -110,7 +111,7 @@ class ChoiceAnswer:
         self._entries.on_writable(callback)
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
-        """See `generation.Answer`: OpenAI's answers say nothing of it."""
+        """See `pipeline.Answer`. OpenAI's responses have no event for it."""
 
     def chunk(self, chunk: pb.GenerateChunk) -> None:
         """See `relay.Outlet`."""
@@ -123,15 +124,18 @@ class ChoiceAnswer:
             self._parsing = self._group.create_task(self._parse(), name=f"parse-{self._number}")
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
+        # The parser task may still work on earlier chunks; their entries come before the finish.
         if self._parsing is not None:
             await self._parsing
+        # OpenAI has no finish reason for it, and "stop" would present a cut text as a whole one.
         if finish.reason == generation_pb2.FINISH_REASON_ABORTED:
             raise RequestAborted("the generation was aborted")
-        self._answer.usage.add(self._number, finish.usage)
+        self._result.usage.add(self._number, finish.usage)
         self._entries.add(await self._choice.end(finish))
 
     async def _parse(self) -> None:
+        # One task parses all chunks: the parser must get them in order.
         while self._unparsed:
             self._entries.add(await self._choice.parse(self._unparsed.pop(0)))
         self._parsing = None

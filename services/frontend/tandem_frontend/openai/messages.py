@@ -1,6 +1,6 @@
-"""Messages of a chat: OpenAI's shapes, and what a chat template is given of them.
+"""Chat messages: OpenAI's schemas, and their conversion to what a chat template reads.
 
-Text only. Control tokens are taken out of everything a client wrote: its author must not be able to end a turn.
+Text only. Control tokens are removed from everything a client sent, so that no message can end its turn early.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.common_params import Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import Many, MustBeNull, Schema
 
 
 class TextPart(Schema):
-    """A piece of text; the only kind of part that the models here read."""
+    """A text part, the only kind that the models here support."""
 
     type: Literal["text"]
     text: str
@@ -26,7 +26,7 @@ Content = str | Annotated[Many[TextPart], Field(min_length=1)]
 
 
 class SystemMessage(Schema):
-    """What the model is to be and do. `developer` is OpenAI's newer word for it."""
+    """Instructions for the model. `developer` is OpenAI's newer name of the role."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -34,7 +34,7 @@ class SystemMessage(Schema):
 
 
 class UserMessage(Schema):
-    """What a person says."""
+    """A message of the end user."""
 
     role: Literal["user"]
     content: Content
@@ -49,7 +49,7 @@ class CalledFunction(Schema):
 
 
 class ToolCall(Schema):
-    """A call the model made."""
+    """A tool call the model made."""
 
     id: str
     type: Literal["function"]
@@ -57,21 +57,21 @@ class ToolCall(Schema):
 
 
 class AssistantMessage(Schema):
-    """What the model said before."""
+    """An earlier message of the model."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
-    refusal: NotSupported = None
-    audio: NotSupported = None
-    function_call: NotSupported = None
+    refusal: MustBeNull = None
+    audio: MustBeNull = None
+    function_call: MustBeNull = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ToolMessage(Schema):
-    """What a tool answered."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: Content
@@ -85,11 +85,11 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 def for_template(
     messages: Sequence[SystemMessage | UserMessage | AssistantMessage | ToolMessage], clean: Callable[[str], str]
 ) -> list[dict[str, Any]]:
-    """The messages as chat templates read them.
+    """The messages as dicts, as chat templates expect them.
 
     Args:
         messages: as the client sent them.
-        clean: takes control tokens out of a text.
+        clean: removes control tokens from a text.
 
     Raises:
         InvalidRequest: names the message at fault.
@@ -97,28 +97,28 @@ def for_template(
     return [_one(message, f"messages[{number}]", clean) for number, message in enumerate(messages)]
 
 
-def _one(message: Any, place: str, clean: Callable[[str], str]) -> dict[str, Any]:
-    # Templates were written before "developer" was; they know it as the system's voice.
+def _one(message: Any, path: str, clean: Callable[[str], str]) -> dict[str, Any]:
+    # Most chat templates are older than the role "developer" and reject it.
     role = "system" if message.role == "developer" else message.role
-    told: dict[str, Any] = {"role": role, "content": clean(_text(message.content))}
+    rendered: dict[str, Any] = {"role": role, "content": clean(_text(message.content))}
     if message.name is not None:
-        told["name"] = clean(message.name)
+        rendered["name"] = clean(message.name)
     if isinstance(message, ToolMessage):
-        told["tool_call_id"] = clean(message.tool_call_id)
+        rendered["tool_call_id"] = clean(message.tool_call_id)
     if isinstance(message, AssistantMessage):
         if message.content is None and not message.tool_calls:
-            raise InvalidRequest(f"{place}.content", "must be given where there are no tool_calls")
+            raise InvalidRequest(f"{path}.content", "must be given unless there are tool_calls")
         if message.reasoning_content is not None:
-            told["reasoning_content"] = clean(message.reasoning_content)
+            rendered["reasoning_content"] = clean(message.reasoning_content)
         if message.tool_calls:
-            told["tool_calls"] = [
-                _call(call, f"{place}.tool_calls[{number}]", clean) for number, call in enumerate(message.tool_calls)
+            rendered["tool_calls"] = [
+                _call(call, f"{path}.tool_calls[{number}]", clean) for number, call in enumerate(message.tool_calls)
             ]
-    return told
+    return rendered
 
 
 def without_control(value: Any, clean: Callable[[str], str]) -> Any:
-    """A JSON value without control tokens in any of its texts."""
+    """A JSON value without control tokens in any of its strings and keys."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
@@ -128,12 +128,12 @@ def without_control(value: Any, clean: Callable[[str], str]) -> Any:
     return value
 
 
-def _call(call: ToolCall, place: str, clean: Callable[[str], str]) -> dict[str, Any]:
-    """Arguments are a text of JSON: what is escaped in it is read first, and cleaned then."""
-    field = f"{place}.function.arguments"
+def _call(call: ToolCall, path: str, clean: Callable[[str], str]) -> dict[str, Any]:
+    """A tool call. Its arguments are JSON text: parsed before cleaning, because escapes can hide a control token."""
+    field = f"{path}.function.arguments"
     try:
         arguments = json.loads(call.function.arguments or "{}")
-        # JSON can spell half of a surrogate pair, which no text can hold.
+        # JSON can contain half of a surrogate pair, which cannot be encoded as UTF-8.
         json.dumps(arguments, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest(field, "is not valid Unicode") from None

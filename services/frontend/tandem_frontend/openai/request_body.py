@@ -1,4 +1,4 @@
-"""A request's body: bytes to one of the schemas. A refusal names the parameter as the client wrote it."""
+"""Parses a request body into one of the schemas. An error names the parameter as the client wrote it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tandem_frontend.openai.common_params import Schema
 
 S = TypeVar("S", bound=Schema)
 
-PLACE_CHARS_MAX = 200
-FAULTS_MAX = 1_000
-"""More are not looked at one by one: each becomes an object with a sentence of its own first."""
-SENTENCES = {
+FIELD_CHARS_MAX = 200
+ERRORS_MAX = 1_000
+"""Beyond this many, no validation error is examined: pydantic builds an object and a message for each of them."""
+MESSAGES = {
     "missing": "must be given",
     "extra_forbidden": "is not a parameter of this API",
     "none_required": "is not supported here",
@@ -25,57 +25,58 @@ SENTENCES = {
 
 
 def parse(schema: type[S], data: bytes) -> S:
-    """The request in a body.
+    """Parse a request body.
 
     Raises:
-        InvalidRequest: the body is no JSON, or names the parameter at fault.
+        InvalidRequest: the body is not JSON, or a parameter is invalid; its `field` names which.
     """
     try:
         return schema.model_validate_json(data)
     except ValidationError as problem:
-        raise _explained(problem, data) from None
+        raise _invalid_request(problem, data) from None
 
 
-def _explained(problem: ValidationError, data: bytes) -> InvalidRequest:
-    if problem.error_count() > FAULTS_MAX:
-        return InvalidRequest("body", f"has {problem.error_count()} faults")
+def _invalid_request(problem: ValidationError, data: bytes) -> InvalidRequest:
+    if problem.error_count() > ERRORS_MAX:
+        return InvalidRequest("body", f"has {problem.error_count()} errors")
     errors = problem.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
         return InvalidRequest("body", f"is not JSON: {errors[0]['ctx']['error']}")
+    # Parsed again, because pydantic's error locations mix the client's keys with names of its own.
     given = json.loads(data)
     if not isinstance(given, dict):
         return InvalidRequest("body", "must be a JSON object")
-    # Where several shapes are possible, each one complains; the deepest complaint is about the shape that was meant,
-    # and a complaint of anything but the type is about the right shape.
-    place, error = max(
-        ((_place(error, given), error) for error in errors),
+    # pydantic reports errors for every alternative of a union. The deepest error belongs to the alternative that the
+    # client meant, and at the same depth an error other than a wrong type does.
+    path, error = max(
+        ((_path(error, given), error) for error in errors),
         key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")),
     )
-    field = re.sub(r"\.(\[)", r"\1", ".".join(place)) or "body"
-    return InvalidRequest(field[:PLACE_CHARS_MAX], _sentence(error))
+    field = re.sub(r"\.(\[)", r"\1", ".".join(path)) or "body"
+    return InvalidRequest(field[:FIELD_CHARS_MAX], _message(error))
 
 
-def _place(error: Any, given: Any) -> list[str]:
-    """The way to the fault through what was sent; pydantic's own names of alternatives are left out of it."""
-    place: list[str] = []
+def _path(error: Any, given: Any) -> list[str]:
+    """The path to the error in the client's JSON, without the names that pydantic adds for alternatives of a union."""
+    path: list[str] = []
     at = given
     for step in error["loc"]:
         if isinstance(step, int) and isinstance(at, list) and step < len(at):
             at = at[step]
-            place.append(f"[{step}]")
+            path.append(f"[{step}]")
         elif isinstance(at, dict) and step in at:
             at = at[step]
-            place.append(str(step))
+            path.append(str(step))
     if error["type"] == "missing":
-        place.append(str(error["loc"][-1]))
+        path.append(str(error["loc"][-1]))
     elif error["type"].startswith("union_tag"):
-        place.append(str(error["ctx"]["discriminator"]).strip("'"))
-    return place
+        path.append(str(error["ctx"]["discriminator"]).strip("'"))
+    return path
 
 
-def _sentence(error: Any) -> str:
-    if error["type"] in SENTENCES:
-        return SENTENCES[error["type"]]
+def _message(error: Any) -> str:
+    if error["type"] in MESSAGES:
+        return MESSAGES[error["type"]]
     if error["type"] == "union_tag_invalid":
         return f"must be one of {error['ctx']['expected_tags']}"
     if error["type"] == "too_short" and error["ctx"]["min_length"] == 1:

@@ -1,4 +1,4 @@
-"""How answers look on the wire: JSON without spaces, and server-sent events."""
+"""Encoding of responses: compact JSON, server-sent events, usage and finish reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.api.types.v1 import generation_pb2
 
 
 class UsageSum:
-    """Adds up the usage of finished choices. A prompt counts once, however many choices answer it."""
+    """Sums the usage of finished choices. A prompt counts once, however many choices it has."""
 
     def __init__(self, choices_per_prompt: int) -> None:
         self._choices_per_prompt = choices_per_prompt
@@ -24,13 +24,13 @@ class UsageSum:
         """The usage of one choice, by its number."""
         prompt = choice // self._choices_per_prompt
         self._prompt_tokens[prompt] = usage.prompt_tokens
-        # Choices of one prompt find each other's prefix; what the first of them found is what was cached before.
+        # Choices of one prompt hit each other's prefix in the cache; the smallest count is what was cached before.
         cached = self._cached_tokens.get(prompt, usage.cached_tokens)
         self._cached_tokens[prompt] = min(cached, usage.cached_tokens)
         self._completion_tokens += usage.completion_tokens
 
-    def told(self) -> dict[str, Any]:
-        """As OpenAI tells it."""
+    def as_json(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
         prompt_tokens = sum(self._prompt_tokens.values())
         return {
             "prompt_tokens": prompt_tokens,
@@ -47,7 +47,7 @@ REASONS = {
 
 
 def finish_reason(finish: pb.GenerateFinish, *, called_tools: bool = False) -> str:
-    """`tool_calls` where the model called one and came to its own end."""
+    """OpenAI's finish reason; `tool_calls` where the model called a tool and stopped by itself."""
     reason = REASONS[finish.reason]
     return "tool_calls" if called_tools and reason == "stop" else reason
 
@@ -58,16 +58,16 @@ DONE = b"data: [DONE]\n\n"
 
 
 def to_json(value: Any) -> bytes:
-    """Compact JSON; every character as it is.
+    """Compact JSON in UTF-8, without escapes for non-ASCII characters.
 
     Raises:
-        ValueError: a number that JSON cannot express.
+        ValueError: a number is NaN or infinite.
     """
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def whole(value: Any) -> httpbody_pb2.HttpBody:
-    """An answer in one piece."""
+    """The body of a response that is not streamed."""
     return httpbody_pb2.HttpBody(content_type=JSON, data=to_json(value))
 
 
@@ -77,7 +77,7 @@ def event(value: Any) -> bytes:
 
 
 def around_choice(head: dict[str, Any], tail: dict[str, Any]) -> tuple[bytes, bytes]:
-    """What comes before and behind the one choice of an event, for streams that send thousands of them."""
+    """The bytes before and after the one choice of an event, encoded once for a stream of thousands of events."""
     begin = to_json(head)[:-1] + b',"choices":['
     end = to_json(tail)[1:]
     return b"data: " + begin, b"]" + (b"," if tail else b"") + end + b"\n\n"

@@ -1,6 +1,6 @@
-"""The two requests of OpenAI's API that generate: what may be in them.
+"""The schemas of the two requests that generate: chat completions and completions.
 
-Pure shapes. What the values mean for a generation is translation's business.
+Types and sizes only; `translation` decides what the values mean.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem_frontend.openai.common_params import CommonFields, Int32, Many, NotSupported, Schema
+from tandem_frontend.openai.common_params import CommonFields, Int32, Many, MustBeNull, Schema
 from tandem_frontend.openai.messages import Message
 
 TOOLS_MAX = 128
@@ -17,7 +17,7 @@ NAME_PATTERN = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 
 class JsonSchema(Schema):
-    """The JSON schema an answer must follow."""
+    """The JSON schema that the output must follow."""
 
     name: str = Field(pattern=NAME_PATTERN)
     description: str | None = None
@@ -64,7 +64,7 @@ class Tool(Schema):
 
 
 class FunctionName(Schema):
-    """Names a function."""
+    """The name of a function."""
 
     name: str
 
@@ -91,12 +91,12 @@ class ChatRequest(CommonFields):
     modalities: Many[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    audio: NotSupported = None
-    functions: NotSupported = None
-    function_call: NotSupported = None
-    prediction: NotSupported = None
-    verbosity: NotSupported = None
-    web_search_options: NotSupported = None
+    audio: MustBeNull = None
+    functions: MustBeNull = None
+    function_call: MustBeNull = None
+    prediction: MustBeNull = None
+    verbosity: MustBeNull = None
+    web_search_options: MustBeNull = None
 
 
 TokenIds = Many[Int32]
@@ -111,4 +111,4 @@ class CompletionRequest(CommonFields):
     best_of: Int32 | None = None
     response_format: ResponseFormat | None = None
 
-    suffix: NotSupported = None
+    suffix: MustBeNull = None

@@ -1,7 +1,7 @@
-"""OpenAiService on the wire: bodies in, bodies out, nothing else.
+"""OpenAiService: HTTP bodies in, HTTP bodies out.
 
-Errors become statuses in tandem.rpc.interceptors, with the parameter's name as the client wrote it; the edge turns them
-into OpenAI's shape.
+tandem.rpc.interceptors turns errors into gRPC statuses that name the parameter as the client wrote it; the edge turns
+them into OpenAI's error object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAiService"].full_name
 
 
 class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
-    """Each method is one contract of openai_service.proto."""
+    """Implements openai_service.proto."""
 
     def __init__(
         self,
@@ -45,38 +45,39 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         parsers: Parsers | None,
         open_requests_max: int,
     ) -> None:
-        door, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
-        self._chat = ChatCompletions(door, model, texts, parsers)
-        self._completions = Completions(door, model, texts)
+        handler, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
+        self._chat = ChatCompletions(handler, model, texts, parsers)
+        self._completions = Completions(handler, model, texts)
         self._model = model
         self._workers = workers
         self._created_time_s = int(time.time())
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        """A chat completion, streamed or whole; a client that leaves cancels it. Bodies are pushed, not returned."""
-        wanted = parse(ChatRequest, request.data)
-        with _renaming(wanted):
-            await self._chat.answer(wanted, len(request.data), caller_of(context, "chat"), context)
+        """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
+        body = parse(ChatRequest, request.data)
+        with _parameter_names(body):
+            await self._chat.handle(body, len(request.data), caller_of(context, "chat"), context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        """A completion, streamed or whole; a client that leaves cancels it. Bodies are pushed, not returned."""
-        wanted = parse(CompletionRequest, request.data)
-        with _renaming(wanted):
-            await self._completions.answer(wanted, caller_of(context, "text_completion"), context)
+        """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
+        body = parse(CompletionRequest, request.data)
+        with _parameter_names(body):
+            await self._completions.handle(body, caller_of(context, "text_completion"), context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
-        """No model here has them."""
-        raise NotSupported("embeddings are not served: the engines here generate text")
+        """Not supported: the workers only generate text."""
+        raise NotSupported("embeddings are not supported: the workers only generate text")
 
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
-        """The models that can be asked for now."""
+        """The models that live workers serve."""
         models = list_models(self._workers(), self._model)
         return response.whole({"object": "list", "data": [self._model_entry(model.name) for model in models]})
 
     async def GetModel(self, request: pb.OpenAiServiceGetModelRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
-        """One of them."""
+        """One model that live workers serve."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
+        # SDKs percent-encode names like "org/model", and the transcoder does not decode a path of several segments.
         return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
 
     def _model_entry(self, name: str) -> dict[str, Any]:
@@ -84,13 +85,14 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
 
 
 @contextlib.contextmanager
-def _renaming(wanted: ChatRequest | CompletionRequest) -> Iterator[None]:
-    """A refusal in here names the parameter instead of the contract's field."""
+def _parameter_names(body: ChatRequest | CompletionRequest) -> Iterator[None]:
+    """Rename the field of an error from the contract's name to the OpenAI parameter."""
     try:
         yield
     except InvalidRequest as problem:
-        raise problem.renamed(parameter(problem.field, wanted)) from None
+        raise problem.renamed(parameter(problem.field, body)) from None
+    # Not every NotSupported is about a field: an engine may lack a whole feature.
     except NotSupported as problem:
         if "field" in problem.metadata:
-            problem.metadata["field"] = parameter(problem.metadata["field"], wanted)
+            problem.metadata["field"] = parameter(problem.metadata["field"], body)
         raise

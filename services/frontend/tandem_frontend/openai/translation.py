@@ -1,6 +1,6 @@
-"""From OpenAI's parameters to the frontend's own contract, and from the contract's field names back to theirs.
+"""Translates OpenAI's parameters to the frontend's own contract, and the contract's field names back.
 
-Checks only what the contract cannot know: parameters that exclude each other. All ranges are the contract's.
+Checks only what the contract cannot know: parameters that exclude each other. Ranges are checked with the contract.
 """
 
 from __future__ import annotations
@@ -10,120 +10,112 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.sampling import SCALARS
 from tandem.errors import InvalidRequest
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, JsonSchemaFormat, TextFormat
 
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
 COMPLETION_TOKENS_DEFAULT = 16
-"""OpenAI's own default on completions; on chat it is what the context leaves."""
+"""OpenAI's default for completions; for chat it is the rest of the context."""
 
 
-def chat_request(wanted: ChatRequest) -> pb.GenerateRequest:
-    """All of a chat completion but its prompt.
+def chat_request(body: ChatRequest) -> pb.GenerateRequest:
+    """The request of a chat completion, without its prompt.
 
     Raises:
         InvalidRequest: parameters contradict each other.
     """
-    if wanted.top_logprobs is not None and not wanted.logprobs:
-        raise InvalidRequest("top_logprobs", "needs logprobs to be true")
-    most = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
-    if wanted.max_tokens is not None and most != wanted.max_tokens:
-        raise InvalidRequest("max_completion_tokens", "differs from max_tokens: give one of them")
-    request = _common(wanted, most)
-    if wanted.logprobs:
-        request.logprobs.top_logprobs = wanted.top_logprobs or 0
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs", "requires logprobs to be true")
+    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.max_tokens is not None and most != body.max_tokens:
+        raise InvalidRequest("max_completion_tokens", "differs from max_tokens: set only one of them")
+    request = _common(body, most)
+    if body.logprobs:
+        request.logprobs.top_logprobs = body.top_logprobs or 0
     return request
 
 
-def completion_request(wanted: CompletionRequest) -> pb.GenerateRequest:
-    """All of a completion but its prompt.
+def completion_request(body: CompletionRequest) -> pb.GenerateRequest:
+    """The request of a completion, without its prompt.
 
     Raises:
         InvalidRequest: parameters contradict each other.
     """
-    if wanted.best_of is not None and wanted.best_of != wanted.choice_count:
+    if body.best_of is not None and body.best_of != body.choice_count:
         raise InvalidRequest("best_of", "is supported only where it equals n")
-    if wanted.echo and wanted.logprobs is not None:
+    if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo", "with logprobs is not supported: the prompt's log probabilities are not computed")
-    request = _common(wanted, COMPLETION_TOKENS_DEFAULT if wanted.max_tokens is None else wanted.max_tokens)
-    if wanted.logprobs is not None:
-        request.logprobs.top_logprobs = wanted.logprobs
+    request = _common(body, COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens)
+    if body.logprobs is not None:
+        request.logprobs.top_logprobs = body.logprobs
     return request
 
 
 def for_choice(request: pb.GenerateRequest, token_ids: Sequence[int], number: int) -> pb.GenerateRequest:
-    """The request of one choice. With a seed, each choice of a prompt draws its own tokens, repeatably."""
+    """The request of one choice. A seed is increased by the choice's number, so that choices differ repeatably."""
     own = pb.GenerateRequest()
     own.CopyFrom(request)
     own.token_ids.ids.extend(token_ids)
     if own.sampling.HasField("seed"):
-        # Wraps around, as the seed is one of 64 bits.
+        # Wraps around in the signed 64 bits of the field.
         own.sampling.seed = (own.sampling.seed + number + 2**63) % 2**64 - 2**63
     return own
 
 
-def parameter(field: str, wanted: ChatRequest | CompletionRequest) -> str:
-    """The parameter behind a field of the contract."""
+def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
+    """The OpenAI parameter of a field of the contract."""
+    # Both endpoints send token ids to the pipeline, so an error about the prompt names a field the client never sent.
     if field.split(".")[0] in {"token_ids", "chat", "prompt"}:
-        return "messages" if isinstance(wanted, ChatRequest) else "prompt"
+        return "messages" if isinstance(body, ChatRequest) else "prompt"
+    # The grammar of tool calls is a JSON schema too.
     if field.startswith("guided.json_schema"):
-        return "response_format" if wanted.response_format is not None else "tools"
-    if field == "stopping.max_tokens" and getattr(wanted, "max_completion_tokens", None) is not None:
+        return "response_format" if body.response_format is not None else "tools"
+    if field == "stopping.max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
         return "max_completion_tokens"
     if field in {"logprobs.top_logprobs", "top_logprobs"}:
-        return "top_logprobs" if isinstance(wanted, ChatRequest) else "logprobs"
+        return "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
     for part in ("sampling.", "stopping.", "guided."):
         field = field.removeprefix(part)
     return field
 
 
-def _common(wanted: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
-    if wanted.stream_options is not None and not wanted.stream:
-        raise InvalidRequest("stream_options", "needs stream to be true")
-    request = pb.GenerateRequest(model=wanted.model)
-    for name in SAMPLING:
-        value = getattr(wanted, name)
+def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options", "requires stream to be true")
+    request = pb.GenerateRequest(model=body.model)
+    for name in SCALARS:
+        value = getattr(body, name)
         if value is not None:
             setattr(request.sampling, name, value)
-    if wanted.seed is not None:
-        request.sampling.seed = wanted.seed
-    for token, bias in (wanted.logit_bias or {}).items():
+    for token, bias in (body.logit_bias or {}).items():
         request.sampling.logit_bias[_token_id(token)] = bias
     if max_tokens is not None:
         request.stopping.max_tokens = max_tokens
-    if wanted.min_tokens is not None:
-        request.stopping.min_tokens = wanted.min_tokens
-    request.stopping.stop.extend(wanted.stops)
-    request.stopping.stop_token_ids.extend(wanted.stop_token_ids or ())
-    request.stopping.ignore_eos = bool(wanted.ignore_eos)
+    if body.min_tokens is not None:
+        request.stopping.min_tokens = body.min_tokens
+    request.stopping.stop.extend(body.stops)
+    request.stopping.stop_token_ids.extend(body.stop_token_ids or ())
+    request.stopping.ignore_eos = bool(body.ignore_eos)
     for name in ("priority", "cache_salt", "coalesce_ms"):
-        if getattr(wanted, name) is not None:
-            setattr(request, name, getattr(wanted, name))
-    _set_grammar(request, wanted)
+        if getattr(body, name) is not None:
+            setattr(request, name, getattr(body, name))
+    _set_grammar(request, body)
     return request
 
 
-def _set_grammar(request: pb.GenerateRequest, wanted: Any) -> None:
-    """The one grammar of the answer."""
+def _set_grammar(request: pb.GenerateRequest, body: Any) -> None:
+    """Set the grammar that the output must follow, if any."""
     given: dict[str, dict[str, str]] = {}
-    if wanted.response_format is not None and not isinstance(wanted.response_format, TextFormat):
-        given["response_format"] = {"json_schema": json.dumps(_schema_of(wanted.response_format))}
-    if wanted.regex is not None:
-        given["regex"] = {"regex": wanted.regex}
-    if wanted.ebnf is not None:
-        given["ebnf"] = {"ebnf": wanted.ebnf}
+    if body.response_format is not None and not isinstance(body.response_format, TextFormat):
+        given["response_format"] = {"json_schema": json.dumps(_schema_of(body.response_format))}
+    if body.regex is not None:
+        given["regex"] = {"regex": body.regex}
+    if body.ebnf is not None:
+        given["ebnf"] = {"ebnf": body.ebnf}
     if len(given) > 1:
         first, second, *_ = given
-        raise InvalidRequest(second, f"cannot be combined with {first}: an answer follows one grammar")
+        raise InvalidRequest(second, f"cannot be combined with {first}: only one grammar is allowed")
     for name, grammar in given.items():
         if "" in grammar.values():
             raise InvalidRequest(name, "must not be empty")
@@ -138,8 +130,8 @@ def _schema_of(form: Any) -> dict[str, Any]:
 
 
 def _token_id(token: str) -> int:
-    """OpenAI sends token ids as the names of a JSON object."""
-    # Ten digits hold every id of 31 bits; int() of a very long text is slow.
+    """A token id from a key of the `logit_bias` object, where OpenAI has them as text."""
+    # Ten digits hold every 31-bit id; int() of a very long text is slow.
     if not token.isascii() or not token.isdigit() or len(token) > 10 or int(token) >= 2**31:
-        raise InvalidRequest("logit_bias", f"{token[:20]!r} is no token id")
+        raise InvalidRequest("logit_bias", f"{token[:20]!r} is not a token id")
     return int(token)

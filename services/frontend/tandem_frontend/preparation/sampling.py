@@ -1,6 +1,6 @@
-"""The ranges of sampling values, for requests and for what a model's makers recommend alike.
+"""Range checks of sampling parameters, for requests and for the defaults in a model's generation_config.json.
 
-Ranges are those the contract's comments state; a test holds the two together. Settles no default.
+The ranges themselves are in `tandem.domain.sampling`; a test compares them with the contract's comments.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.api.types.v1 import sampling_pb2
+from tandem.domain.sampling import LOGIT_BIAS_MAX, LOGIT_BIASES_MAX, RANGES, RECOMMENDED, TOP_K_ALL
 from tandem.errors import InvalidRequest, StartError
-
-NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_defaults(model: Path) -> dict[str, float]:
@@ -28,12 +27,12 @@ def read_defaults(model: Path) -> dict[str, float]:
         return {}
     try:
         config: Any = json.loads(file.read_bytes())
-        given = {name: config[name] for name in NAMES if config.get(name) is not None}
+        given = {name: config[name] for name in RECOMMENDED if config.get(name) is not None}
     except (OSError, ValueError, AttributeError) as problem:
         raise StartError(f"{file} cannot be read as JSON: {problem}", path=str(file)) from None
     # "All tokens" is 0 in these files, and -1 on the wire.
     if given.get("top_k") == 0:
-        given["top_k"] = -1
+        given["top_k"] = TOP_K_ALL
     for name, value in given.items():
         _check(file, name, value)
     return given
@@ -60,38 +59,25 @@ def with_defaults(sampling: sampling_pb2.Sampling, defaults: dict[str, float]) -
     return whole
 
 
-LOGIT_BIASES_MAX = 1_024
-
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "temperature": (0, 2, True),
-    "top_p": (0, 1, False),
-    "min_p": (0, 1, True),
-    "presence_penalty": (-2, 2, True),
-    "frequency_penalty": (-2, 2, True),
-    "repetition_penalty": (0, 2, False),
-}
-"""Field of Sampling -> lowest, highest, whether the lowest itself is allowed."""
-
-
 def check_ranges(sampling: sampling_pb2.Sampling) -> None:
     """Refuse values outside their ranges; whether the tokens of `logit_bias` exist is another question.
 
     Raises:
         InvalidRequest: names the field.
     """
-    for name, (lowest, highest, with_lowest) in RANGES.items():
+    for name, allowed in RANGES.items():
         if not sampling.HasField(name):  # type: ignore[arg-type]
             continue
         value = getattr(sampling, name)
-        # NaN compares false with everything.
-        inside = lowest < value <= highest or (with_lowest and value == lowest)
-        if not inside:
-            wanted = f"from {lowest:g} to {highest:g}" if with_lowest else f"over {lowest:g} and at most {highest:g}"
-            raise InvalidRequest(f"sampling.{name}", f"must be {wanted}, not {value:g}")
-    if sampling.HasField("top_k") and sampling.top_k != -1 and sampling.top_k < 1:
+        if value not in allowed:
+            raise InvalidRequest(f"sampling.{name}", f"must be {allowed}, not {value:g}")
+    if sampling.HasField("top_k") and sampling.top_k != TOP_K_ALL and sampling.top_k < 1:
         raise InvalidRequest("sampling.top_k", f"must be 1 or more, or -1 for all, not {sampling.top_k}")
     if len(sampling.logit_bias) > LOGIT_BIASES_MAX:
         raise InvalidRequest("sampling.logit_bias", f"{len(sampling.logit_bias)} are more than {LOGIT_BIASES_MAX}")
     for token_id, bias in sampling.logit_bias.items():
-        if math.isnan(bias) or abs(bias) > 100:
-            raise InvalidRequest("sampling.logit_bias", f"of token {token_id} must be -100 to 100, not {bias:g}")
+        if math.isnan(bias) or abs(bias) > LOGIT_BIAS_MAX:
+            raise InvalidRequest(
+                "sampling.logit_bias",
+                f"of token {token_id} must be -{LOGIT_BIAS_MAX} to {LOGIT_BIAS_MAX}, not {bias:g}",
+            )

@@ -18,17 +18,17 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import sampling_pb2
 from tandem.domain.json_bounds import check_json_bounds
+from tandem.domain.limits import REQUEST_ID_CHARS_MAX, TOP_LOGPROBS_MAX
 from tandem.errors import ContextExceeded, InvalidRequest
 from tandem.rpc.convert import present
 from tandem_frontend.preparation.sampling import check_ranges
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, Tokenizer
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{REQUEST_ID_CHARS_MAX}}}")
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STOPS_MAX = 16
 STOP_BYTES_MAX = 1_024
 STOP_TOKENS_MAX = 64
-TOP_LOGPROBS_MAX = 20
 CACHE_SALT_CHARS_MAX = 128
 SESSION_ID_CHARS_MAX = 128
 PRIORITY_MAX = 100
@@ -73,7 +73,9 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
     """
     request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
     if not REQUEST_ID.fullmatch(request_id):
-        raise InvalidRequest("request_id", "must be 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'")
+        raise InvalidRequest(
+            "request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-'"
+        )
     check_ranges(request.sampling)
     check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocabulary_size)
     _check_stopping(request.stopping, tokenizer.vocabulary_size)

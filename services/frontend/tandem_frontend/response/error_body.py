@@ -1,7 +1,7 @@
-"""The error object of everything Tandem says over HTTP: message, type, param, code.
+"""The OpenAI error object of a failure inside a stream: message, type, param, code.
 
-The same mapping as in services/edge/tandem_edge/envoy/errors.lua, which rewrites statuses; a test holds the two
-together. Here it is for failures inside a stream.
+Failures before the first byte get the same object from the edge's Lua filter; both derive it from
+`tandem.domain.http_errors`.
 """
 
 from __future__ import annotations
@@ -9,47 +9,31 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tandem.domain.http_errors import ERROR_BY_CODE, SERVICE_UNAVAILABLE
 from tandem.errors import TandemError
 
 log = logging.getLogger(__name__)
 
-TYPE_BY_CODE = {
-    "INVALID_ARGUMENT": "invalid_request_error",
-    # Ours are about workers that do not fit: the caller can only wait.
-    "FAILED_PRECONDITION": "service_unavailable_error",
-    "OUT_OF_RANGE": "invalid_request_error",
-    "NOT_FOUND": "invalid_request_error",
-    "ALREADY_EXISTS": "invalid_request_error",
-    "UNAUTHENTICATED": "authentication_error",
-    "PERMISSION_DENIED": "permission_error",
-    "RESOURCE_EXHAUSTED": "rate_limit_error",
-    "CANCELLED": "api_error",
-    "DEADLINE_EXCEEDED": "timeout_error",
-    "UNAVAILABLE": "service_unavailable_error",
-    "UNIMPLEMENTED": "server_error",
-    "INTERNAL": "server_error",
-}
-
 
 def error_body(error: TandemError) -> dict[str, Any]:
-    """The JSON object that tells a failure."""
-    kind = TYPE_BY_CODE[error.code]
-    told = {
+    """The error object, as JSON values."""
+    kind = ERROR_BY_CODE[error.code].type
+    body = {
         "message": error.message,
         "type": kind,
-        # Of workers that do not fit, `field` names what differs between them, not a field of the request.
-        "param": None if kind == "service_unavailable_error" else error.metadata.get("field"),
+        # Of workers that do not fit together, `field` names the capability that differs, not a field of the request.
+        "param": None if kind == SERVICE_UNAVAILABLE else error.metadata.get("field"),
         "code": error.reason.lower(),
     }
-    return {"error": told}
+    return {"error": body}
 
 
 def last_event(problem: Exception) -> dict[str, Any]:
-    """The error object with which a stream ends that has begun: over HTTP/1.1 nobody sees a status any more.
+    """The error object that ends a stream which has begun: its HTTP status was sent long ago.
 
-    A defect too must be told here, for the same reason.
+    A defect becomes an error object too. Its text goes to the log only, because it may hold a client's data.
     """
     if isinstance(problem, TandemError):
         return error_body(problem)
-    log.error("defect behind a stream of events", exc_info=problem)
+    log.error("internal error in an event stream; the client gets an error object", exc_info=problem)
     return error_body(TandemError(f"internal error: {type(problem).__name__}"))

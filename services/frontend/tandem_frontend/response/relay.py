@@ -14,7 +14,7 @@ from google.protobuf import duration_pb2
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.observability.request_trace import RequestTrace
+from tandem.observability.request_trace import RequestTrace, kv_transfer_bytes
 from tandem.rpc.convert import timestamp
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
@@ -246,8 +246,9 @@ class Relay:
                 told = name == "kv_transfer_start_time" and timings.HasField("kv_transfer_start_time")
                 if leg.timings.HasField(name) and not told:  # type: ignore[arg-type]
                     getattr(timings, name).CopyFrom(getattr(leg.timings, name))
-            if leg.timings.HasField("kv_transfer_bytes"):
-                timings.kv_transfer_bytes = leg.timings.kv_transfer_bytes
+        moved_bytes = kv_transfer_bytes(prefill, decode)
+        if moved_bytes is not None:
+            timings.kv_transfer_bytes = moved_bytes
         if decode is not None and decode.timings.HasField("recomputed_tokens"):
             timings.recomputed_tokens = decode.timings.recomputed_tokens
         if first_s is not None and last_s is not None:

@@ -11,25 +11,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tandem.domain.generation import Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.domain.generation import GRAMMARS, Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.domain.limits import TOP_LOGPROBS_MAX
+from tandem.domain.sampling import ENGINE_NAMES, LOGIT_BIAS_MAX
 from tandem.domain.worker import WorkerRole
 from tandem.engine.sglang.hooks import grammars
 from tandem.errors import ContextExceeded, InvalidRequest, NotSupported
 
-_SAMPLING_NAMES = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
-_GUIDED_NAMES = ("json_schema", "regex", "ebnf", "structural_tag")
 _HOST = re.compile(r"[A-Za-z0-9_.:%\[\]-]{1,253}")
 ROOM_MAX = 2**63 - 1
-TOP_LOGPROBS_MAX = 20
-LOGIT_BIAS_MAX = 100
 FAKE_BOOTSTRAP_HOST = "2.2.2.2"
 """SGLang's constant of the same name: a request with this host has no peer and transfers no KV on any backend."""
 CANARY_GREEDY = Sampling(temperature=0.0)
@@ -181,17 +171,15 @@ def _sampling_params(request: EngineRequest, context_tokens_max: int) -> dict[st
     if stopping.stop_token_ids:
         values["stop_token_ids"] = list(stopping.stop_token_ids)
     if request.guided is not None:
-        given = ((name, getattr(request.guided, name)) for name in _GUIDED_NAMES)
+        given = ((name, getattr(request.guided, name)) for name in GRAMMARS)
         values |= {name: grammar for name, grammar in given if grammar is not None}
     return values
 
 
 def _chosen(sampling: Sampling) -> dict[str, Any]:
     """Only the fields the caller set; SGLang's defaults apply to the rest."""
-    given = ((name, getattr(sampling, name)) for name in _SAMPLING_NAMES)
+    given = ((engine_name, getattr(sampling, name)) for name, engine_name in ENGINE_NAMES.items())
     values = {name: value for name, value in given if value is not None}
-    if sampling.seed is not None:
-        values["sampling_seed"] = sampling.seed
     if sampling.logit_bias:
         values["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
     return values

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
+from tandem.domain.sampling import ENGINE_NAMES
 from tandem.engine.port import Output
 from tandem.engine.sglang.hooks import grammars
 from tandem.errors import (
@@ -36,13 +37,7 @@ _TIMINGS = (
     "kv_transfer_bytes",
 )
 _FIELDS = {
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "top_k": "sampling.top_k",
-    "min_p": "sampling.min_p",
-    "presence_penalty": "sampling.presence_penalty",
-    "frequency_penalty": "sampling.frequency_penalty",
-    "repetition_penalty": "sampling.repetition_penalty",
+    **{engine_name: f"sampling.{name}" for name, engine_name in ENGINE_NAMES.items() if name != "seed"},
     "logit_bias": "sampling.logit_bias",
     "min_new_tokens": "stopping.min_tokens",
     "max_new_tokens": "stopping.max_tokens",

@@ -14,6 +14,7 @@ from pathlib import Path
 import tandem
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.domain.limits import TOP_LOGPROBS_MAX
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, KvEvent, Output
 from tandem.engine.pulling import BatchQueue
@@ -50,7 +51,6 @@ def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CAPACITY_TOKENS = 16_384
-TOP_LOGPROBS_MAX = 20
 TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tandem.domain.limits import PORT_MAX
 from tandem.engine.simulated.faults import FaultRule, parse_rules
 from tandem.errors import ConfigError
 
@@ -159,7 +160,7 @@ def _optional_positive_int(key: str, value: Any) -> None:
 
 def _optional_port(key: str, value: Any) -> None:
     _optional_positive_int(key, value)
-    if value is not None and value > 65_535:
+    if value is not None and value > PORT_MAX:
         raise _refuse(key, "a port", value)
 
 

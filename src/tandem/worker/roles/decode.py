@@ -15,6 +15,7 @@ from tandem.api.decode.v2 import decode_service_pb2 as pb
 from tandem.api.decode.v2 import decode_service_pb2_grpc as pb_grpc
 from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import EngineRequest
+from tandem.domain.limits import PORT_MAX
 from tandem.domain.worker import Worker, WorkerRole
 from tandem.errors import InvalidRequest, WrongRole
 from tandem.rpc.convert import bootstrap_from_proto
@@ -24,8 +25,6 @@ from tandem.worker.leg_starts import LegStarts
 from tandem.worker.legs import Legs
 from tandem.worker.step_servicer import FormerDecodeServicer
 from tandem.worker.steps import StepStreams
-
-PORT_MAX = 65_535
 
 
 class DecodeLegs:
