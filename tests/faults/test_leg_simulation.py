@@ -157,7 +157,7 @@ class History:
         )
         try:
             with self.admission.admit():
-                async with self.admission.place(demand):
+                async with self.admission.slot(demand):
                     left_s = None if client.deadline_s is None else max(0.0, client.deadline_s - now_s())
                     async with self.attempts.taken(client.leg, client, left_s) as client.stream:
                         await client.stream.run()

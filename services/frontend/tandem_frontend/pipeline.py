@@ -122,7 +122,7 @@ class Generation:
     async def _served(
         self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
     ) -> AsyncIterator[RetryingStream]:
-        async with self._admission.place(_demand(wanted, caller)):
+        async with self._admission.slot(_queued(wanted, caller)):
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
                 async with self._attempts.taken(self._leg(wanted), relay, caller.left_s(), record) as stream:
@@ -165,7 +165,7 @@ class Generation:
         )
 
 
-def _demand(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
+def _queued(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
     """The KV it may hold, counted when it is asked for: what it really needs is known only at its end."""
     return QueuedRequest(
         tokens=len(wanted.token_ids) + wanted.max_tokens,
