@@ -1,4 +1,4 @@
-"""The state machine of a request under every order of events that two legs can produce."""
+"""The state machine of a request under every order of events that its two legs can produce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAIR = (LegRole.PREFILL, LegRole.DECODE)
 
 
 class RequestMachine(RuleBasedStateMachine):
-    """Legs that speak in any order the contract allows."""
+    """Events of legs in any order that the contract allows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ class RequestMachine(RuleBasedStateMachine):
     @invariant()
     def an_attempt_never_goes_back(self) -> None:
         if self.state.phase in IN_ATTEMPT:
-            place = ORDER.index(self.state.phase)
-            assert place >= self.highest
-            self.highest = place
+            index = ORDER.index(self.state.phase)
+            assert index >= self.highest
+            self.highest = index
 
     @invariant()
     def nothing_is_bootstrapping_before_both_legs_are_taken(self) -> None:
@@ -88,7 +88,7 @@ RequestMachine.TestCase.settings = settings(max_examples=200, stateful_step_coun
 TestRequestMachine = RequestMachine.TestCase
 
 
-def test_the_way_of_a_pair() -> None:
+def test_phases_of_a_pair() -> None:
     state = RequestState()
     state.dispatch(*PAIR)
     assert state.phase is Phase.DISPATCHED
@@ -118,6 +118,24 @@ def test_attempts_are_counted() -> None:
     assert (state.attempt, state.phase) == (3, Phase.DISPATCHED)
 
 
+def test_an_aborted_leg_keeps_its_phase() -> None:
+    state = RequestState()
+    state.dispatch(*PAIR)
+    for role in PAIR:
+        state.take(role)
+    state.speak(LegRole.DECODE)
+    prefill = state.legs[LegRole.PREFILL]
+    prefill.abort()
+    prefill.abort()
+    assert prefill.phase is Phase.ABORTED
+    state.end_leg(LegRole.DECODE)
+    assert state.phase is Phase.DECODING
+    with pytest.raises(AssertionError):
+        state.end_leg(LegRole.PREFILL)
+    with pytest.raises(AssertionError):
+        state.legs[LegRole.DECODE].abort()
+
+
 def _ended() -> RequestState:
     state = RequestState()
     state.dispatch(LegRole.AGGREGATED)
@@ -137,7 +155,7 @@ def _ended() -> RequestState:
         lambda: _ended().speak(LegRole.AGGREGATED),
     ],
 )
-def test_what_cannot_be_is_an_assertion(impossible: object) -> None:
+def test_an_impossible_transition_is_an_assertion(impossible: object) -> None:
     assert callable(impossible)
     with pytest.raises(AssertionError):
         impossible()

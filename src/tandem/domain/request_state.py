@@ -1,11 +1,11 @@
-"""The state of one request over all its attempts, driven by what both legs say.
+"""The state of one request over all its attempts, driven by the events of both legs.
 
     queued -> dispatched -> bootstrapping -> prefilling -> transferring -> decoding -> finished
        ^                                                                      |
        +---- another attempt, from every state but the last two --------------+      aborted, from every state
 
-Pure: events come in, a phase comes out, and an event that cannot be is an assertion. Owns no leg and decides nothing;
-an attempt may skip states that its engines do not tell of, and never goes back within one attempt.
+Pure: events come in, a phase comes out, and an impossible event is an assertion. The one place that holds the phases of
+a request and of its legs. An attempt may skip phases that its engines do not report, and never goes back.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ class Phase(Enum):
     """Where a request, or one leg of it, is."""
 
     QUEUED = "queued"
-    """Waits in the frontend for a place or for another attempt."""
+    """Waits in the frontend for its first or for another attempt."""
     DISPATCHED = "dispatched"
-    """Its legs are on their way to their workers."""
+    """Its legs were sent to their workers."""
     BOOTSTRAPPING = "bootstrapping"
-    """Both workers have their legs; the legs are finding each other, or nothing more has been heard."""
+    """Both workers have accepted their legs; the legs are connecting, or no later phase was reported."""
     PREFILLING = "prefilling"
     """The prompt runs through the model."""
     TRANSFERRING = "transferring"
-    """The first token is known; KV is on its way."""
+    """Prefill has the first token; KV is being transferred."""
     DECODING = "decoding"
-    """Tokens are coming."""
+    """Decode has sent a token."""
     FINISHED = "finished"
     ABORTED = "aborted"
 
     @property
     def is_last(self) -> bool:
-        """Nothing can follow."""
+        """Whether no other phase can follow."""
         return self in (Phase.FINISHED, Phase.ABORTED)
 
 
@@ -59,14 +59,19 @@ class LegState:
 
     @property
     def is_taken(self) -> bool:
-        """Its worker has it."""
+        """Whether its worker has accepted it."""
         return self.phase is not Phase.DISPATCHED
 
     def advance(self, phase: Phase) -> None:
-        """Go on to a later phase; word of an earlier one, which may overtake it, changes nothing."""
+        """Enter a later phase; an event of an earlier one, which may arrive late, changes nothing."""
         assert not self.phase.is_last, f"the {self.role.value} leg has ended and cannot be {phase.value}"
         if ORDER.index(phase) > ORDER.index(self.phase):
             self.phase = phase
+
+    def abort(self) -> None:
+        """It failed, or was given up."""
+        assert self.phase is not Phase.FINISHED, f"the {self.role.value} leg has finished and cannot be aborted"
+        self.phase = Phase.ABORTED
 
 
 @dataclass(slots=True)
@@ -86,20 +91,20 @@ class RequestState:
         self.phase = Phase.DISPATCHED
 
     def take(self, role: LegRole) -> None:
-        """A worker has taken its leg."""
+        """A worker has accepted its leg."""
         leg = self._leg(role)
-        assert not leg.is_taken, f"the {role.value} leg was taken twice"
+        assert not leg.is_taken, f"the {role.value} leg was accepted twice"
         leg.advance(Phase.PREFILLING if role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING)
         self._follow()
 
     def speak(self, role: LegRole) -> None:
-        """The first token of a leg has come."""
+        """The first token of a leg has arrived."""
         leg = self._taken(role)
         leg.advance(Phase.TRANSFERRING if role is LegRole.PREFILL else Phase.DECODING)
         self._follow()
 
     def end_leg(self, role: LegRole) -> None:
-        """A leg has finished well."""
+        """A leg has finished without a failure."""
         self._taken(role).advance(Phase.FINISHED)
         self._follow()
 
@@ -116,14 +121,14 @@ class RequestState:
         self.phase = Phase.FINISHED
 
     def abort(self) -> None:
-        """The request ends without a finish: an error, or a client that is gone."""
+        """The request ends without a finish: an error, or its client has cancelled it."""
         assert not self.phase.is_last, f"a request that is {self.phase.value} cannot be aborted"
         self.legs = {}
         self.phase = Phase.ABORTED
 
     def _follow(self) -> None:
-        """The request is where its slower leg is, until decode speaks: from there on decode's word counts."""
-        assert self.phase in IN_ATTEMPT, f"a leg spoke in {self.phase.value}"
+        """Derive the request's phase: until decode's first token from both legs, from then on from decode alone."""
+        assert self.phase in IN_ATTEMPT, f"an event of a leg arrived in {self.phase.value}"
         streaming = self.legs.get(LegRole.DECODE) or self.legs[LegRole.AGGREGATED]
         if ORDER.index(streaming.phase) >= ORDER.index(Phase.DECODING):
             self.phase = Phase.DECODING
@@ -138,7 +143,7 @@ class RequestState:
 
     def _taken(self, role: LegRole) -> LegState:
         leg = self._leg(role)
-        assert leg.is_taken, f"the {role.value} leg spoke before it was taken"
+        assert leg.is_taken, f"an event of the {role.value} leg arrived before it was accepted"
         return leg
 
     def _must_be(self, phase: Phase) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.domain.request_state import LegRole, Phase, RequestState
+from tandem.domain.request_state import LegRole, LegState, Phase, RequestState
 from tandem.domain.worker import Worker
 from tandem.errors import (
     DeadlinePassed,
@@ -67,20 +67,19 @@ class Hearer(Protocol):
 class _Side:
     """One leg of the attempt: what it says, in the order in which it says it."""
 
-    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker, *, wants_logprobs: bool = False) -> None:
+    def __init__(self, attempt: Attempt, leg: LegState, worker: Worker, *, wants_logprobs: bool = False) -> None:
         self._attempt = attempt
-        self.role = role
+        self.leg = leg
+        """The one place that holds its phase."""
+        self.role = leg.role
         self.worker = worker
-        self.phase = Phase.DISPATCHED
-        self.is_accepted = False
         self._expected_index = 0
         self._token_ids_below = worker.capabilities.vocabulary_size
         self._wants_logprobs = wants_logprobs
 
     def accepted(self) -> None:
         """See `Sink`."""
-        if not self.is_accepted:
-            self.is_accepted = True
+        if not self.leg.is_taken:
             self._attempt.on_accepted(self)
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Logprobs) -> None:
@@ -141,10 +140,11 @@ class Attempt:
         self._hearer = hearer
         self._state = state or RequestState()
         self._record = record or AttemptTrace()
-        streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
-        self._decode = _Side(self, streaming, route.decode, wants_logprobs=wants_logprobs)
-        self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)
-        self._state.dispatch(*(side.role for side in self._sides()))
+        streaming = LegRole.AGGREGATED if route.prefill is None else LegRole.DECODE
+        self._state.dispatch(*(() if route.prefill is None else (LegRole.PREFILL,)), streaming)
+        legs = self._state.legs
+        self._decode = _Side(self, legs[streaming], route.decode, wants_logprobs=wants_logprobs)
+        self._prefill = None if route.prefill is None else _Side(self, legs[LegRole.PREFILL], route.prefill)
         loop = asyncio.get_running_loop()
         self._taken: asyncio.Future[None] = loop.create_future()
         """Done when every worker has taken its leg, or the attempt has failed before."""
@@ -213,7 +213,7 @@ class Attempt:
     def lose(self, worker: Worker, why: str) -> None:
         """End the attempt: a worker of its is known to be gone, whatever its stream still says."""
         for side in self._sides():
-            if side.worker.start == worker.start and side.phase is not Phase.FINISHED:
+            if side.worker.start == worker.start and side.leg.phase is not Phase.FINISHED:
                 self.on_failed(side, LegFailed(why))
 
     # --- What the legs say
@@ -224,34 +224,30 @@ class Attempt:
             return
         self._state.take(side.role)
         self._record.accepted(side.role.value)
-        if side.phase is Phase.DISPATCHED:
-            side.phase = Phase.PREFILLING if side.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
-        if all(each.is_accepted for each in self._sides()):
+        if all(each.leg.is_taken for each in self._sides()):
             self._is_taken = True
             _set(self._taken)
 
     def on_tokens(self, side: _Side, token_ids: Sequence[int], logprobs: Logprobs) -> None:
         """Tokens of a leg. Prefill's is decode's too and is not passed on."""
-        if self._is_ended:
+        if self._is_ended or side.leg.phase.is_last:
             return
         if side is self._prefill:
             side.accepted()
-            side.phase = Phase.TRANSFERRING
             self._state.speak(side.role)
             return
-        if side.phase is not Phase.DECODING:
+        if side.leg.phase is not Phase.DECODING:
             # They may overtake the answers that the legs were taken. Whatever breaks after a token has been passed on
             # breaks a stream that has begun: it is continued, never begun again.
             if self._prefill is not None:
                 self._prefill.accepted()
             side.accepted()
-            side.phase = Phase.DECODING
             self._state.speak(side.role)
         self._hearer.tokens(token_ids, logprobs)
 
     def on_finished(self, side: _Side, finish: leg_pb2.LegFinish) -> None:
         """A leg has ended by itself, or because somebody else has aborted it."""
-        if self._is_ended:
+        if self._is_ended or side.leg.phase.is_last:
             return
         side.accepted()
         is_aborted = finish.reason == generation_pb2.FINISH_REASON_ABORTED
@@ -263,7 +259,6 @@ class Attempt:
         else:
             self.decode_finish = finish
         self._state.end_leg(side.role)
-        side.phase = Phase.FINISHED
         if self.decode_finish is None:
             return
         # Of an aborted request prefill has no account to give: it may still wait for decode.
@@ -275,10 +270,10 @@ class Attempt:
 
     def on_failed(self, side: _Side, problem: TandemError) -> None:
         """A leg has failed."""
-        if self._is_ended or side.phase is Phase.FINISHED:
+        if self._is_ended or side.leg.phase is Phase.FINISHED:
             return
         is_consequence = side is self._prefill and problem.metadata.get("cause") == LegFailed.PEER_ABORTED
-        if is_consequence and self._decode.phase not in (Phase.FINISHED, Phase.ABORTED):
+        if is_consequence and self._decode.leg.phase not in (Phase.FINISHED, Phase.ABORTED):
             # Decode's own end says why, and whether it was a failure at all.
             loop = asyncio.get_running_loop()
             self._decode_timer = loop.call_later(DECODE_END_TIMEOUT_S, self._fail_leg, side, problem)
@@ -287,7 +282,7 @@ class Attempt:
 
     def on_unanswered(self, side: _Side) -> None:
         """A leg's worker is slow, and has not answered a question about its health."""
-        if self._is_ended or side.phase in (Phase.FINISHED, Phase.ABORTED):
+        if self._is_ended or side.leg.phase.is_last:
             return
         if self._hearer.is_replaceable(side.worker):
             self.on_failed(side, LegFailed("no answer, neither to the leg nor to a question about its health"))
@@ -296,7 +291,7 @@ class Attempt:
         self._fail(side, self._explain(side, problem))
 
     def _fail(self, side: _Side, problem: TandemError) -> None:
-        side.phase = Phase.ABORTED
+        side.leg.abort()
         if side is self._prefill and self._has_handed_over():
             log.info("prefill leg failed after the hand-over: %s", problem)
             if self.decode_finish is not None:
@@ -311,10 +306,10 @@ class Attempt:
         return (self._decode,) if self._prefill is None else (self._prefill, self._decode)
 
     def _has_handed_over(self) -> bool:
-        return self._decode.phase in (Phase.DECODING, Phase.FINISHED)
+        return self._decode.leg.phase in (Phase.DECODING, Phase.FINISHED)
 
     def _prefill_is_over(self) -> bool:
-        return self._prefill is not None and self._prefill.phase in (Phase.FINISHED, Phase.ABORTED)
+        return self._prefill is not None and self._prefill.leg.phase.is_last
 
     def _abort(self) -> None:
         if self._dispatched is not None:
@@ -330,12 +325,12 @@ class Attempt:
                 self.faulty_worker = side.worker
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
-            self._record.broke(side.role.value, side.worker, side.phase.value, problem.reason)
+            self._record.broke(side.role.value, side.worker, side.leg.phase.value, problem.reason)
         if isinstance(problem, SAID_TO_THE_CLIENT):
             return problem
         dispatched = self._dispatched
         facts: dict[str, Any] = {
-            "phase": side.phase.value,
+            "phase": side.leg.phase.value,
             **problem.metadata,
             "leg": side.role.value,
             "worker": side.worker.worker_id,
