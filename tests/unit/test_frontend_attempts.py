@@ -36,7 +36,7 @@ from tandem.errors import (
 )
 from tandem.observability.trace_context import Headers
 from tests.unit.support.frontend_workers import CAPABILITIES, aggregated, decode, prefill
-from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unanswered
+from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unresponsive
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)
@@ -74,7 +74,7 @@ class PlayedDispatch:
     def leg(self, worker_id: str, sink: Sink | None) -> PlayedLeg:
         assert sink is not None
         if worker_id in self.frozen:
-            return PlayedLeg(unanswered).play(sink)
+            return PlayedLeg(unresponsive).play(sink)
         answer = self.answers.get(worker_id)
         return PlayedLeg(accepted if answer is None else fail(answer)).play(sink)
 
@@ -96,7 +96,7 @@ class Scene:
         self.attempts = ExecutionDeps(routes, refusals, breakers, dispatch, self.clock, random.Random(7))
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
-        async with self.attempts.taken(LEG, Gathered(), timeout_s) as stream:
+        async with self.attempts.accepted(LEG, Gathered(), timeout_s) as stream:
             return stream.attempt.dispatched
 
 
@@ -219,9 +219,9 @@ async def test_only_its_own_faults_open_the_breaker_of_a_worker(refusal: TandemE
     for _ in range(60):
         scene.clock.advance(AVOIDED_S + 0.1)
         with contextlib.suppress(TandemError):
-            async with scene.attempts.taken(LEG, Gathered(), None) as stream:
+            async with scene.attempts.accepted(LEG, Gathered(), None) as stream:
                 # As if its tokens had come.
-                stream._note_answer()
+                stream._note_first_token()
     assert set(scene.breakers.states()) == ({("decode-0", 7)} if counts else set())
 
 

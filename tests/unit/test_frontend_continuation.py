@@ -101,7 +101,7 @@ class Fleet:
 
 async def stream(fleet: Fleet, request: leg_pb2.LegRequest) -> list[int]:
     got = Gathered()
-    async with fleet.attempts.taken(request, got, None) as whole:
+    async with fleet.attempts.accepted(request, got, None) as whole:
         try:
             await whole.run()
         except TandemError as problem:
@@ -207,7 +207,7 @@ async def test_a_leg_that_breaks_after_its_last_token_is_not_missed() -> None:
 async def test_a_leg_that_breaks_after_a_stop_is_not_missed() -> None:
     fleet = Fleet(faults={1: (4, KILLED)})
     got = Gathered(stop_after=4)
-    async with fleet.attempts.taken(leg(10), got, None) as whole:
+    async with fleet.attempts.accepted(leg(10), got, None) as whole:
         await whole.run()
     assert len(got.token_ids) == 4
     assert len(fleet.sent) == 1
@@ -246,7 +246,7 @@ def _no_pause() -> random.Random:
 async def test_a_worker_that_sends_more_than_was_asked_for_adds_nothing() -> None:
     fleet = Fleet()
     got = Gathered()
-    async with fleet.attempts.taken(leg(3), got, None) as whole:
+    async with fleet.attempts.accepted(leg(3), got, None) as whole:
         played = cast("PlayedLeg", fleet.sent[0].decode)
         played._words.clear()
         whole.attempt._decode._expected_index = 0
@@ -264,7 +264,7 @@ async def test_an_answer_that_cannot_be_made_ends_its_request_alone() -> None:
             raise KeyError("defect")
 
     fleet = Fleet()
-    async with fleet.attempts.taken(leg(3), Broken(), None) as whole:
-        with pytest.raises(TandemError, match="internal error in an answer: KeyError"):
+    async with fleet.attempts.accepted(leg(3), Broken(), None) as whole:
+        with pytest.raises(TandemError, match="internal error in a response: KeyError"):
             await whole.run()
     assert len(fleet.sent) == 1, "another worker would change nothing"

@@ -42,7 +42,9 @@ async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptu
         assert isinstance(played, PlayedLeg)
         assert played.aborted.is_set()
     warned = [record.getMessage() for record in caplog.records]
-    assert warned == ["r: the worker sent more than the 10 tokens asked for"]
+    assert warned == [
+        f"request r: worker {dispatched.route.decode.worker_id} sent more than max_tokens (10); the rest is dropped"
+    ]
 
 
 class GivesUp(Gathered):
@@ -68,14 +70,14 @@ async def test_an_answer_that_cannot_be_made_ends_its_request_and_is_told_once(
     caplog: pytest.LogCaptureFixture, *, loses_worker: bool
 ) -> None:
     fleet, got = Fleet(), GivesUp(3, loses_worker=loses_worker)
-    async with fleet.attempts.taken(leg(10), got, None) as got.stream:
+    async with fleet.attempts.accepted(leg(10), got, None) as got.stream:
         with pytest.raises(TandemError) as failed:
             await got.stream.run()
-    assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in an answer: OverflowError")
+    assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in a response: OverflowError")
     assert len(got.token_ids) == 3
     assert len(fleet.sent) == 1, "no other attempt is made at it"
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["r: its tokens could not be turned into an answer"]
+    assert told == ["request r fails: defect while turning its tokens into a response"]
 
 
 class Unending(Fleet):
@@ -90,7 +92,7 @@ class Unending(Fleet):
 
 async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither() -> None:
     fleet, got = Unending(faults={1: (3, KILLED)}), Gathered()
-    async with fleet.attempts.taken(leg(10), got, None) as whole:
+    async with fleet.attempts.accepted(leg(10), got, None) as whole:
 
         class Pause(random.Random):
             def uniform(self, least: float, most: float) -> float:
@@ -98,6 +100,6 @@ async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither(
                 return 0.0
 
         fleet.attempts.rng = Pause()
-        with pytest.raises(TandemError, match="internal error in an answer: OverflowError"):
+        with pytest.raises(TandemError, match="internal error in a response: OverflowError"):
             await asyncio.wait_for(whole.run(), 5)
     assert len(got.token_ids) == 3

@@ -16,7 +16,7 @@ from tandem_frontend.routing.candidates import Route
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
-from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
+from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unresponsive
 
 ROOM = 42
 RESET = ServiceError("connection reset")
@@ -146,14 +146,14 @@ async def test_the_end_waits_for_prefills_account_only_for_a_moment(monkeypatch:
 
 
 async def test_a_worker_that_answers_nothing_is_left_where_another_can_take_over() -> None:
-    scene = Scene(PlayedLeg(accepted, unanswered), PlayedLeg(accepted))
-    with pytest.raises(LegFailed, match="no answer, neither to the leg nor to a question"):
+    scene = Scene(PlayedLeg(accepted, unresponsive), PlayedLeg(accepted))
+    with pytest.raises(LegFailed, match="worker is unresponsive"):
         await scene.run()
     assert scene.attempt.failed_worker == decode()
 
 
 async def test_a_worker_that_answers_nothing_keeps_its_leg_where_there_is_no_other() -> None:
-    d = PlayedLeg(accepted, unanswered, tokens(0, 5), FINISH)
+    d = PlayedLeg(accepted, unresponsive, tokens(0, 5), FINISH)
     scene = Scene(d, None, has_other=False)
     assert await scene.run() == [5]
 
@@ -162,7 +162,7 @@ async def test_a_worker_that_answers_nothing_keeps_its_leg_where_there_is_no_oth
 async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
     running = asyncio.create_task(scene.run())
-    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     scene.attempt.lose(decode() if role == "decode" else prefill(), "started again")
     with pytest.raises(LegFailed, match="started again") as failed:
         await asyncio.wait_for(running, 1)
@@ -188,10 +188,10 @@ async def test_a_restarted_worker_is_the_legs_failure() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (tokens(2, 6), "tokens came at 2, not at 1"),
-        (tokens(0, 5), "tokens came at 0, not at 1"),
-        (tokens(1), "0 tokens came at 1"),
-        (tokens(1, 1000), "token 1000 is outside the vocabulary"),
+        (tokens(2, 6), "tokens at index 2, expected index 1"),
+        (tokens(0, 5), "tokens at index 0, expected index 1"),
+        (tokens(1), "received 0 tokens at index 1"),
+        (tokens(1, 1000), "token id 1000 is outside the vocabulary"),
     ],
     ids=["gap", "again", "none", "vocabulary"],
 )
@@ -230,7 +230,7 @@ async def test_nothing_is_heard_of_an_attempt_that_has_ended() -> None:
 async def test_cancelling_its_task_is_no_failure_of_a_leg() -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
     running: asyncio.Task[Any] = asyncio.create_task(scene.run())
-    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

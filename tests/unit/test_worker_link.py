@@ -89,7 +89,7 @@ class Heard:
         self.token_ids: list[int] = []
         self.logprobs: list[Any] = []
         self.ends: list[Any] = []
-        self.unanswered_count = 0
+        self.unresponsive_count = 0
 
     def accepted(self) -> None:
         self.accepted_count += 1
@@ -105,8 +105,8 @@ class Heard:
     def fail(self, problem: TandemError) -> None:
         self.ends.append(problem)
 
-    def unanswered(self) -> None:
-        self.unanswered_count += 1
+    def unresponsive(self) -> None:
+        self.unresponsive_count += 1
 
     @property
     def failure(self) -> str:
@@ -123,10 +123,10 @@ class Scene:
         self.serves = True
         self.asked = 0
         self.link = WorkerLink(
-            WORKER, "frontend-0", self.calls, BOUNDS, self.timers, self.answers, asyncio.Semaphore(1)
+            WORKER, "frontend-0", self.calls, BOUNDS, self.timers, self.check_health, asyncio.Semaphore(1)
         )
 
-    async def answers(self, worker: Worker) -> bool:
+    async def check_health(self, worker: Worker) -> bool:
         self.asked += 1
         await asyncio.sleep(0.5)
         return self.serves
@@ -275,7 +275,7 @@ def test_a_leg_that_is_not_taken_in_time_is_given_up_and_aborted_when_it_is() ->
         await scene.settle()
         leg, heard = scene.start()
         await scene.keep_alive(until_s=2.3)
-        assert heard.failure == "no answer within 2 s"
+        assert heard.failure == "leg not accepted within 2 s"
         assert scene.asked == 1, "the worker was asked before"
         assert not scene.calls.aborted, "it may not have it yet"
         scene.calls.may_answer.set()
@@ -285,35 +285,35 @@ def test_a_leg_that_is_not_taken_in_time_is_given_up_and_aborted_when_it_is() ->
     virtually(play)
 
 
-def test_a_silent_worker_is_asked_and_then_given_up() -> None:
+def test_a_silent_worker_is_checked_and_then_its_legs_fail() -> None:
     async def play(scene: Scene) -> None:
         _, heard = await scene.started()
         await asyncio.sleep(1.2)
-        assert (scene.asked, heard.unanswered_count, heard.ends) == (1, 0, [])
+        assert (scene.asked, heard.unresponsive_count, heard.ends) == (1, 0, [])
         await asyncio.sleep(1.3)
-        assert heard.failure == "nothing heard for 2 s"
-        assert heard.unanswered_count == 0, "it said that it serves"
+        assert heard.failure == "no message from the worker for 2 s"
+        assert heard.unresponsive_count == 0, "it said that it serves"
 
     virtually(play)
 
 
-def test_the_legs_of_a_worker_that_answers_nothing_are_told_soon() -> None:
+def test_the_legs_of_an_unresponsive_worker_are_notified_soon() -> None:
     async def play(scene: Scene) -> None:
         scene.serves = False
         _, heard = await scene.started()
         await asyncio.sleep(1.6)
-        assert heard.unanswered_count == 1
+        assert heard.unresponsive_count == 1
 
     virtually(play)
 
 
-def test_a_worker_that_speaks_while_it_is_asked_is_not_given_up() -> None:
+def test_a_worker_that_sends_a_message_while_it_is_checked_is_not_given_up() -> None:
     async def play(scene: Scene) -> None:
         scene.serves = False
         leg, heard = await scene.started()
         await asyncio.sleep(1.1)
         await scene.keep_alive(leg, until_s=6.0)
-        assert (heard.unanswered_count, heard.ends) == (0, [])
+        assert (heard.unresponsive_count, heard.ends) == (0, [])
 
     virtually(play)
 
@@ -337,7 +337,7 @@ def test_named_legs_live_and_a_leg_that_is_not_named_any_more_is_lost() -> None:
         (one, kept), (_, lost) = await scene.started(), await scene.started()
         await scene.keep_alive(one, until_s=5.0)
         assert kept.ends == []
-        assert lost.failure == "the worker does not know of it any more"
+        assert lost.failure == "the worker no longer knows this leg"
 
     virtually(play)
 
@@ -395,7 +395,7 @@ def test_lists_that_do_not_fit_together_end_the_stream_and_not_the_process(wrong
         _, heard = await scene.started()
         scene.say(**wrong)
         await scene.settle()
-        assert "lists do not fit together" in heard.failure
+        assert "lists differ in length" in heard.failure
         assert heard.token_ids == []
         await asyncio.sleep(0.2)
         await scene.started()
@@ -432,9 +432,9 @@ class Links:
     def __init__(self) -> None:
         self.calls: Any = Calls()
         self.timers = AwakeTimers()
-        self.links = WorkerLinks("frontend-0", self.calls, BOUNDS, self.timers, self.answers)
+        self.links = WorkerLinks("frontend-0", self.calls, BOUNDS, self.timers, self.check_health)
 
-    async def answers(self, worker: Worker) -> bool:
+    async def check_health(self, worker: Worker) -> bool:
         return True
 
 

@@ -129,12 +129,12 @@ async def test_a_worker_is_checked_at_once_when_a_request_waits_for_it(monkeypat
     try:
         worker = worker_at(int(await process.stdout.readline()))
         async with following(worker) as health:
-            assert await health.answers(worker)
+            assert await health.check(worker)
             process.send_signal(signal.SIGSTOP)
-            assert not await health.answers(worker)
+            assert not await health.check(worker)
             assert health.unhealthy() == {worker.start}
             known = health.unhealthy()
-            assert not await health.answers(worker)
+            assert not await health.check(worker)
             assert health.unhealthy() is known, "nothing has changed, and it is made anew"
     finally:
         process.kill()
@@ -149,7 +149,7 @@ async def test_time_in_which_the_frontend_was_stopped_is_no_worker_silence() -> 
         async with following(worker) as health:
             await settled(health)
             process.send_signal(signal.SIGSTOP)
-            asked = asyncio.create_task(health.answers(worker))
+            asked = asyncio.create_task(health.check(worker))
             await asyncio.sleep(0.05)
             # Longer than a worker may be silent, and it goes on before this loop does.
             time.sleep(2 * CHECK_TIMEOUT_S)  # noqa: ASYNC251 -- the loop has to stand still

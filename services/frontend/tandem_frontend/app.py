@@ -172,7 +172,7 @@ class FrontendApp:
         routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         links = self._links = WorkerLinks(
-            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
+            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.check
         )
         attempts = self._attempts = ExecutionDeps(
             routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng

@@ -125,7 +125,7 @@ class Generation:
         async with self._admission.slot(_queued(wanted, caller)):
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.taken(self._leg(wanted), relay, caller.left_s(), record) as stream:
+                async with self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record) as stream:
                     yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:

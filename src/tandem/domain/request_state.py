@@ -58,7 +58,7 @@ class LegState:
     phase: Phase = Phase.DISPATCHED
 
     @property
-    def is_taken(self) -> bool:
+    def is_accepted(self) -> bool:
         """Whether its worker has accepted it."""
         return self.phase is not Phase.DISPATCHED
 
@@ -90,22 +90,22 @@ class RequestState:
         self.legs = {role: LegState(role) for role in roles}
         self.phase = Phase.DISPATCHED
 
-    def take(self, role: LegRole) -> None:
+    def accept(self, role: LegRole) -> None:
         """A worker has accepted its leg."""
         leg = self._leg(role)
-        assert not leg.is_taken, f"the {role.value} leg was accepted twice"
+        assert not leg.is_accepted, f"the {role.value} leg was accepted twice"
         leg.advance(Phase.PREFILLING if role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING)
         self._follow()
 
-    def speak(self, role: LegRole) -> None:
+    def first_token(self, role: LegRole) -> None:
         """The first token of a leg has arrived."""
-        leg = self._taken(role)
+        leg = self._accepted(role)
         leg.advance(Phase.TRANSFERRING if role is LegRole.PREFILL else Phase.DECODING)
         self._follow()
 
     def end_leg(self, role: LegRole) -> None:
         """A leg has finished without a failure."""
-        self._taken(role).advance(Phase.FINISHED)
+        self._accepted(role).advance(Phase.FINISHED)
         self._follow()
 
     def requeue(self) -> None:
@@ -132,7 +132,7 @@ class RequestState:
         streaming = self.legs.get(LegRole.DECODE) or self.legs[LegRole.AGGREGATED]
         if ORDER.index(streaming.phase) >= ORDER.index(Phase.DECODING):
             self.phase = Phase.DECODING
-        elif all(leg.is_taken for leg in self.legs.values()):
+        elif all(leg.is_accepted for leg in self.legs.values()):
             furthest = max((leg.phase for leg in self.legs.values()), key=ORDER.index)
             phase = min(furthest, Phase.TRANSFERRING, key=ORDER.index)
             self.phase = max(self.phase, phase, key=ORDER.index)
@@ -141,9 +141,9 @@ class RequestState:
         assert role in self.legs, f"this attempt has no {role.value} leg"
         return self.legs[role]
 
-    def _taken(self, role: LegRole) -> LegState:
+    def _accepted(self, role: LegRole) -> LegState:
         leg = self._leg(role)
-        assert leg.is_taken, f"an event of the {role.value} leg arrived before it was accepted"
+        assert leg.is_accepted, f"an event of the {role.value} leg arrived before it was accepted"
         return leg
 
     def _must_be(self, phase: Phase) -> None:

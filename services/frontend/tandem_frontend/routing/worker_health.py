@@ -71,7 +71,7 @@ class WorkerHealth:
                 self._begin(worker)
         self._changed.set()
 
-    async def answers(self, worker: Worker) -> bool:
+    async def check(self, worker: Worker) -> bool:
         """Check a worker's health once. One that times out is unhealthy until a later check succeeds."""
         try:
             async with self._timers.within(CHECK_TIMEOUT_S):
@@ -184,7 +184,7 @@ class WorkerHealth:
     async def _check_until_healthy(self, worker: Worker) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            if await self.answers(worker):
+            if await self.check(worker):
                 log.info("worker %s is healthy again: it responds to health checks", worker.worker_id)
                 del self._silent[worker.start]
                 self._unhealthy = None
@@ -208,4 +208,4 @@ class WorkerHealth:
                     self._follow_channel(worker)
                 if worker.start not in self._down and worker.start not in self._silent:
                     checks = {task for task in checks if not task.done()}
-                    checks.add(asyncio.create_task(self.answers(worker)))
+                    checks.add(asyncio.create_task(self.check(worker)))
