@@ -1,7 +1,7 @@
-"""The error object of everything Tandem says over HTTP: message, type, param, code.
+"""OpenAI's error object for HTTP clients: message, type, param, code.
 
-The same mapping as in services/edge/tandem_edge/envoy/errors.lua, which rewrites statuses; a test holds the two
-together. Here it is for failures inside a stream.
+The same mapping as in services/edge/tandem_edge/envoy/errors.lua, which rewrites statuses; a test compares the two.
+Here it is for failures inside a stream.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 TYPE_BY_CODE = {
     "INVALID_ARGUMENT": "invalid_request_error",
-    # Ours are about workers that do not fit: the caller can only wait.
+    # Incompatible workers: the client can only wait.
     "FAILED_PRECONDITION": "service_unavailable_error",
     "OUT_OF_RANGE": "invalid_request_error",
     "NOT_FOUND": "invalid_request_error",
@@ -32,24 +32,24 @@ TYPE_BY_CODE = {
 
 
 def error_body(error: TandemError) -> dict[str, Any]:
-    """The JSON object that tells a failure."""
+    """The JSON object of an error."""
     kind = TYPE_BY_CODE[error.code]
-    told = {
+    body = {
         "message": error.message,
         "type": kind,
-        # Of workers that do not fit, `field` names what differs between them, not a field of the request.
+        # For incompatible workers, `field` names what differs between them, not a field of the request.
         "param": None if kind == "service_unavailable_error" else error.metadata.get("field"),
         "code": error.reason.lower(),
     }
-    return {"error": told}
+    return {"error": body}
 
 
 def last_event(problem: Exception) -> dict[str, Any]:
-    """The error object with which a stream ends that has begun: over HTTP/1.1 nobody sees a status any more.
+    """The error object that ends a stream which has begun: HTTP/1.1 clients no longer see a status then.
 
-    A defect too must be told here, for the same reason.
+    For the same reason a defect, too, must be reported here.
     """
     if isinstance(problem, TandemError):
         return error_body(problem)
-    log.error("defect behind a stream of events", exc_info=problem)
+    log.error("defect while streaming events; the stream ends with an internal error", exc_info=problem)
     return error_body(TandemError(f"internal error: {type(problem).__name__}"))
