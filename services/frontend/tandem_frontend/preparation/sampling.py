@@ -1,6 +1,6 @@
-"""The ranges of sampling values, for requests and for what a model's makers recommend alike.
+"""The ranges of sampling values, for requests and for a model's recommended defaults.
 
-Ranges are those the contract's comments state; a test holds the two together. Settles no default.
+The ranges are those stated in the contract's comments; a test compares the two. Sets no default.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ def read_defaults(model: Path) -> dict[str, float]:
     """The recommended values by their field name in Sampling; empty when the model recommends nothing.
 
     Raises:
-        StartError: the file is there and cannot be read, or a value is none that a request could have; names file and
-            key.
+        StartError: the file exists and is unreadable, or a value is not allowed in a request; names file and key.
     """
     file = model / "generation_config.json"
     if not file.is_file():
@@ -54,7 +53,7 @@ def _check(file: Path, name: str, value: Any) -> None:
 
 
 def with_defaults(sampling: sampling_pb2.Sampling, defaults: dict[str, float]) -> sampling_pb2.Sampling:
-    """The request's values, and the model's where it has none."""
+    """The request's values, and the model's defaults where it has none."""
     whole = sampling_pb2.Sampling(**{name: value for name, value in defaults.items() if not sampling.HasField(name)})  # type: ignore[arg-type]
     whole.MergeFrom(sampling)
     return whole
@@ -74,7 +73,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 
 def check_ranges(sampling: sampling_pb2.Sampling) -> None:
-    """Refuse values outside their ranges; whether the tokens of `logit_bias` exist is another question.
+    """Reject values outside their ranges. Does not check whether the tokens of `logit_bias` exist.
 
     Raises:
         InvalidRequest: names the field.
