@@ -1,6 +1,6 @@
-"""Protobuf messages to value types and back, for everything that crosses between Tandem's processes.
+"""Protobuf messages to value types and back, for all calls between Tandem's processes.
 
-Pure translation: no defaults are invented and nothing is validated here.
+Pure translation: sets no defaults and validates nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TIMES = (
     "kv_transfer_end",
     "first_token",
 )
-LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
+LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad))
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 SAMPLING_SCALARS = (
     "temperature",
@@ -89,7 +89,7 @@ def seconds(stamp: timestamp_pb2.Timestamp) -> float:
 
 
 def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
-    """One start of a worker, whole."""
+    """One start of a worker."""
     capabilities = {name: getattr(worker.capabilities, name) for name in field_names()}
     message = worker_pb2.Worker(
         worker_id=worker.worker_id,
@@ -129,7 +129,7 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
 
 
 def frontend_to_proto(frontend: Frontend) -> worker_pb2.Frontend:
-    """One start of a frontend, whole."""
+    """One start of a frontend."""
     return worker_pb2.Frontend(
         frontend_id=frontend.frontend_id,
         epoch=frontend.epoch,
@@ -153,17 +153,17 @@ def frontend_from_proto(message: worker_pb2.Frontend) -> Frontend:
 
 
 def load_figures(load: EngineLoad) -> dict[str, int | None]:
-    """The figures of a load as keyword arguments of WatchLoadResponse."""
-    return {name: getattr(load, name) for name in LOAD_FIGURES}
+    """A load as keyword arguments of WatchLoadResponse."""
+    return {name: getattr(load, name) for name in LOAD_FIELDS}
 
 
 def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
-    """The figures an engine tells; those it does not tell are None."""
-    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIGURES})
+    """A load; fields that the engine does not report are None."""
+    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIELDS})
 
 
 def sampling_to_proto(sampling: Sampling) -> sampling_pb2.Sampling:
-    """Only what is set; an absent field stays absent."""
+    """Only the fields that are set."""
     scalars = {name: getattr(sampling, name) for name in SAMPLING_SCALARS if getattr(sampling, name) is not None}
     return sampling_pb2.Sampling(**scalars, logit_bias=sampling.logit_bias)
 
@@ -175,7 +175,7 @@ def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:
 
 
 def stopping_to_proto(stopping: Stopping) -> sampling_pb2.Stopping:
-    """The engine's part of stopping; stop strings are not among it."""
+    """The engine's part of stopping, without stop strings."""
     return sampling_pb2.Stopping(
         max_tokens=stopping.max_tokens,
         min_tokens=stopping.min_tokens,
@@ -207,29 +207,29 @@ def guided_from_proto(message: sampling_pb2.Guided) -> Guided | None:
 
 
 def bootstrap_from_proto(message: leg_pb2.Bootstrap) -> Bootstrap:
-    """Where the legs meet."""
+    """The bootstrap address and room by which the legs find each other."""
     return Bootstrap(host=message.host, port=message.port, room=message.room)
 
 
 def bootstrap_to_proto(address: BootstrapAddress, room: int) -> leg_pb2.Bootstrap:
-    """Where the legs meet."""
+    """The bootstrap address and room by which the legs find each other."""
     return leg_pb2.Bootstrap(host=address.host, port=address.port, room=room)
 
 
 def logprob_to_proto(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
-    """One token's log probability with its rivals."""
+    """One token's log probability with its top alternatives."""
     top = [generation_pb2.RankedToken(token_id=token_id, logprob=value) for token_id, value in logprob.top]
     return generation_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
 
 
 def logprob_from_proto(message: generation_pb2.TokenLogprob) -> TokenLogprob:
-    """One token's log probability with its rivals."""
+    """One token's log probability with its top alternatives."""
     top = tuple((ranked.token_id, ranked.logprob) for ranked in message.top)
     return TokenLogprob(token_id=message.token_id, logprob=message.logprob, top=top)
 
 
 def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
-    """The end of a leg."""
+    """The finish of a leg."""
     message = leg_pb2.LegFinish(
         reason=FINISH_REASONS[finish.reason],
         matched_token_id=finish.matched_token_id,
@@ -250,7 +250,7 @@ def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
 
 
 def finish_from_proto(message: leg_pb2.LegFinish) -> EngineFinish:
-    """The end of a leg."""
+    """The finish of a leg."""
     timings = message.timings
     times = {
         f"{name}_time_s": seconds(getattr(timings, f"{name}_time"))
