@@ -1,4 +1,4 @@
-"""A request's stream that is ended here: by a worker that sends too much, or by an answer that cannot be made."""
+"""A stream that the frontend ends: its worker sends too many tokens, or the response has a defect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_frontend_continuation import KILLED, PROMPT, Fleet, answer,
 
 
 class Lavish(Fleet):
-    """Workers that send more tokens than they were asked for, and no end."""
+    """Workers that send more than max_tokens, and no finish."""
 
     def __init__(self, *, at_once: bool) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Lavish(Fleet):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptureFixture, *, at_once: bool) -> None:
-    """The client has what it asked for, to the token: that its worker goes on is not its failure."""
+async def test_tokens_beyond_max_tokens_are_dropped(caplog: pytest.LogCaptureFixture, *, at_once: bool) -> None:
+    """The client gets exactly max_tokens: that its worker goes on is not the client's failure."""
     fleet = Lavish(at_once=at_once)
     assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
     (dispatched,) = fleet.sent
@@ -48,7 +48,7 @@ async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptu
 
 
 class GivesUp(Gathered):
-    """A taker that finds, beside a token, that its answer cannot be made; its worker may be lost in the same turn."""
+    """A sink that raises on a token; its worker may be lost in the same turn."""
 
     def __init__(self, after: int, *, loses_worker: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class GivesUp(Gathered):
 
 
 @pytest.mark.parametrize("loses_worker", [False, True])
-async def test_an_answer_that_cannot_be_made_ends_its_request_and_is_told_once(
+async def test_a_defect_in_a_response_fails_its_request_and_is_logged_once(
     caplog: pytest.LogCaptureFixture, *, loses_worker: bool
 ) -> None:
     fleet, got = Fleet(), GivesUp(3, loses_worker=loses_worker)
@@ -81,7 +81,7 @@ async def test_an_answer_that_cannot_be_made_ends_its_request_and_is_told_once(
 
 
 class Unending(Fleet):
-    """Workers of which the second one takes its leg and says nothing more."""
+    """Workers of which the second one accepts its leg and sends nothing more."""
 
     def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
         if attempt == 1:
@@ -90,7 +90,7 @@ class Unending(Fleet):
         return Dispatched(route, attempt, attempt, decode_leg, prefill_leg)
 
 
-async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither() -> None:
+async def test_a_stream_given_up_between_two_attempts_waits_for_neither() -> None:
     fleet, got = Unending(faults={1: (3, KILLED)}), Gathered()
     async with fleet.attempts.accepted(leg(10), got, None) as whole:
 

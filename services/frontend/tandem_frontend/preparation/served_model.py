@@ -1,6 +1,6 @@
 """The model that this frontend serves, and its live workers by role.
 
-Answers the model calls of all endpoints.
+Implements the model calls of all endpoints.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class Pools:
         return known
 
     def context_tokens_max(self) -> int | None:
-        """The longest prompt and answer that any route can hold; None: there is no route."""
+        """The most tokens of prompt and completion together that any route can hold; None: there is no route."""
         shares = [share for pool in self._pools.values() if (share := pool.share(0, -1, 0)).routes_count]
         limits = [
             min(share.streams.context_tokens_max, (share.prefills or share.streams).context_tokens_max)
