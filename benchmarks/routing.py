@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.routing.circuit_breaker import MOMENT_S, STRIKES_MAX, CircuitBreakers
+from tandem_frontend.routing.circuit_breaker import INTERVAL_S, STRIKES_MAX, CircuitBreakers
 from tandem_frontend.routing.router import RecentRefusals, Routes
 
 from tandem.clock import ManualClock
@@ -132,7 +132,7 @@ class Router:
         for bad in failing:
             for _ in range(STRIKES_MAX):
                 self.breakers.failed(bad, self.breakers.sent([bad]))
-                self._clock.advance(1.1 * MOMENT_S)
+                self._clock.advance(1.1 * INTERVAL_S)
                 self.breakers.ejected()
                 for worker in self.workers:
                     if worker not in failing:

@@ -56,7 +56,7 @@ class Scripted:
 
     async def stream(self) -> list[int]:
         got = Gathered()
-        async with self.attempts.taken(LEG, got, None) as whole:
+        async with self.attempts.accepted(LEG, got, None) as whole:
             await whole.run()
         return got.token_ids
 

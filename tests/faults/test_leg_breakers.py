@@ -40,7 +40,7 @@ def told(cluster: LegCluster, words: str) -> list[int]:
 
 
 async def ejected_by_all(cluster: LegCluster, name: str) -> None:
-    sentence = rf"worker {name} is sent nothing"
+    sentence = rf"circuit breaker opened for worker {name} "
     before = told(cluster, sentence)
     opened = lambda: [now - then for now, then in zip(told(cluster, sentence), before, strict=True)]  # noqa: E731
     await assert_eventually(opened, all, within_s=20, what=f"breakers of {name}")
@@ -48,9 +48,9 @@ async def ejected_by_all(cluster: LegCluster, name: str) -> None:
 
 @pytest.mark.parametrize(("victim", "point"), [("decode-0", "decode_step"), ("prefill-0", "prefill_chunk")])
 async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCluster, victim: str, point: str) -> None:
-    others = rf"worker (?!{victim})\S+ is sent nothing"
+    others = rf"circuit breaker opened for worker (?!{victim})\S+ "
     others_before = told(cluster, others)
-    closed_words = f"worker {victim} does its work again"
+    closed_words = f"circuit breaker closed for worker {victim}:"
     async with under_load(cluster, f"{victim} fails every request") as trace:
         trace.fault_s = now_s()
         cluster.inject(victim, {"point": point, "kind": "fail"})
@@ -63,7 +63,7 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
         asked = len(trace.load.history.begun(asked_s))
         reached = len({fired["request_id"] for fired in failed})
         assert 1 <= reached <= PROBES_MAX * len(cluster.frontends), f"{reached} of {asked} requests reached {victim}"
-        assert told(cluster, others) == others_before, "somebody else is left out"
+        assert told(cluster, others) == others_before, "another worker was ejected"
         cluster.release()
         healed_s = now_s()
         closed = told(cluster, closed_words)

@@ -62,16 +62,16 @@ class Client:
 
     @property
     def is_over(self) -> bool:
-        """See `attempts.Taker`: no stop matches here."""
+        """See `request_stream.TokenSink`: no stop matches here."""
         return False
 
     @property
     def ends_the_legs(self) -> bool:
-        """See `attempts.Taker`."""
+        """See `request_stream.TokenSink`."""
         return False
 
     def take(self, token_ids: Sequence[int], logprobs: object) -> None:
-        """See `attempts.Taker`."""
+        """See `request_stream.TokenSink`."""
         self.tokens += token_ids
 
 
@@ -157,9 +157,9 @@ class History:
         )
         try:
             with self.admission.admit():
-                async with self.admission.place(demand):
+                async with self.admission.slot(demand):
                     left_s = None if client.deadline_s is None else max(0.0, client.deadline_s - now_s())
-                    async with self.attempts.taken(client.leg, client, left_s) as client.stream:
+                    async with self.attempts.accepted(client.leg, client, left_s) as client.stream:
                         await client.stream.run()
                         client.finish = client.stream.finish()
         except TandemError as problem:

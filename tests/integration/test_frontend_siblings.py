@@ -41,7 +41,7 @@ from tests.integration.test_simulated_cluster import STORY, oracle
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
 COUNT = 3
-SILENCE = "process 0 of this frontend does not answer and is left out"
+SILENCE = "process 0 of this frontend does not respond; results are without it"
 SLOW = {"engine-extra": json.dumps({"decode_step_s": 0.02})}
 COMES_BACK_WITHIN_S = 20.0
 """A second of pause, and the start of a process on a machine that others use."""

@@ -1,4 +1,4 @@
-"""Places with the workers: how many there are, who gets the next, and what becomes of those who wait."""
+"""Admission control: limits, the order of the queue, and requests that leave it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE = QueuedRequest(tokens=10)
 
 
 class Fixed:
-    """Room for so many requests."""
+    """Free capacity for a fixed number of requests."""
 
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max
@@ -41,104 +41,106 @@ def admission(open_requests_max: int = 100, requests_max: int = 1) -> Admission:
     return Admission(open_requests_max, Fixed(requests_max), monotonic)
 
 
-async def served(places: Admission, demand: QueuedRequest, order: list[str], name: str, hold_s: float = 0.0) -> None:
-    with places.admit():
-        async with places.place(demand):
+async def served(
+    controller: Admission, request: QueuedRequest, order: list[str], name: str, hold_s: float = 0.0
+) -> None:
+    with controller.admit():
+        async with controller.slot(request):
             order.append(name)
             await asyncio.sleep(hold_s)
 
 
-async def test_places_are_given_back_however_a_request_ends() -> None:
-    places = admission(1)
-    with contextlib.suppress(ValueError), places.admit():
-        async with places.place(ONE):
+async def test_slots_are_released_however_a_request_ends() -> None:
+    controller = admission(1)
+    with contextlib.suppress(ValueError), controller.admit():
+        async with controller.slot(ONE):
             raise ValueError
-    with places.admit():
-        assert places.open_count == 1
-        with pytest.raises(Overloaded) as refused, places.admit():
+    with controller.admit():
+        assert controller.open_count == 1
+        with pytest.raises(Overloaded) as refused, controller.admit():
             pass
         assert refused.value.retry_delay_s is not None
-        async with places.place(ONE):
+        async with controller.slot(ONE):
             pass
-    assert places.open_count == 0
+    assert controller.open_count == 0
 
 
-def test_a_process_that_is_late_refuses_newcomers_and_goes_on_with_the_others() -> None:
+def test_new_requests_are_rejected_while_the_event_loop_is_late() -> None:
     async def live() -> None:
         loop, load = asyncio.get_running_loop(), LoopLoad(thread_time=lambda: 0.0)
-        places = Admission(100, Fixed(100), monotonic, load, lag_max_s=1.0)
-        with places.admit():
+        controller = Admission(100, Fixed(100), monotonic, load, lag_max_s=1.0)
+        with controller.admit():
             for _ in range(3):
-                with places.admit():
+                with controller.admit():
                     pass
                 await asyncio.sleep(2 * MEASURE_S)
             await asyncio.sleep(MEASURE_S / 2)
             loop._now_s += 30.0  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
-            with places.admit():
-                assert places.open_count == 2, "it stood still once, and is not late any more"
+            with controller.admit():
+                assert controller.open_count == 2, "a single pause is no overload"
             for _ in range(6):
                 await asyncio.sleep(MEASURE_S / 2)
                 loop._now_s += 3.0  # type: ignore[attr-defined]
-            with pytest.raises(Overloaded, match=r"[23]\.\d s late") as refused, places.admit():
+            with pytest.raises(Overloaded, match=r"[23]\.\d s late") as refused, controller.admit():
                 pass
             assert refused.value.retry_delay_s is not None
-            assert places.open_count == 1
+            assert controller.open_count == 1
             for _ in range(6):
                 await asyncio.sleep(2 * MEASURE_S)
-            with places.admit():
-                assert places.open_count == 2
+            with controller.admit():
+                assert controller.open_count == 2
 
     run_virtually(live())
 
 
-async def test_a_closed_door_lets_those_inside_and_in_line_finish() -> None:
-    places, order = admission(), list[str]()
-    first = asyncio.create_task(served(places, ONE, order, "inside", 0.05))
-    second = asyncio.create_task(served(places, ONE, order, "in line"))
+async def test_close_rejects_new_requests_and_keeps_open_and_queued_ones() -> None:
+    controller, order = admission(), list[str]()
+    first = asyncio.create_task(served(controller, ONE, order, "open", 0.05))
+    second = asyncio.create_task(served(controller, ONE, order, "queued"))
     await asyncio.sleep(0.01)
-    assert (places.open_count, places.waiting_count) == (2, 1)
-    places.close()
-    with pytest.raises(Draining), places.admit():
+    assert (controller.open_count, controller.waiting_count) == (2, 1)
+    controller.close()
+    with pytest.raises(Draining), controller.admit():
         pass
-    await asyncio.wait_for(places.wait_none(), 1)
+    await asyncio.wait_for(controller.wait_none(), 1)
     await asyncio.gather(first, second)
-    assert order == ["inside", "in line"]
+    assert order == ["open", "queued"]
 
 
-async def test_who_waits_is_let_in_by_priority() -> None:
-    places, order = admission(), list[str]()
-    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.02))
+async def test_queued_requests_start_by_priority() -> None:
+    controller, order = admission(), list[str]()
+    holding = asyncio.create_task(served(controller, ONE, order, "holds", 0.02))
     await asyncio.sleep(0)
     tasks = [
-        asyncio.create_task(served(places, QueuedRequest(tokens=10, priority=priority), order, str(priority)))
+        asyncio.create_task(served(controller, QueuedRequest(tokens=10, priority=priority), order, str(priority)))
         for priority in (0, 2, 1)
     ]
     await asyncio.gather(holding, *tasks)
     assert order == ["holds", "2", "1", "0"]
 
 
-async def test_who_leaves_the_line_costs_nobody_a_place() -> None:
-    places, order = admission(), list[str]()
-    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.05))
+async def test_a_request_that_leaves_the_queue_takes_no_slot() -> None:
+    controller, order = admission(), list[str]()
+    holding = asyncio.create_task(served(controller, ONE, order, "holds", 0.05))
     await asyncio.sleep(0)
-    gone = asyncio.create_task(served(places, ONE, order, "gone"))
-    stays = asyncio.create_task(served(places, ONE, order, "stays"))
+    gone = asyncio.create_task(served(controller, ONE, order, "gone"))
+    stays = asyncio.create_task(served(controller, ONE, order, "stays"))
     await asyncio.sleep(0.01)
     gone.cancel()
     await asyncio.gather(holding, stays)
     with pytest.raises(asyncio.CancelledError):
         await gone
     assert order == ["holds", "stays"]
-    assert (places.open_count, places.waiting_count) == (0, 0)
+    assert (controller.open_count, controller.waiting_count) == (0, 0)
 
 
-async def test_who_is_cancelled_at_the_moment_of_his_turn_gives_it_on() -> None:
-    places = admission()
+async def test_a_request_cancelled_as_it_gets_its_slot_passes_it_on() -> None:
+    controller = admission()
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(places.place(ONE))
-        gone = asyncio.create_task(places.place(ONE).__aenter__())
-        stays = asyncio.create_task(places.place(ONE).__aenter__())
+        await stack.enter_async_context(controller.slot(ONE))
+        gone = asyncio.create_task(controller.slot(ONE).__aenter__())
+        stays = asyncio.create_task(controller.slot(ONE).__aenter__())
         await asyncio.sleep(0)
         await stack.aclose()
         gone.cancel()
@@ -146,29 +148,29 @@ async def test_who_is_cancelled_at_the_moment_of_his_turn_gives_it_on() -> None:
     assert gone.cancelled()
 
 
-async def test_a_deadline_that_passes_in_line_is_told_as_such() -> None:
-    places = admission()
-    async with places.place(ONE):
+async def test_a_deadline_that_passes_in_the_queue_raises_deadline_passed() -> None:
+    controller = admission()
+    async with controller.slot(ONE):
         with pytest.raises(DeadlinePassed):
-            async with places.place(QueuedRequest(tokens=10, deadline_s=monotonic() + 0.05)):
+            async with controller.slot(QueuedRequest(tokens=10, deadline_s=monotonic() + 0.05)):
                 pass
-    assert places.waiting_count == 0
+    assert controller.waiting_count == 0
 
 
-async def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> None:
+async def test_a_request_is_rejected_when_its_queue_wait_exceeds_its_deadline() -> None:
     clock = ManualClock(0.0)
-    places = Admission(100, Fixed(1), clock)
+    controller = Admission(100, Fixed(1), clock)
     for _ in range(4):
-        async with places.place(QueuedRequest(tokens=100)):
+        async with controller.slot(QueuedRequest(tokens=100)):
             clock.advance(1.0)
     # Some 130 tokens a second, and 400 of the same tenant are waiting, all of them more urgent.
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(places.place(ONE))
-        demand = QueuedRequest(tokens=100, deadline_s=6.9)
-        waiting = [asyncio.create_task(places.place(demand).__aenter__()) for _ in range(4)]
+        await stack.enter_async_context(controller.slot(ONE))
+        request = QueuedRequest(tokens=100, deadline_s=6.9)
+        waiting = [asyncio.create_task(controller.slot(request).__aenter__()) for _ in range(4)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="deadline") as refused:
-            async with places.place(QueuedRequest(tokens=100, deadline_s=7.0)):
+            async with controller.slot(QueuedRequest(tokens=100, deadline_s=7.0)):
                 pass
         assert refused.value.retry_delay_s is not None
         assert refused.value.retry_delay_s > 1.0
@@ -177,87 +179,87 @@ async def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once() -> N
         await asyncio.wait(waiting)
 
 
-async def test_a_request_that_would_not_be_done_by_its_deadline_is_refused_at_once() -> None:
-    """It would get its place in time, and an engine would work on it in vain."""
+async def test_a_request_is_rejected_when_its_service_time_exceeds_its_deadline() -> None:
+    """It would start in time, and an engine would spend time on a response that comes too late."""
     clock = ManualClock(0.0)
-    places = Admission(100, Fixed(1), clock)
-    async with places.place(QueuedRequest(tokens=100)):
+    controller = Admission(100, Fixed(1), clock)
+    async with controller.slot(QueuedRequest(tokens=100)):
         clock.advance(2.0)
-    async with places.place(ONE):
-        with pytest.raises(Overloaded, match=r"itself 2\.0 s"):
-            async with places.place(QueuedRequest(tokens=10, deadline_s=3.9)):
+    async with controller.slot(ONE):
+        with pytest.raises(Overloaded, match=r"service 2\.0 s"):
+            async with controller.slot(QueuedRequest(tokens=10, deadline_s=3.9)):
                 pass
-        longer = asyncio.create_task(places.place(QueuedRequest(tokens=10, deadline_s=4.1)).__aenter__())
+        longer = asyncio.create_task(controller.slot(QueuedRequest(tokens=10, deadline_s=4.1)).__aenter__())
         await asyncio.sleep(0)
-        assert places.waiting_count == 1
+        assert controller.waiting_count == 1
         longer.cancel()
         await asyncio.wait({longer})
 
 
-async def test_a_newcomer_does_not_push_others_beyond_their_deadlines() -> None:
+async def test_a_request_is_rejected_that_would_make_queued_ones_miss_their_deadlines() -> None:
     clock = ManualClock(0.0)
-    places = Admission(100, Fixed(1), clock)
+    controller = Admission(100, Fixed(1), clock)
     for _ in range(4):
-        async with places.place(QueuedRequest(tokens=100)):
+        async with controller.slot(QueuedRequest(tokens=100)):
             clock.advance(1.0)
-    async with places.place(ONE):
-        # A hundred tokens a second: it has its place in no time, its end after one second.
-        waits = asyncio.create_task(places.place(QueuedRequest(tokens=100, deadline_s=6.0)).__aenter__())
+    async with controller.slot(ONE):
+        # A hundred tokens a second: it starts at once and ends after one second.
+        waits = asyncio.create_task(controller.slot(QueuedRequest(tokens=100, deadline_s=6.0)).__aenter__())
         await asyncio.sleep(0)
         urgent = QueuedRequest(tokens=150, deadline_s=5.9)
-        with pytest.raises(Overloaded, match="that wait already"):
-            async with places.place(urgent):
+        with pytest.raises(Overloaded, match="queued already"):
+            async with controller.slot(urgent):
                 pass
-        small = asyncio.create_task(places.place(replace(urgent, tokens=10)).__aenter__())
+        small = asyncio.create_task(controller.slot(replace(urgent, tokens=10)).__aenter__())
         await asyncio.sleep(0)
-        before_all = asyncio.create_task(places.place(replace(urgent, priority=1)).__aenter__())
+        before_all = asyncio.create_task(controller.slot(replace(urgent, priority=1)).__aenter__())
         await asyncio.sleep(0)
-        assert places.waiting_count == 3, "a higher priority goes first, and a small one pushes nobody too far"
+        assert controller.waiting_count == 3, "a higher priority goes first, and a small one delays no other too much"
         for task in (waits, before_all, small):
             task.cancel()
         await asyncio.wait({waits, before_all, small})
 
 
 @pytest.mark.parametrize("others", [0, 1])
-async def test_nobody_is_worked_for_who_will_have_gone_while_others_wait(others: int) -> None:
+async def test_a_hopeless_request_is_not_started_while_others_are_queued(others: int) -> None:
     clock = ManualClock(0.0)
-    room = Fixed(1)
-    places = Admission(100, room, clock)
-    async with places.place(QueuedRequest(tokens=100)):
+    headroom = Fixed(1)
+    controller = Admission(100, headroom, clock)
+    async with controller.slot(QueuedRequest(tokens=100)):
         clock.advance(2.0)
-    holding = places.place(ONE)
+    holding = controller.slot(ONE)
     await holding.__aenter__()
-    late = asyncio.create_task(places.place(QueuedRequest(tokens=10, deadline_s=5.0)).__aenter__())
+    late = asyncio.create_task(controller.slot(QueuedRequest(tokens=10, deadline_s=5.0)).__aenter__())
     await asyncio.sleep(0)
-    waiting = [asyncio.create_task(places.place(QueuedRequest(tokens=10)).__aenter__()) for _ in range(others)]
+    waiting = [asyncio.create_task(controller.slot(QueuedRequest(tokens=10)).__aenter__()) for _ in range(others)]
     await asyncio.sleep(0)
     clock.advance(1.5)
-    room.requests_max = 2
-    places.reevaluate()
+    headroom.requests_max = 2
+    controller.reevaluate()
     await asyncio.wait({late, *waiting}, timeout=1)
     assert late.done()
     assert (type(late.exception()) is Overloaded) is bool(others)
-    assert all(task.done() and task.exception() is None for task in waiting), "his place went to nobody"
-    assert places.waiting_count == 0
+    assert all(task.done() and task.exception() is None for task in waiting), "its slot was lost"
+    assert controller.waiting_count == 0
 
 
 @pytest.mark.parametrize("tenants", [1, 50, 2_000])
-async def test_a_refusal_is_quick_however_long_the_line_is(tenants: int) -> None:
+async def test_a_rejection_is_fast_however_long_the_queue_is(tenants: int) -> None:
     clock = ManualClock()
-    places = Admission(10_000, Fixed(1), clock)
-    async with places.place(ONE):
+    controller = Admission(10_000, Fixed(1), clock)
+    async with controller.slot(ONE):
         clock.advance(1)
-    async with places.place(ONE):
+    async with controller.slot(ONE):
         waiting = [
-            asyncio.create_task(places.place(QueuedRequest(tokens=10, tenant=str(number % tenants))).__aenter__())
+            asyncio.create_task(controller.slot(QueuedRequest(tokens=10, tenant=str(number % tenants))).__aenter__())
             for number in range(2_000)
         ]
         await asyncio.sleep(0)
-        assert places.waiting_count == 2_000
+        assert controller.waiting_count == 2_000
         begin_s = time.perf_counter()
         for _ in range(20):
             with pytest.raises(Overloaded):
-                async with places.place(QueuedRequest(tokens=10, tenant="0", deadline_s=clock() + 0.5)):
+                async with controller.slot(QueuedRequest(tokens=10, tenant="0", deadline_s=clock() + 0.5)):
                     pass
         assert (time.perf_counter() - begin_s) / 20 < 0.05
         for task in waiting:
@@ -265,53 +267,53 @@ async def test_a_refusal_is_quick_however_long_the_line_is(tenants: int) -> None
         await asyncio.wait(waiting)
 
 
-async def test_room_that_comes_is_given_to_the_line() -> None:
-    room = Fixed(1)
-    places, order = Admission(10, room, monotonic), list[str]()
-    holding = asyncio.create_task(served(places, ONE, order, "holds", 0.1))
+async def test_new_capacity_goes_to_the_queue() -> None:
+    headroom = Fixed(1)
+    controller, order = Admission(10, headroom, monotonic), list[str]()
+    holding = asyncio.create_task(served(controller, ONE, order, "holds", 0.1))
     await asyncio.sleep(0)
-    waiting = asyncio.create_task(served(places, ONE, order, "waits"))
+    waiting = asyncio.create_task(served(controller, ONE, order, "waits"))
     await asyncio.sleep(0.01)
     assert order == ["holds"]
-    room.requests_max = 2
-    places.reevaluate()
+    headroom.requests_max = 2
+    controller.reevaluate()
     await asyncio.wait_for(waiting, 0.05)
     await holding
 
 
-async def test_what_changes_in_a_moment_is_looked_at_once() -> None:
-    """A thousand workers that say their load must not make a frontend look at its line a thousand times."""
-    room = Fixed(1)
-    places, order = Admission(10, room, monotonic), list[str]()
-    places.reevaluate_soon()
-    assert places._look is None, "nothing waits"
-    holding = asyncio.create_task(served(places, ONE, order, "holds", 10))
+async def test_reevaluations_are_batched() -> None:
+    """A thousand reported loads must not evaluate the queue a thousand times."""
+    headroom = Fixed(1)
+    controller, order = Admission(10, headroom, monotonic), list[str]()
+    controller.reevaluate_soon()
+    assert controller._reevaluation is None, "the queue is empty"
+    holding = asyncio.create_task(served(controller, ONE, order, "holds", 10))
     await asyncio.sleep(0)
-    waiting = [asyncio.create_task(served(places, ONE, order, "waits", 10)) for _ in range(2)]
+    waiting = [asyncio.create_task(served(controller, ONE, order, "waits", 10)) for _ in range(2)]
     await asyncio.sleep(0)
-    assert places.waiting_count == 2
-    room.requests_max, room.asked_count = 2, 0
+    assert controller.waiting_count == 2
+    headroom.requests_max, headroom.asked_count = 2, 0
     for _ in range(1000):
-        places.reevaluate_soon()
-    assert room.asked_count == 0
+        controller.reevaluate_soon()
+    assert headroom.asked_count == 0
     await assert_eventually(lambda: len(order), lambda count: count == 2)
-    assert room.asked_count == 2, "the first in line fits, the second one does not"
-    room.requests_max = 3
-    places.reevaluate_soon()
+    assert headroom.asked_count == 2, "the first queued request fits, the second does not"
+    headroom.requests_max = 3
+    controller.reevaluate_soon()
     await assert_eventually(lambda: len(order), lambda count: count == 3)
     for task in (holding, *waiting):
         task.cancel()
     await asyncio.wait({holding, *waiting})
 
 
-async def test_an_answer_without_a_bound_does_not_close_the_line() -> None:
-    room = Capacity(decode().capabilities.model)
-    room.follow((decode(), decode("decode-1")))
-    places, order = Admission(10, room, monotonic), list[str]()
+async def test_an_unbounded_max_tokens_does_not_block_the_queue() -> None:
+    headroom = Capacity(decode().capabilities.model)
+    headroom.follow((decode(), decode("decode-1")))
+    controller, order = Admission(10, headroom, monotonic), list[str]()
     endless = QueuedRequest(tokens=10 + 10**6, answer_tokens=10**6)
-    tasks = [asyncio.create_task(served(places, endless, order, f"endless-{number}", 5)) for number in range(2)]
+    tasks = [asyncio.create_task(served(controller, endless, order, f"endless-{number}", 5)) for number in range(2)]
     await asyncio.sleep(0)
-    await asyncio.wait_for(served(places, ONE, order, "small"), 1)
+    await asyncio.wait_for(served(controller, ONE, order, "small"), 1)
     assert sorted(order) == ["endless-0", "endless-1", "small"]
     for task in tasks:
         task.cancel()

@@ -1,4 +1,4 @@
-"""Which attempts are made at a request that a worker does not take, on calls that are played."""
+"""Retries of legs that a worker does not accept, on scripted calls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tandem.errors import (
 )
 from tandem.observability.trace_context import Headers
 from tests.unit.support.frontend_workers import CAPABILITIES, aggregated, decode, prefill
-from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unanswered
+from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unresponsive
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)
@@ -44,7 +44,7 @@ LEG = leg_pb2.LegRequest(request_id="r")
 
 
 class PlayedDispatch:
-    """Sends nothing: a leg is taken at once, unless its worker has an answer of its own, or none at all."""
+    """Sends nothing: a leg is accepted at once, unless its worker has a scripted response, or none at all."""
 
     def __init__(self) -> None:
         self.answers: dict[str, TandemError] = {}
@@ -74,7 +74,7 @@ class PlayedDispatch:
     def leg(self, worker_id: str, sink: Sink | None) -> PlayedLeg:
         assert sink is not None
         if worker_id in self.frozen:
-            return PlayedLeg(unanswered).play(sink)
+            return PlayedLeg(unresponsive).play(sink)
         answer = self.answers.get(worker_id)
         return PlayedLeg(accepted if answer is None else fail(answer)).play(sink)
 
@@ -96,7 +96,7 @@ class Scene:
         self.attempts = ExecutionDeps(routes, refusals, breakers, dispatch, self.clock, random.Random(7))
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
-        async with self.attempts.taken(LEG, Gathered(), timeout_s) as stream:
+        async with self.attempts.accepted(LEG, Gathered(), timeout_s) as stream:
             return stream.attempt.dispatched
 
 
@@ -116,7 +116,7 @@ def pairs(prefills: int, decodes: int) -> Scene:
     ids=lambda refusal: type(refusal).__name__,
 )
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_leg_that_is_not_taken_goes_elsewhere(refusal: TandemError, role: str) -> None:
+async def test_a_refused_leg_is_retried_elsewhere(refusal: TandemError, role: str) -> None:
     scene = pairs(2, 2)
     scene.dispatch.answers = {f"{role}-0": refusal}
     while len(scene.dispatch.sent) < 2:
@@ -175,7 +175,7 @@ async def test_an_aggregated_worker_is_an_alternative() -> None:
     [InvalidRequest("token_ids", "too long"), DeadlinePassed("late"), RequestAborted("asked for")],
     ids=lambda failure: type(failure).__name__,
 )
-async def test_what_is_about_the_request_is_not_tried_again(failure: TandemError) -> None:
+async def test_an_error_of_the_request_is_not_retried(failure: TandemError) -> None:
     scene = pairs(2, 2)
     scene.dispatch.answers = {f"decode-{number}": failure for number in range(2)}
     with pytest.raises(TandemError):
@@ -183,7 +183,7 @@ async def test_what_is_about_the_request_is_not_tried_again(failure: TandemError
     assert len(scene.dispatch.sent) == 1
 
 
-async def test_who_refused_is_avoided_for_a_while() -> None:
+async def test_a_refusing_worker_is_avoided_for_a_while() -> None:
     scene = pairs(1, 2)
     scene.dispatch.answers = {"decode-0": REFUSED}
     while len(scene.dispatch.sent) < 2:
@@ -219,14 +219,14 @@ async def test_only_its_own_faults_open_the_breaker_of_a_worker(refusal: TandemE
     for _ in range(60):
         scene.clock.advance(AVOIDED_S + 0.1)
         with contextlib.suppress(TandemError):
-            async with scene.attempts.taken(LEG, Gathered(), None) as stream:
+            async with scene.attempts.accepted(LEG, Gathered(), None) as stream:
                 # As if its tokens had come.
-                stream._note_answer()
+                stream._note_first_token()
     assert set(scene.breakers.states()) == ({("decode-0", 7)} if counts else set())
 
 
-async def test_a_new_start_is_another_worker() -> None:
-    """A restart that the registry has told of meanwhile is taken within the same request."""
+async def test_a_restarted_worker_counts_as_another() -> None:
+    """A restart that the registry has reported meanwhile is used within the same request."""
     scene = pairs(1, 1)
     scene.dispatch.answers = {"decode-0": StaleEpoch("restarted")}
 
@@ -242,7 +242,7 @@ async def test_a_new_start_is_another_worker() -> None:
     assert len(scene.dispatch.sent) == 2
 
 
-async def test_workers_that_are_all_gone_leave_the_failure_as_it_was() -> None:
+async def test_without_any_worker_left_the_first_failure_is_reported() -> None:
     scene = pairs(2, 2)
     scene.dispatch.answers = {f"decode-{number}": REFUSED for number in range(2)}
     scene.dispatch.on_send = lambda: setattr(scene, "workers", ())
@@ -261,7 +261,7 @@ async def test_attempts_share_the_clients_deadline() -> None:
     assert scene.dispatch.timeouts_s == [3.0, 1.0]
 
 
-async def test_who_is_unhealthy_is_avoided_but_not_excluded() -> None:
+async def test_an_unhealthy_worker_is_avoided_but_not_excluded() -> None:
     scene = pairs(2, 2)
     scene.unhealthy = {("decode-0", 7), ("prefill-1", 7)}
     for _ in range(20):
@@ -271,7 +271,7 @@ async def test_who_is_unhealthy_is_avoided_but_not_excluded() -> None:
     assert {worker.worker_id for route in routes for worker in route.workers} >= {"decode-0", "decode-1", "prefill-1"}
 
 
-async def test_a_leg_does_not_wait_for_a_worker_that_answers_nothing() -> None:
+async def test_a_leg_does_not_wait_for_an_unresponsive_worker() -> None:
     scene = pairs(1, 2)
     scene.dispatch.frozen = {"decode-0"}
     while len(scene.dispatch.sent) < 2:
@@ -280,7 +280,7 @@ async def test_a_leg_does_not_wait_for_a_worker_that_answers_nothing() -> None:
     assert scene.dispatch.sent[0].route.decode.worker_id == "decode-0"
 
 
-async def test_a_request_that_has_nowhere_else_to_go_waits_for_a_frozen_worker() -> None:
+async def test_a_request_without_another_route_waits_for_a_frozen_worker() -> None:
     scene = pairs(1, 1)
     scene.dispatch.frozen = {"decode-0"}
     taking = asyncio.create_task(scene.take())
@@ -291,7 +291,7 @@ async def test_a_request_that_has_nowhere_else_to_go_waits_for_a_frozen_worker()
     assert (await taking).attempt == 1
 
 
-async def test_who_is_left_out_by_his_breaker_gets_nothing_while_another_is_there(
+async def test_an_ejected_worker_gets_no_request_while_there_is_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene = pairs(1, 2)

@@ -1,4 +1,4 @@
-"""Breakers of workers: what opens one, what must not, how it closes, and that some workers are always left."""
+"""Circuit breakers: what opens one, what must not, how it closes, and that some workers always remain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tandem_frontend.routing.circuit_breaker import (
     FORGIVEN_S,
-    MOMENT_S,
+    INTERVAL_S,
     OPEN_FIRST_S,
     OPEN_MAX_S,
     PROBE_S,
@@ -29,7 +29,7 @@ CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.H
 
 
 class Scene:
-    """Workers whose results a test tells."""
+    """Workers whose results a test reports."""
 
     def __init__(self, *workers: Worker) -> None:
         self.clock = ManualClock(100.0)
@@ -37,15 +37,15 @@ class Scene:
         self.breakers = CircuitBreakers(self.clock, random.Random(1), lambda: self.unhealthy)
         self.workers = workers
         self.ill: set[Start] = set()
-        """Who does nothing well."""
+        """Workers that never succeed."""
         self.breakers.follow(workers)
 
     def result(self, worker: Worker, *, good: bool) -> None:
         sent_s = self.breakers.sent([worker])
         (self.breakers.succeeded if good else self.breakers.failed)(worker, sent_s)
 
-    def moments(self, count: int, *failing: Worker, every_s: float = 1.1 * MOMENT_S) -> None:
-        """So many moments in which these fail one request, and then all others that are well do one."""
+    def intervals(self, count: int, *failing: Worker, every_s: float = 1.1 * INTERVAL_S) -> None:
+        """`count` intervals in which these workers fail one request each, and all other healthy ones succeed once."""
         for _ in range(count):
             for worker in failing:
                 self.result(worker, good=False)
@@ -59,7 +59,7 @@ class Scene:
         return self.breakers.states().get(worker.start, CLOSED)
 
     def until_probe(self, worker: Worker) -> float:
-        """Let time pass until a request may go there."""
+        """Advance the clock until a request may be sent there."""
         begin_s = self.clock()
         while worker.start in self.breakers.ejected():
             self.clock.advance(0.01)
@@ -67,84 +67,84 @@ class Scene:
 
 
 def decodes(count: int) -> Scene:
-    """That have all worked before."""
+    """That have all succeeded before."""
     scene = Scene(*(decode(f"decode-{number}") for number in range(count)))
-    scene.moments(1)
+    scene.intervals(1)
     return scene
 
 
-def test_who_fails_what_its_peers_can_do_is_left_out() -> None:
+def test_a_worker_that_fails_while_its_peers_succeed_is_ejected() -> None:
     scene = decodes(2)
     bad, good = scene.workers
-    scene.moments(STRIKES_MAX - 1, bad)
+    scene.intervals(STRIKES_MAX - 1, bad)
     assert not scene.breakers.ejected()
-    scene.moments(1, bad)
+    scene.intervals(1, bad)
     assert scene.breakers.ejected() == {bad.start}
     assert (scene.state(bad), scene.state(good)) == (OPEN, CLOSED)
 
 
-def test_what_it_does_well_takes_strikes_away() -> None:
+def test_successes_take_strikes_back() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
-    scene.moments(STRIKES_MAX - 1, bad)
-    scene.moments(STRIKES_MAX - 1)
-    scene.moments(STRIKES_MAX - 1, bad)
+    scene.intervals(STRIKES_MAX - 1, bad)
+    scene.intervals(STRIKES_MAX - 1)
+    scene.intervals(STRIKES_MAX - 1, bad)
     assert scene.state(bad) is CLOSED
 
 
-def test_many_failures_at_one_moment_are_one() -> None:
+def test_many_failures_within_one_interval_count_once() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
     scene.ill.add(bad.start)
     for _ in range(50):
         scene.result(bad, good=False)
-    scene.moments(1)
+    scene.intervals(1)
     assert scene.state(bad) is CLOSED
-    scene.moments(STRIKES_MAX - 1, bad)
+    scene.intervals(STRIKES_MAX - 1, bad)
     assert scene.state(bad) is OPEN
 
 
-def test_failures_while_nobody_works_are_no_strikes() -> None:
-    """One after the other, so that no two are at one moment."""
+def test_failures_while_no_peer_succeeds_are_no_strikes() -> None:
+    """One after the other, each in an interval of its own."""
     scene = decodes(3)
-    scene.moments(1)
+    scene.intervals(1)
     for _ in range(20):
         for worker in scene.workers:
             scene.result(worker, good=False)
-            scene.clock.advance(2 * MOMENT_S)
+            scene.clock.advance(2 * INTERVAL_S)
             scene.breakers.ejected()
     assert not scene.breakers.states()
 
 
-def test_who_stands_alone_is_never_left_out() -> None:
+def test_a_worker_without_peers_is_never_ejected() -> None:
     scene = Scene(prefill(), decode("decode-0"), decode("decode-1", page_size_tokens=64))
-    scene.moments(20, decode("decode-0"))
-    assert not scene.breakers.states(), "nobody could stand in for it"
+    scene.intervals(20, decode("decode-0"))
+    assert not scene.breakers.states(), "no peer could replace it"
 
 
-def test_at_most_half_are_left_out() -> None:
+def test_at_most_half_are_ejected() -> None:
     scene = decodes(5)
-    # One after the other: at one moment it would be nobody's fault.
+    # One after the other: failures within one interval excuse each other.
     for worker in scene.workers[:4]:
         scene.ill.add(worker.start)
-        scene.moments(2 * STRIKES_MAX, worker)
+        scene.intervals(2 * STRIKES_MAX, worker)
     assert len(scene.breakers.states()) == 2
     assert len(scene.breakers.ejected()) <= 2
 
 
-def test_a_worker_that_does_not_serve_is_none_that_is_left() -> None:
+def test_an_unhealthy_worker_does_not_count_as_a_replacement() -> None:
     scene = decodes(2)
     bad, dead = scene.workers
     scene.unhealthy = frozenset({dead.start})
-    scene.moments(5 * STRIKES_MAX, bad)
+    scene.intervals(5 * STRIKES_MAX, bad)
     assert scene.state(bad) is CLOSED
 
 
-def test_a_fleet_that_shrinks_lets_somebody_in_again() -> None:
+def test_a_fleet_that_shrinks_uses_ejected_workers_again() -> None:
     scene = decodes(4)
     scene.ill = {worker.start for worker in scene.workers[:2]}
     for worker in scene.workers[:2]:
-        scene.moments(STRIKES_MAX, worker)
+        scene.intervals(STRIKES_MAX, worker)
     scene.breakers.sent(scene.workers)
     assert len(scene.breakers.ejected()) == 2
     scene.breakers.follow(scene.workers[:2])
@@ -153,10 +153,10 @@ def test_a_fleet_that_shrinks_lets_somebody_in_again() -> None:
     assert not scene.breakers.ejected()
 
 
-def test_a_new_start_begins_anew() -> None:
+def test_a_restarted_worker_begins_with_a_closed_breaker() -> None:
     scene = decodes(2)
     bad, good = scene.workers
-    scene.moments(STRIKES_MAX, bad)
+    scene.intervals(STRIKES_MAX, bad)
     newer = replace(bad, epoch=bad.epoch + 1)
     scene.breakers.follow([newer, good])
     assert not scene.breakers.ejected()
@@ -166,8 +166,8 @@ def test_a_new_start_begins_anew() -> None:
 def test_one_probe_at_a_time() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
-    scene.moments(STRIKES_MAX, bad)
-    assert scene.until_probe(bad) + 2 * MOMENT_S >= OPEN_FIRST_S / 2 - 0.02
+    scene.intervals(STRIKES_MAX, bad)
+    assert scene.until_probe(bad) + 2 * INTERVAL_S >= OPEN_FIRST_S / 2 - 0.02
     assert scene.state(bad) is OPEN
     sent_s = scene.breakers.sent([bad])
     assert scene.state(bad) is HALF_OPEN
@@ -178,12 +178,12 @@ def test_one_probe_at_a_time() -> None:
     assert not scene.breakers.ejected()
 
 
-def test_who_is_left_out_is_determined_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ejected_workers_are_computed_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     scene, determined = decodes(2), []
     bad, good = scene.workers
-    determine = scene.breakers._determine
-    monkeypatch.setattr(scene.breakers, "_determine", lambda *now: determined.append(now) or determine(*now))
-    scene.moments(STRIKES_MAX, bad)
+    compute = scene.breakers._compute_ejected
+    monkeypatch.setattr(scene.breakers, "_compute_ejected", lambda *now: determined.append(now) or compute(*now))
+    scene.intervals(STRIKES_MAX, bad)
     before = scene.breakers.ejected()
     assert before == {bad.start}
     determined.clear()
@@ -201,28 +201,28 @@ def test_who_is_left_out_is_determined_once_until_something_changes(monkeypatch:
 
 
 def test_workers_of_another_leg_contract_are_no_peers() -> None:
-    """They could not stand in for it: no request goes to them."""
+    """They could not replace it: no request is sent to them."""
     bad, old = decode("decode-0"), replace(decode("decode-1"), leg_contract=1)
     scene = Scene(bad, old)
     scene.result(old, good=True)
-    scene.moments(3 * STRIKES_MAX, bad)
+    scene.intervals(3 * STRIKES_MAX, bad)
     assert not scene.breakers.states()
 
 
-def test_a_probe_without_a_verdict_makes_room_for_the_next() -> None:
+def test_a_probe_without_a_result_is_replaced() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
-    scene.moments(STRIKES_MAX, bad)
+    scene.intervals(STRIKES_MAX, bad)
     scene.until_probe(bad)
     scene.breakers.sent([bad])
     assert PROBE_S - 0.1 < scene.until_probe(bad) < PROBE_S + 0.1
 
 
-def test_what_was_sent_before_it_opened_is_no_probe() -> None:
+def test_a_request_sent_before_the_opening_is_no_probe() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
     early_s = scene.breakers.sent([bad])
-    scene.moments(STRIKES_MAX, bad)
+    scene.intervals(STRIKES_MAX, bad)
     scene.breakers.succeeded(bad, early_s)
     assert scene.state(bad) is OPEN
     scene.until_probe(bad)
@@ -230,14 +230,14 @@ def test_what_was_sent_before_it_opened_is_no_probe() -> None:
     assert not scene.breakers.ejected(), "a late failure counts against the next probe"
 
 
-def test_one_that_had_nowhere_else_to_go_is_no_probe() -> None:
+def test_a_request_without_another_route_is_no_probe() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
-    scene.moments(STRIKES_MAX, bad)
+    scene.intervals(STRIKES_MAX, bad)
     for _ in range(20):
         scene.breakers.failed(bad, scene.breakers.sent([bad]))
     assert scene.until_probe(bad) <= OPEN_FIRST_S, "a burst in which all are tried keeps it out for long"
-    scene.moments(5, bad)
+    scene.intervals(5, bad)
     scene.breakers.succeeded(bad, scene.breakers.sent([bad]))
     assert scene.state(bad) is CLOSED
 
@@ -245,7 +245,7 @@ def test_one_that_had_nowhere_else_to_go_is_no_probe() -> None:
 def test_it_stays_open_for_longer_each_time_up_to_a_bound() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
-    scene.moments(STRIKES_MAX, bad)
+    scene.intervals(STRIKES_MAX, bad)
     waits_s = []
     for _ in range(12):
         waits_s.append(scene.until_probe(bad))
@@ -272,31 +272,31 @@ def test_an_opening_after_a_long_time_is_a_first_one() -> None:
     assert breaker.until_s - later_s <= OPEN_FIRST_S
 
 
-def test_who_fails_most_of_its_requests_is_left_out() -> None:
+def test_a_worker_that_fails_most_of_its_requests_is_ejected() -> None:
     scene = decodes(3)
     bad = scene.workers[0]
     scene.ill = {bad.start}
     for number in range(8 * STRIKES_MAX):
         scene.result(bad, good=not number % 3)
-        scene.moments(1)
+        scene.intervals(1)
         if scene.state(bad) is OPEN:
             return
     raise AssertionError("two of three requests fail, and it goes on")
 
 
-def test_who_fails_a_request_now_and_then_is_not() -> None:
+def test_a_worker_that_fails_a_request_now_and_then_is_not_ejected() -> None:
     scene = decodes(3)
     for number in range(200):
         scene.result(scene.workers[0], good=bool(number % 4))
-        scene.moments(1)
+        scene.intervals(1)
     assert not scene.breakers.states()
 
 
 @pytest.mark.parametrize("fleet", [16, 8])
-def test_two_bad_workers_of_many_are_left_out(fleet: int) -> None:
+def test_two_bad_workers_of_many_are_ejected(fleet: int) -> None:
     scene = decodes(fleet)
     scene.ill = {worker.start for worker in scene.workers[:2]}
-    scene.moments(STRIKES_MAX, *scene.workers[:2])
+    scene.intervals(STRIKES_MAX, *scene.workers[:2])
     is_large = fleet * (1 / 8) > 1
     assert set(scene.breakers.states()) == (scene.ill if is_large else set())
 
@@ -306,15 +306,17 @@ TICKS = st.lists(st.tuples(st.sampled_from(["well", "burst", "rest"]), st.intege
 
 @given(TICKS, st.integers(2, 6), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_bursts_that_strike_all_open_nothing(ticks: list[tuple[str, int]], count: int, rng: random.Random) -> None:
-    """However often they come, in whatever order they strike, and whatever is done well between them."""
+def test_bursts_of_failures_at_all_workers_open_nothing(
+    ticks: list[tuple[str, int]], count: int, rng: random.Random
+) -> None:
+    """However often they come, in any order of workers, and whatever succeeds between them."""
     scene = decodes(count)
     for kind, repeats in ticks:
         for _ in range(repeats if kind != "rest" else 0):
             for worker in rng.sample(scene.workers, count):
                 scene.result(worker, good=kind == "well")
-                scene.clock.advance(MOMENT_S / 2 / count)
-        scene.clock.advance(MOMENT_S * 1.5)
+                scene.clock.advance(INTERVAL_S / 2 / count)
+        scene.clock.advance(INTERVAL_S * 1.5)
         assert not scene.breakers.ejected()
     assert not scene.breakers.states()
 
@@ -333,7 +335,7 @@ class BreakersMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 5), count=st.integers(1, 8))
     def fail_among_peers_that_work(self, number: int, count: int) -> None:
-        self.scene.moments(count, self.scene.workers[number])
+        self.scene.intervals(count, self.scene.workers[number])
 
     @rule(seconds=st.floats(0, 12))
     def let_time_pass(self, seconds: float) -> None:
@@ -349,7 +351,7 @@ class BreakersMachine(RuleBasedStateMachine):
 
     @rule()
     def probe(self) -> None:
-        """Whoever is let in again takes one request, and is left out until there is a verdict."""
+        """A worker whose probe is due gets one request, and no more until there is a result."""
         scene = self.scene
         for start, state in scene.breakers.states().items():
             worker = next(worker for worker in scene.workers if worker.start == start)
@@ -362,7 +364,9 @@ class BreakersMachine(RuleBasedStateMachine):
         ejected = breakers.ejected()
         assert ejected <= breakers.states().keys()
         assert breakers.ejected() is ejected, "each request would have another object"
-        assert ejected == breakers._determine(self.scene.unhealthy, self.scene.clock()), "what is kept is out of date"
+        assert ejected == breakers._compute_ejected(self.scene.unhealthy, self.scene.clock()), (
+            "the cached set is out of date"
+        )
         view = [worker.start for worker in self.scene.workers if worker.start in breakers._peers_of]
         healthy = [start for start in view if start[0] != "prefill-0" and start not in self.scene.unhealthy]
         assert len(ejected) <= len(healthy) // 2

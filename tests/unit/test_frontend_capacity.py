@@ -1,4 +1,4 @@
-"""Room with the workers: what a request counts for and whether it fits; sums agree with a count of all workers."""
+"""Free capacity of the workers; the running sums equal a recount over all workers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.unit.support.frontend_workers import aggregated, decode, prefill
 
 
 def capacity(*loads: EngineLoad | None) -> Capacity:
-    room = Capacity(decode().capabilities.model)
+    headroom = Capacity(decode().capabilities.model)
     workers = [decode(f"decode-{number}") for number in range(len(loads))]
-    room.follow((prefill(), *workers))
+    headroom.follow((prefill(), *workers))
     for worker, load in zip(workers, loads, strict=True):
-        room.note(worker.start, load)
-    return room
+        headroom.note(worker.start, load)
+    return headroom
 
 
-def test_room_is_what_the_workers_have_less_what_others_hold_there() -> None:
+def test_free_capacity_is_capacity_minus_load() -> None:
     own = decode().capabilities
     whole = capacity(None, None)
     most = 2 * (own.running_requests_max + max(2, own.running_requests_max // 4))
@@ -39,8 +39,8 @@ def test_room_is_what_the_workers_have_less_what_others_hold_there() -> None:
     assert not shared.fits(1, 0, 2 * own.kv_capacity_tokens - 199)
 
 
-def test_places_that_this_frontend_gives_back_are_room_at_once() -> None:
-    """The workers' next word is a second away."""
+def test_capacity_that_this_frontend_releases_is_free_at_once() -> None:
+    """The next reported load is a second away."""
     most = decode().capabilities.running_requests_max * 5 // 4
     full = capacity(EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0))
     own = most // 2
@@ -49,14 +49,14 @@ def test_places_that_this_frontend_gives_back_are_room_at_once() -> None:
     assert not full.fits(own, 0, 1)
 
 
-def test_who_has_less_than_the_others_gets_a_little_more() -> None:
-    """Otherwise those who came first would fill all that becomes free."""
+def test_a_frontend_with_less_than_the_others_may_exceed_the_capacity() -> None:
+    """Otherwise the first frontends would take all capacity that becomes free."""
     most = decode().capabilities.running_requests_max * 5 // 4
-    told = EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0)
-    few = capacity(told)
+    reported = EngineLoad(running_requests=most, waiting_requests=0, kv_used_tokens=0)
+    few = capacity(reported)
     assert few.fits(1, 0, 1)
-    assert not few.fits(2, 0, 1), "no more than one beyond the room"
-    many = capacity(told)
+    assert not few.fits(2, 0, 1), "no more than one beyond the capacity"
+    many = capacity(reported)
     assert not many.fits(most - 1, 0, 1)
 
 
@@ -66,7 +66,7 @@ def test_what_this_frontend_holds_is_not_counted_twice() -> None:
     assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)
 
 
-def test_a_worker_that_counts_wrongly_closes_only_its_own_door() -> None:
+def test_a_wrong_load_uses_up_only_its_own_workers_capacity() -> None:
     wrong = EngineLoad(running_requests=2**31 - 1, waiting_requests=-5, kv_used_tokens=2**31 - 1)
     own = decode().capabilities
     assert capacity(wrong, None).fits(1, 0, own.kv_capacity_tokens)
@@ -74,32 +74,32 @@ def test_a_worker_that_counts_wrongly_closes_only_its_own_door() -> None:
     assert not capacity(negative).fits(1, 1, own.kv_capacity_tokens)
 
 
-def test_one_request_always_has_room() -> None:
-    """A prompt longer than what is free, or figures that are wrong, must not hold a frontend up for ever."""
+def test_one_request_always_fits() -> None:
+    """A prompt longer than what is free, or a wrong load, must not block a frontend for ever."""
     full = EngineLoad(running_requests=10**6, waiting_requests=10**6, kv_used_tokens=10**9)
     assert capacity(full).fits(0, 0, 10**9)
 
 
-def test_without_workers_nobody_waits() -> None:
+def test_without_workers_every_request_fits() -> None:
     assert capacity().fits(50, 10**9, 10**9)
 
 
-def test_a_request_counts_for_what_one_worker_may_set_aside_for_it() -> None:
-    room, most = capacity(None, None), decode().capabilities
+def test_a_request_is_charged_for_what_an_engine_reserves() -> None:
+    headroom, most = capacity(None, None), decode().capabilities
     whole = min(most.context_tokens_max, most.kv_capacity_tokens)
-    assert room.counted(10, 20) == 30
-    assert room.counted(10, 10**6) == min(10 + ANSWER_TOKENS_MAX, whole)
-    assert room.counted(10**6, 10**6) == whole
+    assert headroom.counted(10, 20) == 30
+    assert headroom.counted(10, 10**6) == min(10 + ANSWER_TOKENS_MAX, whole)
+    assert headroom.counted(10**6, 10**6) == whole
     assert capacity().counted(7, 5) == 12
 
 
 class Counted:
-    """The same room, counted over all workers for each question."""
+    """The same capacity, recounted over all workers for each call."""
 
     def __init__(self) -> None:
         self.workers: tuple[Worker, ...] = ()
         self.loads: dict[Start, EngineLoad] = {}
-        self.said = self.others = (0, 0)
+        self.reported = self.others = (0, 0)
 
     def streaming(self) -> list[Worker]:
         return [
@@ -120,32 +120,32 @@ class Counted:
         streaming = self.streaming()
         if not streaming or held_requests == 0:
             return True
-        said_requests = said_tokens = requests_max = tokens_max = 0
+        reported_requests = reported_tokens = requests_max = tokens_max = 0
         for worker in streaming:
             running = worker.capabilities.running_requests_max
             most = running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
             load = self.loads.get(worker.start, EngineLoad())
-            said_requests += min(max(0, (load.running_requests or 0) + (load.waiting_requests or 0)), most)
-            said_tokens += min(max(0, load.kv_used_tokens or 0), worker.capabilities.kv_capacity_tokens)
+            reported_requests += min(max(0, (load.running_requests or 0) + (load.waiting_requests or 0)), most)
+            reported_tokens += min(max(0, load.kv_used_tokens or 0), worker.capabilities.kv_capacity_tokens)
             requests_max += most
             tokens_max += worker.capabilities.kv_capacity_tokens
-        if (said_requests, said_tokens) != self.said:
-            self.said = said_requests, said_tokens
-            self.others = max(0, said_requests - held_requests), max(0, said_tokens - held_tokens)
+        if (reported_requests, reported_tokens) != self.reported:
+            self.reported = reported_requests, reported_tokens
+            self.others = max(0, reported_requests - held_requests), max(0, reported_tokens - held_tokens)
         others_requests, others_tokens = self.others
         if held_requests < others_requests:
             requests_max += max(1, int(requests_max * FAIR_FRACTION))
         return held_requests + others_requests < requests_max and held_tokens + others_tokens + tokens <= tokens_max
 
 
-FIGURES = st.one_of(st.none(), st.integers(-3, 30))
+COUNTS = st.one_of(st.none(), st.integers(-3, 30))
 LOADS = st.one_of(
     st.none(),
     st.builds(
         EngineLoad,
-        running_requests=FIGURES,
-        waiting_requests=FIGURES,
-        kv_used_tokens=st.one_of(FIGURES, st.just(10**6)),
+        running_requests=COUNTS,
+        waiting_requests=COUNTS,
+        kv_used_tokens=st.one_of(COUNTS, st.just(10**6)),
     ),
 )
 WORKERS = st.builds(
@@ -172,22 +172,28 @@ STEPS = st.one_of(
 
 @given(st.lists(STEPS, max_size=40))
 @settings(max_examples=300, deadline=None)
-def test_sums_say_what_a_count_of_all_workers_says(steps: list[Any]) -> None:
-    room, model = Capacity("m"), Counted()
+def test_running_sums_equal_a_recount(steps: list[Any]) -> None:
+    headroom, model = Capacity("m"), Counted()
     for kind, *given_ in steps:
         if kind == "view":
             model.workers = given_[0]
-            room.follow(model.workers)
+            headroom.follow(model.workers)
         elif kind == "load":
             start, load = given_
             model.loads.pop(start, None)
             if load is not None:
                 model.loads[start] = load
-            room.note(start, load)
+            headroom.note(start, load)
         else:
-            assert getattr(room, kind)(*given_) == getattr(model, kind)(*given_)
-    room.follow(())
-    assert (room._requests, room._tokens, room._requests_max, room._tokens_max, room._request_tokens) == (
+            assert getattr(headroom, kind)(*given_) == getattr(model, kind)(*given_)
+    headroom.follow(())
+    assert (
+        headroom._requests,
+        headroom._tokens,
+        headroom._requests_max,
+        headroom._tokens_max,
+        headroom._request_tokens,
+    ) == (
         0,
         0,
         0,

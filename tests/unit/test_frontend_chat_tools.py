@@ -111,5 +111,5 @@ def test_arguments_that_are_no_object_are_named(template: ChatTemplate, argument
 
 
 def test_what_no_attempt_can_render_is_the_first_attempts_error(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="fails on it"):
+    with pytest.raises(InvalidRequest, match="chat template failed"):
         write(tmp_path, "{{ 1 + messages[0].content }}").render(history("{}"), add_generation_prompt=True, tools=TOOLS)

@@ -214,7 +214,9 @@ def test_a_stream_that_raises_holds_nothing_up(caplog: pytest.LogCaptureFixture)
         assert scene.sizes == [1, 1]
 
     run_virtually(live())
-    assert [record.getMessage() for record in caplog.records] == ["a held chunk could not be sent"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "defect while sending a held chunk; other streams are not affected"
+    ]
 
 
 def test_a_client_that_reads_again_is_told_when_its_chunk_cannot_be_sent() -> None:

@@ -1,4 +1,4 @@
-"""What becomes of a client's stream when legs break in it, on calls that are played."""
+"""A client's stream when its legs fail: continuation and retry, on scripted calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answer(prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 class Fleet:
-    """Workers that answer greedily, and break after so many tokens of an attempt where a fault says so."""
+    """Workers that generate greedily, and fail after a number of tokens where a fault says so."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Fleet:
 
 async def stream(fleet: Fleet, request: leg_pb2.LegRequest) -> list[int]:
     got = Gathered()
-    async with fleet.attempts.taken(request, got, None) as whole:
+    async with fleet.attempts.accepted(request, got, None) as whole:
         try:
             await whole.run()
         except TandemError as problem:
@@ -115,7 +115,7 @@ async def stream(fleet: Fleet, request: leg_pb2.LegRequest) -> list[int]:
 
 
 @given(st.data(), st.integers(1, 12), st.booleans())
-async def test_a_stream_that_breaks_anywhere_is_the_undisturbed_one(
+async def test_a_continued_stream_equals_the_undisturbed_one(
     data: st.DataObject, max_tokens: int, answers_come_late: bool
 ) -> None:
     breaks = data.draw(st.integers(0, BREAKS_MAX))
@@ -142,14 +142,14 @@ async def test_a_continuation_goes_to_other_workers_with_the_tokens_so_far() -> 
         assert cast("PlayedLeg", played).aborted.is_set(), "both legs of the broken attempt are ended"
 
 
-async def test_before_the_first_token_the_request_begins_again() -> None:
+async def test_before_the_first_token_the_request_is_retried() -> None:
     fleet = Fleet(faults={1: (0, KILLED)})
     assert await stream(fleet, leg(5)) == answer(PROMPT, 5)
     assert fleet.legs[1] == fleet.legs[0]
 
 
 @pytest.mark.parametrize("answers_come_late", [False, True])
-async def test_a_stream_that_breaks_again_and_again_has_an_end(answers_come_late: bool) -> None:
+async def test_breaks_of_one_stream_are_limited(answers_come_late: bool) -> None:
     faults = dict.fromkeys(range(1, 20), (1, KILLED))
     fleet = Fleet(decodes=12, faults=faults, answers_come_late=answers_come_late)
     with pytest.raises(LegFailed) as failed:
@@ -158,7 +158,7 @@ async def test_a_stream_that_breaks_again_and_again_has_an_end(answers_come_late
     assert len(fleet.sent) == BREAKS_MAX + 1
 
 
-async def test_no_worker_gets_a_request_twice_that_broke_on_it() -> None:
+async def test_no_worker_gets_a_request_again_that_failed_on_it() -> None:
     fleet = Fleet(decodes=1, faults={1: (2, KILLED)})
     with pytest.raises(LegFailed) as failed:
         await stream(fleet, leg(9))
@@ -176,7 +176,7 @@ async def test_no_worker_gets_a_request_twice_that_broke_on_it() -> None:
         ({"sampling": sampling_pb2.Sampling(repetition_penalty=1.1)}, "penalties"),
     ],
 )
-async def test_what_would_go_on_wrongly_does_not_go_on(fields: dict[str, Any], why: str) -> None:
+async def test_a_stream_that_cannot_be_continued_correctly_fails(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(LegFailed, match="connection reset") as failed:
         await stream(Fleet(faults={1: (3, KILLED)}), leg(**fields))
     assert failed.value.metadata["continuation"] == why
@@ -185,7 +185,7 @@ async def test_what_would_go_on_wrongly_does_not_go_on(fields: dict[str, Any], w
     assert await stream(Fleet(faults={1: (0, KILLED)}), leg(5, **fields)) == answer(PROMPT, 5)
 
 
-def test_neutral_penalties_are_no_obstacle() -> None:
+def test_neutral_penalties_allow_continuation() -> None:
     neutral = sampling_pb2.Sampling(presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, seed=3)
     assert refusal_reason(leg(sampling=neutral)) is None
 
@@ -197,23 +197,23 @@ async def test_the_clients_deadline_is_not_the_failure_of_a_leg() -> None:
     assert len(fleet.sent) == 1
 
 
-async def test_a_leg_that_breaks_after_its_last_token_is_not_missed() -> None:
-    """All tokens were passed on; only the engine's account of them is lost."""
+async def test_a_leg_may_fail_after_its_last_token() -> None:
+    """All tokens were passed on; only the engine's usage is lost."""
     fleet = Fleet(faults={1: (10, KILLED)})
     assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
     assert len(fleet.sent) == 1
 
 
-async def test_a_leg_that_breaks_after_a_stop_is_not_missed() -> None:
+async def test_a_leg_may_fail_after_a_stop() -> None:
     fleet = Fleet(faults={1: (4, KILLED)})
     got = Gathered(stop_after=4)
-    async with fleet.attempts.taken(leg(10), got, None) as whole:
+    async with fleet.attempts.accepted(leg(10), got, None) as whole:
         await whole.run()
     assert len(got.token_ids) == 4
     assert len(fleet.sent) == 1
 
 
-async def test_attempts_in_a_row_without_a_token_are_bounded() -> None:
+async def test_attempts_in_a_row_without_a_token_are_limited() -> None:
     fleet = Fleet(decodes=12, faults=dict.fromkeys(range(1, 20), (0, KILLED)))
     with pytest.raises(LegFailed) as failed:
         await stream(fleet, leg())
@@ -243,10 +243,10 @@ def _no_pause() -> random.Random:
     return Zero()
 
 
-async def test_a_worker_that_sends_more_than_was_asked_for_adds_nothing() -> None:
+async def test_tokens_beyond_max_tokens_are_dropped() -> None:
     fleet = Fleet()
     got = Gathered()
-    async with fleet.attempts.taken(leg(3), got, None) as whole:
+    async with fleet.attempts.accepted(leg(3), got, None) as whole:
         played = cast("PlayedLeg", fleet.sent[0].decode)
         played._words.clear()
         whole.attempt._decode._expected_index = 0
@@ -258,13 +258,13 @@ async def test_a_worker_that_sends_more_than_was_asked_for_adds_nothing() -> Non
     assert end.reason == generation_pb2.FINISH_REASON_LENGTH
 
 
-async def test_an_answer_that_cannot_be_made_ends_its_request_alone() -> None:
+async def test_a_defect_in_a_response_fails_its_request_alone() -> None:
     class Broken(Gathered):
         def take(self, token_ids: Any, logprobs: Any) -> None:
             raise KeyError("defect")
 
     fleet = Fleet()
-    async with fleet.attempts.taken(leg(3), Broken(), None) as whole:
-        with pytest.raises(TandemError, match="internal error in an answer: KeyError"):
+    async with fleet.attempts.accepted(leg(3), Broken(), None) as whole:
+        with pytest.raises(TandemError, match="internal error in a response: KeyError"):
             await whole.run()
     assert len(fleet.sent) == 1, "another worker would change nothing"

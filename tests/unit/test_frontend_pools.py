@@ -1,4 +1,4 @@
-"""Pools against a comparison of every pair: the same choice in any fleet, however it came to be."""
+"""The pools' index against a comparison of every pair: the same routes in any fleet, after any changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ MOMENTS = st.fixed_dictionaries(
 
 
 def choices(scene: Scene, prompt_tokens: int, later: tuple[Collection[Start], Collection[Start]] | None) -> Any:
-    """All that could have been chosen, by the worker that streams, and the route of one of them."""
+    """All routes that could be selected, by decode worker, and the one that was."""
     found: dict[Start, frozenset[Start] | None] = {}
     policy: ByIndex = scene.routes._policy  # type: ignore[assignment]
     policy.wanted, streams = 0, 1
@@ -132,7 +132,7 @@ def check_next(scene: Scene, moment: dict[str, Any], marks: dict[str, frozenset[
 
 @given(st.lists(st.tuples(VIEWS, st.lists(MOMENTS, min_size=1, max_size=3)), min_size=1, max_size=3))
 @settings(max_examples=250, deadline=None)
-def test_what_may_be_chosen_is_what_a_comparison_of_every_pair_finds(story: list[Any]) -> None:
+def test_possible_routes_equal_a_comparison_of_every_pair(story: list[Any]) -> None:
     """Over views that follow one another, with any workers avoided, tried and refused, and for any prompt."""
     scene = Scene(policy=ByIndex())
     for view, moments in story:
@@ -147,7 +147,7 @@ def test_what_may_be_chosen_is_what_a_comparison_of_every_pair_finds(story: list
 
 
 @pytest.mark.parametrize("refusing", list(itertools.permutations(range(5), 3)), ids=str)
-def test_workers_that_refused_are_left_out_in_whatever_order_they_did(refusing: tuple[int, ...]) -> None:
+def test_refusing_workers_are_excluded_in_any_order(refusing: tuple[int, ...]) -> None:
     streams = [replace(prefill(f"decode-{number}"), role=WorkerRole.DECODE) for number in range(5)]
     scene = Scene(prefill(), *streams, policy=ByIndex())
     starts = [streams[number].start for number in refusing]
@@ -175,7 +175,7 @@ def test_keys_meet_where_two_workers_make_a_pair(workers: list[Worker]) -> None:
 
 
 @given(st.lists(VIEWS, min_size=1, max_size=4))
-def test_nothing_is_kept_of_workers_that_are_gone(views: list[tuple[Worker, ...]]) -> None:
+def test_nothing_is_kept_of_removed_workers(views: list[tuple[Worker, ...]]) -> None:
     pools = Pools("m", DIGEST)
     for view in views:
         pools.follow(view)
@@ -183,7 +183,7 @@ def test_nothing_is_kept_of_workers_that_are_gone(views: list[tuple[Worker, ...]
     assert [*pools._members, *pools._pools, *pools._groups, *pools._contexts, *pools._wholes] == []
 
 
-def test_results_that_are_kept_are_bounded() -> None:
+def test_cached_results_are_bounded() -> None:
     """Each worker of a fleet may have a context of its own, and each request another length."""
     scene = Scene()
     scene.workers = tuple(

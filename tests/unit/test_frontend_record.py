@@ -30,7 +30,7 @@ class Noted(Gathered):
 
 
 async def read(fleet: Fleet, record: Record) -> None:
-    async with fleet.attempts.taken(leg(), Noted(record.trace), None, record) as stream:
+    async with fleet.attempts.accepted(leg(), Noted(record.trace), None, record) as stream:
         await stream.run()
 
 

@@ -1,4 +1,4 @@
-"""The choice of a route: what is possible, what is preferred, and the sentence where there is nothing."""
+"""Routing: possible routes, preferred routes, and the errors where there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.support.routing_scene import ByIndex, Scene
 
 
 def chosen(scene: Scene, prompt_tokens: int = 1, times: int = 60) -> set[tuple[str, str | None]]:
-    """Ids of what is chosen at one time or another."""
+    """Ids of all routes selected in `times` calls."""
     return {_ids(scene.first(prompt_tokens)) for _ in range(times)}
 
 
@@ -48,7 +48,7 @@ def test_workers_that_drain_or_serve_another_model_do_not_count() -> None:
         scene.first()
 
 
-def test_a_worker_that_begins_to_drain_is_left_at_once() -> None:
+def test_a_worker_that_drains_gets_no_request() -> None:
     scene = Scene(prefill(), decode(), decode("decode-1"))
     assert {stream for stream, _ in chosen(scene)} == {"decode-0", "decode-1"}
     scene.workers = (prefill(), replace(decode(), state=WorkerState.DRAINING), decode("decode-1"))
@@ -65,7 +65,7 @@ CHECKED_BEFORE = ("model", "tokenizer_digest")
 
 
 @pytest.mark.parametrize("field", [*(f for f in PAIR_FIELDS if f not in CHECKED_BEFORE), "tensor_parallel_size"])
-def test_what_differs_between_two_legs_is_named(field: str) -> None:
+def test_the_differing_field_is_named(field: str) -> None:
     with pytest.raises(IncompatibleWorkers) as refused:
         Scene(prefill(), decode(**{field: OTHER.get(field, "other")})).first()
     assert refused.value.metadata == {"field": field, "prefill": "prefill-0", "decode": "decode-0"}
@@ -88,13 +88,13 @@ def test_a_worker_of_another_leg_contract_is_named_with_both_versions(old: objec
     workers = [aggregated()] if old is aggregated else [prefill(), decode()]
     changed = [replace(w, leg_contract=1) if w.role.value == old.__name__ else w for w in workers]  # type: ignore[attr-defined]
     with pytest.raises(
-        IncompatibleWorkers, match=rf"-0 speaks leg contract 1 and this frontend {LEG_CONTRACT}"
+        IncompatibleWorkers, match=rf"-0 has leg contract 1, this frontend needs {LEG_CONTRACT}"
     ) as refused:
         Scene(*changed).first()
     assert refused.value.metadata == {"field": "leg_contract", "worker": f"{old.__name__}-0"}  # type: ignore[attr-defined]
 
 
-def test_workers_of_another_leg_contract_are_passed_over_while_there_are_others() -> None:
+def test_workers_of_another_leg_contract_are_never_selected() -> None:
     scene = Scene(
         prefill(), decode(), replace(decode("decode-1"), leg_contract=1), replace(aggregated(), leg_contract=3)
     )
@@ -102,7 +102,7 @@ def test_workers_of_another_leg_contract_are_passed_over_while_there_are_others(
     assert scene.first().pick.candidates_count == 1
 
 
-def test_a_prompt_goes_where_there_is_room_for_it() -> None:
+def test_a_prompt_goes_to_workers_whose_context_holds_it() -> None:
     scene = Scene(
         prefill(context_tokens_max=128), prefill("prefill-1", context_tokens_max=32),
         decode(context_tokens_max=64), decode("decode-1", context_tokens_max=128),
@@ -116,7 +116,7 @@ def test_a_prompt_goes_where_there_is_room_for_it() -> None:
     assert refused.value.metadata == {"field": "token_ids", "limit": "128"}
     assert scene.routes.next(128, (), ()) is None
     small = Scene(prefill(context_tokens_max=32), decode(context_tokens_max=128))
-    with pytest.raises(ContextExceeded, match="the 32 that"):
+    with pytest.raises(ContextExceeded, match="the 32 tokens that"):
         small.first(32)
 
 
@@ -140,7 +140,7 @@ def test_choice_is_even_over_workers_of_different_pools() -> None:
     assert max(counts.values()) < 1.2 * min(counts.values())
 
 
-def test_who_is_unwell_is_avoided_and_never_excluded() -> None:
+def test_unhealthy_workers_are_avoided_and_never_excluded() -> None:
     scene = Scene(prefill(), decode(), decode("decode-1"), decode("decode-2"))
     one, two, three = (worker.start for worker in scene.workers[1:])
     scene.unhealthy = frozenset({one})
@@ -154,7 +154,7 @@ def test_who_is_unwell_is_avoided_and_never_excluded() -> None:
     assert len(chosen(scene)) == 3
 
 
-def test_another_attempt_prefers_what_was_not_tried_and_never_takes_what_refused() -> None:
+def test_another_attempt_prefers_untried_workers_and_never_reuses_refusing_ones() -> None:
     scene = Scene(prefill(), decode(), decode("decode-1"))
     p, first, second = (worker.start for worker in scene.workers)
     for _ in range(20):
@@ -169,7 +169,7 @@ def test_another_attempt_prefers_what_was_not_tried_and_never_takes_what_refused
     assert scene.routes.next(1, (), ()) is None
 
 
-def test_a_trace_says_how_many_there_were_and_who_was_left_out() -> None:
+def test_a_trace_names_the_candidates_and_what_was_avoided() -> None:
     scene = Scene(prefill(), prefill("prefill-1"), decode(), decode("decode-1"), aggregated())
     pick = scene.first().pick
     assert (pick.candidates_count, pick.policy, pick.why) == (5, "random", "random among 5 of 5")
@@ -192,7 +192,7 @@ def test_a_trace_of_a_large_fleet_is_short() -> None:
     assert (len(names), len(set(names))) == (16, 16)
 
 
-def test_a_policy_chooses_among_those_that_stream_and_then_among_their_peers() -> None:
+def test_a_policy_picks_a_decode_worker_and_then_a_compatible_prefill_worker() -> None:
     policy = ByIndex()
     scene = Scene(prefill(), prefill("prefill-1"), decode(), decode("decode-1"), policy=policy)
     policy.wanted = 1
@@ -201,8 +201,8 @@ def test_a_policy_chooses_among_those_that_stream_and_then_among_their_peers() -
     assert scene.first().pick.policy == "by index"
 
 
-def test_a_view_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many requests come meanwhile, and also where it was handed over before."""
+def test_a_view_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests come meanwhile, and also where `follow` applied it before."""
     scene, taken = Scene(prefill(), decode()), []
     follow = scene.routes._pools.follow
     monkeypatch.setattr(scene.routes._pools, "follow", lambda workers: (taken.append(workers), follow(workers)))
@@ -214,7 +214,7 @@ def test_a_view_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(workers) for workers in taken] == [2, 3]
 
 
-def test_nothing_is_determined_anew_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recomputed_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(prefill(), decode(), decode("decode-1"))
     scene.unhealthy = frozenset({("decode-1", 7)})
     scene.first()

@@ -1,4 +1,4 @@
-"""A request's stream that is ended here: by a worker that sends too much, or by an answer that cannot be made."""
+"""A stream that the frontend ends: its worker sends too many tokens, or the response has a defect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_frontend_continuation import KILLED, PROMPT, Fleet, answer,
 
 
 class Lavish(Fleet):
-    """Workers that send more tokens than they were asked for, and no end."""
+    """Workers that send more than max_tokens, and no finish."""
 
     def __init__(self, *, at_once: bool) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Lavish(Fleet):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptureFixture, *, at_once: bool) -> None:
-    """The client has what it asked for, to the token: that its worker goes on is not its failure."""
+async def test_tokens_beyond_max_tokens_are_dropped(caplog: pytest.LogCaptureFixture, *, at_once: bool) -> None:
+    """The client gets exactly max_tokens: that its worker goes on is not the client's failure."""
     fleet = Lavish(at_once=at_once)
     assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
     (dispatched,) = fleet.sent
@@ -42,11 +42,13 @@ async def test_tokens_beyond_those_asked_for_are_cut_off(caplog: pytest.LogCaptu
         assert isinstance(played, PlayedLeg)
         assert played.aborted.is_set()
     warned = [record.getMessage() for record in caplog.records]
-    assert warned == ["r: the worker sent more than the 10 tokens asked for"]
+    assert warned == [
+        f"request r: worker {dispatched.route.decode.worker_id} sent more than max_tokens (10); the rest is dropped"
+    ]
 
 
 class GivesUp(Gathered):
-    """A taker that finds, beside a token, that its answer cannot be made; its worker may be lost in the same turn."""
+    """A sink that raises on a token; its worker may be lost in the same turn."""
 
     def __init__(self, after: int, *, loses_worker: bool) -> None:
         super().__init__()
@@ -64,22 +66,22 @@ class GivesUp(Gathered):
 
 
 @pytest.mark.parametrize("loses_worker", [False, True])
-async def test_an_answer_that_cannot_be_made_ends_its_request_and_is_told_once(
+async def test_a_defect_in_a_response_fails_its_request_and_is_logged_once(
     caplog: pytest.LogCaptureFixture, *, loses_worker: bool
 ) -> None:
     fleet, got = Fleet(), GivesUp(3, loses_worker=loses_worker)
-    async with fleet.attempts.taken(leg(10), got, None) as got.stream:
+    async with fleet.attempts.accepted(leg(10), got, None) as got.stream:
         with pytest.raises(TandemError) as failed:
             await got.stream.run()
-    assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in an answer: OverflowError")
+    assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in a response: OverflowError")
     assert len(got.token_ids) == 3
     assert len(fleet.sent) == 1, "no other attempt is made at it"
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["r: its tokens could not be turned into an answer"]
+    assert told == ["request r fails: defect while turning its tokens into a response"]
 
 
 class Unending(Fleet):
-    """Workers of which the second one takes its leg and says nothing more."""
+    """Workers of which the second one accepts its leg and sends nothing more."""
 
     def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
         if attempt == 1:
@@ -88,9 +90,9 @@ class Unending(Fleet):
         return Dispatched(route, attempt, attempt, decode_leg, prefill_leg)
 
 
-async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither() -> None:
+async def test_a_stream_given_up_between_two_attempts_waits_for_neither() -> None:
     fleet, got = Unending(faults={1: (3, KILLED)}), Gathered()
-    async with fleet.attempts.taken(leg(10), got, None) as whole:
+    async with fleet.attempts.accepted(leg(10), got, None) as whole:
 
         class Pause(random.Random):
             def uniform(self, least: float, most: float) -> float:
@@ -98,6 +100,6 @@ async def test_a_stream_that_is_given_up_between_two_attempts_waits_for_neither(
                 return 0.0
 
         fleet.attempts.rng = Pause()
-        with pytest.raises(TandemError, match="internal error in an answer: OverflowError"):
+        with pytest.raises(TandemError, match="internal error in a response: OverflowError"):
             await asyncio.wait_for(whole.run(), 5)
     assert len(got.token_ids) == 3

@@ -1,4 +1,4 @@
-"""Both legs of an attempt under every kind of failure, on legs that are played."""
+"""Both legs of an attempt under every kind of failure, on scripted legs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tandem_frontend.routing.candidates import Route
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
-from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unanswered
+from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unresponsive
 
 ROOM = 42
 RESET = ServiceError("connection reset")
 
 
 class Scene:
-    """An attempt on played legs, and what is heard of it."""
+    """An attempt on scripted legs, and its tokens and outcome."""
 
     def __init__(self, decode_leg: PlayedLeg, prefill_leg: PlayedLeg | None, *, has_other: bool = True) -> None:
         self.decode_leg, self.prefill_leg = decode_leg, prefill_leg
@@ -59,7 +59,7 @@ class Scene:
         return all(leg.aborted.is_set() for leg in legs)
 
 
-async def test_both_accounts_are_there_at_the_end() -> None:
+async def test_both_finishes_are_known_at_the_end() -> None:
     d, p = PlayedLeg(accepted, tokens(0, 5), tokens(1, 6, 7), FINISH), PlayedLeg(accepted, tokens(0, 5), FINISH)
     scene = Scene(d, p)
     assert await scene.run() == [5, 6, 7]
@@ -74,7 +74,7 @@ async def test_aggregated_needs_no_prefill() -> None:
     assert scene.attempt.prefill_finish is None
 
 
-async def test_tokens_may_overtake_the_answer_that_the_leg_was_taken() -> None:
+async def test_tokens_may_arrive_before_the_leg_is_accepted() -> None:
     scene = Scene(PlayedLeg(tokens(0, 5), accepted, tokens(1, 6), FINISH), PlayedLeg(tokens(0, 5), FINISH, accepted))
     assert await scene.run() == [5, 6]
 
@@ -84,7 +84,7 @@ async def test_tokens_may_overtake_the_answer_that_the_leg_was_taken() -> None:
     [([], "dispatched"), ([accepted], "bootstrapping"), ([accepted, tokens(0, 5)], "transferring")],
     ids=["dispatched", "bootstrapping", "transferring"],
 )
-async def test_a_broken_prefill_leg_ends_decodes(broken: list[Word], phase: str) -> None:
+async def test_a_failed_prefill_leg_aborts_decode(broken: list[Word], phase: str) -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(*broken, fail(RESET)))
     with pytest.raises(LegFailed) as failed:
         await asyncio.wait_for(scene.run(), 1)
@@ -99,7 +99,7 @@ async def test_a_broken_prefill_leg_ends_decodes(broken: list[Word], phase: str)
     [([], "dispatched"), ([accepted], "bootstrapping"), ([accepted, tokens(0, 5)], "decoding")],
     ids=["dispatched", "bootstrapping", "decode"],
 )
-async def test_a_broken_decode_leg_ends_prefills(broken: list[Word], phase: str) -> None:
+async def test_a_failed_decode_leg_aborts_prefill(broken: list[Word], phase: str) -> None:
     scene = Scene(PlayedLeg(*broken, fail(RESET)), PlayedLeg(accepted))
     with pytest.raises(LegFailed) as failed:
         await asyncio.wait_for(scene.run(), 1)
@@ -108,7 +108,7 @@ async def test_a_broken_decode_leg_ends_prefills(broken: list[Word], phase: str)
     assert scene.are_aborted
 
 
-async def test_a_prefill_leg_may_break_once_decode_has_spoken() -> None:
+async def test_a_prefill_leg_may_fail_after_decodes_first_token() -> None:
     p = PlayedLeg(accepted, tokens(0, 5))
     d = PlayedLeg(accepted, tokens(0, 5), lambda sink: p.say(fail(RESET)), tokens(1, 6), FINISH)
     scene = Scene(d, p)
@@ -119,7 +119,7 @@ async def test_a_prefill_leg_may_break_once_decode_has_spoken() -> None:
 PEER_ABORTED = LegFailed("aborted by decode", cause=LegFailed.PEER_ABORTED)
 
 
-async def test_prefill_that_was_notified_of_an_abort_waits_for_decodes_own_end() -> None:
+async def test_prefill_aborted_by_its_peer_waits_for_decodes_own_end() -> None:
     d = PlayedLeg(accepted)
     p = PlayedLeg(accepted, fail(PEER_ABORTED), lambda sink: d.say(ABORTED))
     scene = Scene(d, p)
@@ -128,7 +128,7 @@ async def test_prefill_that_was_notified_of_an_abort_waits_for_decodes_own_end()
     assert scene.attempt.faulty_worker is None
 
 
-async def test_prefill_that_was_notified_of_an_abort_fails_where_decode_says_nothing(
+async def test_prefill_aborted_by_its_peer_fails_where_decode_reports_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempt, "DECODE_END_TIMEOUT_S", 0.01)
@@ -138,22 +138,22 @@ async def test_prefill_that_was_notified_of_an_abort_fails_where_decode_says_not
     assert scene.are_aborted
 
 
-async def test_the_end_waits_for_prefills_account_only_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_wait_for_prefills_finish_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 0.01)
     scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), PlayedLeg(accepted, tokens(0, 5)))
     assert await scene.run() == [5]
     assert scene.attempt.prefill_finish is None
 
 
-async def test_a_worker_that_answers_nothing_is_left_where_another_can_take_over() -> None:
-    scene = Scene(PlayedLeg(accepted, unanswered), PlayedLeg(accepted))
-    with pytest.raises(LegFailed, match="no answer, neither to the leg nor to a question"):
+async def test_an_unresponsive_worker_fails_where_another_can_take_over() -> None:
+    scene = Scene(PlayedLeg(accepted, unresponsive), PlayedLeg(accepted))
+    with pytest.raises(LegFailed, match="worker is unresponsive"):
         await scene.run()
     assert scene.attempt.failed_worker == decode()
 
 
-async def test_a_worker_that_answers_nothing_keeps_its_leg_where_there_is_no_other() -> None:
-    d = PlayedLeg(accepted, unanswered, tokens(0, 5), FINISH)
+async def test_an_unresponsive_worker_keeps_its_leg_where_there_is_no_other() -> None:
+    d = PlayedLeg(accepted, unresponsive, tokens(0, 5), FINISH)
     scene = Scene(d, None, has_other=False)
     assert await scene.run() == [5]
 
@@ -162,7 +162,7 @@ async def test_a_worker_that_answers_nothing_keeps_its_leg_where_there_is_no_oth
 async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
     running = asyncio.create_task(scene.run())
-    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     scene.attempt.lose(decode() if role == "decode" else prefill(), "started again")
     with pytest.raises(LegFailed, match="started again") as failed:
         await asyncio.wait_for(running, 1)
@@ -170,7 +170,7 @@ async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> 
     assert scene.attempt.failed_worker == (decode() if role == "decode" else prefill())
 
 
-async def test_a_refused_value_is_the_clients_and_not_the_legs() -> None:
+async def test_an_invalid_request_is_the_clients_error_and_not_the_legs() -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, fail(InvalidRequest("token_ids", "is too long"))))
     with pytest.raises(InvalidRequest) as refused:
         await scene.run()
@@ -188,14 +188,14 @@ async def test_a_restarted_worker_is_the_legs_failure() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (tokens(2, 6), "tokens came at 2, not at 1"),
-        (tokens(0, 5), "tokens came at 0, not at 1"),
-        (tokens(1), "0 tokens came at 1"),
-        (tokens(1, 1000), "token 1000 is outside the vocabulary"),
+        (tokens(2, 6), "tokens at index 2, expected index 1"),
+        (tokens(0, 5), "tokens at index 0, expected index 1"),
+        (tokens(1), "received 0 tokens at index 1"),
+        (tokens(1, 1000), "token id 1000 is outside the vocabulary"),
     ],
     ids=["gap", "again", "none", "vocabulary"],
 )
-async def test_a_step_that_does_not_fit_is_a_failure(wrong: Word, sentence: str) -> None:
+async def test_a_malformed_step_is_a_failure(wrong: Word, sentence: str) -> None:
     scene = Scene(PlayedLeg(accepted, tokens(0, 5), wrong, FINISH), None)
     with pytest.raises(LegFailed, match=sentence):
         await scene.run()
@@ -209,7 +209,7 @@ async def test_an_aborted_prefill_leg_ends_the_attempt() -> None:
     assert failed.value.reason == "ABORTED"
 
 
-async def test_leaving_early_ends_both_legs() -> None:
+async def test_an_early_end_aborts_both_legs() -> None:
     d = PlayedLeg(accepted, tokens(0, 5))
     scene = Scene(d, PlayedLeg(accepted))
     d.say(lambda sink: scene.attempt.stop())
@@ -217,7 +217,7 @@ async def test_leaving_early_ends_both_legs() -> None:
     assert scene.are_aborted
 
 
-async def test_nothing_is_heard_of_an_attempt_that_has_ended() -> None:
+async def test_an_ended_attempt_passes_no_event_on() -> None:
     d = PlayedLeg(accepted)
     scene = Scene(d, None)
     scene.attempt.end()
@@ -230,7 +230,7 @@ async def test_nothing_is_heard_of_an_attempt_that_has_ended() -> None:
 async def test_cancelling_its_task_is_no_failure_of_a_leg() -> None:
     scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
     running: asyncio.Task[Any] = asyncio.create_task(scene.run())
-    await asyncio.wait_for(asyncio.shield(scene.attempt._taken), 1)
+    await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

@@ -112,9 +112,9 @@ VOCABULARY_WITHOUT_RULES = json.dumps({"model": {"vocab": {f"piece {i}": i for i
         ("tokenizer.json", None, "tokenizer.json is missing"),
         ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', "tokenizer.json does not match the model"),
-        ("tokenizer.json", VOCABULARY_WITHOUT_RULES, "tokenizer.json is not a tokenizer"),
+        ("tokenizer.json", VOCABULARY_WITHOUT_RULES, "tokenizer.json is not a readable tokenizer"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
-        ("chat_template.jinja", "{% for %}", "chat_template.jinja: the chat template is broken"),
+        ("chat_template.jinja", "{% for %}", "chat_template.jinja: invalid chat template"),
         ("config.json", None, "config.json is missing"),
     ],
 )

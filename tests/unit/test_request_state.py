@@ -1,4 +1,4 @@
-"""The state machine of a request under every order of events that two legs can produce."""
+"""The state machine of a request under every order of events that its two legs can produce."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PAIR = (LegRole.PREFILL, LegRole.DECODE)
 
 
 class RequestMachine(RuleBasedStateMachine):
-    """Legs that speak in any order the contract allows."""
+    """Events of legs in any order that the contract allows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state = RequestState()
         self.highest = 0
 
-    def running(self, *, taken: bool) -> list[LegRole]:
+    def running(self, *, accepted: bool) -> list[LegRole]:
         legs = self.state.legs.values()
-        return [leg.role for leg in legs if leg.is_taken is taken and not leg.phase.is_last]
+        return [leg.role for leg in legs if leg.is_accepted is accepted and not leg.phase.is_last]
 
     @precondition(lambda self: self.state.phase is Phase.QUEUED)
     @rule(pair=st.booleans())
@@ -32,23 +32,23 @@ class RequestMachine(RuleBasedStateMachine):
         assert self.state.attempt == before + 1
         self.highest = 0
 
-    @precondition(lambda self: self.running(taken=False))
+    @precondition(lambda self: self.running(accepted=False))
     @rule(data=st.data())
-    def take(self, data: st.DataObject) -> None:
-        self.state.take(data.draw(st.sampled_from(self.running(taken=False))))
+    def accept(self, data: st.DataObject) -> None:
+        self.state.accept(data.draw(st.sampled_from(self.running(accepted=False))))
 
-    @precondition(lambda self: self.running(taken=True))
+    @precondition(lambda self: self.running(accepted=True))
     @rule(data=st.data())
-    def speak(self, data: st.DataObject) -> None:
-        role = data.draw(st.sampled_from(self.running(taken=True)))
-        self.state.speak(role)
+    def first_token(self, data: st.DataObject) -> None:
+        role = data.draw(st.sampled_from(self.running(accepted=True)))
+        self.state.first_token(role)
         if role is not LegRole.PREFILL:
             assert self.state.phase is Phase.DECODING
 
-    @precondition(lambda self: self.running(taken=True))
+    @precondition(lambda self: self.running(accepted=True))
     @rule(data=st.data())
     def end_leg(self, data: st.DataObject) -> None:
-        self.state.end_leg(data.draw(st.sampled_from(self.running(taken=True))))
+        self.state.end_leg(data.draw(st.sampled_from(self.running(accepted=True))))
 
     @precondition(lambda self: self.state.phase in IN_ATTEMPT)
     @rule()
@@ -74,31 +74,31 @@ class RequestMachine(RuleBasedStateMachine):
     @invariant()
     def an_attempt_never_goes_back(self) -> None:
         if self.state.phase in IN_ATTEMPT:
-            place = ORDER.index(self.state.phase)
-            assert place >= self.highest
-            self.highest = place
+            index = ORDER.index(self.state.phase)
+            assert index >= self.highest
+            self.highest = index
 
     @invariant()
-    def nothing_is_bootstrapping_before_both_legs_are_taken(self) -> None:
+    def nothing_is_bootstrapping_before_both_legs_are_accepted(self) -> None:
         if self.state.phase is Phase.BOOTSTRAPPING:
-            assert all(leg.is_taken for leg in self.state.legs.values())
+            assert all(leg.is_accepted for leg in self.state.legs.values())
 
 
 RequestMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 TestRequestMachine = RequestMachine.TestCase
 
 
-def test_the_way_of_a_pair() -> None:
+def test_phases_of_a_pair() -> None:
     state = RequestState()
     state.dispatch(*PAIR)
     assert state.phase is Phase.DISPATCHED
-    state.take(LegRole.DECODE)
+    state.accept(LegRole.DECODE)
     assert state.phase is Phase.DISPATCHED, "one leg is still on its way"
-    state.take(LegRole.PREFILL)
+    state.accept(LegRole.PREFILL)
     assert state.phase is Phase.BOOTSTRAPPING
-    state.speak(LegRole.PREFILL)
+    state.first_token(LegRole.PREFILL)
     assert state.phase is Phase.TRANSFERRING
-    state.speak(LegRole.DECODE)
+    state.first_token(LegRole.DECODE)
     assert state.phase is Phase.DECODING
     state.end_leg(LegRole.PREFILL)
     state.end_leg(LegRole.DECODE)
@@ -111,11 +111,29 @@ def test_attempts_are_counted() -> None:
     state.dispatch(*PAIR)
     state.requeue()
     state.dispatch(LegRole.AGGREGATED)
-    state.take(LegRole.AGGREGATED)
-    state.speak(LegRole.AGGREGATED)
+    state.accept(LegRole.AGGREGATED)
+    state.first_token(LegRole.AGGREGATED)
     state.requeue()
     state.dispatch(*PAIR)
     assert (state.attempt, state.phase) == (3, Phase.DISPATCHED)
+
+
+def test_an_aborted_leg_keeps_its_phase() -> None:
+    state = RequestState()
+    state.dispatch(*PAIR)
+    for role in PAIR:
+        state.accept(role)
+    state.first_token(LegRole.DECODE)
+    prefill = state.legs[LegRole.PREFILL]
+    prefill.abort()
+    prefill.abort()
+    assert prefill.phase is Phase.ABORTED
+    state.end_leg(LegRole.DECODE)
+    assert state.phase is Phase.DECODING
+    with pytest.raises(AssertionError):
+        state.end_leg(LegRole.PREFILL)
+    with pytest.raises(AssertionError):
+        state.legs[LegRole.DECODE].abort()
 
 
 def _ended() -> RequestState:
@@ -128,16 +146,16 @@ def _ended() -> RequestState:
 @pytest.mark.parametrize(
     "impossible",
     [
-        lambda: RequestState().take(LegRole.DECODE),
+        lambda: RequestState().accept(LegRole.DECODE),
         lambda: RequestState().finish(),
         lambda: RequestState().requeue(),
         lambda: RequestState().dispatch(LegRole.DECODE),
         lambda: _ended().abort(),
         lambda: _ended().dispatch(*PAIR),
-        lambda: _ended().speak(LegRole.AGGREGATED),
+        lambda: _ended().first_token(LegRole.AGGREGATED),
     ],
 )
-def test_what_cannot_be_is_an_assertion(impossible: object) -> None:
+def test_an_impossible_transition_is_an_assertion(impossible: object) -> None:
     assert callable(impossible)
     with pytest.raises(AssertionError):
         impossible()

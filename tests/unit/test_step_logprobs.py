@@ -23,7 +23,7 @@ BELOW = CAPABILITIES.vocabulary_size
 RIGHT = TokenLogprob(token_id=5, logprob=-0.5, top=[RankedToken(token_id=BELOW - 1, logprob=-math.inf)])
 
 
-class Hearer:
+class Owner:
     """Keeps what the attempt passes on."""
 
     def __init__(self) -> None:
@@ -38,29 +38,29 @@ class Hearer:
         return False
 
 
-async def heard(*logprobs: TokenLogprob, wants_logprobs: bool) -> Hearer:
+async def heard(*logprobs: TokenLogprob, wants_logprobs: bool) -> Owner:
     """What is passed on of one token that comes with these."""
-    hearer, route = Hearer(), Route(aggregated(), None)
+    owner, route = Owner(), Route(aggregated(), None)
     word: Word = lambda sink: sink.tokens(0, [5], logprobs)  # noqa: E731
 
     def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
         return Dispatched(route, 1, 0, PlayedLeg(accepted, word, FINISH).play(sinks[0]), None)
 
-    attempt = Attempt(route, hearer, wants_logprobs=wants_logprobs)  # type: ignore[arg-type]
+    attempt = Attempt(route, owner, wants_logprobs=wants_logprobs)  # type: ignore[arg-type]
     try:
         await attempt.start(send)
         await attempt.wait()
     finally:
         attempt.end()
-    return hearer
+    return owner
 
 
 @pytest.mark.parametrize(
     ("logprob", "sentence"),
     [
-        (TokenLogprob(token_id=-1), f"is of token -1, outside the vocabulary of {BELOW}"),
-        (TokenLogprob(token_id=BELOW), f"is of token {BELOW}, outside"),
-        (TokenLogprob(token_id=5, top=[RankedToken(token_id=-1)]), "is of token -1, outside"),
+        (TokenLogprob(token_id=-1), f"is for token -1, outside the vocabulary of {BELOW}"),
+        (TokenLogprob(token_id=BELOW), f"is for token {BELOW}, outside"),
+        (TokenLogprob(token_id=5, top=[RankedToken(token_id=-1)]), "is for token -1, outside"),
         (TokenLogprob(token_id=5, logprob=math.nan), "the log probability of token 5 is nan"),
         (TokenLogprob(token_id=5, logprob=math.inf), "the log probability of token 5 is inf"),
         (TokenLogprob(token_id=5, top=[RankedToken(token_id=6, logprob=math.nan)]), "token 6 is nan"),
@@ -74,7 +74,7 @@ async def test_what_is_no_log_probability_ends_the_leg(logprob: TokenLogprob, se
 
 @pytest.mark.parametrize("count", [0, 2])
 async def test_as_many_as_tokens_are_needed_where_they_were_asked_for(count: int) -> None:
-    with pytest.raises(LegFailed, match=f"{count} log probabilities came with 1 tokens"):
+    with pytest.raises(LegFailed, match=f"received {count} log probabilities with 1 tokens"):
         await heard(*[RIGHT] * count, wants_logprobs=True)
 
 
@@ -84,8 +84,8 @@ async def test_those_that_fit_are_passed_on() -> None:
 
 
 async def test_those_that_were_not_asked_for_are_dropped() -> None:
-    hearer = await heard(RIGHT, RIGHT, wants_logprobs=False)
-    assert (hearer.token_ids, hearer.logprobs) == ([5], [])
+    owner = await heard(RIGHT, RIGHT, wants_logprobs=False)
+    assert (owner.token_ids, owner.logprobs) == ([5], [])
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""The frontend's end of a step stream: what is told apart, what is bounded, and when a worker or a leg is given up."""
+"""The frontend's end of a step stream: splitting messages by leg, timeouts, and when a worker or a leg fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BOUNDS = Bounds(accept_s=2.0, silence_s=2.0)
 
 
 class Steps:
-    """A step stream that says what the test says."""
+    """A step stream whose messages the test writes."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[StreamStepsResponse | TandemError] = asyncio.Queue()
@@ -45,7 +45,7 @@ class Steps:
 
 
 class Calls:
-    """Calls to a worker that takes every leg, unless it is told otherwise."""
+    """Calls to a worker that accepts every leg by default."""
 
     def __init__(self) -> None:
         self.streams: list[Steps] = []
@@ -82,14 +82,14 @@ class Calls:
 
 
 class Heard:
-    """A sink that keeps what it hears."""
+    """A sink that records its events."""
 
     def __init__(self) -> None:
         self.accepted_count = 0
         self.token_ids: list[int] = []
         self.logprobs: list[Any] = []
         self.ends: list[Any] = []
-        self.unanswered_count = 0
+        self.unresponsive_count = 0
 
     def accepted(self) -> None:
         self.accepted_count += 1
@@ -105,8 +105,8 @@ class Heard:
     def fail(self, problem: TandemError) -> None:
         self.ends.append(problem)
 
-    def unanswered(self) -> None:
-        self.unanswered_count += 1
+    def unresponsive(self) -> None:
+        self.unresponsive_count += 1
 
     @property
     def failure(self) -> str:
@@ -115,7 +115,7 @@ class Heard:
 
 
 class Scene:
-    """A link to a worker that the test plays."""
+    """A link to a fake worker."""
 
     def __init__(self) -> None:
         self.calls: Any = Calls()
@@ -123,10 +123,10 @@ class Scene:
         self.serves = True
         self.asked = 0
         self.link = WorkerLink(
-            WORKER, "frontend-0", self.calls, BOUNDS, self.timers, self.answers, asyncio.Semaphore(1)
+            WORKER, "frontend-0", self.calls, BOUNDS, self.timers, self.check_health, asyncio.Semaphore(1)
         )
 
-    async def answers(self, worker: Worker) -> bool:
+    async def check_health(self, worker: Worker) -> bool:
         self.asked += 1
         await asyncio.sleep(0.5)
         return self.serves
@@ -187,7 +187,7 @@ def test_a_leg_that_is_started_before_the_stream_is_open_waits_for_it() -> None:
     virtually(play)
 
 
-def test_a_step_is_told_apart() -> None:
+def test_a_step_is_split_by_leg() -> None:
     async def play(scene: Scene) -> None:
         (one, heard_one), (two, heard_two) = await scene.started(), await scene.started()
         scene.tokens((one, 0, 5), (two, 0, 6))
@@ -217,7 +217,7 @@ def test_log_probabilities_of_several_steps_in_one_message_go_to_their_tokens() 
     virtually(play)
 
 
-def test_a_refused_leg_hears_why_and_others_run() -> None:
+def test_a_refused_leg_gets_the_reason_and_others_run() -> None:
     async def play(scene: Scene) -> None:
         refused = leg2_pb2.LegStartResult(refused=to_status(Draining("going away")))
         scene.calls.answer = lambda start: refused if start.leg == 1 else ACCEPTED
@@ -229,7 +229,7 @@ def test_a_refused_leg_hears_why_and_others_run() -> None:
     virtually(play)
 
 
-def test_the_end_of_the_stream_is_the_end_of_every_leg_and_it_opens_again() -> None:
+def test_a_broken_stream_fails_every_leg_and_is_reopened() -> None:
     async def play(scene: Scene) -> None:
         (_, one), (_, two) = await scene.started(), await scene.started()
         scene.calls.streams[-1].messages.put_nowait(ServiceError("connection reset", phase="x"))
@@ -258,7 +258,7 @@ def test_a_worker_that_cannot_be_reached_fails_a_leg_at_once() -> None:
     virtually(play)
 
 
-def test_a_worker_that_opens_no_stream_is_bounded() -> None:
+def test_opening_a_stream_has_a_timeout() -> None:
     async def play(scene: Scene) -> None:
         scene.calls.opens = False
         _, heard = scene.start()
@@ -269,13 +269,13 @@ def test_a_worker_that_opens_no_stream_is_bounded() -> None:
     virtually(play)
 
 
-def test_a_leg_that_is_not_taken_in_time_is_given_up_and_aborted_when_it_is() -> None:
+def test_a_leg_accepted_too_late_has_failed_and_is_aborted() -> None:
     async def play(scene: Scene) -> None:
         scene.calls.may_answer.clear()
         await scene.settle()
         leg, heard = scene.start()
         await scene.keep_alive(until_s=2.3)
-        assert heard.failure == "no answer within 2 s"
+        assert heard.failure == "leg not accepted within 2 s"
         assert scene.asked == 1, "the worker was asked before"
         assert not scene.calls.aborted, "it may not have it yet"
         scene.calls.may_answer.set()
@@ -285,35 +285,35 @@ def test_a_leg_that_is_not_taken_in_time_is_given_up_and_aborted_when_it_is() ->
     virtually(play)
 
 
-def test_a_silent_worker_is_asked_and_then_given_up() -> None:
+def test_a_silent_worker_is_checked_and_then_its_legs_fail() -> None:
     async def play(scene: Scene) -> None:
         _, heard = await scene.started()
         await asyncio.sleep(1.2)
-        assert (scene.asked, heard.unanswered_count, heard.ends) == (1, 0, [])
+        assert (scene.asked, heard.unresponsive_count, heard.ends) == (1, 0, [])
         await asyncio.sleep(1.3)
-        assert heard.failure == "nothing heard for 2 s"
-        assert heard.unanswered_count == 0, "it said that it serves"
+        assert heard.failure == "no message from the worker for 2 s"
+        assert heard.unresponsive_count == 0, "it said that it serves"
 
     virtually(play)
 
 
-def test_the_legs_of_a_worker_that_answers_nothing_are_told_soon() -> None:
+def test_the_legs_of_an_unresponsive_worker_are_notified_soon() -> None:
     async def play(scene: Scene) -> None:
         scene.serves = False
         _, heard = await scene.started()
         await asyncio.sleep(1.6)
-        assert heard.unanswered_count == 1
+        assert heard.unresponsive_count == 1
 
     virtually(play)
 
 
-def test_a_worker_that_speaks_while_it_is_asked_is_not_given_up() -> None:
+def test_a_worker_that_sends_a_message_while_it_is_checked_is_not_given_up() -> None:
     async def play(scene: Scene) -> None:
         scene.serves = False
         leg, heard = await scene.started()
         await asyncio.sleep(1.1)
         await scene.keep_alive(leg, until_s=6.0)
-        assert (heard.unanswered_count, heard.ends) == (0, [])
+        assert (heard.unresponsive_count, heard.ends) == (0, [])
 
     virtually(play)
 
@@ -332,17 +332,17 @@ def test_the_loops_own_lag_is_not_the_workers_silence() -> None:
     virtually(play)
 
 
-def test_named_legs_live_and_a_leg_that_is_not_named_any_more_is_lost() -> None:
+def test_a_leg_that_is_no_longer_listed_fails() -> None:
     async def play(scene: Scene) -> None:
         (one, kept), (_, lost) = await scene.started(), await scene.started()
         await scene.keep_alive(one, until_s=5.0)
         assert kept.ends == []
-        assert lost.failure == "the worker does not know of it any more"
+        assert lost.failure == "the worker no longer knows this leg"
 
     virtually(play)
 
 
-def test_an_abort_is_sent_once_and_again_while_the_worker_still_speaks_of_the_leg() -> None:
+def test_an_abort_is_repeated_while_the_worker_still_lists_the_leg() -> None:
     async def play(scene: Scene) -> None:
         leg, heard = await scene.started()
         leg.abort()
@@ -359,7 +359,7 @@ def test_an_abort_is_sent_once_and_again_while_the_worker_still_speaks_of_the_le
     virtually(play)
 
 
-def test_a_leg_that_is_aborted_in_the_turn_of_its_start_is_not_sent() -> None:
+def test_a_leg_aborted_in_the_turn_of_its_start_is_not_sent() -> None:
     async def play(scene: Scene) -> None:
         await scene.settle()
         leg, _ = scene.start()
@@ -370,7 +370,7 @@ def test_a_leg_that_is_aborted_in_the_turn_of_its_start_is_not_sent() -> None:
     virtually(play)
 
 
-def test_a_leg_that_is_not_open_here_is_aborted_and_no_other_hears_of_it() -> None:
+def test_an_unknown_leg_is_aborted_and_affects_no_other() -> None:
     async def play(scene: Scene) -> None:
         leg, heard = await scene.started()
         scene.say(legs=[99, leg.number], indices=[0, 0], token_ids=[4, 5], alive=[98])
@@ -390,12 +390,12 @@ def test_a_leg_that_is_not_open_here_is_aborted_and_no_other_hears_of_it() -> No
         {"legs": [1, 1], "indices": [0, 1], "counts": [1], "token_ids": [5, 6]},
     ],
 )
-def test_lists_that_do_not_fit_together_end_the_stream_and_not_the_process(wrong: dict[str, Any]) -> None:
+def test_lists_that_differ_in_length_end_the_stream_and_not_the_process(wrong: dict[str, Any]) -> None:
     async def play(scene: Scene) -> None:
         _, heard = await scene.started()
         scene.say(**wrong)
         await scene.settle()
-        assert "lists do not fit together" in heard.failure
+        assert "lists differ in length" in heard.failure
         assert heard.token_ids == []
         await asyncio.sleep(0.2)
         await scene.started()
@@ -403,7 +403,7 @@ def test_lists_that_do_not_fit_together_end_the_stream_and_not_the_process(wrong
     virtually(play)
 
 
-def test_a_sink_that_fails_ends_its_own_leg_only() -> None:
+def test_a_sink_that_raises_fails_its_own_leg_only() -> None:
     async def play(scene: Scene) -> None:
         (one, broken), (two, whole) = await scene.started(), await scene.started()
         broken.tokens = lambda *words: 1 / 0  # type: ignore[assignment, method-assign, return-value]
@@ -427,14 +427,14 @@ def test_nothing_ticks_for_a_link_without_legs() -> None:
 
 
 class Links:
-    """The links of a frontend whose workers the test plays."""
+    """The links of a frontend to fake workers."""
 
     def __init__(self) -> None:
         self.calls: Any = Calls()
         self.timers = AwakeTimers()
-        self.links = WorkerLinks("frontend-0", self.calls, BOUNDS, self.timers, self.answers)
+        self.links = WorkerLinks("frontend-0", self.calls, BOUNDS, self.timers, self.check_health)
 
-    async def answers(self, worker: Worker) -> bool:
+    async def check_health(self, worker: Worker) -> bool:
         return True
 
 
@@ -460,7 +460,7 @@ def test_a_worker_that_leaves_the_view_keeps_its_link_until_its_legs_have_ended(
     run_virtually(live())
 
 
-def test_a_renewed_certificate_opens_a_link_of_its_own_beside_the_legs_that_run() -> None:
+def test_a_renewed_certificate_opens_a_new_link_and_keeps_running_legs() -> None:
     async def live() -> None:
         scene = Links()
         scene.links.follow([WORKER])

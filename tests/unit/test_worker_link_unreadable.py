@@ -1,4 +1,4 @@
-"""What a link cannot read: each leg still has its one end, and the link opens its stream again."""
+"""Unreadable messages on a link: each leg still ends exactly once, and the stream is reopened."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logprobs(number: int, *token_ids: int) -> leg2_pb2.LegLogprobs:
     [(CORRUPT, "no room (its details cannot be read)"), (packed(message="m", self="s"), "no room")],
     ids=["corrupt", "metadata named as parameters"],
 )
-def test_an_end_that_cannot_be_read_is_an_end(detail: any_pb2.Any, sentence: str) -> None:
+def test_an_unreadable_end_ends_the_leg(detail: any_pb2.Any, sentence: str) -> None:
     async def play(scene: Scene) -> None:
         leg, heard = await scene.started()
         scene.say(ends=[leg2_pb2.LegEnd(leg=leg.number, failure=status(detail))])
@@ -53,7 +53,7 @@ def test_an_end_that_cannot_be_read_is_an_end(detail: any_pb2.Any, sentence: str
     virtually(play)
 
 
-def test_an_end_that_its_sink_cannot_take_is_told_as_a_failure() -> None:
+def test_a_sink_that_raises_on_its_finish_gets_a_failure() -> None:
     async def play(scene: Scene) -> None:
         (one, broken), (two, whole) = await scene.started(), await scene.started()
         broken.finish = lambda finish: 1 / 0  # type: ignore[assignment, method-assign, return-value]
@@ -65,7 +65,7 @@ def test_an_end_that_its_sink_cannot_take_is_told_as_a_failure() -> None:
     virtually(play)
 
 
-def test_a_refusal_that_cannot_be_read_is_one_legs_only() -> None:
+def test_an_unreadable_refusal_fails_one_leg_only() -> None:
     async def play(scene: Scene) -> None:
         refused = leg2_pb2.LegStartResult(refused=status(CORRUPT))
         scene.calls.answer = lambda start: refused if start.leg == 1 else ACCEPTED
@@ -82,18 +82,18 @@ def test_a_refusal_that_cannot_be_read_is_one_legs_only() -> None:
     virtually(play)
 
 
-def test_an_answer_to_a_start_that_says_nothing_is_a_failure_and_the_leg_is_aborted() -> None:
+def test_an_empty_start_result_is_a_failure_and_the_leg_is_aborted() -> None:
     async def play(scene: Scene) -> None:
         scene.calls.answer = lambda start: leg2_pb2.LegStartResult()
         leg, heard = scene.start()
         await scene.settle()
-        assert "answered a start with nothing known here" in heard.failure
+        assert "sent an unknown result for a leg" in heard.failure
         assert scene.calls.aborted == [leg.number]
 
     virtually(play)
 
 
-def test_a_sink_that_fails_when_its_leg_is_taken_is_no_other_legs_business() -> None:
+def test_a_sink_that_raises_on_acceptance_affects_no_other_leg() -> None:
     async def play(scene: Scene) -> None:
         (_, broken), (_, whole) = scene.start(), scene.start()
         broken.accepted = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
@@ -104,7 +104,7 @@ def test_a_sink_that_fails_when_its_leg_is_taken_is_no_other_legs_business() -> 
     virtually(play)
 
 
-def test_starts_that_fail_in_a_way_of_their_own_fail_their_legs() -> None:
+def test_a_start_call_that_raises_fails_its_legs() -> None:
     async def play(scene: Scene) -> None:
         def raise_(start: Any) -> Any:
             raise KeyError(99)
@@ -112,13 +112,13 @@ def test_starts_that_fail_in_a_way_of_their_own_fail_their_legs() -> None:
         scene.calls.answer = raise_
         _, heard = scene.start()
         await scene.settle()
-        assert heard.failure == "what worker decode-0 said cannot be read (KeyError: 99)"
+        assert heard.failure == "unreadable message from worker decode-0 (KeyError: 99)"
 
     virtually(play)
 
 
 @pytest.mark.parametrize("wrong", [None, ValueError("Code in Status proto (13) doesn't match status code (14)")])
-def test_a_stream_that_breaks_in_whatever_way_opens_again(wrong: Any) -> None:
+def test_a_stream_is_reopened_after_any_error(wrong: Any) -> None:
     async def play(scene: Scene) -> None:
         (_, broken), (_, other) = await scene.started(), await scene.started()
         other.fail = lambda problem: 1 / 0  # type: ignore[assignment, method-assign, return-value]
@@ -131,7 +131,7 @@ def test_a_stream_that_breaks_in_whatever_way_opens_again(wrong: Any) -> None:
         scene.calls.streams[-1].read = read
         scene.say(alive=[])
         await asyncio.sleep(0.2)
-        assert "cannot be read" in broken.failure
+        assert "unreadable message from worker" in broken.failure
         assert len(scene.calls.streams) == 2
         _, later = await scene.started()
         assert not later.ends
@@ -139,7 +139,7 @@ def test_a_stream_that_breaks_in_whatever_way_opens_again(wrong: Any) -> None:
     virtually(play)
 
 
-def test_a_stream_that_breaks_as_soon_as_it_is_open_is_opened_less_and_less_often() -> None:
+def test_a_stream_that_breaks_at_once_is_reopened_with_backoff() -> None:
     async def play(scene: Scene) -> None:
         for _ in range(300):
             await asyncio.sleep(0.1)
@@ -154,21 +154,19 @@ def test_a_stream_that_breaks_as_soon_as_it_is_open_is_opened_less_and_less_ofte
     [{"token_ids": [5]}, {"indices": [0]}, {"counts": [1]}],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_lists_without_legs_do_not_fit_together_either(wrong: dict[str, Any]) -> None:
+def test_lists_without_legs_end_the_stream(wrong: dict[str, Any]) -> None:
     async def play(scene: Scene) -> None:
         _, heard = await scene.started()
         scene.say(**wrong)
         await scene.settle()
-        assert "lists do not fit together" in heard.failure
+        assert "lists differ in length" in heard.failure
 
     virtually(play)
 
 
 @pytest.mark.parametrize("token_ids", [(9,), (9, 9, 9, 9)])
 @pytest.mark.parametrize("has_tokens", [True, False])
-def test_log_probabilities_that_are_not_as_many_as_the_tokens_end_their_leg(
-    token_ids: tuple[int, ...], has_tokens: bool
-) -> None:
+def test_a_wrong_number_of_log_probabilities_fails_the_leg(token_ids: tuple[int, ...], has_tokens: bool) -> None:
     async def play(scene: Scene) -> None:
         (one, wrong), (two, right) = await scene.started(), await scene.started()
         entries = [logprobs(one.number, *token_ids), logprobs(two.number, 8)]
@@ -179,14 +177,14 @@ def test_log_probabilities_that_are_not_as_many_as_the_tokens_end_their_leg(
         )
         await scene.settle()
         assert isinstance(wrong.ends[0], LegFailed)
-        assert wrong.failure == f"{len(token_ids)} log probabilities came with {3 * has_tokens} tokens"
+        assert wrong.failure == f"received {len(token_ids)} log probabilities with {3 * has_tokens} tokens"
         assert (wrong.token_ids, right.token_ids, right.ends) == ([], [8], [])
         assert scene.calls.aborted == [one.number]
 
     virtually(play)
 
 
-def test_unknown_legs_of_one_message_are_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_legs_of_one_message_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async def play(scene: Scene) -> None:
         leg, heard = await scene.started()
         with caplog.at_level(logging.WARNING):
@@ -194,14 +192,14 @@ def test_unknown_legs_of_one_message_are_told_in_one_line(caplog: pytest.LogCapt
             await scene.settle()
         assert sorted(scene.calls.aborted) == list(range(90, 100)), "each once"
         assert [record.getMessage() for record in caplog.records] == [
-            "worker decode-0 spoke of 10 legs that are not open here: aborting them (98, 90, 91, 92, 93, ...)"
+            "worker decode-0 listed 10 legs that are unknown here: aborting them (98, 90, 91, 92, 93, ...)"
         ]
         assert heard.token_ids == [5]
 
     virtually(play)
 
 
-def test_a_worker_that_names_legs_without_end_loses_its_stream() -> None:
+def test_too_many_unknown_legs_end_the_stream() -> None:
     async def play(scene: Scene) -> None:
         _, heard = await scene.started()
         most = worker_link.UNKNOWN_LEGS_MAX
@@ -211,12 +209,12 @@ def test_a_worker_that_names_legs_without_end_loses_its_stream() -> None:
         scene.say(alive=range(1000, 1000 + most + 1))
         await scene.settle()
         assert isinstance(heard.ends[0], TandemError)
-        assert heard.failure == f"worker decode-0 named more than {most} legs that are not open here"
+        assert heard.failure == f"worker decode-0 listed more than {most} legs that are unknown here"
 
     virtually(play)
 
 
-def test_what_was_read_is_whole() -> None:
+def test_the_unmodified_message_is_readable() -> None:
     """The messages above are wrong in one thing only."""
 
     async def play(scene: Scene) -> None:

@@ -79,7 +79,7 @@ class Garbler:
         return server, port
 
 
-async def answers(worker: Worker) -> bool:
+async def check_health(worker: Worker) -> bool:
     return True
 
 
@@ -89,7 +89,7 @@ async def test_what_grpc_cannot_read_breaks_one_stream(details: bytes | None, se
     server, port = await worker.serve()
     timers, channels = AwakeTimers(), Channels(None)
     address = replace(decode(), address=f"127.0.0.1:{port}")
-    link = WorkerLink(address, "f0", WorkerCalls(channels), BOUNDS, timers, answers, asyncio.Semaphore(1))
+    link = WorkerLink(address, "f0", WorkerCalls(channels), BOUNDS, timers, check_health, asyncio.Semaphore(1))
     try:
         first = Heard()
         link.start(leg_pb2.LegRequest(request_id="r1"), first, None, ())

@@ -43,11 +43,11 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
             (worker,) = view = app._watch.workers()
             assert app._routes._view is view
             most = worker.capabilities.context_tokens_max
-            assert app._room.counted(10 * most, 0) == most
+            assert app._capacity.counted(10 * most, 0) == most
             full = EngineLoad(running_requests=100, kv_used_tokens=0)
-            assert app._room.fits(6, 0, 1)
+            assert app._capacity.fits(6, 0, 1)
             app._note_load(worker.start, full)
-            assert not app._room.fits(6, 0, 1)
+            assert not app._capacity.fits(6, 0, 1)
         finally:
             await app.stop()
 

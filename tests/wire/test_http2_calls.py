@@ -112,7 +112,9 @@ async def test_a_defect_of_a_handler_is_internal_and_tells_nothing(caplog: pytes
         failure = await failure_of(channel.unary_unary(UNARY)(b"fail"))
         assert failure.code() is grpc.StatusCode.INTERNAL
         assert "secret" not in (failure.details() or "")
-    assert [record.getMessage() for record in caplog.records] == ["defect in the handler of /test.Echo/Unary"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "defect in the handler of /test.Echo/Unary; the call fails with an internal error"
+    ]
 
 
 async def test_a_deadline_is_the_servers_to_keep() -> None:

@@ -1,4 +1,4 @@
-"""What a frontend sees of its workers' health by itself, without a registry."""
+"""Worker health as a frontend sees it itself, without a registry."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ async def unhealthy_is(health: WorkerHealth, *starts: Start, within_s: float) ->
 
 
 async def settled(health: WorkerHealth) -> None:
-    """Every worker has been asked more than once."""
+    """Wait until every worker was checked more than once."""
     await asyncio.sleep(1.2)
     assert not health.unhealthy()
 
 
-async def test_a_worker_that_stops_serving_is_known_by_its_word_and_again_when_it_is_back() -> None:
+async def test_a_worker_that_reports_not_serving_is_unhealthy_until_it_serves_again() -> None:
     async with serving() as server, following(worker := worker_at(server.port)) as health:
         await settled(health)
         await server.set_serving(False)
@@ -86,7 +86,7 @@ async def test_a_worker_that_stops_serving_is_known_by_its_word_and_again_when_i
         await unhealthy_is(health, within_s=0.5)
 
 
-async def test_a_worker_that_is_gone_is_known_at_once_and_found_again_at_its_address() -> None:
+async def test_a_stopped_worker_is_unhealthy_at_once_and_healthy_after_its_restart() -> None:
     async with contextlib.AsyncExitStack() as life, serving() as other:
         server = await life.enter_async_context(serving())
         gone = worker_at(server.port)
@@ -98,14 +98,14 @@ async def test_a_worker_that_is_gone_is_known_at_once_and_found_again_at_its_add
                 await unhealthy_is(health, within_s=5)
 
 
-async def test_a_worker_that_was_never_there_is_unhealthy() -> None:
+async def test_an_unreachable_worker_is_unhealthy() -> None:
     async with serving() as server:
         port = server.port
     async with following(worker := worker_at(port)) as health:
         await unhealthy_is(health, worker.start, within_s=3)
 
 
-async def test_a_frozen_worker_is_known_within_a_second_and_again_when_it_goes_on() -> None:
+async def test_a_frozen_worker_is_unhealthy_within_a_second_until_it_resumes() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -121,27 +121,27 @@ async def test_a_frozen_worker_is_known_within_a_second_and_again_when_it_goes_o
         await process.wait()
 
 
-async def test_a_worker_is_asked_at_once_when_somebody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a large fleet its turn would come much later."""
+async def test_a_worker_is_checked_at_once_when_a_request_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large fleet its regular check would come much later."""
     monkeypatch.setattr("tandem_frontend.routing.worker_health.CHECK_INTERVAL_S", 3600.0)
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
         worker = worker_at(int(await process.stdout.readline()))
         async with following(worker) as health:
-            assert await health.answers(worker)
+            assert await health.check(worker)
             process.send_signal(signal.SIGSTOP)
-            assert not await health.answers(worker)
+            assert not await health.check(worker)
             assert health.unhealthy() == {worker.start}
             known = health.unhealthy()
-            assert not await health.answers(worker)
+            assert not await health.check(worker)
             assert health.unhealthy() is known, "nothing has changed, and it is made anew"
     finally:
         process.kill()
         await process.wait()
 
 
-async def test_time_in_which_the_frontend_itself_stood_still_is_no_worker_s_silence() -> None:
+async def test_time_in_which_the_frontend_was_stopped_is_no_worker_silence() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -149,7 +149,7 @@ async def test_time_in_which_the_frontend_itself_stood_still_is_no_worker_s_sile
         async with following(worker) as health:
             await settled(health)
             process.send_signal(signal.SIGSTOP)
-            asked = asyncio.create_task(health.answers(worker))
+            asked = asyncio.create_task(health.check(worker))
             await asyncio.sleep(0.05)
             # Longer than a worker may be silent, and it goes on before this loop does.
             time.sleep(2 * CHECK_TIMEOUT_S)  # noqa: ASYNC251 -- the loop has to stand still
@@ -161,8 +161,8 @@ async def test_time_in_which_the_frontend_itself_stood_still_is_no_worker_s_sile
         await process.wait()
 
 
-async def test_a_channel_that_was_replaced_is_left_and_its_worker_still_followed() -> None:
-    """As after a certificate's renewal: a former channel stays open until nothing uses it."""
+async def test_a_replaced_channel_is_left_and_its_worker_still_watched() -> None:
+    """As after a certificate renewal: the old channel stays open until nothing uses it."""
     async with serving() as server, following(worker := worker_at(server.port)) as health:
         await settled(health)
         channels = health._channels
@@ -174,10 +174,10 @@ async def test_a_channel_that_was_replaced_is_left_and_its_worker_still_followed
         await unhealthy_is(health, worker.start, within_s=1)
 
 
-async def test_a_large_fleet_is_connected_to_without_taking_anybody_for_dead(
+async def test_connecting_to_a_large_fleet_marks_no_worker_unhealthy(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All at once, the connections would not be made within the time that gRPC gives each; here it gives little."""
+    """All at once, the connections would exceed gRPC's connect timeout, which is short here."""
     monkeypatch.setattr("tandem.rpc.channels.CONNECT_MS", 100)
     server = RpcServer()
     await server.start("0.0.0.0", 0)
@@ -195,7 +195,7 @@ async def test_a_large_fleet_is_connected_to_without_taking_anybody_for_dead(
         await server.stop(0)
 
 
-async def test_whoever_leaves_the_view_is_forgotten_and_a_new_start_begins_anew() -> None:
+async def test_a_removed_worker_is_forgotten_and_a_restarted_one_begins_healthy() -> None:
     async with serving() as server:
         port = server.port
     async with following(worker := worker_at(port)) as health:

@@ -1,5 +1,5 @@
-"""The frontend service: the door for clients, from text to text.
+"""The frontend service: takes text from clients and streams text back.
 
-In reading order: __main__, config, app, servicer, generation (the whole way of a request), then its hops: validation,
-chat_template, tokenization, admission, routing, dispatch, supervision, relay, detokenization, stopping.
+In reading order: __main__, config, app, servicer, call_context, pipeline (the stages of a request in order), then the
+packages of the stages: admission, preparation, routing, execution, response. Beside them: openai, admin, processes.
 """

@@ -1,7 +1,7 @@
 """Entry point of `tandem-frontend` and of `python -m tandem_frontend`.
 
-Owns nothing but the names of the parts, imported once a signal can end it silently; the life of the process is
-`tandem.service.process`.
+Imports everything else only after `begin`, so that a signal during the imports ends the process without a traceback.
+`tandem.service.process` runs the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """Run the frontend until it is asked to end."""
+    """Run the frontend until a signal ends it."""
     begin()
     from tandem.service import process
     from tandem.service.prefork.child import find_parent
@@ -32,7 +32,7 @@ def main() -> NoReturn:
 
 
 def _build(config: FrontendConfig) -> Service:
-    """One process that serves, or the parent of several, which imports nothing of what serves."""
+    """The only process, or the parent of several, which does not import what serves requests."""
     if config.processes == 1:
         from tandem_frontend.app import FrontendApp
 

@@ -1,9 +1,9 @@
-"""Composition root of the frontend: which parts there are, and the order in which they start and stop.
+"""Composition root of the frontend: creates its parts, and starts and stops them in order.
 
-Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and only then its own place in the
-registry, for which nothing waits. Drain: DRAINING in the registry and NOT_SERVING while requests are still taken ->
-settle -> end of admission -> wait for the open requests -> leave the registry. Stop: server, encoders of long prompts,
-parser host, view, channels, metrics.
+Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and last its own registration, which
+nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still accepted -> settle -> close
+admission -> wait for the open requests -> deregister. Stop: server, encoders of long prompts, parser host, view,
+channels, metrics.
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ class FrontendApp:
     """The frontend as `tandem.service.process` runs it."""
 
     def __init__(self, config: FrontendConfig, membership: Membership | None = None) -> None:
-        """`membership`: it is one of the processes of a frontend, whose port and registration are another's."""
+        """`membership`: of one of several processes; the parent process then has the port and the registration."""
         self._config = config
         self._membership = membership
         self._siblings = Siblings({}) if membership is None else membership.siblings
         self._traces: TraceStore[RequestTrace] = TraceStore([log_request], closed_kept=config.timelines_kept)
-        self._figures = RequestStats(self._traces)
-        self._looking: asyncio.Task[None] | None = None
+        self._stats = RequestStats(self._traces)
+        self._stats_task: asyncio.Task[None] | None = None
         self._spans: SpanExport | None = None
         self._tokenizer: Tokenizer | None = None
         self._admission: Admission | None = None
-        self._attempts: ExecutionDeps | None = None
+        self._execution: ExecutionDeps | None = None
         self._loads: LoadWatch | None = None
         self._links: WorkerLinks | None = None
         self._timers = AwakeTimers()
-        self._room = Capacity(config.served_name)
+        self._capacity = Capacity(config.served_name)
         self._routes: Routes | None = None
         together = None if membership is None else Together(path=membership.identity.metrics_path)
         self._metrics = open_metrics(config, Emitter.FRONTEND, PROGRAM, config.tls, together=together)
@@ -102,7 +102,7 @@ class FrontendApp:
         self._health = WorkerHealth(self._channels, self._timers)
         self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._known_starts: set[tuple[str, Start]] = set()
-        """Address and start of the workers of the view."""
+        """(address, start) of all workers of the view."""
         self._parsers: Parsers | None = None
         """None: neither tool calls nor reasoning are parsed."""
         if config.tool_parser is not None or config.reasoning_parser is not None:
@@ -112,7 +112,7 @@ class FrontendApp:
 
     @property
     def address(self) -> str:
-        """host:port it serves at, once started."""
+        """host:port of the frontend, once started."""
         if self._membership is not None:
             return self._membership.identity.address
         assert self._server is not None, "address before start()"
@@ -124,20 +124,20 @@ class FrontendApp:
 
     @property
     def _instance(self) -> str:
-        """What this process is called where processes are told apart: by workers, in traces, in pushed metrics."""
+        """Unique name of this process: for workers, in traces and in pushed metrics."""
         return self._frontend_id if self._membership is None else self._membership.identity.instance
 
     @property
     def metrics_port(self) -> int:
-        """Where it is scraped, once started; 0: nowhere."""
+        """Port of the Prometheus endpoint, once started; 0: none."""
         return self._metrics.port
 
     async def start(self) -> None:
-        """Return when it serves; waits for a registry as long as it takes.
+        """Return when it serves; waits for a registry without a timeout.
 
         Raises:
-            StartError: the port is taken, a TLS file cannot be used, the model directory has no readable tokenizer, or
-                SGLang has no such parsers.
+            StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer, or
+                SGLang does not know the configured parsers.
         """
         config = self._config
         tokenizer = self._tokenizer = await asyncio.to_thread(
@@ -147,7 +147,7 @@ class FrontendApp:
         server = self._server = Http2RpcServer(
             request_bytes_max=request_bytes_max,
             tls=config.tls,
-            # One client may ask for all that this frontend takes, over one connection, and watch its health beside it.
+            # One client may open as many requests as are allowed over one connection, and health streams beside them.
             streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
         )
         if self._membership is None:
@@ -163,23 +163,23 @@ class FrontendApp:
         self._loads = LoadWatch(self._channels, on_change=self._note_load)
         load = LoopLoad()
         admission = self._admission = Admission(
-            config.open_requests_max, self._room, monotonic, load, config.overload_lag_s
+            config.open_requests_max, self._capacity, monotonic, load, config.overload_lag_s
         )
         await self._health.start()
-        # Seeded by the system, so that no two processes draw the same; nothing that is drawn is a secret.
+        # Seeded by the system, so that no two processes choose alike; no value is a secret.
         rng = random.Random()  # noqa: S311 -- see above
         refusals = RecentRefusals(monotonic)
         routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         links = self._links = WorkerLinks(
-            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.answers
+            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.check
         )
-        attempts = self._attempts = ExecutionDeps(
+        execution = self._execution = ExecutionDeps(
             routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng
         )
         coalescing = Coalescing(config.coalesce_ms / 1_000, load)
         generation = Generation(
-            model, admission, attempts, self._traces, coalescing, tells_prompts=config.trace_prompts
+            model, admission, execution, self._traces, coalescing, tells_prompts=config.trace_prompts
         )
         if self._metrics.is_on:
             self._metrics.measure(self._read)
@@ -189,10 +189,10 @@ class FrontendApp:
         server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
         openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
         server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-        own = LocalRequests(self._traces, self._figures, lambda: admission.waiting_count)
-        told = FrontendAdminServicer(own, self._siblings)
-        server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, told))
-        self._looking = asyncio.create_task(self._figures.keep_looking(), name="figures")
+        own = LocalRequests(self._traces, self._stats, lambda: admission.waiting_count)
+        admin = FrontendAdminServicer(own, self._siblings)
+        server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, admin))
+        self._stats_task = asyncio.create_task(self._stats.keep_looking(), name="figures")
         number = None if self._membership is None else self._membership.identity.number
         profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
         server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
@@ -205,11 +205,11 @@ class FrontendApp:
             await self._register()
 
     async def drain(self) -> bool:
-        """See the module. Returns whether every request ended within the drain's bound."""
+        """Drain in the order given above. Returns whether every request ended within drain_timeout_s."""
         assert self._server is not None, "drain() before start()"
         if self._registration is not None:
             self._metrics.count("tandem.drains")
-            # A registry that cannot be reached is not waited for.
+            # Do not wait for an unreachable registry.
             await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._server.set_serving(False)
         await asyncio.sleep(self._config.drain_settle_s)
@@ -220,7 +220,7 @@ class FrontendApp:
                 await self._registration.close()
 
     async def _finish_requests(self) -> bool:
-        """Admit no more requests and wait for the open ones. Returns whether all ended within the drain's bound."""
+        """Close admission and wait for the open requests. Returns whether all ended within drain_timeout_s."""
         assert self._admission is not None, "drain() before start()"
         self._admission.close()
         try:
@@ -228,14 +228,17 @@ class FrontendApp:
                 await self._admission.wait_none()
         except TimeoutError:
             open_count = self._admission.open_count
-            log.error("%d requests still open after %g s: they end now", open_count, self._config.drain_timeout_s)
+            log.error(
+                "drain timeout (%g s): %d requests are still open and are aborted now",
+                self._config.drain_timeout_s, open_count,
+            )  # fmt: skip
             return False
         return True
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
-        if self._looking is not None:
-            self._looking.cancel()
+        """Release everything, also after a failed `start`."""
+        if self._stats_task is not None:
+            self._stats_task.cancel()
         if self._registration is not None:
             await self._registration.close()
         if self._server is not None:
@@ -262,10 +265,10 @@ class FrontendApp:
     async def wait_finished(self) -> str | None:
         """Never returns: a frontend ends only when it is asked to."""
         await asyncio.get_running_loop().create_future()
-        raise AssertionError("a future that nobody holds cannot be done")
+        raise AssertionError("a future without a reference cannot be done")
 
     async def _register(self) -> None:
-        """Begin to be found by edges and tools. Clients that know the way are served without."""
+        """Register, so that edges and tools can discover this frontend. Clients that know its address need no entry."""
         config = self._config
         frontend = Frontend(
             frontend_id=self._frontend_id,
@@ -278,9 +281,9 @@ class FrontendApp:
         await self._registration.start()
 
     def _follow(self, workers: tuple[Worker, ...]) -> None:
-        """Follow the health and load of these, and close connections to starts that are over.
+        """Pass a new view on to every part, and close the channels to workers that were removed or restarted.
 
-        A new start at the same address is not made to wait for a connection of the former one.
+        A restarted worker at the same address gets a new channel: the old one may be in its reconnect back-off.
         """
         starts = {(worker.address, worker.start) for worker in workers}
         self._channels.keep_only({address for address, _ in starts & self._known_starts})
@@ -289,23 +292,23 @@ class FrontendApp:
             self._links.follow(workers)
         self._health.follow(workers)
         self._breakers.follow(workers)
-        self._room.follow(workers)
+        self._capacity.follow(workers)
         if self._routes is not None:
             self._routes.follow(workers)
         if self._loads is not None:
             self._loads.follow(workers)
-        if self._attempts is not None:
-            self._attempts.notice(workers)
+        if self._execution is not None:
+            self._execution.notice(workers)
         self._reevaluate()
 
     def _note_load(self, start: Start, load: EngineLoad | None) -> None:
-        self._room.note(start, load)
+        self._capacity.note(start, load)
         self._reevaluate()
 
     async def _read(self) -> list[Reading]:
-        """What the gauges show."""
-        assert self._admission is not None, "a gauge is read once requests can be taken"
-        assert self._server is not None, "a gauge is read once requests can be taken"
+        """Values of the gauges."""
+        assert self._admission is not None, "gauges are read after start()"
+        assert self._server is not None, "gauges are read after start()"
         return [
             Reading("tandem.connections.open", self._server.connection_count),
             Reading("tandem.requests.open", self._admission.open_count),
@@ -313,6 +316,6 @@ class FrontendApp:
         ]
 
     def _reevaluate(self) -> None:
-        """A request that waits may have room now."""
+        """Workers or their load have changed: a queued request may fit now."""
         if self._admission is not None:
             self._admission.reevaluate_soon()

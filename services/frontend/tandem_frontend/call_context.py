@@ -1,7 +1,7 @@
-"""Who asks, and until when: what every door takes from a call before the request goes on.
+"""The caller of a request: tenant, deadline, call id and trace context, as every endpoint reads them from a call.
 
-The tenant is what the edge says of a caller whose key it knows; clients that come without an edge are trusted to name
-theirs, or are one tenant together.
+The edge sets the tenant of a caller whose API key it knows. Clients that connect without an edge are trusted to name
+their tenant; without a name they share one.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from tandem.observability.trace_context import TraceContext, parsed
 TENANT_HEADER = "x-client-id"
 TENANT_CHARS_MAX = 128
 CALL_ID_HEADER = "x-request-id"
-"""Given to every call by the edge, and told to HTTP's clients."""
+"""Set by the edge for every call, and returned to HTTP clients."""
 CALL_ID_CHARS_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """One call's caller."""
+    """The caller of one call."""
 
     tenant: str = ""
     deadline_s: float | None = None
-    """On `clock`; None: the caller waits for ever."""
+    """On `clock`; None: no deadline."""
     clock: Clock = monotonic
     operation: str = "generate"
-    """What the door is called in records: generate, chat, text_completion."""
+    """The endpoint's name in traces and metrics: generate, chat, text_completion."""
     call_id: str = ""
-    """What the edge calls this call; several requests may come of it."""
+    """The edge's id of this call, which may create several requests."""
     time: SteadyTime = field(default_factory=SteadyTime)
-    """The time of day for all that is told of the request; began when the call came."""
+    """Wall clock of all times recorded for the request; started when the call arrived."""
     trace: TraceContext | None = None
-    """The span it comes from."""
+    """The parent span."""
 
     def left_s(self) -> float | None:
-        """What is left of the deadline; None: there is none."""
+        """Seconds left until the deadline; None: no deadline."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - self.clock())
 
 

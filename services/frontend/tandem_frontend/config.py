@@ -19,82 +19,82 @@ REQUEST_BYTES_PER_TOKEN = 16
 
 
 class FrontendConfig(AdminConfig):
-    """The door for clients: text in, streamed text out; chooses the workers of each request and watches over them."""
+    """Serves clients: text in, streamed text out. Selects the workers of each request and retries on their failure."""
 
     registry: Addresses = Field(description=REGISTRY_TEXT)
     frontend_id: str | None = Field(
         None,
         pattern=f"^{WORKER_ID_PATTERN}$",
-        description="name in the registry, stable over restarts; default: frontend-host-port",
+        description="id in the registry, stable over restarts; default: frontend-HOST-PORT",
     )
     model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
     model_name: str | None = Field(
         None,
         min_length=1,
         max_length=MODEL_NAME_CHARS_MAX,
-        description="name clients ask for; default: the directory's",
+        description="model name that clients send; default: the directory's name",
     )
     processes: int = Field(
-        1, ge=1, le=256, description="processes that serve the port together; a machine's cores less one are enough"
+        1, ge=1, le=256, description="processes that share the port; the machine's cores minus one are enough"
     )
     open_requests_max: int = Field(
-        256, ge=1, le=100_000, description="requests open at a time, over all processes; more are refused"
+        256, ge=1, le=100_000, description="limit of open requests, over all processes; more are rejected"
     )
     overload_lag_s: float = Field(
         1,
         ge=0.05,
         le=300,
-        description="while this process's event loop is later than this, new requests are refused; open ones go on",
+        description="event loop lag in seconds above which new requests are rejected; open ones continue",
     )
     request_bytes_max: int | None = Field(
         None,
         ge=64 * 2**10,
         le=2**30,
-        description="most bytes of one request; default: 1 MiB, and 16 for each token of the model's context",
+        description="limit of one request in bytes; default: 1 MiB plus 16 bytes per token of the model's context",
     )
     long_prompt_processes: int = Field(
         1,
         ge=0,
         le=16,
-        description="most processes that tokenise prompts of over 64 Ki characters, beside this one; 0: a thread does",
+        description="limit of helper processes that tokenise prompts of over 64 Ki characters; 0: use a thread instead",
     )
     leg_accept_timeout_s: float = Field(
-        2, gt=0, le=300, description="a worker that does not take a leg for this long has failed"
+        2, gt=0, le=300, description="seconds within which a worker must accept a leg; otherwise the leg has failed"
     )
     leg_silence_timeout_s: float = Field(
-        2, ge=1, le=300, description="a worker that has taken a leg and says nothing for this long has failed"
+        2, ge=1, le=300, description="seconds without a message from a worker after which its accepted legs have failed"
     )
     coalesce_ms: float = Field(
         25,
         ge=0,
         le=1_000,
-        description="most milliseconds for which a busy frontend holds tokens so that they leave in one chunk; "
-        "0: never; the first token never waits",
+        description="longest time in milliseconds for which a busy frontend holds tokens to send them in one chunk; "
+        "0: never; the first token is never held",
     )
-    timelines_kept: int = Field(256, ge=1, le=100_000, description="requests that have ended and are still known of")
-    tool_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's tool calls")
-    reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's parser of this model's reasoning")
+    timelines_kept: int = Field(256, ge=1, le=100_000, description="finished requests whose timelines are kept")
+    tool_parser: str | None = Field(None, min_length=1, description="SGLang's tool call parser for this model")
+    reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's reasoning parser for this model")
 
-    trace_prompts: bool = Field(False, description="tell prompts in traces; they are personal data of your users")
+    trace_prompts: bool = Field(False, description="record prompts in traces; they are personal data of your users")
 
     @model_validator(mode="after")
     def _every_process_may_take_a_request(self) -> Self:
         if self.open_requests_max < self.processes:
             raise ConfigError(
                 "open_requests_max",
-                f"must be {self.processes} or more, not {self.open_requests_max}: each process gets a part of it",
+                f"must be {self.processes} or more, not {self.open_requests_max}: it is divided among the processes",
             )
         return self
 
     @property
     def served_name(self) -> str:
-        """Name clients ask for."""
+        """The model name that clients send."""
         return self.model_name or self.model.resolve().name
 
     def request_bytes(self, context_tokens_max: int) -> int:
-        """Most bytes of one request to a model with that context.
+        """Limit of one request in bytes for a model with that context.
 
-        The longest one that can be served is one token a character, each of them spelt as six bytes of JSON; what is
-        longer costs time and memory before it can be refused.
+        The longest request that can be served has one token per character, each escaped as six bytes of JSON. Anything
+        longer would cost time and memory before it is rejected.
         """
         return self.request_bytes_max or REQUEST_BYTES_BASE + REQUEST_BYTES_PER_TOKEN * context_tokens_max

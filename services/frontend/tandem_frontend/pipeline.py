@@ -1,9 +1,10 @@
-"""The whole way of a request, hop by hop, from a client's message to the finish of its stream.
+"""The pipeline of a request: its stages in order, from a client's message to the finish of its stream.
 
-    admit -> validate -> wait -> route -> dispatch -> supervise -> relay -> finish
-                                 (again from route, with the tokens so far, when a leg fails)
+    admit -> validate and tokenise -> wait in the queue -> route -> dispatch -> supervise -> finish
+                                                           (retried or continued when a leg fails)
 
-Owns the order of the hops. The task of a request waits while its tokens are pushed through the relay to the client.
+A request is admitted before it is validated, so that an overloaded frontend rejects it without tokenising its prompt.
+Tokens do not pass through this task: the links push them through the relay to the client while it waits.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import CheckedRequest, checked_generate, naming_the_prompt
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
-from tandem_frontend.response.relay import Outlet, Relay
+from tandem_frontend.response.relay import UNREAD_TOKENS_MAX, Outlet, Relay
 from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
-PROMPT_TOKENS_TOLD = 1024
-"""Of a prompt in a trace, where those are wanted; collectors refuse large spans."""
+TRACED_PROMPT_TOKENS_MAX = 1024
+"""Tokens of a prompt in a trace, with --trace-prompts; collectors refuse large spans."""
 
 
 class Answer(Outlet, Protocol):
-    """An answer on its way to a client."""
+    """A response that is being sent to a client."""
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
-        """The request has been taken and dispatched; comes first."""
+        """The workers have accepted the request. Called first, and once."""
         ...
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
-        """The end; comes last, and once."""
+        """The end of the generation. Called last, and once."""
         ...
 
 
 class Generation:
-    """Generates for clients with the workers that are alive."""
+    """Runs requests through the pipeline."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Generation:
         *,
         tells_prompts: bool = False,
     ) -> None:
-        """`traces` keeps what happened to each request, and its prompt if so wanted; None: nothing is kept."""
+        """`traces` records each request, with its prompt if `tells_prompts`; None: nothing is recorded."""
         self._tells_prompts = tells_prompts
         self._model = model
         self._admission = admission
@@ -71,17 +72,17 @@ class Generation:
         self._coalescing = coalescing or Coalescing()
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
-        """Generate into an answer: accepted, chunks, exactly one finish.
+        """Generate into `answer`: accepted, chunks, exactly one finish.
 
-        Cancelling this, at whatever point, ends both legs in their engines.
+        Cancelling this, at any point, aborts both legs in their engines.
 
         Args:
             request: as the client sent it.
-            caller: who asks, and until when.
-            answer: where it goes. Chunks are pushed from here on until the finish, whatever this task does.
+            caller: tenant and deadline.
+            answer: receives the response. Chunks are pushed to it until the finish, also while this task waits.
 
         Raises:
-            TandemError: the one ending of an answer without a finish.
+            TandemError: the only other end of a response, in place of the finish.
         """
         with (
             self._traces.following(trace_of(request, caller, self._model.name)) as record,
@@ -91,23 +92,23 @@ class Generation:
             wanted = await checked_generate(request, self._model.tokenizer)
             recorder.checked(wanted)
             if self._tells_prompts and self._traces.ids is not None and is_sampled(record):
-                record.prompt = await self._told_prompt(wanted)
+                record.prompt = await self._traced_prompt(wanted)
             relay = self._relay(wanted, record, answer)
             async with self._served(wanted, caller, relay, recorder) as stream:
                 answer.accepted(self._accepted(wanted, stream.attempt))
                 relay.open(stream.give_up)
                 await stream.run()
                 if relay.is_overrun:
-                    raise Overloaded("the client does not read its answer: too much of it waits")
+                    raise Overloaded(f"the client does not read: over {UNREAD_TOKENS_MAX} tokens are waiting for it")
                 route, prefill = _route(stream.attempt), stream.attempt.prefill_finish
                 finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
-            # Both legs have ended here: a client that has the finish may rely on it.
+            # Both legs have ended and the slot is free: a client that has the finish may rely on both.
             recorder.finish(finish)
             await answer.finish(finish)
 
-    async def _told_prompt(self, wanted: CheckedRequest) -> str:
-        """What the model reads, as far as it is told."""
-        ids = wanted.token_ids[:PROMPT_TOKENS_TOLD]
+    async def _traced_prompt(self, wanted: CheckedRequest) -> str:
+        """The beginning of the prompt as the model reads it, control tokens included."""
+        ids = wanted.token_ids[:TRACED_PROMPT_TOKENS_MAX]
         return await self._model.tokenizer.decode_all(ids, skip_special_tokens=False)
 
     @contextlib.contextmanager
@@ -122,14 +123,14 @@ class Generation:
     async def _served(
         self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
     ) -> AsyncIterator[RetryingStream]:
-        async with self._admission.place(_demand(wanted, caller)):
+        async with self._admission.slot(_queued(wanted, caller)):
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.taken(self._leg(wanted), relay, caller.left_s(), record) as stream:
+                async with self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record) as stream:
                     yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
-        """What both legs share."""
+        """The part of the request that both legs share."""
         return leg_pb2.LegRequest(
             request_id=wanted.request_id,
             model=self._model.name,
@@ -165,8 +166,8 @@ class Generation:
         )
 
 
-def _demand(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
-    """The KV it may hold, counted when it is asked for: what it really needs is known only at its end."""
+def _queued(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
+    """The request as the queue sees it. KV is charged for max_tokens: the real length is known only at the end."""
     return QueuedRequest(
         tokens=len(wanted.token_ids) + wanted.max_tokens,
         answer_tokens=wanted.max_tokens,

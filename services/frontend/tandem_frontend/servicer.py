@@ -1,6 +1,6 @@
-"""InferenceService on the wire: protobuf to the hops and back, nothing else.
+"""InferenceService on the wire: translates protobuf to the pipeline's stages and back, nothing else.
 
-Errors become statuses in tandem.rpc.interceptors.
+`tandem.rpc.handler_guard` turns errors into statuses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
-    """Each method is one contract of inference_service.proto."""
+    """The contract of inference_service.proto."""
 
     def __init__(self, generation: Generation, model: ServedModel, workers: Callable[[], tuple[Worker, ...]]) -> None:
         self._generation = generation
@@ -35,24 +35,24 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._workers = workers
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        """Stream a generation; a client that leaves cancels it. Messages are pushed, not returned."""
+        """Stream a generation; it is cancelled when the client cancels. Messages are pushed, not returned."""
         await self._generation.generate(request, caller_of(context), ChunkWriter(context))
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        """The same as server-sent events, for HTTP; what fails after the first of them is the last event."""
-        answer = SseWriter(context)
+        """The same as server-sent events, for HTTP. A failure after the first event is sent as the last event."""
+        response = SseWriter(context)
         try:
-            await self._generation.generate(request.generate, caller_of(context), answer)
+            await self._generation.generate(request.generate, caller_of(context), response)
         except Exception as problem:
-            if not answer.has_begun:
+            if not response.has_begun:
                 raise
             context.send(HttpBody(data=failure_event(problem)))
 
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
-        answer = UnaryWriter()
-        await self._generation.generate(request.generate, caller_of(context), answer)
-        return answer.response
+        response = UnaryWriter()
+        await self._generation.generate(request.generate, caller_of(context), response)
+        return response.response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Text or messages to token ids."""
@@ -68,7 +68,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.DetokenizeResponse(text=await tokenizer.decode_all(token_ids, skip_special_tokens=skip))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
-        """The models that can be asked for now."""
+        """The models that are served now."""
         return pb.ListModelsResponse(models=list_models(self._workers(), self._model))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802

@@ -1,11 +1,11 @@
-"""The state of one request over all its attempts, driven by the reports of both legs.
+"""The state of one request over all its attempts, driven by the events of both legs.
 
     queued -> dispatched -> bootstrapping -> prefilling -> transferring -> decoding -> finished
        ^                                                                      |
        +---- another attempt, from every state but the last two --------------+      aborted, from every state
 
-Pure: events in, a phase out; an impossible event is an assertion. Owns no leg and decides nothing. An attempt may skip
-states that its engines do not report, and never moves backwards.
+Pure: events come in, a phase comes out, and an impossible event is an assertion. The one place that holds the phases of
+a request and of its legs. An attempt may skip phases that its engines do not report, and never goes back.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ class Phase(Enum):
     """Phase of a request, or of one of its legs."""
 
     QUEUED = "queued"
-    """Queued in the frontend, for admission or for another attempt."""
+    """Waits in the frontend for its first or for another attempt."""
     DISPATCHED = "dispatched"
-    """Its legs have been sent to their workers."""
+    """Its legs were sent to their workers."""
     BOOTSTRAPPING = "bootstrapping"
-    """Both workers have accepted their legs; the legs are connecting, or have reported nothing more."""
+    """Both workers have accepted their legs; the legs are connecting, or no later phase was reported."""
     PREFILLING = "prefilling"
     """The prompt is being computed."""
     TRANSFERRING = "transferring"
-    """Prefill has reported the first token; the KV transfer is not reported complete."""
+    """Prefill has the first token; KV is being transferred."""
     DECODING = "decoding"
-    """Decode is reporting tokens."""
+    """Decode has sent a token."""
     FINISHED = "finished"
     ABORTED = "aborted"
 
     @property
     def is_last(self) -> bool:
-        """Whether this is a final phase."""
+        """Whether no other phase can follow."""
         return self in (Phase.FINISHED, Phase.ABORTED)
 
 
@@ -58,15 +58,20 @@ class LegState:
     phase: Phase = Phase.DISPATCHED
 
     @property
-    def is_taken(self) -> bool:
+    def is_accepted(self) -> bool:
         """Whether its worker has accepted it."""
         return self.phase is not Phase.DISPATCHED
 
     def advance(self, phase: Phase) -> None:
-        """Move to a later phase; a late report of an earlier phase is ignored."""
+        """Enter a later phase; an event of an earlier one, which may arrive late, changes nothing."""
         assert not self.phase.is_last, f"the {self.role.value} leg has ended and cannot be {phase.value}"
         if ORDER.index(phase) > ORDER.index(self.phase):
             self.phase = phase
+
+    def abort(self) -> None:
+        """It failed, or was given up."""
+        assert self.phase is not Phase.FINISHED, f"the {self.role.value} leg has finished and cannot be aborted"
+        self.phase = Phase.ABORTED
 
 
 @dataclass(slots=True)
@@ -87,22 +92,22 @@ class RequestState:
         self.legs = {role: LegState(role) for role in roles}
         self.phase = Phase.DISPATCHED
 
-    def take(self, role: LegRole) -> None:
+    def accept(self, role: LegRole) -> None:
         """A worker has accepted its leg."""
         leg = self._leg(role)
-        assert not leg.is_taken, f"the {role.value} leg was accepted twice"
+        assert not leg.is_accepted, f"the {role.value} leg was accepted twice"
         leg.advance(Phase.PREFILLING if role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING)
         self._follow()
 
-    def speak(self, role: LegRole) -> None:
-        """A leg has reported its first token."""
-        leg = self._taken(role)
+    def first_token(self, role: LegRole) -> None:
+        """The first token of a leg has arrived."""
+        leg = self._accepted(role)
         leg.advance(Phase.TRANSFERRING if role is LegRole.PREFILL else Phase.DECODING)
         self._follow()
 
     def end_leg(self, role: LegRole) -> None:
-        """A leg has finished without an error."""
-        self._taken(role).advance(Phase.FINISHED)
+        """A leg has finished without a failure."""
+        self._accepted(role).advance(Phase.FINISHED)
         self._follow()
 
     def requeue(self) -> None:
@@ -118,20 +123,18 @@ class RequestState:
         self.phase = Phase.FINISHED
 
     def abort(self) -> None:
-        """The request ends without a finish: an error, or the client disconnected."""
-        assert not self.phase.is_last, f"a request cannot be aborted in phase {self.phase.value}"
+        """The request ends without a finish: an error, or its client has cancelled it."""
+        assert not self.phase.is_last, f"a request that is {self.phase.value} cannot be aborted"
         self.legs = {}
         self.phase = Phase.ABORTED
 
     def _follow(self) -> None:
-        """Derive the request's phase from its legs: `decoding` as soon as decode reports a token; before that the
-        furthest leg's phase, at most `transferring`, once every leg is accepted.
-        """
-        assert self.phase in IN_ATTEMPT, f"a leg reported in phase {self.phase.value}"
+        """Derive the request's phase: until decode's first token from both legs, from then on from decode alone."""
+        assert self.phase in IN_ATTEMPT, f"an event of a leg arrived in {self.phase.value}"
         streaming = self.legs.get(LegRole.DECODE) or self.legs[LegRole.AGGREGATED]
         if ORDER.index(streaming.phase) >= ORDER.index(Phase.DECODING):
             self.phase = Phase.DECODING
-        elif all(leg.is_taken for leg in self.legs.values()):
+        elif all(leg.is_accepted for leg in self.legs.values()):
             furthest = max((leg.phase for leg in self.legs.values()), key=ORDER.index)
             phase = min(furthest, Phase.TRANSFERRING, key=ORDER.index)
             self.phase = max(self.phase, phase, key=ORDER.index)
@@ -140,9 +143,9 @@ class RequestState:
         assert role in self.legs, f"this attempt has no {role.value} leg"
         return self.legs[role]
 
-    def _taken(self, role: LegRole) -> LegState:
+    def _accepted(self, role: LegRole) -> LegState:
         leg = self._leg(role)
-        assert leg.is_taken, f"the {role.value} leg reported before it was accepted"
+        assert leg.is_accepted, f"an event of the {role.value} leg arrived before it was accepted"
         return leg
 
     def _must_be(self, phase: Phase) -> None:

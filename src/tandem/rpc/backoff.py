@@ -1,6 +1,6 @@
-"""How long to wait before the next try of something that must succeed in the end: doubling, capped, never in step.
+"""Exponential back-off with jitter: the retry policy of all long-lived streams.
 
-The one retry policy of long-lived streams. Retries of requests are the supervisor's business.
+Requests are retried by `tandem_frontend.execution.request_stream`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 
 
 class Backoff:
-    """Waiting times that double from `first_s` to `most_s`, each drawn from its upper half."""
+    """Delays that double from `first_s` to `most_s`, each drawn from the upper half of its range."""
 
     def __init__(self, *, first_s: float = 0.1, most_s: float = 1.0, rng: random.Random | None = None) -> None:
         self._first_s = first_s
@@ -24,5 +24,5 @@ class Backoff:
         return bound_s * self._rng.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """It worked."""
+        """Start again from `first_s`, after a success."""
         self._failure_count = 0

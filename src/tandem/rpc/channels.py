@@ -1,7 +1,7 @@
-"""Client side of gRPC: one channel policy for every call between Tandem's processes, and a pool by address.
+"""gRPC channels: the options of every channel between Tandem's processes, and a pool by address.
 
-A channel is made once for an address and kept; long-lived streams and new calls share it. With TLS, channels are
-replaced when the certificate has been renewed; what runs on the former ones ends by itself.
+A channel is opened once per address and kept; long-lived streams and new calls share it. With TLS, channels are
+replaced after a certificate renewal; calls on the old ones run to their end.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_http_proxy", 0),
-    # Otherwise channels of one process share connections by address, and a new one inherits a former one's back-off.
+    # Otherwise channels to one address share a connection, and a new channel inherits an old one's back-off.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-# What gRPC calls the least backoff is the time one attempt to connect may take, handshake included.
+# gRPC uses min_reconnect_backoff_ms as the timeout of one connect, handshake included.
 CONNECT_MS = 1_000
 CONNECT_TLS_MS = 2_000
-"""A busy machine takes longer than 100 ms for a handshake now and then, and the call would fail. A peer that refuses
-does so at once, and workers that are silent are `tandem_frontend.routing.worker_health`'s to notice."""
+"""A handshake on a busy machine sometimes takes more than 100 ms, and a shorter timeout would fail the call. A peer
+that refuses does so at once, and `tandem_frontend.routing.worker_health` notices silent workers."""
 
 RETIRE_GRACE_S = 3_600.0
 """A worker can be gone from the registry and still be streaming."""
 
 
 def open_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """A channel to host:port with Tandem's policy; without `tls` in plaintext.
+    """A channel to host:port with Tandem's options; without `tls` in plaintext.
 
     Raises:
-        StartError: a file of `tls` cannot be used.
+        StartError: a file of `tls` is unusable.
     """
     return _open(address, None if tls is None else ChannelCredentials(tls).current())
 
@@ -63,17 +63,17 @@ class Channels:
     """Channels by address, opened on first use and closed together."""
 
     def __init__(self, tls: Tls | None = None) -> None:
-        """Makes no I/O yet; without `tls` the channels are plaintext."""
+        """Does no I/O yet. Without `tls` the channels are plaintext."""
         self._credentials = None if tls is None else ChannelCredentials(tls)
         self._opened_with: grpc.ChannelCredentials | None = None
         self._by_address: dict[str, grpc.aio.Channel] = {}
         self._retiring: dict[asyncio.Task[None], grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """The channel to an address. Ask again for each call: a renewed certificate comes with a new channel.
+        """The channel to an address. Not to be kept: a certificate renewal replaces all channels.
 
         Raises:
-            StartError: a file of `tls` cannot be used, and never could.
+            StartError: the files of `tls` are unusable, and have been since the start.
         """
         credentials = None if self._credentials is None else self._credentials.current()
         if credentials is not self._opened_with:
@@ -88,7 +88,7 @@ class Channels:
         """Close the channels to all other addresses, each as soon as the calls on it have ended."""
         for address in [known for known in self._by_address if known not in addresses]:
             channel = self._by_address.pop(address)
-            # In a context of its own: it outlives the request that may have met the change.
+            # In a context of its own: it outlives the request in whose task the change was noticed.
             closing = asyncio.create_task(channel.close(RETIRE_GRACE_S), context=contextvars.Context())
             self._retiring[closing] = channel
         for task in [task for task in self._retiring if task.done()]:

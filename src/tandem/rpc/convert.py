@@ -1,6 +1,6 @@
-"""Protobuf messages to value types and back, for everything that crosses between Tandem's processes.
+"""Protobuf messages to value types and back, for all calls between Tandem's processes.
 
-Pure translation: no defaults are invented and nothing is validated here.
+Pure translation: sets no defaults and validates nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TIMES = (
     "kv_transfer_end",
     "first_token",
 )
-LOAD_FIGURES = tuple(figure.name for figure in fields(EngineLoad))
+LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad))
 
 
 def present(message: Message, field: str, value: T) -> T | None:
@@ -77,7 +77,7 @@ def seconds(stamp: timestamp_pb2.Timestamp) -> float:
 
 
 def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
-    """One start of a worker, whole."""
+    """One start of a worker."""
     capabilities = {name: getattr(worker.capabilities, name) for name in field_names()}
     message = worker_pb2.Worker(
         worker_id=worker.worker_id,
@@ -117,7 +117,7 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
 
 
 def frontend_to_proto(frontend: Frontend) -> worker_pb2.Frontend:
-    """One start of a frontend, whole."""
+    """One start of a frontend."""
     return worker_pb2.Frontend(
         frontend_id=frontend.frontend_id,
         epoch=frontend.epoch,
@@ -141,13 +141,13 @@ def frontend_from_proto(message: worker_pb2.Frontend) -> Frontend:
 
 
 def load_figures(load: EngineLoad) -> dict[str, int | None]:
-    """The figures of a load as keyword arguments of WatchLoadResponse."""
-    return {name: getattr(load, name) for name in LOAD_FIGURES}
+    """A load as keyword arguments of WatchLoadResponse."""
+    return {name: getattr(load, name) for name in LOAD_FIELDS}
 
 
 def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
-    """The figures an engine tells; those it does not tell are None."""
-    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIGURES})
+    """A load; fields that the engine does not report are None."""
+    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIELDS})
 
 
 def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:
@@ -179,18 +179,18 @@ def guided_from_proto(message: sampling_pb2.Guided) -> Guided | None:
 
 
 def bootstrap_from_proto(message: leg_pb2.Bootstrap) -> Bootstrap:
-    """Where the legs meet."""
+    """The bootstrap address and room by which the legs find each other."""
     return Bootstrap(host=message.host, port=message.port, room=message.room)
 
 
 def logprob_to_proto(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
-    """One token's log probability with its rivals."""
+    """One token's log probability with its top alternatives."""
     top = [generation_pb2.RankedToken(token_id=token_id, logprob=value) for token_id, value in logprob.top]
     return generation_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
 
 
 def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
-    """The end of a leg."""
+    """The finish of a leg."""
     message = leg_pb2.LegFinish(
         reason=FINISH_REASONS[finish.reason],
         matched_token_id=finish.matched_token_id,

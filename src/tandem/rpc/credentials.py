@@ -1,7 +1,7 @@
-"""What a server and the channels of a process prove themselves with: `Tls` becomes gRPC's credentials, or Python's.
+"""TLS credentials of servers and channels: from `Tls` to gRPC's credentials, or to Python's ssl contexts.
 
-All follow the files. A server asks at every handshake. Channels of Python's gRPC keep what they were made with,
-so new credentials are made when the files have changed, and `tandem.rpc.channels` opens new channels with them.
+All reload changed files. A server does at every handshake. A gRPC channel keeps its credentials for ever, so new ones
+are created when the files have changed, and `tandem.rpc.channels` opens new channels with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class ServerCredentials:
-    """Requires a certificate of every peer, and presents the one that lies in the files at that moment.
+    """Requires a certificate of every peer, and presents the one that is in the files at that moment.
 
     gRPC's core calls back into this object: it must live as long as the server.
     """
@@ -28,12 +28,12 @@ class ServerCredentials:
         """Reads the files.
 
         Raises:
-            StartError: names the file that cannot be used.
+            StartError: names the unusable file.
         """
         self._files = TlsFiles(tls)
         self._in_use = self._files.current()
         self.material = self._in_use
-        """As it was at the start."""
+        """The files' content at the start."""
         self.grpc = grpc.dynamic_ssl_server_credentials(
             _configuration(self._in_use),
             self._fetch,  # type: ignore[arg-type]  # the stubs do not know that it may return None
@@ -41,7 +41,7 @@ class ServerCredentials:
         )
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before each handshake, from its own threads; None: as before. Never raises."""
+        """Called by gRPC before each handshake, from its own threads; None: unchanged. Never raises."""
         material = self._files.current()
         if material is self._in_use:
             return None
@@ -50,35 +50,35 @@ class ServerCredentials:
 
 
 class ServerContexts:
-    """The same for a server that is not gRPC's own: a context for each new connection."""
+    """The same for `tandem.rpc.http2`: an ssl context for each new connection."""
 
     def __init__(self, tls: Tls) -> None:
         """Reads the files.
 
         Raises:
-            StartError: names the file that cannot be used.
+            StartError: names the unusable file.
         """
         self._tls = tls
         self._files = TlsFiles(tls)
         self.material = self._of = self._files.current()
-        """As it was at the start."""
+        """The files' content at the start."""
         self._context = _server_context(tls, self.material)
 
     def current(self) -> ssl.SSLContext:
-        """What to accept a connection with now: the same object until the files have changed. Never raises."""
+        """The context for a new connection: the same object until the files have changed. Never raises."""
         material = self._files.current()
         if material is not self._of:
             try:
                 self._context = _server_context(self._tls, material)
                 self._of = material
             except StartError as problem:
-                # They have changed once more since they were checked; the next connection looks again.
-                log.info("%s; the former certificate stays in use", problem)
+                # The files changed again after they were checked; the next connection tries again.
+                log.info("%s; the previous certificate stays in use", problem)
         return self._context
 
 
 class ChannelCredentials:
-    """The same certificate for all channels of one owner. Makes no I/O when made."""
+    """The credentials of all channels of one owner. Creating it does no I/O."""
 
     def __init__(self, tls: Tls) -> None:
         self._files = TlsFiles(tls)
@@ -86,10 +86,10 @@ class ChannelCredentials:
         self._grpc: grpc.ChannelCredentials | None = None
 
     def current(self) -> grpc.ChannelCredentials:
-        """Credentials to open a channel with now: the same object until the files have changed.
+        """Credentials for a new channel: the same object until the files have changed.
 
         Raises:
-            StartError: the files cannot be used, and never could.
+            StartError: the files are unusable, and have been since the start.
         """
         material = self._files.current()
         if self._grpc is None or material is not self._of:
@@ -106,7 +106,7 @@ def _server_context(tls: Tls, material: Material) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
-    # As gRPC does: a certificate among the CAs is trusted, whether or not it is signed by another one.
+    # As gRPC does: any certificate in the CA file is trusted, also an intermediate one.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_TRUSTED_FIRST
     context.set_alpn_protocols(["h2"])
     try:

@@ -1,7 +1,7 @@
-"""Around every handler of ours, on either server: what a handler raises becomes one status on the wire.
+"""Wraps every Tandem handler, on either server: an exception becomes a status on the wire.
 
-The only broad `except` of the request path. Handlers raise `TandemError` and never call `context.abort`. Knows no
-transport: `tandem.rpc.interceptors` and `tandem.rpc.http2` put it around the handlers that they find.
+The one place that maps errors to statuses. Handlers raise `TandemError` and never call `context.abort`. Knows no
+transport: `tandem.rpc.interceptors` and `tandem.rpc.http2` apply it to the handlers that they find.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = Any
-"""A grpc.aio.ServicerContext, or a tandem.rpc.http2.call.Call, which offers what handlers use of one."""
+"""A grpc.aio.ServicerContext, or a tandem.rpc.http2.call.Call, which has the methods that handlers use."""
 
 
 class Calls:
-    """Counts calls from their first byte to their last, and how those that failed did."""
+    """Counts open calls, and failed ones by reason."""
 
     def __init__(self) -> None:
         self.count = 0
         self.failures: Counter[str] = Counter()
-        """By the reason of the error."""
+        """By the error's reason."""
 
     def __enter__(self) -> None:
         self.count += 1
@@ -44,19 +44,19 @@ class Calls:
 
 
 class HandlerGuard:
-    """Turns what a handler raises into a status, and a request that cannot be parsed into INVALID_REQUEST."""
+    """Turns a handler's exceptions into statuses, and an unreadable request into INVALID_REQUEST."""
 
     def __init__(self, request_bytes_max: int) -> None:
-        """A longer request is refused before it is parsed."""
+        """`request_bytes_max`: a larger request is rejected before it is parsed."""
         self.request_bytes_max = request_bytes_max
         self.calls = Calls()
-        """That are being answered, and that have failed."""
+        """Open and failed calls of all handlers."""
         self._guarded: dict[str, Handler] = {}
 
     def guarded(self, method: str, handler: Handler) -> Handler:
-        """The handler to call in place of this one; those of foreign services (health, reflection) stay as they are.
+        """The wrapped handler of a Tandem service; those of other services (health, reflection) are returned as is.
 
-        `method` is the full one, "/package.Service/Method". A server has one handler for each, so it is wrapped once.
+        `method` is the full name, "/package.Service/Method". Each is wrapped once: building a deserialiser is slow.
         """
         if not method.startswith("/tandem."):
             return handler
@@ -90,7 +90,7 @@ def _deserializer(method: str, request_bytes_max: int) -> Any:
 def _over_checked(
     behavior: Callable[[Any, Context], AsyncIterator[Any]],
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    """A behaviour over a stream of requests, in which one that cannot be parsed is raised where it is read."""
+    """A handler of a request stream, in which an unreadable request raises its error where it is read."""
 
     async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
@@ -104,7 +104,7 @@ def _over_checked(
 def _awaited(
     behavior: Callable[[Any, Context], Awaitable[Any]], method: str, calls: Calls
 ) -> Callable[[Any, Context], Awaitable[Any]]:
-    """Around a coroutine function: of one response, or of a stream that the handler writes by itself."""
+    """Wrap a coroutine function: of a unary method, or of a stream that the handler writes itself."""
 
     async def handle(request: Any, context: Context) -> Any:
         try:
@@ -144,8 +144,8 @@ def _stream(
         finally:
             calls.count -= 1
             if responses is not None:
-                # A client that leaves while gRPC waits for flow control closes this generator; the inner one must
-                # be closed here and now, not when the garbage collector finds it.
+                # When a client cancels while gRPC waits for flow control, this generator is closed. The inner one must
+                # be closed now, not whenever the garbage collector finds it.
                 await responses.aclose()  # type: ignore[attr-defined]
         if failure is not None:
             request = None
@@ -155,13 +155,13 @@ def _stream(
 
 
 def as_error(problem: Exception, method: str) -> TandemError:
-    """The error that is sent to the client, without a way back to the request.
+    """The error that is sent to the client, without a reference to the request.
 
-    gRPC keeps what `abort` raises in a cycle that waits for the garbage collector. Whatever can be reached from there
-    waits too: of a client that is refused, all its megabytes, again and again.
+    gRPC keeps the exception of `abort` in a reference cycle until the next garbage collection, with everything it
+    references: that would be all megabytes of each rejected request.
     """
     if isinstance(problem, TandemError):
         problem.__traceback__ = problem.__context__ = problem.__cause__ = None
         return problem
-    log.error("defect in the handler of %s", method, exc_info=problem)
+    log.error("defect in the handler of %s; the call fails with an internal error", method, exc_info=problem)
     return TandemError(f"internal error in {method}: {type(problem).__name__}")

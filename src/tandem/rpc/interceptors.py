@@ -1,6 +1,6 @@
-"""Between grpc.aio and every handler: puts `tandem.rpc.handler_guard` around the handler that gRPC found.
+"""The interceptor of grpc.aio servers: wraps each handler with `tandem.rpc.handler_guard`.
 
-Owns the tasks that gRPC makes for its calls, so that a server can wait for their end.
+Keeps the tasks that gRPC creates for its calls, so that a server can wait for their end.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the handler gRPC found; unknown methods and foreign services (health, reflection) pass unchanged."""
+        """Wrap the handler; unknown methods and other services (health, reflection) pass unchanged."""
         self._keep(asyncio.current_task())
         handler = await continuation(handler_call_details)
         return None if handler is None else self._guard.guarded(handler_call_details.method, handler)
 
     async def wait_ended(self, timeout_s: float) -> None:
-        """Return when gRPC has ended its own part of every call too, foreign services' included."""
+        """Return when gRPC's own tasks of all calls have ended, or after `timeout_s`."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
     def _keep(self, task: asyncio.Task[Any] | None) -> None:
-        """Called in the task that gRPC makes for each call."""
+        """Called in the task that gRPC creates for each call."""
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

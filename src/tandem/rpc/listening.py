@@ -1,4 +1,4 @@
-"""Whether an address can be listened on, asked before gRPC is: gRPC writes a line of its own about it first."""
+"""Checks a listening address before gRPC binds it: gRPC would write a line of its own to stderr on failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tandem.errors import StartError
 
 
 def listen_problem(host: str, port: int) -> str | None:
-    """Why nobody can listen there; None when one can."""
+    """Why the address cannot be listened on; None when it can."""
     try:
         family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -21,10 +21,10 @@ def listen_problem(host: str, port: int) -> str | None:
 
 
 def check_listenable(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on.
+    """Check that the address can be listened on.
 
     Raises:
-        StartError: says why.
+        StartError: it cannot, with the reason.
     """
     problem = listen_problem(host, port)
     if problem is not None:

@@ -1,6 +1,6 @@
-"""ProcessService: what this process holds now, the same for every service.
+"""ProcessService: the resources that this process holds now, the same for every service.
 
-Owns the figures only. Who asks compares them with those of a quiet moment: what does not come back leaks.
+For finding leaks: values that do not return to those of an idle process leak.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class ProcessServicer(pb_grpc.ProcessServiceServicer):
     """The contract of process_service.proto."""
 
     def __init__(self, calls: Calls) -> None:
-        """`calls` counts those that are being answered, the present one among them, and those that failed."""
+        """`calls` counts the open calls, this one included, and the failed ones."""
         self._calls = calls
         self._started_s = time.time()
         self.others: Callable[[], Awaitable[Sequence[pb.GetFiguresResponse]]] | None = None
-        """Asks the other processes of this service, whose figures are told together with this one's; the first of them
-        is the one that the service is known by."""
+        """Returns the values of the other processes of this service, to be added to this one's; the first is that of
+        the process that represents the service."""
 
     async def GetFigures(self, request: pb.GetFiguresRequest, context: Any) -> pb.GetFiguresResponse:  # noqa: N802
-        """The figures now."""
+        """The current values, of all processes of the service."""
         own = self.own()
         own.open_calls -= 1
         return own if self.others is None else _added([*await self.others(), own])
 
     def own(self) -> pb.GetFiguresResponse:
-        """Of this process alone."""
+        """The values of this process alone."""
         figures = held_now(self._started_s)
         figures.open_calls = self._calls.count
         figures.failed_calls.update(self._calls.failures)
@@ -49,7 +49,7 @@ class ProcessServicer(pb_grpc.ProcessServiceServicer):
 
 
 def held_now(started_s: float) -> pb.GetFiguresResponse:
-    """What this process holds, without its calls."""
+    """The resources of this process, without its calls."""
     return pb.GetFiguresResponse(
         release=tandem.__version__,
         pid=os.getpid(),
@@ -62,7 +62,7 @@ def held_now(started_s: float) -> pb.GetFiguresResponse:
 
 
 def _added(figures: Sequence[pb.GetFiguresResponse]) -> pb.GetFiguresResponse:
-    """Those of several processes, under the name of the first."""
+    """The sum over several processes, with release, pid and start time of the first."""
     total = pb.GetFiguresResponse()
     total.CopyFrom(figures[0])
     for more in figures[1:]:
@@ -80,7 +80,7 @@ def _added(figures: Sequence[pb.GetFiguresResponse]) -> pb.GetFiguresResponse:
 
 def _descriptors() -> int | None:
     folder = SELF / "fd"
-    # Listing it takes one itself.
+    # Without the descriptor of the listing itself.
     return len(os.listdir(folder)) - 1 if folder.is_dir() else None
 
 

@@ -1,4 +1,4 @@
-"""ProfileService on the wire: protobuf to `tandem.observability.profiles` and back, with the bounds of its fields."""
+"""ProfileService on the wire: protobuf to `tandem.observability.profiles` and back, with the limits of its fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ProfileServicer(pb_grpc.ProfileServiceServicer):
     async def CaptureProfile(  # noqa: N802
         self, request: pb.CaptureProfileRequest, context: Any
     ) -> AsyncIterator[pb.CaptureProfileResponse]:
-        """Record, then send; a caller that leaves ends it."""
+        """Record, then send. Cancelled with the call."""
         wanted = Wanted(
             duration_s=_within(request, "duration_ms", DURATION_MS, DURATION_MS_MIN, DURATION_MS_MAX) / 1_000,
             size_bytes_max=_within(request, "size_bytes_max", SIZE_BYTES, SIZE_BYTES_MIN, SIZE_BYTES_MAX),
@@ -57,7 +57,7 @@ def _form(number: pb.ProfileFormat.ValueType) -> str | None:
     if number == pb.PROFILE_FORMAT_UNSPECIFIED:
         return None
     if number not in pb.ProfileFormat.values():
-        raise InvalidRequest("format", f"there is no format {number}")
+        raise InvalidRequest("format", f"unknown format {number}")
     return pb.ProfileFormat.Name(number).removeprefix(PREFIX).lower()
 
 

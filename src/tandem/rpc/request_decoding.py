@@ -1,7 +1,7 @@
-"""Requests that are not what the contract says: names the field instead of letting gRPC answer INTERNAL.
+"""Decoding of requests: an unreadable one is rejected with the field's name, where gRPC would answer INTERNAL.
 
-Owns the search for a string that is not UTF-8 in bytes that protobuf refused, and the bound on a request's bytes.
-Knows nothing of any service.
+Owns the size limit, and the search for the string that is not UTF-8 in bytes that protobuf has rejected. Knows no
+service.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tandem.errors import InvalidRequest, RequestTooLarge
 
 LENGTH_DELIMITED = 2
 SEARCH_BYTES_MAX = 256 * 2**10
-"""The search looks at every field; in more bytes than this there may be so many that everybody waits for it."""
+"""Limit of the search, which visits every field: in a larger request it could block the event loop."""
 
 
 def checked_deserializer(
     message_type: type[Message], request_bytes_max: int
 ) -> Callable[[bytes], Message | InvalidRequest]:
-    """A deserializer that returns the error instead of raising it: gRPC hides whatever a deserializer raises."""
+    """A deserialiser that returns its error: gRPC would replace a raised one by INTERNAL."""
 
     def deserialize(data: bytes) -> Message | InvalidRequest:
         if len(data) > request_bytes_max:
@@ -43,9 +43,9 @@ def checked_deserializer(
 
 
 def find_invalid_utf8(data: bytes, descriptor: Any) -> str | None:
-    """Dotted name of the first string field that is not UTF-8; None when there is none, or no structure at all."""
+    """Dotted name of the first string field that is not UTF-8; None when there is none, or the data is no message."""
     try:
-        # Every field is unknown to an empty message. The library iterates over them; its types do not say so.
+        # All fields are unknown to an empty message, so that they can be listed. Any: the stubs lack the iterator.
         fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(data))
     except DecodeError:
         return None

@@ -1,7 +1,7 @@
-"""The server on grpc.aio: workers and registries serve through this shape, with health and reflection.
+"""The gRPC server of workers and registries, on grpc.aio, with health and reflection.
 
-Owns the listener and who may connect to it. Knows nothing of the services it carries. The frontend's, for streams of
-many small messages, is `tandem.rpc.http2`.
+Owns the listener and its TLS. Knows nothing of the services on it. The frontend's server, for streams of many small
+messages, is `tandem.rpc.http2`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ __all__ = ["AddServicer", "RpcServer"]
 log = logging.getLogger(__name__)
 
 CANCELLED_TIMEOUT_S = 1.0
-"""Most time for calls that were cancelled to come to their end."""
+"""How long `stop` waits for cancelled calls to end."""
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_metadata_size", HEADERS_BYTES_MAX),
     ("grpc.absolute_max_metadata_size", HEADERS_BYTES_MAX),
-    # Two processes on one port would share its connections at random; the second must fail instead.
+    # A second process on the port must fail to start, not get a random part of the connections.
     ("grpc.so_reuseport", 0),
-    # Peers ping every 10 s (channels.py); less than this is answered with GOAWAY too_many_pings.
+    # Peers ping every 10 s (channels.py). Pings in shorter intervals get GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
 RECEIVED_FACTOR, RECEIVED_BYTES_MIN = 2, 16 * 2**20
-"""So many times the bytes of the longest request are received at all, and never less than the edge lets through: up to
-there a refusal is typed, and beyond it is gRPC's own RESOURCE_EXHAUSTED, which names nothing."""
+"""gRPC's own size limit, as a multiple of ours, and never below the edge's. A request between the two limits is
+rejected with a typed error; above, gRPC answers RESOURCE_EXHAUSTED, which names no field."""
 
 
 class RpcServer(ServiceHost):
@@ -52,10 +52,12 @@ class RpcServer(ServiceHost):
         request_bytes_max: int = MESSAGE_BYTES_MAX,
         tls: Tls | None = None,
     ) -> None:
-        """Each service is its full protobuf name and the function that adds its servicer to a server.
+        """Create a server; nothing is bound yet.
 
-        A request of more than `request_bytes_max` is refused before it is parsed. With `tls` every caller must present
-        a certificate, of health and reflection too.
+        Args:
+            services: full protobuf name of each, and the function that adds its servicer to a server.
+            request_bytes_max: a larger request is rejected before it is parsed.
+            tls: every caller must present a certificate, for health and reflection too; None: plaintext.
         """
         self._tls = tls
         self._credentials: ServerCredentials | None = None
@@ -73,7 +75,7 @@ class RpcServer(ServiceHost):
             warn_of_plaintext(host)
             return self._server.add_insecure_port(f"{host}:{port}")
         credentials = self._credentials = ServerCredentials(self._tls)
-        log.info("callers must present a certificate; this process presents %r", credentials.material)
+        log.info("TLS: client certificates are required; own certificate: %r", credentials.material)
         return self._server.add_secure_port(f"{host}:{port}", credentials.grpc)
 
     async def _begin(self) -> None:
@@ -82,8 +84,8 @@ class RpcServer(ServiceHost):
     async def stop(self, grace_s: float) -> None:
         """Close the listener, give running calls `grace_s`, then cancel them. May be called twice.
 
-        gRPC cancels them and does not wait: where the loop ended first, it logged an error for each, and that was the
-        last line of a process that had said why it ended.
+        gRPC does not wait for the cancelled calls. If the event loop ended before them, gRPC would log an error for
+        each, after the line with the reason for the process's end.
         """
         await self._server.stop(grace_s)
         await self._interceptor.wait_ended(CANCELLED_TIMEOUT_S)

@@ -1,6 +1,6 @@
-"""What both servers have in common: services by name, health, reflection, and what the process holds.
+"""Base of both servers: services by name, health, reflection and ProcessService.
 
-Owns what is served and the health state. Who listens, and how calls come, is each server's own.
+Owns the list of services and the health state. Each server owns its listener and transport.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 HEADERS_BYTES_MAX = 64 * 1024
-"""Of one call. By default gRPC refuses more than 8 KiB at random, and the edge carries a path twice."""
+"""Limit of one call's headers. gRPC's default rejects calls over 8 KiB at random, and the edge sends a path twice."""
 
 AddServicer = Callable[[Any], None]
-"""A generated `add_XServicer_to_server` with its servicer; it is given a server of gRPC's, or what looks like one."""
+"""A generated `add_XServicer_to_server` with its servicer bound; called with a gRPC server or a look-alike."""
 
 
 class ServiceHost(abc.ABC):
     """A server with health (NOT_SERVING until `set_serving`), reflection and ProcessService."""
 
     def __init__(self, registry: Any, guard: HandlerGuard, services: Sequence[tuple[str, AddServicer]]) -> None:
-        """Handlers are added to `registry`, which is or looks like a grpc.aio.Server."""
+        """`registry` takes the handlers; it is a grpc.aio.Server or a look-alike."""
         self._registry = registry
         self._names: list[str] = []
         self._health: Any = health.aio.HealthServicer()
@@ -50,15 +50,15 @@ class ServiceHost(abc.ABC):
         self.port = 0
 
     def add(self, name: str, add_servicer: AddServicer) -> None:
-        """Carry one more service. Before `serve` only."""
+        """Add a service. Only before `serve`."""
         self._names.append(name)
         add_servicer(self._registry)
 
     def bind(self, host: str, port: int) -> None:
-        """Take the port; `self.port` is the one in use (the OS chooses when 0 is given). Answers nothing yet.
+        """Bind the port; `self.port` is the actual one (chosen by the OS for 0). Calls are not served yet.
 
         Raises:
-            StartError: the address cannot be listened on, or a file of TLS cannot be used.
+            StartError: the address cannot be listened on, or a TLS file is unusable.
         """
         check_listenable(host, port)
         try:
@@ -67,7 +67,7 @@ class ServiceHost(abc.ABC):
             raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
 
     async def serve(self) -> None:
-        """Answer calls on the port taken."""
+        """Serve calls on the bound port."""
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         servicer = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self._registry)
@@ -90,21 +90,21 @@ class ServiceHost(abc.ABC):
 
     @abc.abstractmethod
     def _add_port(self, host: str, port: int) -> int:
-        """Take the port; returns its number."""
+        """Bind the port; returns its number."""
 
     @abc.abstractmethod
     async def _begin(self) -> None:
-        """Begin to answer."""
+        """Begin to serve calls."""
 
 
 def warn_of_plaintext(host: str) -> None:
-    """Say it once where others than this machine's processes can call without a certificate."""
+    """Log a warning where other machines can call without a certificate."""
     if not is_loopback(host):
-        log.warning("listening on %s without TLS: whoever reaches this port is served (see --tls-cert)", host)
+        log.warning("listening on %s without TLS: unauthenticated access for every peer (see --tls-cert)", host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine can reach that listening address."""
+    """Whether only processes of this machine can reach a listening address."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,8 +1,8 @@
 """Errors on the wire: `TandemError` to `google.rpc.Status` with ErrorInfo (and RetryInfo), and back.
 
-The only place that knows both sides, and how much of an error fits into a response's metadata. A status that carries
-no ErrorInfo of ours becomes the error that fits its code. Reading one never raises: a peer may send anything, and who
-waits for a call's end must hear of it. What could not be read is told in the error's sentence.
+The only place that knows both forms, and how much of an error fits into a response's metadata. A status without
+Tandem's ErrorInfo becomes the error that matches its code. Reading a status never raises: a peer may send anything, and
+a waiting caller must get an error in any case. The message says what could not be read.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "tandem"
 
-# A peer takes 8 KiB of metadata by default and drops the type of an error with the rest. Message and details travel
-# side by side, the details in base64: with these bounds a whole status stays under 4 KiB.
+# A peer accepts 8 KiB of metadata by default, and beyond it loses an error's type too. The message is sent twice, once
+# within the details in base64: with these limits a whole status stays under 4 KiB.
 MESSAGE_BYTES_MAX = 1_000
-"""Of a message as HTTP/2 carries it: what is no printable ASCII takes three bytes for each of its own."""
+"""Of a message as HTTP/2 encodes it: each byte that is not printable ASCII takes three."""
 VALUE_BYTES_MAX = 256
 METADATA_BYTES_MAX = 1_000
 CUT = "..."
 RETRY_DELAY_S_MAX = 3_600.0
-"""Of a peer's answer: a longer delay is a defect, and one of 300 years is none that can be told again."""
+"""Limit of a peer's retry delay: a longer one is a defect, and one of 300 years could not be encoded again."""
 UNREADABLE = "its details cannot be read"
 
 
@@ -39,7 +39,7 @@ def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
     return [root, *(error for child in root.__subclasses__() for error in _all_errors(child))]
 
 
-# A parent comes before its children: where they share a reason, the more precise error wins.
+# A parent class comes before its subclasses: where they share a reason, the subclass wins.
 ERROR_BY_REASON: dict[str, type[TandemError]] = {error.reason: error for error in _all_errors(TandemError)}
 
 
@@ -64,7 +64,7 @@ async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None: 
     """End a call with an error. Raises grpc's own AbortError, as `context.abort` does.
 
     Raises:
-        asyncio.CancelledError: the call is dead already, and nobody hears the error. gRPC would log a traceback.
+        asyncio.CancelledError: the call has ended already. gRPC's own exception would be logged with a traceback.
     """
     status = to_grpc_status(error)
     try:
@@ -74,11 +74,11 @@ async def abort(context: grpc.aio.ServicerContext, error: TandemError) -> None: 
 
 
 def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) -> TandemError:
-    """The error a call failed with. `metadata` fills in what the peer did not say (worker, leg, ...)."""
+    """The error of a failed call. `metadata` adds what the peer did not set (worker, leg, ...)."""
     try:
         error = _typed(failure) or _untyped(failure)
     except Exception as problem:
-        log.warning("the details of an error of code %s cannot be read: %r", failure.code(), problem)
+        log.warning("unreadable details in a status of code %s, using the code alone: %r", failure.code(), problem)
         error = _untyped(failure, f" ({UNREADABLE})")
     for key, value in metadata.items():
         if value is not None:
@@ -87,12 +87,12 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
 
 
 def from_status(status: status_pb2.Status) -> TandemError:
-    """The error in a status that came inside a message."""
-    sentence = status.message or "a failure without a sentence"
+    """The error of a status inside a message."""
+    sentence = status.message or "failed without a message"
     try:
         return _from_details(status) or TandemError(sentence)
     except Exception as problem:
-        log.warning("the details of a failure cannot be read: %r", problem)
+        log.warning("unreadable details in the status of a leg, using its message alone: %r", problem)
         return TandemError(f"{sentence} ({UNREADABLE})")
 
 
@@ -133,7 +133,7 @@ def _untyped(failure: grpc.aio.AioRpcError, unread: str = "") -> TandemError:
         case grpc.StatusCode.CANCELLED:
             return errors.RequestAborted(details)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
-            # gRPC's own sentence about a message beyond its limit: another try changes nothing.
+            # gRPC's own message about a request beyond its size limit: a retry would fail too.
             return errors.InvalidRequest("request", details)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return errors.Overloaded(details)
@@ -146,7 +146,7 @@ def _untyped(failure: grpc.aio.AioRpcError, unread: str = "") -> TandemError:
 
 
 def _message(text: str) -> str:
-    """A message short enough to travel, however much of a client's input it echoes."""
+    """A message cut to MESSAGE_BYTES_MAX: it may repeat any amount of a client's input."""
     head = _encodable(text[: MESSAGE_BYTES_MAX + 1])
     ends = list(accumulate(map(_carried_bytes, head)))
     if not ends or ends[-1] <= MESSAGE_BYTES_MAX:
@@ -159,7 +159,7 @@ def _carried_bytes(character: str) -> int:
 
 
 def _fitting(metadata: dict[str, str]) -> dict[str, str]:
-    """The facts of an error, each cut to its bound; the first ones where there are too many."""
+    """The metadata of an error, each value cut to its limit, and dropped beyond the total limit."""
     fitting: dict[str, str] = {}
     left_bytes = METADATA_BYTES_MAX
     for key, value in metadata.items():
@@ -169,13 +169,13 @@ def _fitting(metadata: dict[str, str]) -> dict[str, str]:
         left_bytes -= len(key.encode()) + len(own)
         if left_bytes < 0:
             break
-        # A character that was cut in two goes as a whole.
+        # A character that was cut in two is dropped.
         fitting[key] = own.decode(errors="ignore")
     return fitting
 
 
 def _encodable(text: str) -> str:
-    """Half of a surrogate pair, as JSON can spell it, is no text that protobuf carries."""
+    """Replace lone surrogates, which JSON can express and protobuf cannot."""
     return text.encode(errors="replace").decode()
 
 

@@ -19,8 +19,8 @@ def accepted(sink: Sink) -> None:
     sink.accepted()
 
 
-def unanswered(sink: Sink) -> None:
-    sink.unanswered()
+def unresponsive(sink: Sink) -> None:
+    sink.unresponsive()
 
 
 def tokens(index: int, *token_ids: int) -> Word:
@@ -74,7 +74,7 @@ class PlayedLeg:
 
 
 class Gathered:
-    """Where the tokens of a request go: a `attempts.Taker`."""
+    """Where the tokens of a request go: a `request_stream.TokenSink`."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.token_ids: list[int] = []

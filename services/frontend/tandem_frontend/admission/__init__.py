@@ -1,1 +1,1 @@
-"""Step 2 of a request: it is admitted, queued or rejected by what the workers can hold."""
+"""Admission: a request is admitted, queued or rejected, depending on this frontend's load and the workers' capacity."""

@@ -1,8 +1,8 @@
-"""How much the workers have room for: their own word of what they can hold, less what is there now.
+"""Free capacity of the workers: their capacity (requests, KV tokens) minus their current load.
 
-Pure. Counts the workers that stream answers (decode and aggregated), because a request stays there longest and its KV
-is whole there. What one of them says of its load is old by up to a second; what this frontend has there is known. So
-what others have there is reckoned when the workers' word is new, and what this frontend has is counted beside it.
+Pure. Counts only the workers that stream tokens (decode and aggregated), because a request stays there longest and its
+whole KV is held there. A reported load is up to a second old, but this frontend's own share of it is known exactly. So
+the share of the other frontends is estimated each time a reported load changes, and the own share is added to it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from tandem.discovery.view_changes import KnownView
 from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
 
 QUEUED_FRACTION = 0.25
-"""Requests an engine may have in its own queue, for each that it runs: it must never have to wait for the next."""
+"""Requests in an engine's own queue per running request: with an empty queue an engine idles between two requests."""
 QUEUED_MIN = 2
 ANSWER_TOKENS_MAX = 4096
-"""Of an answer, so many count: SGLang's own bound (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION). What comes to be longer is
-rare, and engines have means of their own for it (retraction)."""
+"""Completion tokens that count at most: SGLang's own limit (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION). Longer completions
+are rare, and engines handle them by retraction."""
 FAIR_FRACTION = 0.05
-"""So much more than there is room for, one at least, is taken by a frontend that has less there than all others: a
-frontend fills its own places as they become free, and whoever came late would never have as many."""
+"""A frontend with less load on the workers than all others together may exceed the capacity by this fraction (at least
+one request): every frontend refills its own slots as they become free, so a late starter would never get its share."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Headroom:
-    """What one worker can take."""
+    """Capacity of one worker."""
 
     requests: int
     tokens: int
+    """KV tokens."""
     request_tokens: int
-    """Of one request."""
+    """KV tokens of the largest single request."""
 
-    def taken(self, load: EngineLoad | None) -> tuple[int, int]:
-        """Requests and tokens that are there: no more than it can have, because one that counts wrongly must not close
-        the door of all others. Without a load none are known.
+    def used(self, load: EngineLoad | None) -> tuple[int, int]:
+        """Requests and KV tokens in use, (0, 0) without a load.
+
+        Clamped to this worker's capacity: one worker that reports nonsense must not use up the capacity of the others.
         """
         if load is None:
             return 0, 0
@@ -45,66 +47,72 @@ class _Headroom:
 
 
 class Capacity:
-    """Room of the workers of one model: sums that are kept up to date by what changes, so that a request only reads
-    them.
+    """Capacity and load of all workers of one model, kept as sums that each change updates, so that a request only
+    reads them.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
         self._view = KnownView()
-        self._rooms: dict[Start, _Headroom] = {}
-        """Of the workers that stream answers."""
+        self._headrooms: dict[Start, _Headroom] = {}
+        """Of the workers that stream tokens."""
         self._loads: dict[Start, EngineLoad] = {}
-        """Of all workers that have said one lately."""
+        """The last load that each worker reported, without stale ones."""
         self._request_tokens: list[int] = []
-        """Of all rooms, ascending."""
+        """`request_tokens` of all workers, ascending."""
         self._requests_max = self._tokens_max = 0
         self._requests = self._tokens = 0
-        """There now, of all frontends, as the workers say it."""
-        self._said = (0, 0)
+        """In use as the workers report it, by all frontends together."""
+        self._reported = (0, 0)
         self._others = (0, 0)
-        """Requests and tokens of other frontends, as of when what the workers say last changed."""
+        """Requests and tokens of the other frontends, estimated when the reported load last changed."""
 
     def follow(self, workers: Iterable[Worker]) -> None:
-        """Take another view of the registry."""
+        """Apply a new registry view."""
         removed, added = self._view.replace(workers)
         for worker in removed:
-            if worker.start in self._rooms:
+            if worker.start in self._headrooms:
                 self._remove(worker.start)
         for worker in added:
             if self._streams(worker):
                 self._add(worker)
 
     def note(self, start: Start, load: EngineLoad | None) -> None:
-        """A worker has said how busy it is; None: it has not for too long, or is not asked any more."""
+        """Record a worker's load; None: its last one is stale, or the worker is no longer watched."""
         before = self._loads.pop(start, None)
         if load is not None:
             self._loads[start] = load
-        room = self._rooms.get(start)
-        if room is not None:
-            self._count(room, before, -1)
-            self._count(room, load, 1)
+        headroom = self._headrooms.get(start)
+        if headroom is not None:
+            self._count(headroom, before, -1)
+            self._count(headroom, load, 1)
 
     def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
-        """What a request counts for: what it may hold at a time, as far as engines themselves set memory aside for it.
+        """KV tokens that a request is charged for: no more than an engine itself reserves for it.
 
-        An answer may be said to be as long as the whole context allows. As such it would wait for all others to end,
-        and those behind it would wait for it.
+        Clients often leave max_tokens at the whole context. Charged in full, such a request would wait until all
+        others have finished, and block the queue meanwhile.
         """
         tokens = prompt_tokens + min(answer_tokens, ANSWER_TOKENS_MAX)
         return min(tokens, self._request_tokens[-1]) if self._request_tokens else tokens
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
-        """Whether one more request has room. Without any worker it has: routing then says that there is none."""
-        if not self._rooms:
+        """Whether one more request fits. True without any worker: routing then rejects it with the right error.
+
+        Args:
+            held_requests: requests of this frontend on the workers.
+            held_tokens: KV tokens charged for them.
+            tokens: KV tokens charged for the new request.
+        """
+        if not self._headrooms:
             return True
         if held_requests == 0:
-            # Whatever the others do and however long it is: one request at a time always goes on.
+            # Each frontend may always have one request on the workers, so that none of them ever starves.
             return True
-        said = self._requests, self._tokens
-        if said != self._said:
-            self._said = said
-            self._others = max(0, said[0] - held_requests), max(0, said[1] - held_tokens)
+        reported = self._requests, self._tokens
+        if reported != self._reported:
+            self._reported = reported
+            self._others = max(0, reported[0] - held_requests), max(0, reported[1] - held_tokens)
         others_requests, others_tokens = self._others
         requests_max = self._requests_max
         if held_requests < others_requests:
@@ -113,21 +121,22 @@ class Capacity:
         return held_requests + others_requests < requests_max and has_tokens
 
     def _add(self, worker: Worker) -> None:
-        room = self._rooms[worker.start] = _room(worker)
-        self._requests_max += room.requests
-        self._tokens_max += room.tokens
-        insort(self._request_tokens, room.request_tokens)
-        self._count(room, self._loads.get(worker.start), 1)
+        headroom = self._headrooms[worker.start] = _headroom(worker)
+        self._requests_max += headroom.requests
+        self._tokens_max += headroom.tokens
+        insort(self._request_tokens, headroom.request_tokens)
+        # Its load may have been reported before it appeared in the view.
+        self._count(headroom, self._loads.get(worker.start), 1)
 
     def _remove(self, start: Start) -> None:
-        room = self._rooms.pop(start)
-        self._requests_max -= room.requests
-        self._tokens_max -= room.tokens
-        del self._request_tokens[bisect_left(self._request_tokens, room.request_tokens)]
-        self._count(room, self._loads.get(start), -1)
+        headroom = self._headrooms.pop(start)
+        self._requests_max -= headroom.requests
+        self._tokens_max -= headroom.tokens
+        del self._request_tokens[bisect_left(self._request_tokens, headroom.request_tokens)]
+        self._count(headroom, self._loads.get(start), -1)
 
-    def _count(self, room: _Headroom, load: EngineLoad | None, sign: int) -> None:
-        requests, tokens = room.taken(load)
+    def _count(self, headroom: _Headroom, load: EngineLoad | None, sign: int) -> None:
+        requests, tokens = headroom.used(load)
         self._requests += sign * requests
         self._tokens += sign * tokens
 
@@ -140,7 +149,7 @@ class Capacity:
         )
 
 
-def _room(worker: Worker) -> _Headroom:
+def _headroom(worker: Worker) -> _Headroom:
     capabilities = worker.capabilities
     running, tokens = capabilities.running_requests_max, capabilities.kv_capacity_tokens
     requests = running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))

@@ -1,8 +1,8 @@
-"""The admission hop: how many requests may be here, and which of them goes to the workers next.
+"""Admission control: how many requests are open here, and which queued request goes to the workers next.
 
-Bounded three times: by the requests in this frontend and by how late its event loop is, refused at once beyond that,
-and by the requests and tokens the workers have room for, which the others wait for in line. Who is next is
-`queue`'s, how much room there is `capacity`'s. Everything is decided before the first byte.
+Three limits. A request beyond the open-requests limit, or one that arrives while the event loop is too late, is
+rejected at once. A request beyond the workers' free capacity (requests, KV tokens) is queued. `queue` orders the queue,
+`capacity` computes the free capacity. Every decision is made before the first byte of a response.
 """
 
 from __future__ import annotations
@@ -17,211 +17,229 @@ from tandem.clock import Clock
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
 from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
-from tandem_frontend.admission.throughput import Pace
+from tandem_frontend.admission.throughput import Throughput
 
 LAG_MAX_S = 1.0
-"""Default of how late the event loop may be: each stream's next token is late by as much."""
+"""Default limit of the event loop's lag: the next token of every stream is delayed by that lag."""
 RETRY_DELAY_MIN_S = 1.0
 RETRY_DELAY_MAX_S = 30.0
 SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
-"""Of the requests that ended lately: as long as so many of them take, a newcomer must have, and whoever has waited and
-has not even the time of half of them is not begun. The most urgent go first, so in overload all are at that edge."""
-LOOK_PAUSE_S = 0.005
-"""What changes within it is looked at once: a large fleet says its load hundreds of times a second."""
+"""Quantiles of the service times of recent requests. A new request must have time left for the 90 % quantile, otherwise
+it is rejected; a queued request without time for the median is not started. Under overload the most urgent requests go
+first, so all of them run close to their deadlines: one shared limit would start requests that cannot finish."""
+REEVALUATE_DELAY_S = 0.005
+"""Changes within it are evaluated together: a large fleet reports its load hundreds of times a second."""
 WAIT_MARGIN = 2.0
-"""The line may come to move half as fast. With less, whoever is let in stands at the edge all the time he waits."""
+"""Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
 
 
 class Headroom(Protocol):
-    """How much the workers can take."""
+    """Free capacity of the workers."""
 
     def counted(self, prompt_tokens: int, answer_tokens: int) -> int:
-        """What a request counts for, of what it may hold at most."""
+        """KV tokens that a request is charged for, given its prompt and its longest completion."""
         ...
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
-        """Whether one more request of so many tokens has room beside those this frontend has with the workers."""
+        """Whether a request of `tokens` KV tokens fits beside those that this frontend already has on the workers."""
         ...
 
 
 class Admission:
-    """Places of this frontend's requests."""
+    """Admits, queues and rejects this frontend's requests."""
 
     def __init__(
         self,
         open_requests_max: int,
-        room: Headroom,
+        headroom: Headroom,
         clock: Clock,
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
     ) -> None:
-        """`load` measures this process's loop, which refuses new requests while it is later than `lag_max_s`."""
+        """Create an empty admission queue.
+
+        Args:
+            open_requests_max: requests open at a time, queued ones included; more are rejected.
+            headroom: free capacity of the workers.
+            clock: of the deadlines.
+            load: measures this process's event loop.
+            lag_max_s: new requests are rejected while the event loop is later than this.
+        """
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
         self._lag_max_s = lag_max_s
-        self._room = room
+        self._headroom = headroom
         self._clock = clock
-        self._line: RequestQueue[asyncio.Future[None]] = RequestQueue()
+        self._queue: RequestQueue[asyncio.Future[None]] = RequestQueue()
         self._open_count = 0
         self._held_requests = 0
         self._held_tokens = 0
-        self._pace = Pace(clock)
-        self._look: asyncio.TimerHandle | None = None
+        self._throughput = Throughput(clock)
+        self._reevaluation: asyncio.TimerHandle | None = None
         self._is_closed = False
-        self._none = asyncio.Event()
-        self._none.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def open_count(self) -> int:
-        """Requests that have not ended yet."""
+        """Admitted requests that have not finished, queued ones included."""
         return self._open_count
 
     @property
     def waiting_count(self) -> int:
-        """Those of them that wait for room."""
-        return len(self._line)
+        """Requests in the queue."""
+        return len(self._queue)
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Be one of the requests of this frontend.
+        """Count as an open request while the context is entered.
 
         Raises:
-            Draining: this frontend is going away.
-            Overloaded: there are too many, or this process is too late with those that are open.
+            Draining: this frontend is draining.
+            Overloaded: the open-requests limit is reached, or the event loop is too late.
         """
         if self._is_closed:
-            raise Draining("this frontend is going away")
+            raise Draining("this frontend is draining and accepts no new requests")
         if self._open_count >= self._open_requests_max:
             raise Overloaded(
-                f"{self._open_count} requests are open here already", retry_delay_s=self._delay_s(self._line.tokens)
+                f"{self._open_count} requests are open on this frontend, its limit is {self._open_requests_max}",
+                retry_delay_s=self._delay_s(self._queue.tokens),
             )
         if self._load.late_s > self._lag_max_s:
             raise Overloaded(
-                f"this frontend is {self._load.late_s:.1f} s late with the requests that are open",
+                f"this frontend is overloaded: its event loop is {self._load.late_s:.1f} s late, "
+                f"the limit is {self._lag_max_s:g} s",
                 retry_delay_s=RETRY_DELAY_MIN_S,
             )
         self._open_count += 1
         self._load.open()
-        self._none.clear()
+        self._idle.clear()
         try:
             yield
         finally:
             self._open_count -= 1
             self._load.close()
             if not self._open_count:
-                self._none.set()
+                self._idle.set()
 
     @asynccontextmanager
-    async def place(self, demand: QueuedRequest) -> AsyncIterator[None]:
-        """Wait in line for room with the workers, and hold it.
+    async def slot(self, request: QueuedRequest) -> AsyncIterator[None]:
+        """Wait in the queue until the workers have capacity for the request, and hold that capacity.
 
         Raises:
-            Overloaded: its deadline would pass before its end, as fast as the line moves and requests end now.
-            DeadlinePassed: it has passed in the line.
+            Overloaded: at the present throughput the request would miss its deadline.
+            DeadlinePassed: the deadline passed in the queue.
         """
-        demand = replace(demand, tokens=self._room.counted(demand.tokens - demand.answer_tokens, demand.answer_tokens))
-        await self._wait(demand)
+        charged = self._headroom.counted(request.tokens - request.answer_tokens, request.answer_tokens)
+        request = replace(request, tokens=charged)
+        await self._wait(request)
         begin_s = self._clock()
         try:
             yield
         finally:
-            self._pace.note(demand, self._clock() - begin_s)
-            self._held_requests -= 1
-            self._held_tokens -= demand.tokens
+            self._throughput.note(request, self._clock() - begin_s)
+            self._release(request)
             self.reevaluate()
 
     def reevaluate(self) -> None:
-        """Let in who has room now: a request has ended, or the workers have changed."""
-        while (first := self._line.first()) is not None and self._fits(first[1]):
-            place, demand = first
-            if len(self._line) > 1 and self._is_late(demand, 0.0, HOPELESS_SHARE):
-                # Others wait: no engine works for a client who will have gone before the end.
-                self._line.remove(place)
-                place.set_exception(self._too_late(demand, 0.0, HOPELESS_SHARE))
+        """Start the queued requests that fit now. Called when a request has ended or the workers have changed."""
+        while (first := self._queue.first()) is not None and self._fits(first[1]):
+            ticket, request = first
+            if len(self._queue) > 1 and self._is_late(request, 0.0, HOPELESS_SHARE):
+                # Others are queued: an engine must not spend time on a response that its client will not wait for.
+                self._queue.remove(ticket)
+                ticket.set_exception(self._too_late(request, 0.0, HOPELESS_SHARE))
                 continue
-            self._line.take()
-            self._hold(demand)
-            place.set_result(None)
+            self._queue.take()
+            self._hold(request)
+            ticket.set_result(None)
 
     def reevaluate_soon(self) -> None:
-        """The same after a few milliseconds, once for all that has changed until then."""
-        if self._look is None and len(self._line):
-            self._look = asyncio.get_running_loop().call_later(LOOK_PAUSE_S, self._look_at_last)
+        """`reevaluate` after a few milliseconds, once for all changes until then."""
+        if self._reevaluation is None and len(self._queue):
+            self._reevaluation = asyncio.get_running_loop().call_later(REEVALUATE_DELAY_S, self._reevaluate_now)
 
     def close(self) -> None:
-        """Admit nobody from now on. Who waits in line was admitted before and stays."""
+        """Reject new requests from now on. Queued requests were admitted before, and stay."""
         self._is_closed = True
 
     async def wait_none(self) -> None:
         """Return when no request is open."""
-        await self._none.wait()
+        await self._idle.wait()
 
-    async def _wait(self, demand: QueuedRequest) -> None:
-        if not len(self._line) and self._fits(demand):
-            return self._hold(demand)
-        self._refuse_the_late(demand)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.add(place, demand)
+    async def _wait(self, request: QueuedRequest) -> None:
+        if not len(self._queue) and self._fits(request):
+            return self._hold(request)
+        self._reject_late(request)
+        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.add(ticket, request)
         self.reevaluate()
         try:
-            async with asyncio.timeout(None if demand.deadline_s is None else demand.deadline_s - self._clock()):
-                await asyncio.shield(place)
+            async with asyncio.timeout(None if request.deadline_s is None else request.deadline_s - self._clock()):
+                # Shielded, so that a request that leaves can still see whether it got its slot.
+                await asyncio.shield(ticket)
         except BaseException as problem:
-            if place.done() and place.exception() is None:
-                # It was let in at the very moment it left.
-                self._held_requests -= 1
-                self._held_tokens -= demand.tokens
-            self._line.remove(place)
+            if ticket.done() and ticket.exception() is None:
+                # It got its slot in the same turn of the event loop in which it left.
+                self._release(request)
+            self._queue.remove(ticket)
             self.reevaluate()
             if isinstance(problem, TimeoutError):
                 raise DeadlinePassed("the deadline passed while the request waited for a worker") from None
             raise
 
-    def _look_at_last(self) -> None:
-        self._look = None
+    def _reevaluate_now(self) -> None:
+        self._reevaluation = None
         self.reevaluate()
 
-    def _refuse_the_late(self, demand: QueuedRequest) -> None:
-        if demand.deadline_s is None:
+    def _reject_late(self, request: QueuedRequest) -> None:
+        """Reject a request that would miss its deadline, or make queued requests of its tenant miss theirs."""
+        if request.deadline_s is None:
             return
-        before = self._line.tokens_before(demand)
-        wait_s = self._pace.seconds(before)
+        before = self._queue.tokens_before(request)
+        wait_s = self._throughput.wait_s(before)
         if wait_s is None:
             return
-        if self._is_late(demand, WAIT_MARGIN * wait_s, SURE_SHARE):
-            raise self._too_late(demand, wait_s, SURE_SHARE)
-        own_s = self._pace.seconds(demand.tokens) or 0.0
-        for other, others_before in self._line.overtaken(demand):
-            wait_s = self._pace.seconds(others_before) or 0.0
-            pushed_s = WAIT_MARGIN * wait_s + own_s
-            # Whoever cannot be saved holds nobody up; whoever is doubtful already is not pushed further.
-            if self._is_late(other, pushed_s, SURE_SHARE) and not self._is_late(other, wait_s, HOPELESS_SHARE):
+        if self._is_late(request, WAIT_MARGIN * wait_s, SURE_SHARE):
+            raise self._too_late(request, wait_s, SURE_SHARE)
+        own_s = self._throughput.wait_s(request.tokens) or 0.0
+        for other, others_before in self._queue.overtaken(request):
+            wait_s = self._throughput.wait_s(others_before) or 0.0
+            delayed_s = WAIT_MARGIN * wait_s + own_s
+            # A queued request that misses its deadline in any case is no reason to reject this one.
+            if self._is_late(other, delayed_s, SURE_SHARE) and not self._is_late(other, wait_s, HOPELESS_SHARE):
                 raise Overloaded(
-                    "requests that wait already would miss their deadlines",
-                    retry_delay_s=self._delay_s(self._line.tokens),
+                    "requests that are queued already would miss their deadlines",
+                    retry_delay_s=self._delay_s(self._queue.tokens),
                 )
 
-    def _is_late(self, demand: QueuedRequest, wait_s: float, share: float) -> bool:
-        """Whether the deadline passes before it ends, if it waits so long and then takes as such a share of others."""
-        if demand.deadline_s is None:
+    def _is_late(self, request: QueuedRequest, wait_s: float, share: float) -> bool:
+        """Whether a request misses its deadline after `wait_s` in the queue plus the `share` quantile of service."""
+        if request.deadline_s is None:
             return False
-        return self._clock() + wait_s + self._pace.held_s(demand, share) >= demand.deadline_s
+        return self._clock() + wait_s + self._throughput.service_s(request, share) >= request.deadline_s
 
-    def _too_late(self, demand: QueuedRequest, wait_s: float, share: float) -> Overloaded:
-        left_s = (demand.deadline_s or 0.0) - self._clock()
+    def _too_late(self, request: QueuedRequest, wait_s: float, share: float) -> Overloaded:
+        left_s = max(0.0, (request.deadline_s or 0.0) - self._clock())
+        service_s = self._throughput.service_s(request, share)
         return Overloaded(
-            f"the line takes about {wait_s:.1f} s and the request itself {self._pace.held_s(demand, share):.1f} s, "
-            f"and its deadline leaves {max(0.0, left_s):.1f} s",
-            retry_delay_s=self._delay_s(self._line.tokens),
+            f"request would miss its deadline: estimated queue wait {wait_s:.1f} s + service {service_s:.1f} s, "
+            f"{left_s:.1f} s remaining",
+            retry_delay_s=self._delay_s(self._queue.tokens),
         )
 
-    def _fits(self, demand: QueuedRequest) -> bool:
-        return self._room.fits(self._held_requests, self._held_tokens, demand.tokens)
+    def _fits(self, request: QueuedRequest) -> bool:
+        return self._headroom.fits(self._held_requests, self._held_tokens, request.tokens)
 
-    def _hold(self, demand: QueuedRequest) -> None:
+    def _hold(self, request: QueuedRequest) -> None:
         self._held_requests += 1
-        self._held_tokens += demand.tokens
+        self._held_tokens += request.tokens
+
+    def _release(self, request: QueuedRequest) -> None:
+        self._held_requests -= 1
+        self._held_tokens -= request.tokens
 
     def _delay_s(self, tokens: int) -> float:
-        wait_s = self._pace.seconds(tokens)
+        """When to retry: after the time that the queued tokens take."""
+        wait_s = self._throughput.wait_s(tokens)
         return min(RETRY_DELAY_MAX_S, max(RETRY_DELAY_MIN_S, wait_s or 0.0))

@@ -1,8 +1,9 @@
-"""The line of requests that wait for a place: who is next.
+"""The request queue: fair between tenants, by priority and deadline within a tenant.
 
-Pure: holds tickets and orders them, wakes nobody. Tenants take turns by the tokens they ask for, so that neither a
-thousand requests nor a high priority of one tenant holds up another one's first. Within a tenant, a higher priority
-goes first, then the earliest deadline, then the earlier request.
+Pure: orders tickets and wakes no task. Fair queueing by virtual time: a tenant's virtual time grows by the tokens of
+each request that it starts, and the tenant with the least goes next. So neither a thousand requests nor a high priority
+of one tenant delays another tenant's first request. Within a tenant, a higher priority goes first, then the earlier
+deadline, then the earlier arrival.
 """
 
 from __future__ import annotations
@@ -16,156 +17,158 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-GONE_MIN = 32
-"""Fewer tickets that left are not worth tidying a heap for."""
-LOOKED_AT_MAX = 4096
-"""Tickets of one tenant times tenants: a few milliseconds at most for a newcomer."""
+REMOVED_MIN = 32
+"""A heap with fewer removed tickets is not rebuilt: that costs more than it saves."""
+OVERTAKEN_CHECKS_MAX = 4096
+"""Tickets of one tenant times tenants that `overtaken` checks at most: a few milliseconds per new request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedRequest:
-    """What a request asks for."""
+    """What a request needs, and what decides when it starts."""
 
     tokens: int
-    """Prompt and completion at most: the KV it may hold."""
+    """KV tokens that it is charged for: prompt plus longest completion."""
     answer_tokens: int = 0
-    """Completion at most, which its time depends on; 0: not known."""
+    """Longest completion in tokens, which its service time depends on; 0: not known."""
     priority: int = 0
     """Higher goes earlier."""
     tenant: str = ""
     deadline_s: float | None = None
-    """On the frontend's clock; None: it has none."""
+    """On the frontend's clock; None: no deadline."""
 
     @property
     def urgency(self) -> tuple[int, float]:
-        """The least goes first among a tenant's own."""
+        """Sort key among the requests of one tenant; the least goes first."""
         return -self.priority, math.inf if self.deadline_s is None else self.deadline_s
 
 
 @dataclass(slots=True)
 class _Tenant(Generic[T]):
-    turn: float
-    """Tokens it was given, on a scale that all tenants share: the least goes next."""
+    virtual_time: float
+    """Tokens started so far, on a scale that all tenants share: the tenant with the least goes next."""
     waiting_count: int = 0
     tokens: int = 0
-    """Asked for by those of it that wait."""
+    """Of its queued requests."""
     heap: list[tuple[tuple[int, float], int, T]] = field(default_factory=list)
-    """(urgency, arrival, ticket); may hold tickets that have left."""
+    """(urgency, arrival, ticket); may contain removed tickets."""
 
 
 class RequestQueue(Generic[T]):
-    """Tickets of those who wait."""
+    """Queued requests, each under a ticket of its owner's choice."""
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant[T]] = {}
-        """With tickets that wait."""
-        self._turns: dict[str, float] = {}
-        """Turns of tenants that have none now, while they are ahead of whoever went last."""
-        self._turn = 0.0
-        """Of whoever went last: a tenant that comes anew begins there, not before."""
-        self._demands: dict[T, QueuedRequest] = {}
+        """With queued requests."""
+        self._virtual_times: dict[str, float] = {}
+        """Of tenants without queued requests, as long as they are ahead of `_virtual_time`."""
+        self._virtual_time = 0.0
+        """Of the tenant that went last. A new tenant starts here: an idle one must not save up credit."""
+        self._requests: dict[T, QueuedRequest] = {}
         self._arrivals = itertools.count()
         self.tokens = 0
-        """Tokens asked for by all who wait."""
+        """Of all queued requests."""
 
     def __len__(self) -> int:
-        return len(self._demands)
+        return len(self._requests)
 
-    def add(self, ticket: T, demand: QueuedRequest) -> None:
-        """Join the line."""
-        assert ticket not in self._demands, "one ticket twice"
-        self._demands[ticket] = demand
-        self.tokens += demand.tokens
-        tenant = self._tenants.get(demand.tenant)
+    def add(self, ticket: T, request: QueuedRequest) -> None:
+        """Queue a request."""
+        assert ticket not in self._requests, "one ticket twice"
+        self._requests[ticket] = request
+        self.tokens += request.tokens
+        tenant = self._tenants.get(request.tenant)
         if tenant is None:
-            tenant = self._tenants[demand.tenant] = _Tenant(self._turn_of(demand.tenant))
-            self._turns.pop(demand.tenant, None)
+            tenant = self._tenants[request.tenant] = _Tenant(self._virtual_time_of(request.tenant))
+            self._virtual_times.pop(request.tenant, None)
         tenant.waiting_count += 1
-        tenant.tokens += demand.tokens
-        heapq.heappush(tenant.heap, (demand.urgency, next(self._arrivals), ticket))
+        tenant.tokens += request.tokens
+        heapq.heappush(tenant.heap, (request.urgency, next(self._arrivals), ticket))
 
     def remove(self, ticket: T) -> None:
-        """Leave the line without a place. Harmless for one who is not in it."""
-        demand = self._demands.pop(ticket, None)
-        if demand is None:
+        """Drop a request without starting it. Does nothing when it is not queued."""
+        request = self._requests.pop(ticket, None)
+        if request is None:
             return
-        self.tokens -= demand.tokens
-        tenant = self._tenants[demand.tenant]
+        self.tokens -= request.tokens
+        tenant = self._tenants[request.tenant]
         tenant.waiting_count -= 1
-        tenant.tokens -= demand.tokens
+        tenant.tokens -= request.tokens
         if not tenant.waiting_count:
-            del self._tenants[demand.tenant]
-            if tenant.turn > self._turn:
-                # Who is not ahead would begin there anyway.
-                self._turns[demand.tenant] = tenant.turn
+            del self._tenants[request.tenant]
+            if tenant.virtual_time > self._virtual_time:
+                # Kept, so that a tenant does not lose its debt by queueing one request at a time.
+                self._virtual_times[request.tenant] = tenant.virtual_time
         else:
-            self._tidy(tenant)
-        if not self._demands:
-            # Nobody waits, so nobody is owed a turn.
-            self._turns.clear()
-            self._turn = 0.0
+            self._prune(tenant)
+        if not self._requests:
+            # An empty queue means capacity for all: no tenant has been at another one's expense.
+            self._virtual_times.clear()
+            self._virtual_time = 0.0
 
     def first(self) -> tuple[T, QueuedRequest] | None:
-        """Who is next; None when nobody waits."""
-        if not self._demands:
+        """The request that goes next; None when the queue is empty."""
+        if not self._requests:
             return None
-        tenant = min(self._tenants.values(), key=lambda tenant: (tenant.turn, tenant.heap[0][:2]))
+        tenant = min(self._tenants.values(), key=lambda tenant: (tenant.virtual_time, tenant.heap[0][:2]))
         ticket = tenant.heap[0][2]
-        return ticket, self._demands[ticket]
+        return ticket, self._requests[ticket]
 
     def take(self) -> tuple[T, QueuedRequest]:
-        """Take out who is next."""
+        """Remove and return the request that goes next."""
         first = self.first()
-        assert first is not None, "nobody waits"
-        ticket, demand = first
-        tenant = self._tenants[demand.tenant]
-        self._turn = tenant.turn
-        tenant.turn += demand.tokens
-        self._turns = {name: turn for name, turn in self._turns.items() if turn > self._turn}
+        assert first is not None, "the queue is empty"
+        ticket, request = first
+        tenant = self._tenants[request.tenant]
+        self._virtual_time = tenant.virtual_time
+        tenant.virtual_time += request.tokens
+        self._virtual_times = {name: time for name, time in self._virtual_times.items() if time > self._virtual_time}
         self.remove(ticket)
-        return ticket, demand
+        return ticket, request
 
-    def tokens_before(self, demand: QueuedRequest) -> int:
-        """Tokens of those who go before a newcomer: his own tenant's that are as urgent, and other tenants' turns."""
+    def tokens_before(self, request: QueuedRequest) -> int:
+        """Tokens that would go before a new request: those of its tenant that are as urgent, and of other tenants."""
         own = sum(
-            waiting.tokens
-            for waiting in self._demands.values()
-            if waiting.tenant == demand.tenant and waiting.urgency <= demand.urgency
+            queued.tokens
+            for queued in self._requests.values()
+            if queued.tenant == request.tenant and queued.urgency <= request.urgency
         )
-        return self._with_others(demand.tenant, own)
+        return self._with_others(request.tenant, own)
 
-    def overtaken(self, demand: QueuedRequest) -> Iterator[tuple[QueuedRequest, int]]:
-        """Those that a newcomer would push back for his deadline's sake, each with the tokens that go before it now.
+    def overtaken(self, request: QueuedRequest) -> Iterator[tuple[QueuedRequest, int]]:
+        """Queued requests that a new one would overtake by its deadline, each with the tokens that go before it now.
 
-        None where so many wait that looking at each would take too long.
+        Yields nothing when the queue is too long to check each of them.
         """
-        tenant = self._tenants.get(demand.tenant)
-        if tenant is None or len(tenant.heap) * len(self._tenants) > LOOKED_AT_MAX:
+        tenant = self._tenants.get(request.tenant)
+        if tenant is None or len(tenant.heap) * len(self._tenants) > OVERTAKEN_CHECKS_MAX:
             return
         own = 0
-        for urgency, _, ticket in sorted(tenant.heap, key=lambda place: place[:2]):
-            waiting = self._demands.get(ticket)
-            if waiting is None:
+        for urgency, _, ticket in sorted(tenant.heap, key=lambda entry: entry[:2]):
+            queued = self._requests.get(ticket)
+            if queued is None:
                 continue
-            if urgency > demand.urgency and waiting.priority == demand.priority:
-                yield waiting, self._with_others(demand.tenant, own)
-            own += waiting.tokens
+            if urgency > request.urgency and queued.priority == request.priority:
+                yield queued, self._with_others(request.tenant, own)
+            own += queued.tokens
 
     def _with_others(self, name: str, own: int) -> int:
-        """Tokens that go before, of a tenant whose own are so many: other tenants take their turns meanwhile."""
-        turn = self._turn_of(name) + own
+        """`own` tokens of a tenant, plus those that other tenants start until it has started its own."""
+        virtual_time = self._virtual_time_of(name) + own
         others = (tenant for other, tenant in self._tenants.items() if other != name)
-        return own + int(sum(min(max(0.0, turn - tenant.turn), tenant.tokens) for tenant in others))
+        return own + int(sum(min(max(0.0, virtual_time - tenant.virtual_time), tenant.tokens) for tenant in others))
 
-    def _turn_of(self, name: str) -> float:
-        """A tenant's turn, also of one that does not wait yet."""
+    def _virtual_time_of(self, name: str) -> float:
+        """A tenant's virtual time, also of one without queued requests."""
         tenant = self._tenants.get(name)
-        return tenant.turn if tenant is not None else max(self._turn, self._turns.get(name, 0.0))
+        if tenant is not None:
+            return tenant.virtual_time
+        return max(self._virtual_time, self._virtual_times.get(name, 0.0))
 
-    def _tidy(self, tenant: _Tenant[T]) -> None:
-        """Forget tickets that have left: those at the head at once, the others when they are most of the heap."""
-        if len(tenant.heap) - tenant.waiting_count > max(GONE_MIN, tenant.waiting_count):
-            tenant.heap = [place for place in tenant.heap if place[2] in self._demands]
+    def _prune(self, tenant: _Tenant[T]) -> None:
+        """Drop removed tickets from a heap: those at its head at once, the others when they are most of it."""
+        if len(tenant.heap) - tenant.waiting_count > max(REMOVED_MIN, tenant.waiting_count):
+            tenant.heap = [entry for entry in tenant.heap if entry[2] in self._requests]
             heapq.heapify(tenant.heap)
-        while tenant.heap[0][2] not in self._demands:
+        while tenant.heap[0][2] not in self._requests:
             heapq.heappop(tenant.heap)

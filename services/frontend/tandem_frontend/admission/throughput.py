@@ -1,6 +1,7 @@
-"""How fast places are given back, and for how long one is held: what the line and the deadlines are reckoned with.
+"""Throughput estimate: how fast requests finish, and their service times. Basis of queue waits and deadline checks.
 
-Pure: the clock is given. Looks back a few seconds; who asks after that is told that nobody knows.
+Pure: the clock is passed in. Based on the requests that finished within the last few seconds; without any there is no
+estimate.
 """
 
 from __future__ import annotations
@@ -13,53 +14,54 @@ from tandem_frontend.admission.queue import QueuedRequest
 
 WINDOW_S = 5.0
 ENDED_MAX = 512
-"""Requests that are looked back at, at most: enough for a mean, and few enough to be looked at for each newcomer."""
+"""Finished requests kept: enough for a mean, and few enough to iterate over for each new request."""
 
 
-class Pace:
-    """Of the requests that have ended lately."""
+class Throughput:
+    """Of the requests that finished lately."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._ended: deque[tuple[float, QueuedRequest, float]] = deque(maxlen=ENDED_MAX)
-        """(when, what was asked for, seconds held)."""
+        """(when it finished, the request, its service time in seconds)."""
         self._sorted: tuple[list[float], list[float]] | None = None
-        """Seconds held, and seconds held for each token of the longest answer; None: to be sorted anew."""
+        """Service times, and service times per token of the longest completion; None: to be sorted again."""
 
-    def note(self, demand: QueuedRequest, held_s: float) -> None:
-        """A request has given back the place that it has held for so long."""
-        self._ended.append((self._clock(), demand, held_s))
+    def note(self, request: QueuedRequest, service_s: float) -> None:
+        """Record that a request has released its slot after `service_s`."""
+        self._ended.append((self._clock(), request, service_s))
         self._sorted = None
-        self._forget()
+        self._expire()
 
-    def seconds(self, tokens: int) -> float | None:
-        """How long the places take that so many tokens need; None when nothing has ended lately."""
-        self._forget()
-        ended = sum(demand.tokens for _, demand, _ in self._ended)
-        if not ended:
+    def wait_s(self, tokens: int) -> float | None:
+        """Seconds until requests of `tokens` in total have been started; None without an estimate."""
+        self._expire()
+        ended_tokens = sum(request.tokens for _, request, _ in self._ended)
+        if not ended_tokens:
             return None
+        # A single request that finished just now would otherwise look like an infinite throughput.
         elapsed_s = max(self._clock() - self._ended[0][0], 0.5)
-        return tokens * elapsed_s / ended
+        return tokens * elapsed_s / ended_tokens
 
-    def held_s(self, demand: QueuedRequest, share: float) -> float:
-        """Within which time such a share of requests ends, or less where its own answer is short.
+    def service_s(self, request: QueuedRequest, share: float) -> float:
+        """The `share` quantile of service times in seconds, or less where the request's own completion is short.
 
-        0 when nothing has ended lately.
+        0 without an estimate.
         """
-        self._forget()
+        self._expire()
         if self._sorted is None:
-            for_tokens = [held_s / asked.answer_tokens for _, asked, held_s in self._ended if asked.answer_tokens]
-            self._sorted = sorted(held_s for *_, held_s in self._ended), sorted(for_tokens)
-        held, for_token = self._sorted
-        whole_s = _of_share(held, share)
-        return min(whole_s, demand.answer_tokens * _of_share(for_token, share)) if demand.answer_tokens else whole_s
+            per_token = [service_s / ended.answer_tokens for _, ended, service_s in self._ended if ended.answer_tokens]
+            self._sorted = sorted(service_s for *_, service_s in self._ended), sorted(per_token)
+        whole, per_token = self._sorted
+        whole_s = _quantile(whole, share)
+        return min(whole_s, request.answer_tokens * _quantile(per_token, share)) if request.answer_tokens else whole_s
 
-    def _forget(self) -> None:
+    def _expire(self) -> None:
         oldest_s = self._clock() - WINDOW_S
         while self._ended and self._ended[0][0] < oldest_s:
             self._ended.popleft()
             self._sorted = None
 
 
-def _of_share(ordered: Sequence[float], share: float) -> float:
+def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[int(share * (len(ordered) - 1))] if ordered else 0.0

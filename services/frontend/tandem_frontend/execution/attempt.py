@@ -1,8 +1,8 @@
-"""The supervision hop: owns both legs of an attempt from dispatch to their end.
+"""One attempt: supervises its legs from dispatch to their end.
 
-Legs speak by calls of their sinks, and nothing here waits for a token. The first failure aborts the other leg and ends
-the attempt with one error, which names leg, worker, phase, attempt and bootstrap room. A prefill leg can fail the
-attempt only until decode has spoken: a first token means that the KV is there.
+The links call the legs' sinks with each event, and nothing here waits for a token. The first failure aborts the other
+leg and ends the attempt with one error, which names leg, worker, phase, attempt and bootstrap room. A prefill leg can
+fail the attempt only until decode's first token, which proves that the KV has arrived.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
-from tandem.domain.request_state import LegRole, Phase, RequestState
+from tandem.domain.request_state import LegRole, LegState, Phase, RequestState
 from tandem.domain.worker import Worker
 from tandem.errors import (
     DeadlinePassed,
@@ -36,24 +36,25 @@ from tandem_frontend.routing.candidates import Route
 log = logging.getLogger(__name__)
 
 PREFILL_FINISH_TIMEOUT_S = 1.0
-"""After decode's end, prefill's account is already on its way; the client does not wait for it longer."""
+"""How long the client's finish waits for prefill's usage and timings after decode has finished. They are usually under
+way by then, and are not worth a longer wait."""
 DECODE_END_TIMEOUT_S = 0.5
-"""A prefill engine that was notified of decode's abort may report it before the decode worker does."""
+"""A prefill engine that is notified of decode's abort may report it before the decode worker reports the cause."""
 
-SAID_TO_THE_CLIENT = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
-"""Failures of a leg that are about the request; all others are about the leg."""
+CLIENT_ERRORS = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
+"""Failures of a leg that are passed on to the client as they are; all others become LegFailed."""
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
-"""Failures after which another worker may take the leg, but for those below."""
+"""Failures after which another worker may serve the request, except those below."""
 OF_THE_REQUEST = (DeadlinePassed, RequestAborted)
 NO_FAULT = (Draining, Overloaded, StaleEpoch)
-"""What a worker may say of itself without being broken: it has no room, it goes away, it was started again."""
+"""Refusals of a healthy worker: it drains, has no capacity, or was restarted. No failure for its circuit breaker."""
 
 Send = Callable[[tuple[Sink, Sink | None]], Dispatched]
-"""Starts the legs of the attempt; what becomes of them goes to the sinks of the decode and the prefill leg."""
+"""Starts the legs of the attempt, with the sinks of the decode and the prefill leg."""
 
 
-class Hearer(Protocol):
-    """Whose attempt it is."""
+class AttemptOwner(Protocol):
+    """The request that an attempt belongs to."""
 
     def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
         """The next tokens of the attempt, each exactly once and in order."""
@@ -65,38 +66,37 @@ class Hearer(Protocol):
 
 
 class _Side:
-    """One leg of the attempt: what it says, in the order in which it says it."""
+    """One leg of the attempt: checks its events and passes them on, in the order in which they arrive."""
 
-    def __init__(self, attempt: Attempt, role: LegRole, worker: Worker, *, wants_logprobs: bool = False) -> None:
+    def __init__(self, attempt: Attempt, leg: LegState, worker: Worker, *, wants_logprobs: bool = False) -> None:
         self._attempt = attempt
-        self.role = role
+        self.leg = leg
+        """The one place that holds its phase."""
+        self.role = leg.role
         self.worker = worker
-        self.phase = Phase.DISPATCHED
-        self.is_accepted = False
         self._expected_index = 0
         self._token_ids_below = worker.capabilities.vocabulary_size
         self._wants_logprobs = wants_logprobs
 
     def accepted(self) -> None:
         """See `Sink`."""
-        if not self.is_accepted:
-            self.is_accepted = True
+        if not self.leg.is_accepted:
             self._attempt.on_accepted(self)
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Logprobs) -> None:
         """See `Sink`. On the hot path: once a leg and step."""
         if index != self._expected_index or not token_ids:
-            problem = f"{len(token_ids)} tokens came at {index}, not at {self._expected_index}"
+            problem = f"received {len(token_ids)} tokens at index {index}, expected index {self._expected_index}"
             self._attempt.on_failed(self, LegFailed(problem))
             return
         if max(token_ids) >= self._token_ids_below:
-            problem = f"token {max(token_ids)} is outside the vocabulary of {self._token_ids_below} tokens"
+            problem = f"token id {max(token_ids)} is outside the vocabulary of {self._token_ids_below} tokens"
             self._attempt.on_failed(self, LegFailed(problem))
             return
         if self._wants_logprobs:
             fault = fault_in(logprobs, self._token_ids_below)
             if len(logprobs) != len(token_ids):
-                fault = f"{len(logprobs)} log probabilities came with {len(token_ids)} tokens"
+                fault = f"received {len(logprobs)} log probabilities with {len(token_ids)} tokens"
             if fault is not None:
                 self._attempt.on_failed(self, LegFailed(fault))
                 return
@@ -111,18 +111,18 @@ class _Side:
         """See `Sink`."""
         self._attempt.on_failed(self, problem)
 
-    def unanswered(self) -> None:
+    def unresponsive(self) -> None:
         """See `Sink`."""
-        self._attempt.on_unanswered(self)
+        self._attempt.on_unresponsive(self)
 
 
 class Attempt:
-    """Both legs of one attempt. `start` and `wait` them, and always `end` them."""
+    """Both legs of one attempt. Call `start`, then `wait`, and always `end`."""
 
     def __init__(
         self,
         route: Route,
-        hearer: Hearer,
+        owner: AttemptOwner,
         state: RequestState | None = None,
         record: AttemptTrace | None = None,
         *,
@@ -131,60 +131,61 @@ class Attempt:
         """Sends nothing yet.
 
         Args:
-            route: who serves it.
-            hearer: whose attempt it is.
-            state: of the request, when it has one beyond this attempt.
-            record: where to write what happens.
-            wants_logprobs: whether each token must come with its log probability; others are dropped.
+            route: the workers that serve it.
+            owner: gets its tokens.
+            state: of the request; None: of this attempt alone.
+            record: its part of the request trace.
+            wants_logprobs: whether each token must have a log probability; otherwise they are dropped.
         """
         self.route = route
-        self._hearer = hearer
+        self._owner = owner
         self._state = state or RequestState()
         self._record = record or AttemptTrace()
-        streaming = LegRole.DECODE if route.prefill else LegRole.AGGREGATED
-        self._decode = _Side(self, streaming, route.decode, wants_logprobs=wants_logprobs)
-        self._prefill = None if route.prefill is None else _Side(self, LegRole.PREFILL, route.prefill)
-        self._state.dispatch(*(side.role for side in self._sides()))
+        streaming = LegRole.AGGREGATED if route.prefill is None else LegRole.DECODE
+        self._state.dispatch(*(() if route.prefill is None else (LegRole.PREFILL,)), streaming)
+        legs = self._state.legs
+        self._decode = _Side(self, legs[streaming], route.decode, wants_logprobs=wants_logprobs)
+        self._prefill = None if route.prefill is None else _Side(self, legs[LegRole.PREFILL], route.prefill)
         loop = asyncio.get_running_loop()
-        self._taken: asyncio.Future[None] = loop.create_future()
-        """Done when every worker has taken its leg, or the attempt has failed before."""
+        self._accepted: asyncio.Future[None] = loop.create_future()
+        """Done when every worker has accepted its leg, or the attempt has failed before."""
         self._over: asyncio.Future[None] = loop.create_future()
-        """Done when nothing more will come of it."""
+        """Done when no more tokens can arrive."""
         self._dispatched: Dispatched | None = None
         self._prefill_timer: asyncio.TimerHandle | None = None
         self._decode_timer: asyncio.TimerHandle | None = None
         self._failure: TandemError | None = None
-        self._is_taken = False
+        self._was_accepted = False
         self._is_ended = False
         self.failed_worker: Worker | None = None
-        """Whose leg failed first, in whatever phase, where another worker may do better."""
+        """The worker whose leg failed first, where another worker may succeed."""
         self.faulty_worker: Worker | None = None
-        """The same one where it failed, and did not merely refuse: what circuit breakers count."""
+        """The same worker unless it only refused the leg: its failure counts for the circuit breaker."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
     @property
     def dispatched(self) -> Dispatched:
-        """Its legs, as they were sent."""
+        """The legs that were sent."""
         assert self._dispatched is not None, "dispatched before start()"
         return self._dispatched
 
     async def start(self, send: Send) -> None:
-        """Send the legs; return when every worker has taken its leg, whatever has become of it since.
+        """Send the legs; return when every worker has accepted its leg, even if one has failed since.
 
         Raises:
-            TandemError: one did not.
+            TandemError: a worker did not accept its leg.
         """
         try:
             self._dispatched = send((self._decode, self._prefill))
         except ServiceError as problem:
             self.on_failed(self._decode, problem)
-        await self._taken
-        if self._failure is not None and not self._is_taken:
+        await self._accepted
+        if self._failure is not None and not self._was_accepted:
             raise self._failure
 
     async def wait(self) -> None:
-        """Return when decode has finished and given its account, or `stop` was called.
+        """Return when decode has finished and the usage of both legs is known, or `stop` was called.
 
         Raises:
             TandemError: the first failure of a leg.
@@ -194,11 +195,11 @@ class Attempt:
             raise self._failure
 
     def stop(self) -> None:
-        """Nothing more is wanted of it."""
+        """Make `wait` return: no more tokens are wanted."""
         _set(self._over)
 
     def end(self) -> None:
-        """End both legs, in every phase. Harmless when called twice."""
+        """Abort both legs, in every phase. May be called twice."""
         if self._is_ended:
             return
         self._is_ended = True
@@ -206,52 +207,48 @@ class Attempt:
             if timer is not None:
                 timer.cancel()
         self._abort()
-        _set(self._taken)
+        _set(self._accepted)
         _set(self._over)
         self._record.end(self.prefill_finish, self.decode_finish)
 
     def lose(self, worker: Worker, why: str) -> None:
-        """End the attempt: a worker of its is known to be gone, whatever its stream still says."""
+        """Fail the attempt if it uses this worker, whose process is known to have ended."""
         for side in self._sides():
-            if side.worker.start == worker.start and side.phase is not Phase.FINISHED:
+            if side.worker.start == worker.start and side.leg.phase is not Phase.FINISHED:
                 self.on_failed(side, LegFailed(why))
 
-    # --- What the legs say
+    # --- Events of the legs
 
     def on_accepted(self, side: _Side) -> None:
-        """Its worker has taken a leg."""
+        """A worker has accepted its leg."""
         if self._is_ended:
             return
-        self._state.take(side.role)
+        self._state.accept(side.role)
         self._record.accepted(side.role.value)
-        if side.phase is Phase.DISPATCHED:
-            side.phase = Phase.PREFILLING if side.role is LegRole.AGGREGATED else Phase.BOOTSTRAPPING
-        if all(each.is_accepted for each in self._sides()):
-            self._is_taken = True
-            _set(self._taken)
+        if all(each.leg.is_accepted for each in self._sides()):
+            self._was_accepted = True
+            _set(self._accepted)
 
     def on_tokens(self, side: _Side, token_ids: Sequence[int], logprobs: Logprobs) -> None:
-        """Tokens of a leg. Prefill's is decode's too and is not passed on."""
-        if self._is_ended:
+        """Tokens of a leg. Prefill's one token is sent by decode too, and is dropped here."""
+        if self._is_ended or side.leg.phase.is_last:
             return
         if side is self._prefill:
             side.accepted()
-            side.phase = Phase.TRANSFERRING
-            self._state.speak(side.role)
+            self._state.first_token(side.role)
             return
-        if side.phase is not Phase.DECODING:
-            # They may overtake the answers that the legs were taken. Whatever breaks after a token has been passed on
-            # breaks a stream that has begun: it is continued, never begun again.
+        if side.leg.phase is not Phase.DECODING:
+            # Tokens may overtake the responses that accept the legs. After the first token an attempt counts as
+            # accepted: a stream that breaks from here on is continued, never started again.
             if self._prefill is not None:
                 self._prefill.accepted()
             side.accepted()
-            side.phase = Phase.DECODING
-            self._state.speak(side.role)
-        self._hearer.tokens(token_ids, logprobs)
+            self._state.first_token(side.role)
+        self._owner.tokens(token_ids, logprobs)
 
     def on_finished(self, side: _Side, finish: leg_pb2.LegFinish) -> None:
-        """A leg has ended by itself, or because somebody else has aborted it."""
-        if self._is_ended:
+        """A leg has finished, or was aborted by another caller."""
+        if self._is_ended or side.leg.phase.is_last:
             return
         side.accepted()
         is_aborted = finish.reason == generation_pb2.FINISH_REASON_ABORTED
@@ -263,10 +260,9 @@ class Attempt:
         else:
             self.decode_finish = finish
         self._state.end_leg(side.role)
-        side.phase = Phase.FINISHED
         if self.decode_finish is None:
             return
-        # Of an aborted request prefill has no account to give: it may still wait for decode.
+        # The prefill leg of an aborted request may never finish: it may still wait for decode to connect.
         if self._prefill is None or self.prefill_finish is not None or is_aborted or self._prefill_is_over():
             _set(self._over)
         elif self._prefill_timer is None:
@@ -275,46 +271,46 @@ class Attempt:
 
     def on_failed(self, side: _Side, problem: TandemError) -> None:
         """A leg has failed."""
-        if self._is_ended or side.phase is Phase.FINISHED:
+        if self._is_ended or side.leg.phase is Phase.FINISHED:
             return
         is_consequence = side is self._prefill and problem.metadata.get("cause") == LegFailed.PEER_ABORTED
-        if is_consequence and self._decode.phase not in (Phase.FINISHED, Phase.ABORTED):
-            # Decode's own end says why, and whether it was a failure at all.
+        if is_consequence and self._decode.leg.phase not in (Phase.FINISHED, Phase.ABORTED):
+            # The end of the decode leg has the cause, or is no failure at all: report that one.
             loop = asyncio.get_running_loop()
             self._decode_timer = loop.call_later(DECODE_END_TIMEOUT_S, self._fail_leg, side, problem)
             return
         self._fail_leg(side, problem)
 
-    def on_unanswered(self, side: _Side) -> None:
-        """A leg's worker is slow, and has not answered a question about its health."""
-        if self._is_ended or side.phase in (Phase.FINISHED, Phase.ABORTED):
+    def on_unresponsive(self, side: _Side) -> None:
+        """The worker of a leg is slow, and has not responded to a health check either."""
+        if self._is_ended or side.leg.phase.is_last:
             return
-        if self._hearer.is_replaceable(side.worker):
-            self.on_failed(side, LegFailed("no answer, neither to the leg nor to a question about its health"))
+        if self._owner.is_replaceable(side.worker):
+            self.on_failed(side, LegFailed("worker is unresponsive: no event of the leg and no health check response"))
 
     def _fail_leg(self, side: _Side, problem: TandemError) -> None:
         self._fail(side, self._explain(side, problem))
 
     def _fail(self, side: _Side, problem: TandemError) -> None:
-        side.phase = Phase.ABORTED
+        side.leg.abort()
         if side is self._prefill and self._has_handed_over():
-            log.info("prefill leg failed after the hand-over: %s", problem)
+            log.info("prefill leg failed after the KV transfer, which does not affect the request: %s", problem)
             if self.decode_finish is not None:
                 _set(self._over)
             return
         self._failure = self._failure or problem
         self._abort()
-        _set(self._taken)
+        _set(self._accepted)
         _set(self._over)
 
     def _sides(self) -> tuple[_Side, ...]:
         return (self._decode,) if self._prefill is None else (self._prefill, self._decode)
 
     def _has_handed_over(self) -> bool:
-        return self._decode.phase in (Phase.DECODING, Phase.FINISHED)
+        return self._decode.leg.phase in (Phase.DECODING, Phase.FINISHED)
 
     def _prefill_is_over(self) -> bool:
-        return self._prefill is not None and self._prefill.phase in (Phase.FINISHED, Phase.ABORTED)
+        return self._prefill is not None and self._prefill.leg.phase.is_last
 
     def _abort(self) -> None:
         if self._dispatched is not None:
@@ -323,19 +319,19 @@ class Attempt:
                 self._dispatched.prefill.abort()
 
     def _explain(self, side: _Side, problem: TandemError) -> TandemError:
-        """What the client is told of a leg's failure."""
+        """The error that a leg's failure becomes for the client; records the worker to blame."""
         is_blamed = not (side is self._prefill and self._has_handed_over())
         if is_blamed and _is_of_one_worker(problem):
             if self.failed_worker is None and not isinstance(problem, NO_FAULT):
                 self.faulty_worker = side.worker
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
-            self._record.broke(side.role.value, side.worker, side.phase.value, problem.reason)
-        if isinstance(problem, SAID_TO_THE_CLIENT):
+            self._record.broke(side.role.value, side.worker, side.leg.phase.value, problem.reason)
+        if isinstance(problem, CLIENT_ERRORS):
             return problem
         dispatched = self._dispatched
         facts: dict[str, Any] = {
-            "phase": side.phase.value,
+            "phase": side.leg.phase.value,
             **problem.metadata,
             "leg": side.role.value,
             "worker": side.worker.worker_id,
@@ -352,7 +348,7 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 def _is_of_one_worker(problem: TandemError) -> bool:
-    """Whether another worker may take the leg. A status without a reason of ours is the worker's own trouble."""
+    """Whether another worker may serve the request. A status without a Tandem reason is a defect of the worker."""
     if isinstance(problem, OF_THE_REQUEST):
         return False
     return isinstance(problem, OF_ONE_WORKER) or type(problem) is TandemError

@@ -1,8 +1,8 @@
-"""What a broken stream goes on with: the leg that begins where the client's tokens end, or why there can be none.
+"""Continuation of a failed stream: the leg that starts after the client's last token, or why there can be none.
 
-Pure. A continuation is the same request with a longer prompt, so it is allowed where the prompt is all the state there
-is: not inside a grammar, whose place in a structure is lost, and not with penalties, which engines count over tokens
-that they drew themselves.
+Pure. A continuation is the same request with a longer prompt. So it is allowed only where the prompt is all the state
+there is: not with a grammar, whose state would be lost, and not with penalties, which engines count over the tokens
+that they sampled themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tandem.domain.sampling import PENALTIES
 
 
 def refusal_reason(leg: leg_pb2.LegRequest) -> str | None:
-    """Why a stream with tokens of this request cannot go on elsewhere, as one word of the contract; None if it can."""
+    """Why a stream that has produced tokens cannot be continued, as one word of the contract; None if it can."""
     if leg.HasField("guided"):
         return "guided"
     for name, neutral in PENALTIES.items():
@@ -24,9 +24,9 @@ def refusal_reason(leg: leg_pb2.LegRequest) -> str | None:
 
 
 def continued(leg: leg_pb2.LegRequest, sent: Sequence[int]) -> leg_pb2.LegRequest:
-    """The request after the tokens the client has: they join the prompt, and count against what may still come.
+    """The request with the tokens that the client has: appended to the prompt, subtracted from max and min tokens.
 
-    A seed stays as it is: a seeded draw depends on the place in the sequence, which stays the same.
+    The seed stays as it is: a seeded sample depends on the position in the sequence, which does not change.
     """
     rest = leg_pb2.LegRequest()
     rest.CopyFrom(leg)

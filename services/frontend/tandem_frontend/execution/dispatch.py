@@ -1,6 +1,6 @@
-"""The dispatch hop: one attempt becomes one or two legs, started at the same time.
+"""Dispatch: starts the one or two legs of an attempt at the same time.
 
-Mints the bootstrap room in which the legs meet. What becomes of them is the attempt's business.
+Draws the bootstrap room by which the two legs find each other. `attempt` supervises them afterwards.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ ROOM_BITS = 63
 
 
 class LegHandle(Protocol):
-    """A leg that was started, as its owner holds it."""
+    """A started leg."""
 
     def abort(self) -> None:
-        """End it; its sink hears nothing more. Harmless after its end."""
+        """Abort it; its sink gets no more events. Does nothing after its end."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """An attempt whose legs are on their way."""
+    """An attempt whose legs were sent."""
 
     route: Route
     attempt: int
     room: int
-    """0 on an aggregated route."""
+    """SGLang's bootstrap room; 0 on an aggregated route."""
     decode: LegHandle
     prefill: LegHandle | None
 
@@ -58,12 +58,12 @@ class Dispatch:
         """Start the legs of one attempt.
 
         Args:
-            route: who serves it.
+            route: the workers that serve it.
             leg: what both legs share: everything but attempt, epoch and bootstrap.
             attempt: its number, from 1.
-            sinks: what hears of the decode (or aggregated) leg, and of the prefill leg where there is one.
-            timeout_s: what is left of the client's deadline; None: no deadline.
-            headers: what tells the workers which trace the legs belong to.
+            sinks: get the events of the decode (or aggregated) leg, and of the prefill leg where there is one.
+            timeout_s: seconds left of the client's deadline; None: no deadline.
+            headers: trace context of the legs.
 
         Raises:
             ServiceError: a worker cannot be connected to.
@@ -79,7 +79,7 @@ class Dispatch:
         assert prefill_host is not None, "the registry refuses prefill workers without a bootstrap address"
         assert prefill_port is not None, "the registry refuses prefill workers without a bootstrap address"
         bootstrap = leg_pb2.Bootstrap(host=prefill_host, port=prefill_port, room=room)
-        # Decode has the longer way before it can receive: it goes first.
+        # Decode goes first: it must connect and allocate KV before prefill can transfer.
         decode = decode_link.start(_addressed(leg, route.decode, attempt, bootstrap), sinks[0], timeout_s, headers)
         prefill_leg = _addressed(leg, route.prefill, attempt, bootstrap)
         prefill = prefill_link.start(prefill_leg, prefill_sink, timeout_s, headers)

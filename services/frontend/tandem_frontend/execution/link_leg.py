@@ -1,4 +1,4 @@
-"""One leg of a link as its owner and the link hold it, and what its owner must be to hear of it."""
+"""One leg on a link: the object shared by its owner and the link, and the sink that receives its events."""
 
 from __future__ import annotations
 
@@ -15,88 +15,90 @@ log = logging.getLogger(__name__)
 
 Logprobs = Sequence[generation_pb2.TokenLogprob]
 STARTS_BYTES_MAX = 4 * 2**20
-"""Of one call; one leg may be longer. Workers refuse calls of 16 MiB."""
+"""Size of one StartLegs call; a single leg may be larger. Workers refuse calls of more than 16 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long a worker may say nothing, in seconds of this process's own running time."""
+    """Timeouts of a worker, in seconds during which this process itself was running."""
 
     accept_s: float
-    """Until it has taken a leg."""
+    """Until it has accepted a leg."""
     silence_s: float
-    """Between two messages, while legs of this frontend run there. Workers speak several times within it."""
+    """Between two messages, while legs of this frontend run there. Workers send several messages within it."""
     slow_s: float = 0.8
-    """After so much of either the worker is asked whether it lives. A healthy one takes a leg at once and names silent
-    legs four times in this time."""
+    """After this part of either timeout the worker's health is checked. A healthy one accepts a leg at once, and lists
+    the legs without tokens as alive four times within it."""
 
 
 class Sink(Protocol):
-    """What hears of a leg. Called on the event loop; must not block."""
+    """Receives the events of a leg. Called on the event loop; must not block."""
 
     def accepted(self) -> None:
-        """The worker has taken the leg. Tokens may have come before."""
+        """The worker has accepted the leg. Tokens may have arrived before."""
         ...
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Logprobs) -> None:
-        """The next tokens; `index` is the place of the first one, as the worker says."""
+        """The next tokens; `index` is the position of the first one according to the worker."""
         ...
 
     def finish(self, finish: leg_pb2.LegFinish) -> None:
-        """The end, by itself or by an abort that another caller asked for."""
+        """The leg has finished, or another caller has aborted it."""
         ...
 
     def fail(self, problem: TandemError) -> None:
-        """The end by a failure."""
+        """The leg has failed."""
         ...
 
-    def unanswered(self) -> None:
-        """The worker is slow to speak, and has not answered a question about its health either."""
+    def unresponsive(self) -> None:
+        """The worker is slow, and has not responded to a health check either."""
         ...
 
 
 class Leg:
-    """One leg of a link, as its owner holds it."""
+    """One leg of a link."""
 
-    __slots__ = ("_abort", "is_named", "is_sent", "is_started", "missed_count", "number", "sink", "start")
+    __slots__ = ("_abort", "is_alive", "is_sent", "is_started", "missed_count", "number", "sink", "start")
 
     def __init__(self, number: int, sink: Sink, start: leg2_pb2.LegStart, abort: Callable[[Leg], None]) -> None:
         """`abort` is the link's."""
         self._abort = abort
         self.number = number
         self.sink: Sink | None = sink
-        """None: its owner does not want it any more, and it has not ended yet."""
+        """None: aborted by its owner or failed here, but not ended by the worker yet."""
         self.start: leg2_pb2.LegStart | None = start
-        """What is to be sent; None once it has been."""
+        """The message to be sent; None once it was sent."""
         self.is_sent = False
         self.is_started = False
-        self.is_named = True
-        """Whether the worker has named it since the last look."""
+        """Whether the worker has accepted it, or may have."""
+        self.is_alive = True
+        """Whether the worker has listed it since the last liveness check."""
         self.missed_count = 0
+        """Liveness checks in a row in which it was not listed."""
 
     def abort(self) -> None:
-        """End the leg in its engine; its sink hears nothing more. Harmless after its end."""
+        """Abort the leg in its engine; its sink gets no more events. Does nothing after its end."""
         if self.sink is not None:
             self.sink = None
             self._abort(self)
 
     def fail(self, problem: TandemError) -> None:
-        """End the leg here: its sink hears why, and nothing more."""
+        """Fail the leg in this process: its sink gets the error, and no more events."""
         sink, self.sink = self.sink, None
         if sink is not None:
-            tell_failed(sink, problem)
+            report_failed(sink, problem)
 
 
-def tell_failed(sink: Sink, problem: TandemError) -> None:
-    """Give a sink its end. A sink that raises is no other leg's business."""
+def report_failed(sink: Sink, problem: TandemError) -> None:
+    """Call a sink's `fail`. What it raises is logged, so that it cannot affect other legs."""
     try:
         sink.fail(problem)
     except Exception as defect:
-        log.error("a sink could not take the failure of its leg: %s", problem, exc_info=defect)
+        log.error("defect in a leg's sink while it handled the failure: %s", problem, exc_info=defect)
 
 
 def copied(problem: TandemError) -> TandemError:
-    """The same error, which takes in facts of its own."""
+    """A copy with metadata of its own."""
     copy = problem.__class__.__new__(problem.__class__)
     copy.__dict__.update(problem.__dict__)
     copy.args, copy.metadata = problem.args, dict(problem.metadata)
@@ -104,11 +106,11 @@ def copied(problem: TandemError) -> TandemError:
 
 
 def batch(legs: Sequence[Leg]) -> tuple[list[Leg], list[Leg]]:
-    """The first legs, as many as go into one call, and the others."""
+    """Split legs into those of the next StartLegs call, by size, and the rest."""
     size_bytes = 0
-    for place, leg in enumerate(legs):
+    for index, leg in enumerate(legs):
         assert leg.start is not None, "a leg is sent once"
         size_bytes += leg.start.ByteSize()
-        if place and size_bytes > STARTS_BYTES_MAX:
-            return list(legs[:place]), list(legs[place:])
+        if index and size_bytes > STARTS_BYTES_MAX:
+            return list(legs[:index]), list(legs[index:])
     return list(legs), []

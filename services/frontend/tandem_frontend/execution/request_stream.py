@@ -1,8 +1,7 @@
-"""The attempts at one request: how many there are, where each one goes, and the one stream of tokens they make.
+"""All attempts of one request, and the one stream of tokens that they produce.
 
-Owns the retry policy of requests. An attempt that breaks before its first token is made again elsewhere; one that
-breaks later is continued there, from the token after the last that was passed on. What happens inside an attempt is the
-supervisor's business.
+Owns the retry policy of requests. An attempt that fails before its first token is retried on other workers; one that
+fails later is continued on other workers, after the last token that was passed on. `attempt` supervises a single one.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ from tandem_frontend.routing.router import RecentRefusals, Routes
 log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 3
-"""In a row without a token."""
+"""Attempts in a row without a token."""
 BREAKS_MAX = 4
-"""Of one stream, over all its attempts: a request that breaks whatever serves it must not go round for ever."""
+"""Failures of one accepted stream: a request that crashes every worker must not visit the whole fleet."""
 PAUSE_MAX_S = 0.05
-"""Before another attempt. All requests of a dead worker come back at the same moment."""
+"""Random pause before a retry. All requests of a dead worker are retried at the same moment."""
 
 
-class Taker(Protocol):
-    """Where the tokens of a request go."""
+class TokenSink(Protocol):
+    """Receives the tokens of a request."""
 
     @property
     def is_over(self) -> bool:
-        """The client has everything but the finish: what breaks now is not missed."""
+        """Whether the client has all tokens, so that a failure from now on does not matter."""
         ...
 
     @property
     def ends_the_legs(self) -> bool:
-        """It wants no more tokens, and the engine does not know that."""
+        """Whether no more tokens are wanted while the engine would go on generating."""
         ...
 
     def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
@@ -60,7 +59,7 @@ class Taker(Protocol):
 
 
 class ExecutionDeps:
-    """Makes attempts at requests."""
+    """What all request streams share; opens them."""
 
     def __init__(
         self,
@@ -80,33 +79,33 @@ class ExecutionDeps:
         self._open: set[RetryingStream] = set()
 
     def notice(self, workers: Iterable[Worker]) -> None:
-        """Take note of a new view: attempts at a start of a worker that has a newer one are at a dead process.
+        """Fail all attempts on workers that have been restarted according to a new view.
 
-        A worker that has merely left the view may have lost its registry and nothing else: its legs go on speaking, or
-        are ended for their silence.
+        A worker that has only left the view may have lost nothing but its registry: its legs go on, or fail by the
+        silence timeout.
         """
         epochs = {worker.worker_id: worker.epoch for worker in workers}
         for stream in list(self._open):
             for worker in stream.attempt.route.workers:
                 if epochs.get(worker.worker_id, 0) > worker.epoch:
-                    stream.attempt.lose(worker, f"worker {worker.worker_id} was started again")
+                    stream.attempt.lose(worker, f"worker {worker.worker_id} was restarted")
 
     @asynccontextmanager
-    async def taken(
-        self, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record | None = None
+    async def accepted(
+        self, leg: leg_pb2.LegRequest, sink: TokenSink, timeout_s: float | None, record: Record | None = None
     ) -> AsyncIterator[RetryingStream]:
-        """The stream of a request whose legs their workers have taken; leaving it ends all legs.
+        """The stream of a request whose legs have been accepted by their workers; leaving it ends all legs.
 
         Args:
             leg: what all legs of the request share.
-            taker: where its tokens go; some may come before this returns.
-            timeout_s: what is left of the client's deadline; None: no deadline.
-            record: where to write what happens.
+            sink: receives its tokens, possibly before this returns.
+            timeout_s: seconds left of the client's deadline; None: no deadline.
+            record: writes the request trace.
 
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        stream = RetryingStream(self, leg, taker, timeout_s, record or Record(RequestTrace()))
+        stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()))
         async with stream:
             self._open.add(stream)
             try:
@@ -116,22 +115,23 @@ class ExecutionDeps:
 
 
 class RetryingStream:
-    """The tokens of one request over all its attempts. Entering it makes the first attempt that is taken."""
+    """The tokens of one request over all its attempts. Entering it returns with the first accepted attempt."""
 
     def __init__(
-        self, attempts: ExecutionDeps, leg: leg_pb2.LegRequest, taker: Taker, timeout_s: float | None, record: Record
+        self, deps: ExecutionDeps, leg: leg_pb2.LegRequest, sink: TokenSink, timeout_s: float | None, record: Record
     ) -> None:
-        self._attempts = attempts
+        self._deps = deps
         self._record = record
         self._leg = leg
-        self._taker = taker
+        self._sink = sink
         self._timeout_s = timeout_s
-        self._begin_s = attempts.clock()
+        self._begin_s = deps.clock()
         self._max_tokens: int = leg.stopping.max_tokens
         self.state = RequestState()
         self._sent = array("i")
-        """Tokens that were passed on, over all attempts."""
+        """Tokens passed on to the sink, over all attempts."""
         self._break_count = 0
+        """Accepted attempts that failed."""
         self._fruitless_count = 0
         """Attempts since the last token."""
         self._tried: set[Start] = set()
@@ -139,22 +139,22 @@ class RetryingStream:
         self._attempt: Attempt | None = None
         self._defect: TandemError | None = None
         self._sent_s = 0.0
-        """When the present attempt was sent."""
-        self._has_answered = False
-        """Whether a token has come from it."""
+        """When the current attempt was sent."""
+        self._has_token = False
+        """Whether the current attempt has produced a token."""
         self._is_stopped = False
 
     @property
     def attempt(self) -> Attempt:
-        """The present attempt."""
-        assert self._attempt is not None, "attempt before a worker has taken it"
+        """The current attempt."""
+        assert self._attempt is not None, "attempt before the first one was made"
         return self._attempt
 
     async def __aenter__(self) -> RetryingStream:
         try:
             with self._record.routing():
-                route = self._attempts.routes.first(len(self._leg.token_ids))
-            await self._take(route)
+                route = self._deps.routes.first(len(self._leg.token_ids))
+            await self._accept(route)
         except BaseException as problem:
             self._record.leaving(problem)
             self._end_attempt()
@@ -163,19 +163,19 @@ class RetryingStream:
 
     async def __aexit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
         self._record.leaving(problem)
-        if self._has_answered and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
-            # Also of a client that has enough, or leaves: its worker did what it was asked for until then.
-            self._attempts.breakers.succeeded(self.attempt.route.decode, self._sent_s)
+        if self._has_token and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
+            # Also when the client had enough or cancelled: until then the worker did its work.
+            self._deps.breakers.succeeded(self.attempt.route.decode, self._sent_s)
         self._end_attempt()
         if not self.state.phase.is_last:
             self.state.abort()
 
     async def run(self) -> None:
-        """Return when nothing more will come: every token has gone to the taker, each once, from whichever attempt.
+        """Return when the sink has every token, each once, over all attempts.
 
         Raises:
-            LegFailed: an attempt broke and there is no other one. Metadata `continuation` says why there is none where
-                tokens had been passed on: guided, penalties, breaks or workers.
+            LegFailed: an attempt failed and cannot be retried. Where tokens had been passed on, metadata
+                `continuation` says why: guided, penalties, breaks or workers.
             TandemError: the request itself is at fault, or its deadline has passed.
         """
         while True:
@@ -183,8 +183,8 @@ class RetryingStream:
                 if not self._is_stopped:
                     await self.attempt.wait()
             except LegFailed as problem:
-                if not (self._is_stopped or self._taker.is_over or self._is_complete()):
-                    await self._go_on(problem)
+                if not (self._is_stopped or self._sink.is_over or self._is_complete()):
+                    await self._retry(problem)
                     continue
             if self._defect is not None:
                 raise self._defect
@@ -192,35 +192,41 @@ class RetryingStream:
             return
 
     def stop(self) -> None:
-        """The taker has enough, or cannot take more: `run` returns."""
+        """Make `run` return: the sink wants no more tokens, or cannot take them."""
         self._is_stopped = True
         self.attempt.stop()
 
     def give_up(self, problem: Exception) -> None:
-        """The tokens cannot become an answer: `run` raises."""
+        """Make `run` raise: a defect prevents the tokens from becoming a response."""
         if self._defect is None:
-            log.error("%s: its tokens could not be turned into an answer", self._leg.request_id, exc_info=problem)
-            self._defect = TandemError(f"internal error in an answer: {type(problem).__name__}")
+            log.error(
+                "request %s fails: defect while turning its tokens into a response",
+                self._leg.request_id, exc_info=problem,
+            )  # fmt: skip
+            self._defect = TandemError(f"internal error in a response: {type(problem).__name__}")
         self.stop()
 
     def finish(self) -> leg_pb2.LegFinish | None:
-        """What the decode leg says at the end; of one that broke after its last token, what is known here."""
-        told = self.attempt.decode_finish
-        if told is None and self._is_complete():
+        """The finish of the decode leg. Of a leg that failed after its last token: derived from the token count."""
+        finish = self.attempt.decode_finish
+        if finish is None and self._is_complete():
             return leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
-        return told
+        return finish
 
-    # --- What the present attempt says
+    # --- Events of the current attempt
 
     def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
-        """See `supervision.Hearer`. On the hot path: once a request and step."""
+        """See `AttemptOwner`. On the hot path: once per request and step."""
         if self._is_stopped:
             return
-        if not self._has_answered:
-            self._note_answer()
+        if not self._has_token:
+            self._note_first_token()
         if len(self._sent) + len(token_ids) > self._max_tokens:
             left = self._max_tokens - len(self._sent)
-            log.warning("%s: the worker sent more than the %d tokens asked for", self._leg.request_id, self._max_tokens)
+            log.warning(
+                "request %s: worker %s sent more than max_tokens (%d); the rest is dropped",
+                self._leg.request_id, self.attempt.route.decode.worker_id, self._max_tokens,
+            )  # fmt: skip
             token_ids, logprobs = token_ids[:left], logprobs[:left]
             self.stop()
             if not token_ids:
@@ -228,23 +234,23 @@ class RetryingStream:
         self._sent.extend(token_ids)
         self._fruitless_count = 0
         try:
-            self._taker.take(token_ids, logprobs)
+            self._sink.take(token_ids, logprobs)
         except Exception as problem:
             self.give_up(problem)
             return
-        if self._taker.ends_the_legs:
+        if self._sink.ends_the_legs:
             self.stop()
 
     def is_replaceable(self, worker: Worker) -> bool:
-        """See `supervision.Hearer`."""
+        """See `AttemptOwner`."""
         self._record.trace.event("silent worker asked", worker=worker.worker_id, has_answered=False)
         return self._next_route({*self._failed, worker.start}) is not None
 
     def _is_complete(self) -> bool:
         return len(self._sent) >= self._max_tokens
 
-    async def _go_on(self, problem: LegFailed) -> None:
-        """Have another attempt take the rest of a stream that broke."""
+    async def _retry(self, problem: LegFailed) -> None:
+        """Continue a failed stream with another attempt."""
         self._break_count += 1
         self._note_failed()
         why_not = refusal_reason(self._leg) if self._sent else None
@@ -253,37 +259,39 @@ class RetryingStream:
         if why_not is not None:
             raise self._without_continuation(problem, why_not)
         self._end_attempt()
-        route = await self._another()
+        route = await self._next_route_after_pause()
         if route is None:
             raise self._without_continuation(problem, "workers")
         log.warning(
-            "%s: %s; going on after %d tokens with attempt %d",
+            "request %s: %s; continuing after %d tokens with attempt %d",
             self._leg.request_id, problem, len(self._sent), self.state.attempt + 1,
         )  # fmt: skip
         try:
-            await self._take(route)
+            await self._accept(route)
         except DeadlinePassed:
-            # Of the request, whichever attempt it passes in.
+            # The deadline is the request's own: the client must see that, not the failure before it.
             raise
         except TandemError as another:
             raise self._without_continuation(problem, "workers") from another
 
-    async def _take(self, route: Route) -> None:
-        """Make attempts until one is taken, each on another route."""
+    async def _accept(self, route: Route) -> None:
+        """Make attempts, each on another route, until one is accepted."""
         while True:
             try:
-                return await self._try(route, self._present_leg())
+                return await self._try(route, self._current_leg())
             except TandemError as problem:
                 self._end_attempt()
                 if self.attempt.failed_worker is None:
-                    # About the request itself: another worker would say the same.
+                    # The request itself is at fault: every worker would refuse it.
                     raise
                 self._note_failed()
-                another = await self._another()
+                another = await self._next_route_after_pause()
                 if another is None:
                     raise
-                request_id = self._leg.request_id
-                log.info("attempt %d at %s: %s; trying another route", self.state.attempt, request_id, problem)
+                log.info(
+                    "request %s: attempt %d was not accepted: %s; trying another route",
+                    self._leg.request_id, self.state.attempt, problem,
+                )  # fmt: skip
                 route = another
 
     async def _try(self, route: Route, leg: leg_pb2.LegRequest) -> None:
@@ -291,15 +299,15 @@ class RetryingStream:
             self.state.requeue()
         self._fruitless_count += 1
         self._tried.update(worker.start for worker in route.workers)
-        self._has_answered = False
-        self._sent_s = self._attempts.breakers.sent(route.workers)
+        self._has_token = False
+        self._sent_s = self._deps.breakers.sent(route.workers)
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
         headers = headers_of(record.span_context)
         attempt = self._attempt = Attempt(route, self, self.state, record, wants_logprobs=leg.HasField("logprobs"))
 
         def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
-            dispatched = self._attempts.dispatch.send(route, leg, number, sinks, self._left_s(), headers)
+            dispatched = self._deps.dispatch.send(route, leg, number, sinks, self._left_s(), headers)
             record.room = dispatched.room
             return dispatched
 
@@ -309,44 +317,44 @@ class RetryingStream:
         if self._attempt is not None:
             self._attempt.end()
 
-    def _note_answer(self) -> None:
-        """The first token: the KV has come, which is all that prefill has to do."""
-        self._has_answered = True
+    def _note_first_token(self) -> None:
+        """Record prefill's success: the first token of decode proves that the KV has arrived."""
+        self._has_token = True
         prefill = self.attempt.route.prefill
         if prefill is not None:
-            self._attempts.breakers.succeeded(prefill, self._sent_s)
+            self._deps.breakers.succeeded(prefill, self._sent_s)
 
     def _note_failed(self) -> None:
         if self.attempt.faulty_worker is not None:
-            self._attempts.breakers.failed(self.attempt.faulty_worker, self._sent_s)
+            self._deps.breakers.failed(self.attempt.faulty_worker, self._sent_s)
         worker = self.attempt.failed_worker
         if worker is not None:
-            self._attempts.refusals.note(worker)
+            self._deps.refusals.note(worker)
             self._failed.add(worker.start)
 
     def _next_route(self, failed: Collection[Start]) -> Route | None:
-        may_go_on = not self._sent or refusal_reason(self._leg) is None
-        if self._fruitless_count >= ATTEMPTS_MAX or not may_go_on:
+        may_continue = not self._sent or refusal_reason(self._leg) is None
+        if self._fruitless_count >= ATTEMPTS_MAX or not may_continue:
             return None
         prompt_tokens = len(self._leg.token_ids) + len(self._sent)
-        return self._attempts.routes.next(prompt_tokens, self._tried, failed)
+        return self._deps.routes.next(prompt_tokens, self._tried, failed)
 
-    async def _another(self) -> Route | None:
-        """The route of another attempt, after a pause that spreads those that broke together."""
+    async def _next_route_after_pause(self) -> Route | None:
+        """The route of another attempt, after a pause that spreads the retries of requests that failed together."""
         if self._next_route(self._failed) is None:
             return None
-        await asyncio.sleep(self._attempts.rng.uniform(0, PAUSE_MAX_S))
-        # Chosen after the pause, so that what was learnt in it counts, and no probe is chosen twice.
+        await asyncio.sleep(self._deps.rng.uniform(0, PAUSE_MAX_S))
+        # Selected after the pause, so that failures within it count, and a due probe is not selected twice.
         with self._record.routing():
             return self._next_route(self._failed)
 
-    def _present_leg(self) -> leg_pb2.LegRequest:
+    def _current_leg(self) -> leg_pb2.LegRequest:
         return continued(self._leg, self._sent) if self._sent else self._leg
 
     def _left_s(self) -> float | None:
         if self._timeout_s is None:
             return None
-        return max(0.0, self._timeout_s - (self._attempts.clock() - self._begin_s))
+        return max(0.0, self._timeout_s - (self._deps.clock() - self._begin_s))
 
     def _without_continuation(self, problem: LegFailed, why_not: str) -> LegFailed:
         if self._sent:

@@ -1,6 +1,6 @@
-"""Log probabilities on their way from a worker: which leg's they are, and whether they fit that leg's tokens.
+"""Log probabilities of a step message: assigns them to their legs and checks them against the legs' tokens.
 
-What reaches a client must be as long as its tokens, name tokens of the vocabulary, and be numbers that JSON can say.
+A client must get as many as it gets tokens, for token ids of the vocabulary, with values that JSON can express.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tandem_frontend.execution.link_leg import Logprobs
 def by_leg(
     message: StreamStepsResponse, numbers: Sequence[int], counts: Sequence[int]
 ) -> tuple[dict[int, Iterator[generation_pb2.TokenLogprob]], dict[int, str]]:
-    """The log probabilities of each leg in order: of a leg that stands in several steps of one message, all.
+    """The log probabilities of each leg in order, over all steps of the message.
 
     Returns:
-        Those of each leg, and what is wrong with the legs whose log probabilities are not as many as their tokens.
+        Those of each leg by its number, and an error text for each leg that has not as many as it has tokens.
     """
     found: dict[int, list[generation_pb2.TokenLogprob]] = {}
     for entry in message.logprobs:
@@ -29,7 +29,7 @@ def by_leg(
         if number in token_counts:
             token_counts[number] += count
     misfits = {
-        number: f"{len(entries)} log probabilities came with {token_counts[number]} tokens"
+        number: f"received {len(entries)} log probabilities with {token_counts[number]} tokens"
         for number, entries in found.items()
         if len(entries) != token_counts[number]
     }
@@ -37,12 +37,12 @@ def by_leg(
 
 
 def fault_in(logprobs: Logprobs, token_ids_below: int) -> str | None:
-    """What a client cannot be told of these; None where there is nothing. Minus infinity is a log probability."""
+    """Why these cannot be sent to a client; None when they can. Minus infinity is allowed."""
     for entry in logprobs:
         tokens: tuple[generation_pb2.TokenLogprob | generation_pb2.RankedToken, ...] = (entry, *entry.top)
         for token in tokens:
             if not 0 <= token.token_id < token_ids_below:
-                return f"a log probability is of token {token.token_id}, outside the vocabulary of {token_ids_below}"
+                return f"a log probability is for token {token.token_id}, outside the vocabulary of {token_ids_below}"
             if not token.logprob < math.inf:
                 return f"the log probability of token {token.token_id} is {token.logprob}"
     return None

@@ -1,6 +1,6 @@
-"""What the frontend writes into the course of a request: how it begins, its routes and its attempts.
+"""Writes the request trace: the request's beginning, its steps, routes, attempts and finish.
 
-Owns the translation from the hops' own values to the course's; the hops write times themselves. Decides nothing.
+Owns the translation from the values of the stages to those of `RequestTrace`. Decides nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tandem_frontend.call_context import Caller
 from tandem_frontend.preparation.validation import REQUEST_ID, CheckedRequest
 from tandem_frontend.routing.candidates import Route
 
-DOOR = "generate"
-"""The operation whose requests are tokenised here; others come with token ids."""
+GENERATE = "generate"
+"""The operation whose requests are tokenised here; the OpenAI endpoints pass token ids."""
 
 
 def trace_of(request: pb.GenerateRequest, caller: Caller, model: str) -> RequestTrace:
-    """The course of a request that has just come."""
+    """The trace of a request that has just arrived."""
     return RequestTrace(
         request_id=request.request_id if REQUEST_ID.fullmatch(request.request_id) else "",
         call_id=caller.call_id,
@@ -36,36 +36,36 @@ def trace_of(request: pb.GenerateRequest, caller: Caller, model: str) -> Request
 
 
 class Record:
-    """The course of one request, as its hops write it."""
+    """Records one request; each stage calls it."""
 
     def __init__(
         self, trace: RequestTrace, child: Callable[[TraceContext | None], TraceContext | None] = lambda parent: parent
     ) -> None:
-        """`child` makes the span below another one."""
+        """`child` creates the span context of a child span."""
         self.trace = trace
         self._child = child
         self._step_s = trace.begin_s
         self._route_attributes: dict[str, object] = {}
 
     def arrive(self) -> None:
-        """A door that tokenises by itself has done so."""
-        if self.trace.operation != DOOR:
+        """Record the end of tokenisation where the endpoint has done it before the pipeline."""
+        if self.trace.operation != GENERATE:
             self.step("tokenise")
 
     def step(self, name: str, **attributes: object) -> None:
-        """A step has ended that began where the one before it ended."""
+        """Record a step that began at the end of the step before it, and ends now."""
         self._step_s = self.trace.step(name, self._step_s, **attributes)
 
     def checked(self, wanted: CheckedRequest) -> None:
-        """The request is known."""
+        """Record a validated request."""
         trace = self.trace
         trace.request_id, trace.max_tokens = wanted.request_id, wanted.max_tokens
         trace.prompt_tokens = len(wanted.token_ids)
-        self.step("tokenise" if trace.operation == DOOR else "validate")
+        self.step("tokenise" if trace.operation == GENERATE else "validate")
 
     @contextlib.contextmanager
     def routing(self) -> Iterator[None]:
-        """A route is being chosen."""
+        """Record the selection of a route."""
         trace, begin_s = self.trace, self.trace.clock()
         try:
             yield
@@ -74,7 +74,7 @@ class Record:
             self._route_attributes = trace.steps[-1].attributes
 
     def begin_attempt(self, number: int, route: Route, tokens_before: int) -> AttemptTrace:
-        """Another attempt is about to be sent."""
+        """Record an attempt that is about to be sent."""
         trace, pick = self.trace, route.pick
         self._route_attributes["attempt"] = number
         attempt = AttemptTrace(
@@ -93,12 +93,12 @@ class Record:
         return trace.add_attempt(attempt)
 
     def leaving(self, problem: BaseException | None) -> None:
-        """The legs are about to be ended, because of this."""
+        """Record a cancellation by the client, if `problem` is one."""
         if isinstance(problem, (asyncio.CancelledError, GeneratorExit)):
             self.trace.left_s = self.trace.clock()
 
     def finish(self, finish: pb.GenerateFinish) -> None:
-        """The client gets its finish."""
+        """Record the finish that is sent to the client."""
         usage = finish.usage
         reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
         self.trace.finish(reason, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)

@@ -1,9 +1,8 @@
-"""The link to one start of one worker: its step stream, the legs that run on it, and their starts and aborts.
+"""The link to one start of a worker: its step stream, the legs on it, and the calls that start and abort them.
 
-One loop reads the stream, takes each message apart and calls every leg's sink; nothing waits for a token. Owns the
-legs' numbers, the batches in which starts and aborts are sent, and the proof that worker and legs live: a worker is
-silent as a whole, and a leg that it does not name any more is lost. What a failure means for an attempt is the sink's
-business; a defect of one sink never reaches another.
+One loop reads the stream, splits each message by leg and calls the legs' sinks; nothing waits for a token. Owns the
+legs' numbers, the batches of starts and aborts, and liveness: a worker without messages is silent, and a leg that it no
+longer lists is lost. The sink decides what a failure means; a defect in one sink never affects another leg.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.status import from_status
 from tandem.service.awake_timers import AwakeTimers, Timer
-from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, tell_failed
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, report_failed
 from tandem_frontend.execution.step_logprobs import by_leg
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.2
-"""How often a link with legs looks whether anything was heard."""
-NAMED_S = 1.0
-"""Each open leg is named several times within it; one that is missing twice in a row is lost."""
+CHECK_INTERVAL_S = 0.2
+"""How often a link with legs checks whether a message has arrived."""
+LIVENESS_INTERVAL_S = 1.0
+"""Workers list each open leg several times within it; one that is missing in two intervals in a row is lost."""
 OPENING_S = 2.0
-"""Within which a worker must open its stream."""
+"""Timeout of opening a stream."""
 STEADY_S = 1.0
-"""A stream that has been open for so long is opened again at once when it breaks; others wait longer each time."""
+"""A stream that was open for this long is reopened without back-off when it breaks."""
 UNKNOWN_LEGS_MAX = 16_384
-"""Most legs in one message that are not open here; a worker that names more does not speak of this frontend's."""
-UNKNOWN_LEGS_TOLD = 5
+"""Most unknown legs in one message; a worker that lists more confuses this frontend with another one."""
+UNKNOWN_LEGS_LOGGED = 5
 
 
 class WorkerLink:
@@ -55,10 +54,10 @@ class WorkerLink:
         calls: WorkerCalls,
         bounds: Bounds,
         timers: AwakeTimers,
-        answers: Callable[[Worker], Awaitable[bool]],
+        check_health: Callable[[Worker], Awaitable[bool]],
         opening: asyncio.Semaphore,
     ) -> None:
-        """`answers` asks a worker whether it serves; `opening` bounds how many links open at a time.
+        """`check_health` checks once whether a worker serves; `opening` bounds how many links open at a time.
 
         Raises:
             ServiceError: the worker cannot be connected to.
@@ -67,10 +66,10 @@ class WorkerLink:
         self._frontend_id = frontend_id
         self._calls = calls
         self.connection = calls.connection(worker)
-        """What its calls go over."""
+        """The channel of its calls."""
         self._bounds = bounds
         self._timers = timers
-        self._answers = answers
+        self._check_health = check_health
         self._opening = opening
         self._legs: dict[int, Leg] = {}
         self._next_number = 1
@@ -78,22 +77,24 @@ class WorkerLink:
         """0: the stream is not open."""
         self._opened_s = 0.0
         self._problem: TandemError | None = None
-        """Why it could not be opened a moment ago."""
+        """Why the stream is closed and the last try to open it failed; None: open, or not tried yet."""
         self._unsent: list[Leg] = []
         self._fresh: list[Leg] = []
-        """Legs of this turn of the loop."""
+        """Legs added in this turn of the event loop, whose timeouts have not been armed."""
         self._to_abort: dict[int, None] = {}
         self._is_flushing = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._has_spoken = False
-        self._has_named = False
-        """Whether it has spoken since the last look at who is lost."""
+        self._has_message = False
+        """Whether a message has arrived since the last silence check."""
+        self._has_listed = False
+        """Whether a message has arrived since the last liveness check."""
         self._silent_s = 0.0
-        self._is_asked = False
-        self._looking: Timer | None = None
-        self._naming: Timer | None = None
+        self._is_checking = False
+        """Whether the worker's health is being checked, or was found bad and no message has arrived since."""
+        self._silence_timer: Timer | None = None
+        self._liveness_timer: Timer | None = None
         self._is_closed = False
-        # In a context of its own: it outlives the request that may be the first one here.
+        # In a context of its own: it outlives the request that may have opened this link.
         self._reading = asyncio.create_task(
             self._keep_open(), name=f"steps-{worker.worker_id}", context=contextvars.Context()
         )
@@ -104,13 +105,13 @@ class WorkerLink:
         return len(self._legs)
 
     def start(self, request: leg_pb2.LegRequest, sink: Sink, timeout_s: float | None, headers: Headers) -> Leg:
-        """Start a leg; all that becomes of it goes to `sink`, never before this returns.
+        """Start a leg. Its events go to `sink`, never before this returns; failures too.
 
         Args:
             request: the leg.
-            sink: what hears of it.
-            timeout_s: what is left of the client's deadline; None: no deadline.
-            headers: which span the leg belongs to.
+            sink: receives its events.
+            timeout_s: seconds left of the client's deadline; None: no deadline.
+            headers: trace context of the leg.
         """
         number, self._next_number = self._next_number, self._next_number + 1
         start = leg2_pb2.LegStart(leg=number, request=request)
@@ -125,10 +126,10 @@ class WorkerLink:
         self._unsent.append(leg)
         self._fresh.append(leg)
         self._flush_soon()
-        if self._looking is None:
-            self._silent_s, self._is_asked = 0.0, False
-            self._looking = self._timers.after(LOOK_S, self._look)
-            self._naming = self._timers.after(NAMED_S, self._look_for_the_lost)
+        if self._silence_timer is None:
+            self._silent_s, self._is_checking = 0.0, False
+            self._silence_timer = self._timers.after(CHECK_INTERVAL_S, self._check_silence)
+            self._liveness_timer = self._timers.after(LIVENESS_INTERVAL_S, self._check_liveness)
         return leg
 
     def abort(self, leg: Leg) -> None:
@@ -138,12 +139,12 @@ class WorkerLink:
         elif leg.is_started:
             self._to_abort[leg.number] = None
             self._flush_soon()
-        # Otherwise its start is on the way: it is aborted when the worker has answered, which may not have it yet.
+        # Otherwise StartLegs is in flight, and the worker may not know the leg yet: `_handle_result` aborts it.
 
     async def close(self) -> None:
         """Close the stream, which aborts what still runs on it. May be called twice."""
         self._is_closed = True
-        for timer in (self._looking, self._naming):
+        for timer in (self._silence_timer, self._liveness_timer):
             if timer is not None:
                 timer.cancel()
         tasks = {self._reading, *self._tasks}
@@ -155,7 +156,7 @@ class WorkerLink:
     # --- The stream
 
     async def _keep_open(self) -> None:
-        """Read the stream, and open it again whenever it breaks, however it breaks."""
+        """Read the stream until cancelled, and reopen it after any error."""
         backoff, loop = Backoff(), asyncio.get_running_loop()
         while True:
             try:
@@ -163,26 +164,26 @@ class WorkerLink:
             except Exception as problem:
                 if self._stream_id and loop.time() - self._opened_s >= STEADY_S:
                     backoff.reset()
-                self._break(self._as_told(problem))
+                self._break(self._as_error(problem))
             await asyncio.sleep(backoff.next_s())
 
-    def _as_told(self, problem: Exception) -> TandemError:
-        """What a failed call means for legs. gRPC has errors of its own, for what it cannot make sense of."""
+    def _as_error(self, problem: Exception) -> TandemError:
+        """The error of a failed call. gRPC raises errors of its own for malformed messages."""
         if isinstance(problem, TandemError):
             return problem
-        log.error("what worker %s said cannot be read", self.worker.worker_id, exc_info=problem)
+        log.error("unreadable message from worker %s", self.worker.worker_id, exc_info=problem)
         what = f"{type(problem).__name__}: {problem}"
-        return ServiceError(f"what worker {self.worker.worker_id} said cannot be read ({what})")
+        return ServiceError(f"unreadable message from worker {self.worker.worker_id} ({what})")
 
     async def _read_stream(self) -> None:
-        """One life of the stream; it always ends with an error."""
+        """Open the stream and read it to its end, which is always an error."""
         call: StepCall | None = None
         try:
             async with self._opening:
                 call = self._calls.open_steps(self.worker, self._frontend_id)
                 first = await self._first_message(call)
             if first.stream_id < 1:
-                raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a number")
+                raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a stream_id")
             self._stream_id, self._problem = first.stream_id, None
             self._opened_s = asyncio.get_running_loop().time()
             self._flush()
@@ -193,7 +194,7 @@ class WorkerLink:
                 call.cancel()
 
     async def _first_message(self, call: StepCall) -> StreamStepsResponse:
-        """A worker that is frozen takes connections and answers nothing; other links wait for this turn to end."""
+        """Read the first message in time: a frozen worker accepts connections, and other links wait to open."""
         is_late = False
 
         def give_up() -> None:
@@ -206,26 +207,28 @@ class WorkerLink:
             return await call.read()
         except asyncio.CancelledError:
             if is_late and not self._is_closed:
-                raise ServiceError(f"worker {self.worker.worker_id} did not open its step stream") from None
+                raise ServiceError(
+                    f"worker {self.worker.worker_id} did not open its step stream within {OPENING_S:g} s"
+                ) from None
             raise
         finally:
             timer.cancel()
 
     def take(self, message: StreamStepsResponse) -> None:
-        """Take a message apart: every leg that it names hears its part.
+        """Split a message by leg and call the legs' sinks.
 
         Raises:
-            ServiceError: its lists do not fit together, so that nothing in it can be told apart; or it names too many
-                legs that are not open here.
+            ServiceError: its lists have different lengths, so that it cannot be split; or it lists too many unknown
+                legs.
         """
-        self._has_spoken = self._has_named = True
+        self._has_message = self._has_listed = True
         unknown: dict[int, None] = {}
         if message.legs or message.token_ids or message.indices or message.counts or message.logprobs:
             self._take_tokens(message, unknown)
         for number in message.alive:
             leg = self._legs.get(number)
             if leg is not None:
-                leg.is_named = True
+                leg.is_alive = True
             else:
                 self._note_unknown(number, unknown)
         for end in message.ends:
@@ -237,7 +240,7 @@ class WorkerLink:
         numbers, indices, token_ids = list(message.legs), list(message.indices), list(message.token_ids)
         counts = list(message.counts) or [1] * len(numbers)
         if not len(numbers) == len(indices) == len(counts) or sum(counts) != len(token_ids):
-            raise ServiceError(f"worker {self.worker.worker_id} sent a step whose lists do not fit together")
+            raise ServiceError(f"worker {self.worker.worker_id} sent a step whose lists differ in length")
         logprobs: dict[int, Iterator[generation_pb2.TokenLogprob]] = {}
         if message.logprobs:
             logprobs, misfits = by_leg(message, numbers, counts)
@@ -249,7 +252,7 @@ class WorkerLink:
             if leg is None:
                 self._note_unknown(number, unknown)
             else:
-                leg.is_named = True
+                leg.is_alive = True
                 if leg.sink is not None:
                     own = list(islice(logprobs[number], count)) if number in logprobs else ()
                     try:
@@ -261,22 +264,22 @@ class WorkerLink:
     def _end(self, end: leg2_pb2.LegEnd) -> None:
         leg = self._legs.pop(end.leg, None)
         if leg is None:
-            log.debug("worker %s ended leg %d, which is not open here", self.worker.worker_id, end.leg)
+            log.debug("worker %s ended leg %d, which is unknown here", self.worker.worker_id, end.leg)
             return
         sink, leg.sink = leg.sink, None
         if sink is None:
             return
         if end.WhichOneof("end") != "finish":
-            tell_failed(sink, from_status(end.failure))
+            report_failed(sink, from_status(end.failure))
             return
         try:
             sink.finish(end.finish)
         except Exception as problem:
-            log.exception("a leg of worker %s could not be ended here", self.worker.worker_id)
-            tell_failed(sink, _defect(problem))
+            log.exception("a leg of worker %s fails: defect while handling its finish", self.worker.worker_id)
+            report_failed(sink, _defect(problem))
 
     def _fail_misfits(self, misfits: dict[int, str], unknown: dict[int, None]) -> None:
-        """End legs whose log probabilities do not fit their tokens."""
+        """Fail legs that have not as many log probabilities as tokens."""
         for number, problem in misfits.items():
             leg = self._legs.get(number)
             if leg is None:
@@ -285,32 +288,34 @@ class WorkerLink:
                 self._fail(leg, LegFailed(problem))
 
     def _drop_defective(self, leg: Leg, problem: Exception) -> None:
-        """A sink has failed: its own leg ends, and no other."""
-        log.error("defect in a leg of worker %s", self.worker.worker_id, exc_info=problem)
+        """Fail the one leg whose sink has raised."""
+        log.error("a leg of worker %s fails: defect in its sink", self.worker.worker_id, exc_info=problem)
         self._fail(leg, _defect(problem))
 
     def _note_unknown(self, number: int, unknown: dict[int, None]) -> None:
         unknown[number] = None
         if len(unknown) > UNKNOWN_LEGS_MAX:
             raise ServiceError(
-                f"worker {self.worker.worker_id} named more than {UNKNOWN_LEGS_MAX} legs that are not open here"
+                f"worker {self.worker.worker_id} listed more than {UNKNOWN_LEGS_MAX} legs that are unknown here"
             )
 
     def _abort_unknown(self, unknown: dict[int, None]) -> None:
-        """The worker speaks of legs that are not open here: it must not go on computing."""
-        first = ", ".join(map(str, islice(unknown, UNKNOWN_LEGS_TOLD)))
+        """Abort legs that only the worker knows: it must not go on computing them."""
+        first = ", ".join(map(str, islice(unknown, UNKNOWN_LEGS_LOGGED)))
         log.warning(
-            "worker %s spoke of %d legs that are not open here: aborting them (%s%s)",
-            self.worker.worker_id, len(unknown), first, ", ..." if len(unknown) > UNKNOWN_LEGS_TOLD else "",
+            "worker %s listed %d legs that are unknown here: aborting them (%s%s)",
+            self.worker.worker_id, len(unknown), first, ", ..." if len(unknown) > UNKNOWN_LEGS_LOGGED else "",
         )  # fmt: skip
         self._to_abort.update(unknown)
         self._flush_soon()
 
     def _break(self, problem: TandemError) -> None:
-        """The stream has ended, or could not be opened: every leg on it is over."""
+        """Fail every leg: the stream has ended, or could not be opened."""
         was_open, self._stream_id = self._stream_id != 0, 0
         if was_open or self._problem is None:
-            log.warning("the step stream of worker %s is not open: %s", self.worker.worker_id, problem)
+            # Once per outage, not once per try.
+            what = "broke" if was_open else "could not be opened"
+            log.warning("step stream to worker %s %s, retrying: %s", self.worker.worker_id, what, problem)
         self._problem = problem
         self._to_abort.clear()
         self._fail_all(problem)
@@ -318,16 +323,16 @@ class WorkerLink:
     def _fail_all(self, problem: TandemError) -> None:
         legs, self._legs, self._unsent = self._legs, {}, []
         for leg in legs.values():
-            # Each its own: an error takes in facts of the leg it ends.
+            # A copy for each: an error collects metadata of the leg that it ends.
             leg.fail(copied(problem))
 
     def _fail(self, leg: Leg, problem: TandemError) -> None:
-        """End a leg from this side."""
+        """Abort a leg in its engine and fail it here."""
         if leg.sink is not None:
             self.abort(leg)
             leg.fail(problem)
 
-    # --- Starts and aborts, those of one turn of the loop in one call each
+    # --- Starts and aborts: those of one turn of the event loop go into one call each
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:
@@ -340,10 +345,10 @@ class WorkerLink:
             return
         if self._fresh:
             fresh, self._fresh = self._fresh, []
-            self._timers.after(self._bounds.accept_s, lambda: self._give_up_unstarted(fresh))
-            self._timers.after(self._bounds.slow_s, lambda: self._ask_about_unstarted(fresh))
+            self._timers.after(self._bounds.accept_s, lambda: self._fail_unstarted(fresh))
+            self._timers.after(self._bounds.slow_s, lambda: self._check_unstarted(fresh))
         if self._problem is not None:
-            # Not open, and it could not be opened a moment ago: another worker can take these legs at once.
+            # The last try to open the stream failed: fail now, so that another worker can serve these requests.
             problem, unsent, self._unsent = self._problem, self._unsent, []
             for leg in unsent:
                 self._legs.pop(leg.number, None)
@@ -374,16 +379,16 @@ class WorkerLink:
         try:
             results = await self._calls.start_legs(self.worker, stream_id, starts)
         except Exception as defect:
-            problem = self._as_told(defect)
+            problem = self._as_error(defect)
             for leg in legs:
-                # Whether the worker has it is not known: an abort of a leg it has not is passed over.
+                # The worker may have it; an abort of an unknown leg is ignored there.
                 leg.is_started = True
                 self._fail(leg, copied(problem))
             return
         for leg, result in zip(legs, results, strict=True):
-            self._answer(leg, result)
+            self._handle_result(leg, result)
 
-    def _answer(self, leg: Leg, result: leg2_pb2.LegStartResult) -> None:
+    def _handle_result(self, leg: Leg, result: leg2_pb2.LegStartResult) -> None:
         kind = result.WhichOneof("result")
         if kind == "refused":
             self._legs.pop(leg.number, None)
@@ -394,7 +399,7 @@ class WorkerLink:
             if leg.number in self._legs:
                 self.abort(leg)
         elif kind is None:
-            self._fail(leg, ServiceError(f"worker {self.worker.worker_id} answered a start with nothing known here"))
+            self._fail(leg, ServiceError(f"worker {self.worker.worker_id} sent an unknown result for a leg's start"))
         else:
             try:
                 leg.sink.accepted()
@@ -405,75 +410,75 @@ class WorkerLink:
         try:
             await self._calls.abort_legs(self.worker, self._stream_id, numbers)
         except Exception as problem:
-            # What still speaks is aborted again, and what does not is over with its stream.
-            log.info("worker %s did not take an abort: %s", self.worker.worker_id, self._as_told(problem))
+            # The liveness check repeats it for legs that the worker still lists.
+            log.info("worker %s did not accept an abort: %s", self.worker.worker_id, self._as_error(problem))
 
-    # --- Life
+    # --- Liveness
 
-    def _give_up_unstarted(self, legs: Sequence[Leg]) -> None:
+    def _fail_unstarted(self, legs: Sequence[Leg]) -> None:
         for leg in legs:
             if not leg.is_started and leg.sink is not None:
-                self._fail(leg, LegFailed(f"no answer within {self._bounds.accept_s:g} s"))
+                self._fail(leg, LegFailed(f"leg not accepted within {self._bounds.accept_s:g} s"))
 
-    def _ask_about_unstarted(self, legs: Sequence[Leg]) -> None:
+    def _check_unstarted(self, legs: Sequence[Leg]) -> None:
         if any(not leg.is_started and leg.sink is not None for leg in legs):
-            self._ask_once()
+            self._check_health_once()
 
-    def _look(self) -> None:
-        """Whether anything was heard lately; the worker is asked before it is given up."""
-        if self._has_spoken or not self._stream_id:
-            self._has_spoken, self._silent_s, self._is_asked = False, 0.0, False
+    def _check_silence(self) -> None:
+        """Fail all legs of a silent worker; its health is checked some time before."""
+        if self._has_message or not self._stream_id:
+            self._has_message, self._silent_s, self._is_checking = False, 0.0, False
         else:
-            self._silent_s += LOOK_S
+            self._silent_s += CHECK_INTERVAL_S
         if self._silent_s >= self._bounds.silence_s:
             for leg in [leg for leg in self._legs.values() if leg.is_started]:
-                self._fail(leg, LegFailed(f"nothing heard for {self._bounds.silence_s:g} s"))
+                self._fail(leg, LegFailed(f"no message from the worker for {self._bounds.silence_s:g} s"))
         elif self._silent_s >= self._bounds.slow_s:
-            self._ask_once()
-        self._looking = self._timers.after(LOOK_S, self._look) if self._legs else None
+            self._check_health_once()
+        self._silence_timer = self._timers.after(CHECK_INTERVAL_S, self._check_silence) if self._legs else None
 
-    def _ask_once(self) -> None:
-        if not self._is_asked:
-            self._is_asked = True
-            self._spawn(self._ask(), f"slow-{self.worker.worker_id}")
+    def _check_health_once(self) -> None:
+        if not self._is_checking:
+            self._is_checking = True
+            self._spawn(self._check_worker(), f"slow-{self.worker.worker_id}")
 
-    async def _ask(self) -> None:
-        """Tell the legs of a worker that answers nothing, unless it has spoken meanwhile."""
-        self._has_spoken = False
-        has_answered = await self._answers(self.worker)
-        if has_answered or self._has_spoken or not self._is_asked:
-            self._is_asked = False
+    async def _check_worker(self) -> None:
+        """Check a slow worker's health, and report it to its legs as unresponsive unless a message has arrived."""
+        self._has_message = False
+        is_healthy = await self._check_health(self.worker)
+        if is_healthy or self._has_message or not self._is_checking:
+            self._is_checking = False
             return
         for leg in list(self._legs.values()):
             if leg.sink is not None:
                 try:
-                    leg.sink.unanswered()
+                    leg.sink.unresponsive()
                 except Exception as problem:
                     self._drop_defective(leg, problem)
 
-    def _look_for_the_lost(self) -> None:
-        """Give up legs that the worker has ceased to name, and abort again those that it still names.
+    def _check_liveness(self) -> None:
+        """Fail legs that the worker no longer lists, and repeat the abort of aborted legs that it still lists.
 
-        A worker that says nothing at all is silent, which is another bound's business.
+        Without any message the worker is silent, which `_check_silence` handles.
         """
-        if not self._has_named:
-            self._look_for_the_lost_later()
+        if not self._has_listed:
+            self._check_liveness_later()
             return
-        self._has_named = False
+        self._has_listed = False
         for leg in list(self._legs.values()):
-            leg.missed_count = 0 if leg.is_named or not leg.is_started else leg.missed_count + 1
+            leg.missed_count = 0 if leg.is_alive or not leg.is_started else leg.missed_count + 1
             if leg.missed_count >= 2:
                 self._legs.pop(leg.number)
                 if leg.sink is not None:
-                    self._fail(leg, LegFailed("the worker does not know of it any more"))
-            elif leg.sink is None and leg.is_named and leg.is_started:
+                    self._fail(leg, LegFailed("the worker no longer knows this leg"))
+            elif leg.sink is None and leg.is_alive and leg.is_started:
                 self._to_abort[leg.number] = None
                 self._flush_soon()
-            leg.is_named = False
-        self._look_for_the_lost_later()
+            leg.is_alive = False
+        self._check_liveness_later()
 
-    def _look_for_the_lost_later(self) -> None:
-        self._naming = self._timers.after(NAMED_S, self._look_for_the_lost) if self._legs else None
+    def _check_liveness_later(self) -> None:
+        self._liveness_timer = self._timers.after(LIVENESS_INTERVAL_S, self._check_liveness) if self._legs else None
 
 
 def _defect(problem: Exception) -> TandemError:

@@ -1,6 +1,6 @@
-"""Messages as chat templates expect them: what OpenAI's clients send differs in a few places.
+"""Converts OpenAI's messages to the formats that chat templates expect.
 
-Pure: values in, new values out. What a message may contain at all is checked by the doors.
+Pure: values in, new values out. The endpoints have validated the messages.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ Message = Mapping[str, Any]
 
 
 def readable(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """For templates in general: arguments of calls as objects, no absent content, a tool's answer as one text.
+    """The usual format: arguments of tool calls as objects, content never absent, a tool's result as one text.
 
     Raises:
-        InvalidRequest: the arguments of a call are no JSON object; names the field.
+        InvalidRequest: the arguments of a tool call are no JSON object; names the field.
     """
     return [_readable(number, message) for number, message in enumerate(messages)]
 
 
 def with_text_arguments(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """For templates that put arguments together with text (DeepSeek's own): as JSON text again."""
+    """For templates that concatenate arguments with text (DeepSeek's): arguments as JSON text again."""
     return [_with_arguments(message, _text_of) for message in messages]
 
 
 def flat(tools: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """For templates that expect functions without OpenAI's wrapper around them."""
+    """For templates that expect functions without OpenAI's wrapper object."""
     return [tool.get("function", tool) for tool in tools]
 
 
@@ -53,7 +53,7 @@ def _readable(number: int, message: Message) -> dict[str, Any]:
 
 
 def _with_arguments(message: Message, change: Any) -> dict[str, Any]:
-    """A copy, with the arguments of each call changed; `change` gets the call's number and its arguments."""
+    """A copy in which `change(number of the call, arguments)` replaces the arguments of each tool call."""
     calls = message.get("tool_calls")
     if message.get("role") != "assistant" or not isinstance(calls, list):
         return dict(message)

@@ -1,6 +1,6 @@
-"""The chat template of a model: messages to one text, as the model was trained to read them.
+"""The chat template of a model: renders messages as one text, in the format that the model was trained on.
 
-Runs Jinja from a checkpoint, which is code from somebody else: in the sandbox, without a loader.
+The template is foreign code from a checkpoint: it runs in Jinja's sandbox, without a loader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 RESERVED_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *SPECIAL_NAMES}
 )
-"""What a template is given in any case, and no request can give it beside."""
+"""Variables that every template gets, and that a request's template_kwargs cannot set."""
 
 
 class ChatTemplate:
@@ -37,7 +37,7 @@ class ChatTemplate:
         *,
         variables: frozenset[str],
     ) -> None:
-        """`tool_template` is used where there are tools; most models have one for all."""
+        """`tool_template` is used for requests with tools; most models have a single template."""
         self._template = template
         self._tool_template = tool_template
         self._special_tokens = special_tokens
@@ -66,11 +66,11 @@ class ChatTemplate:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether tools given to it can be seen in the prompt."""
+        """Whether the template uses `tools`."""
         return "tools" in self._variables
 
     def takes(self, name: str) -> bool:
-        """Whether a variable that a request gives can be seen in the prompt."""
+        """Whether the template uses a variable that a request may set."""
         return name in self._variables and name not in RESERVED_NAMES
 
     def render(
@@ -81,16 +81,16 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """One text; it is to be encoded without adding special tokens, for they are in it.
+        """Render one text. It contains its special tokens: encode it without adding any.
 
         Args:
-            messages: as OpenAI has them, tool calls and their answers included.
+            messages: in OpenAI's format, tool calls and tool results included.
             add_generation_prompt: begin the assistant's turn at the end.
-            tools: as OpenAI has them.
+            tools: in OpenAI's format.
             template_kwargs: more variables for the template, such as enable_thinking; none of RESERVED_NAMES.
 
         Raises:
-            InvalidRequest: the template refuses the messages.
+            InvalidRequest: the template rejects the messages.
         """
         given = readable(messages)
         attempts: list[tuple[list[dict[str, Any]], Any]] = [(given, tools or None), (with_text_arguments(given), tools)]
@@ -101,12 +101,12 @@ class ChatTemplate:
             try:
                 return self._render(attempted, add_generation_prompt, attempted_tools or None, template_kwargs)
             except (TypeError, jinja2.UndefinedError) as problem:
-                # What a template expects of calls and tools can only be learnt by trying.
-                first = first or InvalidRequest("chat", f"the model's chat template fails on it: {problem}")
+                # Which format of tool calls and tools a template expects can only be found out by trying.
+                first = first or InvalidRequest("chat", f"the model's chat template failed: {problem}")
             except jinja2.TemplateError as problem:
-                raise InvalidRequest("chat", f"the model's chat template refuses it: {problem}") from None
+                raise InvalidRequest("chat", f"the model's chat template rejected the messages: {problem}") from None
             except (ValueError, KeyError, OverflowError, RecursionError) as problem:
-                raise InvalidRequest("chat", f"the model's chat template fails on it: {problem}") from None
+                raise InvalidRequest("chat", f"the model's chat template failed: {problem}") from None
         assert first is not None, "every attempt has returned or failed"
         raise first
 
@@ -127,16 +127,16 @@ class ChatTemplate:
 
 
 def _compile(source: str, file: Path) -> tuple[jinja2.Template, set[str]]:
-    """A template, and the variables it wants to be given."""
+    """A template, and the variables that it uses."""
     environment = _environment()
     try:
         return environment.from_string(source), jinja2.meta.find_undeclared_variables(environment.parse(source))
     except jinja2.TemplateError as problem:
-        raise StartError(f"{file}: the chat template is broken: {problem}", path=str(file)) from None
+        raise StartError(f"{file}: invalid chat template: {problem}", path=str(file)) from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As Hugging Face's own: templates are written against it."""
+    """The same environment as in Hugging Face's transformers, which templates are written for."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
@@ -153,7 +153,7 @@ def _strftime_now(format: str) -> str:  # noqa: A002 -- the name templates know
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **keywords: Any) -> str:
-    """Jinja's own would escape characters for HTML."""
+    """Replaces Jinja's filter, which escapes characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **keywords)
 
 
@@ -175,7 +175,7 @@ def _read_text(file: Path) -> str:
 
 
 def _checked_entry(config: dict[str, Any], file: Path) -> Any:
-    """The templates of a tokenizer's configuration: none, one, or several with names."""
+    """The templates in a tokenizer_config.json: none, one, or several with names."""
     entry = config.get("chat_template")
     named = entry if isinstance(entry, list) else []
     has_names = all(
@@ -190,14 +190,14 @@ def _checked_entry(config: dict[str, Any], file: Path) -> Any:
 
 
 def _named(entry: Any, name: str) -> str | None:
-    """One template is the default; or a list of named ones."""
+    """The template of that name; a single template has the name "default"."""
     if isinstance(entry, list):
         return next((named["template"] for named in entry if named.get("name") == name), None)
     return entry if isinstance(entry, str) and name == "default" else None
 
 
 def _text_of(config: dict[str, Any], name: str, file: Path) -> str:
-    """Older files describe a token by an object."""
+    """The text of a special token, which some files give as an object."""
     token = config[name]
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):

@@ -19,8 +19,7 @@ def read_defaults(model: Path) -> dict[str, float]:
     """The recommended values by their field name in Sampling; empty when the model recommends nothing.
 
     Raises:
-        StartError: the file is there and cannot be read, or a value is none that a request could have; names file and
-            key.
+        StartError: the file exists and is unreadable, or a value is not allowed in a request; names file and key.
     """
     file = model / "generation_config.json"
     if not file.is_file():
@@ -53,14 +52,14 @@ def _check(file: Path, name: str, value: Any) -> None:
 
 
 def with_defaults(sampling: sampling_pb2.Sampling, defaults: dict[str, float]) -> sampling_pb2.Sampling:
-    """The request's values, and the model's where it has none."""
+    """The request's values, and the model's defaults where it has none."""
     whole = sampling_pb2.Sampling(**{name: value for name, value in defaults.items() if not sampling.HasField(name)})  # type: ignore[arg-type]
     whole.MergeFrom(sampling)
     return whole
 
 
 def check_ranges(sampling: sampling_pb2.Sampling) -> None:
-    """Refuse values outside their ranges; whether the tokens of `logit_bias` exist is another question.
+    """Reject values outside their ranges. Does not check whether the tokens of `logit_bias` exist.
 
     Raises:
         InvalidRequest: names the field.

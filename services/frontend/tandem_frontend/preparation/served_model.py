@@ -1,6 +1,6 @@
-"""The model a frontend speaks for, and what of it is alive: the registry's view, counted by role.
+"""The model that this frontend serves, and its live workers by role.
 
-Serves the model calls of every door.
+Implements the model calls of all endpoints.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ NAME_CHARS_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model this frontend speaks for."""
+    """The model that this frontend serves."""
 
     name: str
     tokenizer: Tokenizer
     sampling_defaults: dict[str, float]
 
     def check_name(self, name: str | None) -> None:
-        """Refuse a request for another model; None is a request for the only one.
+        """Reject a request for another model; None: the request names no model.
 
         Raises:
             ModelNotFound, InvalidRequest
         """
         if name is not None and name != self.name:
             check_name_length(name)
-            raise ModelNotFound(f"no model {name!r} is served here; there is {self.name!r}", model=name)
+            raise ModelNotFound(f"model {name!r} not found; this frontend serves {self.name!r}", model=name)
 
 
 def check_name_length(name: str) -> None:
-    """Refuse what can be no model's name.
+    """Reject a name that no model can have.
 
     Raises:
         InvalidRequest
@@ -46,7 +46,7 @@ def check_name_length(name: str) -> None:
 
 
 def list_models(workers: Iterable[Worker], served: ServedModel) -> list[pb.Model]:
-    """The models of live workers that this frontend speaks for, ordered by name."""
+    """The models of live workers that this frontend serves, ordered by name."""
     models: dict[str, pb.Model] = {}
     for worker in workers:
         c = worker.capabilities

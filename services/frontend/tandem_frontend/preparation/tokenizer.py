@@ -1,8 +1,8 @@
-"""The tokenization hop: text to token ids, once for each request, and the way back.
+"""Tokenisation: text to token ids, once per request, and back.
 
 Owns the tokenizer's files and what is known of the model without its weights. No PyTorch, no transformers. A short text
-is encoded at once, a longer one in a thread, and the longest ones in processes (`encoding`): no stream waits for any of
-them, and no text waits for one of a longer kind.
+is encoded at once, a longer one in a thread, and the longest ones in processes (`encoding`): none of them delays a
+stream, and no text waits for one of a longer class.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from tandem_frontend.response.token_table import BYTE_BY_LETTER, TokenTable
 BLOCKING_CHARS_MAX = 4_096
 """Shorter texts are encoded at once (under 1 ms); longer ones in a thread, so that no stream waits for them."""
 BLOCKING_TOKENS_MAX = 8_192
-"""The same for the way back."""
+"""The same limit for decoding, in tokens."""
 THREAD_CHARS_MAX = 65_536
-"""Longer texts go to a process: at the end of its work a thread holds the interpreter's lock for 25 us for each
-thousand tokens, and a thread cannot run at a lower priority than the event loop's."""
+"""Longer texts go to a process: a thread holds the interpreter's lock for 25 us per thousand tokens at the end of its
+work, and cannot run at a lower priority than the event loop."""
 THREADS_MAX = 2
-"""Texts that are encoded in threads at a time."""
+"""Texts encoded in threads at a time."""
 ENCODED_CONTEXTS_MAX = 4
-"""No text is made into more tokens than so many contexts hold: each takes a hundred bytes on the way."""
+"""Texts with more tokens than this many contexts are rejected while counting: each token takes a hundred bytes."""
 SHRINK_MAX = 4
-"""Normalisation may make a text shorter before it is cut into tokens (composed characters, collapsed spaces)."""
+"""Factor by which normalisation may shorten a text before tokenisation (composed characters, collapsed spaces)."""
 _BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
-    """The tokenizer of the model this frontend speaks for."""
+    """The tokenizer of the model that this frontend serves."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Tokenizer:
         self._token_bytes_max = max(len(token.encode()) for token in vocabulary)
         token_count = 1 + max(vocabulary.values())
         self.token_table = TokenTable.read(backend, token_count)
-        """What each token adds to a text; None where that depends on the tokens around it."""
+        """The text of each token; None where that depends on the tokens around it."""
         self.fits_vocabulary = token_count <= card.vocabulary_size
-        """Whether every id that a text can have is the model's: some checkpoints have added tokens beyond it."""
+        """Whether all token ids are in the model's vocabulary: some checkpoints have added tokens beyond it."""
         added = backend.get_added_tokens_decoder().values()
         self._added_texts = frozenset(token.content for token in added)
-        # A tokenizer writes a token's bytes in letters of its own when its decoder is of this kind.
+        # Byte-level tokenizers spell a token's bytes in an alphabet of their own.
         self._is_byte_level = "ByteLevel" in repr(backend.decoder)
         self._special_texts = tuple(token.content for token in added if token.special and token.content)
         self._special_beginnings = frozenset(text[:2] for text in self._special_texts)
@@ -81,11 +81,11 @@ class Tokenizer:
 
         Args:
             model: the directory.
-            processes: most processes for the longest texts. They are started when there is work for them, and `close`
-                ends them. 0: a thread encodes those too.
+            processes: limit of processes for the longest texts. They are started on demand, and `close` ends them.
+                0: a thread encodes those too.
 
         Raises:
-            StartError: names the file at fault.
+            StartError: names the unusable file.
         """
         card = read_card(model)
         file = model / "tokenizer.json"
@@ -93,7 +93,7 @@ class Tokenizer:
             content = file.read_bytes()
             backend = open_backend(content)
         except (OSError, ValueError) as problem:
-            raise StartError(f"{file} is not a tokenizer: {problem}", path=str(file)) from None
+            raise StartError(f"{file} is not a readable tokenizer: {problem}", path=str(file)) from None
         tokenizer = cls(backend, card, ChatTemplate.read(model))
         if processes:
             digest = hashlib.sha256(content).hexdigest()
@@ -103,44 +103,44 @@ class Tokenizer:
         return tokenizer
 
     async def close(self) -> None:
-        """End the processes. Harmless where there are none."""
+        """End the encoding processes, if there are any."""
         if self._pool is not None:
             await self._pool.close()
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the tokenizer's files, as workers tell theirs."""
+        """SHA-256 over the tokenizer's files, the same as in the workers' capabilities."""
         return self._card.tokenizer_digest
 
     @property
     def context_tokens_max(self) -> int:
-        """Prompt plus completion."""
+        """Limit of prompt plus completion."""
         return self._card.context_tokens_max
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the model's embedding: token ids are below it."""
+        """Rows of the model's embedding: all token ids are below it."""
         return self._card.vocabulary_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens at which the model ends."""
+        """The model's end-of-sequence tokens."""
         return self._card.eos_token_ids
 
     @property
     def prompt_bytes_max(self) -> int:
-        """No text longer than this can fit the context, however it is cut into tokens."""
+        """No text longer than this can fit the context, however it is tokenised."""
         return self.context_tokens_max * self._token_bytes_max * SHRINK_MAX
 
     async def encode(self, text: str, *, add_special_tokens: bool, field: str = "prompt") -> Sequence[int]:
-        """Token ids of a text. Control tokens in it are read as such.
+        """Token ids of a text. Control tokens in it become their token ids.
 
-        In protobuf's own list, which a message takes over as a whole: 100,000 of them in 20 us, where a list of
-        Python's takes 2 ms. It holds four bytes for each, where a list of Python's holds 36.
+        Returns a protobuf list, which a message copies as a whole: 100,000 ids take 20 us instead of 2 ms, and four
+        bytes per id instead of 36.
 
         Raises:
-            ContextExceeded: it is far beyond the context; `field` is what the refusal names.
-            ServiceError: a process failed with it.
+            ContextExceeded: the text is far longer than the context; the error names `field`.
+            ServiceError: an encoding process failed.
         """
         try:
             if len(text) <= BLOCKING_CHARS_MAX:
@@ -153,7 +153,7 @@ class Tokenizer:
         except TooManyTokens:
             raise ContextExceeded(
                 field,
-                f"over {self._encoded_tokens_max} tokens are beyond this model's maximum context length of "
+                f"over {self._encoded_tokens_max} tokens exceed this model's maximum context length of "
                 f"{self.context_tokens_max} tokens",
                 limit=self.context_tokens_max,
             ) from None
@@ -162,21 +162,21 @@ class Tokenizer:
         return pb.TokenIds(ids=self._texts.encode(text, add_special_tokens=add_special_tokens)).ids
 
     async def decode_all(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """`decode` for a list of any length: no stream waits for it."""
+        """`decode` for a list of any length, without delaying streams."""
         if len(token_ids) <= BLOCKING_TOKENS_MAX:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        # A batch, even of one, lets other threads run; decode() holds the interpreter's lock to its end.
+        # decode_batch() releases the interpreter's lock; decode() holds it to its end.
         texts = await asyncio.to_thread(
             self._backend.decode_batch, [list(token_ids)], skip_special_tokens=skip_special_tokens
         )
         return str(texts[0])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no whole character show as U+FFFD."""
+        """Text of token ids; incomplete characters become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, also where they are only a part of a character; empty for an unknown id."""
+        """The bytes of a token, also where they are only a part of a character; empty for an unknown id."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -189,17 +189,17 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()
 
     def without_control(self, text: str) -> str:
-        """A text in which no control token can be read: each one gets an invisible joiner behind its first character.
+        """A text without control tokens: an invisible joiner is inserted after the first character of each.
 
-        For the content of messages, whose author must not be able to end a turn or to begin another's.
+        For the content of messages, whose author must not be able to end a turn and begin another role's.
         """
-        # Some models have hundreds of them, which begin alike: a long text without any is passed over at once.
+        # Some models have hundreds of control tokens with the same beginning: most texts contain none.
         if not any(beginning in text for beginning in self._special_beginnings):
             return text
         for special in self._special_texts:
-            # A token of one character has no inside.
+            # Nothing can be inserted into a token of one character: it is removed.
             harmless = f"{special[0]}\u2060{special[1:]}" if len(special) > 1 else ""
-            # What is left may make the same token again, where its end is its beginning too.
+            # A replacement can complete the same token again, where the token ends as it begins.
             while special in text:
                 text = text.replace(special, harmless)
         return text

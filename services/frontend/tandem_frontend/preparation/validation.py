@@ -1,7 +1,7 @@
-"""The validation hop: what a client may ask for. A refusal names the field as the contract calls it.
+"""Validation of requests. An error names the field as the contract calls it, and its limit.
 
-Ranges are those the contracts' comments state; a test holds the two together. What only an engine can know (whether a
-grammar compiles) is left to it.
+The ranges are those stated in the contracts' comments; a test compares the two. What only an engine can check (whether
+a grammar compiles) is left to it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ PRIORITY_MAX = 100
 COALESCE_MS_MAX = 1_000
 GRAMMAR_BYTES_MAX = 64 * 1_024
 PATTERN_BYTES_MAX = 16 * 1_024
-"""Of a grammar that is no JSON: how deeply it nests, nobody has counted."""
+"""Limit of a grammar that is not JSON. Lower, because its nesting is not checked before an engine compiles it."""
 CHECKED_TOKENS = 8_192
-"""So many of a prompt are checked at a time, in a third of a millisecond."""
+"""Token ids of a prompt checked between two yields to the event loop: a third of a millisecond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRequest:
-    """A request as the hops after validation need it."""
+    """A valid, tokenised request."""
 
     request_id: str
     prompt_field: str
-    """The field its prompt came in."""
+    """The field that contained the prompt."""
     token_ids: Sequence[int]
-    """Protobuf's own list."""
+    """A protobuf list, which a message copies as a whole."""
     sampling: sampling_pb2.Sampling
     max_tokens: int
     min_tokens: int | None
@@ -62,14 +62,14 @@ class CheckedRequest:
     session_id: str | None
     skip_special_tokens: bool
     coalesce_s: float | None
-    """The request's own bound on how long a chunk may be held; None: the frontend's."""
+    """The request's own limit for holding a chunk; None: the frontend's."""
 
 
 async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
-    """Check a request, tokenise its prompt, and settle what it leaves open.
+    """Check a request, tokenise its prompt, and fill in its limits.
 
     Raises:
-        InvalidRequest: names the first field at fault.
+        InvalidRequest: names the first invalid field.
     """
     request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
     if not REQUEST_ID.fullmatch(request_id):
@@ -81,10 +81,10 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
     _check_stopping(request.stopping, tokenizer.vocabulary_size)
     _check_rest(request)
     token_ids = await _prompt_ids(request, tokenizer)
-    room_tokens = tokenizer.context_tokens_max - len(token_ids)
+    left_tokens = tokenizer.context_tokens_max - len(token_ids)
     stopping = request.stopping
-    # A budget beyond the context is no error: the generation then ends with LENGTH where the context does.
-    max_tokens = min(stopping.max_tokens, room_tokens) if stopping.HasField("max_tokens") else room_tokens
+    # A max_tokens beyond the context is no error: the generation then ends with LENGTH where the context does.
+    max_tokens = min(stopping.max_tokens, left_tokens) if stopping.HasField("max_tokens") else left_tokens
     min_tokens = present(stopping, "min_tokens", min(stopping.min_tokens, max_tokens))
     return CheckedRequest(
         request_id=request_id,
@@ -108,7 +108,7 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) ->
 
 @contextlib.contextmanager
 def naming_the_prompt(field: str) -> Iterator[None]:
-    """Name a refusal of the token ids that workers get for the field the prompt came in: clients know no other."""
+    """Rename errors about `token_ids`, which workers get, to the field of the prompt, which the client knows."""
     try:
         yield
     except InvalidRequest as problem:
@@ -121,7 +121,7 @@ async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) ->
     """Token ids of a text or of messages; they may be more than the context holds.
 
     Raises:
-        InvalidRequest: neither is given, or the text is beyond any use.
+        InvalidRequest: neither is given, or the text is far longer than the context.
     """
     kind = request.WhichOneof("input")
     if kind == "prompt":
@@ -134,14 +134,14 @@ async def checked_tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer) ->
 
 
 def checked_detokenize(request: pb.DetokenizeRequest, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a request; no more than the context holds.
+    """The token ids of a request.
 
     Raises:
-        InvalidRequest: they are too many, or one is not the model's.
+        InvalidRequest: more than the context holds, or one is outside the vocabulary.
     """
     count, most = len(request.token_ids), tokenizer.context_tokens_max
     if count > most:
-        raise InvalidRequest("token_ids", f"{count} are more than the {most} of the model's context", limit=most)
+        raise InvalidRequest("token_ids", f"{count} exceed the model's context of {most} tokens", limit=most)
     token_ids = list(request.token_ids)
     check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
     return token_ids
@@ -151,7 +151,7 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Sequ
     kind = request.WhichOneof("input")
     token_ids: Sequence[int]
     if kind == "prompt":
-        # Read once: each time makes another text of it.
+        # Read once: protobuf decodes it anew for each access.
         text = request.prompt
         if not text:
             raise InvalidRequest("prompt", "must not be empty")
@@ -161,14 +161,14 @@ async def _prompt_ids(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Sequ
         token_ids = await _chat_ids(request.chat, tokenizer)
     elif kind == "token_ids":
         check_token_count(kind, len(request.token_ids.ids), tokenizer)
-        # The message's own list, which never changes: a leg takes it over as a whole.
+        # The message's own list, which never changes: a leg copies it as a whole.
         token_ids = request.token_ids.ids
     else:
         raise InvalidRequest("input", "one of prompt, token_ids and chat must be given")
     if not token_ids:
         raise InvalidRequest(kind, "must not be empty")
     if kind == "token_ids" or not tokenizer.fits_vocabulary:
-        # Also of a text, where a token may be beyond the model's embedding: it would take an engine down.
+        # Text too: the tokenizer may have tokens beyond the model's embedding, and one of those crashes an engine.
         await check_prompt_ids(kind, token_ids, tokenizer.vocabulary_size)
     check_token_count(kind, len(token_ids), tokenizer)
     return token_ids
@@ -179,7 +179,7 @@ async def _chat_ids(chat: pb.Chat, tokenizer: Tokenizer) -> Sequence[int]:
         raise InvalidRequest("chat", "this model has no chat template; use prompt")
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must not be empty")
-    # Whatever a template makes of a message is a token at least.
+    # A template renders each message as one token at least.
     check_token_count("chat.messages", len(chat.messages), tokenizer, what="messages")
     if chat.ByteSize() <= BLOCKING_CHARS_MAX:
         text = _rendered(chat, tokenizer)
@@ -207,7 +207,7 @@ def _rendered(chat: pb.Chat, tokenizer: Tokenizer) -> str:
 
 
 def check_role(field: str, role: str) -> None:
-    """Refuse what is no name: templates print roles as they are, so that one could end a turn and begin another's.
+    """Check a role's characters: templates print it unescaped, so it could end a turn and begin another role's.
 
     Raises:
         InvalidRequest: names the field.
@@ -217,25 +217,25 @@ def check_role(field: str, role: str) -> None:
 
 
 def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
-    """Refuse what cannot fit before any work is put into it.
+    """Reject a text that cannot fit the context, before any work on it.
 
     Raises:
         ContextExceeded: names the field.
     """
-    # A character has one to four bytes: few texts need to be encoded to be measured.
+    # A character has one to four bytes: only texts near the limit must be encoded to be measured.
     most = tokenizer.prompt_bytes_max
     if len(text) > most or (4 * len(text) > most and len(text.encode()) > most):
         raise _too_long(field, f"{len(text)} characters", tokenizer.context_tokens_max)
 
 
 def _too_long(field: str, size: str, context_tokens_max: int) -> ContextExceeded:
-    # Client libraries know an overlong prompt by the words in the middle.
-    sentence = f"this model's maximum context length is {context_tokens_max} tokens; {size} leave no room to answer"
+    # Client libraries recognise an overlong prompt by "maximum context length is".
+    sentence = f"this model's maximum context length is {context_tokens_max} tokens; {size} leave none for a completion"
     return ContextExceeded(field, sentence, limit=context_tokens_max)
 
 
 def check_token_count(field: str, count: int, tokenizer: Tokenizer, *, what: str = "tokens") -> None:
-    """Refuse a list that cannot fit before anybody looks into it.
+    """Reject a list that cannot fit the context, before any work on it.
 
     Raises:
         ContextExceeded: names the field.
@@ -245,19 +245,19 @@ def check_token_count(field: str, count: int, tokenizer: Tokenizer, *, what: str
 
 
 def check_token_ids(field: str, token_ids: Collection[int], vocabulary_size: int) -> None:
-    """Refuse ids that the model does not have.
+    """Reject token ids outside the vocabulary.
 
     Raises:
         InvalidRequest: names the field.
     """
-    # In two steps, because these are the fastest there are.
+    # min and max run in C; the loop runs only to find the id for the message.
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size)
         raise InvalidRequest(field, f"{wrong} is outside the vocabulary of {vocabulary_size} tokens")
 
 
 async def check_prompt_ids(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
-    """`check_token_ids` for a list of any length, in steps between which the event loop runs.
+    """`check_token_ids` for a list of any length; yields to the event loop between parts.
 
     Raises:
         InvalidRequest: names the field.
@@ -272,16 +272,21 @@ def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> No
     if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
         raise InvalidRequest("stopping.max_tokens", f"must be 1 or more, not {stopping.max_tokens}")
     if stopping.min_tokens < 0:
-        raise InvalidRequest("stopping.min_tokens", f"must not be negative, but is {stopping.min_tokens}")
+        raise InvalidRequest("stopping.min_tokens", f"must be 0 or more, not {stopping.min_tokens}")
     if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
-        raise InvalidRequest("stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens")
+        raise InvalidRequest(
+            "stopping.min_tokens",
+            f"must be at most max_tokens ({stopping.max_tokens}), not {stopping.min_tokens}",
+        )
     if len(stopping.stop) > STOPS_MAX:
-        raise InvalidRequest("stopping.stop", f"{len(stopping.stop)} stop strings are more than {STOPS_MAX}")
+        raise InvalidRequest("stopping.stop", f"must be at most {STOPS_MAX} strings, not {len(stopping.stop)}")
     for stop in stopping.stop:
         if not 0 < len(stop.encode()) <= STOP_BYTES_MAX:
             raise InvalidRequest("stopping.stop", f"each must be 1 to {STOP_BYTES_MAX} bytes long")
     if len(stopping.stop_token_ids) > STOP_TOKENS_MAX:
-        raise InvalidRequest("stopping.stop_token_ids", f"more than {STOP_TOKENS_MAX}")
+        raise InvalidRequest(
+            "stopping.stop_token_ids", f"must be at most {STOP_TOKENS_MAX} ids, not {len(stopping.stop_token_ids)}"
+        )
     check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocabulary_size)
 
 
@@ -293,7 +298,9 @@ def _check_rest(request: pb.GenerateRequest) -> None:
     if len(request.session_id) > SESSION_ID_CHARS_MAX:
         raise InvalidRequest("session_id", f"must be at most {SESSION_ID_CHARS_MAX} characters long")
     if not 0 <= request.logprobs.top_logprobs <= TOP_LOGPROBS_MAX:
-        raise InvalidRequest("logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}")
+        raise InvalidRequest(
+            "logprobs.top_logprobs", f"must be 0 to {TOP_LOGPROBS_MAX}, not {request.logprobs.top_logprobs}"
+        )
     if not 0 <= request.coalesce_ms <= COALESCE_MS_MAX:
         raise InvalidRequest("coalesce_ms", f"must be 0 to {COALESCE_MS_MAX}, not {request.coalesce_ms}")
     _check_guided(request.guided)

@@ -1,5 +1,5 @@
-"""A frontend on several processes: the parent, its children, and what they ask each other to answer as one.
+"""A frontend with several processes: the parent, its children, and the calls by which they appear as one frontend.
 
-Reading order: shares, parent, child, siblings, servicer, sums. How processes are kept in general is
-`tandem.service.prefork.parent`.
+Reading order: shares, identity, parent, child, membership, siblings, servicer, sums. `tandem.service.prefork` starts
+and restarts the processes.
 """

@@ -1,6 +1,6 @@
-"""A process of a frontend that has several: a frontend that is given its connections, and ends when its parent says.
+"""A child process: a frontend that gets its connections from its parent, and drains and stops on the parent's request.
 
-Owns the order of its start and end. It is in no registry and listens at no port: both are the parent's.
+Owns the order of its start and end. It neither registers nor listens on a port: the parent does both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tandem_frontend.processes.membership import Membership
 
 
 def run(link: ParentLink) -> int:
-    """Run a child of that parent until it ends; returns the exit status."""
+    """Run a child process until it ends; returns the exit status."""
     begin = link.wait_begin()
     identity = ProcessIdentity.parsed(begin["identity"])
     config = FrontendConfig.model_validate(begin["settings"])
@@ -45,20 +45,20 @@ class FrontendChild:
 
     @property
     def metrics_port(self) -> int:
-        """None: its parent scrapes it."""
+        """0: the parent exposes its metrics."""
         return 0
 
     async def start(self) -> None:
         """Return when it serves.
 
         Raises:
-            StartError: it cannot.
+            StartError: see `FrontendApp.start`.
         """
         await self._app.start()
         self._link.enter(State.SERVING)
 
     async def drain(self) -> bool:
-        """As a frontend drains, when the parent agrees; the parent may cut it short. Ends when the parent says."""
+        """Drain like a single frontend, once the parent agrees. Returns when the parent stops it, drained or not."""
         await self._link.agree_on_drain()
         self._link.enter(State.DRAINING)
         draining = asyncio.ensure_future(self._app.drain())
@@ -74,10 +74,10 @@ class FrontendChild:
         return is_clean
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
+        """Release everything, also after a failed `start`."""
         await self._app.stop()
 
     async def wait_finished(self) -> str | None:
-        """Return None when the parent wants it to drain."""
+        """Return None when the parent asks it to drain."""
         await self._link.wait_asked()
         return None

@@ -1,6 +1,6 @@
-"""Which of a frontend's processes this is, and where the others are found.
+"""The identity of one process of a frontend, and the socket paths of the others.
 
-The parent sends it to each of its children, as JSON.
+The parent sends it to each child as JSON.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ class ProcessIdentity:
     """From 0."""
     count: int
     frontend_id: str
-    """Of the frontend, in the registry."""
+    """The frontend's id in the registry."""
     address: str
     """host:port of the frontend."""
     directory: str
-    """That only processes of this frontend can enter."""
+    """Directory of the sockets, accessible only to processes of this frontend."""
 
     @classmethod
     def parsed(cls, fields: Mapping[str, Any]) -> ProcessIdentity:
-        """From what `as_dict` gave."""
+        """The inverse of `as_dict`."""
         return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, for JSON."""
         return asdict(self)
 
     @property
@@ -41,26 +41,26 @@ class ProcessIdentity:
 
     @property
     def rpc_path(self) -> Path:
-        """Where it answers its siblings."""
+        """Its socket for siblings."""
         return rpc_path(Path(self.directory), self.number)
 
     @property
     def metrics_path(self) -> Path:
-        """Where it is scraped by its parent."""
+        """Its socket from which the parent reads metrics."""
         return metrics_path(Path(self.directory), self.number)
 
     @property
     def sibling_paths(self) -> dict[int, Path]:
-        """Where each of the others answers."""
+        """The sockets of the other processes, by number."""
         others = (number for number in range(self.count) if number != self.number)
         return {number: rpc_path(Path(self.directory), number) for number in others}
 
 
 def rpc_path(directory: Path, number: int) -> Path:
-    """Where a process answers its siblings. Short: the path of a socket has 107 bytes at most."""
+    """A process's socket for siblings. Short, because a socket's path has 107 bytes at most."""
     return directory / f"{number}.rpc"
 
 
 def metrics_path(directory: Path, number: int) -> Path:
-    """Where a process is scraped by its parent."""
+    """A process's socket from which the parent reads metrics."""
     return directory / f"{number}.http"

@@ -1,6 +1,6 @@
-"""One process's part in its frontend: connections come from the parent, and siblings ask and are asked.
+"""One process as a member of its frontend: gets connections from the parent, and exchanges calls with its siblings.
 
-Owns the socket at which siblings ask, and its own way to them. What is served to clients is `app`'s.
+Owns the server for siblings and the calls to them. `app` serves the clients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STOP_GRACE_S = 0.1
 
 
 class Membership:
-    """See the module."""
+    """Membership of this process in a frontend of several."""
 
     def __init__(self, identity: ProcessIdentity, link: ParentLink) -> None:
         """Makes no I/O yet."""
@@ -35,10 +35,10 @@ class Membership:
         self._server = Http2RpcServer()
 
     async def open(self, server: Http2RpcServer, own: LocalRequests) -> None:
-        """Answer siblings, and take the connections of clients for `server`.
+        """Serve siblings, and accept connections of clients from the parent for `server`.
 
         Raises:
-            StartError: the socket for siblings cannot be listened on.
+            StartError: cannot listen on the socket for siblings.
         """
         servicer = SiblingServicer(own, server.process)
         self._server.add(SERVICE_NAME, partial(add_SiblingServiceServicer_to_server, servicer))
@@ -51,14 +51,14 @@ class Membership:
         self._link.open(server)
 
     async def close(self) -> None:
-        """Answer no more siblings. May be called twice."""
+        """Stop serving siblings. May be called twice."""
         await self._server.stop(STOP_GRACE_S)
         with contextlib.suppress(OSError):
             self.identity.rpc_path.unlink(missing_ok=True)
             self.identity.metrics_path.unlink(missing_ok=True)
 
     async def _held_elsewhere(self) -> Sequence[process_pb.GetFiguresResponse]:
-        """Of the parent, by which the frontend is known, and of the siblings."""
+        """The resources held by the parent, which is first because it represents the frontend, and by the siblings."""
         answer = await self._link.ask()
         parent = [] if answer is None else [ParseDict(answer["process"], process_pb.GetFiguresResponse())]
         return [*parent, *await self.siblings.ask(lambda sibling: sibling.process())]

@@ -1,7 +1,7 @@
-"""The parent of a frontend's processes: the frontend's port, its place in the registry, its metrics, and their end.
+"""The parent process of a frontend with several: owns the port, the registration, the metrics and the children.
 
-Start: port, metrics, processes, and, once one of them serves, its place in the registry. Drain: DRAINING in the
-registry, then each process as a frontend by itself, then out of the registry. Imports nothing of what serves requests.
+Start: port, metrics, children and, once one of them serves, the registration. Drain: DRAINING in the registry, then
+each child drains like a single frontend, then deregister. Imports nothing that serves requests.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FrontendParent:
 
     @property
     def metrics_port(self) -> int:
-        """Where all processes are scraped, once started; 0: nowhere."""
+        """Port of the Prometheus endpoint for all processes, once started; 0: none."""
         return 0 if self._metrics is None else self._metrics.port
 
     @property
@@ -71,10 +71,10 @@ class FrontendParent:
         return self._config.frontend_id or default_frontend_id(self.address)
 
     async def start(self) -> None:
-        """Return when a process serves; waits for a registry as long as it takes.
+        """Return when a child serves; waits for a registry without a timeout.
 
         Raises:
-            StartError: the port is taken, or what a process says that cannot start.
+            StartError: the port is in use, or a child could not start.
         """
         config = self._config
         self._listener = self._listen()
@@ -87,25 +87,25 @@ class FrontendParent:
             [self._begin(number, directory) for number in range(config.processes)],
             self._listener,
             drain_s=config.drain_settle_s + config.drain_timeout_s,
-            # Where they keep what must not outlive them: the last of them removes it when the parent was killed.
+            # Directory of files that must not outlive the children: the last one removes it if the parent was killed.
             environment={run_directory.VARIABLE: str(directory)},
             answer=self._answer,
             on_restart=lambda: metrics.count("tandem.process.restarts"),
         )
         metrics.measure(self._read)
         await metrics.start(self._frontend_id)
-        log.info("%d processes serve %s", config.processes, self.address)
+        log.info("starting %d processes for %s", config.processes, self.address)
         await prefork.start()
         await self._register()
 
     async def drain(self) -> bool:
-        """See the module. Returns whether every request ended within the drain's bound."""
+        """Drain in the order given above. Returns whether every request ended within drain_timeout_s."""
         assert self._prefork is not None, "drain() before start()"
         assert self._metrics is not None, "drain() before start()"
         assert self._registration is not None, "drain() before start()"
         self._prefork.begin_drain()
         self._metrics.count("tandem.drains")
-        # A registry that cannot be reached is not waited for.
+        # Do not wait for an unreachable registry.
         await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         try:
             return await self._prefork.drain()
@@ -113,7 +113,7 @@ class FrontendParent:
             await self._registration.close()
 
     async def stop(self) -> None:
-        """Free everything, also when `start` failed."""
+        """Release everything, also after a failed `start`."""
         if self._registration is not None:
             await self._registration.close()
         if self._prefork is not None:
@@ -126,10 +126,10 @@ class FrontendParent:
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
     async def wait_finished(self) -> str | None:
-        """Return one sentence when a process has died too often; what the others have then goes on to its end first."""
+        """Return the reason when a child has died too often, after the other children have drained."""
         assert self._prefork is not None, "wait_finished() before start()"
         sentence = await self._prefork.wait_given_up()
-        log.error("%s: the other processes finish what they have", sentence)
+        log.error("%s; draining the other processes", sentence)
         await self.drain()
         return sentence
 
@@ -145,7 +145,7 @@ class FrontendParent:
         return listener
 
     def _command(self) -> list[str]:
-        """With the arguments of this one, for people: settings go over the channel."""
+        """The command line of a child. Its arguments only inform readers of `ps`: settings are sent over the link."""
         return [sys.executable, "-m", "tandem_frontend", *sys.argv[1:]]
 
     def _begin(self, number: int, directory: Path) -> Mapping[str, Any]:
@@ -160,11 +160,11 @@ class FrontendParent:
         return {"identity": identity.as_dict(), "settings": settings.model_dump(mode="json")}
 
     def _answer(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What only the parent knows: what it holds itself."""
+        """The parent's own resources, which a child asks for."""
         return {"process": MessageToDict(held_now(self._started_s))}
 
     async def _register(self) -> None:
-        """Begin to be found by edges and tools, as one frontend."""
+        """Register as one frontend, so that edges and tools can discover it."""
         config = self._config
         frontend = Frontend(
             frontend_id=self._frontend_id,
@@ -177,8 +177,8 @@ class FrontendParent:
         await self._registration.start()
 
     async def _read(self) -> list[Reading]:
-        """What the gauges show."""
-        assert self._prefork is not None, "a gauge is read after start()"
+        """Values of the gauges."""
+        assert self._prefork is not None, "gauges are read after start()"
         states = Counter(SILENT if child.is_silent else child.state.value for child in self._prefork.children)
         return [
             Reading("tandem.processes", states[state], {PROCESS_STATE.name: state}) for state in PROCESS_STATE.values

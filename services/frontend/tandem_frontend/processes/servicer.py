@@ -1,4 +1,4 @@
-"""SiblingService on the wire: what this process knows of itself, for the other processes of its frontend."""
+"""SiblingService on the wire: this process's requests and stats, for the other processes of its frontend."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class SiblingServicer(pb_grpc.SiblingServiceServicer):
     """The contract of sibling_service.proto."""
 
     def __init__(self, own: LocalRequests, process: ProcessServicer) -> None:
-        """`process` is that of the server which clients call."""
+        """`process`: of the server that clients call, not of the one for siblings."""
         self._own = own
         self._process = process
 
     async def GetSiblingTimelines(  # noqa: N802
         self, request: pb.GetSiblingTimelinesRequest, context: Any
     ) -> pb.GetSiblingTimelinesResponse:
-        """The timelines of all requests that an id stands for."""
+        """The timelines of all requests that an id matches."""
         return pb.GetSiblingTimelinesResponse(timelines=self._own.timelines(request.request_id))
 
     async def ListSiblingRequests(  # noqa: N802
@@ -37,11 +37,11 @@ class SiblingServicer(pb_grpc.SiblingServiceServicer):
     async def GetSiblingFigures(  # noqa: N802
         self, request: pb.GetSiblingFiguresRequest, context: Any
     ) -> pb.GetSiblingFiguresResponse:
-        """The figures now."""
+        """The current stats."""
         return self._own.figures()
 
     async def GetSiblingProcess(  # noqa: N802
         self, request: pb.GetSiblingProcessRequest, context: Any
     ) -> pb.GetSiblingProcessResponse:
-        """What it holds now."""
+        """The resources held now."""
         return pb.GetSiblingProcessResponse(process=self._process.own())

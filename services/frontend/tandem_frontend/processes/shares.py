@@ -1,7 +1,7 @@
-"""What each process of a frontend gets of what the frontend as a whole may do.
+"""Divides a frontend's limits among its processes.
 
-Pure. Only the bound on open requests is divided: rooms with the workers need no share, because each process is one
-frontend among others to `capacity`, and clients' rates are the edge's.
+Pure. Only the open-requests limit is divided: `capacity` treats each process as a frontend of its own, so that the
+workers' capacity needs no division, and the edge limits the rates of clients.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from tandem_frontend.config import FrontendConfig
 
 
 def share(total: int, number: int, count: int) -> int:
-    """The part of process `number` of `count`: as even as can be, and what remains for the first ones."""
+    """The share of process `number` of `count`: as even as possible; the first ones get the remainder."""
     return total // count + (number < total % count)
 
 
 def settings_of(config: FrontendConfig, number: int) -> FrontendConfig:
-    """The settings of one process: its share, and nothing that is the parent's alone."""
+    """The settings of one child: its share of the limit, without what only the parent does."""
     own = share(config.open_requests_max, number, config.processes)
     return config.model_copy(update={"open_requests_max": own, "processes": 1, "announce_file": None})

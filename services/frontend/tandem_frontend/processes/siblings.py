@@ -1,6 +1,6 @@
-"""The other processes of this frontend, asked all at once; one that does not answer is left out.
+"""Calls to the other processes of this frontend, all at once; one that does not respond is left out.
 
-Owns their addresses and what is logged when one is silent. A frontend of one process has none.
+Owns their addresses, and logs when one stops responding. A frontend with one process has no siblings.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ T = TypeVar("T")
 
 
 class Siblings:
-    """See the module."""
+    """The siblings of this process."""
 
     def __init__(self, paths: Mapping[int, Path]) -> None:
-        """Where each of the others answers, by its number."""
+        """`paths`: the sockets of the siblings, by number."""
         self._calls = {number: SiblingCalls(path) for number, path in paths.items()}
         self._silent: set[int] = set()
 
-    async def ask(self, question: Callable[[SiblingCalls], Awaitable[T]]) -> list[T]:
-        """The answers of those that give one in time, in the order of their numbers."""
-        asked = (self._answer(number, question(calls)) for number, calls in self._calls.items())
-        return [answer for found in await asyncio.gather(*asked) for answer in found]
+    async def ask(self, call: Callable[[SiblingCalls], Awaitable[T]]) -> list[T]:
+        """The responses of all siblings that respond in time, in the order of their numbers."""
+        pending = (self._response(number, call(calls)) for number, calls in self._calls.items())
+        return [response for responses in await asyncio.gather(*pending) for response in responses]
 
     @property
     def silent(self) -> list[int]:
-        """Those that gave no answer when they were asked last."""
+        """Numbers of the siblings that did not respond to the last call."""
         return sorted(self._silent)
 
-    async def _answer(self, number: int, answer: Awaitable[T]) -> list[T]:
+    async def _response(self, number: int, pending: Awaitable[T]) -> list[T]:
+        """The response as a list; an empty list if there is none."""
         try:
-            found = await answer
+            response = await pending
         except TandemError as problem:
             if number not in self._silent:
-                log.warning("process %d of this frontend does not answer and is left out: %s", number, problem)
+                log.warning("process %d of this frontend does not respond; results are without it: %s", number, problem)
             self._silent.add(number)
             return []
         self._silent.discard(number)
-        return [found]
+        return [response]

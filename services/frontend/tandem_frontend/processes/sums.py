@@ -1,4 +1,4 @@
-"""The figures of several processes as those of one frontend: counts and rates add up, latencies are counted anew.
+"""Adds the stats of several processes up to those of one frontend: sums of counts and rates, merged latency histograms.
 
 Pure: messages in, one message out.
 """
@@ -30,22 +30,23 @@ COUNTS = (
 )
 
 
-def combined(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> pb.WatchFiguresResponse:
-    """All of them as one; the first is that of the process that was asked."""
+def combined(responses: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> pb.WatchFiguresResponse:
+    """All responses as one; the first is that of the process that was called."""
     total = pb.WatchFiguresResponse()
-    total.CopyFrom(answers[0].figures)
-    for answer in answers[1:]:
+    total.CopyFrom(responses[0].figures)
+    for response in responses[1:]:
         for name in COUNTS:
-            setattr(total, name, getattr(total, name) + getattr(answer.figures, name))
+            setattr(total, name, getattr(total, name) + getattr(response.figures, name))
     total.counted_since.CopyFrom(
-        min((answer.figures.counted_since for answer in answers), key=lambda since: since.ToNanoseconds())
+        min((response.figures.counted_since for response in responses), key=lambda since: since.ToNanoseconds())
     )
-    if len(answers) > 1:
+    if len(responses) > 1:
         del total.leg_failures[:]
-        total.leg_failures.extend(_failures(answers))
-    total.processes = len(answers)
-    first_token = latency_figures(added([histogram(answer.time_to_first_token) for answer in answers]).latencies())
-    between = latency_figures(added([histogram(answer.inter_token_latency) for answer in answers]).latencies())
+        total.leg_failures.extend(_failures(responses))
+    total.processes = len(responses)
+    first_tokens = [histogram(response.time_to_first_token) for response in responses]
+    first_token = latency_figures(added(first_tokens).latencies())
+    between = latency_figures(added([histogram(response.inter_token_latency) for response in responses]).latencies())
     if first_token is not None:
         total.time_to_first_token.CopyFrom(first_token)
     if between is not None:
@@ -62,18 +63,18 @@ def buckets(histogram: Histogram) -> sibling_pb.LatencyBuckets:
 
 
 def histogram(message: sibling_pb.LatencyBuckets) -> Histogram:
-    """The same as a value again."""
+    """The inverse of `buckets`."""
     counts = [0] * BUCKETS
     for bucket, count in zip(message.buckets, message.counts, strict=True):
         counts[bucket] = count
     return Histogram(tuple(counts), message.longest_s)
 
 
-def _failures(answers: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> list[pb.LegFailures]:
-    """Bounded as each process bounds its own."""
+def _failures(responses: Sequence[sibling_pb.GetSiblingFiguresResponse]) -> list[pb.LegFailures]:
+    """Failures by worker and reason. Limited like those of each process: the rest is counted without a worker."""
     counts: Counter[tuple[str, error_pb2.ErrorReason.ValueType]] = Counter()
-    for answer in answers:
-        for failures in answer.figures.leg_failures:
+    for response in responses:
+        for failures in response.figures.leg_failures:
             key = failures.worker_id, failures.reason
             if key not in counts and len(counts) >= FAILURES_MAX:
                 key = "", failures.reason

@@ -1,9 +1,9 @@
-"""When a chunk leaves: at once while this process has time, and with what follows while it has not.
+"""When a chunk is sent: at once while this process is idle, together with later tokens while it is busy.
 
-A chunk costs the same whether it holds one token or ten. So while the event loop is idle enough, each token leaves as
-it comes; the busier the loop is, the longer a stream's next chunk is held, up to a bound. A stream whose tokens are
-further apart than that never waits. Owns the one timer of all held streams; how busy the loop is `loop_load` measures.
-What a chunk holds is the relay's business, and however it is cut the text, tokens and log probabilities are the same.
+A chunk costs the same with one token as with ten. So while the event loop is idle, each token is sent as it arrives;
+the busier the loop, the longer a stream's next chunk is held, up to a limit. A stream whose tokens are further apart
+than that is never delayed. Owns the one timer of all held streams; `loop_load` measures the loop. The relay fills the
+chunks: however the stream is cut, text, tokens and log probabilities are the same.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from tandem.service.loop_load import LoopLoad
 log = logging.getLogger(__name__)
 
 HOLD_MAX_S = 0.025
-"""Default of the bound."""
+"""Default limit."""
 FLUSH_S = 0.005
-"""Held chunks are looked at so often, all streams' together."""
+"""Interval at which due chunks of all streams are sent."""
 
 
 class Held(Protocol):
-    """A stream with a chunk that waits."""
+    """A stream with a held chunk."""
 
     due_s: float
     """On the loop's clock."""
 
     def flush(self) -> None:
-        """Send the chunk. A stream that cannot is to end itself; whatever it raises is no other stream's business."""
+        """Send the chunk. A stream that cannot must end itself; what it raises affects no other stream."""
         ...
 
 
 class Coalescing:
-    """Of one process."""
+    """Holds the chunks of one process."""
 
     def __init__(self, hold_max_s: float = HOLD_MAX_S, load: LoopLoad | None = None) -> None:
-        """`hold_max_s` is the bound for requests that ask for none of their own; 0: no chunk is ever held."""
+        """`hold_max_s` is the limit for requests without their own; 0: no chunk is ever held."""
         self.hold_max_s = hold_max_s
         self._load = load or LoopLoad()
         self._held: list[Held] = []
@@ -45,7 +45,7 @@ class Coalescing:
 
     @property
     def pressure(self) -> float:
-        """From 0 (each token leaves as it comes) to 1 (chunks are held for the bound)."""
+        """From 0 (each token is sent as it arrives) to 1 (chunks are held up to the limit)."""
         return self._load.pressure
 
     def hold(self, stream: Held) -> None:
@@ -57,7 +57,7 @@ class Coalescing:
 
     def _flush_due(self) -> None:
         loop = asyncio.get_running_loop()
-        # What becomes due before the next look leaves now: a bound is kept, not overrun.
+        # Chunks that become due before the next flush are sent now: the limit must not be exceeded.
         soon_s = loop.time() + FLUSH_S
         due = [stream for stream in self._held if stream.due_s <= soon_s]
         self._held = [stream for stream in self._held if stream.due_s > soon_s]
@@ -66,7 +66,7 @@ class Coalescing:
                 try:
                     stream.flush()
                 except Exception:
-                    log.exception("a held chunk could not be sent")
+                    log.exception("defect while sending a held chunk; other streams are not affected")
         finally:
             self._is_flushing = bool(self._held)
             if self._is_flushing:

@@ -1,9 +1,9 @@
-"""Token ids to text, a piece at a time: only whole characters, and each character once.
+"""Incremental detokenisation: only whole characters, and each character once.
 
-A token may be a part of a character. Where a tokenizer's decoding is joining (`token_table`), a stream looks its tokens
-up and keeps the up to three bytes of an unfinished character. For every other tokenizer it decodes a short window of
-tokens and gives out what is new in it. Either way the text does not depend on how the tokens come, one by one or many
-together, and a token's work does not depend on the tokens before it.
+A token may be a part of a character. Where a tokenizer decodes by joining (`token_table`), a stream looks its tokens up
+and keeps the at most three bytes of an unfinished character. For every other tokenizer it decodes a short window of
+tokens and returns what is new in it. Either way the text does not depend on whether tokens arrive one by one or many
+together, and the cost of a token does not depend on the tokens before it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tandem_frontend.response.token_table import REPLACEMENT, Piece, TokenTable
 __all__ = ["REPLACEMENT", "Decoder", "Detokenizer"]
 
 CONTEXT_TOKENS = 6
-"""Tokens of the prompt that go before the first window: a decoder drops a leading space at its very beginning."""
+"""Prompt tokens before the first window: a decoder drops a leading space at the very beginning of a text."""
 TABLE_CONTEXT_TOKENS = 64
-"""The same with a table: most of a prompt's end may be special tokens, which have no text."""
+"""The same with a table; more, because a prompt may end with many special tokens, which have no text."""
 PARTIAL_BYTES_MAX = 3
 """An unfinished character has at most three bytes, and so at most three tokens."""
 WINDOW_TOKENS_MAX = 32
-"""A run of bytes that does not become text is given out as it is after so many tokens; a step's work stays bounded."""
+"""Bytes that have not become text after this many tokens are returned as they are, so that a step's work is bounded."""
 
 
 class Decoder(Protocol):
-    """What a tokenizer must offer. One that has a `token_table: TokenTable | None` besides is read by it."""
+    """What a tokenizer must offer. If it also has a `token_table: TokenTable | None`, that is used."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """One stream's text."""
+    """The text of one stream."""
 
     __slots__ = ("_errors", "_pending", "_pieces", "_window")
 
@@ -55,14 +55,14 @@ class Detokenizer:
         self._window = _Window(decoder, prompt_ids, skip_special_tokens=skip_special_tokens)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that became certain with the next tokens; may be empty. An id that the tokenizer lacks has no text."""
+        """Text that the next tokens complete; may be empty. A token id that the tokenizer does not have has no text."""
         if self._window is not None:
             return self._window.push(token_ids)
         pieces, count = self._pieces, len(self._pieces)
         if len(token_ids) == 1:
             token_id = token_ids[0]
             piece = pieces[token_id] if 0 <= token_id < count else ""
-            # By far the most tokens come alone, and are text by themselves.
+            # The usual case: a single token that is text by itself.
             return piece if type(piece) is str and not self._pending else self._decode(_bytes(piece))
         found = [pieces[token_id] for token_id in token_ids if 0 <= token_id < count]
         if not self._pending:
@@ -73,7 +73,7 @@ class Detokenizer:
         return self._decode(b"".join(map(_bytes, found)))
 
     def flush(self) -> str:
-        """What is left at the end of the stream: replacement characters for bytes that never became one."""
+        """Text at the end of the stream: replacement characters for the bytes of an unfinished character."""
         if self._window is not None:
             return self._window.flush()
         rest, self._pending = self._pending, b""
@@ -86,13 +86,13 @@ class Detokenizer:
         return text
 
     def _take_prompt(self, prompt_ids: Sequence[int]) -> bool:
-        """Keep the character that a prompt's end has begun; returns whether it has any text there."""
+        """Keep the bytes of a character that the prompt leaves unfinished. Returns whether it ends with text."""
         end = b""
         pieces, count = self._pieces, len(self._pieces)
         for token_id in reversed(prompt_ids[-TABLE_CONTEXT_TOKENS:]):
             piece = pieces[token_id] if 0 <= token_id < count else ""
             end = _bytes(piece) + end
-            # Where a character begins can be seen in its first byte, so what was before it does not matter.
+            # UTF-8 is self-synchronising: what is before the last three bytes does not matter.
             if len(end) >= PARTIAL_BYTES_MAX or (isinstance(piece, str) and piece):
                 break
         self._pending = end[codecs.utf_8_decode(end, self._errors, False)[1] :]
@@ -104,10 +104,10 @@ def _bytes(piece: Piece) -> bytes:
 
 
 class _Window:
-    """The text of a stream whose decoder is not understood: it may look at the tokens around a token.
+    """The text of a stream with an unknown decoder, in which a token's text may depend on its neighbours.
 
-    Each step decodes a short window of tokens and gives out what is new in it, but for replacement characters at its
-    end: the bytes behind them may still become a character.
+    Each step decodes a short window of tokens and returns what is new in it, without replacement characters at its end:
+    later tokens may complete those characters.
     """
 
     __slots__ = ("_decoder", "_given_chars", "_ids", "_old_tokens", "_skip_special_tokens")
@@ -117,11 +117,11 @@ class _Window:
         self._skip_special_tokens = skip_special_tokens
         self._ids = self._context(prompt_ids)
         self._old_tokens = len(self._ids) - self._unfinished_tokens()
-        """Tokens at the window's start whose text has been given out; they are only context."""
+        """Tokens at the window's start whose text has been returned; they are only context."""
         self._given_chars = len(self._decode(self._ids[: self._old_tokens]))
 
     def push(self, token_ids: Sequence[int]) -> str:
-        # One by one: how many come together must not decide what a run of bytes is worth waiting for.
+        # One by one: the result must not depend on how many tokens arrive together.
         return "".join([self._push(token_id) for token_id in token_ids])
 
     def _push(self, token_id: int) -> str:
@@ -145,13 +145,13 @@ class _Window:
         return rest
 
     def _move(self, text_chars: int) -> None:
-        """Everything is given out: the newest tokens, which end with a whole character, are the context of the next."""
+        """All text is returned: the newest tokens, which end with a whole character, become the context of the next."""
         fresh = self._ids[self._old_tokens :]
         fresh_chars = len(self._decode(fresh))
         if fresh_chars:
             self._ids = fresh
         elif len(self._ids) > WINDOW_TOKENS_MAX:
-            # Special tokens alone are no context: behind them a decoder would take a text's beginning to be.
+            # Special tokens alone are no context: after them a decoder would assume the beginning of a text.
             del self._ids[self._old_tokens :]
         self._old_tokens = len(self._ids)
         self._given_chars = fresh_chars or text_chars

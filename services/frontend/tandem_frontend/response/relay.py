@@ -1,7 +1,7 @@
-"""The relay hop: tokens of decode become chunks for the client, and the legs' accounts become one finish.
+"""The relay: turns decode's tokens into chunks for the client, and the finishes of both legs into one.
 
-Owns the order of the client's stream: contiguous chunk indices, text that is certain, nothing of a stop, the same text
-however it is cut. Waits for nothing and cancels nothing.
+Owns what the client sees: contiguous chunk indices, only text that cannot change any more, nothing of a stop string,
+the same text however the stream is cut. Waits for nothing and cancels nothing.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.stop_matching import StopMatcher, StopStep, StopTokens
 
 UNREAD_TOKENS_MAX = 16_384
-"""Most tokens that are kept for a client that does not read, about 100 bytes each; one with log probabilities counts as
-several."""
+"""Limit of tokens buffered for a client that does not read, about 100 bytes each. Beyond it the request fails. A token
+with log probabilities counts as several."""
 LOGPROB_TOKENS = 8
-"""What a token with log probabilities counts for, and each of its rivals once more."""
+"""Tokens that a log probability counts as, and again for each of its top alternatives."""
 LEG_TIMES = ("prefill_start_time", "prefill_end_time", "kv_transfer_start_time", "kv_transfer_end_time")
 
 
 class Outlet(Protocol):
-    """Where a client's chunks go: one for each form in which answers leave."""
+    """Sends a client's chunks; one implementation per form of response."""
 
     @property
     def is_writable(self) -> bool:
-        """False while the client does not read what it already has; `on_writable` is called when it does again."""
+        """False while the client does not read; `on_writable`'s callback is called when it reads again."""
         ...
 
     def on_writable(self, callback: Callable[[], None]) -> None:
-        """Who is called each time it becomes writable again."""
+        """Set the function that is called each time it becomes writable again."""
         ...
 
     def chunk(self, chunk: pb.GenerateChunk) -> None:
-        """The next chunk; never blocks, and is asked for at any time."""
+        """Send the next chunk. Never blocks; may be called at any time."""
         ...
 
 
 class Relay:
-    """One client's stream. Tokens are pushed in; chunks are pushed on, as many as the process has time for."""
+    """One client's stream. Tokens are pushed in, chunks are pushed out; the busier the process, the fewer."""
 
     def __init__(
         self,
@@ -59,17 +59,17 @@ class Relay:
         hold_max_s: float | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Nothing leaves before `open`.
+        """Nothing is sent before `open`.
 
         Args:
-            detokenizer: makes text of the tokens.
+            detokenizer: turns tokens into text.
             stops: stop strings.
             stop_tokens: tokens that end the generation.
-            record: counts the tokens, and knows their times.
-            outlet: where chunks go.
-            coalescing: how busy the process is.
-            hold_max_s: the request's own bound on how long a chunk is held; None: the process's.
-            loop: whose clock counts; None: the running one's.
+            record: counts the tokens and keeps their times.
+            outlet: sends the chunks.
+            coalescing: holds chunks while the process is busy.
+            hold_max_s: the request's own limit for holding a chunk; None: the process's.
+            loop: event loop whose clock is used; None: the running one.
         """
         self._detokenizer = detokenizer
         self._stops = stops
@@ -83,7 +83,7 @@ class Relay:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[generation_pb2.TokenLogprob] = []
-        """What waits for its chunk."""
+        """Texts, tokens and log probabilities of the next chunk."""
         self._on_defect: Callable[[Exception], None] | None = None
         self._is_open = False
         self._is_held = False
@@ -92,29 +92,29 @@ class Relay:
         self.due_s = 0.0
         """See `coalescing.Held`."""
         self.is_overrun = False
-        """The client has let so much gather that nothing more is kept for it."""
+        """The client does not read, and the buffer limit is exceeded."""
 
     @property
     def ends_the_legs(self) -> bool:
-        """A stop has matched that the engine knows nothing of, or the client does not read: legs must be ended here."""
+        """Whether the legs must be aborted: the engine does not know the matched stop, or the client is too slow."""
         if self._matched is None:
             return self.is_overrun
         return self._matched.HasField("stop") or not self._stop_tokens.engine_stops_too
 
     @property
     def is_over(self) -> bool:
-        """A stop has matched: the client has everything but the finish."""
+        """Whether a stop has matched: the client has everything but the finish."""
         return self._matched is not None
 
     def open(self, on_defect: Callable[[Exception], None] | None = None) -> None:
-        """Let chunks leave. `on_defect` is called when one that was held cannot; it must end the request."""
+        """Begin to send chunks. `on_defect` is called when sending a held one fails; it must end the request."""
         self._is_open = True
         self._on_defect = on_defect
         self._outlet.on_writable(self.flush)
         self._send()
 
     def take(self, token_ids: Sequence[int], logprobs: Sequence[generation_pb2.TokenLogprob]) -> None:
-        """The next tokens; up to the stop, if one matches among them. On the hot path: once a request and step."""
+        """The next tokens; what follows a stop is dropped. On the hot path: once per request and step."""
         if self._matched is not None:
             return
         record = self._record
@@ -131,7 +131,7 @@ class Relay:
         self._offer()
 
     def flush(self) -> None:
-        """Send what waits, if anything does and the client reads. Called from outside of the request's own turns."""
+        """Send buffered tokens if the client reads. Called by timers and the client's call."""
         try:
             self._send()
         except Exception as problem:
@@ -146,13 +146,13 @@ class Relay:
         prefill: leg_pb2.LegFinish | None,
         route: pb.Route,
     ) -> pb.GenerateFinish:
-        """The end of the stream; all text that was still held back has gone to the outlet.
+        """Send all text that was held back, and return the finish of the stream.
 
         Args:
             prompt_tokens: tokens of the prompt.
-            decode: what the decode leg says; None when the stream was ended here, by a stop.
-            prefill: what the prefill leg says; None on an aggregated route, or when it said nothing.
-            route: who served it.
+            decode: finish of the decode leg; None when a stop ended the stream here.
+            prefill: finish of the prefill leg; None on an aggregated route, or when it did not arrive in time.
+            route: the workers that served it.
         """
         if self._matched is None:
             text = self._push(self._detokenizer.flush(), self._record.token_count)
@@ -168,7 +168,7 @@ class Relay:
         finish.usage.completion_tokens = self._record.token_count
         computing = prefill if prefill is not None else decode
         if computing is not None:
-            # After a continuation the engine's prompt held tokens of the answer too.
+            # After a continuation the engine's prompt contains tokens of the response too.
             finish.usage.cached_tokens = min(computing.usage.cached_tokens, prompt_tokens)
         self._fill_timings(finish.timings, decode, prefill)
         return finish
@@ -183,14 +183,14 @@ class Relay:
         self._outlet.chunk(self._chunk("".join(texts), token_ids, logprobs))
 
     def _offer(self) -> None:
-        """Send what waits now, or have it sent when it has waited long enough."""
+        """Send buffered tokens now, or hold them until they are due."""
         if self._is_held or not self._is_open:
             pass
         elif not self._outlet.is_writable:
             if self._waiting_tokens() > UNREAD_TOKENS_MAX:
                 self.is_overrun = True
         else:
-            # The first token never waits, and a stream that is slower than the bound does not either.
+            # The first token is never held, and neither is a stream whose tokens are further apart than the limit.
             self.due_s = self._flushed_s + self._coalescing.pressure * self._hold_max_s
             if self.due_s <= self._loop.time():
                 self._send()
@@ -203,9 +203,9 @@ class Relay:
         return count * LOGPROB_TOKENS * (1 + len(self._logprobs[0].top)) if self._logprobs else count
 
     def _ends(self, token_id: int, count: int, texts: list[str]) -> bool:
-        """Add a token's text; whether it ends the generation as far as the client is concerned. `count` includes it."""
+        """Add a token's text. Returns whether the token ends the generation; `count` is its number, from 1."""
         if self._stop_tokens.matches(token_id, count):
-            # Its own text is not the client's; what was held back before it is.
+            # The stop token's own text is not sent; text held back before it is.
             step = self._push(self._detokenizer.flush(), count)
             texts.append(step.text if step.matched is not None else step.text + self._stops.flush())
             self._matched = generation_pb2.MatchedStop(token_id=token_id)
@@ -217,7 +217,7 @@ class Relay:
         return step.matched is not None
 
     def _push(self, text: str, count: int) -> StopStep:
-        """Text of the newest token, searched for stop strings; those before the least number of tokens do not count."""
+        """Search the newest token's text for stop strings, which do not count before min_tokens."""
         return self._stops.push(text, may_end=self._stop_tokens.may_end(count))
 
     def _chunk(

@@ -1,7 +1,7 @@
 """Generate's events as server-sent events, for HTTP behind a transcoding edge.
 
-Owns their form and the one place where a failure is a message of a stream: over HTTP/1.1 nobody sees the status of a
-stream that has begun. What failed before the first event stays a status. Knows nothing of OpenAI's events.
+Owns their format, and the failure as the last event: HTTP/1.1 clients do not see the status of a stream that has begun.
+A failure before the first event stays a status. Knows nothing of OpenAI's events.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def event_json(event: Event) -> str:
 
 
 def message_json(event: Event) -> str:
-    """`event_json` for every event, by the library."""
+    """`event_json` for every event, by protobuf's own JSON printer."""
     return MessageToJson(
         as_response(event),
         preserving_proto_field_name=True,
@@ -45,7 +45,7 @@ def message_json(event: Event) -> str:
 
 
 def _plain_chunk_json(chunk: pb.GenerateChunk) -> str:
-    """The same for a chunk without logprobs, in 4 us instead of 16: gRPC itself takes some 30 for each message."""
+    """The same for a chunk without logprobs, in 4 us instead of 16: it runs for every chunk."""
     text, token_ids = json.dumps(chunk.text, ensure_ascii=False), ", ".join(map(str, chunk.token_ids))
     return f'{{"chunk": {{"index": {chunk.index}, "text": {text}, "token_ids": [{token_ids}], "logprobs": []}}}}'
 

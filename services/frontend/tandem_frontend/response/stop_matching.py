@@ -1,6 +1,6 @@
-"""Stop strings across chunk borders, and stop tokens: when a generation is over for the client.
+"""Stop strings across chunk borders, and stop tokens: decides when a generation is over for the client.
 
-Owns the text that is held back because a stop string may have begun in it. Ends no leg.
+Owns the text that is held back because it may be the beginning of a stop string. Aborts no leg.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ from typing import NamedTuple
 
 
 class StopStep(NamedTuple):
-    """What became certain with a piece of text."""
+    """Result of one piece of text."""
 
     text: str
-    """Text for the client: nothing of a stop string is in it."""
+    """Text for the client, which contains nothing of a stop string."""
     matched: str | None = None
-    """The stop string that ended the generation, if one did."""
+    """The stop string that ended the generation, if any."""
 
 
 class StopMatcher:
     """Searches a stream of text for the first stop string.
 
-    The first to be complete counts and, of several that are complete at the same character, the longest; so the result
-    does not depend on where the stream is cut. One pass over the text for each stop string, whatever it repeats; text
-    in which none begins is passed over at the speed of a search for its first character.
+    The first one to be complete counts and, of several that are complete at the same character, the longest; so the
+    result does not depend on where the stream is cut. One pass over the text per stop string, however repetitive it is;
+    text in which none begins is skipped at the speed of a search for its first character.
     """
 
     __slots__ = ("_first_chars", "_held", "_searches", "has_stops")
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string would end every generation at once"
-        # Longest first: of two that end together the one that starts earlier is met first.
+        # Longest first: of two that end together, the one that starts earlier must be found first.
         self._searches = [_Search(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._held = ""
         self.has_stops = bool(stops)
-        """Whether there is anything to search for. Where not, `push` gives back what it gets and nothing is held."""
+        """Whether there is anything to search for. If not, `push` returns its text unchanged and holds nothing."""
 
     def push(self, text: str, *, may_end: bool = True) -> StopStep:
-        """Take the next piece. After a match, nothing more may be pushed.
+        """Search the next piece. Must not be called after a match.
 
         Args:
             text: the piece.
-            may_end: if not, a stop string that becomes complete in this piece is text like any other.
+            may_end: if False, a stop string that becomes complete in this piece is ordinary text.
         """
         if not self.has_stops or (not self._held and self._first_chars.isdisjoint(text)):
             return StopStep(text)
@@ -67,20 +67,20 @@ class StopMatcher:
 
 
 class _Search:
-    """Where a stream stands with one stop string (Knuth, Morris, Pratt)."""
+    """The state of the search for one stop string (Knuth, Morris, Pratt)."""
 
     __slots__ = ("_fallbacks", "matched_chars", "stop")
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.matched_chars = 0
-        """Of its beginning, how much the text ends with."""
+        """Length of the stop string's beginning that the text ends with."""
         self._fallbacks = _fallbacks(stop)
 
     def advance(self, text: str, end_chars: int, *, may_end: bool) -> int | None:
-        """Characters of the text up to the end of its first occurrence, where that is before `end_chars`.
+        """Characters of the text up to the end of the first occurrence, if that is before `end_chars`.
 
-        If it may not end there, an occurrence is passed over. After one was found, the search is over.
+        Without `may_end` an occurrence is skipped. Must not be called after an occurrence was found.
         """
         stop, fallbacks, matched = self.stop, self._fallbacks, self.matched_chars
         at, count = 0, min(len(text), end_chars - 1)
@@ -103,10 +103,9 @@ class _Search:
 
 
 class StopTokens:
-    """The tokens after which a generation is over.
+    """The tokens that end a generation.
 
-    Engines stop at them by themselves, but for one case: SGLang forgets a request's own stop tokens when it is told to
-    ignore the model's.
+    Engines stop at them too, with one exception: SGLang ignores a request's own stop tokens together with ignore_eos.
     """
 
     def __init__(
@@ -117,24 +116,24 @@ class StopTokens:
             self._token_ids |= frozenset(end_of_sequence)
         self._min_tokens = min_tokens
         self.engine_stops_too = not ignore_eos
-        """Then its own finish is about to come, with an account that is worth waiting for."""
+        """Whether the engine finishes by itself; its finish with usage and timings is then worth waiting for."""
 
-    def matches(self, token_id: int, place: int) -> bool:
-        """Whether a token ends the generation; `place` counts tokens from 1."""
-        return token_id in self._token_ids and self.may_end(place)
+    def matches(self, token_id: int, number: int) -> bool:
+        """Whether a token ends the generation; `number` counts tokens from 1."""
+        return token_id in self._token_ids and self.may_end(number)
 
-    def may_end(self, place: int) -> bool:
-        """Whether a stop of any kind may end the generation at a token; `place` counts tokens from 1."""
-        return place > self._min_tokens
+    def may_end(self, number: int) -> bool:
+        """Whether any stop may end the generation at a token; `number` counts tokens from 1."""
+        return number > self._min_tokens
 
 
 def _fallbacks(stop: str) -> list[int]:
     """For each length matched, the longest shorter one that is matched then too (Knuth, Morris, Pratt)."""
     fallbacks = [0] * len(stop)
     matched = 0
-    for place in range(1, len(stop)):
-        while matched and stop[matched] != stop[place]:
+    for end in range(1, len(stop)):
+        while matched and stop[matched] != stop[end]:
             matched = fallbacks[matched - 1]
-        matched += stop[matched] == stop[place]
-        fallbacks[place] = matched
+        matched += stop[matched] == stop[end]
+        fallbacks[end] = matched
     return fallbacks

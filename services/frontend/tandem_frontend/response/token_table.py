@@ -1,8 +1,8 @@
-"""What each token of a vocabulary adds to a text, for the tokenizers whose decoding is joining and nothing else.
+"""The text of each token of a vocabulary, for tokenizers whose decoding only joins the texts of the tokens.
 
-Owns the question whether a tokenizer is of that kind: its decoder must be one that is understood, and every token must
-be what the library decodes it to. Holds no stream's state. For every other tokenizer there is no table, and
-`detokenization` decodes a window of tokens instead.
+Decides whether a tokenizer is of that kind: its decoder must be a known one, and each token's text must equal what the
+library decodes it to. Holds no state of a stream. For every other tokenizer there is no table, and `detokenizer`
+decodes a window of tokens instead.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import tokenizers
 
 REPLACEMENT = "\ufffd"
 Piece = str | bytes
-"""Text; or bytes, where a token is no text by itself: a part of a character, or no UTF-8 at all."""
+"""Text; or bytes, where a token is no text by itself: a part of a character, or invalid UTF-8."""
 
 REPLACE_RUN, REPLACE_EACH = "replace", "tandem.replace_each_byte"
-"""What stands for bytes that are no character: one U+FFFD for as many as could have begun one, or one for each."""
+"""Error handlers for invalid bytes: one U+FFFD per maximal prefix of a character, or one per byte."""
 BATCH_TOKENS = 8_192
-"""So many tokens are compared at a time: each is an object and a text of its own meanwhile."""
+"""Tokens decoded at a time: each is an object and a string meanwhile."""
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -48,20 +48,20 @@ BYTE_BY_LETTER = _byte_letters()
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TokenTable:
-    """The pieces of all tokens, by id. Joined and read as UTF-8, they are the text."""
+    """The pieces of all tokens, by id. Joined and decoded as UTF-8, they are the text."""
 
     shown: Sequence[Piece]
-    """With nothing for special tokens."""
+    """Special tokens are empty."""
     whole: Sequence[Piece]
-    """With special tokens by their names."""
+    """Special tokens have their names."""
     errors: str
-    """How bytes that are no character are read: an error handler of `codecs`."""
+    """How invalid bytes are decoded: an error handler of `codecs`."""
     drops_first_space: bool
-    """A space at a text's very beginning is dropped: these pieces only hold behind a text that has begun."""
+    """Whether a space at the very beginning of a text is dropped; the pieces are only valid after other text then."""
 
     @classmethod
     def read(cls, backend: tokenizers.Tokenizer, token_count: int) -> TokenTable | None:
-        """The table of a tokenizer with ids below `token_count`; None where decoding is more than joining."""
+        """The table of a tokenizer with ids below `token_count`; None where decoding is not just joining."""
         spelling = _spelling(backend)
         anchor = None if spelling is None else _anchor(backend, token_count)
         if spelling is None or anchor is None:
@@ -82,7 +82,7 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class _Spelling:
-    """How a decoder reads a token's name."""
+    """How a decoder turns a token's name into text."""
 
     piece: Callable[[str | None], Piece]
     errors: str
@@ -90,7 +90,7 @@ class _Spelling:
 
 
 def _spelling(backend: tokenizers.Tokenizer) -> _Spelling | None:
-    """Of the decoders that are understood; None for every other one."""
+    """The spelling of a known decoder; None for every other one."""
     if backend.decoder is None:
         return None
     steps = list(_steps(json.loads(backend.decoder.__getstate__())))
@@ -122,12 +122,12 @@ def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_one_space(strips: Sequence[dict[str, Any]]) -> bool:
-    """Whether they drop one space at the beginning of the joined text, and nothing else."""
+    """Whether these steps drop one space at the beginning of the joined text, and nothing else."""
     return strips == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
 def _replaced(step: dict[str, Any]) -> tuple[str, str] | None:
-    """What a step replaces by what; None where it does anything else."""
+    """(old, new) of a Replace step; None for any other step."""
     pattern = step.get("pattern")
     if step["type"] != "Replace" or not isinstance(pattern, dict) or not pattern.get("String"):
         return None
@@ -143,7 +143,7 @@ def _byte_level(token: str | None) -> Piece:
 
 
 def _replacing(pairs: Sequence[tuple[str, str]], *, bytes_too: bool) -> Callable[[str | None], Piece]:
-    """The reading of a token by replacements, and by its byte where it names one."""
+    """A spelling by replacements, and by the byte that a byte token names."""
 
     def piece(token: str | None) -> Piece:
         for old, new in pairs:
@@ -162,7 +162,7 @@ def _as_text(own: bytes) -> Piece:
 
 
 def _anchor(backend: tokenizers.Tokenizer, token_count: int) -> int | None:
-    """A token of plain letters, to go before each token that is looked at: then no text's beginning is dropped."""
+    """A token of plain letters to decode before each other token, so that no leading space is dropped."""
     for token_id in range(token_count):
         name = backend.id_to_token(token_id) or ""
         if name.isalpha() and name.isascii() and backend.decode([token_id]) == name:
@@ -171,7 +171,7 @@ def _anchor(backend: tokenizers.Tokenizer, token_count: int) -> int | None:
 
 
 def _pieces(backend: tokenizers.Tokenizer, spelling: _Spelling, anchor: int, token_ids: range) -> list[Piece]:
-    """What the library decodes these to; where that is no text, what the decoder makes of their names."""
+    """What the library decodes the tokens to; where that is no text, what the spelling makes of their names."""
     before = len(backend.decode([anchor]))
     texts = backend.decode_batch([[anchor, token_id] for token_id in token_ids], skip_special_tokens=False)
     return [
@@ -181,9 +181,9 @@ def _pieces(backend: tokenizers.Tokenizer, spelling: _Spelling, anchor: int, tok
 
 
 def _is_right(backend: tokenizers.Tokenizer, spelling: _Spelling, anchor: int, whole: Sequence[Piece]) -> bool:
-    """Whether the pieces that were read from names are what the library shows, and no token without a text exists.
+    """Whether the pieces made from names equal the library's, and every token has text where bytes have tokens.
 
-    Such a token would end a run of bytes where bytes have tokens of their own.
+    A token without text would end a run of byte tokens in the library, but not when pieces are joined.
     """
     before = backend.decode([anchor])
     for token_id, piece in enumerate(whole):

@@ -1,7 +1,6 @@
-"""The forms in which Generate's answers leave: messages of a stream, server-sent events, or one message.
+"""The forms of Generate's responses: a stream of messages, server-sent events, or one message.
 
-Each is an `Answer` that a generation pushes into. `CallWriter` writes to the client's call as chunks come; nothing
-waits for a chunk.
+Each is a `pipeline.Answer` that a generation pushes into. Nothing waits for a chunk to be sent.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from tandem_frontend.response.sse import CONTENT_TYPE, Event, event_json, framed
 
 
 class Call(Protocol):
-    """A client's call, as far as answers need it (`tandem.rpc.http2`)."""
+    """The part of a client's call that writers need (see `tandem.rpc.http2`)."""
 
     @property
     def writable(self) -> bool:
-        """False while the client does not read what was sent."""
+        """False while the client does not read."""
         ...
 
     def on_writable(self, callback: Callable[[], None] | None) -> None:
-        """Called each time it becomes writable again."""
+        """Set the function that is called each time the call becomes writable again."""
         ...
 
     def send(self, message: Any) -> None:
@@ -33,7 +32,7 @@ class Call(Protocol):
 
 
 class CallWriter:
-    """What answers that leave as they come have in common."""
+    """Base of the writers that send chunks as they arrive."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -52,7 +51,7 @@ class ChunkWriter(CallWriter):
     """Generate: each event is a message."""
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self._call.send(pb.GenerateResponse(accepted=accepted))
 
     def chunk(self, chunk: pb.GenerateChunk) -> None:
@@ -60,19 +59,19 @@ class ChunkWriter(CallWriter):
         self._call.send(pb.GenerateResponse(chunk=chunk))
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self._call.send(pb.GenerateResponse(finish=finish))
 
 
 class SseWriter(CallWriter):
-    """GenerateEvents: each event is a server-sent event; the first one sets the content type of the whole answer."""
+    """GenerateEvents: each event is a server-sent event; the first one sets the content type of the whole response."""
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.has_begun = False
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self._send(accepted)
 
     def chunk(self, chunk: pb.GenerateChunk) -> None:
@@ -80,7 +79,7 @@ class SseWriter(CallWriter):
         self._send(chunk)
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self._send(finish)
 
     def _send(self, event: Event) -> None:
@@ -102,10 +101,10 @@ class UnaryWriter:
         return True
 
     def on_writable(self, callback: Callable[[], None]) -> None:
-        """See `relay.Outlet`: it always is."""
+        """See `relay.Outlet`. Never called, because it is always writable."""
 
     def accepted(self, accepted: pb.GenerateAccepted) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self.response.request_id, self.response.model = accepted.request_id, accepted.model
 
     def chunk(self, chunk: pb.GenerateChunk) -> None:
@@ -115,6 +114,6 @@ class UnaryWriter:
         self.response.logprobs.extend(chunk.logprobs)
 
     async def finish(self, finish: pb.GenerateFinish) -> None:
-        """See `generation.Answer`."""
+        """See `pipeline.Answer`."""
         self.response.text = "".join(self._texts)
         self.response.finish.CopyFrom(finish)

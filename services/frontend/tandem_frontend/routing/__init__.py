@@ -1,4 +1,4 @@
-"""The routing hop: which workers serve a request.
+"""Routing: which workers serve a request.
 
-`pools` keeps what is possible, `routes` decides what is preferred, a `policy` chooses among equals.
+`pools` indexes the possible routes, `router` narrows them to the preferred ones, a `policy` picks one of those.
 """

@@ -1,6 +1,6 @@
-"""What a choice results in: a route, how it came to be chosen, or the reason why there is none.
+"""The result of routing: a route with the facts of its selection, or the error that says why there is none.
 
-Pure. Owns the sentences of errors; which routes there are is `pools`'.
+Pure. Owns the texts of those errors; `pools` knows which routes exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tandem.errors import IncompatibleWorkers, NoWorkers, ServiceError
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """How a route came to be chosen, for traces."""
+    """How a route was selected, for traces."""
 
     candidates_count: int = 0
     """Pairs and aggregated workers that were possible."""
@@ -32,12 +32,12 @@ class Pick:
     policy: str = ""
     """The policy's name."""
     why: str = ""
-    """In words."""
+    """One sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Who serves an attempt."""
+    """The workers of one attempt."""
 
     decode: Worker
     """A decode worker, or an aggregated one."""
@@ -47,30 +47,32 @@ class Route:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        """All who take part."""
+        """One or two workers, prefill first."""
         return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
 def why_none(workers: Iterable[Worker], model: str, tokenizer_digest: str) -> Callable[[], ServiceError]:
-    """Why no worker and no pair of workers can serve a model, as a maker of the error; there must be none indeed.
+    """Explain why no worker and no pair of workers can serve a model, given a view in which that is so.
 
-    NoWorkers: a role is missing. IncompatibleWorkers: workers are there, but none fit together, or none read this
-    frontend's tokens, or one that is needed speaks another leg contract.
+    Returns:
+        A function that creates the error. NoWorkers: a role is missing. IncompatibleWorkers: workers exist, but no
+        prefill worker is compatible with a decode worker, or all have another tokenizer than this frontend, or one
+        that is needed has another leg contract.
     """
     serving = [w for w in workers if w.capabilities.model == model and w.state is WorkerState.SERVING]
     readers = [w for w in serving if w.capabilities.tokenizer_digest == tokenizer_digest]
     if serving and not readers:
         return partial(
             IncompatibleWorkers,
-            f"the {len(serving)} workers of model {model} have another tokenizer than this frontend",
+            f"all {len(serving)} workers of model {model} have another tokenizer than this frontend",
             field="tokenizer_digest",
         )
     foreign = _needed_foreigner(readers)
     if foreign is not None:
         return partial(
             IncompatibleWorkers,
-            f"worker {foreign.worker_id} speaks leg contract {foreign.leg_contract} and this frontend {LEG_CONTRACT}, "
-            f"and model {model} has no other route",
+            f"no route for model {model}: worker {foreign.worker_id} has leg contract {foreign.leg_contract}, "
+            f"this frontend needs {LEG_CONTRACT}",
             field="leg_contract",
             worker=foreign.worker_id,
         )
@@ -78,7 +80,7 @@ def why_none(workers: Iterable[Worker], model: str, tokenizer_digest: str) -> Ca
 
 
 def _needed_foreigner(readers: Sequence[Worker]) -> Worker | None:
-    """A worker of another leg contract that would be part of a route if it spoke this frontend's."""
+    """A worker that would be part of a route if it had this frontend's leg contract."""
     offered, accepted = set[object](), set[object]()
     for worker in readers:
         if worker.role is WorkerRole.PREFILL:
@@ -107,12 +109,12 @@ def _no_pair(workers: Sequence[Worker], model: str) -> Callable[[], ServiceError
         return partial(NoWorkers, f"no {missing} worker serves model {model} now", role=missing, model=model)
     prefill, decode = prefills[0], decodes[0]
     differing = incompatible_field(prefill.capabilities, decode.capabilities)
-    assert differing is not None, "a compatible pair was passed over"
+    assert differing is not None, "a compatible pair exists"
     here, there = (getattr(worker.capabilities, differing) for worker in (prefill, decode))
     return partial(
         IncompatibleWorkers,
-        f"no prefill worker fits a decode worker: {differing} is {here} on {prefill.worker_id}, {there} on "
-        f"{decode.worker_id}",
+        f"no prefill worker is compatible with a decode worker: {differing} is {here} on {prefill.worker_id} and "
+        f"{there} on {decode.worker_id}",
         field=differing,
         prefill=prefill.worker_id,
         decode=decode.worker_id,

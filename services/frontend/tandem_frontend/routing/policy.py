@@ -1,6 +1,6 @@
-"""What a policy is: the choice of one worker among those that are equally good for a request.
+"""The interface of a routing policy: it picks one worker among those that are equally preferred for a request.
 
-Owns the seam only. What may be chosen is `pools`', in which order workers are avoided `routes`'.
+Owns the interface only. `pools` knows which workers are possible, `router` which of them are preferred.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tandem_frontend.routing.pool import Live
 
 
 class Policy(Protocol):
-    """Chooses a worker. For a pair it is asked twice: for the one that streams, then for a prefill worker that fits."""
+    """Picks workers. For a pair it is called twice: for the decode worker, then for a compatible prefill worker."""
 
     @property
     def name(self) -> str:
@@ -20,8 +20,8 @@ class Policy(Protocol):
         ...
 
     def choose(self, workers: Live) -> Worker:
-        """One of the workers, at least one, all of one of those two kinds; they may not be kept.
+        """Pick one of `workers`, which is never empty, and must not be kept after the call.
 
-        A look at one of them by its index costs the same however many there are; one at all of them does not.
+        Indexing takes constant time in any fleet; iterating over all workers does not.
         """
         ...

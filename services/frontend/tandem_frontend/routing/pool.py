@@ -1,7 +1,7 @@
 """One pool: decode workers that can receive KV from the same prefill workers, and those; or all aggregated workers.
 
-Pure. Owns the order and the marks of its members, so that some can be left out without a look at the others. Which
-workers make a pool is `pools`'.
+Pure. Keeps its members sorted by context length and grouped by their marks, so that some can be excluded without
+iterating over the others. `pools` decides which workers form a pool.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from operator import itemgetter
 from tandem.domain.worker import Worker
 
 UNHEALTHY, FAILING, REFUSED = 1, 2, 4
-"""Marks of a worker that is better avoided: one bit each."""
+"""Marks of a worker that is avoided while there are others, one bit each: it failed a health check, its circuit breaker
+is open, it refused a leg lately."""
 KEPT_MAX = 64
-"""Results kept of one pool, and of all pools: one for each combination of marks and of the workers a prompt fits."""
+"""Results cached per pool, and for all pools: one per combination of marks and set of workers that fit a prompt."""
 
 Entry = tuple[int, str, int, Worker]
-"""Context in tokens, id and epoch, which order it, and the worker."""
+"""(context in tokens, worker id, epoch, worker), sorted by the first three."""
 Segment = tuple[Sequence[Entry], int]
 """Entries, and the index of the first that may be chosen."""
 
@@ -28,7 +29,7 @@ _context = itemgetter(0)
 
 
 class Live:
-    """Workers that may be chosen now: a sequence that is read in place, valid until the next change of a pool."""
+    """Workers that may be picked: a sequence that reads the pools' own lists, valid until the next change of a pool."""
 
     __slots__ = ("_ends", "_numbers", "_skipped", "segments")
 
@@ -36,9 +37,9 @@ class Live:
         self.segments = segments
         self._ends = list(accumulate([len(entries) - begin for entries, begin in segments]))
         self._numbers: dict[int, int] | None = None
-        """Segments by the identity of their entries; None: not asked for yet."""
+        """Segment number by `id` of its entries; None: not computed yet."""
         self._skipped: Sequence[int] = ()
-        """What is left out, as indices into all segments, ascending."""
+        """Excluded workers, as indices into all segments, ascending."""
 
     def __len__(self) -> int:
         return self._ends[-1] - len(self._skipped) if self._ends else 0
@@ -62,12 +63,12 @@ class Live:
 
     @property
     def context_tokens_max(self) -> int:
-        """The largest context among them; nothing must be left out."""
+        """The largest context among them, before any exclusion."""
         return max(entries[-1][0] for entries, _ in self.segments)
 
     def without(self, members: Iterable[Member]) -> Live:
-        """The same workers but for some, which need not be among them; no other one is looked at."""
-        assert not self._skipped, "what was left out before would come back"
+        """The same workers without some, which need not be among them. Costs nothing for the others."""
+        assert not self._skipped, "workers excluded before would be included again"
         skipped = [index for member in members if (index := self._index(member)) is not None]
         if not skipped:
             return self
@@ -102,15 +103,15 @@ class Member:
         self._enter()
 
     def is_live(self, avoided: int, prompt_tokens: int) -> bool:
-        """Whether it may be chosen by its marks and its context."""
+        """Whether its marks and its context allow it to be picked."""
         return not self.marks & avoided and self.entry[0] > prompt_tokens
 
     def pools(self) -> Iterator[Pool]:
-        """Those that it is a part of."""
+        """The pools that it belongs to."""
         return (pool for group in self.groups for pool in group.pools)
 
     def lists(self) -> Iterator[Sequence[Entry]]:
-        """Where it stands, in each of its groups."""
+        """The list that contains it, in each of its groups."""
         return (group.entries(self.marks) for group in self.groups)
 
     def mark(self, marks: int) -> None:
@@ -130,11 +131,11 @@ class Member:
 
 
 class Group:
-    """Workers in order of their context, apart by their marks."""
+    """Workers sorted by context, one list per combination of marks."""
 
     def __init__(self) -> None:
         self.pools: list[Pool] = []
-        """Those that it belongs to."""
+        """The pools that it belongs to."""
         self._by_marks: dict[int, list[Entry]] = {}
         """Without empty lists."""
 
@@ -142,12 +143,12 @@ class Group:
         return bool(self._by_marks)
 
     def add(self, entry: Entry, marks: int) -> None:
-        """Take a worker in."""
+        """Add a worker."""
         insort(self._by_marks.setdefault(marks, []), entry)
         self._forget_shares()
 
     def remove(self, entry: Entry, marks: int) -> None:
-        """Take a worker out."""
+        """Remove a worker."""
         entries = self._by_marks[marks]
         del entries[bisect_left(entries, entry)]
         if not entries:
@@ -155,11 +156,11 @@ class Group:
         self._forget_shares()
 
     def entries(self, marks: int) -> Sequence[Entry]:
-        """Those with exactly these marks."""
+        """Workers with exactly these marks."""
         return self._by_marks[marks]
 
     def segments(self, avoided: int, prompt_tokens: int) -> list[Segment]:
-        """Members without certain marks that can hold a prompt and one token more."""
+        """Members without any of the marks `avoided` whose context holds the prompt and at least one token more."""
         found: list[Segment] = []
         for marks, entries in self._by_marks.items():
             if not marks & avoided:
@@ -176,12 +177,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a pool has to offer under some conditions."""
+    """The routes of one pool under some conditions."""
 
     streams: Live
     """Decode workers, or aggregated ones."""
     prefills: Live | None
-    """Prefill workers that fit each of them; None: of the pool of aggregated workers."""
+    """Prefill workers compatible with all of them; None in the pool of aggregated workers."""
     routes_count: int
     """Pairs, or aggregated workers."""
 
@@ -198,7 +199,7 @@ class Pool:
             group.pools.append(self)
 
     def share(self, avoided: int, prompt_tokens: int, rank: int) -> Share:
-        """What it offers; `rank` says the same of all lengths of a prompt that fit the same workers."""
+        """Its routes. `rank` is the cache key of the prompt's length: equal for prompts that fit the same workers."""
         known = self._shares.get((avoided, rank))
         if known is None:
             if len(self._shares) >= KEPT_MAX:
@@ -207,7 +208,7 @@ class Pool:
         return known
 
     def forget_shares(self) -> None:
-        """A member has come, gone or changed its marks."""
+        """Drop the cache: a member was added or removed, or its marks changed."""
         self._shares.clear()
 
     def _share(self, avoided: int, prompt_tokens: int) -> Share:

@@ -1,7 +1,7 @@
-"""Pools: the workers that can serve a request together, kept so that a choice costs the same in every fleet.
+"""Index of the workers that can serve a request together, so that routing takes the same time in every fleet.
 
-The index is brought up to date when the view or a worker's marks change, in time linear to the change. Pure.
-Which conditions are asked for in which order is `routes`', the choice among equals the policy's.
+Pure. The index is updated when the view or a worker's marks change, in time linear in the change. `router` decides in
+which order conditions are applied, the policy picks among equals.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY, 
 
 @dataclass(slots=True)
 class Whole:
-    """What all pools have to offer under some conditions."""
+    """The routes of all pools under some conditions."""
 
     avoided: int
-    """Marks of workers that are left out."""
+    """Workers with any of these marks are excluded."""
     prompt_tokens: int
     shares: dict[Pool, Share]
-    """Without pools that have nothing to offer."""
+    """Without pools that have no route."""
     routes_count: int
     _streams: Live | None = None
 
     def streams(self, but: Collection[Pool] = ()) -> Live:
-        """The workers that can stream the answer, but for those of some pools."""
+        """Decode and aggregated workers, without those of the pools `but`."""
         if but:
             return Live(
                 [part for pool, share in self.shares.items() if pool not in but for part in share.streams.segments]
@@ -42,9 +42,9 @@ class Whole:
 
 
 class Selection:
-    """The routes that are possible for one request; valid until the next change of a pool.
+    """The possible routes of one request; valid until the next change of a pool.
 
-    What whole pools have to offer is known; workers that are left out for this request are subtracted.
+    Computed from the cached routes of whole pools, minus the workers that this request excludes.
     """
 
     def __init__(self, pools: Pools, whole: Whole, excluded: tuple[Member, ...] = ()) -> None:
@@ -52,7 +52,7 @@ class Selection:
         self._whole = whole
         self._excluded = excluded
         self._empty: list[Pool] = []
-        """Pools that have something to offer to others only."""
+        """Pools whose routes all contain an excluded worker."""
         self.routes_count = whole.routes_count
         """Pairs and aggregated workers."""
         if excluded:
@@ -61,7 +61,7 @@ class Selection:
 
     @property
     def streams(self) -> Live:
-        """The workers that can stream the answer and have a peer where they need one."""
+        """Aggregated workers, and decode workers with a compatible prefill worker."""
         if self._streams is None:
             self._streams = self._whole.streams(self._empty).without(
                 member for member in self._excluded if member.pool is not None
@@ -69,26 +69,26 @@ class Selection:
         return self._streams
 
     def prefills(self, stream: Worker) -> Live | None:
-        """The prefill workers for one of `streams`; None: it is an aggregated worker."""
+        """The prefill workers compatible with one of `streams`; None for an aggregated worker."""
         member = self._pools.member(stream.start)
-        assert member is not None, "a worker that left its pool was chosen"
-        assert member.pool is not None, "a prefill worker was chosen to stream"
+        assert member is not None, "the policy picked a worker that is in no pool"
+        assert member.pool is not None, "the policy picked a prefill worker to stream"
         return self._prefills(member.pool)
 
     def names(self, most: int) -> list[str]:
-        """So many of the workers that stream, at most, and of the prefill workers of one pool."""
+        """Ids of at most `most` of `streams`, and of as many prefill workers of one pool."""
         shares = self._whole.shares.items()
         pool = next((pool for pool, share in shares if share.prefills is not None and pool not in self._empty), None)
         prefills = None if pool is None else self._prefills(pool)
         return [worker.worker_id for some in (self.streams, prefills or ()) for worker in islice(some, most)]
 
     def avoiding(self, mark: int) -> Selection:
-        """What is left without the workers that have a mark; may be empty."""
+        """The routes without workers that have a mark; may be empty."""
         narrower = self._pools.whole(self._whole.prompt_tokens, self._whole.avoided | mark)
         return Selection(self._pools, narrower, self._excluded)
 
     def without(self, starts: Iterable[Start]) -> Selection:
-        """What is left without certain workers; may be empty."""
+        """The routes without certain workers; may be empty."""
         members = {member: None for start in starts if (member := self._pools.member(start)) is not None}
         more = [member for member in members if member not in self._excluded]
         return Selection(self._pools, self._whole, (*self._excluded, *more)) if more else self
@@ -100,7 +100,7 @@ class Selection:
         return prefills.without(member for member in self._excluded if member.pool is None)
 
     def _subtract(self) -> None:
-        """Count what is left; only the pools of excluded workers are looked at."""
+        """Subtract the routes of excluded workers. Visits only the pools that these belong to."""
         lost: dict[Pool, list[int]] = {}
         for member in self._excluded:
             if member.is_live(self._whole.avoided, self._whole.prompt_tokens):
@@ -121,7 +121,7 @@ class Pools:
 
     def __init__(self, model: str, tokenizer_digest: str) -> None:
         self.version = 0
-        """Grows with each change: what was selected before is out of date."""
+        """Grows with each change, which invalidates every earlier Selection."""
         self._model = model
         self._tokenizer_digest = tokenizer_digest
         self._view = KnownView()
@@ -136,10 +136,10 @@ class Pools:
         """Of all members, ascending."""
         self._wholes: dict[tuple[int, int], Whole] = {}
         self._why_none: Callable[[], ServiceError] | None = None
-        """Makes the error of this view; None: not asked for yet."""
+        """Creates the error of this view; None: not computed yet."""
 
     def follow(self, workers: tuple[Worker, ...]) -> None:
-        """Take another view of the registry."""
+        """Apply a new registry view."""
         removed, added = self._view.replace(workers)
         self._workers, self._why_none = workers, None
         for worker in removed:
@@ -152,7 +152,7 @@ class Pools:
         self._change()
 
     def mark(self, mark: int, starts: Collection[Start]) -> None:
-        """Say which workers have a mark. Costs nothing where it is the same frozenset as before."""
+        """Replace the set of workers that have a mark. Costs nothing where it is the same frozenset as before."""
         known = self._marked[mark]
         if starts is known:
             return
@@ -168,19 +168,19 @@ class Pools:
         return bool(self._marked[mark])
 
     def member(self, start: Start) -> Member | None:
-        """A worker that belongs to a pool, or would if a peer were there."""
+        """The member of a worker; None: its model, tokenizer, state or leg contract exclude it."""
         return self._members.get(start)
 
     def rank(self, prompt_tokens: int) -> int:
-        """How many members are too small for a prompt: equal for prompts that fit the same ones."""
+        """How many members are too small for a prompt: equal for prompts that fit the same workers."""
         return bisect_right(self._contexts, prompt_tokens)
 
     def selection(self, prompt_tokens: int) -> Selection:
-        """The routes for a prompt and one token more; may be empty."""
+        """The routes that hold a prompt and at least one token more; may be empty."""
         return Selection(self, self.whole(prompt_tokens))
 
     def whole(self, prompt_tokens: int, avoided: int = 0) -> Whole:
-        """What all pools offer for a prompt and one token more, without the workers that have one of some marks."""
+        """The routes of all pools for a prompt and one token more, without workers that have any mark of `avoided`."""
         key = avoided, self.rank(prompt_tokens)
         known = self._wholes.get(key)
         if known is None:
@@ -193,7 +193,7 @@ class Pools:
         return known
 
     def context_tokens_max(self) -> int | None:
-        """The longest prompt and answer that any route can hold; None: there is no route."""
+        """The most tokens of prompt and completion together that any route can hold; None: there is no route."""
         shares = [share for pool in self._pools.values() if (share := pool.share(0, -1, 0)).routes_count]
         limits = [
             min(share.streams.context_tokens_max, (share.prefills or share.streams).context_tokens_max)

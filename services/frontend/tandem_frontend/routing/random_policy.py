@@ -1,7 +1,7 @@
-"""The simplest policy: each worker as often as any other. Knows no load.
+"""The simplest policy: uniformly random, without regard to load.
 
-With one choice among all that stream and then one among the prefill workers that fit, requests are spread evenly over
-those that stream, because that is where a request stays longest.
+The decode worker is picked first, then a compatible prefill worker: so requests are spread evenly over the decode
+workers, where a request stays longest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tandem_frontend.routing.pool import Live
 
 
 class RandomPolicy:
-    """Draws a worker."""
+    """Picks a worker at random."""
 
     name = "random"
 
@@ -21,5 +21,5 @@ class RandomPolicy:
         self._rng = rng
 
     def choose(self, workers: Live) -> Worker:
-        """Any of them."""
+        """See `Policy`."""
         return self._rng.choice(workers)

@@ -1,6 +1,7 @@
-"""Who serves an attempt: the registry's view, what has been tried, and the policy come together here.
+"""The router: selects the workers of each attempt from the registry's view and the attempts before.
 
-Owns the order in which routes are preferred. What is possible at all is `pools`', the choice among equals the policy's.
+Owns the order of preference: avoid unhealthy workers, open circuit breakers, recent refusals, workers tried before.
+`pools` knows the possible routes, the policy picks among equals.
 """
 
 from __future__ import annotations
@@ -21,33 +22,34 @@ from tandem_frontend.routing.pools import Pools, Selection
 from tandem_frontend.routing.random_policy import RandomPolicy
 
 AVOIDED_S = 1.0
+"""How long a worker that refused a leg is avoided."""
 
 
 class RecentRefusals:
-    """Remembers starts of workers for a short while. A new start of the same worker begins with a clean sheet."""
+    """Workers that refused a leg lately. A restarted worker is not among them."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._until_s: dict[Start, float] = {}
-        """In order of time."""
+        """In ascending order."""
         self._recent: frozenset[Start] | None = frozenset()
-        """The keys of `_until_s`; None: they have changed since."""
+        """The keys of `_until_s`; None: to be recomputed."""
 
     def note(self, worker: Worker) -> None:
-        """It has not taken a leg."""
+        """Record that a worker did not accept a leg."""
         if self._until_s.pop(worker.start, None) is None:
             self._recent = None
         self._until_s[worker.start] = self._clock() + AVOIDED_S
 
     def recent(self) -> frozenset[Start]:
-        """Those to be avoided now; the same object until one comes or goes."""
+        """Workers to be avoided now; the same object until the set changes."""
         if self._until_s:
-            self._forget(self._clock())
+            self._expire(self._clock())
         if self._recent is None:
             self._recent = frozenset(self._until_s)
         return self._recent
 
-    def _forget(self, now_s: float) -> None:
+    def _expire(self, now_s: float) -> None:
         while self._until_s:
             start = next(iter(self._until_s))
             if self._until_s[start] > now_s:
@@ -57,21 +59,21 @@ class RecentRefusals:
 
 
 NAMED_MAX = 8
-"""Candidates of a role that a trace names."""
+"""Candidates of each role in a trace."""
 AVOIDED = ((UNHEALTHY, "unhealthy"), (FAILING, "failing"), (REFUSED, "refused"))
-"""Marks in the order in which they are avoided, with their names in a trace; `tried` comes after them."""
+"""Marks in the order in which they are avoided, with their names in a trace; `tried` comes last."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Preferred:
-    """What a policy chooses from, and how a trace describes it."""
+    """The routes that the policy picks from, and their description for traces."""
 
     selection: Selection
     pick: Pick
 
 
 class Routes:
-    """Chooses routes for the requests of one model."""
+    """Selects routes for the requests of one model."""
 
     def __init__(
         self,
@@ -83,10 +85,10 @@ class Routes:
         rng: random.Random,
         policy: Policy | None = None,
     ) -> None:
-        """`workers` returns the present view of the registry, `unhealthy` those of them that are better avoided.
+        """`workers` returns the registry's view, `unhealthy` the workers that fail health checks.
 
-        Both are called for each choice and cost nothing then where they return the same object as before. Without a
-        `policy` workers are drawn by `rng`.
+        Both are called for each selection, which is cheap while they return the same object as before. Without a
+        `policy` workers are picked at random by `rng`.
         """
         self._workers = workers
         self._unhealthy = unhealthy
@@ -97,10 +99,10 @@ class Routes:
         self._view: tuple[Worker, ...] = ()
         self._version = self._pools.version
         self._first: dict[int, _Preferred] = {}
-        """For first attempts, by the rank of the prompt; as of `_version`."""
+        """Cache for first attempts, by the rank of the prompt; valid for `_version`."""
 
     def follow(self, workers: tuple[Worker, ...]) -> None:
-        """Take another view at once; else the next choice would have to."""
+        """Apply a new view now; otherwise the next request would pay for it."""
         self._view = workers
         self._pools.follow(workers)
 
@@ -120,19 +122,19 @@ class Routes:
         return self._choose(preferred)
 
     def next(self, prompt_tokens: int, tried: Collection[Start], refused: Collection[Start]) -> Route | None:
-        """The route of another attempt; None when there is none without a worker that refused the request.
+        """The route of another attempt; None when every route contains a worker of `refused`.
 
         Args:
             prompt_tokens: length of the prompt.
             tried: all workers of the attempts before; others are preferred.
-            refused: those among them that did not take their leg.
+            refused: workers that must not be used again, because they failed this request.
         """
         self._refresh()
         possible = self._pools.selection(prompt_tokens).without(refused)
         return self._choose(self._prefer(possible, tried)) if possible.routes_count else None
 
     def _refresh(self) -> None:
-        """Bring the pools up to date. Nothing in here looks at all workers unless something has changed."""
+        """Update the pools. Iterates over workers only where something has changed: it runs for every request."""
         workers = self._workers()
         if workers is not self._view:
             self.follow(workers)
@@ -152,11 +154,13 @@ class Routes:
         if limit is None:
             raise self._pools.why_none()
         raise ContextExceeded(
-            "token_ids", f"{prompt_tokens} tokens leave no room in the {limit} that the engines take now", limit=limit
+            "token_ids",
+            f"prompt of {prompt_tokens} tokens and one new token exceed the {limit} tokens that the workers accept",
+            limit=limit,
         )
 
     def _prefer(self, every: Selection, tried: Collection[Start]) -> _Preferred:
-        """Avoid what is better avoided, one kind after the other, as long as something is left."""
+        """Exclude one kind of avoided worker after the other, as long as any route is left."""
         left, ejected = every, list[str]()
         for mark, name in AVOIDED:
             if self._pools.has_marked(mark):
@@ -174,7 +178,7 @@ class Routes:
 
 
 def _narrowed(left: Selection, narrower: Selection, name: str, ejected: list[str]) -> Selection:
-    """The narrower selection unless it is empty; its name is noted where it leaves something out."""
+    """The narrower selection unless it is empty; its name is recorded where it excludes a route."""
     if not narrower.routes_count or narrower.routes_count == left.routes_count:
         return left
     ejected.append(name)
@@ -182,7 +186,7 @@ def _narrowed(left: Selection, narrower: Selection, name: str, ejected: list[str
 
 
 def _pick(every: Selection, left: Selection, ejected: list[str], policy: str) -> Pick:
-    """What a trace says of a choice; bounded, because a fleet has a million pairs."""
+    """The description of a selection for traces; bounded, because a fleet can have a million pairs."""
     count, left_count = every.routes_count, left.routes_count
     without_them = f", without {' and '.join(ejected)} ones" if ejected else ""
     return Pick(

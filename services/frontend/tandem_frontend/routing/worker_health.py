@@ -1,9 +1,9 @@
-"""Which workers are dead or do not answer, seen by this frontend itself over the connections it uses anyway.
+"""Health of the workers as this frontend itself sees it, over the connections that it uses anyway.
 
-A stream of health to each worker of the view ends when its process dies and says when it no longer serves; it costs
-nothing while nothing happens. Who is frozen keeps its connections: each worker is asked now and then, and at once when
-it does not take a leg. Whoever fails is avoided until it answers again, never excluded. Only time in which this
-frontend's own loop ran counts as a worker's silence. Needs no registry, and changes no view.
+One health stream (grpc.health.v1 Watch) per worker: it breaks when the process dies, reports NOT_SERVING, and costs
+nothing otherwise. A frozen process keeps its connections, so each worker is also checked in turns, and at once when it
+does not accept a leg. An unhealthy worker is avoided until it responds again, never excluded. Only time in which this
+frontend's own event loop ran counts as a worker's silence. Independent of the registry, and never changes the view.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 CHECK_TIMEOUT_S = 0.5
 CHECK_INTERVAL_S = 0.5
 CHECKS_PER_S_MAX = 40
-"""Of all workers together: about four hundredths of a core. The more workers there are, the fewer requests meet one."""
+"""Of all workers together: about 4 % of a core. The more workers there are, the fewer requests hit a frozen one."""
 OPENING_MAX = 16
-"""Connections made at a time; a thousand at once would not all be made within the time that gRPC gives each."""
+"""Concurrent connects; a thousand at once would not all complete within gRPC's connect timeout."""
 OPENING_TIMEOUT_S = 1.0
 
 
@@ -43,26 +43,26 @@ class WorkerHealth:
         self._on: dict[Start, object] = {}
         """The channel of each stream."""
         self._down: set[Start] = set()
-        """Whose stream of health ended, or who said that it does not serve."""
+        """Workers whose health stream broke or reported NOT_SERVING."""
         self._silent: dict[Start, asyncio.Task[None]] = {}
-        """Who did not answer a question, with who asks it again until it does."""
+        """Workers whose last health check timed out, with the task that repeats it until it succeeds."""
         self._unhealthy: frozenset[Start] | None = frozenset()
-        """Those of both; None: they have changed since."""
+        """`_down` and `_silent` together; None: to be recomputed."""
         self._changed = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
 
     def unhealthy(self) -> frozenset[Start]:
-        """Those to be avoided now; the same object until one comes or goes."""
+        """Workers to be avoided now; the same object until the set changes."""
         if self._unhealthy is None:
             self._unhealthy = frozenset(self._down.union(self._silent))
         return self._unhealthy
 
     async def start(self) -> None:
-        """Begin to ask."""
-        self._rounds = asyncio.create_task(self._ask_all(), name="health-rounds")
+        """Begin to check."""
+        self._rounds = asyncio.create_task(self._check_all(), name="health-rounds")
 
     def follow(self, workers: Iterable[Worker]) -> None:
-        """Follow these workers and nobody else. A new start of one of them begins with a clean sheet."""
+        """Watch these workers and no others. A restarted worker begins as healthy."""
         wanted = {worker.start: worker for worker in workers}
         for start in [start for start in self._followed if start not in wanted]:
             self._forget(start)
@@ -71,8 +71,8 @@ class WorkerHealth:
                 self._begin(worker)
         self._changed.set()
 
-    async def answers(self, worker: Worker) -> bool:
-        """Ask a worker whether it serves. Silence is remembered until it has answered."""
+    async def check(self, worker: Worker) -> bool:
+        """Check a worker's health once. One that times out is unhealthy until a later check succeeds."""
         try:
             async with self._timers.within(CHECK_TIMEOUT_S):
                 return await check_health(self._channels.get(worker.address))
@@ -82,11 +82,11 @@ class WorkerHealth:
         except NotSupported:
             return True
         except TandemError:
-            # It cannot be reached, which its stream tells too.
+            # Unreachable: its health stream breaks too, which marks it.
             return False
 
     async def close(self) -> None:
-        """Ask nobody any more. May be called twice."""
+        """Stop all watching. May be called twice."""
         tasks = [task for _, task in self._followed.values()] + list(self._silent.values())
         if self._rounds is not None:
             tasks.append(self._rounds)
@@ -102,7 +102,7 @@ class WorkerHealth:
         self._followed[worker.start] = (worker, task)
 
     def _follow_channel(self, worker: Worker) -> None:
-        """Leave a channel that was replaced, as all are when the certificate has been renewed: it waits for that."""
+        """Move the stream to the worker's new channel after a certificate renewal: the old channel waits for that."""
         channel = self._on.get(worker.start)
         if channel is not None and channel is not self._channels.get(worker.address):
             self._on.pop(worker.start)
@@ -115,28 +115,28 @@ class WorkerHealth:
         self._down.discard(start)
         self._unhealthy = None
         self._on.pop(start, None)
-        asking = self._silent.pop(start, None)
-        if asking is not None:
-            asking.cancel()
+        checking = self._silent.pop(start, None)
+        if checking is not None:
+            checking.cancel()
 
     async def _watch(self, worker: Worker) -> None:
-        """Follow one worker for ever."""
+        """Watch one worker until cancelled."""
         backoff = Backoff()
         while True:
             try:
                 await self._follow_stream(worker, backoff)
             except NotSupported:
-                # Somebody else's worker, without health: only its answers to legs count.
+                # A worker of another implementation, without a health service: only its response to legs counts.
                 return self._note(worker, "")
             except TandemError as problem:
                 self._note(worker, problem.message)
             await asyncio.sleep(backoff.next_s())
 
     async def _follow_stream(self, worker: Worker, backoff: Backoff) -> None:
-        """Follow one stream to its end, which is always an error.
+        """Read one health stream to its end, which is always an error.
 
-        The first answer of a worker that is not known to be down takes one of the few places for that. gRPC itself goes
-        on connecting to one that is, and nothing is to be done until it has.
+        A worker that is not known to be down connects within `_opening`, and must respond in time. To one that is down
+        gRPC reconnects by itself, and there is nothing to do until it has.
         """
         is_down = worker.start in self._down
         channel = self._on[worker.start] = self._channels.get(worker.address)
@@ -147,49 +147,52 @@ class WorkerHealth:
             else:
                 async with self._opening, self._timers.within(OPENING_TIMEOUT_S):
                     watch = HealthWatch(channel, waits=False)
-                    self._note(worker, "" if await watch.read() else "it says so")
+                    self._note(worker, "" if await watch.read() else "it reports NOT_SERVING")
             while True:
-                self._note(worker, "" if await watch.read() else "it says so")
+                self._note(worker, "" if await watch.read() else "it reports NOT_SERVING")
                 backoff.reset()
         except TimeoutError:
-            raise DeadlinePassed(f"no answer within {OPENING_TIMEOUT_S:g} s") from None
+            raise DeadlinePassed(f"no response within {OPENING_TIMEOUT_S:g} s") from None
         finally:
             if watch is not None:
                 watch.close()
 
     def _note(self, worker: Worker, problem: str) -> None:
-        """What a stream has said: nothing where it serves."""
+        """Record the state that a stream reported; "": serving."""
         if not problem and worker.start in self._down:
-            log.info("worker %s serves again", worker.worker_id)
+            log.info("worker %s is healthy again: its health stream reports SERVING", worker.worker_id)
             self._down.discard(worker.start)
             self._unhealthy = None
         elif problem and worker.start not in self._down:
-            log.warning("worker %s does not serve: %s", worker.worker_id, problem)
+            log.warning("worker %s is unhealthy and avoided: %s", worker.worker_id, problem)
             self._down.add(worker.start)
             self._unhealthy = None
 
     def _note_silent(self, worker: Worker) -> None:
         if worker.start in self._followed and worker.start not in self._silent:
-            log.warning("worker %s does not answer within %g s", worker.worker_id, CHECK_TIMEOUT_S)
-            # In a context of its own: it goes on when the request that has met the silence is long over.
-            asking = asyncio.create_task(
-                self._ask_until_it_answers(worker), name=f"silent-{worker.worker_id}", context=contextvars.Context()
+            log.warning(
+                "worker %s is unhealthy and avoided: no response to a health check within %g s",
+                worker.worker_id, CHECK_TIMEOUT_S,
+            )  # fmt: skip
+            # In a context of its own: it outlives the request whose leg the worker did not accept.
+            checking = asyncio.create_task(
+                self._check_until_healthy(worker), name=f"silent-{worker.worker_id}", context=contextvars.Context()
             )
-            self._silent[worker.start] = asking
+            self._silent[worker.start] = checking
             self._unhealthy = None
 
-    async def _ask_until_it_answers(self, worker: Worker) -> None:
+    async def _check_until_healthy(self, worker: Worker) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            if await self.answers(worker):
-                log.info("worker %s answers again", worker.worker_id)
+            if await self.check(worker):
+                log.info("worker %s is healthy again: it responds to health checks", worker.worker_id)
                 del self._silent[worker.start]
                 self._unhealthy = None
                 return
 
-    async def _ask_all(self) -> None:
-        """Ask each worker in turn, for ever: as often as there are few of them."""
-        asked: set[asyncio.Task[bool]] = set()
+    async def _check_all(self) -> None:
+        """Check each worker in turn until cancelled; the fewer workers there are, the more often."""
+        checks: set[asyncio.Task[bool]] = set()
         while True:
             workers = [worker for worker, _ in self._followed.values()]
             if not workers:
@@ -200,9 +203,9 @@ class WorkerHealth:
                 await asyncio.sleep(pause_s)
                 if worker.start not in self._followed:
                     continue
-                # Without usable TLS files there is no channel at all, which the stream itself tells.
+                # Without usable TLS files there is no channel at all, which the stream itself reports.
                 with contextlib.suppress(StartError):
                     self._follow_channel(worker)
                 if worker.start not in self._down and worker.start not in self._silent:
-                    asked = {task for task in asked if not task.done()}
-                    asked.add(asyncio.create_task(self.answers(worker)))
+                    checks = {task for task in checks if not task.done()}
+                    checks.add(asyncio.create_task(self.check(worker)))

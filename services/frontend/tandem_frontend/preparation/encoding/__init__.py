@@ -1,10 +1,11 @@
-"""Texts to token ids outside of the event loop: turns, threads, and processes for the longest texts.
+"""Tokenisation outside of the event loop: in threads, and in processes for the longest texts.
 
-    texts    what is done with a text, wherever it is done
-    turns    so many at a time, the others in order
-    pool     processes for long texts, started with the first of them
-    process  one of them, as its frontend sees it
-    __main__ the same from within
+    texts    encodes one text, in whatever thread or process
+    turns    limits concurrent jobs, first come, first served
+    pool     the processes for long texts, started on demand
+    process  one encoding process, as the frontend sees it
+    frames   the messages between the two
+    __main__ the encoding process itself
 
-The modules are imported one by one: the process for long texts holds a tokenizer and next to nothing else.
+This package imports none of its modules: the encoding process loads a tokenizer and almost nothing else.
 """

@@ -1,7 +1,7 @@
 """`python -m tandem_frontend.preparation.encoding`: encodes the long texts of one frontend, one after the other.
 
-Holds a tokenizer and no state, and ends with its frontend. Runs at a low priority: on a machine without a free core a
-long prompt takes a little longer, so that no stream does.
+Has a tokenizer and no other state, and ends with its frontend. Runs at a low priority: on a machine without a free core
+a long prompt is delayed instead of the streams.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NICENESS = 10
 
 
 def main() -> int:
-    """Serve until the frontend closes its end; returns the exit status."""
-    # It has nothing to end in order, and may be stopped.
+    """Serve until the frontend closes the connection; returns the exit status."""
+    # SIGKILL, because there is nothing to clean up, and it also ends a stopped process.
     if not follow(int(os.environ[VARIABLE]), signal.SIGKILL):
         return 1
     with contextlib.suppress(OSError):
@@ -35,13 +35,13 @@ def main() -> int:
         try:
             encoder = _open(arguments)
         except (OSError, ValueError) as problem:
-            # Without the file's name: an error that clients read says nothing of the machine.
+            # Without the file's path: clients see this error.
             sentence = problem.strerror if isinstance(problem, OSError) else str(problem)
             _answer(connection, frames.REFUSED, f"its tokenizer.json: {sentence}".encode())
             return 1
         _answer(connection, frames.READY)
         trim_memory()
-        # The frontend may go away at any moment, also before it has its answer.
+        # The frontend may end at any moment, also while it waits for a result.
         with contextlib.suppress(ConnectionError):
             _serve(connection, encoder)
     return 0
@@ -50,8 +50,8 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tandem_frontend.preparation.encoding", allow_abbrev=False)
     parser.add_argument("--file", type=Path, required=True, help="the tokenizer.json")
-    parser.add_argument("--digest", required=True, help="SHA-256, hex, of what the frontend read there")
-    parser.add_argument("--tokens-max", type=int, required=True, help="a text of more is not encoded")
+    parser.add_argument("--digest", required=True, help="SHA-256 (hex) of the file that the frontend has loaded")
+    parser.add_argument("--tokens-max", type=int, required=True, help="limit of tokens of one text")
     parser.add_argument("--descriptor", type=int, required=True, help="the socket to the frontend")
     return parser.parse_args()
 
@@ -75,7 +75,7 @@ def _serve(connection: socket.socket, encoder: TextEncoder) -> None:
             except TooManyTokens:
                 _answer(connection, frames.TOO_MANY)
             else:
-                # As a message: the frontend never makes an object of each.
+                # As a protobuf message, so that the frontend never creates an object per id.
                 _answer(connection, frames.IDS, pb.TokenIds(ids=ids).SerializeToString())
                 del ids
             del text

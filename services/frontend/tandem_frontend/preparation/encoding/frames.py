@@ -1,9 +1,9 @@
-"""What a frontend and its encoding process write to each other: one question, one answer, and so on.
+"""The protocol between a frontend and its encoding process: one question, one answer, in turns.
 
-    question   length of the text in bytes, whether special tokens are added; the text in UTF-8
-    answer     kind, length of what follows; for IDS a TokenIds message
+    question   length of the text in bytes, whether special tokens are added; then the text in UTF-8
+    answer     kind, length of the content; then the content: for IDS a TokenIds message
 
-The first answer, READY or REFUSED, comes unasked.
+The first answer, READY or REFUSED, is sent without a question.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ANSWER: Final = struct.Struct("<BQ")
 
 READY: Final = 0
 REFUSED: Final = 1
-"""It cannot start; what follows says why."""
+"""It cannot start; the content is the reason."""
 IDS: Final = 2
 TOO_MANY: Final = 3
 """The text has more tokens than were allowed."""

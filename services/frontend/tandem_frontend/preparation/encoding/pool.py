@@ -1,7 +1,7 @@
-"""The processes that encode long texts: so many at most, started when there is work for them, and each for one text.
+"""The pool of encoding processes: started on demand up to a limit, each encoding one text at a time.
 
-Owns their starts and their end. A process that fails takes the one text along that it was busy with; the next text gets
-another process.
+Owns their start and end. When a process fails, only the text that it was encoding fails; the next text gets a new
+process.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class EncoderPool:
-    """Processes for the long texts of one tokenizer."""
+    """Encoding processes of one tokenizer."""
 
     def __init__(self, spec: EncoderSpec, width: int) -> None:
-        """At most `width` processes, and as many texts at a time."""
+        """`width` limits the processes, and so the texts encoded at a time."""
         self._spec = spec
         self._turns = Turns(width)
         self._idle: list[EncoderProcess] = []
@@ -32,25 +32,25 @@ class EncoderPool:
 
     @property
     def waiting_count(self) -> int:
-        """Texts that no process has begun with."""
+        """Texts that wait for a process."""
         return self._turns.waiting_count
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes there are."""
+        """Process ids of all running processes."""
         return [process.pid for process in (*self._idle, *self._busy)]
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
-        """Token ids of a text, in its turn.
+        """Token ids of a text.
 
         Raises:
-            TooManyTokens: nothing was encoded.
-            ServiceError: the process failed with it, or does not start.
+            TooManyTokens: the text has more tokens than allowed.
+            ServiceError: the process failed, or could not be started.
         """
         return await self._turns.run(partial(self._encode, text, add_special_tokens))
 
     async def close(self) -> None:
-        """End the processes; texts that wait or are being encoded are refused."""
+        """End all processes; texts that wait or are being encoded fail."""
         self._is_closed = True
         await asyncio.gather(*(process.stop() for process in (*self._idle, *self._busy)))
         self._idle.clear()
@@ -65,7 +65,7 @@ class EncoderPool:
             self._idle.append(process)
             raise
         except BaseException as problem:
-            log.error("%s (pid %d): the next long prompt gets another one", problem or "cancelled", process.pid)
+            log.error("%s (pid %d); the next long prompt gets a new process", problem or "cancelled", process.pid)
             await process.stop()
             raise
         else:
@@ -75,13 +75,13 @@ class EncoderPool:
             self._busy.discard(process)
 
     async def _take(self) -> EncoderProcess:
-        """A process that is ready; the turn to use one is held."""
+        """An idle or a new process. The caller holds a turn, so there are fewer than `width`."""
         self._check_open()
         while self._idle:
             process = self._idle.pop()
             if not process.has_ended:
                 return process
-            log.error("the process that tokenises long prompts has ended (pid %d): starting another", process.pid)
+            log.error("the process that tokenises long prompts has ended (pid %d); starting a new one", process.pid)
             await process.stop()
         process = await EncoderProcess.start(self._spec)
         try:
@@ -93,4 +93,4 @@ class EncoderPool:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise Draining("this frontend is going away")
+            raise Draining("this frontend is stopping")

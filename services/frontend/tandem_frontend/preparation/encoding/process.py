@@ -1,7 +1,6 @@
-"""One encoding process as its frontend sees it: started, asked, ended.
+"""One encoding process as its frontend sees it: start, encode, stop.
 
-Owns the connection and the bound on an answer's time. Takes one text at a time; the order of texts, and the start of
-the next process, are `pool`'s.
+Owns the connection and the timeouts. Encodes one text at a time; `pool` orders the texts and starts new processes.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from tandem_frontend.preparation.encoding import frames
 from tandem_frontend.preparation.encoding.texts import TooManyTokens
 
 START_TIMEOUT_S = 60.0
-"""A large tokenizer takes two seconds of processor time, which a busy machine gives in its own time."""
+"""A large tokenizer takes two seconds of CPU time to load, and longer on a busy machine."""
 ANSWER_TIMEOUT_S = 60.0
-"""A million tokens take a second and a half of it; what takes so much longer will not come to an end."""
+"""A million tokens take 1.5 seconds of CPU time; a process that takes this much longer hangs."""
 END_TIMEOUT_S = 1.0
 READ_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
-    """What a process needs to know."""
+    """The arguments of an encoding process."""
 
     file: Path
     """The tokenizer.json."""
     digest: str
-    """SHA-256, hex, of what it holds: another one's ids would be of another model."""
+    """SHA-256 (hex) of its content: with a changed file the ids would be those of another tokenizer."""
     tokens_max: int
-    """A text of more is not encoded."""
+    """Limit of tokens of one text."""
 
 
 class EncoderProcess:
-    """A process that is ready."""
+    """A started process that is ready to encode."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -53,10 +52,10 @@ class EncoderProcess:
 
     @classmethod
     async def start(cls, spec: EncoderSpec) -> EncoderProcess:
-        """Start one; return when it is ready.
+        """Start a process; return when it is ready.
 
         Raises:
-            ServiceError: it does not start; nothing of it is left.
+            ServiceError: it does not start; it has been cleaned up.
         """
         own_end, its_end = socket.socketpair()
         with its_end:
@@ -84,22 +83,22 @@ class EncoderProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Its process id."""
         return self._process.pid
 
     @property
     def has_ended(self) -> bool:
-        """Whether it answers nothing any more."""
+        """Whether it has exited or closed its connection."""
         return self._reader.at_eof() or self._process.returncode is not None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
-        """Token ids of a text, as a list that protobuf's messages take over as a whole.
+        """Token ids of a text, as a protobuf list.
 
-        After any failure but TooManyTokens the process must be stopped: an answer may still be on its way.
+        After any failure except TooManyTokens the process must be stopped: a late answer would be read as the next.
 
         Raises:
-            TooManyTokens: nothing was encoded.
-            ServiceError: the process has ended or does not answer.
+            TooManyTokens: the text has more tokens than allowed.
+            ServiceError: the process has ended, or did not answer in time.
         """
         content = text.encode()
         try:
@@ -117,11 +116,11 @@ class EncoderProcess:
         return pb.TokenIds.FromString(answer).ids
 
     async def stop(self) -> None:
-        """End it; a text that waits for its answer gets ServiceError. Harmless twice."""
-        # Not closed: what it has not read yet would be waited for.
+        """End it; a text that is being encoded fails with ServiceError. May be called twice."""
+        # Aborted, not closed: closing would wait until it has read everything.
         self._writer.transport.abort()
         try:
-            # The end of its questions is its end; it is killed when it is in the middle of one.
+            # It exits when its connection ends, but not in the middle of a text: it is killed then.
             async with asyncio.timeout(END_TIMEOUT_S):
                 await self._process.wait()
         except TimeoutError:
@@ -138,7 +137,7 @@ class EncoderProcess:
 
 
 async def _spawn(spec: EncoderSpec, its_end: socket.socket) -> asyncio.subprocess.Process:
-    """Start the process. asyncio may hang when this is cancelled in its middle, so a cancellation waits for its end."""
+    """Start the process. Cancelling asyncio's call can hang, so a cancellation waits for it and kills the process."""
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
             sys.executable,
@@ -150,9 +149,9 @@ async def _spawn(spec: EncoderSpec, its_end: socket.socket) -> asyncio.subproces
             f"--descriptor={its_end.fileno()}",
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=(its_end.fileno(),),
-            # Ctrl-C is for the parent, which ends its streams first.
+            # Ctrl-C must reach only the frontend, which finishes its streams first.
             start_new_session=True,
-            # The library's pool of threads is of no use for one text at a time.
+            # The library's thread pool does not help with one text at a time.
             env={**os.environ, VARIABLE: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"},
         )
     )

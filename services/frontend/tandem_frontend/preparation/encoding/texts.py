@@ -1,7 +1,6 @@
-"""What is done with a text to get its token ids: counted first where it may be far too long, then encoded whole.
+"""Encodes one text: counts its tokens first where it may be far too long, then encodes it as a whole.
 
-Blocks until it is done, and lets other threads run meanwhile. Knows neither requests nor models: a refusal says how
-many tokens were too many, and the caller names the field.
+Blocks, but lets other threads run meanwhile. Knows neither requests nor models: the caller names the field of an error.
 """
 
 from __future__ import annotations
@@ -12,33 +11,33 @@ import ctypes
 import tokenizers
 
 COUNTED_CHARS = 16_384
-"""A text that may be longer than that is counted first, in pieces of this size."""
+"""Size of the pieces in which a long text is counted."""
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than were allowed."""
+    """A text has more tokens than allowed."""
 
 
 class TextEncoder:
-    """Encodes texts of at most `tokens_max` tokens; or of some more, where they are short."""
+    """Encodes texts of at most `tokens_max` tokens. The limit is not exact: counting in pieces can differ slightly."""
 
     def __init__(self, backend: tokenizers.Tokenizer, tokens_max: int) -> None:
         self._backend = backend
         self._tokens_max = tokens_max
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Control tokens in it are read as such.
+        """Token ids of a text. Control tokens in it become their token ids.
 
         Raises:
-            TooManyTokens: before they are held in memory.
+            TooManyTokens: raised before all tokens are in memory.
         """
-        # A character is a token at most.
+        # A text has at most as many tokens as characters.
         if len(text) > self._tokens_max:
             self._check_count(text)
         return self._encoding(text, add_special_tokens).ids
 
     def _check_count(self, text: str) -> None:
-        """Count the tokens of a long text without holding more than a piece of them."""
+        """Count the tokens of a long text with one piece in memory at a time."""
         count = 0
         for begin in range(0, len(text), COUNTED_CHARS):
             count += len(self._encoding(text[begin : begin + COUNTED_CHARS], False))
@@ -46,8 +45,8 @@ class TextEncoder:
                 raise TooManyTokens(f"over {self._tokens_max} tokens")
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        # A batch, even of one, lets other threads run; encode() holds the interpreter's lock to its end, in whatever
-        # thread it is, and the event loop waits.
+        # encode_batch_fast() releases the interpreter's lock; encode() holds it to its end, which would stop the event
+        # loop even from another thread.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
@@ -55,19 +54,19 @@ def open_backend(content: bytes) -> tokenizers.Tokenizer:
     """The tokenizer in the content of a tokenizer.json.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is no tokenizer.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as problem:  # the library raises bare Exception
         raise ValueError(str(problem)) from None
-    # A file may say that texts are cut or padded; here neither may happen unseen.
+    # A file may configure truncation and padding, which would change prompts silently.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def trim_memory() -> None:
-    """Give back what reading a tokenizer or a long text took: up to half of the process. On Linux only."""
+    """Return freed memory to the system after loading a tokenizer or a long text: up to half. On Linux only."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

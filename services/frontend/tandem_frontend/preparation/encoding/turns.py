@@ -1,8 +1,7 @@
-"""So many jobs at a time, and the others in the order in which they came.
+"""Limits concurrent jobs: `width` run at a time, the others wait in order of arrival.
 
-Owns the jobs that run. A caller that leaves while its job runs leaves it behind, and the job keeps its turn to its
-end: what it does in a thread or in another process cannot be called back. One that leaves while it waits gives its turn
-back.
+Owns the running jobs. When a caller is cancelled, its running job goes on and keeps its turn to its end: work in a
+thread or another process cannot be cancelled. A job that still waits is dropped.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ T = TypeVar("T")
 
 
 class Turns:
-    """A queue before something of which there are few. Belongs to no event loop before a job has to wait."""
+    """A first-come, first-served limit. Can be created outside of an event loop."""
 
     def __init__(self, width: int) -> None:
-        """`width` jobs run at a time."""
+        """`width`: jobs that run at a time."""
         self._free = width
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._running: set[asyncio.Task[Any]] = set()
 
     @property
     def waiting_count(self) -> int:
-        """Jobs that have not begun."""
+        """Jobs that wait."""
         return len(self._waiting)
 
     @property
     def running_count(self) -> int:
-        """Jobs that have."""
+        """Jobs that run."""
         return len(self._running)
 
     async def run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """What the job returns or raises, once it has had its turn."""
+        """Run a job in its turn. Returns or raises what the job does."""
         await self._begin()
         task = asyncio.create_task(job())
         self._running.add(task)
@@ -43,9 +42,9 @@ class Turns:
         return await asyncio.shield(task)
 
     async def wait_idle(self) -> None:
-        """Return when no job runs, and none waits."""
+        """Return when no job runs or waits."""
         while self._running or self._waiting:
-            # One that waits has its turn as soon as one ends that runs.
+            # A waiting job starts when a running one ends, so there is always one to wait for.
             await asyncio.wait(self._running.copy())
 
     async def _begin(self) -> None:
@@ -60,14 +59,14 @@ class Turns:
             if turn.cancelled():
                 self._waiting.remove(turn)
             else:
-                # It came in the same moment.
+                # The turn was assigned in the same iteration of the loop in which the caller was cancelled.
                 self._pass_on()
             raise
 
     def _end(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            # A caller that has left does not read the failure; unread, it would be logged as a defect.
+            # A cancelled caller never retrieves the exception, and asyncio would log that as an error.
             task.exception()
         self._pass_on()
 

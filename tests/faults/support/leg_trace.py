@@ -26,7 +26,7 @@ FLOOR = 10
 """Answers before, during and after each fault; with fewer the run is void."""
 HELD_MIN = 2
 """Requests the victim must have in the phase when it is struck."""
-AGAIN = re.compile(r'^{"time": "(?P<time>[^"]+)".*(going on after|trying another route)', re.MULTILINE)
+AGAIN = re.compile(r'^{"time": "(?P<time>[^"]+)".*(continuing after|trying another route)', re.MULTILINE)
 
 
 @dataclass(slots=True)
