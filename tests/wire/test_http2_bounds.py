@@ -1,4 +1,4 @@
-"""What one peer may cost the others: frames without an effect, unfinished requests and unread answers."""
+"""What one peer may cost the others: frames without an effect, unfinished requests, unread answers, and GOAWAY."""
 
 from __future__ import annotations
 
@@ -226,6 +226,45 @@ async def test_a_stream_of_requests_may_be_silent_between_messages() -> None:
         peer.h2.send_data(1, framed(b"two"), end_stream=True)
         peer.flush()
         assert (await peer.answer(1)).data == framed(b"one") + framed(b"two")
+
+
+async def test_a_call_that_is_under_way_when_its_client_is_sent_away_is_served() -> None:
+    async with echoing() as (_, address, server), raw_peer(address) as peer:
+        peer.ask(1, framed(b"x"))
+        await peer.answer(1)
+        server.release(1)
+        peer.ask(3, framed(b"under way"))
+        assert (await peer.answer(3)).data == framed(b"under way")
+        await peer.closed()
+        assert peer.goaway is not None
+        assert peer.goaway.last_stream_id == 3
+        assert peer.goaway.error_code == 0
+
+
+async def test_a_client_that_does_not_answer_is_sent_away_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GOAWAY_WAIT_S", 0.2)
+    monkeypatch.setattr(limits, "CLOSE_TIMEOUT_S", 0.2)
+    async with echoing() as (_, address, server), raw_peer(address):
+        server.release(1)
+        assert not [one for one in server._connections if not one.is_leaving], "it is asked once"
+        await assert_eventually(lambda: not server._connections, within_s=3)
+
+
+async def test_grpcs_client_loses_no_call_when_it_is_sent_away() -> None:
+    async with echoing() as (_, address, server), open_channel(address) as channel:
+        call = channel.unary_unary(UNARY)
+        is_done = False
+
+        async def ask() -> None:
+            while not is_done:
+                assert await call(b"hello" * 500, timeout=5) == b"hello" * 500
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        for _ in range(30):
+            await asyncio.sleep(0.02)
+            server.release(2)
+        is_done = True
+        await asyncio.gather(*asking)
 
 
 async def unread(echo: Echo, peer: RawPeer, first: int, count: int, size: int) -> None:

@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 PING = b"tandem??"
 COSTS_TOO_MUCH = "it sends too much that means nothing"
+LEAVE_PING = b"tandem.."
+"""Its answer says that the peer has read the GOAWAY before it."""
+NO_STREAM_YET = 2**31 - 1
+"""The last stream of a GOAWAY that refuses none."""
 
 
 class Server(Shared, Protocol):
@@ -54,6 +58,9 @@ class Connection(asyncio.Protocol):
         self._is_resting = False
         """Frames that have come wait for the next turn of the loop; nothing more is read until then."""
         self._conduct = Conduct(server.streams_max)
+        self._leaving_code = ErrorCodes.NO_ERROR
+        self._leaving: asyncio.TimerHandle | None = None
+        """Until then a peer that was told to leave may open streams that were under way."""
         self._closing: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
         self._transport: asyncio.Transport
@@ -111,8 +118,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it takes no more calls."""
-        return self._is_leaving
+        """Whether its client was told to open no more calls."""
+        return self._is_leaving or self._leaving is not None
 
     @property
     def was_used(self) -> bool:
@@ -124,17 +131,42 @@ class Connection(asyncio.Protocol):
         """When the peer last sent anything, in the loop's time."""
         return self._keepalive.heard_s
 
-    def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Take no more calls; close when those that are open have ended."""
+    def leave(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR, *, at_once: bool = False) -> None:
+        """Take no more calls; close when those that are open have ended.
+
+        A client learns it a while later. What it has sent until then is served: of calls that one GOAWAY refuses,
+        gRPC's own client loses some. With `at_once`, they are refused all the same.
+        """
+        if self._is_leaving or self._is_closed:
+            return
+        if at_once or not self._is_greeted:
+            self._leave_at_last(error_code)
+        elif self._leaving is None:
+            self._sender.write(goaway_frame(NO_STREAM_YET, error_code))
+            self._state.ping(LEAVE_PING)
+            self._sender.take_from_state()
+            self._leave_later(limits.GOAWAY_WAIT_S, error_code)
+
+    def _leave_later(self, wait_s: float, error_code: ErrorCodes) -> None:
+        self._leaving_code = error_code
+        self._leaving = self._loop.call_later(wait_s, self._leave_at_last, error_code)
+
+    def _leave_at_last(self, error_code: ErrorCodes) -> None:
         if self._is_leaving or self._is_closed:
             return
         self._is_leaving = True
+        self._stop_waiting()
         self._sender.write(goaway_frame(self._state.highest_inbound_stream_id, error_code))
         self._close_if_done()
 
+    def _stop_waiting(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
     def cut(self, code: grpc.StatusCode, details: str) -> None:
         """End all calls with this status, and then the connection."""
-        self.leave()
+        self.leave(at_once=True)
         self._streams.cut_all(code, details)
 
     def give_up(self, why: str, error_code: ErrorCodes | None = ErrorCodes.ENHANCE_YOUR_CALM) -> None:
@@ -268,6 +300,12 @@ class Connection(asyncio.Protocol):
         if not self._conduct.ping(self._loop.time()):
             self.give_up(COSTS_TOO_MUCH)
 
+    def _on_ping_answer(self, event: events.PingAckReceived) -> None:
+        if event.ping_data == LEAVE_PING and self._leaving is not None:
+            # gRPC's own client answers before it writes the headers of streams that it has begun.
+            self._leaving.cancel()
+            self._leave_later(limits.GOAWAY_SETTLE_S, self._leaving_code)
+
     def _on_goaway(self, event: events.ConnectionTerminated) -> None:
         """The client opens no more streams."""
         self._is_leaving = True
@@ -287,18 +325,30 @@ class Connection(asyncio.Protocol):
 
     def _close_if_done(self) -> None:
         if self._is_leaving and not self._streams.count and not self._is_closed:
-            self._close()
+            self._close(waits=True)
 
-    def _close(self) -> None:
-        """What was written may leave, but not for ever."""
+    def _close(self, *, waits: bool = False) -> None:
+        """What was written may leave, but not for ever.
+
+        With `waits` the peer is to close first: a socket that is closed with something unread in it throws away what
+        the peer has not read either, which may be the last response. TLS says goodbye by itself.
+        """
         self._sender.flush()
         self._end()
         if self._closing is None:
             self._closing = self._loop.call_later(limits.CLOSE_TIMEOUT_S, self._transport.abort)
-        self._transport.close()
+        if not waits or not self._transport.can_write_eof() or self._transport.is_closing():
+            self._transport.close()
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:
+            # The peer has closed it already.
+            self._transport.close()
 
     def _end(self) -> None:
         self._is_closed = True
+        self._stop_waiting()
         self._keepalive.close()
         self._sender.close()
         self._streams.leave_all()
@@ -318,5 +368,6 @@ _HANDLERS: dict[type[events.Event], Callable[[Connection, Any], None]] = {
     events.RemoteSettingsChanged: Connection._on_settings,
     events.PingReceived: Connection._on_ping,
     events.ConnectionTerminated: Connection._on_goaway,
+    events.PingAckReceived: Connection._on_ping_answer,
 }
 """What ends a stream comes with the event that carries its last bytes, and is read there."""

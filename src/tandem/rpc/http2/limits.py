@@ -20,6 +20,10 @@ PROGRESS_TIMEOUT_S = 30.0
 kbit/s. A message that never ends would hold its memory for ever, and so would one with a byte now and then."""
 MESSAGE_TIMEOUT_S = 300.0
 """Most time for the whole of it. The longest message takes 0.5 Mbit/s."""
+GOAWAY_WAIT_S = 1.0
+"""Most time for a peer to answer the first GOAWAY. Streams that it opens until then are served."""
+GOAWAY_SETTLE_S = 0.1
+"""From its answer to the second GOAWAY, which refuses what comes later."""
 TURN_S = 0.001
 """Frames of one connection are worked through for so long in one turn of the loop, then others have theirs."""
 CLOSE_TIMEOUT_S = 3.0

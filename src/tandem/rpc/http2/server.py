@@ -185,7 +185,7 @@ class Http2RpcServer(ServiceHost):
         connection = self._least_needed()
         if connection is not None:
             del self._connections[connection]
-            connection.leave()
+            connection.leave(at_once=True)
             return True
         self._log_full()
         return False
