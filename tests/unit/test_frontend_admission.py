@@ -63,6 +63,18 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
     assert places.open_count == 0
 
 
+async def test_answers_that_are_not_read_count_as_open() -> None:
+    unread = 1
+    places = Admission(2, Fixed(1), monotonic, unread_count=lambda: unread)
+    with places.admit():
+        assert places.open_count == 2
+        with pytest.raises(Overloaded, match="2 requests are open"), places.admit():
+            pass
+        unread = 0
+        with places.admit():
+            pass
+
+
 def test_a_process_that_is_late_refuses_newcomers_and_goes_on_with_the_others() -> None:
     async def live() -> None:
         loop, load = asyncio.get_running_loop(), LoopLoad(thread_time=lambda: 0.0)

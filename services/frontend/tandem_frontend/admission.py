@@ -8,7 +8,7 @@ and by the requests and tokens the workers have room for, which the others wait 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -54,8 +54,13 @@ class Admission:
         clock: Clock,
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
+        unread_count: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`load` measures this process's loop, which refuses new requests while it is later than `lag_max_s`."""
+        """`load` measures this process's loop, which refuses new requests while it is later than `lag_max_s`.
+
+        `unread_count` says how many long answers are ready and wait for their clients: they count as open.
+        """
+        self._unread_count = unread_count
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
         self._lag_max_s = lag_max_s
@@ -73,8 +78,8 @@ class Admission:
 
     @property
     def open_count(self) -> int:
-        """Requests that have not ended yet."""
-        return self._open_count
+        """Requests that have not ended yet, or whose long answers have not been read."""
+        return self._open_count + self._unread_count()
 
     @property
     def waiting_count(self) -> int:
@@ -91,9 +96,10 @@ class Admission:
         """
         if self._is_closed:
             raise Draining("this frontend is going away")
-        if self._open_count >= self._open_requests_max:
+        open_count = self.open_count
+        if open_count >= self._open_requests_max:
             raise Overloaded(
-                f"{self._open_count} requests are open here already", retry_delay_s=self._delay_s(self._line.tokens)
+                f"{open_count} requests are open here already", retry_delay_s=self._delay_s(self._line.tokens)
             )
         if self._load.late_s > self._lag_max_s:
             raise Overloaded(
