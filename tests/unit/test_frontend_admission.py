@@ -65,6 +65,18 @@ async def test_slots_are_released_however_a_request_ends() -> None:
     assert controller.open_count == 0
 
 
+async def test_unread_responses_count_as_open() -> None:
+    unread = 1
+    admission = Admission(2, Fixed(1), monotonic, unread_count=lambda: unread)
+    with admission.admit():
+        assert admission.open_count == 2
+        with pytest.raises(Overloaded, match="2 requests are open"), admission.admit():
+            pass
+        unread = 0
+        with admission.admit():
+            pass
+
+
 def test_new_requests_are_rejected_while_the_event_loop_is_late() -> None:
     async def live() -> None:
         loop, load = asyncio.get_running_loop(), LoopLoad(thread_time=lambda: 0.0)

@@ -155,4 +155,8 @@ def test_a_budget_is_spent_at_once_and_fills_again_with_time() -> None:
     assert [budget.spend(100.0) for _ in range(4)] == [True, True, True, False]
     assert [budget.spend(101.0) for _ in range(3)] == [True, True, False]
     assert [budget.spend(1_000.0) for _ in range(4)] == [True, True, True, False]
-    assert budget.spend(1_000.0, earned=1)
+    assert budget.spend(1_000.0, -1)
+    assert budget.spend(1_000.0)
+    assert not budget.spend(1_000.0)
+    assert not budget.spend(1_001.0, 3), "what is refused takes nothing"
+    assert budget.spend(1_001.0, 2)

@@ -163,7 +163,12 @@ class FrontendApp:
         self._loads = LoadWatch(self._channels, on_change=self._note_load)
         load = LoopLoad()
         admission = self._admission = Admission(
-            config.open_requests_max, self._capacity, monotonic, load, config.overload_lag_s
+            config.open_requests_max,
+            self._capacity,
+            monotonic,
+            load,
+            config.overload_lag_s,
+            lambda: server.unread_call_count,
         )
         await self._health.start()
         # Seeded by the system, so that no two processes choose alike; no value is a secret.

@@ -8,7 +8,7 @@ rejected at once. A request beyond the workers' free capacity (requests, KV toke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -55,6 +55,7 @@ class Admission:
         clock: Clock,
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
+        unread_count: Callable[[], int] = lambda: 0,
     ) -> None:
         """Create an empty admission queue.
 
@@ -64,7 +65,9 @@ class Admission:
             clock: of the deadlines.
             load: measures this process's event loop.
             lag_max_s: new requests are rejected while the event loop is later than this.
+            unread_count: how many long responses are complete and unread by their clients; they count as open.
         """
+        self._unread_count = unread_count
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
         self._lag_max_s = lag_max_s
@@ -82,8 +85,8 @@ class Admission:
 
     @property
     def open_count(self) -> int:
-        """Admitted requests that have not finished, queued ones included."""
-        return self._open_count
+        """Admitted requests that have not finished, queued ones included, or whose long responses are unread."""
+        return self._open_count + self._unread_count()
 
     @property
     def waiting_count(self) -> int:
@@ -100,9 +103,10 @@ class Admission:
         """
         if self._is_closed:
             raise Draining("this frontend is draining and accepts no new requests")
-        if self._open_count >= self._open_requests_max:
+        open_count = self.open_count
+        if open_count >= self._open_requests_max:
             raise Overloaded(
-                f"{self._open_count} requests are open on this frontend, its limit is {self._open_requests_max}",
+                f"{open_count} requests are open on this frontend, its limit is {self._open_requests_max}",
                 retry_delay_s=self._delay_s(self._queue.tokens),
             )
         if self._load.late_s > self._lag_max_s:

@@ -13,13 +13,15 @@ from typing import Any
 
 import grpc
 
-from tandem.errors import InvalidRequest, TandemError
+from tandem.errors import InvalidRequest, Overloaded, TandemError
 from tandem.rpc.handler_guard import as_error
+from tandem.rpc.http2 import limits
 from tandem.rpc.http2.call_context import CallContext, Carrier
 from tandem.rpc.http2.framing import PREFIX
 from tandem.rpc.http2.message_reader import MessageReader, unpacked
 from tandem.rpc.http2.metadata import IDENTITY, Fields, Request, sent_fields, status_block
 from tandem.rpc.http2.methods import Method
+from tandem.rpc.http2.pace import Pace
 from tandem.rpc.http2.request_queue import RequestQueue
 from tandem.rpc.http2.sender import Outgoing
 from tandem.rpc.status import to_grpc_status
@@ -34,11 +36,11 @@ class Call(CallContext):
         "_held_bytes",
         "_is_compressed",
         "_message",
+        "_pace",
         "_reader",
         "_requests",
         "_task",
         "_timer",
-        "heard_s",
     )
 
     def __init__(self, carrier: Carrier, stream_id: int, method: Method, request: Request, outgoing: Outgoing) -> None:
@@ -49,12 +51,14 @@ class Call(CallContext):
         self._message: bytes | None = None
         self._is_compressed = False
         self._held_bytes = 0
-        self.heard_s: float | None = self._loop.time()
-        """When the last piece of a request came that is not whole; None: nothing is missing."""
+        self._pace: Pace | None = None
+        """Of a request that is not whole; None: nothing is missing."""
         self._timer: asyncio.TimerHandle | None = None
         if self._deadline_s is not None:
             self._timer = self._loop.call_at(self._deadline_s, self._expire)
-        if method.is_streamed:
+        if not method.is_streamed:
+            self._pace = Pace(self._loop.time())
+        else:
             give_back = partial(carrier.give_back, stream_id)
             self._requests = RequestQueue(method, self._new_reader(), carrier.request_bytes_max, give_back)
             self._start()
@@ -74,14 +78,35 @@ class Call(CallContext):
             return
         try:
             if self._requests is not None:
-                self._requests.feed(data, size, ends=ends)
-                self._hold(self._requests.held_bytes)
+                whole = self._receive_more(self._requests, data, size, ends)
             else:
-                self._receive_one(data, ends)
+                whole = self._receive_one(data, ends)
+            if data and not ends and len(data) < limits.PIECE_BYTES_MIN and not self._is_ended:
+                self._carrier.count_piece(whole)
         except TandemError as problem:
-            self._carrier.count_failure(problem)
-            self.refuse(problem)
-            self._cancel()
+            self._reject(problem)
+
+    def look(self, now_s: float) -> None:
+        """End it if its request does not go on, or its response is not read. Called every few seconds."""
+        if self._requests is not None:
+            if not self._requests.lacks_bytes:
+                self._pace = None
+            elif self._pace is None:
+                self._pace = Pace(now_s)
+        if self._pace is not None and self._pace.is_slow(now_s):
+            self._reject(
+                InvalidRequest(
+                    "request",
+                    f"did not go on: {limits.PROGRESS_BYTES} bytes must come in {limits.PROGRESS_TIMEOUT_S:g} s, "
+                    f"and a message in {limits.MESSAGE_TIMEOUT_S:g} s",
+                )
+            )
+        elif self._outgoing.is_slow(now_s):
+            self.cut(grpc.StatusCode.RESOURCE_EXHAUSTED, "the response is not read")
+
+    def evict(self) -> None:
+        """Its unfinished request has to make room for those of others."""
+        self._reject(Overloaded("too many requests are arriving at the same time, and others go on faster"))
 
     def wake(self) -> None:
         """The client lets more of it through."""
@@ -122,47 +147,65 @@ class Call(CallContext):
         self.refuse(as_error(problem, self._method.path))
         self._cancel()
 
-    def _receive_one(self, data: bytes, ends: bool) -> None:
+    def _reject(self, problem: TandemError) -> None:
+        """The request cannot be read any further."""
+        self._carrier.count_failure(problem)
+        self.refuse(problem)
+        self._cancel()
+
+    def _receive_more(self, requests: RequestQueue, data: bytes, size: int, ends: bool) -> int:
+        """Of a stream of requests. Returns how many messages this completes."""
+        whole = requests.feed(data, size, ends=ends)
+        if whole or self._pace is None:
+            self._pace = Pace(self._loop.time()) if requests.lacks_bytes else None
+        self._hold(requests.held_bytes, size)
+        return whole
+
+    def _receive_one(self, data: bytes, ends: bool) -> int:
+        """Of the one request. Returns how many messages this completes."""
         if ends and self._reader is None and len(data) >= PREFIX.size:
             flag, length = PREFIX.unpack_from(data)
             if flag == 0 and length == len(data) - PREFIX.size <= self._carrier.request_bytes_max:
                 self._message = data[PREFIX.size :]
                 self._start()
-                return
-        self._receive_piece(data, ends)
+                return 1
+        return self._receive_piece(data, ends)
 
-    def _receive_piece(self, data: bytes, ends: bool) -> None:
+    def _receive_piece(self, data: bytes, ends: bool) -> int:
         """Of a request that does not come as one frame."""
         reader = self._reader
         if reader is None:
             reader = self._reader = self._new_reader()
-        for is_compressed, message in reader.feed(data):
+        messages = reader.feed(data)
+        for is_compressed, message in messages:
             if self._message is not None:
                 raise InvalidRequest("request", "is more than one message")
             self._is_compressed, self._message = is_compressed, message
         if self._message is not None and reader.held_bytes:
             raise InvalidRequest("request", "is more than one message")
         if not ends:
-            self.heard_s = self._loop.time()
-            self._hold(reader.held_bytes + len(self._message or b""))
-            return
+            self._hold(reader.held_bytes + len(self._message or b""), len(data))
+            return len(messages)
         reader.finish()
         if self._message is None:
             raise InvalidRequest("request", "holds no message")
         self._start()
+        return len(messages)
 
     def _new_reader(self) -> MessageReader:
         may_be_compressed = self._request.encoding != IDENTITY
         return MessageReader(self._carrier.request_bytes_max, may_be_compressed=may_be_compressed)
 
-    def _hold(self, size: int) -> None:
+    def _hold(self, size: int, more: int = 0) -> None:
+        """So many bytes of the request are kept; `more` have just come."""
+        advances = self._pace is not None and self._pace.count(more, self._loop.time())
         if size != self._held_bytes:
-            more, self._held_bytes = size - self._held_bytes, size
-            self._carrier.hold(more)
+            self._held_bytes = size
+            self._carrier.hold(self, size, advances=advances)
 
     def _finish_request(self) -> None:
         """Nothing more of it is waited for."""
-        self.heard_s = self._reader = None
+        self._pace = self._reader = None
         self._hold(0)
         if self._requests is not None and self._is_ended:
             self._requests.close()

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from time import monotonic
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import Event
+from h2.exceptions import StreamClosedError, StreamIDTooLowError
+from h2.frame_buffer import FrameBuffer
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs
 from hpack.hpack import encode_integer
-from hyperframe.frame import Frame, GoAwayFrame
+from hyperframe.frame import Frame, GoAwayFrame, HeadersFrame
 
 from tandem.rpc.http2 import limits
 from tandem.rpc.service_host import HEADERS_BYTES_MAX
@@ -70,6 +73,39 @@ def goaway_frame(last_stream_id: int, error_code: ErrorCodes, why: bytes = b"") 
     return FRAME.pack(len(body) >> 8, len(body) & 0xFF, GOAWAY, 0, 0) + body
 
 
+class TurnBuffer(FrameBuffer):
+    """h2's buffer of what has come, which gives the frames of one turn of the loop and counts them.
+
+    The others stay in it: h2 takes them up when it is given more bytes, or none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(server=True)
+        self.frame_count = 0
+        """Given so far, and what dear ones cost beside that."""
+        self.is_late = False
+        """The time of this turn is over."""
+        self._until_s = 0.0
+
+    def begin_turn(self) -> None:
+        """Give frames for `limits.TURN_S`, one at least."""
+        self.is_late = False
+        self._until_s = monotonic() + limits.TURN_S
+
+    @property
+    def has_more(self) -> bool:
+        """Whether frames may have been left for the next turn."""
+        return self.is_late and len(self._data) >= FRAME.size
+
+    def __next__(self) -> Frame:
+        if self.is_late:
+            raise StopIteration
+        frame = super().__next__()
+        self.frame_count += 1
+        self.is_late = monotonic() > self._until_s
+        return frame
+
+
 class Http2State(H2Connection):
     """h2's connection as a server of many streams needs it."""
 
@@ -89,7 +125,7 @@ class Http2State(H2Connection):
                 SettingCodes.MAX_HEADER_LIST_SIZE: HEADERS_BYTES_MAX,
             },
         )
-        self.decoder.max_header_list_size = limits.HEADER_BLOCK_BYTES_MAX
+        self.incoming_buffer: TurnBuffer = TurnBuffer()
 
     def begin(self) -> None:
         """Announce settings, and open the window of the connection."""
@@ -122,6 +158,19 @@ class Http2State(H2Connection):
         stream = self.streams.pop(stream_id, None)
         if stream is not None:
             self._closed_streams[stream_id] = stream.closed_by
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
+        """Unpack a block as far as its length allows.
+
+        Those of a stream that is closed are unpacked as well, and no event tells of them.
+        """
+        unpacked_bytes_max = HEADERS_BYTES_MAX + len(frame.data)
+        self.decoder.max_header_list_size = min(unpacked_bytes_max, limits.HEADER_BLOCK_BYTES_MAX)
+        try:
+            return super()._receive_headers_frame(frame)
+        except (StreamClosedError, StreamIDTooLowError):
+            self.incoming_buffer.frame_count += len(frame.data) // limits.HEADER_COST_BYTES
+            raise
 
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         """A client that opens no more streams still waits for the answers to those it has opened.

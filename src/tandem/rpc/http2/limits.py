@@ -14,8 +14,18 @@ HANDSHAKE_TIMEOUT_S = 10.0
 PING_AFTER_S = 10.0
 """So long without a byte, and the peer is asked whether it is there."""
 PING_TIMEOUT_S = 5.0
-REQUEST_SILENCE_S = 30.0
-"""Most time between two pieces of one request. A message that never ends would hold its memory for ever."""
+PROGRESS_BYTES = 16 * 2**10
+PROGRESS_TIMEOUT_S = 30.0
+"""Of a request that is not whole, and of a finished response that is not read, so many bytes must pass in this time: 4
+kbit/s. A message that never ends would hold its memory for ever, and so would one with a byte now and then."""
+MESSAGE_TIMEOUT_S = 300.0
+"""Most time for the whole of it. The longest message takes 0.5 Mbit/s."""
+GOAWAY_WAIT_S = 1.0
+"""Most time for a peer to answer the first GOAWAY. Streams that it opens until then are served."""
+GOAWAY_SETTLE_S = 0.1
+"""From its answer to the second GOAWAY, which refuses what comes later."""
+TURN_S = 0.001
+"""Frames of one connection are worked through for so long in one turn of the loop, then others have theirs."""
 CLOSE_TIMEOUT_S = 3.0
 """Most time for the last bytes of a connection that is closed to leave."""
 
@@ -34,7 +44,12 @@ FRAME_BYTES_MAX = 64 * 2**10
 
 HEADER_BLOCK_BYTES_MAX = 256 * 2**10
 """Of one header block, packed or unpacked. More ends the connection, because its compression state is lost; what is
-larger than `tandem.rpc.service_host.HEADERS_BYTES_MAX` ends its own call only."""
+larger than `tandem.rpc.service_host.HEADERS_BYTES_MAX` (64 KiB) ends its own call only, if it came as long as that. A
+field of one byte counts up to 60 and takes 2.5 us to unpack: a block may unpack to 64 KiB more than it is, 3 ms."""
+HEADER_COST_BYTES = 64
+"""A header block that h2 unpacks for a stream that is closed costs a frame for each so many bytes."""
+LARGE_HEADERS_COST = 8
+"""Headers that were unpacked and are too large cost so many streams that come to nothing."""
 PEER_SETTINGS_MAX = 64
 """h2 keeps every setting of a peer, known or not."""
 CLOSED_STREAMS_KEPT = 4_096
@@ -46,9 +61,12 @@ CONTROL_BYTES_MAX = 2**20
 """Acknowledgements, headers and trailers a peer may leave unread; flow control does not hold them back."""
 
 HELD_BYTES_MAX = 256 * 2**20
-"""Unfinished requests of all connections. Room for four of the longest is always there; see `HeldBytes`."""
+"""Unfinished requests of all connections. Room for four of the longest is always there."""
 HELD_SHARE = 4
 """One connection may hold one such part of it."""
+UNSENT_BYTES_MAX = 256 * 2**20
+"""Messages of all connections that their peers do not read. As much as 4,096 streams that wait at
+`STREAM_UNSENT_BYTES_MAX`; whole answers have no bound of their own but the length of a message."""
 
 
 class Budget:
@@ -62,15 +80,16 @@ class Budget:
         self._per_s = per_s
         self._seen_s = 0.0
 
-    def spend(self, now_s: float, earned: int = 0) -> bool:
-        """Take one. False: there is none left. `earned` is given before."""
+    def spend(self, now_s: float, count: int = 1) -> bool:
+        """Take so many; a negative count gives. False: there are not so many left."""
+        left = self._left
         if self._seen_s:
-            earned_s = (now_s - self._seen_s) * self._per_s
-            self._left = min(self._burst, self._left + earned_s + earned)
+            left = min(self._burst, left + (now_s - self._seen_s) * self._per_s)
         self._seen_s = now_s
-        if self._left < 1:
+        if count > 0 and count > left:
+            self._left = left
             return False
-        self._left -= 1
+        self._left = min(self._burst, left - count)
         return True
 
 
@@ -84,10 +103,26 @@ def settings_budget() -> Budget:
     return Budget(100, 1)
 
 
-def idle_frame_budget() -> Budget:
-    """Frames that carry nothing: window updates, priorities, empty DATA, unknown kinds.
+FRAME_WORTH_BYTES = 2**10
+"""Bytes that earn a frame: a peer may send as many frames as it likes if they are long."""
+OWED_FRAMES_MAX = 50_000
+"""Window updates for messages that were sent and that a peer may have put off: half a second of work."""
+PIECE_BYTES_MIN = 2**10
+"""A shorter piece in the middle of a request counts as a small one."""
 
-    Each frame that is sent earns one, because a peer gives back what it has read.
+
+def idle_frame_budget() -> Budget:
+    """Frames that carry nothing: window updates, priorities, empty DATA, unknown kinds, all on streams that are closed.
+
+    See `tandem.rpc.http2.conduct` for what earns them.
+    """
+    return Budget(5_000, 1_000)
+
+
+def small_piece_budget() -> Budget:
+    """Short DATA frames in the middle of a message. Each message that is whole earns one.
+
+    An edge passes on what its clients send, so beyond it the call is refused that has sent the piece.
     """
     return Budget(5_000, 1_000)
 
@@ -100,10 +135,6 @@ def reset_budget(streams_max: int) -> Budget:
     return Budget(max(STREAMS_MAX, streams_max), 100)
 
 
-class HeldBytes:
-    """Bytes of requests that have begun to arrive and are not whole yet, over all connections."""
-
-    def __init__(self, request_bytes_max: int) -> None:
-        self.bytes_max = max(HELD_BYTES_MAX, HELD_SHARE * request_bytes_max)
-        self.share_bytes_max = self.bytes_max // HELD_SHARE
-        self.bytes = 0
+def held_bytes_max(request_bytes_max: int) -> int:
+    """Of requests that have begun to arrive and are not whole yet, over all connections."""
+    return max(HELD_BYTES_MAX, HELD_SHARE * request_bytes_max)

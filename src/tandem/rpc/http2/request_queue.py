@@ -37,14 +37,20 @@ class RequestQueue:
         """Of a message that is not whole."""
         return self._reader.held_bytes
 
-    def feed(self, data: bytes, size: int, *, ends: bool) -> None:
-        """A piece of the stream, which took `size` of the peer's window.
+    @property
+    def lacks_bytes(self) -> bool:
+        """Whether it is the peer's turn: a message is not whole, and those before it have been read."""
+        return self._reader.held_bytes > 0 and not self._messages
+
+    def feed(self, data: bytes, size: int, *, ends: bool) -> int:
+        """A piece of the stream, which took `size` of the peer's window. Returns how many messages it has completed.
 
         Raises:
             TandemError: it is not what gRPC sends, or too much of it.
         """
         self._kept_bytes += size
-        self._messages.extend(self._reader.feed(data))
+        messages = self._reader.feed(data)
+        self._messages.extend(messages)
         if len(self._messages) > limits.QUEUED_REQUESTS_MAX:
             raise Overloaded("requests come faster than they are read")
         if not self._messages:
@@ -54,6 +60,7 @@ class RequestQueue:
             self._reader.finish()
             self._is_ended = True
         self._wake()
+        return len(messages)
 
     def close(self) -> None:
         """Nothing of it will be read any more."""

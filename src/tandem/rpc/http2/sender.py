@@ -17,6 +17,7 @@ from h2.stream import H2Stream
 
 from tandem.rpc.http2 import limits
 from tandem.rpc.http2.framing import DATA, FRAME, FRAME_AND_PREFIX, PREFIX, Http2State
+from tandem.rpc.http2.pace import Pace, Room
 
 PREFIX_BYTES = PREFIX.size
 
@@ -24,12 +25,20 @@ PREFIX_BYTES = PREFIX.size
 class Sender:
     """The way out of one connection."""
 
-    def __init__(self, state: Http2State, transport: asyncio.Transport, on_overrun: Callable[[str], None]) -> None:
-        """`on_overrun` is called with the reason when a peer leaves too much unread that no window holds back."""
+    def __init__(
+        self, state: Http2State, transport: asyncio.Transport, room: Room, on_overrun: Callable[[str], None]
+    ) -> None:
+        """`on_overrun` is called with the reason when a peer leaves too much unread that no window holds back.
+
+        `room` is what all connections share for messages that their peers do not read.
+        """
         self.state = state
+        self.room = room
+        self.on_evicted: Callable[[int], None] = lambda stream_id: None
+        """Called with the stream whose messages have to make room."""
         self.frame_bytes_max = 0
         self.frame_count = 0
-        """Sent so far."""
+        """Frames of messages that were sent so far."""
         self.is_paused = False
         """The socket takes no more at the moment."""
         self._transport = transport
@@ -70,6 +79,8 @@ class Sender:
             if self._control_bytes > limits.CONTROL_BYTES_MAX:
                 self._on_overrun("it does not read what it has asked for")
                 return
+        # `flush` counts it as one.
+        self.frame_count -= 1
         self.write(frames)
 
     def take_from_state(self) -> None:
@@ -97,6 +108,10 @@ class Sender:
         self.is_closed = True
         self._frames.clear()
         self._ready.clear()
+
+    def now_s(self) -> float:
+        """The loop's time."""
+        return self._loop.time()
 
     def pause(self) -> None:
         """The socket is full."""
@@ -137,7 +152,19 @@ class Sender:
 class Outgoing:
     """The messages of one stream that are on their way to the peer."""
 
-    __slots__ = ("_is_full", "_messages", "_offset", "_on_sent", "_sender", "_stream", "on_writable", "unsent_bytes")
+    __slots__ = (
+        "_is_counted",
+        "_is_full",
+        "_messages",
+        "_moved_bytes",
+        "_offset",
+        "_on_sent",
+        "_pace",
+        "_sender",
+        "_stream",
+        "on_writable",
+        "unsent_bytes",
+    )
 
     def __init__(self, sender: Sender, stream: H2Stream) -> None:
         self._sender = sender
@@ -145,8 +172,12 @@ class Outgoing:
         self._messages: deque[bytes] | None = None
         self._offset = 0
         """Of the first message, so much has left."""
-        self._is_full = False
+        self._is_counted = self._is_full = False
+        self._moved_bytes = 0
+        """That the peer has read since it last made progress."""
         self._on_sent: Callable[[], None] | None = None
+        self._pace: Pace | None = None
+        """Of what is left once there are no more messages."""
         self.unsent_bytes = 0
         self.on_writable: Callable[[], None] | None = None
         """Called each time it becomes writable again."""
@@ -178,22 +209,38 @@ class Outgoing:
         """There will be no more messages. Called once all of them have left."""
         if self.unsent_bytes:
             self._on_sent = on_sent
+            self._pace = Pace(self._sender.now_s())
+            self._is_counted = not self.writable
+            self._sender.room.unread_count += self._is_counted
         else:
             on_sent()
+
+    def is_slow(self, now_s: float) -> bool:
+        """Whether the peer reads the last of it too slowly."""
+        return self._pace is not None and self.unsent_bytes > 0 and self._pace.is_slow(now_s)
+
+    def evict(self) -> None:
+        """Its messages have to make room for those of others."""
+        self._sender.on_evicted(self._stream.stream_id)
 
     def cut(self) -> bool:
         """Drop the messages of which nothing has left. Returns whether that is all of them."""
         if self._offset:
             return False
         self._messages = None
-        self.unsent_bytes = 0
-        self._sender.discard(self)
+        self._drop()
         return True
 
     def discard(self) -> None:
         """Nothing of it is sent any more."""
-        self._messages = self._on_sent = self.on_writable = None
-        self.unsent_bytes = 0
+        self._messages = self.on_writable = None
+        self._drop()
+        self._take_on_sent()
+
+    def _drop(self) -> None:
+        if self.unsent_bytes:
+            self.unsent_bytes = 0
+            self._sender.room.keep(self, 0)
         self._sender.discard(self)
 
     def wake(self) -> None:
@@ -206,9 +253,13 @@ class Outgoing:
             self._messages = deque()
         self._messages.append(message)
         self.unsent_bytes += len(message)
+        room = self._sender.room
+        room.keep(self, self.unsent_bytes)
         self.wake()
         self._sender.pump()
         self._is_full = not self.writable
+        if room.bytes > room.bytes_max:
+            room.evict()
 
     def send_frame(self) -> bool:
         """Send one frame. Returns whether there is more, and room for it in the stream's own window."""
@@ -222,16 +273,35 @@ class Outgoing:
         stream.outbound_flow_control_window -= size
         sender.state.outbound_flow_control_window -= size
         sender.write(FRAME.pack(size >> 8, size & 0xFF, DATA, 0, stream.stream_id) + data)
+        self._note_progress(size)
         if self._is_full and self.writable:
             self._is_full = False
             sender.mark_writable(self)
         if self.unsent_bytes:
             return stream.outbound_flow_control_window > 0
         self._messages = None
-        if self._on_sent is not None:
-            on_sent, self._on_sent = self._on_sent, None
+        on_sent = self._take_on_sent()
+        if on_sent is not None:
             on_sent()
         return False
+
+    def _take_on_sent(self) -> Callable[[], None] | None:
+        """Nothing waits for it any more."""
+        on_sent, self._on_sent = self._on_sent, None
+        if self._is_counted:
+            self._is_counted = False
+            self._sender.room.unread_count -= 1
+        return on_sent
+
+    def _note_progress(self, size: int) -> None:
+        room = self._sender.room
+        room.keep(self, self.unsent_bytes)
+        self._moved_bytes += size
+        if self._moved_bytes >= limits.PROGRESS_BYTES:
+            self._moved_bytes = 0
+            room.advance(self)
+        if self._pace is not None:
+            self._pace.count(size, self._sender.now_s())
 
     def _take(self, size: int) -> bytes:
         """The next bytes, of several messages where one is shorter."""

@@ -23,6 +23,7 @@ from tandem.rpc.http2 import limits
 from tandem.rpc.http2.connection import Connection
 from tandem.rpc.http2.listener import Listener, LocalListener
 from tandem.rpc.http2.methods import Methods
+from tandem.rpc.http2.pace import Room
 from tandem.rpc.service_host import AddServicer, ServiceHost, warn_of_plaintext
 from tandem.tls.paths import Tls
 
@@ -54,7 +55,10 @@ class Http2RpcServer(ServiceHost):
         """
         guard = HandlerGuard(request_bytes_max)
         self.methods = Methods(guard)
-        self.held = limits.HeldBytes(request_bytes_max)
+        self.held = Room(limits.held_bytes_max(request_bytes_max))
+        """Of requests that are not whole."""
+        self.unsent = Room(limits.UNSENT_BYTES_MAX)
+        """Of messages that wait for their peers."""
         self.request_bytes_max = request_bytes_max
         self.streams_max = streams_max
         self._calls = guard.calls
@@ -103,6 +107,11 @@ class Http2RpcServer(ServiceHost):
     def connection_count(self) -> int:
         """Connections that are open, those whose handshake is not over among them."""
         return len(self._connections) + len(self._handshakes)
+
+    @property
+    def unread_call_count(self) -> int:
+        """Calls whose handlers have ended and whose clients have more than `STREAM_UNSENT_BYTES_MAX` to read."""
+        return self.unsent.unread_count
 
     @property
     def open_call_count(self) -> int:
@@ -176,7 +185,7 @@ class Http2RpcServer(ServiceHost):
         connection = self._least_needed()
         if connection is not None:
             del self._connections[connection]
-            connection.leave()
+            connection.leave(at_once=True)
             return True
         self._log_full()
         return False

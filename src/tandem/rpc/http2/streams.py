@@ -12,9 +12,10 @@ from typing import Protocol
 import grpc
 from h2.errors import ErrorCodes
 
-from tandem.errors import InvalidRequest, NotSupported, Overloaded, TandemError
+from tandem.errors import NotSupported, RequestTooLarge, TandemError
 from tandem.rpc.http2 import limits
 from tandem.rpc.http2.call import Call
+from tandem.rpc.http2.conduct import Conduct
 from tandem.rpc.http2.framing import Http2State, header_block
 from tandem.rpc.http2.metadata import (
     CONTENT_TYPE,
@@ -28,6 +29,7 @@ from tandem.rpc.http2.metadata import (
     status_block,
 )
 from tandem.rpc.http2.methods import Methods
+from tandem.rpc.http2.pace import Keeper, Room
 from tandem.rpc.http2.peer import Peer
 from tandem.rpc.http2.sender import Outgoing, Sender
 from tandem.rpc.status import to_grpc_status
@@ -40,7 +42,8 @@ class Shared(Protocol):
     """What the connections of one server share."""
 
     methods: Methods
-    held: limits.HeldBytes
+    held: Room
+    unsent: Room
     request_bytes_max: int
     streams_max: int
 
@@ -55,7 +58,13 @@ class Streams:
     """Of one connection; what its calls see of it (`tandem.rpc.http2.call_context.Carrier`)."""
 
     def __init__(
-        self, shared: Shared, state: Http2State, sender: Sender, peer: Peer, on_end: Callable[[], None]
+        self,
+        shared: Shared,
+        state: Http2State,
+        sender: Sender,
+        peer: Peer,
+        conduct: Conduct,
+        on_end: Callable[[], None],
     ) -> None:
         """`on_end` is called after each call that has ended."""
         self.peer = peer
@@ -66,7 +75,9 @@ class Streams:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, Call] = {}
-        self._held_bytes = 0
+        self._held = Room(shared.held.bytes_max // limits.HELD_SHARE)
+        self._conduct = conduct
+        sender.on_evicted = self._evict
         self._unacknowledged_bytes = 0
 
     @property
@@ -76,8 +87,10 @@ class Streams:
 
     # What the peer does.
 
-    def begin(self, stream_id: int, fields: Fields, *, ends: bool) -> None:
+    def begin(self, stream_id: int, fields: Fields, *, ends: bool) -> int:
         """A call, or what is refused at once. `ends`: there is no more of it.
+
+        Returns what its headers have cost for nothing, in streams that were opened for nothing.
 
         Raises:
             Malformed: this is no HTTP/2.
@@ -88,6 +101,10 @@ class Streams:
             self.close_response(stream_id, refusal.block)
         except TandemError as problem:
             self._refuse(stream_id, problem)
+            return limits.LARGE_HEADERS_COST if isinstance(problem, RequestTooLarge) else 1
+        else:
+            return 0
+        return 1
 
     def _begin(self, stream_id: int, fields: Fields, ends: bool) -> None:
         request = read_request(fields)
@@ -109,13 +126,14 @@ class Streams:
             fields.append(ACCEPTED_ENCODINGS)
         self.close_response(stream_id, status_block(status.code.value[0], status.details, fields, opens=True))
 
-    def receive(self, stream_id: int, data: bytes, size: int, *, ends: bool) -> None:
-        """Bytes of a request, which took `size` of the peer's window."""
+    def receive(self, stream_id: int, data: bytes, size: int, *, ends: bool) -> bool:
+        """Bytes of a request, which took `size` of the peer's window. Returns whether there is such a call."""
         call = self._calls.get(stream_id)
         if call is None or not call.is_streamed:
             self._acknowledge(stream_id, size, ends)
         if call is not None:
             call.receive(data, size, ends=ends)
+        return call is not None
 
     def _acknowledge(self, stream_id: int, size: int, ends: bool) -> None:
         """Let the peer send more. Of a stream that has ended, only the connection's window matters."""
@@ -157,14 +175,17 @@ class Streams:
         for call in list(self._calls.values()):
             call.cut(code, details)
 
-    def end_silent(self) -> None:
-        """End calls whose request has stopped in the middle."""
-        bound_s = self._loop.time() - limits.REQUEST_SILENCE_S
+    def look(self) -> None:
+        """End calls whose request does not go on, or whose response is not read."""
+        now_s = self._loop.time()
         for call in list(self._calls.values()):
-            if call.heard_s is not None and call.heard_s < bound_s:
-                problem = InvalidRequest("request", f"did not go on for {limits.REQUEST_SILENCE_S:g} s")
-                self.count_failure(problem)
-                call.refuse(problem)
+            call.look(now_s)
+
+    def _evict(self, stream_id: int) -> None:
+        """What is unsent of a call has to make room for that of others."""
+        call = self._calls.get(stream_id)
+        if call is not None:
+            call.cut(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many responses are not read, and others go on faster")
 
     # What calls do.
 
@@ -193,17 +214,23 @@ class Streams:
             self._sender.take_from_state()
         self._close(stream_id)
 
-    def hold(self, size: int) -> None:
-        """Count bytes of unfinished requests, of this connection and of all.
+    def hold(self, keeper: Keeper, size: int, *, advances: bool) -> None:
+        """Count bytes of an unfinished request, of this connection and of all; the slowest makes room for others."""
+        for room in (self._held, self._shared.held):
+            room.keep(keeper, size)
+            if advances:
+                room.advance(keeper)
+        for room in (self._held, self._shared.held):
+            if room.bytes > room.bytes_max:
+                room.evict()
+
+    def count_piece(self, messages: int) -> None:
+        """A short piece of a request has come, which completes so many messages.
 
         Raises:
-            Overloaded: they are too many.
+            Overloaded: too many complete none.
         """
-        held = self._shared.held
-        self._held_bytes += size
-        held.bytes += size
-        if size > 0 and (held.bytes > held.bytes_max or self._held_bytes > held.share_bytes_max):
-            raise Overloaded("too many requests are arriving at the same time")
+        self._conduct.piece(self._loop.time(), messages)
 
     def give_back(self, stream_id: int, size: int) -> None:
         """Let the peer send so many bytes more."""
