@@ -71,7 +71,7 @@ REQUESTS = (
     Panel("Queue wait", "Of admitted requests.", "s", quantiles("tandem_queue_wait_seconds")),
     Panel(
         "Admitted and rejected",
-        "A rejected request reached no worker; the reason tells client errors from cluster errors.",
+        "A rejected request reached no worker; the reason separates client errors from cluster errors.",
         "reqps",
         {
             "admitted": rate("tandem_requests_admitted_total"),

@@ -18,7 +18,7 @@ monotonic: Clock = time.monotonic
 
 
 def since_boot() -> float:
-    """Monotonic seconds that go on while the machine sleeps, where it can tell; for leases, which go on elsewhere."""
+    """Monotonic seconds that also count while the machine sleeps, where the system provides them; for leases."""
     clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock_id)
 
@@ -29,7 +29,7 @@ def epoch_now() -> int:
 
 
 class SteadyTime:
-    """Time of day during one course of events: read once, and continued by the monotonic clock.
+    """Time of day of related events: read once, and continued by the monotonic clock.
 
     A machine's clock that is set meanwhile changes neither the order of what happens nor how long it takes.
     """
@@ -46,7 +46,7 @@ class SteadyTime:
 
 
 class ManualClock:
-    """A clock that goes only when told to."""
+    """A clock that moves only when a test moves it."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self.now_s = now_s

@@ -46,7 +46,7 @@ class TandemError(Exception):
     """Name in `tandem.api.types.v1.ErrorReason` without its prefix."""
 
     def __init__(self, message: str, /, **metadata: str | int | None) -> None:
-        """`metadata` may hold any key: another process's error is told again with the keys that came with it."""
+        """`metadata` may hold any key: an error of another process is raised again with the keys that it had."""
         super().__init__(message)
         self.message = message
         self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items() if value is not None}

@@ -113,7 +113,7 @@ class OpenLeg:
 
 
 def defect_of(problem: Exception) -> TandemError:
-    """What a frontend is told of an error that is none of Tandem's."""
+    """The message that a frontend gets for an error that is none of Tandem's."""
     return TandemError(f"internal error at the start of a leg: {type(problem).__name__}")
 
 

@@ -52,7 +52,7 @@ class StepStream:
         self._open: dict[int, None] = {}
         """Legs that have been taken and have not ended, in the order of their starts."""
         self._spoken: set[int] = set()
-        """Legs named since the last look at who is silent."""
+        """Legs named since silence was last checked."""
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
@@ -128,7 +128,7 @@ class StepStream:
         if self._legs:
             message.legs.extend(self._legs)
             message.indices.extend(self._indices)
-            # Not told by the number of tokens: a leg with two and a leg with none are two legs with two tokens.
+            # The number of tokens does not show it: a leg with two and a leg with none are two legs with two tokens.
             if self._counts.count(1) != len(self._counts):
                 message.counts.extend(self._counts)
             message.token_ids.extend(self._token_ids)
@@ -185,7 +185,7 @@ class StepStreams:
     """The step streams of one worker, by their numbers."""
 
     def __init__(self, on_close: Callable[[StepStream], None]) -> None:
-        """`on_close` is told of a stream that has ended, from whichever side: its legs must end."""
+        """`on_close` is called for a stream that has ended, from either side: its legs must end."""
         self._on_close = on_close
         self._by_id: dict[int, StepStream] = {}
         self._ids = itertools.count(1)

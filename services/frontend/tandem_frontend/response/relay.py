@@ -240,11 +240,11 @@ class Relay:
         for leg in (prefill, decode):
             if leg is None:
                 continue
-            # Of a transfer both legs may tell. Its end is decode's to say, because there it has arrived; its start is
-            # prefill's, who writes. A decode engine may not know it.
+            # Both legs may report a transfer. Decode's end counts, because the KV has arrived there; its start is
+            # prefill's, which writes. A decode engine may not know it.
             for name in LEG_TIMES:
-                told = name == "kv_transfer_start_time" and timings.HasField("kv_transfer_start_time")
-                if leg.timings.HasField(name) and not told:  # type: ignore[arg-type]
+                is_reported = name == "kv_transfer_start_time" and timings.HasField("kv_transfer_start_time")
+                if leg.timings.HasField(name) and not is_reported:  # type: ignore[arg-type]
                     getattr(timings, name).CopyFrom(getattr(leg.timings, name))
         moved_bytes = kv_transfer_bytes(prefill, decode)
         if moved_bytes is not None:

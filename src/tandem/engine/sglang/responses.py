@@ -139,7 +139,7 @@ class Answers:
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
         # SGLang's prefill says "Prefill bootstrap failed", its decode "Decode transfer failed" for either phase.
         phase = "bootstrapping" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transferring"
-        # A prefill engine that its peer has told of an abort fails for no reason of its own.
+        # A prefill engine that its peer has notified of an abort has not failed itself.
         cause = {"cause": LegFailed.PEER_ABORTED} if _PEER_WORDS in whole else {}
         return LegFailed(message, phase=phase, room=self._request.bootstrap.room, **cause)
 

@@ -37,7 +37,7 @@ NO_STREAM_YET = 2**31 - 1
 
 
 class Server(Shared, Protocol):
-    """Who accepted the connection."""
+    """The server that accepted the connection."""
 
     is_stopping: bool
 
@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
         self._conduct = Conduct(server.streams_max)
         self._leaving_code = ErrorCodes.NO_ERROR
         self._leaving: asyncio.TimerHandle | None = None
-        """Until then a peer that was told to leave may open streams that were under way."""
+        """Until then a peer that received the first GOAWAY may open streams that were under way."""
         self._closing: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
         self._transport: asyncio.Transport
@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether its client was told to open no more calls."""
+        """Whether its client has received a GOAWAY."""
         return self._is_leaving or self._leaving is not None
 
     @property

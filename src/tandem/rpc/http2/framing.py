@@ -162,7 +162,7 @@ class Http2State(H2Connection):
     def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
         """Unpack a block as far as its length allows.
 
-        Those of a stream that is closed are unpacked as well, and no event tells of them.
+        Those of a stream that is closed are unpacked as well, and h2 makes no event of them.
         """
         unpacked_bytes_max = HEADERS_BYTES_MAX + len(frame.data)
         self.decoder.max_header_list_size = min(unpacked_bytes_max, limits.HEADER_BLOCK_BYTES_MAX)

@@ -1,6 +1,6 @@
 """What a peer may ask of this server: constants, and budgets for what costs the peer less than it costs us.
 
-Owns numbers only. Who is over one of them is refused by `connection`, `call` or `listener`.
+Owns numbers only. `connection`, `call` and `listener` refuse what exceeds them.
 """
 
 from __future__ import annotations

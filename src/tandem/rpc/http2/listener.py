@@ -64,7 +64,7 @@ class Listener:
         self._loop.add_reader(self._socket, self._accept)
 
     def pause(self) -> None:
-        """Let whoever comes wait in the kernel, until `resume`."""
+        """Leave new connections in the kernel's queue until `resume`."""
         self._is_paused = True
         if self._loop is not None:
             self._loop.remove_reader(self._socket)
@@ -114,7 +114,7 @@ class LocalListener(Listener):
     """The same at a path, for processes of this machine that may enter its directory."""
 
     def __init__(self, path: Path) -> None:
-        """Take the path; what a process of before has left there goes.
+        """Bind the path; a socket file that an earlier process left there is removed.
 
         Raises:
             OSError: it cannot be listened on.

@@ -1,6 +1,6 @@
 """How fast one message comes or leaves, and the memory that unfinished messages share.
 
-Owns who makes room when a bound on memory is reached: the message that has made no progress for longest. A peer that
+Owns the choice of what is evicted at a bound on memory: the message without progress for longest. A peer that
 holds memory and sends or reads a byte now and then must not shut out those that go on.
 """
 

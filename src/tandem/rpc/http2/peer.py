@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection: address and certificate, in gRPC's own form."""
+"""The peer of a connection: address and certificate, in gRPC's own form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The server on h2: the same surface as `tandem.rpc.server.RpcServer`, for streams of many small messages.
 
-Owns the connections and the tasks of all calls, from the accepted socket to their end. How many there may be, and who
-has to go when there are too many, is decided here.
+Owns the connections and the tasks of all calls, from the accepted socket to their end. It decides how many there
+may be, and which one is closed when there are too many.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Http2RpcServer(ServiceHost):
         """As grpc.aio.Server does."""
         self.methods.add_registered_method_handlers(service_name, method_handlers)
 
-    # Who is let in.
+    # Admission of connections.
 
     def serve_socket(self, connection: socket.socket) -> None:
         """Answer on a connection that was accepted elsewhere, with TLS where this server has it. Takes the socket."""
@@ -177,7 +177,7 @@ class Http2RpcServer(ServiceHost):
         self.on_connection_end()
 
     def _has_room(self) -> bool:
-        """Whether one more may come; for it, who only waits has to go."""
+        """Whether one more connection is accepted; an idle one is closed for it."""
         if len(self._connections) + len(self._handshakes) < self._connections_max:
             return True
         if self._end_handshake():

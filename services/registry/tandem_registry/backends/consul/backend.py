@@ -412,7 +412,7 @@ class ConsulBackend:
                 await self._query.catch_up()
         except TimeoutError:
             raise ServiceError(
-                f"cannot tell whether the lease has expired: no response from Consul within {SEEN_TIMEOUT_S:g} s"
+                f"unknown whether the lease has expired: no response from Consul within {SEEN_TIMEOUT_S:g} s"
             ) from None
 
     def _holds(self, member: Member, grant: Grant) -> bool:

@@ -1,0 +1,56 @@
+"""Words that the field has better ones for: code, protos, pages and deployment files do without them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("src", "services", "protos", "docs", "deploy", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+FREE = ("src/tandem/api/", "src/tandem/testing/fake_model.py")
+"""Generated code, and a text that a fake model recites."""
+BANNED = {
+    r"told|tells?": "report, record, publish, notify",
+    r"whoever|nobody|somebody|everybody": "the component, or none of them",
+    r"courses?": "request trace",
+    r"vouch\w*": "extend_if_alive",
+    r"leftovers?": "orphan",
+    r"ledgers?": "reconciler, transfer statistics",
+    r"outruns?": "supersede",
+    r"happenings?": "event",
+    r"of before": "previous",
+    r"in vain": "without effect",
+    r"(?:is|be) left alone": "skip, avoid, not changed",
+    r"by (?:him|her)self": "automatically",
+    r"waiting[ _]line": "queue",
+}
+WORDS = re.compile(r"(?<![\w.-])(?:" + "|".join(BANNED) + r")(?![\w-])", re.IGNORECASE)
+ALLOWED = re.compile(r"\.tell\(\)|of course\b", re.IGNORECASE)
+TEXT = {".py", ".md", ".proto", ".jinja", ".lua", ".yaml", ".yml", ".toml", ".hcl", ".json", ".service", ".sh"}
+
+
+def pages() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [name for name in listed.stdout.splitlines() if not name.startswith(FREE)]
+    return [ROOT / name for name in names if Path(name).suffix in TEXT]
+
+
+def found(text: str) -> list[str]:
+    return WORDS.findall(ALLOWED.sub("", text))
+
+
+def test_the_pages_are_found() -> None:
+    assert len(pages()) > 300
+
+
+@pytest.mark.parametrize("word", ["a line that was told", "Nobody is there", "the start of before", "its Course"])
+def test_a_banned_word_is_found_in_a_sentence(word: str) -> None:
+    assert found(word)
+
+
+def test_no_page_uses_a_banned_word() -> None:
+    uses = {str(page.relative_to(ROOT)): words for page in pages() if (words := found(page.read_text()))}
+    assert uses == {}, f"use instead: {BANNED}"
