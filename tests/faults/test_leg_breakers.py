@@ -78,7 +78,7 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
 
 
 async def test_a_burst_in_which_all_fail_leaves_nobody_out(cluster: LegCluster) -> None:
-    sentence = "is sent nothing"
+    sentence = "circuit breaker opened for worker"
     async with cluster.views() as views:
         cluster.release()
         await cluster.restore(views)

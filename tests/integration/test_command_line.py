@@ -112,7 +112,7 @@ async def test_refusals_are_one_sentence(serving: Path) -> None:
     addresses = state_of(serving)
     for command, exit_status, words in (
         (["generate", "x", "--max-tokens", "0"], 1, "stopping.max_tokens: must be 1 or more, not 0 (INVALID_REQU"),
-        (["generate", "x", "--model", "gpt"], 1, "no model 'gpt' is served here"),
+        (["generate", "x", "--model", "gpt"], 1, "model 'gpt' not found"),
         (["generate", "x", "--temperature", "nan"], 1, "sampling.temperature"),
         (["generate", "x", "--plain", "--system", "Be brief."], 2, "--system: requires --chat"),
         (["generate", "x", "--top-k", "0"], 1, "sampling.top_k"),

@@ -44,7 +44,7 @@ async def test_a_dead_worker_is_told_and_started_again(state: Path) -> None:
         assert said == "decode-0 was killed by signal 9"
         assert rest.endswith("; restarting in 1 s")
         assert Path(rest.partition(";")[0]).resolve() == log.resolve()
-        line = await line_with(up, "decode-0 serves")
+        line = await line_with(up, "decode-0 is ready again")
         assert re.fullmatch(r"decode-0 is ready again at \S+ \(pid \d+\)", line)
 
         async def answer() -> tuple[int | None, str, str]:
