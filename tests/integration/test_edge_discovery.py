@@ -152,7 +152,7 @@ async def test_an_edge_serves_on_when_its_registry_is_killed_and_comes_back_empt
         async with until_it_ends(client) as outcomes:
             await asyncio.sleep(2 * LEASE_S)
             await started(registry)
-            await assert_eventually(process.log.read_text, lambda text: text.count(": following ") == 2, what="return")
+            await assert_eventually(process.log.read_text, lambda text: text.count(": watching (") == 2, what="return")
             await asyncio.sleep(LEASE_S)
         assert set(outcomes) == {200}
         _, late = await stack.enter_async_context(stub_frontend())
