@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults compose-test lint deploy-lint protos clean
+.PHONY: help setup demo check test faults compose-test lint deploy-lint protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,10 @@ setup: ## create or update .venv, CPU engine included
 
 demo: setup ## start a cluster, stream an answer through it, stop it
 	@$(BIN)/tandem demo
+
+# The same order of parametrized tests in every process, whatever their sets are hashed with.
+check: lint ## before a commit: lint, types and unit tests, on all cores
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit -q -n auto --dist loadfile $(PYTEST_FLAGS)
 
 test: setup ## every test
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
