@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import ConfigError
+from tandem.service import process
 from tandem.service.process import announce
 
 
@@ -30,6 +31,14 @@ def test_an_announcement_that_cannot_be_written_names_its_key(tmp_path: Path, fi
     with pytest.raises(ConfigError) as refused:
         announce(tmp_path / file if file != "." else Path("."), "127.0.0.1:7400")
     assert refused.value.key == "announce_file"
+
+
+def test_children_of_a_thread_that_ends_meanwhile_are_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "children"
+    there = tmp_path / "there"
+    there.write_text("7 8 ")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone, there]))
+    assert process._children() == [7, 8]
 
 
 SERVING = """

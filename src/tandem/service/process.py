@@ -134,9 +134,13 @@ def leave(exit_status: int) -> NoReturn:
 
 
 def _children() -> list[int]:
-    """Pids of child processes that have not been waited for; empty without /proc."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for file in lists for pid in file.read_text().split()]
+    """Processes started by this one that have not been waited for; none where the kernel does not list them."""
+    found: list[int] = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        # A thread may end between the listing and the reading; its children pass to another thread.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, file.read_text().split())
+    return found
 
 
 async def serve(service: Service, announce_file: Path | None = None) -> int:
