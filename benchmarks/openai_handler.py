@@ -1,4 +1,4 @@
-"""CPU time of the OpenAI API handler alone: `python -m benchmarks.openai_door`.
+"""CPU time of the OpenAI API handler alone: `python -m benchmarks.openai_handler`.
 
 Streams a chat through the API's servicer in this process, over a generation that costs next to nothing, and prints the
 CPU time per event in microseconds, with and without the generation's own.
@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +22,72 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 
 MODEL = Path("models") / "tandem-demo"
+ROUNDS = 3
 
 
-class Nothing:
-    """A generation that is there at once."""
+class Instant:
+    """A generation that pushes all of its chunks at once."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
-    async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncIterator[Any]:
-        yield pb.GenerateAccepted(request_id="x")
+    async def generate(self, request: pb.GenerateRequest, caller: Any, answer: Any) -> None:
+        answer.accepted(pb.GenerateAccepted(request_id="x"))
         for index in range(self.count):
-            yield pb.GenerateChunk(index=index, text=" word", token_ids=[5])
-        yield pb.GenerateFinish(reason=generation_pb2.FINISH_REASON_STOP)
+            answer.chunk(pb.GenerateChunk(index=index, text=" word", token_ids=[5]))
+        await answer.finish(pb.GenerateFinish(reason=generation_pb2.FINISH_REASON_STOP))
 
 
 class Call:
-    """All the door asks of a call."""
+    """A client's call that counts the bytes it was sent."""
+
+    writable = True
+
+    def __init__(self) -> None:
+        self.byte_count = 0
+
+    def send(self, body: httpbody_pb2.HttpBody) -> None:
+        self.byte_count += len(body.data)
+
+    def on_writable(self, callback: Any) -> None:
+        pass
 
     def time_remaining(self) -> float | None:
         return None
 
+    def invocation_metadata(self) -> tuple[Any, ...]:
+        return ()
+
+
+class Discarded:
+    """An answer that goes nowhere."""
+
+    is_writable = True
+
+    def accepted(self, accepted: Any) -> None:
+        pass
+
+    def chunk(self, chunk: Any) -> None:
+        pass
+
+    async def finish(self, finish: Any) -> None:
+        pass
+
 
 async def measure(count: int) -> dict[str, float]:
-    generation: Any = Nothing(count)
+    generation: Any = Instant(count)
     servicer = OpenAiServicer(generation, ServedModel(MODEL.name, Tokenizer.open(MODEL), {}), lambda: (), None, 256)
     body = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     request = httpbody_pb2.HttpBody(data=json.dumps(body).encode())
     whole_us = []
-    for _ in range(3):
+    for _ in range(ROUNDS):
+        call = Call()
         begin_s = time.process_time()
-        async for _ in servicer.ChatCompletions(request, Call()):
-            pass
+        await servicer.ChatCompletions(request, call)
         whole_us.append(1e6 * (time.process_time() - begin_s) / count)
+        assert call.byte_count > count, "an event for each chunk"
     begin_s = time.process_time()
-    async for _ in generation.generate(pb.GenerateRequest(), None):
-        pass
+    await generation.generate(pb.GenerateRequest(), None, Discarded())
     alone_us = 1e6 * (time.process_time() - begin_s) / count
     return {"event_us": round(min(whole_us), 2), "of_it_generation_us": round(alone_us, 2)}
 
