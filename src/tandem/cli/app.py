@@ -108,7 +108,9 @@ def up(
     ] = None,
     consul_service: Annotated[str, typer.Option(help="Service name of this cluster in Consul.")] = "tandem",
     consul_token_file: Annotated[
-        Path | None, typer.Option(help="File with the Consul ACL token; default: $CONSUL_HTTP_TOKEN.", metavar="FILE")
+        Path | None,
+        typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
+        typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
     ] = None,
     consul_ca: Annotated[
         Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")

@@ -84,9 +84,9 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
 
     def _give_up(self, rid: str, state: Any, problem: Exception, *, is_last: bool) -> None:
         """A request whose row cannot be read: it ends, in the scheduler too, and the others go on."""
-        log.error("what the engine said of request %s cannot be read", rid, exc_info=problem)
+        log.error("aborting request %s: the engine's output for it is malformed", rid, exc_info=problem)
         if not isinstance(problem, TandemError):
-            problem = EngineFailed(f"what the engine said of this request cannot be read: {type(problem).__name__}")
+            problem = EngineFailed(f"the engine's output for this request is malformed: {type(problem).__name__}")
         state.answers.fail(problem)
         if is_last:
             self.rid_to_state.pop(rid, None)
