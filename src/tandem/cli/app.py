@@ -110,7 +110,6 @@ def up(
     consul_token_file: Annotated[
         Path | None,
         typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
-        typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
     ] = None,
     consul_ca: Annotated[
         Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")
