@@ -90,11 +90,11 @@ def batch(**columns: Any) -> Batch:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"output_top_logprobs_val": [[-1.0, -2.0]], "output_top_logprobs_idx": []}, "cannot be read: ValueError"),
-        ({"output_top_logprobs_val": [[-1.0, -2.0]]}, "cannot be read: ValueError"),
-        ({"output_token_logprobs_val": None}, "cannot be read: TypeError"),
+        ({"output_top_logprobs_val": [[-1.0, -2.0]], "output_top_logprobs_idx": []}, "is malformed: ValueError"),
+        ({"output_top_logprobs_val": [[-1.0, -2.0]]}, "is malformed: ValueError"),
+        ({"output_token_logprobs_val": None}, "is malformed: TypeError"),
         ({"output_token_logprobs_val": [], "output_token_logprobs_idx": []}, "sent 0 log probabilities with 1 tokens"),
-        ({"output_ids": None}, "cannot be read: TypeError"),
+        ({"output_ids": None}, "is malformed: TypeError"),
     ],
     ids=["rivals", "rivals of one token", "nothing", "none", "no tokens"],
 )
