@@ -137,17 +137,22 @@ class PlayedMember:
 
 @asynccontextmanager
 async def played_worker(worker_id: str, *registries: Any, epoch: int | None = None) -> AsyncIterator[PlayedMember]:
-    """A worker that is registered at one of the registries."""
+    """A worker that is registered at one of the registries, and that all of them list."""
     server = RpcServer()
     await server.start("127.0.0.1", 0)
     await server.set_serving(True)
     worker = make_worker(worker_id, epoch or int(time.time() * 1_000), f"127.0.0.1:{server.port}")
     worker = replace(worker, capabilities_digest=capabilities_digest(worker.capabilities), release="0.0.1")
     registration = Registration([registry.address for registry in registries], worker)
+
+    async def listed_by_all() -> bool:
+        return all([worker_id in await worker_ids(registry) for registry in registries])
+
     await registration.start()
     try:
         async with asyncio.timeout(10):
             await registration.wait_registered()
+            await assert_eventually(listed_by_all)
         yield PlayedMember(server, registration, worker)
     finally:
         await registration.close()

@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
 def _open(arguments: argparse.Namespace) -> TextEncoder:
     content = arguments.file.read_bytes()
     if hashlib.sha256(content).hexdigest() != arguments.digest:
-        raise ValueError(f"{arguments.file} has changed since the frontend started: restart the frontend")
+        raise ValueError("it has changed since the frontend started; restart the frontend")
     return TextEncoder(open_backend(content), arguments.tokens_max)
 
 
