@@ -36,13 +36,13 @@ class SteadyTime:
 
     def __init__(self, wall: Clock = time.time, clock: Clock = monotonic) -> None:
         self._clock = clock
-        self._begin_s = clock()
         self.begin_time_s = wall()
         """When it began, since the Unix epoch."""
+        self._offset_s = self.begin_time_s - clock()
 
     def __call__(self) -> float:
         """Seconds since the Unix epoch."""
-        return self.begin_time_s + self._clock() - self._begin_s
+        return self._clock() + self._offset_s
 
 
 class ManualClock:

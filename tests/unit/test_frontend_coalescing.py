@@ -16,7 +16,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.observability.request_trace import RequestTrace
-from tandem.service.loop_load import MEASURE_S, LoopLoad
+from tandem.service.loop_load import BUSY_FROM, BUSY_FULL, MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.played_legs import Outbox
 from tests.unit.test_frontend_timings import Letters
@@ -91,6 +91,22 @@ def test_a_stream_slower_than_the_bound_never_waits() -> None:
             scene.relay.take([1], ())
             assert len(scene.sizes) == before + 1
             await asyncio.sleep(0.1)
+
+    run_virtually(live())
+
+
+def test_a_chunk_is_not_held_where_the_next_token_would_come_too_late() -> None:
+    """Held at half of the pressure, each token would leave alone and late."""
+
+    async def live() -> None:
+        scene = Scene()
+        await scene.be_busy((BUSY_FROM + BUSY_FULL) / 2)
+        assert 0.4 < scene.coalescing.pressure < 0.6
+        scene.relay.open()
+        for count in range(1, 20):
+            scene.relay.take([1], ())
+            assert len(scene.sizes) == count
+            await asyncio.sleep(0.8 * HOLD_S)
 
     run_virtually(live())
 

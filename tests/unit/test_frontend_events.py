@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tandem_frontend.call_context import Caller
 from tandem_frontend.pipeline import Answer, Generation
 from tandem_frontend.response.sse import Event, as_response, event_json, message_json
+from tandem_frontend.response.writers import ChunkWriter
 from tandem_frontend.servicer import InferenceServicer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -33,6 +34,15 @@ def test_the_fast_form_is_the_librarys(index: int, text: str, token_ids: list[in
     assert json.loads(line) == json.loads(message_json(chunk))
     assert not {"\n", "\r"} & set(line)
     assert Parse(line, pb.GenerateResponse()) == as_response(chunk)
+
+
+@given(st.integers(0, 2**31), st.text(max_size=300), st.lists(st.integers(0, 2**31 - 1), max_size=9000))
+def test_the_fast_message_is_the_librarys(index: int, text: str, token_ids: list[int]) -> None:
+    """Lengths of one byte, two and three."""
+    chunk = pb.GenerateChunk(index=index, text=text, token_ids=token_ids)
+    sent = Sent()
+    ChunkWriter(sent).chunk(chunk)
+    assert sent.messages == [pb.GenerateResponse(chunk=chunk).SerializeToString()]
 
 
 def test_logprobs_are_not_forgotten() -> None:

@@ -36,6 +36,15 @@ def test_percentiles_are_within_their_error(values: list[float]) -> None:
         assert seen == pytest.approx(sorted(values)[rank - 1], rel=ERROR)
 
 
+@given(st.lists(st.floats(min_value=0, max_value=5_000), max_size=100))
+def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
+    one_by_one, at_once = LatencyWindow(ManualClock(5.0)), LatencyWindow(ManualClock(5.0))
+    for value in values:
+        one_by_one.add(value)
+    at_once.add_all(values)
+    assert at_once.histogram() == one_by_one.histogram()
+
+
 def test_what_is_older_than_the_window_is_forgotten() -> None:
     clock = ManualClock(100.0)
     window = LatencyWindow(clock)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 MEASURE_S = 0.1
 """Interval of measurements."""
-BUSY_FROM, BUSY_FULL = 0.15, 0.5
+BUSY_FROM, BUSY_FULL = 0.1, 0.25
 """Share of a core used by the loop's thread at which the pressure is 0, and 1."""
 LAG_FROM_S, LAG_FULL_S = 0.003, 0.02
 """Lag at which the pressure is 0, and 1, whatever the thread's share: other processes may use its core."""

@@ -82,8 +82,7 @@ class RequestStats:
         if not seen.has_first and trace.ttft_s is not None:
             seen.has_first = True
             self.ttft.add(trace.ttft_s)
-        for gap_s in trace.gaps_s[seen.gaps :]:
-            self.itl.add(gap_s)
+        self.itl.add_all(trace.gaps_s[seen.gaps :])
         seen.gaps = len(trace.gaps_s)
         self.tokens.add(trace.token_count - seen.tokens)
         seen.tokens = trace.token_count

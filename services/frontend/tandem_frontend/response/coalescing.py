@@ -1,9 +1,10 @@
 """When a chunk is sent: at once while this process is idle, together with later tokens while it is busy.
 
 A chunk costs the same with one token as with ten. So while the event loop is idle, each token is sent as it arrives;
-the busier the loop, the longer a stream's next chunk is held, up to a limit. A stream whose tokens are further apart
-than that is never delayed. Owns the one timer of all held streams; `loop_load` measures the loop. The relay fills the
-chunks: however the stream is cut, text, tokens and log probabilities are the same.
+the busier the loop, the longer a stream's next chunk is held, up to a limit. A chunk is held only if the stream's next
+token can arrive before that limit; otherwise it would cost time and save nothing. Owns the one timer of all held
+streams; `loop_load` measures the loop. The relay fills the chunks: however the stream is cut, text, tokens and log
+probabilities are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 HOLD_MAX_S = 0.025
 """Default limit."""
-FLUSH_S = 0.005
+FLUSH_S = 0.003
 """Interval at which due chunks of all streams are sent."""
 
 

@@ -7,6 +7,7 @@ the same text however the stream is cut. Waits for nothing and cancels nothing.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -87,8 +88,10 @@ class Relay:
         self._on_defect: Callable[[Exception], None] | None = None
         self._is_open = False
         self._is_held = False
+        """Whether `coalescing` has it, also when its tokens have left since."""
         self._loop = loop or asyncio.get_running_loop()
-        self._flushed_s = 0.0
+        self._flushed_s = self._offered_s = -math.inf
+        """When a chunk was sent, and when tokens arrived, for the last time."""
         self.due_s = 0.0
         """See `coalescing.Held`."""
         self.is_overrun = False
@@ -119,19 +122,25 @@ class Relay:
             return
         record = self._record
         now_s = record.clock()
-        taken, texts = 0, self._texts
-        for token_id in token_ids:
-            taken += 1
-            if self._ends(token_id, record.token_count + taken, texts):
-                break
-        record.note_tokens(now_s, taken)
-        self._token_ids += token_ids[:taken]
+        if self._stops.has_stops or self._stop_tokens.has_one_of(token_ids):
+            taken, texts = 0, self._texts
+            for token_id in token_ids:
+                taken += 1
+                if self._ends(token_id, record.token_count + taken, texts):
+                    break
+            token_ids = token_ids[:taken]
+        else:
+            self._texts.append(self._detokenizer.push(token_ids))
+        count = len(token_ids)
+        record.note_tokens(now_s, count)
+        self._token_ids += token_ids
         if logprobs:
-            self._logprobs += logprobs[:taken]
+            self._logprobs += logprobs[:count]
         self._offer()
 
     def flush(self) -> None:
         """Send buffered tokens if the client reads. Called by timers and the client's call."""
+        self._is_held = False
         try:
             self._send()
         except Exception as problem:
@@ -174,7 +183,6 @@ class Relay:
         return finish
 
     def _send(self) -> None:
-        self._is_held = False
         if not self._token_ids or not self._is_open or not self._outlet.is_writable:
             return
         texts, token_ids, logprobs = self._texts, self._token_ids, self._logprobs
@@ -184,19 +192,23 @@ class Relay:
 
     def _offer(self) -> None:
         """Send buffered tokens now, or hold them until they are due."""
-        if self._is_held or not self._is_open:
-            pass
-        elif not self._outlet.is_writable:
+        now_s = self._loop.time()
+        gap_s, self._offered_s = now_s - self._offered_s, now_s
+        if not self._is_open:
+            return
+        if not self._outlet.is_writable:
             if self._waiting_tokens() > UNREAD_TOKENS_MAX:
                 self.is_overrun = True
-        else:
-            # The first token is never held, and neither is a stream whose tokens are further apart than the limit.
-            self.due_s = self._flushed_s + self._coalescing.pressure * self._hold_max_s
-            if self.due_s <= self._loop.time():
-                self._send()
-            else:
-                self._is_held = True
-                self._coalescing.hold(self)
+            return
+        due_s = self._flushed_s + self._coalescing.pressure * self._hold_max_s
+        if due_s < now_s + gap_s:
+            # Also the first token: nothing comes in time to leave together with it.
+            self._send()
+            return
+        self.due_s = due_s
+        if not self._is_held:
+            self._is_held = True
+            self._coalescing.hold(self)
 
     def _waiting_tokens(self) -> int:
         count = len(self._token_ids)

@@ -118,6 +118,10 @@ class StopTokens:
         self.engine_stops_too = not ignore_eos
         """Whether the engine finishes by itself; its finish with usage and timings is then worth waiting for."""
 
+    def has_one_of(self, token_ids: Sequence[int]) -> bool:
+        """Whether one of the tokens would end a generation that is long enough."""
+        return not self._token_ids.isdisjoint(token_ids)
+
     def matches(self, token_id: int, number: int) -> bool:
         """Whether a token ends the generation; `number` counts tokens from 1."""
         return token_id in self._token_ids and self.may_end(number)
