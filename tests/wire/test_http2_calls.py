@@ -163,8 +163,8 @@ async def test_a_lost_connection_cancels_its_handlers() -> None:
         (b"\x00\x00", "ended in the middle"),
         (b"\x02" + framed(b"flag")[1:], "not framed"),
         (framed(b"not gzip", compressed=True), "not compressed with gzip"),
-        (framed(gzip.compress(b"whole")[:-3], compressed=True), "not compressed with gzip"),
-        (framed(gzip.compress(b"whole") + b"more", compressed=True), "not compressed with gzip"),
+        (framed(gzip.compress(b"whole", mtime=0)[:-3], compressed=True), "not compressed with gzip"),
+        (framed(gzip.compress(b"whole", mtime=0) + b"more", compressed=True), "not compressed with gzip"),
     ],
 )
 async def test_a_request_that_is_not_one_message_is_refused(body: bytes, says: str) -> None:
