@@ -26,6 +26,8 @@ LOG = CACHE / "setup.log"
 STAMP = ENVIRONMENT / "tandem-setup.stamp"
 REQUIREMENTS = ROOT / "requirements"
 OLDEST_PYTHON = (3, 11)
+FORMER_NAME = "tandem"
+"""Of this distribution. Two of them in one environment would register the same entry points twice."""
 SHOWN_LINES = 15
 
 
@@ -47,6 +49,7 @@ def main() -> int:
         given = [part for name in names for part in ("-r", REQUIREMENTS / name)]
         step("libraries", pip("-c", REQUIREMENTS / "torch.txt", *given))
         step("SGLang and NIXL", pip("--no-deps", "-r", REQUIREMENTS / "cpu-engine-nodeps.txt"))
+        step("former name", [str(PYTHON), "-m", "pip", "uninstall", "--yes", FORMER_NAME])
         step("Tandem", pip("--no-deps", "-e", ROOT))
     except subprocess.CalledProcessError as problem:
         last = "\n".join(LOG.read_text(errors="replace").splitlines()[-SHOWN_LINES:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,17 @@ def test_lines_are_short(page: Path) -> None:
     # Rows of tables cannot be wrapped.
     long = [line for line in prose(page) if len(line) > COLUMNS_MAX and not line.startswith("|")]
     assert long == []
+
+
+def test_no_page_or_message_installs_the_other_project_called_tandem() -> None:
+    """The package index has a `tandem` that is not this one."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    other = re.compile(r"pip[3]?\s+install[^\n]*?[\s\"']tandem(?:\[[a-z,]+\])?(?![\w./-])|\btandem\[(?:sglang|edge)")
+    found = [
+        f"{name}: {match[0]}"
+        for name in listed
+        if Path(name).suffix in {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".hcl", ".service", ""}
+        for match in other.finditer((ROOT / name).read_text(errors="replace"))
+    ]
+    assert found == []
+    assert 'name = "tandem-serving"' in (ROOT / "pyproject.toml").read_text()

@@ -50,7 +50,7 @@ MANAGER_METHODS = (
     "convert_to_span_attrs",
 )
 ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))
-INSTALL = 'run `make setup` in a checkout, or `pip install "tandem[sglang]"` on a GPU machine'
+INSTALL = 'in a checkout of Tandem run `make setup`, or `pip install ".[sglang]"` on a GPU machine'
 
 
 def check_installed(transfer_backend: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tandem.engine.sglang.compat import SGLANG_VERSION
 from tandem.errors import ConfigError, StartError
 
-INSTALL = 'install it with pip install "tandem[sglang]" (on a CPU: make setup)'
+INSTALL = 'install it with pip install ".[sglang]" in a checkout of Tandem (on a CPU: make setup)'
 FILES = {
     "tool_parser": ("srt/function_call/parser_names.py", "TOOL_CALL_PARSER_NAMES"),
     "reasoning_parser": ("srt/parser/reasoning_parser_names.py", "REASONING_PARSER_NAMES"),
