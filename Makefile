@@ -4,6 +4,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_FLAGS ?=
+# Tests wait for engines more than they compute. Each process may hold a pair of real engines, 2.5 GB.
+TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test faults compose-test lint deploy-lint protos clean
@@ -26,8 +28,8 @@ demo: setup ## start a cluster, stream an answer through it, stop it
 check: lint ## before a commit: lint, types and unit tests, on all cores
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit -q -n auto --dist loadfile $(PYTEST_FLAGS)
 
-test: setup ## every test
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: setup ## every test, in TEST_PROCESSES (3; 0: one after another)
+	@PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 faults: setup ## break everything that can break, with a line of figures for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)

@@ -74,7 +74,7 @@ async def test_a_fleet_whose_registry_was_started_again_does_not_come_back_in_on
         port = port_of(former.address)
         await former.stop()
         async with play_registry(new, port):
-            await assert_eventually(lambda: len(new.registered) == FLEET, within_s=15)
+            await assert_eventually(lambda: len(new.registered) == FLEET, within_s=30)
             times = arrivals(new)
             assert times[-1] - times[0] > 0.5
             await assert_eventually(lambda: all(place.registered for place in places))
