@@ -65,13 +65,18 @@ class CheckedRequest:
     """The request's own limit for holding a chunk; None: the frontend's."""
 
 
-async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
-    """Check a request, tokenise its prompt, and fill in its limits.
+def new_request_id() -> str:
+    """An id for a request whose client has not chosen one."""
+    return uuid.uuid4().hex
+
+
+async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer, default_id: str = "") -> CheckedRequest:
+    """Check a request, tokenise its prompt, and fill in its limits. Without an id it gets `default_id`, or a new one.
 
     Raises:
         InvalidRequest: names the first invalid field.
     """
-    request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+    request_id = request.request_id if request.HasField("request_id") else default_id or new_request_id()
     if not REQUEST_ID.fullmatch(request_id):
         raise InvalidRequest(
             "request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-'"
