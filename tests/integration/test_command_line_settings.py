@@ -56,6 +56,13 @@ async def refused(state: Path, *arguments: str, cwd: Path | None = None) -> tupl
         (["--consul", "nowhere"], "--consul: must be host:port, or an http or https URL, not 'nowhere'"),
         (["--consul", "--consul-ca", "x"], "--consul-ca: requires --consul ADDRESS (an existing agent)"),
         (["--consul", "a:1", "--consul-token-file", "/nowhere"], "--consul-token-file: /nowhere cannot be read"),
+        (["--tls", "/nowhere"], "--tls: there is no directory /nowhere: create it with `tandem certs /nowhere`"),
+        (["--tls", "/"], "--tls: /registry.pem cannot be read: No such file or directory: `tandem certs /` creates"),
+        (["--otlp-endpoint", "a:b"], "--otlp-endpoint: must be host:port, or an http or https URL without a path"),
+        (
+            ["--otlp-endpoint", "127.0.0.1:1"],
+            "--otlp-endpoint: no collector listens at 127.0.0.1:1 (Connection refused)",
+        ),
         (["--bogus"], "No such option: --bogus"),
     ],
 )

@@ -102,7 +102,10 @@ async def test_a_request_that_an_engine_refuses_counts_as_refused_and_not_agains
     assert not stats.leg_failures
     timeline = render(timeline_of(trace), "frontend-0")
     assert attempt.failed_worker is not None
-    assert f"leg on {attempt.failed_worker.worker_id} refused the request in phase bootstrapping: {problem.reason}" in timeline
+    assert (
+        f"leg on {attempt.failed_worker.worker_id} refused the request in phase bootstrapping: {problem.reason}"
+        in timeline
+    )
 
 
 async def test_a_request_that_is_refused_after_its_first_token_has_failed_but_its_worker_has_not() -> None:
