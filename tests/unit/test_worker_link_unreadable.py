@@ -192,7 +192,8 @@ def test_unknown_legs_of_one_message_are_logged_once(caplog: pytest.LogCaptureFi
             await scene.settle()
         assert sorted(scene.calls.aborted) == list(range(90, 100)), "each once"
         assert [record.getMessage() for record in caplog.records] == [
-            "worker decode-0 listed 10 legs that are unknown here: aborting them (98, 90, 91, 92, 93, ...)"
+            "worker decode-0 runs 10 legs that this frontend has ended or did not start: aborting them there,"
+            " no request is affected (leg numbers 98, 90, 91, 92, 93, ...)"
         ]
         assert heard.token_ids == [5]
 
@@ -209,7 +210,10 @@ def test_too_many_unknown_legs_end_the_stream() -> None:
         scene.say(alive=range(1000, 1000 + most + 1))
         await scene.settle()
         assert isinstance(heard.ends[0], TandemError)
-        assert heard.failure == f"worker decode-0 listed more than {most} legs that are unknown here"
+        assert heard.failure == (
+            f"worker decode-0 listed more than {most} legs that this frontend did not start:"
+            " another frontend may have the same id (frontend-0)"
+        )
 
     virtually(play)
 

@@ -20,7 +20,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.client.step_calls import StepCall, WorkerCalls
-from tandem.domain.worker import Worker
+from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import LegFailed, ServiceError, TandemError
 from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
 from tandem.rpc.backoff import Backoff
@@ -63,6 +63,7 @@ class WorkerLink:
             ServiceError: the worker cannot be connected to.
         """
         self.worker = worker
+        """With its state in the latest view that listed it."""
         self._frontend_id = frontend_id
         self._calls = calls
         self.connection = calls.connection(worker)
@@ -151,6 +152,12 @@ class WorkerLink:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        if self._problem is not None:
+            log.info(
+                "step stream to worker %s (epoch %d) is given up: that start of it is no longer used here",
+                self.worker.worker_id, self.worker.epoch,
+            )  # fmt: skip
+            self._problem = None
         self._fail_all(ServiceError(f"the link to worker {self.worker.worker_id} was closed"))
 
     # --- The stream
@@ -184,6 +191,8 @@ class WorkerLink:
                 first = await self._first_message(call)
             if first.stream_id < 1:
                 raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a stream_id")
+            if self._problem is not None:
+                log.info("step stream to worker %s is open again", self.worker.worker_id)
             self._stream_id, self._problem = first.stream_id, None
             self._opened_s = asyncio.get_running_loop().time()
             self._flush()
@@ -264,7 +273,11 @@ class WorkerLink:
     def _end(self, end: leg2_pb2.LegEnd) -> None:
         leg = self._legs.pop(end.leg, None)
         if leg is None:
-            log.debug("worker %s ended leg %d, which is unknown here", self.worker.worker_id, end.leg)
+            log.debug(
+                "worker %s reported the end of leg %d, which this frontend has ended already",
+                self.worker.worker_id,
+                end.leg,
+            )
             return
         sink, leg.sink = leg.sink, None
         if sink is None:
@@ -296,14 +309,16 @@ class WorkerLink:
         unknown[number] = None
         if len(unknown) > UNKNOWN_LEGS_MAX:
             raise ServiceError(
-                f"worker {self.worker.worker_id} listed more than {UNKNOWN_LEGS_MAX} legs that are unknown here"
+                f"worker {self.worker.worker_id} listed more than {UNKNOWN_LEGS_MAX} legs that this frontend did not"
+                f" start: another frontend may have the same id ({self._frontend_id})"
             )
 
     def _abort_unknown(self, unknown: dict[int, None]) -> None:
         """Abort legs that only the worker knows: it must not go on computing them."""
         first = ", ".join(map(str, islice(unknown, UNKNOWN_LEGS_LOGGED)))
         log.warning(
-            "worker %s listed %d legs that are unknown here: aborting them (%s%s)",
+            "worker %s runs %d legs that this frontend has ended or did not start: aborting them there, no request is"
+            " affected (leg numbers %s%s)",
             self.worker.worker_id, len(unknown), first, ", ..." if len(unknown) > UNKNOWN_LEGS_LOGGED else "",
         )  # fmt: skip
         self._to_abort.update(unknown)
@@ -315,7 +330,11 @@ class WorkerLink:
         if was_open or self._problem is None:
             # Once per outage, not once per try.
             what = "broke" if was_open else "could not be opened"
-            log.warning("step stream to worker %s %s, retrying: %s", self.worker.worker_id, what, problem)
+            level = logging.INFO if self.worker.state is WorkerState.DRAINING else logging.WARNING
+            log.log(
+                level, "step stream to worker %s (epoch %d) %s, retrying; its legs continue elsewhere if they can: %s",
+                self.worker.worker_id, self.worker.epoch, what, problem,
+            )  # fmt: skip
         self._problem = problem
         self._to_abort.clear()
         self._fail_all(problem)
@@ -470,7 +489,9 @@ class WorkerLink:
             if leg.missed_count >= 2:
                 self._legs.pop(leg.number)
                 if leg.sink is not None:
-                    self._fail(leg, LegFailed("the worker no longer knows this leg"))
+                    self._fail(
+                        leg, LegFailed("the worker no longer lists this leg: it lost it, or ended it without saying so")
+                    )
             elif leg.sink is None and leg.is_alive and leg.is_started:
                 self._to_abort[leg.number] = None
                 self._flush_soon()
