@@ -52,17 +52,17 @@ def check_spec(spec: ClusterSpec) -> None:
 def _check_counts(spec: ClusterSpec) -> None:
     for name in ("prefill", "decode", "aggregated"):
         if getattr(spec, name) < 0:
-            raise ConfigError(name, f"must be 0 or more, not {getattr(spec, name)}")
+            raise ConfigError(name, f"must be at least 0, not {getattr(spec, name)}")
     for name in ("frontends", "frontend_processes", "registries"):
         if getattr(spec, name) < 1:
-            raise ConfigError(name, f"must be 1 or more, not {getattr(spec, name)}")
+            raise ConfigError(name, f"must be at least 1, not {getattr(spec, name)}")
     if spec.registries > 1 and spec.consul is None:
         raise ConfigError("registries", "more than one registry requires --consul, their shared store")
     if not spec.aggregated and not spec.prefill:
         raise ConfigError("prefill", "needs at least one prefill and one decode worker, or one aggregated worker")
     if bool(spec.prefill) != bool(spec.decode):
         missing = "decode" if spec.prefill else "prefill"
-        raise ConfigError(missing, "must be 1 or more: prefill and decode workers work only in pairs")
+        raise ConfigError(missing, "must be at least 1: prefill and decode workers work only in pairs")
 
 
 def _check_worker(spec: ClusterSpec) -> WorkerConfig:
@@ -137,7 +137,7 @@ def _check_ports(spec: ClusterSpec) -> None:
     ports = {"port": spec.frontend_port, "http_port": spec.http_port if spec.edge else 0}
     for name, port in ports.items():
         if not 0 <= port <= PORT_MAX:
-            raise ConfigError(name, f"must be a whole number from 0 to {PORT_MAX}, not {port}")
+            raise ConfigError(name, f"must be 0 to {PORT_MAX}, not {port}")
         problem = listen_problem(HOST, port)
         if problem is not None:
             raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 selects a free port")

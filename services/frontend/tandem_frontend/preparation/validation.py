@@ -275,9 +275,9 @@ async def check_prompt_ids(field: str, token_ids: Sequence[int], vocabulary_size
 
 def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> None:
     if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
-        raise InvalidRequest("stopping.max_tokens", f"must be 1 or more, not {stopping.max_tokens}")
+        raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {stopping.max_tokens}")
     if stopping.min_tokens < 0:
-        raise InvalidRequest("stopping.min_tokens", f"must be 0 or more, not {stopping.min_tokens}")
+        raise InvalidRequest("stopping.min_tokens", f"must be at least 0, not {stopping.min_tokens}")
     if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
         raise InvalidRequest(
             "stopping.min_tokens",
