@@ -15,7 +15,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.errors import LegFailed, TandemError
-from tandem.rpc.status import DOMAIN
+from tandem.rpc.status import DOMAIN, UNREADABLE
 from tests.unit.test_worker_link import ACCEPTED, Scene, virtually
 
 CORRUPT = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff\xff")
@@ -39,7 +39,10 @@ def logprobs(number: int, *token_ids: int) -> leg2_pb2.LegLogprobs:
 
 @pytest.mark.parametrize(
     ("detail", "sentence"),
-    [(CORRUPT, "no room (its details cannot be read)"), (packed(message="m", self="s"), "no room")],
+    [
+        (CORRUPT, f"no room ({UNREADABLE})"),
+        (packed(message="m", self="s"), "no room"),
+    ],
     ids=["corrupt", "metadata named as parameters"],
 )
 def test_an_unreadable_end_ends_the_leg(detail: any_pb2.Any, sentence: str) -> None:
@@ -75,7 +78,7 @@ def test_an_unreadable_refusal_fails_one_leg_only() -> None:
         given_up.abort()
         scene.calls.may_answer.set()
         await scene.settle()
-        assert first.failure == "no room (its details cannot be read)"
+        assert first.failure == f"no room ({UNREADABLE})"
         assert (third.accepted_count, third.ends) == (1, [])
         assert scene.calls.aborted == [given_up.number], "accepted after it was given up"
 

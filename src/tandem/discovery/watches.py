@@ -217,5 +217,10 @@ def _known(messages: Iterable[W], convert: Callable[[W], M], kind: str) -> list[
             members.append(convert(message))
         except KeyError as unknown:
             name = message.worker_id if isinstance(message, worker_pb2.Worker) else message.frontend_id
-            log.warning("ignored %s %s: this release does not know its role or state %s", kind, name, unknown)
+            log.warning(
+                "ignored %s %s: this release does not know its role or state %s; run one release everywhere",
+                kind,
+                name,
+                unknown,
+            )
     return members

@@ -93,7 +93,9 @@ class TraceStore(Generic[C]):
                 sink(trace)
             except Exception:
                 # A broad except is right here: a failing observer must not change the result of the request.
-                log.exception("observer failed while recording a finished request")
+                log.exception(
+                    "observer failed while recording a finished request; its metrics or log line may be missing"
+                )
 
 
 def fail(trace: RequestTrace | LegTrace, problem: TandemError) -> None:

@@ -430,7 +430,11 @@ class WorkerLink:
             await self._calls.abort_legs(self.worker, self._stream_id, numbers)
         except Exception as problem:
             # The liveness check repeats it for legs that the worker still lists.
-            log.info("worker %s did not accept an abort: %s", self.worker.worker_id, self._as_error(problem))
+            log.info(
+                "worker %s did not accept an abort, which is repeated while it lists the legs: %s",
+                self.worker.worker_id,
+                self._as_error(problem),
+            )
 
     # --- Liveness
 

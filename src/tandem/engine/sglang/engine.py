@@ -170,7 +170,7 @@ class SglangEngine:
                 log.error("%s: failing %d running requests", stall, len(self._runs))
                 self._fail_all(stall)
             elif stall is None and self._stall is not None:
-                log.warning("SGLang processes resumed; accepting requests again")
+                log.info("SGLang processes resumed; accepting requests again")
             self._stall = stall
 
     async def _stop(self) -> None:
