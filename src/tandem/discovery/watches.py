@@ -111,7 +111,7 @@ class WorkerWatch(RegistryFollower):
         async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
             first = await call.read()
         if not _is_step(first) or first.WhichOneof("event") != "snapshot":
-            raise ServiceError("the first message of the watch was not a snapshot")
+            raise ServiceError("the registry sent a change before its snapshot: it may run another release")
         try:
             self._apply(first)
             self._ahead_since_s = None

@@ -14,19 +14,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from google.protobuf import duration_pb2
-
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.client.step_calls import StepCall, WorkerCalls
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import LegFailed, ServiceError, TandemError
-from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
+from tandem.observability.trace_context import Headers
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.status import from_status
 from tandem.service.awake_timers import AwakeTimers, Timer
-from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, report_failed
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, defect_of, leg_start, report_failed
 from tandem_frontend.execution.step_logprobs import by_leg
 
 log = logging.getLogger(__name__)
@@ -115,15 +113,7 @@ class WorkerLink:
             headers: trace context of the leg.
         """
         number, self._next_number = self._next_number, self._next_number + 1
-        start = leg2_pb2.LegStart(leg=number, request=request)
-        if timeout_s is not None:
-            start.timeout.CopyFrom(_duration(timeout_s))
-        for name, value in headers:
-            if name == TRACEPARENT:
-                start.traceparent = value
-            elif name == TRACESTATE:
-                start.tracestate = value
-        leg = self._legs[number] = Leg(number, sink, start, self.abort)
+        leg = self._legs[number] = Leg(number, sink, leg_start(number, request, timeout_s, headers), self.abort)
         self._unsent.append(leg)
         self._fresh.append(leg)
         self._flush_soon()
@@ -190,7 +180,9 @@ class WorkerLink:
                 call = self._calls.open_steps(self.worker, self._frontend_id)
                 first = await self._first_message(call)
             if first.stream_id < 1:
-                raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a stream_id")
+                raise ServiceError(
+                    f"worker {self.worker.worker_id} opened a step stream without an id: it may run another release"
+                )
             if self._problem is not None:
                 log.info("step stream to worker %s is open again", self.worker.worker_id)
             self._stream_id, self._problem = first.stream_id, None
@@ -289,7 +281,7 @@ class WorkerLink:
             sink.finish(end.finish)
         except Exception as problem:
             log.exception("a leg of worker %s fails: defect while handling its finish", self.worker.worker_id)
-            report_failed(sink, _defect(problem))
+            report_failed(sink, defect_of(problem))
 
     def _fail_misfits(self, misfits: dict[int, str], unknown: dict[int, None]) -> None:
         """Fail legs that have not as many log probabilities as tokens."""
@@ -303,7 +295,7 @@ class WorkerLink:
     def _drop_defective(self, leg: Leg, problem: Exception) -> None:
         """Fail the one leg whose sink has raised."""
         log.error("a leg of worker %s fails: defect in its sink", self.worker.worker_id, exc_info=problem)
-        self._fail(leg, _defect(problem))
+        self._fail(leg, defect_of(problem))
 
     def _note_unknown(self, number: int, unknown: dict[int, None]) -> None:
         unknown[number] = None
@@ -504,13 +496,3 @@ class WorkerLink:
 
     def _check_liveness_later(self) -> None:
         self._liveness_timer = self._timers.after(LIVENESS_INTERVAL_S, self._check_liveness) if self._legs else None
-
-
-def _defect(problem: Exception) -> TandemError:
-    return TandemError(f"internal error in a leg: {type(problem).__name__}")
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -359,5 +359,5 @@ def _device(wanted: str) -> str:
 
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
-        raise StartError("device: is cuda, but PyTorch finds no usable GPU")
+        raise StartError("device: is cuda, but PyTorch finds no usable GPU: check its driver, or use cpu")
     return "cuda" if has_gpu else "cpu"

@@ -271,7 +271,11 @@ class Http2RpcServer(ServiceHost):
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=CANCELLED_TIMEOUT_S)
             if left:
-                log.error("%d handlers have not ended within %g s", len(left), CANCELLED_TIMEOUT_S)
+                log.error(
+                    "%d handlers have not ended within %g s: their calls are cut",
+                    len(left),
+                    CANCELLED_TIMEOUT_S,
+                )
         await self._wait_gone(FLUSH_TIMEOUT_S)
         for connection in list(self._connections):
             connection.abort()
