@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tandem import config_errors
 from tandem.domain.limits import PORT_MAX
@@ -26,6 +28,22 @@ CONVENTIONS = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
 def _as_url(value: Any) -> Any:
     """Add `http://`: without a scheme the exporter would use TLS."""
     return f"http://{value}" if isinstance(value, str) and value and "://" not in value else value
+
+
+def _checked_endpoint(value: str | None) -> str | None:
+    """Reject a URL that no collector can have: the exporter would only log it, again and again."""
+    if value is None:
+        return None
+    try:
+        url = urlsplit(value)
+        is_good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good or not re.fullmatch(r"https?://[^\s/?#@]+", value):
+        raise ValueError(
+            f"must be host:port, or an http or https URL without a path, not {value.removeprefix('http://')!r}"
+        )
+    return value
 
 
 class ServiceConfig(BaseModel):
@@ -53,9 +71,8 @@ class ServiceConfig(BaseModel):
         pattern="^(auto|json|text)$",
         description="json (one object per line), text, or auto (text on a terminal, else json)",
     )
-    otlp_endpoint: Annotated[str | None, BeforeValidator(_as_url)] = Field(
+    otlp_endpoint: Annotated[str | None, BeforeValidator(_as_url), AfterValidator(_checked_endpoint)] = Field(
         None,
-        pattern=r"^https?://[^\s/]+$",
         description="OTLP/gRPC collector (host:port or URL); default: $OTEL_EXPORTER_OTLP_ENDPOINT, or none",
     )
     trace_sample_ratio: float = Field(

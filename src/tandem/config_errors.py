@@ -79,8 +79,11 @@ def _allowed(field: FieldInfo, error: ErrorDetails) -> str:
         return f"of the form {error['ctx']['pattern']}"
     if error["type"].startswith("string_too"):
         return f"{bounds.get('min_length', 0)} to {bounds['max_length']} characters long"
-    kind = TYPES.get(error["type"], "a whole number" if "int" in str(field.annotation) else "a number")
-    return f"{kind}{_range(bounds)}"
+    allowed, kind = _range(bounds), TYPES.get(error["type"])
+    if kind is None:
+        # The kind is right, only the value is out of range.
+        return allowed or ("a whole number" if "int" in str(field.annotation) else "a number")
+    return f"{kind}, {allowed}" if allowed else kind
 
 
 def _range(bounds: Mapping[str, Any]) -> str:
@@ -88,8 +91,8 @@ def _range(bounds: Mapping[str, Any]) -> str:
     if low is None and high is None:
         return ""
     if high is None:
-        return f" from {low} up" if "ge" in bounds else f" above {low}"
-    return f" from {low} to {high}" if "ge" in bounds else f" above {low}, up to {high}"
+        return f"at least {low}" if "ge" in bounds else f"above {low}"
+    return f"{low} to {high}" if "ge" in bounds else f"above {low}, at most {high}"
 
 
 def _bounds(field: FieldInfo) -> dict[str, Any]:

@@ -114,7 +114,7 @@ async def test_while_it_starts_that_is_said(state: Path) -> None:
 async def test_refusals_are_one_sentence(serving: Path) -> None:
     addresses = state_of(serving)
     for command, exit_status, words in (
-        (["generate", "x", "--max-tokens", "0"], 1, "stopping.max_tokens: must be 1 or more, not 0 (INVALID_REQU"),
+        (["generate", "x", "--max-tokens", "0"], 1, "stopping.max_tokens: must be at least 1, not 0 (INVALID_REQU"),
         (["generate", "x", "--model", "gpt"], 1, "model 'gpt' not found"),
         (["generate", "x", "--temperature", "nan"], 1, "sampling.temperature"),
         (["generate", "x", "--plain", "--system", "Be brief."], 2, "--system: requires --chat"),

@@ -23,6 +23,8 @@ async def test_a_registry_is_healthy_only_once_consul_has_answered(consul_binary
             sentences = [line for line in log.read_text().splitlines() if "not ready: Consul is unreachable" in line]
             assert len(sentences) == 1
             assert consul.address in sentences[0]
+            assert "this registry knows no membership yet" in sentences[0]
+            assert "last known" not in log.read_text(), "there is none"
 
             await consul.restart(consul.first, empty=True)
 

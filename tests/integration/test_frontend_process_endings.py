@@ -164,7 +164,7 @@ async def test_a_drain_that_takes_too_long_ends_with_status_1(workers: LocalClus
     ("flags", "status", "sentence"),
     [
         (["--model=/nowhere"], 2, "model: there is no directory /nowhere"),
-        (["--open-requests-max=1"], 2, "open_requests_max: must be 2 or more, not 1"),
+        (["--open-requests-max=1"], 2, "open_requests_max: must be at least 2, not 1"),
         (["--processes=0"], 2, "processes: "),
         (["--tls-cert=/no.pem", "--tls-key=/no.key", "--tls-ca=/no.ca"], 1, "/no"),
     ],
@@ -252,4 +252,4 @@ async def test_up_runs_frontends_of_several_processes(state: Path) -> None:
 async def test_up_refuses_no_process(state: Path) -> None:
     status, out, err = await run(*TANDEM, "up", "--frontend-processes", "0", "--model", str(DEMO_MODEL), state=state)
     assert (status, out) == (2, "")
-    assert err == "tandem up: --frontend-processes: must be 1 or more, not 0\n"
+    assert err == "tandem up: --frontend-processes: must be at least 1, not 0\n"

@@ -300,7 +300,7 @@ async def test_the_command_line_needs_no_flags_beside_up(tmp_path: Path) -> None
 async def test_certs_refuses_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for options, status, words in (
-        ([str(tmp_path / "c"), "--days", "0"], 2, "tandem certs: --days: must be from 1 to 825, not 0"),
+        ([str(tmp_path / "c"), "--days", "0"], 2, "tandem certs: --days: must be 1 to 825, not 0"),
         ([str(tmp_path / "c"), "--host", "a b"], 2, "tandem certs: --host: 'a b' is neither a host name nor an IP"),
         ([str(tmp_path / "file")], 1, "cannot be written: "),
     ):

@@ -126,7 +126,7 @@ async def test_an_unknown_request_gives_one_sentence(cluster: LocalCluster, tmp_
             "request nope not found on frontend-0, frontend-1 (each keeps the timelines of",
         ),
         (["nope", "--frontend", worker], f"{worker} is not a Tandem frontend: it has no admin service"),
-        (["x" * 129, "--address", registry], "request_id: must have 1 to 128 characters"),
+        (["x" * 129, "--address", registry], "request_id: must be 1 to 128 characters long"),
     ):
         status, out, err = await traced(cluster, tmp_path, *arguments)
         assert (status, out) == (1, "")

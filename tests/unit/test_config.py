@@ -152,8 +152,9 @@ def test_a_collector_is_the_one_of_all_programs_unless_this_one_is_told_another(
     assert decode(*argv, **environ).otlp_endpoint == endpoint
 
 
-@pytest.mark.parametrize("endpoint", ["http://", "ftp://a:1", "http://a:1/v1/traces", "a b"])
+@pytest.mark.parametrize("endpoint", ["http://", "ftp://a:1", "http://a:1/v1/traces", "a b", "a:0", "a:70000", "a:b"])
 def test_a_collector_that_cannot_be_is_refused_by_name(endpoint: str) -> None:
     with pytest.raises(ConfigError) as refused:
         decode("--otlp-endpoint", endpoint)
     assert refused.value.key == "otlp_endpoint"
+    assert "must be host:port, or an http or https URL without a path" in refused.value.message

@@ -13,7 +13,6 @@ from tandem.errors import ConfigError, StartError
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.local_cluster.consul_http import ConsulAccess, read_token_file
-from tandem.tls.authority import issue_all
 
 SECRET = "2f3b9a7e-a-token"
 
@@ -127,16 +126,6 @@ async def test_an_unreachable_agent_is_rejected_before_anything_starts(tmp_path:
         await check_consul(spec, Console())
     spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(address="a:1", token_file=tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"consul_token_file: .*none cannot be read"):
-        await check_consul(spec, Console())
-
-
-async def test_certificates_without_one_for_consul_are_rejected(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    issue_all(tmp_path)
-    (tmp_path / "consul-key.pem").unlink()
-    spec = ClusterSpec(model=tmp_path, consul=ClusterConsul(), tls=tmp_path)
-    with pytest.raises(ConfigError, match=r"tls: .*consul-key\.pem is missing: create it with `tandem certs"):
         await check_consul(spec, Console())
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from tandem_frontend.response.sse import event_json
 
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2
 from tandem.rpc.status import ERROR_BY_REASON
 
@@ -28,6 +31,23 @@ HTTP_BY_CODE = {
     "DEADLINE_EXCEEDED": "504",
 }
 HTTP_BY_REASON = {"REQUEST_TOO_LARGE": "413"}
+
+
+def test_the_examples_of_the_clients_page_are_spaced_as_they_are_sent() -> None:
+    """Envoy and OpenAI's bodies have no spaces; events of `generate` have those of protobuf's JSON."""
+    lines = (PAGE.parents[1] / "guide" / "clients.md").read_text().splitlines()
+    events = [line for line in lines if line.startswith("data: {")]
+    assert len(events) == 3
+    chunk = pb.GenerateChunk(index=0, text="…", token_ids=[487])
+    assert event_json(chunk) == events[1].removeprefix("data: ")
+    assert all(re.match(r'data: \{"\w+": \{"\w+": ', event) for event in events)
+    bodies = [json.loads(line) and line for line in lines if line.startswith("{") and "…" not in line]
+    assert len(bodies) == 3
+    assert bodies == [json.dumps(json.loads(body), ensure_ascii=False, separators=(",", ":")) for body in bodies]
+
+
+def test_the_page_has_the_answer_to_http_1_0() -> None:
+    assert "| 426 | `invalid_request_error` | null | HTTP/1.0: " in PAGE.read_text()
 
 
 def rows() -> list[tuple[str, str, str]]:

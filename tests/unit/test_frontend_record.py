@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
+from tandem_frontend.admin.stats import RequestStats
+from tandem_frontend.admin.timeline import timeline_of
+from tandem_frontend.call_context import Caller
 from tandem_frontend.execution.link_leg import Logprobs
 from tandem_frontend.execution.request_stream import ATTEMPTS_MAX
-from tandem_frontend.execution.trace_recorder import Record
+from tandem_frontend.execution.trace_recorder import Record, trace_of
 
-from tandem.errors import LegFailed
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.cli.timeline import render
+from tandem.errors import InvalidRequest, LegFailed, NotSupported, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import TraceStore, trace_ids
@@ -80,6 +86,42 @@ async def test_a_request_that_fails_for_good_says_so() -> None:
     assert (trace.outcome, trace.reason) == ("failed", "LEG_FAILED")
     assert {attempt.outcome for attempt in trace.attempts} == {"broken"}
     assert len(trace.attempts) == ATTEMPTS_MAX
+
+
+@pytest.mark.parametrize("problem", [InvalidRequest("guided.regex", "unusable"), NotSupported("no grammars here")])
+async def test_a_request_that_an_engine_refuses_counts_as_refused_and_not_against_its_worker(
+    problem: TandemError,
+) -> None:
+    fleet, traces = Fleet(faults={1: (0, problem)}), TraceStore[RequestTrace]()
+    stats = RequestStats(traces)
+    with pytest.raises(type(problem)), traces.following(RequestTrace()) as trace:
+        await read(fleet, Record(trace))
+    (attempt,) = trace.attempts
+    assert (trace.outcome, attempt.outcome, attempt.failed_leg) == ("refused", "refused", "decode")
+    assert stats.outcomes == {"refused": 1}
+    assert not stats.leg_failures
+    timeline = render(timeline_of(trace), "frontend-0")
+    assert attempt.failed_worker is not None
+    assert (
+        f"leg on {attempt.failed_worker.worker_id} refused the request in phase bootstrapping: {problem.reason}"
+        in timeline
+    )
+
+
+async def test_a_request_that_is_refused_after_its_first_token_has_failed_but_its_worker_has_not() -> None:
+    fleet, traces = Fleet(faults={1: (4, InvalidRequest("guided.regex", "allows nothing more"))}), TraceStore()
+    stats: RequestStats = RequestStats(traces)
+    with pytest.raises(InvalidRequest), traces.following(RequestTrace()) as trace:
+        await read(fleet, Record(trace))
+    assert trace.outcome == "failed"
+    assert not stats.leg_failures
+
+
+def test_a_request_without_an_id_has_one_from_its_arrival_on() -> None:
+    caller = Caller()
+    assert trace_of(pb.GenerateRequest(request_id="mine"), caller, "m").request_id == "mine"
+    for request in (pb.GenerateRequest(), pb.GenerateRequest(request_id="not an id")):
+        assert re.fullmatch("[0-9a-f]{32}", trace_of(request, caller, "m").request_id)
 
 
 async def test_the_callers_span_is_passed_on_where_nothing_is_exported() -> None:

@@ -182,10 +182,10 @@ def test_the_models_defaults_fill_what_a_request_leaves_out(model: Path) -> None
         ('{"top_p": true}', "top_p is True, not a number"),
         ('{"top_k": 1.5}', "top_k is 1.5, not a whole number"),
         ('{"top_k": 99999999999}', "top_k is 99999999999, not a whole number of 32 bits"),
-        ('{"top_k": -2}', "top_k must be 1 or more"),
-        ('{"temperature": NaN}', "temperature must be from 0 to 2, not nan"),
-        ('{"top_p": 0}', "top_p must be over 0 and at most 1, not 0"),
-        ('{"repetition_penalty": 1e99}', "repetition_penalty must be over 0 and at most 2, not inf"),
+        ('{"top_k": -2}', "top_k must be at least 1"),
+        ('{"temperature": NaN}', "temperature must be 0 to 2, not nan"),
+        ('{"top_p": 0}', "top_p must be above 0, at most 1, not 0"),
+        ('{"repetition_penalty": 1e99}', "repetition_penalty must be above 0, at most 2, not inf"),
     ],
 )
 def test_a_default_that_no_request_could_have_is_named(model: Path, values: str, sentence: str) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from tandem.errors import InvalidRequest, LegFailed
+from tandem.errors import InvalidRequest, LegFailed, Overloaded, TandemError
 from tandem.observability import logs
 from tandem.observability.request_trace import AttemptTrace, LegTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import TraceStore
+from tandem.worker.stats import LegStats
 from tests.unit.support.frontend_workers import decode, prefill
 
 log = logging.getLogger("tandem.test")
@@ -120,6 +121,42 @@ def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
     assert "secret" not in json.dumps(entry)
     assert "secret" not in trace.message
     assert (entry["outcome"], entry["reason"]) == ("refused", "INVALID_REQUEST")
+
+
+def test_the_line_of_a_refused_request_names_its_ids_its_client_the_field_and_the_reason(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-frontend")
+    traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
+    trace = RequestTrace(request_id="r-1", call_id="x-1", operation="chat", tenant="alice")
+    with contextlib.suppress(InvalidRequest), traces.following(trace):
+        raise InvalidRequest("guided.regex", "cannot be used")
+    (entry,) = entries(stream)
+    assert entry["message"] == "chat refused: INVALID_REQUEST, field guided.regex"
+    named = {name: entry[name] for name in ("request_id", "call_id", "tenant", "reason", "field")}
+    assert list(named.values()) == ["r-1", "x-1", "alice", "INVALID_REQUEST", "guided.regex"]
+    assert "error" not in entry
+
+
+def test_the_line_of_a_request_that_finds_no_capacity_says_why(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-frontend")
+    traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
+    with contextlib.suppress(Overloaded), traces.following(RequestTrace(request_id="r-1", operation="chat")):
+        raise Overloaded("the queue is full")
+    (entry,) = entries(stream)
+    assert (entry["message"], entry["error"]) == ("chat refused: OVERLOADED", "the queue is full")
+    assert "field" not in entry
+
+
+def test_a_leg_that_the_engine_refuses_is_no_failure_of_its_worker(stream: Stream) -> None:
+    logs.set_up("info", "json", "tandem-decode")
+    traces: TraceStore[LegTrace] = TraceStore([logs.log_leg])
+    stats = LegStats(traces)
+    for problem in (InvalidRequest("guided.regex", "cannot be used"), LegFailed("no KV came")):
+        with contextlib.suppress(TandemError), traces.following(LegTrace(request_id="r-1", role="decode")):
+            raise problem
+    (entry,) = entries(stream)
+    assert entry["reason"] == "LEG_FAILED"
+    assert [trace.outcome for trace in traces.closed] == ["refused", "failed"]
+    assert stats.counts()["failed_legs"] == 1
 
 
 def test_a_failed_leg_is_a_warning_and_a_finished_one_is_not(stream: Stream) -> None:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.errors import InvalidRequest, LegFailed, Overloaded, ServiceError, TandemError
-from tandem.rpc.status import DOMAIN, ERROR_BY_REASON, RETRY_DELAY_S_MAX, from_rpc_error, from_status, to_status
+from tandem.rpc.status import (
+    DOMAIN,
+    ERROR_BY_REASON,
+    RETRY_DELAY_S_MAX,
+    UNREADABLE,
+    from_rpc_error,
+    from_status,
+    to_status,
+)
 
 KINDS = ("google.rpc.ErrorInfo", "google.rpc.RetryInfo", "google.rpc.Other")
 DETAILS = st.builds(
@@ -69,5 +77,5 @@ def test_a_delay_is_one_that_can_be_told_again(told_s: int, read_s: float) -> No
 def test_details_that_do_not_fit_their_call_leave_its_code(details_bin: bytes) -> None:
     problem = from_rpc_error(failure(grpc.StatusCode.UNAVAILABLE, details_bin), worker="decode-0")
     assert type(problem) is ServiceError
-    assert str(problem) == "a proxy's sentence (its details cannot be read)"
+    assert str(problem) == f"a proxy's sentence ({UNREADABLE})"
     assert problem.metadata == {"worker": "decode-0"}

@@ -54,3 +54,17 @@ def test_a_banned_word_is_found_in_a_sentence(word: str) -> None:
 def test_no_page_uses_a_banned_word() -> None:
     uses = {str(page.relative_to(ROOT)): words for page in pages() if (words := found(page.read_text()))}
     assert uses == {}, f"use instead: {BANNED}"
+
+
+RANGES = re.compile(
+    r"must (?:be|have|hold) [^\"\n]*?(?:\bor more\b|\bor less\b|\} up\b|\bfrom \{|\bfrom -?\d|\bover \{)"
+    r"|must have (?:1 to|at most) \{"
+)
+"""A range is worded in one way: "must be at least 1", "must be at most 9", "must be 1 to 9", "must be above 0"."""
+
+
+def test_ranges_are_worded_in_one_way() -> None:
+    uses = {str(page.relative_to(ROOT)): found for page in pages() if (found := RANGES.findall(page.read_text()))}
+    assert uses == {}
+    for text in ("must be 1 or more", "must have at most {N} characters", "must be a number from 0 to 1"):
+        assert RANGES.search(text), text

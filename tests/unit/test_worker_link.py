@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
-from tandem.domain.worker import LEG_CONTRACT, Worker
+from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerState
 from tandem.errors import Draining, ServiceError, TandemError
 from tandem.rpc.status import to_status
 from tandem.service.awake_timers import AwakeTimers
@@ -337,7 +338,7 @@ def test_a_leg_that_is_no_longer_listed_fails() -> None:
         (one, kept), (_, lost) = await scene.started(), await scene.started()
         await scene.keep_alive(one, until_s=5.0)
         assert kept.ends == []
-        assert lost.failure == "the worker no longer knows this leg"
+        assert lost.failure == "the worker no longer lists this leg: it lost it, or ended it without saying so"
 
     virtually(play)
 
@@ -475,6 +476,41 @@ def test_a_renewed_certificate_opens_a_new_link_and_keeps_running_legs() -> None
         await scene.links.close()
 
     run_virtually(live())
+
+
+def test_an_outage_is_one_line_and_has_one_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def play(scene: Scene) -> None:
+        await scene.started()
+        scene.calls.opening_problem = ServiceError("connection refused")
+        scene.calls.streams[-1].messages.put_nowait(ServiceError("the worker is gone"))
+        await asyncio.sleep(10)
+        scene.calls.opening_problem = None
+        await asyncio.sleep(10)
+
+    virtually(play)
+    broke, again = [record for record in caplog.records if "step stream" in record.message]
+    assert broke.levelname == "WARNING"
+    assert broke.message.endswith("broke, retrying; its legs continue elsewhere if they can: the worker is gone")
+    assert (again.levelname, again.message) == ("INFO", f"step stream to worker {WORKER.worker_id} is open again")
+
+
+def test_a_replaced_worker_whose_stream_broke_is_given_up_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def play(scene: Scene) -> None:
+        await scene.started()
+        scene.link.worker = replace(WORKER, state=WorkerState.DRAINING)
+        scene.calls.opening_problem = ServiceError("connection refused")
+        scene.calls.streams[-1].messages.put_nowait(ServiceError("the worker is gone"))
+        await asyncio.sleep(10)
+
+    virtually(play)
+    broke, end = [record for record in caplog.records if "step stream" in record.message]
+    assert broke.levelname == end.levelname == "INFO", "a drain that was asked for is no warning"
+    start = f"step stream to worker {WORKER.worker_id} (epoch {WORKER.epoch})"
+    assert end.message == f"{start} is given up: that start of it is no longer used here"
 
 
 def test_a_worker_of_another_contract_gets_no_link() -> None:

@@ -15,7 +15,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.errors import LegFailed, TandemError
-from tandem.rpc.status import DOMAIN
+from tandem.rpc.status import DOMAIN, UNREADABLE
 from tests.unit.test_worker_link import ACCEPTED, Scene, virtually
 
 CORRUPT = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff\xff")
@@ -39,7 +39,10 @@ def logprobs(number: int, *token_ids: int) -> leg2_pb2.LegLogprobs:
 
 @pytest.mark.parametrize(
     ("detail", "sentence"),
-    [(CORRUPT, "no room (its details cannot be read)"), (packed(message="m", self="s"), "no room")],
+    [
+        (CORRUPT, f"no room ({UNREADABLE})"),
+        (packed(message="m", self="s"), "no room"),
+    ],
     ids=["corrupt", "metadata named as parameters"],
 )
 def test_an_unreadable_end_ends_the_leg(detail: any_pb2.Any, sentence: str) -> None:
@@ -75,7 +78,7 @@ def test_an_unreadable_refusal_fails_one_leg_only() -> None:
         given_up.abort()
         scene.calls.may_answer.set()
         await scene.settle()
-        assert first.failure == "no room (its details cannot be read)"
+        assert first.failure == f"no room ({UNREADABLE})"
         assert (third.accepted_count, third.ends) == (1, [])
         assert scene.calls.aborted == [given_up.number], "accepted after it was given up"
 
@@ -192,7 +195,8 @@ def test_unknown_legs_of_one_message_are_logged_once(caplog: pytest.LogCaptureFi
             await scene.settle()
         assert sorted(scene.calls.aborted) == list(range(90, 100)), "each once"
         assert [record.getMessage() for record in caplog.records] == [
-            "worker decode-0 listed 10 legs that are unknown here: aborting them (98, 90, 91, 92, 93, ...)"
+            "worker decode-0 runs 10 legs that this frontend has ended or did not start: aborting them there,"
+            " no request is affected (leg numbers 98, 90, 91, 92, 93, ...)"
         ]
         assert heard.token_ids == [5]
 
@@ -209,7 +213,10 @@ def test_too_many_unknown_legs_end_the_stream() -> None:
         scene.say(alive=range(1000, 1000 + most + 1))
         await scene.settle()
         assert isinstance(heard.ends[0], TandemError)
-        assert heard.failure == f"worker decode-0 listed more than {most} legs that are unknown here"
+        assert heard.failure == (
+            f"worker decode-0 listed more than {most} legs that this frontend did not start:"
+            " another frontend may have the same id (frontend-0)"
+        )
 
     virtually(play)
 

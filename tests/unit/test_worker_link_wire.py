@@ -23,9 +23,9 @@ from tandem.testing.eventually import assert_eventually
 from tests.unit.support.frontend_workers import decode
 from tests.unit.test_worker_link import ACCEPTED, BOUNDS, Heard
 
-UNREAD = "a proxy's sentence (its details cannot be read)"
+UNREAD = "a proxy's sentence (the reason of this error is malformed: the peer may run another release)"
 WORDS = {
-    "no step": (None, "worker decode-0 sent a step message that cannot be read"),
+    "no step": (None, "worker decode-0 sent a step message that cannot be read: it may run another release"),
     "details of another code": (status_pb2.Status(code=13, message="x").SerializeToString(), UNREAD),
     "no details": (b"\xff\xff", UNREAD),
 }

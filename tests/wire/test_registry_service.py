@@ -17,6 +17,7 @@ from tandem_registry.app import RegistryApp
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.errors import (
     DuplicateWorker,
     InvalidRequest,
@@ -370,7 +371,7 @@ async def test_a_watcher_that_does_not_read_is_dropped_with_a_typed_error(app: R
         epoch = 0
         while backend.watcher_count and epoch < 5000:
             epoch += 1
-            await stub.Register(register_request(epoch=epoch, model="m" * 256))
+            await stub.Register(register_request(epoch=epoch, model="m" * MODEL_NAME_CHARS_MAX))
         assert backend.watcher_count == 0, "thousands of changes were kept for a watcher that reads none"
         assert isinstance(await error_of(_read_all(watch)), Overloaded)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -13,9 +14,9 @@ from dataclasses import replace
 import grpc
 import psutil
 import pytest
-from tandem_frontend.routing.worker_health import CHECK_TIMEOUT_S, WorkerHealth
+from tandem_frontend.routing.worker_health import CHECK_TIMEOUT_S, DRAIN_NOTICE_S, WorkerHealth
 
-from tandem.domain.worker import Start, Worker
+from tandem.domain.worker import Start, Worker, WorkerState
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
 from tandem.service.awake_timers import AwakeTimers
@@ -210,3 +211,43 @@ async def test_a_removed_worker_is_forgotten_and_a_restarted_one_begins_healthy(
         await assert_eventually(
             lambda: {task.get_name() for task in asyncio.all_tasks()}, lambda names: "health-decode-0" not in names
         )
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if "worker decode-0" in record.message]
+
+
+@pytest.mark.parametrize("view_is_late", [False, True])
+async def test_a_drain_is_no_warning_and_has_a_line_at_its_end(
+    caplog: pytest.LogCaptureFixture, view_is_late: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with serving() as server, following(worker := worker_at(server.port)) as health:
+        await settled(health)
+        draining = replace(worker, state=WorkerState.DRAINING)
+        if not view_is_late:
+            health.follow([draining])
+        await server.set_serving(False)
+        await unhealthy_is(health, worker.start, within_s=0.5)
+        health.follow([draining])
+        await asyncio.sleep(2 * DRAIN_NOTICE_S)
+        health.follow([])
+    assert lines(caplog) == [
+        ("INFO", "worker decode-0 is draining: it gets no new requests"),
+        ("INFO", f"worker decode-0 (epoch {worker.epoch}) has left the registry: it is no longer watched"),
+    ]
+
+
+async def test_an_unhealthy_worker_is_a_warning_until_it_is_healthy_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with serving() as server, following(worker_at(server.port)) as health:
+        await settled(health)
+        await server.set_serving(False)
+        await asyncio.sleep(2 * DRAIN_NOTICE_S)
+        await server.set_serving(True)
+        await unhealthy_is(health, within_s=0.5)
+        health.follow([])
+    assert lines(caplog) == [
+        ("WARNING", "worker decode-0 is unhealthy and avoided: it reports NOT_SERVING"),
+        ("INFO", "worker decode-0 is healthy again: its health stream reports SERVING"),
+    ]

@@ -82,7 +82,7 @@ class FrontendConfig(AdminConfig):
         if self.open_requests_max < self.processes:
             raise ConfigError(
                 "open_requests_max",
-                f"must be {self.processes} or more, not {self.open_requests_max}: it is divided among the processes",
+                f"must be at least {self.processes}, not {self.open_requests_max}: it is divided among the processes",
             )
         return self
 

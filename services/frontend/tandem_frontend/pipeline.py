@@ -89,7 +89,7 @@ class Generation:
             self._admitted(record) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
-            wanted = await checked_generate(request, self._model.tokenizer)
+            wanted = await checked_generate(request, self._model.tokenizer, record.request_id)
             recorder.checked(wanted)
             if self._tells_prompts and self._traces.ids is not None and is_sampled(record):
                 record.prompt = await self._traced_prompt(wanted)

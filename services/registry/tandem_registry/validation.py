@@ -9,7 +9,7 @@ import re
 
 from tandem.api.types.v1 import worker_pb2
 from tandem.domain.frontend import Frontend
-from tandem.domain.limits import PORT_MAX
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.worker import (
     WORKER_ID_CHARS_MAX,
     WORKER_ID_PATTERN,
@@ -24,7 +24,6 @@ from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_pr
 WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
 WILDCARD_HOSTS = ("0.0.0.0", "[::]")
-MODEL_CHARACTERS_MAX = 256
 RELEASE_CHARACTERS_MAX = 64
 LEASE_ID_CHARACTERS_MAX = 128
 HOST_CHARACTERS_MAX = 253
@@ -44,13 +43,14 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
     _check_model("worker.capabilities.model", message.capabilities.model)
     _check_bootstrap(message)
     if message.HasField("leg_contract") and message.leg_contract < 1:
-        raise InvalidRequest("worker.leg_contract", f"must be 1 or more, not {message.leg_contract}")
+        raise InvalidRequest("worker.leg_contract", f"must be at least 1, not {message.leg_contract}")
     worker = worker_from_proto(message)
     if worker.capabilities_digest is not None and worker.capabilities_digest != capabilities_digest(
         worker.capabilities
     ):
         raise InvalidRequest(
-            "worker.capabilities_digest", "does not match worker.capabilities: the message was altered in transit"
+            "worker.capabilities_digest",
+            "does not match worker.capabilities, so the worker is not registered: run the registry's release on it",
         )
     return worker
 
@@ -74,16 +74,16 @@ def checked_worker_id(field: str, worker_id: str) -> str:
 
 
 def checked_epoch(field: str, epoch: int) -> int:
-    """A valid epoch: above 0."""
+    """A valid epoch: at least 1."""
     if epoch <= 0:
-        raise InvalidRequest(field, f"must be above 0, not {epoch}")
+        raise InvalidRequest(field, f"must be at least 1, not {epoch}")
     return epoch
 
 
 def checked_lease_id(lease_id: str) -> str:
     """A valid lease id."""
     if not 1 <= len(lease_id) <= LEASE_ID_CHARACTERS_MAX:
-        raise InvalidRequest("lease_id", f"must have 1 to {LEASE_ID_CHARACTERS_MAX} characters")
+        raise InvalidRequest("lease_id", f"must be 1 to {LEASE_ID_CHARACTERS_MAX} characters long")
     return lease_id
 
 
@@ -103,7 +103,7 @@ def _check_start(path: str, id_path: str, member_id: str, message: worker_pb2.Wo
         raise InvalidRequest(f"{path}.state", "must be SERVING or DRAINING")
     _check_address(f"{path}.address", message.address)
     if len(message.release) > RELEASE_CHARACTERS_MAX:
-        raise InvalidRequest(f"{path}.release", f"must have at most {RELEASE_CHARACTERS_MAX} characters")
+        raise InvalidRequest(f"{path}.release", f"must be at most {RELEASE_CHARACTERS_MAX} characters long")
 
 
 def _check_address(field: str, address: str) -> None:
@@ -115,8 +115,8 @@ def _check_address(field: str, address: str) -> None:
 
 
 def _check_model(field: str, model: str) -> None:
-    if not 1 <= len(model) <= MODEL_CHARACTERS_MAX:
-        raise InvalidRequest(field, f"must have 1 to {MODEL_CHARACTERS_MAX} characters")
+    if not 1 <= len(model) <= MODEL_NAME_CHARS_MAX:
+        raise InvalidRequest(field, f"must be 1 to {MODEL_NAME_CHARS_MAX} characters long")
 
 
 def _check_bootstrap(message: worker_pb2.Worker) -> None:
@@ -128,6 +128,6 @@ def _check_bootstrap(message: worker_pb2.Worker) -> None:
     if not has_bootstrap:
         raise InvalidRequest("worker.bootstrap", "must be given on a worker of role prefill")
     if not 1 <= len(message.bootstrap.host) <= HOST_CHARACTERS_MAX:
-        raise InvalidRequest("worker.bootstrap.host", f"must have 1 to {HOST_CHARACTERS_MAX} characters")
+        raise InvalidRequest("worker.bootstrap.host", f"must be 1 to {HOST_CHARACTERS_MAX} characters long")
     if not 1 <= message.bootstrap.port <= PORT_MAX:
         raise InvalidRequest("worker.bootstrap.port", f"must be 1 to {PORT_MAX}, not {message.bootstrap.port}")

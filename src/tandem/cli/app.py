@@ -206,6 +206,7 @@ def generate(
     from rich.console import Console
 
     from tandem.cli import generate as generate_command
+    from tandem.cli.membership import checked_address
     from tandem.cli.state import find_tls, read_state
 
     asked = generate_command.Asked(
@@ -225,11 +226,11 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
         as_json=as_json,
-        tls=find_tls(tls),
     )
 
     async def run() -> int:
-        return await generate_command.generate(address or read_state().frontend, asked, Console(stderr=True))
+        frontend = checked_address(address, "address") if address else read_state().frontend
+        return await generate_command.generate(frontend, replace(asked, tls=find_tls(tls)), Console(stderr=True))
 
     end("generate", run())
 
@@ -297,9 +298,13 @@ def health(
 ) -> None:
     """Check the health of a process; exit status 0 if it is serving."""
     from tandem.cli import operations as health_command
+    from tandem.cli.membership import checked_address
     from tandem.cli.state import find_tls
 
-    end("health", health_command.health(address, service, find_tls(tls)))
+    async def run() -> int:
+        return await health_command.health(checked_address(address, "ADDRESS"), service, find_tls(tls))
+
+    end("health", run())
 
 
 @app.command()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
+from urllib.parse import urlsplit
 
 from tandem import config as configuration
 from tandem.cli.state import DEMO_MODEL
@@ -15,12 +17,15 @@ from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.limits import PORT_MAX
 from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, StartError
 from tandem.local_cluster.cluster import ClusterSpec
 from tandem.rpc.listening import listen_problem
+from tandem.tls.material import read_material
+from tandem.tls.paths import Tls
 from tandem.worker.config import WorkerConfig
 
 HOST = "127.0.0.1"
+COLLECTOR_TIMEOUT_S = 2.0
 
 
 def check_spec(spec: ClusterSpec) -> None:
@@ -33,7 +38,9 @@ def check_spec(spec: ClusterSpec) -> None:
     _check_counts(spec)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
         raise ConfigError("model", f"must be given outside a checkout of Tandem (no {DEMO_MODEL} here)")
-    _check_worker(spec)
+    config = _check_worker(spec)
+    _check_collector(config.otlp_endpoint if spec.otlp_endpoint is not None else None)
+    _check_certificates(spec)
     read_checkpoint(spec.model)
     _check_ports(spec)
     if spec.edge:
@@ -45,23 +52,25 @@ def check_spec(spec: ClusterSpec) -> None:
 def _check_counts(spec: ClusterSpec) -> None:
     for name in ("prefill", "decode", "aggregated"):
         if getattr(spec, name) < 0:
-            raise ConfigError(name, f"must be 0 or more, not {getattr(spec, name)}")
+            raise ConfigError(name, f"must be at least 0, not {getattr(spec, name)}")
     for name in ("frontends", "frontend_processes", "registries"):
         if getattr(spec, name) < 1:
-            raise ConfigError(name, f"must be 1 or more, not {getattr(spec, name)}")
+            raise ConfigError(name, f"must be at least 1, not {getattr(spec, name)}")
     if spec.registries > 1 and spec.consul is None:
         raise ConfigError("registries", "more than one registry requires --consul, their shared store")
     if not spec.aggregated and not spec.prefill:
         raise ConfigError("prefill", "needs at least one prefill and one decode worker, or one aggregated worker")
     if bool(spec.prefill) != bool(spec.decode):
         missing = "decode" if spec.prefill else "prefill"
-        raise ConfigError(missing, "must be 1 or more: prefill and decode workers work only in pairs")
+        raise ConfigError(missing, "must be at least 1: prefill and decode workers work only in pairs")
 
 
-def _check_worker(spec: ClusterSpec) -> None:
+def _check_worker(spec: ClusterSpec) -> WorkerConfig:
     flags = {"registry": f"{HOST}:1", "model": str(spec.model), "engine": spec.engine, **spec.worker_flags}
     if spec.model_name is not None:
         flags["model-name"] = spec.model_name
+    if spec.otlp_endpoint is not None:
+        flags["otlp-endpoint"] = spec.otlp_endpoint
     arguments = [f"--{key}={value}" for key, value in flags.items()]
     config = configuration.load(WorkerConfig, "tandem-worker", arguments, {})
     settings = config.engine_settings(WorkerRole.AGGREGATED if not spec.prefill else WorkerRole.PREFILL)
@@ -72,6 +81,46 @@ def _check_worker(spec: ClusterSpec) -> None:
         compat.check_installed(config.transfer_backend)
         if config.device == "cuda" and not _has_nvidia_driver():
             raise ConfigError("device", "cuda is not available: no NVIDIA driver on this machine; use auto or cpu")
+    return config
+
+
+def _check_collector(endpoint: str | None) -> None:
+    """Reject a collector that does not listen. A service started alone only logs it: the collector may come later."""
+    if endpoint is None:
+        return
+    url = urlsplit(endpoint)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((str(url.hostname), port), COLLECTOR_TIMEOUT_S).close()
+    except OSError as problem:
+        why = problem.strerror or str(problem)
+        raise ConfigError(
+            "otlp_endpoint",
+            f"no collector listens at {url.hostname}:{port} ({why}): start it first, or omit the option",
+        ) from None
+
+
+def _check_certificates(spec: ClusterSpec) -> None:
+    """Reject a directory in which the certificate of a process, or of the client, is missing or unusable."""
+    directory = spec.tls
+    if directory is None:
+        return
+    names = {
+        "registry": spec.registries,
+        "prefill": spec.prefill,
+        "decode": spec.decode + spec.aggregated,
+        "frontend": spec.frontends,
+        "edge": spec.edge,
+        "consul": spec.consul is not None and spec.consul.address is None,
+        "client": True,
+    }
+    if not directory.is_dir():
+        raise ConfigError("tls", f"there is no directory {directory}: create it with `tandem certs {directory}`")
+    for name in [name for name, count in names.items() if count]:
+        try:
+            read_material(Tls.in_directory(directory, name))
+        except StartError as problem:
+            raise ConfigError("tls", f"{problem}: `tandem certs {directory}` creates and renews the files") from None
 
 
 def _has_nvidia_driver() -> bool:
@@ -88,7 +137,7 @@ def _check_ports(spec: ClusterSpec) -> None:
     ports = {"port": spec.frontend_port, "http_port": spec.http_port if spec.edge else 0}
     for name, port in ports.items():
         if not 0 <= port <= PORT_MAX:
-            raise ConfigError(name, f"must be a whole number from 0 to {PORT_MAX}, not {port}")
+            raise ConfigError(name, f"must be 0 to {PORT_MAX}, not {port}")
         problem = listen_problem(HOST, port)
         if problem is not None:
             raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 selects a free port")

@@ -19,7 +19,6 @@ from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.consul import DEFAULT_SERVICE, ClusterConsul
 from tandem.local_cluster.consul_binary import find_consul
 from tandem.local_cluster.consul_http import ConsulAccess, read_token_file
-from tandem.tls.paths import Tls
 
 ADDRESS = re.compile(r"(https?://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
 SERVICE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -81,7 +80,6 @@ async def check_consul(spec: ClusterSpec, console: Console) -> None:
     if consul is None:
         return
     if consul.address is None:
-        _check_certificates(spec.tls)
         await asyncio.to_thread(find_consul, report=lambda line: console.print(line, highlight=False, soft_wrap=True))
         return
     try:
@@ -120,12 +118,3 @@ def _access(cluster: LocalCluster) -> ConsulAccess | None:
     if cluster.consul is not None:
         return cluster.consul.access
     return None if cluster.spec.consul is None else cluster.spec.consul.access(cluster.spec.tls)
-
-
-def _check_certificates(directory: Path | None) -> None:
-    if directory is None:
-        return
-    tls = Tls.in_directory(directory, "consul")
-    for file in (tls.cert, tls.key):
-        if not file.exists():
-            raise ConfigError("tls", f"{file} is missing: create it with `tandem certs {directory}`")

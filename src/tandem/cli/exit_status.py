@@ -83,7 +83,8 @@ def _reason(problem: TandemError) -> str:
 def _as_option(problem: ConfigError) -> str:
     """The error message with the setting named as its command-line option."""
     key, _, inner = problem.key.partition(".")
-    if not key.isidentifier():
+    # An argument is named as in the help, in capitals.
+    if not key.isidentifier() or key.isupper():
         return str(problem)
     message = problem.message.removeprefix(f"{problem.key}: ")
     return f"--{key.replace('_', '-')}: {f'{inner}: ' if inner else ''}{message}"

@@ -60,11 +60,12 @@ def trace(
 
     async def run() -> int:
         from tandem.cli import trace as trace_command
+        from tandem.cli.membership import checked_address
         from tandem.cli.state import find_tls
 
         found = find_tls(tls)
         if frontend is not None:
-            frontends = [trace_command.Frontend(frontend, frontend)]
+            frontends = [trace_command.Frontend(frontend, checked_address(frontend, "frontend"))]
         else:
             frontends = await trace_command.frontends_of(await _registries(address), found)
         return await trace_command.trace(request_id, frontends, as_json=as_json, tls=found)
@@ -85,11 +86,13 @@ def profile(
 
     async def run() -> int:
         from tandem.cli import profile as profile_command
+        from tandem.cli.membership import checked_address
         from tandem.cli.state import find_tls
 
         request, found = profile_command.profile_request(seconds, form, with_stack=with_stack), find_tls(tls)
-        process_address = process
-        if ":" not in process:
+        if ":" in process:
+            process_address = checked_address(process, "PROCESS")
+        else:
             process_address = await profile_command.address_of(process, await _registries(address), found)
         return await profile_command.profile(process, process_address, request, out, found)
 

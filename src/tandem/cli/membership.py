@@ -16,7 +16,7 @@ from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.client import calls
 from tandem.discovery.addresses import parse_addresses, parse_srv
 from tandem.discovery.srv_lookup import resolve_srv
-from tandem.errors import NotSupported, StartError, TandemError
+from tandem.errors import ConfigError, NotSupported, StartError, TandemError
 from tandem.tls.paths import Tls
 
 
@@ -70,6 +70,21 @@ async def registry_addresses(text: str) -> list[str]:
     rng = random.Random()  # noqa: S311 -- shuffles equal SRV records, not a secret
     found = [(form,) if srv is None else await resolve_srv(srv, rng) for form, srv in parsed]
     return list(dict.fromkeys(address for addresses in found for address in addresses))
+
+
+def checked_address(text: str, name: str) -> str:
+    """One host:port as typed for the option or argument `name`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        is_address = parse_srv(text) is None
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ConfigError(name, f"must be host:port, not {text!r}")
+    return text
 
 
 async def ask_all(addresses: Sequence[str], tls: Tls | None) -> Membership:

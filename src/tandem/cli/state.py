@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import StartError
+from tandem.errors import ConfigError, StartError
 from tandem.tls.paths import Tls, client_tls
 
 DEMO_MODEL = Path("models") / "tandem-demo"
@@ -162,8 +162,14 @@ def _read() -> StartingCluster | ClusterState:
 
 
 def find_tls(directory: Path | None) -> Tls | None:
-    """Client certificate of `directory`, else of the cluster that runs here; None: plaintext."""
+    """Client certificate of `directory`, else of the cluster that runs here; None: plaintext.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
     if directory is not None:
+        if not directory.is_dir():
+            raise ConfigError("tls", f"there is no directory {directory}")
         return client_tls(directory)
     try:
         return client_tls(read_state().tls)

@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, worker_pb2
+from tandem.errors import ContextExceeded, InvalidRequest, NotSupported, RequestTooLarge
 from tandem.rpc.convert import seconds
 
 BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
@@ -25,6 +26,11 @@ DECODE_WAITS = (
     ("queued_time", "preallocation_end_time", "bootstrap with peer, KV preallocation"),
     ("preallocation_end_time", "kv_transfer_end_time", "waits for KV"),
 )
+REFUSALS = frozenset(
+    error_pb2.ErrorReason.Value(f"ERROR_REASON_{kind.reason}")
+    for kind in (InvalidRequest, ContextExceeded, RequestTooLarge, NotSupported)
+)
+"""Reasons of a leg's end that are the request's fault."""
 FULL, POINT, OPEN = "█", "╵", "▒"
 
 
@@ -59,7 +65,7 @@ def render(timeline: pb.RequestTimeline, frontend: str, *, width: int = 100) -> 
 
 
 def _head(timeline: pb.RequestTimeline, frontend: str) -> Iterator[str]:
-    yield f"request {timeline.request_id} · {_ending(timeline)}"
+    yield f"request {timeline.request_id or 'without an id'} · {_ending(timeline)}"
     received = timeline.begin.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
     parts = [f"received {received} UTC by {frontend}", timeline.operation, timeline.model]
     if timeline.tenant:
@@ -137,7 +143,8 @@ def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
         phase = f" in phase {failure.phase}" if failure.phase else ""
         failed = f"{role(failure.leg)} leg on {failure.worker_id}" if failure.worker_id else "attempt"
         at = attempt.end if attempt.HasField("end") else attempt.dispatched
-        yield _moment(at, f"{failed} failed{phase}: {error_reason(failure.reason)}", depth=1)
+        verb = "refused the request" if failure.reason in REFUSALS else "failed"
+        yield _moment(at, f"{failed} {verb}{phase}: {error_reason(failure.reason)}", depth=1)
 
 
 def _legs(attempt: pb.TimelineAttempt) -> Iterator[pb.TimelineLeg]:

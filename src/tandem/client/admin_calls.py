@@ -12,9 +12,9 @@ import grpc
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub, ProfileServiceStub
+from tandem.client.call_errors import call_error
 from tandem.errors import ProfileFailed
 from tandem.rpc.channels import open_channel
-from tandem.rpc.status import from_rpc_error
 from tandem.tls.paths import Tls
 
 CALL_TIMEOUT_S = 5.0
@@ -33,7 +33,7 @@ async def request_timelines(address: str, request_id: str, *, tls: Tls | None = 
         try:
             response = await stub.GetRequestTimeline(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls) from None
         return list(response.timelines)
 
 
@@ -50,7 +50,7 @@ async def list_requests(
         try:
             response: pb.ListRequestsResponse = await stub.ListRequests(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls) from None
         return response
 
 
@@ -66,7 +66,7 @@ async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | N
         try:
             response: pb.WatchFiguresResponse = await call.read()
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls) from None
         finally:
             call.cancel()
         return response
@@ -96,7 +96,7 @@ async def capture_profile(
                 if response.HasField("file"):
                     name, size_bytes, data = response.file.name, response.file.size_bytes, bytearray()
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls, has_responded=bool(name or size_bytes)) from None
         finally:
             call.cancel()
         if name:

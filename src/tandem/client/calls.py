@@ -19,11 +19,11 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.client.call_errors import call_error
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_from_proto
-from tandem.rpc.status import from_rpc_error
 from tandem.tls.paths import Tls
 
 CALL_TIMEOUT_S = 5.0
@@ -40,11 +40,13 @@ async def generate(
     async with open_channel(address, tls) as channel:
         stub: Any = InferenceServiceStub(channel)
         call = stub.Generate(request, timeout=timeout_s)
+        has_responded = False
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
+                has_responded = True
                 yield response
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls, has_responded=has_responded) from None
         finally:
             call.cancel()
 
@@ -57,7 +59,9 @@ async def list_models(address: str, *, tls: Tls | None = None) -> list[frontend_
     """
     async with open_channel(address, tls) as channel:
         stub: Any = InferenceServiceStub(channel)
-        response = await _response(stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S))
+        response = await _response(
+            stub.ListModels(frontend_pb.ListModelsRequest(), timeout=CALL_TIMEOUT_S), address, tls
+        )
         return list(response.models)
 
 
@@ -79,7 +83,7 @@ async def list_members(address: str, *, tls: Tls | None = None) -> registry_pb.L
     async with open_channel(address, tls) as channel:
         stub: Any = RegistryServiceStub(channel)
         response: registry_pb.ListResponse = await _response(
-            stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S)
+            stub.List(registry_pb.ListRequest(), timeout=CALL_TIMEOUT_S), address, tls
         )
         return response
 
@@ -93,7 +97,9 @@ async def worker_at(address: str, timeout_s: float = CALL_TIMEOUT_S, *, tls: Tls
     async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         request = worker_pb.GetCapabilitiesRequest()
-        response: worker_pb.GetCapabilitiesResponse = await _response(stub.GetCapabilities(request, timeout=timeout_s))
+        response: worker_pb.GetCapabilitiesResponse = await _response(
+            stub.GetCapabilities(request, timeout=timeout_s), address, tls
+        )
         return worker_from_proto(response.worker)
 
 
@@ -106,7 +112,7 @@ async def worker_load(address: str, timeout_s: float = 2.0, *, tls: Tls | None =
     async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         call = stub.WatchLoad(worker_pb.WatchLoadRequest(), timeout=timeout_s)
-        response: worker_pb.WatchLoadResponse = await _response(call.read())
+        response: worker_pb.WatchLoadResponse = await _response(call.read(), address, tls)
         call.cancel()
         return response
 
@@ -121,11 +127,13 @@ async def drain_worker(address: str, epoch: int, *, tls: Tls | None = None) -> A
     async with open_channel(address, tls) as channel:
         stub: Any = WorkerServiceStub(channel)
         call = stub.Drain(worker_pb.DrainRequest(worker_epoch=epoch))
+        has_responded = False
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
+                has_responded = True
                 yield response.open_legs
         except grpc.aio.AioRpcError as failure:
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls, has_responded=has_responded) from None
         finally:
             call.cancel()
 
@@ -139,7 +147,8 @@ async def process_figures(address: str, *, tls: Tls | None = None) -> process_pb
     async with open_channel(address, tls) as channel:
         stub: Any = ProcessServiceStub(channel)
         request = process_pb.GetFiguresRequest()
-        response: process_pb.GetFiguresResponse = await _response(stub.GetFigures(request, timeout=CALL_TIMEOUT_S))
+        call = stub.GetFigures(request, timeout=CALL_TIMEOUT_S)
+        response: process_pb.GetFiguresResponse = await _response(call, address, tls)
         return response
 
 
@@ -158,12 +167,12 @@ async def is_serving(address: str, service: str = "", *, tls: Tls | None = None)
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.NOT_FOUND:
                 raise InvalidRequest("service", f"{address} has no service {service!r}") from None
-            raise from_rpc_error(failure) from None
+            raise call_error(failure, address, tls) from None
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def _response(call: Any) -> Any:
+async def _response(call: Any, address: str, tls: Tls | None) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as failure:
-        raise from_rpc_error(failure) from None
+        raise call_error(failure, address, tls) from None

@@ -50,7 +50,9 @@ class StepCall:
             raise ServiceError(f"worker {self._worker.worker_id} closed its step stream")
         if message is None:
             # gRPC returns None for bytes that are no message of this type.
-            raise ServiceError(f"worker {self._worker.worker_id} sent a step message that cannot be read")
+            raise ServiceError(
+                f"worker {self._worker.worker_id} sent a step message that cannot be read: it may run another release"
+            )
         return message  # type: ignore[no-any-return]
 
     def cancel(self) -> None:

@@ -111,7 +111,7 @@ class WorkerWatch(RegistryFollower):
         async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
             first = await call.read()
         if not _is_step(first) or first.WhichOneof("event") != "snapshot":
-            raise ServiceError("the first message of the watch was not a snapshot")
+            raise ServiceError("the registry sent a change before its snapshot: it may run another release")
         try:
             self._apply(first)
             self._ahead_since_s = None
@@ -217,5 +217,10 @@ def _known(messages: Iterable[W], convert: Callable[[W], M], kind: str) -> list[
             members.append(convert(message))
         except KeyError as unknown:
             name = message.worker_id if isinstance(message, worker_pb2.Worker) else message.frontend_id
-            log.warning("ignored %s %s: this release does not know its role or state %s", kind, name, unknown)
+            log.warning(
+                "ignored %s %s: this release does not know its role or state %s; run one release everywhere",
+                kind,
+                name,
+                unknown,
+            )
     return members

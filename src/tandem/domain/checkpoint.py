@@ -99,7 +99,7 @@ def read_card(path: Path) -> Card:
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not _is_count(config.get(key)) or config[key] < 1:
             raise StartError(
-                f"{path / 'config.json'}: {key} must be a whole number from 1 up", path=str(path / "config.json")
+                f"{path / 'config.json'}: {key} must be a whole number, at least 1", path=str(path / "config.json")
             )
     digest = tokenizer_digest(path)
     eos_token_ids = _eos_token_ids(path, config)
@@ -198,7 +198,7 @@ def _tokenizer_ids(file: Path) -> tuple[set[int], set[int]]:
     except (TypeError, KeyError):
         raise StartError(f"{file} is damaged: an added token has no id", path=str(file)) from None
     if not all(map(_is_count, ordinary + added)):
-        raise StartError(f"{file} is damaged: a token id is not a whole number from 0 up", path=str(file))
+        raise StartError(f"{file} is damaged: a token id is not a whole number of at least 0", path=str(file))
     return set(ordinary), set(added)
 
 

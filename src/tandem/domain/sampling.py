@@ -32,8 +32,8 @@ class Range:
     def __str__(self) -> str:
         """The range in an error message."""
         if self.includes_lowest:
-            return f"from {self.lowest:g} to {self.highest:g}"
-        return f"over {self.lowest:g} and at most {self.highest:g}"
+            return f"{self.lowest:g} to {self.highest:g}"
+        return f"above {self.lowest:g}, at most {self.highest:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from tandem.observability.request_trace import FAILED, FINISHED, LegTrace, RequestTrace
+from tandem.errors import ParserFailed
+from tandem.observability.request_trace import FAILED, FINISHED, REFUSED, LegTrace, RequestTrace
 
 FIELDS = "tandem"
 """Attribute of a log record that holds additional fields: `log.info(..., extra={FIELDS: {...}})`."""
@@ -106,14 +107,14 @@ def is_text(log_format: str) -> bool:
 def log_request(trace: RequestTrace) -> None:
     """Log the summary of an ended request."""
     if requests_log.isEnabledFor(logging.INFO):
-        requests_log.info("%s %s", trace.operation, trace.outcome, extra={FIELDS: request_fields(trace)})
+        requests_log.info("%s %s", trace.operation, _ending(trace), extra={FIELDS: request_fields(trace)})
 
 
 def log_leg(trace: LegTrace) -> None:
     """Log the summary of an ended leg. Only failures are warnings: the frontend logs every request already."""
     level = logging.WARNING if trace.outcome == FAILED else logging.DEBUG
     if legs_log.isEnabledFor(level):
-        legs_log.log(level, "%s leg %s", trace.role, trace.outcome, extra={FIELDS: leg_fields(trace)})
+        legs_log.log(level, "%s leg %s", trace.role, _ending(trace), extra={FIELDS: leg_fields(trace)})
 
 
 def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
@@ -122,11 +123,14 @@ def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
     workers = () if last is None else (last.prefill_worker, last.decode_worker)
     fields: dict[str, Any] = {
         **ids_of(trace),
+        "call_id": trace.call_id or None,
         "operation": trace.operation,
         "model": trace.model,
         "tenant": trace.tenant or None,
         "outcome": trace.outcome,
         "reason": trace.reason,
+        "field": trace.field or None,
+        "error": _error(trace),
         "prompt_tokens": trace.prompt_tokens,
         "completion_tokens": trace.completion_tokens or trace.token_count,
         "cached_tokens": trace.cached_tokens if trace.outcome == FINISHED else None,
@@ -141,17 +145,34 @@ def request_fields(trace: RequestTrace) -> Mapping[str, Any]:
 
 def leg_fields(trace: LegTrace) -> Mapping[str, Any]:
     """Log fields of a leg."""
-    return {
+    fields: dict[str, Any] = {
         **ids_of(trace),
         "attempt": trace.attempt,
         "role": trace.role,
         "outcome": trace.outcome,
         "reason": trace.reason,
+        "field": trace.field or None,
+        "error": _error(trace),
         "prompt_tokens": trace.prompt_tokens,
         "completion_tokens": trace.token_count,
         "duration_ms": _ms(None if trace.end_s is None else trace.end_s - trace.begin_s),
         "room": trace.room or None,
     }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _ending(trace: RequestTrace | LegTrace) -> str:
+    """The outcome; of a refused or failed one also why, and which field was wrong."""
+    if trace.outcome not in (FAILED, REFUSED):
+        return trace.outcome
+    return f"{trace.outcome}: {trace.reason}{f', field {trace.field}' if trace.field else ''}"
+
+
+def _error(trace: RequestTrace | LegTrace) -> str | None:
+    """The sentence of an error that the request did not cause. A parser's may quote the generated text: not logged."""
+    if trace.outcome not in (FAILED, REFUSED) or trace.field or trace.reason == ParserFailed.reason:
+        return None
+    return trace.message or None
 
 
 def _ms(duration_s: float | None) -> float | None:

@@ -100,8 +100,8 @@ LEG = Attribute("tandem.leg", tuple(role.value for role in LegRole))
 PHASE = Attribute("tandem.phase", tuple(phase.value for phase in Phase))
 POLICY = Attribute("tandem.policy", ("random",))
 ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
-LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "cancelled"))
-ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "ended"))
+LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
+ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
@@ -182,7 +182,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.requests.refused",
         Kind.COUNTER,
         "{request}",
-        "Requests rejected before any leg was dispatched.",
+        "Requests rejected before any leg was dispatched, or by an engine because the request itself is wrong.",
         REASON,
     ),
     _frontend(
@@ -207,7 +207,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.leg.failures",
         Kind.COUNTER,
         "{leg}",
-        "Legs whose failure ended their attempt, by leg, phase and reason.",
+        "Legs whose failure ended their attempt, by leg, phase and reason. A refused request is no failure.",
         LEG,
         PHASE,
         REASON,

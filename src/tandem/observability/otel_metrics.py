@@ -207,7 +207,7 @@ class OtelMetrics(Metrics):
             try:
                 readings = await measure()
             except TandemError as problem:
-                log.warning("some gauges are left out of this scrape: %s", problem)
+                log.warning("some gauges are left out of this scrape, the other metrics are complete: %s", problem)
                 continue
             for reading in readings:
                 found[reading.name].append(_observation(reading))
@@ -232,9 +232,13 @@ def _push_reader(endpoint: str) -> MetricReader:
             is_failing = result is not MetricExportResult.SUCCESS
             if is_failing is not self.is_failing:
                 if is_failing:
-                    log.warning("metrics push to %s failed; retrying every %g s", endpoint, PUSH_INTERVAL_S)
+                    log.warning(
+                        "metrics push to %s failed; requests are not affected; retrying every %g s",
+                        endpoint,
+                        PUSH_INTERVAL_S,
+                    )
                 else:
-                    log.warning("metrics push to %s works again", endpoint)
+                    log.info("metrics push to %s works again", endpoint)
             self.is_failing = is_failing
             return result
 

@@ -158,7 +158,9 @@ async def _sent(directory: Path, size_bytes_max: int, prefix: str) -> AsyncGener
     files = _files(directory)
     size_bytes = sum(path.stat().st_size for path in files)
     if not size_bytes:
-        raise ProfileFailed("nothing was recorded")
+        raise ProfileFailed(
+            "nothing was recorded: the profiler wrote no file; record for longer, or while requests run"
+        )
     if size_bytes > size_bytes_max:
         raise ProfileFailed(
             f"the profile has {size_bytes} bytes, the limit is {size_bytes_max}: record for a shorter time",

@@ -67,6 +67,6 @@ class RequestMetrics:
         metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": attempt.policy, "tandem.route": route})
         if attempt.tokens_before:
             metrics.count("tandem.continuations", attributes={"tandem.outcome": attempt.outcome})
-        if attempt.failed_leg:
+        if attempt.failed_leg and not attempt.is_refusal:
             failure = {"tandem.leg": attempt.failed_leg, "tandem.phase": attempt.phase, "tandem.reason": attempt.reason}
             metrics.count("tandem.leg.failures", attributes=failure)

@@ -19,11 +19,12 @@ from tandem.domain.worker import Worker
 from tandem.observability.trace_context import TraceContext
 
 FINISHED, FAILED, REFUSED, CANCELLED = "finished", "failed", "refused", "cancelled"
-"""Outcome of a request. REFUSED: rejected before a leg was dispatched. CANCELLED: the caller cancelled."""
+"""Outcome of a request. REFUSED: rejected before a leg was dispatched, or by an engine because the request itself is
+wrong, before its first token. CANCELLED: the caller cancelled."""
 OUTCOMES = (FINISHED, FAILED, REFUSED, CANCELLED)
 BROKEN, ENDED = "broken", "ended"
-"""Outcome of an attempt besides FINISHED. BROKEN: a leg failed. ENDED: the frontend ended it, for a stop string or a
-cancelled request."""
+"""Outcome of an attempt besides FINISHED and REFUSED. BROKEN: a leg failed. ENDED: the frontend ended it, for a stop
+string or a cancelled request."""
 GAPS_MAX = 4096
 """Maximum number of inter-batch times kept per trace; later ones are dropped."""
 EVENTS_MAX = 64
@@ -116,13 +117,15 @@ class AttemptTrace:
     tokens_before: int = 0
     """Tokens sent to the client before this attempt; > 0: a continuation."""
     outcome: str = ""
-    """FINISHED, BROKEN or ENDED; empty while it runs."""
+    """FINISHED, BROKEN, REFUSED or ENDED; empty while it runs."""
     failed_leg: str = ""
     failed_worker: Worker | None = None
     phase: str = ""
     """Phase in which the leg failed."""
     reason: str = ""
     """ErrorInfo reason of the failure."""
+    is_refusal: bool = False
+    """Whether the leg was refused because the request itself is wrong: no failure of its worker."""
     prefill_finish: leg_pb2.LegFinish | None = None
     decode_finish: leg_pb2.LegFinish | None = None
 
@@ -133,16 +136,18 @@ class AttemptTrace:
         else:
             self.decode_accepted_s = self.clock()
 
-    def broke(self, leg: str, worker: Worker, phase: str, reason: str) -> None:
+    def broke(self, leg: str, worker: Worker, phase: str, reason: str, *, is_refusal: bool = False) -> None:
         """Record the failed leg. Only the first is kept: the second leg usually fails because of the first."""
         if not self.failed_leg:
             self.failed_leg, self.failed_worker, self.phase, self.reason = leg, worker, phase, reason
+            self.is_refusal = is_refusal
 
     def end(self, prefill: leg_pb2.LegFinish | None, decode: leg_pb2.LegFinish | None) -> None:
         """Record the end of the attempt, with the finish of each leg; None: the leg did not finish."""
         self.end_s = self.clock()
         self.prefill_finish, self.decode_finish = prefill, decode
-        self.outcome = FINISHED if decode is not None else BROKEN if self.failed_leg else ENDED
+        failed = REFUSED if self.is_refusal else BROKEN
+        self.outcome = FINISHED if decode is not None else failed if self.failed_leg else ENDED
 
     @property
     def kv_transfer_bytes(self) -> int:
@@ -184,6 +189,8 @@ class RequestTrace(Tokens):
     """FinishReason name in lower case, or ErrorInfo reason."""
     message: str = ""
     """Error message; for an invalid request only the name of the field."""
+    field: str = ""
+    """The wrong field of a refused request; empty: none is named."""
 
     def step(self, name: str, begin_s: float, **attributes: Any) -> float:
         """Record a step that ends now; returns the current time."""
@@ -217,10 +224,11 @@ class RequestTrace(Tokens):
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
         self.cached_tokens = cached_tokens
 
-    def fail(self, reason: str, message: str) -> None:
-        """Record the error sent to the client."""
-        self.outcome = FAILED if self.attempts else REFUSED
-        self.reason, self.message = reason, message
+    def fail(self, reason: str, message: str, *, is_refusal: bool = False) -> None:
+        """Record the error sent to the client; `is_refusal`: the request itself is wrong."""
+        is_refused = not self.attempts or (is_refusal and self.first_token_s is None)
+        self.outcome = REFUSED if is_refused else FAILED
+        self.reason, self.message, self.field = reason, message, message if is_refusal else ""
 
     def cancel(self) -> None:
         """Record that the client cancelled."""
@@ -263,18 +271,22 @@ class LegTrace(Tokens):
     engine_finish: EngineFinish | None = None
     """With the engine's times and usage; None: it did not finish."""
     outcome: str = ""
-    """FINISHED, FAILED or CANCELLED; empty while it runs."""
+    """FINISHED, FAILED, REFUSED or CANCELLED; empty while it runs."""
     reason: str = ""
     message: str = ""
+    """As in `RequestTrace`."""
+    field: str = ""
+    """As in `RequestTrace`."""
 
     def finish(self, finish: EngineFinish) -> None:
         """Record the finish of the engine."""
         self.engine_finish = finish
         self.outcome, self.reason = FINISHED, finish.reason.value
 
-    def fail(self, reason: str, message: str) -> None:
-        """Record the error sent to the caller."""
-        self.outcome, self.reason, self.message = FAILED, reason, message
+    def fail(self, reason: str, message: str, *, is_refusal: bool = False) -> None:
+        """Record the error sent to the caller; `is_refusal`: the request itself is wrong, and the worker is not."""
+        self.outcome, self.reason, self.message = REFUSED if is_refusal else FAILED, reason, message
+        self.field = message if is_refusal else ""
 
     def cancel(self) -> None:
         """Record that the caller cancelled."""

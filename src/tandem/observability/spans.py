@@ -13,7 +13,16 @@ from typing import Any
 from tandem.domain.generation import EngineTimings
 from tandem.domain.worker import Worker
 from tandem.observability import span_names as names
-from tandem.observability.request_trace import BROKEN, CANCELLED, FINISHED, AttemptTrace, Event, LegTrace, RequestTrace
+from tandem.observability.request_trace import (
+    BROKEN,
+    CANCELLED,
+    FINISHED,
+    REFUSED,
+    AttemptTrace,
+    Event,
+    LegTrace,
+    RequestTrace,
+)
 
 NewId = Callable[[], int]
 
@@ -80,7 +89,7 @@ def _attempt_spans(
     span_id = attempt.span_context.span_id if attempt.span_context is not None else new_id()
     span = _below(own, span_id, names.ATTEMPT, attempt.begin_s, end_s, _attempt_attributes(trace, attempt))
     span.kind = "client"
-    if attempt.outcome == BROKEN:
+    if attempt.outcome in (BROKEN, REFUSED):
         span.error = attempt.reason
         span.attributes[names.ERROR_TYPE] = attempt.reason
     if earlier is not None and earlier.span_context is not None:

@@ -63,7 +63,7 @@ class TraceStore(Generic[C]):
         try:
             yield trace
         except TandemError as problem:
-            trace.fail(problem.reason, message_of(problem))
+            fail(trace, problem)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             if not trace.outcome:
@@ -93,7 +93,14 @@ class TraceStore(Generic[C]):
                 sink(trace)
             except Exception:
                 # A broad except is right here: a failing observer must not change the result of the request.
-                log.exception("observer failed while recording a finished request")
+                log.exception(
+                    "observer failed while recording a finished request; its metrics or log line may be missing"
+                )
+
+
+def fail(trace: RequestTrace | LegTrace, problem: TandemError) -> None:
+    """Record the error that ends a request or leg; a wrong request counts as refused, not as failed."""
+    trace.fail(problem.reason, message_of(problem), is_refusal=isinstance(problem, RequestError))
 
 
 def message_of(problem: TandemError) -> str:

@@ -113,5 +113,5 @@ def _server_context(tls: Tls, material: Material) -> ssl.SSLContext:
         context.load_verify_locations(cadata=material.ca.decode())
         context.load_cert_chain(tls.cert, tls.key)
     except (ssl.SSLError, OSError, ValueError):
-        raise StartError(f"{tls.cert}, {tls.key} and {tls.ca} cannot be used together") from None
+        raise StartError(f"{tls.cert}, {tls.key} and {tls.ca} do not fit together: use those of one CA") from None
     return context

@@ -32,7 +32,8 @@ METADATA_BYTES_MAX = 1_000
 CUT = "..."
 RETRY_DELAY_S_MAX = 3_600.0
 """Limit of a peer's retry delay: a longer one is a defect, and one of 300 years could not be encoded again."""
-UNREADABLE = "its details cannot be read"
+OTHER_RELEASE = "the peer may run another release"
+UNREADABLE = f"the reason of this error is malformed: {OTHER_RELEASE}"
 
 
 def _all_errors(root: type[TandemError]) -> list[type[TandemError]]:
@@ -78,7 +79,10 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
     try:
         error = _typed(failure) or _untyped(failure)
     except Exception as problem:
-        log.warning("unreadable details in a status of code %s, using the code alone: %r", failure.code(), problem)
+        log.warning(
+            "an error with code %s has malformed details: its reason is lost and its code alone counts; %s (%r)",
+            failure.code(), OTHER_RELEASE, problem,
+        )  # fmt: skip
         error = _untyped(failure, f" ({UNREADABLE})")
     for key, value in metadata.items():
         if value is not None:
@@ -92,7 +96,10 @@ def from_status(status: status_pb2.Status) -> TandemError:
     try:
         return _from_details(status) or TandemError(sentence)
     except Exception as problem:
-        log.warning("unreadable details in the status of a leg, using its message alone: %r", problem)
+        log.warning(
+            "a leg's error has malformed details: its reason is lost and the leg counts as failed; %s (%r)",
+            OTHER_RELEASE, problem,
+        )  # fmt: skip
         return TandemError(f"{sentence} ({UNREADABLE})")
 
 

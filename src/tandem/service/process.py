@@ -160,7 +160,7 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
             announce(announce_file, service.address, service.metrics_port)
         failure = await _wait_end(service, stop_asked)
         if failure is not None:
-            log.error("cannot continue: %s", failure)
+            log.error("cannot continue: %s; this process exits with status 1", failure)
             return 1
         return 0 if await service.drain() else 1
     finally:
@@ -217,7 +217,9 @@ def handle_signals(stop_asked: asyncio.Event) -> None:
             time.sleep(ORPHAN_CHECK_S)
             if is_orphan(os.environ):
                 return
-            log.error("second signal %s: exiting without draining", signal.Signals(number).name)
+            log.error(
+                "second signal %s: exiting without draining, which cuts open requests", signal.Signals(number).name
+            )
             leave(EXIT_SECOND_SIGNAL)
         stop_asked.set()
 

@@ -76,7 +76,7 @@ def issue_all(
         StartError: the directory cannot be written, or its CA cannot be used.
     """
     if not 1 <= days <= DAYS_MAX:
-        raise ConfigError("days", f"must be from 1 to {DAYS_MAX}, not {days}")
+        raise ConfigError("days", f"must be 1 to {DAYS_MAX}, not {days}")
     extra = [_general_name(host) for host in hosts]
     now = now or datetime.now(UTC)
     try:

@@ -98,7 +98,7 @@ class EngineHealth:
         if trouble is not None:
             log.error("engine unhealthy, health status is now NOT_SERVING: %s", trouble)
         else:
-            log.warning("engine healthy again, health status is now SERVING")
+            log.info("engine healthy again, health status is now SERVING")
         self._trouble = trouble
         await self._on_change(trouble)
 

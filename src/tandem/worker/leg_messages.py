@@ -19,7 +19,7 @@ def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
     if not 1 <= len(leg.request_id) <= REQUEST_ID_CHARS_MAX:
         raise InvalidRequest("leg.request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters long")
     if leg.attempt < 1:
-        raise InvalidRequest("leg.attempt", "must be 1 or more")
+        raise InvalidRequest("leg.attempt", "must be at least 1")
     return leg.request_id, leg.attempt
 
 

@@ -39,7 +39,7 @@ class LegStarts:
             ServiceError: the stream is not open.
         """
         if not 1 <= len(starts) <= LEGS_MAX:
-            raise InvalidRequest("legs", f"must hold 1 to {LEGS_MAX} legs, not {len(starts)}")
+            raise InvalidRequest("legs", f"must be 1 to {LEGS_MAX} legs, not {len(starts)}")
         stream = self._streams.get(stream_id)
         return [await self._start(stream, start) for start in starts]
 

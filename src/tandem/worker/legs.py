@@ -26,7 +26,7 @@ from tandem.errors import (
 )
 from tandem.observability.request_trace import LegTrace
 from tandem.observability.trace_context import TraceContext
-from tandem.observability.trace_store import TraceStore, message_of
+from tandem.observability.trace_store import TraceStore, fail
 from tandem.rpc.convert import finish_to_proto
 from tandem.rpc.status import to_status
 from tandem.service.awake_timers import AwakeTimers, Timer
@@ -99,7 +99,7 @@ class OpenLeg:
         if self.is_over:
             return
         self._legs.locate(problem, self)
-        self.record.fail(problem.reason, message_of(problem))
+        fail(self.record, problem)
         self._legs.forget(self)
         self.stream.fail(self.number, to_status(problem))
 
@@ -226,9 +226,9 @@ class Legs:
             stream.drop_leg(number)
             if isinstance(problem, TandemError):
                 self.locate(problem, leg)
-                leg.record.fail(problem.reason, message_of(problem))
+                fail(leg.record, problem)
             elif isinstance(problem, Exception):
-                leg.record.fail(TandemError.reason, message_of(defect_of(problem)))
+                fail(leg.record, defect_of(problem))
             self.forget(leg)
             raise
         if stream.is_closed:

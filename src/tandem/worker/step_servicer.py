@@ -35,7 +35,7 @@ class StepServicer(pb_grpc.StepServiceServicer):
         if request.leg_contract != LEG_CONTRACT:
             raise other_contract(self._legs.worker_id, request.leg_contract)
         if len(request.frontend_id) > WORKER_ID_CHARS_MAX:
-            raise InvalidRequest("frontend_id", f"must have at most {WORKER_ID_CHARS_MAX} characters")
+            raise InvalidRequest("frontend_id", f"must be at most {WORKER_ID_CHARS_MAX} characters long")
         self._legs.check_epoch(request.worker_epoch)
         self._legs.check_admission()
         call = asyncio.current_task()

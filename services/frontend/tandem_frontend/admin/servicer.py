@@ -38,7 +38,7 @@ class FrontendAdminServicer(pb_grpc.FrontendAdminServiceServicer):
         """Timelines of all requests with that request id or x-request-id."""
         wanted = request.request_id
         if not wanted or len(wanted) > REQUEST_ID_CHARS_MAX:
-            raise InvalidRequest("request_id", f"must have 1 to {REQUEST_ID_CHARS_MAX} characters")
+            raise InvalidRequest("request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters long")
         found = self._own.timelines(wanted)
         others = await self._siblings.ask(lambda sibling: sibling.timelines(wanted))
         if any(others):

@@ -95,7 +95,7 @@ class RequestStats:
 
     def _count_ended(self, attempt: AttemptTrace) -> None:
         self.kv_transfer_bytes.add(attempt.kv_transfer_bytes)
-        if attempt.failed_leg:
+        if attempt.failed_leg and not attempt.is_refusal:
             worker_id = attempt.failed_worker.worker_id if attempt.failed_worker is not None else ""
             key = worker_id, attempt.reason
             if key not in self.leg_failures and len(self.leg_failures) >= FAILURES_MAX:

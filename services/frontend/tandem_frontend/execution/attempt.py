@@ -41,7 +41,9 @@ way by then, and are not worth a longer wait."""
 DECODE_END_TIMEOUT_S = 0.5
 """A prefill engine that is notified of decode's abort may report it before the decode worker reports the cause."""
 
-CLIENT_ERRORS = (InvalidRequest, NotSupported, Overloaded, DeadlinePassed)
+REFUSALS = (InvalidRequest, NotSupported)
+"""Failures of a leg for which the request itself is at fault: every worker would refuse it."""
+CLIENT_ERRORS = (*REFUSALS, Overloaded, DeadlinePassed)
 """Failures of a leg that are passed on to the client as they are; all others become LegFailed."""
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
 """Failures after which another worker may serve the request, except those below."""
@@ -326,7 +328,10 @@ class Attempt:
                 self.faulty_worker = side.worker
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
-            self._record.broke(side.role.value, side.worker, side.leg.phase.value, problem.reason)
+            self._record.broke(
+                side.role.value, side.worker, side.leg.phase.value, problem.reason,
+                is_refusal=isinstance(problem, REFUSALS),
+            )  # fmt: skip
         if isinstance(problem, CLIENT_ERRORS):
             return problem
         dispatched = self._dispatched

@@ -10,6 +10,7 @@ from typing import Protocol
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.errors import TandemError
+from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,24 @@ def report_failed(sink: Sink, problem: TandemError) -> None:
         sink.fail(problem)
     except Exception as defect:
         log.error("defect in a leg's sink while it handled the failure: %s", problem, exc_info=defect)
+
+
+def leg_start(number: int, request: leg_pb2.LegRequest, timeout_s: float | None, headers: Headers) -> leg2_pb2.LegStart:
+    """The message that starts a leg; `timeout_s` None: no deadline."""
+    start = leg2_pb2.LegStart(leg=number, request=request)
+    if timeout_s is not None:
+        start.timeout.FromNanoseconds(int(timeout_s * 1e9))
+    for name, value in headers:
+        if name == TRACEPARENT:
+            start.traceparent = value
+        elif name == TRACESTATE:
+            start.tracestate = value
+    return start
+
+
+def defect_of(problem: Exception) -> TandemError:
+    """The error of a leg whose sink has raised."""
+    return TandemError(f"internal error in a leg: {type(problem).__name__}")
 
 
 def copied(problem: TandemError) -> TandemError:

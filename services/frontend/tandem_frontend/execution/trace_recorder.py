@@ -14,7 +14,7 @@ from tandem.api.types.v1 import generation_pb2
 from tandem.observability.request_trace import AttemptTrace, RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem_frontend.call_context import Caller
-from tandem_frontend.preparation.validation import REQUEST_ID, CheckedRequest
+from tandem_frontend.preparation.validation import REQUEST_ID, CheckedRequest, new_request_id
 from tandem_frontend.routing.candidates import Route
 
 GENERATE = "generate"
@@ -22,9 +22,9 @@ GENERATE = "generate"
 
 
 def trace_of(request: pb.GenerateRequest, caller: Caller, model: str) -> RequestTrace:
-    """The trace of a request that has just arrived."""
+    """The trace of a request that has just arrived. One without a usable id gets one: also a refused one is found."""
     return RequestTrace(
-        request_id=request.request_id if REQUEST_ID.fullmatch(request.request_id) else "",
+        request_id=request.request_id if REQUEST_ID.fullmatch(request.request_id) else new_request_id(),
         call_id=caller.call_id,
         operation=caller.operation,
         model=model,

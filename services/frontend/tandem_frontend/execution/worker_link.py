@@ -14,19 +14,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from google.protobuf import duration_pb2
-
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.api.types.v2 import leg_pb2 as leg2_pb2
 from tandem.api.worker.v2.step_service_pb2 import StreamStepsResponse
 from tandem.client.step_calls import StepCall, WorkerCalls
-from tandem.domain.worker import Worker
+from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import LegFailed, ServiceError, TandemError
-from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, Headers
+from tandem.observability.trace_context import Headers
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.status import from_status
 from tandem.service.awake_timers import AwakeTimers, Timer
-from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, report_failed
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, defect_of, leg_start, report_failed
 from tandem_frontend.execution.step_logprobs import by_leg
 
 log = logging.getLogger(__name__)
@@ -63,6 +61,7 @@ class WorkerLink:
             ServiceError: the worker cannot be connected to.
         """
         self.worker = worker
+        """With its state in the latest view that listed it."""
         self._frontend_id = frontend_id
         self._calls = calls
         self.connection = calls.connection(worker)
@@ -114,15 +113,7 @@ class WorkerLink:
             headers: trace context of the leg.
         """
         number, self._next_number = self._next_number, self._next_number + 1
-        start = leg2_pb2.LegStart(leg=number, request=request)
-        if timeout_s is not None:
-            start.timeout.CopyFrom(_duration(timeout_s))
-        for name, value in headers:
-            if name == TRACEPARENT:
-                start.traceparent = value
-            elif name == TRACESTATE:
-                start.tracestate = value
-        leg = self._legs[number] = Leg(number, sink, start, self.abort)
+        leg = self._legs[number] = Leg(number, sink, leg_start(number, request, timeout_s, headers), self.abort)
         self._unsent.append(leg)
         self._fresh.append(leg)
         self._flush_soon()
@@ -151,6 +142,12 @@ class WorkerLink:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        if self._problem is not None:
+            log.info(
+                "step stream to worker %s (epoch %d) is given up: that start of it is no longer used here",
+                self.worker.worker_id, self.worker.epoch,
+            )  # fmt: skip
+            self._problem = None
         self._fail_all(ServiceError(f"the link to worker {self.worker.worker_id} was closed"))
 
     # --- The stream
@@ -183,7 +180,11 @@ class WorkerLink:
                 call = self._calls.open_steps(self.worker, self._frontend_id)
                 first = await self._first_message(call)
             if first.stream_id < 1:
-                raise ServiceError(f"worker {self.worker.worker_id} opened a step stream without a stream_id")
+                raise ServiceError(
+                    f"worker {self.worker.worker_id} opened a step stream without an id: it may run another release"
+                )
+            if self._problem is not None:
+                log.info("step stream to worker %s is open again", self.worker.worker_id)
             self._stream_id, self._problem = first.stream_id, None
             self._opened_s = asyncio.get_running_loop().time()
             self._flush()
@@ -264,7 +265,11 @@ class WorkerLink:
     def _end(self, end: leg2_pb2.LegEnd) -> None:
         leg = self._legs.pop(end.leg, None)
         if leg is None:
-            log.debug("worker %s ended leg %d, which is unknown here", self.worker.worker_id, end.leg)
+            log.debug(
+                "worker %s reported the end of leg %d, which this frontend has ended already",
+                self.worker.worker_id,
+                end.leg,
+            )
             return
         sink, leg.sink = leg.sink, None
         if sink is None:
@@ -276,7 +281,7 @@ class WorkerLink:
             sink.finish(end.finish)
         except Exception as problem:
             log.exception("a leg of worker %s fails: defect while handling its finish", self.worker.worker_id)
-            report_failed(sink, _defect(problem))
+            report_failed(sink, defect_of(problem))
 
     def _fail_misfits(self, misfits: dict[int, str], unknown: dict[int, None]) -> None:
         """Fail legs that have not as many log probabilities as tokens."""
@@ -290,20 +295,22 @@ class WorkerLink:
     def _drop_defective(self, leg: Leg, problem: Exception) -> None:
         """Fail the one leg whose sink has raised."""
         log.error("a leg of worker %s fails: defect in its sink", self.worker.worker_id, exc_info=problem)
-        self._fail(leg, _defect(problem))
+        self._fail(leg, defect_of(problem))
 
     def _note_unknown(self, number: int, unknown: dict[int, None]) -> None:
         unknown[number] = None
         if len(unknown) > UNKNOWN_LEGS_MAX:
             raise ServiceError(
-                f"worker {self.worker.worker_id} listed more than {UNKNOWN_LEGS_MAX} legs that are unknown here"
+                f"worker {self.worker.worker_id} listed more than {UNKNOWN_LEGS_MAX} legs that this frontend did not"
+                f" start: another frontend may have the same id ({self._frontend_id})"
             )
 
     def _abort_unknown(self, unknown: dict[int, None]) -> None:
         """Abort legs that only the worker knows: it must not go on computing them."""
         first = ", ".join(map(str, islice(unknown, UNKNOWN_LEGS_LOGGED)))
         log.warning(
-            "worker %s listed %d legs that are unknown here: aborting them (%s%s)",
+            "worker %s runs %d legs that this frontend has ended or did not start: aborting them there, no request is"
+            " affected (leg numbers %s%s)",
             self.worker.worker_id, len(unknown), first, ", ..." if len(unknown) > UNKNOWN_LEGS_LOGGED else "",
         )  # fmt: skip
         self._to_abort.update(unknown)
@@ -315,7 +322,11 @@ class WorkerLink:
         if was_open or self._problem is None:
             # Once per outage, not once per try.
             what = "broke" if was_open else "could not be opened"
-            log.warning("step stream to worker %s %s, retrying: %s", self.worker.worker_id, what, problem)
+            level = logging.INFO if self.worker.state is WorkerState.DRAINING else logging.WARNING
+            log.log(
+                level, "step stream to worker %s (epoch %d) %s, retrying; its legs continue elsewhere if they can: %s",
+                self.worker.worker_id, self.worker.epoch, what, problem,
+            )  # fmt: skip
         self._problem = problem
         self._to_abort.clear()
         self._fail_all(problem)
@@ -411,7 +422,11 @@ class WorkerLink:
             await self._calls.abort_legs(self.worker, self._stream_id, numbers)
         except Exception as problem:
             # The liveness check repeats it for legs that the worker still lists.
-            log.info("worker %s did not accept an abort: %s", self.worker.worker_id, self._as_error(problem))
+            log.info(
+                "worker %s did not accept an abort, which is repeated while it lists the legs: %s",
+                self.worker.worker_id,
+                self._as_error(problem),
+            )
 
     # --- Liveness
 
@@ -470,7 +485,9 @@ class WorkerLink:
             if leg.missed_count >= 2:
                 self._legs.pop(leg.number)
                 if leg.sink is not None:
-                    self._fail(leg, LegFailed("the worker no longer knows this leg"))
+                    self._fail(
+                        leg, LegFailed("the worker no longer lists this leg: it lost it, or ended it without saying so")
+                    )
             elif leg.sink is None and leg.is_alive and leg.is_started:
                 self._to_abort[leg.number] = None
                 self._flush_soon()
@@ -479,13 +496,3 @@ class WorkerLink:
 
     def _check_liveness_later(self) -> None:
         self._liveness_timer = self._timers.after(LIVENESS_INTERVAL_S, self._check_liveness) if self._legs else None
-
-
-def _defect(problem: Exception) -> TandemError:
-    return TandemError(f"internal error in a leg: {type(problem).__name__}")
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

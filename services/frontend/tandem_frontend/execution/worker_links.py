@@ -52,7 +52,9 @@ class WorkerLinks:
         for start in [start for start in self._links if start not in wanted]:
             self._retire(self._links.pop(start))
         for worker in wanted.values():
-            if worker.start not in self._links:
+            if worker.start in self._links:
+                self._links[worker.start].worker = worker
+            else:
                 # Without usable TLS files there is no link; the first leg to this worker reports it.
                 with contextlib.suppress(ServiceError):
                     self._open(worker)

@@ -60,7 +60,7 @@ class Completions:
         if not given:
             raise InvalidRequest("prompt", "must not be empty")
         if len(given) > self._handler.choices_max:
-            raise InvalidRequest("prompt", f"must have at most {self._handler.choices_max} prompts, not {len(given)}")
+            raise InvalidRequest("prompt", f"must be at most {self._handler.choices_max} prompts, not {len(given)}")
         prompts: list[tuple[str, Sequence[int]]] = []
         for prompt in given:
             if not prompt:

@@ -22,6 +22,13 @@ MESSAGES = {
     "none_required": "is not supported here",
     "union_tag_not_found": "must be given",
 }
+LIMITS = {
+    "greater_than_equal": ("ge", "must be at least {}"),
+    "less_than_equal": ("le", "must be at most {}"),
+    "string_too_short": ("min_length", "must be at least {} characters long"),
+    "string_too_long": ("max_length", "must be at most {} characters long"),
+}
+"""Per type of error, the limit that it names and the sentence, worded as every other range."""
 
 
 def parse(schema: type[S], data: bytes) -> S:
@@ -81,5 +88,9 @@ def _message(error: Any) -> str:
         return f"must be one of {error['ctx']['expected_tags']}"
     if error["type"] == "too_short" and error["ctx"]["min_length"] == 1:
         return "must not be empty"
+    limit = LIMITS.get(error["type"])
+    if limit is not None:
+        name, sentence = limit
+        return sentence.format(error["ctx"][name])
     message = str(error["msg"])
     return re.sub("^(Input|String|List|Value|Dictionary) should", "must", message)

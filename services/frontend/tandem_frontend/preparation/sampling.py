@@ -71,7 +71,7 @@ def check_ranges(sampling: sampling_pb2.Sampling) -> None:
         if value not in allowed:
             raise InvalidRequest(f"sampling.{name}", f"must be {allowed}, not {value:g}")
     if sampling.HasField("top_k") and sampling.top_k != TOP_K_ALL and sampling.top_k < 1:
-        raise InvalidRequest("sampling.top_k", f"must be 1 or more, or -1 for all, not {sampling.top_k}")
+        raise InvalidRequest("sampling.top_k", f"must be at least 1, or -1 for all, not {sampling.top_k}")
     if len(sampling.logit_bias) > LOGIT_BIASES_MAX:
         raise InvalidRequest("sampling.logit_bias", f"{len(sampling.logit_bias)} are more than {LOGIT_BIASES_MAX}")
     for token_id, bias in sampling.logit_bias.items():

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import Worker, WorkerRole, WorkerState
 from tandem.errors import InvalidRequest, ModelNotFound
 from tandem_frontend.preparation.tokenizer import Tokenizer
-
-NAME_CHARS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,8 @@ def check_name_length(name: str) -> None:
     Raises:
         InvalidRequest
     """
-    if len(name) > NAME_CHARS_MAX:
-        raise InvalidRequest("model", f"must be at most {NAME_CHARS_MAX} characters long")
+    if len(name) > MODEL_NAME_CHARS_MAX:
+        raise InvalidRequest("model", f"must be at most {MODEL_NAME_CHARS_MAX} characters long")
 
 
 def list_models(workers: Iterable[Worker], served: ServedModel) -> list[pb.Model]:

@@ -65,13 +65,18 @@ class CheckedRequest:
     """The request's own limit for holding a chunk; None: the frontend's."""
 
 
-async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer) -> CheckedRequest:
-    """Check a request, tokenise its prompt, and fill in its limits.
+def new_request_id() -> str:
+    """An id for a request whose client has not chosen one."""
+    return uuid.uuid4().hex
+
+
+async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer, default_id: str = "") -> CheckedRequest:
+    """Check a request, tokenise its prompt, and fill in its limits. Without an id it gets `default_id`, or a new one.
 
     Raises:
         InvalidRequest: names the first invalid field.
     """
-    request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+    request_id = request.request_id if request.HasField("request_id") else default_id or new_request_id()
     if not REQUEST_ID.fullmatch(request_id):
         raise InvalidRequest(
             "request_id", f"must be 1 to {REQUEST_ID_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-'"
@@ -270,9 +275,9 @@ async def check_prompt_ids(field: str, token_ids: Sequence[int], vocabulary_size
 
 def _check_stopping(stopping: sampling_pb2.Stopping, vocabulary_size: int) -> None:
     if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
-        raise InvalidRequest("stopping.max_tokens", f"must be 1 or more, not {stopping.max_tokens}")
+        raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {stopping.max_tokens}")
     if stopping.min_tokens < 0:
-        raise InvalidRequest("stopping.min_tokens", f"must be 0 or more, not {stopping.min_tokens}")
+        raise InvalidRequest("stopping.min_tokens", f"must be at least 0, not {stopping.min_tokens}")
     if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
         raise InvalidRequest(
             "stopping.min_tokens",

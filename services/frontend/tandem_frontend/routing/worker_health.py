@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable
 
 from tandem.client.health_calls import HealthWatch, check_health
-from tandem.domain.worker import Start, Worker
+from tandem.domain.worker import Start, Worker, WorkerState
 from tandem.errors import DeadlinePassed, NotSupported, StartError, TandemError
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
@@ -30,6 +30,9 @@ CHECKS_PER_S_MAX = 40
 OPENING_MAX = 16
 """Concurrent connects; a thousand at once would not all complete within gRPC's connect timeout."""
 OPENING_TIMEOUT_S = 1.0
+DRAIN_NOTICE_S = 0.5
+"""How much later than a worker's NOT_SERVING its DRAINING may arrive in the view."""
+NOT_SERVING = "it reports NOT_SERVING"
 
 
 class WorkerHealth:
@@ -48,6 +51,8 @@ class WorkerHealth:
         """Workers whose last health check timed out, with the task that repeats it until it succeeds."""
         self._unhealthy: frozenset[Start] | None = frozenset()
         """`_down` and `_silent` together; None: to be recomputed."""
+        self._logged: set[Start] = set()
+        """Unhealthy or draining workers that were logged as such, and need a line that ends it."""
         self._changed = asyncio.Event()
         self._rounds: asyncio.Task[None] | None = None
 
@@ -65,9 +70,14 @@ class WorkerHealth:
         """Watch these workers and no others. A restarted worker begins as healthy."""
         wanted = {worker.start: worker for worker in workers}
         for start in [start for start in self._followed if start not in wanted]:
+            if start in self._logged:
+                log.info("worker %s (epoch %d) has left the registry: it is no longer watched", *start)
             self._forget(start)
         for start, worker in wanted.items():
-            if start not in self._followed:
+            if start in self._followed:
+                # Its state may have changed.
+                self._followed[start] = worker, self._followed[start][1]
+            else:
                 self._begin(worker)
         self._changed.set()
 
@@ -113,6 +123,7 @@ class WorkerHealth:
         _, task = self._followed.pop(start)
         task.cancel()
         self._down.discard(start)
+        self._logged.discard(start)
         self._unhealthy = None
         self._on.pop(start, None)
         checking = self._silent.pop(start, None)
@@ -147,9 +158,9 @@ class WorkerHealth:
             else:
                 async with self._opening, self._timers.within(OPENING_TIMEOUT_S):
                     watch = HealthWatch(channel, waits=False)
-                    self._note(worker, "" if await watch.read() else "it reports NOT_SERVING")
+                    self._note(worker, "" if await watch.read() else NOT_SERVING)
             while True:
-                self._note(worker, "" if await watch.read() else "it reports NOT_SERVING")
+                self._note(worker, "" if await watch.read() else NOT_SERVING)
                 backoff.reset()
         except TimeoutError:
             raise DeadlinePassed(f"no response within {OPENING_TIMEOUT_S:g} s") from None
@@ -160,13 +171,31 @@ class WorkerHealth:
     def _note(self, worker: Worker, problem: str) -> None:
         """Record the state that a stream reported; "": serving."""
         if not problem and worker.start in self._down:
-            log.info("worker %s is healthy again: its health stream reports SERVING", worker.worker_id)
             self._down.discard(worker.start)
             self._unhealthy = None
+            self._log_healthy(worker.start, "its health stream reports SERVING")
         elif problem and worker.start not in self._down:
-            log.warning("worker %s is unhealthy and avoided: %s", worker.worker_id, problem)
             self._down.add(worker.start)
             self._unhealthy = None
+            # A drain is announced in the registry and in the health stream at once: the view may be the later one.
+            pause_s = DRAIN_NOTICE_S if problem == NOT_SERVING else 0.0
+            self._timers.after(pause_s, lambda: self._log_down(worker.start, problem))
+
+    def _log_down(self, start: Start, problem: str) -> None:
+        """Log a worker that is still down; a drain that was asked for is no warning."""
+        if start not in self._down or start not in self._followed or start in self._logged:
+            return
+        self._logged.add(start)
+        if self._followed[start][0].state is WorkerState.DRAINING:
+            log.info("worker %s is draining: it gets no new requests", start[0])
+        else:
+            log.warning("worker %s is unhealthy and avoided: %s", start[0], problem)
+
+    def _log_healthy(self, start: Start, why: str) -> None:
+        """Log the end of what `_log_down` or `_note_silent` logged."""
+        if start in self._logged and start not in self._down and start not in self._silent:
+            self._logged.discard(start)
+            log.info("worker %s is healthy again: %s", start[0], why)
 
     def _note_silent(self, worker: Worker) -> None:
         if worker.start in self._followed and worker.start not in self._silent:
@@ -174,6 +203,7 @@ class WorkerHealth:
                 "worker %s is unhealthy and avoided: no response to a health check within %g s",
                 worker.worker_id, CHECK_TIMEOUT_S,
             )  # fmt: skip
+            self._logged.add(worker.start)
             # In a context of its own: it outlives the request whose leg the worker did not accept.
             checking = asyncio.create_task(
                 self._check_until_healthy(worker), name=f"silent-{worker.worker_id}", context=contextvars.Context()
@@ -185,9 +215,9 @@ class WorkerHealth:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             if await self.check(worker):
-                log.info("worker %s is healthy again: it responds to health checks", worker.worker_id)
                 del self._silent[worker.start]
                 self._unhealthy = None
+                self._log_healthy(worker.start, "it responds to health checks")
                 return
 
     async def _check_all(self) -> None:

@@ -52,6 +52,8 @@ MANAGER_METHODS = (
 ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))
 INSTALL = 'in a checkout of Tandem run `make setup`, or `pip install ".[sglang]"` on a GPU machine'
 
+CHANGED = "this SGLang was changed or is not the tested one; reinstall it, and tandem (pip install -e . --no-deps)"
+
 
 def check_installed(transfer_backend: str) -> None:
     """Check the installed distributions, without importing any.
@@ -86,17 +88,17 @@ def check_offers(transfer_backend: str, device: str) -> None:
     accepted = inspect.signature(_import("sglang.srt.managers.io_struct").GenerateReqInput).parameters
     missing = [name for name in GENERATE_ARGUMENTS if name not in accepted]
     if missing:
-        raise StartError(f"sglang {SGLANG_VERSION}: GenerateReqInput has no {', '.join(missing)}")
+        raise StartError(f"sglang {SGLANG_VERSION}: GenerateReqInput has no {', '.join(missing)}: {CHANGED}")
     for name in MANAGER_METHODS:
         if not hasattr(manager, name):
-            raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}")
+            raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}: {CHANGED}")
     if transfer_backend == "nixl":
         _import("nixl._api")
         for target in registry.targets(device):
             try:
                 pkgutil.resolve_name(target)
             except (ImportError, AttributeError) as problem:
-                raise StartError(f"sglang {SGLANG_VERSION}: cannot hook {target}: {problem}") from None
+                raise StartError(f"sglang {SGLANG_VERSION}: cannot hook {target}: {problem}; {CHANGED}") from None
 
 
 def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
@@ -111,7 +113,7 @@ def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
         )
     absent = sorted(set(registry.targets(device)) - set(facts["hooks"]))
     if absent:
-        raise StartError(f"hooks were not applied in SGLang's scheduler: {', '.join(absent)}")
+        raise StartError(f"hooks were not applied in SGLang's scheduler: {', '.join(absent)}; {CHANGED}")
 
 
 def _version(distribution: str) -> str | None:

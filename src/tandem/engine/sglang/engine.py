@@ -170,7 +170,7 @@ class SglangEngine:
                 log.error("%s: failing %d running requests", stall, len(self._runs))
                 self._fail_all(stall)
             elif stall is None and self._stall is not None:
-                log.warning("SGLang processes resumed; accepting requests again")
+                log.info("SGLang processes resumed; accepting requests again")
             self._stall = stall
 
     async def _stop(self) -> None:
@@ -359,5 +359,5 @@ def _device(wanted: str) -> str:
 
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
-        raise StartError("device: is cuda, but PyTorch finds no usable GPU")
+        raise StartError("device: is cuda, but PyTorch finds no usable GPU: check its driver, or use cpu")
     return "cuda" if has_gpu else "cpu"

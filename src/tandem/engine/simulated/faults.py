@@ -89,14 +89,14 @@ def _parse_rule(rule: Any, key: str) -> FaultRule:
     for name in ("nth", "times", "every"):
         value = rule.get(name)
         if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"{key}.{name}", f"must be a whole number from 1 up, not {value!r}")
+            raise ConfigError(f"{key}.{name}", f"must be a whole number, at least 1, not {value!r}")
     chance, delay_s = rule.get("chance"), rule.get("delay_s")
     if chance is not None and (type(chance) not in (int, float) or not 0 <= chance <= 1):
-        raise ConfigError(f"{key}.chance", f"must be a number from 0 to 1, not {chance!r}")
+        raise ConfigError(f"{key}.chance", f"must be a number, 0 to 1, not {chance!r}")
     if delay_s is None and rule["kind"] == "delay":
         raise ConfigError(f"{key}.delay_s", "is required with kind delay")
     if delay_s is not None and (type(delay_s) not in (int, float) or not 0 <= delay_s <= 86_400):
-        raise ConfigError(f"{key}.delay_s", f"must be a number from 0 to 86400, not {delay_s!r}")
+        raise ConfigError(f"{key}.delay_s", f"must be a number, 0 to 86400, not {delay_s!r}")
     return FaultRule(**rule)
 
 

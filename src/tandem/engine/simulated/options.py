@@ -135,22 +135,22 @@ def _positive_number(key: str, value: Any) -> None:
 
 def _number_from_0(key: str, value: Any) -> None:
     if not _is_number(value) or value < 0:
-        raise _refuse(key, "a number from 0 up", value)
+        raise _refuse(key, "a number, at least 0", value)
 
 
 def _fraction(key: str, value: Any) -> None:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise _refuse(key, "a number from 0 to 1", value)
+        raise _refuse(key, "a number, 0 to 1", value)
 
 
 def _positive_int(key: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _refuse(key, "a whole number from 1 up", value)
+        raise _refuse(key, "a whole number, at least 1", value)
 
 
 def _int_from_0(key: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _refuse(key, "a whole number from 0 up", value)
+        raise _refuse(key, "a whole number, at least 0", value)
 
 
 def _optional_positive_int(key: str, value: Any) -> None:

@@ -81,4 +81,4 @@ class Conduct:
             Overloaded: there are too many that complete none.
         """
         if not self._pieces.spend(now_s, -messages if messages else 1):
-            raise Overloaded("the request comes in too many small pieces")
+            raise Overloaded("the request comes in too many small pieces: send larger DATA frames")

@@ -314,7 +314,10 @@ class Connection(asyncio.Protocol):
     def _spend_reset(self, count: int = 1) -> None:
         """Count a stream that was opened for nothing. Calls that run may end: an edge carries those of many clients."""
         if not self.is_leaving and not self._conduct.reset(self._loop.time(), count):
-            log.info("no more calls on a connection from %s: too many come to nothing", self._peer.address)
+            log.info(
+                "connection from %s gets no new calls: too many were cancelled or refused at once",
+                self._peer.address,
+            )
             self.leave(ErrorCodes.ENHANCE_YOUR_CALM)
 
     # How it ends.

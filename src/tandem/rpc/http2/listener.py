@@ -101,7 +101,9 @@ class Listener:
 
     def _accept_later(self, problem: OSError) -> None:
         assert self._loop is not None
-        log.warning("cannot accept a connection: %s", problem.strerror)
+        log.warning(
+            "cannot accept a connection, open ones are not affected; retrying in %g s: %s", PAUSE_S, problem.strerror
+        )
         self._loop.remove_reader(self._socket)
         self._pause = self._loop.call_later(PAUSE_S, self._accept_again)
 

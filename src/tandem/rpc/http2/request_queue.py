@@ -52,7 +52,7 @@ class RequestQueue:
         messages = self._reader.feed(data)
         self._messages.extend(messages)
         if len(self._messages) > limits.QUEUED_REQUESTS_MAX:
-            raise Overloaded("requests come faster than they are read")
+            raise Overloaded("the client sends messages faster than they are read: send the next ones more slowly")
         if not self._messages:
             # The handler waits for the rest of a message: it must be able to come.
             self._give_back_kept()

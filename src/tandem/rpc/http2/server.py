@@ -172,7 +172,10 @@ class Http2RpcServer(ServiceHost):
             # It may have been cancelled before it began: no transport owns the socket then.
             connection.close()
         elif task.exception() is not None:
-            log.error("defect in the handshake of a connection", exc_info=task.exception())
+            log.error(
+                "defect in the handshake of a connection, which is closed; others are not affected",
+                exc_info=task.exception(),
+            )
             connection.close()
         self.on_connection_end()
 
@@ -206,7 +209,9 @@ class Http2RpcServer(ServiceHost):
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._log_full_after_s:
             self._log_full_after_s = now_s + LOG_FULL_EVERY_S
-            log.warning("refused a connection: %d are open", len(self._connections))
+            log.warning(
+                "refused a connection: %d are open, which is the limit, and none is idle", len(self._connections)
+            )
 
     def _end_handshake(self) -> bool:
         """Give up the oldest handshake. Returns whether there was one.
@@ -266,7 +271,11 @@ class Http2RpcServer(ServiceHost):
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=CANCELLED_TIMEOUT_S)
             if left:
-                log.error("%d handlers have not ended within %g s", len(left), CANCELLED_TIMEOUT_S)
+                log.error(
+                    "%d handlers have not ended within %g s: their calls are cut",
+                    len(left),
+                    CANCELLED_TIMEOUT_S,
+                )
         await self._wait_gone(FLUSH_TIMEOUT_S)
         for connection in list(self._connections):
             connection.abort()

@@ -289,7 +289,8 @@ class ConsulBackend:
         if self._problem is not None and is_refusal(self._problem):
             raise StartError(str(self._problem))
         if self._broadcaster.registry_id is None:
-            log.warning("not ready: Consul is unreachable, retrying (%s)", self._problem)
+            if self._problem is None:
+                log.warning("not ready: Consul has not responded within %g s; this registry waits for it", START_WAIT_S)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SEEN_TIMEOUT_S):
@@ -340,7 +341,12 @@ class ConsulBackend:
     def _on_lost(self, problem: ServiceError) -> None:
         """Consul is unreachable: stop writing and serve the last known view."""
         if self._problem is None:
-            log.warning("Consul unreachable; serving the last known membership (%s)", problem)
+            if self.has_view:
+                log.warning("Consul is unreachable; serving the last known membership until it responds (%s)", problem)
+            else:
+                log.warning(
+                    "not ready: Consul is unreachable, retrying; this registry knows no membership yet (%s)", problem
+                )
         self._problem = problem
         self._reconciler.pause()
         self._broadcaster.lost(time.time())

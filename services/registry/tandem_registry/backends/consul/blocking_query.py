@@ -114,7 +114,10 @@ class BlockingQuery:
             observed, read_s = self._read(response)
             if self._is_suspect(observed):
                 count = _count(self._observed)
-                log.warning("Consul lists no members at index %d (%d before): reading again", observed.index, count)
+                log.warning(
+                    "Consul lists no members at index %d, and listed %d before: reading again before any is removed",
+                    observed.index, count,
+                )  # fmt: skip
                 await asyncio.sleep(SUSPECT_PAUSE_S)
                 return
 

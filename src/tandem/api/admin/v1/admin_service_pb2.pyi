@@ -40,7 +40,7 @@ class _RequestOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reques
     REQUEST_OUTCOME_FAILED: _RequestOutcome.ValueType  # 3
     """Failed with an error of the cluster."""
     REQUEST_OUTCOME_REFUSED: _RequestOutcome.ValueType  # 4
-    """Rejected before any leg was dispatched."""
+    """Rejected before any leg was dispatched, or by an engine because the request itself is wrong."""
     REQUEST_OUTCOME_CANCELLED: _RequestOutcome.ValueType  # 5
     """Cancelled by its client, or aborted."""
 
@@ -56,7 +56,7 @@ REQUEST_OUTCOME_FINISHED: RequestOutcome.ValueType  # 2
 REQUEST_OUTCOME_FAILED: RequestOutcome.ValueType  # 3
 """Failed with an error of the cluster."""
 REQUEST_OUTCOME_REFUSED: RequestOutcome.ValueType  # 4
-"""Rejected before any leg was dispatched."""
+"""Rejected before any leg was dispatched, or by an engine because the request itself is wrong."""
 REQUEST_OUTCOME_CANCELLED: RequestOutcome.ValueType  # 5
 """Cancelled by its client, or aborted."""
 Global___RequestOutcome: _TypeAlias = RequestOutcome  # noqa: Y015
@@ -799,7 +799,7 @@ class WatchFiguresResponse(_message.Message):
     failed_requests: _builtins.int
     """Requests that failed with an error of the cluster."""
     refused_requests: _builtins.int
-    """Requests rejected before any leg was dispatched."""
+    """Requests rejected before any leg was dispatched, or by an engine because the request itself is wrong."""
     cancelled_requests: _builtins.int
     """Requests cancelled by their clients, or aborted."""
     continuations: _builtins.int
@@ -824,7 +824,9 @@ class WatchFiguresResponse(_message.Message):
 
     @_builtins.property
     def leg_failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___LegFailures]:
-        """Failed legs by worker and reason. At most 256 entries; further failures are counted without a worker."""
+        """Failed legs by worker and reason, refused requests not counted. At most 256 entries; further failures are counted
+        without a worker.
+        """
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:

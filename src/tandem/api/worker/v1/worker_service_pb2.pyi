@@ -139,7 +139,7 @@ class WatchLoadResponse(_message.Message):
     kv_transfer_bytes: _builtins.int
     """KV bytes received (decode) or sent (prefill) by ended legs, since the start of the worker."""
     failed_legs: _builtins.int
-    """Legs that ended with an error, since the start of the worker."""
+    """Legs that ended with an error, wrong requests not counted, since the start of the worker."""
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured."""

@@ -54,7 +54,11 @@ class Host:
             self._streams.pop(message.get("id", 0), None)
             return {"error": problem.message.removeprefix(f"{problem.field}: "), "field": problem.field}
         except Exception as problem:  # an exception in a detector must not end the other streams
-            log.exception("operation %s failed, stream %s is closed", message.get("op"), message.get("id"))
+            log.exception(
+                "operation %s failed: the request of stream %s fails, others are not affected",
+                message.get("op"),
+                message.get("id"),
+            )
             self._streams.pop(message.get("id", 0), None)
             return {"error": f"{type(problem).__name__}: {problem}"}
 
