@@ -47,6 +47,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file), target
 
 
+def test_each_test_that_contributors_are_pointed_to_exists() -> None:
+    named = re.findall(r"tests/[\w/*]+(?:\.py)?", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_are_short(page: Path) -> None:
     parts = page.relative_to(ROOT).parts

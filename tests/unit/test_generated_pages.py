@@ -27,6 +27,13 @@ def test_a_page_is_current(tool: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_what_lint_holds_to_the_code_is_also_held_before_a_commit() -> None:
+    checks = re.findall(r"tools/gen_\w+\.py --check", (ROOT / "Makefile").read_text())
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert len(checks) >= 5
+    assert [check for check in checks if check not in hooks] == []
+
+
 @pytest.mark.parametrize("settings", SERVICES, ids=lambda settings: settings.__name__)
 def test_each_setting_of_a_service_has_a_row(settings: type[ServiceConfig]) -> None:
     keys = re.findall(r"^\| `([a-z_]+)` \|", gen_settings_page.PAGE.read_text(), re.MULTILINE)
