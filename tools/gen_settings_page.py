@@ -30,6 +30,7 @@ from tandem_decode.config import DecodeConfig
 from tandem_edge.config import EdgeConfig
 from tandem_frontend.config import FrontendConfig
 from tandem_registry.config import RegistryConfig
+from typer.core import TyperOption
 
 from tandem import config_errors
 from tandem.cli import checks
@@ -191,7 +192,7 @@ def _up_options() -> Iterator[Iterable[str]]:
     commands = typer.main.get_group(app)
     command = commands.commands["up"]
     for option in command.params:
-        if option.name == "help":
+        if not isinstance(option, TyperOption) or option.name == "help":
             continue
         meaning, default = _meaning_and_default(option.help or "")
         metavar = f" {option.metavar}" if (option.metavar or "").startswith("[") else ""
