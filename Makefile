@@ -43,14 +43,17 @@ lint: setup ## ruff, mypy, drift of what is generated, buf
 	$(BIN)/mypy
 	$(BIN)/python tools/gen_protos.py --check
 	$(BIN)/python tools/gen_metrics_page.py --check
+	$(BIN)/python tools/gen_settings_page.py --check
+	$(BIN)/python tools/gen_contracts_page.py --check
 	$(BIN)/python tools/gen_dashboards.py --check
 	$(BIN)/python tools/gen_protos.py --lint
 
 deploy-lint: setup ## the deployment files against other tools' checkers, installed into .cache
 	@$(BIN)/python tools/check_deployments.py
 
-protos: setup ## generate src/tandem/api from protos/
+protos: setup ## generate src/tandem/api and docs/reference/contracts.md from protos/
 	$(BIN)/python tools/gen_protos.py
+	$(BIN)/python tools/gen_contracts_page.py
 
 clean: ## remove the environment, caches and run-time files
 	rm -rf .venv .cache .tandem .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -19,15 +19,18 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.api.types.v1 import sampling_pb2
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling, Stopping
 from tandem.domain.worker import Capabilities, WorkerRole
+from tandem.engine import pulling
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
 from tandem.engine.settings import EngineSettings
@@ -41,7 +44,8 @@ PROMPTS = (16, 64, 128, 256, 512, 1024, 1536)
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (32, 256, 1024)
 TRANSFERS = (64, 256, 512, 1024, 1536)
-CHECKS = ((1, 400, 40), (3, 700, 30), (6, 100, 50))
+Batch = tuple[int, int, int]
+CHECKS: tuple[Batch, ...] = ((1, 400, 40), (3, 700, 30), (6, 100, 50))
 """Requests at once, prompt tokens, new tokens: none of them in the grid."""
 SHORT_TOKENS = 8
 DECODE_STEPS = 32
@@ -140,7 +144,7 @@ async def generate(engine: Engine, token_ids: tuple[int, ...], new_tokens: int) 
         sampling=Sampling(temperature=0.0),
         stopping=Stopping(max_tokens=new_tokens, ignore_eos=True),
     )
-    async for _ in engine.generate(request):
+    async for _ in pulling.generate(engine, request):
         pass
 
 
@@ -160,9 +164,11 @@ async def measure_pair(model: Path, flags: dict[str, str], repeats: int) -> list
     return samples
 
 
-async def hand_over(stub, prompt: tuple[int, ...]) -> tuple[float, int]:
+async def hand_over(stub: Any, prompt: tuple[int, ...]) -> tuple[float, int]:
     """Time and bytes of one request's KV."""
-    request = pb.GenerateRequest(stopping={"max_tokens": 2, "ignore_eos": True}, sampling={"temperature": 0})
+    request = pb.GenerateRequest(
+        stopping=sampling_pb2.Stopping(max_tokens=2, ignore_eos=True), sampling=sampling_pb2.Sampling(temperature=0)
+    )
     request.token_ids.ids.extend(prompt)
     async for event in stub.Generate(request):
         if event.HasField("finish"):
@@ -238,7 +244,7 @@ def report(samples: list[Sample], fits: dict[str, list[float]]) -> list[dict[str
     return rows
 
 
-async def measure(arguments: argparse.Namespace) -> tuple[list[Sample], dict, Capabilities]:
+async def measure(arguments: argparse.Namespace) -> tuple[list[Sample], dict[Batch, float], Capabilities]:
     settings = EngineSettings(
         role=WorkerRole.AGGREGATED,
         model_path=arguments.model,

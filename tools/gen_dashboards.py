@@ -331,7 +331,7 @@ def _placed(panels: tuple[Panel, ...]) -> Any:
 
 
 def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
-    custom = {"fillOpacity": 20 if panel.stacked else 5, "showPoints": "never"}
+    custom: dict[str, Any] = {"fillOpacity": 20 if panel.stacked else 5, "showPoints": "never"}
     if panel.stacked:
         custom["stacking"] = {"mode": "normal"}
     return {

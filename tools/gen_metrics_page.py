@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "src"))
 
 from tandem.observability.metric_catalog import EVERY, OTHER, TABLE, Attribute, Emitter, Metric, prometheus_name
+from tools.markdown import ROOT, write_or_check
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference" / "metrics.md"
 MARK = "## The table\n"
 TITLES = {
@@ -63,14 +64,7 @@ def _attributes() -> Iterator[str]:
 
 
 def main() -> int:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text)
-        return 0
-    if PAGE.is_file() and PAGE.read_text() == text:
-        return 0
-    print(f"{PAGE.relative_to(ROOT)} differs from the table of metrics: run tools/gen_metrics_page.py", file=sys.stderr)
-    return 1
+    return write_or_check(PAGE, page(), "the table of metrics", Path(__file__).name)
 
 
 if __name__ == "__main__":

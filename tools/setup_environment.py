@@ -1,7 +1,8 @@
 """Creates .venv with PyTorch, the CPU engine, the services and the development tools, at their pinned versions.
 
 Standard library only, because it runs before anything is installed. Does nothing if no input has changed since the last
-run. The complete log is in .cache/setup.log.
+run. The complete log is in .cache/setup.log. Versions are those of requirements/constraints.txt, which
+tools/gen_constraints.py writes.
 
 PyTorch is installed first, by itself. If pip finds a CPU build of the pinned version, that is installed; otherwise pip
 installs the default build with its CUDA libraries, unless TORCH_INDEX_URL names an index that has a CPU build.
@@ -25,6 +26,11 @@ CACHE = ROOT / ".cache"
 LOG = CACHE / "setup.log"
 STAMP = ENVIRONMENT / "tandem-setup.stamp"
 REQUIREMENTS = ROOT / "requirements"
+TORCH = "torch.txt"
+LISTED = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt")
+WITHOUT_DEPENDENCIES = "cpu-engine-nodeps.txt"
+CONSTRAINTS = ("-c", REQUIREMENTS / "constraints.txt")
+"""Versions of everything, also of what no file lists, so that two set-ups are equal."""
 OLDEST_PYTHON = (3, 11)
 FORMER_NAME = "tandem"
 """Of this distribution. Two of them in one environment would register the same entry points twice."""
@@ -44,11 +50,9 @@ def main() -> int:
     try:
         if not PYTHON.exists():
             step("environment", [sys.executable, "-m", "venv", str(ENVIRONMENT)])
-        step("PyTorch", pip("-r", REQUIREMENTS / "torch.txt", *torch_source()))
-        names = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt")
-        given = [part for name in names for part in ("-r", REQUIREMENTS / name)]
-        step("libraries", pip("-c", REQUIREMENTS / "torch.txt", *given))
-        step("SGLang and NIXL", pip("--no-deps", "-r", REQUIREMENTS / "cpu-engine-nodeps.txt"))
+        step("PyTorch", pip("-r", REQUIREMENTS / TORCH, *torch_source()))
+        step("libraries", pip(*CONSTRAINTS, *(part for name in LISTED for part in ("-r", REQUIREMENTS / name))))
+        step("SGLang and NIXL", pip(*CONSTRAINTS, "--no-deps", "-r", REQUIREMENTS / WITHOUT_DEPENDENCIES))
         step("former name", [str(PYTHON), "-m", "pip", "uninstall", "--yes", FORMER_NAME])
         step("Tandem", pip("--no-deps", "-e", ROOT))
     except subprocess.CalledProcessError as problem:
@@ -83,7 +87,7 @@ def torch_source() -> list[str]:
     report = CACHE / "torch-report.json"
     step(
         "looking for PyTorch",
-        pip("--dry-run", "--no-deps", "--ignore-installed", "--report", report, "-r", REQUIREMENTS / "torch.txt"),
+        pip("--dry-run", "--no-deps", "--ignore-installed", "--report", report, "-r", REQUIREMENTS / TORCH),
     )
     found = json.loads(report.read_text())["install"][0]["metadata"]
     if any(need.startswith(("nvidia-", "cuda-")) for need in found.get("requires_dist", [])):

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1.sampling_pb2 import Stopping
 from tandem.cli.top.poller import FleetWatch
 from tandem.cli.top.screen import TopScreen
 from tandem.client import calls
@@ -26,15 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "top.svg"
 SIZE = (150, 18)
 CLIENTS = 12
+STOPPING = Stopping(max_tokens=150, ignore_eos=True)
 LOAD_S, AFTER_KILL_S = 12.0, 3.5
 
 
 async def client(address: str, number: int) -> None:
     """Run streams one after another, until cancelled."""
     while True:
-        request = pb.GenerateRequest(
-            prompt=f"Once upon a time there were {number} cats. " * 8, stopping={"max_tokens": 150, "ignore_eos": True}
-        )
+        request = pb.GenerateRequest(prompt=f"Once upon a time there were {number} cats. " * 8, stopping=STOPPING)
         with contextlib.suppress(TandemError):
             async for _ in calls.generate(address, request):
                 pass

@@ -57,15 +57,20 @@ class ServiceConfig(BaseModel):
         None, description="host under which other processes reach this one; default: host"
     )
     drain_settle_s: float = Field(
-        0.5, ge=0, le=60, description="seconds a draining process still admits requests after announcing the drain"
+        0.5,
+        ge=0,
+        le=60,
+        description="seconds for which a draining process still admits requests after it has announced the drain",
     )
     drain_timeout_s: float = Field(
-        30, ge=0, le=3600, description="maximum seconds to wait for running requests when draining"
+        30, ge=0, le=3600, description="seconds to wait for open requests when draining; then they are aborted"
     )
     announce_file: Path | None = Field(
         None, description="file to write address and process id to, as JSON, once serving"
     )
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="minimum log level")
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="least severe level that is logged"
+    )
     log_format: str = Field(
         "auto",
         pattern="^(auto|json|text)$",
@@ -94,7 +99,9 @@ class ServiceConfig(BaseModel):
 class RpcServiceConfig(ServiceConfig):
     """Settings of every process that serves and calls gRPC; the edge has its own TLS settings."""
 
-    tls_cert: Path | None = Field(None, description="certificate (PEM) of this process; reloaded when the file changes")
+    tls_cert: Path | None = Field(
+        None, description="certificate (PEM) of this process; reloaded when the file changes; default: plaintext"
+    )
     tls_key: Path | None = Field(None, description="private key of that certificate (PEM)")
     tls_ca: Path | None = Field(None, description="CA certificates (PEM) that verify every peer")
 
@@ -131,11 +138,11 @@ def load(config_type: type[C], program: str, argv: Sequence[str], environ: Mappi
         ConfigError: a key is unknown or its value is invalid; names the first one.
     """
     flags = vars(_parser(config_type, program).parse_args(argv))
-    config_file = flags.pop("config", None) or environ.get(f"{_prefix(program)}CONFIG")
+    config_file = flags.pop("config", None) or environ.get(f"{variable_prefix(program)}CONFIG")
     values = {
         **_from_convention(config_type, environ),
         **_from_file(config_type, config_file),
-        **_from_environment(config_type, _prefix(program), environ),
+        **_from_environment(config_type, variable_prefix(program), environ),
         **{key: value for key, value in flags.items() if value is not None},
     }
     try:
@@ -151,11 +158,13 @@ def effective(config: BaseModel) -> str:
     return json.dumps(config.model_dump(mode="json"))
 
 
-def _prefix(program: str) -> str:
+def variable_prefix(program: str) -> str:
+    """Beginning of a program's variables: "TANDEM_DECODE_" for "tandem-decode"."""
     return program.upper().replace("-", "_") + "_"
 
 
-def _flag(name: str) -> str:
+def flag_name(name: str) -> str:
+    """Flag of a setting: "--drain-settle-s" for "drain_settle_s"."""
     return "--" + name.replace("_", "-")
 
 
@@ -164,13 +173,14 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(
         prog=program,
         description=(config_type.__doc__ or "").strip(),
-        epilog=f"Each flag is also a key of the TOML file given by --config, and a variable {_prefix(program)}<KEY>.",
+        epilog="Each flag is also a key of the TOML file given by --config, and a variable "
+        f"{variable_prefix(program)}<KEY>.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
         explanation = config_errors.explanation(field).replace("%", "%%")
-        parser.add_argument(_flag(name), dest=name, metavar=config_errors.metavar(name, field), help=explanation)
+        parser.add_argument(flag_name(name), dest=name, metavar=config_errors.metavar(name, field), help=explanation)
     return parser
 
 

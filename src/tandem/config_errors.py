@@ -32,9 +32,9 @@ TYPES = {
 def metavar(name: str, field: FieldInfo) -> str:
     """Placeholder of a flag's value in its help."""
     kinds = {kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)}
-    choices = _choices(field)
-    if choices:
-        return "|".join(choices)
+    allowed = choices(field)
+    if allowed:
+        return "|".join(allowed)
     if bool in kinds:
         return "true|false"
     if int in kinds:
@@ -57,6 +57,24 @@ def explanation(field: FieldInfo) -> str:
     return description if default is None or default == {} else f"{description} (default: {_shown(default)})"
 
 
+def limits(field: FieldInfo) -> str:
+    """What a value must be, in a few words; empty if its type says everything."""
+    allowed, limit = choices(field), _bounds(field)
+    if allowed:
+        return ", ".join(allowed)
+    if "max_length" in limit:
+        return f"{limit.get('min_length', 0)} to {limit['max_length']} characters"
+    if "min_length" in limit:
+        return "not empty"
+    return _range(limit).strip() or next((f"of the form {pattern}" for pattern in _patterns(field)), "")
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The words that a setting may be; empty if it is not limited to some."""
+    found = next((ONE_OF.fullmatch(pattern) for pattern in _patterns(field)), None)
+    return found[1].split("|") if found else []
+
+
 def sentence(fields: Mapping[str, FieldInfo], error: ErrorDetails) -> str:
     """Error message for one setting, with the allowed values; never contains the value of another setting."""
     if error["type"] == "missing":
@@ -71,9 +89,9 @@ def sentence(fields: Mapping[str, FieldInfo], error: ErrorDetails) -> str:
 
 
 def _allowed(field: FieldInfo, error: ErrorDetails) -> str:
-    choices = _choices(field)
-    if choices:
-        return " or ".join((", ".join(choices[:-1]), choices[-1])) if len(choices) > 1 else choices[0]
+    words = choices(field)
+    if words:
+        return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
     bounds = _bounds(field)
     if error["type"] == "string_pattern_mismatch":
         return f"of the form {error['ctx']['pattern']}"
@@ -100,10 +118,9 @@ def _bounds(field: FieldInfo) -> dict[str, Any]:
     return {name: getattr(rule, name) for rule in field.metadata for name in names if hasattr(rule, name)}
 
 
-def _choices(field: FieldInfo) -> list[str]:
+def _patterns(field: FieldInfo) -> list[str]:
     patterns = (getattr(rule, "pattern", None) for rule in field.metadata)
-    found = next((ONE_OF.fullmatch(pattern) for pattern in patterns if isinstance(pattern, str)), None)
-    return found[1].split("|") if found else []
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
 def _shown(value: Any) -> str:

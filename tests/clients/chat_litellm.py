@@ -24,7 +24,7 @@ def main() -> None:
     refused = ""
     try:
         litellm.completion(**{**asked, "messages": [{"role": "user", "content": "word " * 3000}]})
-    except litellm.ContextWindowExceededError as problem:
+    except litellm.exceptions.ContextWindowExceededError as problem:
         refused = type(problem).__name__
     print(json.dumps({"whole": whole, "streamed": streamed, "refused": refused}))
 

@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tandem.api.types.v1 import sampling_pb2
 
 MODEL = "tandem-demo"
 QUESTION = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
@@ -104,8 +105,6 @@ def _tell(address: str, story: Story) -> None:
 def _request(prompt: str, max_tokens: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         prompt=prompt,
-        sampling={"temperature": 0},
-        stopping={"max_tokens": max_tokens, "ignore_eos": True}
-        if max_tokens == STORY_TOKENS
-        else {"max_tokens": max_tokens},
+        sampling=sampling_pb2.Sampling(temperature=0),
+        stopping=sampling_pb2.Stopping(max_tokens=max_tokens, ignore_eos=True if max_tokens == STORY_TOKENS else None),
     )

@@ -53,7 +53,7 @@ class Cluster:
     def up(self, *services: str, **settings: str) -> float:
         """Bring services up and wait for their health; how long that took."""
         begin_s = time.monotonic()
-        self.compose("up", "--detach", "--wait", "--no-build", *services, **settings)
+        self.compose("up", "--detach", "--wait", "--no-build", *services, check=True, **settings)
         return time.monotonic() - begin_s
 
     def state(self, service: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 COLUMNS_MAX = 120
 REFLOWED = ("deploy", "docs", "services")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"`[^`]*`")
 HEADING = re.compile(r"#+ (.*)")
 
 
@@ -37,7 +38,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page: Path) -> None:
-    for target in (target for line in prose(page) for target in LINK.findall(line)):
+    for target in (target for line in prose(page) for target in LINK.findall(CODE.sub("", line))):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -45,6 +46,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), target
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), target
+
+
+def test_each_test_that_contributors_are_pointed_to_exists() -> None:
+    named = re.findall(r"tests/[\w/*]+(?:\.py)?", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not list(ROOT.glob(name))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -11,6 +11,7 @@ import pytest
 
 from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.timing import Chunk, Step, Timing
+from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.simulated_legs import leg_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "fit_simulated_engine.py"
@@ -63,3 +64,8 @@ def test_no_term_is_negative(tool: ModuleType) -> None:
     latency_s, byte_s = tool.fit(samples)
     assert latency_s == 0
     assert 1.5 < byte_s < 2
+
+
+def test_the_fit_checks_itself_against_the_simulated_engine(tool: ModuleType) -> None:
+    model, options = TOOL.parents[1] / "models" / "tandem-demo", {"prefill_step_s": 1.0, "decode_step_s": 0.5}
+    assert run_virtually(tool.simulated_batch_s(model, options, (1, 16, 3))) == pytest.approx(2.0, rel=0.1)

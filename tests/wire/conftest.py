@@ -13,7 +13,7 @@ from tests.integration.support.consul_host import ConsulHost, consul_agent
 from tests.wire.support.server_kinds import KINDS
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
+@pytest.fixture(params=list(KINDS.values()), ids=list(KINDS))
 def server_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[ServiceHost]:
     """Each of the two servers, in turn; registries of this process are served by it too."""
     found: type[ServiceHost] = request.param

@@ -42,7 +42,7 @@ class Speaker:
         """Counts the tokens of a text without special tokens."""
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator] # torch is not followed
     def answer(self, chats: Sequence[Messages], max_new_tokens: int, temperature: float = 0.0) -> list[tuple[str, int]]:
         """Returns each reply and its length in tokens; a reply that was cut off ends in an ellipsis."""
         texts = [self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
@@ -67,7 +67,7 @@ def held_out_loss(speaker: Speaker, seed: int, row_count: int, device: str) -> f
     rows = pack(documents(f"held-out-{seed}", HELD_OUT_MIX), Encoder(speaker.tokenizer), 512)
     with torch.inference_mode():
         losses = [weighted_loss(speaker.model, [next(rows) for _ in range(4)], device) for _ in range(row_count // 4)]
-    return torch.stack(losses).mean().item()
+    return float(torch.stack(losses).mean())
 
 
 def recall(speaker: Speaker, seed: int, count: int, distance: tuple[int, int], kind: str) -> dict[str, object]:

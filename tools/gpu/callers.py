@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -67,7 +68,8 @@ async def stream(stub: InferenceServiceStub, request: pb.GenerateRequest, timeou
     token_ids: list[int] = []
     timings = None
     try:
-        async for event in stub.Generate(request, timeout=timeout_s):
+        call: Any = stub.Generate(request, timeout=timeout_s)
+        async for event in call:
             if event.HasField("chunk"):
                 arrivals_s += [time.monotonic()] * len(event.chunk.token_ids)
                 if keep:
@@ -131,7 +133,9 @@ class Callers:
         loop = asyncio.get_running_loop()
         return list(await asyncio.gather(*(loop.run_in_executor(self._pool, _run_alone, work) for work in works)))
 
-    async def spread(self, addresses: Sequence[str], concurrent: int, requests: int, make: Callable[..., Work]) -> list:
+    async def spread(
+        self, addresses: Sequence[str], concurrent: int, requests: int, make: Callable[..., Work]
+    ) -> list[Streamed]:
         """A level of load, shared out over the processes and the frontends."""
         used = max(1, min(self.count, concurrent // 8))
         works = []

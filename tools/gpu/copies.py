@@ -21,6 +21,9 @@ PIECES = (1, 64, 1024)
 """Into how many equal parts the bytes are cut: KV pages of many layers are many parts."""
 TIMEOUT_S = 60.0
 
+Part = tuple[int, int, int]
+"""Address, size in bytes and device of a piece of memory."""
+
 
 def measure(places: tuple[str, str], sizes_bytes: tuple[int, ...] = SIZES_BYTES) -> dict[str, Any]:
     """GB/s of both, for each size and number of pieces; the median of several."""
@@ -88,7 +91,7 @@ def _send(peer: Connection, place: str, sizes_bytes: tuple[int, ...]) -> dict[st
     return {"rows": rows, "wrong_sums": wrong, "backends": list(agent.backends) if hasattr(agent, "backends") else []}
 
 
-def _write(agent: Any, name: str, ours: list[tuple], others: list[tuple], kind: str) -> float:
+def _write(agent: Any, name: str, ours: list[Part], others: list[Part], kind: str) -> float:
     local = agent.get_xfer_descs(ours, mem_type=kind)
     remote = agent.get_xfer_descs(others, mem_type=kind)
     handle = agent.initialize_xfer("WRITE", local, remote, name, b"")

@@ -143,8 +143,12 @@ class Tandem:
 
         def make(**values: Any) -> Work:
             own = {**values, "seed": seed + values["seed"]}
-            lengths = {"prompt_tokens": heavy.prompt_tokens, "new_tokens": heavy.new_tokens}
-            return Work(vocabulary_size=self._vocabulary_size, **lengths, **own)
+            return Work(
+                vocabulary_size=self._vocabulary_size,
+                prompt_tokens=heavy.prompt_tokens,
+                new_tokens=heavy.new_tokens,
+                **own,
+            )
 
         before_s = self._cpu_s()
         streams = await self._callers.spread(addresses(self._cluster), level, level, make)

@@ -54,7 +54,9 @@ def device_memory_mib() -> list[int]:
     return [int(line) for line in said.stdout.split()]
 
 
-async def cancel(cluster: LocalCluster, size: Size, vocabulary_size: int, *, at_token: int, prompt_tokens: int) -> dict:
+async def cancel(
+    cluster: LocalCluster, size: Size, vocabulary_size: int, *, at_token: int, prompt_tokens: int
+) -> dict[str, Any]:
     """Close many streams in the middle: at a token, or (0) as soon as they are accepted."""
     before = await kv_tokens(cluster)
     counted = 0
@@ -63,7 +65,7 @@ async def cancel(cluster: LocalCluster, size: Size, vocabulary_size: int, *, at_
     async def one(stub: InferenceServiceStub, number: int) -> None:
         nonlocal counted
         ids = prompt(prompt_tokens, vocabulary_size, int(time.monotonic() * 1e6) + number)
-        call = stub.Generate(request_of(ids, size.decode_tokens))
+        call: Any = stub.Generate(request_of(ids, size.decode_tokens))
         seen = 0
         async for event in call:
             seen += len(event.chunk.token_ids) if event.HasField("chunk") else 0
@@ -97,7 +99,9 @@ async def cancel(cluster: LocalCluster, size: Size, vocabulary_size: int, *, at_
     }
 
 
-async def kill(cluster: LocalCluster, size: Size, vocabulary_size: int, role: str, prompt_tokens: int) -> dict:
+async def kill(
+    cluster: LocalCluster, size: Size, vocabulary_size: int, role: str, prompt_tokens: int
+) -> dict[str, Any]:
     """Kill a worker's scheduler, the process on the GPU, while streams run, and start the worker again."""
     worker = next(w for w in cluster.workers if w.role == role)
     memory = {"before": device_memory_mib()}

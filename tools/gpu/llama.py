@@ -99,7 +99,7 @@ def write(folder: Path, shape: str, demo: Path, device: str, seed: int = 0) -> P
     names = list(shapes)
     draw = torch.Generator(device=device).manual_seed(seed)
     files = [names[begin : begin + 36] for begin in range(0, len(names), 36)]
-    index = {}
+    index: dict[str, str] = {}
     for number, held in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {name: _weight(shapes[name], draw, device) for name in held}

@@ -103,7 +103,9 @@ async def parity_streams(cluster: LocalCluster, size: Size, vocabulary_size: int
     return list(await asyncio.gather(*(one(length) for length in size.parity_lengths)))
 
 
-def parity(size: Size, kv_bytes_per_token: int, streams: Sequence[Streamed], others: Sequence[Streamed]) -> dict:
+def parity(
+    size: Size, kv_bytes_per_token: int, streams: Sequence[Streamed], others: Sequence[Streamed]
+) -> dict[str, Any]:
     """How many streams of a pair are those of the aggregated worker, and whether their KV moved."""
     equal = [a.token_ids == b.token_ids and a.failure is None for a, b in zip(streams, others, strict=True)]
     expected = [length * kv_bytes_per_token for length in size.parity_lengths]
@@ -125,7 +127,9 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
 
 
-async def throughput(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int, level: int) -> dict:
+async def throughput(
+    cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int, level: int
+) -> dict[str, Any]:
     """One level of load."""
     make = functools.partial(
         Work, prompt_tokens=size.prompt_tokens, new_tokens=size.new_tokens, vocabulary_size=vocabulary_size
@@ -139,7 +143,7 @@ async def throughput(cluster: LocalCluster, callers: Callers, size: Size, vocabu
     return {"concurrent": level, **figures.summary(streams), "kv": figures.transfers(streams)}
 
 
-async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict:
+async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict[str, Any]:
     """The gaps of running decodes, before long prompts arrive and while they do."""
     where = addresses(cluster)
     seed = int(time.monotonic() * 1e3)

@@ -123,10 +123,9 @@ class Run:
 
     async def _copies(self) -> None:
         machine = self.plan.machine
-        if machine.device == "cpu":
-            pairs, sizes = [("cpu", "cpu")], copies.SIZES_BYTES[:2]
-        else:
-            pairs, sizes = [("cuda:0", f"cuda:{machine.gpu(1)}")], copies.SIZES_BYTES
+        on_cpu = machine.device == "cpu"
+        pairs = [("cpu", "cpu")] if on_cpu else [("cuda:0", f"cuda:{machine.gpu(1)}")]
+        sizes = copies.SIZES_BYTES[:2] if on_cpu else copies.SIZES_BYTES
         for places in pairs:
             name = f"copies_{places[0]}_{places[1]}".replace(":", "")
             await self.results.take(name, 20, functools.partial(asyncio.to_thread, copies.measure, places, sizes))

@@ -68,7 +68,9 @@ def engine_extra(machine: Machine, number: int) -> dict[str, Any]:
     return {**machine.extra, **place}
 
 
-def _spec(machine: Machine, model: Path, load: Load, name: str, **workers: int) -> ClusterSpec:
+def _spec(
+    machine: Machine, model: Path, load: Load, name: str, *, prefill: int, decode: int, aggregated: int
+) -> ClusterSpec:
     flags = {
         "device": machine.device,
         "dtype": machine.dtype,
@@ -84,5 +86,7 @@ def _spec(machine: Machine, model: Path, load: Load, name: str, **workers: int) 
         frontends=load.frontends,
         worker_flags=flags,
         role_flags={"frontend": {"open-requests-max": str(load.open_requests_max)}},
-        **workers,
+        prefill=prefill,
+        decode=decode,
+        aggregated=aggregated,
     )

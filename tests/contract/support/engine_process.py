@@ -23,7 +23,7 @@ from tandem.engine.port import BootstrapAddress, KvEvent
 from tandem.engine.settings import EngineSettings
 
 HOST = Path(__file__).with_name("engine_host.py")
-HOST_DIED = ("error", ("HostDied", "the engine's process ended", {}))
+HOST_DIED: tuple[str, tuple[str, str, dict[str, str]]] = ("error", ("HostDied", "the engine's process ended", {}))
 
 
 class RemoteError(Exception):

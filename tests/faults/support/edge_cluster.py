@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tests.faults.support.cut_proxy import CutProxy, cut_proxy
 from tests.faults.support.fault_cluster import OUTER_HOST, Plan
 from tests.faults.support.leg_cluster import LegCluster

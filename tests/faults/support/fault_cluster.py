@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.service import run_directory
 from tests.faults.support.cut_proxy import Cut, CutProxy, cut_proxy
 from tests.faults.support.process_faults import free_port

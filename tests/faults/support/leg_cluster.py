@@ -18,7 +18,7 @@ from typing import Any
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.fault_cluster import FaultCluster, Plan
 

@@ -76,10 +76,10 @@ def report_test(history: History, fault_s: float) -> None:
 
 def total() -> str:
     """All scenarios together."""
-    sums = (sum(getattr(each, name) for each in _COUNTED) for name in COUNTS)
+    sums = {name: sum(getattr(each, name) for each in _COUNTED) for name in COUNTS}
     detected = [each.detect_s for each in _COUNTED if each.detect_s is not None]
     gaps_s = tuple(gap_s for each in _COUNTED for gap_s in each.gaps_s)
-    whole = Figures(*sums, detect_s=max(detected, default=None), gaps_s=gaps_s)
+    whole = Figures(**sums, detect_s=max(detected, default=None), gaps_s=gaps_s)
     return _line(f"{len(_COUNTED)} scenarios (detect: the longest)", whole)
 
 

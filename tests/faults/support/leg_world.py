@@ -163,7 +163,7 @@ class Played:
     async def _decode(self, request: EngineRequest, output: Output) -> None:
         kv = self.world.kv(_room(request))
         while not kv.done():
-            await self.spend(0.4, cast("asyncio.Future[None]", kv))
+            await self.spend(0.4, kv)
         await kv
         for token in answer(request.token_ids, request.stopping.max_tokens):
             await self.spend(self.world.rng.uniform(0.001, 0.06))
@@ -189,7 +189,8 @@ class PlayedSteps:
             raise ServiceError("connection refused")
         next_message = asyncio.ensure_future(anext(self._messages))
         try:
-            await asyncio.wait({next_message, played.dead}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {next_message, played.dead}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             await played.thawed.wait()
             if played.dead.done():
                 raise ServiceError("connection reset")

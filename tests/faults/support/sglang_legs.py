@@ -25,7 +25,7 @@ from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.fault_cluster import FaultCluster, Plan
@@ -161,16 +161,17 @@ class SglangFleet(FaultCluster):
             for number in range(TRIES_MAX):
                 stream = self.begin(prompt_of(phase, number), phase)
                 streams.append(stream)
-                await assert_eventually(lambda stream=stream: stream.asked.workers, within_s=20, what="workers")
+                await _until_assigned(stream)
                 if victim in stream.asked.workers:
-                    await assert_eventually(
-                        lambda stream=stream: self.is_in_phase(stream, now_s()), within_s=20, what=f"hold: {phase}"
-                    )
+                    await self._until_in_phase(stream)
                     break
                 self.holds.free(stream.rooms[-1])
             else:
                 raise AssertionError(f"void: no request of {TRIES_MAX} came to {victim}")
         return streams
+
+    async def _until_in_phase(self, stream: Stream) -> None:
+        await assert_eventually(lambda: self.is_in_phase(stream, now_s()), within_s=20, what=f"hold: {stream.phase}")
 
     def is_in_phase(self, stream: Stream, time_s: float) -> bool:
         """Whether a stream stood in its phase at that moment, by proof of the hold and by what its client has."""
@@ -262,3 +263,7 @@ async def sglang_fleet(logs: Path, *, prefill: int, decode: int) -> AsyncIterato
             fleet = SglangFleet(plan, logs, stack, holds)
             await fleet.start()
             yield fleet
+
+
+async def _until_assigned(stream: Stream) -> None:
+    await assert_eventually(lambda: stream.asked.workers, within_s=20, what="workers")

@@ -82,7 +82,7 @@ class Views:
 
     def epoch(self, worker_id: str) -> int:
         """The epoch under which a registry listed a worker last."""
-        listed = (look.epochs[worker_id] for look in reversed(self.looks) if worker_id in (look.epochs or ()))
+        listed = (look.epochs[worker_id] for look in reversed(self.looks) if look.epochs and worker_id in look.epochs)
         found = next(listed, None)
         assert found is not None, f"nobody has listed {worker_id}"
         return found

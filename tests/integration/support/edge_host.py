@@ -20,7 +20,7 @@ from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.rpc.server import RpcServer
 from tandem.service import run_directory
 
@@ -61,7 +61,7 @@ class StubFrontend(pb_grpc.InferenceServiceServicer):
 @asynccontextmanager
 async def stub_frontend(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[tuple[StubFrontend, str]]:
     """A frontend that is healthy, and its address; its text is its address until the test says otherwise."""
-    stub = StubFrontend()
+    stub = StubFrontend()  # type: ignore[abstract] # it answers some calls only
     server = RpcServer([(HEALTH_SERVICE_NAME, partial(pb_grpc.add_InferenceServiceServicer_to_server, stub))])
     await server.start(host, port)
     await server.set_serving(True)
@@ -115,7 +115,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert response.headers["content-type"] == "application/json", response.text
     body = response.json()
     assert set(body) == {"error"}, body
-    error = body["error"]
+    error: dict[str, Any] = body["error"]
     assert set(error) == {"message", "type", "param", "code"}, error
     assert error["message"]
     return error

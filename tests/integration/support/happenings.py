@@ -21,6 +21,7 @@ import pytest
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.api.types.v1 import sampling_pb2
 from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.local_cluster.child_process import ClusterProcess
@@ -146,7 +147,7 @@ async def a_request_over_http(world: World) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def a_refusal(world: World) -> AsyncIterator[None]:
-    request = pb.GenerateRequest(prompt="x", sampling={"temperature": -1.0})
+    request = pb.GenerateRequest(prompt="x", sampling=sampling_pb2.Sampling(temperature=-1.0))
     assert (await refusal(world.cluster, request)).reason == "INVALID_REQUEST"
     yield
 
@@ -196,7 +197,11 @@ async def a_client_that_leaves(world: World) -> AsyncIterator[None]:
     begun = asyncio.Event()
     async with world.faults(*(decode.name for decode in world.decodes), rule=SLOW):
         # A leg that is given up before its worker has begun it has nothing to abort.
-        client = asyncio.create_task(world.read_long(lambda event: event.HasField("chunk") and begun.set()))
+        def begin(event: Any) -> None:
+            if event.HasField("chunk"):
+                begun.set()
+
+        client = asyncio.create_task(world.read_long(begin))
         await begun.wait()
         client.cancel()
         await asyncio.wait({client})

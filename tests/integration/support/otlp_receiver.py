@@ -116,7 +116,7 @@ async def receiver(port: int = 0) -> AsyncIterator[Receiver]:
     """A receiver at `address`."""
     kept = Receiver()
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    add_TraceServiceServicer_to_server(kept, server)
+    add_TraceServiceServicer_to_server(kept, server)  # type: ignore[no-untyped-call]
     kept.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     await server.start()
     try:

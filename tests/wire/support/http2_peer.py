@@ -103,7 +103,7 @@ class Echo:
         return self.started - self.ended
 
     def add(self, server: Any) -> None:
-        handlers = {
+        handlers: dict[str, Any] = {
             "Unary": grpc.unary_unary_rpc_method_handler(self.unary),
             "Stream": grpc.unary_stream_rpc_method_handler(self.stream),
             "Pushed": grpc.unary_stream_rpc_method_handler(self.pushed),
@@ -131,7 +131,8 @@ async def beside(address: str) -> AsyncIterator[Callable[[], Any]]:
     async with open_channel(address) as channel:
 
         async def answered() -> None:
-            assert await channel.unary_unary(UNARY)(b"still there?", timeout=WITHIN_S) == b"still there?"
+            call: Any = channel.unary_unary(UNARY)
+            assert await call(b"still there?", timeout=WITHIN_S) == b"still there?"
 
         await answered()
         yield answered

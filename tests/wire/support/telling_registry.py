@@ -57,7 +57,7 @@ class TellingRegistry(pb_grpc.RegistryServiceServicer):
 
 @contextlib.asynccontextmanager
 async def telling(registry_id: str = "r1", port: int = 0) -> AsyncIterator[tuple[TellingRegistry, str]]:
-    registry = TellingRegistry(registry_id)
+    registry = TellingRegistry(registry_id)  # type: ignore[abstract] # it answers some calls only
     server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
     await server.start("127.0.0.1", port)
     try:

@@ -47,6 +47,7 @@ class Options:
     """Every duration is scaled by a seeded random factor from 1 - jitter to 1 + jitter."""
 
     page_size_tokens: int = 16
+    """Tokens of one page of KV memory, the unit of allocation and of the prefix cache."""
     chunked_prefill_tokens: int = 2048
     """Maximum prompt tokens of one step, a multiple of the page size; a longer prompt takes several steps."""
     prefill_tokens_max: int = 16_384
@@ -58,7 +59,9 @@ class Options:
     reserved_decode_tokens: int = 512
     """Decode: memory reserved per request beyond its prompt; at most an eighth of the KV memory."""
     prefix_cache: bool = True
+    """Whether the KV of finished prompts is kept for prompts that begin alike."""
     kv_events: bool = True
+    """Whether the engine reports pages that enter or leave the prefix cache."""
 
     bootstrap_timeout_s: float = 30.0
     """How long a leg waits for the other leg to connect."""
@@ -68,12 +71,13 @@ class Options:
     """Port that is advertised instead of the listening one, for tests with a proxy in front of it."""
 
     eos_after_tokens: int | None = None
-    """Position (from 1) in the generation at which the end-of-sequence token is emitted; None: never."""
+    """Position (from 1) in the generation at which the end-of-sequence token is emitted; default: never."""
     eos_chance: float = 0.0
     """Probability of the end-of-sequence token at each position; a hash of the sequence decides, so that a
     continuation on another worker agrees."""
 
     faults: tuple[FaultRule, ...] = ()
+    """Rules of the faults to inject, from the start."""
     control_file: Path | None = None
     """A JSON file with a list of fault rules, which replaces `faults` whenever the file changes."""
 
@@ -90,7 +94,7 @@ def parse_options(extra: dict[str, Any]) -> Options:
         if key not in known:
             problem = f"is not an option of the simulated engine; options are {', '.join(sorted(known))}"
             raise ConfigError(f"engine_extra.{key}", problem)
-        _CHECKS.get(key, _positive_number)(key, value)
+        _check(key, value)
     if "faults" in values:
         values["faults"] = parse_rules(values["faults"], "engine_extra.faults")
     if values.get("control_file") is not None:
@@ -128,76 +132,61 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _positive_number(key: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise _refuse(key, "a number above 0", value)
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number_from_0(key: str, value: Any) -> None:
-    if not _is_number(value) or value < 0:
-        raise _refuse(key, "a number, at least 0", value)
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What the value of an option must be."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
 
 
-def _fraction(key: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise _refuse(key, "a number, 0 to 1", value)
+_POSITIVE_NUMBER = _Rule("a number above 0", lambda value: _is_number(value) and value > 0)
+_NUMBER_FROM_0 = _Rule("a number, at least 0", lambda value: _is_number(value) and value >= 0)
+_FRACTION = _Rule("a number, 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_WHOLE_FROM_1 = _Rule("a whole number, at least 1", lambda value: _is_whole(value) and value >= 1)
+_WHOLE_FROM_0 = _Rule("a whole number, at least 0", lambda value: _is_whole(value) and value >= 0)
+_PORT = _Rule(f"a whole number, 1 to {PORT_MAX}", lambda value: _is_whole(value) and 1 <= value <= PORT_MAX)
+_TEXT = _Rule("a text", lambda value: isinstance(value, str) and value != "")
+_FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
+_FAULTS = _Rule("a list of rules", lambda value: True)
+"""`parse_rules` checks them, and names the rule at fault."""
+_NULLABLE = frozenset({"profile", "bootstrap_told_port", "eos_after_tokens", "control_file"})
 
-
-def _positive_int(key: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _refuse(key, "a whole number, at least 1", value)
-
-
-def _int_from_0(key: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _refuse(key, "a whole number, at least 0", value)
-
-
-def _optional_positive_int(key: str, value: Any) -> None:
-    if value is not None:
-        _positive_int(key, value)
-
-
-def _optional_port(key: str, value: Any) -> None:
-    _optional_positive_int(key, value)
-    if value is not None and value > PORT_MAX:
-        raise _refuse(key, "a port", value)
-
-
-def _optional_text(key: str, value: Any) -> None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise _refuse(key, "a text", value)
-
-
-def _flag(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise _refuse(key, "true or false", value)
-
-
-def _checked_elsewhere(key: str, value: Any) -> None:
-    pass
-
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "profile": _optional_text,
-    "prefill_step_s": _number_from_0,
-    "prefill_pair_s": _number_from_0,
-    "decode_step_s": _number_from_0,
-    "decode_request_s": _number_from_0,
-    "decode_context_token_s": _number_from_0,
-    "transfer_latency_s": _number_from_0,
-    "jitter": _fraction,
-    "page_size_tokens": _positive_int,
-    "chunked_prefill_tokens": _positive_int,
-    "prefill_tokens_max": _positive_int,
-    "mixed_chunk": _flag,
-    "new_token_ratio": _fraction,
-    "reserved_decode_tokens": _int_from_0,
-    "prefix_cache": _flag,
-    "kv_events": _flag,
-    "bootstrap_told_port": _optional_port,
-    "eos_after_tokens": _optional_positive_int,
-    "eos_chance": _fraction,
-    "faults": _checked_elsewhere,
-    "control_file": _optional_text,
+_RULES = {
+    "profile": _TEXT,
+    "prefill_step_s": _NUMBER_FROM_0,
+    "prefill_pair_s": _NUMBER_FROM_0,
+    "decode_step_s": _NUMBER_FROM_0,
+    "decode_request_s": _NUMBER_FROM_0,
+    "decode_context_token_s": _NUMBER_FROM_0,
+    "transfer_latency_s": _NUMBER_FROM_0,
+    "jitter": _FRACTION,
+    "page_size_tokens": _WHOLE_FROM_1,
+    "chunked_prefill_tokens": _WHOLE_FROM_1,
+    "prefill_tokens_max": _WHOLE_FROM_1,
+    "mixed_chunk": _FLAG,
+    "new_token_ratio": _FRACTION,
+    "reserved_decode_tokens": _WHOLE_FROM_0,
+    "prefix_cache": _FLAG,
+    "kv_events": _FLAG,
+    "bootstrap_told_port": _PORT,
+    "eos_after_tokens": _WHOLE_FROM_1,
+    "eos_chance": _FRACTION,
+    "faults": _FAULTS,
+    "control_file": _TEXT,
 }
+
+
+def expected(key: str) -> str:
+    """What the value of an option must be, in words."""
+    return _RULES.get(key, _POSITIVE_NUMBER).expected
+
+
+def _check(key: str, value: Any) -> None:
+    rule = _RULES.get(key, _POSITIVE_NUMBER)
+    if not rule.accepts(value) and not (value is None and key in _NULLABLE):
+        raise _refuse(key, rule.expected, value)
