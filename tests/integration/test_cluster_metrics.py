@@ -22,9 +22,9 @@ from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind, prometheus
 from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
-from tests.integration.support import happenings as on
+from tests.integration.support import cluster_events as on
 from tests.integration.support.calls import generate, request_of
-from tests.integration.support.happenings import World
+from tests.integration.support.cluster_events import World
 from tests.integration.support.scraped import EMITTERS, Wanted, samples, scrape, values
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]

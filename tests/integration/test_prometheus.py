@@ -25,9 +25,9 @@ from tandem.observability.merged_scrape import LABEL
 from tandem.observability.metric_catalog import TABLE, Kind, prometheus_name
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
-from tests.integration.support import happenings as on
+from tests.integration.support import cluster_events as on
 from tests.integration.support.calls import generate, refusal, request_of
-from tests.integration.support.happenings import World
+from tests.integration.support.cluster_events import World
 from tests.integration.support.prometheus_host import DEPLOY, PrometheusHost, prometheus
 
 pytestmark = pytest.mark.timeout(180)

@@ -19,7 +19,7 @@ from tandem.observability.request_trace import RequestTrace
 from tandem.service.loop_load import BUSY_FROM, BUSY_FULL, MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.played_legs import Outbox
-from tests.unit.test_frontend_timings import Letters
+from tests.unit.test_frontend_transfer_timings import Letters
 
 HOLD_S = 0.025
 

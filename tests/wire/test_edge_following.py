@@ -13,7 +13,7 @@ from tandem_edge.endpoints import Endpoint
 
 from tandem.discovery.watches import FrontendWatch
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.telling_registry import TellingRegistry, telling
+from tests.wire.support.publishing_registry import TellingRegistry, telling
 
 A, B = Endpoint("10.0.0.1", 1), Endpoint("10.0.0.2", 1)
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from tandem.discovery.watches import FrontendWatch
 from tandem.domain.worker import WorkerState
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.telling_registry import telling
+from tests.wire.support.publishing_registry import telling
 
 
 @contextlib.asynccontextmanager
