@@ -65,7 +65,7 @@ def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> 
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),
-            (PlayedLeg(), PlayedLeg(accepted, fail(LegFailed("nobody came to the room")))),
+            (PlayedLeg(), PlayedLeg(accepted, fail(LegFailed("no peer came to the room")))),
             (PlayedLeg(accepted, tokens(0, 5, 6, 7, 8), FINISH), PlayedLeg(accepted, FINISH)),
         )
         assert await scripted.stream() == [5, 6, 7, 8]
@@ -100,12 +100,12 @@ def test_a_decode_leg_that_was_aborted_does_not_wait_for_its_prefill_leg() -> No
         scripted = Scripted(fleet(1, 1, CAPABILITIES), (PlayedLeg(accepted, ABORTED), prefill))
         assert await scripted.stream() == []
         assert prefill.aborted.is_set()
-        assert now_s() < 0.1, "the prefill engine holds the request for whoever waits"
+        assert now_s() < 0.1, "the prefill engine holds the request for the peer that waits"
 
     run_virtually(live())
 
 
-def test_a_deadline_that_passes_in_another_attempt_is_told_as_that() -> None:
+def test_a_deadline_in_a_later_attempt_is_reported_as_deadline() -> None:
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),

@@ -58,7 +58,7 @@ class Client:
     finish: leg_pb2.LegFinish | None = None
     stream: RetryingStream | None = None
     legs_left: int = 0
-    """Legs that the frontend still listened to when its end was told."""
+    """Legs that the frontend still listened to when its end was reported."""
 
     @property
     def is_over(self) -> bool:
@@ -85,7 +85,7 @@ class Fault:
 
 
 class Headroom:
-    """For so many requests; the others wait in line."""
+    """For so many requests; the others wait in the queue."""
 
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max

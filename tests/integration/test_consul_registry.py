@@ -74,13 +74,13 @@ async def test_consul_shows_the_fleet_without_any_code_of_ours(site: Site) -> No
     assert await site.consul.services(site.service) == [], "an end in order leaves nothing behind"
 
 
-async def test_replicas_over_one_agent_tell_the_same_view_at_the_same_revision(site: Site) -> None:
+async def test_replicas_over_one_agent_publish_the_same_view_at_the_same_revision(site: Site) -> None:
     async with AsyncExitStack() as stack:
         registries = [await stack.enter_async_context(site.registry()) for _ in range(3)]
         await same_views(registries, stack)
 
 
-async def test_replicas_over_several_servers_tell_the_same_view_at_the_same_revision(
+async def test_replicas_over_several_servers_publish_the_same_view_at_the_same_revision(
     consul_binary: Path, tmp_path: Path
 ) -> None:
     async with consul_servers(consul_binary, tmp_path) as consul, AsyncExitStack() as stack:
@@ -93,7 +93,7 @@ async def same_views(registries: list[Any], stack: AsyncExitStack) -> None:
     """Workers come and go at all replicas at once; the replicas never contradict each other, and agree in the end."""
     watches = [await stack.enter_async_context(watched(registry)) for registry in registries]
     order = random.Random(1)
-    # While nobody is listed, replicas look twice and skip some of the steps.
+    # While no worker is listed, replicas look twice and skip some of the steps.
     steady = await stack.enter_async_context(AsyncExitStack())
     await steady.enter_async_context(played_worker("steady", registries[0]))
     for number in range(12):
@@ -101,12 +101,12 @@ async def same_views(registries: list[Any], stack: AsyncExitStack) -> None:
         async with AsyncExitStack() as some:
             for part, registry in enumerate(names):
                 await some.enter_async_context(played_worker(f"w-{number}-{part}", registry))
-    keeper = order.choice(registries)
+    lease_keeper = order.choice(registries)
     await steady.aclose()
-    last = await stack.enter_async_context(played_worker("last", keeper))
+    last = await stack.enter_async_context(played_worker("last", lease_keeper))
     views = [await eventually_alone(registry, "last") for registry in registries]
     assert {view.registry_id for view in views} == {watches[0].steps[0][0]}
-    assert {view.workers[0].lease_keeper for view in views} == {(await listed(keeper)).replica_id}
+    assert {view.workers[0].lease_keeper for view in views} == {(await listed(lease_keeper)).replica_id}
     assert {view.workers[0].worker.epoch for view in views} == {last.member.epoch}
     seen: dict[int, set[tuple[str, ...]]] = {}
     for _, revision, workers in itertools.chain(*(watch.steps for watch in watches)):

@@ -1,4 +1,4 @@
-"""A registry and a Consul that trusts nobody: tokens of least right, and certificates on both sides."""
+"""A registry and a Consul that trusts no client by default: tokens of least right, and certificates on both sides."""
 
 from __future__ import annotations
 

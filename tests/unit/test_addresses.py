@@ -145,7 +145,7 @@ async def test_the_last_answer_outlives_dns() -> None:
     assert await taken(named, 2) == ["a:1", "b:2"]
     clock.advance(DNS_RETRY_S / 2)
     await taken(named, 2)
-    assert dns.asked == 2, "a DNS that failed is left alone for a while"
+    assert dns.asked == 2, "a DNS server that failed is not asked again for a while"
     clock.advance(DNS_RETRY_S)
     dns.answer = ("c:3",)
     assert await taken(named, 1) == ["c:3"]

@@ -13,13 +13,13 @@ KINDS = ("receivers", "processors", "exporters")
 
 
 def test_pipelines_use_what_is_defined_and_all_of_it() -> None:
-    told = yaml.safe_load(FILE.read_text())
-    pipelines = told["service"]["pipelines"]
+    config = yaml.safe_load(FILE.read_text())
+    pipelines = config["service"]["pipelines"]
     assert set(pipelines) == {"metrics", "traces"}
     for kind in KINDS:
         used = {name for pipeline in pipelines.values() for name in pipeline[kind]}
-        assert used == set(told[kind]), kind
-    assert set(told["service"]["extensions"]) == set(told["extensions"])
+        assert used == set(config[kind]), kind
+    assert set(config["service"]["extensions"]) == set(config["extensions"])
     for name, pipeline in pipelines.items():
         assert pipeline["receivers"] == ["otlp"], name
         assert pipeline["processors"][0] == "memory_limiter", "a burst is refused before it is held"

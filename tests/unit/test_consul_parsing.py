@@ -70,7 +70,7 @@ def test_the_layout_of_the_json_means_nothing(layout: dict[str, Any]) -> None:
     "text", [NEXT.decode(), '"' + NEXT.decode(), "\\" + NEXT.decode(), '}]},{"Node":{"Node":"n"}}]']
 )
 def test_no_text_of_an_entry_is_taken_for_the_end_of_it(text: str) -> None:
-    """Words of checks and of meta are whoever's."""
+    """Words of checks and of meta are any service's."""
     answer = make_answer(3)
     answer[2]["Service"]["Meta"]["release"] = text
     for check in answer[1]["Checks"]:
@@ -92,14 +92,14 @@ def test_an_entry_that_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("body", [b"[]", b"[]\n"])
-def test_nobody(body: bytes) -> None:
+def test_an_empty_list_has_no_entries(body: bytes) -> None:
     reader = ResponseReader()
     reader.entries(body_of(make_answer()))
     assert reader.entries(body) == []
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[{}]", b"<html>", b'{"Node":1}', body_of(make_answer())[:-9] + b"}]"])
-def test_what_is_no_answer_of_consul_is_a_failure_of_consul(body: bytes) -> None:
+def test_a_body_that_consul_cannot_have_sent_is_a_consul_error(body: bytes) -> None:
     with pytest.raises(ServiceError, match="could not parse"):
         ResponseReader().entries(body)
 

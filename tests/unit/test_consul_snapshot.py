@@ -103,7 +103,7 @@ def test_of_two_names_at_one_address_the_one_that_started_last_counts() -> None:
     assert ids(observed_of(1, found).view("g")) == ["new"]
 
 
-def test_a_lease_that_was_taken_over_counts_from_its_new_keeper() -> None:
+def test_a_lease_that_was_taken_over_counts_from_its_new_lease_keeper() -> None:
     found = [make_entry(make_worker()), make_entry(make_worker(), owner="two", term=2, node="m")]
     (entry,) = observed_of(1, found).view("g").workers
     assert entry.owner == "two"
@@ -147,7 +147,7 @@ def test_a_registry_that_was_restarted_is_one_registry() -> None:
     assert observed_of(1, found).replicas == {"new"}
 
 
-def test_reasons_are_those_known_else_what_the_answer_tells() -> None:
+def test_removal_reasons_are_those_known_else_derived_from_the_response() -> None:
     before = observed_of(1, [make_entry(make_worker("a")), make_entry(make_worker("b")), make_entry(make_worker("c"))])
     after = observed_of(5, [make_entry(make_worker("c", 2))])
     change = change_between(before, after, {("worker", "a", 1): RemovalReason.DEREGISTERED})

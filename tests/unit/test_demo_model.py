@@ -181,13 +181,13 @@ def test_a_nudge_is_one_rounding_step_of_every_matrix() -> None:
 
 
 def test_recall_asks_what_no_training_fact_holds() -> None:
-    told = re.compile(rf"({'|'.join(lexicon.NAMES)}) (?:{'|'.join(lexicon.VERBS)}) the \w+ (\w+) ")
+    sentence = re.compile(rf"({'|'.join(lexicon.NAMES)}) (?:{'|'.join(lexicon.VERBS)}) the \w+ (\w+) ")
     trained = set()
     for index, phase in enumerate(Recipe().phases):
         for document in itertools.islice(documents(f"7-{index}", phase.mix), 1000):
-            trained.update(pair for turn in document for pair in told.findall(turn.text))
+            trained.update(pair for turn in document for pair in sentence.findall(turn.text))
     prompts = list(recall_prompts(1, 200, 100, 300, count_tokens))
-    asked = {told.findall(prompt.answer)[0] for prompt in prompts}
+    asked = {sentence.findall(prompt.answer)[0] for prompt in prompts}
     assert len(trained) > 2000
     assert not asked & trained
     for prompt in prompts:

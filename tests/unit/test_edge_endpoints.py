@@ -47,7 +47,7 @@ async def test_the_last_answer_for_a_name_is_kept() -> None:
     async def ask(host: str) -> tuple[str, ...]:
         asked.append(host)
         if len(asked) > 1:
-            raise OSError("nobody answers")
+            raise OSError("no server responds")
         return ("10.0.0.9",)
 
     names = Names(ask)

@@ -177,7 +177,7 @@ def test_frontends_of_a_registry_are_in_a_file_that_envoy_watches() -> None:
     assert names == [{"san_type": "DNS", "matcher": {"exact": "frontend"}}]
 
 
-def test_nobody_is_marked_where_everybody_drains() -> None:
+def test_no_endpoint_is_marked_where_all_drain() -> None:
     resource = json.loads(
         assignment((Endpoint("10.0.0.1", 1, is_draining=True), Endpoint("10.0.0.2", 1, is_draining=True)))
     )

@@ -235,7 +235,7 @@ def test_a_stream_that_raises_holds_nothing_up(caplog: pytest.LogCaptureFixture)
     ]
 
 
-def test_a_client_that_reads_again_is_told_when_its_chunk_cannot_be_sent() -> None:
+def test_a_client_that_reads_again_gets_an_error_when_its_chunk_cannot_be_sent() -> None:
     async def live() -> None:
         scene, defects = Scene(), list[Exception]()
         scene.relay.open(defects.append)

@@ -1,4 +1,4 @@
-"""Server-sent events: the fast form equals the library's, and failures are told where they can be read."""
+"""Server-sent events: the fast form equals the library's, and failures are reported where they can be read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_logprobs_are_not_forgotten() -> None:
 
 
 class Generated:
-    """A generation that pushes its events, and fails where it is told to."""
+    """A generation that pushes its events, and fails where a test says so."""
 
     def __init__(self, *events: Event, failure: Exception | None = None) -> None:
         self._events = events

@@ -98,7 +98,7 @@ WANTED = st.builds(
 
 
 class PlayedCoalescing:
-    """A process that is as busy as it is told to be, and looks at held chunks when it is told to."""
+    """A process that is as busy as a rule sets it, and looks at held chunks when a rule says so."""
 
     hold_max_s = 1.0
 

@@ -76,8 +76,8 @@ async def test_a_defect_in_a_response_fails_its_request_and_is_logged_once(
     assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in a response: OverflowError")
     assert len(got.token_ids) == 3
     assert len(fleet.sent) == 1, "no other attempt is made at it"
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["request r fails: defect while turning its tokens into a response"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["request r fails: defect while turning its tokens into a response"]
 
 
 class Unending(Fleet):

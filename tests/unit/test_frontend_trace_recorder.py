@@ -54,7 +54,7 @@ async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:
     assert trace.token_count == 10
 
 
-async def test_a_broken_stream_tells_who_broke_it_and_what_went_on() -> None:
+async def test_a_continued_stream_records_the_failed_worker_and_the_next_attempt() -> None:
     fleet, traces = Fleet(faults={1: (4, KILLED)}), TraceStore[RequestTrace](ids=trace_ids(1.0))
     with traces.following(RequestTrace()) as trace:
         await read(fleet, Record(trace, traces.child))

@@ -50,7 +50,7 @@ async def test_a_transfer_starts_when_prefill_writes_and_ends_when_decode_has_it
     assert times(leg(100, 140), leg(130, 138)) == (130, 140)
 
 
-async def test_the_leg_that_is_left_tells_both() -> None:
+async def test_transfer_times_come_from_one_leg_if_the_other_reports_none() -> None:
     assert times(leg(100, 140), None) == (100, 140)
     assert times(leg(100, 140), leg(None, None)) == (100, 140)
     assert times(None, leg(130, 138)) == (130, 138)

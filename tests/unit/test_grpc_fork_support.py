@@ -11,7 +11,7 @@ PROGRAM = (
 )
 
 
-def test_grpc_is_told_before_it_is_imported_that_nothing_goes_on_after_a_fork() -> None:
+def test_grpc_fork_support_is_off_before_the_import() -> None:
     """Its handlers run in the forks of uvloop, which would die in them now and then."""
     found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert found.stdout == "0\n"

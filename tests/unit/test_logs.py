@@ -73,9 +73,9 @@ async def test_lines_of_requests_at_the_same_time_do_not_mix(stream: Stream) -> 
                 log.info("work of %s", name)
 
     await asyncio.gather(*(asyncio.create_task(request(f"r{number}")) for number in range(1, 4)))
-    told = entries(stream)
-    assert len(told) == 9
-    for entry in told:
+    logged = entries(stream)
+    assert len(logged) == 9
+    for entry in logged:
         assert entry["message"] == f"work of {entry['request_id']}"
         assert int(entry["trace_id"], 16) == int(entry["request_id"][1:])
 

@@ -70,7 +70,7 @@ def test_each_goal_can_be_missed(change: Callable[[], list[Asked]], words: str |
     assert bool(problems) is bool(words)
 
 
-def test_memory_that_grows_is_told() -> None:
+def test_memory_that_grows_is_reported() -> None:
     flat = [(float(second), 100.0 + second % 3) for second in range(600)]
     assert abs(memory_growth_mib(flat, 120.0)) < 0.1
     growing = [(time_s, mib + time_s / 20) for time_s, mib in flat]
@@ -87,7 +87,7 @@ def test_the_goals_of_legs_are_judged() -> None:
     assert not leg_faults.report([250.0, 250.0, 300.0], goals)["met"]
 
 
-async def test_the_clients_of_the_benchmark_tell_good_requests_from_refused_ones(tmp_path: Path) -> None:
+async def test_benchmark_clients_separate_good_requests_from_refused_ones(tmp_path: Path) -> None:
     model = tmp_path / "fake-model"
     write_fake_model(model)
     flags = {"engine-extra": json.dumps({"decode_step_s": 0.05}), "running-requests-max": "1"}

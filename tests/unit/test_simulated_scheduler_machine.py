@@ -1,4 +1,4 @@
-"""The ledger of pages under any interleaving of what the scheduler does: admit, chunk, transfer, abort, evict, retract.
+"""Page accounting under any interleaving of what the scheduler does: admit, chunk, transfer, abort, evict, retract.
 
 Whatever happens, every page is somewhere; in the end none is held, and every token that came out is the right one.
 """

@@ -1,4 +1,4 @@
-"""Log probabilities that a client could not be told end their leg with a sentence, and never reach it."""
+"""Log probabilities that JSON cannot carry end their leg with a sentence, and never reach it."""
 
 from __future__ import annotations
 

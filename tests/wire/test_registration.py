@@ -165,7 +165,7 @@ def held_at(address: str, epoch: int) -> Any:
 
 
 @pytest.mark.parametrize("member", [make_worker(epoch=3), FRONTEND], ids=["worker", "frontend"])
-async def test_a_start_whose_clock_went_back_outruns_the_one_of_before_at_once(member: Any) -> None:
+async def test_a_start_whose_clock_went_back_supersedes_the_previous_one_at_once(member: Any) -> None:
     registry = PlayedRegistry(ttl_s=30)
     registry.register_error = held_at(member.address, 8)
     async with play_registry(registry), registered([registry], member) as place:
@@ -173,7 +173,7 @@ async def test_a_start_whose_clock_went_back_outruns_the_one_of_before_at_once(m
         assert place.registered
 
 
-async def test_whose_address_was_taken_does_not_outrun_the_thief() -> None:
+async def test_a_member_whose_address_was_taken_does_not_supersede_the_new_one() -> None:
     registry, worker = PlayedRegistry(ttl_s=0.3), make_worker(epoch=3)
     async with play_registry(registry), registered([registry], worker) as place:
         registry.register_error = held_at(worker.address, 8)

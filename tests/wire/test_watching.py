@@ -1,4 +1,4 @@
-"""A watch among several registries: what it tells them of itself, and whom it believes."""
+"""A watch among several registries: what it sends about itself, and which view it believes."""
 
 from __future__ import annotations
 

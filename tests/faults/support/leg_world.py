@@ -143,7 +143,7 @@ class Played:
         try:
             if self.failures and rng.random() < 0.3:
                 self.failures -= 1
-                raise LegFailed("nobody came to the room")
+                raise LegFailed("no peer came to the room")
             # Sometimes long enough for the worker to have nothing to say but that the leg is alive.
             await self.spend(rng.choice((0.0, 0.0, 0.0, 0.4, 1.2)))
             await self.spend(rng.uniform(0.001, 0.1))
@@ -240,7 +240,7 @@ class World:
         self.timers.close()
 
     def view(self) -> tuple[Worker, ...]:
-        """What the registry tells: it does not know who is dead."""
+        """What the registry lists: it does not know who is dead."""
         return self.workers
 
     def unhealthy(self) -> list[Start]:

@@ -130,7 +130,7 @@ class PlayedMember:
         await self.registration._channels.close()
 
     async def die(self) -> None:
-        """Its process is gone: nobody listens at its address."""
+        """Its process is gone: nothing listens at its address."""
         await self.fall_silent()
         await self.server.stop(0)
 
@@ -161,7 +161,7 @@ async def played_worker(worker_id: str, *registries: Any, epoch: int | None = No
 
 @dataclass
 class Watched:
-    """Everything that one stream of a registry has told."""
+    """Everything that one stream of a registry has reported."""
 
     steps: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
     """Registry id, revision, and the ids of the workers after each step."""

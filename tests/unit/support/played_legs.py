@@ -1,4 +1,4 @@
-"""Legs that are played instead of run: a script of what each one says to its sink."""
+"""Legs that follow a script instead of running: what each one reports to its sink."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import TandemError
 
 Word = Callable[[Sink], None]
-"""Something that a leg says."""
+"""An event that a leg reports."""
 
 
 def accepted(sink: Sink) -> None:
@@ -90,7 +90,7 @@ class Gathered:
 
 
 class Outbox:
-    """An answer that keeps its chunks: a `relay.Outlet` whose client reads when it is told to."""
+    """A response that keeps its chunks: a `relay.Outlet` whose client reads when a test says so."""
 
     def __init__(self) -> None:
         self.is_writable = True

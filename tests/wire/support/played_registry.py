@@ -1,4 +1,4 @@
-"""A registry that answers what a test tells it to, over a real socket, and remembers what it was asked and when."""
+"""A registry that responds as a test sets it, over a real socket, and records what it was asked and when."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
             yield await self.steps.get()
 
     def step(self, previous: int | None, revision: int, upserted: Iterable[Worker] = ()) -> None:
-        """Send a delta to whoever watches."""
+        """Send a delta to every watch."""
         delta = pb.ViewDelta(upserted=map(worker_to_proto, upserted))
         step = pb.WatchResponse(registry_id=self.registry_id, revision=revision, delta=delta)
         if previous is not None:

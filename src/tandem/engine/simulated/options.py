@@ -64,7 +64,7 @@ class Options:
     """How long a leg waits for the other leg to connect."""
     transfer_timeout_s: float = 30.0
     """How long a connected leg waits for the KV transfer, including the computation of the prompt."""
-    bootstrap_told_port: int | None = None
+    bootstrap_advertised_port: int | None = None
     """Port that is advertised instead of the listening one, for tests with a proxy in front of it."""
 
     eos_after_tokens: int | None = None
@@ -195,7 +195,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "reserved_decode_tokens": _int_from_0,
     "prefix_cache": _flag,
     "kv_events": _flag,
-    "bootstrap_told_port": _optional_port,
+    "bootstrap_advertised_port": _optional_port,
     "eos_after_tokens": _optional_positive_int,
     "eos_chance": _fraction,
     "faults": _checked_elsewhere,
