@@ -16,6 +16,7 @@ import pytest_asyncio
 from tandem.errors import StartError
 from tandem.local_cluster.consul_binary import find_consul
 from tandem.local_cluster.debian import find_program
+from tests.unit.support.examples import examples
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
@@ -23,7 +24,7 @@ from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # How long one example takes says how busy the machine is; no test here is about that.
-hypothesis.settings.register_profile("tandem", deadline=None)
+hypothesis.settings.register_profile("tandem", deadline=None, max_examples=examples(100))
 hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")

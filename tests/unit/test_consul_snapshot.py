@@ -14,6 +14,7 @@ from tandem_registry.view import Health, RemovalReason, View
 
 from tandem.domain.worker import WorkerState
 from tests.unit.support.consul_entries import answer_of, make_entry, make_replica, registry_entry
+from tests.unit.support.examples import examples
 from tests.unit.support.registry_workers import make_frontend, make_worker
 
 
@@ -65,7 +66,7 @@ def test_a_view_has_one_start_of_each_member_and_one_member_at_each_address(foun
         assert member.epoch == max(record.member.epoch for record in rivals), "an older start is never shown"
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(history=st.lists(entries(), min_size=1, max_size=8), data=st.data())
 def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     history: list[list[Entry]], data: st.DataObject

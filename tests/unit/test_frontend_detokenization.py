@@ -20,6 +20,7 @@ from tandem_frontend.response.detokenizer import REPLACEMENT, TABLE_CONTEXT_TOKE
 from tandem_frontend.response.token_table import TokenTable
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tests.unit.support.examples import examples
 from tools.make_tiny_model import write_tokenizer
 
 DEMO = tokenizers.Tokenizer.from_file(str(Path(__file__).parents[2] / "models" / "tandem-demo" / "tokenizer.json"))
@@ -210,7 +211,7 @@ def is_character(own: bytes) -> bool:
 
 @pytest.mark.parametrize("name", EXACT)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, places: list[int], skip: bool) -> None:
     """Also for sequences that are no UTF-8, behind prompts that end inside a character, or that have no text."""
     backend, decoder = EXACT[name], DECODERS[name]
@@ -223,7 +224,7 @@ def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, p
 
 @pytest.mark.parametrize("name", BY_BYTES)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_a_byte_that_is_no_character_does_not_spoil_its_neighbours(
     name: str, data: Any, places: list[int], skip: bool
 ) -> None:

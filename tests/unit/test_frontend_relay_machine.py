@@ -22,6 +22,7 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.observability.request_trace import RequestTrace
+from tests.unit.support.examples import examples
 from tests.unit.support.played_legs import Outbox
 
 PIECES = (
@@ -235,4 +236,4 @@ class RelayMachine(RuleBasedStateMachine):
 
 
 TestRelay = RelayMachine.TestCase
-TestRelay.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestRelay.settings = settings(max_examples=examples(150), stateful_step_count=30, deadline=None)
