@@ -22,7 +22,15 @@ from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.consul_host import ConsulHost, consul_servers
-from tests.integration.support.consul_registries import TTL_S, Site, Watched, listed, played_worker, watched, worker_ids
+from tests.integration.support.consul_registries import (
+    TTL_S,
+    Site,
+    Watched,
+    listed,
+    scripted_worker,
+    watched,
+    worker_ids,
+)
 from tests.unit.support.registry_workers import make_worker
 
 pytestmark = pytest.mark.timeout(120)
@@ -81,7 +89,7 @@ async def make_scene(consul: ConsulHost, stack: AsyncExitStack) -> Scene:
     first, second = registries
     places = ((first, second), (second, first), (first, second))
     workers = [
-        await stack.enter_async_context(played_worker(name, *place))
+        await stack.enter_async_context(scripted_worker(name, *place))
         for name, place in zip(WORKERS, places, strict=True)
     ]
     for registry in registries:
@@ -188,7 +196,7 @@ async def test_entries_that_an_agent_loses_are_written_again(consul: ConsulHost)
     async with AsyncExitStack() as stack:
         site = Site(consul)
         registry = await stack.enter_async_context(site.registry())
-        workers = [await stack.enter_async_context(played_worker(name, registry)) for name in WORKERS]
+        workers = [await stack.enter_async_context(scripted_worker(name, registry)) for name in WORKERS]
         watch = await stack.enter_async_context(watched(registry))
         scene = Scene(site, [registry], workers, [watch])
         await asyncio.sleep(SETTLE_S)

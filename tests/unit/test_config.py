@@ -78,7 +78,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["registry", "model"])
-def test_what_is_needed_is_named(missing: str) -> None:
+def test_a_missing_required_setting_is_named(missing: str) -> None:
     given = [
         part
         for flag, value in (("registry", "a:1"), ("model", "m"))

@@ -98,7 +98,9 @@ def test_the_one_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("no_consul_on_path")
-def test_one_of_several_fetches_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_fetches_consul_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str]] = []
     reports: list[str] = []
 
@@ -118,7 +120,7 @@ def test_one_of_several_fetches_and_says_so(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("no_consul_on_path")
-def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_consul_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack(package: str, suite: str, target: Path) -> None:
         raise StartError("there is no network")
 

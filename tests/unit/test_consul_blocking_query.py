@@ -20,7 +20,7 @@ from tests.unit.support.consul_entries import answer_of, make_entry, registry_en
 from tests.unit.support.registry_workers import make_worker
 
 
-class PlayedConsul:
+class ScriptedConsul:
     """Consul's side of `ConsulClient`: data at an index, a key, and a switch that cuts the link."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_name() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as one, following(consul) as two:
         assert one.views == two.views == [("g", 10, 1)]
         consul.change(12, registry_entry("one"), make_entry(make_worker("a")), make_entry(make_worker("b")))
@@ -117,7 +117,7 @@ async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_n
 
 
 async def test_an_index_that_goes_backwards_begins_a_generation() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as one, following(consul) as two:
         consul.change(4, registry_entry("one"), make_entry(make_worker("a")))
         await assert_eventually(lambda: one.views[-1][1] == two.views[-1][1] == 4)
@@ -129,7 +129,7 @@ async def test_an_index_that_goes_backwards_begins_a_generation() -> None:
 
 
 async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothing() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as reports:
         honest = consul.health
 
@@ -144,7 +144,7 @@ async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothi
 
 
 async def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as reports:
         full, reads = consul.entries, consul.consistent_reads
         consul.change(11, registry_entry("one"))
@@ -158,7 +158,7 @@ async def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
 
 
 async def test_an_empty_answer_that_is_ones_own_doing_needs_no_second_one() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul, explains=True) as reports:
         reads = consul.consistent_reads
         consul.change(11, registry_entry("one"))
@@ -167,7 +167,7 @@ async def test_an_empty_answer_that_is_ones_own_doing_needs_no_second_one() -> N
 
 
 async def test_an_outage_is_reported_and_then_the_next_view() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as reports:
         consul.cut()
         await assert_eventually(lambda: reports.losses)
@@ -178,7 +178,7 @@ async def test_an_outage_is_reported_and_then_the_next_view() -> None:
 
 
 async def test_an_answer_that_cannot_be_read_is_an_outage() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as reports:
         honest = consul.health
 

@@ -21,7 +21,7 @@ def make_answer(count: int = 5) -> list[dict[str, Any]]:
     return [instance(registry_entry("one")), *(instance(make_entry(make_worker(f"w{n}"))) for n in range(count))]
 
 
-def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_instance_is_the_same_entry_and_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     honest = parsing.record_of
 
@@ -46,7 +46,7 @@ def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch
     )
 
 
-def test_what_is_gone_is_forgotten() -> None:
+def test_an_instance_that_is_gone_is_not_kept() -> None:
     reader = ResponseReader()
     found = [make_entry(make_worker(name)) for name in "ab"]
     (first, _) = reader.entries(answer_of(found))

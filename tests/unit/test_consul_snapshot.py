@@ -117,7 +117,7 @@ def test_an_end_outweighs_what_another_agent_still_lists() -> None:
     assert not observed.by_lease
 
 
-def test_one_that_drains_is_shown_although_it_does_not_serve() -> None:
+def test_a_draining_member_is_listed_although_it_does_not_serve() -> None:
     draining = make_entry(make_worker(state=WorkerState.DRAINING), health=Health.CRITICAL)
     (entry,) = observed_of(1, [draining]).view("g").workers
     assert entry.health is Health.CRITICAL

@@ -61,7 +61,7 @@ async def test_each_descriptor_comes_with_its_message(ends: tuple[End, End]) -> 
         os.close(writing)
 
 
-async def test_what_is_not_read_waits_and_comes_whole(ends: tuple[End, End]) -> None:
+async def test_an_unread_message_waits_and_arrives_whole(ends: tuple[End, End]) -> None:
     parent, child = ends
     parent.open()
     reading, writing = os.pipe()

@@ -40,7 +40,7 @@ def count_tokens(text: str) -> int:
     return len(TOKENIZER.encode(text, add_special_tokens=False).ids)
 
 
-def test_it_is_small_and_its_context_is_long() -> None:
+def test_the_demo_model_is_small_and_its_context_is_long() -> None:
     assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) <= MODEL_BYTES_MAX
     found = read_checkpoint(DEMO_MODEL)
     assert found.context_tokens_max >= CONTEXT_TOKENS_MIN

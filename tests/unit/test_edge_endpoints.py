@@ -75,6 +75,6 @@ def test_a_file_is_replaced_by_a_rename_and_stays_private(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["endpoints.json"]
 
 
-def test_what_cannot_be_written_leaves_what_was(tmp_path: Path) -> None:
+def test_a_failed_write_of_endpoints_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         replace(tmp_path / "gone" / "endpoints.json", b"1")

@@ -243,7 +243,7 @@ def test_a_request_without_another_route_is_no_probe() -> None:
     assert scene.state(bad) is CLOSED
 
 
-def test_it_stays_open_for_longer_each_time_up_to_a_bound() -> None:
+def test_a_breaker_stays_open_for_longer_each_time_up_to_a_bound() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
     scene.intervals(STRIKES_MAX, bad)

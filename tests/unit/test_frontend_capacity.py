@@ -61,7 +61,7 @@ def test_a_frontend_with_less_than_the_others_may_exceed_the_capacity() -> None:
     assert not many.fits(most - 1, 0, 1)
 
 
-def test_what_this_frontend_holds_is_not_counted_twice() -> None:
+def test_requests_of_this_frontend_are_not_counted_twice() -> None:
     own = decode().capabilities
     loads = EngineLoad(running_requests=3, waiting_requests=0, kv_used_tokens=300)
     assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)

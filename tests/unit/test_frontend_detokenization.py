@@ -421,7 +421,7 @@ REPLACE, BYTES, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), de
         tokenizers.Tokenizer(models.BPE({"<0x80>": 0, "1": 1}, [])),
     ],
 )
-def test_what_is_more_than_joining_has_no_table(backend: tokenizers.Tokenizer) -> None:
+def test_a_decoder_that_does_more_than_join_has_no_table(backend: tokenizers.Tokenizer) -> None:
     assert TokenTable.read(backend, token_count(backend)) is None
 
 
@@ -441,7 +441,7 @@ def test_a_token_without_a_text_ends_a_run_of_bytes_and_so_has_no_table() -> Non
         (decoded(FUSE), "tandem.replace_each_byte", False),
     ],
 )
-def test_what_is_joining_has_a_table(backend: tokenizers.Tokenizer, errors: str, drops: bool) -> None:
+def test_a_decoder_that_joins_has_a_table(backend: tokenizers.Tokenizer, errors: str, drops: bool) -> None:
     table = TokenTable.read(backend, token_count(backend))
     assert table is not None
     assert (table.errors, table.drops_first_space) == (errors, drops)

@@ -115,7 +115,7 @@ def test_merged_texts_say_of_each_sample_whose_it_is() -> None:
     ]
 
 
-def test_what_is_of_one_metric_stands_together_under_one_description() -> None:
+def test_lines_of_one_metric_stand_together_under_one_description() -> None:
     lines = merged({"0": ONE, "1": OTHER, "2": ONE}).splitlines()
     assert [line for line in lines if line.startswith("# TYPE")] == [
         "# TYPE requests_total counter",
@@ -291,7 +291,7 @@ def test_while_no_process_takes_connections_none_is_accepted() -> None:
     assert (listening.is_paused, child.given) == (False, ["first", "second"])
 
 
-def test_what_comes_back_goes_first() -> None:
+def test_a_returned_connection_goes_first() -> None:
     child, listening = Child(can_take=False), Listening()
     distributor = Distributor(listening, lambda: [child])
     distributor.begin()
@@ -302,7 +302,7 @@ def test_what_comes_back_goes_first() -> None:
     assert child.given == ["early", "earlier", "late"]
 
 
-def test_what_still_waits_at_the_end_is_closed() -> None:
+def test_connections_that_wait_at_the_end_are_closed() -> None:
     listening = Listening()
     distributor = Distributor(listening, list)
     distributor.begin()

@@ -1,4 +1,4 @@
-"""What the hops write into the record of a request, on legs that are played."""
+"""What the hops write into the record of a request, on scripted legs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tandem.errors import LegFailed
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import TraceStore, trace_ids
-from tests.unit.support.played_legs import Gathered
+from tests.unit.support.scripted_legs import Gathered
 from tests.unit.test_frontend_continuation import KILLED, Fleet, leg
 
 

@@ -14,7 +14,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock, SteadyTime
 from tandem.observability.request_trace import RequestTrace
-from tests.unit.support.played_legs import Outbox
+from tests.unit.support.scripted_legs import Outbox
 
 
 class Letters:

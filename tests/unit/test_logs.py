@@ -110,7 +110,7 @@ def test_a_request_is_one_line_when_it_ends(stream: Stream) -> None:
     assert 0 <= entry["ttft_ms"] <= entry["duration_ms"]
 
 
-def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
+def test_a_clients_input_is_not_logged(stream: Stream) -> None:
     logs.set_up("debug", "json", "tandem-frontend")
     traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
     trace = RequestTrace(request_id="r-1", prompt="my secret prompt")

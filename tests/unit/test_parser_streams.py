@@ -127,7 +127,7 @@ def test_the_prompt_knows_whether_the_model_thinks(prompt: str, inside: bool | N
         ("pythonic", "[weather, please]"),
     ],
 )
-def test_what_is_no_call_is_not_lost(parser: str, text: str) -> None:
+def test_text_that_is_no_tool_call_is_not_lost(parser: str, text: str) -> None:
     for pieces in ([text], list(text), cut(text, len(text) // 2)):
         content, _, calls = parse(parser, pieces, complete=False)
         words = [word for word in text.replace('"', " ").split() if word.isalpha()]

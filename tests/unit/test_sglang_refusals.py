@@ -49,9 +49,7 @@ def answered(message: str, status_code: int | None, **values: Any) -> TandemErro
         ("Grammar preprocessing timed out: req.grammar_key=('regex', '(red')", 400, "guided.regex: takes too long"),
     ],
 )
-def test_what_is_wrong_with_a_grammar_names_the_one_that_was_given(
-    message: str, status_code: int, sentence: str
-) -> None:
+def test_a_grammar_error_names_the_field_of_the_grammar(message: str, status_code: int, sentence: str) -> None:
     problem = answered(message, status_code, guided=REGEX)
     assert isinstance(problem, InvalidRequest)
     assert str(problem).startswith(sentence)

@@ -25,7 +25,7 @@ STEPS_MAX = 2_000
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """One engine's scheduler, with the machine's part played by the rules."""
+    """One engine's scheduler, with the machine's part taken by the rules."""
 
     role = WorkerRole.AGGREGATED
     mixed_chunk = False

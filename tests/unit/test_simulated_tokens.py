@@ -51,7 +51,7 @@ def test_tokens_are_the_same_in_every_release() -> None:
     assert expected_tokens(VOCABULARY, [1, 2, 3], 6) == [154, 195, 169, 191, 7, 167]
 
 
-def test_nothing_received_is_no_prompt() -> None:
+def test_the_digest_of_an_empty_prompt_is_a_state() -> None:
     assert digest([]) != NO_STATE
     assert advance(NO_STATE, 1) != advance(digest([]), 1)
 

@@ -45,7 +45,7 @@ def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
     assert at_once.histogram() == one_by_one.histogram()
 
 
-def test_what_is_older_than_the_window_is_forgotten() -> None:
+def test_values_older_than_the_window_are_dropped() -> None:
     clock = ManualClock(100.0)
     window = LatencyWindow(clock)
     window.add(8.0)

@@ -39,7 +39,7 @@ FINISH = finish()
 ABORTED = finish(generation_pb2.FINISH_REASON_ABORTED)
 
 
-class PlayedLeg:
+class ScriptedLeg:
     """A leg that says its words, one in each turn of the loop; `say` adds one. Held like `worker_link.Leg`."""
 
     def __init__(self, *words: Word) -> None:
@@ -47,7 +47,7 @@ class PlayedLeg:
         self._sink: Sink | None = None
         self.aborted = asyncio.Event()
 
-    def play(self, sink: Sink) -> PlayedLeg:
+    def play(self, sink: Sink) -> ScriptedLeg:
         self._sink = sink
         self._next()
         return self
