@@ -36,7 +36,7 @@ def test_the_fast_form_is_the_librarys(index: int, text: str, token_ids: list[in
     assert Parse(line, pb.GenerateResponse()) == as_response(chunk)
 
 
-@given(st.integers(0, 2**31), st.text(max_size=300), st.lists(st.integers(0, 2**31 - 1), max_size=9000))
+@given(st.integers(0, 2**31 - 1), st.text(max_size=300), st.lists(st.integers(0, 2**31 - 1), max_size=9000))
 def test_the_fast_message_is_the_librarys(index: int, text: str, token_ids: list[int]) -> None:
     """Lengths of one byte, two and three."""
     chunk = pb.GenerateChunk(index=index, text=text, token_ids=token_ids)
