@@ -28,8 +28,9 @@ demo: setup ## start a cluster, stream an answer through it, stop it
 check: lint ## before a commit: lint, types and unit tests, on all cores
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit -q -n auto --dist loadfile $(PYTEST_FLAGS)
 
+# All examples of every property; check runs a quarter of them.
 test: setup ## every test, in TEST_PROCESSES (3; 0: one after another)
-	@PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+	@HYPOTHESIS_EXAMPLES=full PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 faults: setup ## break everything that can break, with a line of figures for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)

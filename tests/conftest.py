@@ -16,18 +16,19 @@ import pytest_asyncio
 from tandem.errors import StartError
 from tandem.local_cluster.consul_binary import find_consul
 from tandem.local_cluster.debian import find_program
+from tests.unit.support.examples import examples
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
-# which nobody needs here, it can die of that while calls are running.
+# which no test needs, it can die of that while calls are running.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # How long one example takes says how busy the machine is; no test here is about that.
-hypothesis.settings.register_profile("tandem", deadline=None)
+hypothesis.settings.register_profile("tandem", deadline=None, max_examples=examples(100))
 hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
-"""Pools that live as long as the process, whoever used them first."""
+"""Pools that live as long as the process, whichever test used them first."""
 
 
 @pytest_asyncio.fixture(autouse=True)
@@ -55,7 +56,7 @@ def no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_thread_is_left() -> Iterator[None]:
-    """Threads other than the pools' are joined by whoever started them."""
+    """Threads other than the pools' are joined by the test that started them."""
     before = set(threading.enumerate())
     yield
     left = [t.name for t in set(threading.enumerate()) - before if not t.daemon and not t.name.startswith(KEPT_THREADS)]

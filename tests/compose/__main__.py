@@ -3,7 +3,7 @@
     python -m tests.compose                   # on the Docker engine that this machine runs
     python -m tests.compose --debian-engine   # as root on Debian: installs docker.io, starts an engine of its own
 
-Ends with status 0 when every step held, 1 when one did not, 2 where there is no engine. What it tells is also in
+Ends with status 0 when every step held, 1 when one did not, 2 where there is no engine. What it reports is also in
 `.cache/compose-test.log`.
 """
 
@@ -52,18 +52,18 @@ def run(docker: Docker, *, keep: bool) -> int:
         _build(docker, cluster)
         for step in scenario.STEPS:
             begin_s = time.monotonic()
-            step(cluster, tell)
-            tell(f"ok      {step.__name__} ({time.monotonic() - begin_s:.0f} s)\n")
+            step(cluster, report)
+            report(f"ok      {step.__name__} ({time.monotonic() - begin_s:.0f} s)\n")
     except (AssertionError, CommandFailed) as problem:
-        tell(f"FAILED  {problem}")
-        _tell_logs(cluster)
+        report(f"FAILED  {problem}")
+        _report_logs(cluster)
         if not keep:
             cluster.compose("down", "--volumes", "--timeout", "10", check=False)
         return 1
     return 0
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """One line, here and in the log."""
     print(line, flush=True)
     with LOG.open("a") as log:
@@ -73,15 +73,15 @@ def tell(line: str) -> None:
 def _build(docker: Docker, cluster: Cluster) -> None:
     made = standins.prepare(docker)
     if made:
-        tell(f"local stand-ins, because they cannot be pulled: {', '.join(made)}")
+        report(f"local stand-ins, because they cannot be pulled: {', '.join(made)}")
     begin_s = time.monotonic()
     with _source() as settings:
         docker.compose("build", timeout_s=BUILD_TIMEOUT_S, settings={**cluster.settings, **settings})
-    tell(f"build: {time.monotonic() - begin_s:.0f} s")
+    report(f"build: {time.monotonic() - begin_s:.0f} s")
     for name in IMAGES:
         [image] = [tag for tag in _tags(docker) if tag.startswith(f"tandem/{name}:")]
-        tell(f"image {image}: {docker.inspect(image)['Size'] / MB:.0f} MB")
-    tell(
+        report(f"image {image}: {docker.inspect(image)['Size'] / MB:.0f} MB")
+    report(
         f"of these, the base {standins.python_image()}: {docker.inspect(standins.python_image())['Size'] / MB:.0f} MB\n"
     )
 
@@ -97,10 +97,10 @@ def _tags(docker: Docker) -> list[str]:
     return docker.run("images", "--format", "{{.Repository}}:{{.Tag}}").split()
 
 
-def _tell_logs(cluster: Cluster) -> None:
+def _report_logs(cluster: Cluster) -> None:
     for service in ALL:
         with contextlib.suppress(AssertionError):
-            tell(f"--- {service}\n{cluster.logs(service)[-1500:]}")
+            report(f"--- {service}\n{cluster.logs(service)[-1500:]}")
 
 
 if __name__ == "__main__":

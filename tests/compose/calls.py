@@ -1,7 +1,7 @@
 """What clients of the composed cluster do: the openai client and a gRPC stub, both through the one published port.
 
-A stream tells the workers that serve it, so that a test can break exactly those; two streams that say the same text and
-finish prove that nothing was lost or repeated.
+A stream reports the workers that serve it, so that a test can break exactly those; two streams with the same text
+and finish prove that nothing was lost or repeated.
 """
 
 from __future__ import annotations

@@ -77,13 +77,13 @@ class Cluster:
 
     def healthy_after_s(self, since_s: float) -> dict[str, float]:
         """For each service, from the start of its container to its first passed check, of those since that moment."""
-        told = self.docker.run(
+        output = self.docker.run(
             *("events", "--since", f"{since_s:.0f}", "--until", f"{time.time() + 1:.0f}", "--filter", "type=container"),
             *("--format", '{{.TimeNano}} {{index .Actor.Attributes "com.docker.compose.service"}} {{.Action}}'),
         )
         begun: dict[str, int] = {}
         found: dict[str, float] = {}
-        for line in told.splitlines():
+        for line in output.splitlines():
             nanoseconds, service, action = line.split(" ", 2)
             if action == "start":
                 begun[service] = int(nanoseconds)
@@ -117,7 +117,7 @@ def until(look: Callable[[], T], accept: Callable[[T], object], within_s: float,
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

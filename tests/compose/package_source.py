@@ -30,7 +30,7 @@ class PackageSource:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Nothing: pip tells what it cannot get."""
+        """Nothing: pip reports what it cannot get."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def package_source(directory: Path) -> Iterator[PackageSource]:
 
 
 def _pip_settings() -> dict[str, str]:
-    """What pip is told on this machine, by files and variables; variables win, as they do for pip."""
+    """pip's settings on this machine, by files and variables; variables win, as they do for pip."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True, timeout=60
     ).stdout

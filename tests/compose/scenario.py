@@ -1,4 +1,4 @@
-"""What happens to the composed cluster, in order; each step says what must follow, and tells a line of what it saw.
+"""What happens to the composed cluster, in order; each step says what must follow, and reports what it saw.
 
 A step begins from a healthy cluster and leaves one behind. The order is that of a first day: start, use, lose a
 worker, take one away, lose Consul, and what a person gets wrong.
@@ -19,21 +19,21 @@ from tests.compose.cluster import OURS, Cluster, free_port, until
 from tests.compose.docker import REPOSITORY
 from tests.compose.standins import python_image
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 KILLED = 137
 DEMO_MODEL = REPOSITORY / "models" / "tandem-demo"
 
 
-def starts(cluster: Cluster, tell: Tell) -> None:
+def starts(cluster: Cluster, report: Report) -> None:
     """Everything comes up healthy, in the order of its needs."""
     since_s = time.time()
     took_s = cluster.up()
     each = ", ".join(f"{service} {after_s:.0f}" for service, after_s in cluster.healthy_after_s(since_s).items())
-    tell(f"docker compose up --wait: {took_s:.0f} s; from start to healthy, in s: {each}")
+    report(f"docker compose up --wait: {took_s:.0f} s; from start to healthy, in s: {each}")
 
 
-def is_confined(cluster: Cluster, tell: Tell) -> None:
-    """Nobody is root, nobody can write to the image, and nothing in it can build or install."""
+def is_confined(cluster: Cluster, report: Report) -> None:
+    """No process is root, none can write to the image, and nothing in it can build or install."""
     for service in OURS:
         inside = cluster.compose(
             *("exec", "-T", service, "sh", "-c"),
@@ -46,24 +46,24 @@ def is_confined(cluster: Cluster, tell: Tell) -> None:
             "exec", "-T", service, "sh", "-c", "find / -type d -name torch 2>/dev/null", check=False
         )
         assert not found.strip(), f"{service} has {found}"
-    tell("user 10001, read-only, no pip, no compiler in all nine; no torch in registry, frontend and edge")
+    report("user 10001, read-only, no pip, no compiler in all nine; no torch in registry, frontend and edge")
 
 
-def answers(cluster: Cluster, tell: Tell) -> None:
-    """OpenAI's client streams; gRPC tells that KV moved between two containers."""
+def answers(cluster: Cluster, report: Report) -> None:
+    """OpenAI's client streams; gRPC shows that KV moved between two containers."""
     text, pieces = calls.chat(cluster.address)
     assert "barn" in text, text
     assert pieces > 1
     finish = calls.generate(cluster.address)
     assert finish.timings.kv_transfer_bytes > 0
     route = finish.route
-    tell(
+    report(
         f"openai client: {text.strip()!r} in {pieces} pieces; gRPC: {route.prefill_worker_id} and "
         f"{route.decode_worker_id}, {finish.timings.kv_transfer_bytes:,} bytes of KV"
     )
 
 
-def survives_a_kill(cluster: Cluster, tell: Tell) -> None:
+def survives_a_kill(cluster: Cluster, report: Report) -> None:
     """`docker compose kill decode-1` in mid-stream: the stream goes on elsewhere, and its text is the same."""
     undisturbed = calls.begin_story(cluster.address)
     undisturbed.finish()
@@ -79,15 +79,15 @@ def survives_a_kill(cluster: Cluster, tell: Tell) -> None:
     assert story.text == undisturbed.text, "another text than without the kill"
     for other in others:
         assert other.finish().usage.completion_tokens == calls.STORY_TOKENS
-    tell(
+    report(
         f"decode-1 killed after {before} of {len(story.text)} characters: the stream went on with "
         f"{finish.route.decode_worker_id} (attempt {finish.route.attempt}), same text; {len(others)} more streams whole"
     )
     took_s = cluster.up("decode-1")
-    tell(f"docker compose up decode-1: healthy again after {took_s:.0f} s")
+    report(f"docker compose up decode-1: healthy again after {took_s:.0f} s")
 
 
-def restarts_after_a_crash(cluster: Cluster, tell: Tell) -> None:
+def restarts_after_a_crash(cluster: Cluster, report: Report) -> None:
     """A process that dies by itself is started again by Docker."""
     cluster.kill_process("decode-2")
     took_s = until(
@@ -95,10 +95,10 @@ def restarts_after_a_crash(cluster: Cluster, tell: Tell) -> None:
     )
     took_s += cluster.wait_health("decode-2", "healthy")
     calls.generate(cluster.address)
-    tell(f"decode-2's process killed from outside: restarted by Docker, healthy after {took_s:.0f} s")
+    report(f"decode-2's process killed from outside: restarted by Docker, healthy after {took_s:.0f} s")
 
 
-def drains(cluster: Cluster, tell: Tell) -> None:
+def drains(cluster: Cluster, report: Report) -> None:
     """`docker compose stop` lets streams end: none is cut, none has to go on elsewhere, and the status is 0."""
     for service, worker in (("decode-2", "decode-2"), ("prefill-2", "prefill-2"), ("frontend-1", "")):
         story, others = (
@@ -112,10 +112,10 @@ def drains(cluster: Cluster, tell: Tell) -> None:
         assert state["ExitCode"] == 0, f"{service} ended with {state['ExitCode']}:\n{cluster.logs(service)[-2000:]}"
         calls.generate(cluster.address)
         took_s = cluster.up(service)
-        tell(f"{service} stopped under {1 + len(others)} streams: all whole, status 0; back after {took_s:.0f} s")
+        report(f"{service} stopped under {1 + len(others)} streams: all whole, status 0; back after {took_s:.0f} s")
 
 
-def outlives_consul(cluster: Cluster, tell: Tell) -> None:
+def outlives_consul(cluster: Cluster, report: Report) -> None:
     """Consul restarts and comes back empty: no request notices, and the fleet is entered again."""
     ended = threading.Event()
     served: list[str] = []
@@ -149,13 +149,13 @@ def outlives_consul(cluster: Cluster, tell: Tell) -> None:
         ended.set()
         asking.join()
     assert not broken, broken
-    tell(
+    report(
         f"Consul restarted empty under {len(served)} requests: 0 failed; all eight members entered again after "
         f"{took_s:.0f} s"
     )
 
 
-def lacks_its_model(cluster: Cluster, tell: Tell) -> None:
+def lacks_its_model(cluster: Cluster, report: Report) -> None:
     """No model under the mount: one sentence, red, and green by itself when the model comes."""
     with tempfile.TemporaryDirectory(prefix="tandem-models-") as models:
         Path(models).chmod(0o755)
@@ -168,20 +168,20 @@ def lacks_its_model(cluster: Cluster, tell: Tell) -> None:
         calls.generate(cluster.address)
         # Before the directory goes, or the containers would hold on to it.
         cluster.up("decode-2", "frontend-2")
-    tell(f"no model: both said so and were restarted; healthy by themselves {took_s:.0f} s after it came")
+    report(f"no model: both said so and were restarted; healthy by themselves {took_s:.0f} s after it came")
 
 
-def lacks_a_gpu(cluster: Cluster, tell: Tell) -> None:
+def lacks_a_gpu(cluster: Cluster, report: Report) -> None:
     """A GPU is asked for where there is none: one sentence and status 1."""
     run = ("run", "--rm", "--no-deps", "--env=TANDEM_DECODE_DEVICE=cuda", "decode-2")
     said = cluster.compose(*run, check=False)
     sentence = "device: is cuda, but PyTorch finds no usable GPU"
     assert sentence in said, said
-    tell(f"no GPU: {sentence!r}")
+    report(f"no GPU: {sentence!r}")
 
 
-def finds_its_port_taken(cluster: Cluster, tell: Tell) -> None:
-    """A published port is somebody else's: Docker says so, and the next `up` works. Inside, the process says it."""
+def finds_its_port_taken(cluster: Cluster, report: Report) -> None:
+    """A published port is another's: Docker says so, and the next `up` works. Inside, the process says it."""
     with socket.socket() as thief:
         thief.bind(("127.0.0.1", 0))
         thief.listen()
@@ -201,10 +201,10 @@ def finds_its_port_taken(cluster: Cluster, tell: Tell) -> None:
         cluster.wait_health("registry-1", "healthy")
     finally:
         cluster.docker.run("rm", "--force", second)
-    tell(f"a published port taken: Docker says so, the next up works; one taken inside: {sentence!r}")
+    report(f"a published port taken: Docker says so, the next up works; one taken inside: {sentence!r}")
 
 
-def starts_before_consul(cluster: Cluster, tell: Tell) -> None:
+def starts_before_consul(cluster: Cluster, report: Report) -> None:
     """Consul is not there at the start of a registry: one sentence, red, and green by itself when it comes."""
     cluster.compose("stop", "consul")
     cluster.compose("up", "--detach", "--no-deps", "--no-build", "--force-recreate", "registry-2")
@@ -213,12 +213,12 @@ def starts_before_consul(cluster: Cluster, tell: Tell) -> None:
     calls.generate(cluster.address)
     cluster.compose("start", "consul")
     took_s = cluster.wait_health("registry-2", "healthy")
-    tell(
+    report(
         f"no Consul at the start: said so, unhealthy, requests went on; healthy by itself {took_s:.0f} s after it came"
     )
 
 
-def goes_away(cluster: Cluster, tell: Tell) -> None:
+def goes_away(cluster: Cluster, report: Report) -> None:
     """`docker compose down` drains all and leaves nothing."""
     cluster.compose("stop")
     statuses = {service: cluster.state(service)["ExitCode"] for service in OURS}
@@ -232,7 +232,7 @@ def goes_away(cluster: Cluster, tell: Tell) -> None:
     )
     assert not left.strip()
     assert set(statuses.values()) == {0}, statuses
-    tell("docker compose stop: every process drained with status 0; down left nothing")
+    report("docker compose stop: every process drained with status 0; down left nothing")
 
 
 STEPS = (

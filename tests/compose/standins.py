@@ -1,8 +1,8 @@
 """Local images under the names of the public ones that the files name, where those cannot be pulled.
 
 The base is Debian with its own Python, from debootstrap; Consul is the binary that the tests use elsewhere. Both are
-what the real ones are in the ways that count here: the same paths, no pip, a user for nobody. Never made over an image
-that is there.
+what the real ones are in the ways that count here: the same paths, no pip, a user without a name. Never made over an
+image that is there.
 """
 
 from __future__ import annotations

@@ -266,6 +266,8 @@ async def test_capabilities_are_sane(engine: EngineProcess, fleet: Fleet) -> Non
 async def test_reference_for_the_pair_is_taken(fleet: Fleet) -> None:
     reference = await fleet.reference()
     assert len(reference) >= 20
-    assert len({tuple(r.token_ids) for r in reference.values()}) == len(reference), "prompts do not tell apart"
+    assert len({tuple(r.token_ids) for r in reference.values()}) == len(reference), (
+        "the streams of these prompts are not distinct"
+    )
 
     await fleet.drawn()

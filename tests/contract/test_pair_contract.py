@@ -132,7 +132,7 @@ async def test_timings_of_both_legs_are_ordered(pair: Pair) -> None:
         # Of the processes' clocks: SGLang's is calibrated now and then.
         known_s = [before_s - 0.1, *(t for t in times_s if t is not None), after_s + 0.1]
         assert known_s == sorted(known_s), name
-    # Decode may not know when KV began to move. What it tells is no moment at which nothing was computed yet.
+    # Decode may not know when KV began to move. What it reports is no moment at which nothing was computed yet.
     if d.kv_transfer_start_time_s is not None and p.prefill_start_time_s is not None:
         assert d.kv_transfer_start_time_s >= p.prefill_start_time_s
     assert p.preallocation_end_time_s is None

@@ -1,7 +1,7 @@
 """The time of day of a worker, of a frontend and of the registry jumps by an hour, forward and back, under a load.
 
 Nothing that counts seconds may follow it: deadlines, leases and bounds go on as if nothing were, epochs only grow, and
-the times that a stream tells of itself stay in order. Each jump is proved by what its process says of the time.
+the times that a stream reports stay in order. Each jump is proved by what its process says of the time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HOUR_S = 3_600
 JUMPS = [pytest.param(HOUR_S, id="forward", marks=pytest.mark.fault_matrix), pytest.param(-HOUR_S, id="back")]
 JUMPING = ("prefill-0", "decode-0", "frontend-0", "registry-0")
 LEASE_S = 15.0
-"""Long enough for a process to start in on a busy machine, while the registry still lists the one of before."""
+"""Long enough for a process to start in on a busy machine, while the registry still lists the previous one."""
 PASSES_S = 5.5
 """Longer than any bound on a leg, and than the time between two signs of life."""
 
@@ -75,7 +75,7 @@ class ClockCluster(LegCluster):
         return (await calls.worker_load(process.address)).measured_time.ToMilliseconds() / 1e3 - time.time()
 
     async def _registry_offset_s(self, registry: ClusterProcess) -> float:
-        """It tells no time; but it dates the line of its log that tells of a new member."""
+        """It reports no time; but it dates its log line about a new member."""
         member = Frontend(frontend_id="looks-at-the-clock", epoch=time.time_ns(), address="127.0.0.9:9", model="m")
         async with open_channel(registry.address) as channel:
             await give_up(channel, await grant(channel, member, now_s()))
@@ -149,12 +149,12 @@ async def test_a_clock_that_jumps_is_nothing(cluster: ClockCluster, name: str, j
         await trace.answered(20)
         await cluster.jump(name, 0)
         await trace.answered(20)
-        assert await cluster.epochs() == before, "somebody was taken for another start"
+        assert await cluster.epochs() == before, "a worker was taken for another start"
     assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 
 @pytest.mark.parametrize("jump_s", JUMPS)
-async def test_what_a_stream_tells_of_its_times_stays_in_order(cluster: ClockCluster, jump_s: int) -> None:
+async def test_the_times_that_a_stream_reports_stay_in_order(cluster: ClockCluster, jump_s: int) -> None:
     frontend = cluster.frontends[0]
     async with true_in_the_end(cluster, frontend.name):
         running = asyncio.create_task(timings_of(frontend.address, max_tokens=300))
@@ -218,7 +218,7 @@ async def test_a_start_elsewhere_whose_clock_went_back_waits_for_the_dead_one_an
 
 
 @pytest.mark.fault_matrix
-async def test_a_registry_that_comes_back_in_another_hour_knows_everybody(cluster: ClockCluster) -> None:
+async def test_a_registry_that_comes_back_in_another_hour_knows_every_worker(cluster: ClockCluster) -> None:
     scenario = "kill of the registry, back an hour earlier"
     async with true_in_the_end(cluster, "registry-0"), under_load(cluster, scenario) as trace:
         before = await cluster.epochs()

@@ -60,15 +60,15 @@ async def test_a_cut_way_to_a_frontend_ends_at_most_what_it_carried(cluster: Edg
         await assert_eventually(lambda: cluster.link.held_count, within_s=10, what="something that met the cut")
         await trace.answered(20)
         if cut is Cut.SILENT:
-            await _nobody_new_is_held_up(trace)
+            await _new_requests_are_not_held_up(trace)
     if cut in FAILS_FOR_S:
         carried = trace.load.history.failed()
         verdicts.is_large_enough(carried, 1, "what the connection carried")
         late = carried.where(lambda asked: asked.end_s - max(asked.start_s, trace.fault_s) > TOLD_S + BUSY_MACHINE_S)
-        assert not len(late), f"clients that were told late:\n{late.lines()}"
+        assert not len(late), f"clients with a late response:\n{late.lines()}"
 
 
-async def _nobody_new_is_held_up(trace: RequestTrace) -> None:
+async def _new_requests_are_not_held_up(trace: RequestTrace) -> None:
     """What is asked after Envoy's health checks have had their time goes to the other frontend."""
     noticed_s = trace.fault_s + NOTICED_S + BUSY_MACHINE_S
     await assert_eventually(lambda: now_s() > noticed_s, within_s=20, what="the time of two health checks")
@@ -89,7 +89,7 @@ async def test_a_killed_envoy_ends_its_streams_in_both_engines(cluster: EdgeClus
         envoy.kill()
         await prove_gone(envoy.pid)
         await prove_refused(address)
-        # Nobody can come in: whatever the workers still have is the dead Envoy's.
+        # No client can come in: whatever the workers still have is the dead Envoy's.
         await cluster.assert_idle()
         assert await asyncio.wait_for(cluster.edge.wait_ended(), 5) == 1, "an edge without its Envoy goes on"
         await trace.answered()

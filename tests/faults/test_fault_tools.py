@@ -111,7 +111,7 @@ async def test_a_process_that_stands_still_and_one_that_is_gone_are_proved() -> 
     assert state_of(sleeper.pid) is None
 
 
-async def test_a_standstill_that_ended_by_itself_is_no_standstill() -> None:
+async def test_a_standstill_that_ended_early_is_no_standstill() -> None:
     sleeper = await asyncio.create_subprocess_exec("sleep", "60")
 
     async def wake_too_early() -> None:
@@ -193,11 +193,11 @@ async def test_a_silent_link_carries_no_news_of_an_end_either() -> None:
         writer.close()
 
 
-async def test_a_half_closed_link_says_that_nothing_comes_and_resets_nobody() -> None:
+async def test_a_half_closed_link_ends_the_stream_without_a_reset() -> None:
     async with echo() as target, cut_proxy(target) as link:
         reader, writer = await said_back(link.address)
         await link.sever(Cut.HALF)
-        assert await asyncio.wait_for(reader.read(), 5) == b"", "no end was told"
+        assert await asyncio.wait_for(reader.read(), 5) == b"", "the end did not arrive"
         for _ in range(3):  # a reset would refuse the second one
             writer.write(b"into nothing\n")
             await writer.drain()
@@ -230,7 +230,7 @@ async def test_a_slowed_link_carries_everything_later(cut: Cut, least_s: float) 
         writer.close()
 
 
-async def test_a_link_to_nobody_breaks() -> None:
+async def test_a_link_without_a_target_breaks() -> None:
     async with cut_proxy(f"127.0.0.1:{free_port()}") as link:
         with pytest.raises((ConnectionError, AssertionError)):
             await said_back(link.address)

@@ -1,7 +1,7 @@
 """Frontends and the registry killed and stopped while requests are in each phase of their legs.
 
-A request is its frontend's: it ends with it, and its client is told or has a deadline. It is nothing to the requests of
-another frontend, and no worker keeps a leg of it. The registry has no part in a request at all.
+A request is its frontend's: it ends with it, and its client gets an error or has a deadline. Requests of another
+frontend go on, and no worker keeps a leg of it. The registry has no part in a request at all.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ async def test_a_killed_frontend_ends_its_own_requests_and_no_others(cluster: Le
         await _no_leg_but_of(cluster, trace, door)
         await trace.answered()
     late = had.where(lambda asked: (asked.end_s or 0) - trace.fault_s > 1.0 + BUSY_MACHINE_S)
-    assert not len(late), f"clients that were told late:\n{late.lines()}"
+    assert not len(late), f"clients with a late response:\n{late.lines()}"
 
 
 @pytest.mark.parametrize("phase", phases("decoding"))
@@ -88,7 +88,7 @@ async def test_a_stopped_registry_is_nothing(cluster: LegCluster, phase: str) ->
             await asyncio.sleep(STOPPED_S)
             await trace.answered(20)
         await trace.answered(20)
-        assert await _epochs(cluster) == before, "it has buried somebody, or somebody has come back as another start"
+        assert await _epochs(cluster) == before, "a worker was buried, or has come back as another start"
     assert {asked.last_attempt for asked in trace.load.history.asked} == {1}, "a leg broke"
 
 

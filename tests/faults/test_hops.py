@@ -76,7 +76,7 @@ def scenario(hop: Hop, cut: Cut) -> str:
 
 
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.PREFILL, Hop.DECODE))
-async def test_a_cut_way_to_a_worker_loses_nobody_a_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
+async def test_a_cut_hop_to_a_worker_loses_no_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
     worker = CUT_PREFILL if hop is Hop.PREFILL else CUT_WORKER
     async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as trace:
         await trace.hold(worker, "prefilling" if hop is Hop.PREFILL else "decoding")
@@ -90,7 +90,7 @@ async def test_a_cut_way_to_a_worker_loses_nobody_a_token(cluster: HopCluster, h
 
 
 @pytest.mark.parametrize(("hop", "cut"), cases(Hop.BOOTSTRAP))
-async def test_a_cut_way_of_the_kv_loses_nobody_a_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
+async def test_a_cut_kv_hop_loses_no_token(cluster: HopCluster, hop: Hop, cut: Cut) -> None:
     async with under_load(cluster, scenario(hop, cut), doors=cluster.doors) as trace:
         await trace.hold(CUT_PREFILL, "transferring")
         await cut_and_prove(trace, cluster, hop, cut)
@@ -132,7 +132,7 @@ async def test_a_cut_way_of_a_client_is_nothing_to_the_others(cluster: HopCluste
         await trace.answered(20)
     if breaks:
         late = had.where(lambda asked: (asked.end_s or 0) - trace.fault_s > 1.0 + BUSY_MACHINE_S)
-        assert not len(late), f"clients that were told late:\n{late.lines()}"
+        assert not len(late), f"clients with a late response:\n{late.lines()}"
     else:
         assert not len(trace.load.history.failed())
 
@@ -156,7 +156,7 @@ async def test_a_black_hole_before_a_client_ends_with_its_deadlines(cluster: Hop
 
 
 def _by(cluster: HopCluster, cut: Cut) -> Callable[[Asked], bool]:
-    """Those a cut of the clients' door may fail: asked there, and told that the service is not there."""
+    """Those a cut of the clients' door may fail: asked there, and refused because the service is not there."""
 
     def may_fail(asked: Asked) -> bool:
         is_there = asked.frontend == cluster.doors[0]

@@ -1,4 +1,4 @@
-"""Orders of events that broke promises of attempts once, played one by one on virtual time."""
+"""Orders of events that broke promises of attempts once, in scripted order on virtual time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.observability.trace_context import Headers
 from tandem.testing.virtual_time import run_virtually
 from tests.faults.support.leg_world import CAPABILITIES, fleet, now_s
-from tests.unit.support.played_legs import ABORTED, FINISH, Gathered, PlayedLeg, accepted, fail, tokens
+from tests.unit.support.scripted_legs import ABORTED, FINISH, Gathered, ScriptedLeg, accepted, fail, tokens
 
 LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_pb2.Stopping(max_tokens=4))
 
@@ -31,7 +31,7 @@ LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_
 class Scripted:
     """Stands for Dispatch: each attempt meets the next pair of legs, decode's first."""
 
-    def __init__(self, workers: tuple[Worker, ...], *legs: tuple[PlayedLeg, PlayedLeg]) -> None:
+    def __init__(self, workers: tuple[Worker, ...], *legs: tuple[ScriptedLeg, ScriptedLeg]) -> None:
         self.legs = legs
         self.sent: list[Route] = []
         refusals = RecentRefusals(now_s)
@@ -65,8 +65,8 @@ def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> 
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),
-            (PlayedLeg(), PlayedLeg(accepted, fail(LegFailed("nobody came to the room")))),
-            (PlayedLeg(accepted, tokens(0, 5, 6, 7, 8), FINISH), PlayedLeg(accepted, FINISH)),
+            (ScriptedLeg(), ScriptedLeg(accepted, fail(LegFailed("no peer came to the room")))),
+            (ScriptedLeg(accepted, tokens(0, 5, 6, 7, 8), FINISH), ScriptedLeg(accepted, FINISH)),
         )
         assert await scripted.stream() == [5, 6, 7, 8]
         first, second = scripted.sent
@@ -77,7 +77,7 @@ def test_a_leg_that_breaks_before_the_other_one_is_taken_is_sent_elsewhere() -> 
 
 def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_decode_does_later() -> None:
     async def live() -> None:
-        decode, prefill = PlayedLeg(accepted, tokens(0, 5)), PlayedLeg(accepted)
+        decode, prefill = ScriptedLeg(accepted, tokens(0, 5)), ScriptedLeg(accepted)
         scripted = Scripted(fleet(2, 1, CAPABILITIES), (decode, prefill))
         streaming = asyncio.create_task(scripted.stream())
         await asyncio.sleep(0.1)
@@ -96,21 +96,24 @@ def test_a_prefill_leg_that_fails_after_the_hand_over_is_not_blamed_for_what_dec
 
 def test_a_decode_leg_that_was_aborted_does_not_wait_for_its_prefill_leg() -> None:
     async def live() -> None:
-        prefill = PlayedLeg(accepted)
-        scripted = Scripted(fleet(1, 1, CAPABILITIES), (PlayedLeg(accepted, ABORTED), prefill))
+        prefill = ScriptedLeg(accepted)
+        scripted = Scripted(fleet(1, 1, CAPABILITIES), (ScriptedLeg(accepted, ABORTED), prefill))
         assert await scripted.stream() == []
         assert prefill.aborted.is_set()
-        assert now_s() < 0.1, "the prefill engine holds the request for whoever waits"
+        assert now_s() < 0.1, "the prefill engine holds the request for the peer that waits"
 
     run_virtually(live())
 
 
-def test_a_deadline_that_passes_in_another_attempt_is_told_as_that() -> None:
+def test_a_deadline_in_a_later_attempt_is_reported_as_deadline() -> None:
     async def live() -> None:
         scripted = Scripted(
             fleet(2, 2, CAPABILITIES),
-            (PlayedLeg(accepted, tokens(0, 5), fail(ServiceError("connection reset"))), PlayedLeg(accepted, FINISH)),
-            (PlayedLeg(fail(DeadlinePassed("the deadline has passed"))), PlayedLeg(accepted)),
+            (
+                ScriptedLeg(accepted, tokens(0, 5), fail(ServiceError("connection reset"))),
+                ScriptedLeg(accepted, FINISH),
+            ),
+            (ScriptedLeg(fail(DeadlinePassed("the deadline has passed"))), ScriptedLeg(accepted)),
         )
         with pytest.raises(DeadlinePassed):
             await scripted.stream()
@@ -124,8 +127,8 @@ def test_a_newer_start_of_a_worker_ends_what_its_former_one_still_holds_open() -
         workers = fleet(2, 2, CAPABILITIES)
         scripted = Scripted(
             workers,
-            (PlayedLeg(accepted, tokens(0, 5)), PlayedLeg(accepted, FINISH)),
-            (PlayedLeg(accepted, tokens(0, 6, 7, 8), FINISH), PlayedLeg(accepted, FINISH)),
+            (ScriptedLeg(accepted, tokens(0, 5)), ScriptedLeg(accepted, FINISH)),
+            (ScriptedLeg(accepted, tokens(0, 6, 7, 8), FINISH), ScriptedLeg(accepted, FINISH)),
         )
         streaming = asyncio.create_task(scripted.stream())
         await asyncio.sleep(0.1)

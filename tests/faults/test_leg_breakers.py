@@ -34,22 +34,22 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
         yield cluster
 
 
-def told(cluster: LegCluster, words: str) -> list[int]:
+def logged(cluster: LegCluster, words: str) -> list[int]:
     """How often each frontend has said so."""
     return [len(re.findall(words, frontend.log.read_text())) for frontend in cluster.frontends]
 
 
 async def ejected_by_all(cluster: LegCluster, name: str) -> None:
     sentence = rf"circuit breaker opened for worker {name} "
-    before = told(cluster, sentence)
-    opened = lambda: [now - then for now, then in zip(told(cluster, sentence), before, strict=True)]  # noqa: E731
+    before = logged(cluster, sentence)
+    opened = lambda: [now - then for now, then in zip(logged(cluster, sentence), before, strict=True)]  # noqa: E731
     await assert_eventually(opened, all, within_s=20, what=f"breakers of {name}")
 
 
 @pytest.mark.parametrize(("victim", "point"), [("decode-0", "decode_step"), ("prefill-0", "prefill_chunk")])
 async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCluster, victim: str, point: str) -> None:
     others = rf"circuit breaker opened for worker (?!{victim})\S+ "
-    others_before = told(cluster, others)
+    others_before = logged(cluster, others)
     closed_words = f"circuit breaker closed for worker {victim}:"
     async with under_load(cluster, f"{victim} fails every request") as trace:
         trace.fault_s = now_s()
@@ -63,11 +63,11 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
         asked = len(trace.load.history.begun(asked_s))
         reached = len({fired["request_id"] for fired in failed})
         assert 1 <= reached <= PROBES_MAX * len(cluster.frontends), f"{reached} of {asked} requests reached {victim}"
-        assert told(cluster, others) == others_before, "another worker was ejected"
+        assert logged(cluster, others) == others_before, "another worker was ejected"
         cluster.release()
         healed_s = now_s()
-        closed = told(cluster, closed_words)
-        again = lambda: [now - then for now, then in zip(told(cluster, closed_words), closed, strict=True)]  # noqa: E731
+        closed = logged(cluster, closed_words)
+        again = lambda: [now - then for now, then in zip(logged(cluster, closed_words), closed, strict=True)]  # noqa: E731
         await assert_eventually(again, all, within_s=OPEN_MAX_S + 4, what="closed breakers")
         served_s = now_s()
         await trace.answered()
@@ -77,12 +77,12 @@ async def test_a_worker_that_fails_every_request_gets_probes_only(cluster: LegCl
     verdicts.is_large_enough(shared, 2, f"what {victim} got after its breaker had closed")
 
 
-async def test_a_burst_in_which_all_fail_leaves_nobody_out(cluster: LegCluster) -> None:
+async def test_a_burst_in_which_all_fail_ejects_no_worker(cluster: LegCluster) -> None:
     sentence = "circuit breaker opened for worker"
     async with cluster.views() as views:
         cluster.release()
         await cluster.restore(views)
-        before = told(cluster, sentence)
+        before = logged(cluster, sentence)
         async with steady_load([frontend.address for frontend in cluster.frontends], SHAPE) as load:
             await load.wait_ended(20)
             for _ in range(3):
@@ -101,7 +101,7 @@ async def test_a_burst_in_which_all_fail_leaves_nobody_out(cluster: LegCluster) 
         lost = load.history.failed()
         verdicts.is_large_enough(lost, 3, "what the bursts have cost")
         verdicts.none_failed(load.history.begun(over_s + 1.0))
-        assert told(cluster, sentence) == before, "a burst that struck all left somebody out"
+        assert logged(cluster, sentence) == before, "a burst that struck all left a worker out"
         later = load.history.begun(over_s + 1.0)
         for worker in cluster.workers:
             verdicts.went_to(later, worker.name, over_s)

@@ -1,4 +1,4 @@
-"""Requests nobody waits for any more, in every phase of their legs and by every way a request is given up.
+"""Requests no client waits for any more, in every phase of their legs and by every way a request is given up.
 
 The phase is held while the request is given up, so both engines must let it go where it stands: within a second.
 """
@@ -127,8 +127,8 @@ async def by_an_abort(cluster: LocalCluster, phase: str, before: int) -> float:
         stub: Any = WorkerServiceStub(channel)
         epoch = (await stub.GetCapabilities(worker_pb.GetCapabilitiesRequest())).worker.epoch
         given_up_s = now_s()
-        told = await stub.Abort(worker_pb.AbortRequest(worker_epoch=epoch, request_id=await started))
-    assert told.aborted_legs == 1
+        response = await stub.Abort(worker_pb.AbortRequest(worker_epoch=epoch, request_id=await started))
+    assert response.aborted_legs == 1
     assert await task == generation_pb2.FINISH_REASON_ABORTED
     return given_up_s
 

@@ -1,7 +1,7 @@
 """Requests of the real engine that are given up, in every phase and by every way, and schedulers that are killed.
 
 One pair of engines behind an edge, started once. The phase is held while the request is given up, so that both engines
-let it go where it stands. A page may only come back when nobody can write into it any more: what is asked next is told
+let it go where it stands. A page may only come back when no engine can write into it any more: what is asked next shows
 token by token.
 """
 
@@ -82,14 +82,14 @@ async def by_the_deadline(fleet: SglangFleet, stream: Stream) -> float:
 
 async def by_an_abort_at_decode(fleet: SglangFleet, stream: Stream) -> float:
     given_up_s = await _abort(fleet, stream, "decode-0")
-    assert (stream.asked.finish_count, stream.asked.failure) == (1, None), stream.asked.told()
+    assert (stream.asked.finish_count, stream.asked.failure) == (1, None), stream.asked.summary()
     assert len(stream.asked.tokens) < TOKENS, "void: it was over before it was given up"
     return given_up_s
 
 
 async def by_an_abort_at_prefill(fleet: SglangFleet, stream: Stream) -> float:
     given_up_s = await _abort(fleet, stream, "prefill-0")
-    assert isinstance(stream.asked.failure, RequestAborted), stream.asked.told()
+    assert isinstance(stream.asked.failure, RequestAborted), stream.asked.summary()
     return given_up_s
 
 
@@ -99,8 +99,8 @@ async def _abort(fleet: SglangFleet, stream: Stream, name: str) -> float:
         stub: Any = WorkerServiceStub(channel)
         epoch = (await stub.GetCapabilities(worker_pb.GetCapabilitiesRequest())).worker.epoch
         given_up_s = now_s()
-        told = await stub.Abort(worker_pb.AbortRequest(worker_epoch=epoch, request_id=stream.request_id))
-    assert told.aborted_legs == 1
+        response = await stub.Abort(worker_pb.AbortRequest(worker_epoch=epoch, request_id=stream.request_id))
+    assert response.aborted_legs == 1
     await ended([stream])
     return given_up_s
 
@@ -176,7 +176,7 @@ async def assert_let_go(fleet: SglangFleet, phase: str, prompt_tokens: int, give
     if phase != "transferring":
         await fleet.assert_no_pages(max(0.0, given_up_s + WITHIN_S - now_s()))
         return
-    # Prefill stands in the middle of its writing, and decode keeps what it writes to from everybody else.
+    # Prefill stands in the middle of its writing, and decode keeps what it writes to from all others.
     await asyncio.sleep(0.2)
     load = (await fleet.loads())["decode-0"]
     assert load.kv_used_tokens == load.kv_transferring_tokens == prompt_tokens, load
@@ -192,22 +192,22 @@ async def assert_no_trace(fleet: SglangFleet, phase: str, answers: Answers) -> N
 async def test_a_scheduler_that_is_killed_ends_its_worker_and_fails_its_requests_typed(
     fleet: SglangFleet, answers: Answers
 ) -> None:
-    """The last test: nobody is left to go on, and both engines are gone in the end."""
+    """The last test: no worker is left to go on, and both engines are gone in the end."""
     streams = await fleet.in_every_phase("prefill-0")
     had = fleet.held_by(streams, "prefill-0", now_s())
     killed_s = await _kill_scheduler(fleet, "prefill-0")
     lost = [s for phase in MARKS if phase != "decoding" for s in had[phase]]
     await ended(lost)
     for asked in (stream.asked for stream in lost):
-        assert asked.failure is not None, asked.told()
-        assert isinstance(asked.failure, LegFailed) or asked.failure.reason == "UNAVAILABLE", asked.told()
-        assert (asked.end_s or 0.0) - killed_s < FAILS_WITHIN_S + BUSY_MACHINE_S, asked.told()
+        assert asked.failure is not None, asked.summary()
+        assert isinstance(asked.failure, LegFailed) or asked.failure.reason == "UNAVAILABLE", asked.summary()
+        assert (asked.end_s or 0.0) - killed_s < FAILS_WITHIN_S + BUSY_MACHINE_S, asked.summary()
     (stays,) = had["decoding"]
-    assert fleet.is_in_phase(stays, now_s()), f"its KV had been handed over: {stays.asked.told()}"
+    assert fleet.is_in_phase(stays, now_s()), f"its KV had been handed over: {stays.asked.summary()}"
     killed_s = await _kill_scheduler(fleet, "decode-0")
     await ended([stays])
-    assert isinstance(stays.asked.failure, LegFailed), stays.asked.told()
-    assert (stays.asked.end_s or 0.0) - killed_s < FAILS_WITHIN_S + BUSY_MACHINE_S, stays.asked.told()
+    assert isinstance(stays.asked.failure, LegFailed), stays.asked.summary()
+    assert (stays.asked.end_s or 0.0) - killed_s < FAILS_WITHIN_S + BUSY_MACHINE_S, stays.asked.summary()
     assert stays.asked.tokens == answers[stays.asked.prompt][: len(stays.asked.tokens)]
     await assert_eventually(lambda: _listed(fleet), lambda workers: not workers, what="an empty registry")
 

@@ -32,7 +32,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-async def test_a_killed_worker_loses_nobody_a_token(cluster: LegCluster, victim: str, phase: str) -> None:
+async def test_a_killed_worker_loses_no_token(cluster: LegCluster, victim: str, phase: str) -> None:
     async with under_load(cluster, f"kill of {victim}, {phase}") as trace:
         await trace.hold(victim, phase)
         trace.fault_s = await kill(cluster.processes[victim])
@@ -43,7 +43,7 @@ async def test_a_killed_worker_loses_nobody_a_token(cluster: LegCluster, victim:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-async def test_a_stopped_worker_loses_nobody_a_token(cluster: LegCluster, victim: str, phase: str) -> None:
+async def test_a_stopped_worker_loses_no_token(cluster: LegCluster, victim: str, phase: str) -> None:
     async with under_load(cluster, f"stop of {victim}, {phase}") as trace:
         await trace.hold(victim, phase)
         async with frozen(cluster.processes[victim].pid) as trace.fault_s:

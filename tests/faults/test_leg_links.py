@@ -35,7 +35,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Leg
     [(Cut.SILENT,), (Cut.RESET,), (Cut.CLOSED,), (Cut.SILENT, Cut.CLOSED)],
     ids=["black-hole", "reset", "close", "slow-close"],
 )
-async def test_a_broken_hop_loses_nobody_a_token(cluster: LegCluster, cuts: Sequence[Cut]) -> None:
+async def test_a_broken_hop_loses_no_token(cluster: LegCluster, cuts: Sequence[Cut]) -> None:
     link = cluster.worker_links[-1]
     async with under_load(cluster, f"hop to {CUT_WORKER}: {' then '.join(cut.value for cut in cuts)}") as trace:
         await trace.hold(CUT_WORKER, "decoding")

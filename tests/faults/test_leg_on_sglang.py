@@ -19,7 +19,7 @@ from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.history import History, now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S
-from tests.faults.support.leg_report import LINES, figures_of, report
+from tests.faults.support.leg_report import LINES, report, results_of
 from tests.faults.support.leg_trace import detected_s
 from tests.faults.support.process_faults import frozen, kill
 from tests.faults.support.sglang_legs import (
@@ -43,7 +43,7 @@ PREFILL_S = 60.0
 """Until the next token after that: no promise. One engine computes all that broke, on cores that others want too."""
 DEATHS: dict[str, float] = {}
 RELEASE_S = 30.0
-"""SGLang holds the pages of a hand-over for so long when nobody can say that prefill writes no more."""
+"""SGLang holds the pages of a hand-over for so long when no peer can say that prefill writes no more."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -66,9 +66,9 @@ async def assert_exact(fleet: SglangFleet, streams: list[Stream], answers: Answe
     missing = {s.asked.prompt for s in streams} - set(answers)
     answers |= await fleet.answers(missing)
     for asked in (stream.asked for stream in streams):
-        assert asked.failure is None, asked.told()
-        assert (asked.finish_count, asked.misplaced_count) == (1, 0), asked.told()
-        assert asked.tokens == answers[asked.prompt], asked.told()
+        assert asked.failure is None, asked.summary()
+        assert (asked.finish_count, asked.misplaced_count) == (1, 0), asked.summary()
+        assert asked.tokens == answers[asked.prompt], asked.summary()
 
 
 def assert_went_on(fleet: SglangFleet, streams: list[Stream], fault_s: float, within_s: float) -> None:
@@ -77,19 +77,17 @@ def assert_went_on(fleet: SglangFleet, streams: list[Stream], fault_s: float, wi
     assert detected is not None, "void: no leg was sent elsewhere"
     assert detected < within_s + BUSY_MACHINE_S, f"the first leg was sent elsewhere after {detected:.2f} s"
     for asked in (stream.asked for stream in streams):
-        assert asked.went_on, f"void: it lost nothing: {asked.told()}"
-        assert (asked.gap_after_s(fault_s) or 0.0) < PREFILL_S, f"{asked.gap_after_s(fault_s)} s: {asked.told()}"
+        assert asked.went_on, f"void: it lost nothing: {asked.summary()}"
+        assert (asked.gap_after_s(fault_s) or 0.0) < PREFILL_S, f"{asked.gap_after_s(fault_s)} s: {asked.summary()}"
 
 
-def told(fleet: SglangFleet, scenario: str, streams: list[Stream], fault_s: float) -> None:
-    figures = figures_of(History(stream.asked for stream in streams), fault_s, detected_s(fleet, fault_s))
-    report(f"SGLang: {scenario}", figures)
+def report_streams(fleet: SglangFleet, scenario: str, streams: list[Stream], fault_s: float) -> None:
+    results = results_of(History(stream.asked for stream in streams), fault_s, detected_s(fleet, fault_s))
+    report(f"SGLang: {scenario}", results)
 
 
 @pytest.mark.parametrize("victim", ["prefill-1", "decode-1"])
-async def test_a_worker_that_stands_still_loses_nobody_a_token(
-    fleet: SglangFleet, answers: Answers, victim: str
-) -> None:
+async def test_a_stopped_worker_loses_no_token(fleet: SglangFleet, answers: Answers, victim: str) -> None:
     streams = await fleet.in_every_phase(victim)
     async with all_frozen(fleet.processes[victim]) as fault_s:
         had = fleet.held_by(streams, victim, fault_s)
@@ -101,7 +99,7 @@ async def test_a_worker_that_stands_still_loses_nobody_a_token(
     stays = had.pop("decoding") if victim.startswith("prefill") else []
     assert not any(s.asked.went_on for s in stays), "its KV had been handed over"
     assert_went_on(fleet, [s for found in had.values() for s in found], fault_s, AFTER_A_STOP_S)
-    # Both sides can speak again, so nobody has to wait for the end of a time.
+    # Both sides can speak again, so neither has to wait for the end of a time.
     await fleet.assert_no_legs(IDLE_WITHIN_S + BUSY_MACHINE_S)
     await fleet.assert_no_pages(IDLE_WITHIN_S + BUSY_MACHINE_S)
     LINES.append(
@@ -109,7 +107,7 @@ async def test_a_worker_that_stands_still_loses_nobody_a_token(
     )
     await _whole(fleet)
     await assert_exact(fleet, streams, answers)
-    told(fleet, f"stop of {victim}", streams, fault_s)
+    report_streams(fleet, f"stop of {victim}", streams, fault_s)
 
 
 async def _whole(fleet: SglangFleet) -> None:
@@ -132,14 +130,14 @@ async def test_a_scheduler_that_stands_still_loses_its_streams_and_not_its_worke
     await assert_eventually(lambda: _serves(victim.address), within_s=60, what="SERVING after a canary")
     await fleet.assert_no_pages(IDLE_WITHIN_S + BUSY_MACHINE_S)
     await assert_exact(fleet, streams, answers)
-    told(fleet, "stop of a decode scheduler", streams, fault_s)
+    report_streams(fleet, "stop of a decode scheduler", streams, fault_s)
 
 
 async def _serves(address: str) -> bool:
     return await calls.is_serving(address)
 
 
-async def test_a_killed_prefill_worker_loses_nobody_a_token(fleet: SglangFleet, answers: Answers) -> None:
+async def test_a_killed_prefill_worker_loses_no_token(fleet: SglangFleet, answers: Answers) -> None:
     streams = await fleet.in_every_phase("prefill-0")
     had = fleet.held_by(streams, "prefill-0", now_s())
     DEATHS["prefill-0"] = fault_s = await kill(fleet.processes["prefill-0"])
@@ -150,10 +148,10 @@ async def test_a_killed_prefill_worker_loses_nobody_a_token(fleet: SglangFleet, 
     assert_went_on(fleet, lost, fault_s, AFTER_A_KILL_S)
     await fleet.assert_no_legs(IDLE_WITHIN_S + BUSY_MACHINE_S)
     if now_s() - fault_s < RELEASE_S:
-        # Nobody can say what a dead prefill engine has still written. The figures say who waits for that.
+        # What a dead prefill engine has still written is unknown. The results say which requests wait for that.
         await _assert_held_for_the_dead(fleet, had["transferring"] + had["prefilling"])
     await assert_exact(fleet, streams, answers)
-    told(fleet, "kill of a prefill worker", streams, fault_s)
+    report_streams(fleet, "kill of a prefill worker", streams, fault_s)
 
 
 async def _assert_held_for_the_dead(fleet: SglangFleet, streams: list[Stream]) -> None:
@@ -163,7 +161,7 @@ async def _assert_held_for_the_dead(fleet: SglangFleet, streams: list[Stream]) -
     assert held == {name: load.kv_used_tokens for name, load in loads.items()}
 
 
-async def test_a_killed_decode_worker_loses_nobody_a_token(fleet: SglangFleet, answers: Answers) -> None:
+async def test_a_killed_decode_worker_loses_no_token(fleet: SglangFleet, answers: Answers) -> None:
     streams = await fleet.in_every_phase("decode-0")
     had = fleet.held_by(streams, "decode-0", now_s())
     fault_s = await kill(fleet.processes["decode-0"])
@@ -172,7 +170,7 @@ async def test_a_killed_decode_worker_loses_nobody_a_token(fleet: SglangFleet, a
     assert_went_on(fleet, [s for found in had.values() for s in found], fault_s, AFTER_A_KILL_S)
     await fleet.assert_no_legs(IDLE_WITHIN_S + BUSY_MACHINE_S)
     await assert_exact(fleet, streams, answers)
-    told(fleet, "kill of a decode worker", streams, fault_s)
+    report_streams(fleet, "kill of a decode worker", streams, fault_s)
 
 
 async def test_workers_that_come_back_at_their_addresses_are_used_and_their_old_starts_refused(
@@ -194,7 +192,7 @@ async def test_workers_that_come_back_at_their_addresses_are_used_and_their_old_
 
 
 async def _assert_stale(fleet: SglangFleet, name: str) -> None:
-    """Whoever means a start before this one is refused."""
+    """A call that means an earlier start is refused."""
     async with direct_legs(fleet.processes[name].address) as legs:
         worker = legs.worker
         leg = leg_pb2.LegRequest(
@@ -225,4 +223,4 @@ async def test_a_worker_that_drains_finishes_everything_it_has(
     assert not any(stream.asked.went_on for stream in (*streams, *later)), "a drain broke a stream"
     await fleet.assert_no_pages(IDLE_WITHIN_S + BUSY_MACHINE_S)
     await assert_exact(fleet, [*streams, *later], answers)
-    told(fleet, f"drain of {victim}", streams, fault_s)
+    report_streams(fleet, f"drain of {victim}", streams, fault_s)

@@ -20,7 +20,7 @@ from tests.faults.support import verdicts
 from tests.faults.support.demo_answers import demo_answers
 from tests.faults.support.history import now_s
 from tests.faults.support.leg_cluster import BUSY_MACHINE_S, IDLE_WITHIN_S, LegCluster, leg_cluster
-from tests.faults.support.leg_report import figures_of, report
+from tests.faults.support.leg_report import report, results_of
 from tests.faults.support.leg_trace import FLOOR, one_ending_each, under_load
 from tests.faults.support.process_faults import kill
 from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
@@ -60,7 +60,7 @@ async def test_a_decode_worker_without_memory_gives_it_back(cluster: LegCluster)
         await trace.answered(20)
 
 
-async def test_a_reader_that_does_not_read_holds_up_nobody_else(cluster: LegCluster) -> None:
+async def test_a_client_that_does_not_read_holds_up_no_other(cluster: LegCluster) -> None:
     prompt = tuple(range(20, 40))
     async with under_load(cluster, "a reader that does not read") as trace:
         async with open_channel(cluster.frontends[0].address) as channel:
@@ -75,7 +75,7 @@ async def test_a_reader_that_does_not_read_holds_up_nobody_else(cluster: LegClus
                 tokens += event.chunk.token_ids
         assert tokens == demo_answers(prompt, SLOW_READER_TOKENS)
     attempts = {asked.last_attempt for asked in trace.load.history.asked}
-    assert attempts == {1}, "somebody was sent elsewhere"
+    assert attempts == {1}, "a request was sent elsewhere"
 
 
 async def test_a_killed_registry_is_nothing(cluster: LegCluster) -> None:
@@ -106,11 +106,11 @@ async def test_a_killed_frontend_leaves_no_leg(cluster: LegCluster) -> None:
     assert all(isinstance(asked.failure, ServiceError) for asked in had.asked), had.lines()
     one_ending_each(load.history)
     late = had.where(lambda asked: (asked.end_s or 0.0) - killed_s > IDLE_WITHIN_S + BUSY_MACHINE_S)
-    assert not len(late), f"clients that were told late:\n{late.lines()}"
+    assert not len(late), f"clients with a late response:\n{late.lines()}"
     verdicts.tokens_are_exact(had, demo_answers)
     verdicts.none_failed(rest.history)
-    report("kill of a frontend: its own clients", figures_of(load.history.begun(0, killed_s), killed_s, legs_s))
-    report("kill of a frontend: those of the other one", figures_of(rest.history, killed_s))
+    report("kill of a frontend: its own clients", results_of(load.history.begun(0, killed_s), killed_s, legs_s))
+    report("kill of a frontend: those of the other one", results_of(rest.history, killed_s))
 
 
 async def _legs_end(cluster: LegCluster, rest: SteadyLoad) -> float:

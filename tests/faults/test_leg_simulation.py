@@ -58,7 +58,7 @@ class Client:
     finish: leg_pb2.LegFinish | None = None
     stream: RetryingStream | None = None
     legs_left: int = 0
-    """Legs that the frontend still listened to when its end was told."""
+    """Legs that the frontend still listened to when its end was reported."""
 
     @property
     def is_over(self) -> bool:
@@ -85,7 +85,7 @@ class Fault:
 
 
 class Headroom:
-    """For so many requests; the others wait in line."""
+    """For so many requests; the others wait in the queue."""
 
     def __init__(self, requests_max: int) -> None:
         self.requests_max = requests_max
@@ -175,20 +175,20 @@ class History:
             await self._strike(victim if self.is_single else self.rng.choice(self.world.workers))
 
     async def _strike(self, worker: Worker) -> None:
-        played, kind = self.world.played[worker.start], self.rng.choice(("kill", "kill", "stop", "failures"))
+        scripted, kind = self.world.scripted[worker.start], self.rng.choice(("kill", "kill", "stop", "failures"))
         self.faults.append(Fault(kind, worker, now_s()))
         if kind == "kill":
-            played.kill()
+            scripted.kill()
             await asyncio.sleep(self.rng.uniform(0.01, 1.5))
             self.world.restart(worker)
             self.breakers.follow(self.world.workers)
             self.attempts.notice(self.world.workers)
         elif kind == "stop":
-            played.thawed.clear()
+            scripted.thawed.clear()
             await asyncio.sleep(self.rng.uniform(0.1, 5))
-            played.thawed.set()
+            scripted.thawed.set()
         else:
-            played.failures += self.rng.randint(1, 4)
+            scripted.failures += self.rng.randint(1, 4)
 
 
 def judge(history: History) -> None:

@@ -1,7 +1,7 @@
 """Registry and Consul go away under a steady load, each in its own way, and no request fails.
 
 Every outage is proved before anything is judged, lasts for longer than a lease, and has a worker killed in its midst,
-which nobody can tell the frontends then but the worker's own silence. Afterwards everybody is registered again.
+which the frontends can only learn then from the worker's own silence. Afterwards all are registered again.
 """
 
 from __future__ import annotations

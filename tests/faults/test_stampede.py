@@ -1,4 +1,4 @@
-"""A whole fleet loses its registry, or Consul its memory: everybody is back soon, and not all in the same moment."""
+"""A whole fleet loses its registry, or Consul its memory: every worker is back soon, and not all at the same moment."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def arrivals(registry: str) -> list[float]:
     return list(came_s.values())
 
 
-async def test_registries_tell_an_emptied_consul_of_their_fleet_over_a_while(
+async def test_registries_spread_the_entries_for_an_emptied_consul_over_time(
     consul_binary: Path, tmp_path: Path
 ) -> None:
     async with (

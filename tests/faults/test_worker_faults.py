@@ -84,7 +84,7 @@ async def test_a_worker_that_stood_still_refuses_its_former_epoch(cluster: Fault
         async with frozen(worker.pid) as frozen_s:
             await views.all_show(running - {worker.name}, within_s=GONE_WITHIN_S)
             await load.wait_ended(FLOOR)
-            # It is there when the worker wakes up, before anything else can have told it that time has passed.
+            # It is there when the worker wakes up, before anything else can have shown it that time has passed.
             refused = asyncio.create_task(calls.is_refused_as_stale(former))
             await asyncio.sleep(0.2)
             woken_s = now_s()
@@ -119,7 +119,7 @@ async def test_a_worker_without_a_network_is_gone_and_comes_back_as_the_same_sta
     verdicts.went_to(load.history, CUT_WORKER, back_s)
 
 
-async def test_a_worker_whose_address_was_taken_ends_and_serves_nobody(cluster: FaultCluster) -> None:
+async def test_a_worker_whose_address_was_taken_ends_and_serves_no_request(cluster: FaultCluster) -> None:
     robbed = cluster.processes["decode-0"]
     async with observed(cluster) as (load, views), direct_calls(robbed.address) as calls:
         registries = robbed.flags["registry"]
@@ -132,7 +132,7 @@ async def test_a_worker_whose_address_was_taken_ends_and_serves_nobody(cluster: 
         epoch = await assert_eventually(lambda: views.epoch(thief.name), within_s=GONE_WITHIN_S, what="its entry")
         assert await calls.is_refused_as_stale(epoch), "it serves in the name of another"
         assert await asyncio.wait_for(robbed.wait_ended(), GONE_WITHIN_S) == 1
-        # Nobody is left at that address, and Consul's check of the thief finds that out.
+        # No process is left at that address, and Consul's check of the thief finds that out.
         others = {process.name for process in cluster.workers if process.runs} - {thief.name}
         await views.all_show(others, within_s=GONE_WITHIN_S)
         thief.kill()

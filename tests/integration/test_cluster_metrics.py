@@ -22,9 +22,9 @@ from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind, prometheus
 from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
-from tests.integration.support import happenings as on
+from tests.integration.support import cluster_events as on
 from tests.integration.support.calls import generate, request_of
-from tests.integration.support.happenings import World
+from tests.integration.support.cluster_events import World
 from tests.integration.support.scraped import EMITTERS, Wanted, samples, scrape, values
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
@@ -38,7 +38,7 @@ OF_CONSUL = ("tandem.view.live", "tandem.consul.answer.age", "tandem.consul.inde
 class Case:
     """What is to happen, and what is to be seen of it."""
 
-    happening: Callable[[World], AbstractAsyncContextManager[None]]
+    event: Callable[[World], AbstractAsyncContextManager[None]]
     labels: tuple[tuple[str, str], ...] = ()
     suffix: str = ""
     by: float = 1e-9
@@ -179,10 +179,10 @@ async def assert_moves(name: str, world: World) -> None:
         return case.of(await values(world.processes, wanted))
 
     if BY_NAME[name].kind is Kind.GAUGE:
-        # What was read for the case before this one may still be told.
+        # What was read for the case before this one may still be reported.
         await asyncio.sleep(READ_EVERY_S)
     before = await value()
-    async with case.happening(world):
+    async with case.event(world):
         await assert_eventually(
             value,
             lambda now: case.has_moved(now - before),
@@ -242,9 +242,9 @@ async def test_kv_that_the_real_engine_moves_is_counted(tmp_path: Path) -> None:
             assert await seen("tandem.kv.transfer.bytes", leg) == 2 * moved
             assert await seen("tandem.prompt.tokens", leg) == 2 * len(on.LONG)
         # SGLang's decode does not know when the first byte moved.
-        for leg, told in (("prefill", 2), ("decode", 0)):
-            assert await seen("tandem.kv.transfer.duration", leg) == told
-            assert await seen("tandem.kv.transfer.bandwidth", leg) == told
+        for leg, count in (("prefill", 2), ("decode", 0)):
+            assert await seen("tandem.kv.transfer.duration", leg) == count
+            assert await seen("tandem.kv.transfer.bandwidth", leg) == count
         assert 0 < await seen("tandem.kv.transfer.duration", "prefill", "_sum") < 10
         assert await seen("tandem.prompt.cached_tokens", "prefill") == stream.finish.usage.cached_tokens > 0
         assert await seen("tandem.prefill.duration", "prefill") == 2

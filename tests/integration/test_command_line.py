@@ -167,7 +167,7 @@ async def test_health_of_a_process(serving: Path) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
-async def test_demo_tells_what_happened(state: Path) -> None:
+async def test_demo_reports_what_happened(state: Path) -> None:
     status, out, err = await run(*TANDEM, "demo", *SIMULATED, state=state)
     assert status == 0, err
     for words in (
@@ -196,7 +196,7 @@ async def test_the_readme_talks_to_a_cluster(serving: Path) -> None:
     state = state_of(serving)
     for program, seen in ((over_http, ""), (native, "bytes of KV moved")):
         own = program.replace("127.0.0.1:8080", state["http"]).replace("127.0.0.1:50051", state["frontend"])
-        # The simulated engine goes on until it is told to stop.
+        # The simulated engine goes on until it is stopped.
         own = own.replace("temperature=0,", "temperature=0, max_tokens=9,")
         status, out, err = await run(sys.executable, "-c", own, state=serving)
         assert (status, err) == (0, "")

@@ -68,9 +68,9 @@ def child(up: asyncio.subprocess.Process, word: str) -> psutil.Process:
 
 async def test_an_agent_of_its_own_serves_and_is_no_loss(state: Path) -> None:
     async with cluster_up(state, "--consul", "--registries", "2", "--no-edge") as up:
-        told = state_of(state)
-        assert len(told["registry"].split(",")) == 2
-        assert await ConsulAccess(address=told["consul"]).get("/v1/catalog/services")
+        cluster_state = state_of(state)
+        assert len(cluster_state["registry"].split(",")) == 2
+        assert await ConsulAccess(address=cluster_state["consul"]).get("/v1/catalog/services")
         found = await observed(state)
         assert {entry["worker"]["worker_id"] for entry in found["workers"]} == {"prefill-0", "decode-0"}
         assert all(entry["lease_age"].endswith("s") and entry["lease_keeper"] for entry in found["workers"])
@@ -90,13 +90,13 @@ async def test_an_agent_of_its_own_serves_and_is_no_loss(state: Path) -> None:
         await generated(state)
         consul.kill()
         assert "restarting in 1 s" in await line_with(up, "consul was killed by signal 9")
-        assert told["consul"].partition("://")[2] in await line_with(up, "consul is ready again")
+        assert cluster_state["consul"].partition("://")[2] in await line_with(up, "consul is ready again")
         await assert_eventually(
             lambda: sources(state), lambda found: found == {"VIEW_SOURCE_LIVE"}, within_s=60, what="a live view"
         )
         await generated(state)
 
-        children, data = children_of(up), Path(told["log"]) / "consul-data"
+        children, data = children_of(up), Path(cluster_state["log"]) / "consul-data"
         assert data.is_dir()
         up.send_signal(signal.SIGINT)
         assert await up.wait() == 0
@@ -107,7 +107,7 @@ async def test_an_agent_of_its_own_serves_and_is_no_loss(state: Path) -> None:
         assert steps == sorted(steps)
         assert not [child for child in children if child.is_running()]
         assert not data.exists()
-        assert list(Path(told["log"]).glob("*.log"))
+        assert list(Path(cluster_state["log"]).glob("*.log"))
 
 
 async def test_nothing_is_left_when_up_itself_is_killed(state: Path) -> None:
@@ -133,7 +133,7 @@ def holders(processes: list[psutil.Process], secret: str) -> tuple[set[str], set
 
 
 @pytest.mark.parametrize("by_file", [True, False])
-async def test_an_agent_that_runs_is_used_with_a_token_that_nobody_sees(
+async def test_a_running_agent_is_used_with_a_token_that_is_not_shown(
     state: Path, tmp_path: Path, guarded: GuardedConsul, by_file: bool
 ) -> None:
     secret = await guarded.token("registry")
@@ -151,14 +151,14 @@ async def test_an_agent_that_runs_is_used_with_a_token_that_nobody_sees(
                 for check in entry["Checks"]
             }
 
-        # The agent shows its certificate to members, who answer nobody without one.
+        # The agent shows its certificate to members, who refuse every client without one.
         await asyncio.sleep(6)
         await assert_eventually(health, lambda found: found == {"passing"}, within_s=20, what="passing checks")
         assert {entry["health"] for entry in (await observed(state))["workers"]} == {"LISTED_HEALTH_PASSING"}
         said, had = holders(children_of(up), secret)
         assert (said, had) == (set(), set() if by_file else {"tandem_registry"})
-        told = state_of(state)
-        assert told["consul"] == guarded.url
+        cluster_state = state_of(state)
+        assert cluster_state["consul"] == guarded.url
         written = [
             file for file in state.parent.rglob("*") if file.is_file() and secret in file.read_text(errors="replace")
         ]

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.timeout(60)
 
 async def test_up_answers_http_before_several_frontends(state: Path) -> None:
     async with cluster_up(state, "--frontends", "2", "--log-dir", str(state.parent / "logs")) as up:
-        told = json.loads(state.read_text())
-        async with httpx.AsyncClient(base_url=f"http://{told['http']}") as client:
+        cluster_state = json.loads(state.read_text())
+        async with httpx.AsyncClient(base_url=f"http://{cluster_state['http']}") as client:
             answer = await client.post("/v1/generate:unary", json={"prompt": "Once", "stopping": {"max_tokens": 3}})
         assert len(answer.json()["token_ids"]) == 3
         status, _, err = await run(*TANDEM, "generate", "Once", "--max-tokens", "3", state=state)
@@ -26,7 +26,7 @@ async def test_up_answers_http_before_several_frontends(state: Path) -> None:
         up.send_signal(signal.SIGINT)
         assert await up.wait() == 0
         shown = await output_of(up)
-        assert f"http      http://{told['http']}" in shown
+        assert f"http      http://{cluster_state['http']}" in shown
         assert shown.count("\nfrontend  ") == 2
 
 

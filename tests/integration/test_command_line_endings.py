@@ -1,4 +1,4 @@
-"""How the commands end when told to: at once before they serve, draining after, with nothing left behind."""
+"""How the commands end on a signal: at once before they serve, draining after, with nothing left behind."""
 
 from __future__ import annotations
 

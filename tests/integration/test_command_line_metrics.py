@@ -1,4 +1,4 @@
-"""`tandem up` gives every process a port for Prometheus and tells of them in one file, which goes with it."""
+"""`tandem up` gives every process a port for Prometheus and lists them in one file, removed when it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_the_targets_are_there_as_long_as_the_cluster(state: Path) -> None
         return list(json.loads(file.read_text())) if file.exists() and state.exists() else []
 
     async with started(state, "up", *SIMULATED):
-        found = await assert_eventually(targets, lambda told: len(told) == 6, within_s=40, what="all targets")
+        found = await assert_eventually(targets, lambda listed: len(listed) == 6, within_s=40, what="all targets")
         assert {one["labels"]["process"] for one in found} == {"registry", "prefill-0", "decode-0", "frontend", "edge"}
         for one in found:
             path = one["labels"].get("__metrics_path__", "/metrics")
@@ -30,7 +30,7 @@ async def test_the_targets_are_there_as_long_as_the_cluster(state: Path) -> None
     assert not file.exists()
 
 
-async def test_without_metrics_nothing_is_told(state: Path) -> None:
+async def test_without_metrics_no_targets_are_listed(state: Path) -> None:
     async with started(state, "up", "--no-metrics", "--no-edge", *SIMULATED) as process:
         assert process.stdout is not None
         lines = []

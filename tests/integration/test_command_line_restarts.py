@@ -35,7 +35,7 @@ from tests.integration.support.command_line import (
 pytestmark = pytest.mark.timeout(300)
 
 
-async def test_a_dead_worker_is_told_and_started_again(state: Path) -> None:
+async def test_a_dead_worker_is_reported_and_started_again(state: Path) -> None:
     async with cluster_up(state, "--no-edge") as up:
         log = Path(state_of(state)["log"]) / "decode-0.log"
         child_of(up, "tandem_decode").kill()

@@ -1,4 +1,4 @@
-"""What is wrong is told in one sentence before anything starts: settings, ports, directories, no cluster."""
+"""A wrong setting is reported in one sentence before anything starts: settings, ports, directories, no cluster."""
 
 from __future__ import annotations
 

@@ -86,13 +86,13 @@ async def test_a_registry_may_do_nothing_else(consul: GuardedConsul, registry: C
     assert await consul.as_manager("/v1/kv/billing/secret")
 
 
-async def test_without_a_token_or_with_a_wrong_one_nothing_is_told(consul: GuardedConsul) -> None:
+async def test_without_a_token_or_with_a_wrong_one_nothing_is_readable(consul: GuardedConsul) -> None:
     for token in ("", "11111111-2222-3333-4444-555555555555"):
-        nobody = ConsulAccess(address=consul.url, token=token, ca=consul.registry_tls.ca, tls=consul.registry_tls)
+        outsider = ConsulAccess(address=consul.url, token=token, ca=consul.registry_tls.ca, tls=consul.registry_tls)
         # Without one, the agent takes its own default, which is that of DNS.
-        await refused(nobody, "PUT", "/v1/agent/service/register", MEMBER)
-        await refused(nobody, "GET", "/v1/kv/tandem/generation")
-        await refused(nobody, "PUT", "/v1/kv/tandem/generation", b"mine")
+        await refused(outsider, "PUT", "/v1/agent/service/register", MEMBER)
+        await refused(outsider, "GET", "/v1/kv/tandem/generation")
+        await refused(outsider, "PUT", "/v1/kv/tandem/generation", b"mine")
 
 
 async def test_without_a_certificate_there_is_no_answer_at_all(consul: GuardedConsul, registry: ConsulAccess) -> None:
@@ -101,7 +101,7 @@ async def test_without_a_certificate_there_is_no_answer_at_all(consul: GuardedCo
         await bare.get("/v1/health/service/tandem")
 
 
-async def test_dns_tells_of_this_cluster_and_of_no_other(consul: GuardedConsul, registry: ConsulAccess) -> None:
+async def test_dns_lists_this_cluster_and_no_other(consul: GuardedConsul, registry: ConsulAccess) -> None:
     await registry.put("/v1/agent/service/register", MEMBER)
     assert await dns_counts(consul.host.first, "decode.tandem.service.consul") == (0, 1)
     assert await dns_counts(consul.host.first, "billing.service.consul") == (NO_SUCH_NAME, 0)

@@ -84,7 +84,7 @@ async def test_a_paused_agent_is_silent_until_it_goes_on(consul_binary: Path, tm
         await host.wait_leader()
 
 
-async def test_with_certificates_it_answers_nobody_without_one(consul_binary: Path, tmp_path: Path) -> None:
+async def test_an_agent_with_certificates_refuses_clients_without_one(consul_binary: Path, tmp_path: Path) -> None:
     certs = tmp_path / "certs"
     issue_all(certs)
     tls = Tls.in_directory(certs, "consul")
@@ -112,7 +112,7 @@ async def test_why_it_does_not_start_is_one_sentence(consul_binary: Path, tmp_pa
             await ConsulAgent(program, tmp_path).start(tmp_path)
 
 
-async def test_an_agent_ends_with_whoever_started_it(consul_binary: Path, tmp_path: Path) -> None:
+async def test_an_agent_ends_with_its_parent(consul_binary: Path, tmp_path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from tandem.local_cluster.consul_agent import *\n"
         "async def main():\n"
@@ -137,9 +137,9 @@ async def test_an_agent_ends_with_whoever_started_it(consul_binary: Path, tmp_pa
     await assert_eventually(left, lambda found: not found, within_s=10, what="the end of the agent")
 
 
-async def test_a_token_is_shown_to_the_agent_and_to_nobody_else(consul_binary: Path, tmp_path: Path) -> None:
-    access = ConsulAccess(address="127.0.0.1:1", token="not-for-everybody")
-    assert "not-for-everybody" not in repr(access)
+async def test_a_token_is_shown_to_the_agent_only(consul_binary: Path, tmp_path: Path) -> None:
+    access = ConsulAccess(address="127.0.0.1:1", token="not-for-logs")
+    assert "not-for-logs" not in repr(access)
     async with consul_agent(consul_binary, tmp_path) as host:
         configuration = json.loads((tmp_path / "consul.json").read_text())
         assert configuration["client_addr"] == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Consul killed, emptied, leaderless, paused, reset: nobody is told that the fleet is gone, and all comes back."""
+"""Consul killed, emptied, leaderless, paused, reset: no watcher hears that the fleet is gone, and all comes back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.consul_host import ConsulHost, consul_servers
-from tests.integration.support.consul_registries import TTL_S, Site, Watched, listed, played_worker, watched, worker_ids
+from tests.integration.support.consul_registries import (
+    TTL_S,
+    Site,
+    Watched,
+    listed,
+    scripted_worker,
+    watched,
+    worker_ids,
+)
 from tests.unit.support.registry_workers import make_worker
 
 pytestmark = pytest.mark.timeout(120)
@@ -42,7 +50,7 @@ class Scene:
         self.generation = watches[0].steps[-1][0]
 
     def check_nothing_was_seen(self) -> None:
-        """No watcher was told that anybody is missing, and no worker had to register again."""
+        """No watcher heard that any worker is missing, and no worker had to register again."""
         assert {workers for watch in self.watches for _, _, workers in watch.steps} == {WORKERS}
         assert [worker.lease_id for worker in self.workers] == self.lease_ids
         assert all(worker.registration.registered for worker in self.workers)
@@ -81,7 +89,7 @@ async def make_scene(consul: ConsulHost, stack: AsyncExitStack) -> Scene:
     first, second = registries
     places = ((first, second), (second, first), (first, second))
     workers = [
-        await stack.enter_async_context(played_worker(name, *place))
+        await stack.enter_async_context(scripted_worker(name, *place))
         for name, place in zip(WORKERS, places, strict=True)
     ]
     for registry in registries:
@@ -104,7 +112,7 @@ async def refusal(registry: Any) -> TandemError:
 
 
 async def check_outage(scene: Scene) -> None:
-    """The last view is told, and says so; signs of life are answered; new workers must wait."""
+    """The last view is served, and says so; leases are renewed; new workers must wait."""
     await scene.none_live()
     await asyncio.sleep(2 * TTL_S)
     scene.check_nothing_was_seen()
@@ -137,7 +145,7 @@ async def test_consul_comes_back_empty(scene: Scene) -> None:
     (generation,) = {watch.steps[-1][0] for watch in scene.watches}
     assert generation != scene.generation, "revisions are counted anew"
     shown = {entry["Service"]["Meta"]["id"] for entry in await scene.consul.services(scene.site.service)}
-    assert shown > set(WORKERS), "the keepers have entered everybody again"
+    assert shown > set(WORKERS), "the lease keepers have entered all again"
 
 
 async def test_consul_is_paused(scene: Scene) -> None:
@@ -176,7 +184,7 @@ async def test_a_worker_that_dies_while_consul_is_gone_leaves_when_it_is_back(sc
 
 
 async def test_a_generation_that_was_removed_is_begun_anew(scene: Scene) -> None:
-    """As when somebody restores Consul from a snapshot without it."""
+    """As when an operator restores Consul from a snapshot without it."""
     await scene.consul.access.send("DELETE", f"/v1/kv/{scene.site.service}/generation")
     await scene.each(lambda view: view.registry_id != scene.generation, within_s=12)
     scene.check_nothing_was_seen()
@@ -184,11 +192,11 @@ async def test_a_generation_that_was_removed_is_begun_anew(scene: Scene) -> None
 
 
 async def test_entries_that_an_agent_loses_are_written_again(consul: ConsulHost) -> None:
-    """Somebody clears the agent: those who watch at the keeper learn nothing of it."""
+    """An operator clears the agent: those who watch at the lease keeper learn nothing of it."""
     async with AsyncExitStack() as stack:
         site = Site(consul)
         registry = await stack.enter_async_context(site.registry())
-        workers = [await stack.enter_async_context(played_worker(name, registry)) for name in WORKERS]
+        workers = [await stack.enter_async_context(scripted_worker(name, registry)) for name in WORKERS]
         watch = await stack.enter_async_context(watched(registry))
         scene = Scene(site, [registry], workers, [watch])
         await asyncio.sleep(SETTLE_S)

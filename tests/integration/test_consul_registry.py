@@ -29,7 +29,7 @@ from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.consul_host import ConsulHost, consul_agent, consul_servers
-from tests.integration.support.consul_registries import TTL_S, Site, listed, played_worker, watched, worker_ids
+from tests.integration.support.consul_registries import TTL_S, Site, listed, scripted_worker, watched, worker_ids
 from tests.unit.support.registry_workers import make_worker
 
 CHECK_S = 3.5
@@ -56,7 +56,7 @@ async def srv(site: Site, tag: str) -> list[int]:
 
 
 async def test_consul_shows_the_fleet_without_any_code_of_ours(site: Site) -> None:
-    async with site.registry() as registry, played_worker("decode-0", registry) as worker:
+    async with site.registry() as registry, scripted_worker("decode-0", registry) as worker:
         (entry,) = await site.consul.access.get(f"/v1/catalog/service/{site.service}?tag=decode")
         assert f"{entry['ServiceAddress']}:{entry['ServicePort']}" == worker.member.address
         meta = entry["ServiceMeta"]
@@ -74,13 +74,13 @@ async def test_consul_shows_the_fleet_without_any_code_of_ours(site: Site) -> No
     assert await site.consul.services(site.service) == [], "an end in order leaves nothing behind"
 
 
-async def test_replicas_over_one_agent_tell_the_same_view_at_the_same_revision(site: Site) -> None:
+async def test_replicas_over_one_agent_publish_the_same_view_at_the_same_revision(site: Site) -> None:
     async with AsyncExitStack() as stack:
         registries = [await stack.enter_async_context(site.registry()) for _ in range(3)]
         await same_views(registries, stack)
 
 
-async def test_replicas_over_several_servers_tell_the_same_view_at_the_same_revision(
+async def test_replicas_over_several_servers_publish_the_same_view_at_the_same_revision(
     consul_binary: Path, tmp_path: Path
 ) -> None:
     async with consul_servers(consul_binary, tmp_path) as consul, AsyncExitStack() as stack:
@@ -93,20 +93,20 @@ async def same_views(registries: list[Any], stack: AsyncExitStack) -> None:
     """Workers come and go at all replicas at once; the replicas never contradict each other, and agree in the end."""
     watches = [await stack.enter_async_context(watched(registry)) for registry in registries]
     order = random.Random(1)
-    # While nobody is listed, replicas look twice and skip some of the steps.
+    # While no worker is listed, replicas look twice and skip some of the steps.
     steady = await stack.enter_async_context(AsyncExitStack())
-    await steady.enter_async_context(played_worker("steady", registries[0]))
+    await steady.enter_async_context(scripted_worker("steady", registries[0]))
     for number in range(12):
         names = [order.choice(registries) for _ in range(2)]
         async with AsyncExitStack() as some:
             for part, registry in enumerate(names):
-                await some.enter_async_context(played_worker(f"w-{number}-{part}", registry))
-    keeper = order.choice(registries)
+                await some.enter_async_context(scripted_worker(f"w-{number}-{part}", registry))
+    lease_keeper = order.choice(registries)
     await steady.aclose()
-    last = await stack.enter_async_context(played_worker("last", keeper))
+    last = await stack.enter_async_context(scripted_worker("last", lease_keeper))
     views = [await eventually_alone(registry, "last") for registry in registries]
     assert {view.registry_id for view in views} == {watches[0].steps[0][0]}
-    assert {view.workers[0].lease_keeper for view in views} == {(await listed(keeper)).replica_id}
+    assert {view.workers[0].lease_keeper for view in views} == {(await listed(lease_keeper)).replica_id}
     assert {view.workers[0].worker.epoch for view in views} == {last.member.epoch}
     seen: dict[int, set[tuple[str, ...]]] = {}
     for _, revision, workers in itertools.chain(*(watch.steps for watch in watches)):
@@ -125,7 +125,7 @@ async def eventually_alone(registry: Any, worker_id: str) -> pb.ListResponse:
 
 async def test_a_silent_worker_leaves_every_view_when_its_lease_ends(site: Site) -> None:
     loop = asyncio.get_running_loop()
-    async with site.registry() as one, site.registry() as two, played_worker("w", one) as worker:
+    async with site.registry() as one, site.registry() as two, scripted_worker("w", one) as worker:
         await assert_eventually(lambda: worker_ids(two), lambda ids: ids == ["w"])
         await worker.fall_silent()
         silent_s = loop.time()
@@ -135,7 +135,7 @@ async def test_a_silent_worker_leaves_every_view_when_its_lease_ends(site: Site)
 
 
 async def test_health_takes_a_worker_out_while_its_lease_lives_and_back(site: Site) -> None:
-    async with site.registry() as registry, played_worker("w", registry) as worker:
+    async with site.registry() as registry, scripted_worker("w", registry) as worker:
         await worker.server.set_serving(False)
         await assert_eventually(lambda: worker_ids(registry), lambda ids: ids == [], within_s=CHECK_S)
         assert worker.registration.registered, "its stream lives"
@@ -146,7 +146,7 @@ async def test_health_takes_a_worker_out_while_its_lease_lives_and_back(site: Si
 
 
 async def test_a_draining_worker_stays_in_the_view_and_leaves_the_dns(site: Site) -> None:
-    async with site.registry() as registry, played_worker("w", registry) as worker:
+    async with site.registry() as registry, scripted_worker("w", registry) as worker:
         assert await worker.registration.set_state(WorkerState.DRAINING)
         await worker.server.set_serving(False)
         await assert_eventually(lambda: srv(site, "decode"), lambda ports: ports == [])
@@ -162,7 +162,7 @@ async def test_leases_of_a_killed_replica_live_on_at_another_one(site: Site, tmp
     async with (
         site.process(tmp_path) as first,
         site.registry() as second,
-        played_worker("w", first, second) as worker,
+        scripted_worker("w", first, second) as worker,
         watched(second) as watch,
     ):
         before = (await listed(second)).workers[0]
@@ -183,7 +183,7 @@ async def test_leases_of_a_killed_replica_live_on_at_another_one(site: Site, tmp
 
 
 async def test_a_worker_that_dies_with_its_replica_leaves_all_the_same(site: Site, tmp_path: Path) -> None:
-    async with site.process(tmp_path) as first, site.registry() as second, played_worker("w", first) as worker:
+    async with site.process(tmp_path) as first, site.registry() as second, scripted_worker("w", first) as worker:
         await assert_eventually(lambda: worker_ids(second), lambda ids: ids == ["w"])
         await asyncio.gather(first.kill(), worker.die())
         await assert_eventually(lambda: worker_ids(second), lambda ids: ids == [], within_s=CHECK_S + 2)
@@ -192,7 +192,7 @@ async def test_a_worker_that_dies_with_its_replica_leaves_all_the_same(site: Sit
 async def test_a_lone_replica_that_was_killed_takes_up_the_leases_it_had(site: Site, tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(site.process(tmp_path, port=(port := free_port())))
-        worker = await stack.enter_async_context(played_worker("w", first))
+        worker = await stack.enter_async_context(scripted_worker("w", first))
         lease_id = worker.lease_id
         registry_id = (await listed(first)).registry_id
         await first.kill()
@@ -209,7 +209,7 @@ async def test_a_paused_replica_does_not_end_leases_that_went_elsewhere(site: Si
     async with (
         site.process(tmp_path) as first,
         site.registry() as second,
-        played_worker("w", first, second) as worker,
+        scripted_worker("w", first, second) as worker,
         watched(second) as watch,
     ):
         await first.pause()
@@ -227,7 +227,7 @@ async def test_a_paused_replica_does_not_end_leases_that_went_elsewhere(site: Si
 
 
 async def test_a_worker_of_another_replica_can_be_drained_and_taken_out(site: Site) -> None:
-    async with site.registry() as one, site.registry() as two, played_worker("w", one) as worker:
+    async with site.registry() as one, site.registry() as two, scripted_worker("w", one) as worker:
         await assert_eventually(lambda: worker_ids(two), lambda ids: ids == ["w"])
         async with open_channel(two.address) as channel:
             stub: Any = RegistryServiceStub(channel)

@@ -1,4 +1,4 @@
-"""A registry and a Consul that trusts nobody: tokens of least right, and certificates on both sides."""
+"""A registry and a Consul that trusts no client by default: tokens of least right, and certificates on both sides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
 from tests.integration.support.consul_host import ConsulHost, consul_agent
-from tests.integration.support.consul_registries import Site, played_worker, worker_ids
+from tests.integration.support.consul_registries import Site, scripted_worker, worker_ids
 
 pytestmark = pytest.mark.timeout(120)
 SERVICE = "guarded"
@@ -50,7 +50,7 @@ async def test_a_token_of_least_right_is_enough(consul: ConsulHost, tmp_path: Pa
     file = tmp_path / "token"
     file.write_text(await make_token(consul, "registry") + "\n")
     site = Site(consul, SERVICE, {"consul_token_file": file})
-    async with site.registry() as one, site.registry() as two, played_worker("w", one) as worker:
+    async with site.registry() as one, site.registry() as two, scripted_worker("w", one) as worker:
         await assert_eventually(lambda: worker_ids(two), lambda ids: ids == ["w"])
         await worker.server.set_serving(False)
         await assert_eventually(lambda: worker_ids(two), lambda ids: ids == [], within_s=6)
@@ -76,7 +76,7 @@ async def test_a_token_that_was_renewed_in_its_file_is_taken(
         tokens = await consul.access.get("/v1/acl/tokens")
         (old,) = [token["AccessorID"] for token in tokens if "'first'" in str(token.get("Policies"))]
         await consul.access.send("DELETE", f"/v1/acl/token/{old}")
-        async with played_worker("w", registry):
+        async with scripted_worker("w", registry):
             assert await worker_ids(registry) == ["w"]
     assert first not in caplog.text
     assert second not in caplog.text
@@ -88,7 +88,7 @@ async def test_certificates_on_both_sides(consul_binary: Path, tmp_path: Path) -
     async with consul_agent(consul_binary, tmp_path, tls=tls, client=client) as consul:
         shown = {"consul_ca": client.ca, "consul_cert": client.cert, "consul_key": client.key}
         site = Site(consul, SERVICE, shown)
-        async with site.registry() as registry, played_worker("w", registry):
+        async with site.registry() as registry, scripted_worker("w", registry):
             assert await worker_ids(registry) == ["w"]
             await asyncio.sleep(3)
             assert await worker_ids(registry) == ["w"], "plaintext members are checked as such"

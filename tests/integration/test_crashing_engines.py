@@ -36,7 +36,7 @@ def fired(role: str, directory: Path) -> list[tuple[str, str]]:
 
 
 async def assert_whole(cluster: LocalCluster) -> None:
-    """Every page of every worker is free or cached: what the workers themselves tell."""
+    """Every page of every worker is free or cached: what the workers themselves report."""
 
     async def unaccounted() -> list[int]:
         loads = [await calls.worker_load(worker.address) for worker in cluster.workers]

@@ -1,4 +1,4 @@
-"""Dead and frozen workers under load while no registry tells of them: the frontend sees them itself."""
+"""Dead and frozen workers under load while no registry reports them: the frontend detects them itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_nothing_is_sent_to_a_dead_worker_though_the_registry_is_dead_too(
         assert len(load.failures) <= CLIENTS, "more than it can have held"
 
 
-async def test_a_frozen_worker_is_left_alone_until_it_goes_on(tmp_path: Path) -> None:
+async def test_a_frozen_worker_gets_no_request_until_it_goes_on(tmp_path: Path) -> None:
     # Frozen for less than a lease: it stays the worker that the frontend knows.
     flags = {"registry": {"lease-ttl-s": "20"}}
     async with running(tmp_path, **PAIRS, role_flags=flags) as cluster, under_load(cluster) as load:

@@ -136,7 +136,7 @@ REFUSED: list[tuple[str, str, dict[str, str], bytes, int, str | None]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "headers", "body", "status", "param"), REFUSED)
-async def test_what_is_wrong_is_told_in_one_form(
+async def test_every_error_has_one_form(
     client: httpx.AsyncClient,
     method: str,
     path: str,
@@ -200,11 +200,11 @@ async def test_a_failure_after_the_first_event_is_the_last_event(tmp_path: Path)
         await assert_eventually(open_legs, bool, within_s=5, what="an open stream")
         await asyncio.sleep(0.1)
         cluster.process("decode-0").signal(signal.SIGKILL)
-        told = await events
-        assert "accepted" in told[0]
-        assert "chunk" in told[1]
-        assert not [event for event in told if "finish" in event]
-        error = told[-1]["error"]
+        received = await events
+        assert "accepted" in received[0]
+        assert "chunk" in received[1]
+        assert not [event for event in received if "finish" in event]
+        error = received[-1]["error"]
         assert (error["type"], error["param"], error["code"]) == ("service_unavailable_error", None, "leg_failed")
         assert "decode leg on decode-0 failed" in error["message"]
         # The next one has not begun when it fails: a status of HTTP.

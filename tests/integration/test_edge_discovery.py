@@ -287,7 +287,7 @@ async def test_a_cluster_over_consul_serves_on_without_consul_and_without_a_regi
                     await process.wait_ended()
                 await load.more(CLIENTS * 5)
             assert load.wrong == []
-            # Nobody is left who could say that this one is gone.
+            # No process is left that could report that this one is gone.
             victim = cluster.frontends[1]
             load.stopped = False
             async with load.running():

@@ -43,7 +43,7 @@ class Unauthenticated(TandemError):
     reason = "WHO"
 
 
-TOLD: list[tuple[TandemError, int, str, str | None, str | None]] = [
+ERRORS: list[tuple[TandemError, int, str, str | None, str | None]] = [
     (errors.InvalidRequest("a.b[0]", "is bad"), 400, "invalid_request_error", "a.b[0]", None),
     (errors.ModelNotFound("no", model="m"), 404, "invalid_request_error", None, None),
     (errors.DuplicateWorker("twice", field="address"), 409, "invalid_request_error", "address", None),
@@ -64,7 +64,7 @@ TOLD: list[tuple[TandemError, int, str, str | None, str | None]] = [
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "kind", "param", "retry_after"), TOLD, ids=[type(row[0]).__name__ for row in TOLD]
+    ("failure", "status", "kind", "param", "retry_after"), ERRORS, ids=[type(row[0]).__name__ for row in ERRORS]
 )
 async def test_status_type_param_code_and_delay(
     host: Host, failure: TandemError, status: int, kind: str, param: str | None, retry_after: str | None
@@ -102,7 +102,7 @@ async def test_a_message_cannot_break_the_form(host: Host, message: str) -> None
     }
 
 
-async def test_a_defect_is_told_without_its_message(host: Host) -> None:
+async def test_a_defect_is_reported_without_its_message(host: Host) -> None:
     stub, client = host
     stub.failure = KeyError("secret")
     response = await detokenize(client)
@@ -135,7 +135,7 @@ async def test_an_error_too_long_for_headers_is_cut_and_harms_no_other_stream(ho
     assert (error["param"], error["code"]) == ("prompt", "invalid_request")
 
 
-async def test_what_is_no_error_is_left_alone(host: Host) -> None:
+async def test_a_successful_response_is_unchanged(host: Host) -> None:
     stub, client = host
     stub.failure = None
     stub.text = json.dumps({"error": {"message": "not one"}})
@@ -151,7 +151,7 @@ async def test_a_large_answer_is_not_cut(host: Host) -> None:
     assert (response.status_code, response.json()) == (200, {"text": stub.text})
 
 
-async def test_nobody_there(tmp_path: Any) -> None:
+async def test_an_edge_without_a_frontend_is_unavailable(tmp_path: Any) -> None:
     async with edge(tmp_path, "127.0.0.1:1") as process, client_of(process) as client:
         response = await detokenize(client)
         assert response.status_code == 503

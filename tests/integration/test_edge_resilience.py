@@ -144,7 +144,7 @@ async def test_envoy_does_not_outlive_an_edge_that_is_killed(tmp_path: Path) -> 
         await assert_eventually(
             lambda: not envoy.is_running() or envoy.status() == psutil.STATUS_ZOMBIE, bool, within_s=5, what="its end"
         )
-        shutil.rmtree(directory)  # nobody was left to do it
+        shutil.rmtree(directory)  # no process was left to do it
 
 
 async def test_an_edge_whose_envoy_dies_says_so_and_ends(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ async def test_without_keys_each_address_has_its_own_rate(stub: tuple[StubFronte
         assert (await detokenize(other)).status_code == 200
 
 
-async def test_one_clients_malformed_metadata_harms_nobody(
+async def test_one_clients_malformed_metadata_does_not_affect_others(
     stub: tuple[StubFrontend, str], open_edge: ClusterProcess
 ) -> None:
     poison = {"foo-bin": "!!!", "grpc-timeout": "junk", "grpc-encoding": "none", "grpc-status-details-bin": "?"}

@@ -85,7 +85,7 @@ class Processes:
     async def all_serve(self, count: int = COUNT) -> None:
         await assert_eventually(
             lambda: admin_calls.frontend_figures(self.frontend.address, tls=self.tls),
-            lambda figures: figures.processes == count,
+            lambda stats: stats.processes == count,
             within_s=COMES_BACK_WITHIN_S,
             every_s=0.1,
             what="every process serves",
@@ -138,8 +138,8 @@ async def test_streams_of_several_connections_are_spread_evenly(slow: LocalClust
     found = await Processes(slow).open_requests()
     # A process that let a connection lie for a moment, because the machine is busy, is passed over once.
     assert all(3 <= len(ids) <= 5 for ids in found.values()), found
-    figures = await admin_calls.frontend_figures(slow.frontend.address)
-    assert figures.open_requests == 12, "each process answers for all"
+    stats = await admin_calls.frontend_figures(slow.frontend.address)
+    assert stats.open_requests == 12, "each process answers for all"
     for number, stream in enumerate(await asyncio.gather(*streams.values())):
         assert stream.token_ids == oracle(f"{STORY} {number}", 100)
 
@@ -203,17 +203,17 @@ async def test_figures_are_those_of_all(cluster: LocalCluster) -> None:
     before = await admin_calls.frontend_figures(address)
     await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=10)) for _ in range(2 * COUNT)))
     for _ in range(COUNT):
-        figures = await admin_calls.frontend_figures(address)
-        assert figures.processes == COUNT
-        assert figures.finished_requests - before.finished_requests == 2 * COUNT
-        assert figures.completion_tokens - before.completion_tokens == 20 * COUNT
-        assert figures.time_to_first_token.count - before.time_to_first_token.count == 2 * COUNT
+        stats = await admin_calls.frontend_figures(address)
+        assert stats.processes == COUNT
+        assert stats.finished_requests - before.finished_requests == 2 * COUNT
+        assert stats.completion_tokens - before.completion_tokens == 20 * COUNT
+        assert stats.time_to_first_token.count - before.time_to_first_token.count == 2 * COUNT
         held = await calls.process_figures(address)
         assert held.pid == cluster.frontend.pid, "it is known by the one that was started"
         assert (held.resident_bytes or 0) > (COUNT + 1) * 30 * 2**20
 
 
-async def test_one_scrape_tells_of_all_processes(cluster: LocalCluster) -> None:
+async def test_one_scrape_covers_all_processes(cluster: LocalCluster) -> None:
     await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=3)) for _ in range(2 * COUNT)))
     assert cluster.frontend.metrics_address is not None
     text = await scrape(cluster.frontend.metrics_address)
@@ -242,11 +242,11 @@ async def test_a_process_that_does_not_answer_is_left_out_of_the_answers(tmp_pat
             with contextlib.suppress(TandemError):
                 for _ in range(COUNT):
                     await admin_calls.frontend_figures(address)
-            figures = await admin_calls.frontend_figures(address)
-            assert figures.processes == COUNT - 1
-            told_count = cluster.frontend.log.read_text().count(SILENCE) - silences
-            assert 1 <= told_count <= COUNT - 1, "each of the others says it once"
-            assert figures.finished_requests == COUNT - 1
+            stats = await admin_calls.frontend_figures(address)
+            assert stats.processes == COUNT - 1
+            reported_count = cluster.frontend.log.read_text().count(SILENCE) - silences
+            assert 1 <= reported_count <= COUNT - 1, "each of the others says it once"
+            assert stats.finished_requests == COUNT - 1
             assert cluster.frontend.metrics_address is not None
             found = {labels[LABEL] for _, labels, _ in samples(await scrape(cluster.frontend.metrics_address))}
             assert found == {"1", "2", "parent"}
@@ -273,8 +273,8 @@ async def test_two_hundred_connections_leave_nothing_behind(cluster: LocalCluste
     children = {child.pid for child in parent.children(recursive=True)}
 
     async def held() -> tuple[int, int]:
-        figures = await calls.process_figures(cluster.frontend.address)
-        return figures.descriptors, figures.open_calls
+        stats = await calls.process_figures(cluster.frontend.address)
+        return stats.descriptors, stats.open_calls
 
     await asyncio.gather(*(generate(cluster, request_of(STORY, max_tokens=2)) for _ in range(2 * COUNT)))
     before = await held()

@@ -187,8 +187,8 @@ async def test_with_tls_every_process_asks_for_a_certificate(tmp_path: Path) -> 
 
         streams = await asyncio.gather(*(tokens(number) for number in range(8)))
         assert streams == [oracle(f"{STORY} {number}", 30) for number in range(8)]
-        figures = await admin_calls.frontend_figures(address, tls=tls)
-        assert (figures.processes, figures.finished_requests) == (COUNT, 8)
+        stats = await admin_calls.frontend_figures(address, tls=tls)
+        assert (stats.processes, stats.finished_requests) == (COUNT, 8)
         for _ in range(2 * COUNT):
             with pytest.raises((TandemError, StartError)):
                 await calls.is_serving(address)

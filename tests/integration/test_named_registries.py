@@ -65,7 +65,7 @@ async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_pat
             for gone, left in ((first, second), (second, first)):
                 gone.signal(signal.SIGKILL)
                 await gone.wait_ended()
-                # Longer than a lease lives that nobody keeps, and than Consul takes to see who is left.
+                # Longer than a lease lives that no registry keeps, and than Consul takes to see which servers are left.
                 await asyncio.sleep(2 * LEASE_S)
                 await assert_eventually(lambda left=left: ids(left), lambda known: "decode-named" in known, within_s=10)
                 assert (await finish_of(frontend)).usage.completion_tokens == 16

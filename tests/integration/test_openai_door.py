@@ -208,7 +208,7 @@ async def test_a_stop_token_has_no_logprob(simulated: LocalCluster) -> None:
     assert choice["message"]["content"] == TOKENIZER.decode(tokens[:count])
 
 
-async def test_developers_and_parts_are_told_to_the_model(simulated: LocalCluster) -> None:
+async def test_developer_messages_and_parts_reach_the_model(simulated: LocalCluster) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b<|end|>"}]
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     answer = await ask(simulated.frontend.address, "ChatCompletions", chat(messages=messages))

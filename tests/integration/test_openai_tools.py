@@ -109,7 +109,7 @@ def test_a_call_and_its_answer_are_history(client: openai.OpenAI) -> None:
     assert said.usage.prompt_tokens > plain.usage.prompt_tokens + 20
 
 
-def test_tools_are_told_to_the_model_unless_it_may_not_call(client: openai.OpenAI) -> None:
+def test_tools_reach_the_model_unless_it_may_not_call(client: openai.OpenAI) -> None:
     def prompt_tokens(**more: Any) -> int:
         usage = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, **more).usage
         assert usage is not None
@@ -118,7 +118,7 @@ def test_tools_are_told_to_the_model_unless_it_may_not_call(client: openai.OpenA
     assert prompt_tokens(tools=TOOLS) > prompt_tokens() == prompt_tokens(tools=TOOLS, tool_choice="none")
 
 
-def test_a_named_tool_is_the_only_one_told(client: openai.OpenAI) -> None:
+def test_a_named_tool_is_the_only_one_in_the_prompt(client: openai.OpenAI) -> None:
     def prompt_tokens(tools: list[Any]) -> int:
         said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=tools, tool_choice=LOOK)
         assert said.usage is not None
@@ -127,7 +127,7 @@ def test_a_named_tool_is_the_only_one_told(client: openai.OpenAI) -> None:
     assert prompt_tokens(TOOLS) == prompt_tokens(TOOLS[:1])
 
 
-def test_a_tool_cannot_end_the_turn_it_is_told_in(client: openai.OpenAI) -> None:
+def test_a_tool_cannot_end_the_turn_it_is_described_in(client: openai.OpenAI) -> None:
     def prompt_tokens(description: str) -> int:
         tool = {"type": "function", "function": {"name": "look", "description": description}}
         said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=[tool])
@@ -139,7 +139,7 @@ def test_a_tool_cannot_end_the_turn_it_is_told_in(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_told_apart(client: openai.OpenAI, stream: bool) -> None:
+def test_reasoning_is_separate_from_content(client: openai.OpenAI, stream: bool) -> None:
     extra = {"regex": "<think>(yes|no)</think>(barn|bridge)"}
     said = client.chat.completions.create(**ASKED, extra_body=extra, stream=stream)
     if stream:

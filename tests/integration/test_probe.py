@@ -57,16 +57,16 @@ async def test_it_shows_the_services_own_certificate(serving: bool, expected: tu
         variables = {"TANDEM_DECODE_PORT": str(port), "TANDEM_DECODE_TLS_CERT": str(cert)}
         assert await probe("decode", {**variables, "TANDEM_DECODE_TLS_KEY": str(key)}) == expected
         status, _ = await probe("decode", variables)
-        assert status == 1  # nobody without a certificate is answered
+        assert status == 1  # a client without a certificate gets no response
 
 
-async def test_nobody_there() -> None:
+async def test_a_probe_of_a_closed_port_fails() -> None:
     status, said = await probe("frontend", {"TANDEM_FRONTEND_PORT": "1"})
     assert status == 1
     assert said == "127.0.0.1:1 is unreachable: [Errno 111] Connection refused"
 
 
-async def test_the_port_is_asked_for() -> None:
+async def test_a_probe_without_a_port_names_the_setting() -> None:
     assert await probe("frontend", {}) == (2, "TANDEM_FRONTEND_PORT must be a port number")
 
 

@@ -25,9 +25,9 @@ from tandem.observability.merged_scrape import LABEL
 from tandem.observability.metric_catalog import TABLE, Kind, prometheus_name
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
-from tests.integration.support import happenings as on
+from tests.integration.support import cluster_events as on
 from tests.integration.support.calls import generate, refusal, request_of
-from tests.integration.support.happenings import World
+from tests.integration.support.cluster_events import World
 from tests.integration.support.prometheus_host import DEPLOY, PrometheusHost, prometheus
 
 pytestmark = pytest.mark.timeout(180)
@@ -80,21 +80,21 @@ def test_rules_and_dashboards_name_series_of_the_table() -> None:
 
 @pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.stem)
 def test_grafanas_own_schema_knows_every_field_of_a_dashboard(file: Path) -> None:
-    told = json.loads(file.read_text())
-    read = json.loads(JSONEncoder().encode(Dashboard.from_json(told)))
-    assert not list(lost(told, read))
+    written = json.loads(file.read_text())
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(written)))
+    assert not list(lost(written, read))
 
 
-def lost(told: Any, read: Any, place: str = "") -> Iterator[str]:
-    """Where something of `told` is missing or different in `read`."""
-    if isinstance(told, dict):
-        for key, value in told.items():
+def lost(written: Any, read: Any, place: str = "") -> Iterator[str]:
+    """Where something of `written` is missing or different in `read`."""
+    if isinstance(written, dict):
+        for key, value in written.items():
             yield from lost(value, read.get(key) if isinstance(read, dict) else None, f"{place}.{key}")
-    elif isinstance(told, list):
+    elif isinstance(written, list):
         others = read if isinstance(read, list) else []
-        for number, value in enumerate(told):
+        for number, value in enumerate(written):
             yield from lost(value, others[number] if number < len(others) else None, f"{place}[{number}]")
-    elif told != read:
+    elif written != read:
         yield place
 
 

@@ -21,9 +21,7 @@ async def register(consul: ConsulHost, service_id: str, port: int, tag: str = "r
     await consul.access.put("/v1/agent/service/register", service)
 
 
-async def test_consul_tells_more_registries_than_fit_into_its_answers_over_udp(
-    consul_binary: Path, tmp_path: Path
-) -> None:
+async def test_consul_lists_more_registries_than_fit_into_a_udp_response(consul_binary: Path, tmp_path: Path) -> None:
     async with consul_agent(consul_binary, tmp_path) as consul:
         for number in range(5):
             await register(consul, f"registry-{number}", 50051 + number)
@@ -34,7 +32,7 @@ async def test_consul_tells_more_registries_than_fit_into_its_answers_over_udp(
         assert sorted(found) == [f"127.0.0.1:{50051 + number}" for number in range(5)]
 
 
-async def test_a_registry_that_left_is_not_told_and_one_that_came_is(consul_binary: Path, tmp_path: Path) -> None:
+async def test_a_registry_that_left_is_not_called_and_a_new_one_is(consul_binary: Path, tmp_path: Path) -> None:
     async with consul_agent(consul_binary, tmp_path) as consul:
         form = f"srv://registry.tandem.service.consul@{consul.dns}"
         book = AddressBook([form], clock=iter(range(0, 10**6, 100)).__next__)

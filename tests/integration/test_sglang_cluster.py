@@ -138,7 +138,7 @@ async def test_the_pair_equals_one_engine_and_transformers(
         assert [t.ToNanoseconds() for t in times] == sorted(t.ToNanoseconds() for t in times)
 
 
-async def test_it_recalls_what_the_prompt_said_and_stops_by_itself(pair: LocalCluster) -> None:
+async def test_the_demo_model_recalls_the_prompt_and_stops(pair: LocalCluster) -> None:
     story = (
         "Listen carefully. Mia hid the red key in the old barn. Theo left the orange spoon in the dark forest. "
         "Sam put the blue ball near the warm window. It was a sunny day. Where did Mia hide the red key?"

@@ -1,4 +1,4 @@
-"""The start of a real engine, cut short: nothing of it is left, no process and no file, and nobody waits for it."""
+"""The start of a real engine, cut short: nothing of it is left, no process and no file, and no caller waits for it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def until(process: asyncio.subprocess.Process, moment: str, temporary: Pat
 
 
 async def shared_memory(children: list[psutil.Process]) -> Path:
-    """The file in which the scheduler among them keeps its figures, once it is there."""
+    """The file in which the scheduler among them keeps its counters, once it is there."""
 
     def now() -> list[str]:
         maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in children if words_of(child)]
@@ -83,7 +83,7 @@ async def test_a_worker_that_starts_ends_at_once(temporary: Path, moment: str) -
 
 
 async def test_a_killed_worker_leaves_no_process() -> None:
-    """Killed before its child has asked the kernel to be told."""
+    """Killed before its child has asked the kernel for its parent's end."""
     directory = Path(tempfile.mkdtemp(prefix="t"))
     try:
         async with worker(directory) as process:

@@ -51,7 +51,7 @@ async def test_tokens_are_those_of_an_undisturbed_engine(simulated: LocalCluster
     assert stream.finish.usage.prompt_tokens == stream.accepted.prompt_tokens == len(TOKENIZER.encode(STORY).ids)
 
 
-async def test_finish_tells_who_when_and_how_much(simulated: LocalCluster) -> None:
+async def test_finish_reports_workers_times_and_usage(simulated: LocalCluster) -> None:
     finish = (await generate(simulated, request_of(STORY))).finish
     assert (finish.route.prefill_worker_id, finish.route.decode_worker_id) == ("prefill-0", "decode-0")
     assert finish.route.bootstrap_room > 0
@@ -462,7 +462,7 @@ async def test_sigterm_lets_streams_finish_and_exits_0(tmp_path: Path) -> None:
         assert [process.exit_status for process in cluster.processes] == [0] * 4
 
 
-async def test_a_registry_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+async def test_a_cluster_serves_without_its_registry(tmp_path: Path) -> None:
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED) as cluster:
         cluster.registry.signal(signal.SIGKILL)
         await cluster.registry.wait_ended()

@@ -91,11 +91,11 @@ async def test_a_collector_that_comes_later_gets_what_comes_then() -> None:
         await asyncio.sleep(0.2)
         async with receiver(port) as collector:
 
-            def told() -> bool:
+            def exported() -> bool:
                 one(traces, 1)
                 return any(span.attributes["tandem.request_id"] == "r1" for span in collector.spans)
 
-            await assert_eventually(told, within_s=20, every_s=0.2, what="a span of the time after")
+            await assert_eventually(exported, within_s=20, every_s=0.2, what="a span of the time after")
         await asyncio.to_thread(spans.close)
 
 

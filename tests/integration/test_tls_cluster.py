@@ -172,8 +172,8 @@ async def test_another_ca_is_taken_over_without_restarting_who_is_not_asked(clus
     async def listed() -> set[str]:
         return {entry.worker.worker_id for entry in await calls.list_workers(cluster.registry.address, tls=tls)}
 
-    everybody = {"prefill-0", "decode-0", "aggregated-0"}
-    await assert_eventually(listed, lambda names: names == everybody, within_s=15, what="all workers registered")
+    all_workers = {"prefill-0", "decode-0", "aggregated-0"}
+    await assert_eventually(listed, lambda names: names == all_workers, within_s=15, what="all workers registered")
     pids = {process.pid for process in (*cluster.workers, cluster.frontend)}
     assert await text_of(cluster)
     assert pids == {process.pid for process in (*cluster.workers, cluster.frontend)}

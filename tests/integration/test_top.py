@@ -122,17 +122,17 @@ async def test_it_outlives_the_registry(cluster: LocalCluster) -> None:
             await until(app, app.worker_table, "decode-0", STATE="serving")
             assert not problem.display
 
-            async def is_told() -> bool:
+            async def is_shown() -> bool:
                 return problem.display
 
             cluster.registry.signal(signal.SIGKILL)
             await cluster.registry.wait_ended()
-            await assert_eventually(is_told, within_s=10, what="a registry that does not answer")
+            await assert_eventually(is_shown, within_s=10, what="a registry that does not answer")
             assert "no registry reachable" in str(problem.render())
             assert row_of(app.worker_table, "decode-0")["STATE"] == "serving"
             await generate(cluster, request_of("Once", max_tokens=2))
             await cluster.restart(cluster.registry.name)
-            await assert_eventually(is_told, lambda told: not told, within_s=15, what="a registry that answers")
+            await assert_eventually(is_shown, lambda shown: not shown, within_s=15, what="a registry that answers")
             await until(app, app.worker_table, "decode-0", STATE="serving")
             await until(app, app.frontend_table, "frontend-1", STATE="serving")
 
@@ -197,10 +197,10 @@ async def test_once_prints_tables_for_scripts(cluster: LocalCluster, tmp_path: P
             assert float(rows["frontend-0"][8]) >= 9, "an ITL below the length of a step"
         status, out, err = await run(*TANDEM, "top", "--address", registry, "--once", "--json", state=state)
         assert (status, err) == (0, "")
-        told = json.loads(out)
-        assert {row["worker_id"] for row in told["workers"]} == {"decode-0", "decode-1", "prefill-0"}
-        assert told["frontends"][0]["figures"]["open_requests"] > 0
-        assert told["registry_problem"] is None
+        document = json.loads(out)
+        assert {row["worker_id"] for row in document["workers"]} == {"decode-0", "decode-1", "prefill-0"}
+        assert document["frontends"][0]["figures"]["open_requests"] > 0
+        assert document["registry_problem"] is None
 
 
 async def test_lines_of_json_go_on(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
 
     status, out, err = await traced(cluster, tmp_path, request.request_id, "--address", registry, "--json")
     assert (status, err) == (0, "")
-    told = json.loads(out)
-    assert told["frontend_id"] == "frontend-0"
-    first, second = told["timeline"]["attempts"]
+    document = json.loads(out)
+    assert document["frontend_id"] == "frontend-0"
+    first, second = document["timeline"]["attempts"]
     assert first["failure"] == {
         "leg": "WORKER_ROLE_DECODE",
         "worker_id": killed,
@@ -80,7 +80,7 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
     assert int(second["tokens_before"]) >= 20
     assert first["bootstrap_room"] != second["bootstrap_room"]
     assert int(second["prefill"]["timings"]["kv_transfer_bytes"]) > 0
-    assert told["timeline"]["usage"]["completion_tokens"] == 120
+    assert document["timeline"]["usage"]["completion_tokens"] == 120
 
     status, out, err = await traced(cluster, tmp_path, request.request_id, "--address", registry)
     assert (status, err) == (0, "")
@@ -97,9 +97,9 @@ async def test_both_attempts_of_a_stream_whose_worker_was_killed(cluster: LocalC
     assert order == sorted(order)
     assert "Once upon" not in out
 
-    figures = await admin_calls.frontend_figures(address)
-    assert figures.continuations >= 1
-    assert killed in {broken.worker_id for broken in figures.leg_failures}
+    stats = await admin_calls.frontend_figures(address)
+    assert stats.continuations >= 1
+    assert killed in {broken.worker_id for broken in stats.leg_failures}
     await cluster.restart(killed)
 
 
@@ -175,14 +175,14 @@ async def test_figures_come_at_the_interval_asked_for(cluster: LocalCluster) -> 
         call = stub.WatchFigures(pb.WatchFiguresRequest(interval_ms=100))
         first = await call.read()
         await generate(cluster, request_of("Once", max_tokens=30))
-        told = [await call.read() for _ in range(5)]
+        messages = [await call.read() for _ in range(5)]
         call.cancel()
-        assert [message.sequence for message in told] == [2, 3, 4, 5, 6]
-        assert told[-1].finished_requests == first.finished_requests + 1
-        assert told[-1].completion_tokens == first.completion_tokens + 30
-        assert told[-1].kv_transfer_bytes > first.kv_transfer_bytes
-        assert told[-1].time_to_first_token.count > first.time_to_first_token.count
-        assert told[-1].inter_token_latency.p50.ToMilliseconds() >= 9
+        assert [message.sequence for message in messages] == [2, 3, 4, 5, 6]
+        assert messages[-1].finished_requests == first.finished_requests + 1
+        assert messages[-1].completion_tokens == first.completion_tokens + 30
+        assert messages[-1].kv_transfer_bytes > first.kv_transfer_bytes
+        assert messages[-1].time_to_first_token.count > first.time_to_first_token.count
+        assert messages[-1].inter_token_latency.p50.ToMilliseconds() >= 9
         for interval_ms in (99, 60_001):
             refused = stub.WatchFigures(pb.WatchFiguresRequest(interval_ms=interval_ms))
             assert await refused.code() is grpc.StatusCode.INVALID_ARGUMENT

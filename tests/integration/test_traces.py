@@ -159,7 +159,7 @@ async def test_envoys_span_is_the_frontends_parent(cluster: LocalCluster, collec
     assert steps[:4] == ["tokenise", "admit", "validate", "wait"], "OpenAI's door tokenises before it asks for a place"
 
 
-async def test_envoys_span_tells_no_query(cluster: LocalCluster, collector: Receiver) -> None:
+async def test_envoys_span_contains_no_query(cluster: LocalCluster, collector: Receiver) -> None:
     assert cluster.edge is not None
     async with httpx.AsyncClient(base_url=f"http://{cluster.edge.address}") as client:
         await client.get("/v1/models?token=hush")
@@ -193,7 +193,7 @@ async def test_a_continuation_is_linked_to_what_broke(cluster: LocalCluster, col
     assert second.attributes["tandem.tokens_before"] >= 20
     assert second.parent_id == first.parent_id == one(spans, "generate").span_id
     legs = [span for span in spans if span.name == "decode leg"]
-    assert [leg.parent_id for leg in legs] == [second.span_id], "the killed worker has told nothing"
+    assert [leg.parent_id for leg in legs] == [second.span_id], "the killed worker has exported nothing"
     await cluster.restart(broken)
 
 
@@ -222,7 +222,7 @@ async def test_a_client_that_leaves_is_no_error(cluster: LocalCluster, collector
         assert (span.attributes["tandem.outcome"], span.span.status.code) == ("cancelled", 0)
 
 
-async def test_a_prompt_is_told_where_the_operator_wants_it_and_one_worker_is_one_leg(
+async def test_a_prompt_is_exported_where_the_operator_wants_it_and_one_worker_is_one_leg(
     collector: Receiver, tmp_path: Path
 ) -> None:
     shape: dict[str, Any] = {"engine": "simulated", "prefill": 0, "decode": 0, "aggregated": 1}
@@ -253,8 +253,8 @@ async def test_requests_and_the_end_of_a_cluster_do_not_wait_for_a_dead_collecto
                 for _ in range(20):
                     body = {"prompt": STORY, "max_tokens": 4, "temperature": 0, "model": "tandem-demo"}
                     assert (await client.post("/v1/completions", json=body)).status_code == 200
-            told = await assert_eventually(
+            log_text = await assert_eventually(
                 cluster.frontend.log.read_text, lambda text: "span export failed" in text, within_s=15, what="a warning"
             )
-            assert told.count("span export failed") == 1
+            assert log_text.count("span export failed") == 1
     assert {process.exit_status for process in cluster.processes} == {0}

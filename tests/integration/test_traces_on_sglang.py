@@ -111,10 +111,10 @@ async def test_the_bytes_are_the_models_arithmetic(pair: LocalCluster, collector
 async def test_every_log_is_json_with_the_ids_of_the_request(pair: LocalCluster, collector: Receiver) -> None:
     stream, spans = await traced(pair, collector, "Zebedee whispers")
     lines = [json.loads(line) for line in Path(pair.frontend.log).read_text().splitlines()]
-    (told,) = [line for line in lines if line.get("request_id") == stream.accepted.request_id]
+    (entry,) = [line for line in lines if line.get("request_id") == stream.accepted.request_id]
     root = one(spans, "generate")
-    assert told["trace_id"] == root.trace_id
-    assert told["ttft_ms"] == pytest.approx(root.attributes["tandem.ttft_s"] * 1000, abs=0.01)
-    assert told["workers"] == ["prefill-0", "decode-0"]
+    assert entry["trace_id"] == root.trace_id
+    assert entry["ttft_ms"] == pytest.approx(root.attributes["tandem.ttft_s"] * 1000, abs=0.01)
+    assert entry["workers"] == ["prefill-0", "decode-0"]
     for process in pair.processes:
         assert not re.search("Zebedee|whispers", process.log.read_text()), process.name

@@ -69,7 +69,7 @@ async def test_what_was_sent_to_a_worker_that_slept_past_its_lease_is_refused(tm
         before = await calls.worker_at(decode.address)
         stream = asyncio.create_task(generate(cluster, request_of("Once", max_tokens=150)))
         await assert_eventually(lambda: open_legs(decode), bool, what="an open leg")
-        # Its step stream is open before: nobody can connect to a process that is stopped.
+        # Its step stream is open before: no client can connect to a process that is stopped.
         async with direct_legs(decode.address) as legs:
             async with stopped(decode):
                 waiting = asyncio.create_task(legs.start(leg_for(before.epoch, before.capabilities.model)))

@@ -127,7 +127,7 @@ async def test_dns_is_asked_again_after_a_failure_not_before() -> None:
     assert dns.asked == 2
 
 
-async def test_who_failed_is_the_last_one_of_a_new_answer() -> None:
+async def test_a_failed_address_goes_to_the_end_of_a_new_answer() -> None:
     clock, dns = ManualClock(), Dns("a:1", "b:2")
     named = book(NAME, dns=dns, clock=clock)
     assert await taken(named, 1) == ["a:1"]
@@ -145,7 +145,7 @@ async def test_the_last_answer_outlives_dns() -> None:
     assert await taken(named, 2) == ["a:1", "b:2"]
     clock.advance(DNS_RETRY_S / 2)
     await taken(named, 2)
-    assert dns.asked == 2, "a DNS that failed is left alone for a while"
+    assert dns.asked == 2, "a DNS server that failed is not asked again for a while"
     clock.advance(DNS_RETRY_S)
     dns.answer = ("c:3",)
     assert await taken(named, 1) == ["c:3"]

@@ -13,19 +13,19 @@ KINDS = ("receivers", "processors", "exporters")
 
 
 def test_pipelines_use_what_is_defined_and_all_of_it() -> None:
-    told = yaml.safe_load(FILE.read_text())
-    pipelines = told["service"]["pipelines"]
+    config = yaml.safe_load(FILE.read_text())
+    pipelines = config["service"]["pipelines"]
     assert set(pipelines) == {"metrics", "traces"}
     for kind in KINDS:
         used = {name for pipeline in pipelines.values() for name in pipeline[kind]}
-        assert used == set(told[kind]), kind
-    assert set(told["service"]["extensions"]) == set(told["extensions"])
+        assert used == set(config[kind]), kind
+    assert set(config["service"]["extensions"]) == set(config["extensions"])
     for name, pipeline in pipelines.items():
         assert pipeline["receivers"] == ["otlp"], name
         assert pipeline["processors"][0] == "memory_limiter", "a burst is refused before it is held"
 
 
-def test_it_listens_for_what_our_processes_speak() -> None:
+def test_the_collector_listens_for_the_protocols_of_our_processes() -> None:
     protocols = yaml.safe_load(FILE.read_text())["receivers"]["otlp"]["protocols"]
     assert protocols == {"grpc": {"endpoint": "127.0.0.1:4317"}}
 
@@ -36,7 +36,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
-def test_what_compose_lays_over_it_uses_what_is_defined() -> None:
+def test_the_collectors_compose_overrides_use_defined_parts() -> None:
     whole = merged(yaml.safe_load(FILE.read_text()), yaml.safe_load(COMPOSE.read_text()))
     pipelines = whole["service"]["pipelines"]
     for kind in KINDS:

@@ -68,7 +68,7 @@ def test_an_image_is_pinned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_there_is_time_for_a_drain(name: str) -> None:
+def test_compose_services_have_time_for_a_drain(name: str) -> None:
     assert seconds(SERVICES[name]["stop_grace_period"]) >= drain_s(kind(name)) + STOP_SLACK_S
 
 
@@ -86,7 +86,7 @@ def test_only_the_edge_is_published_and_only_on_loopback() -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_it_sets_only_what_can_be_set(name: str) -> None:
+def test_compose_services_set_only_known_settings(name: str) -> None:
     variables = SERVICES[name]["environment"]
     assert unknown_settings(variables) == []
     for variable in variables:
@@ -121,7 +121,7 @@ def test_gpus_are_reserved_and_memory_can_be_shared() -> None:
         assert "UCX_TLS" in service["environment"]
 
 
-def test_what_is_mounted_from_the_repository_exists() -> None:
+def test_compose_mounts_exist_in_the_repository() -> None:
     mounts = [mount for service in SERVICES.values() for mount in service.get("volumes", ()) if mount.startswith("./")]
     assert mounts
     for mount in mounts:

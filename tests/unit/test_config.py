@@ -78,7 +78,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["registry", "model"])
-def test_what_is_needed_is_named(missing: str) -> None:
+def test_a_missing_required_setting_is_named(missing: str) -> None:
     given = [
         part
         for flag, value in (("registry", "a:1"), ("model", "m"))
@@ -146,7 +146,7 @@ def test_all_of_tls_or_nothing() -> None:
         ({"TANDEM_DECODE_OTLP_ENDPOINT": "https://own:1"}, ["--otlp-endpoint", "flag:2"], "http://flag:2"),
     ],
 )
-def test_a_collector_is_the_one_of_all_programs_unless_this_one_is_told_another(
+def test_a_collector_is_the_one_of_all_programs_unless_this_program_has_its_own(
     environ: dict[str, str], argv: list[str], endpoint: str | None
 ) -> None:
     assert decode(*argv, **environ).otlp_endpoint == endpoint

@@ -68,7 +68,7 @@ def test_a_former_registry_at_ones_own_address_is_removed() -> None:
 
 
 def test_a_former_start_in_old_data_is_no_news() -> None:
-    """Consul restored from a copy lists a worker's start of before: the view waits for the present one's entry."""
+    """Consul restored from a copy lists a worker's previous start: the view waits for the present one's entry."""
     newer = replace(WRITTEN, member=replace(WORKER, epoch=8), lease_id="newer")
     broadcaster = Broadcaster(Subscriptions(), 0.0)
     broadcaster.publish("one", shown(5, newer), {}, 0.0)

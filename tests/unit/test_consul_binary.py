@@ -73,7 +73,7 @@ def an_etc(directory: Path, stanzas: str = "", lines: str = "") -> Path:
 
 @pytest.fixture
 def no_consul_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consul_binary, "NAME", "a-consul-that-nobody-has")
+    monkeypatch.setattr(consul_binary, "NAME", "a-consul-that-is-not-there")
 
 
 def test_both_forms_of_an_apt_configuration_are_read(tmp_path: Path) -> None:
@@ -98,9 +98,11 @@ def test_the_one_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("no_consul_on_path")
-def test_one_of_several_fetches_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_fetches_consul_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str]] = []
-    told: list[str] = []
+    reports: list[str] = []
 
     def unpack(package: str, suite: str, target: Path) -> None:
         asked.append((package, suite))
@@ -110,15 +112,15 @@ def test_one_of_several_fetches_and_says_so(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(debian_package, "unpack", unpack)
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(lambda _: consul_binary.find_consul(tmp_path, told.append), range(4)))
+        found = set(pool.map(lambda _: consul_binary.find_consul(tmp_path, reports.append), range(4)))
     assert found == {tmp_path / consul_binary.NAME / "usr" / "bin" / consul_binary.NAME}
     assert asked == [(consul_binary.NAME, "bullseye")]
-    assert len(told) == 1
-    assert "downloading" in told[0]
+    assert len(reports) == 1
+    assert "downloading" in reports[0]
 
 
 @pytest.mark.usefixtures("no_consul_on_path")
-def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_consul_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack(package: str, suite: str, target: Path) -> None:
         raise StartError("there is no network")
 
@@ -152,7 +154,7 @@ def test_a_missing_keyring_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @needs_apt
-def test_what_nobody_signed_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_an_unsigned_archive_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     repository = tmp_path / "debian"
     index = repository / "dists" / "bullseye" / "main" / "binary-amd64"
     index.mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_only_registries_get_the_consul_address(tmp_path: Path) -> None:
     cluster = LocalCluster(
         ClusterSpec(model=tmp_path, log_directory=tmp_path, registries=2, consul=consul, tls=tls, edge=True)
     )
-    told = {
+    expected = {
         "backend": "consul",
         "consul-address": "https://a:1",
         "consul-service": "blue",
@@ -94,7 +94,7 @@ def test_only_registries_get_the_consul_address(tmp_path: Path) -> None:
     }
     for process in cluster.processes:
         found = {key: value for key, value in process.flags.items() if "consul" in key or key == "backend"}
-        assert found == (told if process.role == "registry" else {}), process.name
+        assert found == (expected if process.role == "registry" else {}), process.name
     assert cluster.dns_name("decode") == "decode.blue.service.consul"
 
 

@@ -111,7 +111,7 @@ def test_starts_of_a_member_never_share_a_name() -> None:
         ("capabilities_digest", "0" * 64),
     ],
 )
-def test_what_was_changed_is_not_taken(key: str, value: str | None) -> None:
+def test_a_changed_record_is_not_accepted(key: str, value: str | None) -> None:
     worker = make_worker()
     worker = replace(worker, capabilities_digest=capabilities_digest(worker.capabilities))
     record = Record(member=worker, lease_id="l", owner="k")
@@ -124,7 +124,7 @@ def test_what_was_changed_is_not_taken(key: str, value: str | None) -> None:
         record_of(*host_and_port(record), changed)
 
 
-def test_what_consul_cannot_keep_is_refused_by_the_name_of_its_field() -> None:
+def test_a_record_that_consul_cannot_store_is_refused_with_its_field() -> None:
     check_fits(make_worker(model="m" * 256))
     with pytest.raises(InvalidRequest) as refusal:
         check_fits(make_worker(model="ü" * 257))

@@ -61,7 +61,7 @@ async def test_each_descriptor_comes_with_its_message(ends: tuple[End, End]) -> 
         os.close(writing)
 
 
-async def test_what_is_not_read_waits_and_comes_whole(ends: tuple[End, End]) -> None:
+async def test_an_unread_message_waits_and_arrives_whole(ends: tuple[End, End]) -> None:
     parent, child = ends
     parent.open()
     reading, writing = os.pipe()
@@ -81,7 +81,7 @@ async def test_what_is_not_read_waits_and_comes_whole(ends: tuple[End, End]) -> 
         os.close(descriptor)
 
 
-async def test_the_end_is_told_once_after_the_last_words(ends: tuple[End, End]) -> None:
+async def test_the_end_is_reported_once_after_the_last_message(ends: tuple[End, End]) -> None:
     parent, child = ends
     parent.open()
     child.open()
@@ -130,7 +130,7 @@ def test_before_the_loop_the_other_ends_going_is_seen(ends: tuple[End, End]) -> 
     assert child.receive_blocking() is None
 
 
-async def test_descriptors_that_nobody_took_are_closed(ends: tuple[End, End]) -> None:
+async def test_descriptors_that_were_not_taken_are_closed(ends: tuple[End, End]) -> None:
     parent, child = ends
     reading, writing = os.pipe()
     parent.open()

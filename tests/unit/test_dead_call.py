@@ -19,6 +19,6 @@ class DeadCall:
         raise grpc.aio.InternalError('Failed "execute_batch"')
 
 
-async def test_an_error_that_nobody_hears_is_a_cancelled_call() -> None:
+async def test_an_error_after_the_client_left_is_a_cancelled_call() -> None:
     with pytest.raises(asyncio.CancelledError):
         await abort(DeadCall(), Draining("going away"))  # type: ignore[arg-type]

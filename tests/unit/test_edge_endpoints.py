@@ -47,7 +47,7 @@ async def test_the_last_answer_for_a_name_is_kept() -> None:
     async def ask(host: str) -> tuple[str, ...]:
         asked.append(host)
         if len(asked) > 1:
-            raise OSError("nobody answers")
+            raise OSError("no server responds")
         return ("10.0.0.9",)
 
     names = Names(ask)
@@ -75,6 +75,6 @@ def test_a_file_is_replaced_by_a_rename_and_stays_private(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["endpoints.json"]
 
 
-def test_what_cannot_be_written_leaves_what_was(tmp_path: Path) -> None:
+def test_a_failed_write_of_endpoints_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         replace(tmp_path / "gone" / "endpoints.json", b"1")

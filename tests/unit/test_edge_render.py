@@ -89,7 +89,7 @@ def test_a_key_cannot_become_structure() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_json_cannot_say_is_refused(value: float) -> None:
+def test_a_value_without_json_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="cannot be represented in JSON"):
         quoted(value)
 
@@ -146,7 +146,7 @@ def frontends_cluster(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", [{"frontends": "127.0.0.1:1"}, {"registry": "127.0.0.1:7400"}])
-def test_what_health_checks_find_counts_at_once(source: dict[str, str]) -> None:
+def test_health_check_results_count_at_once(source: dict[str, str]) -> None:
     assert frontends_cluster(**source)["common_lb_config"]["update_merge_window"] == "0s"
 
 
@@ -177,7 +177,7 @@ def test_frontends_of_a_registry_are_in_a_file_that_envoy_watches() -> None:
     assert names == [{"san_type": "DNS", "matcher": {"exact": "frontend"}}]
 
 
-def test_nobody_is_marked_where_everybody_drains() -> None:
+def test_no_endpoint_is_marked_where_all_drain() -> None:
     resource = json.loads(
         assignment((Endpoint("10.0.0.1", 1, is_draining=True), Endpoint("10.0.0.2", 1, is_draining=True)))
     )

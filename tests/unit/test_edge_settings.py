@@ -92,7 +92,7 @@ def test_a_wrong_way_to_the_frontends_names_its_key(argv: list[str], key: str) -
         ["--frontends", "10.0.0.1:1,[::1]:2,localhost:3,frontend_1.example.:4"],
     ],
 )
-def test_there_are_two_ways_to_the_frontends(argv: list[str]) -> None:
+def test_frontends_are_given_or_discovered(argv: list[str]) -> None:
     check(config.load(EdgeConfig, "tandem-edge", argv, {}))
 
 

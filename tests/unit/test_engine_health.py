@@ -16,7 +16,7 @@ from tandem.testing.eventually import assert_eventually
 from tandem.worker.engine_health import EngineHealth, Periods
 
 
-class PlayedEngine:
+class ScriptedEngine:
     """An engine whose canary result each test sets."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class PlayedEngine:
 
 
 @contextlib.asynccontextmanager
-async def watched(engine: PlayedEngine, proof_s: float = 0.1) -> AsyncIterator[SimpleNamespace]:
+async def watched(engine: ScriptedEngine, proof_s: float = 0.1) -> AsyncIterator[SimpleNamespace]:
     scene = SimpleNamespace(batches=0, reported=[])
 
     async def report(trouble: str | None) -> None:
@@ -67,7 +67,7 @@ async def reported(scene: SimpleNamespace, text: str | None) -> None:
 
 
 async def test_an_idle_engine_runs_canaries() -> None:
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
     async with watched(engine) as scene:
         await asyncio.sleep(0.5)
         assert engine.canary_count >= 2
@@ -75,7 +75,7 @@ async def test_an_idle_engine_runs_canaries() -> None:
 
 
 async def test_no_canary_runs_while_tokens_come() -> None:
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
     async with watched(engine, proof_s=0.3) as scene:
         for _ in range(40):
             scene.batches += 1
@@ -84,7 +84,7 @@ async def test_no_canary_runs_while_tokens_come() -> None:
 
 
 async def test_an_engine_that_hangs_is_not_serving_until_it_answers_again() -> None:
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
     engine.is_hanging = True
     async with watched(engine) as scene:
         await reported(scene, "canary timed out after 0.2 s")
@@ -93,7 +93,7 @@ async def test_an_engine_that_hangs_is_not_serving_until_it_answers_again() -> N
 
 
 async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
 
     def fail() -> None:
         raise EngineFailed("no token came")
@@ -104,7 +104,7 @@ async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
 
 
 async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
     async with watched(engine, proof_s=1.0) as scene:
         engine.stall = "the scheduler is stopped"
         await reported(scene, "the scheduler is stopped")
@@ -118,7 +118,7 @@ async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])
 async def test_an_unreachable_bootstrap_server_is_reported(host: str) -> None:
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-    engine = PlayedEngine()
+    engine = ScriptedEngine()
     engine.bootstrap = BootstrapAddress(host=host, port=server.sockets[0].getsockname()[1])
     async with watched(engine, proof_s=0.5) as scene:
         await asyncio.sleep(0.6)

@@ -36,14 +36,14 @@ from tandem.errors import (
 )
 from tandem.observability.trace_context import Headers
 from tests.unit.support.frontend_workers import CAPABILITIES, aggregated, decode, prefill
-from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, fail, unresponsive
+from tests.unit.support.scripted_legs import Gathered, ScriptedLeg, accepted, fail, unresponsive
 
 REFUSED = ServiceError("connection refused")
 TOKENIZER = SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)
 LEG = leg_pb2.LegRequest(request_id="r")
 
 
-class PlayedDispatch:
+class ScriptedDispatch:
     """Sends nothing: a leg is accepted at once, unless its worker has a scripted response, or none at all."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class PlayedDispatch:
         self.timeouts_s.append(timeout_s)
         return dispatched
 
-    def leg(self, worker_id: str, sink: Sink | None) -> PlayedLeg:
+    def leg(self, worker_id: str, sink: Sink | None) -> ScriptedLeg:
         assert sink is not None
         if worker_id in self.frozen:
-            return PlayedLeg(unresponsive).play(sink)
+            return ScriptedLeg(unresponsive).play(sink)
         answer = self.answers.get(worker_id)
-        return PlayedLeg(accepted if answer is None else fail(answer)).play(sink)
+        return ScriptedLeg(accepted if answer is None else fail(answer)).play(sink)
 
     def tried(self, number: int) -> set[str]:
         return {worker.worker_id for worker in self.sent[number].route.workers}
@@ -86,7 +86,7 @@ class Scene:
     def __init__(self, *workers: Worker) -> None:
         self.workers = workers
         self.clock = ManualClock(100.0)
-        self.dispatch = PlayedDispatch()
+        self.dispatch = ScriptedDispatch()
         refusals = RecentRefusals(self.clock)
         breakers = self.breakers = CircuitBreakers(self.clock, random.Random(7))
         model = ServedModel("m", cast("Any", TOKENIZER), {})
@@ -129,7 +129,7 @@ async def test_a_refused_leg_is_retried_elsewhere(refusal: TandemError, role: st
     assert first.room != second.room
     assert not scene.dispatch.tried(0) & scene.dispatch.tried(1), "no worker twice while another is there"
     for leg in (first.prefill, first.decode):
-        assert cast("PlayedLeg", leg).aborted.is_set()
+        assert cast("ScriptedLeg", leg).aborted.is_set()
 
 
 async def test_a_worker_without_alternative_is_tried_again_beside_another() -> None:
@@ -143,7 +143,7 @@ async def test_a_worker_without_alternative_is_tried_again_beside_another() -> N
     assert len(scene.dispatch.sent) > 20, "the other one was met and left"
 
 
-async def test_there_are_three_attempts_at_most() -> None:
+async def test_a_request_has_three_attempts_at_most() -> None:
     scene = pairs(5, 5)
     scene.dispatch.answers = {f"decode-{number}": REFUSED for number in range(5)}
     with pytest.raises(LegFailed) as failed:
@@ -287,7 +287,7 @@ async def test_a_request_without_another_route_waits_for_a_frozen_worker() -> No
     for _ in range(20):
         await asyncio.sleep(0)
     assert not taking.done()
-    cast("PlayedLeg", scene.dispatch.sent[0].decode).say(accepted)
+    cast("ScriptedLeg", scene.dispatch.sent[0].decode).say(accepted)
     assert (await taking).attempt == 1
 
 

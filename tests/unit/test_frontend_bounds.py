@@ -45,7 +45,7 @@ LARGE = [
 @pytest.mark.parametrize(
     ("request_message", "field"), LARGE, ids=[f"{n}-{field}" for n, (_, field) in enumerate(LARGE)]
 )
-async def test_what_cannot_fit_is_refused_before_it_is_looked_into(request_message: Any, field: str) -> None:
+async def test_an_oversized_request_is_refused_before_it_is_processed(request_message: Any, field: str) -> None:
     refused = await refusal(request_message)
     assert isinstance(refused, ContextExceeded)
     assert refused.field == field

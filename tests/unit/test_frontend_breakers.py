@@ -23,6 +23,7 @@ from tandem_frontend.routing.circuit_breaker import (
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import Start, Worker, WorkerState
+from tests.unit.support.examples import examples
 from tests.unit.support.frontend_workers import decode, prefill
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
@@ -242,7 +243,7 @@ def test_a_request_without_another_route_is_no_probe() -> None:
     assert scene.state(bad) is CLOSED
 
 
-def test_it_stays_open_for_longer_each_time_up_to_a_bound() -> None:
+def test_a_breaker_stays_open_for_longer_each_time_up_to_a_bound() -> None:
     scene = decodes(2)
     bad, _ = scene.workers
     scene.intervals(STRIKES_MAX, bad)
@@ -305,7 +306,7 @@ TICKS = st.lists(st.tuples(st.sampled_from(["well", "burst", "rest"]), st.intege
 
 
 @given(TICKS, st.integers(2, 6), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_bursts_of_failures_at_all_workers_open_nothing(
     ticks: list[tuple[str, int]], count: int, rng: random.Random
 ) -> None:
@@ -374,5 +375,5 @@ class BreakersMachine(RuleBasedStateMachine):
         assert not ejected & self.scene.unhealthy
 
 
-BreakersMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+BreakersMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=25, deadline=None)
 TestBreakersMachine = BreakersMachine.TestCase

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tandem_frontend.admission.capacity import ANSWER_TOKENS_MAX, FAIR_FRACTION, QUEUED_FRACTION, QUEUED_MIN, Capacity
 
 from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
+from tests.unit.support.examples import examples
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
 
 
@@ -60,7 +61,7 @@ def test_a_frontend_with_less_than_the_others_may_exceed_the_capacity() -> None:
     assert not many.fits(most - 1, 0, 1)
 
 
-def test_what_this_frontend_holds_is_not_counted_twice() -> None:
+def test_requests_of_this_frontend_are_not_counted_twice() -> None:
     own = decode().capabilities
     loads = EngineLoad(running_requests=3, waiting_requests=0, kv_used_tokens=300)
     assert capacity(loads).fits(3, 300, own.kv_capacity_tokens - 300)
@@ -171,7 +172,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_running_sums_equal_a_recount(steps: list[Any]) -> None:
     headroom, model = Capacity("m"), Counted()
     for kind, *given_ in steps:

@@ -110,6 +110,6 @@ def test_arguments_that_are_no_object_are_named(template: ChatTemplate, argument
     assert refused.value.field == "messages[1].tool_calls[0].function.arguments"
 
 
-def test_what_no_attempt_can_render_is_the_first_attempts_error(tmp_path: Path) -> None:
+def test_a_chat_that_no_variant_renders_fails_with_the_first_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="chat template failed"):
         write(tmp_path, "{{ 1 + messages[0].content }}").render(history("{}"), add_generation_prompt=True, tools=TOOLS)

@@ -18,8 +18,8 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.observability.request_trace import RequestTrace
 from tandem.service.loop_load import BUSY_FROM, BUSY_FULL, MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
-from tests.unit.support.played_legs import Outbox
-from tests.unit.test_frontend_timings import Letters
+from tests.unit.support.scripted_legs import Outbox
+from tests.unit.test_frontend_transfer_timings import Letters
 
 HOLD_S = 0.025
 
@@ -150,7 +150,7 @@ def test_a_client_that_does_not_read_is_sent_the_rest_when_it_does() -> None:
     run_virtually(live())
 
 
-def test_what_is_kept_for_a_client_that_does_not_read_is_bounded() -> None:
+def test_unread_chunks_of_a_client_are_bounded() -> None:
     async def live() -> None:
         scene = Scene()
         scene.relay.open()
@@ -235,7 +235,7 @@ def test_a_stream_that_raises_holds_nothing_up(caplog: pytest.LogCaptureFixture)
     ]
 
 
-def test_a_client_that_reads_again_is_told_when_its_chunk_cannot_be_sent() -> None:
+def test_a_client_that_reads_again_gets_an_error_when_its_chunk_cannot_be_sent() -> None:
     async def live() -> None:
         scene, defects = Scene(), list[Exception]()
         scene.relay.open(defects.append)

@@ -24,7 +24,7 @@ from tandem.domain.request_state import Phase
 from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
 from tandem.observability.trace_context import Headers
 from tests.unit.support.frontend_workers import CAPABILITIES, decode, prefill
-from tests.unit.support.played_legs import FINISH, Gathered, PlayedLeg, Word, accepted, fail, tokens
+from tests.unit.support.scripted_legs import FINISH, Gathered, ScriptedLeg, Word, accepted, fail, tokens
 
 PROMPT = (11, 12, 13)
 KILLED = ServiceError("connection reset")
@@ -87,11 +87,11 @@ class Fleet:
             words[count:] = [fail(problem)]
         assert sinks[1] is not None
         if self.answers_come_late and attempt in self.faults:
-            prefill_leg, decode_leg = PlayedLeg().play(sinks[1]), PlayedLeg(*words).play(sinks[0])
+            prefill_leg, decode_leg = ScriptedLeg().play(sinks[1]), ScriptedLeg(*words).play(sinks[0])
         else:
             prefill_leg, decode_leg = (
-                PlayedLeg(accepted, FINISH).play(sinks[1]),
-                PlayedLeg(accepted, *words).play(sinks[0]),
+                ScriptedLeg(accepted, FINISH).play(sinks[1]),
+                ScriptedLeg(accepted, *words).play(sinks[0]),
             )
         self.sent.append(Dispatched(route, attempt, attempt, decode_leg, prefill_leg))
         self.legs.append(sent)
@@ -138,8 +138,8 @@ async def test_a_continuation_goes_to_other_workers_with_the_tokens_so_far() -> 
     assert first.route.decode != second.route.decode
     assert tuple(fleet.legs[1].token_ids) == (*PROMPT, *answer(PROMPT, 4))
     assert fleet.legs[1].stopping.max_tokens == 6
-    for played in (first.decode, first.prefill):
-        assert cast("PlayedLeg", played).aborted.is_set(), "both legs of the broken attempt are ended"
+    for scripted in (first.decode, first.prefill):
+        assert cast("ScriptedLeg", scripted).aborted.is_set(), "both legs of the broken attempt are ended"
 
 
 async def test_before_the_first_token_the_request_is_retried() -> None:
@@ -247,8 +247,8 @@ async def test_tokens_beyond_max_tokens_are_dropped() -> None:
     fleet = Fleet()
     got = Gathered()
     async with fleet.attempts.accepted(leg(3), got, None) as whole:
-        played = cast("PlayedLeg", fleet.sent[0].decode)
-        played._words.clear()
+        scripted = cast("ScriptedLeg", fleet.sent[0].decode)
+        scripted._words.clear()
         whole.attempt._decode._expected_index = 0
         whole.attempt._decode.tokens(0, answer(PROMPT, 9), ())
         await whole.run()

@@ -20,6 +20,7 @@ from tandem_frontend.response.detokenizer import REPLACEMENT, TABLE_CONTEXT_TOKE
 from tandem_frontend.response.token_table import TokenTable
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tests.unit.support.examples import examples
 from tools.make_tiny_model import write_tokenizer
 
 DEMO = tokenizers.Tokenizer.from_file(str(Path(__file__).parents[2] / "models" / "tandem-demo" / "tokenizer.json"))
@@ -210,7 +211,7 @@ def is_character(own: bytes) -> bool:
 
 @pytest.mark.parametrize("name", EXACT)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, places: list[int], skip: bool) -> None:
     """Also for sequences that are no UTF-8, behind prompts that end inside a character, or that have no text."""
     backend, decoder = EXACT[name], DECODERS[name]
@@ -223,7 +224,7 @@ def test_any_tokens_under_any_cutting_are_the_whole_text(name: str, data: Any, p
 
 @pytest.mark.parametrize("name", BY_BYTES)
 @given(data=st.data(), places=CUTS, skip=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_a_byte_that_is_no_character_does_not_spoil_its_neighbours(
     name: str, data: Any, places: list[int], skip: bool
 ) -> None:
@@ -420,7 +421,7 @@ REPLACE, BYTES, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), de
         tokenizers.Tokenizer(models.BPE({"<0x80>": 0, "1": 1}, [])),
     ],
 )
-def test_what_is_more_than_joining_has_no_table(backend: tokenizers.Tokenizer) -> None:
+def test_a_decoder_that_does_more_than_join_has_no_table(backend: tokenizers.Tokenizer) -> None:
     assert TokenTable.read(backend, token_count(backend)) is None
 
 
@@ -440,7 +441,7 @@ def test_a_token_without_a_text_ends_a_run_of_bytes_and_so_has_no_table() -> Non
         (decoded(FUSE), "tandem.replace_each_byte", False),
     ],
 )
-def test_what_is_joining_has_a_table(backend: tokenizers.Tokenizer, errors: str, drops: bool) -> None:
+def test_a_decoder_that_joins_has_a_table(backend: tokenizers.Tokenizer, errors: str, drops: bool) -> None:
     table = TokenTable.read(backend, token_count(backend))
     assert table is not None
     assert (table.errors, table.drops_first_space) == (errors, drops)

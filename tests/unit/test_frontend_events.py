@@ -1,4 +1,4 @@
-"""Server-sent events: the fast form equals the library's, and failures are told where they can be read."""
+"""Server-sent events: the fast form equals the library's, and failures are reported where they can be read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_fast_form_is_the_librarys(index: int, text: str, token_ids: list[in
     assert Parse(line, pb.GenerateResponse()) == as_response(chunk)
 
 
-@given(st.integers(0, 2**31), st.text(max_size=300), st.lists(st.integers(0, 2**31 - 1), max_size=9000))
+@given(st.integers(0, 2**31 - 1), st.text(max_size=300), st.lists(st.integers(0, 2**31 - 1), max_size=9000))
 def test_the_fast_message_is_the_librarys(index: int, text: str, token_ids: list[int]) -> None:
     """Lengths of one byte, two and three."""
     chunk = pb.GenerateChunk(index=index, text=text, token_ids=token_ids)
@@ -51,7 +51,7 @@ def test_logprobs_are_not_forgotten() -> None:
 
 
 class Generated:
-    """A generation that pushes its events, and fails where it is told to."""
+    """A generation that pushes its events, and fails where a test says so."""
 
     def __init__(self, *events: Event, failure: Exception | None = None) -> None:
         self._events = events

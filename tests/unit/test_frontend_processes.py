@@ -115,7 +115,7 @@ def test_merged_texts_say_of_each_sample_whose_it_is() -> None:
     ]
 
 
-def test_what_is_of_one_metric_stands_together_under_one_description() -> None:
+def test_lines_of_one_metric_stand_together_under_one_description() -> None:
     lines = merged({"0": ONE, "1": OTHER, "2": ONE}).splitlines()
     assert [line for line in lines if line.startswith("# TYPE")] == [
         "# TYPE requests_total counter",
@@ -157,7 +157,7 @@ def test_a_process_that_cannot_be_scraped_is_left_out_and_said_once(
     assert "process 0" in caplog.text
 
 
-# --- Figures
+# --- Stats
 
 
 def answer(ttft_s: list[float], **counts: Any) -> sibling_pb.GetSiblingFiguresResponse:
@@ -231,7 +231,7 @@ class Child:
 
 
 class Listening:
-    """A listener of tests, at which clients are played."""
+    """A listener of tests, at which clients are scripted."""
 
     def __init__(self) -> None:
         self.is_paused = False
@@ -279,7 +279,7 @@ def test_connections_that_stay_are_spread_evenly(count: int, children_count: int
     assert sorted(given for child in children for given in child.given) == list(range(count))
 
 
-def test_while_nobody_can_take_a_connection_nobody_is_accepted() -> None:
+def test_while_no_process_takes_connections_none_is_accepted() -> None:
     child, listening = Child(can_take=False), Listening()
     distributor = Distributor(listening, lambda: [child])
     distributor.begin()
@@ -291,7 +291,7 @@ def test_while_nobody_can_take_a_connection_nobody_is_accepted() -> None:
     assert (listening.is_paused, child.given) == (False, ["first", "second"])
 
 
-def test_what_comes_back_goes_first() -> None:
+def test_a_returned_connection_goes_first() -> None:
     child, listening = Child(can_take=False), Listening()
     distributor = Distributor(listening, lambda: [child])
     distributor.begin()
@@ -302,7 +302,7 @@ def test_what_comes_back_goes_first() -> None:
     assert child.given == ["early", "earlier", "late"]
 
 
-def test_what_still_waits_at_the_end_is_closed() -> None:
+def test_connections_that_wait_at_the_end_are_closed() -> None:
     listening = Listening()
     distributor = Distributor(listening, list)
     distributor.begin()
@@ -333,7 +333,7 @@ def test_a_newcomer_gets_its_share(counts: list[int], newcomer: int, released: l
         lambda c: st.tuples(st.just(c), st.integers(0, len(c) - 1))
     )
 )
-def test_nobody_is_left_with_fewer_than_the_newcomer(drawn: tuple[list[int], int]) -> None:
+def test_no_process_is_left_with_fewer_than_the_new_one(drawn: tuple[list[int], int]) -> None:
     counts, newcomer = drawn
     released = releases(counts, newcomer)
     left = [count - gone for count, gone in zip(counts, released, strict=True)]

@@ -22,7 +22,8 @@ from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.observability.request_trace import RequestTrace
-from tests.unit.support.played_legs import Outbox
+from tests.unit.support.examples import examples
+from tests.unit.support.scripted_legs import Outbox
 
 PIECES = (
     *(b"", b"\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82", "é".encode(), "🙂".encode()),
@@ -97,8 +98,8 @@ WANTED = st.builds(
 )
 
 
-class PlayedCoalescing:
-    """A process that is as busy as it is told to be, and looks at held chunks when it is told to."""
+class ScriptedCoalescing:
+    """A process that is as busy as a rule sets it, and looks at held chunks when a rule says so."""
 
     hold_max_s = 1.0
 
@@ -115,7 +116,7 @@ class PlayedCoalescing:
             stream.flush()
 
 
-class PlayedLoop:
+class ScriptedLoop:
     """A clock on which every two looks are a little apart."""
 
     def __init__(self) -> None:
@@ -133,10 +134,10 @@ class RelayMachine(RuleBasedStateMachine):
     def ask(self, wanted: Wanted) -> None:
         self.wanted = wanted
         stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
-        self.outbox, self.coalescing = Outbox(), PlayedCoalescing()
+        self.outbox, self.coalescing = Outbox(), ScriptedCoalescing()
         detokenizer, stops = Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops)
         self.relay = Relay(
-            detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, self.coalescing, loop=PlayedLoop()
+            detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, self.coalescing, loop=ScriptedLoop()
         )
         self.is_open = False
         stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
@@ -235,4 +236,4 @@ class RelayMachine(RuleBasedStateMachine):
 
 
 TestRelay = RelayMachine.TestCase
-TestRelay.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestRelay.settings = settings(max_examples=examples(150), stateful_step_count=30, deadline=None)

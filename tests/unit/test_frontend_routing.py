@@ -214,7 +214,7 @@ def test_a_view_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(workers) for workers in taken] == [2, 3]
 
 
-def test_nothing_is_recomputed_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routes_are_not_recomputed_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(prefill(), decode(), decode("decode-1"))
     scene.unhealthy = frozenset({("decode-1", 7)})
     scene.first()

@@ -13,7 +13,7 @@ from tandem_frontend.execution.link_leg import Logprobs
 from tandem_frontend.execution.request_stream import RetryingStream
 
 from tandem.errors import TandemError
-from tests.unit.support.played_legs import Gathered, PlayedLeg, accepted, tokens
+from tests.unit.support.scripted_legs import Gathered, ScriptedLeg, accepted, tokens
 from tests.unit.test_frontend_continuation import KILLED, PROMPT, Fleet, answer, leg, stream
 
 
@@ -27,8 +27,8 @@ class Lavish(Fleet):
     def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
         whole = answer(tuple(sent.token_ids), sent.stopping.max_tokens + 5)
         words = [tokens(index, token) for index, token in enumerate(whole)]
-        decode_leg = PlayedLeg(accepted, *([tokens(0, *whole)] if self._at_once else words)).play(sinks[0])
-        self.sent.append(Dispatched(route, attempt, attempt, decode_leg, PlayedLeg(accepted).play(sinks[1])))
+        decode_leg = ScriptedLeg(accepted, *([tokens(0, *whole)] if self._at_once else words)).play(sinks[0])
+        self.sent.append(Dispatched(route, attempt, attempt, decode_leg, ScriptedLeg(accepted).play(sinks[1])))
         return self.sent[-1]
 
 
@@ -38,9 +38,9 @@ async def test_tokens_beyond_max_tokens_are_dropped(caplog: pytest.LogCaptureFix
     fleet = Lavish(at_once=at_once)
     assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
     (dispatched,) = fleet.sent
-    for played in (dispatched.decode, dispatched.prefill):
-        assert isinstance(played, PlayedLeg)
-        assert played.aborted.is_set()
+    for scripted in (dispatched.decode, dispatched.prefill):
+        assert isinstance(scripted, ScriptedLeg)
+        assert scripted.aborted.is_set()
     warned = [record.getMessage() for record in caplog.records]
     assert warned == [
         f"request r: worker {dispatched.route.decode.worker_id} sent more than max_tokens (10); the rest is dropped"
@@ -76,8 +76,8 @@ async def test_a_defect_in_a_response_fails_its_request_and_is_logged_once(
     assert (failed.value.reason, str(failed.value)) == ("INTERNAL", "internal error in a response: OverflowError")
     assert len(got.token_ids) == 3
     assert len(fleet.sent) == 1, "no other attempt is made at it"
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["request r fails: defect while turning its tokens into a response"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["request r fails: defect while turning its tokens into a response"]
 
 
 class Unending(Fleet):
@@ -86,7 +86,7 @@ class Unending(Fleet):
     def send(self, route: Any, sent: Any, attempt: int, sinks: Any, *others: Any) -> Dispatched:
         if attempt == 1:
             return super().send(route, sent, attempt, sinks, *others)
-        decode_leg, prefill_leg = PlayedLeg(accepted).play(sinks[0]), PlayedLeg(accepted).play(sinks[1])
+        decode_leg, prefill_leg = ScriptedLeg(accepted).play(sinks[0]), ScriptedLeg(accepted).play(sinks[1])
         return Dispatched(route, attempt, attempt, decode_leg, prefill_leg)
 
 

@@ -16,7 +16,7 @@ from tandem_frontend.routing.candidates import Route
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, LegFailed, ServiceError, StaleEpoch, TandemError
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
-from tests.unit.support.played_legs import ABORTED, FINISH, PlayedLeg, Word, accepted, fail, tokens, unresponsive
+from tests.unit.support.scripted_legs import ABORTED, FINISH, ScriptedLeg, Word, accepted, fail, tokens, unresponsive
 
 ROOM = 42
 RESET = ServiceError("connection reset")
@@ -25,7 +25,7 @@ RESET = ServiceError("connection reset")
 class Scene:
     """An attempt on scripted legs, and its tokens and outcome."""
 
-    def __init__(self, decode_leg: PlayedLeg, prefill_leg: PlayedLeg | None, *, has_other: bool = True) -> None:
+    def __init__(self, decode_leg: ScriptedLeg, prefill_leg: ScriptedLeg | None, *, has_other: bool = True) -> None:
         self.decode_leg, self.prefill_leg = decode_leg, prefill_leg
         self.route = Route(decode(), prefill()) if prefill_leg else Route(aggregated(), None)
         self.attempt = Attempt(self.route, self)
@@ -60,7 +60,7 @@ class Scene:
 
 
 async def test_both_finishes_are_known_at_the_end() -> None:
-    d, p = PlayedLeg(accepted, tokens(0, 5), tokens(1, 6, 7), FINISH), PlayedLeg(accepted, tokens(0, 5), FINISH)
+    d, p = ScriptedLeg(accepted, tokens(0, 5), tokens(1, 6, 7), FINISH), ScriptedLeg(accepted, tokens(0, 5), FINISH)
     scene = Scene(d, p)
     assert await scene.run() == [5, 6, 7]
     assert scene.attempt.decode_finish is not None
@@ -69,13 +69,15 @@ async def test_both_finishes_are_known_at_the_end() -> None:
 
 
 async def test_aggregated_needs_no_prefill() -> None:
-    scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), None)
+    scene = Scene(ScriptedLeg(accepted, tokens(0, 5), FINISH), None)
     assert await scene.run() == [5]
     assert scene.attempt.prefill_finish is None
 
 
 async def test_tokens_may_arrive_before_the_leg_is_accepted() -> None:
-    scene = Scene(PlayedLeg(tokens(0, 5), accepted, tokens(1, 6), FINISH), PlayedLeg(tokens(0, 5), FINISH, accepted))
+    scene = Scene(
+        ScriptedLeg(tokens(0, 5), accepted, tokens(1, 6), FINISH), ScriptedLeg(tokens(0, 5), FINISH, accepted)
+    )
     assert await scene.run() == [5, 6]
 
 
@@ -85,7 +87,7 @@ async def test_tokens_may_arrive_before_the_leg_is_accepted() -> None:
     ids=["dispatched", "bootstrapping", "transferring"],
 )
 async def test_a_failed_prefill_leg_aborts_decode(broken: list[Word], phase: str) -> None:
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(*broken, fail(RESET)))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(*broken, fail(RESET)))
     with pytest.raises(LegFailed) as failed:
         await asyncio.wait_for(scene.run(), 1)
     assert failed.value.metadata == {
@@ -100,7 +102,7 @@ async def test_a_failed_prefill_leg_aborts_decode(broken: list[Word], phase: str
     ids=["dispatched", "bootstrapping", "decode"],
 )
 async def test_a_failed_decode_leg_aborts_prefill(broken: list[Word], phase: str) -> None:
-    scene = Scene(PlayedLeg(*broken, fail(RESET)), PlayedLeg(accepted))
+    scene = Scene(ScriptedLeg(*broken, fail(RESET)), ScriptedLeg(accepted))
     with pytest.raises(LegFailed) as failed:
         await asyncio.wait_for(scene.run(), 1)
     assert failed.value.metadata["leg"] == "decode"
@@ -109,8 +111,8 @@ async def test_a_failed_decode_leg_aborts_prefill(broken: list[Word], phase: str
 
 
 async def test_a_prefill_leg_may_fail_after_decodes_first_token() -> None:
-    p = PlayedLeg(accepted, tokens(0, 5))
-    d = PlayedLeg(accepted, tokens(0, 5), lambda sink: p.say(fail(RESET)), tokens(1, 6), FINISH)
+    p = ScriptedLeg(accepted, tokens(0, 5))
+    d = ScriptedLeg(accepted, tokens(0, 5), lambda sink: p.say(fail(RESET)), tokens(1, 6), FINISH)
     scene = Scene(d, p)
     assert await scene.run() == [5, 6]
     assert scene.attempt.decode_finish is not None
@@ -120,8 +122,8 @@ PEER_ABORTED = LegFailed("aborted by decode", cause=LegFailed.PEER_ABORTED)
 
 
 async def test_prefill_aborted_by_its_peer_waits_for_decodes_own_end() -> None:
-    d = PlayedLeg(accepted)
-    p = PlayedLeg(accepted, fail(PEER_ABORTED), lambda sink: d.say(ABORTED))
+    d = ScriptedLeg(accepted)
+    p = ScriptedLeg(accepted, fail(PEER_ABORTED), lambda sink: d.say(ABORTED))
     scene = Scene(d, p)
     assert await scene.run() == []
     assert scene.attempt.decode_finish is not None
@@ -132,7 +134,7 @@ async def test_prefill_aborted_by_its_peer_fails_where_decode_reports_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempt, "DECODE_END_TIMEOUT_S", 0.01)
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, fail(PEER_ABORTED)))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(accepted, fail(PEER_ABORTED)))
     with pytest.raises(LegFailed, match="aborted by decode"):
         await asyncio.wait_for(scene.run(), 1)
     assert scene.are_aborted
@@ -140,27 +142,27 @@ async def test_prefill_aborted_by_its_peer_fails_where_decode_reports_nothing(
 
 async def test_the_wait_for_prefills_finish_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 0.01)
-    scene = Scene(PlayedLeg(accepted, tokens(0, 5), FINISH), PlayedLeg(accepted, tokens(0, 5)))
+    scene = Scene(ScriptedLeg(accepted, tokens(0, 5), FINISH), ScriptedLeg(accepted, tokens(0, 5)))
     assert await scene.run() == [5]
     assert scene.attempt.prefill_finish is None
 
 
 async def test_an_unresponsive_worker_fails_where_another_can_take_over() -> None:
-    scene = Scene(PlayedLeg(accepted, unresponsive), PlayedLeg(accepted))
+    scene = Scene(ScriptedLeg(accepted, unresponsive), ScriptedLeg(accepted))
     with pytest.raises(LegFailed, match="worker is unresponsive"):
         await scene.run()
     assert scene.attempt.failed_worker == decode()
 
 
 async def test_an_unresponsive_worker_keeps_its_leg_where_there_is_no_other() -> None:
-    d = PlayedLeg(accepted, unresponsive, tokens(0, 5), FINISH)
+    d = ScriptedLeg(accepted, unresponsive, tokens(0, 5), FINISH)
     scene = Scene(d, None, has_other=False)
     assert await scene.run() == [5]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> None:
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(accepted))
     running = asyncio.create_task(scene.run())
     await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     scene.attempt.lose(decode() if role == "decode" else prefill(), "started again")
@@ -171,7 +173,7 @@ async def test_a_worker_known_to_be_gone_ends_the_attempt_at_once(role: str) -> 
 
 
 async def test_an_invalid_request_is_the_clients_error_and_not_the_legs() -> None:
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, fail(InvalidRequest("token_ids", "is too long"))))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(accepted, fail(InvalidRequest("token_ids", "is too long"))))
     with pytest.raises(InvalidRequest) as refused:
         await scene.run()
     assert refused.value.field == "token_ids"
@@ -180,7 +182,7 @@ async def test_an_invalid_request_is_the_clients_error_and_not_the_legs() -> Non
 async def test_a_restarted_worker_is_the_legs_failure() -> None:
     stale = StaleEpoch("another epoch", worker="decode-0", expected=7, actual=8)
     with pytest.raises(LegFailed) as failed:
-        await Scene(PlayedLeg(fail(stale)), PlayedLeg(accepted)).run()
+        await Scene(ScriptedLeg(fail(stale)), ScriptedLeg(accepted)).run()
     assert failed.value.metadata["actual"] == "8"
     assert failed.value.metadata["phase"] == "dispatched"
 
@@ -196,29 +198,29 @@ async def test_a_restarted_worker_is_the_legs_failure() -> None:
     ids=["gap", "again", "none", "vocabulary"],
 )
 async def test_a_malformed_step_is_a_failure(wrong: Word, sentence: str) -> None:
-    scene = Scene(PlayedLeg(accepted, tokens(0, 5), wrong, FINISH), None)
+    scene = Scene(ScriptedLeg(accepted, tokens(0, 5), wrong, FINISH), None)
     with pytest.raises(LegFailed, match=sentence):
         await scene.run()
     assert scene.got == [5], "nothing of it reaches the client"
 
 
 async def test_an_aborted_prefill_leg_ends_the_attempt() -> None:
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted, ABORTED))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(accepted, ABORTED))
     with pytest.raises(TandemError, match="aborted") as failed:
         await asyncio.wait_for(scene.run(), 1)
     assert failed.value.reason == "ABORTED"
 
 
 async def test_an_early_end_aborts_both_legs() -> None:
-    d = PlayedLeg(accepted, tokens(0, 5))
-    scene = Scene(d, PlayedLeg(accepted))
+    d = ScriptedLeg(accepted, tokens(0, 5))
+    scene = Scene(d, ScriptedLeg(accepted))
     d.say(lambda sink: scene.attempt.stop())
     assert await scene.run() == [5]
     assert scene.are_aborted
 
 
 async def test_an_ended_attempt_passes_no_event_on() -> None:
-    d = PlayedLeg(accepted)
+    d = ScriptedLeg(accepted)
     scene = Scene(d, None)
     scene.attempt.end()
     for word in (accepted, tokens(0, 5), FINISH, fail(RESET)):
@@ -228,7 +230,7 @@ async def test_an_ended_attempt_passes_no_event_on() -> None:
 
 
 async def test_cancelling_its_task_is_no_failure_of_a_leg() -> None:
-    scene = Scene(PlayedLeg(accepted), PlayedLeg(accepted))
+    scene = Scene(ScriptedLeg(accepted), ScriptedLeg(accepted))
     running: asyncio.Task[Any] = asyncio.create_task(scene.run())
     await asyncio.wait_for(asyncio.shield(scene.attempt._accepted), 1)
     running.cancel()

@@ -55,7 +55,7 @@ async def test_top_k_that_is_allowed(top_k: int) -> None:
     assert (await checked_generate(request_of(sampling={"top_k": top_k}), TOKENIZER)).sampling.top_k == top_k
 
 
-async def test_what_is_left_open_is_settled() -> None:
+async def test_omitted_fields_get_their_defaults() -> None:
     wanted = await checked_generate(request_of(), TOKENIZER)
     assert wanted.max_tokens == 2048 - len(wanted.token_ids)
     assert re.fullmatch("[0-9a-f]{32}", wanted.request_id)

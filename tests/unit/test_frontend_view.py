@@ -90,7 +90,7 @@ def test_a_second_change_of_registry_does_not_prolong_the_time() -> None:
     assert view.next_drop_s() == GRACE_S
 
 
-def test_who_took_the_address_of_an_unconfirmed_one_has_replaced_it() -> None:
+def test_an_unconfirmed_frontend_is_replaced_by_the_new_one_at_its_address() -> None:
     view, _ = view_of("a", "b")
     view.apply("r2", 1, [frontend("c", address="a:1")])
     assert ids(view) == ["b", "c"]

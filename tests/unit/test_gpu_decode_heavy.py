@@ -66,7 +66,7 @@ def test_a_ratio_is_tandem_over_bare_and_there_is_none_of_what_was_not_measured(
     assert figures.ratios({**bare, "steady_tokens_per_s": None}, ours)["steady_tokens_per_s"] is None
 
 
-def test_one_level_is_measured_in_both_orders_and_what_finds_no_room_is_left_out() -> None:
+def test_a_level_is_measured_in_both_orders_without_those_that_do_not_fit() -> None:
     assert list(SMALL.order(80)) == [(1, "bare"), (2, "bare"), (2, "tandem"), (8, "bare")]
     assert list(SMALL.order(79)) == [(1, "bare"), (2, "bare"), (2, "tandem")]
 
@@ -83,7 +83,7 @@ def test_a_bare_engine_is_placed_where_the_worker_of_its_number_would_be() -> No
         assert bare_settings(machine, SMALL.load(2, 4), number)["extra"] == {"base_gpu_id": expected}
 
 
-class Played:
+class ScriptedWorker:
     """A bare engine that answers each list at once."""
 
     def __init__(self, failure: str | None = None) -> None:
@@ -98,19 +98,19 @@ class Played:
         return {"streams": [{"rid": work["rid"], **stream} for work in self.works], "cpu_s": 0.5}
 
 
-def asked(*engines: Played) -> Asked:
+def asked(*engines: ScriptedWorker) -> Asked:
     bare = Bare(dict(zip(("prefill", "decode"), engines, strict=True)), {"host": "h", "port": 1}, 100)  # type: ignore[arg-type]
     return asyncio.run(bare.ask(SMALL, 2, 7))
 
 
 def test_both_engines_of_a_bare_pair_get_the_same_requests_and_either_can_fail_them() -> None:
-    prefill, decode = Played(), Played()
+    prefill, decode = ScriptedWorker(), ScriptedWorker()
     answer = asked(prefill, decode)
     assert prefill.works == decode.works
     assert len({work["room"] for work in decode.works}) == len({work["rid"] for work in decode.works}) == 2
     assert [stream.failure for stream in answer.streams] == [None, None]
     assert answer.cpu_s == {"bare-prefill": 0.5, "bare-decode": 0.5}
-    assert [stream.failure for stream in asked(Played("gone"), Played()).streams] == ["gone", "gone"]
+    assert [stream.failure for stream in asked(ScriptedWorker("gone"), ScriptedWorker()).streams] == ["gone", "gone"]
 
 
 class Side:

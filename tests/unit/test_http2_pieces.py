@@ -65,7 +65,7 @@ def test_a_message_is_refused_by_its_prefix() -> None:
 
 
 @given(st.binary(max_size=2_000))
-def test_what_is_packed_is_unpacked_up_to_its_bound(message: bytes) -> None:
+def test_a_compressed_message_is_unpacked_up_to_its_bound(message: bytes) -> None:
     packed = gzip.compress(message)
     assert unpack(packed, len(message)) == message
     if message:

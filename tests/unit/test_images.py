@@ -1,4 +1,4 @@
-"""The Dockerfiles: pinned, multi-stage, for nobody in particular, and as alike as they say."""
+"""The Dockerfiles: pinned, multi-stage, without an owner's names, and as alike as they say."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bases_are_pinned(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", FILES)
-def test_an_image_is_for_nobody_and_knows_its_health(service: str) -> None:
+def test_an_image_has_no_owner_and_has_a_health_check(service: str) -> None:
     finals = final_stages(service)
     assert len(finals) == FINAL_STAGES[service]
     for stage in finals:
@@ -60,7 +60,7 @@ def test_an_image_is_for_nobody_and_knows_its_health(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", FILES)
-def test_whoever_installs_can_have_an_index_of_its_own(service: str) -> None:
+def test_an_image_build_can_use_another_package_index(service: str) -> None:
     for stage in stages(FILES[service]):
         for run in re.findall(r"^RUN (.*install\.sh.*)$", stage, re.MULTILINE):
             assert SECRETS in run, run

@@ -74,9 +74,9 @@ async def test_lines_of_requests_at_the_same_time_do_not_mix(stream: Stream) -> 
                 log.info("work of %s", name)
 
     await asyncio.gather(*(asyncio.create_task(request(f"r{number}")) for number in range(1, 4)))
-    told = entries(stream)
-    assert len(told) == 9
-    for entry in told:
+    logged = entries(stream)
+    assert len(logged) == 9
+    for entry in logged:
         assert entry["message"] == f"work of {entry['request_id']}"
         assert int(entry["trace_id"], 16) == int(entry["request_id"][1:])
 
@@ -111,7 +111,7 @@ def test_a_request_is_one_line_when_it_ends(stream: Stream) -> None:
     assert 0 <= entry["ttft_ms"] <= entry["duration_ms"]
 
 
-def test_what_a_client_sent_is_not_logged(stream: Stream) -> None:
+def test_a_clients_input_is_not_logged(stream: Stream) -> None:
     logs.set_up("debug", "json", "tandem-frontend")
     traces: TraceStore[RequestTrace] = TraceStore([logs.log_request])
     trace = RequestTrace(request_id="r-1", prompt="my secret prompt")

@@ -16,6 +16,7 @@ from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 
 from tandem.errors import InvalidRequest
+from tests.unit.support.examples import examples
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
 USER = {"role": "user", "content": "hi"}
@@ -114,7 +115,7 @@ JSON = st.recursive(
 NAMES = st.sampled_from(sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "schema"}))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(body=st.dictionaries(NAMES, JSON, max_size=8), schema=st.sampled_from([ChatRequest, CompletionRequest]))
 def test_any_json_is_accepted_or_rejected_with_a_parameter(body: dict[str, Any], schema: type[Schema]) -> None:
     whole = {"model": "m", "messages": [USER], "prompt": "a", **body}
@@ -132,7 +133,7 @@ def refused_param(schema: type[Schema], data: bytes) -> str | None:
     return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.binary(max_size=200))
 def test_random_bytes_are_rejected(data: bytes) -> None:
     with pytest.raises(InvalidRequest):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.sglang.environment import STANDINS
+from tests.unit.support.examples import examples
 from tests.unit.support.parser_texts import CALLS, JSON_ARRAY, LEAD, TEXTS, TOOLS, summed
 
 if importlib.util.find_spec("sglang") is None and not os.environ.get("CI"):
@@ -66,7 +67,7 @@ def test_calls_are_the_same_under_every_cutting(name: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_calls_are_the_same_in_random_chunks(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(TEXTS)))
     text = TEXTS[name]
@@ -75,7 +76,7 @@ def test_calls_are_the_same_in_random_chunks(data: st.DataObject) -> None:
 
 
 @given(places=st.lists(st.integers(1, len(JSON_ARRAY) - 1), max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @pytest.mark.parametrize("parser", [None, "pythonic"])
 def test_a_forced_call_is_a_json_array_where_the_format_has_no_grammar(parser: str | None, places: list[int]) -> None:
     assert parse(parser, cut(JSON_ARRAY, *places), choice="required") == ("", "", CALLS)
@@ -126,7 +127,7 @@ def test_the_prompt_knows_whether_the_model_thinks(prompt: str, inside: bool | N
         ("pythonic", "[weather, please]"),
     ],
 )
-def test_what_is_no_call_is_not_lost(parser: str, text: str) -> None:
+def test_text_that_is_no_tool_call_is_not_lost(parser: str, text: str) -> None:
     for pieces in ([text], list(text), cut(text, len(text) // 2)):
         content, _, calls = parse(parser, pieces, complete=False)
         words = [word for word in text.replace('"', " ").split() if word.isalpha()]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,26 +37,3 @@ def test_children_of_a_thread_that_ends_meanwhile_are_no_error(monkeypatch: pyte
     there.write_text("7 8 ")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone, there]))
     assert process._children() == [7, 8]
-
-
-SERVING = """
-import asyncio, gc
-from tandem.service.process import serve
-
-class Idle:
-    address, metrics_port = "127.0.0.1:1", 0
-    async def start(self): self.before = gc.get_freeze_count()
-    async def wait_finished(self): self.serving = gc.get_freeze_count()
-    async def drain(self): return True
-    async def stop(self): pass
-
-asyncio.run(serve(service := Idle()))
-print(service.before, service.serving)
-"""
-
-
-def test_serve_after_the_start_keeps_what_exists_from_the_garbage_collector() -> None:
-    done = subprocess.run([sys.executable, "-c", SERVING], capture_output=True, text=True, check=True)
-    before, serving = map(int, done.stdout.split())
-    assert before == 0
-    assert serving > 10_000

@@ -80,7 +80,7 @@ async def test_closing_ends_watchers_after_what_they_have_not_read(backend: Memo
         await backend.register(make_worker("other"))
 
 
-async def test_the_death_of_the_sweep_is_told(backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_death_of_the_sweep_is_reported(backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = asyncio.ensure_future(backend.wait_failed())
 
     def fail() -> None:
@@ -91,7 +91,7 @@ async def test_the_death_of_the_sweep_is_told(backend: MemoryBackend, monkeypatc
     assert "broken" in await assert_eventually(lambda: waiting.result() if waiting.done() else "")
 
 
-async def test_a_watcher_that_knows_more_than_the_registry_is_told_so(backend: MemoryBackend) -> None:
+async def test_a_watcher_ahead_of_the_registry_gets_an_error(backend: MemoryBackend) -> None:
     grant = await backend.register(make_worker())
     (await backend.subscribe((backend.replica_id, grant.revision))).close()
     (await backend.subscribe(("another registry", grant.revision + 1))).close()

@@ -114,7 +114,7 @@ def test_a_third_registry_gives_new_time(view: WorkerView, clock: ManualClock) -
     assert view.next_drop_s() == 64.0
 
 
-def test_an_unconfirmed_worker_goes_when_its_address_is_taken_or_its_leaving_is_told(view: WorkerView) -> None:
+def test_an_unconfirmed_worker_goes_when_its_address_is_taken_or_its_leaving_is_reported(view: WorkerView) -> None:
     view.apply_snapshot("new", 0, [])
     view.apply_delta("new", 0, 1, [make_worker("c", 9, "a:1")], [])
     assert ids(view) == ["b", "c"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tandem.domain.request_state import IN_ATTEMPT, ORDER, LegRole, Phase, RequestState
+from tests.unit.support.examples import examples
 
 PAIR = (LegRole.PREFILL, LegRole.DECODE)
 
@@ -84,7 +85,7 @@ class RequestMachine(RuleBasedStateMachine):
             assert all(leg.is_accepted for leg in self.state.legs.values())
 
 
-RequestMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+RequestMachine.TestCase.settings = settings(max_examples=examples(200), stateful_step_count=30, deadline=None)
 TestRequestMachine = RequestMachine.TestCase
 
 

@@ -11,7 +11,7 @@ def test_pauses_double_and_end_after_five() -> None:
     assert [budget.take_delay_s() for _ in range(7)] == [1, 2, 4, 8, 16, None, None]
 
 
-def test_what_is_long_ago_does_not_count() -> None:
+def test_old_restarts_do_not_count() -> None:
     clock = ManualClock()
     budget = RestartBudget(RestartPolicy(), clock)
     assert [budget.take_delay_s() for _ in range(3)] == [1, 2, 4]

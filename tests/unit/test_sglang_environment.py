@@ -25,8 +25,8 @@ def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_pa
 
 
 def test_a_host_without_an_address_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match=r"advertise_host: nobody\.invalid does not resolve to an address"):
-        environment.variables(settings("nobody.invalid"), "cpu", tmp_path)
+    with pytest.raises(StartError, match=r"advertise_host: unknown\.invalid does not resolve to an address"):
+        environment.variables(settings("unknown.invalid"), "cpu", tmp_path)
 
 
 @pytest.mark.engine_sglang

@@ -1,4 +1,4 @@
-"""The loop over SGLang's rows, on rows that are played: one that cannot be read ends its own request."""
+"""The loop over SGLang's rows, on scripted rows: one that cannot be read ends its own request."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ async def test_end_of_sequence(model_path: Path) -> None:
         assert (await collect(engine, request(min_tokens=2)))[1].completion_tokens == 3
 
 
-async def test_what_does_not_fit_waits_in_turn(model_path: Path) -> None:
+async def test_a_request_that_does_not_fit_waits_in_turn(model_path: Path) -> None:
     prompts = [tuple(range(20 + place, 60 + place)) for place in range(3)]
     async with running(model_path, AGGREGATED, kv_capacity_tokens=128, decode_step_s=0.01) as engine:
         legs = [asyncio.create_task(collect(engine, request(prompt, max_tokens=40))) for prompt in prompts]

@@ -29,7 +29,7 @@ def tool() -> ModuleType:
     return module
 
 
-def test_what_was_fitted_is_what_the_engine_spends(tool: ModuleType) -> None:
+def test_fitted_times_are_those_that_the_engine_spends(tool: ModuleType) -> None:
     """From durations through the profile's options to the durations of a step."""
     truth = {"prefill": (0.01, 5e-5, 1e-7), "decode": (0.008, 6e-4, 2e-6)}
     prompts = [16, 64, 256, 1024]

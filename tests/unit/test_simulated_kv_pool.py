@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from tandem.engine.port import KvEvent
 from tandem.engine.simulated.kv_events import KvEventLog
 from tandem.engine.simulated.kv_pool import KvLease, KvPool, PageNames, page_names
+from tests.unit.support.examples import examples
 from tests.unit.support.simulated_legs import PAGE
 
 CAPACITY_PAGES = 12
@@ -121,7 +122,7 @@ def apply(event: KvEvent, known: set[int]) -> None:
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=examples(120), stateful_step_count=40, deadline=None)
 
 
 def used(pool: KvPool, sequence: list[int], salt: str | None = None) -> KvLease:

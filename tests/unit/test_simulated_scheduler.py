@@ -128,7 +128,7 @@ def arrive(legs: Iterable[Leg]) -> None:
         leg.kv_came, leg.state = True, digest(leg.request.token_ids)
 
 
-def test_who_has_the_longest_prompt_is_retracted_and_goes_on_without_a_repeated_token() -> None:
+def test_the_longest_prompt_is_retracted_and_goes_on_without_a_repeated_token() -> None:
     bench, legs = retracting()
     while not any(leg.retraction_count for leg in legs):
         assert bench.step() is not None

@@ -46,12 +46,12 @@ def test_only_ordinary_tokens_come(prompt: list[int]) -> None:
 
 
 def test_tokens_are_the_same_in_every_release() -> None:
-    # Recorded figures: processes of two releases, or of two machines, must agree.
+    # Recorded values: processes of two releases, or of two machines, must agree.
     assert digest([1, 2, 3]).hex() == "dde3d3527aeff7dbbb0edf0d16b65c64"
     assert expected_tokens(VOCABULARY, [1, 2, 3], 6) == [154, 195, 169, 191, 7, 167]
 
 
-def test_nothing_received_is_no_prompt() -> None:
+def test_the_digest_of_an_empty_prompt_is_a_state() -> None:
     assert digest([]) != NO_STATE
     assert advance(NO_STATE, 1) != advance(digest([]), 1)
 

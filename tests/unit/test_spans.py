@@ -111,7 +111,7 @@ def test_the_wire_carries_all_of_it() -> None:
     assert {span.trace_id for span in others} == {root.trace_id}
 
 
-def test_what_is_not_sampled_has_no_spans() -> None:
+def test_an_unsampled_trace_has_no_spans() -> None:
     assert not is_sampled(RequestTrace())
     assert not is_sampled(RequestTrace(span_context=TraceContext(1, 2, False)))
     assert is_sampled(RequestTrace(span_context=TraceContext(1, 2)))

@@ -1,4 +1,4 @@
-"""Log probabilities that a client could not be told end their leg with a sentence, and never reach it."""
+"""Log probabilities that JSON cannot carry end their leg with a sentence, and never reach it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tandem.api.types.v1.generation_pb2 import RankedToken, TokenLogprob
 from tandem.domain.worker import Worker
 from tandem.errors import LegFailed
 from tests.unit.support.frontend_workers import CAPABILITIES, aggregated
-from tests.unit.support.played_legs import FINISH, PlayedLeg, Word, accepted
+from tests.unit.support.scripted_legs import FINISH, ScriptedLeg, Word, accepted
 
 BELOW = CAPABILITIES.vocabulary_size
 RIGHT = TokenLogprob(token_id=5, logprob=-0.5, top=[RankedToken(token_id=BELOW - 1, logprob=-math.inf)])
@@ -44,7 +44,7 @@ async def heard(*logprobs: TokenLogprob, wants_logprobs: bool) -> Owner:
     word: Word = lambda sink: sink.tokens(0, [5], logprobs)  # noqa: E731
 
     def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
-        return Dispatched(route, 1, 0, PlayedLeg(accepted, word, FINISH).play(sinks[0]), None)
+        return Dispatched(route, 1, 0, ScriptedLeg(accepted, word, FINISH).play(sinks[0]), None)
 
     attempt = Attempt(route, owner, wants_logprobs=wants_logprobs)  # type: ignore[arg-type]
     try:
@@ -67,7 +67,7 @@ async def heard(*logprobs: TokenLogprob, wants_logprobs: bool) -> Owner:
     ],
     ids=["negative", "above", "rival", "nan", "infinite", "rival nan"],
 )
-async def test_what_is_no_log_probability_ends_the_leg(logprob: TokenLogprob, sentence: str) -> None:
+async def test_an_invalid_log_probability_ends_the_leg(logprob: TokenLogprob, sentence: str) -> None:
     with pytest.raises(LegFailed, match=sentence):
         await heard(logprob, wants_logprobs=True)
 
@@ -78,12 +78,12 @@ async def test_as_many_as_tokens_are_needed_where_they_were_asked_for(count: int
         await heard(*[RIGHT] * count, wants_logprobs=True)
 
 
-async def test_those_that_fit_are_passed_on() -> None:
+async def test_valid_log_probabilities_are_passed_on() -> None:
     assert (await heard(RIGHT, wants_logprobs=True)).logprobs == [RIGHT]
     assert fault_in([RIGHT], BELOW) is None
 
 
-async def test_those_that_were_not_asked_for_are_dropped() -> None:
+async def test_log_probabilities_without_a_request_for_them_are_dropped() -> None:
     owner = await heard(RIGHT, RIGHT, wants_logprobs=False)
     assert (owner.token_ids, owner.logprobs) == ([5], [])
 

@@ -19,13 +19,13 @@ def at(offset_ms: float) -> dict[str, str]:
 
 
 def leg(role: str, worker: str, port: int, accepted_ms: float | None, **timings: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "role": f"WORKER_ROLE_{role.upper()}", "worker_id": worker, "epoch": "1795577662202",
         "address": f"127.0.0.1:{port}", "timings": timings,
     }  # fmt: skip
     if accepted_ms is not None:
-        told["accepted"] = at(accepted_ms)
-    return told
+        fields["accepted"] = at(accepted_ms)
+    return fields
 
 
 def timeline(**fields: Any) -> pb.RequestTimeline:

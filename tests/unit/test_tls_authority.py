@@ -52,7 +52,7 @@ def test_every_role_gets_a_certificate_and_a_key_of_its_own(directory: Path) -> 
 def test_a_certificate_says_what_it_is_for(directory: Path, name: str) -> None:
     certificate = read(directory, name)
     names = {"localhost", "127.0.0.1", "::1", name, f"{name}.tandem.service.consul"}
-    # By this one Consul's servers know each other: nobody else may hold it.
+    # By this one Consul's servers know each other: no other process may hold it.
     assert names_of(certificate) == names | ({"server.dc1.consul"} if name == "consul" else set())
     uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert set(uses) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -184,7 +184,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_ca_that_cannot_be_used_is_left_alone(directory: Path, damage, sentence: str) -> None:
+def test_an_unusable_ca_is_not_changed(directory: Path, damage, sentence: str) -> None:
     damage(directory)
     present = {file.name: file.read_bytes() for file in directory.iterdir()}
     with pytest.raises(StartError) as problem:

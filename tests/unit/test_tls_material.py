@@ -89,7 +89,7 @@ def test_an_expired_certificate_is_named(directory: Path, tls: Tls) -> None:
         read_material(tls)
 
 
-def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:
+def test_tls_files_are_not_read_before_they_are_needed(tmp_path: Path) -> None:
     tls = client_tls(tmp_path / "later")
     assert tls is not None
     files = TlsFiles(tls)

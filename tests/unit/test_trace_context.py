@@ -39,7 +39,7 @@ def test_flags_beyond_sampled_are_not_invented() -> None:
         f"00-{TRACE}-{SPAN}-01-more",
     ],
 )
-def test_what_cannot_be_read_is_no_context(header: str) -> None:
+def test_an_unreadable_traceparent_is_no_context(header: str) -> None:
     assert parsed({"traceparent": header}) is None
 
 

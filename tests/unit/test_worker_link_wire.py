@@ -84,7 +84,7 @@ async def check_health(worker: Worker) -> bool:
 
 
 @pytest.mark.parametrize(("details", "sentence"), WORDS.values(), ids=WORDS)
-async def test_what_grpc_cannot_read_breaks_one_stream(details: bytes | None, sentence: str) -> None:
+async def test_an_unreadable_message_breaks_one_stream(details: bytes | None, sentence: str) -> None:
     worker = Garbler(details)
     server, port = await worker.serve()
     timers, channels = AwakeTimers(), Channels(None)

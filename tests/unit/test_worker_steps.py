@@ -31,7 +31,7 @@ from tests.unit.support.frontend_workers import aggregated
 WORKER = aggregated()
 
 
-class PlayedEngine:
+class ScriptedEngine:
     """An engine whose outputs the test puts out."""
 
     def __init__(self) -> None:
@@ -56,10 +56,10 @@ class Identity:
 
 
 class Scene:
-    """A worker around a played engine, and one frontend."""
+    """A worker around a scripted engine, and one frontend."""
 
     def __init__(self) -> None:
-        self.engine: Any = PlayedEngine()
+        self.engine: Any = ScriptedEngine()
         self.timers = AwakeTimers()
         identity: Any = Identity()
         self.legs = Legs(self.engine, identity, timers=self.timers)
@@ -344,7 +344,7 @@ async def test_a_defect_at_one_start_is_that_legs_refusal(caplog: pytest.LogCapt
     assert [record.getMessage() for record in caplog.records] == ["leg 2 of r2 could not be started"]
 
 
-async def test_what_an_engine_says_after_a_legs_end_is_passed_over() -> None:
+async def test_an_engine_event_after_a_legs_end_is_ignored() -> None:
     scene = await Scene().begin()
     await scene.start(1)
     output = scene.output(1)

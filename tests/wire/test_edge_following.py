@@ -1,4 +1,4 @@
-"""From a registry to what Envoy is told: each change once, never of nobody, again what could not be written."""
+"""From a registry to Envoy's endpoints: each change once, never an empty list, and a retry of a failed write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tandem_edge.endpoints import Endpoint
 
 from tandem.discovery.watches import FrontendWatch
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.telling_registry import TellingRegistry, telling
+from tests.wire.support.publishing_registry import PublishingRegistry, publishing
 
 A, B = Endpoint("10.0.0.1", 1), Endpoint("10.0.0.2", 1)
 
 
 @dataclass
-class Told:
-    """What Envoy was told, and whether it can be."""
+class Applied:
+    """The lists that were applied to Envoy, and how often that still fails."""
 
     lists: list[tuple[Endpoint, ...]] = field(default_factory=list)
     refusals: int = 0
@@ -32,7 +32,7 @@ class Told:
         self.lists.append(tuple(endpoints))
 
     async def until(self, *lists: tuple[Endpoint, ...]) -> None:
-        await assert_eventually(lambda: self.lists, lambda seen: seen == list(lists), what="what Envoy is told")
+        await assert_eventually(lambda: self.lists, lambda seen: seen == list(lists), what="Envoy's endpoints")
 
 
 @dataclass
@@ -43,13 +43,13 @@ class Dns:
 
     async def ask(self, host: str) -> tuple[str, ...]:
         if not self.addresses:
-            raise OSError("nobody answers")
+            raise OSError("no server responds")
         return self.addresses
 
 
 @contextlib.asynccontextmanager
-async def following(dns: Dns | None = None) -> AsyncIterator[tuple[TellingRegistry, Discovery]]:
-    async with telling() as (registry, address):
+async def following(dns: Dns | None = None) -> AsyncIterator[tuple[PublishingRegistry, Discovery]]:
+    async with publishing() as (registry, address):
         discovery = Discovery(FrontendWatch([address]), Names((dns or Dns()).ask), refresh_s=0.05)
         try:
             yield registry, discovery
@@ -57,62 +57,62 @@ async def following(dns: Dns | None = None) -> AsyncIterator[tuple[TellingRegist
             await discovery.stop()
 
 
-async def test_envoy_is_told_each_change_and_never_of_nobody() -> None:
+async def test_each_change_is_applied_to_envoy_and_never_an_empty_list() -> None:
     async with following() as (registry, discovery):
-        registry.tell("10.0.0.1:1")
+        registry.publish("10.0.0.1:1")
         assert await discovery.first() == (A,)
-        told = Told()
-        discovery.follow(told)
-        registry.tell("10.0.0.1:1", "10.0.0.2:1")
-        await told.until((A, B))
-        registry.tell()
-        registry.tell("10.0.0.2:1")
-        await told.until((A, B), (B,))
+        applied = Applied()
+        discovery.follow(applied)
+        registry.publish("10.0.0.1:1", "10.0.0.2:1")
+        await applied.until((A, B))
+        registry.publish()
+        registry.publish("10.0.0.2:1")
+        await applied.until((A, B), (B,))
 
 
-async def test_what_could_not_be_written_is_told_again() -> None:
+async def test_a_failed_write_is_repeated() -> None:
     async with following() as (registry, discovery):
-        registry.tell("10.0.0.1:1")
+        registry.publish("10.0.0.1:1")
         await discovery.first()
-        told = Told(refusals=2)
-        discovery.follow(told)
-        registry.tell("10.0.0.2:1")
-        await told.until((B,))
-        assert told.refusals == 0
+        applied = Applied(refusals=2)
+        discovery.follow(applied)
+        registry.publish("10.0.0.2:1")
+        await applied.until((B,))
+        assert applied.refusals == 0
 
 
 async def test_a_name_is_looked_up_again_and_its_last_answer_is_kept() -> None:
     dns = Dns()
     async with following(dns) as (registry, discovery):
-        registry.tell("frontend:1")
+        registry.publish("frontend:1")
         assert await discovery.first() == (A,)
-        told = Told()
-        discovery.follow(told)
+        applied = Applied()
+        discovery.follow(applied)
         dns.addresses = ("10.0.0.2",)
-        await told.until((B,))
+        await applied.until((B,))
         dns.addresses = ()
-        registry.tell("frontend:1", "10.0.0.1:1")
-        await told.until((B,), (A, B))
+        registry.publish("frontend:1", "10.0.0.1:1")
+        await applied.until((B,), (A, B))
 
 
 async def test_a_start_without_frontends_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem_edge.discovery.FIRST_TIMEOUT_S", 0.2)
     async with following() as (registry, discovery):
         assert await discovery.first() == ()
-        told = Told()
-        discovery.follow(told)
-        registry.tell("10.0.0.1:1")
-        await told.until((A,))
+        applied = Applied()
+        discovery.follow(applied)
+        registry.publish("10.0.0.1:1")
+        await applied.until((A,))
 
 
-async def test_a_defect_ends_the_following_where_somebody_sees_it() -> None:
+async def test_a_defect_ends_discovery_with_its_error() -> None:
     def defect(endpoints: Sequence[Endpoint]) -> None:
         raise ZeroDivisionError
 
     async with following() as (registry, discovery):
-        registry.tell("10.0.0.1:1")
+        registry.publish("10.0.0.1:1")
         await discovery.first()
         discovery.follow(defect)
-        registry.tell("10.0.0.2:1")
+        registry.publish("10.0.0.2:1")
         with pytest.raises(ZeroDivisionError):
             await discovery.following

@@ -12,14 +12,14 @@ from tandem.client import calls
 from tandem.domain.worker import EngineLoad
 from tandem.errors import InvalidRequest, ServiceError
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.played_registry import PlayedRegistry, play_registry
 from tests.wire.support.registry_host import make_worker
+from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
 
 MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
 
 
 async def test_one_without_a_name_is_called_after_its_address() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     async with play_registry(registry):
         app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
         try:
@@ -32,7 +32,7 @@ async def test_one_without_a_name_is_called_after_its_address() -> None:
 
 async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
     """When it comes, not when the next request does."""
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     registry.workers = (make_worker(model="tandem-demo"),)
     async with play_registry(registry):
         app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
@@ -53,7 +53,7 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
 
 
 async def test_it_serves_before_and_without_being_registered() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     errors = iter([ServiceError("not now"), InvalidRequest("frontend.address", "is no address")])
     registry.register_error = lambda member_id, epoch: next(errors, ServiceError("not now"))
     async with play_registry(registry):

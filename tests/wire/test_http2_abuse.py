@@ -465,7 +465,7 @@ async def test_memory_does_not_grow_with_what_has_been_refused() -> None:
         assert process.memory_info().rss - before < 20 * 2**20
 
 
-async def test_an_answer_to_who_asked_and_left_in_one_breath_harms_nobody() -> None:
+async def test_a_response_to_a_client_that_left_at_once_does_not_affect_others() -> None:
     """h2 has closed the stream by the time its request is looked at."""
     async with echoing() as (_, address, _server), raw_peer(address) as peer:
         peer.ask(1, framed(b"wait"), STREAM)

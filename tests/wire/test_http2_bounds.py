@@ -45,7 +45,7 @@ SWALLOWED: dict[str, bytes] = {
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection's keeper looks at its calls often, and waits for nothing long."""
+    """A connection's keepalive looks at its calls often, and waits for nothing long."""
     monkeypatch.setattr(limits, "PING_AFTER_S", 0.1)
     monkeypatch.setattr(limits, "PING_TIMEOUT_S", 1.0)
     monkeypatch.setattr(limits, "PROGRESS_TIMEOUT_S", 0.4)
@@ -326,7 +326,7 @@ async def test_an_answer_that_is_read_byte_by_byte_is_given_up() -> None:
 
 
 async def test_unread_answers_are_bounded_in_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that has gone on least makes room, and is told so where it can be."""
+    """The one that has gone on least makes room, and gets an error where it can."""
     monkeypatch.setattr(limits, "UNSENT_BYTES_MAX", 200_000)
     async with echoing() as (echo, address, server), beside(address), raw_peer(address, _4=0) as peer:
         await unread(echo, peer, 1, 3, 60_000)

@@ -107,7 +107,7 @@ async def test_a_status_may_come_after_messages_or_alone() -> None:
         assert "grpc-status" not in after.headers
 
 
-async def test_a_defect_of_a_handler_is_internal_and_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_defect_of_a_handler_is_internal_without_details(caplog: pytest.LogCaptureFixture) -> None:
     async with echoing() as (_, address, _server), beside(address), open_channel(address) as channel:
         failure = await failure_of(channel.unary_unary(UNARY)(b"fail"))
         assert failure.code() is grpc.StatusCode.INTERNAL
@@ -221,7 +221,7 @@ async def test_grpcs_own_compression_is_understood() -> None:
         assert [part async for part in chat] == [b"a" * 9_999, b"b" * 9_999]
 
 
-async def test_another_encoding_is_told_which_there_are() -> None:
+async def test_an_unknown_encoding_is_refused_with_the_known_ones() -> None:
     async with echoing() as (_, address, _server), raw_peer(address) as peer:
         peer.ask(1, framed(b"x"), UNARY, ("grpc-encoding", "br"))
         answer = await peer.answer(1)

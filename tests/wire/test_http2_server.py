@@ -156,7 +156,7 @@ async def test_a_stop_does_not_wait_for_a_client_that_does_not_read() -> None:
         assert not peer.answers[1].trailers
 
 
-async def test_health_is_told_at_each_change_and_of_each_service() -> None:
+async def test_health_is_reported_at_each_change_and_for_each_service() -> None:
     async with echoing() as (_, address, server), open_channel(address) as channel:
         watch = HealthWatch(channel, waits=False)
         assert await watch.read()
@@ -165,7 +165,7 @@ async def test_health_is_told_at_each_change_and_of_each_service() -> None:
         assert not await watch.read()
         assert not await clients.is_serving(address, "test.Echo")
         with pytest.raises(InvalidRequest):
-            await clients.is_serving(address, "test.Nobody")
+            await clients.is_serving(address, "test.Unknown")
         watch.close()
 
 

@@ -212,7 +212,7 @@ async def test_a_silent_child_gets_nothing_although_it_has_room(monkeypatch: pyt
         await assert_eventually(lambda: not second.is_silent)
 
 
-async def test_a_parent_that_stood_still_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_parent_that_was_stopped_takes_no_child_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefork, "PING_S", 0.1)
     monkeypatch.setattr(prefork, "SILENT_S", 0.4)
     async with family() as found:
@@ -306,8 +306,8 @@ async def test_a_parent_answers_what_only_it_knows() -> None:
         await found.all_serve()
         async with open_channel(found.address) as channel:
             stub: Any = ProcessServiceStub(channel)
-            told = await stub.GetFigures(pb.GetFiguresRequest(), timeout=10)
-        assert (told.release, told.pid) == ("parent of pid", os.getpid())
+            response = await stub.GetFigures(pb.GetFiguresRequest(), timeout=10)
+        assert (response.release, response.pid) == ("parent of pid", os.getpid())
 
 
 async def test_nothing_of_the_connections_is_left() -> None:

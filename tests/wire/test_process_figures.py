@@ -48,6 +48,6 @@ async def test_a_refused_call_is_closed_too() -> None:
             for _ in range(5):
                 failed = await stub.Register(pb.RegisterRequest()).code()
                 assert failed is not None
-        figures = await calls.process_figures(app.address)
-        assert figures.open_calls == 0
-        assert dict(figures.failed_calls) == {"INVALID_REQUEST": 5}
+        counts = await calls.process_figures(app.address)
+        assert counts.open_calls == 0
+        assert dict(counts.failed_calls) == {"INVALID_REQUEST": 5}

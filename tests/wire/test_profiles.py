@@ -123,7 +123,7 @@ async def test_one_at_a_time(server_type: Any) -> None:
         assert await captured(address, duration_ms=100)
 
 
-async def test_whoever_leaves_ends_the_recording(server_type: Any, run: Path) -> None:
+async def test_a_caller_that_leaves_ends_the_recording(server_type: Any, run: Path) -> None:
     async with serving(server_type) as (address, profiler):
         async with open_channel(address) as channel:
             stub: Any = ProfileServiceStub(channel)

@@ -16,15 +16,15 @@ from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, ServiceError, TandemError, WorkerNotFound
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.played_registry import PlayedRegistry, play_registry
 from tests.wire.support.registry_host import make_worker, port_of
+from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
 
 FLEET = 60
 FRONTEND = Frontend(frontend_id="frontend-0", epoch=1, address="frontend-0:1", model="tiny")
 
 
 @asynccontextmanager
-async def registered(registries: Sequence[PlayedRegistry], *members: Any, **options: Any) -> AsyncIterator[Any]:
+async def registered(registries: Sequence[ScriptedRegistry], *members: Any, **options: Any) -> AsyncIterator[Any]:
     addresses = [registry.address for registry in registries]
     places = [Registration(addresses, m, rng=random.Random(n), **options) for n, m in enumerate(members)]
     try:
@@ -37,7 +37,7 @@ async def registered(registries: Sequence[PlayedRegistry], *members: Any, **opti
         await asyncio.gather(*(place.close() for place in places))
 
 
-def arrivals(registry: PlayedRegistry) -> list[float]:
+def arrivals(registry: ScriptedRegistry) -> list[float]:
     return sorted(time_s for time_s, *_ in registry.registered)
 
 
@@ -54,7 +54,7 @@ async def test_what_follows_a_loss_is_drawn_evenly_from_a_second(problem: Tandem
 
 
 async def test_a_fleet_whose_leases_are_lost_does_not_register_in_one_moment() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     fleet = [make_worker(f"w{number}") for number in range(FLEET)]
     async with play_registry(registry), registered([registry], *fleet) as places:
         registry.leases.clear()
@@ -68,7 +68,7 @@ async def test_a_fleet_whose_leases_are_lost_does_not_register_in_one_moment() -
 
 
 async def test_a_fleet_whose_registry_was_started_again_does_not_come_back_in_one_moment() -> None:
-    former, new = PlayedRegistry(), PlayedRegistry()
+    former, new = ScriptedRegistry(), ScriptedRegistry()
     fleet = [make_worker(f"w{number}") for number in range(FLEET)]
     async with play_registry(former), registered([former], *fleet) as places:
         port = port_of(former.address)
@@ -81,7 +81,7 @@ async def test_a_fleet_whose_registry_was_started_again_does_not_come_back_in_on
 
 
 async def test_a_new_epoch_is_registered_at_once_and_the_old_lease_forgotten() -> None:
-    registry = PlayedRegistry(ttl_s=30)
+    registry = ScriptedRegistry(ttl_s=30)
     async with play_registry(registry), registered([registry], make_worker(epoch=3)) as place:
         place.renew(8)
         assert not place.registered
@@ -92,7 +92,7 @@ async def test_a_new_epoch_is_registered_at_once_and_the_old_lease_forgotten() -
 
 async def test_a_lease_that_is_granted_to_a_former_epoch_is_not_kept() -> None:
     """It was asked for before a pause, and granted after it."""
-    registry = PlayedRegistry(ttl_s=30)
+    registry = ScriptedRegistry(ttl_s=30)
     async with play_registry(registry):
         registry.may_answer.clear()
         place = Registration([registry.address], make_worker(epoch=3))
@@ -110,7 +110,7 @@ async def test_a_lease_that_is_granted_to_a_former_epoch_is_not_kept() -> None:
 
 async def test_a_lease_ends_a_leases_time_after_it_was_asked_for() -> None:
     """Not after the answer: the registry's clock ran meanwhile."""
-    registry, clock = PlayedRegistry(ttl_s=30), ManualClock()
+    registry, clock = ScriptedRegistry(ttl_s=30), ManualClock()
     async with play_registry(registry):
         registry.may_answer.clear()
         place = Registration([registry.address], make_worker(), clock=clock)
@@ -127,7 +127,7 @@ async def test_a_lease_ends_a_leases_time_after_it_was_asked_for() -> None:
 
 
 async def test_a_member_that_was_replaced_while_it_slept_ends_though_its_new_epoch_is_later() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
 
     def held(member_id: str, epoch: int) -> TandemError | None:
         return DuplicateWorker("held", worker=member_id, epoch=5, address="elsewhere:1") if epoch > 3 else None
@@ -139,7 +139,7 @@ async def test_a_member_that_was_replaced_while_it_slept_ends_though_its_new_epo
 
 
 async def test_a_grant_that_was_lost_on_the_way_is_not_taken_for_a_replacement() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     worker = make_worker(epoch=3)
 
     def held_by_itself(member_id: str, epoch: int) -> TandemError | None:
@@ -165,16 +165,16 @@ def held_at(address: str, epoch: int) -> Any:
 
 
 @pytest.mark.parametrize("member", [make_worker(epoch=3), FRONTEND], ids=["worker", "frontend"])
-async def test_a_start_whose_clock_went_back_outruns_the_one_of_before_at_once(member: Any) -> None:
-    registry = PlayedRegistry(ttl_s=30)
+async def test_a_start_whose_clock_went_back_supersedes_the_previous_one_at_once(member: Any) -> None:
+    registry = ScriptedRegistry(ttl_s=30)
     registry.register_error = held_at(member.address, 8)
     async with play_registry(registry), registered([registry], member) as place:
         assert [epoch for *_, epoch in registry.registered] == [member.epoch, 9]
         assert place.registered
 
 
-async def test_whose_address_was_taken_does_not_outrun_the_thief() -> None:
-    registry, worker = PlayedRegistry(ttl_s=0.3), make_worker(epoch=3)
+async def test_a_member_whose_address_was_taken_does_not_supersede_the_new_one() -> None:
+    registry, worker = ScriptedRegistry(ttl_s=0.3), make_worker(epoch=3)
     async with play_registry(registry), registered([registry], worker) as place:
         registry.register_error = held_at(worker.address, 8)
         registry.leases.clear()
@@ -183,7 +183,7 @@ async def test_whose_address_was_taken_does_not_outrun_the_thief() -> None:
 
 
 async def test_a_start_whose_clock_went_back_waits_for_the_lease_of_one_elsewhere() -> None:
-    registry = PlayedRegistry(ttl_s=30)
+    registry = ScriptedRegistry(ttl_s=30)
     registry.register_error = held_at("elsewhere:1", 8)
     async with play_registry(registry):
         place = Registration([registry.address], make_worker(epoch=3))
@@ -199,7 +199,7 @@ async def test_a_start_whose_clock_went_back_waits_for_the_lease_of_one_elsewher
 
 
 async def test_another_registry_is_called_when_one_is_gone() -> None:
-    first, second = PlayedRegistry(), PlayedRegistry()
+    first, second = ScriptedRegistry(), ScriptedRegistry()
     async with play_registry(first), play_registry(second), registered([first, second], make_worker()) as place:
         assert not second.registered
         await first.stop()
@@ -208,7 +208,7 @@ async def test_another_registry_is_called_when_one_is_gone() -> None:
 
 
 async def test_a_frontend_whose_place_is_taken_goes_on_trying() -> None:
-    registry = PlayedRegistry(ttl_s=0.3)
+    registry = ScriptedRegistry(ttl_s=0.3)
     async with play_registry(registry), registered([registry], FRONTEND, may_be_fenced=False) as place:
         registry.register_error = lambda member_id, epoch: DuplicateWorker("held", epoch=99, address="elsewhere:1")
         registry.leases.clear()
@@ -220,7 +220,7 @@ async def test_a_frontend_whose_place_is_taken_goes_on_trying() -> None:
 
 @pytest.mark.parametrize("member", [make_worker(), FRONTEND], ids=["worker", "frontend"])
 async def test_leaving_gives_the_lease_back(member: Any) -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     async with play_registry(registry):
         async with registered([registry], member):
             assert len(registry.leases) == 1

@@ -249,7 +249,7 @@ async def test_signs_of_life_end_typed_when_the_registry_goes(
     assert not [record for record in caplog.records if record.exc_info], "a stop is no defect"
 
 
-async def test_drain_of_nobody_and_of_another_start(stub: Any) -> None:
+async def test_drain_of_an_unknown_worker_and_of_another_start_is_refused(stub: Any) -> None:
     unknown = await error_of(stub.Drain(pb.DrainRequest(worker_id="ghost", epoch=1)))
     assert isinstance(unknown, WorkerNotFound)
     assert unknown.metadata == {"worker": "ghost"}
@@ -278,7 +278,7 @@ async def test_a_role_that_does_not_exist_is_refused(stub: Any) -> None:
     assert await listed(stub) == []
 
 
-async def test_a_watch_from_the_future_is_told_so(stub: Any) -> None:
+async def test_a_watch_from_the_future_gets_an_error(stub: Any) -> None:
     granted = await stub.Register(register_request())
     known_registry_id = (await stub.List(pb.ListRequest())).registry_id
     ahead = pb.WatchRequest(known_registry_id=known_registry_id, known_revision=granted.revision + 1_000)

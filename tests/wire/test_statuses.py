@@ -138,7 +138,9 @@ async def test_a_refused_request_does_not_wait_for_the_garbage_collector(server_
                 # One is the list of the servicer, one the call that counts.
                 return [sys.getrefcount(servicer.requests[number]) - 2 for number in range(2)]
 
-            await assert_eventually(holders, lambda counts: counts == [0, 0], within_s=2, what="nobody holds a request")
+            await assert_eventually(
+                holders, lambda counts: counts == [0, 0], within_s=2, what="no worker holds a request"
+            )
         finally:
             gc.enable()
 

@@ -86,14 +86,14 @@ async def presented_by(address: str, tls: Tls) -> int:
 async def mirror(server_type: Any, certs: Path) -> AsyncIterator[str]:
     """A server that streams, again and again, the serial number of the certificate its caller has presented."""
 
-    async def tell(_: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def stream(_: bytes, context: Any) -> AsyncIterator[bytes]:
         certificate = x509.load_pem_x509_certificate(context.auth_context()["x509_pem_cert"][0])
         while True:
             yield b"%x" % certificate.serial_number
             await asyncio.sleep(0.01)
 
     def add(server: Any) -> None:
-        handlers = {"Tell": grpc.unary_stream_rpc_method_handler(tell)}
+        handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mirror.Mirror", handlers),))
 
     server = server_type(tls=Tls.in_directory(certs, "decode"))
@@ -105,8 +105,8 @@ async def mirror(server_type: Any, certs: Path) -> AsyncIterator[str]:
         await server.stop(0)
 
 
-def told(channel: grpc.aio.Channel) -> Any:
-    return channel.unary_stream("/mirror.Mirror/Tell")(b"")
+def stream_of(channel: grpc.aio.Channel) -> Any:
+    return channel.unary_stream("/mirror.Mirror/Stream")(b"")
 
 
 async def test_who_has_a_certificate_is_served(app: RegistryApp, tls: Tls) -> None:
@@ -246,11 +246,11 @@ async def test_channels_are_replaced_under_a_running_stream(server_type: Any, ce
     channels = Channels(tls)
     async with mirror(server_type, certs) as address:
         former = serial_of(tls.cert)
-        running = told(channels.get(address))
+        running = stream_of(channels.get(address))
         assert int(await running.read(), 16) == former
         assert channels.get(address) is channels.get(address)
         issue_all(certs)
-        renewed = told(channels.get(address))
+        renewed = stream_of(channels.get(address))
         assert int(await renewed.read(), 16) == serial_of(tls.cert) != former
         for _ in range(50):
             assert int(await running.read(), 16) == former
@@ -265,7 +265,7 @@ async def test_channels_keep_what_they_have_while_files_are_damaged(server_type:
         channel = channels.get(address)
         tls.cert.write_text("half")
         assert channels.get(address) is channel
-        assert await told(channel).read()
+        assert await stream_of(channel).read()
         await channels.close()
 
 
@@ -329,7 +329,7 @@ def test_what_is_loopback(host: str, loopback: bool) -> None:
 @pytest.mark.parametrize(
     ("host", "with_tls", "count"), [("0.0.0.0", False, 1), ("127.0.0.1", False, 0), ("0.0.0.0", True, 0)]
 )
-async def test_plaintext_beyond_this_machine_is_told_once(
+async def test_plaintext_beyond_this_machine_is_logged_once(
     server_type: Any, tls: Tls, caplog: pytest.LogCaptureFixture, host: str, with_tls: bool, count: int
 ) -> None:
     server = server_type(tls=tls if with_tls else None)

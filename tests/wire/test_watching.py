@@ -1,4 +1,4 @@
-"""A watch among several registries: what it tells them of itself, and whom it believes."""
+"""A watch among several registries: what it sends about itself, and which view it believes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.discovery import WorkerWatch, watches
 from tandem.errors import RevisionAhead, TandemError
-from tests.wire.support.played_registry import PlayedRegistry, play_registry
 from tests.wire.support.registry_host import make_worker
+from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
 
 A, B = make_worker("a"), make_worker("b")
 
@@ -22,7 +22,7 @@ def behind(request: pb.WatchRequest) -> TandemError | None:
 
 
 @asynccontextmanager
-async def watch_of(*registries: PlayedRegistry, grace_s: float = 30.0) -> AsyncIterator[WorkerWatch]:
+async def watch_of(*registries: ScriptedRegistry, grace_s: float = 30.0) -> AsyncIterator[WorkerWatch]:
     async with AsyncExitStack() as stack:
         for registry in registries:
             await stack.enter_async_context(play_registry(registry))
@@ -33,7 +33,7 @@ async def watch_of(*registries: PlayedRegistry, grace_s: float = 30.0) -> AsyncI
 
 
 async def test_deltas_follow_the_revision_they_name() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     registry.revision = 7
     async with watch_of(registry) as watch:
         await watch.wait_live()
@@ -48,7 +48,7 @@ async def test_deltas_follow_the_revision_they_name() -> None:
 
 
 async def test_a_watcher_says_what_it_knows_already() -> None:
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     registry.workers, registry.revision = (A,), 7
     async with watch_of(registry) as watch:
         await watch.wait_live()
@@ -60,11 +60,11 @@ async def test_a_watcher_says_what_it_knows_already() -> None:
         assert not registry.watched[0].HasField("known_revision")
         assert not registry.watched[0].HasField("known_registry_id")
         known = registry.watched[1]
-        assert (known.known_registry_id, known.known_revision) == ("played", 9)
+        assert (known.known_registry_id, known.known_revision) == ("scripted", 9)
 
 
 async def test_a_registry_that_is_behind_passes_the_watcher_on() -> None:
-    first, second = PlayedRegistry(), PlayedRegistry()
+    first, second = ScriptedRegistry(), ScriptedRegistry()
     first.workers, first.revision, first.watch_error = (A,), 7, behind
     second.workers, second.revision = (A, B), 8
     async with watch_of(first, second) as watch:
@@ -77,7 +77,7 @@ async def test_a_registry_that_is_behind_passes_the_watcher_on() -> None:
 async def test_when_all_stay_behind_what_they_have_is_taken_with_care(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a restore of the place where they keep it: the revision is lower, and it stays so."""
     monkeypatch.setattr(watches, "AHEAD_PATIENCE_S", 0.5)
-    registry = PlayedRegistry()
+    registry = ScriptedRegistry()
     registry.workers, registry.revision, registry.watch_error = (A, B), 7, behind
     async with watch_of(registry) as watch:
         await watch.wait_for(lambda workers: len(workers) == 2, 5)

@@ -13,7 +13,7 @@ from tests.faults.support.process_faults import prove_gone, prove_refused
 from tests.integration.support.consul_host import ConsulHost
 
 GENERATION_KEY = "tandem/generation"
-"""Where registries keep the name of whoever counts their revisions; gone with Consul's memory."""
+"""Where registries keep the id of the registry that counts their revisions; gone with Consul's memory."""
 
 
 async def generation(consul: ConsulHost) -> str:

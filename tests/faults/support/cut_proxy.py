@@ -1,4 +1,4 @@
-"""A TCP link that can be cut or slowed: it stands between two processes and carries bytes until it is told not to.
+"""A TCP link that can be cut or slowed: it stands between two processes and carries bytes until a test stops it.
 
 What it does meanwhile is a `Cut`. Owns the link, and counts what met the cut: a fault that nothing has met proves
 nothing.
@@ -30,7 +30,7 @@ class Cut(Enum):
     CLOSED = "closed"
     """And new ones are refused, as by a host without the process."""
     HALF = "half-closed"
-    """Both ends are told that nothing more comes (FIN), and what they say goes nowhere; no reset tells them so."""
+    """Both ends see that nothing more comes (FIN), and what they send goes nowhere; no reset shows them that."""
     LATE = "late"
     """Each piece waits for `LATE_S` in each direction."""
     TRICKLE = "trickle"
@@ -125,7 +125,7 @@ class CutProxy:
                     task.cancel()
                 await asyncio.wait(tasks)
         except OSError:
-            # The target is not there, or the cut is of that kind: whoever came is told the hard way.
+            # The target is not there, or the cut is of that kind: the caller gets a reset.
             _break(near)
         finally:
             for writer in filter(None, (near, far)):
@@ -165,7 +165,7 @@ class CutProxy:
             while piece := await reader.read(PIECE_BYTES):
                 await self._pass(piece, writer)
             if self.cut in (Cut.SILENT, Cut.HALF):
-                # Nor does the news that somebody has left.
+                # Nor does the end of a connection.
                 self.held_count += 1
                 await self._healed.wait()
 

@@ -41,7 +41,7 @@ class DirectCalls:
             worker_epoch=epoch,
             sampling=sampling_pb2.Sampling(temperature=0.0),
             stopping=sampling_pb2.Stopping(max_tokens=4),
-            # Nobody comes to its room.
+            # No peer comes to its room.
             bootstrap=leg_pb2.Bootstrap(host="127.0.0.1", port=9, room=1),
         )
         try:

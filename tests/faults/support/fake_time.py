@@ -1,7 +1,7 @@
 """Processes whose time of day a test can set while they run, by libfaketime; their monotonic clocks are left alone.
 
-Owns where the library comes from (this machine's, else Debian's unpacked into .cache, as Consul is) and the files by
-which each process is told. What shows the new time is the test's business: it proves that the clock has jumped.
+Owns where the library comes from (this machine's, else Debian's unpacked into .cache, as Consul is) and the files from
+which each process reads its time. What shows the new time is the test's business: it proves that the clock has jumped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FakeTime:
     """The time of day of one process and its successors."""
 
     def __init__(self, library: Path, file: Path) -> None:
-        """`file` is how the process is told; made here."""
+        """`file` is where the process reads it; made here."""
         self._library = library
         self._file = file
         self.jump(0)

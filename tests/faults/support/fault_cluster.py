@@ -144,7 +144,7 @@ class FaultCluster:
         await views.all_show(running, within_s=within_s)
 
     async def restore(self, views: Views) -> None:
-        """Heal all links, start again whatever has ended, and return when everybody knows everybody."""
+        """Heal all links, start again whatever has ended, and return when all know each other."""
         for link in self.links:
             if link.cut is not Cut.NONE:
                 await link.heal()

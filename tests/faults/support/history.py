@@ -63,7 +63,7 @@ class Asked:
         """Whether its workers had it at that moment."""
         return self.accepted_s is not None and self.accepted_s <= time_s and (self.end_s is None or self.end_s > time_s)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line for the message of a failed test."""
         ending = "open" if self.end_s is None else f"ended after {self.end_s - self.start_s:.2f} s"
         came = f"{len(self.tokens)} of {self.max_tokens} tokens"
@@ -110,7 +110,7 @@ class History:
     def lines(self, most: int = 5) -> str:
         """The first few of them, for a message."""
         more = f"\n... and {len(self) - most} more" if len(self) > most else ""
-        return "\n".join(asked.told() for asked in self.asked[:most]) + more
+        return "\n".join(asked.summary() for asked in self.asked[:most]) + more
 
 
 def _was_refused(failure: TandemError | None) -> bool:

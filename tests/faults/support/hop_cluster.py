@@ -1,7 +1,7 @@
 """A leg cluster with a link on every hop of a request, and on the ways to the registry.
 
 Owns the links and which hop each stands on. Frontend 0, prefill worker 1 and decode worker 1 are behind them; their
-namesakes of the other number are not, so that there is somebody else for each.
+namesakes of the other number are not, so that there is another worker for each.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HopCluster(LegCluster):
         extra: dict[str, Any] = json.loads(flags["engine-extra"])
         extra |= {"bootstrap_timeout_s": HAND_OVER_TIMEOUT_S, "transfer_timeout_s": HAND_OVER_TIMEOUT_S}
         if name == CUT_PREFILL:
-            extra["bootstrap_told_port"] = int(self.by_hop[Hop.BOOTSTRAP].address.rpartition(":")[2])
+            extra["bootstrap_advertised_port"] = int(self.by_hop[Hop.BOOTSTRAP].address.rpartition(":")[2])
         return {**flags, "engine-extra": json.dumps(extra)}
 
     async def frontend_flags(self, name: str, registries: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from tests.faults.support.fault_cluster import FaultCluster, Plan
 
 ENGINE: dict[str, Any] = {"decode_step_s": 0.006}
 IDLE_WITHIN_S = 1.0
-"""What is promised of legs nobody waits for."""
+"""What is promised of legs no client waits for."""
 BUSY_MACHINE_S = 1.0
 """Slack of every bound in seconds that is judged here: other work runs on the same cores."""
 
@@ -90,8 +90,8 @@ def inject(control_file: Path, *rules: dict[str, Any]) -> None:
 
 def fired(control_file: Path) -> list[dict[str, Any]]:
     """What has fired in the engine that follows this file."""
-    told = control_file.with_name(control_file.name + ".fired")
-    return [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+    fired = control_file.with_name(control_file.name + ".fired")
+    return [json.loads(line) for line in fired.read_text().splitlines()] if fired.exists() else []
 
 
 async def assert_idle(workers: list[ClusterProcess], within_s: float = IDLE_WITHIN_S + BUSY_MACHINE_S) -> None:
@@ -118,7 +118,7 @@ def held_by_legs(load: worker_pb.WatchLoadResponse) -> str:
 
 
 def unaccounted(load: worker_pb.WatchLoadResponse) -> int:
-    """Tokens of the pool that are neither used nor cached nor free. Engines without these figures have none."""
+    """Tokens of the pool that are neither used nor cached nor free. Engines without these measurements have none."""
     if not load.HasField("kv_free_tokens"):
         return 0
     return load.kv_capacity_tokens - load.kv_used_tokens - load.kv_cached_tokens - load.kv_free_tokens

@@ -1,6 +1,6 @@
 """One line for each scenario of the fault suite, made from its history: how many, how they ended, how soon.
 
-Owns the figures and their form. Judges nothing; `conftest.py` prints the lines at the end of a run.
+Owns the results and their form. Judges nothing; `conftest.py` prints the lines at the end of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.faults.support.history import Asked, History, percentile
 
 LINES: list[str] = []
 """Of the scenarios of this run, in their order."""
-_COUNTED: list[Figures] = []
+_COUNTED: list[Results] = []
 
 SCENARIO_CHARS = 59
 COUNTS = ("asked", "failed", "continued", "again", "refused", "duplicated")
@@ -25,7 +25,7 @@ HEAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class Results:
     """What one scenario came to."""
 
     asked: int
@@ -44,13 +44,13 @@ class Figures:
     """Of those that lost their workers: from the fault to their next token."""
 
 
-def figures_of(history: History, fault_s: float, detect_s: float | None = None) -> Figures:
+def results_of(history: History, fault_s: float, detect_s: float | None = None) -> Results:
     """Count a history around a fault."""
     lost = [asked for asked in history.asked if asked.went_on and asked.runs_at(fault_s)]
     gaps = [gap for asked in lost if (gap := asked.gap_after_s(fault_s)) is not None]
     continued = sum(asked.went_on and _had_tokens(asked, fault_s) for asked in history.asked)
     again = sum((asked.last_attempt or 1) > 1 for asked in history.asked) - continued
-    return Figures(
+    return Results(
         asked=len(history),
         failed=len(history.failed()),
         continued=continued,
@@ -62,16 +62,16 @@ def figures_of(history: History, fault_s: float, detect_s: float | None = None) 
     )
 
 
-def report(scenario: str, figures: Figures) -> None:
+def report(scenario: str, results: Results) -> None:
     """Add a scenario's line."""
-    _COUNTED.append(figures)
-    LINES.append(_line(scenario, figures))
+    _COUNTED.append(results)
+    LINES.append(_line(scenario, results))
 
 
 def report_test(history: History, fault_s: float) -> None:
     """Add the line of the test that runs, for scenarios that have no other name."""
     name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0]
-    report(name.removeprefix("test_").replace("_", " ")[:SCENARIO_CHARS], figures_of(history, fault_s))
+    report(name.removeprefix("test_").replace("_", " ")[:SCENARIO_CHARS], results_of(history, fault_s))
 
 
 def total() -> str:
@@ -79,14 +79,14 @@ def total() -> str:
     sums = {name: sum(getattr(each, name) for each in _COUNTED) for name in COUNTS}
     detected = [each.detect_s for each in _COUNTED if each.detect_s is not None]
     gaps_s = tuple(gap_s for each in _COUNTED for gap_s in each.gaps_s)
-    whole = Figures(**sums, detect_s=max(detected, default=None), gaps_s=gaps_s)
+    whole = Results(**sums, detect_s=max(detected, default=None), gaps_s=gaps_s)
     return _line(f"{len(_COUNTED)} scenarios (detect: the longest)", whole)
 
 
-def _line(scenario: str, figures: Figures) -> str:
+def _line(scenario: str, results: Results) -> str:
     return (
-        f"{scenario:<{SCENARIO_CHARS + 1}}{figures.asked:>6}{figures.failed:>7}{figures.continued:>6}{figures.again:>6}"
-        f"{figures.refused:>8}{figures.duplicated:>6}{_ms(figures.detect_s):>11}{_spread(figures.gaps_s):>27}"
+        f"{scenario:<{SCENARIO_CHARS + 1}}{results.asked:>6}{results.failed:>7}{results.continued:>6}{results.again:>6}"
+        f"{results.refused:>8}{results.duplicated:>6}{_ms(results.detect_s):>11}{_spread(results.gaps_s):>27}"
     )
 
 

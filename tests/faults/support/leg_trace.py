@@ -18,7 +18,7 @@ from tests.faults.support.demo_answers import demo_answers
 from tests.faults.support.fault_cluster import FaultCluster
 from tests.faults.support.history import Asked, History, now_s
 from tests.faults.support.leg_cluster import HELD_AT, LegCluster
-from tests.faults.support.leg_report import figures_of, report
+from tests.faults.support.leg_report import report, results_of
 from tests.faults.support.steady_load import Shape, SteadyLoad, steady_load
 
 SHAPE = Shape(rate_per_s=16, long_every=4, long_tokens=140, deadline_s=20)
@@ -105,7 +105,7 @@ async def under_load(
     assert not any(unaccounted), f"pages that are neither used nor cached nor free: {unaccounted}"
     history = load.history
     _judge(history, trace, but)
-    report(scenario, figures_of(history, trace.fault_s, detected_s(cluster, trace.fault_s)))
+    report(scenario, results_of(history, trace.fault_s, detected_s(cluster, trace.fault_s)))
     assert begun_s < trace.fault_s < trace.over_s
 
 
@@ -131,8 +131,8 @@ def gaps_are_short(history: History, trace: RequestTrace, worker_id: str, within
     had = history.running_at(trace.fault_s).served_by(worker_id)
     verdicts.is_large_enough(had, least, f"what {worker_id} had at the fault")
     late = had.where(lambda asked: (asked.gap_after_s(trace.fault_s) or 0.0) > within_s)
-    told = [f"{asked.gap_after_s(trace.fault_s):.2f} s: {asked.told()}" for asked in late.asked]
-    assert not len(late), f"no token within {within_s} s:\n" + "\n".join(told)
+    gaps = [f"{asked.gap_after_s(trace.fault_s):.2f} s: {asked.summary()}" for asked in late.asked]
+    assert not len(late), f"no token within {within_s} s:\n" + "\n".join(gaps)
 
 
 def detected_s(cluster: FaultCluster, fault_s: float) -> float | None:

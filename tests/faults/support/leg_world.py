@@ -1,9 +1,9 @@
 """Workers on virtual time: they take legs, hand over, stream, are killed, stopped, and fail hand-overs.
 
-Each process has the real tables of legs and the real step streams of a worker, around an engine that is played; the
-frontend's side of the contract is the real one too. Played are the engine and the network between them. Tokens depend
-on all tokens before them, so one that is lost, repeated or another request's shows in the answer. Every chance is drawn
-from one seed.
+Each process has the real tables of legs and the real step streams of a worker, around a scripted engine; the
+frontend's side of the contract is the real one too. The engine and the network between them follow a script. Tokens
+depend on all tokens before them, so one that is lost, repeated or another request's shows in the response. Every chance
+is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class FixedIdentity:
         return self._worker
 
 
-class Played:
-    """One process of a worker: real legs and step streams, around an engine that is played."""
+class ScriptedWorker:
+    """One process of a worker: real legs and step streams, around a scripted engine."""
 
     def __init__(self, world: World, worker: Worker) -> None:
         self.world = world
@@ -113,10 +113,10 @@ class Played:
     # --- The engine
 
     async def submit(self, request: EngineRequest, output: Output) -> None:
-        """Take a request; it is played in a task."""
+        """Take a request; it runs in a task."""
         is_prefill = self.worker.role is WorkerRole.PREFILL
         work = self._prefill(request, output) if is_prefill else self._decode(request, output)
-        task = asyncio.create_task(self._run(request, output, work), name=f"played-{request.request_id}")
+        task = asyncio.create_task(self._run(request, output, work), name=f"scripted-{request.request_id}")
         self._runs[request.request_id] = (task, output)
 
     def abort(self, request_id: str) -> bool:
@@ -143,7 +143,7 @@ class Played:
         try:
             if self.failures and rng.random() < 0.3:
                 self.failures -= 1
-                raise LegFailed("nobody came to the room")
+                raise LegFailed("no peer came to the room")
             # Sometimes long enough for the worker to have nothing to say but that the leg is alive.
             await self.spend(rng.choice((0.0, 0.0, 0.0, 0.4, 1.2)))
             await self.spend(rng.uniform(0.001, 0.1))
@@ -173,26 +173,26 @@ class Played:
                 raise LegFailed("the step failed")
 
 
-class PlayedSteps:
-    """A step stream's call over the played network: what the worker sends comes as long as it runs."""
+class ScriptedSteps:
+    """A step stream's call over the simulated network: what the worker sends comes as long as it runs."""
 
-    def __init__(self, played: Played, frontend_id: str) -> None:
-        self._played = played
-        self._stream = played.streams.open(frontend_id, on_overflow=self.cancel)
+    def __init__(self, scripted: ScriptedWorker, frontend_id: str) -> None:
+        self._worker = scripted
+        self._stream = scripted.streams.open(frontend_id, on_overflow=self.cancel)
         self._messages = self._stream.messages()
         self._is_cancelled = False
 
     async def read(self) -> StreamStepsResponse:
         """The next message."""
-        played = self._played
-        if played.dead.done():
+        scripted = self._worker
+        if scripted.dead.done():
             raise ServiceError("connection refused")
         next_message = asyncio.ensure_future(anext(self._messages))
         try:
-            waiting: set[asyncio.Future[Any]] = {next_message, played.dead}
+            waiting: set[asyncio.Future[Any]] = {next_message, scripted.dead}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            await played.thawed.wait()
-            if played.dead.done():
+            await scripted.thawed.wait()
+            if scripted.dead.done():
                 raise ServiceError("connection reset")
             return next_message.result()
         finally:
@@ -204,7 +204,7 @@ class PlayedSteps:
         """The frontend's end of it, which the worker hears of when it runs."""
         if not self._is_cancelled:
             self._is_cancelled = True
-            self._played.streams.close(self._stream)
+            self._worker.streams.close(self._stream)
 
 
 @dataclass(slots=True)
@@ -230,7 +230,9 @@ class World:
     def __post_init__(self) -> None:
         self.timers = AwakeTimers()
         self._kv: dict[int, asyncio.Future[None]] = {}
-        self.played: dict[Start, Played] = {worker.start: Played(self, worker) for worker in self.workers}
+        self.scripted: dict[Start, ScriptedWorker] = {
+            worker.start: ScriptedWorker(self, worker) for worker in self.workers
+        }
         self.links = WorkerLinks("frontend-0", cast("Any", self), self.bounds, self.timers, self.answers)
         self.links.follow(self.workers)
         self._dispatch = Dispatch(self.links, self.rng)
@@ -241,18 +243,18 @@ class World:
         self.timers.close()
 
     def view(self) -> tuple[Worker, ...]:
-        """What the registry tells: it does not know who is dead."""
+        """What the registry lists: it does not know who is dead."""
         return self.workers
 
     def unhealthy(self) -> list[Start]:
         """Whose stream of health has ended."""
-        return [start for start, played in self.played.items() if played.dead.done()]
+        return [start for start, scripted in self.scripted.items() if scripted.dead.done()]
 
     async def answers(self, worker: Worker) -> bool:
         """Whether it answers a question about its health."""
-        played = self.played[worker.start]
-        if played.thawed.is_set():
-            return not played.dead.done()
+        scripted = self.scripted[worker.start]
+        if scripted.thawed.is_set():
+            return not scripted.dead.done()
         await asyncio.sleep(CHECK_S)
         return False
 
@@ -260,7 +262,7 @@ class World:
         """A newer start of a worker that is dead."""
         newer = replace(worker, epoch=worker.epoch + 1)
         self.workers = tuple(newer if each.start == worker.start else each for each in self.workers)
-        self.played[newer.start] = Played(self, newer)
+        self.scripted[newer.start] = ScriptedWorker(self, newer)
         self.links.follow(self.workers)
         return newer
 
@@ -270,7 +272,7 @@ class World:
 
     def open_legs(self) -> int:
         """Legs that processes that live still have."""
-        return sum(played.legs.open_count for played in self.played.values() if not played.dead.done())
+        return sum(scripted.legs.open_count for scripted in self.scripted.values() if not scripted.dead.done())
 
     def send(
         self,
@@ -291,11 +293,11 @@ class World:
 
     def connection(self, worker: Worker) -> object:
         """One for each process."""
-        return self.played[worker.start]
+        return self.scripted[worker.start]
 
-    def open_steps(self, worker: Worker, frontend_id: str) -> PlayedSteps:
+    def open_steps(self, worker: Worker, frontend_id: str) -> ScriptedSteps:
         """Open a step stream."""
-        return PlayedSteps(self.played[worker.start], frontend_id)
+        return ScriptedSteps(self.scripted[worker.start], frontend_id)
 
     async def start_legs(
         self, worker: Worker, stream_id: int, legs: Sequence[leg2_pb2.LegStart]
@@ -304,26 +306,26 @@ class World:
         delay_s = self.rng.uniform(0.0005, 0.004) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.3)
         return cast(
             "Sequence[leg2_pb2.LegStartResult]",
-            await self._call(worker, delay_s, lambda played: played.starts.start(stream_id, legs)),
+            await self._call(worker, delay_s, lambda scripted: scripted.starts.start(stream_id, legs)),
         )
 
     async def abort_legs(self, worker: Worker, stream_id: int, legs: Iterable[int]) -> None:
         """Abort legs."""
 
-        async def abort(played: Played) -> int:
-            return played.legs.abort_numbered(stream_id, legs)
+        async def abort(scripted: ScriptedWorker) -> int:
+            return scripted.legs.abort_numbered(stream_id, legs)
 
         await self._call(worker, self.rng.uniform(0.0005, 0.004), abort)
 
-    async def _call(self, worker: Worker, delay_s: float, handle: Callable[[Played], Any]) -> object:
+    async def _call(self, worker: Worker, delay_s: float, handle: Callable[[ScriptedWorker], Any]) -> object:
         """A call that goes on in the worker's process whatever becomes of its caller; the answer may come late."""
-        played = self.played[worker.start]
+        scripted = self.scripted[worker.start]
 
         async def handled() -> object:
-            await played.spend(delay_s)
-            result = await handle(played)
+            await scripted.spend(delay_s)
+            result = await handle(scripted)
             # The answer is a message of its own: tokens and ends of the legs may overtake it.
-            await played.spend(self.rng.uniform(0, 0.002) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.5))
+            await scripted.spend(self.rng.uniform(0, 0.002) if self.rng.random() < 0.8 else self.rng.uniform(0, 0.5))
             return result
 
         task = asyncio.create_task(handled())

@@ -25,7 +25,7 @@ AVOIDED_WITHIN_S = 1.5
 """Three looks of a frontend at its workers; measured and held to a second in benchmarks."""
 
 NOTICED_S = 20.0
-"""A registry asks Consul to wait with its answer, and cannot tell a long wait from a cut link."""
+"""A registry asks Consul to wait with its answer, and cannot distinguish a long wait from a cut link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ async def through_outage(
 
     Args:
         place: where; whole before and after.
-        course: how it goes.
+        trace: where its times are recorded.
         begin: breaks something, and proves that it is broken.
         end: repairs it.
         meanwhile: whether the registries say of it what they must; waited for before the repair.
@@ -96,7 +96,7 @@ async def through_outage(
 
 
 def live(views: Views) -> bool:
-    """Every registry that answers tells the present view."""
+    """Every registry that responds reports the present view."""
     return views.sources() == {pb.VIEW_SOURCE_LIVE}
 
 

@@ -93,10 +93,10 @@ def knock(address: str, timeout_s: float = 0.5) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now.
+    """A port that is free now.
 
-    Drawn from below those that the kernel gives to whoever asks for any: one of those may be a connection's of somebody
-    else by the time it is listened on.
+    Drawn from below those that the kernel gives to any process that asks for one: a connection of another process may
+    hold such a port by the time it is listened on.
     """
     while True:
         port = random.randrange(*PORTS)

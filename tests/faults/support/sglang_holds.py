@@ -40,7 +40,7 @@ def worker_id():
 class Holds:
     def __init__(self):
         self.file = Path(os.environ["__DIRECTORY__"]) / worker_id()
-        self.told = self.file.with_suffix(".held").open("a", buffering=1)
+        self.reported = self.file.with_suffix(".held").open("a", buffering=1)
 
     def at(self, phase):
         try:
@@ -51,8 +51,8 @@ class Holds:
     def are_over(self, room):
         return self.file.with_name(f"{room}.free").exists()
 
-    def tell(self, phase, room):
-        self.told.write(json.dumps({"phase": phase, "room": room, "time_s": time.monotonic()}) + "\\n")
+    def report(self, phase, room):
+        self.reported.write(json.dumps({"phase": phase, "room": room, "time_s": time.monotonic()}) + "\\n")
 
 
 def register():
@@ -75,7 +75,7 @@ def register():
         held = [room for room in held if not holds.are_over(room)]
         if held and holds.at(wanted):
             for room in held:
-                holds.tell(wanted, room)
+                holds.report(wanted, room)
             time.sleep(__CHUNK_S__ if wanted == "prefilling" else __STEP_S__)
 
     def preallocate(original, queue, rids_to_check=None, *arguments, **keywords):
@@ -87,7 +87,7 @@ def register():
             stays = waits and phase == "bootstrapping" and decode_req.kv_receiver.poll() != KVPoll.Failed
             if stays and passes.get(room, 0) == 0:
                 passes[room] = 1
-                holds.tell(phase, room)
+                holds.report(phase, room)
             if not stays:
                 free.append(decode_req.req.rid)
         return original(queue, free, *arguments, **keywords)
@@ -99,7 +99,7 @@ def register():
         # From the second chunk on: some pages have been written then, and some have not.
         passes[room] = passes.get(room, 0) + 1
         if passes[room] == 2 and holds.at("transferring"):
-            holds.tell("transferring", room)
+            holds.report("transferring", room)
             while holds.at("transferring") and not holds.are_over(room):
                 time.sleep(0.01)
 
@@ -145,7 +145,7 @@ class Holds:
                 file.unlink(missing_ok=True)
 
     def free(self, room: int) -> None:
-        """Let one request go on, whoever holds it: others may wait behind it."""
+        """Let one request go on, whatever holds it: others may wait behind it."""
         (self.directory / f"{room}.free").touch()
 
     def held(self) -> list[Held]:

@@ -223,8 +223,8 @@ class SglangFleet(FaultCluster):
         for name, load in (await self.loads()).items():
             assert load.kv_cached_tokens + load.kv_free_tokens == load.kv_capacity_tokens, name
 
-    async def _held(self, *figures: str) -> dict[str, int]:
-        return {name: sum(getattr(load, f) for f in figures) for name, load in (await self.loads()).items()}
+    async def _held(self, *fields: str) -> dict[str, int]:
+        return {name: sum(getattr(load, f) for f in fields) for name, load in (await self.loads()).items()}
 
 
 async def ended(streams: Iterable[Stream]) -> None:
@@ -246,7 +246,7 @@ async def all_frozen(worker: ClusterProcess) -> AsyncIterator[float]:
 
 
 def scheduler_of(worker: ClusterProcess) -> int:
-    """The process of that worker's engine that runs the model: it keeps its figures in shared memory."""
+    """The process of that worker's engine that runs the model: it keeps its counters in shared memory."""
     for child in psutil.Process(worker.pid).children(recursive=True):
         if "/dev/shm/sglang_loads_" in Path(f"/proc/{child.pid}/maps").read_text():
             return child.pid

@@ -33,7 +33,7 @@ def tokens_are_exact(history: History, oracle: Oracle) -> None:
         right = oracle(asked.prompt, asked.max_tokens)
         if asked.failure is not None or asked.end_s is None:
             right = right[: len(asked.tokens)]
-        assert asked.tokens == right, f"wrong tokens:\n{asked.told()}\n{asked.tokens}\n{right}"
+        assert asked.tokens == right, f"wrong tokens:\n{asked.summary()}\n{asked.tokens}\n{right}"
 
 
 def ran_through(history: History, time_s: float, least: int) -> None:
@@ -44,7 +44,7 @@ def ran_through(history: History, time_s: float, least: int) -> None:
 
 
 def none_went_to(history: History, worker_id: str, from_s: float) -> None:
-    """From that moment on, nobody was served by that worker, and nobody was sent to one that did not answer."""
+    """From that moment on, no request was served by that worker, and none was sent to one that did not answer."""
     later = history.begun(from_s)
     served = later.served_by(worker_id)
     assert not len(served), f"{len(served)} requests were served by {worker_id}:\n{served.lines()}"
@@ -53,12 +53,12 @@ def none_went_to(history: History, worker_id: str, from_s: float) -> None:
 
 
 def went_to(history: History, worker_id: str, from_s: float) -> None:
-    """From that moment on, that worker served somebody."""
-    assert len(history.begun(from_s).served_by(worker_id)), f"nobody was served by {worker_id} again"
+    """From that moment on, that worker served a request."""
+    assert len(history.begun(from_s).served_by(worker_id)), f"no request was served by {worker_id} again"
 
 
 def held_by(worker_id: str, killed_s: float) -> Callable[[Asked], bool]:
-    """Whether a request was in that worker's hands when it was killed: nobody can finish it then.
+    """Whether a request was in that worker's hands when it was killed: no worker can finish it then.
 
     A request that it had not taken is not among them: another worker takes it.
     """

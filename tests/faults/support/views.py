@@ -54,7 +54,7 @@ class Views:
         return next((look for look in reversed(self.looks) if look.place == place), None)
 
     def show(self, workers: Collection[str], asked: Collection[str] | None = None) -> bool:
-        """Whether all those asked, or everybody, know exactly these workers now."""
+        """Whether all those asked, or all processes, know exactly these workers now."""
         counts = tuple(sum(name.startswith(role) for name in workers) for role in ("prefill", "decode"))
         for place in asked or (*self.registries, *self.frontends):
             look = self.last(place)
@@ -72,7 +72,7 @@ class Views:
         """Return when all those asked know exactly these workers; how long it took."""
         begin_s = now_s()
         await assert_eventually(
-            lambda: (self.show(workers, asked), self._told()),
+            lambda: (self.show(workers, asked), self._known()),
             lambda found: found[0],
             within_s=within_s,
             every_s=LOOK_EVERY_S / 2,
@@ -84,7 +84,7 @@ class Views:
         """The epoch under which a registry listed a worker last."""
         listed = (look.epochs[worker_id] for look in reversed(self.looks) if look.epochs and worker_id in look.epochs)
         found = next(listed, None)
-        assert found is not None, f"nobody has listed {worker_id}"
+        assert found is not None, f"no registry has listed {worker_id}"
         return found
 
     def sources(self) -> set[int]:
@@ -92,7 +92,7 @@ class Views:
         looks = [self.last(place) for place in self.registries]
         return {look.source for look in looks if look is not None and look.epochs is not None}
 
-    def _told(self) -> str:
+    def _known(self) -> str:
         looks = [self.last(place) for place in (*self.registries, *self.frontends)]
         return "; ".join(
             f"{look.place}: {sorted(look.epochs) if look.epochs is not None else look.counts}" for look in looks if look
@@ -137,6 +137,6 @@ async def _registry_look(place: str, channel: grpc.aio.Channel) -> Look:
 async def _frontend_look(place: str, channel: grpc.aio.Channel) -> Look:
     stub: Any = InferenceServiceStub(channel)
     answer = await stub.ListModels(frontend_pb.ListModelsRequest(), timeout=ANSWER_S)
-    # A model nobody serves is not offered.
+    # A model that no worker serves is not offered.
     counts = [(model.prefill_workers, model.decode_workers) for model in answer.models] or [(0, 0)]
     return Look(now_s(), place, None, (), counts[0])

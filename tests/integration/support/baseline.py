@@ -1,6 +1,6 @@
 """Nothing is left of a test's requests: each process of a cluster is compared with itself from before them.
 
-Judges only processes that are the same ones at the end and can be asked; whoever was killed on purpose has no baseline.
+Judges only processes that are the same ones at the end and can be asked; one that a test killed has no baseline.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ WITHIN_S = 5.0
 class Baseline:
     """What each process held, by pid."""
 
-    figures: dict[int, dict[str, int]]
+    counts: dict[int, dict[str, int]]
 
 
 async def take(cluster: LocalCluster) -> Baseline:
     """Look at every process."""
-    return Baseline({process.pid: await _figures(process) for process in _askable(cluster)})
+    return Baseline({process.pid: await _counts(process) for process in _askable(cluster)})
 
 
 async def assert_back(cluster: LocalCluster, baseline: Baseline) -> None:
     """Wait until every process is back where it was."""
     for process in _askable(cluster):
-        if process.pid in baseline.figures:
-            before = baseline.figures[process.pid]
+        if process.pid in baseline.counts:
+            before = baseline.counts[process.pid]
             if process.role == "registry":
                 count = len(cluster.processes)
                 before = {name: most + count * FOR_EACH_PROCESS.get(name, 0) for name, most in before.items()}
@@ -47,9 +47,9 @@ async def assert_back(cluster: LocalCluster, baseline: Baseline) -> None:
                 if process not in _askable(cluster):
                     return {}
                 try:
-                    now = await _figures(process)
+                    now = await _counts(process)
                 except ServiceError as problem:
-                    # Killed on purpose, and the cluster has not been told of its end yet.
+                    # Killed on purpose, and the cluster has not seen its end yet.
                     raise AssertionError(f"{process.name} does not answer: {problem}") from None
                 return {name: now[name] for name, most in _bounds(before).items() if now[name] > most}
 
@@ -61,14 +61,14 @@ def _bounds(before: dict[str, int]) -> dict[str, int]:
     return {name: before[name] + SLACK.get(name, 0) for name in before}
 
 
-async def _figures(process: ClusterProcess) -> dict[str, int]:
-    told = await calls.process_figures(process.address)
-    figures = {name: getattr(told, name) for name in SLACK}
+async def _counts(process: ClusterProcess) -> dict[str, int]:
+    response = await calls.process_figures(process.address)
+    counts = {name: getattr(response, name) for name in SLACK}
     if process.role in WORKERS:
         load = await calls.worker_load(process.address)
-        figures |= {"open_legs": load.open_legs, "running_requests": load.running_requests}
-        figures |= {"waiting_requests": load.waiting_requests, "transferring_requests": load.transferring_requests}
-    return figures
+        counts |= {"open_legs": load.open_legs, "running_requests": load.running_requests}
+        counts |= {"waiting_requests": load.waiting_requests, "transferring_requests": load.transferring_requests}
+    return counts
 
 
 def _askable(cluster: LocalCluster) -> list[ClusterProcess]:

@@ -1,4 +1,4 @@
-"""Certificates made for one test: an authority, and whoever it signs for."""
+"""Certificates made for one test: an authority, and those it signs for."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class GuardedConsul:
         return self.host.access.url
 
     def access(self, token: str) -> ConsulAccess:
-        """As somebody with that token, from the machine of a registry."""
+        """As a client with that token, from the machine of a registry."""
         return ConsulAccess(address=self.url, token=token, ca=self.registry_tls.ca, tls=self.registry_tls)
 
     async def bootstrap(self) -> None:

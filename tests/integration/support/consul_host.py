@@ -5,7 +5,7 @@
         await consul.wait_leaderless()
 
 Each fault returns when it can be seen from outside: a process that has ended, a state that the kernel shows, a leader
-that nobody knows any more.
+that no server knows any more.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ConsulHost:
         await asyncio.gather(*(agent.stop() for agent in self.agents))
 
     async def kill(self, *agents: ConsulAgent) -> None:
-        """SIGKILL; returns when nobody listens there any more."""
+        """SIGKILL; returns when no process listens there any more."""
         for agent in agents:
             agent.kill()
         for agent in agents:

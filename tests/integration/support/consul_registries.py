@@ -106,7 +106,7 @@ class RegistryProcess:
         self.child.send_signal(signal.SIGCONT)
 
 
-class PlayedMember:
+class ScriptedMember:
     """A worker without an engine."""
 
     def __init__(self, server: RpcServer, registration: Registration, member: Member) -> None:
@@ -130,13 +130,13 @@ class PlayedMember:
         await self.registration._channels.close()
 
     async def die(self) -> None:
-        """Its process is gone: nobody listens at its address."""
+        """Its process is gone: nothing listens at its address."""
         await self.fall_silent()
         await self.server.stop(0)
 
 
 @asynccontextmanager
-async def played_worker(worker_id: str, *registries: Any, epoch: int | None = None) -> AsyncIterator[PlayedMember]:
+async def scripted_worker(worker_id: str, *registries: Any, epoch: int | None = None) -> AsyncIterator[ScriptedMember]:
     """A worker that is registered at one of the registries, and that all of them list."""
     server = RpcServer()
     await server.start("127.0.0.1", 0)
@@ -153,7 +153,7 @@ async def played_worker(worker_id: str, *registries: Any, epoch: int | None = No
         async with asyncio.timeout(10):
             await registration.wait_registered()
             await assert_eventually(listed_by_all)
-        yield PlayedMember(server, registration, worker)
+        yield ScriptedMember(server, registration, worker)
     finally:
         await registration.close()
         await server.stop(0)
@@ -161,7 +161,7 @@ async def played_worker(worker_id: str, *registries: Any, epoch: int | None = No
 
 @dataclass
 class Watched:
-    """Everything that one stream of a registry has told."""
+    """Everything that one stream of a registry has reported."""
 
     steps: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
     """Registry id, revision, and the ids of the workers after each step."""

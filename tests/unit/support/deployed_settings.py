@@ -29,7 +29,7 @@ VARIABLE = re.compile(r"TANDEM_(REGISTRY|FRONTEND|PREFILL|DECODE|EDGE)_([A-Z_]+)
 
 
 def drain_s(service: str) -> float:
-    """Longest drain of a service that is told nothing else."""
+    """Longest drain of a service without a setting for it."""
     fields = CONFIGS[service].model_fields
     return float(fields["drain_settle_s"].default) + float(fields["drain_timeout_s"].default)
 

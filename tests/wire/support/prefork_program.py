@@ -40,7 +40,7 @@ async def serve(link: ParentLink, first: dict[str, Any]) -> None:
 
 
 async def answers(link: ParentLink) -> Any:
-    """The parent's answer, as if it were figures of another process."""
+    """The parent's answer, as if it were the counts of another process."""
     from tandem.api.process.v1 import process_service_pb2 as pb
 
     answer = await link.ask(what="pid")

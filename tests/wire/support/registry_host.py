@@ -34,7 +34,7 @@ async def serve_registry(port: int = 0, ttl_s: float = TTL_S, **settings: Any) -
 
 def consul_settings(consul: ConsulHost) -> dict[str, Any]:
     """Of a registry over that agent, under a name that no other test uses. Its checks are off: the workers of these
-    tests are names, and nobody listens at their addresses.
+    tests are names, and nothing listens at their addresses.
     """
     return {
         "backend": "consul",

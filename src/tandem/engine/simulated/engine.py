@@ -123,10 +123,10 @@ class SimulatedEngine:
         return self._capabilities
 
     def bootstrap_address(self) -> BootstrapAddress | None:
-        """See the port. `bootstrap_told_port` replaces the real port, for a proxy in front of it."""
+        """See the port. `bootstrap_advertised_port` replaces the real port, for a proxy in front of it."""
         if self._bootstrap_port is None:
             return None
-        port = self._options.bootstrap_told_port or self._bootstrap_port
+        port = self._options.bootstrap_advertised_port or self._bootstrap_port
         return BootstrapAddress(host=self._settings.host, port=port)
 
     async def submit(self, request: EngineRequest, output: Output) -> None:

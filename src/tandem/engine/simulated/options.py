@@ -67,7 +67,7 @@ class Options:
     """How long a leg waits for the other leg to connect."""
     transfer_timeout_s: float = 30.0
     """How long a connected leg waits for the KV transfer, including the computation of the prompt."""
-    bootstrap_told_port: int | None = None
+    bootstrap_advertised_port: int | None = None
     """Port that is advertised instead of the listening one, for tests with a proxy in front of it."""
 
     eos_after_tokens: int | None = None
@@ -154,7 +154,7 @@ _TEXT = _Rule("a text", lambda value: isinstance(value, str) and value != "")
 _FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
 _FAULTS = _Rule("a list of rules", lambda value: True)
 """`parse_rules` checks them, and names the rule at fault."""
-_NULLABLE = frozenset({"profile", "bootstrap_told_port", "eos_after_tokens", "control_file"})
+_NULLABLE = frozenset({"profile", "bootstrap_advertised_port", "eos_after_tokens", "control_file"})
 
 _RULES = {
     "profile": _TEXT,
@@ -173,7 +173,7 @@ _RULES = {
     "reserved_decode_tokens": _WHOLE_FROM_0,
     "prefix_cache": _FLAG,
     "kv_events": _FLAG,
-    "bootstrap_told_port": _PORT,
+    "bootstrap_advertised_port": _PORT,
     "eos_after_tokens": _WHOLE_FROM_1,
     "eos_chance": _FRACTION,
     "faults": _FAULTS,

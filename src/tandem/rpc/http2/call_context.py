@@ -16,7 +16,7 @@ import grpc
 from tandem.errors import TandemError
 from tandem.rpc.http2.metadata import Fields, Metadata, Request, sent_fields
 from tandem.rpc.http2.methods import Method
-from tandem.rpc.http2.pace import Keeper
+from tandem.rpc.http2.pace import HeldMessage
 from tandem.rpc.http2.peer import Peer
 from tandem.rpc.http2.sender import Outgoing
 
@@ -39,7 +39,7 @@ class Carrier(Protocol):
     def reset(self, stream_id: int) -> None:
         """Give up what has not been sent on a stream."""
 
-    def hold(self, keeper: Keeper, size: int, *, advances: bool) -> None:
+    def hold(self, message: HeldMessage, size: int, *, advances: bool) -> None:
         """So many bytes of an unfinished request are in memory; with `advances` it has made progress.
 
         Where there is no room for them, the slowest request is ended.

@@ -34,7 +34,7 @@ class Pace:
         return now_s - self._piece_s > limits.PROGRESS_TIMEOUT_S or now_s - self._begun_s > limits.MESSAGE_TIMEOUT_S
 
 
-class Keeper(Protocol):
+class HeldMessage(Protocol):
     """A message that bytes are kept of."""
 
     def evict(self) -> None:
@@ -49,25 +49,25 @@ class Room:
         self.bytes = 0
         self.unread_count = 0
         """Calls among them whose handlers have ended, and of whose responses much is unread."""
-        self._kept: dict[Keeper, int] = {}
+        self._kept: dict[HeldMessage, int] = {}
 
-    def keep(self, keeper: Keeper, size: int) -> None:
+    def keep(self, message: HeldMessage, size: int) -> None:
         """So many bytes are kept of it now. One that is new comes last."""
-        self.bytes += size - self._kept.get(keeper, 0)
+        self.bytes += size - self._kept.get(message, 0)
         if size:
-            self._kept[keeper] = size
+            self._kept[message] = size
         else:
-            self._kept.pop(keeper, None)
+            self._kept.pop(message, None)
 
-    def advance(self, keeper: Keeper) -> None:
+    def advance(self, message: HeldMessage) -> None:
         """It has made progress."""
-        size = self._kept.pop(keeper, None)
+        size = self._kept.pop(message, None)
         if size is not None:
-            self._kept[keeper] = size
+            self._kept[message] = size
 
     def evict(self) -> None:
         """End messages until the others have room."""
         while self.bytes > self.bytes_max and self._kept:
-            keeper = next(iter(self._kept))
-            keeper.evict()
-            self.keep(keeper, 0)
+            message = next(iter(self._kept))
+            message.evict()
+            self.keep(message, 0)

@@ -29,7 +29,7 @@ from tandem.rpc.http2.metadata import (
     status_block,
 )
 from tandem.rpc.http2.methods import Methods
-from tandem.rpc.http2.pace import Keeper, Room
+from tandem.rpc.http2.pace import HeldMessage, Room
 from tandem.rpc.http2.peer import Peer
 from tandem.rpc.http2.sender import Outgoing, Sender
 from tandem.rpc.status import to_grpc_status
@@ -214,12 +214,12 @@ class Streams:
             self._sender.take_from_state()
         self._close(stream_id)
 
-    def hold(self, keeper: Keeper, size: int, *, advances: bool) -> None:
+    def hold(self, message: HeldMessage, size: int, *, advances: bool) -> None:
         """Count bytes of an unfinished request, of this connection and of all; the slowest makes room for others."""
         for room in (self._held, self._shared.held):
-            room.keep(keeper, size)
+            room.keep(message, size)
             if advances:
-                room.advance(keeper)
+                room.advance(message)
         for room in (self._held, self._shared.held):
             if room.bytes > room.bytes_max:
                 room.evict()

@@ -1,4 +1,4 @@
-"""What the hops write into the record of a request, on legs that are played."""
+"""What the hops write into the record of a request, on scripted legs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tandem.errors import InvalidRequest, LegFailed, NotSupported, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import TraceContext
 from tandem.observability.trace_store import TraceStore, trace_ids
-from tests.unit.support.played_legs import Gathered
+from tests.unit.support.scripted_legs import Gathered
 from tests.unit.test_frontend_continuation import KILLED, Fleet, leg
 
 
@@ -60,7 +60,7 @@ async def test_an_undisturbed_request_is_one_route_and_one_attempt() -> None:
     assert trace.token_count == 10
 
 
-async def test_a_broken_stream_tells_who_broke_it_and_what_went_on() -> None:
+async def test_a_continued_stream_records_the_failed_worker_and_the_next_attempt() -> None:
     fleet, traces = Fleet(faults={1: (4, KILLED)}), TraceStore[RequestTrace](ids=trace_ids(1.0))
     with traces.following(RequestTrace()) as trace:
         await read(fleet, Record(trace, traces.child))

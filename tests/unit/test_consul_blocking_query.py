@@ -20,7 +20,7 @@ from tests.unit.support.consul_entries import answer_of, make_entry, registry_en
 from tests.unit.support.registry_workers import make_worker
 
 
-class PlayedConsul:
+class ScriptedConsul:
     """Consul's side of `ConsulClient`: data at an index, a key, and a switch that cuts the link."""
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ class PlayedConsul:
         return True
 
 
-class Told:
-    """What the follower told."""
+class Reports:
+    """What the query reported."""
 
     def __init__(self) -> None:
         self.views: list[tuple[str, int, int]] = []
@@ -84,20 +84,20 @@ class Told:
 
 
 @asynccontextmanager
-async def following(consul: Any, *, explains: bool = False) -> AsyncIterator[Told]:
-    told = Told()
+async def following(consul: Any, *, explains: bool = False) -> AsyncIterator[Reports]:
+    reports = Reports()
     subject = BlockingQuery(
         consul,
         new_id=lambda: next(consul.names),
-        on_observed=told.observed,
-        on_lost=told.lost,
+        on_observed=reports.observed,
+        on_lost=reports.lost,
         explains=lambda observed: explains,
         clock=monotonic,
     )
     task = asyncio.create_task(subject.run())
     try:
-        await assert_eventually(lambda: told.views)
-        yield told
+        await assert_eventually(lambda: reports.views)
+        yield reports
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -109,7 +109,7 @@ def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_name() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as one, following(consul) as two:
         assert one.views == two.views == [("g", 10, 1)]
         consul.change(12, registry_entry("one"), make_entry(make_worker("a")), make_entry(make_worker("b")))
@@ -117,7 +117,7 @@ async def test_the_first_one_names_the_generation_and_the_second_one_takes_the_n
 
 
 async def test_an_index_that_goes_backwards_begins_a_generation() -> None:
-    consul = PlayedConsul()
+    consul = ScriptedConsul()
     async with following(consul) as one, following(consul) as two:
         consul.change(4, registry_entry("one"), make_entry(make_worker("a")))
         await assert_eventually(lambda: one.views[-1][1] == two.views[-1][1] == 4)
@@ -129,8 +129,8 @@ async def test_an_index_that_goes_backwards_begins_a_generation() -> None:
 
 
 async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothing() -> None:
-    consul = PlayedConsul()
-    async with following(consul) as told:
+    consul = ScriptedConsul()
+    async with following(consul) as reports:
         honest = consul.health
 
         async def deposed(*args: Any, is_consistent: bool = False, **more: Any) -> HealthResponse:
@@ -139,47 +139,47 @@ async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothi
 
         consul.health = deposed  # type: ignore[method-assign]
         consul.change(11, *consul.entries)
-        await assert_eventually(lambda: told.views[-1][1] == 11)
-        assert {(registry_id, workers) for registry_id, _, workers in told.views} == {("g", 1)}
+        await assert_eventually(lambda: reports.views[-1][1] == 11)
+        assert {(registry_id, workers) for registry_id, _, workers in reports.views} == {("g", 1)}
 
 
 async def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
-    consul = PlayedConsul()
-    async with following(consul) as told:
+    consul = ScriptedConsul()
+    async with following(consul) as reports:
         full, reads = consul.entries, consul.consistent_reads
         consul.change(11, registry_entry("one"))
         await asyncio.sleep(0.01)
         consul.change(12, *full)
-        await assert_eventually(lambda: told.views[-1] == ("g", 12, 1))
-        assert all(workers == 1 for _, _, workers in told.views), "the empty answer was told to nobody"
+        await assert_eventually(lambda: reports.views[-1] == ("g", 12, 1))
+        assert all(workers == 1 for _, _, workers in reports.views), "the empty answer reached no watcher"
         assert consul.consistent_reads > reads
         consul.change(13, registry_entry("one"))
-        await assert_eventually(lambda: told.views[-1] == ("g", 13, 0), what="a doubt that was cleared")
+        await assert_eventually(lambda: reports.views[-1] == ("g", 13, 0), what="a doubt that was cleared")
 
 
 async def test_an_empty_answer_that_is_ones_own_doing_needs_no_second_one() -> None:
-    consul = PlayedConsul()
-    async with following(consul, explains=True) as told:
+    consul = ScriptedConsul()
+    async with following(consul, explains=True) as reports:
         reads = consul.consistent_reads
         consul.change(11, registry_entry("one"))
-        await assert_eventually(lambda: told.views[-1] == ("g", 11, 0))
+        await assert_eventually(lambda: reports.views[-1] == ("g", 11, 0))
         assert consul.consistent_reads == reads
 
 
-async def test_an_outage_is_told_and_what_comes_after_it() -> None:
-    consul = PlayedConsul()
-    async with following(consul) as told:
+async def test_an_outage_is_reported_and_then_the_next_view() -> None:
+    consul = ScriptedConsul()
+    async with following(consul) as reports:
         consul.cut()
-        await assert_eventually(lambda: told.losses)
+        await assert_eventually(lambda: reports.losses)
         consul.key = None
         consul.index = 20
         consul.cut(is_cut=False)
-        await assert_eventually(lambda: told.views[-1] == ("h", 20, 1))
+        await assert_eventually(lambda: reports.views[-1] == ("h", 20, 1))
 
 
 async def test_an_answer_that_cannot_be_read_is_an_outage() -> None:
-    consul = PlayedConsul()
-    async with following(consul) as told:
+    consul = ScriptedConsul()
+    async with following(consul) as reports:
         honest = consul.health
 
         async def garbled(*args: Any, is_consistent: bool = False, **more: Any) -> HealthResponse:
@@ -188,5 +188,5 @@ async def test_an_answer_that_cannot_be_read_is_an_outage() -> None:
 
         consul.health = garbled  # type: ignore[method-assign]
         consul.change(11, *consul.entries)
-        await assert_eventually(lambda: told.losses)
-        await assert_eventually(lambda: told.views[-1] == ("g", 11, 1), what="the answer to the next question")
+        await assert_eventually(lambda: reports.losses)
+        await assert_eventually(lambda: reports.views[-1] == ("g", 11, 1), what="the answer to the next question")

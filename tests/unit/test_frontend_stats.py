@@ -21,12 +21,12 @@ WALL_S = 1_795_577_668.0
 
 
 class World:
-    """A frontend's courses on clocks that go when told to."""
+    """A frontend's request traces on clocks that a test moves."""
 
     def __init__(self) -> None:
         self.clock = ManualClock(WALL_S)
         self.traces: TraceStore[RequestTrace] = TraceStore()
-        self.figures = RequestStats(self.traces, self.clock)
+        self.stats = RequestStats(self.traces, self.clock)
 
     def attempt(self, trace: RequestTrace, *, tokens_before: int = 0) -> AttemptTrace:
         number = len(trace.attempts) + 1
@@ -67,32 +67,32 @@ def broken_then_continued(world: World, trace: RequestTrace) -> None:
 
 def test_a_request_is_counted_once_however_often_it_is_polled() -> None:
     world = World()
-    figures = world.figures
+    stats = world.stats
     with world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:
         for _ in range(3):
-            figures.look()
-        assert (figures.open_count, figures.ttft.latencies()) == (1, None)
+            stats.look()
+        assert (stats.open_count, stats.ttft.latencies()) == (1, None)
         broken_then_continued(world, trace)
         for _ in range(3):
-            figures.look()
-        assert figures.tokens.total == 5
-        assert figures.itl.latencies().count == 4  # type: ignore[union-attr]
-        assert figures.continuations == 1
-        assert not figures.outcomes
+            stats.look()
+        assert stats.tokens.total == 5
+        assert stats.itl.latencies().count == 4  # type: ignore[union-attr]
+        assert stats.continuations == 1
+        assert not stats.outcomes
         world.tokens(trace, 0.01)
         trace.finish("length", 6, 6, 0)
-    assert figures.open_count == 0
-    assert dict(figures.outcomes) == {"finished": 1}
-    assert figures.tokens.total == 6
-    assert figures.kv_transfer_bytes.total == 2_400
-    assert dict(figures.leg_failures) == {("decode-1", "LEG_FAILED"): 1}
-    ttft, itl = figures.ttft.latencies(), figures.itl.latencies()
+    assert stats.open_count == 0
+    assert dict(stats.outcomes) == {"finished": 1}
+    assert stats.tokens.total == 6
+    assert stats.kv_transfer_bytes.total == 2_400
+    assert dict(stats.leg_failures) == {("decode-1", "LEG_FAILED"): 1}
+    ttft, itl = stats.ttft.latencies(), stats.itl.latencies()
     assert ttft is not None
     assert itl is not None
-    assert (ttft.count, itl.count, figures.continuations) == (1, 5, 1)
+    assert (ttft.count, itl.count, stats.continuations) == (1, 5, 1)
     assert ttft.p50_s == pytest.approx(0.5, rel=0.03)
     assert itl.longest_s == pytest.approx(0.2, rel=0.001)
-    assert not figures._seen, "what has ended is forgotten"
+    assert not stats._seen, "what has ended is forgotten"
 
 
 def test_outcomes_are_counted_separately() -> None:
@@ -109,7 +109,7 @@ def test_outcomes_are_counted_separately() -> None:
     end_with(LegFailed("broke"), attempted=True)
     end_with(asyncio.CancelledError(), attempted=True)
     end_with(GeneratorExit(), attempted=True)
-    assert dict(world.figures.outcomes) == {"refused": 1, "failed": 1, "cancelled": 2}
+    assert dict(world.stats.outcomes) == {"refused": 1, "failed": 1, "cancelled": 2}
 
 
 def test_the_table_of_failures_is_bounded() -> None:
@@ -119,7 +119,7 @@ def test_the_table_of_failures_is_bounded() -> None:
             attempt = world.attempt(trace)
             attempt.broke("decode", decode(f"w-{number}"), "decoding", "LEG_FAILED")
             attempt.end(None, None)
-    failures = world.figures.leg_failures
+    failures = world.stats.leg_failures
     assert len(failures) <= FAILURES_MAX + 1
     assert failures["", "LEG_FAILED"] == FAILURES_MAX
     assert failures.total() == 2 * FAILURES_MAX
@@ -138,15 +138,15 @@ def test_a_timeline_has_both_attempts() -> None:
     assert still_open.outcome == pb.REQUEST_OUTCOME_OPEN
     assert not still_open.HasField("end")
     assert not still_open.HasField("usage")
-    told = timeline_of(trace)
-    assert "secret" not in str(told), "a prompt is for traces, and only where that was asked for"
-    assert (told.request_id, told.call_id, told.operation) == ("r", "c", "chat")
-    assert told.finish_reason == generation_pb2.FINISH_REASON_LENGTH
-    assert (told.usage.prompt_tokens, told.usage.completion_tokens, told.usage.cached_tokens) == (6, 5, 2)
-    assert told.begin.time.ToNanoseconds() == WALL_S * 1e9
-    assert told.first_token.offset.ToMilliseconds() == 504
-    assert told.first_token.time.ToMilliseconds() == WALL_S * 1e3 + 504
-    first, second = told.attempts
+    timeline = timeline_of(trace)
+    assert "secret" not in str(timeline), "a prompt is for traces, and only where that was asked for"
+    assert (timeline.request_id, timeline.call_id, timeline.operation) == ("r", "c", "chat")
+    assert timeline.finish_reason == generation_pb2.FINISH_REASON_LENGTH
+    assert (timeline.usage.prompt_tokens, timeline.usage.completion_tokens, timeline.usage.cached_tokens) == (6, 5, 2)
+    assert timeline.begin.time.ToNanoseconds() == WALL_S * 1e9
+    assert timeline.first_token.offset.ToMilliseconds() == 504
+    assert timeline.first_token.time.ToMilliseconds() == WALL_S * 1e3 + 504
+    first, second = timeline.attempts
     assert (first.bootstrap_room, second.bootstrap_room) == (71, 72)
     assert (first.prefill.worker_id, first.decode.worker_id) == ("prefill-0", "decode-1")
     assert first.decode.epoch == decode("decode-1").epoch
@@ -157,9 +157,9 @@ def test_a_timeline_has_both_attempts() -> None:
     assert not second.HasField("failure")
     assert second.tokens_before == 3
     assert second.prefill.timings.kv_transfer_bytes == 1_400
-    assert told.inter_token_latency.count == 4
-    assert told.inter_token_latency.p50.ToMilliseconds() == 10
-    assert told.inter_token_latency.longest.ToMilliseconds() == 200
+    assert timeline.inter_token_latency.count == 4
+    assert timeline.inter_token_latency.p50.ToMilliseconds() == 10
+    assert timeline.inter_token_latency.longest.ToMilliseconds() == 200
 
 
 def test_the_timeline_of_a_failed_request_has_its_reason() -> None:
@@ -167,7 +167,7 @@ def test_the_timeline_of_a_failed_request_has_its_reason() -> None:
     fields: dict[str, Any] = {"role": "decode"}
     with pytest.raises(NoWorkers), world.traces.following(RequestTrace(clock=world.clock, request_id="r")) as trace:
         raise NoWorkers("no decode worker is alive", **fields)
-    told = timeline_of(trace)
-    assert told.outcome == pb.REQUEST_OUTCOME_REFUSED
-    assert told.error_reason == error_pb2.ERROR_REASON_NO_WORKERS
-    assert told.error_message == "no decode worker is alive"
+    timeline = timeline_of(trace)
+    assert timeline.outcome == pb.REQUEST_OUTCOME_REFUSED
+    assert timeline.error_reason == error_pb2.ERROR_REASON_NO_WORKERS
+    assert timeline.error_message == "no decode worker is alive"

@@ -1,4 +1,4 @@
-"""A registry that tells the lists of frontends a test puts into it, over a real socket."""
+"""A registry that publishes the lists of frontends a test puts into it, over a real socket."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tandem.rpc.server import RpcServer
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
 
-class TellingRegistry(pb_grpc.RegistryServiceServicer):
-    """Tells the lists a test puts into it, to whoever watches."""
+class PublishingRegistry(pb_grpc.RegistryServiceServicer):
+    """Publishes the lists a test puts into it, to every watch."""
 
     def __init__(self, registry_id: str) -> None:
         self.registry_id = registry_id
         self.refuses = False
         self.watchers = 0
-        self._told = asyncio.Event()
+        self._changed = asyncio.Event()
         self._last = pb.WatchFrontendsResponse(registry_id=registry_id)
 
-    def tell(self, *addresses: str, revision: int | None = None, draining: tuple[str, ...] = ()) -> None:
+    def publish(self, *addresses: str, revision: int | None = None, draining: tuple[str, ...] = ()) -> None:
         frontends = [
             worker_pb2.Frontend(
                 frontend_id=address,
@@ -39,8 +39,8 @@ class TellingRegistry(pb_grpc.RegistryServiceServicer):
         ]
         number = self._last.revision + 1 if revision is None else revision
         self._last = pb.WatchFrontendsResponse(registry_id=self.registry_id, revision=number, frontends=frontends)
-        told, self._told = self._told, asyncio.Event()
-        told.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def WatchFrontends(self, request: Any, context: Any) -> AsyncIterator[pb.WatchFrontendsResponse]:  # noqa: N802
         if self.refuses:
@@ -48,16 +48,16 @@ class TellingRegistry(pb_grpc.RegistryServiceServicer):
         self.watchers += 1
         try:
             while True:
-                told = self._told
+                changed = self._changed
                 yield self._last
-                await told.wait()
+                await changed.wait()
         finally:
             self.watchers -= 1
 
 
 @contextlib.asynccontextmanager
-async def telling(registry_id: str = "r1", port: int = 0) -> AsyncIterator[tuple[TellingRegistry, str]]:
-    registry = TellingRegistry(registry_id)  # type: ignore[abstract] # it answers some calls only
+async def publishing(registry_id: str = "r1", port: int = 0) -> AsyncIterator[tuple[PublishingRegistry, str]]:
+    registry = PublishingRegistry(registry_id)  # type: ignore[abstract] # it answers some calls only
     server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
     await server.start("127.0.0.1", port)
     try:

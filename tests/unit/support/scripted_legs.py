@@ -1,4 +1,4 @@
-"""Legs that are played instead of run: a script of what each one says to its sink."""
+"""Legs that follow a script instead of running: what each one reports to its sink."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import TandemError
 
 Word = Callable[[Sink], None]
-"""Something that a leg says."""
+"""An event that a leg reports."""
 
 
 def accepted(sink: Sink) -> None:
@@ -39,7 +39,7 @@ FINISH = finish()
 ABORTED = finish(generation_pb2.FINISH_REASON_ABORTED)
 
 
-class PlayedLeg:
+class ScriptedLeg:
     """A leg that says its words, one in each turn of the loop; `say` adds one. Held like `worker_link.Leg`."""
 
     def __init__(self, *words: Word) -> None:
@@ -47,7 +47,7 @@ class PlayedLeg:
         self._sink: Sink | None = None
         self.aborted = asyncio.Event()
 
-    def play(self, sink: Sink) -> PlayedLeg:
+    def play(self, sink: Sink) -> ScriptedLeg:
         self._sink = sink
         self._next()
         return self
@@ -90,7 +90,7 @@ class Gathered:
 
 
 class Outbox:
-    """An answer that keeps its chunks: a `relay.Outlet` whose client reads when it is told to."""
+    """A response that keeps its chunks: a `relay.Outlet` whose client reads when a test says so."""
 
     def __init__(self) -> None:
         self.is_writable = True

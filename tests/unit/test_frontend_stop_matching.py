@@ -57,7 +57,7 @@ def test_a_stop_counts_where_it_is_complete(pieces: list[str], stops: list[str],
 
 
 @given(LETTERS, STOPS)
-def test_what_is_held_back_could_still_become_a_stop(text: str, stops: list[str]) -> None:
+def test_held_text_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)
     step = matcher.push(text)
     held = matcher.flush()

@@ -27,11 +27,11 @@ def test_percentiles_are_within_their_error(values: list[float]) -> None:
     window = LatencyWindow(ManualClock(5.0))
     for value in values:
         window.add(value)
-    told = window.latencies()
-    assert told is not None
-    assert told.count == len(values)
-    assert told.longest_s == max(values)
-    for part, seen in ((0.5, told.p50_s), (0.9, told.p90_s), (0.99, told.p99_s)):
+    summary = window.latencies()
+    assert summary is not None
+    assert summary.count == len(values)
+    assert summary.longest_s == max(values)
+    for part, seen in ((0.5, summary.p50_s), (0.9, summary.p90_s), (0.99, summary.p99_s)):
         rank = next(r for r in range(1, len(values) + 1) if r >= len(values) * part)
         assert seen == pytest.approx(sorted(values)[rank - 1], rel=ERROR)
 
@@ -45,19 +45,19 @@ def test_many_at_once_count_as_one_by_one(values: list[float]) -> None:
     assert at_once.histogram() == one_by_one.histogram()
 
 
-def test_what_is_older_than_the_window_is_forgotten() -> None:
+def test_values_older_than_the_window_are_dropped() -> None:
     clock = ManualClock(100.0)
     window = LatencyWindow(clock)
     window.add(8.0)
     clock.advance(LATENCY_WINDOW_S - LATENCY_WINDOW_S / LATENCY_SLICES)
     window.add(0.001)
-    told = window.latencies()
-    assert told is not None
-    assert (told.count, told.longest_s) == (2, 8.0)
+    summary = window.latencies()
+    assert summary is not None
+    assert (summary.count, summary.longest_s) == (2, 8.0)
     clock.advance(LATENCY_WINDOW_S / LATENCY_SLICES)
-    told = window.latencies()
-    assert told is not None
-    assert (told.count, told.longest_s) == (1, 0.001)
+    summary = window.latencies()
+    assert summary is not None
+    assert (summary.count, summary.longest_s) == (1, 0.001)
     clock.advance(10 * LATENCY_WINDOW_S)
     assert window.latencies() is None
 

@@ -14,6 +14,7 @@ from tandem_registry.view import Health, RemovalReason, View
 
 from tandem.domain.worker import WorkerState
 from tests.unit.support.consul_entries import answer_of, make_entry, make_replica, registry_entry
+from tests.unit.support.examples import examples
 from tests.unit.support.registry_workers import make_frontend, make_worker
 
 
@@ -65,7 +66,7 @@ def test_a_view_has_one_start_of_each_member_and_one_member_at_each_address(foun
         assert member.epoch == max(record.member.epoch for record in rivals), "an older start is never shown"
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(history=st.lists(entries(), min_size=1, max_size=8), data=st.data())
 def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     history: list[list[Entry]], data: st.DataObject
@@ -103,7 +104,7 @@ def test_of_two_names_at_one_address_the_one_that_started_last_counts() -> None:
     assert ids(observed_of(1, found).view("g")) == ["new"]
 
 
-def test_a_lease_that_was_taken_over_counts_from_its_new_keeper() -> None:
+def test_a_lease_that_was_taken_over_counts_from_its_new_lease_keeper() -> None:
     found = [make_entry(make_worker()), make_entry(make_worker(), owner="two", term=2, node="m")]
     (entry,) = observed_of(1, found).view("g").workers
     assert entry.owner == "two"
@@ -116,7 +117,7 @@ def test_an_end_outweighs_what_another_agent_still_lists() -> None:
     assert not observed.by_lease
 
 
-def test_one_that_drains_is_shown_although_it_does_not_serve() -> None:
+def test_a_draining_member_is_listed_although_it_does_not_serve() -> None:
     draining = make_entry(make_worker(state=WorkerState.DRAINING), health=Health.CRITICAL)
     (entry,) = observed_of(1, [draining]).view("g").workers
     assert entry.health is Health.CRITICAL
@@ -147,7 +148,7 @@ def test_a_registry_that_was_restarted_is_one_registry() -> None:
     assert observed_of(1, found).replicas == {"new"}
 
 
-def test_reasons_are_those_known_else_what_the_answer_tells() -> None:
+def test_removal_reasons_are_those_known_else_derived_from_the_response() -> None:
     before = observed_of(1, [make_entry(make_worker("a")), make_entry(make_worker("b")), make_entry(make_worker("c"))])
     after = observed_of(5, [make_entry(make_worker("c", 2))])
     change = change_between(before, after, {("worker", "a", 1): RemovalReason.DEREGISTERED})

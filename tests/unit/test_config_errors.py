@@ -40,7 +40,7 @@ def test_a_mistake_is_one_plain_sentence(argv: list[str], sentence: str) -> None
     assert str(wrong.value) == sentence
 
 
-def test_what_is_missing_does_not_show_what_is_given() -> None:
+def test_the_text_of_a_missing_setting_shows_no_other_value() -> None:
     with pytest.raises(ConfigError) as wrong:
         config.load(FrontendConfig, "tandem-frontend", ["--model", "/secret"], {})
     assert str(wrong.value) == "registry: must be given"

@@ -14,7 +14,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import ManualClock, SteadyTime
 from tandem.observability.request_trace import RequestTrace
-from tests.unit.support.played_legs import Outbox
+from tests.unit.support.scripted_legs import Outbox
 
 
 class Letters:
@@ -50,7 +50,7 @@ async def test_a_transfer_starts_when_prefill_writes_and_ends_when_decode_has_it
     assert times(leg(100, 140), leg(130, 138)) == (130, 140)
 
 
-async def test_the_leg_that_is_left_tells_both() -> None:
+async def test_transfer_times_come_from_one_leg_if_the_other_reports_none() -> None:
     assert times(leg(100, 140), None) == (100, 140)
     assert times(leg(100, 140), leg(None, None)) == (100, 140)
     assert times(None, leg(130, 138)) == (130, 138)

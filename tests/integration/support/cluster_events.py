@@ -1,7 +1,7 @@
-"""Things that happen in a cluster, each of them made to happen on purpose: what metrics must move for.
+"""Events in a cluster, each caused on purpose: what metrics must move for.
 
-Each is a context: inside it, the thing has happened, or goes on. Owns the making and the putting back; which metric
-is to move for which of them is the test's business.
+Each is a context: inside it, the event has happened, or goes on. Owns the cause and the repair; which metric is to move
+for which event is the test's business.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class World:
                     on_event(event)
 
     async def back(self, process: ClusterProcess) -> None:
-        """Start a process again that has ended, and wait until everybody is a member."""
+        """Start a process again that has ended, and wait until all are members."""
         await process.wait_ended()
         await self.cluster.restart(process.name)
         await self.all_serve()
@@ -175,17 +175,17 @@ async def a_leg_that_breaks(world: World) -> AsyncIterator[None]:
 @asynccontextmanager
 async def a_continuation(world: World) -> AsyncIterator[None]:
     """The decode worker dies in the middle of an answer."""
-    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    decode_worker: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def note(event: pb.GenerateResponse) -> None:
         if event.HasField("accepted"):
             world.streaming = event.accepted.route.decode_worker_id  # type: ignore[attr-defined]
-        if event.HasField("chunk") and event.chunk.index > 2 and not told.done():
-            told.set_result(world.streaming)  # type: ignore[attr-defined]
+        if event.HasField("chunk") and event.chunk.index > 2 and not decode_worker.done():
+            decode_worker.set_result(world.streaming)  # type: ignore[attr-defined]
 
     async with world.faults(*(decode.name for decode in world.decodes), rule={**SLOW, "delay_s": 0.01}):
         client = asyncio.create_task(world.read_long(note))
-        victim = world.cluster.process(await told)
+        victim = world.cluster.process(await decode_worker)
         victim.kill()
         await client
     await world.back(victim)

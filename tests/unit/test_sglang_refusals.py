@@ -1,4 +1,4 @@
-"""SGLang's refusals, told as ours: the field is the caller's, the words are not SGLang's."""
+"""SGLang's refusals, reported as ours: the field is the caller's, the words are not SGLang's."""
 
 from __future__ import annotations
 
@@ -49,16 +49,14 @@ def answered(message: str, status_code: int | None, **values: Any) -> TandemErro
         ("Grammar preprocessing timed out: req.grammar_key=('regex', '(red')", 400, "guided.regex: takes too long"),
     ],
 )
-def test_what_is_wrong_with_a_grammar_names_the_one_that_was_given(
-    message: str, status_code: int, sentence: str
-) -> None:
+def test_a_grammar_error_names_the_field_of_the_grammar(message: str, status_code: int, sentence: str) -> None:
     problem = answered(message, status_code, guided=REGEX)
     assert isinstance(problem, InvalidRequest)
     assert str(problem).startswith(sentence)
     assert problem.field == "guided.regex"
 
 
-def test_context_is_told_in_words_of_our_own() -> None:
+def test_a_context_refusal_has_our_own_words() -> None:
     problem = answered("Input length (2047 tokens) exceeds the maximum allowed length (2042 tokens). Use a ...", 400)
     assert isinstance(problem, ContextExceeded)
     assert "2042" not in str(problem)

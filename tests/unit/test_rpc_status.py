@@ -61,9 +61,9 @@ def test_metadata_may_have_any_name(reason: str) -> None:
         assert problem.renamed("other").metadata == {**names, "field": "other"}
 
 
-@pytest.mark.parametrize(("told_s", "read_s"), [(-5, 0.0), (7, 7.0), (2**60, RETRY_DELAY_S_MAX)])
-def test_a_delay_is_one_that_can_be_told_again(told_s: int, read_s: float) -> None:
-    problem = from_status(packed("OVERLOADED", retry_s=told_s))
+@pytest.mark.parametrize(("sent_s", "read_s"), [(-5, 0.0), (7, 7.0), (2**60, RETRY_DELAY_S_MAX)])
+def test_a_retry_delay_is_clamped_to_what_can_be_sent_again(sent_s: int, read_s: float) -> None:
+    problem = from_status(packed("OVERLOADED", retry_s=sent_s))
     assert isinstance(problem, Overloaded)
     assert problem.retry_delay_s == read_s
     to_status(problem)

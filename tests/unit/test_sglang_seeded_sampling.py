@@ -57,6 +57,6 @@ def test_the_ends_of_the_range_of_seeds() -> None:
     assert len(drawn([PROBS] * 3, [-(2**63), 2**63 - 1, 0], [0, 2**31, 5])) == 3
 
 
-def test_what_a_grammar_forbids_is_never_drawn() -> None:
+def test_a_token_that_a_grammar_forbids_is_never_drawn() -> None:
     tokens = drawn([[0.0, 0.5, 0.0, 0.5]] * SAMPLES, list(range(SAMPLES)), [0] * SAMPLES)
     assert set(tokens) == {1, 3}

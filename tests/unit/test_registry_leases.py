@@ -183,7 +183,7 @@ def test_deregister_takes_the_worker_out_at_once(scene: Scene) -> None:
         scene.membership.deregister(lease_id)
 
 
-def test_after_a_pause_of_the_registry_everybody_has_time_for_one_more_sign_of_life(scene: Scene) -> None:
+def test_after_a_pause_of_the_registry_each_lease_lasts_for_one_more_renewal(scene: Scene) -> None:
     alive = scene.membership.register(make_worker("alive")).lease_id
     scene.membership.register(make_worker("dead"))
     scene.clock.advance(60)

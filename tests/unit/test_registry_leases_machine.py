@@ -15,6 +15,7 @@ from tandem.discovery.view import WorkerView
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
+from tests.unit.support.examples import examples
 from tests.unit.support.registry_workers import make_frontend, make_worker
 
 TTL_S = 8.0
@@ -176,4 +177,4 @@ class MembershipMachine(RuleBasedStateMachine):
 
 
 TestMembershipMachine = MembershipMachine.TestCase
-TestMembershipMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMembershipMachine.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)

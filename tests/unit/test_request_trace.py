@@ -62,15 +62,15 @@ async def test_a_client_that_disconnects_cancels_unless_it_has_its_finish() -> N
 
 
 def test_a_failing_sink_does_not_affect_the_request(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[RequestTrace] = []
+    recorded: list[RequestTrace] = []
 
     def broken(trace: RequestTrace) -> None:
         raise RuntimeError("the sink is broken")
 
-    traces: TraceStore[RequestTrace] = TraceStore([broken, told.append])
+    traces: TraceStore[RequestTrace] = TraceStore([broken, recorded.append])
     with traces.following(RequestTrace()) as trace:
         trace.finish("stop", 1, 1, 0)
-    assert told == [trace]
+    assert recorded == [trace]
     assert "observer failed while recording" in caplog.text
 
 

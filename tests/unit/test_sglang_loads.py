@@ -51,5 +51,5 @@ def test_a_value_that_one_rank_does_not_report_is_none() -> None:
     assert load.kv_free_tokens == 20
 
 
-def test_nothing_is_known_before_the_first() -> None:
+def test_no_load_is_known_before_the_first_snapshot() -> None:
     assert capabilities.load([snapshot(timestamp=0.0)], WorkerRole.DECODE) == EngineLoad()

@@ -130,7 +130,7 @@ def test_a_deadline_is_judged_also_by_a_loop_that_always_lags() -> None:
     run_virtually(live())
 
 
-def test_what_takes_too_long_is_timed_out_by_time_in_which_the_loop_ran() -> None:
+def test_a_timeout_counts_time_in_which_the_loop_ran() -> None:
     async def live() -> None:
         timers = AwakeTimers()
         async with timers.within(1.0):

@@ -1,4 +1,4 @@
-"""The ledger of pages under any interleaving of what the scheduler does: admit, chunk, transfer, abort, evict, retract.
+"""Page accounting under any interleaving of what the scheduler does: admit, chunk, transfer, abort, evict, retract.
 
 Whatever happens, every page is somewhere; in the end none is held, and every token that came out is the right one.
 """
@@ -17,6 +17,7 @@ from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Ended, Step
 from tandem.engine.simulated.tokens import digest
+from tests.unit.support.examples import examples
 from tests.unit.support.simulated_legs import PAGE, assert_stream_is_right, leg_of
 
 CAPACITY_PAGES = 16
@@ -24,7 +25,7 @@ STEPS_MAX = 2_000
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """One engine's scheduler, with the machine's part played by the rules."""
+    """One engine's scheduler, with the machine's part taken by the rules."""
 
     role = WorkerRole.AGGREGATED
     mixed_chunk = False
@@ -166,7 +167,7 @@ TestAggregatedLedger = LedgerMachine.TestCase
 TestPrefillLedger = PrefillLedger.TestCase
 TestDecodeLedger = DecodeLedger.TestCase
 TestMixedLedger = MixedLedger.TestCase
-BOUNDS = settings(max_examples=40, stateful_step_count=50, deadline=None)
+BOUNDS = settings(max_examples=examples(40), stateful_step_count=50, deadline=None)
 TestAggregatedLedger.settings = BOUNDS
 TestPrefillLedger.settings = BOUNDS
 TestDecodeLedger.settings = BOUNDS

@@ -1,4 +1,4 @@
-"""A registry that answers what a test tells it to, over a real socket, and remembers what it was asked and when."""
+"""A registry that responds as a test sets it, over a real socket, and records what it was asked and when."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tandem.rpc.server import RpcServer
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
 
-class PlayedRegistry(pb_grpc.RegistryServiceServicer):
+class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     """Grants every lease; what it says to a watch and to signs of life can be set."""
 
-    def __init__(self, registry_id: str = "played", ttl_s: float = 5.0) -> None:
+    def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:
         self.registry_id = registry_id
         self.ttl_s = ttl_s
         self.address = ""
@@ -86,7 +86,7 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
             yield await self.steps.get()
 
     def step(self, previous: int | None, revision: int, upserted: Iterable[Worker] = ()) -> None:
-        """Send a delta to whoever watches."""
+        """Send a delta to every watch."""
         delta = pb.ViewDelta(upserted=map(worker_to_proto, upserted))
         step = pb.WatchResponse(registry_id=self.registry_id, revision=revision, delta=delta)
         if previous is not None:
@@ -95,7 +95,7 @@ class PlayedRegistry(pb_grpc.RegistryServiceServicer):
 
 
 @asynccontextmanager
-async def play_registry(registry: PlayedRegistry, port: int = 0) -> AsyncIterator[PlayedRegistry]:
+async def play_registry(registry: ScriptedRegistry, port: int = 0) -> AsyncIterator[ScriptedRegistry]:
     server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
     await server.start("127.0.0.1", port)
     registry.address = f"127.0.0.1:{server.port}"

@@ -21,7 +21,7 @@ def make_answer(count: int = 5) -> list[dict[str, Any]]:
     return [instance(registry_entry("one")), *(instance(make_entry(make_worker(f"w{n}"))) for n in range(count))]
 
 
-def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_instance_is_the_same_entry_and_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     honest = parsing.record_of
 
@@ -46,7 +46,7 @@ def test_what_did_not_change_is_the_same_entry_and_is_not_read_again(monkeypatch
     )
 
 
-def test_what_is_gone_is_forgotten() -> None:
+def test_an_instance_that_is_gone_is_not_kept() -> None:
     reader = ResponseReader()
     found = [make_entry(make_worker(name)) for name in "ab"]
     (first, _) = reader.entries(answer_of(found))
@@ -70,7 +70,7 @@ def test_the_layout_of_the_json_means_nothing(layout: dict[str, Any]) -> None:
     "text", [NEXT.decode(), '"' + NEXT.decode(), "\\" + NEXT.decode(), '}]},{"Node":{"Node":"n"}}]']
 )
 def test_no_text_of_an_entry_is_taken_for_the_end_of_it(text: str) -> None:
-    """Words of checks and of meta are whoever's."""
+    """Words of checks and of meta are any service's."""
     answer = make_answer(3)
     answer[2]["Service"]["Meta"]["release"] = text
     for check in answer[1]["Checks"]:
@@ -92,14 +92,14 @@ def test_an_entry_that_cannot_be_read_is_said_once(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("body", [b"[]", b"[]\n"])
-def test_nobody(body: bytes) -> None:
+def test_an_empty_list_has_no_entries(body: bytes) -> None:
     reader = ResponseReader()
     reader.entries(body_of(make_answer()))
     assert reader.entries(body) == []
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[{}]", b"<html>", b'{"Node":1}', body_of(make_answer())[:-9] + b"}]"])
-def test_what_is_no_answer_of_consul_is_a_failure_of_consul(body: bytes) -> None:
+def test_a_body_that_consul_cannot_have_sent_is_a_consul_error(body: bytes) -> None:
     with pytest.raises(ServiceError, match="could not parse"):
         ResponseReader().entries(body)
 

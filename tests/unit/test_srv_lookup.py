@@ -46,7 +46,7 @@ async def test_a_target_without_an_address_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("server", "name"),
-    [(DnsServer(*SRV, *HOSTS), "nobody.test"), (DnsServer(*HOSTS), "a.test"), (DnsServer(*SRV), "registry.test")],
+    [(DnsServer(*SRV, *HOSTS), "unknown.test"), (DnsServer(*HOSTS), "a.test"), (DnsServer(*SRV), "registry.test")],
     ids=["no such name", "no SRV record", "no address of a target"],
 )
 async def test_no_address_is_an_error_that_says_the_name(server: DnsServer, name: str) -> None:

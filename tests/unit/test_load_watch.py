@@ -21,8 +21,8 @@ from tandem.rpc.server import RpcServer
 from tests.unit.support.frontend_workers import decode, prefill
 
 
-class Told(pb_grpc.WorkerServiceServicer):
-    """Says one load on each stream, and no more."""
+class LoadServicer(pb_grpc.WorkerServiceServicer):
+    """Reports one load on each stream, and no more."""
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
         yield pb.WatchLoadResponse(epoch=prefill().epoch, running_requests=3)
@@ -30,10 +30,10 @@ class Told(pb_grpc.WorkerServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def telling() -> AsyncIterator[int]:
-    """A server on which all workers say their load; gives its port."""
+async def load_server() -> AsyncIterator[int]:
+    """A server on which all workers report their load; gives its port."""
     name = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
-    servicer = Told()  # type: ignore[abstract]
+    servicer = LoadServicer()  # type: ignore[abstract]
     server = RpcServer([(name, partial(pb_grpc.add_WorkerServiceServicer_to_server, servicer))])
     await server.start("127.0.0.1", 0)
     try:
@@ -47,7 +47,7 @@ async def test_a_listener_gets_each_report_and_its_expiry(monkeypatch: pytest.Mo
     heard: asyncio.Queue[tuple[Start, EngineLoad | None]] = asyncio.Queue()
     channels = Channels()
     watch = load_watch.LoadWatch(channels, on_change=lambda start, load: heard.put_nowait((start, load)))
-    async with telling() as port, asyncio.timeout(10):
+    async with load_server() as port, asyncio.timeout(10):
         worker = replace(prefill(), address=f"127.0.0.1:{port}")
         newer = replace(decode(), address=worker.address)
         try:
@@ -75,7 +75,7 @@ async def test_a_report_expires_by_its_own_interval_when_the_fleet_shrinks(monke
             arrived.set()
 
     watch = load_watch.LoadWatch(channels, clock=clock, on_change=look)
-    async with telling() as port:
+    async with load_server() as port:
         stays, goes = (replace(worker, address=f"127.0.0.1:{port}") for worker in (prefill(), decode()))
         try:
             watch.follow([stays, goes])
