@@ -71,7 +71,7 @@ def test_off_it_imports_nothing() -> None:
     program = (
         "import sys, tandem_frontend.app, tandem.worker.app, tandem_registry.app, tandem_edge.app\n"
         "from tandem_frontend.config import FrontendConfig\n"
-        "tandem_frontend.app.FrontendApp(FrontendConfig(registry='127.0.0.1:1', model='m'))\n"
+        "tandem_frontend.app.FrontendApp.open(FrontendConfig(registry='127.0.0.1:1', model='m'))\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'prometheus_client')])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -47,10 +47,12 @@ from tandem.service.process import serve
 
 class Idle:
     address, metrics_port = "127.0.0.1:1", 0
-    async def start(self): self.before = gc.get_freeze_count()
+    async def __aenter__(self):
+        self.before = gc.get_freeze_count()
+        return self
+    async def __aexit__(self, *exception): pass
     async def wait_finished(self): self.serving = gc.get_freeze_count()
     async def drain(self): return True
-    async def stop(self): pass
 
 asyncio.run(serve(service := Idle()))
 print(service.before, service.serving)
