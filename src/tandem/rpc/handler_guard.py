@@ -114,7 +114,7 @@ def _awaited(
                 return await behavior(request, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
-        except Exception as problem:
+        except Exception as problem:  # here every error of a handler becomes a status
             failure = as_error(problem, method)
             calls.failures[failure.reason] += 1
         request = None
@@ -138,7 +138,7 @@ def _stream(
                 yield response
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
-        except Exception as problem:
+        except Exception as problem:  # here every error of a handler becomes a status
             failure = as_error(problem, method)
             calls.failures[failure.reason] += 1
         finally:

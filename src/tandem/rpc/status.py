@@ -77,7 +77,7 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
     """The error of a failed call. `metadata` adds what the peer did not set (worker, leg, ...)."""
     try:
         error = _typed(failure) or _untyped(failure)
-    except Exception as problem:
+    except Exception as problem:  # details of a peer must not hide its code or message
         log.warning("unreadable details in a status of code %s, using the code alone: %r", failure.code(), problem)
         error = _untyped(failure, f" ({UNREADABLE})")
     for key, value in metadata.items():
@@ -91,7 +91,7 @@ def from_status(status: status_pb2.Status) -> TandemError:
     sentence = status.message or "failed without a message"
     try:
         return _from_details(status) or TandemError(sentence)
-    except Exception as problem:
+    except Exception as problem:  # details of a peer must not hide its code or message
         log.warning("unreadable details in the status of a leg, using its message alone: %r", problem)
         return TandemError(f"{sentence} ({UNREADABLE})")
 
