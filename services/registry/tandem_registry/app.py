@@ -15,7 +15,7 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import add_RegistryService
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
 from tandem.rpc.server import RpcServer
-from tandem_registry.backends.factory import open_backend
+from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
 from tandem_registry.gauges import RegistryGauges
@@ -50,7 +50,7 @@ class RegistryApp:
         async with contextlib.AsyncExitStack() as stack:
             metrics = open_metrics(config, Emitter.REGISTRY, "tandem-registry", config.tls)
             stack.push_async_callback(metrics.stop)
-            backend = open_backend(config)
+            backend = _make_backend(config)
             metrics.measure(RegistryGauges(backend).read)
             servicer = RegistryServicer(backend)
             services = [(SERVICE_NAME, partial(add_RegistryServiceServicer_to_server, servicer))]
@@ -103,3 +103,23 @@ class RegistryApp:
         self._servicer.end_keep_alives()
         await self._backend.withdraw()
         await self._backend.close()
+
+
+def _make_backend(config: RegistryConfig) -> Backend:
+    """The backend that the settings select, not started. Imports the Consul client only when Consul is used."""
+    if config.backend == "memory":
+        return MemoryBackend(config.lease_ttl_s)
+    from tandem_registry.backends.consul.backend import ConsulBackend
+    from tandem_registry.backends.consul.settings import ConsulSettings
+
+    settings = ConsulSettings(
+        address=config.consul_address,
+        service=config.consul_service,
+        token="" if config.consul_token is None else config.consul_token.get_secret_value(),
+        token_file=config.consul_token_file,
+        ca=config.consul_ca,
+        cert=config.consul_cert,
+        key=config.consul_key,
+        has_checks=config.consul_checks,
+    )
+    return ConsulBackend(settings, config.lease_ttl_s, checks_tls=config.tls is not None)

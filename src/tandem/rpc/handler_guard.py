@@ -1,7 +1,7 @@
 """Wraps every Tandem handler, on either server: an exception becomes a status on the wire.
 
 The one place that maps errors to statuses. Handlers raise `TandemError` and never call `context.abort`. Knows no
-transport: `tandem.rpc.interceptors` and `tandem.rpc.http2` apply it to the handlers that they find.
+transport: `tandem.rpc.server` and `tandem.rpc.http2` apply it to the handlers that they find.
 """
 
 from __future__ import annotations

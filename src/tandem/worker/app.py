@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import tandem
@@ -31,7 +32,7 @@ from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.logs import log_leg
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
-from tandem.observability.profiles import Profiles
+from tandem.observability.profiles import Profiles, Wanted
 from tandem.observability.request_trace import LegTrace
 from tandem.observability.span_export import export_spans, resource
 from tandem.observability.trace_store import TraceStore
@@ -42,7 +43,6 @@ from tandem.service.awake_timers import AwakeTimers
 from tandem.service.background import BackgroundTasks
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
-from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
@@ -54,12 +54,30 @@ from tandem.worker.steps import StepStreams
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
+CHROME_TRACE = "chrome_trace"
 LEG_BYTES_MAX = 16 * 2**20
 """Maximum size of one leg request: a million token ids of five bytes, and a grammar."""
 
 Services = list[tuple[str, AddServicer]]
 RoleServices = Callable[[Legs, StepStreams, Worker], Services]
 """Makes the gRPC services of a role: (full service name, function that adds the servicer to a server)."""
+
+
+class EngineProfiler:
+    """A `tandem.observability.profiles.Profiler`: a worker's profile is its engine's."""
+
+    forms: tuple[str, ...] = (CHROME_TRACE,)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+        """Start recording in the engine."""
+        await self._engine.start_profile(directory, steps_max=wanted.steps_max, with_stack=wanted.with_stack)
+
+    async def stop(self) -> None:
+        """Stop recording; return when the files are written."""
+        await self._engine.stop_profile()
 
 
 class ServerHealth:

@@ -35,7 +35,6 @@ from tandem.service import run_directory
 from tandem.service.prefork.parent import Prefork
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity, metrics_path
-from tandem_frontend.processes.shares import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +140,21 @@ def _begin(config: FrontendConfig, frontend_id: str, address: str, number: int, 
         directory=str(directory),
     )
     return {"identity": identity.as_dict(), "settings": settings_of(config, number).model_dump(mode="json")}
+
+
+def share(total: int, number: int, count: int) -> int:
+    """The share of process `number` of `count`: as even as possible; the first ones get the remainder."""
+    return total // count + (number < total % count)
+
+
+def settings_of(config: FrontendConfig, number: int) -> FrontendConfig:
+    """The settings of one child: its share of the limit, without what only the parent does.
+
+    Only the open-requests limit is divided: `capacity` treats each process as a frontend of its own, so that the
+    workers' capacity needs no division, and the edge limits the rates of clients.
+    """
+    own = share(config.open_requests_max, number, config.processes)
+    return config.model_copy(update={"open_requests_max": own, "processes": 1, "announce_file": None})
 
 
 def _registration(config: FrontendConfig, frontend_id: str, address: str) -> Registration:
