@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test faults compose-test lint deploy-lint protos clean
+.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,10 @@ check: lint ## before a commit: lint, types and unit tests, on all cores
 # All examples of every property; check runs a quarter of them.
 test: setup ## every test, in TEST_PROCESSES (3; 0: one after another)
 	@HYPOTHESIS_EXAMPLES=full PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+
+coverage: setup ## line coverage of the unit, wire and contract tests; fails below the floor in pyproject.toml
+	@$(BIN)/python -m coverage run -m pytest tests/unit tests/wire tests/contract -q $(PYTEST_FLAGS)
+	@$(BIN)/python -m coverage report
 
 faults: setup ## break everything that can break, with a line of figures for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)

@@ -167,14 +167,14 @@ async def test_a_start_that_cannot_be_undone_goes_with_the_process() -> None:
 import asyncio, subprocess, sys
 from tandem.service import process
 class Stuck:
-    async def start(self):
+    async def __aenter__(self):
         print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
         while True:
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 pass
-    async def stop(self):
+    async def __aexit__(self, *exception):
         await asyncio.sleep(60)
 process.leave(asyncio.run(process.serve(Stuck())))
 """

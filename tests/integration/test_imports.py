@@ -16,10 +16,12 @@ from tandem.service.process import serve
 
 class Idle:
     address, metrics_port = "127.0.0.1:1", 0
-    async def start(self): self.before = gc.get_freeze_count()
+    async def __aenter__(self):
+        self.before = gc.get_freeze_count()
+        return self
+    async def __aexit__(self, *exception): pass
     async def wait_finished(self): self.serving = gc.get_freeze_count()
     async def drain(self): return True
-    async def stop(self): pass
 
 asyncio.run(serve(service := Idle()))
 print(service.before, service.serving)
@@ -55,7 +57,7 @@ def test_a_frontend_without_metrics_imports_no_exporter() -> None:
     program = (
         "import sys, tandem_frontend.app, tandem.worker.app, tandem_registry.app, tandem_edge.app\n"
         "from tandem_frontend.config import FrontendConfig\n"
-        "tandem_frontend.app.FrontendApp(FrontendConfig(registry='127.0.0.1:1', model='m'))\n"
+        "tandem_frontend.app.FrontendApp.open(FrontendConfig(registry='127.0.0.1:1', model='m'))\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('opentelemetry', 'prometheus_client')])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tandem_frontend.admin.stats import FAILURES_MAX
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity
-from tandem_frontend.processes.shares import settings_of, share
+from tandem_frontend.processes.parent import settings_of, share
 from tandem_frontend.processes.sums import buckets, combined, histogram
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb

@@ -154,3 +154,18 @@ def test_every_error_has_its_reason_in_the_contract() -> None:
 
 def test_changelog_knows_the_version() -> None:
     assert re.search(rf"^## {re.escape(tandem.__version__)}\b", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_a_broad_except_gives_its_reason(path: Path) -> None:
+    """Beside it, or in the first line of its body."""
+    lines = path.read_text().splitlines()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
+            assert "#" in lines[node.lineno - 1] or lines[node.lineno].lstrip().startswith("#"), (
+                f"line {node.lineno}: why is it broad?"
+            )
+
+
+def _is_broad(caught: ast.expr | None) -> bool:
+    return caught is None or (isinstance(caught, ast.Name) and caught.id in {"Exception", "BaseException"})

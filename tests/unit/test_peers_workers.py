@@ -311,29 +311,27 @@ async def test_large_messages_pass_both_windows() -> None:
 
 
 async def test_workers_are_entered_in_a_real_registry(tmp_path: Path) -> None:
-    app = RegistryApp(RegistryConfig(announce_file=tmp_path / "a.json"))
-    await app.start()
-    facts = capabilities(MODEL, "tandem-demo", DECODE)
-    worker = worker_pb2.Worker(
-        worker_id="decode-0",
-        epoch=EPOCH,
-        role=DECODE,
-        address="127.0.0.1:1",
-        capabilities=facts,
-        state=worker_pb2.WORKER_STATE_SERVING,
-        leg_contract=2,
-    )
-    registrations = Registrations(app.address)
-    try:
-        await registrations.open([worker])
-        async with grpc.aio.insecure_channel(app.address) as channel:
-            stub: Any = RegistryServiceStub(channel)
-            listed = (await stub.List(registry_service_pb2.ListRequest())).workers
-        assert [one.worker.worker_id for one in listed] == ["decode-0"]
-        assert listed[0].worker.capabilities == facts
-    finally:
-        await registrations.close()
-        await app.stop()
+    async with RegistryApp.open(RegistryConfig(announce_file=tmp_path / "a.json")) as app:
+        facts = capabilities(MODEL, "tandem-demo", DECODE)
+        worker = worker_pb2.Worker(
+            worker_id="decode-0",
+            epoch=EPOCH,
+            role=DECODE,
+            address="127.0.0.1:1",
+            capabilities=facts,
+            state=worker_pb2.WORKER_STATE_SERVING,
+            leg_contract=2,
+        )
+        registrations = Registrations(app.address)
+        try:
+            await registrations.open([worker])
+            async with grpc.aio.insecure_channel(app.address) as channel:
+                stub: Any = RegistryServiceStub(channel)
+                listed = (await stub.List(registry_service_pb2.ListRequest())).workers
+            assert [one.worker.worker_id for one in listed] == ["decode-0"]
+            assert listed[0].worker.capabilities == facts
+        finally:
+            await registrations.close()
 
 
 async def test_http_workers_stream_what_openai_clients_read() -> None:

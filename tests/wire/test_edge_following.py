@@ -112,7 +112,7 @@ async def test_a_defect_ends_discovery_with_its_error() -> None:
     async with following() as (registry, discovery):
         registry.publish("10.0.0.1:1")
         await discovery.first()
-        discovery.follow(defect)
+        task = discovery.follow(defect)
         registry.publish("10.0.0.2:1")
         with pytest.raises(ZeroDivisionError):
-            await discovery.following
+            await task

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
+import pytest
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
 from tandem.client import calls
 from tandem.domain.worker import EngineLoad
-from tandem.errors import InvalidRequest, ServiceError
+from tandem.errors import InvalidRequest, ServiceError, StartError
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.registry_host import make_worker
 from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
@@ -18,53 +20,56 @@ from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
 MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
 
 
+def settings(registry: ScriptedRegistry, **more: float) -> FrontendConfig:
+    return FrontendConfig.model_validate({"registry": (registry.address,), "model": MODEL, **more})
+
+
 async def test_one_without_a_name_is_called_after_its_address() -> None:
     registry = ScriptedRegistry()
-    async with play_registry(registry):
-        app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
-        try:
-            await app.start()
-            await assert_eventually(lambda: registry.registered)
-            assert registry.registered[0][1] == f"frontend-{app.address.replace(':', '-')}"
-        finally:
-            await app.stop()
+    async with play_registry(registry), FrontendApp.open(settings(registry)) as app:
+        await assert_eventually(lambda: registry.registered)
+        assert registry.registered[0][1] == f"frontend-{app.address.replace(':', '-')}"
 
 
 async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
     """When it comes, not when the next request does."""
     registry = ScriptedRegistry()
     registry.workers = (make_worker(model="tandem-demo"),)
-    async with play_registry(registry):
-        app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL))
-        try:
-            await app.start()
-            assert app._watch is not None
-            assert app._routes is not None
-            (worker,) = view = app._watch.workers()
-            assert app._routes._view is view
-            most = worker.capabilities.context_tokens_max
-            assert app._capacity.counted(10 * most, 0) == most
-            full = EngineLoad(running_requests=100, kv_used_tokens=0)
-            assert app._capacity.fits(6, 0, 1)
-            app._note_load(worker.start, full)
-            assert not app._capacity.fits(6, 0, 1)
-        finally:
-            await app.stop()
+    async with play_registry(registry), FrontendApp.open(settings(registry)) as app:
+        (worker,) = view = app.fleet.watch.workers()
+        assert app.fleet.routes._view is view
+        most = worker.capabilities.context_tokens_max
+        assert app.fleet.capacity.counted(10 * most, 0) == most
+        full = EngineLoad(running_requests=100, kv_used_tokens=0)
+        assert app.fleet.capacity.fits(6, 0, 1)
+        app.fleet.note_load(worker.start, full)
+        assert not app.fleet.capacity.fits(6, 0, 1)
 
 
 async def test_it_serves_before_and_without_being_registered() -> None:
     registry = ScriptedRegistry()
     errors = iter([ServiceError("not now"), InvalidRequest("frontend.address", "is no address")])
     registry.register_error = lambda member_id, epoch: next(errors, ServiceError("not now"))
+    async with play_registry(registry), contextlib.AsyncExitStack() as stack:
+        async with asyncio.timeout(10):
+            app = await stack.enter_async_context(FrontendApp.open(settings(registry, drain_settle_s=0)))
+        assert await calls.is_serving(app.address)
+        await assert_eventually(lambda: len(registry.registered) >= 2)
+        assert await calls.is_serving(app.address)
+        async with asyncio.timeout(1):
+            assert await app.drain()
+
+
+async def test_a_start_that_fails_in_the_middle_frees_the_port() -> None:
+    registry = ScriptedRegistry()
     async with play_registry(registry):
-        app = FrontendApp(FrontendConfig(registry=(registry.address,), model=MODEL, drain_settle_s=0))
-        try:
-            async with asyncio.timeout(10):
-                await app.start()
+        async with FrontendApp.open(settings(registry)) as app:
+            port = int(app.address.rpartition(":")[2])
+        # The port of the metrics is in use, which shows after the frontend's own port was bound.
+        with pytest.raises(StartError, match=registry.address.rpartition(":")[2]):
+            async with FrontendApp.open(
+                settings(registry, port=port, metrics_port=int(registry.address.rpartition(":")[2]))
+            ):
+                pass
+        async with FrontendApp.open(settings(registry, port=port)) as app:
             assert await calls.is_serving(app.address)
-            await assert_eventually(lambda: len(registry.registered) >= 2)
-            assert await calls.is_serving(app.address)
-            async with asyncio.timeout(1):
-                assert await app.drain()
-        finally:
-            await app.stop()

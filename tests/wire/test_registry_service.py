@@ -238,14 +238,15 @@ async def test_a_sign_of_life_that_cannot_be_parsed_is_named(
 
 
 async def test_signs_of_life_end_typed_when_the_registry_goes(
-    app: RegistryApp, stub: Any, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeping = stub.KeepAlive()
-    await keeping.write(pb.KeepAliveRequest(lease_id=(await stub.Register(register_request())).lease_id))
-    await keeping.read()
-    assert await app.drain()
-    assert (await error_of(keeping.read())).reason == "DRAINING"
-    await app.stop()
+    async with serve_registry(**settings) as app, open_channel(app.address) as channel:
+        stub: Any = RegistryServiceStub(channel)
+        keeping = stub.KeepAlive()
+        await keeping.write(pb.KeepAliveRequest(lease_id=(await stub.Register(register_request())).lease_id))
+        await keeping.read()
+        assert await app.drain()
+        assert (await error_of(keeping.read())).reason == "DRAINING"
     assert not [record for record in caplog.records if record.exc_info], "a stop is no defect"
 
 

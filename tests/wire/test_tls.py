@@ -52,12 +52,8 @@ def tls(certs: Path) -> Tls:
 async def serving(certs: Path, port: int = 0) -> AsyncIterator[RegistryApp]:
     own = Tls.in_directory(certs, "registry")
     settings: dict[str, Any] = {"tls_cert": own.cert, "tls_key": own.key, "tls_ca": own.ca, "port": port}
-    app = RegistryApp(RegistryConfig(**settings, lease_ttl_s=TTL_S, drain_settle_s=0))
-    try:
-        await app.start()
+    async with RegistryApp.open(RegistryConfig(**settings, lease_ttl_s=TTL_S, drain_settle_s=0)) as app:
         yield app
-    finally:
-        await app.stop()
 
 
 @pytest_asyncio.fixture

@@ -19,8 +19,8 @@ def main() -> NoReturn:
     from tandem.worker.roles import decode
     from tandem_decode.config import DecodeConfig
 
-    def build(config: DecodeConfig) -> WorkerHost:
-        return WorkerHost(config, config.worker_role, decode.services)
+    def build(config: DecodeConfig) -> process.Lifespan:
+        return WorkerHost.open(config, config.worker_role, decode.services)
 
     process.leave(process.main("tandem-decode", DecodeConfig, build))
 

@@ -18,7 +18,7 @@ def main() -> NoReturn:
     from tandem_edge.app import EdgeApp
     from tandem_edge.config import EdgeConfig
 
-    process.leave(process.main("tandem-edge", EdgeConfig, EdgeApp))
+    process.leave(process.main("tandem-edge", EdgeConfig, EdgeApp.open))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ Stop: the registry watch, Envoy, its files, metrics.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 
 from tandem.discovery.watches import FrontendWatch
 from tandem.observability.metric_catalog import Emitter
-from tandem.observability.metrics import open_metrics
+from tandem.observability.metrics import Metrics, open_metrics
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.discovery import Discovery
 from tandem_edge.dns import Names
-from tandem_edge.envoy_process import EnvoyProcess
+from tandem_edge.endpoints import Endpoint
+from tandem_edge.envoy_admin import Admin
+from tandem_edge.envoy_process import EnvoyProcess, private_files
 from tandem_edge.keys import read_keys
 
 log = logging.getLogger(__name__)
@@ -27,52 +31,65 @@ ENVOY_PAGE = "/envoy"
 
 
 class EdgeApp:
-    """The edge as `tandem.service.process` runs it."""
+    """A serving edge, as `tandem.service.process` runs it. `open` makes one."""
 
-    def __init__(self, config: EdgeConfig) -> None:
-        """Check the settings.
+    def __init__(
+        self,
+        config: EdgeConfig,
+        port: int,
+        metrics: Metrics,
+        admin: Admin,
+        envoy: EnvoyProcess,
+        following: asyncio.Task[None] | None,
+    ) -> None:
+        """`following` is the task of the discovery; None: the settings list the frontends."""
+        host = config.reachable_host
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        """host:port it serves on."""
+        self._config = config
+        self._metrics = metrics
+        self._admin = admin
+        self._envoy = envoy
+        self._following = following
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, config: EdgeConfig) -> AsyncIterator[EdgeApp]:
+        """Start an edge that accepts requests, and stop it on exit.
 
         Raises:
             ConfigError: names the key.
+            StartError: the start failed; the message says why.
         """
         check(config)
-        self._config = config
         keys = read_keys(config.api_keys) if config.api_keys is not None else ()
         if not keys:
             log.warning("no API keys (api_keys): unauthenticated access on %s", config.host)
-        self._envoy = EnvoyProcess(config, keys)
-        self._discovery: Discovery | None = None
-        self._port = 0
-        pages = {ENVOY_PAGE: lambda: self._envoy.admin.prometheus_text()}
-        self._metrics = open_metrics(config, Emitter.EDGE, "tandem-edge", config.registry_tls, pages)
-
-    @property
-    def address(self) -> str:
-        """host:port it serves on. Valid after `start`."""
-        assert self._port, "address before start()"
-        host = self._config.reachable_host
-        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+        async with contextlib.AsyncExitStack() as stack:
+            files = stack.enter_context(private_files())
+            admin = Admin(files.admin_socket)
+            pages = {ENVOY_PAGE: admin.prometheus_text}
+            metrics = open_metrics(config, Emitter.EDGE, "tandem-edge", config.registry_tls, pages)
+            stack.push_async_callback(metrics.stop)
+            await metrics.start(f"edge-{config.reachable_host}-{config.port}")
+            discovery, following = None, None
+            endpoints: tuple[Endpoint, ...] = ()
+            if config.registry is not None:
+                watch = FrontendWatch(config.registry, tls=config.registry_tls)
+                discovery = Discovery(watch, Names(), config.dns_refresh_s)
+                stack.push_async_callback(discovery.stop)
+                endpoints = await discovery.first()
+            envoy = await stack.enter_async_context(EnvoyProcess.open(config, keys, files, endpoints))
+            if discovery is not None:
+                # Before Envoy, whose files it writes.
+                stack.push_async_callback(discovery.stop)
+                following = discovery.follow(envoy.set_endpoints)
+            yield cls(config, await admin.port(), metrics, admin, envoy, following)
 
     @property
     def metrics_port(self) -> int:
-        """Port of the metrics endpoint, after `start`; 0: there is none."""
+        """Port of the metrics endpoint; 0: there is none."""
         return self._metrics.port
-
-    async def start(self) -> None:
-        """Return when requests are accepted.
-
-        Raises:
-            StartError: the start failed; the message says why.
-        """
-        await self._metrics.start(f"edge-{self._config.reachable_host}-{self._config.port}")
-        if self._config.registry is None:
-            await self._envoy.start()
-        else:
-            watch = FrontendWatch(self._config.registry, tls=self._config.registry_tls)
-            self._discovery = Discovery(watch, Names(), self._config.dns_refresh_s)
-            await self._envoy.start(await self._discovery.first())
-            self._discovery.follow(self._envoy.set_endpoints)
-        self._port = await self._envoy.admin.port()
 
     async def drain(self) -> bool:
         """See the module. Returns whether every request finished within drain_timeout_s."""
@@ -83,7 +100,7 @@ class EdgeApp:
             return False
 
     async def _drained(self) -> bool:
-        admin = self._envoy.admin
+        admin = self._admin
         self._metrics.count("tandem.drains")
         await admin.announce_end()
         await asyncio.sleep(self._config.drain_settle_s)
@@ -98,17 +115,10 @@ class EdgeApp:
             return False
         return True
 
-    async def stop(self) -> None:
-        """Free all resources, also when `start` failed."""
-        if self._discovery is not None:
-            await self._discovery.stop()
-        await self._envoy.stop()
-        await self._metrics.stop()
-
     async def wait_finished(self) -> str | None:
         """Return the reason when Envoy has exited. An unexpected exception of the discovery task is raised."""
         ended = asyncio.ensure_future(self._envoy.wait_ended())
-        followed = [] if self._discovery is None else [self._discovery.following]
+        followed = [] if self._following is None else [self._following]
         try:
             await asyncio.wait([ended, *followed], return_when=asyncio.FIRST_COMPLETED)
             for task in followed:

@@ -51,14 +51,9 @@ class Discovery:
             log.warning("no frontends discovered yet; answering 503 until the registry lists one")
         return self._published
 
-    def follow(self, publish: Publish) -> None:
-        """Call `publish` after each change from now on, until `stop`."""
+    def follow(self, publish: Publish) -> asyncio.Task[None]:
+        """Call `publish` after each change from now on. The task ends by `stop`, or by an unexpected exception."""
         self._task = asyncio.create_task(self._follow(publish), name="discovery")
-
-    @property
-    def following(self) -> asyncio.Task[None]:
-        """The task; it ends by `stop`, or by an unexpected exception."""
-        assert self._task is not None, "following before follow()"
         return self._task
 
     async def stop(self) -> None:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from tandem.errors import StartError
@@ -41,58 +41,39 @@ JSON_LOG_FORMAT = (
 
 
 class EnvoyProcess:
-    """One Envoy."""
+    """One Envoy that accepts requests. `open` makes one."""
 
-    def __init__(self, config: EdgeConfig, keys: tuple[ApiKey, ...]) -> None:
-        self._config = config
-        self._keys = keys
-        self._files: Files | None = None
-        self._process: asyncio.subprocess.Process | None = None
+    def __init__(self, files: Files, process: asyncio.subprocess.Process) -> None:
+        self._files = files
+        self._process = process
 
-    @property
-    def admin(self) -> Admin:
-        """Its admin interface."""
-        assert self._files is not None, "admin before start()"
-        return Admin(self._files.admin_socket)
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, config: EdgeConfig, keys: tuple[ApiKey, ...], files: Files, endpoints: Sequence[Endpoint] = ()
+    ) -> AsyncIterator[EnvoyProcess]:
+        """Start one and wait until it accepts requests; terminate it on exit, which aborts open requests.
 
-    async def start(self, endpoints: Sequence[Endpoint] = ()) -> None:
-        """Return when it accepts requests; `endpoints` are the frontends discovered from the registry, if one is set.
+        Args:
+            config: settings of the edge.
+            keys: API keys that it accepts.
+            files: paths to render the configuration to, see `private_files`.
+            endpoints: the frontends discovered from the registry, if one is set.
 
         Raises:
             StartError: there is no binary, the port is in use, or Envoy rejects the configuration.
         """
-        binary = find_binary(self._config.envoy)
-        _check_port(self._config.listen_host, self._config.port)
-        self._files = Files(directory=_private_directory())
-        for file, content in render(self._config, self._keys, self._files, endpoints).items():
+        binary = find_binary(config.envoy)
+        _check_port(config.listen_host, config.port)
+        for file, content in render(config, keys, files, endpoints).items():
             file.touch(mode=0o600)
             file.write_bytes(content)
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", parent_death.__name__, str(binary)),
-            *("--config-path", str(self._files.config), "--concurrency", str(self._config.threads)),
-            *("--log-level", LEVELS[self._config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
-            *(() if is_text(self._config.log_format) else ("--log-format", JSON_LOG_FORMAT)),
-            *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
-            # Silences its warning that api_key_auth is work in progress, see docs/adr/0002.
-            *("--component-log-level", "misc:error"),
-            stdin=asyncio.subprocess.DEVNULL,
-            env={**os.environ, parent_death.VARIABLE: str(os.getpid())},
-            # Ctrl-C signals the whole process group; only the edge must get it, so that it drains open requests first.
-            start_new_session=True,
-        )
-        await self._wait_ready(self._process)
-
-    async def _wait_ready(self, process: asyncio.subprocess.Process) -> None:
+        process = await _start(config, binary, files)
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                while not await self.admin.is_ready():
-                    if process.returncode is not None:
-                        raise StartError(
-                            f"Envoy exited with status {process.returncode}; see its log lines above for the reason"
-                        )
-                    await asyncio.sleep(READY_POLL_S)
-        except TimeoutError:
-            raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s") from None
+            await _wait_ready(process, Admin(files.admin_socket))
+            yield cls(files, process)
+        finally:
+            await _stop(process)
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """Replace all discovered frontends at once.
@@ -100,28 +81,63 @@ class EnvoyProcess:
         Raises:
             OSError: the endpoint file cannot be written; the previous frontends stay.
         """
-        assert self._files is not None, "set_endpoints() before start()"
         replace(self._files.endpoints, assignment(endpoints))
 
     async def wait_ended(self) -> int:
         """Return its exit status when it exits."""
-        assert self._process is not None, "wait_ended() before start()"
         return await self._process.wait()
 
-    async def stop(self) -> None:
-        """Terminate it and remove its files; aborts open requests. May be called twice, and when `start` failed."""
-        process = self._process
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
+
+@contextlib.contextmanager
+def private_files() -> Iterator[Files]:
+    """Files in a new directory with access for its owner only, which is removed on exit."""
+    directory = _private_directory()
+    try:
+        yield Files(directory=directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _start(config: EdgeConfig, binary: Path, files: Files) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", parent_death.__name__, str(binary)),
+        *("--config-path", str(files.config), "--concurrency", str(config.threads)),
+        *("--log-level", LEVELS[config.log_level], "--disable-hot-restart", "--drain-strategy", "immediate"),
+        *(() if is_text(config.log_format) else ("--log-format", JSON_LOG_FORMAT)),
+        *("--drain-time-s", "1", "--file-flush-interval-msec", "200"),
+        # Silences its warning that api_key_auth is work in progress, see docs/adr/0002.
+        *("--component-log-level", "misc:error"),
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, parent_death.VARIABLE: str(os.getpid())},
+        # Ctrl-C signals the whole process group; only the edge must get it, so that it drains open requests first.
+        start_new_session=True,
+    )
+
+
+async def _wait_ready(process: asyncio.subprocess.Process, admin: Admin) -> None:
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while not await admin.is_ready():
+                if process.returncode is not None:
+                    raise StartError(
+                        f"Envoy exited with status {process.returncode}; see its log lines above for the reason"
+                    )
+                await asyncio.sleep(READY_POLL_S)
+    except TimeoutError:
+        raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s") from None
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Terminate it; kill it after STOP_TIMEOUT_S."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
                 await process.wait()
-        if self._files is not None:
-            shutil.rmtree(self._files.directory, ignore_errors=True)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
 
 def _private_directory() -> Path:

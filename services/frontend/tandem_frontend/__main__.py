@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tandem.service.startup import begin
 
 if TYPE_CHECKING:
-    from tandem.service.process import Service
+    from tandem.service.process import Lifespan
     from tandem_frontend.config import FrontendConfig
 
 
@@ -31,15 +31,15 @@ def main() -> NoReturn:
     process.leave(process.main(PROGRAM, FrontendConfig, _build))
 
 
-def _build(config: FrontendConfig) -> Service:
+def _build(config: FrontendConfig) -> Lifespan:
     """The only process, or the parent of several, which does not import what serves requests."""
     if config.processes == 1:
         from tandem_frontend.app import FrontendApp
 
-        return FrontendApp(config)
+        return FrontendApp.open(config)
     from tandem_frontend.processes.parent import FrontendParent
 
-    return FrontendParent(config)
+    return FrontendParent.open(config)
 
 
 if __name__ == "__main__":

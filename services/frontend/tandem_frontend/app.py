@@ -1,16 +1,18 @@
 """Composition root of the frontend: creates its parts, and starts and stops them in order.
 
-Start: tokenizer, metrics, parser host, registry view, server, health SERVING, and last its own registration, which
-nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still accepted -> settle -> close
-admission -> wait for the open requests -> deregister. Stop: server, encoders of long prompts, parser host, view,
-channels, metrics.
+Start: tokenizer, port, metrics, parser host, registry view, server, health SERVING, and last its own registration,
+which nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still accepted -> settle ->
+close admission -> wait for the open requests -> deregister. Stop: registration, server, and then what the start opened,
+in reverse order.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import tandem
@@ -20,28 +22,25 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
 )
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
-from tandem.client.load_watch import LoadWatch
-from tandem.client.step_calls import WorkerCalls
 from tandem.clock import epoch_now, monotonic
-from tandem.discovery import Registration, WorkerWatch
+from tandem.discovery import Registration
 from tandem.domain.frontend import Frontend, default_frontend_id
-from tandem.domain.worker import EngineLoad, Start, Worker, WorkerState
+from tandem.domain.worker import WorkerState
 from tandem.observability.cpu_profile import CpuProfiler
 from tandem.observability.logs import log_request
 from tandem.observability.metric_catalog import Emitter
-from tandem.observability.metrics import Reading, Together, open_metrics
+from tandem.observability.metrics import Measure, Metrics, Reading, Together, open_metrics
 from tandem.observability.profiles import Profiles
 from tandem.observability.request_metrics import RequestMetrics
 from tandem.observability.request_trace import RequestTrace
-from tandem.observability.span_export import SpanExport, export_spans, resource
+from tandem.observability.span_export import export_spans, resource
 from tandem.observability.trace_store import TraceStore
 from tandem.output_parsers import Parsers
-from tandem.rpc.channels import Channels
 from tandem.rpc.http2.limits import STREAMS_MAX
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
-from tandem.service.awake_timers import AwakeTimers
+from tandem.service.background import BackgroundTasks
 from tandem.service.loop_load import LoopLoad
 from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
@@ -50,10 +49,7 @@ from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.config import PROGRAM, FrontendConfig
-from tandem_frontend.execution.dispatch import Dispatch
-from tandem_frontend.execution.link_leg import Bounds
-from tandem_frontend.execution.request_stream import ExecutionDeps
-from tandem_frontend.execution.worker_links import WorkerLinks
+from tandem_frontend.fleet import Fleet
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.pipeline import Generation
@@ -63,9 +59,6 @@ from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.response.coalescing import Coalescing
-from tandem_frontend.routing.circuit_breaker import CircuitBreakers
-from tandem_frontend.routing.router import RecentRefusals, Routes
-from tandem_frontend.routing.worker_health import WorkerHealth
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 
 log = logging.getLogger(__name__)
@@ -74,144 +67,81 @@ STOP_GRACE_S = 0.5
 
 
 class FrontendApp:
-    """The frontend as `tandem.service.process` runs it."""
+    """A serving frontend, as `tandem.service.process` runs it. `open` makes one."""
 
-    def __init__(self, config: FrontendConfig, membership: Membership | None = None) -> None:
-        """`membership`: of one of several processes; the parent process then has the port and the registration."""
+    def __init__(
+        self,
+        config: FrontendConfig,
+        address: str,
+        metrics: Metrics,
+        server: Http2RpcServer,
+        admission: Admission,
+        fleet: Fleet,
+        registration: Registration | None,
+    ) -> None:
+        """`registration` is None in one of several processes: the parent process has it."""
+        self.address = address
+        """host:port of the frontend."""
+        self.fleet = fleet
         self._config = config
-        self._membership = membership
-        self._siblings = Siblings({}) if membership is None else membership.siblings
-        self._traces: TraceStore[RequestTrace] = TraceStore([log_request], closed_kept=config.timelines_kept)
-        self._stats = RequestStats(self._traces)
-        self._stats_task: asyncio.Task[None] | None = None
-        self._spans: SpanExport | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._admission: Admission | None = None
-        self._execution: ExecutionDeps | None = None
-        self._loads: LoadWatch | None = None
-        self._links: WorkerLinks | None = None
-        self._timers = AwakeTimers()
-        self._capacity = Capacity(config.served_name)
-        self._routes: Routes | None = None
-        together = None if membership is None else Together(path=membership.identity.metrics_path)
-        self._metrics = open_metrics(config, Emitter.FRONTEND, PROGRAM, config.tls, together=together)
-        self._server: Http2RpcServer | None = None
-        self._watch: WorkerWatch | None = None
-        self._channels = Channels(config.tls)
-        self._registration: Registration | None = None
-        self._health = WorkerHealth(self._channels, self._timers)
-        self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
-        self._known_starts: set[tuple[str, Start]] = set()
-        """(address, start) of all workers of the view."""
-        self._parsers: Parsers | None = None
-        """None: neither tool calls nor reasoning are parsed."""
-        if config.tool_parser is not None or config.reasoning_parser is not None:
-            self._parsers = Parsers(
-                config.model, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser
-            )
+        self._metrics = metrics
+        self._server = server
+        self._admission = admission
+        self._registration = registration
 
-    @property
-    def address(self) -> str:
-        """host:port of the frontend, once started."""
-        if self._membership is not None:
-            return self._membership.identity.address
-        assert self._server is not None, "address before start()"
-        return f"{self._config.reachable_host}:{self._server.port}"
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: FrontendConfig, membership: Membership | None = None) -> AsyncIterator[FrontendApp]:
+        """Start a frontend, and stop it on exit. Enters when it serves; waits for a registry without a timeout.
 
-    @property
-    def _frontend_id(self) -> str:
-        return self._config.frontend_id or default_frontend_id(self.address)
-
-    @property
-    def _instance(self) -> str:
-        """Unique name of this process: for workers, in traces and in pushed metrics."""
-        return self._frontend_id if self._membership is None else self._membership.identity.instance
-
-    @property
-    def metrics_port(self) -> int:
-        """Port of the Prometheus endpoint, once started; 0: none."""
-        return self._metrics.port
-
-    async def start(self) -> None:
-        """Return when it serves; waits for a registry without a timeout.
+        Args:
+            config: its settings.
+            membership: of one of several processes; the parent process then has the port and the registration.
 
         Raises:
             StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer, or
                 SGLang does not know the configured parsers.
         """
-        config = self._config
-        tokenizer = self._tokenizer = await asyncio.to_thread(
-            Tokenizer.open, config.model, processes=config.long_prompt_processes
-        )
-        request_bytes_max = config.request_bytes(tokenizer.context_tokens_max)
-        server = self._server = Http2RpcServer(
-            request_bytes_max=request_bytes_max,
-            tls=config.tls,
-            # One client may open as many requests as are allowed over one connection, and health streams beside them.
-            streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
-        )
-        if self._membership is None:
-            server.bind(config.host, config.port)
-        self._spans = export_spans(
-            self._traces, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", self._instance)
-        )
-        await self._metrics.start(self._instance)
-        if self._parsers is not None:
-            await self._parsers.start()
-        model = ServedModel(config.served_name, tokenizer, read_defaults(config.model))
-        watch = self._watch = WorkerWatch(config.registry, tls=config.tls, on_change=self._follow)
-        self._loads = LoadWatch(self._channels, on_change=self._note_load)
-        load = LoopLoad()
-        admission = self._admission = Admission(
-            config.open_requests_max,
-            self._capacity,
-            monotonic,
-            load,
-            config.overload_lag_s,
-            lambda: server.unread_call_count,
-        )
-        await self._health.start()
-        # Seeded by the system, so that no two processes choose alike; no value is a secret.
-        rng = random.Random()  # noqa: S311 -- see above
-        refusals = RecentRefusals(monotonic)
-        routes = self._routes = Routes(model, watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
-        bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
-        links = self._links = WorkerLinks(
-            self._instance, WorkerCalls(self._channels), bounds, self._timers, self._health.check
-        )
-        execution = self._execution = ExecutionDeps(
-            routes, refusals, self._breakers, Dispatch(links, rng), monotonic, rng
-        )
-        coalescing = Coalescing(config.coalesce_ms / 1_000, load)
-        generation = Generation(
-            model, admission, execution, self._traces, coalescing, tells_prompts=config.trace_prompts
-        )
-        if self._metrics.is_on:
-            self._metrics.measure(self._read)
-            self._traces.sinks.append(RequestMetrics(self._metrics, config.served_name))
-        await watch.start()
-        servicer = InferenceServicer(generation, model, watch.workers)
-        server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, servicer))
-        openai = OpenAiServicer(generation, model, watch.workers, self._parsers, config.open_requests_max)
-        server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-        own = LocalRequests(self._traces, self._stats, lambda: admission.waiting_count)
-        admin = FrontendAdminServicer(own, self._siblings)
-        server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, admin))
-        self._stats_task = asyncio.create_task(self._stats.keep_looking(), name="figures")
-        number = None if self._membership is None else self._membership.identity.number
-        profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
-        server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
-        await server.serve()
-        if self._membership is not None:
-            await self._membership.open(server, own)
-        await watch.wait_live()
-        await server.set_serving(True)
-        if self._membership is None:
-            await self._register()
+        async with AsyncExitStack() as stack:
+            model = await _open_model(config, stack)
+            server = _bind(config, membership, model, stack)
+            names = _Names.of(config, membership, server.port)
+            metrics = await _open_metrics(config, membership, names.instance, stack)
+            traces = _open_traces(config, names.instance, stack)
+            stats = RequestStats(traces)
+            parsers = await _open_parsers(config, stack)
+            load, capacity = LoopLoad(), Capacity(config.served_name)
+            admission = _make_admission(config, capacity, load, server)
+            fleet = Fleet(config, names.instance, model, capacity, admission.reevaluate_soon)
+            coalescing = Coalescing(config.coalesce_ms / 1_000, load)
+            generation = Generation(
+                model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
+            )
+            if metrics.is_on:
+                metrics.measure(_gauges(server, admission))
+                traces.sinks.append(RequestMetrics(metrics, config.served_name))
+            await stack.enter_async_context(fleet.connected())
+            own = LocalRequests(traces, stats, lambda: admission.waiting_count)
+            inference = InferenceServicer(generation, model, fleet.watch.workers)
+            server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
+            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, config.open_requests_max)
+            server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
+            _add_admin(server, config, membership, own)
+            tasks = await stack.enter_async_context(BackgroundTasks())
+            tasks.start(stats.keep_looking(), "figures")
+            await _serve(server, membership, own, stack)
+            await fleet.watch.wait_live()
+            await server.set_serving(True)
+            registration = None if membership is not None else await _register(config, names, stack)
+            yield cls(config, names.address, metrics, server, admission, fleet, registration)
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the Prometheus endpoint; 0: none."""
+        return self._metrics.port
 
     async def drain(self) -> bool:
         """Drain in the order given above. Returns whether every request ended within drain_timeout_s."""
-        assert self._server is not None, "drain() before start()"
         if self._registration is not None:
             self._metrics.count("tandem.drains")
             # Do not wait for an unreachable registry.
@@ -226,7 +156,6 @@ class FrontendApp:
 
     async def _finish_requests(self) -> bool:
         """Close admission and wait for the open requests. Returns whether all ended within drain_timeout_s."""
-        assert self._admission is not None, "drain() before start()"
         self._admission.close()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
@@ -240,87 +169,133 @@ class FrontendApp:
             return False
         return True
 
-    async def stop(self) -> None:
-        """Release everything, also after a failed `start`."""
-        if self._stats_task is not None:
-            self._stats_task.cancel()
-        if self._registration is not None:
-            await self._registration.close()
-        if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
-        if self._membership is not None:
-            await self._membership.close()
-        if self._tokenizer is not None:
-            await self._tokenizer.close()
-        if self._parsers is not None:
-            await self._parsers.stop()
-        if self._watch is not None:
-            await self._watch.close()
-        if self._loads is not None:
-            await self._loads.close()
-        if self._links is not None:
-            await self._links.close()
-        self._timers.close()
-        await self._health.close()
-        await self._channels.close()
-        if self._spans is not None:
-            await asyncio.to_thread(self._spans.close)
-        await self._metrics.stop()
-
     async def wait_finished(self) -> str | None:
         """Never returns: a frontend ends only when it is asked to."""
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a future without a reference cannot be done")
 
-    async def _register(self) -> None:
-        """Register, so that edges and tools can discover this frontend. Clients that know its address need no entry."""
-        config = self._config
-        frontend = Frontend(
-            frontend_id=self._frontend_id,
-            epoch=epoch_now(),
-            address=self.address,
-            model=config.served_name,
-            release=tandem.__version__,
-        )
-        self._registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
-        await self._registration.start()
 
-    def _follow(self, workers: tuple[Worker, ...]) -> None:
-        """Pass a new view on to every part, and close the channels to workers that were removed or restarted.
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How others call this frontend."""
 
-        A restarted worker at the same address gets a new channel: the old one may be in its reconnect back-off.
-        """
-        starts = {(worker.address, worker.start) for worker in workers}
-        self._channels.keep_only({address for address, _ in starts & self._known_starts})
-        self._known_starts = starts
-        if self._links is not None:
-            self._links.follow(workers)
-        self._health.follow(workers)
-        self._breakers.follow(workers)
-        self._capacity.follow(workers)
-        if self._routes is not None:
-            self._routes.follow(workers)
-        if self._loads is not None:
-            self._loads.follow(workers)
-        if self._execution is not None:
-            self._execution.notice(workers)
-        self._reevaluate()
+    address: str
+    frontend_id: str
+    instance: str
+    """Unique name of this process: for workers, in traces and in pushed metrics."""
 
-    def _note_load(self, start: Start, load: EngineLoad | None) -> None:
-        self._capacity.note(start, load)
-        self._reevaluate()
+    @classmethod
+    def of(cls, config: FrontendConfig, membership: Membership | None, port: int) -> _Names:
+        if membership is not None:
+            identity = membership.identity
+            return cls(identity.address, identity.frontend_id, identity.instance)
+        address = f"{config.reachable_host}:{port}"
+        frontend_id = config.frontend_id or default_frontend_id(address)
+        return cls(address, frontend_id, frontend_id)
 
-    async def _read(self) -> list[Reading]:
-        """Values of the gauges."""
-        assert self._admission is not None, "gauges are read after start()"
-        assert self._server is not None, "gauges are read after start()"
+
+async def _open_model(config: FrontendConfig, stack: AsyncExitStack) -> ServedModel:
+    tokenizer = await asyncio.to_thread(Tokenizer.open, config.model, processes=config.long_prompt_processes)
+    stack.push_async_callback(tokenizer.close)
+    return ServedModel(config.served_name, tokenizer, read_defaults(config.model))
+
+
+def _bind(
+    config: FrontendConfig, membership: Membership | None, model: ServedModel, stack: AsyncExitStack
+) -> Http2RpcServer:
+    """The server; its port is bound, but it serves no calls yet."""
+    server = Http2RpcServer(
+        request_bytes_max=config.request_bytes(model.tokenizer.context_tokens_max),
+        tls=config.tls,
+        # One client may open as many requests as are allowed over one connection, and health streams beside them.
+        streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
+    )
+    stack.push_async_callback(server.stop, STOP_GRACE_S)
+    if membership is None:
+        server.bind(config.host, config.port)
+    return server
+
+
+async def _open_metrics(
+    config: FrontendConfig, membership: Membership | None, instance: str, stack: AsyncExitStack
+) -> Metrics:
+    together = None if membership is None else Together(path=membership.identity.metrics_path)
+    metrics = open_metrics(config, Emitter.FRONTEND, PROGRAM, config.tls, together=together)
+    stack.push_async_callback(metrics.stop)
+    await metrics.start(instance)
+    return metrics
+
+
+def _open_traces(config: FrontendConfig, instance: str, stack: AsyncExitStack) -> TraceStore[RequestTrace]:
+    """The request traces; their spans are exported where a collector is configured."""
+    traces: TraceStore[RequestTrace] = TraceStore([log_request], closed_kept=config.timelines_kept)
+    spans = export_spans(traces, config.otlp_endpoint, config.trace_sample_ratio, resource("frontend", instance))
+    if spans is not None:
+        stack.push_async_callback(asyncio.to_thread, spans.close)
+    return traces
+
+
+async def _open_parsers(config: FrontendConfig, stack: AsyncExitStack) -> Parsers | None:
+    """None: neither tool calls nor reasoning are parsed."""
+    if config.tool_parser is None and config.reasoning_parser is None:
+        return None
+    parsers = Parsers(config.model, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser)
+    stack.push_async_callback(parsers.stop)
+    await parsers.start()
+    return parsers
+
+
+def _make_admission(config: FrontendConfig, capacity: Capacity, load: LoopLoad, server: Http2RpcServer) -> Admission:
+    return Admission(
+        config.open_requests_max, capacity, monotonic, load, config.overload_lag_s, lambda: server.unread_call_count
+    )
+
+
+def _gauges(server: Http2RpcServer, admission: Admission) -> Measure:
+    async def read() -> list[Reading]:
         return [
-            Reading("tandem.connections.open", self._server.connection_count),
-            Reading("tandem.requests.open", self._admission.open_count),
-            Reading("tandem.queue.depth", self._admission.waiting_count),
+            Reading("tandem.connections.open", server.connection_count),
+            Reading("tandem.requests.open", admission.open_count),
+            Reading("tandem.queue.depth", admission.waiting_count),
         ]
 
-    def _reevaluate(self) -> None:
-        """Workers or their load have changed: a queued request may fit now."""
-        if self._admission is not None:
-            self._admission.reevaluate_soon()
+    return read
+
+
+def _add_admin(
+    server: Http2RpcServer, config: FrontendConfig, membership: Membership | None, own: LocalRequests
+) -> None:
+    """Timelines and stats of all processes of this frontend, and profiles of this one."""
+    admin = FrontendAdminServicer(own, Siblings({}) if membership is None else membership.siblings)
+    server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, admin))
+    number = None if membership is None else membership.identity.number
+    profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
+    server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
+
+
+async def _serve(
+    server: Http2RpcServer, membership: Membership | None, own: LocalRequests, stack: AsyncExitStack
+) -> None:
+    """Accept calls, and in one of several processes those of the siblings too."""
+    if membership is not None:
+        stack.push_async_callback(membership.close)
+    # Again, because a server that serves stops before the parts that serve its calls.
+    stack.push_async_callback(server.stop, STOP_GRACE_S)
+    await server.serve()
+    if membership is not None:
+        await membership.open(server, own)
+
+
+async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack) -> Registration:
+    """Register, so that edges and tools can discover this frontend. Clients that know its address need no entry."""
+    frontend = Frontend(
+        frontend_id=names.frontend_id,
+        epoch=epoch_now(),
+        address=names.address,
+        model=config.served_name,
+        release=tandem.__version__,
+    )
+    registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
+    stack.push_async_callback(registration.close)
+    await registration.start()
+    return registration

@@ -43,7 +43,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         response = SseWriter(context)
         try:
             await self._generation.generate(request.generate, caller_of(context), response)
-        except Exception as problem:
+        except Exception as problem:  # also a defect must end the stream with an event
             if not response.has_begun:
                 raise
             context.send(HttpBody(data=failure_event(problem)))

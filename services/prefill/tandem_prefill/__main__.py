@@ -20,8 +20,8 @@ def main() -> NoReturn:
     from tandem.worker.roles import prefill
     from tandem_prefill.config import PrefillConfig
 
-    def build(config: PrefillConfig) -> WorkerHost:
-        return WorkerHost(config, WorkerRole.PREFILL, prefill.services)
+    def build(config: PrefillConfig) -> process.Lifespan:
+        return WorkerHost.open(config, WorkerRole.PREFILL, prefill.services)
 
     process.leave(process.main("tandem-prefill", PrefillConfig, build))
 

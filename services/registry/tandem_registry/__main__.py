@@ -18,7 +18,7 @@ def main() -> NoReturn:
     from tandem_registry.app import RegistryApp
     from tandem_registry.config import RegistryConfig
 
-    process.leave(process.main("tandem-registry", RegistryConfig, RegistryApp))
+    process.leave(process.main("tandem-registry", RegistryConfig, RegistryApp.open))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """RegistryService on the wire: protobuf to domain and back, nothing else.
 
-The rules are in `validation` and `leases`, waiting is in the backend; tandem.rpc.interceptors maps errors to statuses.
+The rules are in `validation` and `leases`, waiting is in the backend; tandem.rpc.handler_guard maps errors to statuses.
 """
 
 from __future__ import annotations

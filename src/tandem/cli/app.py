@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,43 @@ Address = Annotated[str | None, typer.Option(help="Frontend host:port; default: 
 TlsDirectory = Annotated[
     Path | None,
     typer.Option("--tls", help="Directory made by `tandem certs`; default: that of `tandem up` here.", metavar="DIR"),
+]
+Collector = Annotated[
+    str | None, typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT")
+]
+ConsulAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep membership in Consul: in a new local agent, or in the existing one at ADDRESS; "
+        "default: in the registry's memory.",
+        metavar="[ADDRESS]",
+    ),
+]
+ConsulToken = Annotated[
+    Path | None,
+    typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
+]
+ConsulCa = Annotated[
+    Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")
+]
+ConsulCert = Annotated[
+    Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
+]
+WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
+MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Penalty proportional to how often a token appeared, -2 to 2.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Multiplicative repetition penalty, above 0, up to 2; 1: off.")
+]
+Logprobs = Annotated[
+    int | None, typer.Option(help="Show log probabilities, with N alternatives per token.", metavar="N")
+]
+AsChat = Annotated[
+    bool | None,
+    typer.Option("--chat/--plain", help="Prompt as chat message or plain text; default: by the model's chat template."),
 ]
 
 
@@ -99,39 +137,20 @@ def up(
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of reasoning for this model.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow `tandem profile` on workers and frontends.")] = False,
     log_dir: LogDirectory = None,
-    otlp_endpoint: Annotated[
-        str | None,
-        typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT"),
-    ] = None,
+    otlp_endpoint: Collector = None,
     tls: Annotated[
         Path | None, typer.Option(help="Directory made by `tandem certs`; default: plaintext.", metavar="DIR")
     ] = None,
     registries: Annotated[int, typer.Option(help="Number of registries; more than one requires --consul.")] = 1,
-    consul: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep membership in Consul: in a new local agent, or in the existing one at ADDRESS; "
-            "default: in the registry's memory.",
-            metavar="[ADDRESS]",
-        ),
-    ] = None,
+    consul: ConsulAddress = None,
     consul_service: Annotated[str, typer.Option(help="Service name of this cluster in Consul.")] = "tandem",
-    consul_token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
-    ] = None,
-    consul_ca: Annotated[
-        Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")
-    ] = None,
-    consul_cert: Annotated[
-        Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
-    ] = None,
+    consul_token_file: ConsulToken = None,
+    consul_ca: ConsulCa = None,
+    consul_cert: ConsulCert = None,
     consul_key: Annotated[
         Path | None, typer.Option(help="Private key of --consul-cert; default: from --tls.", metavar="FILE")
     ] = None,
-    metrics: Annotated[
-        bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")
-    ] = True,
+    metrics: WithMetrics = True,
 ) -> None:
     """Run a cluster on this machine; Ctrl-C drains and stops it."""
     from rich.console import Console
@@ -141,11 +160,9 @@ def up(
     from tandem.local_cluster.cluster import ClusterSpec
 
     flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
-    if kv_capacity_tokens is not None:
-        flags["kv-capacity-tokens"] = str(kv_capacity_tokens)
-    role_flags = {"frontend": _given({"tool-parser": tool_parser, "reasoning-parser": reasoning_parser})}
-    if admin:
-        flags["admin-enabled"] = role_flags["frontend"]["admin-enabled"] = "true"
+    flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "admin-enabled": "true" if admin else None})
+    parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
+    role_flags = {"frontend": _given({**parsers, "admin-enabled": "true" if admin else None})}
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
     async def run() -> int:
@@ -153,25 +170,11 @@ def up(
         return await up_command.up(replace(spec, consul=consul_options), Console())
 
     spec = ClusterSpec(
-        model=model,
-        log_directory=log_dir,
-        model_name=model_name,
-        engine=engine,
-        registries=registries,
-        prefill=prefill,
-        decode=decode,
-        aggregated=aggregated,
-        frontends=frontends,
-        frontend_processes=frontend_processes,
-        frontend_port=port,
-        edge=edge,
-        http_port=http_port,
-        worker_flags=flags,
-        role_flags=role_flags,
-        tls=tls,
-        metrics=metrics,
-        otlp_endpoint=otlp_endpoint,
-    )
+        model=model, model_name=model_name, engine=engine, log_directory=log_dir, worker_flags=flags,
+        role_flags=role_flags, registries=registries, prefill=prefill, decode=decode, aggregated=aggregated,
+        frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
+        tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint,
+    )  # fmt: skip
     end("up", run())
 
 
@@ -182,31 +185,14 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling probability mass, above 0, up to 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens; -1: all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(help="Penalty proportional to how often a token appeared, -2 to 2.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Multiplicative repetition penalty, above 0, up to 2; 1: off.")
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(help="Show log probabilities, with N alternatives per token.", metavar="N"),
-    ] = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    repetition_penalty: RepetitionPenalty = None,
+    logprobs: Logprobs = None,
     seed: Annotated[int | None, typer.Option(help="Random seed, for repeatable sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="Prompt as chat message or plain text; default: by the model's chat template.",
-        ),
-    ] = None,
+    chat: AsChat = None,
     system: Annotated[str | None, typer.Option(help="System message; requires --chat.")] = None,
     model: Annotated[str | None, typer.Option(help="Model name; default: the only served model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
@@ -345,8 +331,8 @@ def certs(
 add_to(app)
 
 
-def _given(flags: dict[str, str | None]) -> dict[str, str]:
-    return {name: value for name, value in flags.items() if value is not None}
+def _given(flags: Mapping[str, str | int | None]) -> dict[str, str]:
+    return {name: str(value) for name, value in flags.items() if value is not None}
 
 
 def _standard_input() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from rich.console import Console
@@ -39,20 +40,20 @@ async def demo(spec: ClusterSpec, console: Console) -> int:
     console.print(
         f"starting registry, prefill, decode and frontend ({spec.engine}, {spec.model.name})", highlight=False
     )
-    with Readiness(console) as readiness:
-        cluster.on_change = readiness.changed
-        await interruption.unless_requested(cluster.start())
-    if interruption.requested.is_set():
-        # The cluster may have become ready just as the signal arrived.
-        await cluster.stop()
-        return EXIT_INTERRUPTED
-    try:
-        finish = await interruption.unless_requested(_stream(cluster, console))
-    finally:
-        console.print(highlight=False)
+    # Stops the cluster too when it became ready just as a signal arrived.
+    async with AsyncExitStack() as stack:
         with Readiness(console) as readiness:
             cluster.on_change = readiness.changed
-            clean = await cluster.stop()
+            await interruption.unless_requested(stack.enter_async_context(cluster))
+        if interruption.requested.is_set():
+            return EXIT_INTERRUPTED
+        try:
+            finish = await interruption.unless_requested(_stream(cluster, console))
+        finally:
+            console.print(highlight=False)
+            with Readiness(console) as readiness:
+                cluster.on_change = readiness.changed
+                clean = await cluster.stop()
     if finish is None:
         return EXIT_INTERRUPTED
     _print_summary(finish, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from rich.console import Console
@@ -55,28 +56,28 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
         remove_state(os.getpid())
 
     interruption = Interruption(console, end_at_once)
-    with Readiness(console) as readiness:
-        cluster.on_change = readiness.changed
-        await interruption.unless_requested(cluster.start())
-    if interruption.requested.is_set():
-        # The cluster may have become ready just as the signal arrived.
-        await cluster.stop()
-        return EXIT_INTERRUPTED
-    cluster.on_change = lambda process: None
-    interruption.second_status = EXIT_SECOND_SIGNAL
-    state = await _state(cluster)
-    write_state(state)
-    _print_addresses(cluster, state, console)
+    # Stops the cluster too when it became ready just as a signal arrived, or when a later step fails.
+    async with AsyncExitStack() as stack:
+        with Readiness(console) as readiness:
+            cluster.on_change = readiness.changed
+            await interruption.unless_requested(stack.enter_async_context(cluster))
+        if interruption.requested.is_set():
+            return EXIT_INTERRUPTED
+        cluster.on_change = lambda process: None
+        interruption.second_status = EXIT_SECOND_SIGNAL
+        state = await _state(cluster)
+        write_state(state)
+        _print_addresses(cluster, state, console)
 
-    def print_line(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        def print_line(line: str) -> None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    await interruption.unless_requested(Restarts(cluster, print_line, policy).run())
-    if not interruption.requested.is_set():
-        print_line("stopping: the cluster can no longer serve requests; see the logs")
-    with Readiness(console) as readiness:
-        cluster.on_change = readiness.changed
-        clean = await cluster.stop()
+        await interruption.unless_requested(Restarts(cluster, print_line, policy).run())
+        if not interruption.requested.is_set():
+            print_line("stopping: the cluster can no longer serve requests; see the logs")
+        with Readiness(console) as readiness:
+            cluster.on_change = readiness.changed
+            clean = await cluster.stop()
     return 0 if clean and interruption.requested.is_set() else 1
 
 

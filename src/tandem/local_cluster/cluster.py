@@ -10,6 +10,7 @@ OS chooses the ports. Prints nothing. `restarts.py` restarts processes that exit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class LocalCluster:
         self.targets_file = spec.targets_file or spec.log_directory / scrape_targets.FILE
         self.on_change = on_change
         self._run: Path | None = None
+        """Directory of temporary files, made with the first process."""
         self._serves = False
         self.consul = None if spec.consul is None else spec.consul.make_agent(spec.log_directory, spec.tls)
         self.registries = [self._registry(number) for number in range(spec.registries)]
@@ -135,8 +137,8 @@ class LocalCluster:
             StartError: names the process and the reason.
         """
         self.log_directory.mkdir(parents=True, exist_ok=True)
-        self._run = run_directory.make()
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.stop)
             await self._bring_up_all(self._consuls)
             await self._bring_up_all(self.registries)
             others = [*self.workers, *self.frontends]
@@ -145,12 +147,7 @@ class LocalCluster:
             await self._bring_up_all(others)
             await self._bring_up_all(self._edges)
             self._serves = True
-        except BaseException as failure:
-            await self.stop()
-            if isinstance(failure, BaseExceptionGroup):
-                # Several processes may have failed, mostly for the same reason: report the first.
-                raise failure.exceptions[0] from None
-            raise
+            undo.pop_all()
 
     async def stop(self) -> bool:
         """Drain and stop all processes, in order. Returns whether all exited with status 0. May be called twice.
@@ -186,12 +183,17 @@ class LocalCluster:
         return process
 
     async def _bring_up_all(self, processes: Sequence[ClusterProcess]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for process in processes:
-                group.create_task(self._bring_up(process))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for process in processes:
+                    group.create_task(self._bring_up(process))
+        except BaseExceptionGroup as failures:
+            # Several processes may have failed, mostly for the same reason: report the first.
+            raise failures.exceptions[0] from None
 
     async def _bring_up(self, process: ClusterProcess) -> None:
-        assert self._run is not None, "a process before start()"
+        if self._run is None:
+            self._run = run_directory.make()
         await process.start(self._run)
         self.on_change(process)
         await process.wait_ready()
@@ -209,6 +211,7 @@ class LocalCluster:
     def _remove_run(self) -> None:
         if self._run is not None:
             shutil.rmtree(self._run, ignore_errors=True)
+            self._run = None
         scrape_targets.remove(self.targets_file)
         for agent in self._consuls:
             agent.clean()

@@ -1,7 +1,7 @@
 """Profiles of this process on request: bounded in time and size, one at a time, and only if enabled by a setting.
 
 Owns the limits, the order (record, stop, send, delete) and the files. A `Profiler` records: Python in `cpu_profile.py`,
-an engine in `tandem.worker.engine_profile`. Independent of gRPC.
+an engine in `tandem.worker.app`. Independent of gRPC.
 """
 
 from __future__ import annotations

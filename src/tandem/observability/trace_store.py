@@ -69,7 +69,7 @@ class TraceStore(Generic[C]):
             if not trace.outcome:
                 trace.cancel()
             raise
-        except Exception as problem:
+        except Exception as problem:  # the trace records each failure, and raises it again
             trace.fail(TandemError.reason, type(problem).__name__)
             raise
         finally:

@@ -52,7 +52,7 @@ class ParserProcess:
         except TimeoutError:
             await _end(process)
             raise StartError(f"the parser host was not ready after {START_TIMEOUT_S:g} s") from None
-        except BaseException:
+        except BaseException:  # a cancellation must end the process too
             await _end(process)
             raise
         return cls(process)

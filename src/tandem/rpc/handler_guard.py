@@ -1,7 +1,7 @@
 """Wraps every Tandem handler, on either server: an exception becomes a status on the wire.
 
 The one place that maps errors to statuses. Handlers raise `TandemError` and never call `context.abort`. Knows no
-transport: `tandem.rpc.interceptors` and `tandem.rpc.http2` apply it to the handlers that they find.
+transport: `tandem.rpc.server` and `tandem.rpc.http2` apply it to the handlers that they find.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _awaited(
                 return await behavior(request, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
-        except Exception as problem:
+        except Exception as problem:  # here every error of a handler becomes a status
             failure = as_error(problem, method)
             calls.failures[failure.reason] += 1
         request = None
@@ -138,7 +138,7 @@ def _stream(
                 yield response
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
-        except Exception as problem:
+        except Exception as problem:  # here every error of a handler becomes a status
             failure = as_error(problem, method)
             calls.failures[failure.reason] += 1
         finally:

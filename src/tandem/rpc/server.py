@@ -6,15 +6,16 @@ messages, is `tandem.rpc.http2`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import grpc
 
 from tandem.rpc.channels import MESSAGE_BYTES_MAX
 from tandem.rpc.credentials import ServerCredentials
-from tandem.rpc.handler_guard import HandlerGuard
-from tandem.rpc.interceptors import ErrorInterceptor
+from tandem.rpc.handler_guard import Handler, HandlerGuard
 from tandem.rpc.service_host import HEADERS_BYTES_MAX, AddServicer, ServiceHost, warn_of_plaintext
 from tandem.tls.paths import Tls
 
@@ -40,6 +41,38 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 RECEIVED_FACTOR, RECEIVED_BYTES_MIN = 2, 16 * 2**20
 """gRPC's own size limit, as a multiple of ours, and never below the edge's. A request between the two limits is
 rejected with a typed error; above, gRPC answers RESOURCE_EXHAUSTED, which names no field."""
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps each handler of Tandem with `tandem.rpc.handler_guard`.
+
+    Keeps the tasks that gRPC creates for its calls, so that a server can wait for their end.
+    """
+
+    def __init__(self, guard: HandlerGuard) -> None:
+        self._guard = guard
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler; unknown methods and other services (health, reflection) pass unchanged."""
+        self._keep(asyncio.current_task())
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._guard.guarded(handler_call_details.method, handler)
+
+    async def wait_ended(self, timeout_s: float) -> None:
+        """Return when gRPC's own tasks of all calls have ended, or after `timeout_s`."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def _keep(self, task: asyncio.Task[Any] | None) -> None:
+        """Called in the task that gRPC creates for each call."""
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
 
 class RpcServer(ServiceHost):

@@ -78,7 +78,7 @@ def from_rpc_error(failure: grpc.aio.AioRpcError, **metadata: str | int | None) 
     """The error of a failed call. `metadata` adds what the peer did not set (worker, leg, ...)."""
     try:
         error = _typed(failure) or _untyped(failure)
-    except Exception as problem:
+    except Exception as problem:  # details of a peer must not hide its code or message
         log.warning(
             "an error with code %s has malformed details: its reason is lost and its code alone counts; %s (%r)",
             failure.code(), OTHER_RELEASE, problem,
@@ -95,7 +95,7 @@ def from_status(status: status_pb2.Status) -> TandemError:
     sentence = status.message or "failed without a message"
     try:
         return _from_details(status) or TandemError(sentence)
-    except Exception as problem:
+    except Exception as problem:  # details of a peer must not hide its code or message
         log.warning(
             "a leg's error has malformed details: its reason is lost and the leg counts as failed; %s (%r)",
             OTHER_RELEASE, problem,

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
@@ -60,28 +61,20 @@ ORPHAN_CHECK_S = 0.05
 
 
 class Service(Protocol):
-    """What a process runs: implemented by `app.py` of each service, which knows its start and stop order."""
+    """A running service: made by `app.py` of each service, which knows its start and stop order."""
 
     @property
     def address(self) -> str:
-        """host:port it serves on. Valid after `start`."""
+        """host:port it serves on."""
         ...
 
     @property
     def metrics_port(self) -> int:
-        """Port of the metrics endpoint, after `start`; 0: there is none."""
-        ...
-
-    async def start(self) -> None:
-        """Return when it is ready."""
+        """Port of the metrics endpoint; 0: there is none."""
         ...
 
     async def drain(self) -> bool:
         """Announce the shutdown and finish open requests. Returns whether all finished within the timeout."""
-        ...
-
-    async def stop(self) -> None:
-        """Free all resources. Called once, after `drain`, and also when `start` failed."""
         ...
 
     async def wait_finished(self) -> str | None:
@@ -89,11 +82,15 @@ class Service(Protocol):
         ...
 
 
+Lifespan = AbstractAsyncContextManager[Service]
+"""Starts a service when entered, and frees all its resources on exit, also when the start fails or is cancelled."""
+
+
 C = TypeVar("C", bound=ServiceConfig)
 
 
-def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> int:
-    """Run a service until it stops; returns the exit status. `build` creates the service, without I/O."""
+def main(program: str, config_type: type[C], build: Callable[[C], Lifespan]) -> int:
+    """Run a service until it stops; returns the exit status. `build` prepares the service, without I/O."""
     try:
         config = configuration.load(config_type, program, sys.argv[1:], os.environ)
         return run(program, config, build)
@@ -102,7 +99,7 @@ def main(program: str, config_type: type[C], build: Callable[[C], Service]) -> i
         return problem.exit_status
 
 
-def run(program: str, config: C, build: Callable[[C], Service], *, process: int | None = None) -> int:
+def run(program: str, config: C, build: Callable[[C], Lifespan], *, process: int | None = None) -> int:
     """Run a service with these settings until it stops; returns the exit status.
 
     `process` is its number among the processes of one service, for the log.
@@ -143,14 +140,27 @@ def _children() -> list[int]:
     return found
 
 
-async def serve(service: Service, announce_file: Path | None = None) -> int:
+async def serve(lifespan: Lifespan, announce_file: Path | None = None) -> int:
     """Start, wait for a signal or until the service finishes, drain, stop. Returns the exit status."""
-    stop_asked = asyncio.Event()
+    stop_asked, has_started = asyncio.Event(), asyncio.Event()
     handle_signals(stop_asked)
-    if not await _start(service, stop_asked):
-        log.info("stopped by a signal during the start")
-        return 0
-    try:
+    # One task enters and leaves the lifespan: a cancelled start is undone by the task that began it.
+    living = asyncio.ensure_future(_live(lifespan, stop_asked, has_started, announce_file))
+    asked = asyncio.ensure_future(stop_asked.wait())
+    await asyncio.wait({living, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if living.done() or has_started.is_set():
+        return await living
+    await _abandon(living)
+    log.info("stopped by a signal during the start")
+    return 0
+
+
+async def _live(
+    lifespan: Lifespan, stop_asked: asyncio.Event, has_started: asyncio.Event, announce_file: Path | None
+) -> int:
+    async with lifespan as service:
+        has_started.set()
         # Again, because an engine may have installed its own handlers during its start.
         handle_signals(stop_asked)
         # Modules and objects of the start live as long as the process. Without this, each full garbage collection
@@ -163,37 +173,17 @@ async def serve(service: Service, announce_file: Path | None = None) -> int:
             log.error("cannot continue: %s; this process exits with status 1", failure)
             return 1
         return 0 if await service.drain() else 1
-    finally:
-        await service.stop()
 
 
-async def _start(service: Service, stop_asked: asyncio.Event) -> bool:
-    """Whether it started; False when a signal came first and the service was stopped."""
-    starting = asyncio.ensure_future(service.start())
-    asked = asyncio.ensure_future(stop_asked.wait())
-    await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if not starting.done():
-        await _abandon(service, starting)
-        return False
-    try:
-        await starting
-    except BaseException:
-        await service.stop()
-        raise
-    return True
-
-
-async def _abandon(service: Service, starting: asyncio.Future[None]) -> None:
-    """Cancel a start and stop the service; exits the process when that takes too long."""
-    try:
-        async with asyncio.timeout(ABANDON_TIMEOUT_S):
-            starting.cancel()
-            await asyncio.wait({starting})
-            await service.stop()
-    except TimeoutError:
+async def _abandon(living: asyncio.Future[int]) -> None:
+    """Cancel a start and wait until it is undone; exits the process when that takes too long."""
+    living.cancel()
+    done, _ = await asyncio.wait({living}, timeout=ABANDON_TIMEOUT_S)
+    if not done:
         log.info("stopped by a signal during the start, which could not be cancelled within %g s", ABANDON_TIMEOUT_S)
         leave(0)
+    if not living.cancelled() and (problem := living.exception()) is not None:
+        log.debug("the start failed while it was cancelled", exc_info=problem)
 
 
 async def _wait_end(service: Service, stop_asked: asyncio.Event) -> str | None:

@@ -52,7 +52,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as problem:
+        except Exception as problem:  # a future carries any exception of the function
             future.set_exception(problem)
         return future
 

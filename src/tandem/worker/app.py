@@ -1,6 +1,7 @@
 """Start, drain and stop order of a worker process.
 
-Start: metrics -> engine -> canary -> listen -> register; a worker is registered only after its engine has generated.
+Start: port -> metrics -> engine -> canary -> serve -> register; a worker is registered only after its engine has
+generated.
 Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still accepted -> settle -> close
 admission -> wait for the open legs (prefill: for every KV hand-over) -> deregister. Fenced (another process has
 registered at this worker's id or address): NOT_SERVING, close admission, finish the open legs, exit status 1. Stop:
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import tandem
@@ -23,22 +26,23 @@ from tandem.clock import epoch_now
 from tandem.discovery import Registration
 from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.engine.factory import create_engine
+from tandem.engine.port import Engine
 from tandem.errors import EngineFailed, StartError
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.logs import log_leg
 from tandem.observability.metric_catalog import Emitter
-from tandem.observability.metrics import open_metrics
-from tandem.observability.profiles import Profiles
+from tandem.observability.metrics import Metrics, open_metrics
+from tandem.observability.profiles import Profiles, Wanted
 from tandem.observability.request_trace import LegTrace
-from tandem.observability.span_export import SpanExport, export_spans, resource
+from tandem.observability.span_export import export_spans, resource
 from tandem.observability.trace_store import TraceStore
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
 from tandem.rpc.server import AddServicer, RpcServer
 from tandem.service.awake_timers import AwakeTimers
+from tandem.service.background import BackgroundTasks
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
-from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
@@ -50,201 +54,231 @@ from tandem.worker.steps import StepStreams
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
+CHROME_TRACE = "chrome_trace"
 LEG_BYTES_MAX = 16 * 2**20
 """Maximum size of one leg request: a million token ids of five bytes, and a grammar."""
 
-RoleServices = Callable[[Legs, StepStreams, Worker], list[tuple[str, AddServicer]]]
+Services = list[tuple[str, AddServicer]]
+RoleServices = Callable[[Legs, StepStreams, Worker], Services]
 """Makes the gRPC services of a role: (full service name, function that adds the servicer to a server)."""
 
 
-class WorkerHost:
-    """A worker application: the start, drain, stop and wait_finished that `tandem.service.process` runs."""
+class EngineProfiler:
+    """A `tandem.observability.profiles.Profiler`: a worker's profile is its engine's."""
 
-    def __init__(self, config: WorkerConfig, role: WorkerRole, role_services: RoleServices) -> None:
-        self._config = config
-        self._role = role
-        self._role_services = role_services
-        self._engine = create_engine(config.engine, config.engine_settings(role))
-        self._traces: TraceStore[LegTrace] = TraceStore([log_leg])
-        self._spans: SpanExport | None = None
-        self._metrics = open_metrics(config, Emitter.WORKER, f"tandem-{role.value}", config.tls)
-        self._server: RpcServer | None = None
-        self._registration: Registration | None = None
-        self._legs: Legs | None = None
-        self._timers = AwakeTimers()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._health: EngineHealth | None = None
+    forms: tuple[str, ...] = (CHROME_TRACE,)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+        """Start recording in the engine."""
+        await self._engine.start_profile(directory, steps_max=wanted.steps_max, with_stack=wanted.with_stack)
+
+    async def stop(self) -> None:
+        """Stop recording; return when the files are written."""
+        await self._engine.stop_profile()
+
+
+class ServerHealth:
+    """The health that the gRPC server reports: the engine's, until the worker leaves."""
+
+    def __init__(self, server: RpcServer) -> None:
+        self._server = server
         self._is_leaving = False
+
+    async def report(self, trouble: str | None) -> None:
+        """Report SERVING without trouble, else NOT_SERVING."""
+        if not self._is_leaving:
+            await self._server.set_serving(trouble is None)
+
+    async def leave(self) -> None:
+        """Report NOT_SERVING from here on, even when the engine is healthy."""
+        self._is_leaving = True
+        await self._server.set_serving(False)
+
+
+class WorkerHost:
+    """A registered worker, as `tandem.service.process` runs it. `open` makes one."""
+
+    def __init__(
+        self, config: WorkerConfig, address: str, metrics: Metrics, engine: Engine, registration: Registration,
+        legs: Legs, health: ServerHealth,
+    ) -> None:  # fmt: skip
+        self.address = address
+        """host:port of the gRPC server."""
+        self._config = config
+        self._metrics = metrics
+        self._engine = engine
+        self._registration = registration
+        self._legs = legs
+        self._health = health
         self._drain_requested = asyncio.Event()
 
-    @property
-    def address(self) -> str:
-        """host:port of the gRPC server. Valid after `start`."""
-        assert self._server is not None, "address before start()"
-        return f"{self._config.reachable_host}:{self._server.port}"
+    @classmethod
+    def open(
+        cls, config: WorkerConfig, role: WorkerRole, role_services: RoleServices
+    ) -> AbstractAsyncContextManager[WorkerHost]:
+        """Construct the engine. Entering starts a worker, exiting stops it.
 
-    @property
-    def metrics_port(self) -> int:
-        """Port of the metrics endpoint; 0: metrics are off. Valid after `start`."""
-        return self._metrics.port
-
-    async def start(self) -> None:
-        """Return when the worker is registered; retries without limit while no registry is reachable.
+        Entering returns when the worker is registered, and retries without limit while no registry is reachable.
 
         Raises:
             StartError: the port is in use, a TLS file is unusable, the engine cannot start or fails its canary, or
                 the registry rejects the worker.
         """
-        server = self._server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=self._config.tls)
-        # Bind before the engine starts: a port conflict shows at once, not after minutes of loading a model.
-        server.bind(self._config.host, self._config.port)
-        await self._metrics.start(self._worker_id)
-        await self._engine.start()
-        await self._pass_canary()
-        worker = self._describe()
-        self._spans = export_spans(
-            self._traces,
-            self._config.otlp_endpoint,
-            self._config.trace_sample_ratio,
-            resource(self._role.value, worker.worker_id),
-        )
-        registration = self._registration = Registration(self._config.registry, worker, tls=self._config.tls)
-        identity = Identity(worker, registration)
-        registration.when_superseded(identity.supersede)
-        self._legs = Legs(self._engine, identity, self._traces, self._timers)
-        counts = LegStats(self._traces).counts
-        servicer = WorkerServicer(self._engine, self._legs, identity, self._drain_requested.set, counts)
-        server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, servicer))
-        streams = StepStreams(self._legs.abort_stream)
-        server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
-        for name, add in self._role_services(self._legs, streams, worker):
-            server.add(name, add)
-        profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))
-        server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
-        await server.serve()
-        await server.set_serving(True)
-        legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
-        health = self._health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._report_health)
-        self._tasks = [
-            asyncio.create_task(identity.beat(), name="heartbeat"),
-            asyncio.create_task(health.watch(), name="engine-health"),
-        ]
-        if self._metrics.is_on:
-            self._publish_metrics(self._legs, health)
-        await self._register(registration)
+        # Now, because the imports of an engine would delay the handling of a signal that comes after entering.
+        engine = create_engine(config.engine, config.engine_settings(role))
+        return cls._open(config, role, role_services, engine)
+
+    @classmethod
+    @asynccontextmanager
+    async def _open(
+        cls, config: WorkerConfig, role: WorkerRole, role_services: RoleServices, engine: Engine
+    ) -> AsyncIterator[WorkerHost]:
+        async with AsyncExitStack() as stack:
+            server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=config.tls)
+            stack.push_async_callback(server.stop, STOP_GRACE_S)
+            # Bind before the engine starts: a port conflict shows at once, not after minutes of loading a model.
+            server.bind(config.host, config.port)
+            address = f"{config.reachable_host}:{server.port}"
+            worker_id = config.worker_id or default_worker_id(role, address)
+            metrics = open_metrics(config, Emitter.WORKER, f"tandem-{role.value}", config.tls)
+            stack.push_async_callback(metrics.stop)
+            await metrics.start(worker_id)
+            traces = _open_traces(config, role, worker_id, stack)
+            timers = AwakeTimers()
+            stack.callback(timers.close)
+            stack.push_async_callback(engine.stop)
+            await engine.start()
+            await _pass_canary(engine, config.canary_timeout_s)
+            worker = _describe(engine, worker_id, role, address)
+            registration = Registration(config.registry, worker, tls=config.tls)
+            identity = Identity(worker, registration)
+            registration.when_superseded(identity.supersede)
+            legs = Legs(engine, identity, traces, timers)
+            app = cls(config, address, metrics, engine, registration, legs, ServerHealth(server))
+            app._add_services(server, identity, LegStats(traces), lambda streams: role_services(legs, streams, worker))
+            # Again, because a server that serves must stop before the engine does.
+            stack.push_async_callback(server.stop, STOP_GRACE_S)
+            await server.serve()
+            await server.set_serving(True)
+            stack.push_async_callback(registration.close)
+            app._watch_itself(identity, traces, await stack.enter_async_context(BackgroundTasks()))
+            await _register(registration, engine)
+            yield app
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the metrics endpoint; 0: metrics are off."""
+        return self._metrics.port
 
     async def drain(self) -> bool:
         """Drain in the order given at the top of this module. Returns whether every leg ended within the timeout."""
-        assert self._server is not None, "drain() before start()"
-        assert self._legs is not None, "drain() before start()"
-        assert self._registration is not None, "drain() before start()"
         self._metrics.count("tandem.drains")
         await self._registration.set_state(WorkerState.DRAINING)
-        await self._leave(self._server)
+        await self._health.leave()
         await asyncio.sleep(self._config.drain_settle_s)
         try:
-            return await self._finish_legs(self._legs)
+            return await self._finish_legs()
         finally:
             await self._registration.close()
-
-    async def stop(self) -> None:
-        """Release everything; safe after a failed `start`."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        if self._registration is not None:
-            await self._registration.close()
-        if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
-        await self._engine.stop()
-        self._timers.close()
-        if self._spans is not None:
-            await asyncio.to_thread(self._spans.close)
-        await self._metrics.stop()
 
     async def wait_finished(self) -> str | None:
         """Return why the worker must stop, or None when a Drain call requested it.
 
         A fenced worker finishes its open legs first: their frontends still read them, but send no new ones.
         """
-        assert self._registration is not None, "wait_finished() before start()"
-        assert self._server is not None, "wait_finished() before start()"
-        assert self._legs is not None, "wait_finished() before start()"
         trouble = await _first(
             self._engine.wait_failed(), self._registration.wait_fenced(), self._wait_drain_requested()
         )
         if self._registration.fenced is not None:
-            await self._leave(self._server)
-            await _first(self._engine.wait_failed(), self._until_legs_end(self._legs))
+            await self._health.leave()
+            await _first(self._engine.wait_failed(), self._until_legs_end())
         return trouble
 
-    @property
-    def _worker_id(self) -> str:
-        return self._config.worker_id or default_worker_id(self._role, self.address)
+    def _add_services(
+        self, server: RpcServer, identity: Identity, stats: LegStats, role_services: Callable[[StepStreams], Services]
+    ) -> None:
+        common = WorkerServicer(self._engine, self._legs, identity, self._drain_requested.set, stats.counts)
+        server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, common))
+        streams = StepStreams(self._legs.abort_stream)
+        server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
+        for name, add in role_services(streams):
+            server.add(name, add)
+        profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))
+        server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
 
-    def _publish_metrics(self, legs: Legs, health: EngineHealth) -> None:
-        leg_metrics = LegMetrics(self._metrics)
-        self._traces.sinks.append(leg_metrics)
-        self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
+    def _watch_itself(self, identity: Identity, traces: TraceStore[LegTrace], tasks: BackgroundTasks) -> None:
+        """Start the tasks that notice pauses of this process and troubles of its engine, and the gauges."""
+        legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
+        health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._health.report)
+        tasks.start(identity.beat(), "heartbeat")
+        tasks.start(health.watch(), "engine-health")
+        if self._metrics.is_on:
+            leg_metrics = LegMetrics(self._metrics)
+            traces.sinks.append(leg_metrics)
+            self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
 
-    async def _leave(self, server: RpcServer) -> None:
-        """Report NOT_SERVING from here on, even when the engine is healthy."""
-        self._is_leaving = True
-        await server.set_serving(False)
-
-    async def _report_health(self, trouble: str | None) -> None:
-        assert self._server is not None, "health before start()"
-        if not self._is_leaving:
-            await self._server.set_serving(trouble is None)
-
-    async def _finish_legs(self, legs: Legs) -> bool:
+    async def _finish_legs(self) -> bool:
         """Close admission and wait for the open legs. Returns whether all ended within the drain timeout."""
-        legs.close_admission()
+        self._legs.close_admission()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
-                await legs.wait_none()
+                await self._legs.wait_none()
         except TimeoutError:
             timeout_s = self._config.drain_timeout_s
-            log.error("drain timed out after %g s: aborting %d open legs", timeout_s, legs.open_count)
+            log.error("drain timed out after %g s: aborting %d open legs", timeout_s, self._legs.open_count)
             return False
         return True
 
-    async def _until_legs_end(self, legs: Legs) -> None:
-        await self._finish_legs(legs)
-
-    async def _pass_canary(self) -> None:
-        try:
-            async with asyncio.timeout(self._config.canary_timeout_s):
-                await self._engine.canary()
-        except TimeoutError:
-            raise StartError(f"engine canary timed out after {self._config.canary_timeout_s:g} s") from None
-        except EngineFailed as problem:
-            raise StartError(f"engine canary failed: {problem}") from None
-
-    async def _register(self, registration: Registration) -> None:
-        await registration.start()
-        trouble = await _first(registration.wait_registered(), registration.wait_fenced(), self._engine.wait_failed())
-        if trouble is not None:
-            raise StartError(trouble)
+    async def _until_legs_end(self) -> None:
+        await self._finish_legs()
 
     async def _wait_drain_requested(self) -> None:
         await self._drain_requested.wait()
 
-    def _describe(self) -> Worker:
-        bootstrap, capabilities = self._engine.bootstrap_address(), self._engine.capabilities()
-        return Worker(
-            worker_id=self._worker_id,
-            epoch=epoch_now(),
-            role=self._role,
-            address=self.address,
-            capabilities=capabilities,
-            capabilities_digest=capabilities_digest(capabilities),
-            release=tandem.__version__,
-            leg_contract=LEG_CONTRACT,
-            bootstrap_host=bootstrap.host if bootstrap else None,
-            bootstrap_port=bootstrap.port if bootstrap else None,
-        )
+
+def _open_traces(config: WorkerConfig, role: WorkerRole, worker_id: str, stack: AsyncExitStack) -> TraceStore[LegTrace]:
+    """The traces of the legs; their spans are exported where a collector is configured."""
+    traces: TraceStore[LegTrace] = TraceStore([log_leg])
+    spans = export_spans(traces, config.otlp_endpoint, config.trace_sample_ratio, resource(role.value, worker_id))
+    if spans is not None:
+        stack.push_async_callback(asyncio.to_thread, spans.close)
+    return traces
+
+
+async def _pass_canary(engine: Engine, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.canary()
+    except TimeoutError:
+        raise StartError(f"engine canary timed out after {timeout_s:g} s") from None
+    except EngineFailed as problem:
+        raise StartError(f"engine canary failed: {problem}") from None
+
+
+async def _register(registration: Registration, engine: Engine) -> None:
+    await registration.start()
+    trouble = await _first(registration.wait_registered(), registration.wait_fenced(), engine.wait_failed())
+    if trouble is not None:
+        raise StartError(trouble)
+
+
+def _describe(engine: Engine, worker_id: str, role: WorkerRole, address: str) -> Worker:
+    bootstrap, capabilities = engine.bootstrap_address(), engine.capabilities()
+    return Worker(
+        worker_id=worker_id,
+        epoch=epoch_now(),
+        role=role,
+        address=address,
+        capabilities=capabilities,
+        capabilities_digest=capabilities_digest(capabilities),
+        release=tandem.__version__,
+        leg_contract=LEG_CONTRACT,
+        bootstrap_host=bootstrap.host if bootstrap else None,
+        bootstrap_port=bootstrap.port if bootstrap else None,
+    )
 
 
 async def _first(*waits: Coroutine[Any, Any, str | None]) -> str | None:

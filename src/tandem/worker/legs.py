@@ -222,7 +222,7 @@ class Legs:
         leg = self._begin(OpenLeg(self, key, request, stream, number), parent)
         try:
             await self._engine.submit(self._traced(request, leg.record), leg)
-        except BaseException as problem:
+        except BaseException as problem:  # a cancelled start must free the leg too
             stream.drop_leg(number)
             if isinstance(problem, TandemError):
                 self.locate(problem, leg)

@@ -55,12 +55,8 @@ class Site:
     @asynccontextmanager
     async def registry(self, agent: int = 0, **more: Any) -> AsyncIterator[RegistryApp]:
         """A replica in this process."""
-        app = RegistryApp(RegistryConfig(**self.settings(agent, **more)))
-        try:
-            await app.start()
+        async with RegistryApp.open(RegistryConfig(**self.settings(agent, **more))) as app:
             yield app
-        finally:
-            await app.stop()
 
     @asynccontextmanager
     async def process(self, directory: Path, agent: int = 0, **more: Any) -> AsyncIterator[RegistryProcess]:

@@ -24,12 +24,8 @@ TTL_S = 0.6
 
 @asynccontextmanager
 async def serve_registry(port: int = 0, ttl_s: float = TTL_S, **settings: Any) -> AsyncIterator[RegistryApp]:
-    app = RegistryApp(RegistryConfig(port=port, lease_ttl_s=ttl_s, drain_settle_s=0.1, **settings))
-    try:
-        await app.start()
+    async with RegistryApp.open(RegistryConfig(port=port, lease_ttl_s=ttl_s, drain_settle_s=0.1, **settings)) as app:
         yield app
-    finally:
-        await app.stop()
 
 
 def consul_settings(consul: ConsulHost) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class Admission:
             async with asyncio.timeout(None if request.deadline_s is None else request.deadline_s - self._clock()):
                 # Shielded, so that a request that leaves can still see whether it got its slot.
                 await asyncio.shield(ticket)
-        except BaseException as problem:
+        except BaseException as problem:  # whatever ends the wait, a cancellation too, frees the slot
             if ticket.done() and ticket.exception() is None:
                 # It got its slot in the same turn of the event loop in which it left.
                 self._release(request)

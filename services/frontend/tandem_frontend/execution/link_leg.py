@@ -94,7 +94,7 @@ def report_failed(sink: Sink, problem: TandemError) -> None:
     """Call a sink's `fail`. What it raises is logged, so that it cannot affect other legs."""
     try:
         sink.fail(problem)
-    except Exception as defect:
+    except Exception as defect:  # a defect of one sink must not end the other legs
         log.error("defect in a leg's sink while it handled the failure: %s", problem, exc_info=defect)
 
 

@@ -155,7 +155,7 @@ class RetryingStream:
             with self._record.routing():
                 route = self._deps.routes.first(len(self._leg.token_ids))
             await self._accept(route)
-        except BaseException as problem:
+        except BaseException as problem:  # a cancellation must abort both legs too
             self._record.leaving(problem)
             self._end_attempt()
             raise
@@ -235,7 +235,7 @@ class RetryingStream:
         self._fruitless_count = 0
         try:
             self._sink.take(token_ids, logprobs)
-        except Exception as problem:
+        except Exception as problem:  # a defect of the sink fails this request alone
             self.give_up(problem)
             return
         if self._sink.ends_the_legs:

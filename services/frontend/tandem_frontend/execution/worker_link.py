@@ -158,7 +158,7 @@ class WorkerLink:
         while True:
             try:
                 await self._read_stream()
-            except Exception as problem:
+            except Exception as problem:  # a defect must not end the task that reconnects
                 if self._stream_id and loop.time() - self._opened_s >= STEADY_S:
                     backoff.reset()
                 self._break(self._as_error(problem))
@@ -258,7 +258,7 @@ class WorkerLink:
                     own = list(islice(logprobs[number], count)) if number in logprobs else ()
                     try:
                         leg.sink.tokens(index, token_ids[begin:end], own)
-                    except Exception as problem:
+                    except Exception as problem:  # a defect of one sink must not end the other legs
                         self._drop_defective(leg, problem)
             begin = end
 
@@ -279,7 +279,7 @@ class WorkerLink:
             return
         try:
             sink.finish(end.finish)
-        except Exception as problem:
+        except Exception as problem:  # a defect of one sink must not end the other legs
             log.exception("a leg of worker %s fails: defect while handling its finish", self.worker.worker_id)
             report_failed(sink, defect_of(problem))
 
@@ -389,7 +389,7 @@ class WorkerLink:
         stream_id = self._stream_id
         try:
             results = await self._calls.start_legs(self.worker, stream_id, starts)
-        except Exception as defect:
+        except Exception as defect:  # every leg of the call must get an error
             problem = self._as_error(defect)
             for leg in legs:
                 # The worker may have it; an abort of an unknown leg is ignored there.
@@ -414,7 +414,7 @@ class WorkerLink:
         else:
             try:
                 leg.sink.accepted()
-            except Exception as problem:
+            except Exception as problem:  # a defect of one sink must not end the other legs
                 self._drop_defective(leg, problem)
 
     async def _send_aborts(self, numbers: Sequence[int]) -> None:
@@ -468,7 +468,7 @@ class WorkerLink:
             if leg.sink is not None:
                 try:
                     leg.sink.unresponsive()
-                except Exception as problem:
+                except Exception as problem:  # a defect of one sink must not end the other legs
                     self._drop_defective(leg, problem)
 
     def _check_liveness(self) -> None:

@@ -1,6 +1,6 @@
 """OpenAiService: HTTP bodies in, HTTP bodies out.
 
-tandem.rpc.interceptors turns errors into gRPC statuses that name the parameter as the client wrote it; the edge turns
+tandem.rpc.handler_guard turns errors into gRPC statuses that name the parameter as the client wrote it; the edge turns
 them into OpenAI's error object.
 """
 

@@ -6,6 +6,8 @@ Owns the order of its start and end. It neither registers nor listens on a port:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from tandem.errors import StartError
 from tandem.service import process
@@ -24,7 +26,7 @@ def run(link: ParentLink) -> int:
     config = FrontendConfig.model_validate(begin["settings"])
     try:
         return process.run(
-            PROGRAM, config, lambda settings: FrontendChild(settings, identity, link), process=identity.number
+            PROGRAM, config, lambda settings: FrontendChild.open(settings, identity, link), process=identity.number
         )
     except StartError as problem:
         link.fail(problem)
@@ -34,9 +36,23 @@ def run(link: ParentLink) -> int:
 class FrontendChild:
     """The child as `tandem.service.process` runs it."""
 
-    def __init__(self, config: FrontendConfig, identity: ProcessIdentity, link: ParentLink) -> None:
+    def __init__(self, app: FrontendApp, link: ParentLink) -> None:
+        self._app = app
         self._link = link
-        self._app = FrontendApp(config, Membership(identity, link))
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, config: FrontendConfig, identity: ProcessIdentity, link: ParentLink
+    ) -> AsyncIterator[FrontendChild]:
+        """Enter when it serves; release everything on exit.
+
+        Raises:
+            StartError: see `FrontendApp.open`.
+        """
+        async with FrontendApp.open(config, Membership(identity, link)) as app:
+            link.enter(State.SERVING)
+            yield cls(app, link)
 
     @property
     def address(self) -> str:
@@ -47,15 +63,6 @@ class FrontendChild:
     def metrics_port(self) -> int:
         """0: the parent exposes its metrics."""
         return 0
-
-    async def start(self) -> None:
-        """Return when it serves.
-
-        Raises:
-            StartError: see `FrontendApp.start`.
-        """
-        await self._app.start()
-        self._link.enter(State.SERVING)
 
     async def drain(self) -> bool:
         """Drain like a single frontend, once the parent agrees. Returns when the parent stops it, drained or not."""
@@ -72,10 +79,6 @@ class FrontendChild:
         self._link.report_drained(is_clean=is_clean)
         await stopped
         return is_clean
-
-    async def stop(self) -> None:
-        """Release everything, also after a failed `start`."""
-        await self._app.stop()
 
     async def wait_finished(self) -> str | None:
         """Return None when the parent asks it to drain."""

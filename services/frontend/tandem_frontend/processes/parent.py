@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tandem.domain.frontend import Frontend, default_frontend_id
 from tandem.domain.worker import WorkerState
 from tandem.errors import StartError
 from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
-from tandem.observability.metrics import Metrics, Reading, Together, open_metrics
+from tandem.observability.metrics import Measure, Metrics, Reading, Together, open_metrics
 from tandem.rpc.http2.listener import Listener
 from tandem.rpc.listening import check_listenable
 from tandem.rpc.process_servicer import held_now
@@ -34,7 +35,6 @@ from tandem.service import run_directory
 from tandem.service.prefork.parent import Prefork
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity, metrics_path
-from tandem_frontend.processes.shares import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -44,65 +44,63 @@ SILENT = "silent"
 
 
 class FrontendParent:
-    """The parent as `tandem.service.process` runs it."""
+    """The serving parent, as `tandem.service.process` runs it. `open` makes one."""
 
-    def __init__(self, config: FrontendConfig) -> None:
-        self._config = config
-        self._started_s = time.time()
-        self._listener: Listener | None = None
-        self._directory: Path | None = None
-        self._metrics: Metrics | None = None
-        self._prefork: Prefork | None = None
-        self._registration: Registration | None = None
+    def __init__(self, address: str, metrics: Metrics, prefork: Prefork, registration: Registration) -> None:
+        self.address = address
+        """host:port of the frontend."""
+        self._metrics = metrics
+        self._prefork = prefork
+        self._registration = registration
 
-    @property
-    def address(self) -> str:
-        """host:port of the frontend, once started."""
-        assert self._listener is not None, "address before start()"
-        return f"{self._config.reachable_host}:{self._listener.port}"
-
-    @property
-    def metrics_port(self) -> int:
-        """Port of the Prometheus endpoint for all processes, once started; 0: none."""
-        return 0 if self._metrics is None else self._metrics.port
-
-    @property
-    def _frontend_id(self) -> str:
-        return self._config.frontend_id or default_frontend_id(self.address)
-
-    async def start(self) -> None:
-        """Return when a child serves; waits for a registry without a timeout.
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: FrontendConfig) -> AsyncIterator[FrontendParent]:
+        """Start the children and stop them on exit. Enters when one serves; waits for a registry without a timeout.
 
         Raises:
             StartError: the port is in use, or a child could not start.
         """
-        config = self._config
-        self._listener = self._listen()
-        directory = self._directory = run_directory.make_inside(DIRECTORY_PREFIX)
-        sockets = {str(number): metrics_path(directory, number) for number in range(config.processes)}
-        together = Together(others=sockets, own_label=OWN_LABEL)
-        metrics = self._metrics = open_metrics(config, Emitter.PARENT, PROGRAM, config.tls, together=together)
-        prefork = self._prefork = Prefork(
-            self._command(),
-            [self._begin(number, directory) for number in range(config.processes)],
-            self._listener,
-            drain_s=config.drain_settle_s + config.drain_timeout_s,
-            # Directory of files that must not outlive the children: the last one removes it if the parent was killed.
-            environment={run_directory.VARIABLE: str(directory)},
-            answer=self._answer,
-            on_restart=lambda: metrics.count("tandem.process.restarts"),
-        )
-        metrics.measure(self._read)
-        await metrics.start(self._frontend_id)
-        log.info("starting %d processes for %s", config.processes, self.address)
-        await prefork.start()
-        await self._register()
+        started_s = time.time()
+        async with AsyncExitStack() as stack:
+            listener = _listen(config)
+            stack.callback(listener.close)
+            address = f"{config.reachable_host}:{listener.port}"
+            frontend_id = config.frontend_id or default_frontend_id(address)
+            directory = run_directory.make_inside(DIRECTORY_PREFIX)
+            stack.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
+            sockets = {str(number): metrics_path(directory, number) for number in range(config.processes)}
+            together = Together(others=sockets, own_label=OWN_LABEL)
+            metrics = open_metrics(config, Emitter.PARENT, PROGRAM, config.tls, together=together)
+            stack.push_async_callback(metrics.stop)
+            prefork = Prefork(
+                # Its arguments only inform readers of `ps`: settings are sent over the link.
+                [sys.executable, "-m", "tandem_frontend", *sys.argv[1:]],
+                [_begin(config, frontend_id, address, number, directory) for number in range(config.processes)],
+                listener,
+                drain_s=config.drain_settle_s + config.drain_timeout_s,
+                # Files that must not outlive the children: the last one removes the directory if the parent was killed.
+                environment={run_directory.VARIABLE: str(directory)},
+                answer=lambda question: {"process": MessageToDict(held_now(started_s))},
+                on_restart=lambda: metrics.count("tandem.process.restarts"),
+            )
+            metrics.measure(_gauges(prefork))
+            await metrics.start(frontend_id)
+            log.info("starting %d processes for %s", config.processes, address)
+            stack.push_async_callback(prefork.stop)
+            await prefork.start()
+            registration = _registration(config, frontend_id, address)
+            stack.push_async_callback(registration.close)
+            await registration.start()
+            yield cls(address, metrics, prefork, registration)
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the Prometheus endpoint for all processes; 0: none."""
+        return self._metrics.port
 
     async def drain(self) -> bool:
         """Drain in the order given above. Returns whether every request ended within drain_timeout_s."""
-        assert self._prefork is not None, "drain() before start()"
-        assert self._metrics is not None, "drain() before start()"
-        assert self._registration is not None, "drain() before start()"
         self._prefork.begin_drain()
         self._metrics.count("tandem.drains")
         # Do not wait for an unreachable registry.
@@ -112,74 +110,70 @@ class FrontendParent:
         finally:
             await self._registration.close()
 
-    async def stop(self) -> None:
-        """Release everything, also after a failed `start`."""
-        if self._registration is not None:
-            await self._registration.close()
-        if self._prefork is not None:
-            await self._prefork.stop()
-        if self._metrics is not None:
-            await self._metrics.stop()
-        if self._listener is not None:
-            self._listener.close()
-        if self._directory is not None:
-            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
-
     async def wait_finished(self) -> str | None:
         """Return the reason when a child has died too often, after the other children have drained."""
-        assert self._prefork is not None, "wait_finished() before start()"
         sentence = await self._prefork.wait_given_up()
         log.error("%s; draining the other processes", sentence)
         await self.drain()
         return sentence
 
-    def _listen(self) -> Listener:
-        host, port = self._config.host, self._config.port
-        check_listenable(host, port)
-        try:
-            listener = Listener(host, port)
-        except OSError:
-            raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
-        if self._config.tls is None:
-            warn_of_plaintext(host)
-        return listener
 
-    def _command(self) -> list[str]:
-        """The command line of a child. Its arguments only inform readers of `ps`: settings are sent over the link."""
-        return [sys.executable, "-m", "tandem_frontend", *sys.argv[1:]]
+def _listen(config: FrontendConfig) -> Listener:
+    host, port = config.host, config.port
+    check_listenable(host, port)
+    try:
+        listener = Listener(host, port)
+    except OSError:
+        raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+    if config.tls is None:
+        warn_of_plaintext(host)
+    return listener
 
-    def _begin(self, number: int, directory: Path) -> Mapping[str, Any]:
-        identity = ProcessIdentity(
-            number=number,
-            count=self._config.processes,
-            frontend_id=self._frontend_id,
-            address=self.address,
-            directory=str(directory),
-        )
-        settings = settings_of(self._config, number)
-        return {"identity": identity.as_dict(), "settings": settings.model_dump(mode="json")}
 
-    def _answer(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The parent's own resources, which a child asks for."""
-        return {"process": MessageToDict(held_now(self._started_s))}
+def _begin(config: FrontendConfig, frontend_id: str, address: str, number: int, directory: Path) -> Mapping[str, Any]:
+    """The first message to a child."""
+    identity = ProcessIdentity(
+        number=number,
+        count=config.processes,
+        frontend_id=frontend_id,
+        address=address,
+        directory=str(directory),
+    )
+    return {"identity": identity.as_dict(), "settings": settings_of(config, number).model_dump(mode="json")}
 
-    async def _register(self) -> None:
-        """Register as one frontend, so that edges and tools can discover it."""
-        config = self._config
-        frontend = Frontend(
-            frontend_id=self._frontend_id,
-            epoch=epoch_now(),
-            address=self.address,
-            model=config.served_name,
-            release=tandem.__version__,
-        )
-        self._registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
-        await self._registration.start()
 
-    async def _read(self) -> list[Reading]:
-        """Values of the gauges."""
-        assert self._prefork is not None, "gauges are read after start()"
-        states = Counter(SILENT if child.is_silent else child.state.value for child in self._prefork.children)
+def share(total: int, number: int, count: int) -> int:
+    """The share of process `number` of `count`: as even as possible; the first ones get the remainder."""
+    return total // count + (number < total % count)
+
+
+def settings_of(config: FrontendConfig, number: int) -> FrontendConfig:
+    """The settings of one child: its share of the limit, without what only the parent does.
+
+    Only the open-requests limit is divided: `capacity` treats each process as a frontend of its own, so that the
+    workers' capacity needs no division, and the edge limits the rates of clients.
+    """
+    own = share(config.open_requests_max, number, config.processes)
+    return config.model_copy(update={"open_requests_max": own, "processes": 1, "announce_file": None})
+
+
+def _registration(config: FrontendConfig, frontend_id: str, address: str) -> Registration:
+    """All processes as one frontend, so that edges and tools can discover it."""
+    frontend = Frontend(
+        frontend_id=frontend_id,
+        epoch=epoch_now(),
+        address=address,
+        model=config.served_name,
+        release=tandem.__version__,
+    )
+    return Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
+
+
+def _gauges(prefork: Prefork) -> Measure:
+    async def read() -> list[Reading]:
+        states = Counter(SILENT if child.is_silent else child.state.value for child in prefork.children)
         return [
             Reading("tandem.processes", states[state], {PROCESS_STATE.name: state}) for state in PROCESS_STATE.values
         ]
+
+    return read

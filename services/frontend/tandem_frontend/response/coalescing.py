@@ -66,7 +66,7 @@ class Coalescing:
             for stream in due:
                 try:
                     stream.flush()
-                except Exception:
+                except Exception:  # a defect of one stream must not hold back the others
                     log.exception("defect while sending a held chunk; other streams are not affected")
         finally:
             self._is_flushing = bool(self._held)

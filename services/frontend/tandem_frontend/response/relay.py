@@ -143,7 +143,7 @@ class Relay:
         self._is_held = False
         try:
             self._send()
-        except Exception as problem:
+        except Exception as problem:  # a timer called it: the defect must fail this request
             if self._on_defect is None:
                 raise
             self._on_defect(problem)

@@ -126,5 +126,5 @@ def _version(distribution: str) -> str | None:
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as problem:
+    except Exception as problem:  # an import runs the module's code, which may raise anything
         raise StartError(f"{name} cannot be imported: {type(problem).__name__}: {problem}") from None

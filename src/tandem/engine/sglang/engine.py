@@ -80,7 +80,7 @@ class SglangEngine:
         self._building = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
         try:
             await self._until_built(self._building)
-        except BaseException:
+        except BaseException:  # a cancelled start must be undone too
             await self.stop()
             raise
 
@@ -131,7 +131,7 @@ class SglangEngine:
             from tandem.engine.sglang import launch
 
             engine = launch.construct(given, children.add, self._files.append)
-        except Exception as problem:
+        except Exception as problem:  # SGLang's start raises exceptions of many libraries
             log.debug("SGLang failed to start", exc_info=True)
             report = reports.read(directory / "report")
             raise StartError(f"SGLang failed to start: {report or reports.sentence_of(problem)}") from None
@@ -146,7 +146,7 @@ class SglangEngine:
             await self._engine.tokenizer_manager.handle_loop()
         except asyncio.CancelledError:
             raise
-        except Exception as problem:
+        except Exception as problem:  # whatever ends the loop, no response is read any more
             log.exception("reading SGLang's responses failed; the engine is unusable")
             self._fail(f"reading SGLang's responses failed: {reports.sentence_of(problem)}")
 
@@ -269,7 +269,7 @@ class SglangEngine:
             await self._engine.tokenizer_manager.submit(
                 requests.arguments(request, rid, c.context_tokens_max, priorities=priorities), answers
             )
-        except BaseException as problem:
+        except BaseException as problem:  # a cancelled request must leave the table too
             self._runs.pop(request.request_id, None)
             if isinstance(problem, ValueError):
                 raise answers.refused(str(problem)) from None

@@ -45,7 +45,7 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
             async with self.model_update_lock.reader_lock:
                 await self._validate_and_resolve_lora(given)
                 await self._send_one_request(await self._tokenize_one_request(given))
-        except BaseException:
+        except BaseException:  # a cancellation must release the state too
             self._release_req_states_on_failure({given.rid: state})
             raise
         if state.abort_sent:
@@ -67,7 +67,7 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
                 continue
             try:
                 self._handle_row(rid, state, recv_obj, i, facts)
-            except Exception as problem:
+            except Exception as problem:  # a defect in one row must not end the others
                 is_last = recv_obj.finished_reasons[i : i + 1] not in ([], [None])
                 self._give_up(rid, state, problem, is_last=is_last)
 

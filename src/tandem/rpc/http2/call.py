@@ -223,7 +223,7 @@ class Call(CallContext):
             raise
         except grpc.aio.AbortError:
             pass
-        except Exception as problem:
+        except Exception as problem:  # here every error of a handler becomes a status
             self.refuse(as_error(problem, self._method.path))
         self._end(self._code, self._details, self._trailing)
 

@@ -190,7 +190,7 @@ class CallContext(abc.ABC):
         if self._callback is not None:
             try:
                 self._callback()
-            except Exception as problem:
+            except Exception as problem:  # a defect of a handler must not end its connection
                 self._fail(problem)
 
     def _open(self, fields: Fields) -> None:

@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
             # h2 has written its GOAWAY, unless this was no HTTP/2 from its first byte.
             self._sender.take_from_state()
             self.give_up(f"it broke the protocol ({type(problem).__name__})", None)
-        except Exception:
+        except Exception:  # a defect in one connection must not end the others
             log.exception("defect in a connection from %s", self._peer.address)
             self.give_up("a defect of this server", ErrorCodes.INTERNAL_ERROR)
         if frames.has_more and not self._is_resting and not self._is_closed:

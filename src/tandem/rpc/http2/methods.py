@@ -45,7 +45,7 @@ class Method:
             return data
         try:
             return self._parse(data)
-        except Exception:
+        except Exception:  # a parser of any message may raise anything
             raise InvalidRequest("request", "is not a message of this method") from None
 
 

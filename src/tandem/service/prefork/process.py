@@ -165,7 +165,7 @@ class ChildProcess:
                 self._process = await starting
                 self.kill()
                 raise
-            except BaseException:
+            except BaseException:  # whatever fails, the channel has no other owner yet
                 channel.close()
                 raise
         channel.begin(self._on_message, lambda: None)

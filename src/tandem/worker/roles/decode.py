@@ -60,7 +60,7 @@ class DecodeLegs:
 
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):
-    """The contract of decode_service.proto. Errors become statuses in `tandem.rpc.interceptors`."""
+    """The contract of decode_service.proto. Errors become statuses in `tandem.rpc.handler_guard`."""
 
     def __init__(self, starts: LegStarts) -> None:
         self._starts = starts

@@ -45,7 +45,7 @@ class PrefillLegs:
 
 
 class PrefillServicer(pb_grpc.PrefillServiceServicer):
-    """The contract of prefill_service.proto. Errors become statuses in `tandem.rpc.interceptors`."""
+    """The contract of prefill_service.proto. Errors become statuses in `tandem.rpc.handler_guard`."""
 
     def __init__(self, starts: LegStarts) -> None:
         self._starts = starts

@@ -64,7 +64,7 @@ class EncoderPool:
         except TooManyTokens:
             self._idle.append(process)
             raise
-        except BaseException as problem:
+        except BaseException as problem:  # cancelled or failed, the process is in an unknown state
             log.error("%s (pid %d); the next long prompt gets a new process", problem or "cancelled", process.pid)
             await process.stop()
             raise

@@ -61,7 +61,7 @@ class EncoderProcess:
         with its_end:
             try:
                 process = await _spawn(spec, its_end)
-            except BaseException as problem:
+            except BaseException as problem:  # a cancellation must free the socket too
                 own_end.close()
                 if isinstance(problem, OSError):
                     raise _failed(f"cannot be started: {problem.strerror}") from None
@@ -73,7 +73,7 @@ class EncoderProcess:
         except TimeoutError:
             await started.stop()
             raise _failed(f"was not ready within {START_TIMEOUT_S:g} s") from None
-        except BaseException:
+        except BaseException:  # a cancellation must end the process too
             await started.stop()
             raise
         if kind != frames.READY:

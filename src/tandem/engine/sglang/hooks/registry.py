@@ -113,7 +113,7 @@ def in_place(names: list[str]) -> list[str]:
 def _report_start_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     try:
         return original(*arguments, **keywords)
-    except Exception as problem:
+    except Exception as problem:  # the start raises exceptions of many libraries
         log.debug("SGLang's scheduler failed to start", exc_info=True)
         # Re-raising would make SGLang log a traceback and send SIGQUIT to the worker.
         reports.end(problem)
@@ -122,7 +122,7 @@ def _report_start_failure(original: Callable[..., Any], *arguments: Any, **keywo
 def _report_failure(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     try:
         return original(*arguments, **keywords)
-    except Exception as problem:
+    except Exception as problem:  # whatever ends the scheduler ends its process
         log.exception("SGLang's scheduler failed; this process exits")
         reports.end(problem)
 
@@ -269,7 +269,7 @@ def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **key
         return
     try:
         moved_bytes = sum(manager.agent.get_xfer_telemetry(handle).totalBytes for handle in handles)
-    except Exception as problem:
+    except Exception as problem:  # an agent without telemetry raises its own errors
         log.warning("NIXL telemetry missing for room %s, its transferred bytes are not counted: %s", room, problem)
         return
     _transfers.moved(room, moved_bytes, time.time())

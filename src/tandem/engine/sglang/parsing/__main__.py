@@ -96,7 +96,7 @@ def _build(arguments: argparse.Namespace) -> Any:
         probe = {"type": "function", "function": {"name": "probe"}}
         host = Host(formats)
         formats.open(wanted({"tools": [probe], "tool_choice": "auto", **NOTHING}))
-    except Exception as problem:
+    except Exception as problem:  # detectors are plugins, which may raise anything
         raise StartError(f"SGLang's parsers {given} failed to load: {type(problem).__name__}: {problem}") from problem
     # SGLang's detectors log a warning for every malformed call that a model writes.
     logging.getLogger("sglang").setLevel("CRITICAL")

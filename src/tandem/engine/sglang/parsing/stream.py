@@ -7,6 +7,7 @@ Owns the order of the two parsers and the choice of each. Independent of other s
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
 from tandem.engine.sglang.parsing import grammar, reasoning
-from tandem.engine.sglang.parsing.pieces import Pieces
 from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
 from tandem.engine.sglang.parsing.whole_calls import WholeCalls
 
@@ -25,6 +25,56 @@ WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|
 """Formats whose streaming detector in SGLang loses calls -> the marker that starts the calls.
 
 See docs/reference/openai-tools.md."""
+
+TAG_CHARS_MAX = 160
+"""Longer than the tag of any detector; a longer match is not treated as a tag."""
+WORD_CHARS_MAX = 16
+
+# Excludes comparisons and shifts in content: "a < b", "a <= b", "1<2", "x << y".
+_TAG = rf"<[^\s<>=\d][^<>\n]{{0,{TAG_CHARS_MAX}}}>"
+_BRACKET = r"\[/?[A-Z_]{1,20}\]"
+_WORD = rf"[A-Za-z0-9_]{{1,{WORD_CHARS_MAX}}}"
+_PIECE = re.compile(f"{_TAG}|{_BRACKET}|{_WORD}|.", re.DOTALL)
+_UNDECIDED = re.compile(
+    rf"(?:<(?:[^\s<>=\d][^<>\n]{{0,{TAG_CHARS_MAX}}})?|\[/?[A-Z_]{{0,20}}|[A-Za-z0-9_]{{1,{WORD_CHARS_MAX - 1}}})\Z"
+)
+
+
+class Pieces:
+    """Splits one stream at positions that depend on its text only, not on how it arrives.
+
+    The results of SGLang's detectors depend on how the text is split: most lose text when a whole call arrives at
+    once, some when a marker arrives in two parts. They are written for pieces the size of tokens: tags, words,
+    characters.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, text: str) -> list[str]:
+        """The pieces that are complete now; a piece that may still grow is held back."""
+        text = self._held + text
+        pieces: list[str] = []
+        at = 0
+        while at < len(text) and not _UNDECIDED.match(text, at):
+            piece = _PIECE.match(text, at)
+            assert piece is not None, "any character is a piece"
+            pieces.append(piece[0])
+            at = piece.end()
+        self._held = text[at:]
+        return pieces
+
+    def take_word(self) -> str:
+        """Release the partial word that is held back; "" if a possible tag or nothing is held."""
+        if not self._held or self._held[0] in "<[":
+            return ""
+        word, self._held = self._held, ""
+        return word
+
+    def flush(self) -> list[str]:
+        """The remaining pieces, at the end of the stream."""
+        text, self._held = self._held, ""
+        return _PIECE.findall(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,105 @@
+"""The workers as this frontend sees them: one view, and every part that follows it.
+
+Owns the connections to workers and the order in which a new view reaches the parts. `app` opens it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from tandem.client.load_watch import LoadWatch
+from tandem.client.step_calls import WorkerCalls
+from tandem.clock import monotonic
+from tandem.discovery import WorkerWatch
+from tandem.domain.worker import EngineLoad, Start, Worker
+from tandem.rpc.channels import Channels
+from tandem.service.awake_timers import AwakeTimers
+from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.config import FrontendConfig
+from tandem_frontend.execution.dispatch import Dispatch
+from tandem_frontend.execution.link_leg import Bounds
+from tandem_frontend.execution.request_stream import ExecutionDeps
+from tandem_frontend.execution.worker_links import WorkerLinks
+from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.router import RecentRefusals, Routes
+from tandem_frontend.routing.worker_health import WorkerHealth
+
+
+class Fleet:
+    """The workers that the registry lists: their view, health, load, links and routes."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        instance: str,
+        model: ServedModel,
+        capacity: Capacity,
+        reevaluate: Callable[[], None],
+    ) -> None:
+        """Makes no connection yet.
+
+        Args:
+            config: registries, TLS and timeouts of legs.
+            instance: unique name of this process, for workers.
+            model: the model that routes are chosen for.
+            capacity: gets the view and the load of each worker.
+            reevaluate: called after each change: a queued request may fit now.
+        """
+        self.capacity = capacity
+        self._reevaluate = reevaluate
+        self._known_starts: set[tuple[str, Start]] = set()
+        """(address, start) of all workers of the view."""
+        self.channels = Channels(config.tls)
+        self._timers = AwakeTimers()
+        self._health = WorkerHealth(self.channels, self._timers)
+        self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
+        self._loads = LoadWatch(self.channels, on_change=self.note_load)
+        bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
+        calls = WorkerCalls(self.channels)
+        self._links = WorkerLinks(instance, calls, bounds, self._timers, self._health.check)
+        self.watch = WorkerWatch(config.registry, tls=config.tls, on_change=self.follow)
+        # Seeded by the system, so that no two processes choose alike; no value is a secret.
+        rng = random.Random()  # noqa: S311 -- see above
+        refusals = RecentRefusals(monotonic)
+        self.routes = Routes(model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
+        dispatch = Dispatch(self._links, rng)
+        self.execution = ExecutionDeps(self.routes, refusals, self._breakers, dispatch, monotonic, rng)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Follow the registry's view and watch its workers; close every connection on exit."""
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.channels.close)
+            stack.push_async_callback(self._health.close)
+            await self._health.start()
+            stack.callback(self._timers.close)
+            stack.push_async_callback(self._links.close)
+            stack.push_async_callback(self._loads.close)
+            stack.push_async_callback(self.watch.close)
+            await self.watch.start()
+            yield
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        """Pass a new view on to every part, and close the channels to workers that were removed or restarted.
+
+        A restarted worker at the same address gets a new channel: the old one may be in its reconnect back-off.
+        """
+        starts = {(worker.address, worker.start) for worker in workers}
+        self.channels.keep_only({address for address, _ in starts & self._known_starts})
+        self._known_starts = starts
+        self._links.follow(workers)
+        self._health.follow(workers)
+        self._breakers.follow(workers)
+        self.capacity.follow(workers)
+        self.routes.follow(workers)
+        self._loads.follow(workers)
+        self.execution.notice(workers)
+        self._reevaluate()
+
+    def note_load(self, start: Start, load: EngineLoad | None) -> None:
+        """Pass on the load of a worker; None: it is unknown."""
+        self.capacity.note(start, load)
+        self._reevaluate()
