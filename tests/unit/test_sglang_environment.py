@@ -24,6 +24,12 @@ def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_pa
     assert ipaddress.ip_address(found).is_loopback
 
 
+def test_engines_of_one_process_share_a_registration_key(tmp_path: Path) -> None:
+    keys = {environment.variables(settings("::1"), "cpu", tmp_path)[environment.REGISTRATION_KEY] for _ in range(2)}
+    assert len(keys) == 1
+    assert len(str(keys.pop())) == 32
+
+
 def test_a_host_without_an_address_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"advertise_host: nobody\.invalid does not resolve to an address"):
         environment.variables(settings("nobody.invalid"), "cpu", tmp_path)

@@ -6,7 +6,9 @@ its parent, so that installing Tandem never changes an SGLang that runs without 
 
 from __future__ import annotations
 
+import functools
 import os
+import secrets
 import socket
 import sys
 import warnings
@@ -19,6 +21,8 @@ DEVICE_SWITCH = "TANDEM_SGLANG_DEVICE"
 """Set by the adapter to "cpu" or "cuda"; the plugin does nothing without it."""
 REPORT_FILE = "TANDEM_SGLANG_REPORT"
 """Path of the file to which a failing child process writes its reason, one sentence."""
+REGISTRATION_KEY = "TANDEM_SGLANG_REGISTRATION_KEY"
+"""The secret that an engine's processes add to a registration at its bootstrap server; drawn by each worker."""
 PLATFORM_NAME = "tandem_cpu"
 """Name of the entry point in the group sglang.srt.platforms."""
 STANDINS = Path(__file__).with_name("standins")
@@ -37,6 +41,7 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
     values: dict[str, str | None] = {
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
+        REGISTRATION_KEY: _registration_key(),
         # NIXL's control sockets would otherwise bind the first address of the first network interface.
         "SGLANG_HOST_IP": _ip(settings.host),
         # An allow-list without Tandem's plugin would silently disable the hooks.
@@ -50,6 +55,12 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
             "MKL_NUM_THREADS": str(settings.threads),
         }
     return values
+
+
+@functools.cache
+def _registration_key() -> str:
+    """One for the process: several engines that start in it at a time share its environment."""
+    return secrets.token_hex(16)
 
 
 def _ip(host: str) -> str:

@@ -1,8 +1,9 @@
 """Hooks that Tandem registers in SGLang's processes through its hook registry: statistics, error reports, CPU use.
 
 Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
-memory and avoids busy loops; `seeded_sampling` makes seeds effective and `grammars` rejects unusable grammars. No hook
-changes the tokens of a request without a seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
+memory and avoids busy loops; `seeded_sampling` makes seeds effective, `grammars` rejects unusable grammars, and
+`handover_port` and `bootstrap_server` drop what foreign senders send. No hook changes the tokens of a request without a
+seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
 the start instead.
 """
 
@@ -18,7 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tandem.engine.sglang import reports
-from tandem.engine.sglang.hooks import grammars, seeded_sampling
+from tandem.engine.sglang.hooks import bootstrap_server, grammars, handover_port, seeded_sampling
+from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,6 @@ IDLE_POLL_MS = 1
 PROGRESS_DELAY_US = 5_000
 """Poll interval of NIXL's progress thread, which events on its connections wake in addition."""
 PEER_PROBE_TIMEOUT_S = 0.5
-STATUS_FRAMES = 5
-"""Frames of SGLang's status message: tag, room, status, rank, reason. Tandem appends a sixth: the bytes transferred."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
@@ -76,6 +76,8 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_record_received_bytes, "after"),
         f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_probe_peer_first, "around"),
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
+        **handover_port.targets(),
+        **bootstrap_server.targets(),
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
@@ -95,11 +97,20 @@ def register_in_child(device: str) -> None:
         HookRegistry.register(target, hook, HookType(kind))
 
 
+def targets_in_main() -> dict[str, tuple[Callable[..., Any], str]]:
+    """Hooks of the worker's process: SGLang must not reconfigure its logging, and its bootstrap server is checked."""
+    hooks: dict[str, tuple[Callable[..., Any], str]] = {
+        "sglang.srt.utils.common.configure_logger": (_skip_configure_logger, "replace")
+    }
+    return hooks if importlib.util.find_spec("nixl") is None else hooks | bootstrap_server.targets_in_main()
+
+
 def register_in_main() -> None:
-    """In the worker's process: stop SGLang from reconfiguring the process's logging."""
+    """Register every hook of the worker's process."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.utils.common.configure_logger", _skip_configure_logger, HookType.REPLACE)
+    for target, (hook, kind) in targets_in_main().items():
+        HookRegistry.register(target, hook, HookType(kind))
 
 
 def in_place(names: list[str]) -> list[str]:
