@@ -12,13 +12,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import pkgutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tandem.engine.sglang import reports
+from tandem.engine.sglang.environment import REPORT_FILE
 from tandem.engine.sglang.hooks import bootstrap_server, grammars, handover_port, seeded_sampling
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats
@@ -55,6 +58,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_SCHEDULER}.get_init_info": (_describe, "after"),
         f"{_SCHEDULER}.get_output_streamer_class": (_streamer_class, "after"),
         f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
+        "sglang.srt.distributed.bootstrap._resolve_dist_init_method": (_meet_in_a_file, "after"),
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
         f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
         f"{_LOADS}.get_loads": (_account_for_pages, "after"),
@@ -150,6 +154,16 @@ def _drop_abort_errors(record: logging.LogRecord) -> bool:
 def _skip_detokenizer(original: Callable[..., Any], cls: type, *arguments: Any, **keywords: Any) -> Any:
     """Send token ids straight to the worker's process: frontends detokenize, and `launch` starts no detokenizer."""
     return original(cls, *arguments, **{**keywords, "skip_tokenizer_init": True})
+
+
+def _meet_in_a_file(method: str, *, dist_port: int) -> str:
+    """Let the ranks of this engine, all on this machine, meet in a file: torch's store listens on every address.
+
+    The port is the same in all ranks, and no other group's.
+    """
+    if not method.startswith("tcp://"):
+        return method
+    return Path(os.environ[REPORT_FILE]).with_name(f"ranks-{dist_port}").as_uri()
 
 
 # --- What the scheduler reports
