@@ -19,6 +19,8 @@ from tandem.engine.sglang.environment import REGISTRATION_KEY
 from tandem.engine.sglang.handover import LOG_INTERVAL_S, SILENCE_MAX_S, HandoverWatch
 from tandem.engine.sglang.hooks import bootstrap_server, handover_port, registry
 from tandem.engine.sglang.hooks.handover_messages import GUARD
+from tandem.observability.metrics import NONE, Attributes, Metrics
+from tandem.worker.stats import DroppedMessages
 
 
 class PlayedSocket:
@@ -154,6 +156,23 @@ def test_drops_are_logged_once_in_a_while(
     assert "dropped 98 messages" in caplog.messages[1]
     assert "100 since start (foreign 50, refused 50)" in caplog.messages[1]
     assert watch.dropped[DropReason.REFUSED] == 50
+
+
+def test_drops_are_counted_as_a_metric() -> None:
+    counted: list[tuple[str, float, Any]] = []
+
+    class Counting(Metrics):
+        def count(self, name: str, amount: float = 1, attributes: Attributes = NONE) -> None:
+            counted.append((name, amount, attributes["tandem.reason"]))
+
+    dropped = {DropReason.FOREIGN: 0, DropReason.REFUSED: 2}
+    counter = DroppedMessages(SimpleNamespace(dropped_messages=lambda: dropped), Counting())  # type: ignore[arg-type]
+    counter.add()
+    dropped[DropReason.FOREIGN] = 3
+    counter.add()
+    counter.add()
+    name = "tandem.engine.messages.dropped"
+    assert counted == [(name, 2, "refused"), (name, 3, "foreign")]
 
 
 class PlayedRequest:

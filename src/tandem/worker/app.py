@@ -42,7 +42,7 @@ from tandem.worker.engine_profile import EngineProfiler
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
-from tandem.worker.stats import LegStats, WorkerStats
+from tandem.worker.stats import DroppedMessages, LegStats, WorkerStats
 from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
 from tandem.worker.step_servicer import StepServicer
 from tandem.worker.steps import StepStreams
@@ -187,6 +187,8 @@ class WorkerHost:
         leg_metrics = LegMetrics(self._metrics)
         self._traces.sinks.append(leg_metrics)
         self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
+        dropped = DroppedMessages(self._engine, self._metrics)
+        self._tasks.append(asyncio.create_task(dropped.watch(), name="dropped-messages"))
 
     async def _leave(self, server: RpcServer) -> None:
         """Report NOT_SERVING from here on, even when the engine is healthy."""
