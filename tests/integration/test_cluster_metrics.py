@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120
 
 WITHIN_S = 20.0
 OF_PROCESSES = ("tandem.processes", "tandem.process.restarts")
+OF_SGLANG = ("tandem.engine.messages.dropped",)
+"""The simulated engine has no port that drops."""
 OF_CONSUL = ("tandem.view.live", "tandem.consul.answer.age", "tandem.consul.index_lag")
 
 
@@ -88,6 +90,7 @@ CASES: dict[str, Case] = {
     "tandem.kv.pages": Case(on.an_open_stream, (("tandem.state", "used"),), by=10),
     "tandem.kv.pages.capacity": Case(on.a_smaller_worker, by=-100),
     "tandem.engine.healthy": Case(on.a_failing_canary, by=-1),
+    "tandem.engine.messages.dropped": Case(on.a_foreign_registration, (("tandem.reason", "refused"),), by=1),
     "tandem.members": Case(on.a_drain, (("tandem.role", "decode"), ("tandem.state", "draining")), by=1),
     "tandem.watchers": Case(on.a_watcher, by=1),
     "tandem.lease.age": Case(on.a_silent_worker, by=1, of=greatest),
@@ -156,7 +159,7 @@ async def test_every_row_has_its_case() -> None:
     assert set(CASES) == set(BY_NAME)
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in (*OF_CONSUL, *OF_PROCESSES)])
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in (*OF_CONSUL, *OF_PROCESSES, *OF_SGLANG)])
 async def test_it_moves_when_its_thing_happens(name: str, world: World) -> None:
     await assert_moves(name, world)
 
@@ -251,3 +254,5 @@ async def test_kv_that_the_real_engine_moves_is_counted(tmp_path: Path) -> None:
         free = sum(await values(world.processes, Wanted("tandem.kv.pages", {"tandem.state": "free"})))
         capacity = sum(await values(world.processes, Wanted("tandem.kv.pages.capacity")))
         assert 0 < free <= capacity
+        for name in OF_SGLANG:
+            await assert_moves(name, world)

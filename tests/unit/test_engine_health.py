@@ -22,12 +22,16 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.answers: Callable[[], Any] = lambda: None
         self.stall: str | None = None
+        self.handover: str | None = None
         self.bootstrap: BootstrapAddress | None = None
         self.canary_count = 0
         self.is_hanging = False
 
     def stalled(self) -> str | None:
         return self.stall
+
+    def handover_trouble(self) -> str | None:
+        return self.handover
 
     def bootstrap_address(self) -> BootstrapAddress | None:
         return self.bootstrap
@@ -113,6 +117,15 @@ async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
         engine.is_hanging = False
         await reported(scene, None)
         assert engine.canary_count >= 2
+
+
+async def test_an_engine_that_cannot_hand_over_is_not_serving() -> None:
+    engine = ScriptedEngine()
+    async with watched(engine, proof_s=1.0) as scene:
+        engine.handover = "the engine has read no message"
+        await reported(scene, "the engine has read no message")
+        engine.handover = None
+        await reported(scene, None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])

@@ -24,6 +24,25 @@ def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_pa
     assert ipaddress.ip_address(found).is_loopback
 
 
+INTERFACES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def test_an_engine_on_loopback_uses_no_other_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    for host in ("127.0.0.1", "127.0.0.2"):
+        assert [environment.defaults(settings(host), "cpu").get(name) for name in INTERFACES] == ["lo"] * 3
+    beyond = environment.defaults(settings("192.0.2.1"), "cuda")
+    assert [beyond.get(name) for name in INTERFACES] == [None, "lo", None]
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo0")])
+    assert not set(INTERFACES) & set(environment.defaults(settings("127.0.0.1"), "cpu"))
+
+
+def test_engines_of_one_process_share_a_registration_key(tmp_path: Path) -> None:
+    keys = {environment.variables(settings("::1"), "cpu", tmp_path)[environment.REGISTRATION_KEY] for _ in range(2)}
+    assert len(keys) == 1
+    assert len(str(keys.pop())) == 32
+
+
 def test_a_host_without_an_address_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"advertise_host: unknown\.invalid does not resolve to an address"):
         environment.variables(settings("unknown.invalid"), "cpu", tmp_path)

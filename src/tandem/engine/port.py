@@ -6,12 +6,13 @@ owns its engine's processes, its KV memory and, in the prefill role, its bootstr
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from tandem.domain.generation import EngineFinish, EngineRequest, TokenLogprob
+from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad
 from tandem.errors import TandemError
 
@@ -159,6 +160,14 @@ class Engine(Protocol):
 
         When a stall begins, running requests end with EngineFailed; new ones are rejected with it until the stall ends.
         """
+        ...
+
+    def handover_trouble(self) -> str | None:
+        """One sentence while the engine computes but cannot hand over KV; None otherwise. Running requests go on."""
+        ...
+
+    def dropped_messages(self) -> Mapping[DropReason, int]:
+        """Messages that the engine's hand-over ports have dropped since its start; empty if it has none that drops."""
         ...
 
     async def wait_failed(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from tandem.domain.handover import DropReason
 from tandem.domain.request_state import LegRole, Phase
 from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
@@ -102,6 +103,7 @@ POLICY = Attribute("tandem.policy", ("random",))
 ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
 LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
+DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropReason))
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
@@ -317,7 +319,16 @@ TABLE: tuple[Metric, ...] = (
         "tandem.engine.healthy",
         Kind.GAUGE,
         "1",
-        "1: the engine emits tokens or answers its canary; 0: it does neither, and the worker is NOT_SERVING.",
+        "1: the engine emits tokens or answers its canary, and can hand over KV; 0: it does not, and the worker is "
+        "NOT_SERVING.",
+    ),
+    _worker(
+        "tandem.engine.messages.dropped",
+        Kind.COUNTER,
+        "{message}",
+        "Messages and requests that the engine's ports for the KV hand-over dropped because no engine had sent them, "
+        "or they could not be read.",
+        DROP_REASON,
     ),
     _registry(
         "tandem.members",

@@ -46,7 +46,7 @@ from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
-from tandem.worker.stats import LegStats, WorkerStats
+from tandem.worker.stats import DroppedMessages, LegStats, WorkerStats
 from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
 from tandem.worker.step_servicer import StepServicer
 from tandem.worker.steps import StepStreams
@@ -219,6 +219,7 @@ class WorkerHost:
             leg_metrics = LegMetrics(self._metrics)
             traces.sinks.append(leg_metrics)
             self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
+            tasks.start(DroppedMessages(self._engine, self._metrics).watch(), "dropped-messages")
 
     async def _finish_legs(self) -> bool:
         """Close admission and wait for the open legs. Returns whether all ended within the drain timeout."""

@@ -1,8 +1,8 @@
 """Health check of the engine; the worker's gRPC health status is set from its result.
 
-Output tokens prove that the engine works; after a period without any, a canary generation is run. A stalled engine or
-an unreachable bootstrap server is unhealthy at once, without waiting for a canary to time out. Reports changes to the
-worker host, which decides what to do about them.
+Output tokens prove that the engine works; after a period without any, a canary generation is run. A stalled engine, one
+that cannot hand over KV, or an unreachable bootstrap server is unhealthy at once, without waiting for a canary to time
+out. Reports changes to the worker host, which decides what to do about them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class EngineHealth:
         stall = self._engine.stalled()
         if stall is not None:
             return stall
+        handover = self._engine.handover_trouble()
+        if handover is not None:
+            return handover
         bootstrap = self._engine.bootstrap_address()
         return None if bootstrap is None else await _unreachable(bootstrap)
 

@@ -1,21 +1,25 @@
-"""Readings of a worker's gauges: open legs, engine health, the engine's requests and its KV pages.
+"""Readings of a worker's gauges: open legs, engine health, the engine's requests and its KV pages; dropped messages.
 
 Read-only. A value that the engine does not report is omitted, never zero.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 
+from tandem.domain.handover import DropReason
 from tandem.domain.worker import EngineLoad
 from tandem.engine.port import Engine
 from tandem.errors import EngineFailed
 from tandem.observability.leg_metrics import LegMetrics
-from tandem.observability.metrics import Reading
+from tandem.observability.metrics import Metrics, Reading
 from tandem.observability.request_trace import FAILED, LegTrace
 from tandem.observability.trace_store import TraceStore
 from tandem.worker.engine_health import EngineHealth
 from tandem.worker.legs import Legs
+
+DROPPED_INTERVAL_S = 0.5
 
 
 class LegStats:
@@ -48,6 +52,28 @@ class LegStats:
             "kv_transfer_bytes": self._kv_transfer_bytes,
             "failed_legs": self._failed_legs,
         }
+
+
+class DroppedMessages:
+    """Counts what the engine's hand-over ports drop. In a task of its own: a scrape reads counters before gauges."""
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._counted: dict[DropReason, int] = {}
+
+    async def watch(self) -> None:
+        """Add to the counter periodically until cancelled."""
+        while True:
+            await asyncio.sleep(DROPPED_INTERVAL_S)
+            self.add()
+
+    def add(self) -> None:
+        """Add what was dropped since the last call."""
+        for reason, count in self._engine.dropped_messages().items():
+            if (new := count - self._counted.get(reason, 0)) > 0:
+                self._metrics.count("tandem.engine.messages.dropped", new, {"tandem.reason": reason.value})
+            self._counted[reason] = count
 
 
 class WorkerStats:

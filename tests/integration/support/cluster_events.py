@@ -30,6 +30,7 @@ from tandem.rpc.channels import open_channel
 from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.leg_cluster import inject
+from tests.integration.support.bootstrap import bootstrap_url
 from tests.integration.support.calls import generate, refusal, request_of
 
 LONG = [20 + number % 1_000 for number in range(256)]
@@ -345,3 +346,13 @@ async def a_consul_that_forgets(world: World) -> AsyncIterator[None]:
     finally:
         forgetting.cancel()
         await asyncio.wait({forgetting})
+
+
+@asynccontextmanager
+async def a_foreign_registration(world: World) -> AsyncIterator[None]:
+    """At the bootstrap server of a real engine."""
+    url = await bootstrap_url(world.cluster.registry.address)
+    async with httpx.AsyncClient() as client:
+        answer = await client.put(f"{url}/route", json={"rank_ip": "127.0.0.9"})
+    assert answer.status_code == 403
+    yield

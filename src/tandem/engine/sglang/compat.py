@@ -94,7 +94,7 @@ def check_offers(transfer_backend: str, device: str) -> None:
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}: {CHANGED}")
     if transfer_backend == "nixl":
         _import("nixl._api")
-        for target in registry.targets(device):
+        for target in registry.targets(device) | registry.targets_in_main():
             try:
                 pkgutil.resolve_name(target)
             except (ImportError, AttributeError) as problem:
@@ -102,7 +102,7 @@ def check_offers(transfer_backend: str, device: str) -> None:
 
 
 def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
-    """Compare the hooks that the scheduler reports with those expected on this device.
+    """Compare the hooks that the scheduler reports, and those of this process, with those expected on this device.
 
     Raises:
         StartError: the plugin did not run in the scheduler, or a hook is not applied.
@@ -114,6 +114,10 @@ def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
     absent = sorted(set(registry.targets(device)) - set(facts["hooks"]))
     if absent:
         raise StartError(f"hooks were not applied in SGLang's scheduler: {', '.join(absent)}; {CHANGED}")
+    here = list(registry.targets_in_main())
+    absent = sorted(set(here) - set(registry.in_place(here)))
+    if absent:
+        raise StartError(f"hooks were not applied in the worker's process: {', '.join(absent)}; {CHANGED}")
 
 
 def _version(distribution: str) -> str | None:

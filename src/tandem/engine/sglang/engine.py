@@ -12,19 +12,21 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling
+from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, KvEvent, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, capabilities, compat, environment, profiling, reports, requests
 from tandem.engine.sglang.children import Children
+from tandem.engine.sglang.handover import HandoverWatch
 from tandem.engine.sglang.hooks.registry import FACTS_KEY
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
@@ -60,6 +62,7 @@ class SglangEngine:
         self._response_reader: asyncio.Task[None] | None = None
         self._stop_watcher: asyncio.Task[None] | None = None
         self._stall: str | None = None
+        self._handover: HandoverWatch | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._profile_directory: Path
         self._ports: arguments.Ports
@@ -74,6 +77,7 @@ class SglangEngine:
         self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
         self._directory = run_directory.make_inside("tandem-sglang-")
         self._children = Children(self._directory / "report", self._fail)
+        self._handover = HandoverWatch(self._directory)
         self._listen_to_sigquit()
         # A thread that lives as long as the engine: SGLang's children die with the thread that started them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sglang")
@@ -99,6 +103,14 @@ class SglangEngine:
     def stalled(self) -> str | None:
         """See the port."""
         return self._stall
+
+    def handover_trouble(self) -> str | None:
+        """See the port."""
+        return None if self._handover is None else self._handover.trouble
+
+    def dropped_messages(self) -> Mapping[DropReason, int]:
+        """See the port."""
+        return {} if self._handover is None else self._handover.dropped
 
     async def _until_built(self, building: asyncio.Future[None]) -> None:
         failed = asyncio.create_task(self._failed.wait())
@@ -163,6 +175,7 @@ class SglangEngine:
     async def _watch_for_stops(self) -> None:
         """Fail running requests and reject new ones while a child process is stopped (SIGSTOP, a debugger)."""
         assert self._children is not None
+        assert self._handover is not None
         while True:
             await asyncio.sleep(STOP_CHECK_INTERVAL_S)
             stall = self._children.stopped()
@@ -172,6 +185,7 @@ class SglangEngine:
             elif stall is None and self._stall is not None:
                 log.info("SGLang processes resumed; accepting requests again")
             self._stall = stall
+            self._handover.check()
 
     async def _stop(self) -> None:
         self._over.set()

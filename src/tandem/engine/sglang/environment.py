@@ -6,7 +6,10 @@ its parent, so that installing Tandem never changes an SGLang that runs without 
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import os
+import secrets
 import socket
 import sys
 import warnings
@@ -19,10 +22,13 @@ DEVICE_SWITCH = "TANDEM_SGLANG_DEVICE"
 """Set by the adapter to "cpu" or "cuda"; the plugin does nothing without it."""
 REPORT_FILE = "TANDEM_SGLANG_REPORT"
 """Path of the file to which a failing child process writes its reason, one sentence."""
+REGISTRATION_KEY = "TANDEM_SGLANG_REGISTRATION_KEY"
+"""The secret that an engine's processes add to a registration at its bootstrap server; drawn by each worker."""
 PLATFORM_NAME = "tandem_cpu"
 """Name of the entry point in the group sglang.srt.platforms."""
 STANDINS = Path(__file__).with_name("standins")
 
+LOOPBACK = "lo"
 HANDOVER_TIMEOUT_S = 30
 HEARTBEAT_INTERVAL_S = 1.0
 GRAMMAR_POLLS_MAX = 1_000
@@ -37,6 +43,7 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
     values: dict[str, str | None] = {
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
+        REGISTRATION_KEY: _registration_key(),
         # NIXL's control sockets would otherwise bind the first address of the first network interface.
         "SGLANG_HOST_IP": _ip(settings.host),
         # An allow-list without Tandem's plugin would silently disable the hooks.
@@ -52,6 +59,12 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
     return values
 
 
+@functools.cache
+def _registration_key() -> str:
+    """One for the process: several engines that start in it at a time share its environment."""
+    return secrets.token_hex(16)
+
+
 def _ip(host: str) -> str:
     """Resolve the host, which may be a name (in a container it is): NIXL binds to IP addresses only."""
     try:
@@ -60,7 +73,11 @@ def _ip(host: str) -> str:
         raise StartError(f"advertise_host: {host} does not resolve to an address: {problem.strerror}") from None
 
 
-def defaults(device: str) -> dict[str, str]:
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(_ip(host)).is_loopback
+
+
+def defaults(settings: EngineSettings, device: str) -> dict[str, str]:
     """Defaults for variables that the operator's environment does not set."""
     values = {
         # SGLang's defaults are too slow to retry on another worker: 300 s, and two missed heartbeats 5 s apart.
@@ -78,6 +95,13 @@ def defaults(device: str) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "NIXL_LOG_LEVEL": "WARN",
     }
+    if LOOPBACK in (name for _, name in socket.if_nameindex()):
+        # Gloo connects the ranks of this engine, which are all on this machine.
+        values["GLOO_SOCKET_IFNAME"] = LOOPBACK
+        if _is_loopback(settings.host):
+            # So are all peers: UCX and NCCL would also listen on the machine's other addresses. Beyond loopback they
+            # choose, because a list of network devices would leave out those of RDMA.
+            values |= {"UCX_NET_DEVICES": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
     if device == "cpu":
         values |= {
             "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS": '{"num_threads": "1"}',
@@ -88,7 +112,7 @@ def defaults(device: str) -> dict[str, str]:
 
 def apply(settings: EngineSettings, device: str, report_file: Path) -> None:
     """Change this process's environment, which its children inherit. Must run before SGLang is imported."""
-    for name, value in defaults(device).items():
+    for name, value in defaults(settings, device).items():
         os.environ.setdefault(name, value)
     for name, required in variables(settings, device, report_file).items():
         if required is None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 
 import tandem
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.domain.handover import DropReason
 from tandem.domain.limits import TOP_LOGPROBS_MAX
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, KvEvent, Output
@@ -187,6 +188,14 @@ class SimulatedEngine:
     def stalled(self) -> str | None:
         """See the port. Always None: the engine runs in this process, so a stopped engine cannot be asked."""
         return None
+
+    def handover_trouble(self) -> str | None:
+        """See the port. Always None: legs are handed over by this process's event loop."""
+        return None
+
+    def dropped_messages(self) -> Mapping[DropReason, int]:
+        """See the port."""
+        return {}
 
     async def wait_failed(self) -> str:
         """See the port. Returns when an injected fault or an internal error has ended the engine."""

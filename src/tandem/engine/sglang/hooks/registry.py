@@ -1,8 +1,9 @@
 """Hooks that Tandem registers in SGLang's processes through its hook registry: statistics, error reports, CPU use.
 
 Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
-memory and avoids busy loops; `seeded_sampling` makes seeds effective and `grammars` rejects unusable grammars. No hook
-changes the tokens of a request without a seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
+memory and avoids busy loops; `seeded_sampling` makes seeds effective, `grammars` rejects unusable grammars, and
+`handover_port` and `bootstrap_server` drop what foreign senders send. No hook changes the tokens of a request without a
+seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
 the start instead.
 """
 
@@ -11,14 +12,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import pkgutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tandem.engine.sglang import reports
-from tandem.engine.sglang.hooks import grammars, seeded_sampling
+from tandem.engine.sglang.environment import REPORT_FILE
+from tandem.engine.sglang.hooks import bootstrap_server, grammars, handover_port, seeded_sampling
+from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 
 log = logging.getLogger(__name__)
@@ -31,8 +36,6 @@ IDLE_POLL_MS = 1
 PROGRESS_DELAY_US = 5_000
 """Poll interval of NIXL's progress thread, which events on its connections wake in addition."""
 PEER_PROBE_TIMEOUT_S = 0.5
-STATUS_FRAMES = 5
-"""Frames of SGLang's status message: tag, room, status, rank, reason. Tandem appends a sixth: the bytes transferred."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
@@ -55,6 +58,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_SCHEDULER}.get_init_info": (_describe, "after"),
         f"{_SCHEDULER}.get_output_streamer_class": (_streamer_class, "after"),
         f"{_SCHEDULER}.run_batch": (_note_recomputed, "before"),
+        "sglang.srt.distributed.bootstrap._resolve_dist_init_method": (_meet_in_a_file, "after"),
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
         f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
         f"{_LOADS}.get_loads": (_account_for_pages, "after"),
@@ -76,6 +80,8 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_record_received_bytes, "after"),
         f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_probe_peer_first, "around"),
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
+        **handover_port.targets(),
+        **bootstrap_server.targets(),
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
@@ -95,11 +101,20 @@ def register_in_child(device: str) -> None:
         HookRegistry.register(target, hook, HookType(kind))
 
 
+def targets_in_main() -> dict[str, tuple[Callable[..., Any], str]]:
+    """Hooks of the worker's process: SGLang must not reconfigure its logging, and its bootstrap server is checked."""
+    hooks: dict[str, tuple[Callable[..., Any], str]] = {
+        "sglang.srt.utils.common.configure_logger": (_skip_configure_logger, "replace")
+    }
+    return hooks if importlib.util.find_spec("nixl") is None else hooks | bootstrap_server.targets_in_main()
+
+
 def register_in_main() -> None:
-    """In the worker's process: stop SGLang from reconfiguring the process's logging."""
+    """Register every hook of the worker's process."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.utils.common.configure_logger", _skip_configure_logger, HookType.REPLACE)
+    for target, (hook, kind) in targets_in_main().items():
+        HookRegistry.register(target, hook, HookType(kind))
 
 
 def in_place(names: list[str]) -> list[str]:
@@ -139,6 +154,16 @@ def _drop_abort_errors(record: logging.LogRecord) -> bool:
 def _skip_detokenizer(original: Callable[..., Any], cls: type, *arguments: Any, **keywords: Any) -> Any:
     """Send token ids straight to the worker's process: frontends detokenize, and `launch` starts no detokenizer."""
     return original(cls, *arguments, **{**keywords, "skip_tokenizer_init": True})
+
+
+def _meet_in_a_file(method: str, *, dist_port: int) -> str:
+    """Let the ranks of this engine, all on this machine, meet in a file: torch's store listens on every address.
+
+    The port is the same in all ranks, and no other group's.
+    """
+    if not method.startswith("tcp://"):
+        return method
+    return Path(os.environ[REPORT_FILE]).with_name(f"ranks-{dist_port}").as_uri()
 
 
 # --- What the scheduler reports
