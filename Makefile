@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint protos clean
+.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint sbom protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ lint: setup ## ruff, mypy, drift of what is generated, buf
 
 deploy-lint: setup ## the deployment files against other tools' checkers, installed into .cache
 	@$(BIN)/python tools/check_deployments.py
+
+sbom: setup ## sbom.json: a CycloneDX bill of materials of .venv
+	@$(BIN)/python tools/write_sbom.py
 
 protos: setup ## generate src/tandem/api and docs/reference/contracts.md from protos/
 	$(BIN)/python tools/gen_protos.py

@@ -28,6 +28,9 @@ from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.restarts import Restarts
 from tandem.service.restart_budget import RestartPolicy
 
+FIRST_PROMPT = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
+"""Suggested for a start; the demo model answers it from the prompt."""
+
 
 async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:
     """Run a cluster until a signal arrives or no process of it can serve. Returns the exit status.
@@ -114,4 +117,4 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
     console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
     if cluster.spec.tls is not None:
         console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)
-    console.print('\nTry `tandem generate "Once upon a time"`. Ctrl-C drains and stops the cluster.', highlight=False)
+    console.print(f'\nTry `tandem generate "{FIRST_PROMPT}"`. Ctrl-C drains and stops the cluster.', highlight=False)
