@@ -231,7 +231,7 @@ def test_a_stream_that_raises_holds_nothing_up(caplog: pytest.LogCaptureFixture)
 
     run_virtually(live())
     assert [record.getMessage() for record in caplog.records] == [
-        "defect while sending a held chunk; other streams are not affected"
+        "bug in this frontend while it sent a held chunk; other streams are not affected"
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments
-from tandem.engine.sglang.hooks import registry
+from tandem.engine.sglang.hooks import scheduler_hooks
 
 PORTS = arguments.Ports(server=1, distributed=2, bootstrap=3)
 
@@ -33,4 +33,4 @@ def test_elsewhere_nothing_is_reserved() -> None:
 
 def test_penalties_are_not_compiled_at_their_first_use_on_a_cpu() -> None:
     for device, count in (("cpu", 2), ("cuda", 0)):
-        assert sum(target.endswith(".apply_scaling_penalties") for target in registry.targets(device)) == count
+        assert sum(target.endswith(".apply_scaling_penalties") for target in scheduler_hooks.targets(device)) == count

@@ -113,7 +113,7 @@ async def test_a_defect_of_a_handler_is_internal_without_details(caplog: pytest.
         assert failure.code() is grpc.StatusCode.INTERNAL
         assert "secret" not in (failure.details() or "")
     assert [record.getMessage() for record in caplog.records] == [
-        "defect in the handler of /test.Echo/Unary; the call fails with an internal error"
+        "bug in this service in the handler of /test.Echo/Unary: the call fails with an internal error, others do not"
     ]
 
 

@@ -124,7 +124,7 @@ async def _wait_ready(process: asyncio.subprocess.Process, admin: Admin) -> None
                     )
                 await asyncio.sleep(READY_POLL_S)
     except TimeoutError:
-        raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s") from None
+        raise StartError(f"Envoy was not ready within {READY_TIMEOUT_S:g} s; its log lines above say why") from None
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

@@ -161,7 +161,10 @@ class _Server(ThreadingHTTPServer):
         """Ignore clients that disconnect or do not speak HTTP; log anything else, which is a defect."""
         problem = sys.exc_info()[1]
         if not isinstance(problem, OSError):
-            log.error("defect while answering a scrape: it fails, requests are not affected", exc_info=problem)
+            log.error(
+                "bug in this process while it answered a scrape: the scrape fails, requests are not affected",
+                exc_info=problem,
+            )
 
     def _secured(self, request: socket.socket) -> socket.socket:
         if self._tls is None:

@@ -163,5 +163,9 @@ def as_error(problem: Exception, method: str) -> TandemError:
     if isinstance(problem, TandemError):
         problem.__traceback__ = problem.__context__ = problem.__cause__ = None
         return problem
-    log.error("defect in the handler of %s; the call fails with an internal error", method, exc_info=problem)
+    log.error(
+        "bug in this service in the handler of %s: the call fails with an internal error, others do not",
+        method,
+        exc_info=problem,
+    )
     return TandemError(f"internal error in {method}: {type(problem).__name__}")

@@ -128,4 +128,4 @@ def _call(timer: Timer) -> None:
         callback()
     except Exception:
         # An exception of one callback must not stop the ticker, and with it all other timers.
-        log.exception("defect in a timer's callback; other timers run on")
+        log.exception("bug in this process in a timer's callback; other timers run on")

@@ -1,6 +1,7 @@
 """Continuation of a failed stream: the leg that starts after the client's last token, or why there can be none.
 
-Pure. A continuation is the same request with a longer prompt. So it is allowed only where the prompt is all the state
+Pure; `request_stream` adds the two reasons that are not of the request: too many failures, and no worker left. A
+continuation is the same request with a longer prompt. So it is allowed only where the prompt is all the state
 there is: not with a grammar, whose state would be lost, and not with penalties, which engines count over the tokens
 that they sampled themselves.
 """

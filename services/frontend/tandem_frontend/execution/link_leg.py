@@ -95,7 +95,11 @@ def report_failed(sink: Sink, problem: TandemError) -> None:
     try:
         sink.fail(problem)
     except Exception as defect:  # a defect of one sink must not end the other legs
-        log.error("defect in a leg's sink while it handled the failure: %s", problem, exc_info=defect)
+        log.error(
+            "bug in this frontend while it handled a failed leg: that request may end only at its deadline, others are "
+            "not affected; the leg's failure was: %s",
+            problem, exc_info=defect,
+        )  # fmt: skip
 
 
 def leg_start(number: int, request: leg_pb2.LegRequest, timeout_s: float | None, headers: Headers) -> leg2_pb2.LegStart:
@@ -111,8 +115,12 @@ def leg_start(number: int, request: leg_pb2.LegRequest, timeout_s: float | None,
     return start
 
 
-def defect_of(problem: Exception) -> TandemError:
-    """The error of a leg whose sink has raised."""
+def bug_in(what: str, worker_id: str, problem: Exception) -> TandemError:
+    """Log that a leg's sink has raised, and return the error of that leg."""
+    log.error(
+        "bug in this frontend while it handled %s of worker %s: that request fails, others do not",
+        what, worker_id, exc_info=problem,
+    )  # fmt: skip
     return TandemError(f"internal error in a leg: {type(problem).__name__}")
 
 

@@ -24,7 +24,7 @@ from tandem.observability.trace_context import Headers
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.status import from_status
 from tandem.service.awake_timers import AwakeTimers, Timer
-from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, copied, defect_of, leg_start, report_failed
+from tandem_frontend.execution.link_leg import Bounds, Leg, Sink, batch, bug_in, copied, leg_start, report_failed
 from tandem_frontend.execution.step_logprobs import by_leg
 
 log = logging.getLogger(__name__)
@@ -280,8 +280,7 @@ class WorkerLink:
         try:
             sink.finish(end.finish)
         except Exception as problem:  # a defect of one sink must not end the other legs
-            log.exception("a leg of worker %s fails: defect while handling its finish", self.worker.worker_id)
-            report_failed(sink, defect_of(problem))
+            report_failed(sink, bug_in("the finish of a leg", self.worker.worker_id, problem))
 
     def _fail_misfits(self, misfits: dict[int, str], unknown: dict[int, None]) -> None:
         """Fail legs that have not as many log probabilities as tokens."""
@@ -294,8 +293,7 @@ class WorkerLink:
 
     def _drop_defective(self, leg: Leg, problem: Exception) -> None:
         """Fail the one leg whose sink has raised."""
-        log.error("a leg of worker %s fails: defect in its sink", self.worker.worker_id, exc_info=problem)
-        self._fail(leg, defect_of(problem))
+        self._fail(leg, bug_in("an event of a leg", self.worker.worker_id, problem))
 
     def _note_unknown(self, number: int, unknown: dict[int, None]) -> None:
         unknown[number] = None

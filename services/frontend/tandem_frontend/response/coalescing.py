@@ -1,4 +1,4 @@
-"""When a chunk is sent: at once while this process is idle, together with later tokens while it is busy.
+"""How long a busy process holds chunks: the limit, the pressure and the timer. `Relay._offer` decides for each chunk.
 
 A chunk costs the same with one token as with ten. So while the event loop is idle, each token is sent as it arrives;
 the busier the loop, the longer a stream's next chunk is held, up to a limit. A chunk is held only if the stream's next
@@ -67,7 +67,7 @@ class Coalescing:
                 try:
                     stream.flush()
                 except Exception:  # a defect of one stream must not hold back the others
-                    log.exception("defect while sending a held chunk; other streams are not affected")
+                    log.exception("bug in this frontend while it sent a held chunk; other streams are not affected")
         finally:
             self._is_flushing = bool(self._held)
             if self._is_flushing:

@@ -13,7 +13,7 @@ from tandem.domain.checkpoint import Checkpoint
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang.compat import SGLANG_VERSION
-from tandem.engine.sglang.hooks.registry import FACTS_KEY
+from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
 
 
 def capabilities(

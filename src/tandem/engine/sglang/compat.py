@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from tandem.engine.sglang.environment import PLATFORM_NAME
-from tandem.engine.sglang.hooks import registry
+from tandem.engine.sglang.hooks import scheduler_hooks
 from tandem.errors import StartError
 
 SGLANG_VERSION = "0.5.23"
@@ -94,7 +94,7 @@ def check_offers(transfer_backend: str, device: str) -> None:
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}: {CHANGED}")
     if transfer_backend == "nixl":
         _import("nixl._api")
-        for target in registry.targets(device) | registry.targets_in_main():
+        for target in scheduler_hooks.targets(device) | scheduler_hooks.targets_in_main():
             try:
                 pkgutil.resolve_name(target)
             except (ImportError, AttributeError) as problem:
@@ -111,11 +111,11 @@ def check_hooks(facts: dict[str, Any] | None, device: str) -> None:
         raise StartError(
             "SGLang's scheduler did not load Tandem's plugin: reinstall tandem (pip install -e . --no-deps)"
         )
-    absent = sorted(set(registry.targets(device)) - set(facts["hooks"]))
+    absent = sorted(set(scheduler_hooks.targets(device)) - set(facts["hooks"]))
     if absent:
         raise StartError(f"hooks were not applied in SGLang's scheduler: {', '.join(absent)}; {CHANGED}")
-    here = list(registry.targets_in_main())
-    absent = sorted(set(here) - set(registry.in_place(here)))
+    here = list(scheduler_hooks.targets_in_main())
+    absent = sorted(set(here) - set(scheduler_hooks.in_place(here)))
     if absent:
         raise StartError(f"hooks were not applied in the worker's process: {', '.join(absent)}; {CHANGED}")
 

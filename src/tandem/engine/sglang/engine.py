@@ -27,7 +27,7 @@ from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import arguments, capabilities, compat, environment, profiling, reports, requests
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.handover import HandoverWatch
-from tandem.engine.sglang.hooks.registry import FACTS_KEY
+from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
 from tandem.service import run_directory

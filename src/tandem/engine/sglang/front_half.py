@@ -14,7 +14,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput, unwrap_from_pickle
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from tandem.engine.sglang.hooks.registry import FACTS_KEY
+from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed, TandemError
 

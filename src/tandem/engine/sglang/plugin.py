@@ -59,11 +59,11 @@ def register() -> None:
     device = plugin_device()
     if device is None:
         return
-    from tandem.engine.sglang.hooks import registry
+    from tandem.engine.sglang.hooks import scheduler_hooks
 
     parent = multiprocessing.parent_process()
     if parent is None:
-        registry.register_in_main()
+        scheduler_hooks.register_in_main()
         return
     # SGLang sets PR_SET_PDEATHSIG too, but does not check whether its parent has already died by then.
     assert parent.pid is not None
@@ -73,4 +73,4 @@ def register() -> None:
     # parent has drained. The parent kills them when it stops, and PR_SET_PDEATHSIG does when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    registry.register_in_child(device)
+    scheduler_hooks.register_in_child(device)

@@ -207,7 +207,10 @@ class Connection(asyncio.Protocol):
             self._sender.take_from_state()
             self.give_up(f"it broke the protocol ({type(problem).__name__})", None)
         except Exception:  # a defect in one connection must not end the others
-            log.exception("defect in a connection from %s", self._peer.address)
+            log.exception(
+                "bug in this server: closing the connection from %s, whose calls end; others are not affected",
+                self._peer.address,
+            )
             self.give_up("a defect of this server", ErrorCodes.INTERNAL_ERROR)
         if frames.has_more and not self._is_resting and not self._is_closed:
             self._is_resting = True

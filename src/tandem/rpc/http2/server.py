@@ -173,7 +173,7 @@ class Http2RpcServer(ServiceHost):
             connection.close()
         elif task.exception() is not None:
             log.error(
-                "defect in the handshake of a connection, which is closed; others are not affected",
+                "bug in this server in a connection's handshake: closing the connection; others are not affected",
                 exc_info=task.exception(),
             )
             connection.close()

@@ -188,7 +188,10 @@ class ParentLink:
         self._channel.send(Kind.REPORT, taken=self._taken_count, ended=self._ended_count, calls=serving.open_call_count)
 
     def _on_parent_gone(self) -> None:
-        log.error("the parent process has exited: finishing open requests, then stopping")
+        log.error(
+            "the parent of this process has exited, and it alone accepts connections: finishing open requests, then "
+            "stopping; the parent's last log lines say why"
+        )
         self._drain.set()
         if self._has_drained:
             self._stop.set()

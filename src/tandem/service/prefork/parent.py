@@ -180,7 +180,11 @@ class Prefork(Watcher):
         async def drain_it() -> None:
             await asyncio.sleep(SIGNAL_GRACE_S)
             if not self._is_draining:
-                log.info("process %d received a signal: draining it", child.number)
+                log.info(
+                    "process %d (pid %s) received a signal: draining it, then starting a new one",
+                    child.number,
+                    child.pid,
+                )
                 child.send(Kind.DRAIN)
 
         self._spawn(drain_it())
@@ -241,7 +245,7 @@ class Prefork(Watcher):
             async with asyncio.timeout(timeout_s):
                 await child.wait_ended()
         except TimeoutError:
-            log.error("process %d did not exit within %g s: killing it", child.number, timeout_s)
+            log.error("process %d (pid %s) did not exit within %g s: killing it", child.number, child.pid, timeout_s)
             child.kill()
             await child.wait_ended()
         for connection in child.take_back():
@@ -263,9 +267,12 @@ class Prefork(Watcher):
 
     def _log_silence(self, child: ChildProcess) -> None:
         if child.is_silent:
-            log.error("process %d has not responded for %g s: it gets no new connections", child.number, SILENT_S)
+            log.error(
+                "process %d (pid %s) has not responded for %g s: it gets no new connections",
+                child.number, child.pid, SILENT_S,
+            )  # fmt: skip
         else:
-            log.info("process %d responds again: it gets new connections", child.number)
+            log.info("process %d (pid %s) responds again: it gets new connections", child.number, child.pid)
             self._distributor.reevaluate()
 
     # Waiting for changes.

@@ -165,4 +165,6 @@ async def _spawn(spec: EncoderSpec, its_end: socket.socket) -> asyncio.subproces
 
 
 def _failed(what: str) -> ServiceError:
-    return ServiceError(f"the process that tokenises long prompts {what}")
+    return ServiceError(
+        f"the process that tokenises long prompts {what}; other prompts are not affected, and a retry starts a new one"
+    )

@@ -1,8 +1,8 @@
 """KV transfer statistics per request, recorded in the scheduler process during the transfer.
 
-Written by hooks (`hooks.registry`) at the points where SGLang submits pages to NIXL and where it learns that they have
-arrived. Measured, never computed from the model's shape: bytes are those that NIXL's telemetry reports for each
-finished write, and prompt tokens count as recomputed when a batch that contains them is passed to the model.
+Written by hooks (`hooks.scheduler_hooks`) at the points where SGLang submits pages to NIXL and where it learns that
+they have arrived. Measured, never computed from the model's shape: bytes are those that NIXL's telemetry reports for
+each finished write, and prompt tokens count as recomputed when a batch that contains them is passed to the model.
 """
 
 from __future__ import annotations

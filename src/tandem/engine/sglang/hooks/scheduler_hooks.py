@@ -1,4 +1,4 @@
-"""Hooks that Tandem registers in SGLang's processes through its hook registry: statistics, error reports, CPU use.
+"""Hooks that Tandem registers in SGLang's processes through its hook registry: KV bytes, error reports, CPU use.
 
 Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
 memory and avoids busy loops; `seeded_sampling` makes seeds effective, `grammars` rejects unusable grammars, and
