@@ -61,7 +61,7 @@ async def test_the_life_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         await refuses_what_is_wrong(parsers)
         await ends_one_stream_beyond_its_bounds(parsers)
         await continues_every_stream_of_a_worker_that_ends(parsers)
-        await fails_the_stream_that_ends_two_workers(parsers)
+        await fails_the_stream_that_ends_one_worker_after_another(parsers)
         await kills_a_worker_that_does_not_respond(parsers, monkeypatch)
         await continues_every_stream_when_the_host_ends(parsers)
         pid = parsers.pid
@@ -149,7 +149,7 @@ def joined(deltas: Sequence[Delta]) -> tuple[str, list[str], str]:
     return content, names, "".join(delta.json_fragment for delta in deltas if isinstance(delta, ToolCallArguments))
 
 
-async def fails_the_stream_that_ends_two_workers(parsers: Parsers) -> None:
+async def fails_the_stream_that_ends_one_worker_after_another(parsers: Parsers) -> None:
     stream = await parsers.open(TOOLS)
     neighbours = [await parsers.open(TOOLS) for _ in range(6)]
     feeding = asyncio.create_task(feed_into_death(stream))

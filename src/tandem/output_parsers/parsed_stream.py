@@ -18,8 +18,8 @@ from tandem.output_parsers.worker_connection import WorkerConnection, WorkerEnde
 
 log = logging.getLogger(__name__)
 
-ENDS_MAX = 1
-"""Workers that may end while they work on one stream. The first end may have another cause, a second one has not."""
+ENDS_MAX = 2
+"""Workers that may end while they work on one stream: where the host ends, all of them do."""
 
 
 class ParsedStream:
@@ -64,7 +64,7 @@ class ParsedStream:
         """Parse the next text of the model; returns the deltas that are final now.
 
         Raises:
-            ParserFailed: the parser failed on this text, exceeded a bound, or ended its worker twice.
+            ParserFailed: the parser failed on this text, exceeded a bound, or ended one worker after another.
             ServiceError: its worker ended and no other is ready.
         """
         assert self._is_open, "feed() after the end"
@@ -103,7 +103,7 @@ class ParsedStream:
                     return opened
                 return await self._worker.call({**message, "id": self._id})
             except WorkerEnded as end:
-                self._detach()
+                self._worker = None
                 self._ends += end.was_at_work
                 if end.was_at_work and (end.did_not_respond or self._ends > ENDS_MAX):
                     self._leave()
@@ -117,23 +117,17 @@ class ParsedStream:
             return {}
         worker = await self._find()
         self._worker = worker
-        worker.stream_count += 1
         try:
             response = await worker.call({"op": "open", "id": self._id, **self._wanted, "replay": self._texts})
         except BaseException:
             # Cancelled, for example: the worker must not keep what has no owner.
             worker.send({"op": "forget", "id": self._id})
-            self._detach()
+            self._worker = None
             raise
         self.keep_special_tokens = response["keep_special_tokens"]
         return response
 
-    def _detach(self) -> None:
-        if self._worker is not None:
-            self._worker.stream_count -= 1
-            self._worker = None
-
     def _leave(self) -> None:
         self._is_open = False
-        self._detach()
+        self._worker = None
         self._texts.clear()

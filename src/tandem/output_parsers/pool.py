@@ -26,7 +26,9 @@ ToolChoice = str | Mapping[str, Any]
 """As OpenAI writes it: "none", "auto", "required", or {"type": "function", "function": {"name": ...}}."""
 PROMPT_TAIL_CHARS = 1_024
 WORKERS = 2
-"""A parser that is stuck holds up half of the streams until its worker is killed, and no others."""
+"""One parses, as long as it keeps up: messages of all streams then wake one process. The others take over."""
+BUSY_S = 0.05
+"""A worker that works longer on one message gets no new streams until it has answered."""
 READY_TIMEOUT_S = 60.0
 """How long a request waits for the host to be restarted."""
 RESTART_DELAY_S = 1.0
@@ -152,7 +154,7 @@ class Parsers:
         return sum(response["streams"] for response in responses)
 
     async def worker(self) -> WorkerConnection:
-        """The worker with the fewest streams; waits for one if there is none.
+        """The first worker that is not held up; waits for one if there is none.
 
         Raises:
             ServiceError: none is ready within READY_TIMEOUT_S.
@@ -164,7 +166,8 @@ class Parsers:
                     await self._ready.wait()
         except TimeoutError:
             raise ServiceError(f"the parser host ended and no other was ready within {READY_TIMEOUT_S:g} s") from None
-        return min(self._live(), key=lambda worker: worker.stream_count)
+        live = self._live()
+        return next((worker for worker in live if worker.busy_s < BUSY_S), min(live, key=lambda worker: worker.busy_s))
 
     def _live(self) -> list[WorkerConnection]:
         return [worker for worker in self._workers if not worker.has_ended]

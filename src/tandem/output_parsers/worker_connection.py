@@ -48,13 +48,16 @@ class WorkerConnection(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._did_not_respond = False
         self._transport: asyncio.Transport | None = None
-        self.stream_count = 0
-        """Open streams, for balance."""
 
     @property
     def has_ended(self) -> bool:
         """Whether the worker has closed its connection and sends no more responses."""
         return self._ended.done()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the worker has worked on its current message; 0 without one."""
+        return self._loop.time() - self._progress_s if self._pending else 0.0
 
     async def wait_ended(self) -> bool:
         """Return once the worker has ended and every pending call has failed: whether it was killed as stuck."""
@@ -74,8 +77,9 @@ class WorkerConnection(asyncio.Protocol):
         number = next(self._numbers)
         self._write({"n": number, **message})
         pending = self._pending[number] = self._loop.create_future()
-        if self._watch is None:
+        if len(self._pending) == 1:
             self._progress_s = self._loop.time()
+        if self._watch is None:
             self._watch = self._loop.call_later(RESPONSE_TIMEOUT_S, self._check)
         response: dict[str, Any] = await pending
         if "error" in response:
@@ -103,7 +107,7 @@ class WorkerConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         # A cast: uvloop's transports are no subclasses.
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""

@@ -6,12 +6,14 @@ expression: the signal's exception passes through it, and only its stream fails.
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 STEP_CPU_S = 0.5
 """For one message; an ordinary one takes some 30 us."""
@@ -42,23 +44,24 @@ class StepTimer:
         self._is_armed = False
         signal.signal(signal.SIGPROF, self._interrupt)
 
-    @contextlib.contextmanager
-    def limited(self, cpu_s: float) -> Iterator[None]:
-        """Interrupt the block after that much processor time.
+    def run(self, work: Callable[[], Result], cpu_s: float) -> tuple[Result, float]:
+        """Do the work, at most for that much processor time; returns its result and the time it used.
 
         Raises:
             BoundExceeded: it was interrupted.
         """
+        limit_s = max(cpu_s, REPEAT_S)
         self._is_armed = True
         # Repeated, because a bare `except` in a detector may catch the first one.
-        signal.setitimer(signal.ITIMER_PROF, max(cpu_s, REPEAT_S), REPEAT_S)
+        signal.setitimer(signal.ITIMER_PROF, limit_s, REPEAT_S)
         try:
-            yield
+            result = work()
         except OutOfTime:
-            raise BoundExceeded(f"parsing took more than {cpu_s:.2g} s of processor time") from None
+            raise BoundExceeded(f"parsing took more than {limit_s:.2g} s of processor time") from None
         finally:
             self._is_armed = False
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            left_s, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+        return result, limit_s - left_s
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._is_armed:

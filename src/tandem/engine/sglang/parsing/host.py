@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,8 +77,8 @@ class Host:
     def _open(self, message: Message) -> Message:
         if len(self._streams) >= STREAMS_MAX:
             return {"error": f"the limit of {STREAMS_MAX} open streams is reached"}
-        with self._timer.limited(REQUEST_CPU_S):
-            stream = BoundedStream(self._formats.open(wanted(message)), self._timer)
+        opened, _ = self._timer.run(lambda: self._formats.open(wanted(message)), REQUEST_CPU_S)
+        stream = BoundedStream(opened, self._timer)
         stream.replay(message.get("replay", ()))
         self._streams[message["id"]] = stream
         return {"keep_special_tokens": stream.keep_special_tokens}
@@ -95,8 +94,7 @@ class Host:
         return {}
 
     def _grammar(self, message: Message) -> Message:
-        with self._timer.limited(REQUEST_CPU_S):
-            return {"grammar": self._formats.grammar(wanted(message))}
+        return {"grammar": self._timer.run(lambda: self._formats.grammar(wanted(message)), REQUEST_CPU_S)[0]}
 
     def _count(self, message: Message) -> Message:
         return {"streams": len(self._streams)}
@@ -142,12 +140,9 @@ class BoundedStream:
 
     def _step(self, work: Callable[[], list[Delta]], chars: int) -> list[Delta]:
         left_s = STREAM_CPU_S + self._chars * CHAR_CPU_S - self._used_s
-        begin_s = time.process_time()
-        try:
-            with self._timer.limited(min(STEP_CPU_S + chars * CHAR_CPU_S, left_s)):
-                return work()
-        finally:
-            self._used_s += time.process_time() - begin_s
+        deltas, used_s = self._timer.run(work, min(STEP_CPU_S + chars * CHAR_CPU_S, left_s))
+        self._used_s += used_s
+        return deltas
 
 
 def wanted(message: Message) -> Wanted:

@@ -59,8 +59,8 @@ class _Reader:
         """The schema of a parameter with one type, and without what names others."""
         resolved = self._resolved(schema, 0)
         kinds = self._types(resolved, 0)
-        several = isinstance(resolved.get("type"), list)
-        if kinds == {resolved.get("type")} and not several and not {*_UNIONS, "allOf", "const"} & resolved.keys():
+        is_plain = isinstance(resolved.get("type"), str) and not {*_UNIONS, "allOf", "const"} & resolved.keys()
+        if is_plain and kinds:
             return resolved
         names = ("description", "items", "additionalProperties")
         kept: dict[str, Any] = {key: resolved[key] for key in names if key in resolved}
