@@ -21,7 +21,7 @@
     │   ├── Overloaded           at capacity; retry later               RESOURCE_EXHAUSTED
     │   ├── DeadlinePassed       the caller's deadline has passed       DEADLINE_EXCEEDED
     │   ├── RequestAborted       the request was aborted                CANCELLED
-    │   ├── ParserFailed         the output could not be parsed         UNAVAILABLE
+    │   ├── ParserFailed         the output could not be parsed         INTERNAL
     │   ├── ProfileFailed        no profile was recorded                INTERNAL
     │   └── EngineFailed         the engine died or misbehaved          INTERNAL
     └── StartError               a process cannot start; printed without traceback
@@ -237,8 +237,12 @@ class EngineFailed(ServiceError):
 
 
 class ParserFailed(ServiceError):
-    """The parser process died, or failed on the model's output (tool calls, reasoning)."""
+    """The model's output (tool calls, reasoning) could not be parsed, or not within the bounds of one stream.
 
+    Not UNAVAILABLE: another frontend would fail on the same output, so nothing repeats the request there.
+    """
+
+    code = "INTERNAL"
     reason = "PARSER_FAILED"
 
 

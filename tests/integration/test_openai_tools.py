@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -165,3 +166,19 @@ def test_what_cannot_be_called_is_named(client: openai.OpenAI, fields: Any, para
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**ASKED, **fields)
     assert refused.value.param == param
+
+
+def test_half_a_surrogate_pair_in_an_argument_is_replaced(client: openai.OpenAI) -> None:
+    """Once it ended the parser host, every stream in it, and those of two more frontends."""
+    text = '<tool_call>\n{"name": "look", "arguments": {"where": "\\ud83d"}}\n</tool_call>'
+    asked = {
+        **ASKED,
+        "tools": TOOLS,
+        "extra_body": {"regex": re.escape(text), "chat_template_kwargs": {"enable_thinking": False}},
+    }
+    said = client.chat.completions.create(**asked)
+    (call,) = said.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert json.loads(call.function.arguments) == {"where": "\ufffd"}
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"

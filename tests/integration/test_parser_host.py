@@ -1,4 +1,4 @@
-"""Integration test of the parser host process: start, streams, crashes and timeouts, and a frontend that uses one."""
+"""Integration test of the parser host and its workers: start, streams, bounds, ends, and a frontend that uses them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tandem.output_parsers import (
     Reasoning,
     ToolCallArguments,
     ToolCallStart,
-    host_process,
+    worker_connection,
 )
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
@@ -36,6 +36,7 @@ pytestmark = [
 
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+LONG_CALL = 'I add. <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "two and three"}}\n</tool_call>'
 FRONTEND_BYTES_MAX = 250 * 1024 * 1024
 
 
@@ -58,8 +59,11 @@ async def test_the_life_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         await speaks_in_deltas(parsers)
         await forgets_what_is_abandoned(parsers)
         await refuses_what_is_wrong(parsers)
-        await survives_its_death(parsers)
-        await is_killed_when_it_does_not_respond(parsers, monkeypatch)
+        await ends_one_stream_beyond_its_bounds(parsers)
+        await continues_every_stream_of_a_worker_that_ends(parsers)
+        await fails_the_stream_that_ends_one_worker_after_another(parsers)
+        await kills_a_worker_that_does_not_respond(parsers, monkeypatch)
+        await continues_every_stream_when_the_host_ends(parsers)
         pid = parsers.pid
         assert pid is not None
     finally:
@@ -107,28 +111,91 @@ async def refuses_what_is_wrong(parsers: Parsers) -> None:
     assert refused.value.field == "tool_choice"
 
 
-async def survives_its_death(parsers: Parsers) -> None:
+async def ends_one_stream_beyond_its_bounds(parsers: Parsers) -> None:
+    pids = parsers.worker_pids
+    large, *others = [await parsers.open(TOOLS) for _ in range(4)]
+    await asyncio.gather(*(other.feed("Hello ") for other in others))
+    with pytest.raises(ParserFailed, match="more than 4194304 characters"):
+        await large.feed("word " * 1_000_000)
+    for other in others:
+        assert await other.feed("world.") == [Content(" world.")]
+        assert await other.close() == []
+    assert parsers.worker_pids == pids
+
+
+async def continues_every_stream_of_a_worker_that_ends(parsers: Parsers) -> None:
+    """In the middle of a call's arguments: nothing is lost, and nothing is sent twice."""
+    expected = joined(await deltas_of(await parsers.open(TOOLS), list(LONG_CALL)))
+    streams = [await parsers.open(TOOLS) for _ in range(20)]
+    pids, middle = parsers.worker_pids, len(LONG_CALL) // 2
+    firsts = await asyncio.gather(*(fed(stream, LONG_CALL[:middle]) for stream in streams))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    rests = await asyncio.gather(*(fed(stream, LONG_CALL[middle:]) for stream in streams))
+    for stream, first, rest in zip(streams, firsts, rests, strict=True):
+        assert joined([*first, *rest, *await stream.close()]) == expected
+    await assert_eventually(lambda: len(parsers.worker_pids) == 2, within_s=20)
+    assert not {*pids} & {*parsers.worker_pids}
+
+
+async def fed(stream: ParsedStream, text: str) -> list[Delta]:
+    return [delta for char in text for delta in await stream.feed(char)]
+
+
+def joined(deltas: Sequence[Delta]) -> tuple[str, list[str], str]:
+    """Content, names of calls, and arguments."""
+    content = "".join(delta.text for delta in deltas if isinstance(delta, Content))
+    names = [delta.name for delta in deltas if isinstance(delta, ToolCallStart)]
+    return content, names, "".join(delta.json_fragment for delta in deltas if isinstance(delta, ToolCallArguments))
+
+
+async def fails_the_stream_that_ends_one_worker_after_another(parsers: Parsers) -> None:
+    stream = await parsers.open(TOOLS)
+    neighbours = [await parsers.open(TOOLS) for _ in range(6)]
+    feeding = asyncio.create_task(feed_into_death(stream))
+    with pytest.raises(ParserFailed, match="worker ended"):
+        await feeding
+    assert await asyncio.gather(*(other.feed("Yes. ") for other in neighbours)) == [[Content("Yes.")]] * 6
+
+
+async def feed_into_death(stream: ParsedStream) -> None:
+    """Each worker ends while it works on this stream's text."""
+    while True:
+        assert stream.worker_pid is not None
+        os.kill(stream.worker_pid, signal.SIGSTOP)
+        feeding = asyncio.create_task(stream.feed("words"))
+        await asyncio.sleep(0.05)
+        os.kill(stream.worker_pid, signal.SIGKILL)
+        await feeding
+
+
+async def kills_a_worker_that_does_not_respond(parsers: Parsers, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = await parsers.open(TOOLS)
+    neighbours = [await parsers.open(TOOLS) for _ in range(6)]
+    assert [await other.feed("No, ") for other in neighbours] == [[Content("No,")]] * 6
+    monkeypatch.setattr(worker_connection, "RESPONSE_TIMEOUT_S", 1.0)
+    assert stream.worker_pid is not None
+    os.kill(stream.worker_pid, signal.SIGSTOP)
+    stuck = asyncio.create_task(stream.feed("words"))
+    await asyncio.sleep(0.05)
+    others = asyncio.gather(*(other.feed("yes. ") for other in neighbours))
+    with pytest.raises(ParserFailed, match="did not respond"):
+        await stuck
+    assert await others == [[Content(" yes.")]] * 6
+    monkeypatch.undo()
+
+
+async def continues_every_stream_when_the_host_ends(parsers: Parsers) -> None:
     streams = [await parsers.open(TOOLS) for _ in range(20)]
     await asyncio.gather(*(stream.feed("Some words") for stream in streams))
-    assert parsers.pid is not None
     first = parsers.pid
+    assert first is not None
     os.kill(first, signal.SIGKILL)
-    ends = await asyncio.gather(*(stream.feed(" and more") for stream in streams), return_exceptions=True)
-    assert {type(end) for end in ends} == {ParserFailed}
+    await assert_eventually(lambda: not parsers.worker_pids, within_s=5, what="the workers' end")
+    assert await asyncio.gather(*(stream.feed(" and more") for stream in streams)) == [[Content(" and more")]] * 20
     stream = await parsers.open(TOOLS)
     assert [type(delta) for delta in await deltas_of(stream, [CALL])] == [ToolCallStart, ToolCallArguments]
     assert parsers.pid != first
-
-
-async def is_killed_when_it_does_not_respond(parsers: Parsers, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = await parsers.open(TOOLS)
-    monkeypatch.setattr(host_process, "RESPONSE_TIMEOUT_S", 0.3)
-    assert parsers.pid is not None
-    os.kill(parsers.pid, signal.SIGSTOP)
-    with pytest.raises(ParserFailed, match="did not respond"):
-        await stream.feed("words")
-    monkeypatch.undo()
-    assert await deltas_of(await parsers.open(TOOLS), ["Yes."]) == [Content("Yes.")]
 
 
 async def test_a_stop_in_the_middle_of_a_restart_comes_back() -> None:

@@ -21,6 +21,7 @@ from tandem_edge.keys import ApiKey
 from tandem_edge.render import ERRORS_TEMPLATE, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
 
 from tandem.domain.http_errors import ERROR_BY_CODE, ERRORS, ROWS
+from tandem.errors import EngineFailed, ParserFailed
 
 FILES = Files(directory=Path("/run/edge"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -235,3 +236,13 @@ def test_routes_are_those_of_the_contracts() -> None:
 
 def test_the_parts_are_found_where_the_package_is() -> None:
     assert {TEMPLATE, SECRET_TEMPLATE, ERRORS_TEMPLATE} <= {part.name for part in PARTS.iterdir()}
+
+
+def test_a_response_that_failed_for_its_own_content_is_not_repeated_on_another_frontend() -> None:
+    policies = found(rendered(), "retry_on")
+    assert policies
+    for policy in policies:
+        assert ParserFailed.code.lower() not in policy.split(",")
+        assert EngineFailed.code.lower() not in policy.split(",")
+        assert "unavailable" in policy.split(",")
+    assert ERROR_BY_CODE[ParserFailed.code].status == 500

@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 from tandem_frontend.preparation.tokenizer import Tokenizer
-from tandem_frontend.preparation.validation import CHECKED_TOKENS, check_prompt_ids, checked_generate
+from tandem_frontend.preparation.validation import (
+    CHECKED_TOKENS,
+    TOOL_GRAMMAR_BYTES_MAX,
+    check_prompt_ids,
+    checked_generate,
+)
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.sampling import RANGES, Range
@@ -123,6 +128,17 @@ async def test_a_texts_token_beyond_the_models_vocabulary_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"{max(ids)} is outside the vocabulary") as refused:
         await checked_generate(pb.GenerateRequest(prompt="a b"), Tokenizer(TOKENIZER._backend, card, None))
     assert refused.value.field == "prompt"
+
+
+async def test_a_grammar_made_of_tools_has_a_limit_of_its_own() -> None:
+    request = request_of(guided={"ebnf": "x" * 50_000})
+    with pytest.raises(InvalidRequest, match="16384"):
+        await checked_generate(request, TOKENIZER)
+    assert (await checked_generate(request, TOKENIZER, has_tool_grammar=True)).guided == request.guided
+    request.guided.ebnf = "x" * (TOOL_GRAMMAR_BYTES_MAX + 1)
+    with pytest.raises(InvalidRequest) as refused:
+        await checked_generate(request, TOKENIZER, has_tool_grammar=True)
+    assert refused.value.field == "tools"
 
 
 async def test_request_ids() -> None:

@@ -140,6 +140,8 @@ def test_each_choice_has_its_own_seed() -> None:
         ("stopping.max_tokens", {"max_completion_tokens": 0}, "max_completion_tokens"),
         ("guided.json_schema", {"response_format": GRAMMAR}, "response_format"),
         ("guided.regex", {"regex": "("}, "regex"),
+        ("guided.ebnf", {}, "tools"),
+        ("guided.structural_tag", {}, "tools"),
         ("logprobs.top_logprobs", {}, "top_logprobs"),
     ],
 )

@@ -71,7 +71,9 @@ class Generation:
         self._traces: TraceStore[RequestTrace] = traces or TraceStore()
         self._coalescing = coalescing or Coalescing()
 
-    async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
+    async def generate(
+        self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
+    ) -> None:
         """Generate into `answer`: accepted, chunks, exactly one finish.
 
         Cancelling this, at any point, aborts both legs in their engines.
@@ -80,6 +82,7 @@ class Generation:
             request: as the client sent it.
             caller: tenant and deadline.
             answer: receives the response. Chunks are pushed to it until the finish, also while this task waits.
+            has_tool_grammar: the request's grammar is the frontend's own, made of its tools.
 
         Raises:
             TandemError: the only other end of a response, in place of the finish.
@@ -89,7 +92,9 @@ class Generation:
             self._admitted(record) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
-            wanted = await checked_generate(request, self._model.tokenizer, record.request_id)
+            wanted = await checked_generate(
+                request, self._model.tokenizer, record.request_id, has_tool_grammar=has_tool_grammar
+            )
             recorder.checked(wanted)
             if self._tells_prompts and self._traces.ids is not None and is_sampled(record):
                 record.prompt = await self._traced_prompt(wanted)

@@ -4,7 +4,8 @@ The parsers are SGLang's own and run in a child process (`tandem.engine.sglang.p
 """
 
 from tandem.output_parsers.deltas import Content, Delta, Reasoning, ToolCallArguments, ToolCallStart
-from tandem.output_parsers.pool import ParsedStream, Parsers, ToolChoice
+from tandem.output_parsers.parsed_stream import ParsedStream
+from tandem.output_parsers.pool import Parsers, ToolChoice
 
 __all__ = [
     "Content",

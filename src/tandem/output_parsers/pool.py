@@ -1,7 +1,7 @@
-"""SGLang's output parsers for the frontend: one stream per request, in a host process that is restarted when it dies.
+"""SGLang's output parsers for the frontend: one stream per request, in one of a few worker processes.
 
-Owns the host's restarts and the stream ids. When the host dies, each of its streams fails with one ParserFailed; new
-streams wait for the next host.
+Owns the workers and the host that forks them, their replacement, and the stream ids. When a worker ends, its streams
+continue in another one from their own text so far; only a stream that ended it fails.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tandem.domain.generation import Guided
-from tandem.errors import ParserFailed, StartError
-from tandem.output_parsers import deltas
-from tandem.output_parsers.deltas import Delta
-from tandem.output_parsers.host_process import ParserProcess
+from tandem.errors import ParserFailed, ServiceError, StartError
+from tandem.output_parsers.host_process import HostProcess
+from tandem.output_parsers.parsed_stream import ENDS_MAX, ParsedStream
+from tandem.output_parsers.worker_connection import WorkerConnection, WorkerEnded
 
 log = logging.getLogger(__name__)
 
 ToolChoice = str | Mapping[str, Any]
 """As OpenAI writes it: "none", "auto", "required", or {"type": "function", "function": {"name": ...}}."""
 PROMPT_TAIL_CHARS = 1_024
+WORKERS = 2
+"""One parses, as long as it keeps up: messages of all streams then wake one process. The others take over."""
+BUSY_S = 0.05
+"""A worker that works longer on one message gets no new streams until it has answered."""
 READY_TIMEOUT_S = 60.0
 """How long a request waits for the host to be restarted."""
 RESTART_DELAY_S = 1.0
@@ -42,15 +45,22 @@ class Parsers:
             self._flags.append(f"--tool-parser={tool_parser}")
         if reasoning_parser is not None:
             self._flags.append(f"--reasoning-parser={reasoning_parser}")
-        self._host: ParserProcess | None = None
+        self._host: HostProcess | None = None
+        self._workers: list[WorkerConnection] = []
+        """Those that can take streams."""
         self._ready = asyncio.Event()
-        self._restart_task: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
         self._ids = itertools.count(1)
 
     @property
     def pid(self) -> int | None:
         """Process id of the host; None while no host is ready."""
-        return self._host.pid if self._host is not None and self._ready.is_set() else None
+        return self._host.pid if self._host is not None and not self._host.has_ended else None
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are ready."""
+        return [worker.pid for worker in self._live() if worker.pid is not None]
 
     async def start(self) -> None:
         """Return when the host is ready.
@@ -59,18 +69,22 @@ class Parsers:
             ConfigError: SGLang has no parser of that name.
             StartError: SGLang is not installed, or its parsers cannot be used.
         """
-        self._host = await ParserProcess.start(self._flags)
-        self._ready.set()
-        self._restart_task = asyncio.create_task(self._restart_when_ended())
+        self._host = await HostProcess.start(self._flags)
+        for _ in range(WORKERS):
+            self._add(await self._host.start_worker())
+        self._running = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """End the host. Safe after a failed start, and when called twice."""
-        if self._restart_task is not None:
-            self._restart_task.cancel()
+        """End the host and its workers. Safe after a failed start, and when called twice."""
+        if self._running is not None:
+            self._running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._restart_task
-            self._restart_task = None
+                await self._running
+            self._running = None
         self._ready.clear()
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.close()
         if self._host is not None:
             await self._host.stop()
             self._host = None
@@ -95,12 +109,13 @@ class Parsers:
 
         Raises:
             InvalidRequest: a tool or the tool choice is invalid.
-            ParserFailed: no host is ready within READY_TIMEOUT_S.
+            ParserFailed: the parsers of these tools cannot be built.
+            ServiceError: no worker is ready within READY_TIMEOUT_S.
         """
-        stream_id = next(self._ids)
-        message = _wanted(tools, tool_choice, prompt, template_kwargs) | {"previous_calls": previous_calls}
-        host, response = await self._call({"op": "open", "id": stream_id, **message})
-        return ParsedStream(host, stream_id, keep_special_tokens=response["keep_special_tokens"])
+        wanted = _wanted(tools, tool_choice, prompt, template_kwargs) | {"previous_calls": previous_calls}
+        stream = ParsedStream(self.worker, next(self._ids), wanted)
+        await stream.open()
+        return stream
 
     async def constraint(
         self,
@@ -115,110 +130,100 @@ class Parsers:
 
         Raises:
             InvalidRequest: a tool or the tool choice is invalid.
-            ParserFailed: no host is ready, or SGLang cannot build a grammar for these tools.
+            ParserFailed: SGLang cannot build a grammar for these tools.
+            ServiceError: no worker is ready within READY_TIMEOUT_S.
         """
         if tool_choice == "none" or (not tools and tool_choice == "auto"):
             return None
         message = _wanted(tools, tool_choice, prompt, template_kwargs) | {"parallel": parallel_tool_calls}
-        grammar = (await self._call({"op": "grammar", **message}))[1]["grammar"]
-        return None if grammar is None else Guided(**{grammar["kind"]: grammar["grammar"]})
+        ends = 0
+        while True:
+            worker = await self.worker()
+            try:
+                grammar = (await worker.call({"op": "grammar", **message}))["grammar"]
+            except WorkerEnded as end:
+                ends += end.was_at_work
+                if end.was_at_work and (end.did_not_respond or ends > ENDS_MAX):
+                    raise ParserFailed(f"the grammar of these tools could not be built: {end}") from None
+                continue
+            return None if grammar is None else Guided(**{grammar["kind"]: grammar["grammar"]})
 
     async def open_count(self) -> int:
-        """Number of open streams in the host."""
-        count: int = (await self._call({"op": "count"}))[1]["streams"]
-        return count
+        """Number of open streams in the workers."""
+        responses = await asyncio.gather(*(worker.call({"op": "count"}) for worker in self._live()))
+        return sum(response["streams"] for response in responses)
 
-    async def _call(self, message: Mapping[str, Any]) -> tuple[ParserProcess, dict[str, Any]]:
-        """Send a message that depends on no open stream; returns the host that responded, and its response."""
-        host = await self._get_host()
-        try:
-            return host, await host.call(message)
-        except ParserFailed:
-            if not host.has_ended:
-                raise
-            # Retry on the next host: the message needs no state of the one that died.
-            host = await self._get_host()
-            return host, await host.call(message)
-        except asyncio.CancelledError:
-            if "id" in message:
-                host.send({"op": "forget", "id": message["id"]})
-            raise
+    async def worker(self) -> WorkerConnection:
+        """The first worker that is not held up; waits for one if there is none.
 
-    async def _get_host(self) -> ParserProcess:
-        if self._host is not None and self._host.has_ended:
-            # The restart task has not noticed yet: wait for the next host instead of using this one.
-            self._ready.clear()
+        Raises:
+            ServiceError: none is ready within READY_TIMEOUT_S.
+        """
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                await self._ready.wait()
+                while not self._live():
+                    self._ready.clear()
+                    await self._ready.wait()
         except TimeoutError:
-            raise ParserFailed(f"the parser host ended and no other was ready within {READY_TIMEOUT_S:g} s") from None
-        assert self._host is not None, "ready without a host"
-        return self._host
+            raise ServiceError(f"the parser host ended and no other was ready within {READY_TIMEOUT_S:g} s") from None
+        live = self._live()
+        return next((worker for worker in live if worker.busy_s < BUSY_S), min(live, key=lambda worker: worker.busy_s))
 
-    async def _restart_when_ended(self) -> None:
-        """Start another host whenever one ends."""
+    def _live(self) -> list[WorkerConnection]:
+        return [worker for worker in self._workers if not worker.has_ended]
+
+    def _add(self, worker: WorkerConnection) -> None:
+        self._workers.append(worker)
+        self._ready.set()
+
+    async def _run(self) -> None:
+        """Replace workers and the host whenever they end."""
+        keepers: set[asyncio.Task[None]] = {asyncio.create_task(self._keep(worker)) for worker in self._workers}
+        try:
+            while True:
+                assert self._host is not None, "run before start()"
+                status = await self._host.wait_ended()
+                log.error("parser host exited with status %d: starting another", status)
+                # Its workers end with it.
+                await asyncio.gather(*keepers, return_exceptions=True)
+                await self._host.stop()
+                self._host = await self._started_again()
+                keepers = {asyncio.create_task(self._keep(None)) for _ in range(WORKERS)}
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+
+    async def _started_again(self) -> HostProcess:
         while True:
-            assert self._host is not None, "restart task before start()"
-            status = await self._host.wait_ended()
-            self._ready.clear()
-            log.error("parser host exited with status %d: its streams failed; starting another", status)
-            while not self._ready.is_set():
+            try:
+                return await HostProcess.start(self._flags)
+            except StartError as problem:
+                log.error("parser host failed to start, retrying in %g s: %s", RESTART_DELAY_S, problem)
+                await asyncio.sleep(RESTART_DELAY_S)
+
+    async def _keep(self, worker: WorkerConnection | None) -> None:
+        """Keep one worker until the host ends."""
+        host = self._host
+        assert host is not None, "keepers run while there is a host"
+        while True:
+            if worker is None:
                 try:
-                    self._host = await ParserProcess.start(self._flags)
-                    self._ready.set()
+                    worker = await host.start_worker()
                 except StartError as problem:
-                    log.error("parser host failed to start, retrying in %g s: %s", RESTART_DELAY_S, problem)
-                    await asyncio.sleep(RESTART_DELAY_S)
-
-
-class ParsedStream:
-    """One request's output stream. Leaving its context before `close` abandons it."""
-
-    def __init__(self, host: ParserProcess, stream_id: int, *, keep_special_tokens: bool) -> None:
-        self._host = host
-        self._id = stream_id
-        self._is_open = True
-        self.keep_special_tokens = keep_special_tokens
-        """Whether to detokenize with special tokens, because the format's markers are special tokens."""
-
-    async def __aenter__(self) -> ParsedStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.abandon()
-
-    async def feed(self, text: str) -> list[Delta]:
-        """Parse the next text of the model; returns the deltas that are final now.
-
-        Raises:
-            ParserFailed: the host has died, or its parser failed on this text.
-        """
-        assert self._is_open, "feed() after the end"
-        if not text:
-            return []
-        return deltas.read((await self._host.call({"op": "feed", "id": self._id, "text": text}))["deltas"])
-
-    async def close(self, *, complete: bool = True) -> list[Delta]:
-        """End the model's output; returns the deltas that were held back.
-
-        Args:
-            complete: the model ended by itself. False: the output was cut off, perhaps in the middle of a call.
-
-        Raises:
-            ParserFailed: as `feed`.
-        """
-        assert self._is_open, "close() after the end"
-        self._is_open = False
-        return deltas.read((await self._host.call({"op": "close", "id": self._id, "complete": complete}))["deltas"])
-
-    def abandon(self) -> None:
-        """Discard the rest of the output. Safe after the end."""
-        if self._is_open:
-            self._is_open = False
-            self._host.send({"op": "forget", "id": self._id})
+                    if not host.has_ended:
+                        log.error("no parser worker started, retrying in %g s: %s", RESTART_DELAY_S, problem)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(RESTART_DELAY_S):
+                            await host.wait_ended()
+                            return
+                    continue
+                self._add(worker)
+            was_stuck = await worker.wait_ended()
+            self._workers.remove(worker)
+            reason = "was killed because it did not respond" if was_stuck else "ended"
+            log.error("parser worker %s %s: its streams continue in others", worker.pid, reason)
+            worker = None
 
 
 def _wanted(

@@ -59,7 +59,7 @@ class ChatCompletions:
             # Cleaning and rendering read the whole body: a long one would block the event loop for other requests.
             prompt = await asyncio.to_thread(self._prompt, body, tools, kwargs)
         token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False, field="messages")
-        await self._constrain(request, body, tools, prompt, kwargs)
+        has_tool_grammar = await self._constrain(request, body, tools, prompt, kwargs)
         async with contextlib.AsyncExitStack() as stack:
             choices = []
             for number in range(body.choice_count):
@@ -74,7 +74,8 @@ class ChatCompletions:
             head = self._handler.head(
                 f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if body.stream else "chat.completion"
             )
-            response = ApiResponse(head, choices, UsageSum(body.choice_count))
+            usage = UsageSum(body.choice_count)
+            response = ApiResponse(head, choices, usage, has_tool_grammar=has_tool_grammar)
             await self._handler.run(requests, response, caller, body, call)
 
     def _prompt(self, body: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
@@ -133,10 +134,10 @@ class ChatCompletions:
         tools: Sequence[dict[str, Any]],
         prompt: str,
         kwargs: dict[str, Any],
-    ) -> None:
-        """Constrain the output with a grammar where a tool call is required or must follow its schema."""
+    ) -> bool:
+        """Constrain the output where a call is required or must follow its schema. Returns whether it did."""
         if not tools or self._parsers is None:
-            return
+            return False
         choice = _choice(body)
         guided = await self._parsers.constraint(
             tools if choice == "auto" else [_strict(tool) for tool in tools],
@@ -146,11 +147,12 @@ class ChatCompletions:
             template_kwargs=kwargs,
         )
         if guided is None:
-            return
+            return False
         # An engine enforces one grammar per request.
         if request.HasField("guided"):
             raise InvalidRequest("tools", "with a required or strict call cannot be combined with another grammar")
         request.guided.CopyFrom(guided_to_proto(guided))
+        return True
 
     async def _parsed(
         self, body: ChatRequest, tools: Sequence[dict[str, Any]], prompt: str, kwargs: dict[str, Any]

@@ -53,11 +53,15 @@ class Choice(Protocol):
 class ApiResponse:
     """The response to one request while it is generated."""
 
-    def __init__(self, head: dict[str, Any], choices: Sequence[Choice], usage: UsageSum) -> None:
+    def __init__(
+        self, head: dict[str, Any], choices: Sequence[Choice], usage: UsageSum, *, has_tool_grammar: bool = False
+    ) -> None:
         self.head = head
         """First fields of every event, or of the one body: id, object, created, model, system_fingerprint."""
         self.choices = choices
         self.usage = usage
+        self.has_tool_grammar = has_tool_grammar
+        """Whether the grammar of its generations was made of the request's tools."""
 
 
 class EndpointHandler:
@@ -132,16 +136,22 @@ class EndpointHandler:
         """Generate all choices concurrently; the first failure cancels the others."""
         # The common request: it needs no task besides its own.
         if len(requests) == 1 and not result.choices[0].parses:
-            await self._generation.generate(requests[0], caller, ChoiceSink(0, result, entries, None))
+            await self._run(requests[0], caller, ChoiceSink(0, result, entries, None), result)
             return
         try:
             async with asyncio.TaskGroup() as group:
                 for number, request in enumerate(requests):
                     own = ChoiceSink(number, result, entries, group)
-                    group.create_task(self._generation.generate(request, caller, own), name=f"choice-{number}")
+                    group.create_task(self._run(request, caller, own, result), name=f"choice-{number}")
         except ExceptionGroup as problems:
             # The client gets one error. A TandemError is written for clients; any other exception is a defect.
             raise next((p for p in problems.exceptions if isinstance(p, TandemError)), problems.exceptions[0]) from None
+
+    async def _run(self, request: pb.GenerateRequest, caller: Caller, sink: ChoiceSink, result: ApiResponse) -> None:
+        if result.has_tool_grammar:
+            await self._generation.generate(request, caller, sink, has_tool_grammar=True)
+        else:
+            await self._generation.generate(request, caller, sink)
 
 
 def _fingerprint(workers: Iterable[Worker], model: str) -> str:

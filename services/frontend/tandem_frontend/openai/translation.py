@@ -68,9 +68,11 @@ def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
     # Both endpoints send token ids to the pipeline, so an error about the prompt names a field the client never sent.
     if field.split(".")[0] in {"token_ids", "chat", "prompt"}:
         return "messages" if isinstance(body, ChatRequest) else "prompt"
-    # The grammar of tool calls is a JSON schema too.
-    if field.startswith("guided.json_schema"):
-        return "response_format" if body.response_format is not None else "tools"
+    if field.startswith("guided."):
+        # A grammar that the client did not send was made of its tools.
+        if field.startswith("guided.json_schema") and body.response_format is not None:
+            return "response_format"
+        return field.split(".")[1] if body.regex is not None or body.ebnf is not None else "tools"
     if field == "stopping.max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
         return "max_completion_tokens"
     if field in {"logprobs.top_logprobs", "top_logprobs"}:

@@ -35,6 +35,8 @@ PRIORITY_MAX = 100
 COALESCE_MS_MAX = 1_000
 GRAMMAR_BYTES_MAX = 64 * 1_024
 PATTERN_BYTES_MAX = 16 * 1_024
+TOOL_GRAMMAR_BYTES_MAX = 1_024 * 1_024
+"""For a grammar that the frontend made of a request's tools: 42 kB of a single one with glm47."""
 """Limit of a grammar that is not JSON. Lower, because its nesting is not checked before an engine compiles it."""
 CHECKED_TOKENS = 8_192
 """Token ids of a prompt checked between two yields to the event loop: a third of a millisecond."""
@@ -70,8 +72,12 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
-async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer, default_id: str = "") -> CheckedRequest:
+async def checked_generate(
+    request: pb.GenerateRequest, tokenizer: Tokenizer, default_id: str = "", *, has_tool_grammar: bool = False
+) -> CheckedRequest:
     """Check a request, tokenise its prompt, and fill in its limits. Without an id it gets `default_id`, or a new one.
+
+    `has_tool_grammar`: the frontend made the grammar, so that limits for those of clients do not apply.
 
     Raises:
         InvalidRequest: names the first invalid field.
@@ -85,6 +91,10 @@ async def checked_generate(request: pb.GenerateRequest, tokenizer: Tokenizer, de
     check_token_ids("sampling.logit_bias", request.sampling.logit_bias, tokenizer.vocabulary_size)
     _check_stopping(request.stopping, tokenizer.vocabulary_size)
     _check_rest(request)
+    if has_tool_grammar:
+        _check_tool_grammar(request.guided)
+    else:
+        _check_guided(request.guided)
     token_ids = await _prompt_ids(request, tokenizer)
     left_tokens = tokenizer.context_tokens_max - len(token_ids)
     stopping = request.stopping
@@ -308,7 +318,12 @@ def _check_rest(request: pb.GenerateRequest) -> None:
         )
     if not 0 <= request.coalesce_ms <= COALESCE_MS_MAX:
         raise InvalidRequest("coalesce_ms", f"must be 0 to {COALESCE_MS_MAX}, not {request.coalesce_ms}")
-    _check_guided(request.guided)
+
+
+def _check_tool_grammar(guided: sampling_pb2.Guided) -> None:
+    kind = guided.WhichOneof("grammar")
+    if kind is not None and len(getattr(guided, kind).encode()) > TOOL_GRAMMAR_BYTES_MAX:
+        raise InvalidRequest("tools", f"their grammar must be at most {TOOL_GRAMMAR_BYTES_MAX} bytes long")
 
 
 def _check_guided(guided: sampling_pb2.Guided) -> None:

@@ -63,7 +63,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 17
     """A part of the cluster is unreachable. UNAVAILABLE."""
     ERROR_REASON_PARSER_FAILED: _ErrorReason.ValueType  # 18
-    """Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
+    """Tool calls or reasoning in the model's output could not be parsed, or not within the bounds of one stream. INTERNAL."""
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 19
     """The prompt fills the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 20
@@ -123,7 +123,7 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 17
 """A part of the cluster is unreachable. UNAVAILABLE."""
 ERROR_REASON_PARSER_FAILED: ErrorReason.ValueType  # 18
-"""Tool calls or reasoning in the model's output could not be parsed. UNAVAILABLE."""
+"""Tool calls or reasoning in the model's output could not be parsed, or not within the bounds of one stream. INTERNAL."""
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 19
 """The prompt fills the model's context. Metadata: field, limit. INVALID_ARGUMENT."""
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 20

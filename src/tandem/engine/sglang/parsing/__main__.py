@@ -1,7 +1,8 @@
 """`python -m tandem.engine.sglang.parsing`: the parser host process, started by `tandem.output_parsers`.
 
-Owns its start: checks the parser names, imports SGLang, and writes one line, `ready` or `refused`. Standard output
-carries responses only; what libraries print is redirected to standard error.
+Owns its start: checks the parser names, imports SGLang, and writes one line, `ready` or `refused`. Then it parses
+nothing itself: it forks a worker for each connection that it receives (`workers`). What libraries print is redirected
+to standard error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
@@ -18,6 +20,7 @@ from typing import Any, TextIO
 
 from tandem.engine.sglang.environment import DEVICE_SWITCH, PLATFORM_NAME, STANDINS
 from tandem.engine.sglang.parsing.names import check_name, read_names
+from tandem.engine.sglang.parsing.workers import serve_workers
 from tandem.errors import ConfigError, StartError
 from tandem.service.parent_death import follow_parent
 
@@ -36,7 +39,7 @@ TOKENIZER_PARSERS = frozenset({"beam", "hunyuan", "inkling", "response_template"
 
 
 def main() -> int:
-    """Serve until standard input ends; returns the exit status."""
+    """Serve until standard input, a socket, is closed; returns the exit status."""
     follow_parent(os.environ)
     arguments = _arguments()
     responses = _take_stdout()
@@ -52,11 +55,7 @@ def main() -> int:
     responses.write(json.dumps({"ready": time.process_time()}) + "\n")
     responses.flush()
 
-    def write(line: str) -> None:
-        responses.write(line)
-        responses.flush()
-
-    host.serve(sys.stdin, write)
+    serve_workers(socket.socket(fileno=0), host)
     return 0
 
 

@@ -7,9 +7,8 @@ Owns the order of the two parsers and the choice of each. Independent of other s
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,63 +17,13 @@ from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
 from tandem.engine.sglang.parsing import grammar, reasoning
+from tandem.engine.sglang.parsing.clean_deltas import CleanDeltas
+from tandem.engine.sglang.parsing.formats import WHOLE_CALL_FORMATS
+from tandem.engine.sglang.parsing.pieces import Pieces
+from tandem.engine.sglang.parsing.pythonic import PythonicCalls
+from tandem.engine.sglang.parsing.schemas import with_plain_types
 from tandem.engine.sglang.parsing.tool_text import Delta, ToolText
 from tandem.engine.sglang.parsing.whole_calls import WholeCalls
-
-WHOLE_CALL_FORMATS = {"mistral": "[TOOL_CALLS", "interns1": "<|action_start|> <|plugin|>"}
-"""Formats whose streaming detector in SGLang loses calls -> the marker that starts the calls.
-
-See docs/reference/openai-tools.md."""
-
-TAG_CHARS_MAX = 160
-"""Longer than the tag of any detector; a longer match is not treated as a tag."""
-WORD_CHARS_MAX = 16
-
-# Excludes comparisons and shifts in content: "a < b", "a <= b", "1<2", "x << y".
-_TAG = rf"<[^\s<>=\d][^<>\n]{{0,{TAG_CHARS_MAX}}}>"
-_BRACKET = r"\[/?[A-Z_]{1,20}\]"
-_WORD = rf"[A-Za-z0-9_]{{1,{WORD_CHARS_MAX}}}"
-_PIECE = re.compile(f"{_TAG}|{_BRACKET}|{_WORD}|.", re.DOTALL)
-_UNDECIDED = re.compile(
-    rf"(?:<(?:[^\s<>=\d][^<>\n]{{0,{TAG_CHARS_MAX}}})?|\[/?[A-Z_]{{0,20}}|[A-Za-z0-9_]{{1,{WORD_CHARS_MAX - 1}}})\Z"
-)
-
-
-class Pieces:
-    """Splits one stream at positions that depend on its text only, not on how it arrives.
-
-    The results of SGLang's detectors depend on how the text is split: most lose text when a whole call arrives at
-    once, some when a marker arrives in two parts. They are written for pieces the size of tokens: tags, words,
-    characters.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def push(self, text: str) -> list[str]:
-        """The pieces that are complete now; a piece that may still grow is held back."""
-        text = self._held + text
-        pieces: list[str] = []
-        at = 0
-        while at < len(text) and not _UNDECIDED.match(text, at):
-            piece = _PIECE.match(text, at)
-            assert piece is not None, "any character is a piece"
-            pieces.append(piece[0])
-            at = piece.end()
-        self._held = text[at:]
-        return pieces
-
-    def take_word(self) -> str:
-        """Release the partial word that is held back; "" if a possible tag or nothing is held."""
-        if not self._held or self._held[0] in "<[":
-            return ""
-        word, self._held = self._held, ""
-        return word
-
-    def flush(self) -> list[str]:
-        """The remaining pieces, at the end of the stream."""
-        text, self._held = self._held, ""
-        return _PIECE.findall(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +47,15 @@ class Formats:
         self.reasoning_parser = reasoning_parser
         self._tokenizer = tokenizer
 
-    def tools(self, wanted: Wanted) -> FunctionCallParser | None:
-        """A tool call parser for a request; None if the host has none."""
+    def tools(self, wanted: Wanted, *, plain_types: bool) -> FunctionCallParser | None:
+        """A tool call parser for a request; None if the host has none. `plain_types`: see `schemas`."""
         if self.tool_parser is None:
             return None
         return FunctionCallParser(
-            wanted.tools, self.tool_parser, tokenizer=self._tokenizer, tool_choice=wanted.tool_choice
+            with_plain_types(wanted.tools) if plain_types else wanted.tools,
+            self.tool_parser,
+            tokenizer=self._tokenizer,
+            tool_choice=wanted.tool_choice,
         )
 
     def reasoning(self, wanted: Wanted) -> ReasoningParser | None:
@@ -120,7 +72,7 @@ class Formats:
 
     def grammar(self, wanted: Wanted) -> dict[str, str] | None:
         """See `grammar.constraint`."""
-        parser, thoughts = self.tools(wanted), self.reasoning(wanted)
+        parser, thoughts = self.tools(wanted, plain_types=False), self.reasoning(wanted)
         markers = (thoughts.detector.think_start_token, thoughts.detector.think_end_token) if thoughts else ()
         return grammar.constraint(
             parser,
@@ -133,7 +85,8 @@ class Formats:
 
     def open(self, wanted: Wanted) -> Stream:
         """Open a stream for a request."""
-        parser, thoughts = (self.tools(wanted) if wanted.tools else None), self.reasoning(wanted)
+        parser = self.tools(wanted, plain_types=True) if wanted.tools else None
+        thoughts = self.reasoning(wanted)
         forced = bool(wanted.tools) and grammar.is_forced(wanted.tool_choice)
         if forced and not (parser is not None and grammar.thinks_first(parser) and _thinks(thoughts)):
             # The grammar starts with the call, so no reasoning can precede it.
@@ -143,7 +96,7 @@ class Formats:
 
     def _calls(
         self, parser: FunctionCallParser | None, wanted: Wanted, *, forced: bool
-    ) -> ToolText | WholeCalls | None:
+    ) -> ToolText | WholeCalls | PythonicCalls | None:
         if not wanted.tools:
             return None
         mint_id = _minter(self.tool_parser, wanted.previous_calls)
@@ -151,9 +104,10 @@ class Formats:
             return ToolText(None, wanted.tools, "json", mint_id)
         if parser is None or self.tool_parser is None:
             return None
-        marker = WHOLE_CALL_FORMATS.get(self.tool_parser)
-        if marker is not None:
-            return WholeCalls(parser, marker, mint_id)
+        if self.tool_parser in WHOLE_CALL_FORMATS:
+            return WholeCalls(parser, *WHOLE_CALL_FORMATS[self.tool_parser], mint_id)
+        if self.tool_parser == "pythonic":
+            return PythonicCalls(wanted.tools, mint_id)
         return ToolText(parser, wanted.tools, self.tool_parser, mint_id)
 
 
@@ -161,13 +115,20 @@ class Stream:
     """Parses one request's output."""
 
     def __init__(
-        self, thoughts: ReasoningParser | None, calls: ToolText | WholeCalls | None, *, keep_special_tokens: bool
+        self,
+        thoughts: ReasoningParser | None,
+        calls: ToolText | WholeCalls | PythonicCalls | None,
+        *,
+        keep_special_tokens: bool,
     ) -> None:
         self._pieces = Pieces()
         self._thoughts = thoughts
         self._calls = calls
+        self._clean = CleanDeltas()
         self.keep_special_tokens = keep_special_tokens
         self._is_clear = False
+        self._draft: list[str] = []
+        """Pieces from the beginning of a call inside of reasoning on; see `_take`."""
 
     def feed(self, text: str) -> list[Delta]:
         """Parse the next text; returns the deltas that are final now."""
@@ -175,27 +136,49 @@ class Stream:
         # If the last piece was emitted at once, no marker is pending: a partial word can be emitted too, for latency.
         if self._is_clear and (word := self._pieces.take_word()):
             deltas += self._take(word)
-        return _joined(deltas)
+        return self._clean.take(deltas)
 
     def close(self, *, complete: bool) -> list[Delta]:
         """End the text; returns the remaining deltas."""
         deltas = [delta for piece in self._pieces.flush() for delta in self._take(piece)]
+        deltas += self._parse(self._draft)
         if self._thoughts is not None:
             thought, rest = self._thoughts.parse_stream_end()
             deltas += self._deltas(thought, rest)
         if self._calls is not None:
             deltas += self._calls.finish(complete=complete)
-        return _joined(deltas)
+        clean = self._clean.take(deltas)
+        return clean + self._clean.finish() if complete else clean
 
     def _take(self, piece: str) -> list[Delta]:
-        if self._thoughts is None:
-            return self._deltas(None, piece)
-        thought, rest = self._thoughts.parse_stream_chunk(piece)
-        deltas = self._deltas(thought, rest)
-        if thought and not rest:
-            self._is_clear = thought.endswith(piece)
-        elif not rest:
-            self._is_clear = False
+        """Parse a piece.
+
+        A call inside of reasoning is a draft if the reasoning ends behind it, and a call if it never does: it is held
+        until either is known.
+        """
+        detector = self._thoughts.detector if self._thoughts is not None else None
+        if not self._draft and (not _thinks(self._thoughts) or piece != getattr(detector, "tool_start_token", None)):
+            return self._parse((piece,))
+        self._is_clear = False
+        self._draft.append(piece)
+        if detector is None or piece != detector.think_end_token:
+            return []
+        draft, self._draft = self._draft, []
+        marker, detector.tool_start_token = detector.tool_start_token, None
+        deltas = self._parse(draft)
+        detector.tool_start_token = marker
+        return deltas
+
+    def _parse(self, pieces: Iterable[str]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for piece in pieces:
+            if self._thoughts is None:
+                deltas += self._deltas(None, piece)
+                continue
+            thought, rest = self._thoughts.parse_stream_chunk(piece)
+            deltas += self._deltas(thought, rest)
+            if not rest:
+                self._is_clear = bool(thought) and thought.endswith(piece)
         return deltas
 
     def _deltas(self, thought: str | None, rest: str | None) -> list[Delta]:
@@ -221,15 +204,3 @@ def _minter(tool_parser: str | None, previous_calls: int) -> Callable[[str, int]
     if tool_parser == "kimi_k3":
         return lambda name, index: f"{name}:{previous_calls + index}"
     return lambda name, index: f"call_{uuid.uuid4().hex[:24]}"
-
-
-def _joined(deltas: list[Delta]) -> list[Delta]:
-    """Merge neighbouring deltas of the same kind and index."""
-    joined: list[Delta] = []
-    for delta in deltas:
-        last = joined[-1] if joined else None
-        if last is not None and delta[0] != "s" and delta[:-1] == last[:-1]:
-            last[-1] += delta[-1]
-        else:
-            joined.append(list(delta))
-    return joined
