@@ -17,7 +17,7 @@ from tandem.domain.handover import DropReason
 from tandem.engine.sglang import pulse
 from tandem.engine.sglang.environment import REGISTRATION_KEY
 from tandem.engine.sglang.handover import LOG_INTERVAL_S, SILENCE_MAX_S, HandoverWatch
-from tandem.engine.sglang.hooks import bootstrap_server, handover_port, registry
+from tandem.engine.sglang.hooks import bootstrap_server, handover_port, scheduler_hooks
 from tandem.engine.sglang.hooks.handover_messages import GUARD
 from tandem.observability.metrics import NONE, Attributes, Metrics
 from tandem.worker.stats import DroppedMessages
@@ -271,6 +271,6 @@ def test_the_thread_reads_only_what_passes_and_its_end_is_noticed(
 
 def test_ranks_meet_in_a_file_and_not_at_a_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_SGLANG_REPORT", str(tmp_path / "report"))
-    found = registry._meet_in_a_file("tcp://127.0.0.1:25000", dist_port=25000)
+    found = scheduler_hooks._meet_in_a_file("tcp://127.0.0.1:25000", dist_port=25000)
     assert found == f"file://{tmp_path}/ranks-25000"
-    assert registry._meet_in_a_file("env://", dist_port=25000) == "env://"
+    assert scheduler_hooks._meet_in_a_file("env://", dist_port=25000) == "env://"

@@ -156,8 +156,13 @@ def test_a_long_argument_takes_linear_time(name: str, unit: str) -> None:
         run(name, TEXTS[name].replace("Köln [a, b]", written), step=4)
         return time.process_time() - begin_s
 
-    short_s, long_s = cpu_s(4_000), cpu_s(16_000)
-    assert long_s < max(9 * short_s, 0.4), f"{short_s:.2f} s, then {long_s:.2f} s"
+    short_s = long_s = float("inf")
+    for _ in range(3):
+        # The least of several: other work on the machine costs cache, and so CPU time, too.
+        short_s, long_s = min(short_s, cpu_s(2_000)), min(long_s, cpu_s(8_000))
+        if long_s < max(9 * short_s, 0.2):
+            return
+    pytest.fail(f"four times the text takes {long_s:.2f} s instead of {short_s:.2f} s")
 
 
 @pytest.mark.parametrize("name", TEXTS)
