@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_the_large_model_has_llama_3_8bs_size() -> None:
 
 
 def test_every_token_of_the_large_vocabulary_has_a_text_of_its_own() -> None:
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [{"id": 1, "content": "<s>"}]}
+    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [{"id": 1, "content": "<s>"}]}
     words = llama.extended_tokenizer(tokenizer, 6)["model"]["vocab"]
     assert sorted(words.values()) == [0, 2, 3, 4, 5]
     assert len(words) == 5

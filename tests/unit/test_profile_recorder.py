@@ -16,7 +16,7 @@ WANTED = Wanted(duration_s=5, size_bytes_max=10**6, steps_max=10, with_stack=Fal
 class Recorder:
     """Takes a moment to start, as an engine in another process does."""
 
-    forms = ("speedscope",)
+    forms: tuple[str, ...] = ("speedscope",)
 
     def __init__(self) -> None:
         self.started = asyncio.Event()
