@@ -22,9 +22,10 @@ class Recorder:
         self.started = asyncio.Event()
         self.stop_count = 0
 
-    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> Recorder:
         self.started.set()
         await asyncio.sleep(0.05)
+        return self
 
     async def stop(self) -> None:
         self.stop_count += 1
