@@ -289,7 +289,7 @@ async def test_the_command_line_needs_no_flags_beside_up(tmp_path: Path) -> None
             assert status == 0, err
             assert out.strip()
             assert "unreachable" not in out
-        for tls, expected in ((["--tls", str(certs)], 0), ([], 1), (["--tls", str(tmp_path / "none")], 1)):
+        for tls, expected in ((["--tls", str(certs)], 0), ([], 1), (["--tls", str(tmp_path / "none")], 2)):
             ended = await run(*TANDEM, "health", address, *tls, state=tmp_path / "elsewhere")
             assert ended[0] == expected
             assert "Traceback" not in ended[2]
