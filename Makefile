@@ -36,7 +36,7 @@ coverage: setup ## line coverage of the unit, wire and contract tests; fails bel
 	@$(BIN)/python -m coverage run -m pytest tests/unit tests/wire tests/contract -q $(PYTEST_FLAGS)
 	@$(BIN)/python -m coverage report
 
-faults: setup ## break everything that can break, with a line of figures for each scenario
+faults: setup ## break everything that can break, with a line of measurements for each scenario
 	@$(BIN)/python -m pytest tests/faults -m '' $(PYTEST_FLAGS)
 
 compose-test: setup ## build the images, run docker-compose.yml, break it (ENGINE=debian: install and start an engine)

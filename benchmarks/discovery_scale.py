@@ -91,7 +91,7 @@ def processor_s(pid: int | None) -> float:
 
 
 async def open_frontends(frontends: list[Child], count: int) -> dict[str, float]:
-    """Milliseconds until a frontend knows everybody: one after the other, and all at the same moment."""
+    """Milliseconds until a frontend knows every worker: one after the other, and all at the same moment."""
     alone = [(await frontend.do("open", count))["seconds"] for frontend in frontends]
     for frontend in frontends:
         await frontend.do("close")

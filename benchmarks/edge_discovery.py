@@ -214,12 +214,12 @@ async def measure(rounds: int) -> dict[str, Any]:
 
 
 def summary(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Median and most of each figure, for each edge."""
+    """Median and most of each measurement, for each edge."""
     return {
         name: {
-            figure: {"median": statistics.median(values), "most": max(values)}
-            for figure in found[0][name]
-            for values in [[one[name][figure] for one in found]]
+            measurement: {"median": statistics.median(values), "most": max(values)}
+            for measurement in found[0][name]
+            for values in [[one[name][measurement] for one in found]]
         }
         for name in found[0]
     }

@@ -46,19 +46,19 @@ GOALS_MS = {
     "both_engines_idle_after_cancel": {"median": 200.0, "most": 1_000.0},
 }
 PASSED = {"point": "bootstrap", "kind": "delay", "delay_s": 0.0}
-"""Changes nothing, and tells when a leg has come to an engine."""
+"""Changes nothing, and reports when a leg has come to an engine."""
 
 
 @dataclass(slots=True)
 class Stream:
-    """One request of a round. Times are seconds since the Unix epoch, as the engines tell theirs."""
+    """One request of a round. Times are seconds since the Unix epoch, as the engines report theirs."""
 
     request_id: str = ""
     workers: tuple[str, ...] = ()
     times_s: list[float] = field(default_factory=list)
     attempt: int = 0
     prefill_s: float = 0.0
-    """Of the last attempt, as its timings tell."""
+    """Of the last attempt, by its timings."""
 
     def longest_pause_s(self, from_s: float) -> float:
         """Between two tokens, of those that ended after a moment."""
@@ -206,10 +206,10 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def report(times_ms: list[float], goals_ms: dict[str, float]) -> dict[str, Any]:
     """Median and most of what was measured, and whether each is under its goal."""
-    figures = {"median": statistics.median(times_ms), "most": max(times_ms)}
-    met = all(figures[name] < goal_ms for name, goal_ms in goals_ms.items())
-    told = {f"{name}_ms": round(value) for name, value in figures.items()}
-    return {"requests": len(times_ms), **told, "goal_ms": goals_ms, "met": met}
+    measurements = {"median": statistics.median(times_ms), "most": max(times_ms)}
+    met = all(measurements[name] < goal_ms for name, goal_ms in goals_ms.items())
+    rounded = {f"{name}_ms": round(value) for name, value in measurements.items()}
+    return {"requests": len(times_ms), **rounded, "goal_ms": goals_ms, "met": met}
 
 
 def main() -> None:

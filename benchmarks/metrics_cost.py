@@ -100,7 +100,7 @@ async def sides(arguments: argparse.Namespace) -> AsyncIterator[dict[str, Side]]
 
 
 async def told_us(count: int = 20_000) -> float:
-    """Processor time of this process for one record, told to metrics that are on."""
+    """Processor time of this process for one record into metrics that are on."""
     metrics = open_metrics(ServiceConfig(metrics_port=0), Emitter.FRONTEND, "tandem-bench")
     await metrics.start("bench")
     attempt = AttemptTrace(policy="random", outcome="finished", end_s=1.0)
@@ -109,9 +109,9 @@ async def told_us(count: int = 20_000) -> float:
     )
     trace.attempts.append(attempt)
     trace.steps.append(Step("wait", 0.0, 0.01))
-    tell, begin_s = RequestMetrics(metrics, MODEL.name), time.process_time()
+    report, begin_s = RequestMetrics(metrics, MODEL.name), time.process_time()
     for _ in range(count):
-        tell(trace)
+        report(trace)
     spent_s = time.process_time() - begin_s
     await metrics.stop()
     return 1e6 * spent_s / count

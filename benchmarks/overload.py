@@ -2,7 +2,7 @@
 
 Finds the peak goodput of two prefill and two decode workers on simulated engines, then offers 1, 2 and 4 times that
 load in the same run, in rounds that start with the peak load, because a shared machine changes within minutes. The
-engines are slow, so that the frontend has CPU time left; the clients run in their own process. `overload_figures`
+engines are slow, so that the frontend has CPU time left; the clients run in their own process. `overload_measurements`
 computes goodput, rejections and the frontends' memory, and checks them against the goals.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.overload_figures import Figures, figures_of, memory_growth_mib, missed
 from benchmarks.overload_load import Asked, Plan
+from benchmarks.overload_measurements import Measurements, measurements_of, memory_growth_mib, missed
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 
 MODEL = Path("models") / "tandem-demo"
@@ -48,8 +48,8 @@ class Bench:
         self.memory: list[tuple[float, float]] = []
         self.seed = arguments.seed
 
-    async def load(self, rate_per_s: float, seconds: float) -> tuple[Figures, float]:
-        """Offer a load; its figures, and the share of a core that the frontends took."""
+    async def load(self, rate_per_s: float, seconds: float) -> tuple[Measurements, float]:
+        """Offer a load; its measurements, and the share of a core that the frontends took."""
         self.seed += 1
         file = self.directory / f"load-{self.seed}.jsonl"
         plan = Plan(
@@ -69,9 +69,9 @@ class Bench:
         assert clients.returncode == 0, "the clients failed"
         share = (self.processor_s() - before_s) / (time.monotonic() - begin_s)
         asked = [Asked(**json.loads(line)) for line in file.read_text().splitlines()]
-        figures = figures_of(asked, rate_per_s, WARM_UP_S, seconds)
-        print(f"{rate_per_s:6.1f}/s: {_line(figures)}, frontends {100 * share:.0f} % of a core", file=sys.stderr)
-        return figures, share
+        measurements = measurements_of(asked, rate_per_s, WARM_UP_S, seconds)
+        print(f"{rate_per_s:6.1f}/s: {_line(measurements)}, frontends {100 * share:.0f} % of a core", file=sys.stderr)
+        return measurements, share
 
     async def watch_memory(self) -> None:
         """Note the resident memory of all frontends, once a second, for ever."""
@@ -88,12 +88,12 @@ class Bench:
         return sum(each.user + each.system for each in times)
 
 
-def _line(figures: Figures) -> str:
+def _line(found: Measurements) -> str:
     return (
-        f"{figures.good_per_s:.2f} good a second, {100 * figures.refused_share:.0f} % refused in "
-        f"{figures.refusal_p50_ms:.1f} ms (p99 {figures.refusal_p99_ms:.1f}), {100 * figures.late_share:.1f} % late, "
-        f"{100 * figures.wasted_tokens_share:.1f} % of tokens in vain, lag {figures.generator_lag_p99_ms:.1f} ms, "
-        f"an idle process answers in {figures.idle_p50_ms:.1f} ms (p99 {figures.idle_p99_ms:.1f})"
+        f"{found.good_per_s:.2f} good a second, {100 * found.refused_share:.0f} % refused in "
+        f"{found.refusal_p50_ms:.1f} ms (p99 {found.refusal_p99_ms:.1f}), {100 * found.late_share:.1f} % late, "
+        f"{100 * found.wasted_tokens_share:.1f} % of tokens wasted, lag {found.generator_lag_p99_ms:.1f} ms, "
+        f"an idle process answers in {found.idle_p50_ms:.1f} ms (p99 {found.idle_p99_ms:.1f})"
     )
 
 
@@ -111,8 +111,8 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     async with LocalCluster(spec) as cluster:
         bench = Bench(cluster, directory, arguments)
         search = [await bench.load(share * CAPACITY_PER_S, arguments.seconds) for share in SEARCHED]
-        peak = max((figures for figures, _ in search), key=lambda figures: figures.good_per_s)
-        loads: dict[str, tuple[Figures, float]] = {}
+        peak = max((found for found, _ in search), key=lambda found: found.good_per_s)
+        loads: dict[str, tuple[Measurements, float]] = {}
         problems, growth_mib = [], None
         for number in range(1, arguments.rounds + 1):
             again = await bench.load(peak.offered_per_s, arguments.seconds)
@@ -120,7 +120,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for factor in FACTORS:
                 load = await bench.load(factor * peak.good_per_s, arguments.seconds)
                 found[f"round {number}, {factor}x"] = load
-            beyond = {name: figures for name, (figures, _) in found.items() if not name.endswith(("peak", " 1x"))}
+            beyond = {name: found for name, (found, _) in found.items() if not name.endswith(("peak", " 1x"))}
             problems += missed(again[0].good_per_s, beyond, None)
             loads |= found
         if arguments.minutes:
@@ -134,8 +134,8 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tenants": arguments.tenants,
         "machine_load": os.getloadavg(),
         "peak_good_per_s": peak.good_per_s,
-        "search": [asdict(figures) for figures, _ in search],
-        "loads": {name: {**asdict(figures), "frontends_cores": share} for name, (figures, share) in loads.items()},
+        "search": [asdict(found) for found, _ in search],
+        "loads": {name: {**asdict(found), "frontends_cores": share} for name, (found, share) in loads.items()},
         "memory_growth_mib": growth_mib,
         "memory_mib_each_30_s": [round(mib, 1) for _, mib in bench.memory[::30]],
         "missed": problems,

@@ -147,31 +147,31 @@ async def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, (address, _) in clusters.items():
             stubs[name] = InferenceServiceStub(await stack.enter_async_context(open_channel(address)))
             await measured(stubs[name], clusters[name][1], 100, arguments.concurrency, arguments.tokens)
-        figures: dict[str, list[float]] = {name: [] for name in clusters}
+        measurements: dict[str, list[float]] = {name: [] for name in clusters}
         for number in range(arguments.rounds):
             names = list(clusters) if number % 2 else list(clusters)[::-1]
             for name in names:
-                figures[name].append(
+                measurements[name].append(
                     await measured(
                         stubs[name], clusters[name][1], arguments.requests, arguments.concurrency, arguments.tokens
                     )
                 )
     sink.stop()
-    base = figures.get("before") or figures["off"]
+    base = measurements.get("before") or measurements["off"]
     return {
         "requests": arguments.requests * arguments.rounds,
         "tokens_each": arguments.tokens,
         "spans_received": sink.span_count,
-        "cpu_ms_per_request": {name: _told(values) for name, values in figures.items()},
-        "percent_against": "before" if "before" in figures else "off",
+        "cpu_ms_per_request": {name: _summary(values) for name, values in measurements.items()},
+        "percent_against": "before" if "before" in measurements else "off",
         "percent": {
-            name: _told([100 * (value / other - 1) for value, other in zip(values, base, strict=True)])
-            for name, values in figures.items()
+            name: _summary([100 * (value / other - 1) for value, other in zip(values, base, strict=True)])
+            for name, values in measurements.items()
         },
     }
 
 
-def _told(values: list[float]) -> dict[str, float]:
+def _summary(values: list[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 3),
         "least": round(min(values), 3),
@@ -228,10 +228,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--parts", action="store_true", help="measure only the parts by themselves")
     arguments = parser.parse_args()
-    figures = {"parts_us": parts()}
+    measurements = {"parts_us": parts()}
     if not arguments.parts:
-        figures |= asyncio.run(compare(arguments))
-    json.dump(figures, sys.stdout, indent=2)
+        measurements |= asyncio.run(compare(arguments))
+    json.dump(measurements, sys.stdout, indent=2)
     print()
 
 

@@ -166,9 +166,9 @@ async def _ask(address: str, pid: int, streams: int, frontends: int) -> dict[str
         for event in ready:
             await event.wait()
         await asyncio.sleep(1.0)
-        before, begin_s, told = _cpu_s(process), time.monotonic(), sum(len(leg.token_ids) for leg in all_legs)
+        before, begin_s, sent = _cpu_s(process), time.monotonic(), sum(len(leg.token_ids) for leg in all_legs)
         await asyncio.sleep(4.0)
-        tokens = sum(len(leg.token_ids) for leg in all_legs) - told
+        tokens = sum(len(leg.token_ids) for leg in all_legs) - sent
         cpu_s, elapsed_s = _cpu_s(process) - before, time.monotonic() - begin_s
         for leg in all_legs:
             await leg.finish()

@@ -73,7 +73,7 @@ async def main() -> int:
         async with LocalCluster(spec) as cluster:
             picture = await shoot(cluster)
     PICTURE.parent.mkdir(exist_ok=True)
-    # Without the fonts it would fetch from elsewhere; whoever has none of that name sees another monospaced one.
+    # Without the fonts it would fetch from elsewhere; a reader without a font of that name sees another monospaced one.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     PICTURE.write_text("\n".join(line.rstrip() for line in picture.splitlines()) + "\n")
     print(f"{PICTURE.relative_to(ROOT)}: {len(picture):,} characters")

@@ -123,7 +123,7 @@ def make_scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """What the measurements belong to."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -136,7 +136,7 @@ def machine() -> dict[str, Any]:
 
 
 async def measure(options: argparse.Namespace) -> None:
-    """Run everything, and tell it as it comes."""
+    """Run everything, and report each window when it ends."""
     systems, missing = make_systems(options)
     scenarios, rows = make_scenarios(options), []
 
@@ -162,13 +162,11 @@ async def measure(options: argparse.Namespace) -> None:
 
 def _progress(row: Row) -> str:
     what = f"{row.scenario}, {row.system}, {row.streams} streams, {row.workers} workers"
-    if row.figures is None:
+    if row.measurements is None:
         return f"{what}: {row.problem}"
-    figures = row.figures
-    cost = figures.front_ms_per_1k_tokens
-    return (
-        f"{what}: {figures.tokens_per_s:,.0f} tokens/s, {cost and round(cost, 1)} ms per 1k, {dict(figures.failures)}"
-    )
+    found = row.measurements
+    cost = found.front_ms_per_1k_tokens
+    return f"{what}: {found.tokens_per_s:,.0f} tokens/s, {cost and round(cost, 1)} ms per 1k, {dict(found.failures)}"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """CPU time and memory of processes, and the CPU time of the rest of the machine.
 
-Reads the kernel's exact counters, never samples. `figures.py` decides whether a window is valid.
+Reads the kernel's exact counters, never samples. `measurements.py` decides whether a window is valid.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.peers.children import Helper, StartError, own_python
 from benchmarks.peers.clocks import Spent, look, rss_bytes, tree
-from benchmarks.peers.figures import Figures, is_quiet, summarise
 from benchmarks.peers.load.streams import Plan
+from benchmarks.peers.measurements import Measurements, is_quiet, summarise
 from benchmarks.peers.scenarios import Scenario
 from benchmarks.peers.systems.door import PACKAGES, Door, Running, Surroundings, System
 from benchmarks.peers.words import Words
@@ -47,9 +47,9 @@ class Row:
     system: str
     streams: int
     workers: int
-    figures: Figures | None
+    measurements: Measurements | None
     problem: str = ""
-    """Why there are no figures."""
+    """Why there are no measurements."""
     memory_bytes: tuple[int, int] | None = None
     """What the streams' opening added to the front and to what stands before it; of one stream."""
     lost: int = 0
@@ -59,8 +59,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """For the file of results."""
-        figures = None if self.figures is None else self.figures.to_json()
-        return {**{name: value for name, value in asdict(self).items() if name != "figures"}, "figures": figures}
+        measurements = None if self.measurements is None else self.measurements.to_json()
+        return {
+            **{name: value for name, value in asdict(self).items() if name != "measurements"},
+            "measurements": measurements,
+        }
 
 
 Report = Callable[[Row], None]
@@ -124,12 +127,12 @@ async def _measure(scenario: Scenario, serving: Running, door: Door, around: Sur
         # Before the streams are opened: a load that waits for others to rest would keep them from it.
         await _wait_quiet(door, settings.patience_s)
         row = await _attempt(scenario, serving, door, around, settings)
-        if row.figures is None:
+        if row.measurements is None:
             return row
         rows.append(row)
-        if row.figures.is_quiet:
+        if row.measurements.is_quiet:
             break
-    best = min(rows, key=lambda row: row.figures.others_cores if row.figures else 0.0)
+    best = min(rows, key=lambda row: row.measurements.others_cores if row.measurements else 0.0)
     # What the first streams took is used again by those that come after them.
     return replace(best, memory_bytes=rows[0].memory_bytes, windows=len(rows))
 
@@ -169,10 +172,10 @@ async def _attempt(scenario: Scenario, serving: Running, door: Door, around: Sur
         before = _memory(door)
         await clients.ask({"do": "start"})
         await asyncio.sleep(scenario.warm_s)
-        figures = await _window(serving, door, clients, settings.seconds)
+        measurements = await _window(serving, door, clients, settings.seconds)
         grown = [(now - then) // streams for now, then in zip(_memory(door), before, strict=True)]
         lost = (await clients.ask({"do": "clock"}))["failed"]
-        return Row(scenario.name, door.system, streams, workers, figures, "", (grown[0], grown[1]), lost)
+        return Row(scenario.name, door.system, streams, workers, measurements, "", (grown[0], grown[1]), lost)
     finally:
         await clients.stop()
 
@@ -181,7 +184,7 @@ def _memory(door: Door) -> tuple[int, int]:
     return rss_bytes(tree(door.parts.front)), rss_bytes(tree(door.parts.proxy))
 
 
-async def _window(serving: Running, door: Door, clients: Helper, seconds: float) -> Figures:
+async def _window(serving: Running, door: Door, clients: Helper, seconds: float) -> Measurements:
     """One window."""
     fleet = serving.fleet
     if fleet is not None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.peers.figures import Figures
+from benchmarks.peers.measurements import Measurements
 from benchmarks.peers.running import Row
 from benchmarks.peers.scenarios import Scenario
 
-Column = tuple[str, Callable[[Row, Figures], str]]
+Column = tuple[str, Callable[[Row, Measurements], str]]
 NONE = "-"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A figure, or a dash."""
+    """A measurement, or a dash."""
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
@@ -22,51 +22,53 @@ def cpu(value: float | None) -> str:
     return number(value, 1 if value is not None and value < 20 else 0)
 
 
-def _cores(row: Row, figures: Figures) -> str:
-    return f"{figures.workers_cores:.2f} / {figures.clients_cores:.2f}"
+def _cores(row: Row, measurements: Measurements) -> str:
+    return f"{measurements.workers_cores:.2f} / {measurements.clients_cores:.2f}"
 
 
-def _others(row: Row, figures: Figures) -> str:
-    noise = "" if figures.is_quiet else f" **busy**, best of {row.windows}"
-    return f"{figures.others_cores:.2f}{noise}"
+def _others(row: Row, measurements: Measurements) -> str:
+    noise = "" if measurements.is_quiet else f" **busy**, best of {row.windows}"
+    return f"{measurements.others_cores:.2f}{noise}"
 
 
-def _ttft(row: Row, figures: Figures) -> str:
-    return f"{number(figures.ttft_p50_ms, 1)} / {number(figures.ttft_p99_ms, 1)}"
+def _ttft(row: Row, measurements: Measurements) -> str:
+    return f"{number(measurements.ttft_p50_ms, 1)} / {number(measurements.ttft_p99_ms, 1)}"
 
 
-def _added(row: Row, figures: Figures) -> str:
-    return f"{number(figures.added_ttft_p50_ms, 1)} / {number(figures.added_ttft_p99_ms, 1)}"
+def _added(row: Row, measurements: Measurements) -> str:
+    return f"{number(measurements.added_ttft_p50_ms, 1)} / {number(measurements.added_ttft_p99_ms, 1)}"
 
 
-def _memory(row: Row, figures: Figures) -> str:
+def _memory(row: Row, measurements: Measurements) -> str:
     if row.memory_bytes is None:
         return NONE
     front, proxy = (number(one / 1024) for one in row.memory_bytes)
-    return f"{front} + {proxy}" if figures.proxy_ms_per_1k_tokens is not None else front
+    return f"{front} + {proxy}" if measurements.proxy_ms_per_1k_tokens is not None else front
 
 
-SYSTEM: Column = ("system", lambda row, figures: row.system)
-STREAMS: Column = ("C", lambda row, figures: number(row.streams))
-TOKENS: Column = ("tokens/s", lambda row, figures: number(figures.tokens_per_s))
-REQUESTS: Column = ("requests/s", lambda row, figures: number(figures.requests_per_s, 1))
+SYSTEM: Column = ("system", lambda row, measurements: row.system)
+STREAMS: Column = ("C", lambda row, measurements: number(row.streams))
+TOKENS: Column = ("tokens/s", lambda row, measurements: number(measurements.tokens_per_s))
+REQUESTS: Column = ("requests/s", lambda row, measurements: number(measurements.requests_per_s, 1))
 TTFT: Column = ("TTFT p50 / p99 ms", _ttft)
 ADDED: Column = ("added TTFT p50 / p99 ms", _added)
-GAP: Column = ("gap p99 ms", lambda row, figures: number(figures.gap_p99_ms, 1))
-TOGETHER: Column = ("tokens an arrival", lambda row, figures: number(figures.tokens_per_message, 2))
-PER_1K: Column = ("CPU ms per 1k tokens", lambda row, figures: cpu(figures.front_ms_per_1k_tokens))
-PROXY_PER_1K: Column = ("Envoy", lambda row, figures: cpu(figures.proxy_ms_per_1k_tokens))
-PER_REQUEST: Column = ("CPU ms a request", lambda row, figures: number(figures.front_ms_per_request, 2))
-PROXY_PER_REQUEST: Column = ("Envoy", lambda row, figures: number(figures.proxy_ms_per_request, 2))
-FRONT_CORES: Column = ("front's cores", lambda row, figures: number(figures.front_cores, 2))
+GAP: Column = ("gap p99 ms", lambda row, measurements: number(measurements.gap_p99_ms, 1))
+TOGETHER: Column = ("tokens an arrival", lambda row, measurements: number(measurements.tokens_per_message, 2))
+PER_1K: Column = ("CPU ms per 1k tokens", lambda row, measurements: cpu(measurements.front_ms_per_1k_tokens))
+PROXY_PER_1K: Column = ("Envoy", lambda row, measurements: cpu(measurements.proxy_ms_per_1k_tokens))
+PER_REQUEST: Column = ("CPU ms a request", lambda row, measurements: number(measurements.front_ms_per_request, 2))
+PROXY_PER_REQUEST: Column = ("Envoy", lambda row, measurements: number(measurements.proxy_ms_per_request, 2))
+FRONT_CORES: Column = ("front's cores", lambda row, measurements: number(measurements.front_cores, 2))
 PROXY_CORES: Column = (
     "Envoy's",
-    lambda row, figures: NONE if figures.proxy_ms_per_1k_tokens is None else number(figures.proxy_cores, 2),
+    lambda row, measurements: (
+        NONE if measurements.proxy_ms_per_1k_tokens is None else number(measurements.proxy_cores, 2)
+    ),
 )
-FAILED: Column = ("failed", lambda row, figures: number(figures.failed))
-LOST: Column = ("lost", lambda row, figures: number(row.lost))
+FAILED: Column = ("failed", lambda row, measurements: number(measurements.failed))
+LOST: Column = ("lost", lambda row, measurements: number(row.lost))
 MEMORY: Column = ("KiB a stream", _memory)
-WORKERS: Column = ("workers", lambda row, figures: number(row.workers))
+WORKERS: Column = ("workers", lambda row, measurements: number(row.workers))
 CORES: Column = ("workers' / clients' cores", _cores)
 OTHERS: Column = ("others' cores", _others)
 
@@ -87,8 +89,8 @@ def table(scenario: Scenario, rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
-    if row.figures is not None:
-        return [value(row, row.figures) for _, value in columns]
-    # What is there without figures, and the reason in the third column.
+    if row.measurements is not None:
+        return [value(row, row.measurements) for _, value in columns]
+    # What is there without measurements, and the reason in the third column.
     first = [row.system, number(row.workers if columns[1] is WORKERS else row.streams), row.problem]
     return [cell.replace("|", "/") for cell in first] + [NONE] * (len(columns) - len(first))

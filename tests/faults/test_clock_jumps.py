@@ -24,7 +24,7 @@ from tandem.client import calls
 from tandem.discovery.lease_calls import give_up, grant
 from tandem.domain.frontend import Frontend
 from tandem.errors import DeadlinePassed, StartError
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.fake_time import FakeTime, find_library

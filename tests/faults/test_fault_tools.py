@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -70,10 +71,10 @@ def test_a_wrong_token_is_found(tokens: list[int]) -> None:
 
 
 def test_a_broken_stream_has_the_beginning_of_the_right_tokens() -> None:
-    broken = {"failure": leg_failed("d", "decode")}
-    verdicts.tokens_are_exact(History([asked(0, tokens=[3, 4], **broken)]), oracle)
+    failure = leg_failed("d", "decode")
+    verdicts.tokens_are_exact(History([asked(0, tokens=[3, 4], failure=failure)]), oracle)
     with pytest.raises(AssertionError, match="wrong tokens"):
-        verdicts.tokens_are_exact(History([asked(0, tokens=[4], **broken)]), oracle)
+        verdicts.tokens_are_exact(History([asked(0, tokens=[4], failure=failure)]), oracle)
 
 
 def test_only_what_a_killed_worker_held_is_excused() -> None:
@@ -88,7 +89,7 @@ def test_only_what_a_killed_worker_held_is_excused() -> None:
 @pytest.mark.parametrize(
     "later", [{}, {"workers": ("p", "e"), "attempt": 2}, {"workers": (), "failure": leg_failed("d", "dispatched")}]
 )
-def test_a_request_that_was_sent_to_a_dead_worker_is_found(later: dict[str, object]) -> None:
+def test_a_request_that_was_sent_to_a_dead_worker_is_found(later: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="1 requests were"):
         verdicts.none_went_to(History([asked(KILLED_S + 2, **later)]), "d", KILLED_S + 1)
 
@@ -98,12 +99,16 @@ def test_a_percentile_is_a_value_that_was_measured() -> None:
     assert percentile([1.0], 0.99) == 1.0
 
 
+def is_going(state: str | None) -> bool:
+    return state is not None and state in "SRD"
+
+
 async def test_a_process_that_stands_still_and_one_that_is_gone_are_proved() -> None:
     sleeper = await asyncio.create_subprocess_exec("sleep", "60")
     try:
         async with frozen(sleeper.pid):
             assert state_of(sleeper.pid) == "T"
-        await assert_eventually(lambda: state_of(sleeper.pid), lambda state: state in "SRD")
+        await assert_eventually(lambda: state_of(sleeper.pid), is_going)
     finally:
         sleeper.kill()
         await prove_gone(sleeper.pid)
@@ -117,7 +122,7 @@ async def test_a_standstill_that_ended_early_is_no_standstill() -> None:
     async def wake_too_early() -> None:
         async with frozen(sleeper.pid):
             sleeper.send_signal(signal.SIGCONT)
-            await assert_eventually(lambda: state_of(sleeper.pid), lambda state: state in "SRD")
+            await assert_eventually(lambda: state_of(sleeper.pid), is_going)
 
     try:
         with pytest.raises(AssertionError, match="did not stand still"):

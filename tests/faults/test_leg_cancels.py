@@ -136,9 +136,12 @@ async def by_an_abort(cluster: LocalCluster, phase: str, before: int) -> float:
 async def by_leaving_the_edge(cluster: LocalCluster, phase: str, before: int) -> float:
     assert cluster.edge is not None
 
+    assert cluster.edge is not None
+    address = cluster.edge.address
+
     async def read() -> None:
         async with (
-            httpx.AsyncClient(base_url=f"http://{cluster.edge.address}", timeout=30) as client,
+            httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
             client.stream("POST", "/v1/generate", json=request()) as response,
         ):
             assert response.status_code == 200, await response.aread()

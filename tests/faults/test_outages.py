@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,9 @@ def cutting(cut: Cut) -> Step:
         for link in place.cluster.consul_links:
             await link.sever(cut)
         for link in place.cluster.consul_links:
-            await assert_eventually(lambda link=link: link.held_count, within_s=10, what="something that met the cut")
+            await assert_eventually(
+                partial(getattr, link, "held_count"), within_s=10, what="something that met the cut"
+            )
 
     return begin
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ BACK_WITHIN_S = 3 * LEASE_S
 MOMENT_S = 0.1
 """What falls into so short a time comes at the same moment."""
 MOMENT_SHARE_MAX = 0.5
-NOTHING_RUNS = {"prefill": 0, "decode": 0, "frontends": 0}
+NOTHING_RUNS: dict[str, Any] = {"prefill": 0, "decode": 0, "frontends": 0}
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ async def make_scene(consul: ConsulHost, stack: AsyncExitStack) -> Scene:
         for name, place in zip(WORKERS, places, strict=True)
     ]
     for registry in registries:
-        await assert_eventually(lambda r=registry: worker_ids(r), lambda ids: tuple(ids) == WORKERS)
+        await assert_eventually(partial(worker_ids, registry), lambda ids: tuple(ids) == WORKERS)
     watches = [await stack.enter_async_context(watched(registry)) for registry in registries]
     return Scene(site, registries, workers, watches)
 

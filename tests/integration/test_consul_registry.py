@@ -8,6 +8,8 @@ import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tandem_registry.backends.consul import backend
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from tandem.domain.worker import WorkerState
+from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, Overloaded, ServiceError, TandemError
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_to_proto
@@ -65,6 +67,7 @@ async def test_consul_shows_the_fleet_without_any_code_of_ours(site: Site) -> No
             "kind": "worker", "id": "decode-0", "role": "decode", "model": "tiny", "state": "serving",
             "epoch": str(worker.member.epoch), "release": "0.0.1", "lease_id": worker.lease_id,
         }  # fmt: skip
+        assert isinstance(worker.member, Worker)
         assert meta["capabilities_digest"] == worker.member.capabilities_digest
         assert await srv(site, "decode") == [int(worker.member.address.rpartition(":")[2])]
         assert await srv(site, "registry") == [int(registry.address.rpartition(":")[2])]
@@ -252,7 +255,7 @@ async def test_of_two_starts_at_two_replicas_the_newer_one_counts(site: Site) ->
             assert not isinstance(answers[1], BaseException), "the newer start is never refused"
             assert answers[0] is None or isinstance(answers[0], DuplicateWorker)
             for registry in (one, two):
-                await assert_eventually(lambda r=registry: epochs(r), lambda found, e=epoch: found == [10 * e + 1])
+                await assert_eventually(partial(epochs, registry), partial(eq, [10 * epoch + 1]))
 
 
 async def register(registry: Any, epoch: int) -> None:
@@ -282,12 +285,14 @@ async def test_a_storm_of_registrations_keeps_to_few_connections(site: Site, mon
         worker = make_worker(f"w-{number}", 1, f"127.0.0.1:{number + 1}")
         while True:
             try:
-                return await stub.Register(pb.RegisterRequest(worker=worker_to_proto(worker)), timeout=10)
+                await stub.Register(pb.RegisterRequest(worker=worker_to_proto(worker)), timeout=10)
             except grpc.aio.AioRpcError as failure:
                 refusal = from_rpc_error(failure)
                 assert isinstance(refusal, Overloaded | ServiceError), refusal
                 refused.append(refusal)
                 await asyncio.sleep(0.5)
+            else:
+                return
 
     refused: list[TandemError] = []
     async with (

@@ -85,6 +85,7 @@ async def test_a_token_that_was_renewed_in_its_file_is_taken(
 async def test_certificates_on_both_sides(consul_binary: Path, tmp_path: Path) -> None:
     issue_all(certs := tmp_path / "certs")
     tls, client = Tls.in_directory(certs, "consul"), client_tls(certs)
+    assert client is not None
     async with consul_agent(consul_binary, tmp_path, tls=tls, client=client) as consul:
         shown = {"consul_ca": client.ca, "consul_cert": client.cert, "consul_key": client.key}
         site = Site(consul, SERVICE, shown)

@@ -106,7 +106,7 @@ def test_a_nudge_is_one_rounding_step_of_every_matrix() -> None:
 
 def test_recall_prompts_ask_for_no_fact_of_the_training() -> None:
     sentence = re.compile(rf"({'|'.join(lexicon.NAMES)}) (?:{'|'.join(lexicon.VERBS)}) the \w+ (\w+) ")
-    trained = set()
+    trained = set[tuple[str, ...]]()
     for index, phase in enumerate(Recipe().phases):
         for document in itertools.islice(documents(f"7-{index}", phase.mix), 1000):
             trained.update(pair for turn in document for pair in sentence.findall(turn.text))

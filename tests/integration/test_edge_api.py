@@ -17,7 +17,8 @@ from google.protobuf.json_format import ParseDict
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.client import calls
-from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import REPOSITORY, SIMULATED, running
 from tests.integration.support.calls import generate, request_of

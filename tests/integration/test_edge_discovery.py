@@ -21,7 +21,7 @@ from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 from tandem.discovery.registration import Registration
 from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually

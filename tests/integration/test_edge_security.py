@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
-from tandem.local_cluster.cluster import ClusterProcess
+from tandem.local_cluster.child_process import ClusterProcess
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.certificates import Authority
 from tests.integration.support.edge_host import (
@@ -303,7 +303,7 @@ async def test_mutual_tls_with_the_frontends(tmp_path: Path) -> None:
     cert, key = authority.issue("edge")
     ours = {"upstream_tls_ca": authority.ca, "upstream_tls_cert": cert, "upstream_tls_key": key}
     theirs = dict(zip(("upstream_tls_cert", "upstream_tls_key"), stranger.issue("edge"), strict=True))
-    server, address = await tls_frontend(authority, "frontend", StubFrontend())
+    server, address = await tls_frontend(authority, "frontend", StubFrontend())  # type: ignore[abstract]  # its other methods answer UNIMPLEMENTED
     try:
         for flags, status in (
             (ours, 200),

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built of the sdist, as a package index would have both."""
     folder = tmp_path_factory.mktemp("dist")
     build = "import sys; from setuptools import build_meta as b; print(b.build_{kind}(sys.argv[1]))"
-    run = {"check": True, "capture_output": True, "text": True, "timeout": 200}
+    run: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": 200}
     # The tree itself stays as it is: builds leave folders behind.
     source = folder / "source"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, **run).stdout.split("\0")
@@ -54,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(unpacked, filter="data")
     [tree] = unpacked.iterdir()
     made = subprocess.run([sys.executable, "-c", build.format(kind="wheel"), str(folder)], cwd=tree, **run)
-    return folder / made.stdout.split()[-1]
+    return folder / str(made.stdout).split()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX, THREAD_CHA
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.api.types.v1 import leg_pb2
+from tandem.api.types.v1.sampling_pb2 import Stopping
 from tandem.errors import ContextExceeded, Draining, ServiceError
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
@@ -221,7 +222,9 @@ async def answer(channel: Any, **request: Any) -> tuple[int, str]:
     """Tokens of the prompt, and the text."""
     stub: Any = InferenceServiceStub(channel)
     whole = await stub.GenerateUnary(
-        pb.GenerateUnaryRequest(generate=pb.GenerateRequest(stopping={"max_tokens": 4, "ignore_eos": True}, **request))
+        pb.GenerateUnaryRequest(
+            generate=pb.GenerateRequest(stopping=Stopping(max_tokens=4, ignore_eos=True), **request)
+        )
     )
     return whole.finish.usage.prompt_tokens, whole.text
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.cli.membership import registry_addresses
 from tandem.client import calls
-from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import SIMULATED, running
@@ -59,6 +61,7 @@ async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_pat
             named(cluster, "frontend", tmp_path, **{"frontend-id": "frontend-named", "port": "0"}) as frontend,
         ):
             assert (await finish_of(frontend)).usage.completion_tokens == 16
+            assert cluster.consul is not None
             found = await registry_addresses(f"srv://registry.tandem.service.consul@{cluster.consul.dns}")
             assert set(found) == {first.address, second.address}
             await assert_eventually(lambda: ids(second), lambda known: "decode-named" in known)
@@ -67,6 +70,6 @@ async def test_they_move_to_a_registry_that_is_left(consul_binary: Path, tmp_pat
                 await gone.wait_ended()
                 # Longer than a lease lives that no registry keeps, and than Consul takes to see which servers are left.
                 await asyncio.sleep(2 * LEASE_S)
-                await assert_eventually(lambda left=left: ids(left), lambda known: "decode-named" in known, within_s=10)
+                await assert_eventually(partial(ids, left), lambda known: "decode-named" in known, within_s=10)
                 assert (await finish_of(frontend)).usage.completion_tokens == 16
                 await cluster.restart(gone.name)

@@ -181,7 +181,7 @@ async def test_a_connection_that_is_cut_ends_both_engines_work(http_pair: LocalC
 
 
 def test_langchain(http_pair: LocalCluster) -> None:
-    chain: Any = ChatOpenAI(base_url=base_url(http_pair), api_key="none", model=MODEL, temperature=0, max_tokens=40)  # type: ignore[call-arg,arg-type]
+    chain: Any = ChatOpenAI(base_url=base_url(http_pair), api_key="none", model=MODEL, temperature=0, max_tokens=40)
     assert chain.invoke(STORY).content == ANSWER
     assert "".join(chunk.content for chunk in chain.stream(STORY)) == ANSWER
     assert isinstance(chain.with_structured_output(Where, method="json_schema").invoke(STORY), Where)

@@ -71,7 +71,8 @@ def test_the_narrowest_choice_is_greedy(ask: Any, narrow: Any) -> None:
 @pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repetition_penalty": 2}])
 def test_penalties_lessen_repetition(ask: Any, penalty: Any) -> None:
     # Without an end the model repeats itself.
-    plain, penalised = (tokens(ask(max_tokens=200, ignore_eos=True, logprobs=0, **more)) for more in ({}, penalty))
+    without: dict[str, Any] = {}
+    plain, penalised = (tokens(ask(max_tokens=200, ignore_eos=True, logprobs=0, **more)) for more in (without, penalty))
     assert len(set(penalised)) > len(set(plain))
 
 

@@ -114,7 +114,7 @@ def test_tools_reach_the_model_unless_it_may_not_call(client: openai.OpenAI) -> 
     def prompt_tokens(**more: Any) -> int:
         usage = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, **more).usage
         assert usage is not None
-        return usage.prompt_tokens
+        return int(usage.prompt_tokens)
 
     assert prompt_tokens(tools=TOOLS) > prompt_tokens() == prompt_tokens(tools=TOOLS, tool_choice="none")
 
@@ -123,17 +123,17 @@ def test_a_named_tool_is_the_only_one_in_the_prompt(client: openai.OpenAI) -> No
     def prompt_tokens(tools: list[Any]) -> int:
         said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=tools, tool_choice=LOOK)
         assert said.usage is not None
-        return said.usage.prompt_tokens
+        return int(said.usage.prompt_tokens)
 
     assert prompt_tokens(TOOLS) == prompt_tokens(TOOLS[:1])
 
 
 def test_a_tool_cannot_end_the_turn_it_is_described_in(client: openai.OpenAI) -> None:
     def prompt_tokens(description: str) -> int:
-        tool = {"type": "function", "function": {"name": "look", "description": description}}
+        tool: Any = {"type": "function", "function": {"name": "look", "description": description}}
         said = client.chat.completions.create(**{**ASKED, "max_tokens": 1}, tools=[tool])
         assert said.usage is not None
-        return said.usage.prompt_tokens
+        return int(said.usage.prompt_tokens)
 
     # A control token is one token; taken apart it is many.
     assert prompt_tokens("<|end|>") > prompt_tokens("a") + 3
@@ -142,7 +142,7 @@ def test_a_tool_cannot_end_the_turn_it_is_described_in(client: openai.OpenAI) ->
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_is_separate_from_content(client: openai.OpenAI, stream: bool) -> None:
     extra = {"regex": "<think>(yes|no)</think>(barn|bridge)"}
-    said = client.chat.completions.create(**ASKED, extra_body=extra, stream=stream)
+    said: Any = client.chat.completions.create(**ASKED, extra_body=extra, stream=stream)
     if stream:
         made = [chunk.choices[0].delta for chunk in said]
         reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in made)

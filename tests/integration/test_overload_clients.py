@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.overload_figures import is_good
 from benchmarks.overload_load import Plan, ask_all
+from benchmarks.overload_measurements import is_good
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.testing.fake_model import write_fake_model
 

@@ -263,7 +263,9 @@ async def test_bad_input_is_named_and_the_next_request_is_served(
 
 async def test_invalid_utf8_is_named(simulated: LocalCluster) -> None:
     async with open_channel(simulated.frontend.address) as channel:
-        call = channel.unary_stream("/tandem.api.frontend.v1.InferenceService/Generate")(b"\x1a\x02\xff\xfe")
+        method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+        method = channel.unary_stream("/tandem.api.frontend.v1.InferenceService/Generate")
+        call = method(b"\x1a\x02\xff\xfe")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
     problem = from_rpc_error(refused.value)
@@ -321,13 +323,13 @@ SERVICES = {
 @pytest.mark.parametrize("name", SERVICES)
 async def test_reflection_and_health_on_every_service(simulated: LocalCluster, name: str) -> None:
     async with open_channel(simulated.process(name).address) as channel:
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = reflection.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         listed = {service.name for service in (await call.read()).list_services_response.service}
         call.cancel()
         assert listed >= SERVICES[name] | {"grpc.health.v1.Health"}
-        health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for service in ("", *SERVICES[name]):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -127,8 +127,10 @@ async def test_strangers_are_refused_by_every_process_which_goes_on(cluster: Loc
         opened = [grpc.aio.secure_channel(process.address, one, options=OPTIONS) for one in credentials]
         for channel in (*opened, open_channel(process.address)):
             begin_s = time.monotonic()
+            check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
+                await check(b"")
             assert isinstance(from_rpc_error(refused.value), ServiceError)
             assert time.monotonic() - begin_s < 2
             await channel.close()

@@ -12,7 +12,8 @@ import pytest
 
 from tandem.client import calls
 from tandem.errors import TandemError
-from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import SIMULATED, running
 from tests.integration.support.calls import generate, request_of
@@ -93,8 +94,8 @@ async def test_a_second_process_with_the_name_of_a_live_one_ends(tmp_path: Path)
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, role_flags=flags) as cluster:
         async with under_load(cluster) as load, second_start(cluster, "decode-0", tmp_path) as second:
             assert await asyncio.wait_for(second.wait_ended(), 20) == 1
-            assert "another live process has this worker's id or address" in second.last_words()
-            assert f"at {cluster.process('decode-0').address}" in second.last_words()
+            assert "another live process has this worker's id or address" in (second.last_words() or "")
+            assert f"at {cluster.process('decode-0').address}" in (second.last_words() or "")
             await load.wait_streams(10)
             assert not load.failures
         assert cluster.process("decode-0").exit_status is None
@@ -118,5 +119,5 @@ async def test_a_worker_whose_place_was_taken_finishes_its_streams_and_ends(tmp_
             first.signal(signal.SIGCONT)
             assert len((await stream).token_ids) == 300
             assert await asyncio.wait_for(first.wait_ended(), 10) == 1
-            assert "replaced by a newer start" in first.last_words()
+            assert "replaced by a newer start" in (first.last_words() or "")
             assert len((await generate(cluster, request_of("Once"))).token_ids) == 16

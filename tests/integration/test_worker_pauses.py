@@ -15,7 +15,8 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
 from tandem.client import calls
 from tandem.errors import StaleEpoch
-from tandem.local_cluster.cluster import ClusterProcess, LocalCluster
+from tandem.local_cluster.child_process import ClusterProcess
+from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import running

@@ -16,7 +16,7 @@ from tandem import config
 from tandem.errors import ConfigError
 
 NEEDED = ["--registry", "a:1", "--model", "m"]
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[type[config.ServiceConfig], list[str]]] = {
     "tandem-registry": (RegistryConfig, []),
     "tandem-prefill": (PrefillConfig, NEEDED),
     "tandem-decode": (DecodeConfig, NEEDED),

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tandem_registry.backends.consul import parsing
+from tandem_registry.backends.consul import parsing, records
 from tandem_registry.backends.consul.parsing import NEXT, ResponseReader
 from tandem_registry.backends.consul.snapshot import observed_of
 from tandem_registry.view import Health
@@ -23,7 +23,7 @@ def make_answer(count: int = 5) -> list[dict[str, Any]]:
 
 def test_an_unchanged_instance_is_the_same_entry_and_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    honest = parsing.record_of
+    honest = records.record_of
 
     def counted(address: str, port: int, written: Any) -> Any:
         reads.append(written["id"])

@@ -11,11 +11,11 @@ from tandem_registry.backends.consul.settings import ConsulSettings
 
 
 @asynccontextmanager
-async def asked(body: bytes) -> AsyncIterator[tuple[ConsulClient, list[web.Request]]]:
+async def asked(body: bytes) -> AsyncIterator[tuple[ConsulClient, list[web.BaseRequest]]]:
     """A client of an agent that answers everything with `body` at index 7, and what came there."""
-    requests: list[web.Request] = []
+    requests: list[web.BaseRequest] = []
 
-    async def answer(request: web.Request) -> web.Response:
+    async def answer(request: web.BaseRequest) -> web.Response:
         requests.append(request)
         return web.Response(body=body, headers={"X-Consul-Index": "7"})
 

@@ -63,11 +63,12 @@ def test_a_token_comes_from_its_file_each_time_it_is_read(tmp_path: Path) -> Non
 
 def test_a_file_of_tls_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (junk := tmp_path / "junk.pem").write_text("junk")
-    for more, key in (
+    wrongs: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ca": tmp_path / "none.pem"}, "consul_ca"),
         ({"ca": junk}, "consul_ca"),
         ({"cert": junk, "key": junk}, "consul_cert"),
-    ):
+    )
+    for more, key in wrongs:
         with pytest.raises(ConfigError) as wrong:
             ConsulSettings(address="https://consul", **more).tls_context()
         assert wrong.value.key == key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from tandem_registry.backends.consul.parsing import ResponseReader
 from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry, change_between, observed_of
 from tandem_registry.view import Health, RemovalReason, View
 
+from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tests.unit.support.consul_entries import answer_of, make_entry, make_replica, registry_entry
 from tests.unit.support.examples import examples
-from tests.unit.support.registry_workers import make_frontend, make_worker
+from tests.unit.support.registry_workers import make_frontend, make_worker, members_of
 
 
 @st.composite
@@ -23,7 +25,8 @@ def entries(draw: st.DrawFn) -> list[Entry]:
     """What several agents could list, each under its own names."""
     found: dict[tuple[str, str], Entry] = {}
     for _ in range(draw(st.integers(0, 8))):
-        make = draw(st.sampled_from([make_worker, make_frontend]))
+        makers: list[Callable[..., Member]] = [make_worker, make_frontend]
+        make = draw(st.sampled_from(makers))
         member = make(draw(st.sampled_from("abc")), draw(st.integers(1, 3)), draw(st.sampled_from(["h:1", "h:2"])))
         member = replace(member, state=draw(st.sampled_from(WorkerState)))
         entry = make_entry(
@@ -42,7 +45,7 @@ def entries(draw: st.DrawFn) -> list[Entry]:
 
 
 def ids(view: View) -> list[str]:
-    return [entry.member.member_id for entry in [*view.workers, *view.frontends]]
+    return [member.member_id for member in members_of(view)]
 
 
 @given(found=entries(), data=st.data())
@@ -57,7 +60,7 @@ def test_the_order_of_the_answer_means_nothing(found: list[Entry], data: st.Data
 @given(found=entries())
 def test_a_view_has_one_start_of_each_member_and_one_member_at_each_address(found: list[Entry]) -> None:
     view = observed_of(1, found).view("g")
-    members = [entry.member for entry in [*view.workers, *view.frontends]]
+    members = members_of(view)
     keys = [(member.kind, member.member_id) for member in members]
     assert len(set(keys)) == len(keys)
     assert len({member.address for member in members}) == len(members)
@@ -75,7 +78,8 @@ def test_replicas_that_skip_different_answers_agree_wherever_they_meet(
     views = []
     for _ in range(2):
         read = sorted(data.draw(st.sets(st.integers(0, len(history) - 1))) | {len(history) - 1})
-        reader, held, observed = ResponseReader(), {}, ConsulSnapshot()
+        reader, observed = ResponseReader(), ConsulSnapshot()
+        held: dict[tuple[str, str], Member] = {}
         at: dict[int, Any] = {}
         for index in read:
             after = observed_of(index, reader.entries(answer_of(history[index])))

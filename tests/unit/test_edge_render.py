@@ -34,7 +34,8 @@ def loaded(text: str | bytes) -> Any:
 
 def rendered(keys: tuple[ApiKey, ...] = (), **settings: Any) -> dict[str, Any]:
     config = EdgeConfig(**{"frontends": "127.0.0.1:1", **settings})
-    return loaded(render(config, keys, FILES)[FILES.config])
+    found: dict[str, Any] = loaded(render(config, keys, FILES)[FILES.config])
+    return found
 
 
 def found(tree: Any, key: str) -> list[Any]:
@@ -142,6 +143,7 @@ def test_names_and_addresses_of_frontends() -> None:
 
 
 def frontends_cluster(**settings: Any) -> dict[str, Any]:
+    cluster: dict[str, Any]
     (cluster,) = loaded(render(EdgeConfig(**settings), (), FILES)[FILES.config])["static_resources"]["clusters"]
     return cluster
 
@@ -152,7 +154,7 @@ def test_health_check_results_count_at_once(source: dict[str, str]) -> None:
 
 
 def test_names_are_looked_up_where_the_settings_say() -> None:
-    def dns(**settings: Any) -> dict[str, Any]:
+    def dns(**settings: Any) -> Any:
         return frontends_cluster(frontends="frontend.example:3", **settings)["cluster_type"]["typed_config"]
 
     assert dns()["dns_refresh_rate"] == "1.000s"

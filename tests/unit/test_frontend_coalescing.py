@@ -14,7 +14,7 @@ from tandem_frontend.response.relay import Relay
 from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import leg_pb2
+from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.observability.request_trace import RequestTrace
 from tandem.service.loop_load import BUSY_FROM, BUSY_FULL, MEASURE_S, LoopLoad
 from tandem.testing.virtual_time import run_virtually
@@ -179,7 +179,7 @@ def test_the_text_is_the_same_however_it_is_cut(ids: list[int], cuts: list[int],
             left = left[size:]
             await asyncio.sleep(data.draw(st.sampled_from((0.0, 0.01, 0.03))))
             scene.outbox.read(reads=data.draw(st.booleans()))
-        scene.relay.finish(1, leg_pb2.LegFinish(reason=2), None, pb.Route())
+        scene.relay.finish(1, leg_pb2.LegFinish(reason=generation_pb2.FINISH_REASON_LENGTH), None, pb.Route())
         assert scene.outbox.text == Letters().decode(ids)
         assert scene.outbox.token_ids == ids
         assert [chunk.index for chunk in scene.outbox.chunks] == list(range(len(scene.outbox.chunks)))
@@ -197,7 +197,7 @@ def test_a_held_chunk_that_cannot_be_sent_ends_its_own_request_only() -> None:
         whole.relay.open()
         for scene in (broken, whole):
             scene.relay.take([1], ())
-        broken.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        broken.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign]
         for scene in (broken, whole):
             scene.relay.take([2], ())
         assert whole.sizes == [1], "held"
@@ -242,7 +242,7 @@ def test_a_client_that_reads_again_gets_an_error_when_its_chunk_cannot_be_sent()
         scene.relay.take([1], ())
         scene.outbox.read(reads=False)
         scene.relay.take([2], ())
-        scene.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        scene.outbox.chunk = lambda chunk: 1 / 0  # type: ignore[assignment, method-assign]
         scene.outbox.read(reads=True)
         assert len(defects) == 1
 

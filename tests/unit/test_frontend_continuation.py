@@ -119,7 +119,8 @@ async def test_a_continued_stream_equals_the_undisturbed_one(
     data: st.DataObject, max_tokens: int, answers_come_late: bool
 ) -> None:
     breaks = data.draw(st.integers(0, BREAKS_MAX))
-    faults, left = {}, max_tokens
+    faults: dict[int, tuple[int, TandemError]] = {}
+    left = max_tokens
     for number in range(1, breaks + 1):
         count = data.draw(st.integers(0, left))
         # Three in a row without a token are the end; at least one comes before each break here.
@@ -150,7 +151,7 @@ async def test_before_the_first_token_the_request_is_retried() -> None:
 
 @pytest.mark.parametrize("answers_come_late", [False, True])
 async def test_breaks_of_one_stream_are_limited(answers_come_late: bool) -> None:
-    faults = dict.fromkeys(range(1, 20), (1, KILLED))
+    faults: dict[int, tuple[int, TandemError]] = dict.fromkeys(range(1, 20), (1, KILLED))
     fleet = Fleet(decodes=12, faults=faults, answers_come_late=answers_come_late)
     with pytest.raises(LegFailed) as failed:
         await stream(fleet, leg(100))

@@ -128,7 +128,7 @@ def trained() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]  # its stub has no types
         vocab_size=400,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -169,6 +169,12 @@ def ids_of(name: str, most: int) -> st.SearchStrategy[list[int]]:
     drawn = st.lists(anywhere | st.sampled_from(parts) if parts else anywhere, max_size=most)
     texts = st.text(SCRIPTS, max_size=most)
     return drawn | texts.map(lambda text: backend.encode(text, add_special_tokens=False).ids[:most])
+
+
+def id_of(backend: tokenizers.Tokenizer, token: str) -> int:
+    found = backend.token_to_id(token)
+    assert found is not None
+    return found
 
 
 def cut(token_ids: list[int], places: list[int]) -> list[list[int]]:
@@ -260,7 +266,7 @@ def test_decoders_that_look_around_are_followed_by_a_window(name: str, data: Any
     prompt, token_ids = backend.encode("the").ids, data.draw(ids_of(name, 40))
     one_by_one = shown(decoder, prompt, [[token_id] for token_id in token_ids])
     assert shown(decoder, prompt, cut(token_ids, places)) == one_by_one
-    special = [backend.token_to_id(name) for name in SPECIAL]
+    special = [id_of(backend, name) for name in SPECIAL]
     written = backend.encode(text, add_special_tokens=False).ids
     for place in places:
         written.insert(place, special[place % len(special)])
@@ -317,8 +323,8 @@ def test_prompts_own_characters_are_never_shown_again(kind: type[Plain]) -> None
 
 def test_a_prompt_of_special_tokens_is_a_texts_beginning() -> None:
     """A space is dropped there, and only there; what is skipped is no text."""
-    the = LLAMA.token_to_id("▁the")
-    special = [LLAMA.token_to_id(name) for name in SPECIAL]
+    the = id_of(LLAMA, "▁the")
+    special = [id_of(LLAMA, name) for name in SPECIAL]
     for prompt in ([], special, special * TABLE_CONTEXT_TOKENS):
         assert shown(DECODERS["llama"], prompt, [[the], special, [the]]) == "the the"
         assert shown(DECODERS["llama"], prompt, [[the, *special, the]]) == "the the"
@@ -329,7 +335,7 @@ def test_a_prompt_of_special_tokens_is_a_texts_beginning() -> None:
 def test_many_tokens_that_end_inside_a_character_wait_for_it() -> None:
     """With a window too: that they come together does not make a run of bytes of them."""
     smile = LLAMA.encode("🙂", add_special_tokens=False).ids[-4:]
-    many = [LLAMA.token_to_id("a")] * 2 * WINDOW_TOKENS_MAX
+    many = [id_of(LLAMA, "a")] * 2 * WINDOW_TOKENS_MAX
     for decoder in (Plain(LLAMA), DECODERS["llama"]):
         assert shown(decoder, many, [many + smile[:3], smile[3:]]) == "a" * len(many) + "🙂"
 
@@ -374,7 +380,7 @@ def test_work_for_a_token_does_not_grow_with_the_stream() -> None:
 def test_special_tokens_do_not_make_a_window_grow() -> None:
     plain = Plain(WORDPIECE)
     detokenizer = Detokenizer(plain, WORDPIECE.encode("the fox").ids)
-    user, fox = (WORDPIECE.token_to_id(name) for name in ("<|user|>", "fox"))
+    user, fox = (id_of(WORDPIECE, name) for name in ("<|user|>", "fox"))
     assert "".join(detokenizer.push([user]) for _ in range(1_000)) == ""
     assert detokenizer.push([fox]) == " fox"
     assert plain.longest_tokens < 2 * WINDOW_TOKENS_MAX
@@ -382,14 +388,14 @@ def test_special_tokens_do_not_make_a_window_grow() -> None:
 
 @pytest.mark.parametrize("kind", [Plain, WithTable])
 def test_special_tokens_have_no_text_unless_asked_for(kind: type[Plain]) -> None:
-    end = DEMO.token_to_id("<|end|>")
+    end = id_of(DEMO, "<|end|>")
     assert shown(kind(DEMO), [], [[end], [end]]) == ""
     assert shown(kind(DEMO), [], [[end]], skip=False) == "<|end|>"
 
 
 def test_ids_that_a_tokenizer_lacks_have_no_text() -> None:
     """Models have more rows than their tokenizers have tokens; a negative id must not count from the end."""
-    a = DEMO.token_to_id("a")
+    a = id_of(DEMO, "a")
     beyond = token_count(DEMO)
     assert shown(DECODERS["demo"], [beyond, -1], [[beyond], [-1], [a, beyond, -1, a], [beyond, a]]) == "aaa"
 
@@ -445,6 +451,6 @@ def test_a_decoder_that_joins_has_a_table(backend: tokenizers.Tokenizer, errors:
     table = TokenTable.read(backend, token_count(backend))
     assert table is not None
     assert (table.errors, table.drops_first_space) == (errors, drops)
-    special = [backend.token_to_id(name) for name in SPECIAL]
+    special = [id_of(backend, name) for name in SPECIAL]
     assert [table.shown[i] for i in special] == ["", "", ""]
     assert [table.whole[i] for i in special] == list(SPECIAL)

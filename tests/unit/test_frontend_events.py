@@ -46,7 +46,7 @@ def test_the_fast_message_is_the_librarys(index: int, text: str, token_ids: list
 
 
 def test_logprobs_are_not_forgotten() -> None:
-    chunk = pb.GenerateChunk(token_ids=[1], logprobs=[{"token_id": 1, "logprob": -1.5}])
+    chunk = pb.GenerateChunk(token_ids=[1], logprobs=[generation_pb2.TokenLogprob(token_id=1, logprob=-1.5)])
     assert json.loads(event_json(chunk))["chunk"]["logprobs"][0]["logprob"] == -1.5
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +93,8 @@ def choices(scene: Scene, prompt_tokens: int, later: tuple[Collection[Start], Co
     return found, route
 
 
-def check(found: Any, route: Route | None, expected: Expected) -> None:
+def check(chosen: tuple[Any, Route | None], expected: Expected) -> None:
+    found, route = chosen
     assert found == expected.possible
     if route is not None:
         left = f", without {' and '.join(expected.ejected)} ones" if expected.ejected else ""
@@ -109,7 +110,7 @@ def check_first(scene: Scene, prompt_tokens: int, marks: dict[str, frozenset[Sta
     problem = every_pair.problem(scene.workers, DIGEST, prompt_tokens)
     if problem is None:
         every = every_pair.possible(scene.workers, DIGEST, prompt_tokens, LEG_CONTRACT)
-        check(*choices(scene, prompt_tokens, None), every_pair.preferred(every, marks))
+        check(choices(scene, prompt_tokens, None), every_pair.preferred(every, marks))
         return
     with pytest.raises(problem) as refusal:
         scene.routes.first(prompt_tokens)
@@ -128,7 +129,7 @@ def check_next(scene: Scene, moment: dict[str, Any], marks: dict[str, frozenset[
     every = every_pair.possible(scene.workers, DIGEST, prompt_tokens, LEG_CONTRACT)
     every = every_pair.without(every, refusing)
     expected = every_pair.preferred(every, {**marks, "tried": tried})
-    check(*choices(scene, prompt_tokens, (tried, refusing)), expected)
+    check(choices(scene, prompt_tokens, (tried, refusing)), expected)
 
 
 @given(st.lists(st.tuples(VIEWS, st.lists(MOMENTS, min_size=1, max_size=3)), min_size=1, max_size=3))
@@ -195,7 +196,7 @@ def test_cached_results_are_bounded() -> None:
     for prompt_tokens in random.Random(0).choices(range(399), k=500):
         route = scene.first(prompt_tokens)
         assert min(worker.capabilities.context_tokens_max for worker in route.workers) > prompt_tokens
-    kept = [scene.routes._first, scene.routes._pools._wholes]
+    kept: list[Sized] = [scene.routes._first, scene.routes._pools._wholes]
     kept += [pool._shares for pool in scene.routes._pools._pools.values()]
     assert [len(results) <= 64 for results in kept] == [True] * 3
 

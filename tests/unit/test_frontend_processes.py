@@ -20,6 +20,7 @@ from tandem_frontend.processes.sums import buckets, combined, histogram
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2 as sibling_pb
+from tandem.api.types.v1 import error_pb2
 from tandem.clock import ManualClock
 from tandem.errors import ConfigError
 from tandem.observability.merged_scrape import LABEL, LocalScrapes, merged
@@ -200,8 +201,14 @@ def test_a_histogram_travels() -> None:
 
 
 def test_leg_failures_add_up_within_their_bound() -> None:
-    failures = [pb.LegFailures(worker_id=f"w{number}", reason=1, count=1) for number in range(FAILURES_MAX)]
-    others = [pb.LegFailures(worker_id="w0", reason=1, count=4), pb.LegFailures(worker_id="new", reason=1, count=7)]
+    failures = [
+        pb.LegFailures(worker_id=f"w{number}", reason=error_pb2.ERROR_REASON_LEG_FAILED, count=1)
+        for number in range(FAILURES_MAX)
+    ]
+    others = [
+        pb.LegFailures(worker_id="w0", reason=error_pb2.ERROR_REASON_LEG_FAILED, count=4),
+        pb.LegFailures(worker_id="new", reason=error_pb2.ERROR_REASON_LEG_FAILED, count=7),
+    ]
     total = combined([answer([], leg_failures=failures), answer([], leg_failures=others)])
     found = {entry.worker_id: entry.count for entry in total.leg_failures}
     assert (found["w0"], found["w1"]) == (5, 1)
@@ -296,7 +303,8 @@ def test_a_returned_connection_goes_first() -> None:
     distributor = Distributor(listening, lambda: [child])
     distributor.begin()
     listening.take("late")
-    distributor.give_again(["early", "earlier"])
+    early: list[Any] = ["early", "earlier"]
+    distributor.give_again(early)
     child.can_take = True
     distributor.reevaluate()
     assert child.given == ["early", "earlier", "late"]

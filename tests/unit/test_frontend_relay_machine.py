@@ -135,10 +135,10 @@ class RelayMachine(RuleBasedStateMachine):
         self.wanted = wanted
         stop_tokens = StopTokens(wanted.stop_token_ids, (EOS,), wanted.min_tokens, ignore_eos=wanted.ignore_eos)
         self.outbox, self.coalescing = Outbox(), ScriptedCoalescing()
+        coalescing: Any = self.coalescing
+        loop: Any = ScriptedLoop()
         detokenizer, stops = Detokenizer(Pieces(), PROMPT), StopMatcher(wanted.stops)
-        self.relay = Relay(
-            detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, self.coalescing, loop=ScriptedLoop()
-        )
+        self.relay = Relay(detokenizer, stops, stop_tokens, RequestTrace(), self.outbox, coalescing, loop=loop)
         self.is_open = False
         stopping = sampling_pb2.Stopping(max_tokens=wanted.max_tokens, min_tokens=wanted.min_tokens)
         self.whole_leg = leg_pb2.LegRequest(token_ids=PROMPT, stopping=stopping)

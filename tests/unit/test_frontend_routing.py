@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tandem_frontend.routing.candidates import Route
@@ -58,7 +59,7 @@ def test_a_worker_that_drains_gets_no_request() -> None:
         scene.first()
 
 
-OTHER = {"tensor_parallel_size": 2, "page_size_tokens": 64}
+OTHER: dict[str, Any] = {"tensor_parallel_size": 2, "page_size_tokens": 64}
 
 
 CHECKED_BEFORE = ("model", "tokenizer_digest")
@@ -203,9 +204,14 @@ def test_a_policy_picks_a_decode_worker_and_then_a_compatible_prefill_worker() -
 
 def test_a_view_is_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many requests come meanwhile, and also where `follow` applied it before."""
-    scene, taken = Scene(prefill(), decode()), []
+    scene, taken = Scene(prefill(), decode()), list[Any]()
     follow = scene.routes._pools.follow
-    monkeypatch.setattr(scene.routes._pools, "follow", lambda workers: (taken.append(workers), follow(workers)))
+
+    def counted(workers: Any) -> None:
+        taken.append(workers)
+        follow(workers)
+
+    monkeypatch.setattr(scene.routes._pools, "follow", counted)
     scene.first()
     scene.first()
     scene.workers = (*scene.workers, decode("decode-1"))

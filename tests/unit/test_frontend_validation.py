@@ -76,7 +76,7 @@ async def test_a_zero_is_a_zero() -> None:
 
 
 async def test_the_last_place_of_the_context_is_used() -> None:
-    wanted = await checked_generate(pb.GenerateRequest(token_ids={"ids": [5] * 2047}), TOKENIZER)
+    wanted = await checked_generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 2047)), TOKENIZER)
     assert wanted.max_tokens == 1
 
 
@@ -100,15 +100,16 @@ LARGE = Tokenizer(TOKENIZER._backend, replace(TOKENIZER._card, context_tokens_ma
 
 async def test_token_ids_are_checked_to_the_last_and_not_copied() -> None:
     ids = [5] * 3 * CHECKED_TOKENS
-    request = pb.GenerateRequest(token_ids={"ids": ids})
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids))
     wanted = await checked_generate(request, LARGE)
     assert wanted.token_ids == ids
-    assert wanted.token_ids is request.token_ids.ids
+    asked: object = request.token_ids.ids
+    assert wanted.token_ids is asked
     for place in (0, CHECKED_TOKENS, len(ids) - 1):
         for wrong in (-1, TOKENIZER.vocabulary_size):
             ids[place] = wrong
             with pytest.raises(InvalidRequest, match=f"{wrong} is outside the vocabulary") as refused:
-                await checked_generate(pb.GenerateRequest(token_ids={"ids": ids}), LARGE)
+                await checked_generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids)), LARGE)
             assert refused.value.field == "token_ids"
             ids[place] = 5
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tools.gpu import decode_heavy, figures, report, runs
+from tools.gpu import decode_heavy, report, runs, summaries
 from tools.gpu.decode_heavy import Asked, Bare, Heavy
-from tools.gpu.figures import Streamed
 from tools.gpu.overhead import bare_settings
 from tools.gpu.results import Results
 from tools.gpu.shapes import Machine
+from tools.gpu.summaries import Streamed
 
 SMALL = Heavy(
     prompt_tokens=4, new_tokens=6, levels=(1, 2, 8), turned_level=2, kv_tokens={1: 40, 2: 20}, running_requests_max=8
@@ -22,48 +22,48 @@ SMALL = Heavy(
 
 def test_tokens_of_one_message_are_one_arrival() -> None:
     stream = Streamed(0.0, (1.0, 1.0, 1.0, 3.0, 3.5, 3.5))
-    assert figures.gaps_between_arrivals_s(stream) == [2.0, 0.5]
+    assert summaries.gaps_between_arrivals_s(stream) == [2.0, 0.5]
 
 
 def test_the_steady_pace_counts_only_while_all_streams_run() -> None:
     early = Streamed(0.0, (1.0, 2.0, 3.0, 4.0))
     late = Streamed(0.0, (2.0, 3.0, 4.0, 5.0, 6.0))
     # From 2 s to 4 s: two tokens of each.
-    assert figures.steady_tokens_per_s([early, late]) == 2.0
-    assert figures.steady_tokens_per_s([early, Streamed(0.0, (4.0, 5.0))]) is None
+    assert summaries.steady_tokens_per_s([early, late]) == 2.0
+    assert summaries.steady_tokens_per_s([early, Streamed(0.0, (4.0, 5.0))]) is None
 
 
 def test_steady_gaps_leave_out_what_came_before_all_streams_ran() -> None:
     early = Streamed(0.0, (1.0, 5.0, 6.0, 7.0))
     late = Streamed(0.0, (5.0, 5.5, 6.0, 9.0))
-    assert figures.steady_gaps_s([early, late]) == [1.0, 1.0, 0.5, 0.5]
+    assert summaries.steady_gaps_s([early, late]) == [1.0, 1.0, 0.5, 0.5]
 
 
 def test_a_level_reports_its_rates_and_why_streams_failed() -> None:
     good = [Streamed(0.0, (0.1, 0.2, 0.4, 0.4)), Streamed(0.1, (0.3, 0.5, 0.5, 0.6))]
     bad = [Streamed(0.0, (), reason) for reason in ("c", "a", "b", "a")]
-    level = figures.decoding([*good, *bad])
+    level = summaries.decoding([*good, *bad])
     assert (level["failed"], level["failures"]) == (4, ["a", "b"])
     assert (level["tokens"], level["wall_s"]) == (8, 0.6)
     assert level["tokens_per_s"] == pytest.approx(13.3)
     assert level["itl_mean_p50_ms"] == pytest.approx(100.0)
     assert level["gap_p99_ms"] == pytest.approx(200.0)
     assert level["ttft_p50_ms"] == pytest.approx(100.0)
-    assert figures.decoding(bad) == {"failed": 4, "failures": ["a", "b"]}
+    assert summaries.decoding(bad) == {"failed": 4, "failures": ["a", "b"]}
 
 
 def test_cores_are_processor_time_over_the_streams_time() -> None:
     streams = [Streamed(10.0, (11.0, 14.0)), Streamed(12.0, (), "gone")]
-    assert figures.cores(streams, {"frontend-0": 2.0}) == {"frontend-0": 0.5}
-    assert figures.cores(streams[1:], {"frontend-0": 2.0}) == {}
+    assert summaries.cores(streams, {"frontend-0": 2.0}) == {"frontend-0": 0.5}
+    assert summaries.cores(streams[1:], {"frontend-0": 2.0}) == {}
 
 
 def test_a_ratio_is_tandem_over_bare_and_there_is_none_of_what_was_not_measured() -> None:
     bare = {"steady_tokens_per_s": 200.0, "gap_p99_ms": 10.0}
     ours = {"steady_tokens_per_s": 150.0, "gap_p99_ms": 15.0}
-    assert figures.ratios(bare, ours) == {"steady_tokens_per_s": 0.75, "gap_p99_ms": 1.5, "steady_gap_p99_ms": None}
-    assert set(figures.ratios({"error": "no"}, ours).values()) == {None}
-    assert figures.ratios({**bare, "steady_tokens_per_s": None}, ours)["steady_tokens_per_s"] is None
+    assert summaries.ratios(bare, ours) == {"steady_tokens_per_s": 0.75, "gap_p99_ms": 1.5, "steady_gap_p99_ms": None}
+    assert set(summaries.ratios({"error": "no"}, ours).values()) == {None}
+    assert summaries.ratios({**bare, "steady_tokens_per_s": None}, ours)["steady_tokens_per_s"] is None
 
 
 def test_a_level_is_measured_in_both_orders_without_those_that_do_not_fit() -> None:
@@ -132,7 +132,7 @@ def compared(tmp_path: Path, tandem_pace: float | None) -> tuple[list[str], dict
     results = Results(tmp_path / "results.json", deadline_s=90)
     sides = (Side("bare", said, 10.0), Side("tandem", said, tandem_pace))
     asyncio.run(decode_heavy.compare(results, "decode_heavy_pair", SMALL, SMALL.load(2, 1), *sides))  # type: ignore[arg-type]
-    return said, results.figures
+    return said, results.measured
 
 
 def test_sides_take_turns_and_each_measurement_is_a_result(tmp_path: Path) -> None:

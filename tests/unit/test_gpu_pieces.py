@@ -15,7 +15,7 @@ from tools.gpu import pieces, thin
 @given(st.dictionaries(st.text("abc/", min_size=1, max_size=6), st.integers(0, 300), max_size=20))
 def test_every_byte_of_every_file_is_in_exactly_one_unit(files: dict[str, int]) -> None:
     held = dict.fromkeys(files, 0)
-    whole = set()
+    whole = set[str]()
     for unit in pieces.plan(files.items(), chunk_bytes=100):
         if unit.offset is None:
             assert whole.isdisjoint(unit.files)

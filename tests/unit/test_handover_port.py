@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tandem.domain.handover import DropReason
-from tandem.engine.sglang import pulse
+from tandem.engine.sglang import pulse, reports
 from tandem.engine.sglang.environment import REGISTRATION_KEY
 from tandem.engine.sglang.handover import LOG_INTERVAL_S, SILENCE_MAX_S, HandoverWatch
 from tandem.engine.sglang.hooks import bootstrap_server, handover_port, scheduler_hooks
@@ -166,7 +166,7 @@ def test_drops_are_counted_as_a_metric() -> None:
             counted.append((name, amount, attributes["tandem.reason"]))
 
     dropped = {DropReason.FOREIGN: 0, DropReason.REFUSED: 2}
-    counter = DroppedMessages(SimpleNamespace(dropped_messages=lambda: dropped), Counting())  # type: ignore[arg-type]
+    counter = DroppedMessages(SimpleNamespace(dropped_messages=lambda: dropped), Counting())
     counter.add()
     dropped[DropReason.FOREIGN] = 3
     counter.add()
@@ -254,7 +254,7 @@ def test_the_thread_reads_only_what_passes_and_its_end_is_noticed(
     """The check is put between the socket and SGLang's thread, whose loop goes on over junk."""
     monkeypatch.setenv("TANDEM_SGLANG_REPORT", str(tmp_path / "report"))
     ended = threading.Event()
-    monkeypatch.setattr(handover_port.reports, "end", lambda problem: ended.set())
+    monkeypatch.setattr(reports, "end", lambda problem: ended.set())
     manager = PlayedManager(tmp_path)
     real = {"prefill": [b"ABORT", b"1"], "decode": [b"KV_STATUS", b"1", b"4", b"0", b""]}[kind]
     manager.server_socket = PlayedSocket([[b"junk"], [GUARD], real])

@@ -209,7 +209,7 @@ class Receiver(otlp_grpc.MetricsServiceServicer):
 async def test_metrics_are_pushed_to_a_receiver_and_the_last_ones_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otel_metrics, "PUSH_INTERVAL_S", 0.2)
     receiver, server = Receiver(), grpc.server(futures.ThreadPoolExecutor(2))
-    otlp_grpc.add_MetricsServiceServicer_to_server(receiver, server)
+    otlp_grpc.add_MetricsServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

@@ -88,7 +88,7 @@ def reason_of(failure: grpc.aio.AioRpcError) -> str:
     info = error_details_pb2.ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
-    return info.reason
+    return str(info.reason)
 
 
 class Steps:
@@ -96,21 +96,26 @@ class Steps:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.stub: Any = StepServiceStub(channel)
-        self.call = self.stub.StreamSteps(
+        self.call: grpc.aio.UnaryStreamCall[Any, step_pb2.StreamStepsResponse] = self.stub.StreamSteps(
             step_pb2.StreamStepsRequest(leg_contract=2, worker_epoch=EPOCH, frontend_id="test")
         )
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, leg2_pb2.LegEnd] = {}
 
+    async def _next(self) -> step_pb2.StreamStepsResponse:
+        step = await self.call.read()
+        assert isinstance(step, step_pb2.StreamStepsResponse)
+        return step
+
     async def open(self) -> int:
-        first = await self.call.read()
+        first = await self._next()
         assert first == step_pb2.StreamStepsResponse(stream_id=first.stream_id)
         assert first.stream_id
         return int(first.stream_id)
 
     async def read(self) -> step_pb2.StreamStepsResponse:
         """The next step, which must fit what came before it."""
-        step = await self.call.read()
+        step = await self._next()
         counts = step.counts or [1] * len(step.legs)
         assert len(step.legs) == len(step.indices) == len(counts)
         assert sum(counts) == len(step.token_ids)

@@ -16,15 +16,16 @@ WANTED = Wanted(duration_s=5, size_bytes_max=10**6, steps_max=10, with_stack=Fal
 class Recorder:
     """Takes a moment to start, as an engine in another process does."""
 
-    forms = ("speedscope",)
+    forms: tuple[str, ...] = ("speedscope",)
 
     def __init__(self) -> None:
         self.started = asyncio.Event()
         self.stop_count = 0
 
-    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> Recorder:
         self.started.set()
         await asyncio.sleep(0.05)
+        return self
 
     async def stop(self) -> None:
         self.stop_count += 1

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tandem_registry.leases import Membership
-from tandem_registry.view import Change, Listed, RemovalReason
+from tandem_registry.view import Change, RemovalReason
 
 from tandem.clock import ManualClock
 from tandem.discovery.view import WorkerView
@@ -16,7 +16,7 @@ from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
 from tests.unit.support.examples import examples
-from tests.unit.support.registry_workers import make_frontend, make_worker
+from tests.unit.support.registry_workers import make_frontend, make_worker, members_of
 
 TTL_S = 8.0
 KEYS = st.tuples(st.sampled_from(["worker", "frontend"]), st.sampled_from(["a", "b", "c"]))
@@ -55,9 +55,7 @@ class MembershipMachine(RuleBasedStateMachine):
         self.ended.append(self.alive.pop(key)[1])
 
     def listed(self, key: Key) -> Member:
-        view = self.membership.view()
-        entries: list[Listed] = [*view.workers, *view.frontends]
-        return next(entry.member for entry in entries if key_of(entry.member) == key)
+        return next(member for member in members_of(self.membership.view()) if key_of(member) == key)
 
     def is_alive_elsewhere(self, holder: Member, kind: str, address: str) -> bool:
         """Elsewhere, or at the same address as a member of another kind: then it is not that one's former start."""
@@ -159,8 +157,10 @@ class MembershipMachine(RuleBasedStateMachine):
     @invariant()
     def the_view_is_the_models(self) -> None:
         view = self.membership.view()
-        members = [entry.member for entry in [*view.frontends, *view.workers]]
-        assert members == [self.alive[key][0] for key in sorted(self.alive)]
+        members = members_of(view)
+        assert members == [
+            self.alive[key][0] for key in sorted(self.alive, key=lambda key: (key[0] == "frontend", key))
+        ]
         addresses = [member.address for member in members]
         assert len(set(addresses)) == len(addresses)
 

@@ -29,9 +29,12 @@ async def test_a_silent_worker_is_swept_without_any_call(backend: MemoryBackend)
     subscription = await backend.subscribe()
     await backend.register(make_worker())
     steps = subscription.steps()
-    assert (await anext(steps)).upserted == (make_worker(),)
+    came = await anext(steps)
+    assert isinstance(came, Change)
+    assert came.upserted == (make_worker(),)
     async with asyncio.timeout(TTL_S + 0.5):
         gone = await anext(steps)
+    assert isinstance(gone, Change)
     assert [removed.reason for removed in gone.removed] == [RemovalReason.LEASE_EXPIRED]
 
 

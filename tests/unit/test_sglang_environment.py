@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ INTERFACES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def test_an_engine_on_loopback_uses_no_other_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     for host in ("127.0.0.1", "127.0.0.2"):
         assert [environment.defaults(settings(host), "cpu").get(name) for name in INTERFACES] == ["lo"] * 3
     beyond = environment.defaults(settings("192.0.2.1"), "cuda")
     assert [beyond.get(name) for name in INTERFACES] == [None, "lo", None]
-    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo0")])
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0")])
     assert not set(INTERFACES) & set(environment.defaults(settings("127.0.0.1"), "cpu"))
 
 

@@ -34,7 +34,7 @@ def test_fitted_times_are_those_that_the_engine_spends(tool: ModuleType) -> None
     truth = {"prefill": (0.01, 5e-5, 1e-7), "decode": (0.008, 6e-4, 2e-6)}
     prompts = [16, 64, 256, 1024]
     batches = [(1, 32), (2, 500), (4, 100), (8, 1000)]
-    features = {
+    features: dict[str, list[tuple[float, float, float]]] = {
         "prefill": [(1.0, n, n * n / 2) for n in prompts],
         "decode": [(1.0, count, count * context) for count, context in batches],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -42,10 +43,10 @@ class PoolMachine(RuleBasedStateMachine):
     def compute(self, beginning: int, length: int) -> Held:
         """A whole leg as the scheduler makes it, of one of two sequences: legs share pages and press others out."""
         sequence = [beginning] * length
-        held = self.open(sequence)
+        held: Any = self.open(sequence)
         if self.pool.grow(held[0], length):
             self.checkpoint(held)
-        return held
+        return cast("Held", held)
 
     @rule(held=leases, tokens=st.integers(0, 50))
     def grow(self, held: Held, tokens: int) -> None:

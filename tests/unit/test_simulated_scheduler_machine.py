@@ -17,6 +17,7 @@ from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Ended, Step
 from tandem.engine.simulated.tokens import digest
+from tandem.errors import EngineFailed
 from tests.unit.support.examples import examples
 from tests.unit.support.simulated_legs import PAGE, assert_stream_is_right, leg_of
 
@@ -145,7 +146,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 leg.report_end(leg.ended())
         for leg in ended.out_of_memory:
             if not leg.over:
-                leg.report_end(MemoryError())
+                leg.report_end(EngineFailed("out of KV memory"))
 
     def _leaving(self) -> set[Leg]:
         return set(self.scheduler._leaving)

@@ -30,9 +30,13 @@ def finished() -> RequestTrace:
     with traces.following(RequestTrace(request_id="r", model="m", parent=PARENT)) as trace:
         for name in ("tokenise", "admit", "wait", "route"):
             trace.step(name, trace.clock())
-        workers = {"prefill_worker": prefill(), "decode_worker": decode()}
         first = trace.add_attempt(
-            AttemptTrace(span_context=traces.child(trace.span_context), begin_s=trace.clock(), **workers)
+            AttemptTrace(
+                span_context=traces.child(trace.span_context),
+                begin_s=trace.clock(),
+                prefill_worker=prefill(),
+                decode_worker=decode(),
+            )
         )
         first.accepted("prefill")
         first.broke("decode", decode(), "decoding", "LEG_FAILED")
@@ -44,7 +48,8 @@ def finished() -> RequestTrace:
                 span_context=traces.child(trace.span_context),
                 begin_s=trace.clock(),
                 tokens_before=3,
-                **workers,
+                prefill_worker=prefill(),
+                decode_worker=decode(),
             )
         )
         second.accepted("prefill")

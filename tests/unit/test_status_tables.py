@@ -7,8 +7,9 @@ import time
 import pytest
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
-from tandem.cli import membership, status
+from tandem.cli import status
 from tandem.cli.membership import ask_all
+from tandem.client import calls
 from tandem.errors import StartError, TandemError
 
 
@@ -34,7 +35,7 @@ def responses(monkeypatch: pytest.MonkeyPatch) -> dict[str, pb.ListResponse | Ta
             raise response
         return response
 
-    monkeypatch.setattr(membership.calls, "list_members", list_members)
+    monkeypatch.setattr(calls, "list_members", list_members)
     return found
 
 

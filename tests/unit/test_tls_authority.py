@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import shutil
 import ssl
 import stat
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tandem.errors import ConfigError, StartError
-from tandem.tls import authority
 from tandem.tls.authority import CA_DAYS, DAYS_MAX, NAMES, issue_all
 from tandem.tls.paths import Tls
 
@@ -125,7 +126,7 @@ def test_a_file_is_replaced_whole(directory: Path, monkeypatch: pytest.MonkeyPat
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(authority.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StartError, match="No space left"):
         issue_all(directory)
     assert {one.name: one.read_bytes() for one in directory.iterdir()} == present
@@ -184,7 +185,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_unusable_ca_is_not_changed(directory: Path, damage, sentence: str) -> None:
+def test_an_unusable_ca_is_not_changed(directory: Path, damage: Callable[[Path], object], sentence: str) -> None:
     damage(directory)
     present = {file.name: file.read_bytes() for file in directory.iterdir()}
     with pytest.raises(StartError) as problem:

@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("src", "services", "protos", "docs", "deploy", "tests", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
-FREE = ("src/tandem/api/", "src/tandem/testing/fake_model.py", "tests/unit/test_words.py")
-"""Generated code, a text that a fake model recites, and the list itself."""
+FOLDERS = (
+    *("src", "services", "protos", "docs", "deploy", "tests", "benchmarks", "tools"),
+    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
+)
+LEARNED = tuple(f"tools/demo_model/{name}.py" for name in ("corpus", "smalltalk", "stories", "wellformed"))
+"""Texts and verbs that the demo model learns."""
+FREE = (
+    *("src/tandem/api/", "src/tandem/testing/fake_model.py", "tests/unit/test_words.py", "benchmarks/results/"),
+    *LEARNED,
+)
+"""Generated code, a text that a fake model recites, the list itself, what runs recorded, and what a model learns."""
 BANNED = {
     r"told|tells?": "report, record, publish, notify",
     r"whoever|nobody|somebody|everybody": "the component, or none of them",

@@ -59,7 +59,7 @@ class Garbler:
 
     async def serve(self) -> tuple[Any, int]:
         server = grpc.aio.server()
-        of_steps = {
+        of_steps: dict[str, Any] = {
             "StreamSteps": grpc.unary_stream_rpc_method_handler(self.steps),
             "AbortLegs": grpc.unary_unary_rpc_method_handler(self.abort),
         }

@@ -18,7 +18,7 @@ from tests.unit.support.simulated_engines import AGGREGATED, running
 class Place:
     """No lease: these tests do not need one."""
 
-    ttl_s: float | None = None
+    ttl_s = 1.0
     lease_time = None
 
     def renew(self, epoch: int) -> None:

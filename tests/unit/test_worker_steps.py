@@ -59,7 +59,8 @@ class Scene:
     """A worker around a scripted engine, and one frontend."""
 
     def __init__(self) -> None:
-        self.engine: Any = ScriptedEngine()
+        engine: Any = ScriptedEngine()
+        self.engine = engine
         self.timers = AwakeTimers()
         identity: Any = Identity()
         self.legs = Legs(self.engine, identity, timers=self.timers)

@@ -17,7 +17,19 @@ from h2.events import PingAckReceived
 from tandem.rpc.channels import open_channel
 from tandem.rpc.http2 import limits
 from tandem.testing.eventually import assert_eventually
-from tests.wire.support.http2_peer import CHAT, PUSHED, STREAM, UNARY, RawPeer, beside, echoing, framed, raw_peer
+from tests.wire.support.http2_peer import (
+    CHAT,
+    PUSHED,
+    STREAM,
+    UNARY,
+    RawPeer,
+    beside,
+    echoing,
+    framed,
+    raw_peer,
+    raw_stream,
+    raw_unary,
+)
 
 CALM = 11
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -138,7 +150,7 @@ async def test_rapid_resets_are_answered_with_calm_and_running_calls_go_on() -> 
                 peer.flush()
                 await answered()
         peer.flush()
-        await peer.until(lambda: peer.goaway and peer.goaway.last_stream_id < 2**31 - 1)
+        await peer.until(lambda: peer.goaway is not None and (peer.goaway.last_stream_id or 0) < 2**31 - 1)
         assert peer.goaway is not None
         assert peer.goaway.error_code == CALM
         await answered()
@@ -196,7 +208,7 @@ async def test_streams_beyond_the_bound_are_refused_and_may_be_tried_again() -> 
 
 async def test_grpcs_client_waits_for_its_turn_at_the_bound() -> None:
     async with echoing(streams_max=5) as (_, address, _server), open_channel(address) as channel:
-        call = channel.unary_unary(UNARY)
+        call = raw_unary(channel)
         answers = await asyncio.gather(*(call(b"%d" % number, timeout=10) for number in range(100)))
         assert answers == [b"%d" % number for number in range(100)]
 
@@ -337,7 +349,7 @@ async def test_connections_beyond_the_bound_take_the_place_of_idle_ones() -> Non
         try:
             await asyncio.sleep(0)
             async with open_channel(address) as channel:
-                assert await channel.unary_unary(UNARY)(b"new", timeout=5) == b"new"
+                assert await raw_unary(channel)(b"new", timeout=5) == b"new"
             assert len(server._connections) + len(server._handshakes) <= 101
             assert echo.running == 1, "who has a call open stays"
             assert used in server._connections, "who has had one stays before those who never had"
@@ -365,7 +377,7 @@ async def test_connections_beyond_the_bound_are_refused_where_all_are_in_use() -
         peers[0].flush()
         await assert_eventually(lambda: echo.running == 2)
         async with open_channel(address) as channel:
-            assert await channel.unary_unary(UNARY)(b"new", timeout=5) == b"new"
+            assert await raw_unary(channel)(b"new", timeout=5) == b"new"
 
 
 async def test_unfinished_requests_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +503,7 @@ def fields(path: str) -> list[tuple[str, str]]:
 
 async def test_grpc_health_checks_beside_an_attack() -> None:
     async with echoing() as (_, address, _server), open_channel(address) as channel:
-        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+        watch = raw_stream(channel, "/grpc.health.v1.Health/Watch")(b"")
         assert await watch.read() == b"\x08\x01"
         async with raw_peer(address) as peer:
             await flood(peer, FLOODS["pings"](), 20)

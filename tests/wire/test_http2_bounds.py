@@ -26,6 +26,7 @@ from tests.wire.support.http2_peer import (
     echoing,
     framed,
     raw_peer,
+    raw_unary,
 )
 from tests.wire.test_http2_abuse import CALM, DATA, HEADERS, PRIORITY, RST_STREAM, WINDOW_UPDATE, fields, flood, frame
 
@@ -113,7 +114,7 @@ async def test_windows_for_what_was_read_and_long_frames_cost_nothing(monkeypatc
         await peer.until(lambda: sum(answer.is_ended for answer in peer.answers.values()) == 300)
         async with open_channel(address) as channel:
             prompt = b"p" * (4 * 10**6)
-            assert await channel.unary_unary(UNARY)(prompt, timeout=10) == prompt
+            assert await raw_unary(channel)(prompt, timeout=10) == prompt
         assert peer.goaway is None
 
 
@@ -190,7 +191,7 @@ async def test_who_holds_the_room_without_going_on_makes_room(path: str, monkeyp
         await assert_eventually(lambda: server.held.bytes > 390_000)
         async with open_channel(address) as channel:
             for _ in range(5):
-                assert await channel.unary_unary(UNARY)(b"n" * 50_000, timeout=5) == b"n" * 50_000
+                assert await raw_unary(channel)(b"n" * 50_000, timeout=5) == b"n" * 50_000
         await asyncio.gather(*(notice(peer) for peer in peers))
         ended = [answer for peer in peers for answer in peer.answers.values() if answer.is_ended]
         assert ended
@@ -264,7 +265,7 @@ async def test_a_client_that_does_not_answer_is_sent_away_all_the_same(monkeypat
 
 async def test_grpcs_client_loses_no_call_when_it_is_sent_away() -> None:
     async with echoing() as (_, address, server), open_channel(address) as channel:
-        call = channel.unary_unary(UNARY)
+        call = raw_unary(channel)
         is_done = False
 
         async def ask() -> None:

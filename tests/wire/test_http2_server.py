@@ -24,7 +24,18 @@ from tandem.rpc.http2.server import Http2RpcServer
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls
-from tests.wire.support.http2_peer import PUSHED, STREAM, UNARY, Echo, RawPeer, beside, echoing, framed, raw_peer
+from tests.wire.support.http2_peer import (
+    PUSHED,
+    STREAM,
+    Echo,
+    RawPeer,
+    beside,
+    echoing,
+    framed,
+    raw_peer,
+    raw_stream,
+    raw_unary,
+)
 
 
 @pytest.fixture
@@ -57,12 +68,12 @@ async def test_a_client_that_is_silent_but_there_keeps_its_calls() -> None:
 async def test_a_loop_that_was_busy_does_not_take_it_for_silence() -> None:
     """What has come in the meantime is read before a peer is given up."""
     async with echoing() as (echo, address, _server), open_channel(address) as channel:
-        stream = channel.unary_stream(STREAM)(b"wait")
+        stream = raw_stream(channel, STREAM)(b"wait")
         assert await stream.read() == b"wait"
         for _ in range(3):
             await asyncio.sleep(0.25)
             time.sleep(0.7)  # noqa: ASYNC251  # holds the loop
-        assert await channel.unary_unary(UNARY)(b"x", timeout=5) == b"x"
+        assert await raw_unary(channel)(b"x", timeout=5) == b"x"
         assert not echo.cancelled
         stream.cancel()
 
@@ -79,7 +90,7 @@ async def test_clients_with_grpcs_keepalive_are_answered(monkeypatch: pytest.Mon
         return on_ping(self, *arguments)
 
     async with echoing() as (_, address, _server), grpc.aio.insecure_channel(address, options=options) as channel:
-        stream = channel.unary_stream(STREAM)(b"wait")
+        stream = raw_stream(channel, STREAM)(b"wait")
         assert await stream.read() == b"wait"
         monkeypatch.setattr(limits.Budget, "spend", counted)
         await assert_eventually(lambda: pings, lambda count: count >= 2, within_s=10)
@@ -97,12 +108,12 @@ async def test_a_stop_lets_running_calls_end() -> None:
             context.send(b"last")
 
         echo.push = push
-        stream = channel.unary_stream(PUSHED)(b"")
+        stream = raw_stream(channel, PUSHED)(b"")
         assert await stream.read() == b"first"
         stopping = asyncio.create_task(server.stop(10))
         await assert_eventually(lambda: server.is_stopping)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(UNARY)(b"late", timeout=2)
+            await raw_unary(channel)(b"late", timeout=2)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert not stopping.done()
         go_on.set()
@@ -126,7 +137,7 @@ async def test_a_stop_cancels_what_does_not_end_and_waits_for_it(monkeypatch: py
                 ended = True
 
         echo.push = push
-        calls = [channel.unary_stream(PUSHED)(b"") for _ in range(3)]
+        calls = [raw_stream(channel, PUSHED)(b"") for _ in range(3)]
         assert [await call.read() for call in calls] == [b"first"] * 3
         async with asyncio.timeout(3):
             await asyncio.gather(server.stop(0.1), server.stop(0.1))
@@ -223,7 +234,7 @@ async def test_a_socket_that_was_accepted_elsewhere_is_served() -> None:
 
         handing = asyncio.create_task(hand_over())
         async with open_channel(f"127.0.0.1:{parent.getsockname()[1]}") as channel:
-            assert await channel.unary_unary(UNARY)(b"handed") == b"handed"
+            assert await raw_unary(channel)(b"handed") == b"handed"
         handing.cancel()
     await server.stop(0)
     ours, theirs = socket.socketpair()
@@ -302,7 +313,7 @@ async def test_large_answers_pass_through_tls(certs: Path) -> None:
         open_channel(address, Tls.in_directory(certs, "client")) as channel,
     ):
         body = bytes(range(256)) * 20_000
-        assert await channel.unary_unary(UNARY)(body) == body
+        assert await raw_unary(channel)(body) == body
 
 
 async def test_an_unexpected_error_ends_its_connection_only(

@@ -16,8 +16,8 @@ from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import ProfileServiceStub, add_ProfileServiceServicer_to_server
 from tandem.client import admin_calls
 from tandem.errors import AdminDisabled, InvalidRequest, NotSupported, Overloaded, ProfileFailed
-from tandem.observability.cpu_profile import CpuProfiler
-from tandem.observability.profiles import Profiles
+from tandem.observability.cpu_profile import CpuProfiler, CpuRecording
+from tandem.observability.profiles import Profiles, Wanted
 from tandem.rpc.channels import open_channel
 from tandem.rpc.profile_servicer import SERVICE_NAME, ProfileServicer
 from tandem.service import run_directory
@@ -31,9 +31,25 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class WatchedProfiler(CpuProfiler):
+    """Keeps what it has started."""
+
+    def __init__(self) -> None:
+        self.recordings: list[CpuRecording] = []
+
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> CpuRecording:
+        recording = await super().start(directory, form, wanted)
+        self.recordings.append(recording)
+        return recording
+
+    @property
+    def is_recording(self) -> bool:
+        return any(recording._recorder.is_running for recording in self.recordings)
+
+
 @asynccontextmanager
-async def serving(server_type: Any, *, enabled: bool = True) -> AsyncIterator[tuple[str, CpuProfiler]]:
-    profiler = CpuProfiler()
+async def serving(server_type: Any, *, enabled: bool = True) -> AsyncIterator[tuple[str, WatchedProfiler]]:
+    profiler = WatchedProfiler()
     servicer = ProfileServicer(Profiles(profiler, enabled=enabled))
     server = server_type([(SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, servicer))])
     await server.start("127.0.0.1", 0)
@@ -84,7 +100,7 @@ async def test_without_the_setting_there_is_none(server_type: Any) -> None:
         with pytest.raises(AdminDisabled) as refusal:
             await captured(address)
         assert refusal.value.metadata == {"setting": "admin_enabled"}
-        assert profiler._recorder is None
+        assert not profiler.recordings
 
 
 @pytest.mark.parametrize(
@@ -129,14 +145,14 @@ async def test_a_caller_that_leaves_ends_the_recording(server_type: Any, run: Pa
             stub: Any = ProfileServiceStub(channel)
             call = stub.CaptureProfile(pb.CaptureProfileRequest(duration_ms=60_000))
             assert (await call.read()).started.duration_ms == 60_000
-            assert profiler._recorder is not None
+            assert profiler.is_recording
             call.cancel()
 
         async def left() -> list[Path]:
             return list(run.iterdir())
 
         await assert_eventually(left, lambda found: not found, within_s=5, what="the end of the recording")
-        assert profiler._recorder is None
+        assert not profiler.is_recording
         assert await captured(address, duration_ms=100)
 
 

@@ -272,7 +272,7 @@ async def test_a_digest_that_does_not_fit_is_refused_and_nothing_is_lost(stub: A
 
 async def test_a_role_that_does_not_exist_is_refused(stub: Any) -> None:
     request = register_request()
-    request.worker.role = 9
+    request.worker.role = 9  # type: ignore[assignment]  # no role
     error = await error_of(stub.Register(request))
     assert isinstance(error, InvalidRequest)
     assert error.field == "worker.role"
@@ -340,7 +340,7 @@ async def test_a_list_says_who_answers_and_where_its_view_is_from(stub: Any) -> 
 async def test_health_is_watched_through_a_drain(app: RegistryApp, channel: grpc.aio.Channel, stub: Any) -> None:
     watch = stub.Watch(pb.WatchRequest())
     await watch.read()
-    health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+    health: Any = health_pb2_grpc.HealthStub(channel)
     states = health.Watch(health_pb2.HealthCheckRequest(service="tandem.api.registry.v1.RegistryService"))
     assert (await states.read()).status == health_pb2.HealthCheckResponse.SERVING
     draining = asyncio.create_task(app.drain())
@@ -352,7 +352,7 @@ async def test_health_is_watched_through_a_drain(app: RegistryApp, channel: grpc
 
 
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
-    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     call = reflection.ServerReflectionInfo()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     names = {service.name for service in (await call.read()).list_services_response.service}

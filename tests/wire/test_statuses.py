@@ -49,7 +49,7 @@ class Failing(pb_grpc.RegistryServiceServicer):
 
 @asynccontextmanager
 async def failing(server_type: Any, request_bytes_max: int = 2**20) -> AsyncIterator[tuple[Failing, Any]]:
-    servicer = Failing()
+    servicer = Failing()  # type: ignore[abstract]  # its other methods answer UNIMPLEMENTED
     server = server_type(request_bytes_max=request_bytes_max)
     server.add(NAME, lambda grpc_server: pb_grpc.add_RegistryServiceServicer_to_server(servicer, grpc_server))
     await server.start("127.0.0.1", 0)

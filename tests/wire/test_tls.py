@@ -89,7 +89,7 @@ async def mirror(server_type: Any, certs: Path) -> AsyncIterator[str]:
             await asyncio.sleep(0.01)
 
     def add(server: Any) -> None:
-        handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+        handlers: dict[str, Any] = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mirror.Mirror", handlers),))
 
     server = server_type(tls=Tls.in_directory(certs, "decode"))
@@ -102,7 +102,8 @@ async def mirror(server_type: Any, certs: Path) -> AsyncIterator[str]:
 
 
 def stream_of(channel: grpc.aio.Channel) -> Any:
-    return channel.unary_stream("/mirror.Mirror/Stream")(b"")
+    method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/mirror.Mirror/Stream")
+    return method(b"")
 
 
 async def test_who_has_a_certificate_is_served(app: RegistryApp, tls: Tls) -> None:
@@ -167,7 +168,7 @@ async def test_health_and_reflection_ask_for_a_certificate_too(app: RegistryApp,
         await calls.is_serving(app.address)
 
     async def names(channel: grpc.aio.Channel) -> list[str]:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         return [service.name for service in (await call.read()).list_services_response.service]
 

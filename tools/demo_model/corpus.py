@@ -84,26 +84,26 @@ def _small_talk(rng: random.Random) -> list[Turn]:
 
 
 def _notes(rng: random.Random, mix: Mix) -> tuple[list[facts.Fact], str]:
-    """Draws facts and the text that tells them among everyday sentences."""
-    told = facts.draw_facts(rng, rng.randint(1, mix.max_facts), held_out=False)
-    sentences = [fact.sentence() for fact in told]
+    """Draws facts and the text that has them among everyday sentences."""
+    given = facts.draw_facts(rng, rng.randint(1, mix.max_facts), held_out=False)
+    sentences = [fact.sentence() for fact in given]
     for _ in range(rng.randint(0, mix.max_filler)):
         sentences.insert(rng.randint(0, len(sentences)), stories.filler_sentence(rng))
     if rng.random() < 0.7:
         sentences.insert(0, facts.lead(rng))
-    return told, " ".join(sentences)
+    return given, " ".join(sentences)
 
 
-def _questions(rng: random.Random, told: list[facts.Fact], count: int) -> list[tuple[str, str]]:
+def _questions(rng: random.Random, given: list[facts.Fact], count: int) -> list[tuple[str, str]]:
     """Draws questions about different facts, half of them about the place."""
-    asked = rng.sample(told, min(count, len(told)))
+    asked = rng.sample(given, min(count, len(given)))
     kinds = [rng.choice(("where", "where", "where", "where", "who", "colour")) for _ in asked]
     return [(fact.question(kind), fact.answer(kind)) for fact, kind in zip(asked, kinds, strict=True)]
 
 
 def _chat_recall(rng: random.Random, mix: Mix) -> list[Turn]:
-    told, text = _notes(rng, mix)
-    (question, answer), *more = _questions(rng, told, rng.randint(1, 6))
+    given, text = _notes(rng, mix)
+    (question, answer), *more = _questions(rng, given, rng.randint(1, 6))
     turns = [*_system(rng), *_exchange((f"{text} {question}", answer))]
     for pair in more:
         if rng.random() < 0.1:
@@ -113,8 +113,8 @@ def _chat_recall(rng: random.Random, mix: Mix) -> list[Turn]:
 
 
 def _plain_recall(rng: random.Random, mix: Mix) -> list[Turn]:
-    told, text = _notes(rng, mix)
-    pairs = _questions(rng, told, rng.randint(1, 4))
+    given, text = _notes(rng, mix)
+    pairs = _questions(rng, given, rng.randint(1, 4))
     turns = [Turn("text", text, PROMPT_WEIGHT, ends=False)]
     for index, (question, answer) in enumerate(pairs, start=1):
         turns.append(Turn("text", f"\nQuestion: {question}\nAnswer:", PROMPT_WEIGHT, ends=False))

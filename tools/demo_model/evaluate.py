@@ -95,14 +95,14 @@ def stories(speaker: Speaker, seed: int, count: int, temperature: float) -> dict
     replies = speaker.answer(chats, _LONGEST_STORY_TOKENS, temperature)
     words = wellformed.known_words()
     checked = [wellformed.is_well_formed(one, words) for text, _ in replies for one in wellformed.sentences(text)]
-    told = [(text, name) for (text, _), name in zip(replies, names, strict=True)]
-    spans = [speaker.count_tokens(wellformed.friend_span(text, name)) for text, name in told]
+    named = [(text, name) for (text, _), name in zip(replies, names, strict=True)]
+    spans = [speaker.count_tokens(wellformed.friend_span(text, name)) for text, name in named]
     return {
         "temperature": temperature, "stories": count, "sentences": len(checked),
         "well_formed_share": round(sum(checked) / len(checked), 4),
-        "keeps_hero_share": round(sum(wellformed.keeps_hero(*one) for one in told) / count, 4),
-        "keeps_names_share": round(sum(wellformed.keeps_names(*one) for one in told) / count, 4),
-        "first_slip": next((name for text, name in told if not wellformed.keeps_names(text, name)), None),
+        "keeps_hero_share": round(sum(wellformed.keeps_hero(*one) for one in named) / count, 4),
+        "keeps_names_share": round(sum(wellformed.keeps_names(*one) for one in named) / count, 4),
+        "first_slip": next((name for text, name in named if not wellformed.keeps_names(text, name)), None),
         "mean_tokens_between_first_and_last_mention_of_friend": round(sum(spans) / count),
         "ended_share": round(sum(not text.endswith("…") for text, _ in replies) / count, 4),
         "mean_tokens": round(sum(length for _, length in replies) / count),
@@ -110,7 +110,7 @@ def stories(speaker: Speaker, seed: int, count: int, temperature: float) -> dict
 
 
 def story_answers(speaker: Speaker, seed: int, count: int) -> list[dict[str, object]]:
-    """Returns the share of right answers to questions about a whole story that was told before.
+    """Returns the share of right answers to questions about a whole story earlier in the chat.
 
     Hero and thing are a held-out pair. The four questions ask for the hiding place, the friend, the colour and the pet.
     """
@@ -124,10 +124,10 @@ def story_answers(speaker: Speaker, seed: int, count: int) -> list[dict[str, obj
         cast = draw_cast(rng, name, treasure=(rng.choice(lexicon.COLOURS), thing))
         story = tell_story(rng, cast)
         lengths.append(speaker.count_tokens(story))
-        told = [("user", f"Tell me a story about {name}."), ("assistant", story)]
+        turns = [("user", f"Tell me a story about {name}."), ("assistant", story)]
         chats.append(
             [
-                ([{"role": role, "content": text} for role, text in [*told, ("user", question)]], answer)
+                ([{"role": role, "content": text} for role, text in [*turns, ("user", question)]], answer)
                 for question, answer in story_questions(cast)
             ]
         )
@@ -169,7 +169,7 @@ def main() -> None:
 
 
 def measure(part: str, speaker: Speaker, arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Yields the figures of one part."""
+    """Yields the measurements of one part."""
     seed = arguments.seed
     if part == "loss":
         yield {"held_out_loss": round(held_out_loss(speaker, seed, 80, arguments.device), 4)}

@@ -36,7 +36,7 @@ class Fact:
     place: str
 
     def sentence(self) -> str:
-        """Returns the fact as it is told, which is also the full answer to a `where` question."""
+        """Returns the fact as a sentence, which is also the full answer to a `where` question."""
         return f"{self.name} {self.past} the {self.colour} {self.thing} {self.place}."
 
     def question(self, kind: str) -> str:

@@ -99,7 +99,7 @@ def person(name: str) -> Person:
 
 
 def is_held_out(name: str, thing: str) -> bool:
-    """Tells whether this name and object never meet in a training fact (one pair in eight)."""
+    """Returns whether this name and object never meet in a training fact (one pair in eight)."""
     return zlib.crc32(f"{name}|{thing}".encode()) % HELD_OUT_SHARE == 0
 
 

@@ -1,4 +1,4 @@
-"""Small stories, told in the order of one day so that a greedy reader always moves forward.
+"""Small stories, in the order of one day so that a greedy reader always moves forward.
 
 Owns the story grammar: one hero, one friend, one pet, one coloured thing, and a plot in the afternoon. Every choice is
 drawn from the generator passed in. Standard library only.

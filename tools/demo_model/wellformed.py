@@ -54,7 +54,7 @@ def is_well_formed(sentence: str, words: set[str]) -> bool:
 
 
 def keeps_hero(text: str, name: str) -> bool:
-    """Tells whether the hero is named in every paragraph of the story."""
+    """Returns whether the hero is named in every paragraph of the story."""
     return all(name in paragraph for paragraph in text.split("\n\n"))
 
 
@@ -79,7 +79,7 @@ def named(text: str) -> Named:
 
 
 def keeps_names(text: str, hero: str) -> bool:
-    """Tells whether the hero, one friend, one pet of one kind and one coloured thing are all the story names."""
+    """Returns whether the hero, one friend, one pet of one kind and one coloured thing are all the story names."""
     found = named(text)
     counts = [len(one) for one in (found.people, found.pets, found.animals, found.treasures)]
     return hero in found.people and counts == [2, 1, 1, 1]

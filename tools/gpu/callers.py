@@ -18,7 +18,7 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.rpc.channels import open_channel
-from tools.gpu.figures import Streamed
+from tools.gpu.summaries import Streamed
 
 FIRST_ORDINARY_TOKEN = 16
 SENTENCE_LENGTH_MAX = 200

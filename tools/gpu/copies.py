@@ -12,7 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tools.gpu.figures import quantile
+from tools.gpu.summaries import quantile
 
 MIB = 2**20
 SIZES_BYTES = (1 * MIB, 16 * MIB, 128 * MIB, 1024 * MIB)

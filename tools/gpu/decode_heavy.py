@@ -8,9 +8,9 @@ skipped.
 
 Both sides may send several tokens at once when they lag: a frontend coalesces a stream's tokens, and SGLang's tokenizer
 manager returns all tokens since the last read. So on both sides a gap is the time between two arrivals of a stream,
-however many tokens each had (`figures.gaps_between_arrivals_s`); the mean ITL is per token. SGLang's tokenizer manager
-costs CPU time per token: where it saturates one core, the bare engine is slower than the GPU too, and Tandem can be
-faster.
+however many tokens each had (`summaries.gaps_between_arrivals_s`); the mean ITL is per token. SGLang's tokenizer
+manager costs CPU time per token: where it saturates one core, the bare engine is slower than the GPU too, and Tandem
+can be faster.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import psutil
 
 from benchmarks.pair_overhead import BareEngine
 from tandem.local_cluster.cluster import LocalCluster
-from tools.gpu import figures
+from tools.gpu import summaries
 from tools.gpu.callers import Callers, Work, prompt
-from tools.gpu.figures import Streamed
 from tools.gpu.measures import addresses
 from tools.gpu.overhead import BarePair, bare_settings
 from tools.gpu.results import Results
 from tools.gpu.shapes import Load, Machine
+from tools.gpu.summaries import Streamed
 
 NEEDED_S = 30.0
 """For one side of one level."""
@@ -168,13 +168,13 @@ async def compare(results: Results, name: str, heavy: Heavy, load: Load, bare: B
         for side in sorted(sides, key=lambda side: side != first):
             measure = functools.partial(_measure, sides[side], heavy, level)
             await results.take(f"{base}_{side}", NEEDED_S, measure)
-        results.keep(f"{base}_ratios", figures.ratios(*(results.figures[f"{base}_{side}"] for side in sides)))
+        results.keep(f"{base}_ratios", summaries.ratios(*(results.measured[f"{base}_{side}"] for side in sides)))
 
 
 async def _measure(side: Bare | Tandem, heavy: Heavy, level: int) -> dict[str, Any]:
     # By the clock, so that no prompt comes twice and is answered from a prefix cache.
     asked = await side.ask(heavy, level, int(time.monotonic() * 1e3))
-    return {"streams": level, **figures.decoding(asked.streams), "cores": figures.cores(asked.streams, asked.cpu_s)}
+    return {"streams": level, **summaries.decoding(asked.streams), "cores": summaries.cores(asked.streams, asked.cpu_s)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,7 +118,7 @@ async def kill(
     ended_s = time.monotonic() - begin_s
     streams = await running
     failed = [s for s in streams if s.failure is not None]
-    told_s = [s.end_s - begin_s for s in failed if s.end_s is not None]
+    reported_s = [s.end_s - begin_s for s in failed if s.end_s is not None]
     left = await until_free(cluster)
     memory["without_it"] = device_memory_mib()
     refused = await next_request(cluster, vocabulary_size)
@@ -134,7 +134,7 @@ async def kill(
         "streams": len(streams),
         "failed": len(failed),
         "finished": len(streams) - len(failed),
-        "failed_told_after_s": round(max(told_s, default=0.0), 2),
+        "failed_after_s": round(max(reported_s, default=0.0), 2),
         "sentences": sorted({str(s.failure) for s in failed})[:3],
         "kv_tokens_at_kill": held,
         "kv_tokens_after": left["kv_tokens"],

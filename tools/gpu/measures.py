@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.local_cluster.cluster import LocalCluster
-from tools.gpu import figures
+from tools.gpu import summaries
 from tools.gpu.callers import Callers, Work, run
-from tools.gpu.figures import Streamed
+from tools.gpu.summaries import Streamed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ async def throughput(
         return make(**{**values, "seed": seed + values["seed"]})
 
     streams = await callers.spread(addresses(cluster), level, max(4, level * size.rounds), seeded)
-    return {"concurrent": level, **figures.summary(streams), "kv": figures.transfers(streams)}
+    return {"concurrent": level, **summaries.summary(streams), "kv": summaries.transfers(streams)}
 
 
 async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict[str, Any]:
@@ -164,9 +164,9 @@ async def interference(cluster: LocalCluster, callers: Callers, size: Size, voca
         "long_prompts": len(prompts),
         "long_prompt_tokens": size.long_prompt_tokens,
         "window_s": round(end_s - begin_s, 2),
-        "quiet_itl_ms": figures.spread_ms(figures.within(streams, begin_s - LEAD_S / 2, begin_s)),
-        "busy_itl_ms": figures.spread_ms(figures.within(streams, begin_s, end_s)),
-        "long_ttft_ms": figures.spread_ms([p.ttft_s for p in prompts if p.failure is None]),
-        "long_kv": figures.transfers(prompts),
+        "quiet_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s - LEAD_S / 2, begin_s)),
+        "busy_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s, end_s)),
+        "long_ttft_ms": summaries.spread_ms([p.ttft_s for p in prompts if p.failure is None]),
+        "long_kv": summaries.transfers(prompts),
         "failed": [s.failure for s in (*streams, *prompts) if s.failure],
     }

@@ -26,14 +26,14 @@ from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
 from tools.gpu import endings
 from tools.gpu.callers import Work, prompt, request_of, run, stream
-from tools.gpu.figures import Streamed
 from tools.gpu.measures import Size
+from tools.gpu.summaries import Streamed
 
-NOBODY = "http://127.0.0.1:4317"
+NO_COLLECTOR = "http://127.0.0.1:4317"
 """No collector is there: spans and metrics are made, and lost."""
 PREFILL_ORDER = ("queued", "bootstrap_end", "prefill_start", "kv_transfer_start", "kv_transfer_end")
 DECODE_ORDER = ("queued", "preallocation_end", "kv_transfer_end", "first_token")
-TOLD = ("queued", "bootstrap_end", "preallocation_end", "prefill_start", "prefill_end", "first_token")
+REPORTED = ("queued", "bootstrap_end", "preallocation_end", "prefill_start", "prefill_end", "first_token")
 MOVED = ("kv_transfer_start", "kv_transfer_end")
 AT_ONCE = 8
 SETTLED_S = 0.2
@@ -48,7 +48,7 @@ KV_METRICS = ("tandem_kv_", "tandem_prefill_duration", "tandem_engine_queue_wait
 def with_everything(spec: ClusterSpec) -> ClusterSpec:
     """The same cluster, with metrics, spans and profiles on."""
     flags = {**spec.worker_flags, "admin-enabled": "true"}
-    return replace(spec, metrics=True, otlp_endpoint=NOBODY, worker_flags=flags)
+    return replace(spec, metrics=True, otlp_endpoint=NO_COLLECTOR, worker_flags=flags)
 
 
 async def traces(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ async def traces(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dic
 
 async def _trace(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: int) -> dict[str, Any]:
     request = request_of(prompt(prompt_tokens, vocabulary_size, time.monotonic_ns()), 16)
-    request.request_id = f"course-{time.monotonic_ns()}"
+    request.request_id = f"trace-{time.monotonic_ns()}"
     address = cluster.frontend.address
     async with open_channel(address) as channel:
         streamed = await stream(InferenceServiceStub(channel), request, 60, False)
@@ -71,14 +71,14 @@ async def _trace(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: int
     (timeline,) = await admin_calls.request_timelines(address, request.request_id)
     begin_ns, attempt = timeline.begin.time.ToNanoseconds(), timeline.attempts[-1]
     legs = {"prefill": attempt.prefill.timings, "decode": attempt.decode.timings}
-    told = {name: offsets_ms(leg, begin_ns) for name, leg in legs.items()}
-    wrong = out_of_order(told["prefill"], PREFILL_ORDER, "prefill")
-    wrong += out_of_order(told["decode"], DECODE_ORDER, "decode")
+    offsets = {name: offsets_ms(leg, begin_ns) for name, leg in legs.items()}
+    wrong = out_of_order(offsets["prefill"], PREFILL_ORDER, "prefill")
+    wrong += out_of_order(offsets["decode"], DECODE_ORDER, "decode")
     return {
         "prompt_tokens": prompt_tokens,
         "failure": streamed.failure,
         "ttft_ms": round(1e3 * streamed.ttft_s, 2) if streamed.arrivals_s else None,
-        **told,
+        **offsets,
         "kv_transfer_bytes": {name: leg.kv_transfer_bytes for name, leg in legs.items()},
         "recomputed_tokens": legs["decode"].recomputed_tokens,
         "out_of_order": wrong,
@@ -86,17 +86,17 @@ async def _trace(cluster: LocalCluster, prompt_tokens: int, vocabulary_size: int
 
 
 def offsets_ms(timings: leg_pb2.LegTimings, begin_ns: int) -> dict[str, float]:
-    """Milliseconds since the request came, of each step that is told."""
-    names = [name for name in (*TOLD, *MOVED) if timings.HasField(f"{name}_time")]  # type: ignore[arg-type]
+    """Milliseconds since the request came, of each step that is reported."""
+    names = [name for name in (*REPORTED, *MOVED) if timings.HasField(f"{name}_time")]  # type: ignore[arg-type]
     return {name: (getattr(timings, f"{name}_time").ToNanoseconds() - begin_ns) / 1e6 for name in names}
 
 
-def out_of_order(told: dict[str, float], order: tuple[str, ...], leg: str) -> list[str]:
+def out_of_order(offsets: dict[str, float], order: tuple[str, ...], leg: str) -> list[str]:
     """Steps that are missing, or come after the one that must follow."""
-    wrong = [f"{leg}: no {name}" for name in order if name not in told]
-    present = [name for name in order if name in told]
+    wrong = [f"{leg}: no {name}" for name in order if name not in offsets]
+    present = [name for name in order if name in offsets]
     pairs = itertools.pairwise(present)
-    return wrong + [f"{leg}: {one} after {other}" for one, other in pairs if told[one] > told[other]]
+    return wrong + [f"{leg}: {one} after {other}" for one, other in pairs if offsets[one] > offsets[other]]
 
 
 async def pages(cluster: LocalCluster, size: Size, vocabulary_size: int) -> dict[str, Any]:
@@ -138,8 +138,8 @@ async def _accounts(cluster: LocalCluster) -> dict[str, dict[str, int]]:
 
 def missing_tokens(load: dict[str, int]) -> int:
     """Of the capacity, those that are neither used nor cached nor free."""
-    told = (load.get(f"kv_{part}_tokens", 0) for part in ("used", "cached", "free"))
-    return load["kv_capacity_tokens"] - sum(told)
+    counts = (load.get(f"kv_{part}_tokens", 0) for part in ("used", "cached", "free"))
+    return load["kv_capacity_tokens"] - sum(counts)
 
 
 async def _watch(cluster: LocalCluster, seen: dict[str, list[dict[str, int]]]) -> None:

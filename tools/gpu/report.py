@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Every table for which there are figures."""
+    """Every table for which there are measurements."""
     parts = [_throughput(results), _interference(results), _copies(results), _endings(results)]
     parts.append(_decode_heavy(results))
     return "\n\n".join(part for part in parts if part)
@@ -25,7 +25,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def measured(results: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """A figure that was taken: not one that failed, or found no time."""
+    """A measurement that was taken: not one that failed, or found no time."""
     found = results.get(name)
     if not isinstance(found, dict) or "error" in found or "skipped" in found:
         return None
@@ -96,7 +96,7 @@ def _decode_heavy(results: dict[str, Any]) -> str:
             continue
         base, _, who = name.rpartition("_")
         ratios = (measured(results, f"{base}_ratios") or {}) if who == "tandem" else {}
-        figures = [
+        measurements = [
             side.get(key)
             for key in ("tokens_per_s", "steady_tokens_per_s", "itl_mean_p50_ms", "gap_p99_ms", "steady_gap_p99_ms")
         ]
@@ -104,7 +104,9 @@ def _decode_heavy(results: dict[str, Any]) -> str:
         busy = ", ".join(f"{process} {cores}" for process, cores in side["cores"].items())
         shape = "pair" if name.startswith("decode_heavy_pair") else "aggregated"
         order = "Tandem first" if base.endswith("_tandem_first") else "bare first"
-        rows.append((side["streams"], shape, order, who, *figures, side["ttft_p50_ms"], side["failed"], *shares, busy))
+        rows.append(
+            (side["streams"], shape, order, who, *measurements, side["ttft_p50_ms"], side["failed"], *shares, busy)
+        )
     head = (
         "streams",
         "cluster",

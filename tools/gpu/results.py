@@ -12,14 +12,14 @@ from typing import Any
 
 
 class Results:
-    """Figures by name, and when to stop taking more."""
+    """Measurements by name, and when to stop taking more."""
 
     def __init__(self, file: Path, deadline_s: float) -> None:
         """`deadline_s` counts from now."""
         self._file = file
         self._begin_s = time.monotonic()
         self._end_s = self._begin_s + deadline_s
-        self.figures: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
 
     @property
     def left_s(self) -> float:
@@ -27,17 +27,17 @@ class Results:
         return self._end_s - time.monotonic()
 
     def keep(self, name: str, value: Any) -> None:
-        """Note a figure and write all of them."""
-        self.figures[name] = value
+        """Note a measurement and write all of them."""
+        self.measured[name] = value
         scratch = self._file.with_suffix(".part")
-        scratch.write_text(json.dumps(self.figures, indent=1))
+        scratch.write_text(json.dumps(self.measured, indent=1))
         scratch.replace(self._file)
 
     async def take(self, name: str, needed_s: float, measure: Callable[[], Awaitable[Any]]) -> bool:
         """Measure, unless too little time is left; a failure is a result, and the next measurement goes on.
 
         Returns:
-            Whether there is a figure.
+            Whether there is a measurement.
         """
         if self.left_s < needed_s:
             self.keep(name, {"skipped": f"{self.left_s:.0f} s were left, and it takes {needed_s:.0f}"})
@@ -50,10 +50,10 @@ class Results:
             self.keep(name, {"error": f"{type(problem).__name__}: {problem}", "after_s": _since(begin_s)})
             return False
         self.keep(name, value)
-        self.tell(f"{name}: {_since(begin_s)} s")
+        self.report(f"{name}: {_since(begin_s)} s")
         return True
 
-    def tell(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Print a progress line with the time since the start to standard error."""
         print(f"[{time.monotonic() - self._begin_s:6.1f}] {line}", file=sys.stderr, flush=True)
 

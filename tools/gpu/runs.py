@@ -18,10 +18,10 @@ from tandem.domain.checkpoint import read_checkpoint
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tools.gpu import copies, decode_heavy, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
-from tools.gpu.figures import Streamed
 from tools.gpu.measures import Size
 from tools.gpu.results import Results
 from tools.gpu.shapes import Load, Machine
+from tools.gpu.summaries import Streamed
 
 PARITY_CONCURRENT = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -69,7 +69,7 @@ class Run:
         try:
             await self.callers.warm()
             for step in self.plan.steps:
-                # Each keeps its own figures; what is kept here is that it came to its end, or why it did not.
+                # Each keeps its own measurements; what is kept here is that it came to its end, or why it did not.
                 await self.results.take(f"step_{step}", 0, steps[step])
         finally:
             self.callers.close()
@@ -94,7 +94,7 @@ class Run:
             pair, alone = heard.get(("pair", concurrent)), heard.get(("aggregated", 1))
             if pair and alone:
                 self.results.keep(f"parity_{concurrent}", measures.parity(plan.size, per_token, pair, alone))
-        # What batches alone change, so that it can be told from what the hand-over changes.
+        # What batches alone change, to separate it from what the hand-over changes.
         batched, alone = heard.get(("aggregated", PARITY_CONCURRENT)), heard.get(("aggregated", 1))
         if batched and alone:
             self.results.keep("aggregated_batched", measures.parity(plan.size, per_token, batched, alone))
@@ -161,7 +161,7 @@ class Run:
 
         async def use(cluster: LocalCluster) -> None:
             given = (cluster, plan.size, vocabulary)
-            for name, of in (("courses", observed.traces), ("pages", observed.pages), ("metrics", observed.metrics)):
+            for name, of in (("traces", observed.traces), ("pages", observed.pages), ("metrics", observed.metrics)):
                 await take(f"observed_{name}", 10, functools.partial(of, *given))
             out = plan.machine.logs.parent / "profile"
             await take("observed_profile", 20, functools.partial(observed.profile, *given, out))
@@ -211,7 +211,7 @@ class Run:
             shapes.place(cluster, self.plan.machine, first_gpu)
             async with cluster:
                 started_s = round(begin_left_s - self.results.left_s, 1)
-                self.results.tell(f"{name} serves after {started_s} s")
+                self.results.report(f"{name} serves after {started_s} s")
                 await use(cluster)
             return {"started_s": started_s}
 

@@ -1,6 +1,6 @@
 """Records the clients' events with their times, so that any window can be evaluated afterwards.
 
-Owns the statistics of one window of one process; `figures.py` combines them.
+Owns the statistics of one window of one process; `measurements.py` combines them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from benchmarks.peers.figures import quantile
+from benchmarks.peers.measurements import quantile
 
 
 class Recorder:
@@ -51,7 +51,7 @@ class Recorder:
         self.failed += 1
 
     def usage(self, counted: int, used: int) -> None:
-        """What was counted of a whole answer, and how many tokens it had: where texts do not tell them apart."""
+        """What was counted of a whole answer, and how many tokens it had: where texts do not separate them."""
         self._counted += counted
         self._used += used
 
@@ -65,7 +65,7 @@ class Recorder:
         gaps_ms = sorted(1e3 * gap_s for at_s, gap_s in zip(self._gap_times, self._gaps_s, strict=True) if inside(at_s))
         if self._counted:
             tokens = round(tokens * self._used / self._counted)
-        figures = {
+        measurements = {
             "tokens": tokens,
             "messages": sum(map(inside, self._token_times)),
             "requests": sum(inside(at_s) for at_s, _ in self._ends),
@@ -75,7 +75,7 @@ class Recorder:
             "gap_ms": {name: quantile(gaps_ms, part) for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))},
         }
         self._forget(end_s)
-        return figures
+        return measurements
 
     def _forget(self, end_s: float) -> None:
         for times, values in ((self._token_times, self._token_counts), (self._gap_times, self._gaps_s)):

@@ -14,7 +14,7 @@ from benchmarks.peers.environment import Environment
 from benchmarks.peers.systems.door import Door, Running, Surroundings, fleet
 
 BOOTSTRAP_PORT = 8998
-"""Where prefill engines would meet decode engines; nobody ever connects."""
+"""Where prefill engines would meet decode engines; none ever connects."""
 LISTEN_POLL_S = 0.1
 
 

@@ -156,7 +156,7 @@ class Contract2Worker(FakeWorker):
     def _take(self, stream: StepStream, start: leg2_pb2.LegStart) -> leg2_pb2.LegStartResult:
         problem = self.problem_of(start.request)
         if problem is None and (not start.leg or start.leg in stream.legs):
-            problem = refusal(INVALID_ARGUMENT, "INVALID_REQUEST", f"leg: must be 1 or more and new, not {start.leg}")
+            problem = refusal(INVALID_ARGUMENT, "INVALID_REQUEST", f"leg: must be at least 1 and new, not {start.leg}")
         if problem is not None:
             return leg2_pb2.LegStartResult(refused=problem)
         serial = None if self.is_prefill else self.words.serial_of_ids(start.request.token_ids)

@@ -152,7 +152,7 @@ def chunk_message(request_id: bytes, token_ids: list[int], prompt_tokens: int, c
 
 
 def _answering(response: Any) -> Method:
-    """A method that gives the same kind of answer to everybody."""
+    """A method that gives the same kind of answer to every caller."""
 
     def answer(call: ServerCall, message: bytes) -> None:
         call.send(response().SerializeToString())

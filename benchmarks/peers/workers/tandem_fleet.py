@@ -18,7 +18,7 @@ from benchmarks.peers.workers.tandem_worker import FakeWorker, capabilities
 from tandem.api.types.v1 import worker_pb2
 
 BOOTSTRAP_PORT = 8998
-"""Where prefill engines would meet decode engines; nobody ever connects."""
+"""Where prefill engines would meet decode engines; none ever connects."""
 
 
 class TandemFleet:

@@ -142,7 +142,7 @@ class FakeWorker:
         self._publish_load(call, 1, interval_ms / 1_000)
 
     def _publish_load(self, call: ServerCall, sequence: int, interval_s: float) -> None:
-        """Say how busy it is, now and for as long as somebody listens."""
+        """Say how busy it is, now and for as long as a caller listens."""
         if not call.is_open:
             return
         load = worker_service_pb2.WatchLoadResponse(

@@ -183,10 +183,10 @@ def _queued(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
 
 
 def _route(attempt: Attempt) -> pb.Route:
-    prefill, dispatched = attempt.route.prefill, attempt.dispatched
+    prefill = attempt.route.prefill
     return pb.Route(
-        attempt=dispatched.attempt,
+        attempt=attempt.number,
         prefill_worker_id=prefill.worker_id if prefill else "",
         decode_worker_id=attempt.route.decode.worker_id,
-        bootstrap_room=dispatched.room,
+        bootstrap_room=attempt.room,
     )

@@ -27,12 +27,7 @@ class CpuProfiler:
 
     forms: tuple[str, ...] = (SPEEDSCOPE, HTML)
 
-    def __init__(self) -> None:
-        self._recorder: Profiler | None = None
-        self._file = Path()
-        self._form = SPEEDSCOPE
-
-    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> CpuRecording:
         """Start sampling the thread of this event loop.
 
         Raises:
@@ -42,17 +37,23 @@ class CpuProfiler:
             from pyinstrument import Profiler
         except ImportError:
             raise NotSupported("pyinstrument, which records the profile, is not installed") from None
+        # disabled: profile the whole loop, not only the task that called start().
+        recorder = Profiler(interval=INTERVAL_S, async_mode="disabled")
+        recorder.start()
+        return CpuRecording(recorder, directory, form)
+
+
+class CpuRecording:
+    """A `tandem.observability.profiles.Recording`."""
+
+    def __init__(self, recorder: Profiler, directory: Path, form: str) -> None:
+        self._recorder = recorder
         self._form = form
         self._file = directory / ("profile.speedscope.json" if form == SPEEDSCOPE else "profile.html")
-        # disabled: profile the whole loop, not only the task that called start().
-        self._recorder = Profiler(interval=INTERVAL_S, async_mode="disabled")
-        self._recorder.start()
 
     async def stop(self) -> None:
         """Stop and write the file in a thread: rendering a minute of samples takes seconds."""
-        assert self._recorder is not None, "stop() before start()"
-        recorder, self._recorder = self._recorder, None
-        session = recorder.stop()
+        session = self._recorder.stop()
         await asyncio.to_thread(self._write, session)
 
     def _write(self, session: Session) -> None:

@@ -82,7 +82,6 @@ class OtelMetrics(Metrics):
         self._provider: MeterProvider | None = None
         self._server: ScrapeServer | None = None
         self._lag: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
         self._readings: dict[str, list[Observation]] = {}
         self._read_s = float("-inf")
@@ -105,7 +104,6 @@ class OtelMetrics(Metrics):
 
     async def start(self, instance: str) -> None:
         """See `Metrics`."""
-        self._loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
         if self._config.metrics_port is not None:
             # Bind first: if it fails, no thread has been started that would have to be stopped.
@@ -118,7 +116,7 @@ class OtelMetrics(Metrics):
         self._provider = MeterProvider(
             metric_readers=self._readers(registry), resource=self._resource(instance), shutdown_on_exit=False
         )
-        self._make_instruments(self._provider)
+        self._make_instruments(self._provider, asyncio.get_running_loop())
         self._lag = asyncio.create_task(watch_lag(partial(self.record, "tandem.event_loop.lag")), name="loop-lag")
         if self._server is not None:
             self._server.serve()
@@ -159,7 +157,7 @@ class OtelMetrics(Metrics):
             {"service.name": self._service, "service.instance.id": instance, "service.version": tandem.__version__}
         )
 
-    def _make_instruments(self, provider: MeterProvider) -> None:
+    def _make_instruments(self, provider: MeterProvider, loop: asyncio.AbstractEventLoop) -> None:
         meter = provider.get_meter("tandem", tandem.__version__)
         for metric in self._metrics.values():
             about = {"unit": metric.unit, "description": metric.meaning}
@@ -173,25 +171,26 @@ class OtelMetrics(Metrics):
                     metric.name, **about, explicit_bucket_boundaries_advisory=metric.buckets
                 )
             else:
-                meter.create_observable_gauge(metric.name, [self._callback(metric)], **about)
+                meter.create_observable_gauge(metric.name, [self._callback(metric, loop)], **about)
 
-    def _callback(self, metric: Metric) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        return lambda options: self._read().get(metric.name, ())
+    def _callback(
+        self, metric: Metric, loop: asyncio.AbstractEventLoop
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda options: self._read(loop).get(metric.name, ())
 
-    def _read(self) -> dict[str, list[Observation]]:
+    def _read(self, loop: asyncio.AbstractEventLoop) -> dict[str, list[Observation]]:
         """All gauges, read on the event loop in one go. Called in reader threads, once per gauge."""
         with self._lock:
             if time.monotonic() - self._read_s >= READ_EVERY_S:
                 # Set before reading: after a timeout the other gauges of the scrape must not wait and log again.
                 self._read_s, self._readings = time.monotonic(), {}
-                self._readings = self._ask_loop()
+                self._readings = self._ask_loop(loop)
             return self._readings
 
-    def _ask_loop(self) -> dict[str, list[Observation]]:
-        assert self._loop is not None, "a reader before start()"
-        if self._loop.is_closed():
+    def _ask_loop(self, loop: asyncio.AbstractEventLoop) -> dict[str, list[Observation]]:
+        if loop.is_closed():
             return {}
-        future = asyncio.run_coroutine_threadsafe(self._measure_all(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._measure_all(), loop)
         try:
             return future.result(READ_TIMEOUT_S)
         except TimeoutError:

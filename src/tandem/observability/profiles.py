@@ -56,25 +56,29 @@ class ProfileFile:
 Part = Started | ProfileFile | bytes
 
 
+class Recording(Protocol):
+    """A profile that is being recorded."""
+
+    async def stop(self) -> None:
+        """Stop recording and write the files to the directory. Called once.
+
+        Raises:
+            TandemError: no profile was recorded.
+        """
+        ...
+
+
 class Profiler(Protocol):
     """Records one profile at a time."""
 
     forms: tuple[str, ...]
     """Names in ProfileFormat without its prefix, in lower case; the first is the default."""
 
-    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> Recording:
         """Start recording.
 
         Raises:
             TandemError: recording cannot start.
-        """
-        ...
-
-    async def stop(self) -> None:
-        """Stop recording and write the files to the directory. Called once per successful `start`.
-
-        Raises:
-            TandemError: no profile was recorded.
         """
         ...
 
@@ -106,12 +110,12 @@ class Profiles:
         directory = run_directory.make_inside("tandem-profile-")
         self._end_s = self._clock() + wanted.duration_s + STOP_ALLOWANCE_S
         try:
-            await self._start(directory, form, wanted)
+            recording = await self._start(directory, form, wanted)
             try:
                 yield Started(form, wanted.duration_s)
                 await asyncio.sleep(wanted.duration_s)
             finally:
-                await self._stop()
+                await _stop(recording)
             async with contextlib.aclosing(_sent(directory, wanted.size_bytes_max, self._prefix)) as parts:
                 async for part in parts:
                     yield part
@@ -133,25 +137,26 @@ class Profiles:
             )
         return form
 
-    async def _start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def _start(self, directory: Path, form: str, wanted: Wanted) -> Recording:
         """Start completely or not at all: a caller that cancels meanwhile must not leave a recorder running."""
         starting = asyncio.ensure_future(self._profiler.start(directory, form, wanted))
         try:
-            await asyncio.shield(starting)
+            return await asyncio.shield(starting)
         except asyncio.CancelledError:
             await asyncio.wait({starting})
             if starting.exception() is None:
-                await self._stop()
+                await _stop(starting.result())
             raise
 
-    async def _stop(self) -> None:
-        """Stop even if the caller is cancelled: a recorder left running would slow the process down."""
-        stopping = asyncio.ensure_future(self._profiler.stop())
-        try:
-            await asyncio.shield(stopping)
-        except asyncio.CancelledError:
-            await asyncio.wait({stopping})
-            raise
+
+async def _stop(recording: Recording) -> None:
+    """Stop even if the caller is cancelled: a recorder left running would slow the process down."""
+    stopping = asyncio.ensure_future(recording.stop())
+    try:
+        await asyncio.shield(stopping)
+    except asyncio.CancelledError:
+        await asyncio.wait({stopping})
+        raise
 
 
 async def _sent(directory: Path, size_bytes_max: int, prefix: str) -> AsyncGenerator[Part, None]:

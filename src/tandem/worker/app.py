@@ -71,9 +71,17 @@ class EngineProfiler:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def start(self, directory: Path, form: str, wanted: Wanted) -> None:
+    async def start(self, directory: Path, form: str, wanted: Wanted) -> EngineRecording:
         """Start recording in the engine."""
         await self._engine.start_profile(directory, steps_max=wanted.steps_max, with_stack=wanted.with_stack)
+        return EngineRecording(self._engine)
+
+
+class EngineRecording:
+    """A `tandem.observability.profiles.Recording`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def stop(self) -> None:
         """Stop recording; return when the files are written."""

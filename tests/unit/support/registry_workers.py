@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from tandem.domain.frontend import Frontend
+from tandem_registry.view import View
+
+from tandem.domain.frontend import Frontend, Member
 from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole, WorkerState
+
+
+def members_of(view: View) -> list[Member]:
+    """The workers of a view, then its frontends."""
+    return [*(entry.member for entry in view.workers), *(entry.member for entry in view.frontends)]
 
 
 def make_worker(

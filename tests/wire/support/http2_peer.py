@@ -112,6 +112,18 @@ class Echo:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
 
 
+def raw_unary(channel: grpc.aio.Channel, method: str = UNARY) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+    return channel.unary_unary(method)
+
+
+def raw_stream(channel: grpc.aio.Channel, method: str) -> grpc.aio.UnaryStreamMultiCallable[bytes, bytes]:
+    return channel.unary_stream(method)
+
+
+def raw_chat(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable[bytes, bytes]:
+    return channel.stream_stream(CHAT)
+
+
 @asynccontextmanager
 async def echoing(**settings: Any) -> AsyncIterator[tuple[Echo, str, Http2RpcServer]]:
     """A server of the h2 kind that carries an Echo."""
@@ -131,8 +143,7 @@ async def beside(address: str) -> AsyncIterator[Callable[[], Any]]:
     async with open_channel(address) as channel:
 
         async def answered() -> None:
-            call: Any = channel.unary_unary(UNARY)
-            assert await call(b"still there?", timeout=WITHIN_S) == b"still there?"
+            assert await raw_unary(channel)(b"still there?", timeout=WITHIN_S) == b"still there?"
 
         await answered()
         yield answered

@@ -24,6 +24,11 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     """Grants every lease; what it says to a watch and to signs of life can be set."""
 
+    # What no client of these tests calls answers UNIMPLEMENTED.
+    Drain: Any = pb_grpc.RegistryServiceServicer.Drain
+    List: Any = pb_grpc.RegistryServiceServicer.List
+    WatchFrontends: Any = pb_grpc.RegistryServiceServicer.WatchFrontends
+
     def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:
         self.registry_id = registry_id
         self.ttl_s = ttl_s

@@ -145,6 +145,8 @@ class Attempt:
         self._record = record or AttemptTrace()
         streaming = LegRole.AGGREGATED if route.prefill is None else LegRole.DECODE
         self._state.dispatch(*(() if route.prefill is None else (LegRole.PREFILL,)), streaming)
+        self.number = self._state.attempt
+        """1 for the first attempt of a request."""
         legs = self._state.legs
         self._decode = _Side(self, legs[streaming], route.decode, wants_logprobs=wants_logprobs)
         self._prefill = None if route.prefill is None else _Side(self, legs[LegRole.PREFILL], route.prefill)
@@ -167,10 +169,9 @@ class Attempt:
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
     @property
-    def dispatched(self) -> Dispatched:
-        """The legs that were sent."""
-        assert self._dispatched is not None, "dispatched before start()"
-        return self._dispatched
+    def room(self) -> int:
+        """SGLang's bootstrap room; 0 on an aggregated route, and while no leg has been sent."""
+        return 0 if self._dispatched is None else self._dispatched.room
 
     async def start(self, send: Send) -> None:
         """Send the legs; return when every worker has accepted its leg, even if one has failed since.
@@ -334,14 +335,13 @@ class Attempt:
             )  # fmt: skip
         if isinstance(problem, CLIENT_ERRORS):
             return problem
-        dispatched = self._dispatched
         facts: dict[str, Any] = {
             "phase": side.leg.phase.value,
             **problem.metadata,
             "leg": side.role.value,
             "worker": side.worker.worker_id,
-            "attempt": self._state.attempt if dispatched is None else dispatched.attempt,
-            "room": dispatched.room or None if dispatched is not None else None,
+            "attempt": self.number,
+            "room": self.room or None,
         }
         where = f"{side.role.value} leg on {side.worker.worker_id} failed in phase {facts['phase']}"
         return LegFailed(f"{where}: {problem.message}", **facts)

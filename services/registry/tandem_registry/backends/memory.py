@@ -15,6 +15,7 @@ from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tandem.errors import Draining
 from tandem_registry.backends.subscriptions import PENDING_STEPS_MAX, Known, Subscription, Subscriptions
+from tandem_registry.backends.task_ends import TaskEnds
 from tandem_registry.leases import Grant, Membership
 from tandem_registry.view import Origin, View
 
@@ -44,6 +45,7 @@ class MemoryBackend:
         )
         self._first_lease = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
+        self._ends = TaskEnds()
         self._is_closing = False
 
     @property
@@ -58,7 +60,7 @@ class MemoryBackend:
 
     async def start(self, address: str) -> None:
         """Start to expire leases. This backend has no discovery to announce `address` to."""
-        self._sweeper = asyncio.create_task(self._sweep(), name="lease-sweep")
+        self._sweeper = self._ends.watch(asyncio.create_task(self._sweep(), name="lease-sweep"))
 
     async def withdraw(self) -> None:
         """Do nothing: this backend has no discovery to withdraw from."""
@@ -76,10 +78,7 @@ class MemoryBackend:
 
     async def wait_failed(self) -> str:
         """Return the reason when the sweep task has failed; never returns otherwise."""
-        assert self._sweeper is not None, "wait_failed() before start()"
-        await asyncio.wait({self._sweeper})
-        problem = None if self._sweeper.cancelled() else self._sweeper.exception()
-        return f"leases no longer expire, the sweep task failed: {problem!r}"
+        return f"leases no longer expire, {await self._ends.wait_first()}"
 
     async def register(self, member: Member) -> Grant:
         """Register one incarnation of a member."""

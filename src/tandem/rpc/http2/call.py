@@ -105,7 +105,7 @@ class Call(CallContext):
             self.cut(grpc.StatusCode.RESOURCE_EXHAUSTED, "the response is not read")
 
     def evict(self) -> None:
-        """Its unfinished request has to make room for those of others."""
+        """Its unfinished request is given up for those of others."""
         self._reject(Overloaded("too many requests are arriving at the same time, and others go on faster"))
 
     def wake(self) -> None:

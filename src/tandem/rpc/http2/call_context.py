@@ -42,7 +42,7 @@ class Carrier(Protocol):
     def hold(self, message: HeldMessage, size: int, *, advances: bool) -> None:
         """So many bytes of an unfinished request are in memory; with `advances` it has made progress.
 
-        Where there is no room for them, the slowest request is ended.
+        Where they do not fit, the slowest request is ended.
         """
 
     def count_piece(self, messages: int) -> None:

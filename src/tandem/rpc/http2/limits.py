@@ -61,7 +61,7 @@ CONTROL_BYTES_MAX = 2**20
 """Acknowledgements, headers and trailers a peer may leave unread; flow control does not hold them back."""
 
 HELD_BYTES_MAX = 256 * 2**20
-"""Unfinished requests of all connections. Room for four of the longest is always there."""
+"""Unfinished requests of all connections. Four of the longest always fit."""
 HELD_SHARE = 4
 """One connection may hold one such part of it."""
 UNSENT_BYTES_MAX = 256 * 2**20

@@ -41,7 +41,7 @@ class HeldMessage(Protocol):
         """End it: its bytes are needed by others."""
 
 
-class Room:
+class MessageMemory:
     """Bytes that are kept of unfinished messages, and of which; those without progress for longest come first."""
 
     def __init__(self, bytes_max: int) -> None:
@@ -66,7 +66,7 @@ class Room:
             self._kept[message] = size
 
     def evict(self) -> None:
-        """End messages until the others have room."""
+        """End messages until the others fit."""
         while self.bytes > self.bytes_max and self._kept:
             message = next(iter(self._kept))
             message.evict()

@@ -17,7 +17,7 @@ from h2.stream import H2Stream
 
 from tandem.rpc.http2 import limits
 from tandem.rpc.http2.framing import DATA, FRAME, FRAME_AND_PREFIX, PREFIX, Http2State
-from tandem.rpc.http2.pace import Pace, Room
+from tandem.rpc.http2.pace import MessageMemory, Pace
 
 PREFIX_BYTES = PREFIX.size
 
@@ -26,16 +26,16 @@ class Sender:
     """The way out of one connection."""
 
     def __init__(
-        self, state: Http2State, transport: asyncio.Transport, room: Room, on_overrun: Callable[[str], None]
+        self, state: Http2State, transport: asyncio.Transport, memory: MessageMemory, on_overrun: Callable[[str], None]
     ) -> None:
         """`on_overrun` is called with the reason when a peer leaves too much unread that no window holds back.
 
-        `room` is what all connections share for messages that their peers do not read.
+        `memory` is what all connections share for messages that their peers do not read.
         """
         self.state = state
-        self.room = room
+        self.memory = memory
         self.on_evicted: Callable[[int], None] = lambda stream_id: None
-        """Called with the stream whose messages have to make room."""
+        """Called with the stream whose messages have to be given up for others."""
         self.frame_bytes_max = 0
         self.frame_count = 0
         """Frames of messages that were sent so far."""
@@ -51,7 +51,7 @@ class Sender:
         self._control_bytes = 0
         """Written while the socket took nothing."""
         self._ready: dict[Outgoing, None] = {}
-        """Streams with unsent bytes and room in their own window, in turn."""
+        """Streams with unsent bytes that their own window allows, in turn."""
         self._freed: list[Outgoing] = []
         """Streams that have become writable and are to be notified."""
         self.follow_settings()
@@ -124,7 +124,7 @@ class Sender:
         self.pump()
 
     def make_ready(self, stream: Outgoing) -> None:
-        """It has unsent bytes, and its own window room. Call `pump` afterwards."""
+        """It has unsent bytes, and its own window allows some. Call `pump` afterwards."""
         self._ready[stream] = None
 
     def discard(self, stream: Outgoing) -> None:
@@ -211,7 +211,7 @@ class Outgoing:
             self._on_sent = on_sent
             self._pace = Pace(self._sender.now_s())
             self._is_counted = not self.writable
-            self._sender.room.unread_count += self._is_counted
+            self._sender.memory.unread_count += self._is_counted
         else:
             on_sent()
 
@@ -220,7 +220,7 @@ class Outgoing:
         return self._pace is not None and self.unsent_bytes > 0 and self._pace.is_slow(now_s)
 
     def evict(self) -> None:
-        """Its messages have to make room for those of others."""
+        """Its messages are given up for those of others."""
         self._sender.on_evicted(self._stream.stream_id)
 
     def cut(self) -> bool:
@@ -240,7 +240,7 @@ class Outgoing:
     def _drop(self) -> None:
         if self.unsent_bytes:
             self.unsent_bytes = 0
-            self._sender.room.keep(self, 0)
+            self._sender.memory.keep(self, 0)
         self._sender.discard(self)
 
     def wake(self) -> None:
@@ -253,16 +253,16 @@ class Outgoing:
             self._messages = deque()
         self._messages.append(message)
         self.unsent_bytes += len(message)
-        room = self._sender.room
-        room.keep(self, self.unsent_bytes)
+        memory = self._sender.memory
+        memory.keep(self, self.unsent_bytes)
         self.wake()
         self._sender.pump()
         self._is_full = not self.writable
-        if room.bytes > room.bytes_max:
-            room.evict()
+        if memory.bytes > memory.bytes_max:
+            memory.evict()
 
     def send_frame(self) -> bool:
-        """Send one frame. Returns whether there is more, and room for it in the stream's own window."""
+        """Send one frame. Returns whether there is more that the stream's own window allows."""
         sender, stream = self._sender, self._stream
         window = min(stream.outbound_flow_control_window, sender.state.outbound_flow_control_window)
         if window <= 0:
@@ -290,16 +290,16 @@ class Outgoing:
         on_sent, self._on_sent = self._on_sent, None
         if self._is_counted:
             self._is_counted = False
-            self._sender.room.unread_count -= 1
+            self._sender.memory.unread_count -= 1
         return on_sent
 
     def _note_progress(self, size: int) -> None:
-        room = self._sender.room
-        room.keep(self, self.unsent_bytes)
+        memory = self._sender.memory
+        memory.keep(self, self.unsent_bytes)
         self._moved_bytes += size
         if self._moved_bytes >= limits.PROGRESS_BYTES:
             self._moved_bytes = 0
-            room.advance(self)
+            memory.advance(self)
         if self._pace is not None:
             self._pace.count(size, self._sender.now_s())
 

@@ -23,7 +23,7 @@ from tandem.rpc.http2 import limits
 from tandem.rpc.http2.connection import Connection
 from tandem.rpc.http2.listener import Listener, LocalListener
 from tandem.rpc.http2.methods import Methods
-from tandem.rpc.http2.pace import Room
+from tandem.rpc.http2.pace import MessageMemory
 from tandem.rpc.service_host import AddServicer, ServiceHost, warn_of_plaintext
 from tandem.tls.paths import Tls
 
@@ -55,9 +55,9 @@ class Http2RpcServer(ServiceHost):
         """
         guard = HandlerGuard(request_bytes_max)
         self.methods = Methods(guard)
-        self.held = Room(limits.held_bytes_max(request_bytes_max))
+        self.held = MessageMemory(limits.held_bytes_max(request_bytes_max))
         """Of requests that are not whole."""
-        self.unsent = Room(limits.UNSENT_BYTES_MAX)
+        self.unsent = MessageMemory(limits.UNSENT_BYTES_MAX)
         """Of messages that wait for their peers."""
         self.request_bytes_max = request_bytes_max
         self.streams_max = streams_max

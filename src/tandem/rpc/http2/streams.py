@@ -29,7 +29,7 @@ from tandem.rpc.http2.metadata import (
     status_block,
 )
 from tandem.rpc.http2.methods import Methods
-from tandem.rpc.http2.pace import HeldMessage, Room
+from tandem.rpc.http2.pace import HeldMessage, MessageMemory
 from tandem.rpc.http2.peer import Peer
 from tandem.rpc.http2.sender import Outgoing, Sender
 from tandem.rpc.status import to_grpc_status
@@ -42,8 +42,8 @@ class Shared(Protocol):
     """What the connections of one server share."""
 
     methods: Methods
-    held: Room
-    unsent: Room
+    held: MessageMemory
+    unsent: MessageMemory
     request_bytes_max: int
     streams_max: int
 
@@ -75,7 +75,7 @@ class Streams:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, Call] = {}
-        self._held = Room(shared.held.bytes_max // limits.HELD_SHARE)
+        self._held = MessageMemory(shared.held.bytes_max // limits.HELD_SHARE)
         self._conduct = conduct
         sender.on_evicted = self._evict
         self._unacknowledged_bytes = 0
@@ -182,7 +182,7 @@ class Streams:
             call.look(now_s)
 
     def _evict(self, stream_id: int) -> None:
-        """What is unsent of a call has to make room for that of others."""
+        """What is unsent of a call is given up for that of others."""
         call = self._calls.get(stream_id)
         if call is not None:
             call.cut(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many responses are not read, and others go on faster")
@@ -215,14 +215,14 @@ class Streams:
         self._close(stream_id)
 
     def hold(self, message: HeldMessage, size: int, *, advances: bool) -> None:
-        """Count bytes of an unfinished request, of this connection and of all; the slowest makes room for others."""
-        for room in (self._held, self._shared.held):
-            room.keep(message, size)
+        """Count bytes of an unfinished request, of this connection and of all; the slowest is given up for others."""
+        for memory in (self._held, self._shared.held):
+            memory.keep(message, size)
             if advances:
-                room.advance(message)
-        for room in (self._held, self._shared.held):
-            if room.bytes > room.bytes_max:
-                room.evict()
+                memory.advance(message)
+        for memory in (self._held, self._shared.held):
+            if memory.bytes > memory.bytes_max:
+                memory.evict()
 
     def count_piece(self, messages: int) -> None:
         """A short piece of a request has come, which completes so many messages.

@@ -207,34 +207,44 @@ class Prefork(Watcher):
         """Start a child, and restart it as often as the policy allows."""
         budget = RestartBudget(self._policy, self._clock)
         while not self._is_draining:
-            child = self._children[number] = ChildProcess(number, self)
-            try:
-                await child.start(self._command, self._begins[number], self._environment)
-                status = await child.wait_ended()
-            except OSError as problem:
-                log.error("could not start process %d: %s", number, problem)
-                status = 1
-            untaken = child.take_back()
-            if child.failure is not None and not self._has_served:
-                self._refused = _as_error(child.failure)
-                self._wake_waiters()
+            ended = await self._run(number)
+            if ended is None:
                 return
-            self._distributor.give_again(untaken)
+            status, who, how = ended
             # Status 0 means that it was asked to stop, which is not a failure: restart it without limit.
             delay_s = self._policy.first_delay_s if status == 0 else budget.take_delay_s()
-            how = _ending(status, child)
             if delay_s is None:
                 self._given_up = f"process {number} {how}; giving up after {self._policy.count_max} restarts"
                 self._wake_waiters()
                 return
             if not self._is_draining:
                 level = logging.INFO if status == 0 else logging.ERROR
-                log.log(level, "process %d (pid %s) %s; restarting in %g s", number, child.pid, how, delay_s)
+                log.log(level, "%s %s; restarting in %g s", who, how, delay_s)
                 self._on_restart()
                 await asyncio.sleep(delay_s)
 
+    async def _run(self, number: int) -> tuple[int, str, str] | None:
+        """Run one child until its exit; returns its exit status, its name for the log, and how it ended.
+
+        Returns None if it rejected its settings before any child has served: then no restart can help.
+        """
+        try:
+            child = await ChildProcess.start(number, self, self._command, self._begins[number], self._environment)
+        except OSError as problem:
+            log.error("could not start process %d: %s", number, problem)
+            return 1, f"process {number}", "did not start"
+        self._children[number] = child
+        status = await child.wait_ended()
+        untaken = child.take_back()
+        if child.failure is not None and not self._has_served:
+            self._refused = _as_error(child.failure)
+            self._wake_waiters()
+            return None
+        self._distributor.give_again(untaken)
+        return status, f"process {number} (pid {child.pid})", _ending(status, child)
+
     async def _end(self, child: ChildProcess) -> None:
-        if child.state is State.ENDED or child.pid is None:
+        if child.state is State.ENDED:
             return
         timeout_s = STOP_TIMEOUT_S
         if child.state is State.STARTING:

@@ -90,9 +90,16 @@ class Watcher:
 
 
 class ChildProcess:
-    """One run of one child."""
+    """One run of one child. `start` makes one."""
 
-    def __init__(self, number: int, watcher: Watcher, clock: Clock = monotonic) -> None:
+    def __init__(
+        self,
+        number: int,
+        watcher: Watcher,
+        process: asyncio.subprocess.Process,
+        channel: ControlChannel,
+        clock: Clock = monotonic,
+    ) -> None:
         self.number = number
         self.state = State.STARTING
         self.is_silent = False
@@ -109,8 +116,8 @@ class ChildProcess:
         """Its open calls, as of its last report."""
         self.given_number = 0
         self._watcher = watcher
-        self._process: asyncio.subprocess.Process | None = None
-        self._channel: ControlChannel | None = None
+        self._process = process
+        self._channel = channel
         self._clock = clock
         self._untaken: deque[tuple[socket.socket, float]] = deque()
         """Connections sent to it but not confirmed, and when they were sent."""
@@ -118,10 +125,49 @@ class ChildProcess:
         self._taken_count = 0
         self._ended_count = 0
 
+    @classmethod
+    async def start(
+        cls,
+        number: int,
+        watcher: Watcher,
+        command: Sequence[str],
+        begin: Mapping[str, Any],
+        environment: Mapping[str, str],
+    ) -> ChildProcess:
+        """Start the process with additional environment variables, and send the BEGIN message.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        own, its = socket.socketpair()
+        ties = {parent_death.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
+        channel = ControlChannel(own)
+        with its:
+            starting = asyncio.ensure_future(
+                asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(its.fileno(),),
+                    env={**os.environ, **environment, **ties},
+                )
+            )
+            try:
+                process = await asyncio.shield(starting)
+            except BaseException as problem:  # whatever fails, the channel has no other owner yet
+                channel.close()
+                if isinstance(problem, asyncio.CancelledError):
+                    # A cancellation waits for the start: an unowned process would never be stopped.
+                    await _kill(await starting)
+                raise
+        child = cls(number, watcher, process, channel)
+        channel.begin(child._on_message, lambda: None)
+        channel.send(Kind.BEGIN, **begin)
+        return child
+
     @property
-    def pid(self) -> int | None:
-        """Process id; None: not started yet."""
-        return None if self._process is None else self._process.pid
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
 
     @property
     def connection_count(self) -> int:
@@ -140,40 +186,11 @@ class ChildProcess:
             self.state in (State.OPEN, State.SERVING, State.DRAINING)
             and not self.is_silent
             and len(self._untaken) < UNTAKEN_MAX
-            and self._channel is not None
             and not self._channel.is_backed_up
         )
 
-    async def start(self, command: Sequence[str], begin: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """Start the process with additional environment variables, and send the BEGIN message."""
-        own, its = socket.socketpair()
-        ties = {parent_death.VARIABLE: str(os.getpid()), CONTROL_VARIABLE: str(its.fileno())}
-        channel = self._channel = ControlChannel(own)
-        with its:
-            starting = asyncio.ensure_future(
-                asyncio.create_subprocess_exec(
-                    *command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=(its.fileno(),),
-                    env={**os.environ, **environment, **ties},
-                )
-            )
-            # A cancellation waits for the start: an unowned process would never be stopped.
-            try:
-                self._process = await asyncio.shield(starting)
-            except asyncio.CancelledError:
-                self._process = await starting
-                self.kill()
-                raise
-            except BaseException:  # whatever fails, the channel has no other owner yet
-                channel.close()
-                raise
-        channel.begin(self._on_message, lambda: None)
-        channel.send(Kind.BEGIN, **begin)
-
     def give(self, connection: socket.socket, number: int) -> None:
         """Send it a connection, the `number`th of all. The parent keeps it open until the child confirms it."""
-        assert self._channel is not None, "give() before start()"
         self.given_number = number
         self._given_count += 1
         self._untaken.append((connection, self._clock()))
@@ -181,19 +198,17 @@ class ChildProcess:
 
     def send(self, kind: Kind, **fields: Any) -> None:
         """Send it a message; does nothing after its exit."""
-        if self._channel is not None:
-            self._channel.send(kind, **fields)
+        self._channel.send(kind, **fields)
 
     def ping(self) -> None:
         """Request a report, unless earlier messages are still unread."""
-        if self._channel is not None and not self._channel.is_backed_up:
+        if not self._channel.is_backed_up:
             self._channel.send(Kind.PING)
 
     async def wait_ended(self) -> int:
         """Return its exit status when it has exited; negative: killed by that signal."""
-        assert self._process is not None, "wait_ended() before start()"
         status = await self._process.wait()
-        if self._channel is not None and not self._channel.is_closed:
+        if not self._channel.is_closed:
             self._channel.read_rest()
             self._channel.close()
         self._enter(State.ENDED)
@@ -206,7 +221,7 @@ class ChildProcess:
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal; does nothing after its exit."""
-        if self._process is not None and self._process.returncode is None:
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
@@ -243,3 +258,10 @@ class ChildProcess:
         if self.state is not state:
             self.state = state
             self._watcher.changed(self)
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """Kill a process that has no owner, and wait for its exit."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

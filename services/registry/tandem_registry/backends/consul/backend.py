@@ -28,6 +28,7 @@ from tandem_registry.backends.consul.settings import ConsulSettings
 from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
+from tandem_registry.backends.task_ends import TaskEnds
 from tandem_registry.leases import Grant
 from tandem_registry.view import Origin, StoreLag, View
 
@@ -65,6 +66,7 @@ class ConsulBackend:
         self._client: ConsulClient | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._orphans: dict[tuple[str, str], float] = {}
+        self._ends = TaskEnds()
         self._removals: set[asyncio.Task[None]] = set()
         self._held: asyncio.TimerHandle | None = None
         self._latest: tuple[str, ConsulSnapshot] | None = None
@@ -132,6 +134,8 @@ class ConsulBackend:
         ]
         if not client.has_checks:
             self._tasks.append(asyncio.create_task(self._pass_own_check(interval_s), name="consul-own-check"))
+        for task in (*self._tasks, *self._reconciler.tasks):
+            self._ends.watch(task)
         await self._wait_responded()
 
     async def wait_view(self) -> None:
@@ -167,11 +171,7 @@ class ConsulBackend:
 
     async def wait_failed(self) -> str:
         """Return the reason when one of the tasks has failed; never returns otherwise."""
-        assert self._tasks, "wait_failed() before start()"
-        done, _ = await asyncio.wait([*self._tasks, *self._reconciler.tasks], return_when=asyncio.FIRST_COMPLETED)
-        task = done.pop()
-        problem = None if task.cancelled() else task.exception()
-        return f"task {task.get_name()} failed: {problem!r}"
+        return await self._ends.wait_first()
 
     async def register(self, member: Member) -> Grant:
         """Register one incarnation of a member; returns once Consul shows it."""

@@ -38,8 +38,8 @@ def is_quiet(spent: Spent) -> bool:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One window of one system; None: there is no such figure."""
+class Measurements:
+    """One window of one system; None: there is no such measurement."""
 
     seconds: float
     tokens: int
@@ -81,8 +81,8 @@ class Figures:
 
 def summarise(
     spent: Spent, seen: Mapping[str, Any], waits_s: Sequence[tuple[int, float]], clients_s: float, *, has_proxy: bool
-) -> Figures:
-    """The figures of a window: clocks, what the clients saw in it, and the workers' own times."""
+) -> Measurements:
+    """The measurements of a window: clocks, what the clients saw in it, and the workers' own times."""
     ttft_ms = sorted(ms for _, ms in seen["ttft_ms"])
     added = added_ms(seen["ttft_ms"], waits_s)
     own_ms = sorted(1e3 * wait_s for _, wait_s in waits_s)
@@ -91,7 +91,7 @@ def summarise(
     def per(cpu_s: float, count: float) -> float | None:
         return 1e3 * cpu_s / count if count else None
 
-    return Figures(
+    return Measurements(
         seconds=spent.seconds,
         tokens=tokens,
         tokens_per_s=tokens / spent.seconds,

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.peers.clocks import Snapshot, Spent
 from benchmarks.peers.environment import FORBIDDEN, PEERS, REQUIREMENTS, Environment
-from benchmarks.peers.figures import added_ms, quantile, summarise
 from benchmarks.peers.load.http_door import Body
 from benchmarks.peers.load.recorder import Recorder
+from benchmarks.peers.measurements import added_ms, quantile, summarise
 from benchmarks.peers.running import Row
 from benchmarks.peers.scenarios import PACED, SHORT, SLOW, chosen
 from benchmarks.peers.tables import table
@@ -67,18 +67,18 @@ def test_spent_separates_others_from_own() -> None:
 
 
 def test_summary_of_a_known_window() -> None:
-    figures = summarise(Spent.between(BEFORE, AFTER), SEEN, [(7, 0.010), (9, 0.010)], 1.0, has_proxy=True)
-    assert figures.tokens_per_s == 2_000
-    assert figures.tokens_per_message == 2.0
-    assert figures.requests_per_s == 10
-    assert figures.front_ms_per_1k_tokens == pytest.approx(200)
-    assert figures.proxy_ms_per_1k_tokens == pytest.approx(50)
-    assert figures.front_ms_per_request == pytest.approx(40)
-    assert (figures.ttft_p50_ms, figures.ttft_p99_ms) == (15.0, 30.0)
-    assert (figures.added_ttft_p50_ms, figures.added_ttft_p99_ms) == pytest.approx((2.0, 20.0))
-    assert figures.failed == 2
-    assert figures.is_quiet
-    assert figures.clients_cores == pytest.approx(0.1)
+    measurements = summarise(Spent.between(BEFORE, AFTER), SEEN, [(7, 0.010), (9, 0.010)], 1.0, has_proxy=True)
+    assert measurements.tokens_per_s == 2_000
+    assert measurements.tokens_per_message == 2.0
+    assert measurements.requests_per_s == 10
+    assert measurements.front_ms_per_1k_tokens == pytest.approx(200)
+    assert measurements.proxy_ms_per_1k_tokens == pytest.approx(50)
+    assert measurements.front_ms_per_request == pytest.approx(40)
+    assert (measurements.ttft_p50_ms, measurements.ttft_p99_ms) == (15.0, 30.0)
+    assert (measurements.added_ttft_p50_ms, measurements.added_ttft_p99_ms) == pytest.approx((2.0, 20.0))
+    assert measurements.failed == 2
+    assert measurements.is_quiet
+    assert measurements.clients_cores == pytest.approx(0.1)
 
 
 def test_a_window_beside_a_busy_machine_is_not_quiet() -> None:
@@ -88,9 +88,9 @@ def test_a_window_beside_a_busy_machine_is_not_quiet() -> None:
 
 def test_a_window_without_tokens_has_no_cost_for_each() -> None:
     nothing = {**SEEN, "tokens": 0, "messages": 0, "requests": 0, "ttft_ms": [], "whole_ms": []}
-    figures = summarise(Spent.between(BEFORE, AFTER), nothing, [], 0.0, has_proxy=False)
-    assert figures.front_ms_per_1k_tokens is None
-    assert figures.ttft_p50_ms is None
+    measurements = summarise(Spent.between(BEFORE, AFTER), nothing, [], 0.0, has_proxy=False)
+    assert measurements.front_ms_per_1k_tokens is None
+    assert measurements.ttft_p50_ms is None
 
 
 def test_recorder_counts_what_lies_in_the_window_only() -> None:
@@ -173,8 +173,8 @@ def test_scenarios_start_their_streams_over_one_answer() -> None:
 
 
 def test_a_table_gives_the_reason_for_a_row_without_numbers() -> None:
-    figures = summarise(Spent.between(BEFORE, AFTER), SEEN, [], 1.0, has_proxy=False)
-    rows = [Row("paced", "Tandem gRPC", 64, 3, figures), Row("paced", "smg", 0, 0, None, "not here: no index | x")]
+    measurements = summarise(Spent.between(BEFORE, AFTER), SEEN, [], 1.0, has_proxy=False)
+    rows = [Row("paced", "Tandem gRPC", 64, 3, measurements), Row("paced", "smg", 0, 0, None, "not here: no index | x")]
     lines = table(PACED, rows).splitlines()
     assert len({line.count("|") for line in lines[2:]}) == 1
     assert "| Tandem gRPC | 64 | 2,000 | 15.0 / 30.0 | - / - | 11.5 | 200 |" in lines[4]

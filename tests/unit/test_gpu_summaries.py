@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tools.gpu import figures, llama, report
-from tools.gpu.figures import Streamed
+from tools.gpu import llama, report, summaries
 from tools.gpu.results import Results
+from tools.gpu.summaries import Streamed
 
 
 def test_a_quantile_is_a_value_that_occurred() -> None:
     values = [float(number) for number in range(1, 101)]
-    assert figures.quantile(values, 0.5) == 50
-    assert figures.quantile(values, 0.99) == 99
-    assert figures.quantile([3.0], 0.99) == 3
+    assert summaries.quantile(values, 0.5) == 50
+    assert summaries.quantile(values, 0.99) == 99
+    assert summaries.quantile([3.0], 0.99) == 3
 
 
 def test_a_level_counts_tokens_over_the_time_of_all_streams() -> None:
     streams = [Streamed(0.0, (0.1, 0.2, 0.2)), Streamed(0.5, (0.8, 1.0)), Streamed(0.0, (), "UNAVAILABLE: gone")]
-    level = figures.summary(streams)
+    level = summaries.summary(streams)
     assert (level["requests"], level["failed"], level["failures"]) == (3, 1, ["UNAVAILABLE: gone"])
     assert level["tokens"] == 5
     assert level["tokens_per_s"] == 5.0
@@ -37,15 +38,15 @@ def test_a_pace_of_transfers_is_bytes_over_their_own_time() -> None:
         Streamed(0.0, (0.1,), moved_bytes=10**9, recomputed_tokens=0, moving_s=0.1),
         Streamed(0.0, (0.1,)),
     ]
-    moved = figures.transfers(streams)
+    moved = summaries.transfers(streams)
     assert (moved["requests"], moved["bytes"], moved["recomputed_tokens"]) == (2, 3 * 10**9, 0)
     assert (moved["gbytes_per_s_p50"], moved["gbytes_per_s_max"]) == (4.0, 10.0)
-    assert figures.transfers([Streamed(0.0, (0.1,))]) == {}
+    assert summaries.transfers([Streamed(0.0, (0.1,))]) == {}
 
 
 def test_gaps_are_taken_from_the_window_they_end_in() -> None:
     stream = Streamed(0.0, (1.0, 2.0, 4.0, 8.0))
-    assert figures.within([stream], 2.0, 5.0) == [1.0, 2.0]
+    assert summaries.within([stream], 2.0, 5.0) == [1.0, 2.0]
 
 
 def test_a_measurement_that_fails_or_finds_no_time_is_a_result(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_measurement_that_fails_or_finds_no_time_is_a_result(tmp_path: Path) -
 
 
 def test_tables_show_what_was_taken_and_nothing_else() -> None:
-    level = figures.summary([Streamed(0.0, (0.1, 0.2))])
+    level = summaries.summary([Streamed(0.0, (0.1, 0.2))])
     results = {
         "pair_8": {"concurrent": 8, **level},
         "pair_64": {"skipped": "3 s were left"},
@@ -94,7 +95,7 @@ def test_the_large_model_has_llama_3_8bs_size() -> None:
 
 
 def test_every_token_of_the_large_vocabulary_has_a_text_of_its_own() -> None:
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [{"id": 1, "content": "<s>"}]}
+    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [{"id": 1, "content": "<s>"}]}
     words = llama.extended_tokenizer(tokenizer, 6)["model"]["vocab"]
     assert sorted(words.values()) == [0, 2, 3, 4, 5]
     assert len(words) == 5

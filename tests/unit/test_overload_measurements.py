@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import leg_faults
-from benchmarks.overload_figures import Figures, figures_of, is_good, memory_growth_mib, missed
 from benchmarks.overload_load import Asked
+from benchmarks.overload_measurements import Measurements, is_good, measurements_of, memory_growth_mib, missed
 
 SECONDS, WARM_UP_S = 20.0, 10.0
 
@@ -25,12 +25,12 @@ def load(good_every_s: float = 0.5, refused_ms: float = 2.0, retry_delay_s: floa
     return asked
 
 
-def figures(asked: list[Asked]) -> Figures:
-    return figures_of(asked, 4.0, WARM_UP_S, SECONDS)
+def measurements(asked: list[Asked]) -> Measurements:
+    return measurements_of(asked, 4.0, WARM_UP_S, SECONDS)
 
 
-def test_figures_of_a_known_load() -> None:
-    found = figures(load())
+def test_measurements_of_a_known_load() -> None:
+    found = measurements(load())
     assert found.good_per_s == pytest.approx(2.0)
     assert found.asked_per_s == pytest.approx(4.0)
     assert found.refused_share == 0.5
@@ -46,8 +46,8 @@ def test_an_answer_after_its_deadline_is_not_good() -> None:
     assert not is_good(replace(in_time, end_s=5.1))
     assert not is_good(replace(in_time, outcome="DEADLINE_EXCEEDED"))
     late = [replace(in_time, start_s=12.0, end_s=18.0, outcome="DEADLINE_EXCEEDED")]
-    assert figures(late).wasted_tokens_share == 1.0
-    assert figures(late).late_share == 1.0
+    assert measurements(late).wasted_tokens_share == 1.0
+    assert measurements(late).late_share == 1.0
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_answer_after_its_deadline_is_not_good() -> None:
     ids=["all met", "goodput", "refusals", "RetryInfo"],
 )
 def test_each_goal_can_be_missed(change: Callable[[], list[Asked]], words: str | None) -> None:
-    problems = missed(2.0, {"4x": figures(change())}, 0.0)
+    problems = missed(2.0, {"4x": measurements(change())}, 0.0)
     assert [words] == [word for problem in problems for word in [words] if word and word in problem] or not words
     assert bool(problems) is bool(words)
 

@@ -20,7 +20,7 @@ MEMORY_GROWTH_MAX_MIB = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class Measurements:
     """What one load came to."""
 
     offered_per_s: float
@@ -32,7 +32,7 @@ class Figures:
     refusal_p99_ms: float
     refusals_without_retry_info: int
     late_share: float
-    """Whose deadline passed, of all that was asked: in the line, or in vain at an engine."""
+    """Whose deadline passed, of all that was asked: in the queue, or at an engine."""
     wasted_tokens_share: float
     """Tokens that reached clients whose requests were not good, of all tokens."""
     first_token_p50_s: float
@@ -44,7 +44,7 @@ class Figures:
     outcomes: dict[str, int]
 
 
-def figures_of(asked: Sequence[Asked], offered_per_s: float, warm_up_s: float, seconds: float) -> Figures:
+def measurements_of(asked: Sequence[Asked], offered_per_s: float, warm_up_s: float, seconds: float) -> Measurements:
     """Count a load between the end of its warm-up and the end of its arrivals."""
     window_s = seconds - warm_up_s
     idle_ms = [1e3 * (one.end_s - one.start_s) for one in asked if one.outcome == IDLE and one.start_s >= warm_up_s]
@@ -55,7 +55,7 @@ def figures_of(asked: Sequence[Asked], offered_per_s: float, warm_up_s: float, s
     refused = [one for one in sent if one.outcome == "OVERLOADED"]
     times_ms = [1e3 * (one.end_s - one.start_s) for one in refused]
     tokens = sum(one.tokens for one in sent)
-    return Figures(
+    return Measurements(
         offered_per_s=offered_per_s,
         asked_per_s=len(sent) / window_s,
         good_per_s=len(good) / window_s,
@@ -95,17 +95,17 @@ def memory_growth_mib(samples: Sequence[tuple[float, float]], from_s: float) -> 
     return sum(last) / len(last) - sum(first) / len(first)
 
 
-def missed(peak_per_s: float, loads: dict[str, Figures], growth_mib: float | None) -> list[str]:
+def missed(peak_per_s: float, loads: dict[str, Measurements], growth_mib: float | None) -> list[str]:
     """The goals that are missed, each in a sentence. `loads` are those beyond the search, by their name."""
     problems = []
-    for name, figures in loads.items():
-        if figures.good_per_s < GOODPUT_SHARE_MIN * peak_per_s:
-            share = 100 * _share(figures.good_per_s, peak_per_s)
-            problems.append(f"{name}: goodput {figures.good_per_s:.1f}/s is {share:.0f} % of the peak")
-        if figures.refused_share and figures.refusal_p99_ms > REFUSAL_P99_MAX_MS:
-            problems.append(f"{name}: refusals take {figures.refusal_p99_ms:.1f} ms at the 99th percentile")
-        if figures.refusals_without_retry_info:
-            problems.append(f"{name}: {figures.refusals_without_retry_info} refusals without RetryInfo")
+    for name, measurements in loads.items():
+        if measurements.good_per_s < GOODPUT_SHARE_MIN * peak_per_s:
+            share = 100 * _share(measurements.good_per_s, peak_per_s)
+            problems.append(f"{name}: goodput {measurements.good_per_s:.1f}/s is {share:.0f} % of the peak")
+        if measurements.refused_share and measurements.refusal_p99_ms > REFUSAL_P99_MAX_MS:
+            problems.append(f"{name}: refusals take {measurements.refusal_p99_ms:.1f} ms at the 99th percentile")
+        if measurements.refusals_without_retry_info:
+            problems.append(f"{name}: {measurements.refusals_without_retry_info} refusals without RetryInfo")
     if growth_mib is not None and growth_mib > MEMORY_GROWTH_MAX_MIB:
         problems.append(f"the frontends grew by {growth_mib:.1f} MiB")
     return problems

@@ -24,7 +24,7 @@ class Streamed:
     """From the first page that was written to the word that all had arrived."""
     token_ids: tuple[int, ...] = ()
     end_s: float | None = None
-    """When its client was told how it ended."""
+    """When its client received the end."""
 
     @property
     def ttft_s(self) -> float:
@@ -48,27 +48,27 @@ def spread_ms(values_s: Sequence[float]) -> dict[str, float]:
     if not values_s:
         return {}
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-    figures = {name: round(1e3 * quantile(values_s, share), 3) for name, share in shares.items()}
-    return {**figures, "max": round(1e3 * max(values_s), 3), "mean": round(1e3 * statistics.fmean(values_s), 3)}
+    measurements = {name: round(1e3 * quantile(values_s, share), 3) for name, share in shares.items()}
+    return {**measurements, "max": round(1e3 * max(values_s), 3), "mean": round(1e3 * statistics.fmean(values_s), 3)}
 
 
 def summary(streams: Sequence[Streamed]) -> dict[str, object]:
     """Statistics of a load level. Failed streams are counted, and excluded from all other numbers."""
     good = _good(streams)
     failures = sorted({stream.failure for stream in streams if stream.failure is not None})
-    figures: dict[str, object] = {
+    measurements: dict[str, object] = {
         "requests": len(streams),
         "failed": len(streams) - len(good),
         "failures": failures[:5],
     }
     if not good:
-        return figures
+        return measurements
     wall_s = _wall_s(good)
     tokens = sum(len(s.arrivals_s) for s in good)
     # A stream's own mean: what a reader of it sees, whatever the messages' sizes.
     paces_s = [statistics.fmean(s.gaps_s) for s in good if s.gaps_s]
     return {
-        **figures,
+        **measurements,
         "tokens": tokens,
         "wall_s": round(wall_s, 3),
         "tokens_per_s": round(tokens / wall_s, 1),
@@ -137,7 +137,7 @@ def steady_gaps_s(streams: Sequence[Streamed]) -> list[float]:
 
 
 def decoding(streams: Sequence[Streamed]) -> dict[str, Any]:
-    """What many streams at once came to, in tokens/s and ms. Failed ones are counted, and are in no other figure."""
+    """What many streams at once came to, in tokens/s and ms. Failed ones are counted, and nothing else has them."""
     good = _good(streams)
     reasons = sorted({stream.failure for stream in streams if stream.failure is not None})
     found: dict[str, Any] = {"failed": len(streams) - len(good), "failures": reasons[:2]}
@@ -167,7 +167,7 @@ def cores(streams: Sequence[Streamed], cpu_s: Mapping[str, float]) -> dict[str, 
 
 
 def ratios(bare: Mapping[str, Any], tandem: Mapping[str, Any]) -> dict[str, float | None]:
-    """Tandem's figures over the bare engine's, of two results of `decoding`; None where one side has none."""
+    """Tandem's measurements over the bare engine's, of two results of `decoding`; None where one side has none."""
     found: dict[str, float | None] = {}
     for name in ("steady_tokens_per_s", "gap_p99_ms", "steady_gap_p99_ms"):
         ours, theirs = tandem.get(name), bare.get(name)
