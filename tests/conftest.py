@@ -31,8 +31,15 @@ KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thr
 """Pools that live as long as the process, whichever test used them first."""
 
 
-@pytest_asyncio.fixture(autouse=True)
-async def no_task_is_left() -> AsyncIterator[None]:
+@pytest.fixture(autouse=True)
+def no_task_is_left(request: pytest.FixtureRequest) -> None:
+    """Only a test with an event loop can leave a task; a loop for each of the others costs more than most of them."""
+    if pytest_asyncio.is_async_test(request.node):
+        request.getfixturevalue("tasks_end")
+
+
+@pytest_asyncio.fixture
+async def tasks_end() -> AsyncIterator[None]:
     """A task that outlives its test has no owner."""
     before = asyncio.all_tasks()
     yield
