@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -16,6 +17,7 @@ import pytest_asyncio
 from tandem.errors import StartError
 from tandem.local_cluster.consul_binary import find_consul
 from tandem.local_cluster.debian import find_program
+from tests.scheduling import SharedEngines, order
 from tests.unit.support.examples import examples
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
@@ -29,6 +31,21 @@ hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
 """Pools that live as long as the process, whichever test used them first."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile, files that share engines go to one process; `pytest_collection_modifyitems` orders them."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return SharedEngines(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        order(items)
 
 
 @pytest.fixture(autouse=True)
