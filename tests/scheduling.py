@@ -27,6 +27,7 @@ SLOWEST = (
     "tests/faults/test_leg_cancels_on_sglang.py",
     "tests/integration/test_edge_discovery.py",
     "tests/integration/test_openai_tools.py",
+    "tests/integration/test_parser_host.py",
     "tests/integration/test_prometheus.py",
     "tests/integration/test_command_line.py",
     "tests/integration/test_tls_cluster.py",
