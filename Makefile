@@ -4,6 +4,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_FLAGS ?=
+# Empty is off. Without bytecode every test process, and every process of their clusters, compiles all it imports.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests wait for engines more than they compute. Each process may hold a pair of real engines, 2.5 GB.
 TEST_PROCESSES ?= 3
 

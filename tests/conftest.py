@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -16,6 +17,7 @@ import pytest_asyncio
 from tandem.errors import StartError
 from tandem.local_cluster.consul_binary import find_consul
 from tandem.local_cluster.debian import find_program
+from tests.scheduling import SharedEngines, order
 from tests.unit.support.examples import examples
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 
@@ -31,8 +33,30 @@ KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thr
 """Pools that live as long as the process, whichever test used them first."""
 
 
-@pytest_asyncio.fixture(autouse=True)
-async def no_task_is_left() -> AsyncIterator[None]:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile, files that share engines go to one process; `pytest_collection_modifyitems` orders them."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return SharedEngines(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        order(items)
+
+
+@pytest.fixture(autouse=True)
+def no_task_is_left(request: pytest.FixtureRequest) -> None:
+    """Only a test with an event loop can leave a task; a loop for each of the others costs more than most of them."""
+    if pytest_asyncio.is_async_test(request.node):
+        request.getfixturevalue("tasks_end")
+
+
+@pytest_asyncio.fixture
+async def tasks_end() -> AsyncIterator[None]:
     """A task that outlives its test has no owner."""
     before = asyncio.all_tasks()
     yield

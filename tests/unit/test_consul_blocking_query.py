@@ -16,6 +16,7 @@ from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 from tandem.clock import monotonic
 from tandem.errors import ServiceError
 from tandem.testing.eventually import assert_eventually
+from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.consul_entries import answer_of, make_entry, registry_entry
 from tests.unit.support.registry_workers import make_worker
 
@@ -143,7 +144,12 @@ async def test_an_index_that_went_backwards_only_at_a_deposed_leader_means_nothi
         assert {(registry_id, workers) for registry_id, _, workers in reports.views} == {("g", 1)}
 
 
-async def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
+def test_an_answer_that_is_suddenly_empty_is_asked_for_again() -> None:
+    """On virtual time: the members come back within the pause before the second question."""
+    run_virtually(check_a_sudden_emptiness())
+
+
+async def check_a_sudden_emptiness() -> None:
     consul = ScriptedConsul()
     async with following(consul) as reports:
         full, reads = consul.entries, consul.consistent_reads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import pytest
 from tandem.engine.port import BootstrapAddress, Engine
 from tandem.errors import EngineFailed
 from tandem.testing.eventually import assert_eventually
+from tandem.testing.virtual_time import run_virtually
 from tandem.worker.engine_health import EngineHealth, Periods
 
 
@@ -51,13 +53,24 @@ async def watched(engine: ScriptedEngine, proof_s: float = 0.1) -> AsyncIterator
         scene.reported.append(trouble)
 
     periods = Periods(proof_s=proof_s, canary_s=0.2)
-    health = scene.health = EngineHealth(cast("Engine", engine), lambda: scene.batches, periods, report)
+    clock = asyncio.get_running_loop().time
+    health = scene.health = EngineHealth(cast("Engine", engine), lambda: scene.batches, periods, report, clock)
     task = asyncio.create_task(health.watch())
     try:
         yield scene
     finally:
         assert not task.done(), task.result()
         task.cancel()
+
+
+def virtually(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """A test on virtual time: its periods pass in no time, however busy the machine is."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        run_virtually(test())
+
+    return run
 
 
 async def reported(scene: SimpleNamespace, text: str | None) -> None:
@@ -70,6 +83,7 @@ async def reported(scene: SimpleNamespace, text: str | None) -> None:
     await assert_eventually(trouble, fits, within_s=3, every_s=0.02, what=f"trouble {text!r}")
 
 
+@virtually
 async def test_an_idle_engine_runs_canaries() -> None:
     engine = ScriptedEngine()
     async with watched(engine) as scene:
@@ -78,6 +92,7 @@ async def test_an_idle_engine_runs_canaries() -> None:
         assert scene.reported == []
 
 
+@virtually
 async def test_no_canary_runs_while_tokens_come() -> None:
     engine = ScriptedEngine()
     async with watched(engine, proof_s=0.3) as scene:
@@ -87,6 +102,7 @@ async def test_no_canary_runs_while_tokens_come() -> None:
         assert engine.canary_count == 0
 
 
+@virtually
 async def test_an_engine_that_hangs_is_not_serving_until_it_answers_again() -> None:
     engine = ScriptedEngine()
     engine.is_hanging = True
@@ -96,6 +112,7 @@ async def test_an_engine_that_hangs_is_not_serving_until_it_answers_again() -> N
         await reported(scene, None)
 
 
+@virtually
 async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
     engine = ScriptedEngine()
 
@@ -107,6 +124,7 @@ async def test_an_engine_that_fails_its_canary_is_not_serving() -> None:
         await reported(scene, "canary failed: no token came")
 
 
+@virtually
 async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
     engine = ScriptedEngine()
     async with watched(engine, proof_s=1.0) as scene:
@@ -119,6 +137,7 @@ async def test_a_stall_is_reported_at_once_and_ends_with_a_canary() -> None:
         assert engine.canary_count >= 2
 
 
+@virtually
 async def test_an_engine_that_cannot_hand_over_is_not_serving() -> None:
     engine = ScriptedEngine()
     async with watched(engine, proof_s=1.0) as scene:

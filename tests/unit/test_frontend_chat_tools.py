@@ -1,4 +1,4 @@
-"""Tools, tool calls and their answers in chat templates, against transformers' rendering of the same."""
+"""Tools, tool calls and their answers in chat templates."""
 
 from __future__ import annotations
 
@@ -12,23 +12,9 @@ from tandem_frontend.preparation.chat_template import ChatTemplate
 from tandem.errors import InvalidRequest
 from tandem.testing.tool_model import link_tool_model
 from tests.unit.support.parser_texts import TOOLS
+from tests.unit.support.tool_history import ARGUMENTS, history
 
 DEMO = Path(__file__).parents[2] / "models" / "tandem-demo"
-ARGUMENTS = {"city": "Köln", "days": 3}
-
-
-def history(arguments: Any) -> list[dict[str, Any]]:
-    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return [
-        {"role": "user", "content": "The weather?"},
-        {"role": "assistant", "content": None, "reasoning_content": "Look.", "tool_calls": [call]},
-        {
-            "role": "tool",
-            "tool_call_id": "call_1",
-            "content": [{"type": "text", "text": "18"}, {"type": "text", "text": "°C"}],
-        },
-        {"role": "user", "content": "And tomorrow?"},
-    ]
 
 
 @pytest.fixture
@@ -43,29 +29,6 @@ def write(directory: Path, source: Any) -> ChatTemplate:
     template = ChatTemplate.read(directory)
     assert template is not None
     return template
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-def test_a_template_with_tools_is_rendered_as_transformers_does(tmp_path: Path, thinking: bool) -> None:
-    from transformers import AutoTokenizer
-
-    model = link_tool_model(tmp_path / "model", DEMO)
-    template = ChatTemplate.read(model)
-    assert template is not None
-    ours = template.render(
-        history(json.dumps(ARGUMENTS, ensure_ascii=False)),
-        add_generation_prompt=True,
-        tools=TOOLS,
-        enable_thinking=thinking,
-    )
-    theirs = history(ARGUMENTS)
-    theirs[1]["content"], theirs[2]["content"] = "", "18 °C"
-    assert ours == AutoTokenizer.from_pretrained(model).apply_chat_template(
-        theirs, tools=TOOLS, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-    assert ours.endswith("<think>\n") is thinking
-    assert '"name": "add"' in ours
-    assert '{"name": "weather", "arguments": {"city": "Köln", "days": 3}}' in ours
 
 
 def test_whether_a_template_takes_tools(template: ChatTemplate, tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_removed_tickets_are_dropped_from_the_heap() -> None:
     assert sum(len(tenant.heap) for tenant in queue._tenants.values()) < 100
 
 
+def test_orders_that_tenants_had_are_dropped_from_the_heap() -> None:
+    queue: RequestQueue[int] = RequestQueue()
+    queue.add(-1, QueuedRequest(tokens=1, tenant="first"))
+    for number in range(10_000):
+        queue.add(number, QueuedRequest(tokens=1, tenant=f"tenant-{number % 3}"))
+        queue.remove(number)
+    assert queue.first() == (-1, QueuedRequest(tokens=1, tenant="first"))
+    assert len(queue._order) < 100
+
+
 def test_within_a_tenant_the_earliest_deadline_goes_first() -> None:
     requests = (
         QueuedRequest(tokens=1),
@@ -113,6 +123,9 @@ def test_no_request_is_lost_or_started_twice(steps: list[tuple[QueuedRequest, st
             own = [d for d in waiting.values() if d.tenant == taken[1].tenant]
             assert taken[1].priority == max(d.priority for d in own)
             del waiting[taken[0]]
+        if waiting:
+            least = min(queue._tenants.values(), key=lambda tenant: tenant.order)
+            assert queue.first() == (least.heap[0][2], waiting[least.heap[0][2]])
         assert len(queue) == len(waiting)
         assert queue.tokens == sum(d.tokens for d in waiting.values())
     assert sorted(queue.take()[0] for _ in range(len(queue))) == sorted(waiting)

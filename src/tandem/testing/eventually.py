@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
+WITHIN_S = 15.0
+"""Default timeout: room for what takes a second of CPU time, such as the start of a process, on a busy machine."""
 
 
 @overload
@@ -19,7 +21,7 @@ async def assert_eventually(
     probe: Callable[[], Awaitable[T]],
     accept: Callable[[T], object] = bool,
     *,
-    within_s: float = 5.0,
+    within_s: float = WITHIN_S,
     every_s: float = 0.02,
     what: str = "condition",
 ) -> T: ...
@@ -30,7 +32,7 @@ async def assert_eventually(
     probe: Callable[[], T],
     accept: Callable[[T], object] = bool,
     *,
-    within_s: float = 5.0,
+    within_s: float = WITHIN_S,
     every_s: float = 0.02,
     what: str = "condition",
 ) -> T: ...
@@ -40,7 +42,7 @@ async def assert_eventually(
     probe: Callable[[], Any],
     accept: Callable[[Any], object] = bool,
     *,
-    within_s: float = 5.0,
+    within_s: float = WITHIN_S,
     every_s: float = 0.02,
     what: str = "condition",
 ) -> Any:

@@ -51,7 +51,12 @@ class _Tenant(Generic[T]):
     tokens: int = 0
     """Of its queued requests."""
     heap: list[tuple[tuple[int, float], int, T]] = field(default_factory=list)
-    """(urgency, arrival, ticket); may contain removed tickets."""
+    """(urgency, arrival, ticket); may contain removed tickets, though not at its head."""
+
+    @property
+    def order(self) -> tuple[float, tuple[int, float], int]:
+        """Sort key among the tenants; the least goes next. No two tenants, and no two heads of one, have the same."""
+        return self.virtual_time, *self.heap[0][:2]
 
 
 class RequestQueue(Generic[T]):
@@ -60,6 +65,8 @@ class RequestQueue(Generic[T]):
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant[T]] = {}
         """With queued requests."""
+        self._order: list[tuple[tuple[float, tuple[int, float], int], str]] = []
+        """Heap of (order, tenant): the present order of every tenant, and some that have changed since."""
         self._virtual_times: dict[str, float] = {}
         """Of tenants without queued requests, as long as they are ahead of `_virtual_time`."""
         self._virtual_time = 0.0
@@ -83,7 +90,10 @@ class RequestQueue(Generic[T]):
             self._virtual_times.pop(request.tenant, None)
         tenant.waiting_count += 1
         tenant.tokens += request.tokens
-        heapq.heappush(tenant.heap, (request.urgency, next(self._arrivals), ticket))
+        arrival = next(self._arrivals)
+        heapq.heappush(tenant.heap, (request.urgency, arrival, ticket))
+        if tenant.heap[0][1] == arrival:
+            self._enter(request.tenant, tenant)
 
     def remove(self, ticket: T) -> None:
         """Drop a request without starting it. Does nothing when it is not queued."""
@@ -100,19 +110,26 @@ class RequestQueue(Generic[T]):
                 # Kept, so that a tenant does not lose its debt by queueing one request at a time.
                 self._virtual_times[request.tenant] = tenant.virtual_time
         else:
+            arrival = tenant.heap[0][1]
             self._prune(tenant)
+            if tenant.heap[0][1] != arrival:
+                self._enter(request.tenant, tenant)
         if not self._requests:
             # An empty queue means capacity for all: no tenant has been at another one's expense.
+            self._order.clear()
             self._virtual_times.clear()
             self._virtual_time = 0.0
 
     def first(self) -> tuple[T, QueuedRequest] | None:
         """The request that goes next; None when the queue is empty."""
-        if not self._requests:
-            return None
-        tenant = min(self._tenants.values(), key=lambda tenant: (tenant.virtual_time, tenant.heap[0][:2]))
-        ticket = tenant.heap[0][2]
-        return ticket, self._requests[ticket]
+        while self._order:
+            order, name = self._order[0]
+            tenant = self._tenants.get(name)
+            if tenant is not None and tenant.order == order:
+                ticket = tenant.heap[0][2]
+                return ticket, self._requests[ticket]
+            heapq.heappop(self._order)
+        return None
 
     def take(self) -> tuple[T, QueuedRequest]:
         """Remove and return the request that goes next."""
@@ -164,6 +181,13 @@ class RequestQueue(Generic[T]):
         if tenant is not None:
             return tenant.virtual_time
         return max(self._virtual_time, self._virtual_times.get(name, 0.0))
+
+    def _enter(self, name: str, tenant: _Tenant[T]) -> None:
+        """Enter a tenant in its present order, which makes what was entered of it before void."""
+        heapq.heappush(self._order, (tenant.order, name))
+        if len(self._order) > 2 * len(self._tenants) + REMOVED_MIN:
+            self._order = [(tenant.order, name) for name, tenant in self._tenants.items()]
+            heapq.heapify(self._order)
 
     def _prune(self, tenant: _Tenant[T]) -> None:
         """Drop removed tickets from a heap: those at its head at once, the others when they are most of it."""
