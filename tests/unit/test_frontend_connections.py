@@ -20,7 +20,7 @@ async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:
     config = FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo"))
     model = ServedModel("tandem-demo", Tokenizer.open(config.model), {})
     changes: list[None] = []
-    fleet = Fleet(config, "frontend-0", model, Capacity("tandem-demo"), lambda: changes.append(None))
+    fleet = Fleet(config, "frontend-0", model, (Capacity("tandem-demo"),), lambda: changes.append(None))
     async with fleet.connected():
         d, p = decode(), prefill()
         fleet.follow((d, p))

@@ -28,6 +28,8 @@ class EngineSettings:
     kv_capacity_tokens: int | None = None
     """None: the engine's own choice on a GPU; 16,384 on a CPU."""
     running_requests_max: int = 16
+    handover_timeout_s: float = 120
+    """Decode: how long a leg whose KV memory is granted waits for its KV, the prompt's computation included."""
     transfer_backend: str = "nixl"
     """"nixl", or "fake" (SGLang's own, transfers nothing: the negative control of the parity tests)."""
     threads: int = 1

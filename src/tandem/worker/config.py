@@ -76,6 +76,12 @@ class WorkerConfig(AdminConfig):
         le=PORT_MAX,
         description="port of the prefill engine's bootstrap server, where decode engines connect; 0: any free port",
     )
+    handover_timeout_s: float = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="seconds within which a decode worker must have a prompt's KV, its computation included",
+    )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
@@ -114,6 +120,7 @@ class WorkerConfig(AdminConfig):
             dtype=self.dtype,
             kv_capacity_tokens=self.kv_capacity_tokens,
             running_requests_max=self.running_requests_max,
+            handover_timeout_s=self.handover_timeout_s,
             transfer_backend=self.transfer_backend,
             threads=self.threads,
             seed=self.seed,

@@ -70,7 +70,7 @@ class SimulatedEngine:
             ConfigError: a key of `extra`, the dtype or the transfer backend is unknown.
         """
         self._settings = settings
-        self._options = parse_options(settings.extra)
+        self._options = parse_options({"transfer_timeout_s": settings.handover_timeout_s} | settings.extra)
         if settings.dtype not in ("auto", *ELEMENT_BYTES):
             raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
         if settings.transfer_backend not in TRANSFER_BACKENDS:
