@@ -61,8 +61,12 @@ class WorkerConfig(AdminConfig):
     kv_capacity_tokens: int | None = Field(
         None, ge=64, description="KV cache capacity in tokens; default: what fits on a GPU, 16384 on a CPU"
     )
-    running_requests_max: int = Field(
-        16, ge=1, le=4096, description="requests that the engine runs at the same time; further ones wait in it"
+    running_requests_max: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="requests that the engine runs at the same time; further ones wait. Default: 16 on a CPU; on a GPU "
+        "256, or fewer where the KV memory is small",
     )
     threads: int = Field(
         1, ge=1, le=256, description="CPU threads of the engine's computation; used with device cpu only"
