@@ -1,8 +1,8 @@
 """A process's directory for temporary files, and the files outside of it that go with it.
 
 A killed process removes nothing. Its directory says which process it belonged to by a lock, which the kernel releases,
-and lists the files elsewhere (in shared memory); whoever comes next removes both: the next process with such a
-directory, or the parent of the cluster. Process ids would not do: containers that share /dev/shm have their own.
+and lists the files elsewhere (in shared memory). The next process with such a directory, or the parent of the cluster,
+removes both. Process ids would not do: containers that share /dev/shm have their own.
 """
 
 from __future__ import annotations
