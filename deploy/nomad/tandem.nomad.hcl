@@ -274,6 +274,8 @@ job "tandem" {
         TANDEM_PREFILL_WORKER_ID      = "prefill-${NOMAD_ALLOC_INDEX}"
         TANDEM_PREFILL_MODEL          = "/models/${var.model}"
         TANDEM_PREFILL_BOOTSTRAP_PORT = "${NOMAD_PORT_bootstrap}"
+        # The first start on a GPU compiles kernels for up to 264 s.
+        TANDEM_PREFILL_CANARY_TIMEOUT_S = "300"
       }
 
       resources {
@@ -371,6 +373,8 @@ job "tandem" {
         TANDEM_DECODE_REGISTRY  = "srv://registry.tandem.service.consul@127.0.0.1:8600"
         TANDEM_DECODE_WORKER_ID = "decode-${NOMAD_ALLOC_INDEX}"
         TANDEM_DECODE_MODEL     = "/models/${var.model}"
+        # The first start on a GPU compiles kernels for up to 264 s.
+        TANDEM_DECODE_CANARY_TIMEOUT_S = "300"
       }
 
       resources {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,22 @@ def test_systemd_understands_a_unit(unit: Path, tmp_path: Path) -> None:
     )
     assert verified.returncode == 0, verified.stderr
     assert unit.name not in verified.stderr, verified.stderr
+
+
+FIRST_GPU_START_S = 264
+"""Longest that was measured."""
+
+
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+def test_the_first_start_on_a_gpu_has_time(service: str) -> None:
+    name = f"TANDEM_{service.upper()}_CANARY_TIMEOUT_S"
+    given = {variable["name"]: variable.get("value") for variable in pods()[service]["containers"][0]["env"]}
+    assert float(given[name]) > FIRST_GPU_START_S
+    [in_nomad] = re.findall(rf'{name} *= "(\d+)"', NOMAD.read_text())
+    assert float(in_nomad) > FIRST_GPU_START_S
+    [unit] = [file for file in SETTINGS if file.name.startswith(service)]
+    assert tomllib.loads(unit.read_text())["canary_timeout_s"] > FIRST_GPU_START_S
+    compose = yaml.safe_load((REPOSITORY / "docker-compose.gpu.yml").read_text())
+    found = [s["environment"][name] for s in compose["services"].values() if name in s.get("environment", {})]
+    assert found
+    assert min(float(value) for value in found) > FIRST_GPU_START_S

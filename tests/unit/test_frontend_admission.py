@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.prefill_backlog import UNMEASURED_PROMPTS_MAX, PrefillBacklog
 from tandem_frontend.admission.queue import QueuedRequest
 
 from tandem.clock import ManualClock, monotonic
@@ -17,7 +18,7 @@ from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.virtual_time import run_virtually
-from tests.unit.support.frontend_workers import decode
+from tests.unit.support.frontend_workers import decode, prefill
 
 ONE = QueuedRequest(tokens=10)
 
@@ -330,3 +331,21 @@ async def test_an_unbounded_max_tokens_does_not_block_the_queue() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+
+
+async def test_admission_starts_prompts_only_as_prefill_has_room_for_them() -> None:
+    worker = prefill()
+    backlog = PrefillBacklog(worker.capabilities.model, 5.0)
+    backlog.follow([worker])
+    controller = Admission(100, Fixed(100), monotonic, prefill=backlog)
+    request = QueuedRequest(tokens=20, prompt_tokens=10)
+    async with contextlib.AsyncExitStack() as stack:
+        works = [await stack.enter_async_context(controller.slot(request)) for _ in range(UNMEASURED_PROMPTS_MAX)]
+        third = asyncio.create_task(controller.slot(request).__aenter__())
+        await asyncio.sleep(0)
+        assert controller.waiting_count == 1
+        for work in works:
+            work.sent(worker.start)
+        works[0].computed()
+        (await third).drop()
+        assert controller.waiting_count == 0

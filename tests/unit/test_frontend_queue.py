@@ -152,3 +152,47 @@ def test_tenants_that_never_started_a_request_are_forgotten() -> None:
         queue.add(number, QueuedRequest(tokens=1, tenant=f"tenant-{number}"))
         queue.remove(number)
     assert not queue._virtual_times
+
+
+def test_queue_a_short_prompt_that_has_waited_overtakes_long_ones() -> None:
+    now_s = 0.0
+    queue: RequestQueue[str] = RequestQueue(lambda: now_s, short_wait_s=5.0)
+    for number in range(4):
+        queue.add(f"long{number}", QueuedRequest(tokens=2_000, prompt_tokens=2_000))
+    queue.add("short", QueuedRequest(tokens=20, prompt_tokens=20))
+    assert queue.take()[0] == "long0"
+    now_s = 5.0
+    assert [queue.take()[0] for _ in range(4)] == ["short", "long1", "long2", "long3"]
+
+
+def test_queue_short_prompts_never_stop_a_long_one() -> None:
+    now_s = 0.0
+    queue: RequestQueue[str] = RequestQueue(lambda: now_s, short_wait_s=1.0)
+    for number in range(2):
+        queue.add(f"long{number}", QueuedRequest(tokens=100, prompt_tokens=100))
+    for number in range(20):
+        queue.add(f"short{number}", QueuedRequest(tokens=20, prompt_tokens=20))
+    now_s = 1.0
+    order = [queue.take()[0] for _ in range(22)]
+    # Between two long prompts go short ones of as many tokens, and the one that exceeds them.
+    assert order.index("long0") <= 1
+    assert order.index("long1") - order.index("long0") == 7
+
+
+def test_queue_a_short_prompt_overtakes_no_higher_priority() -> None:
+    now_s = 0.0
+    queue: RequestQueue[str] = RequestQueue(lambda: now_s, short_wait_s=1.0)
+    queue.add("long", QueuedRequest(tokens=100, prompt_tokens=100, priority=1))
+    queue.add("short", QueuedRequest(tokens=20, prompt_tokens=20))
+    now_s = 9.0
+    assert [queue.take()[0] for _ in range(2)] == ["long", "short"]
+
+
+def test_queue_without_waiting_keeps_the_order_of_arrival() -> None:
+    now_s = 0.0
+    queue: RequestQueue[str] = RequestQueue(lambda: now_s, short_wait_s=1.0)
+    queue.add("long", QueuedRequest(tokens=100, prompt_tokens=100))
+    queue.add("short", QueuedRequest(tokens=20, prompt_tokens=20))
+    queue.remove("long")
+    queue.add("other", QueuedRequest(tokens=100, prompt_tokens=100))
+    assert [queue.take()[0] for _ in range(2)] == ["short", "other"]

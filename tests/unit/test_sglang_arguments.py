@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,23 @@ def test_elsewhere_nothing_is_reserved() -> None:
 def test_penalties_are_not_compiled_at_their_first_use_on_a_cpu() -> None:
     for device, count in (("cpu", 2), ("cuda", 0)):
         assert sum(target.endswith(".apply_scaling_penalties") for target in scheduler_hooks.targets(device)) == count
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_capacity_tokens", "wanted", "expected"),
+    [
+        ("cpu", None, None, 16),
+        ("cpu", 10**6, None, 16),
+        ("cuda", None, None, 256),
+        ("cuda", 10**6, None, 256),
+        ("cuda", 65_536, None, 128),
+        ("cuda", 1_024, None, 16),
+        ("cuda", None, 4, 4),
+        ("cpu", None, 64, 64),
+    ],
+)
+def test_requests_at_a_time_fit_the_device_and_its_kv_memory(
+    device: str, kv_capacity_tokens: int | None, wanted: int | None, expected: int
+) -> None:
+    own = replace(settings(WorkerRole.DECODE, kv_capacity_tokens), running_requests_max=wanted)
+    assert arguments._running_requests_max(own, device) == expected

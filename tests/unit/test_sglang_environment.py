@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,9 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(StartError, match="device: is cuda, but PyTorch finds no usable GPU"):
         engine._device("cuda")
     assert engine._device("auto") == "cpu"
+
+
+def test_a_decode_leg_waits_for_its_kv_as_long_as_the_setting_says() -> None:
+    values = environment.defaults(replace(settings("127.0.0.1"), handover_timeout_s=7.2), "cpu")
+    assert values["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] == "8"
+    assert int(values["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"]) >= 3_600

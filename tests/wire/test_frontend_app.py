@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
+from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 
@@ -39,11 +40,13 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
         (worker,) = view = app.fleet.watch.workers()
         assert app.fleet.routes._view is view
         most = worker.capabilities.context_tokens_max
-        assert app.fleet.capacity.counted(10 * most, 0) == most
+        capacity, _ = app.fleet._followers
+        assert isinstance(capacity, Capacity)
+        assert capacity.counted(10 * most, 0) == most
         full = EngineLoad(running_requests=100, kv_used_tokens=0)
-        assert app.fleet.capacity.fits(6, 0, 1)
+        assert capacity.fits(6, 0, 1)
         app.fleet.note_load(worker.start, full)
-        assert not app.fleet.capacity.fits(6, 0, 1)
+        assert not capacity.fits(6, 0, 1)
 
 
 async def test_it_serves_before_and_without_being_registered() -> None:

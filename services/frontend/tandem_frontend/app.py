@@ -48,6 +48,7 @@ from tandem_frontend.admin.servicer import FrontendAdminServicer
 from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
@@ -111,8 +112,9 @@ class FrontendApp:
             stats = RequestStats(traces)
             parsers = await _open_parsers(config, stack)
             load, capacity = LoopLoad(), Capacity(config.served_name)
-            admission = _make_admission(config, capacity, load, server)
-            fleet = Fleet(config, names.instance, model, capacity, admission.reevaluate_soon)
+            backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
+            admission = _make_admission(config, capacity, backlog, load, server)
+            fleet = Fleet(config, names.instance, model, (capacity, backlog), admission.reevaluate_soon)
             coalescing = Coalescing(config.coalesce_ms / 1_000, load)
             generation = Generation(
                 model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
@@ -245,9 +247,18 @@ async def _open_parsers(config: FrontendConfig, stack: AsyncExitStack) -> Parser
     return parsers
 
 
-def _make_admission(config: FrontendConfig, capacity: Capacity, load: LoopLoad, server: Http2RpcServer) -> Admission:
+def _make_admission(
+    config: FrontendConfig, capacity: Capacity, backlog: PrefillBacklog, load: LoopLoad, server: Http2RpcServer
+) -> Admission:
     return Admission(
-        config.open_requests_max, capacity, monotonic, load, config.overload_lag_s, lambda: server.unread_call_count
+        config.open_requests_max,
+        capacity,
+        monotonic,
+        load,
+        config.overload_lag_s,
+        lambda: server.unread_call_count,
+        backlog,
+        config.prefill_queue_s,
     )
 
 

@@ -58,6 +58,13 @@ class FrontendConfig(AdminConfig):
         le=16,
         description="limit of helper processes that tokenise prompts of over 64 Ki characters; 0: use a thread instead",
     )
+    prefill_queue_s: float = Field(
+        5,
+        gt=0,
+        le=3600,
+        description="seconds of work that may wait in one prefill worker; further prompts wait here. A prompt that has "
+        "waited here for so long overtakes those of its client that are four times as long",
+    )
     leg_accept_timeout_s: float = Field(
         2, gt=0, le=300, description="seconds within which a worker must accept a leg; otherwise the leg has failed"
     )

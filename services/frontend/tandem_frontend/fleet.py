@@ -6,8 +6,9 @@ Owns the connections to workers and the order in which a new view reaches the pa
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Protocol
 
 from tandem.client.load_watch import LoadWatch
 from tandem.client.step_calls import WorkerCalls
@@ -16,7 +17,6 @@ from tandem.discovery import WorkerWatch
 from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.rpc.channels import Channels
 from tandem.service.awake_timers import AwakeTimers
-from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.execution.dispatch import Dispatch
 from tandem_frontend.execution.link_leg import Bounds
@@ -28,6 +28,18 @@ from tandem_frontend.routing.router import RecentRefusals, Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 
 
+class WorkerFollower(Protocol):
+    """What admission computes from the workers."""
+
+    def follow(self, workers: Iterable[Worker]) -> None:
+        """Apply a new view."""
+        ...
+
+    def note(self, start: Start, load: EngineLoad | None) -> None:
+        """Record a worker's load; None: unknown."""
+        ...
+
+
 class Fleet:
     """The workers that the registry lists: their view, health, load, links and routes."""
 
@@ -36,7 +48,7 @@ class Fleet:
         config: FrontendConfig,
         instance: str,
         model: ServedModel,
-        capacity: Capacity,
+        followers: tuple[WorkerFollower, ...],
         reevaluate: Callable[[], None],
     ) -> None:
         """Makes no connection yet.
@@ -45,10 +57,10 @@ class Fleet:
             config: registries, TLS and timeouts of legs.
             instance: unique name of this process, for workers.
             model: the model that routes are chosen for.
-            capacity: gets the view and the load of each worker.
+            followers: get the view and the load of each worker.
             reevaluate: called after each change: a queued request may fit now.
         """
-        self.capacity = capacity
+        self._followers = followers
         self._reevaluate = reevaluate
         self._known_starts: set[tuple[str, Start]] = set()
         """(address, start) of all workers of the view."""
@@ -93,7 +105,8 @@ class Fleet:
         self._links.follow(workers)
         self._health.follow(workers)
         self._breakers.follow(workers)
-        self.capacity.follow(workers)
+        for follower in self._followers:
+            follower.follow(workers)
         self.routes.follow(workers)
         self._loads.follow(workers)
         self.execution.notice(workers)
@@ -101,5 +114,6 @@ class Fleet:
 
     def note_load(self, start: Start, load: EngineLoad | None) -> None:
         """Pass on the load of a worker; None: it is unknown."""
-        self.capacity.note(start, load)
+        for follower in self._followers:
+            follower.note(start, load)
         self._reevaluate()

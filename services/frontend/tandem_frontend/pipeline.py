@@ -128,10 +128,11 @@ class Generation:
     async def _served(
         self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
     ) -> AsyncIterator[RetryingStream]:
-        async with self._admission.slot(_queued(wanted, caller)):
+        async with self._admission.slot(_queued(wanted, caller)) as prefill:
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
-                async with self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record) as stream:
+                legs = self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record, prefill)
+                async with legs as stream:
                     yield stream
 
     def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
@@ -176,6 +177,7 @@ def _queued(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
     return QueuedRequest(
         tokens=len(wanted.token_ids) + wanted.max_tokens,
         answer_tokens=wanted.max_tokens,
+        prompt_tokens=len(wanted.token_ids),
         priority=wanted.priority or 0,
         tenant=caller.tenant,
         deadline_s=caller.deadline_s,

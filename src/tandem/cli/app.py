@@ -132,6 +132,12 @@ def up(
     kv_capacity_tokens: Annotated[
         int | None, typer.Option(help="KV cache tokens per worker; default: what fits on a GPU, 16384 on a CPU.")
     ] = None,
+    running_requests_max: Annotated[
+        int | None, typer.Option(help="Requests that a worker runs at a time; default: 256 on a GPU, 16 on a CPU.")
+    ] = None,
+    canary_timeout_s: Annotated[
+        float, typer.Option(help="Seconds for a worker's canary; the first one compiles kernels on a GPU.")
+    ] = 300,
     engine_extra: Annotated[str, typer.Option(help="Further arguments of the engine, as a JSON object.")] = "{}",
     tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of tool calls for this model.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of reasoning for this model.")] = None,
@@ -159,8 +165,14 @@ def up(
     from tandem.cli.consul_options import read_options
     from tandem.local_cluster.cluster import ClusterSpec
 
-    flags = {"device": device, "dtype": dtype, "engine-extra": engine_extra}
-    flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "admin-enabled": "true" if admin else None})
+    flags = {
+        "device": device,
+        "dtype": dtype,
+        "engine-extra": engine_extra,
+        "canary-timeout-s": f"{canary_timeout_s:g}",
+    }
+    flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
+    flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
     role_flags = {"frontend": _given({**parsers, "admin-enabled": "true" if admin else None})}
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}

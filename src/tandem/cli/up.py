@@ -25,7 +25,9 @@ from tandem.cli.state import (
 from tandem.exit_codes import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL
 from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.local_cluster.log_rotation import keep_bounded
 from tandem.local_cluster.restarts import Restarts
+from tandem.service.background import BackgroundTasks
 from tandem.service.restart_budget import RestartPolicy
 
 FIRST_PROMPT = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
@@ -75,6 +77,8 @@ async def _run(cluster: LocalCluster, console: Console, policy: RestartPolicy | 
         def print_line(line: str) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+        rotation = await stack.enter_async_context(BackgroundTasks())
+        rotation.start(keep_bounded(cluster.processes), "log-rotation")
         await interruption.unless_requested(Restarts(cluster, print_line, policy).run())
         if not interruption.requested.is_set():
             print_line("stopping: the cluster can no longer serve requests; see the logs")

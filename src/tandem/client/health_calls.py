@@ -36,8 +36,7 @@ class HealthWatch:
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from None
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if _is_being_cancelled():
                 raise
             raise ServiceError("the channel was closed") from None
         if response is grpc.aio.EOF:
@@ -47,6 +46,14 @@ class HealthWatch:
     def close(self) -> None:
         """Cancel the stream."""
         self._call.cancel()
+
+
+def _is_being_cancelled() -> bool:
+    """Whether the current task is to end. Not inline: a cancelled task keeps its exception, whose frames must not refer
+    to the task in turn, or the connection stays open until a garbage collection finds the circle.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def check_health(channel: grpc.aio.Channel, timeout_s: float | None = None) -> bool:

@@ -27,7 +27,10 @@ class EngineSettings:
     """"auto" (the model's), "float32", "bfloat16" or "float16"."""
     kv_capacity_tokens: int | None = None
     """None: the engine's own choice on a GPU; 16,384 on a CPU."""
-    running_requests_max: int = 16
+    running_requests_max: int | None = None
+    """None: 16 on a CPU and in the simulated engine; on a GPU 256, or fewer where the KV memory is small."""
+    handover_timeout_s: float = 120
+    """Decode: how long a leg whose KV memory is granted waits for its KV, the prompt's computation included."""
     transfer_backend: str = "nixl"
     """"nixl", or "fake" (SGLang's own, transfers nothing: the negative control of the parity tests)."""
     threads: int = 1

@@ -175,6 +175,10 @@ class ClusterProcess:
         if self.runs:
             _kill_group(self.pid)
 
+    def log_emptied(self) -> None:
+        """Its log has been emptied (`log_rotation`): what follows is of this start."""
+        self._log_begin_bytes = 0
+
     def exit_summary(self) -> str:
         """How and why it exited, and the path of its log, in one line."""
         reason = self.last_words() if self.exit_status is not None and self.exit_status > 0 else None

@@ -20,7 +20,7 @@ from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.child_process import ClusterProcess, ProcessState
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.local_cluster.consul_agent import ConsulAgent
-from tandem.service import run_directory
+from tandem.service import owned_directory, run_directory
 from tandem.tls.paths import Tls
 
 KEPT_PORTS = ("registry", "frontend", "edge")
@@ -210,6 +210,8 @@ class LocalCluster:
 
     def _remove_run(self) -> None:
         if self._run is not None:
+            # Files in shared memory of workers that were killed.
+            owned_directory.sweep(self._run)
             shutil.rmtree(self._run, ignore_errors=True)
             self._run = None
         scrape_targets.remove(self.targets_file)

@@ -91,8 +91,7 @@ class Channels:
             # In a context of its own: it outlives the request in whose task the change was noticed.
             closing = asyncio.create_task(channel.close(RETIRE_GRACE_S), context=contextvars.Context())
             self._retiring[closing] = channel
-        for task in [task for task in self._retiring if task.done()]:
-            del self._retiring[task]
+            closing.add_done_callback(lambda task: self._retiring.pop(task, None))
 
     async def close(self) -> None:
         """Close all channels. May be called twice."""

@@ -61,8 +61,12 @@ class WorkerConfig(AdminConfig):
     kv_capacity_tokens: int | None = Field(
         None, ge=64, description="KV cache capacity in tokens; default: what fits on a GPU, 16384 on a CPU"
     )
-    running_requests_max: int = Field(
-        16, ge=1, le=4096, description="requests that the engine runs at the same time; further ones wait in it"
+    running_requests_max: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="requests that the engine runs at the same time; further ones wait. Default: 16 on a CPU; on a GPU "
+        "256, or fewer where the KV memory is small",
     )
     threads: int = Field(
         1, ge=1, le=256, description="CPU threads of the engine's computation; used with device cpu only"
@@ -75,6 +79,12 @@ class WorkerConfig(AdminConfig):
         ge=0,
         le=PORT_MAX,
         description="port of the prefill engine's bootstrap server, where decode engines connect; 0: any free port",
+    )
+    handover_timeout_s: float = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="seconds within which a decode worker must have a prompt's KV, its computation included",
     )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
@@ -114,6 +124,7 @@ class WorkerConfig(AdminConfig):
             dtype=self.dtype,
             kv_capacity_tokens=self.kv_capacity_tokens,
             running_requests_max=self.running_requests_max,
+            handover_timeout_s=self.handover_timeout_s,
             transfer_backend=self.transfer_backend,
             threads=self.threads,
             seed=self.seed,

@@ -56,10 +56,10 @@ def request_of(
     return request
 
 
-async def generate(cluster: LocalCluster, request: pb.GenerateRequest) -> Stream:
-    """Run a generation to its end; chunk indices must be contiguous."""
+async def generate(cluster: LocalCluster, request: pb.GenerateRequest, frontend: int = 0) -> Stream:
+    """Run a generation at one of the frontends to its end; chunk indices must be contiguous."""
     stream = Stream()
-    async with contextlib.aclosing(calls.generate(cluster.frontend.address, request, 60)) as events:
+    async with contextlib.aclosing(calls.generate(cluster.frontends[frontend].address, request, 60)) as events:
         async for event in events:
             stream.events.append(event)
     assert [chunk.index for chunk in stream.chunks] == list(range(len(stream.chunks)))

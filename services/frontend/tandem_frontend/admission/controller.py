@@ -1,13 +1,15 @@
 """Admission control: how many requests are open here, and which queued request goes to the workers next.
 
 Three limits. A request beyond the open-requests limit, or one that arrives while the event loop is too late, is
-rejected at once. A request beyond the workers' free capacity (requests, KV tokens) is queued. `queue` orders the queue,
-`capacity` computes the free capacity. Every decision is made before the first byte of a response.
+rejected at once. A request beyond the workers' free capacity (requests, KV tokens), or whose prompt would wait too long
+in a prefill engine, is queued. `queue` orders the queue, `capacity` computes the free capacity, `prefill_backlog` what
+prefill has to do. Every decision is made before the first byte of a response.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import Protocol
 from tandem.clock import Clock
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
 from tandem_frontend.admission.throughput import Throughput
 
@@ -56,6 +59,8 @@ class Admission:
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
         unread_count: Callable[[], int] = lambda: 0,
+        prefill: PrefillBacklog | None = None,
+        short_wait_s: float = math.inf,
     ) -> None:
         """Create an empty admission queue.
 
@@ -66,6 +71,8 @@ class Admission:
             load: measures this process's event loop.
             lag_max_s: new requests are rejected while the event loop is later than this.
             unread_count: how many long responses are complete and unread by their clients; they count as open.
+            prefill: what the prefill workers have to do; None: unlimited.
+            short_wait_s: how long short prompts wait at most before they overtake long ones.
         """
         self._unread_count = unread_count
         self._open_requests_max = open_requests_max
@@ -73,7 +80,8 @@ class Admission:
         self._lag_max_s = lag_max_s
         self._headroom = headroom
         self._clock = clock
-        self._queue: RequestQueue[asyncio.Future[None]] = RequestQueue()
+        self._prefill = prefill or PrefillBacklog("", math.inf)
+        self._queue: RequestQueue[asyncio.Future[PrefillWork]] = RequestQueue(clock, short_wait_s)
         self._open_count = 0
         self._held_requests = 0
         self._held_tokens = 0
@@ -127,8 +135,10 @@ class Admission:
                 self._idle.set()
 
     @asynccontextmanager
-    async def slot(self, request: QueuedRequest) -> AsyncIterator[None]:
+    async def slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:
         """Wait in the queue until the workers have capacity for the request, and hold that capacity.
+
+        Yields its prompt's place in the prefill backlog, which ends with the computation of the prompt.
 
         Raises:
             Overloaded: at the present throughput the request would miss its deadline.
@@ -136,11 +146,12 @@ class Admission:
         """
         charged = self._headroom.counted(request.tokens - request.answer_tokens, request.answer_tokens)
         request = replace(request, tokens=charged)
-        await self._wait(request)
+        work = await self._wait(request)
         begin_s = self._clock()
         try:
-            yield
+            yield work
         finally:
+            work.drop()
             self._throughput.note(request, self._clock() - begin_s)
             self._release(request)
             self.reevaluate()
@@ -155,8 +166,7 @@ class Admission:
                 ticket.set_exception(self._too_late(request, 0.0, HOPELESS_SHARE))
                 continue
             self._queue.take()
-            self._hold(request)
-            ticket.set_result(None)
+            ticket.set_result(self._hold(request))
 
     def reevaluate_soon(self) -> None:
         """`reevaluate` after a few milliseconds, once for all changes until then."""
@@ -171,20 +181,21 @@ class Admission:
         """Return when no request is open."""
         await self._idle.wait()
 
-    async def _wait(self, request: QueuedRequest) -> None:
+    async def _wait(self, request: QueuedRequest) -> PrefillWork:
         if not len(self._queue) and self._fits(request):
             return self._hold(request)
         self._reject_late(request)
-        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ticket: asyncio.Future[PrefillWork] = asyncio.get_running_loop().create_future()
         self._queue.add(ticket, request)
         self.reevaluate()
         try:
             async with asyncio.timeout(None if request.deadline_s is None else request.deadline_s - self._clock()):
                 # Shielded, so that a request that leaves can still see whether it got its slot.
-                await asyncio.shield(ticket)
+                return await asyncio.shield(ticket)
         except BaseException as problem:  # whatever ends the wait, a cancellation too, frees the slot
             if ticket.done() and ticket.exception() is None:
                 # It got its slot in the same turn of the event loop in which it left.
+                ticket.result().drop()
                 self._release(request)
             self._queue.remove(ticket)
             self.reevaluate()
@@ -233,11 +244,13 @@ class Admission:
         )
 
     def _fits(self, request: QueuedRequest) -> bool:
-        return self._headroom.fits(self._held_requests, self._held_tokens, request.tokens)
+        has_capacity = self._headroom.fits(self._held_requests, self._held_tokens, request.tokens)
+        return has_capacity and self._prefill.has_room()
 
-    def _hold(self, request: QueuedRequest) -> None:
+    def _hold(self, request: QueuedRequest) -> PrefillWork:
         self._held_requests += 1
         self._held_tokens += request.tokens
+        return self._prefill.reserve(request.prompt_tokens, self.reevaluate_soon)
 
     def _release(self, request: QueuedRequest) -> None:
         self._held_requests -= 1

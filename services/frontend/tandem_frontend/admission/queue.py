@@ -3,7 +3,7 @@
 Pure: orders tickets and wakes no task. Fair queueing by virtual time: a tenant's virtual time grows by the tokens of
 each request that it starts, and the tenant with the least goes next. So neither a thousand requests nor a high priority
 of one tenant delays another tenant's first request. Within a tenant, a higher priority goes first, then the earlier
-deadline, then the earlier arrival.
+deadline, then the earlier arrival. Except that a short prompt that has waited for a while overtakes long ones.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from tandem.clock import Clock, monotonic
 
 T = TypeVar("T", bound=Hashable)
 
@@ -31,6 +34,8 @@ class QueuedRequest:
     """KV tokens that it is charged for: prompt plus longest completion."""
     answer_tokens: int = 0
     """Longest completion in tokens, which its service time depends on; 0: not known."""
+    prompt_tokens: int = 0
+    """What prefill has to compute; 0: not known."""
     priority: int = 0
     """Higher goes earlier."""
     tenant: str = ""
@@ -52,17 +57,35 @@ class _Tenant(Generic[T]):
     """Of its queued requests."""
     heap: list[tuple[tuple[int, float], int, T]] = field(default_factory=list)
     """(urgency, arrival, ticket); may contain removed tickets, though not at its head."""
+    by_size: dict[int, OrderedDict[T, float]] = field(default_factory=dict)
+    """Ticket to arrival time, oldest first, by the bit length of the prompt's token count."""
+    overtaking_tokens: int = 0
+    """Prompt tokens that may yet overtake before the next prompt goes in its turn; below 0: none."""
 
     @property
     def order(self) -> tuple[float, tuple[int, float], int]:
         """Sort key among the tenants; the least goes next. No two tenants, and no two heads of one, have the same."""
         return self.virtual_time, *self.heap[0][:2]
 
+    def queue_by_size(self, ticket: T, prompt_tokens: int, arrival_s: float) -> None:
+        """Add a ticket to those of its size."""
+        self.by_size.setdefault(prompt_tokens.bit_length(), OrderedDict())[ticket] = arrival_s
+
+    def unqueue_by_size(self, ticket: T, prompt_tokens: int) -> None:
+        """Remove a ticket from those of its size."""
+        size = self.by_size[prompt_tokens.bit_length()]
+        del size[ticket]
+        if not size:
+            del self.by_size[prompt_tokens.bit_length()]
+
 
 class RequestQueue(Generic[T]):
     """Queued requests, each under a ticket of its owner's choice."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = monotonic, short_wait_s: float = math.inf) -> None:
+        """`short_wait_s`: how long a short prompt waits at most before it overtakes its tenant's long ones."""
+        self._clock = clock
+        self._short_wait_s = short_wait_s
         self._tenants: dict[str, _Tenant[T]] = {}
         """With queued requests."""
         self._order: list[tuple[tuple[float, tuple[int, float], int], str]] = []
@@ -94,6 +117,7 @@ class RequestQueue(Generic[T]):
         heapq.heappush(tenant.heap, (request.urgency, arrival, ticket))
         if tenant.heap[0][1] == arrival:
             self._enter(request.tenant, tenant)
+        tenant.queue_by_size(ticket, request.prompt_tokens, self._clock())
 
     def remove(self, ticket: T) -> None:
         """Drop a request without starting it. Does nothing when it is not queued."""
@@ -104,6 +128,7 @@ class RequestQueue(Generic[T]):
         tenant = self._tenants[request.tenant]
         tenant.waiting_count -= 1
         tenant.tokens -= request.tokens
+        tenant.unqueue_by_size(ticket, request.prompt_tokens)
         if not tenant.waiting_count:
             del self._tenants[request.tenant]
             if tenant.virtual_time > self._virtual_time:
@@ -126,7 +151,9 @@ class RequestQueue(Generic[T]):
             order, name = self._order[0]
             tenant = self._tenants.get(name)
             if tenant is not None and tenant.order == order:
-                ticket = tenant.heap[0][2]
+                ticket = self._overtaking(tenant)
+                if ticket is None:
+                    ticket = tenant.heap[0][2]
                 return ticket, self._requests[ticket]
             heapq.heappop(self._order)
         return None
@@ -139,8 +166,16 @@ class RequestQueue(Generic[T]):
         tenant = self._tenants[request.tenant]
         self._virtual_time = tenant.virtual_time
         tenant.virtual_time += request.tokens
+        goes_in_turn = ticket == tenant.heap[0][2]
+        if goes_in_turn:
+            tenant.overtaking_tokens = request.prompt_tokens
+        else:
+            tenant.overtaking_tokens -= request.prompt_tokens
         self._virtual_times = {name: time for name, time in self._virtual_times.items() if time > self._virtual_time}
         self.remove(ticket)
+        if not goes_in_turn:
+            # The head is the same, but the tenant's turn comes later now.
+            self._enter(request.tenant, tenant)
         return ticket, request
 
     def tokens_before(self, request: QueuedRequest) -> int:
@@ -168,6 +203,26 @@ class RequestQueue(Generic[T]):
             if urgency > request.urgency and queued.priority == request.priority:
                 yield queued, self._with_others(request.tenant, own)
             own += queued.tokens
+
+    def _overtaking(self, tenant: _Tenant[T]) -> T | None:
+        """The oldest short prompt that has waited for long enough to go before the tenant's next one; None: none.
+
+        Between two prompts that go in their turn, short ones of as many tokens overtake: long ones are never stopped.
+        """
+        next_request = self._requests[tenant.heap[0][2]]
+        if tenant.overtaking_tokens < 0:
+            return None
+        latest_s = self._clock() - self._short_wait_s
+        oldest: tuple[float, T] | None = None
+        # Shorter than half of the next prompt; with a quarter of its tokens always.
+        for bits in range(1, (next_request.prompt_tokens // 2).bit_length()):
+            if bits not in tenant.by_size:
+                continue
+            ticket, arrival_s = next(iter(tenant.by_size[bits].items()))
+            is_as_urgent = self._requests[ticket].priority >= next_request.priority
+            if is_as_urgent and arrival_s <= latest_s and (oldest is None or arrival_s < oldest[0]):
+                oldest = arrival_s, ticket
+        return None if oldest is None else oldest[1]
 
     def _with_others(self, name: str, own: int) -> int:
         """`own` tokens of a tenant, plus those that other tenants start until it has started its own."""

@@ -129,6 +129,7 @@ class Attempt:
         record: AttemptTrace | None = None,
         *,
         wants_logprobs: bool = False,
+        on_prefilled: Callable[[leg_pb2.LegFinish | None], None] = lambda finish: None,
     ) -> None:
         """Sends nothing yet.
 
@@ -138,7 +139,9 @@ class Attempt:
             state: of the request; None: of this attempt alone.
             record: its part of the request trace.
             wants_logprobs: whether each token must have a log probability; otherwise they are dropped.
+            on_prefilled: called when the prompt has been computed, and with prefill's finish when that is known.
         """
+        self._on_prefilled = on_prefilled
         self.route = route
         self._owner = owner
         self._state = state or RequestState()
@@ -239,6 +242,7 @@ class Attempt:
         if side is self._prefill:
             side.accepted()
             self._state.first_token(side.role)
+            self._on_prefilled(None)
             return
         if side.leg.phase is not Phase.DECODING:
             # Tokens may overtake the responses that accept the legs. After the first token an attempt counts as
@@ -247,6 +251,7 @@ class Attempt:
                 self._prefill.accepted()
             side.accepted()
             self._state.first_token(side.role)
+            self._on_prefilled(None)
         self._owner.tokens(token_ids, logprobs)
 
     def on_finished(self, side: _Side, finish: leg_pb2.LegFinish) -> None:
@@ -260,6 +265,7 @@ class Attempt:
                 self._fail(side, RequestAborted(f"the prefill leg was aborted on {side.worker.worker_id}"))
                 return
             self.prefill_finish = finish
+            self._on_prefilled(finish)
         else:
             self.decode_finish = finish
         self._state.end_leg(side.role)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from array import array
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -21,6 +22,7 @@ from tandem.domain.worker import Start, Worker
 from tandem.errors import DeadlinePassed, LegFailed, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import headers_of
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.continuation import continued, refusal_reason
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
@@ -92,7 +94,12 @@ class ExecutionDeps:
 
     @asynccontextmanager
     async def accepted(
-        self, leg: leg_pb2.LegRequest, sink: TokenSink, timeout_s: float | None, record: Record | None = None
+        self,
+        leg: leg_pb2.LegRequest,
+        sink: TokenSink,
+        timeout_s: float | None,
+        record: Record | None = None,
+        prefill: PrefillWork | None = None,
     ) -> AsyncIterator[RetryingStream]:
         """The stream of a request whose legs have been accepted by their workers; leaving it ends all legs.
 
@@ -101,11 +108,13 @@ class ExecutionDeps:
             sink: receives its tokens, possibly before this returns.
             timeout_s: seconds left of the client's deadline; None: no deadline.
             record: writes the request trace.
+            prefill: the place of its prompt in the prefill backlog; None: not counted.
 
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
-        stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()))
+        prefill = prefill or PrefillBacklog("", math.inf).reserve(len(leg.token_ids))
+        stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()), prefill)
         async with stream:
             self._open.add(stream)
             try:
@@ -118,9 +127,16 @@ class RetryingStream:
     """The tokens of one request over all its attempts. Entering it returns with the first accepted attempt."""
 
     def __init__(
-        self, deps: ExecutionDeps, leg: leg_pb2.LegRequest, sink: TokenSink, timeout_s: float | None, record: Record
+        self,
+        deps: ExecutionDeps,
+        leg: leg_pb2.LegRequest,
+        sink: TokenSink,
+        timeout_s: float | None,
+        record: Record,
+        prefill: PrefillWork,
     ) -> None:
         self._deps = deps
+        self._prefill = prefill
         self._record = record
         self._leg = leg
         self._sink = sink
@@ -304,7 +320,15 @@ class RetryingStream:
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
         headers = headers_of(record.span_context)
-        attempt = self._attempt = Attempt(route, self, self.state, record, wants_logprobs=leg.HasField("logprobs"))
+        self._prefill.sent(None if route.prefill is None else route.prefill.start)
+        attempt = self._attempt = Attempt(
+            route,
+            self,
+            self.state,
+            record,
+            wants_logprobs=leg.HasField("logprobs"),
+            on_prefilled=self._prefill.computed,
+        )
 
         def send(sinks: tuple[Sink, Sink | None]) -> Dispatched:
             dispatched = self._deps.dispatch.send(route, leg, number, sinks, self._left_s(), headers)
@@ -316,6 +340,7 @@ class RetryingStream:
     def _end_attempt(self) -> None:
         if self._attempt is not None:
             self._attempt.end()
+        self._prefill.drop()
 
     def _note_first_token(self) -> None:
         """Record prefill's success: the first token of decode proves that the KV has arrived."""

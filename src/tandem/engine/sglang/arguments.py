@@ -40,6 +40,11 @@ def _annotated(node: ast.ClassDef) -> set[str]:
 
 
 KV_CAPACITY_TOKENS_CPU = 16_384
+RUNNING_REQUESTS_MAX_CPU = 16
+RUNNING_REQUESTS_MAX_GPU = 256
+"""What was measured. Frontends also count KV memory, so that long prompts are fewer at a time."""
+KV_TOKENS_PER_REQUEST = 512
+"""A pool of few tokens runs fewer requests on a GPU: more of them would be retracted again and again."""
 RESERVED_SHARE = 8
 RESERVED_TOKENS_MAX = 512
 """SGLang's own default."""
@@ -76,7 +81,7 @@ def check_settings(settings: EngineSettings) -> None:
         if value not in allowed:
             raise ConfigError(name, f"must be one of {', '.join(allowed)}, not {value!r}")
     for name, count in (("threads", settings.threads), ("running_requests_max", settings.running_requests_max)):
-        if count < 1:
+        if count is not None and count < 1:
             raise ConfigError(name, f"must be at least 1, not {count}")
     if settings.extra:
         _check_names(settings.extra, read_names())
@@ -122,7 +127,7 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
         "host": settings.host,
         "port": ports.server,
         "nccl_port": ports.distributed,
-        "max_running_requests": settings.running_requests_max,
+        "max_running_requests": _running_requests_max(settings, device),
         "random_seed": settings.seed,
         "log_level": LOG_LEVELS.get(settings.log_level.lower(), settings.log_level.lower()),
         # An idle scheduler would otherwise busy-loop on one core.
@@ -141,6 +146,17 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
             "disable_overlap_schedule": True,
         }
     return arguments | _role_arguments(settings, device, ports) | _extra_arguments(settings)
+
+
+def _running_requests_max(settings: EngineSettings, device: str) -> int:
+    if settings.running_requests_max is not None:
+        return settings.running_requests_max
+    if device == "cpu":
+        return RUNNING_REQUESTS_MAX_CPU
+    if settings.kv_capacity_tokens is None:
+        return RUNNING_REQUESTS_MAX_GPU
+    fitting = settings.kv_capacity_tokens // KV_TOKENS_PER_REQUEST
+    return min(RUNNING_REQUESTS_MAX_GPU, max(RUNNING_REQUESTS_MAX_CPU, fitting))
 
 
 def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict[str, Any]:

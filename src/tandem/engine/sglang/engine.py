@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import signal
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from tandem.engine.sglang.handover import HandoverWatch
 from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
-from tandem.service import run_directory
+from tandem.service.owned_directory import OwnedDirectory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class SglangEngine:
         self._over = asyncio.Event()
         """Set when the engine has failed or is being stopped: pending calls get no response."""
         self._directory: Path | None = None
-        self._files: list[Path] = []
+        self._owned: OwnedDirectory | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._building: asyncio.Future[None] | None = None
         self._children: Children | None = None
@@ -75,7 +74,8 @@ class SglangEngine:
         """See the port. Takes over SIGQUIT, which SGLang's children send to this process when they fail."""
         compat.check_installed(self._settings.transfer_backend)
         self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
-        self._directory = run_directory.make_inside("tandem-sglang-")
+        self._owned = OwnedDirectory("tandem-sglang-")
+        self._directory = self._owned.path
         self._children = Children(self._directory / "report", self._fail)
         self._handover = HandoverWatch(self._directory)
         self._listen_to_sigquit()
@@ -127,8 +127,9 @@ class SglangEngine:
 
     def _build(self) -> None:
         """On the engine's thread: import SGLang, check its version and API, load the model."""
-        settings, children, directory = self._settings, self._children, self._directory
+        settings, children, directory, owned = self._settings, self._children, self._directory, self._owned
         assert children is not None
+        assert owned is not None
         assert directory is not None
         # SGLang creates its socket files in tempdir and does not remove them when it is killed.
         tempfile.tempdir = str(directory)
@@ -142,7 +143,7 @@ class SglangEngine:
         try:
             from tandem.engine.sglang import launch
 
-            engine = launch.construct(given, children.add, self._files.append)
+            engine = launch.construct(given, children.add, owned.note_outside)
         except Exception as problem:  # SGLang's start raises exceptions of many libraries
             log.debug("SGLang failed to start", exc_info=True)
             report = reports.read(directory / "report")
@@ -215,11 +216,9 @@ class SglangEngine:
         self._remove_files()
 
     def _remove_files(self) -> None:
-        for file in self._files:
-            file.unlink(missing_ok=True)
-        if self._directory is not None:
+        if self._owned is not None:
             tempfile.tempdir = None
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._owned.remove()
 
     def _listen_to_sigquit(self) -> None:
         """Handle SIGQUIT, which a failing SGLang child sends; by default it would dump core and end this process."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import math
 import os
 import secrets
 import socket
@@ -29,7 +30,9 @@ PLATFORM_NAME = "tandem_cpu"
 STANDINS = Path(__file__).with_name("standins")
 
 LOOPBACK = "lo"
-HANDOVER_TIMEOUT_S = 30
+DECODE_WAIT_TIMEOUT_S = 3_600
+"""How long a prefill leg waits until decode has memory for it. A decode engine that is full of long answers is no
+failure: the frontend aborts the leg when decode's leg fails or its client's deadline passes."""
 HEARTBEAT_INTERVAL_S = 1.0
 GRAMMAR_POLLS_MAX = 1_000
 
@@ -80,9 +83,11 @@ def _is_loopback(host: str) -> bool:
 def defaults(settings: EngineSettings, device: str) -> dict[str, str]:
     """Defaults for variables that the operator's environment does not set."""
     values = {
-        # SGLang's defaults are too slow to retry on another worker: 300 s, and two missed heartbeats 5 s apart.
-        "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(HANDOVER_TIMEOUT_S),
-        "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(HANDOVER_TIMEOUT_S),
+        # SGLang waits 300 s for both. Prefill waits for a full decode engine; decode waits for prefill's queue, which
+        # frontends keep short, and so ends a hand-over whose messages were lost.
+        "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(DECODE_WAIT_TIMEOUT_S),
+        "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(math.ceil(settings.handover_timeout_s)),
+        # Two missed heartbeats end the legs of a dead peer; SGLang sends one every 5 s.
         "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL_S),
         # SGLang polls a compiling grammar every 5 ms, so this times out after 5 s; its default, 10,000, after 50 s.
         "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": str(GRAMMAR_POLLS_MAX),

@@ -52,6 +52,7 @@ def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CAPACITY_TOKENS = 16_384
+RUNNING_REQUESTS_MAX = 16
 TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
 
 
@@ -70,7 +71,7 @@ class SimulatedEngine:
             ConfigError: a key of `extra`, the dtype or the transfer backend is unknown.
         """
         self._settings = settings
-        self._options = parse_options(settings.extra)
+        self._options = parse_options({"transfer_timeout_s": settings.handover_timeout_s} | settings.extra)
         if settings.dtype not in ("auto", *ELEMENT_BYTES):
             raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
         if settings.transfer_backend not in TRANSFER_BACKENDS:
@@ -252,7 +253,7 @@ class SimulatedEngine:
             tokenizer_digest=checkpoint.tokenizer_digest,
             context_tokens_max=min(checkpoint.context_tokens_max, kv_capacity_tokens),
             kv_capacity_tokens=kv_capacity_tokens,
-            running_requests_max=settings.running_requests_max,
+            running_requests_max=settings.running_requests_max or RUNNING_REQUESTS_MAX,
             vocabulary_size=checkpoint.vocabulary_size,
             eos_token_ids=checkpoint.eos_token_ids,
             page_size_tokens=page,

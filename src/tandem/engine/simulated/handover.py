@@ -36,9 +36,10 @@ class HandOver:
         wake: Callable[[], None],
     ) -> None:
         """`wake` makes the engine's loop look for legs that can proceed."""
-        bounds = options.bootstrap_timeout_s, options.transfer_timeout_s
-        self.server = BootstrapServer(*bounds, network)
-        self._puller = KvPuller(*bounds, clock.time_s, network)
+        meet_s, transfer_s = options.bootstrap_timeout_s, options.transfer_timeout_s
+        self.server = BootstrapServer(meet_s, transfer_s, network)
+        # Decode has its memory when it connects, so prefill's leg is there or lost.
+        self._puller = KvPuller(min(meet_s, transfer_s), transfer_s, clock.time_s, network)
         self._scheduler = scheduler
         self._faults = faults
         self._timing = timing

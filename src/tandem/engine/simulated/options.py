@@ -63,10 +63,11 @@ class Options:
     kv_events: bool = True
     """Whether the engine reports pages that enter or leave the prefix cache."""
 
-    bootstrap_timeout_s: float = 30.0
-    """How long a leg waits for the other leg to connect."""
-    transfer_timeout_s: float = 30.0
-    """How long a connected leg waits for the KV transfer, including the computation of the prompt."""
+    bootstrap_timeout_s: float = 3600.0
+    """How long a prefill leg waits for the decode leg to connect, which needs memory first."""
+    transfer_timeout_s: float = 120.0
+    """How long a decode leg with memory waits for its KV, including the computation of the prompt; a worker's
+    `handover_timeout_s` replaces this default."""
     bootstrap_advertised_port: int | None = None
     """Port that is advertised instead of the listening one, for tests with a proxy in front of it."""
 

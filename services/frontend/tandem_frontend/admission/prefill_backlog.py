@@ -1,0 +1,206 @@
+"""Prefill backlog: how long the prompts that prefill workers have would keep them busy, and so whether one more may go.
+
+Pure: the clock is not read, times are the engines' own. A prompt that waits in an engine holds its place there whatever
+comes later, and decode's engine counts the wait against its hand-over timeout; one that waits in the frontend's queue
+does neither. The rate of a worker is learnt from the finishes of its prefill legs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from tandem.api.types.v1 import leg_pb2
+from tandem.discovery.view_changes import KnownView
+from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
+
+PROMPT_COST_TOKENS = 64
+"""A prompt costs its tokens and these: computing a single token takes as long as computing some dozens."""
+UNMEASURED_PROMPTS_MAX = 2
+"""Prompts sent to a worker whose rate is not known yet."""
+RATE_WINDOW_S = 10.0
+"""Busy seconds after which a measurement weighs a third."""
+FAIR_FRACTION = 0.25
+"""A frontend with less work at a worker than all others together may exceed the limit by this fraction: otherwise a
+late starter would never get its share, because every frontend replaces its own prompts as they finish."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One prefill worker. Costs in tokens."""
+
+    own: float = 0.0
+    """Cost of this frontend's unfinished prompts there."""
+    own_count: int = 0
+    recent: float = 0.0
+    """The part of `own` that was sent after the last load report."""
+    reported: float | None = None
+    """What waited at the last report, of all frontends, less what this one's finished prompts cost since."""
+    others: float = 0.0
+    """The other frontends' part of `reported`, as of the report."""
+    computed_tokens: float = 0.0
+    busy_s: float = 0.0
+    last_end_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Its measured rate; None without a measurement."""
+        return self.computed_tokens / self.busy_s if self.busy_s > 0 else None
+
+    @property
+    def backlog(self) -> float:
+        """Cost of what it still has to compute, as far as this frontend knows."""
+        return self.own if self.reported is None else min(self.reported, self.own + self.others) + self.recent
+
+    def measure(self, cost: float, start_s: float, end_s: float) -> None:
+        """Add a computed prompt. The engine computes several at a time, so only new time counts."""
+        elapsed_s = max(0.0, end_s - max(start_s, self.last_end_s))
+        self.last_end_s = max(self.last_end_s, end_s)
+        keep = math.exp(-elapsed_s / RATE_WINDOW_S)
+        self.computed_tokens = self.computed_tokens * keep + cost
+        self.busy_s = self.busy_s * keep + elapsed_s
+
+
+class PrefillBacklog:
+    """The backlog of all prefill workers of one model."""
+
+    def __init__(self, model: str, limit_s: float) -> None:
+        """`limit_s`: seconds of work that may wait at one worker; further prompts wait in the frontend."""
+        self._model = model
+        self._limit_s = limit_s
+        self._view = KnownView()
+        self._workers: dict[Start, _Worker] = {}
+        self._aggregated: set[Start] = set()
+        self._reserved = 0.0
+        """Cost of the requests that have a slot and whose legs are not sent yet."""
+        self._reserved_count = 0
+
+    def follow(self, workers: Iterable[Worker]) -> None:
+        """Apply a new registry view."""
+        removed, added = self._view.replace(workers)
+        for worker in removed:
+            self._workers.pop(worker.start, None)
+            self._aggregated.discard(worker.start)
+        for worker in added:
+            if not self._serves(worker):
+                continue
+            if worker.role is WorkerRole.PREFILL:
+                self._workers[worker.start] = _Worker()
+            elif worker.role is WorkerRole.AGGREGATED:
+                self._aggregated.add(worker.start)
+
+    def note(self, start: Start, load: EngineLoad | None) -> None:
+        """Record a worker's load; None: unknown."""
+        worker = self._workers.get(start)
+        if worker is None:
+            return
+        worker.recent = 0.0
+        worker.reported = None
+        worker.others = 0.0
+        if load is not None and load.waiting_tokens is not None:
+            worker.reported = max(0, load.waiting_tokens) + PROMPT_COST_TOKENS * max(0, load.waiting_requests or 0)
+            worker.others = max(0.0, worker.reported - worker.own)
+
+    def has_room(self) -> bool:
+        """Whether some prefill worker is near enough to its next prompt. True where none is needed or known.
+
+        Each frontend may always have one prompt at work, so that none of them starves.
+        """
+        if not self._workers or self._aggregated or not self._reserved_count + self._own_count():
+            return True
+        reserved, count = self._reserved / len(self._workers), self._reserved_count / len(self._workers)
+        return any(self._is_near(worker, reserved, count) for worker in self._workers.values())
+
+    def reserve(self, prompt_tokens: int, changed: Callable[[], None] = lambda: None) -> PrefillWork:
+        """Count a prompt that has got its slot. `changed` is called when room may have come free."""
+        work = PrefillWork(self, prompt_tokens + PROMPT_COST_TOKENS, changed)
+        self._reserved += work.cost
+        self._reserved_count += 1
+        return work
+
+    def _own_count(self) -> int:
+        return sum(worker.own_count for worker in self._workers.values())
+
+    def _is_near(self, worker: _Worker, reserved: float, reserved_count: float) -> bool:
+        rate = worker.tokens_per_s
+        if rate is None:
+            return worker.own_count + reserved_count < UNMEASURED_PROMPTS_MAX
+        limit_s = self._limit_s
+        if worker.own < worker.others:
+            limit_s *= 1 + FAIR_FRACTION
+        return worker.backlog + reserved < limit_s * rate
+
+    def _serves(self, worker: Worker) -> bool:
+        return (
+            worker.state is WorkerState.SERVING
+            and worker.leg_contract == LEG_CONTRACT
+            and worker.capabilities.model == self._model
+        )
+
+    # --- For PrefillWork
+
+    def unreserve(self, cost: float) -> None:
+        """A reserved prompt has been sent, or its request has ended."""
+        self._reserved_count -= 1
+        self._reserved = self._reserved - cost if self._reserved_count else 0.0
+
+    def sent(self, start: Start, cost: float) -> _Worker | None:
+        """A prompt has been sent to a worker; None: the worker is not counted."""
+        worker = self._workers.get(start)
+        if worker is not None:
+            worker.own += cost
+            worker.own_count += 1
+            worker.recent += cost
+        return worker
+
+
+@dataclass(slots=True)
+class PrefillWork:
+    """One prompt: reserved, sent to a worker (again at each new attempt), computed or dropped."""
+
+    _backlog: PrefillBacklog
+    cost: float
+    _changed: Callable[[], None]
+    _is_reserved: bool = True
+    _worker: _Worker | None = field(default=None, repr=False)
+    """Where it is at work."""
+    _measured_at: _Worker | None = field(default=None, repr=False)
+    """Where its finish will be measured."""
+
+    def sent(self, start: Start | None) -> None:
+        """Its legs go to a prefill worker; None: to an aggregated one."""
+        self.drop()
+        self._worker = self._measured_at = None if start is None else self._backlog.sent(start, self.cost)
+
+    def computed(self, finish: leg_pb2.LegFinish | None = None) -> None:
+        """Prefill has computed it. `finish`: of its leg, once that is known; may come after the first token."""
+        if finish is not None and self._measured_at is not None:
+            timings = finish.timings
+            if timings.HasField("prefill_start_time") and timings.HasField("prefill_end_time"):
+                start_s, end_s = _seconds(timings.prefill_start_time), _seconds(timings.prefill_end_time)
+                self._measured_at.measure(self.cost, start_s, end_s)
+            self._measured_at = None
+        self.drop()
+
+    def drop(self) -> None:
+        """It needs no more prefill. May be called twice."""
+        if self._is_reserved:
+            self._is_reserved = False
+            self._backlog.unreserve(self.cost)
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        worker.own_count -= 1
+        worker.own = worker.own - self.cost if worker.own_count else 0.0
+        if worker.reported is not None:
+            # What finishes first was sent first: it was in the report, as long as the report had any.
+            worker.recent -= max(0.0, self.cost - worker.reported)
+            worker.recent, worker.reported = max(0.0, worker.recent), max(0.0, worker.reported - self.cost)
+        self._changed()
+
+
+def _seconds(time: Timestamp) -> float:
+    return time.seconds + time.nanos / 1e9
