@@ -51,6 +51,29 @@ def test_a_worker_without_a_measurement_gets_a_few_prompts() -> None:
     assert admitted(backlog(worker), worker) == UNMEASURED_PROMPTS_MAX
 
 
+def test_backlog_of_an_engine_without_times_is_not_limited() -> None:
+    worker = prefill()
+    for times in (leg_pb2.LegFinish(), finish(100.0, 100.0)):
+        made = backlog(worker)
+        work = made.reserve(PROMPT)
+        work.sent(worker.start)
+        work.computed(times)
+        assert admitted(made, worker) == 50
+
+
+def test_backlog_forgets_the_prompts_of_a_worker_that_left() -> None:
+    worker, other = prefill("p1"), prefill("p2")
+    made = backlog(worker, other)
+    works = [made.reserve(PROMPT) for _ in range(4)]
+    for work in works:
+        work.sent(worker.start)
+    made.follow([other])
+    assert made._own_count == 0
+    for work in works:
+        work.drop()
+    assert made._own_count == 0
+
+
 def test_a_worker_gets_as_many_seconds_of_work_as_the_limit() -> None:
     worker = prefill()
     assert admitted(measured(worker), worker) == 5

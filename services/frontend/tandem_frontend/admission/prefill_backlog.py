@@ -35,6 +35,8 @@ class _Worker:
     own: float = 0.0
     """Cost of this frontend's unfinished prompts there."""
     own_count: int = 0
+    is_counted: bool = True
+    """False once it has left the view."""
     recent: float = 0.0
     """The part of `own` that was sent after the last load report."""
     reported: float | None = None
@@ -44,6 +46,8 @@ class _Worker:
     computed_tokens: float = 0.0
     busy_s: float = 0.0
     last_end_s: float = 0.0
+    has_finished: bool = False
+    """Whether a prompt has finished there, with times that can be measured or without."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -77,12 +81,17 @@ class PrefillBacklog:
         self._reserved = 0.0
         """Cost of the requests that have a slot and whose legs are not sent yet."""
         self._reserved_count = 0
+        self._own_count = 0
+        """Unfinished prompts at all workers."""
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Apply a new registry view."""
         removed, added = self._view.replace(workers)
         for worker in removed:
-            self._workers.pop(worker.start, None)
+            gone = self._workers.pop(worker.start, None)
+            if gone is not None:
+                self._own_count -= gone.own_count
+                gone.is_counted = False
             self._aggregated.discard(worker.start)
         for worker in added:
             if not self._serves(worker):
@@ -109,7 +118,7 @@ class PrefillBacklog:
 
         Each frontend may always have one prompt at work, so that none of them starves.
         """
-        if not self._workers or self._aggregated or not self._reserved_count + self._own_count():
+        if not self._workers or self._aggregated or not self._reserved_count + self._own_count:
             return True
         reserved, count = self._reserved / len(self._workers), self._reserved_count / len(self._workers)
         return any(self._is_near(worker, reserved, count) for worker in self._workers.values())
@@ -121,13 +130,11 @@ class PrefillBacklog:
         self._reserved_count += 1
         return work
 
-    def _own_count(self) -> int:
-        return sum(worker.own_count for worker in self._workers.values())
-
     def _is_near(self, worker: _Worker, reserved: float, reserved_count: float) -> bool:
         rate = worker.tokens_per_s
         if rate is None:
-            return worker.own_count + reserved_count < UNMEASURED_PROMPTS_MAX
+            # An engine that reports no times, or none that differ, is not limited here: its own timeout is.
+            return worker.has_finished or worker.own_count + reserved_count < UNMEASURED_PROMPTS_MAX
         limit_s = self._limit_s
         if worker.own < worker.others:
             limit_s *= 1 + FAIR_FRACTION
@@ -154,7 +161,14 @@ class PrefillBacklog:
             worker.own += cost
             worker.own_count += 1
             worker.recent += cost
+            self._own_count += 1
         return worker
+
+    def finished(self, worker: _Worker) -> None:
+        """A prompt of a worker needs no more prefill."""
+        worker.own_count -= 1
+        if worker.is_counted:
+            self._own_count -= 1
 
 
 @dataclass(slots=True)
@@ -179,6 +193,7 @@ class PrefillWork:
         """Prefill has computed it. `finish`: of its leg, once that is known; may come after the first token."""
         if finish is not None and self._measured_at is not None:
             timings = finish.timings
+            self._measured_at.has_finished = True
             if timings.HasField("prefill_start_time") and timings.HasField("prefill_end_time"):
                 start_s, end_s = _seconds(timings.prefill_start_time), _seconds(timings.prefill_end_time)
                 self._measured_at.measure(self.cost, start_s, end_s)
@@ -193,7 +208,7 @@ class PrefillWork:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        worker.own_count -= 1
+        self._backlog.finished(worker)
         worker.own = worker.own - self.cost if worker.own_count else 0.0
         if worker.reported is not None:
             # What finishes first was sent first: it was in the report, as long as the report had any.
