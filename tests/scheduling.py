@@ -9,24 +9,42 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 CONTRACT = "tests/contract"
-OPENAI = "tests/integration OpenAI pair"
+ENGINES, MORE_ENGINES = "real engines", "more real engines"
 UNITS = {
-    "tests/integration/test_openai_clients.py": OPENAI,
-    "tests/integration/test_openai_fields.py": OPENAI,
+    **dict.fromkeys(
+        (
+            "tests/integration/test_openai_clients.py",
+            "tests/integration/test_openai_fields.py",
+            "tests/integration/test_sglang_cluster.py",
+            "tests/integration/test_foreign_messages.py",
+            "tests/integration/test_long_queues.py",
+            "tests/integration/test_openai_tools.py",
+            "tests/integration/test_cluster_metrics.py",
+            "tests/integration/test_sglang_start.py",
+            "tests/integration/test_tool_grammars.py",
+        ),
+        ENGINES,
+    ),
+    **dict.fromkeys(
+        (
+            "tests/faults/test_leg_on_sglang.py",
+            "tests/faults/test_leg_cancels_on_sglang.py",
+            "tests/faults/test_outages_on_sglang.py",
+            "tests/integration/test_sglang_profile.py",
+            "tests/integration/test_traces_on_sglang.py",
+            "tests/integration/test_command_line_edge.py",
+        ),
+        MORE_ENGINES,
+    ),
 }
-"""Files that share a pair of real engines, which takes longer to start than their tests to run."""
+"""Files with real engines, in two units: of more than two pairs at a time each takes the others' processor time."""
 SLOWEST = (
-    "tests/integration/test_sglang_cluster.py",
+    ENGINES,
+    MORE_ENGINES,
     "tests/integration/test_frontend_siblings.py",
-    CONTRACT,
     "tests/integration/test_frontend_process_endings.py",
-    "tests/faults/test_leg_on_sglang.py",
-    "tests/integration/test_cluster_metrics.py",
-    OPENAI,
     "tests/faults/test_leg_simulation.py",
-    "tests/faults/test_leg_cancels_on_sglang.py",
     "tests/integration/test_edge_discovery.py",
-    "tests/integration/test_openai_tools.py",
     "tests/integration/test_parser_host.py",
     "tests/integration/test_prometheus.py",
     "tests/integration/test_command_line.py",
@@ -34,7 +52,7 @@ SLOWEST = (
     "tests/integration/test_traces.py",
     "tests/integration/test_command_line_endings.py",
 )
-"""Begun in this order: a long file that begins last ends alone. Between two that compute comes one that waits."""
+"""Begun in this order: a long file that begins last ends alone."""
 
 
 class SharedEngines(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
@@ -47,7 +65,7 @@ class SharedEngines(LoadFileScheduling):  # type: ignore[misc]  # xdist has no t
 def unit_of(nodeid: str) -> str:
     """The unit of a test: its file, unless that shares engines with others."""
     file = nodeid.split("::", 1)[0]
-    return CONTRACT if file.startswith(f"{CONTRACT}/") else UNITS.get(file, file)
+    return MORE_ENGINES if file.startswith(f"{CONTRACT}/") else UNITS.get(file, file)
 
 
 def order(items: list[pytest.Item], slowest: Sequence[str] = SLOWEST) -> None:
