@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.engine_sgla
 FLOAT32_BYTES = 4
 STORY = "Once upon a time there was a fox who lived in a small house by the river with her friends. "
 TTFT_SHARE = 0.05
+BUSY_S = 0.02
+"""What a process may wait for a core between two spans."""
 ENGINE = "tandem-engine"
 
 
@@ -84,14 +86,14 @@ async def test_times_add_up_to_what_the_client_waits(pair: LocalCluster, collect
         ttft_s = stream.finish.timings.time_to_first_token.ToNanoseconds() / 1e9
         way = ("admit", "tokenise", "wait", "route", "dispatch", "await first token")
         total_s = sum(one(spans, name).duration_s for name in way)
-        assert total_s == pytest.approx(ttft_s, rel=TTFT_SHARE)
+        assert total_s == pytest.approx(ttft_s, rel=TTFT_SHARE, abs=BUSY_S)
         decode = one(spans, "decode leg")
         steps = [one(spans, name, decode) for name in ("submit", "pre-allocate", "wait for KV", "first token")]
         # Without a gap between two, and within what the frontend waited: the way there and back is all that is left.
         for step, following in pairwise(steps):
             assert following.begin_s == pytest.approx(step.end_s, abs=0.001), following.name
         waited_s = one(spans, "dispatch").duration_s + one(spans, "await first token").duration_s
-        assert waited_s / 2 < sum(step.duration_s for step in steps) <= waited_s + 0.001
+        assert waited_s / 2 - BUSY_S < sum(step.duration_s for step in steps) <= waited_s + 0.001
 
 
 async def test_the_bytes_are_the_models_arithmetic(pair: LocalCluster, collector: Receiver) -> None:
