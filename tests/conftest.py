@@ -26,7 +26,12 @@ from tools.prometheus_binary import PROMETHEUS, PROMTOOL
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # How long one example takes says how busy the machine is; no test here is about that.
-hypothesis.settings.register_profile("tandem", deadline=None, max_examples=examples(100))
+hypothesis.settings.register_profile(
+    "tandem",
+    deadline=None,
+    max_examples=examples(100),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
