@@ -46,6 +46,25 @@ TlsDirectory = Annotated[
     Path | None,
     typer.Option("--tls", help="Directory made by `tandem certs`; default: that of `tandem up` here.", metavar="DIR"),
 ]
+Device = Annotated[str, typer.Option(help="Where the engines compute: auto (a GPU if there is one), cpu or cuda.")]
+DataType = Annotated[
+    str, typer.Option(help="Format of weights and KV: auto (the model's), float32, bfloat16, float16.")
+]
+KvCapacity = Annotated[
+    int | None, typer.Option(help="KV cache tokens per worker; default: what fits on a GPU, 16384 on a CPU.")
+]
+Certificates = Annotated[
+    Path | None, typer.Option(help="Directory made by `tandem certs`; default: plaintext.", metavar="DIR")
+]
+ConsulKey = Annotated[
+    Path | None, typer.Option(help="Private key of --consul-cert; default: from --tls.", metavar="FILE")
+]
+RunningRequests = Annotated[
+    int | None, typer.Option(help="Requests that a worker runs at a time; default: 256 on a GPU, 16 on a CPU.")
+]
+CanaryTimeout = Annotated[
+    float, typer.Option(help="Seconds for a worker's canary; the first one compiles kernels on a GPU.")
+]
 Collector = Annotated[
     str | None, typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT")
 ]
@@ -123,39 +142,25 @@ def up(
     port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
     http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="Where the engines compute: auto (a GPU if there is one), cpu or cuda.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Format of weights and KV: auto (the model's), float32, bfloat16, float16.")
-    ] = "auto",
-    kv_capacity_tokens: Annotated[
-        int | None, typer.Option(help="KV cache tokens per worker; default: what fits on a GPU, 16384 on a CPU.")
-    ] = None,
-    running_requests_max: Annotated[
-        int | None, typer.Option(help="Requests that a worker runs at a time; default: 256 on a GPU, 16 on a CPU.")
-    ] = None,
-    canary_timeout_s: Annotated[
-        float, typer.Option(help="Seconds for a worker's canary; the first one compiles kernels on a GPU.")
-    ] = 300,
+    device: Device = "auto",
+    dtype: DataType = "auto",
+    kv_capacity_tokens: KvCapacity = None,
+    running_requests_max: RunningRequests = None,
+    canary_timeout_s: CanaryTimeout = 300,
     engine_extra: Annotated[str, typer.Option(help="Further arguments of the engine, as a JSON object.")] = "{}",
     tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of tool calls for this model.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of reasoning for this model.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow `tandem profile` on workers and frontends.")] = False,
     log_dir: LogDirectory = None,
     otlp_endpoint: Collector = None,
-    tls: Annotated[
-        Path | None, typer.Option(help="Directory made by `tandem certs`; default: plaintext.", metavar="DIR")
-    ] = None,
+    tls: Certificates = None,
     registries: Annotated[int, typer.Option(help="Number of registries; more than one requires --consul.")] = 1,
     consul: ConsulAddress = None,
     consul_service: Annotated[str, typer.Option(help="Service name of this cluster in Consul.")] = "tandem",
     consul_token_file: ConsulToken = None,
     consul_ca: ConsulCa = None,
     consul_cert: ConsulCert = None,
-    consul_key: Annotated[
-        Path | None, typer.Option(help="Private key of --consul-cert; default: from --tls.", metavar="FILE")
-    ] = None,
+    consul_key: ConsulKey = None,
     metrics: WithMetrics = True,
 ) -> None:
     """Run a cluster on this machine; Ctrl-C drains and stops it."""
