@@ -194,17 +194,20 @@ class Pool:
         self.keys = keys
         self.streams = Group()
         self.prefills = prefills
-        self._shares: dict[tuple[int, int], Share] = {}
+        self._shares: dict[tuple[int, float], Share] = {}
         for group in (self.streams, *(prefills or ())):
             group.pools.append(self)
 
-    def share(self, avoided: int, prompt_tokens: int, rank: int) -> Share:
-        """Its routes. `rank` is the cache key of the prompt's length: equal for prompts that fit the same workers."""
-        known = self._shares.get((avoided, rank))
+    def share(self, avoided: int, prompt_tokens: int, bound: float) -> Share:
+        """Its routes. `bound`, the cache key of the prompt's length, is the smallest context of any pool that holds it.
+
+        Not its rank among all contexts: that changes when a worker of another pool comes or goes.
+        """
+        known = self._shares.get((avoided, bound))
         if known is None:
             if len(self._shares) >= KEPT_MAX:
                 self._shares.clear()
-            known = self._shares[avoided, rank] = self._share(avoided, prompt_tokens)
+            known = self._shares[avoided, bound] = self._share(avoided, prompt_tokens)
         return known
 
     def forget_shares(self) -> None:

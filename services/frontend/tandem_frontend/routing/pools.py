@@ -6,6 +6,7 @@ which order conditions are applied, the policy picks among equals.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
@@ -184,7 +185,8 @@ class Pools:
         key = avoided, self.rank(prompt_tokens)
         known = self._wholes.get(key)
         if known is None:
-            shares = {pool: pool.share(avoided, prompt_tokens, key[1]) for pool in self._pools.values()}
+            bound = self._contexts[key[1]] if key[1] < len(self._contexts) else math.inf
+            shares = {pool: pool.share(avoided, prompt_tokens, bound) for pool in self._pools.values()}
             shares = {pool: share for pool, share in shares.items() if share.routes_count}
             routes_count = sum(share.routes_count for share in shares.values())
             if len(self._wholes) >= KEPT_MAX:
