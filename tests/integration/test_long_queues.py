@@ -60,11 +60,11 @@ async def test_a_short_prompt_does_not_wait_for_all_long_ones(tmp_path: Path) ->
         await generate(cluster, prompt(99))
         burst = [asyncio.create_task(seconds(cluster, prompt(number))) for number in range(PROMPTS)]
         await asyncio.sleep(0.5)
-        short_s, _ = await seconds(cluster, prompt(77, 8))
-        longest_s = max(second for second, _ in await asyncio.gather(*burst))
-    # Half a second in the frontend, as much at prefill, and the prompts that are being computed.
-    assert short_s < 3.0
-    assert longest_s > 6.0
+        await generate(cluster, prompt(77, 8))
+        before = sum(one.done() for one in burst)
+        await asyncio.gather(*burst)
+    # Half a second in the frontend, as much at prefill, and the prompts that are being computed: about five.
+    assert before <= PROMPTS // 2
 
 
 @pytest.mark.engine_sglang

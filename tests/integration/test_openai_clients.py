@@ -74,7 +74,6 @@ def test_a_whole_answer(client: openai.OpenAI) -> None:
 def test_a_streamed_answer_with_usage(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ANSWER
-    assert len(chunks) > 5
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "stop"]
     assert chunks[-1].choices == []
