@@ -48,6 +48,7 @@ from tandem_frontend.admin.servicer import FrontendAdminServicer
 from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
@@ -124,7 +125,7 @@ class FrontendApp:
             own = LocalRequests(traces, stats, lambda: admission.waiting_count)
             inference = InferenceServicer(generation, model, fleet.watch.workers)
             server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
-            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, config.open_requests_max)
+            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers)
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())
@@ -247,7 +248,14 @@ async def _open_parsers(config: FrontendConfig, stack: AsyncExitStack) -> Parser
 
 def _make_admission(config: FrontendConfig, capacity: Capacity, load: LoopLoad, server: Http2RpcServer) -> Admission:
     return Admission(
-        config.open_requests_max, capacity, monotonic, load, config.overload_lag_s, lambda: server.unread_call_count
+        config.open_requests_max,
+        capacity,
+        monotonic,
+        load,
+        config.overload_lag_s,
+        lambda: server.unread_calls,
+        tenant_share=config.tenant_share,
+        rates=TenantRates(config.tenant_requests_per_second, config.tenant_requests_burst, monotonic),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -106,21 +106,34 @@ class RequestQueue(Generic[T]):
             self._virtual_times.clear()
             self._virtual_time = 0.0
 
-    def first(self) -> tuple[T, QueuedRequest] | None:
-        """The request that goes next; None when the queue is empty."""
+    def first(self, allows: Callable[[QueuedRequest], bool] = lambda _: True) -> tuple[T, QueuedRequest] | None:
+        """The request that goes next; None when there is none. A tenant is passed over whose request is not allowed."""
+
+        def turn(tenant: _Tenant[T]) -> tuple[float, tuple[tuple[int, float], int]]:
+            return tenant.virtual_time, tenant.heap[0][:2]
+
         if not self._requests:
             return None
-        tenant = min(self._tenants.values(), key=lambda tenant: (tenant.virtual_time, tenant.heap[0][:2]))
+        tenant = min(self._tenants.values(), key=turn)
         ticket = tenant.heap[0][2]
-        return ticket, self._requests[ticket]
+        if allows(self._requests[ticket]):
+            return ticket, self._requests[ticket]
+        for tenant in sorted(self._tenants.values(), key=turn)[1:]:
+            ticket = tenant.heap[0][2]
+            if allows(self._requests[ticket]):
+                return ticket, self._requests[ticket]
+        return None
 
-    def take(self) -> tuple[T, QueuedRequest]:
-        """Remove and return the request that goes next."""
-        first = self.first()
-        assert first is not None, "the queue is empty"
-        ticket, request = first
+    def take(self, ticket: T | None = None) -> tuple[T, QueuedRequest]:
+        """Remove and return the request that goes next, or the one of a ticket that `first` returned."""
+        if ticket is None:
+            first = self.first()
+            assert first is not None, "the queue is empty"
+            ticket = first[0]
+        request = self._requests[ticket]
         tenant = self._tenants[request.tenant]
-        self._virtual_time = tenant.virtual_time
+        # A tenant that was passed over may be behind it.
+        self._virtual_time = max(self._virtual_time, tenant.virtual_time)
         tenant.virtual_time += request.tokens
         self._virtual_times = {name: time for name, time in self._virtual_times.items() if time > self._virtual_time}
         self.remove(ticket)

@@ -43,9 +43,8 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
         parsers: Parsers | None,
-        open_requests_max: int,
     ) -> None:
-        handler, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
+        handler, texts = EndpointHandler(generation, model, workers), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
         self._model = model
@@ -54,15 +53,17 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
+        caller = caller_of(context, "chat")
         body = parse(ChatRequest, request.data)
         with _parameter_names(body):
-            await self._chat.handle(body, len(request.data), caller_of(context, "chat"), context)
+            await self._chat.handle(body, len(request.data), caller, context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
+        caller = caller_of(context, "text_completion")
         body = parse(CompletionRequest, request.data)
         with _parameter_names(body):
-            await self._completions.handle(body, caller_of(context, "text_completion"), context)
+            await self._completions.handle(body, caller, context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""

@@ -1,0 +1,162 @@
+"""A well-behaved client beside one that asks for too much: all of its requests are answered, and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from tandem.local_cluster.cluster import LocalCluster
+from tests.integration.conftest import SIMULATED, running
+from tests.integration.support.edge_host import edge
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
+
+ALICE, BOB = "sk-alice-0123456789abcdef", "sk-bob-0123456789abcdef"
+ATTACK_S = 6.0
+PERIOD_S = 0.2
+BUSY_MACHINE_S = 1.0
+"""Added to three times the quiet latency: on a shared machine the attacker takes processor time of the client too."""
+CHAT = {"model": "tandem-demo", "stream": True, "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """The URL of an edge with two keys, before a simulated pair."""
+    logs = tmp_path_factory.mktemp("isolation")
+    (logs / "keys").write_text(f"alice: {ALICE}\nbob: {BOB}\n")
+    (logs / "keys").chmod(0o600)
+    async with running(logs, engine="simulated", worker_flags=SIMULATED) as cluster, _edge(logs, cluster) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def _edge(logs: Path, cluster: LocalCluster) -> AsyncIterator[str]:
+    addresses = ",".join(frontend.address for frontend in cluster.frontends)
+    async with edge(logs, addresses, api_keys=logs / "keys", drain_timeout_s=1) as process:
+        yield f"http://{process.address}"
+
+
+class Client:
+    """Sends a short chat every `PERIOD_S`, without waiting for the one before."""
+
+    def __init__(self, url: str, key: str) -> None:
+        headers = {"authorization": f"Bearer {key}"}
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=20)
+        self.outcomes: dict[str, int] = {}
+
+    async def p99_s(self, seconds: float) -> float:
+        """The latency of the worst request in a hundred, over so long."""
+        end_s, tasks = time.monotonic() + seconds, list[asyncio.Task[float]]()
+        while time.monotonic() < end_s:
+            tasks.append(asyncio.create_task(self._one()))
+            await asyncio.sleep(PERIOD_S)
+        latencies = sorted(await asyncio.gather(*tasks))
+        return latencies[int(0.99 * (len(latencies) - 1))]
+
+    async def _one(self) -> float:
+        begin_s = time.monotonic()
+        try:
+            response = await self._http.post("/v1/chat/completions", json=CHAT)
+            outcome = str(response.status_code) if "error" not in response.text else response.text
+        except httpx.HTTPError as problem:
+            outcome = repr(problem)
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        return time.monotonic() - begin_s
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+async def assert_isolated(url: str, attack: Callable[[], Awaitable[None]]) -> None:
+    """Every request of bob is answered while alice attacks, within three times the quiet latency and an allowance."""
+    client = Client(url, BOB)
+    try:
+        quiet_s = await client.p99_s(2)
+        attacking = asyncio.ensure_future(attack())
+        try:
+            await asyncio.sleep(0.5)
+            beside_s = await client.p99_s(ATTACK_S)
+        finally:
+            attacking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await attacking
+    finally:
+        await client.close()
+    assert set(client.outcomes) == {"200"}, client.outcomes
+    assert beside_s <= 3 * quiet_s + BUSY_MACHINE_S, f"p99 {beside_s:.2f} s, quiet {quiet_s:.2f} s"
+
+
+def post(key: str, body: bytes, path: str = "/v1/chat/completions") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def long_chat(**fields: Any) -> bytes:
+    return json.dumps({**CHAT, "max_tokens": 1_500, "ignore_eos": True, **fields}).encode()
+
+
+async def keep_sending(url: str, request: bytes, connections: int) -> None:
+    """Send a request over each of so many connections, again when it has been answered, until cancelled.
+
+    Reads bytes only: to parse the streams would take the processor time of the client beside it.
+    """
+    host, port = url.removeprefix("http://").split(":")
+
+    async def one() -> None:
+        while True:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(request)
+                head = await reader.read(65_536)
+                statuses[head[9:12].decode()] += 1
+                while head and not head.startswith(b"HTTP/1.1 4"):
+                    head = await reader.read(65_536)
+                    if head.endswith(b"0\r\n\r\n"):
+                        break
+            finally:
+                writer.transport.abort()
+            await asyncio.sleep(1)  # as Retry-After says
+
+    statuses = Counter[str]()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(connections):
+                group.create_task(one())
+    finally:
+        await asyncio.sleep(0.1)  # the aborted transports close in the next turn of the loop
+        assert set(statuses) <= {"200", "400", "413", "429"}, statuses
+
+
+async def test_requests_of_128_choices(keyed: str) -> None:
+    await assert_isolated(keyed, lambda: keep_sending(keyed, post(ALICE, long_chat(n=128)), 2))
+
+
+async def test_300_requests_at_once(keyed: str) -> None:
+    await assert_isolated(keyed, lambda: keep_sending(keyed, post(ALICE, long_chat()), 300))
+
+
+async def test_a_refusal_names_the_limit_and_when_to_retry(keyed: str) -> None:
+    async with httpx.AsyncClient(base_url=keyed, headers={"authorization": f"Bearer {ALICE}"}, timeout=60) as http:
+        filling = asyncio.ensure_future(keep_sending(keyed, post(ALICE, long_chat(n=128)), 1))
+        try:
+            await asyncio.sleep(1)
+            response = await http.post("/v1/chat/completions", json={**CHAT, "n": 128})
+        finally:
+            filling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await filling
+    assert response.status_code == 429, response.text
+    assert int(response.headers["retry-after"]) >= 1
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+    assert "tenant_share" in error["message"]
