@@ -145,6 +145,19 @@ async def test_300_requests_at_once(keyed: str) -> None:
     await assert_isolated(keyed, lambda: keep_sending(keyed, post(ALICE, long_chat()), 300))
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        pytest.param(b'{"role":"user","content":"a"},' * 34_000 + b'{"role":"user","content":"a"}', id="objects"),
+        pytest.param(b"0," * 500_000 + b"0", id="numbers"),
+        pytest.param(b'{"role":"user","content":"' + b"a, " * 300_000 + b'"}', id="text"),
+    ],
+)
+async def test_bodies_of_a_megabyte(keyed: str, messages: bytes) -> None:
+    body = b'{"model":"tandem-demo","messages":[' + messages + b"]}"
+    await assert_isolated(keyed, lambda: keep_sending(keyed, post(ALICE, body), 8))
+
+
 async def test_a_refusal_names_the_limit_and_when_to_retry(keyed: str) -> None:
     async with httpx.AsyncClient(base_url=keyed, headers={"authorization": f"Bearer {ALICE}"}, timeout=60) as http:
         filling = asyncio.ensure_future(keep_sending(keyed, post(ALICE, long_chat(n=128)), 1))
