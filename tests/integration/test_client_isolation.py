@@ -12,35 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import pytest_asyncio
+from h2.connection import H2Connection
 
 from tandem.local_cluster.cluster import LocalCluster
+from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import SIMULATED, running
-from tests.integration.support.edge_host import edge
+from tests.integration.support.edge_host import client_of, detokenize, edge, stub_frontend
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
 ALICE, BOB = "sk-alice-0123456789abcdef", "sk-bob-0123456789abcdef"
 ATTACK_S = 6.0
 PERIOD_S = 0.2
-BUSY_MACHINE_S = 1.0
+BUSY_MACHINE_S = 1.5
 """Added to three times the quiet latency: on a shared machine the attacker takes processor time of the client too."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CHAT = {"model": "tandem-demo", "stream": True, "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """The URL of an edge with two keys, before a simulated pair."""
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    """A simulated pair and a frontend."""
+    logs = tmp_path_factory.mktemp("cluster")
+    async with running(logs, engine="simulated", worker_flags=SIMULATED) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def keyed(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """The URL of an edge with two keys before it."""
     logs = tmp_path_factory.mktemp("isolation")
     (logs / "keys").write_text(f"alice: {ALICE}\nbob: {BOB}\n")
     (logs / "keys").chmod(0o600)
-    async with running(logs, engine="simulated", worker_flags=SIMULATED) as cluster, _edge(logs, cluster) as url:
-        yield url
-
-
-@contextlib.asynccontextmanager
-async def _edge(logs: Path, cluster: LocalCluster) -> AsyncIterator[str]:
     addresses = ",".join(frontend.address for frontend in cluster.frontends)
     async with edge(logs, addresses, api_keys=logs / "keys", drain_timeout_s=1) as process:
         yield f"http://{process.address}"
@@ -156,6 +162,86 @@ async def test_300_requests_at_once(keyed: str) -> None:
 async def test_bodies_of_a_megabyte(keyed: str, messages: bytes) -> None:
     body = b'{"model":"tandem-demo","messages":[' + messages + b"]}"
     await assert_isolated(keyed, lambda: keep_sending(keyed, post(ALICE, body), 8))
+
+
+async def flood(address: str, once: Callable[[asyncio.StreamWriter], Awaitable[None]], connections: int) -> None:
+    """Connect so many times at once, let `once` send until the peer closes, and again, until cancelled."""
+    host, port = address.removeprefix("http://").split(":")
+
+    async def one() -> None:
+        while True:
+            _, writer = await asyncio.open_connection(host, int(port))
+            try:
+                with contextlib.suppress(OSError):
+                    await once(writer)
+            finally:
+                writer.transport.abort()
+            await asyncio.sleep(0.05)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(connections):
+                group.create_task(one())
+    finally:
+        await asyncio.sleep(0.1)
+
+
+async def reset_requests(writer: asyncio.StreamWriter) -> None:
+    """Whole requests, each reset at once, some hundred a second on a connection until its window is used up."""
+    http2 = H2Connection()
+    http2.initiate_connection()
+    body = long_chat()
+    headers = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", "x")]
+    headers += [("authorization", f"Bearer {ALICE}"), ("content-type", "application/json")]
+    for _ in range(65_535 // len(body)):
+        stream_id = http2.get_next_available_stream_id()
+        http2.send_headers(stream_id, headers)
+        http2.send_data(stream_id, body, end_stream=True)
+        http2.reset_stream(stream_id)
+        writer.write(http2.data_to_send())
+        await writer.drain()
+        await asyncio.sleep(0.002)
+
+
+async def test_rapid_resets_with_bodies(keyed: str) -> None:
+    await assert_isolated(keyed, lambda: flood(keyed, reset_requests, 4))
+
+
+async def endless_headers(writer: asyncio.StreamWriter) -> None:
+    """A header block that never ends."""
+    frame = 16_384
+    writer.write(PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\0\1\0\0\0\0\1")
+    continuation = frame.to_bytes(3, "big") + b"\x09\0\0\0\0\1" + b"\x10\x7f\x81\x7f" + b"a" * (frame - 4)
+    while True:
+        writer.write(continuation)
+        await writer.drain()
+
+
+async def test_headers_without_an_end_at_a_frontend(keyed: str, cluster: LocalCluster) -> None:
+    frontend = psutil.Process(cluster.frontends[0].pid)
+    before = frontend.memory_info().rss
+    await assert_isolated(keyed, lambda: flood(cluster.frontends[0].address, endless_headers, 4))
+    assert frontend.memory_info().rss - before < 64 * 2**20
+
+
+async def test_silent_connections_do_not_keep_the_edge_full(tmp_path: Path) -> None:
+    limits = {"connections_max": 100, "first_bytes_timeout_s": 2}
+    async with stub_frontend() as (_, address), edge(tmp_path, address, **limits) as process:
+        host, port = process.address.split(":")
+        held = [await asyncio.open_connection(host, int(port)) for _ in range(120)]
+
+        async def answers() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                async with client_of(process) as client:
+                    return (await detokenize(client)).status_code == 200
+            return False
+
+        assert not await answers(), "the attack had no effect"
+        await assert_eventually(answers, bool, within_s=8, what="an answer beside silent connections")
+        assert all([await asyncio.wait_for(reader.read(), 3) == b"" for reader, _ in held])
+        for _, writer in held:
+            writer.transport.abort()
+        await asyncio.sleep(0.1)
 
 
 async def test_a_refusal_names_the_limit_and_when_to_retry(keyed: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.controller import CANCELLED_HOLD_S, Admission
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.admission.shares import OTHERS_RECENT_S, TenantRates, TenantShares
 from tandem_frontend.call_context import caller_of
@@ -98,6 +98,23 @@ async def test_choices_of_one_call_are_admitted_together_or_not_at_all() -> None
         with pytest.raises(Overloaded, match="128 more choices"):
             controller.charge("a", 128)
         assert controller.open_count == 128
+
+
+def test_a_cancelled_request_counts_for_its_tenant_a_while_longer() -> None:
+    async def live() -> None:
+        controller = Admission(16, Fixed(16), asyncio.get_running_loop().time, tenant_share=SHARE)
+        for _ in range(12):
+            with pytest.raises(asyncio.CancelledError), controller.admit("a"):
+                raise asyncio.CancelledError
+        assert controller.open_count == 0
+        with pytest.raises(Overloaded, match="tenant_share"), controller.admit("a"):
+            pass
+        with controller.admit("b"):
+            await asyncio.sleep(CANCELLED_HOLD_S + 0.1)
+            with controller.admit("a"):
+                assert controller.open_count == 2
+
+    run_virtually(live())
 
 
 async def test_unread_responses_count_for_their_tenant_only() -> None:

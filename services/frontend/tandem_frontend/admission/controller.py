@@ -36,6 +36,11 @@ WAIT_MARGIN = 2.0
 """Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
 
 
+CANCELLED_HOLD_S = 1.0
+"""A request that its client cancels counts for its tenant so much longer: workers must start and abort its legs, and a
+client that cancels thousands a second has none of them open."""
+
+
 class Headroom(Protocol):
     """Free capacity of the workers."""
 
@@ -85,6 +90,8 @@ class Admission:
         self._queue: RequestQueue[asyncio.Future[None]] = RequestQueue()
         self._open = TenantShares(tenant_share, clock)
         self._open_count = 0
+        self._cancelled: Counter[str] = Counter()
+        """By tenant, requests that were cancelled within `CANCELLED_HOLD_S`."""
         self._held_requests = 0
         self._held_tokens = 0
         self._held_tokens_of: Counter[str] = Counter()
@@ -142,6 +149,9 @@ class Admission:
         self._idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            self._hold_cancelled(tenant)
+            raise
         finally:
             self._open_count -= 1
             self._open.remove(tenant)
@@ -198,8 +208,8 @@ class Admission:
         """Whether so many requests of a tenant would be admitted now. Raises as `admit`."""
         if self._is_closed:
             raise Draining("this frontend is draining and accepts no new requests")
-        unread = self._unread()
-        open_count, open_max = self._open_count + sum(unread.values()), self._open_requests_max
+        unread, open_max = self._unread(), self._open_requests_max
+        open_count = self._open_count + sum(unread.values()) + self._cancelled.total()
         if open_count + count > open_max:
             wanted = "" if count == 1 else f", and this one has {count} choices"
             raise Overloaded(
@@ -207,7 +217,7 @@ class Admission:
                 retry_delay_s=self._delay_s(self._queue.tokens),
                 limit="open_requests_max",
             )
-        held = self._open.held(tenant) + unread.get(tenant, 0)
+        held = self._open.held(tenant) + unread.get(tenant, 0) + self._cancelled[tenant]
         if not self._open.allows(held, count, open_max - open_count):
             wanted = "one more" if count == 1 else f"{count} more choices"
             raise Overloaded(
@@ -223,6 +233,15 @@ class Admission:
                 retry_delay_s=RETRY_DELAY_MIN_S,
                 limit="overload_lag_s",
             )
+
+    def _hold_cancelled(self, tenant: str) -> None:
+        self._cancelled[tenant] += 1
+        asyncio.get_running_loop().call_later(CANCELLED_HOLD_S, self._release_cancelled, tenant)
+
+    def _release_cancelled(self, tenant: str) -> None:
+        self._cancelled[tenant] -= 1
+        if not self._cancelled[tenant]:
+            del self._cancelled[tenant]
 
     async def _wait(self, request: QueuedRequest) -> None:
         if not len(self._queue) and self._fits(request) and self._is_within_share(request):
@@ -292,8 +311,10 @@ class Admission:
         """Whether the workers keep room for other tenants beside this request; true where no others are expected."""
         tenant = request.tenant
         held = self._held.held(tenant)
-        # Asked in this order, because the answer without a reserve also brings the load of other frontends up to date.
-        if not self._fits(request) or not held or not self._open.has_others(tenant):
+        if not held or not self._open.has_others(tenant):
+            return True
+        # Asked first without a reserve, because that also brings the load of other frontends up to date.
+        if not self._fits(request):
             return True
         requests, tokens = self._held.reserved(held), self._held.reserved(self._held_tokens_of[tenant])
         return self._headroom.fits(self._held_requests + requests, self._held_tokens + tokens, request.tokens)
