@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,6 @@ import httpx
 import psutil
 import pytest
 import pytest_asyncio
-from h2.connection import H2Connection
 
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.eventually import assert_eventually
@@ -186,27 +186,6 @@ async def flood(address: str, once: Callable[[asyncio.StreamWriter], Awaitable[N
         await asyncio.sleep(0.1)
 
 
-async def reset_requests(writer: asyncio.StreamWriter) -> None:
-    """Whole requests, each reset at once, some hundred a second on a connection until its window is used up."""
-    http2 = H2Connection()
-    http2.initiate_connection()
-    body = long_chat()
-    headers = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", "x")]
-    headers += [("authorization", f"Bearer {ALICE}"), ("content-type", "application/json")]
-    for _ in range(65_535 // len(body)):
-        stream_id = http2.get_next_available_stream_id()
-        http2.send_headers(stream_id, headers)
-        http2.send_data(stream_id, body, end_stream=True)
-        http2.reset_stream(stream_id)
-        writer.write(http2.data_to_send())
-        await writer.drain()
-        await asyncio.sleep(0.002)
-
-
-async def test_rapid_resets_with_bodies(keyed: str) -> None:
-    await assert_isolated(keyed, lambda: flood(keyed, reset_requests, 4))
-
-
 async def endless_headers(writer: asyncio.StreamWriter) -> None:
     """A header block that never ends."""
     frame = 16_384
@@ -222,6 +201,27 @@ async def test_headers_without_an_end_at_a_frontend(keyed: str, cluster: LocalCl
     before = frontend.memory_info().rss
     await assert_isolated(keyed, lambda: flood(cluster.frontends[0].address, endless_headers, 4))
     assert frontend.memory_info().rss - before < 64 * 2**20
+
+
+async def unread_streams(url: str, count: int) -> None:
+    """Hold so many streams and read none of them, until cancelled."""
+    host, port = url.removeprefix("http://").split(":")
+    request = post(ALICE, long_chat(logprobs=True, top_logprobs=20))
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            held = stack.enter_context(socket.socket())
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            held.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(held, (host, int(port)))
+            await asyncio.get_running_loop().sock_sendall(held, request)
+        await asyncio.Event().wait()
+
+
+async def test_streams_that_are_not_read(keyed: str, cluster: LocalCluster) -> None:
+    frontend = psutil.Process(cluster.frontends[0].pid)
+    before = frontend.memory_info().rss
+    await assert_isolated(keyed, lambda: unread_streams(keyed, 100))
+    assert frontend.memory_info().rss - before < 128 * 2**20
 
 
 async def test_silent_connections_do_not_keep_the_edge_full(tmp_path: Path) -> None:
