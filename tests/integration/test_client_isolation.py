@@ -131,7 +131,8 @@ async def keep_sending(url: str, request: bytes, connections: int) -> None:
                         break
             finally:
                 writer.transport.abort()
-            await asyncio.sleep(1)  # as Retry-After says
+            if head.startswith(b"HTTP/1.1 429"):
+                await asyncio.sleep(1)  # as Retry-After says
 
     statuses = Counter[str]()
     try:
