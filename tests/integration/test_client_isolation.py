@@ -131,8 +131,8 @@ async def keep_sending(url: str, request: bytes, connections: int) -> None:
                         break
             finally:
                 writer.transport.abort()
-            if head.startswith(b"HTTP/1.1 429"):
-                await asyncio.sleep(1)  # as Retry-After says
+            if not head.startswith(b"HTTP/1.1 400"):
+                await asyncio.sleep(1)  # as Retry-After says, and after a whole stream
 
     statuses = Counter[str]()
     try:
@@ -246,6 +246,7 @@ async def test_silent_connections_do_not_keep_the_edge_full(tmp_path: Path) -> N
 
 
 async def test_a_refusal_names_the_limit_and_when_to_retry(keyed: str) -> None:
+    await asyncio.sleep(1.5)  # what a test before has cancelled still counts for alice
     async with httpx.AsyncClient(base_url=keyed, headers={"authorization": f"Bearer {ALICE}"}, timeout=60) as http:
         filling = asyncio.ensure_future(keep_sending(keyed, post(ALICE, long_chat(n=128)), 1))
         try:
