@@ -111,7 +111,7 @@ async def test_keys_are_in_one_private_file_only(keyed_edge: ClusterProcess) -> 
         assert secret not in log
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()} == {0o600}
-    assert [file.name for file in directory.iterdir() if ALICE.encode() in _content(file)] == ["envoy.yaml"]
+    assert [file.name for file in directory.iterdir() if ALICE.encode() in _content(file)] == ["api_keys.json"]
 
 
 def _content(file: Path) -> bytes:
@@ -121,6 +121,34 @@ def _content(file: Path) -> bytes:
 async def test_health_needs_no_key(keyed_edge: ClusterProcess) -> None:
     async with client_of(keyed_edge) as client:
         assert (await client.get("/healthz")).status_code == 200
+
+
+async def test_a_revoked_key_is_refused_without_a_restart(stub: tuple[StubFrontend, str], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEYS)
+    file.chmod(0o644)
+    async with edge(tmp_path, stub[1], api_keys=file) as process, client_of(process) as client:
+
+        async def status(key: str) -> int:
+            return (await detokenize(client, **bearer(key))).status_code
+
+        assert "every user of this machine can read the API keys" in process.log.read_text()
+        assert [await status(ALICE), await status(BOB)] == [200, 200]
+        # Over the connection that is open already; in place, by rename, and what cannot be read.
+        file.write_text(f"bob: {BOB}\n")
+        await assert_eventually(lambda: status(ALICE), lambda code: code == 401, within_s=5, what="a refusal")
+        assert await status(BOB) == 200
+        renamed = tmp_path / "next"
+        renamed.write_text(f"alice: {ALICE}\n")
+        renamed.replace(file)
+        await assert_eventually(lambda: status(BOB), lambda code: code == 401, within_s=5, what="a refusal")
+        assert await status(ALICE) == 200
+        file.write_text("nothing of use\n")
+        await assert_eventually(
+            process.log.read_text, lambda text: "the previous API keys stay in force" in text, what="a log line"
+        )
+        assert await status(ALICE) == 200
+        assert ALICE not in process.log.read_text()
 
 
 async def test_each_client_has_its_own_rate(stub: tuple[StubFrontend, str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ async def test_benchmark_clients_separate_good_requests_from_refused_ones(tmp_pa
         log_directory=tmp_path / "logs",
         engine="simulated",
         worker_flags=flags,
-        role_flags={"frontend": {"open-requests-max": "3"}},
+        role_flags={"frontend": {"open-requests-max": "3", "tenant-share": "1"}},
     )
     async with LocalCluster(spec) as cluster:
         addresses = [frontend.address for frontend in cluster.frontends]

@@ -437,7 +437,7 @@ async def test_a_prompt_that_the_engines_cannot_hold_is_named_as_the_client_know
 
 
 async def test_a_full_frontend_refuses_with_a_delay(tmp_path: Path) -> None:
-    flags = {"frontend": {"open-requests-max": "2"}}
+    flags = {"frontend": {"open-requests-max": "2", "tenant-share": "1"}}
     async with running(tmp_path, engine="simulated", worker_flags=SIMULATED, role_flags=flags) as cluster:
         long = [asyncio.create_task(generate(cluster, request_of(STORY, max_tokens=400))) for _ in range(2)]
 

@@ -91,9 +91,11 @@ def _shape(tree: Any) -> Any:
 
 def test_a_key_cannot_become_structure() -> None:
     keys = (ApiKey("alice", HOSTILE), ApiKey(HOSTILE, "k"))
-    assert found(rendered(keys), "credentials") == [
+    contents = render(EdgeConfig(frontends="127.0.0.1:1"), keys, FILES)
+    assert found(json.loads(contents[FILES.keys]), "credentials") == [
         [{"client": "alice", "key": HOSTILE}, {"client": HOSTILE, "key": "k"}]
     ]
+    assert [file for file, content in contents.items() if b"alice" in content] == [FILES.keys]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tandem_edge.config import EdgeConfig, check
+from tandem_edge.key_watch import KeyWatch
 from tandem_edge.keys import ApiKey, read_keys
 
 from tandem import config
@@ -149,3 +150,38 @@ def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tm
     program = tmp_path / "envoy"
     program.touch(mode=0o755)
     assert envoy_binary.find_binary(None) == program
+
+
+def test_a_watch_publishes_changes_of_keys_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, published = tmp_path / "keys", list[tuple[ApiKey, ...]]()
+    file.write_text(f"alice: {SECRET}\n")
+    file.chmod(0o600)
+    watch = KeyWatch(file)
+    assert watch.first() == (ApiKey("alice", SECRET),)
+    assert not caplog.records
+    watch.look(published.append)
+    file.write_text(f"# a comment\nalice: {SECRET}\n")
+    watch.look(published.append)
+    assert published == []
+    file.write_text(f"bob: {SECRET}-2\n")
+
+    def broken(keys: tuple[ApiKey, ...]) -> None:
+        raise OSError("no space")
+
+    watch.look(broken)
+    watch.look(published.append)
+    watch.look(published.append)
+    assert published == [(ApiKey("bob", f"{SECRET}-2"),)]
+    for unusable in ("", "alice\n"):
+        file.write_text(unusable)
+        watch.look(published.append)
+        assert "the previous API keys stay in force" in caplog.text
+    file.unlink()
+    watch.look(published.append)
+    assert len(published) == 1
+    file.write_text(f"bob: {SECRET}-3\n")
+    file.chmod(0o644)
+    watch.look(published.append)
+    assert len(published) == 2
+    assert "every user of this machine can read" in caplog.text
+    assert SECRET not in caplog.text

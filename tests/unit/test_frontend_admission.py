@@ -67,13 +67,13 @@ async def test_slots_are_released_however_a_request_ends() -> None:
 
 
 async def test_unread_responses_count_as_open() -> None:
-    unread = 1
-    admission = Admission(2, Fixed(1), monotonic, unread_count=lambda: unread)
+    unread = {"": 1}
+    admission = Admission(2, Fixed(1), monotonic, unread=lambda: unread)
     with admission.admit():
         assert admission.open_count == 2
         with pytest.raises(Overloaded, match="2 requests are open"), admission.admit():
             pass
-        unread = 0
+        unread = {}
         with admission.admit():
             pass
 

@@ -103,10 +103,12 @@ class Call:
 
 async def run(sources: Sequence[Source], call: Call, *, stream: bool = True, **choices: Any) -> None:
     class Generations:
+        tenant_requests_max = 256
+
         async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
             await sources[int(request.request_id)].generate(answer)
 
-    handler = EndpointHandler(cast("Generation", Generations()), cast("Any", None), lambda: (), 256)
+    handler = EndpointHandler(cast("Generation", Generations()), cast("Any", None), lambda: ())
     requests = [pb.GenerateRequest(request_id=str(number)) for number in range(len(sources))]
     response = ApiResponse(
         {"id": "x"}, [Choice(number, **choices) for number in range(len(sources))], UsageSum(len(sources))

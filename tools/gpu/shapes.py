@@ -85,7 +85,7 @@ def _spec(
         log_directory=machine.logs / name,
         frontends=load.frontends,
         worker_flags=flags,
-        role_flags={"frontend": {"open-requests-max": str(load.open_requests_max)}},
+        role_flags={"frontend": {"open-requests-max": str(load.open_requests_max), "tenant-share": "1"}},
         prefill=prefill,
         decode=decode,
         aggregated=aggregated,

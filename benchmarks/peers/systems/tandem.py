@@ -49,6 +49,7 @@ class Tandem:
             workers = await stack.enter_async_context(fleet(f"contract{self.contract}", around, registry=address))
             open_max = str(max(OPEN_REQUESTS_MIN, around.streams_max + ROOM))
             flags = [f"--registry={address}", f"--model={around.model}", f"--open-requests-max={open_max}"]
+            flags.append("--tenant-share=1")  # all of the load is one client's
             frontend = await self._serve(stack, "frontend", "tandem_frontend", around, [*flags, *self.frontend_flags])
             grpc_address = await frontend
             parts = Parts([frontend.pid], [], [workers.helper.pid])

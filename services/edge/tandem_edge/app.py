@@ -1,6 +1,6 @@
 """Composition root of the edge: which parts there are, and the order in which they start and stop.
 
-Start: check settings, metrics, read keys, get the frontends from the registry if one is set, Envoy ready.
+Start: check settings, metrics, keys, get the frontends from the registry if one is set, Envoy ready.
 Drain: /healthz returns 503 while requests are still accepted -> settle -> no new connections -> wait for open requests.
 Stop: the registry watch, Envoy, its files, metrics.
 """
@@ -15,13 +15,14 @@ from collections.abc import AsyncIterator
 from tandem.discovery.watches import FrontendWatch
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
+from tandem.service.background import BackgroundTasks
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.discovery import Discovery
 from tandem_edge.dns import Names
 from tandem_edge.endpoints import Endpoint
 from tandem_edge.envoy_admin import Admin
 from tandem_edge.envoy_process import EnvoyProcess, private_files
-from tandem_edge.keys import read_keys
+from tandem_edge.key_watch import KeyWatch
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class EdgeApp:
             StartError: the start failed; the message says why.
         """
         check(config)
-        keys = read_keys(config.api_keys) if config.api_keys is not None else ()
+        key_watch = None if config.api_keys is None else KeyWatch(config.api_keys)
+        keys = () if key_watch is None else key_watch.first()
         if not keys:
             log.warning("no API keys (api_keys): unauthenticated access on %s", config.host)
         async with contextlib.AsyncExitStack() as stack:
@@ -80,6 +82,9 @@ class EdgeApp:
                 stack.push_async_callback(discovery.stop)
                 endpoints = await discovery.first()
             envoy = await stack.enter_async_context(EnvoyProcess.open(config, keys, files, endpoints))
+            if key_watch is not None:
+                tasks = await stack.enter_async_context(BackgroundTasks())
+                tasks.start(key_watch.follow(envoy.set_keys), "API keys")
             if discovery is not None:
                 # Before Envoy, whose files it writes.
                 stack.push_async_callback(discovery.stop)

@@ -100,12 +100,15 @@ class EdgeConfig(ServiceConfig):
     body_bytes_max: int = Field(8 * 2**20, ge=1024, le=64 * 2**20, description="maximum size of a request body")
     headers_kib_max: int = Field(16, ge=4, le=24, description="maximum size of all request headers, in KiB")
     header_count_max: int = Field(64, ge=16, le=1000, description="maximum number of request headers")
+    first_bytes_timeout_s: float = Field(
+        5, gt=0, le=600, description="timeout until the first bytes of a new connection have arrived"
+    )
     headers_timeout_s: float = Field(10, gt=0, le=600, description="timeout until all request headers have arrived")
     request_timeout_s: float = Field(30, gt=0, le=3600, description="timeout until the whole request has arrived")
     stream_idle_timeout_s: float = Field(
         600, gt=0, le=86_400, description="maximum time without data in a request, queueing and prefill included"
     )
-    connection_idle_timeout_s: float = Field(300, gt=0, le=86_400, description="idle timeout of a connection")
+    connection_idle_timeout_s: float = Field(75, gt=0, le=86_400, description="idle timeout of a connection")
     connections_max: int = Field(10_000, ge=1, le=1_000_000, description="maximum number of client connections")
     open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="maximum number of open requests to frontends")
     streams_per_connection_max: int = Field(

@@ -23,7 +23,7 @@ from tandem.service.envoy_binary import find_binary
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment, replace
 from tandem_edge.envoy_admin import Admin
-from tandem_edge.keys import ApiKey
+from tandem_edge.keys import ApiKey, key_filter
 from tandem_edge.render import Files, render
 
 READY_POLL_S = 0.02
@@ -82,6 +82,14 @@ class EnvoyProcess:
             OSError: the endpoint file cannot be written; the previous frontends stay.
         """
         replace(self._files.endpoints, assignment(endpoints))
+
+    def set_keys(self, keys: tuple[ApiKey, ...]) -> None:
+        """Replace all API keys at once, for requests that begin from now on.
+
+        Raises:
+            OSError: the file cannot be written; the previous keys stay.
+        """
+        replace(self._files.keys, key_filter(keys))
 
     async def wait_ended(self) -> int:
         """Return its exit status when it exits."""

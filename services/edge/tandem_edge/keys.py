@@ -1,10 +1,11 @@
-"""API keys: a file with one line `client-id: key` per client.
+"""API keys: a file with one line `client-id: key` per client, and the filter of Envoy that checks them.
 
-Owns the file format. A key is never part of a message.
+Owns both formats. A key is never part of a message.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from tandem.errors import ConfigError
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY = re.compile(r"[!-~]{16,512}")
+FILTER = "envoy.filters.http.api_key_auth"
+"""Name of the filter in the template."""
+EXTENSION = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
+API_KEY_AUTH = "type.googleapis.com/envoy.extensions.filters.http.api_key_auth.v3.ApiKeyAuth"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +56,14 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
     if not keys:
         raise ConfigError("api_keys", f"{file} contains no keys")
     return tuple(keys.values())
+
+
+def key_filter(keys: tuple[ApiKey, ...]) -> bytes:
+    """The filter that accepts these keys, as a response of Envoy's extension discovery in JSON."""
+    auth = {
+        "@type": API_KEY_AUTH,
+        "credentials": [{"client": key.client_id, "key": key.key} for key in keys],
+        "key_sources": [{"header": "authorization"}],
+        "forwarding": {"header": "x-client-id", "hide_credentials": True},
+    }
+    return json.dumps({"resources": [{"@type": EXTENSION, "name": FILTER, "typed_config": auth}]}).encode()

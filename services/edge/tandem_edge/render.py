@@ -22,7 +22,7 @@ from tandem.domain import http_errors
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig, is_ip, split
 from tandem_edge.endpoints import Endpoint, assignment
-from tandem_edge.keys import ApiKey
+from tandem_edge.keys import ApiKey, key_filter
 
 PARTS = files("tandem_edge").joinpath("envoy")
 TEMPLATE = "edge.yaml.jinja"
@@ -68,6 +68,11 @@ class Files:
     def endpoints(self) -> Path:
         """The endpoint file with the discovered frontends; Envoy watches it."""
         return self.directory / "endpoints.json"
+
+    @property
+    def keys(self) -> Path:
+        """The filter that checks API keys, with the keys; Envoy watches it."""
+        return self.directory / "api_keys.json"
 
     def secret(self, name: str) -> Path:
         """File of one TLS secret; Envoy watches it."""
@@ -132,6 +137,8 @@ def render(
         output.descriptors: transcoding.descriptor_set(),
         output.lua: _render(ERRORS_TEMPLATE, values),
     }
+    if keys:
+        rendered[output.keys] = key_filter(keys)
     if config.registry is not None:
         rendered[output.endpoints] = assignment(endpoints)
     for name, cert, key, ca in (

@@ -49,8 +49,10 @@ from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
+from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
+from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.pipeline import Generation
@@ -126,7 +128,9 @@ class FrontendApp:
             own = LocalRequests(traces, stats, lambda: admission.waiting_count)
             inference = InferenceServicer(generation, model, fleet.watch.workers)
             server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
-            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, config.open_requests_max)
+            bodies = BodyChecker(model.tokenizer.context_tokens_max, config.tenant_share)
+            stack.push_async_callback(bodies.close)
+            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, bodies)
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())
@@ -256,9 +260,11 @@ def _make_admission(
         monotonic,
         load,
         config.overload_lag_s,
-        lambda: server.unread_call_count,
+        lambda: server.unread_calls,
         backlog,
         config.prefill_queue_s,
+        tenant_share=config.tenant_share,
+        rates=TenantRates(config.tenant_requests_per_second, config.tenant_requests_burst, monotonic),
     )
 
 

@@ -1,11 +1,12 @@
 """The caller of a request: tenant, deadline, call id and trace context, as every endpoint reads them from a call.
 
-The edge sets the tenant of a caller whose API key it knows. Clients that connect without an edge are trusted to name
-their tenant; without a name they share one.
+The edge sets the tenant of a caller whose API key it knows, and the address of every caller. Clients that connect
+without an edge are trusted to name both.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,10 @@ from tandem.observability.trace_context import TraceContext, parsed
 
 TENANT_HEADER = "x-client-id"
 TENANT_CHARS_MAX = 128
+ADDRESS_HEADER = "x-client-address"
+"""IP address of the edge's client, set by the edge for every call."""
+IPV6_PREFIX_BITS = 64
+"""One subscriber has at least so large a network, and may choose any address in it."""
 CALL_ID_HEADER = "x-request-id"
 """Set by the edge for every call, and returned to HTTP clients."""
 CALL_ID_CHARS_MAX = 128
@@ -24,6 +29,8 @@ class Caller:
     """The caller of one call."""
 
     tenant: str = ""
+    fairness_id: str = ""
+    """Whose share of this frontend it uses: the tenant, or without one the client's address. Never recorded."""
     deadline_s: float | None = None
     """On `clock`; None: no deadline."""
     clock: Clock = monotonic
@@ -45,12 +52,33 @@ def caller_of(context: Any, operation: str = "generate", clock: Clock = monotoni
     """The caller of a gRPC call (a grpc.aio.ServicerContext)."""
     left_s = context.time_remaining()
     metadata = dict(context.invocation_metadata() or ())
-    tenant = metadata.get(TENANT_HEADER, "")
+    tenant = str(metadata.get(TENANT_HEADER, ""))[:TENANT_CHARS_MAX]
+    fairness_id = tenant or _address_of(str(metadata.get(ADDRESS_HEADER, "")) or _host(context.peer()))
+    context.count_unread_for(fairness_id)
     return Caller(
-        tenant=str(tenant)[:TENANT_CHARS_MAX],
+        tenant=tenant,
+        fairness_id=fairness_id,
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
         operation=operation,
         call_id=str(metadata.get(CALL_ID_HEADER, ""))[:CALL_ID_CHARS_MAX],
         trace=parsed(metadata),
     )
+
+
+def _host(peer: str) -> str:
+    """The IP address in a peer as gRPC spells it (ipv4:10.0.0.1:443, ipv6:[::1]:443); empty: a unix socket."""
+    return peer.partition(":")[2].rpartition(":")[0].strip("[]")
+
+
+def _address_of(text: str) -> str:
+    """The fairness id of a client address; no client id has a colon, so that none is equal to it."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return f"address:{ipaddress.ip_network((address, IPV6_PREFIX_BITS), strict=False)}"
+        address = address.ipv4_mapped
+    return f"address:{address}"

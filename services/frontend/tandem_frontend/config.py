@@ -40,6 +40,22 @@ class FrontendConfig(AdminConfig):
     open_requests_max: int = Field(
         256, ge=1, le=100_000, description="limit of open requests, over all processes; more are rejected"
     )
+    tenant_share: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="fraction of open_requests_max that one tenant (API key, or client address) may hold while no "
+        "other has open requests; less while others have; 1: no limit",
+    )
+    tenant_requests_per_second: float | None = Field(
+        None,
+        gt=0,
+        le=1_000_000,
+        description="rate limit per tenant, over all processes; each choice counts as one request; default: none",
+    )
+    tenant_requests_burst: int | None = Field(
+        None, ge=1, le=1_000_000, description="burst size of that rate limit; default: the requests of one second"
+    )
     overload_lag_s: float = Field(
         1,
         ge=0.05,
@@ -85,12 +101,14 @@ class FrontendConfig(AdminConfig):
     trace_prompts: bool = Field(False, description="record prompts in traces; they are personal data of your users")
 
     @model_validator(mode="after")
-    def _every_process_may_take_a_request(self) -> Self:
+    def _settings_agree(self) -> Self:
         if self.open_requests_max < self.processes:
             raise ConfigError(
                 "open_requests_max",
                 f"must be at least {self.processes}, not {self.open_requests_max}: it is divided among the processes",
             )
+        if self.tenant_requests_burst is not None and self.tenant_requests_per_second is None:
+            raise ConfigError("tenant_requests_burst", "requires tenant_requests_per_second")
         return self
 
     @property

@@ -71,6 +71,19 @@ class Generation:
         self._traces: TraceStore[RequestTrace] = traces or TraceStore()
         self._coalescing = coalescing or Coalescing()
 
+    @property
+    def tenant_requests_max(self) -> int:
+        """Generations that one tenant may have open at a time."""
+        return self._admission.tenant_requests_max
+
+    def charge(self, caller: Caller, count: int = 1) -> None:
+        """Charge the caller's rate for a call, before any work on it: of so many generations, each run by `generate`.
+
+        Raises:
+            Draining, Overloaded: they would not be admitted.
+        """
+        self._admission.charge(caller.fairness_id, count)
+
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
     ) -> None:
@@ -89,7 +102,7 @@ class Generation:
         """
         with (
             self._traces.following(trace_of(request, caller, self._model.name)) as record,
-            self._admitted(record) as recorder,
+            self._admitted(record, caller) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(
@@ -117,10 +130,10 @@ class Generation:
         return await self._model.tokenizer.decode_all(ids, skip_special_tokens=False)
 
     @contextlib.contextmanager
-    def _admitted(self, trace: RequestTrace) -> Iterator[Record]:
+    def _admitted(self, trace: RequestTrace, caller: Caller) -> Iterator[Record]:
         record = Record(trace, self._traces.child)
         record.arrive()
-        with self._admission.admit():
+        with self._admission.admit(caller.fairness_id):
             record.step("admit")
             yield record
 
@@ -179,7 +192,7 @@ def _queued(wanted: CheckedRequest, caller: Caller) -> QueuedRequest:
         answer_tokens=wanted.max_tokens,
         prompt_tokens=len(wanted.token_ids),
         priority=wanted.priority or 0,
-        tenant=caller.tenant,
+        tenant=caller.fairness_id,
         deadline_s=caller.deadline_s,
     )
 

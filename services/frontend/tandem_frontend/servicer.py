@@ -16,7 +16,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import present
-from tandem_frontend.call_context import caller_of
+from tandem_frontend.call_context import Caller, caller_of
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel, check_name_length, get_model, list_models
 from tandem_frontend.preparation.validation import checked_detokenize, checked_tokenize
@@ -36,13 +36,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Stream a generation; it is cancelled when the client cancels. Messages are pushed, not returned."""
-        await self._generation.generate(request, caller_of(context), ChunkWriter(context))
+        await self._generation.generate(request, self._charged(context), ChunkWriter(context))
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """The same as server-sent events, for HTTP. A failure after the first event is sent as the last event."""
         response = SseWriter(context)
         try:
-            await self._generation.generate(request.generate, caller_of(context), response)
+            await self._generation.generate(request.generate, self._charged(context), response)
         except Exception as problem:  # also a defect must end the stream with an event
             if not response.has_begun:
                 raise
@@ -51,8 +51,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
         response = UnaryWriter()
-        await self._generation.generate(request.generate, caller_of(context), response)
+        await self._generation.generate(request.generate, self._charged(context), response)
         return response.response
+
+    def _charged(self, context: Any) -> Caller:
+        """The caller of a call that generates once; raises where that is refused."""
+        caller = caller_of(context)
+        self._generation.charge(caller)
+        return caller
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Text or messages to token ids."""

@@ -1,16 +1,18 @@
 """Admission control: how many requests are open here, and which queued request goes to the workers next.
 
-Three limits. A request beyond the open-requests limit, or one that arrives while the event loop is too late, is
-rejected at once. A request beyond the workers' free capacity (requests, KV tokens), or whose prompt would wait too long
-in a prefill engine, is queued. `queue` orders the queue, `capacity` computes the free capacity, `prefill_backlog` what
-prefill has to do. Every decision is made before the first byte of a response.
+Limits: a request beyond the open-requests limit, its tenant's share of it or its tenant's rate is rejected at once, and
+so is one that arrives while the event loop is too late. A request beyond the workers' free capacity (requests, KV
+tokens), or whose prompt would wait too long in a prefill engine, is queued. `queue` orders the queue, `capacity`
+computes the free capacity, `prefill_backlog` what prefill has to do, `shares` what one tenant may have. Every decision
+is made before the first byte of a response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -20,6 +22,7 @@ from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
+from tandem_frontend.admission.shares import TenantRates, TenantShares, no_unread
 from tandem_frontend.admission.throughput import Throughput
 
 LAG_MAX_S = 1.0
@@ -34,6 +37,11 @@ REEVALUATE_DELAY_S = 0.005
 """Changes within it are evaluated together: a large fleet reports its load hundreds of times a second."""
 WAIT_MARGIN = 2.0
 """Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
+
+
+CANCELLED_HOLD_S = 1.0
+"""A request that its client cancels counts for its tenant so much longer: workers must start and abort its legs, and a
+client that cancels thousands a second has none of them open."""
 
 
 class Headroom(Protocol):
@@ -58,9 +66,12 @@ class Admission:
         clock: Clock,
         load: LoopLoad | None = None,
         lag_max_s: float = LAG_MAX_S,
-        unread_count: Callable[[], int] = lambda: 0,
+        unread: Callable[[], Mapping[str, int]] = no_unread,
         prefill: PrefillBacklog | None = None,
         short_wait_s: float = math.inf,
+        *,
+        tenant_share: float = 1.0,
+        rates: TenantRates | None = None,
     ) -> None:
         """Create an empty admission queue.
 
@@ -70,11 +81,14 @@ class Admission:
             clock: of the deadlines.
             load: measures this process's event loop.
             lag_max_s: new requests are rejected while the event loop is later than this.
-            unread_count: how many long responses are complete and unread by their clients; they count as open.
+            unread: how many long responses of each tenant are complete and unread by their clients; they count as open.
             prefill: what the prefill workers have to do; None: unlimited.
             short_wait_s: how long short prompts wait at most before they overtake long ones.
+            tenant_share: fraction of `open_requests_max` that one tenant may hold while no other holds any; and of the
+                workers' capacity, while others are there or are expected back.
+            rates: requests that each tenant may send in a second; None: no limit.
         """
-        self._unread_count = unread_count
+        self._unread = unread
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
         self._lag_max_s = lag_max_s
@@ -82,9 +96,15 @@ class Admission:
         self._clock = clock
         self._prefill = prefill or PrefillBacklog("", math.inf)
         self._queue: RequestQueue[asyncio.Future[PrefillWork]] = RequestQueue(clock, short_wait_s)
+        self._open = TenantShares(tenant_share, clock)
         self._open_count = 0
+        self._cancelled: Counter[str] = Counter()
+        """By tenant, requests that were cancelled within `CANCELLED_HOLD_S`."""
         self._held_requests = 0
         self._held_tokens = 0
+        self._held_tokens_of: Counter[str] = Counter()
+        self._held = TenantShares(tenant_share, clock)
+        self._rates = rates or TenantRates(None, None, clock)
         self._throughput = Throughput(clock)
         self._reevaluation: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -94,42 +114,55 @@ class Admission:
     @property
     def open_count(self) -> int:
         """Admitted requests that have not finished, queued ones included, or whose long responses are unread."""
-        return self._open_count + self._unread_count()
+        return self._open_count + sum(self._unread().values())
+
+    @property
+    def tenant_requests_max(self) -> int:
+        """Requests that one tenant may have open while no other has any: no request may have more choices."""
+        return self._open.most(self._open_requests_max)
 
     @property
     def waiting_count(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
 
+    def charge(self, tenant: str, count: int = 1) -> None:
+        """Charge a tenant's rate for a call of so many generations, which `admit` takes one by one afterwards.
+
+        Raises:
+            Draining, Overloaded: they would not be admitted.
+        """
+        self._check(tenant, count)
+        wait_s = self._rates.wait_s(tenant)
+        if wait_s > 0:
+            raise Overloaded(
+                "this client has sent more requests than tenant_requests_per_second allows; each choice counts as one",
+                retry_delay_s=min(RETRY_DELAY_MAX_S, wait_s),
+                limit="tenant_requests_per_second",
+            )
+        self._rates.charge(tenant, count)
+
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count as an open request while the context is entered.
+    def admit(self, tenant: str = "") -> Iterator[None]:
+        """Count as an open request of a tenant while the context is entered.
 
         Raises:
             Draining: this frontend is draining.
-            Overloaded: the open-requests limit is reached, or the event loop is too late.
+            Overloaded: the limit of open requests or the tenant's share is reached, or the event loop is too late.
         """
-        if self._is_closed:
-            raise Draining("this frontend is draining and accepts no new requests")
-        open_count = self.open_count
-        if open_count >= self._open_requests_max:
-            raise Overloaded(
-                f"{open_count} requests are open on this frontend, its limit is {self._open_requests_max}",
-                retry_delay_s=self._delay_s(self._queue.tokens),
-            )
-        if self._load.late_s > self._lag_max_s:
-            raise Overloaded(
-                f"this frontend is overloaded: its event loop is {self._load.late_s:.1f} s late, "
-                f"the limit is {self._lag_max_s:g} s",
-                retry_delay_s=RETRY_DELAY_MIN_S,
-            )
+        self._check(tenant, 1)
         self._open_count += 1
+        self._open.add(tenant)
         self._load.open()
         self._idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            self._hold_cancelled(tenant)
+            raise
         finally:
             self._open_count -= 1
+            self._open.remove(tenant)
             self._load.close()
             if not self._open_count:
                 self._idle.set()
@@ -158,14 +191,14 @@ class Admission:
 
     def reevaluate(self) -> None:
         """Start the queued requests that fit now. Called when a request has ended or the workers have changed."""
-        while (first := self._queue.first()) is not None and self._fits(first[1]):
+        while (first := self._queue.first(self._is_within_share)) is not None and self._fits(first[1]):
             ticket, request = first
             if len(self._queue) > 1 and self._is_late(request, 0.0, HOPELESS_SHARE):
                 # Others are queued: an engine must not spend time on a response that its client will not wait for.
                 self._queue.remove(ticket)
                 ticket.set_exception(self._too_late(request, 0.0, HOPELESS_SHARE))
                 continue
-            self._queue.take()
+            self._queue.take(ticket)
             ticket.set_result(self._hold(request))
 
     def reevaluate_soon(self) -> None:
@@ -181,8 +214,47 @@ class Admission:
         """Return when no request is open."""
         await self._idle.wait()
 
+    def _check(self, tenant: str, count: int) -> None:
+        """Whether so many requests of a tenant would be admitted now. Raises as `admit`."""
+        if self._is_closed:
+            raise Draining("this frontend is draining and accepts no new requests")
+        unread, open_max = self._unread(), self._open_requests_max
+        open_count = self._open_count + sum(unread.values()) + self._cancelled.total()
+        if open_count + count > open_max:
+            wanted = "" if count == 1 else f", and this one has {count} choices"
+            raise Overloaded(
+                f"{open_count} requests are open on this frontend, its limit is {open_max}{wanted}",
+                retry_delay_s=self._delay_s(self._queue.tokens),
+                limit="open_requests_max",
+            )
+        held = self._open.held(tenant) + unread.get(tenant, 0) + self._cancelled[tenant]
+        if not self._open.allows(held, count, open_max - open_count):
+            wanted = "one more" if count == 1 else f"{count} more choices"
+            raise Overloaded(
+                f"this client has {held} open requests, and {wanted} would exceed its share of the "
+                f"{open_max} that this frontend allows (tenant_share)",
+                retry_delay_s=self._delay_s(self._queue.tokens),
+                limit="tenant_share",
+            )
+        if self._load.late_s > self._lag_max_s:
+            raise Overloaded(
+                f"this frontend is overloaded: its event loop is {self._load.late_s:.1f} s late, "
+                f"the limit is {self._lag_max_s:g} s",
+                retry_delay_s=RETRY_DELAY_MIN_S,
+                limit="overload_lag_s",
+            )
+
+    def _hold_cancelled(self, tenant: str) -> None:
+        self._cancelled[tenant] += 1
+        asyncio.get_running_loop().call_later(CANCELLED_HOLD_S, self._release_cancelled, tenant)
+
+    def _release_cancelled(self, tenant: str) -> None:
+        self._cancelled[tenant] -= 1
+        if not self._cancelled[tenant]:
+            del self._cancelled[tenant]
+
     async def _wait(self, request: QueuedRequest) -> PrefillWork:
-        if not len(self._queue) and self._fits(request):
+        if not len(self._queue) and self._fits(request) and self._is_within_share(request):
             return self._hold(request)
         self._reject_late(request)
         ticket: asyncio.Future[PrefillWork] = asyncio.get_running_loop().create_future()
@@ -247,14 +319,32 @@ class Admission:
         has_capacity = self._headroom.fits(self._held_requests, self._held_tokens, request.tokens)
         return has_capacity and self._prefill.has_room()
 
+    def _is_within_share(self, request: QueuedRequest) -> bool:
+        """Whether the workers keep room for other tenants beside this request; true where no others are expected."""
+        tenant = request.tenant
+        held = self._held.held(tenant)
+        if not held or not self._open.has_others(tenant):
+            return True
+        # Asked first without a reserve, because that also brings the load of other frontends up to date.
+        if not self._fits(request):
+            return True
+        requests, tokens = self._held.reserved(held), self._held.reserved(self._held_tokens_of[tenant])
+        return self._headroom.fits(self._held_requests + requests, self._held_tokens + tokens, request.tokens)
+
     def _hold(self, request: QueuedRequest) -> PrefillWork:
         self._held_requests += 1
         self._held_tokens += request.tokens
+        self._held.add(request.tenant)
+        self._held_tokens_of[request.tenant] += request.tokens
         return self._prefill.reserve(request.prompt_tokens, self.reevaluate_soon)
 
     def _release(self, request: QueuedRequest) -> None:
         self._held_requests -= 1
         self._held_tokens -= request.tokens
+        self._held.remove(request.tenant)
+        self._held_tokens_of[request.tenant] -= request.tokens
+        if not self._held_tokens_of[request.tenant]:
+            del self._held_tokens_of[request.tenant]
 
     def _delay_s(self, tokens: int) -> float:
         """When to retry: after the time that the queued tokens take."""

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -145,26 +145,29 @@ class RequestQueue(Generic[T]):
             self._virtual_times.clear()
             self._virtual_time = 0.0
 
-    def first(self) -> tuple[T, QueuedRequest] | None:
-        """The request that goes next; None when the queue is empty."""
-        while self._order:
-            order, name = self._order[0]
-            tenant = self._tenants.get(name)
-            if tenant is not None and tenant.order == order:
-                ticket = self._overtaking(tenant)
-                if ticket is None:
-                    ticket = tenant.heap[0][2]
-                return ticket, self._requests[ticket]
-            heapq.heappop(self._order)
+    def first(self, allows: Callable[[QueuedRequest], bool] = lambda _: True) -> tuple[T, QueuedRequest] | None:
+        """The request that goes next; None when there is none. A tenant is passed over whose request is not allowed."""
+        next_tenant = self._next_tenant()
+        if next_tenant is None:
+            return None
+        found = self._next_of(next_tenant)
+        if allows(found[1]):
+            return found
+        for tenant in sorted(self._tenants.values(), key=lambda tenant: tenant.order):
+            if tenant is not next_tenant and allows((found := self._next_of(tenant))[1]):
+                return found
         return None
 
-    def take(self) -> tuple[T, QueuedRequest]:
-        """Remove and return the request that goes next."""
-        first = self.first()
-        assert first is not None, "the queue is empty"
-        ticket, request = first
+    def take(self, ticket: T | None = None) -> tuple[T, QueuedRequest]:
+        """Remove and return the request that goes next, or the one of a ticket that `first` returned."""
+        if ticket is None:
+            first = self.first()
+            assert first is not None, "the queue is empty"
+            ticket = first[0]
+        request = self._requests[ticket]
         tenant = self._tenants[request.tenant]
-        self._virtual_time = tenant.virtual_time
+        # A tenant that was passed over may be behind it.
+        self._virtual_time = max(self._virtual_time, tenant.virtual_time)
         tenant.virtual_time += request.tokens
         goes_in_turn = ticket == tenant.heap[0][2]
         if goes_in_turn:
@@ -203,6 +206,21 @@ class RequestQueue(Generic[T]):
             if urgency > request.urgency and queued.priority == request.priority:
                 yield queued, self._with_others(request.tenant, own)
             own += queued.tokens
+
+    def _next_tenant(self) -> _Tenant[T] | None:
+        while self._order:
+            order, name = self._order[0]
+            tenant = self._tenants.get(name)
+            if tenant is not None and tenant.order == order:
+                return tenant
+            heapq.heappop(self._order)
+        return None
+
+    def _next_of(self, tenant: _Tenant[T]) -> tuple[T, QueuedRequest]:
+        ticket = self._overtaking(tenant)
+        if ticket is None:
+            ticket = tenant.heap[0][2]
+        return ticket, self._requests[ticket]
 
     def _overtaking(self, tenant: _Tenant[T]) -> T | None:
         """The oldest short prompt that has waited for long enough to go before the tenant's next one; None: none.

@@ -50,6 +50,7 @@ class ChatCompletions:
         if body.choice_count > self._handler.choices_max:
             raise InvalidRequest("n", f"must be at most {self._handler.choices_max} on this frontend")
         request = chat_request(body)
+        self._handler.charge(caller, body.choice_count)
         tools = self._tools(body)
         kwargs = self._template_kwargs(body)
         check_token_count("messages", len(body.messages), self._model.tokenizer, what="messages")

@@ -36,10 +36,12 @@ class Completions:
         """
         self._model.check_name(body.model)
         request = completion_request(body)
-        prompts = await self._prompts(body)
+        given = self._given(body)
         most, choice_count = self._handler.choices_max, body.choice_count
-        if len(prompts) * choice_count > most:
-            raise InvalidRequest("n", f"{choice_count} choices for each of {len(prompts)} prompts exceed {most} in all")
+        if len(given) * choice_count > most:
+            raise InvalidRequest("n", f"{choice_count} choices for each of {len(given)} prompts exceed {most} in all")
+        self._handler.charge(caller, len(given) * choice_count)
+        prompts = await self._prompts(given, body)
         response_id = f"cmpl-{uuid.uuid4().hex}"
         requests: list[pb.GenerateRequest] = []
         choices: list[CompletionChoice] = []
@@ -50,9 +52,8 @@ class Completions:
         response = ApiResponse(self._handler.head(response_id, "text_completion"), choices, UsageSum(body.choice_count))
         await self._handler.run(requests, response, caller, body, call)
 
-    async def _prompts(self, body: CompletionRequest) -> list[tuple[str, Sequence[int]]]:
-        """Text (empty unless it is echoed) and token ids of each prompt."""
-        tokenizer = self._model.tokenizer
+    def _given(self, body: CompletionRequest) -> list[Any]:
+        """The prompts as the client wrote them: texts, or lists of token ids."""
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         # A list of integers is one prompt given as token ids, not a list of prompts.
         if given and isinstance(given[0], int):
@@ -61,6 +62,11 @@ class Completions:
             raise InvalidRequest("prompt", "must not be empty")
         if len(given) > self._handler.choices_max:
             raise InvalidRequest("prompt", f"must be at most {self._handler.choices_max} prompts, not {len(given)}")
+        return given
+
+    async def _prompts(self, given: list[Any], body: CompletionRequest) -> list[tuple[str, Sequence[int]]]:
+        """Text (empty unless it is echoed) and token ids of each prompt."""
+        tokenizer = self._model.tokenizer
         prompts: list[tuple[str, Sequence[int]]] = []
         for prompt in given:
             if not prompt:

@@ -72,11 +72,10 @@ class EndpointHandler:
         generation: Generation,
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
-        open_requests_max: int,
     ) -> None:
-        """`open_requests_max` is the frontend's limit: a request with more choices could never be admitted."""
-        self.choices_max = min(CHOICES_MAX, open_requests_max)
-        """Most choices of one request, over all its prompts."""
+        """`workers` is the registry's view, for the fingerprint."""
+        self.choices_max = min(CHOICES_MAX, generation.tenant_requests_max)
+        """Most choices of one request, over all its prompts: more could never be admitted."""
         self._generation = generation
         self._model = model
         self._workers = workers
@@ -100,6 +99,14 @@ class EndpointHandler:
         if workers is not self._view:
             self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
         return self._fingerprint
+
+    def charge(self, caller: Caller, choice_count: int) -> None:
+        """Charge the caller for a call before its prompts are rendered; each choice counts as one request.
+
+        Raises:
+            Draining, Overloaded: the choices would not be admitted.
+        """
+        self._generation.charge(caller, choice_count)
 
     async def run(
         self,

@@ -21,11 +21,11 @@ from tandem.errors import InvalidRequest, NotSupported
 from tandem.output_parsers import Parsers
 from tandem_frontend.call_context import caller_of
 from tandem_frontend.openai import response
+from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
 from tandem_frontend.openai.handler import EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
-from tandem_frontend.openai.request_body import parse
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
 from tandem_frontend.pipeline import Generation
@@ -43,26 +43,29 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
         parsers: Parsers | None,
-        open_requests_max: int,
+        bodies: BodyChecker,
     ) -> None:
-        handler, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
+        handler, texts = EndpointHandler(generation, model, workers), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
+        self._bodies = bodies
         self._model = model
         self._workers = workers
         self._created_time_s = int(time.time())
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        body = parse(ChatRequest, request.data)
+        caller = caller_of(context, "chat")
+        body = await self._bodies.parse(ChatRequest, request.data, caller.fairness_id)
         with _parameter_names(body):
-            await self._chat.handle(body, len(request.data), caller_of(context, "chat"), context)
+            await self._chat.handle(body, len(request.data), caller, context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        body = parse(CompletionRequest, request.data)
+        caller = caller_of(context, "text_completion")
+        body = await self._bodies.parse(CompletionRequest, request.data, caller.fairness_id)
         with _parameter_names(body):
-            await self._completions.handle(body, caller_of(context, "text_completion"), context)
+            await self._completions.handle(body, caller, context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""

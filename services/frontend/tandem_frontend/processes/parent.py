@@ -148,13 +148,18 @@ def share(total: int, number: int, count: int) -> int:
 
 
 def settings_of(config: FrontendConfig, number: int) -> FrontendConfig:
-    """The settings of one child: its share of the limit, without what only the parent does.
+    """The settings of one child: its share of the limits, without what only the parent does.
 
-    Only the open-requests limit is divided: `capacity` treats each process as a frontend of its own, so that the
-    workers' capacity needs no division, and the edge limits the rates of clients.
+    The open-requests limit and the rate of a tenant are divided. The workers' capacity is not, because `capacity`
+    treats each process as a frontend of its own.
     """
-    own = share(config.open_requests_max, number, config.processes)
-    return config.model_copy(update={"open_requests_max": own, "processes": 1, "announce_file": None})
+    update: dict[str, Any] = {"processes": 1, "announce_file": None}
+    update["open_requests_max"] = share(config.open_requests_max, number, config.processes)
+    if config.tenant_requests_per_second is not None:
+        update["tenant_requests_per_second"] = config.tenant_requests_per_second / config.processes
+    if config.tenant_requests_burst is not None:
+        update["tenant_requests_burst"] = -(-config.tenant_requests_burst // config.processes)
+    return config.model_copy(update=update)
 
 
 def _registration(config: FrontendConfig, frontend_id: str, address: str) -> Registration:

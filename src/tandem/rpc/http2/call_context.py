@@ -168,6 +168,10 @@ class CallContext(abc.ABC):
         """The client's address."""
         return self._carrier.peer.address
 
+    def count_unread_for(self, account: str) -> None:
+        """Count the response for an account while it is complete and much of it unread, see `Http2RpcServer`."""
+        self._outgoing.account = account
+
     def auth_context(self) -> dict[str, list[bytes]]:
         """The client's certificate; nothing without TLS."""
         return self._carrier.peer.auth_context()

@@ -6,6 +6,7 @@ holds memory and sends or reads a byte now and then must not shut out those that
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 from tandem.rpc.http2 import limits
@@ -47,8 +48,8 @@ class MessageMemory:
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self.bytes = 0
-        self.unread_count = 0
-        """Calls among them whose handlers have ended, and of whose responses much is unread."""
+        self.unread: Counter[str] = Counter()
+        """By account, calls among them whose handlers have ended, and of whose responses much is unread."""
         self._kept: dict[HeldMessage, int] = {}
 
     def keep(self, message: HeldMessage, size: int) -> None:
@@ -58,6 +59,12 @@ class MessageMemory:
             self._kept[message] = size
         else:
             self._kept.pop(message, None)
+
+    def count_unread(self, account: str, change: int) -> None:
+        """So many more such calls of an account."""
+        self.unread[account] += change
+        if not self.unread[account]:
+            del self.unread[account]
 
     def advance(self, message: HeldMessage) -> None:
         """It has made progress."""

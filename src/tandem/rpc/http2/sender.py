@@ -162,6 +162,7 @@ class Outgoing:
         "_pace",
         "_sender",
         "_stream",
+        "account",
         "on_writable",
         "unsent_bytes",
     )
@@ -179,6 +180,8 @@ class Outgoing:
         self._pace: Pace | None = None
         """Of what is left once there are no more messages."""
         self.unsent_bytes = 0
+        self.account = ""
+        """For whom it counts while much of it is unread; set before `finish`."""
         self.on_writable: Callable[[], None] | None = None
         """Called each time it becomes writable again."""
 
@@ -211,7 +214,8 @@ class Outgoing:
             self._on_sent = on_sent
             self._pace = Pace(self._sender.now_s())
             self._is_counted = not self.writable
-            self._sender.memory.unread_count += self._is_counted
+            if self._is_counted:
+                self._sender.memory.count_unread(self.account, 1)
         else:
             on_sent()
 
@@ -290,7 +294,7 @@ class Outgoing:
         on_sent, self._on_sent = self._on_sent, None
         if self._is_counted:
             self._is_counted = False
-            self._sender.memory.unread_count -= 1
+            self._sender.memory.count_unread(self.account, -1)
         return on_sent
 
     def _note_progress(self, size: int) -> None:

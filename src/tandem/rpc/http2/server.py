@@ -109,9 +109,11 @@ class Http2RpcServer(ServiceHost):
         return len(self._connections) + len(self._handshakes)
 
     @property
-    def unread_call_count(self) -> int:
-        """Calls whose handlers have ended and whose clients have more than `STREAM_UNSENT_BYTES_MAX` to read."""
-        return self.unsent.unread_count
+    def unread_calls(self) -> Mapping[str, int]:
+        """By account, calls whose handlers have ended and whose clients have more than `STREAM_UNSENT_BYTES_MAX` to
+        read.
+        """
+        return self.unsent.unread
 
     @property
     def open_call_count(self) -> int:
