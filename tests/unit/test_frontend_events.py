@@ -86,6 +86,12 @@ class Sent:
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def count_unread_for(self, account: str) -> None:
+        """Nothing is counted here."""
+
     def time_remaining(self) -> float | None:
         return None
 
