@@ -61,8 +61,8 @@ class OtherMachine:
 
 
 @contextmanager
-def other_machine(number: int = 17) -> Iterator[OtherMachine]:
-    """A machine with a link to this one; `number` is the third part of the link's addresses."""
+def other_machine(number: int = os.getpid() % 250 + 1) -> Iterator[OtherMachine]:
+    """A machine with a link to this one; `number`, from 1 to 250, is the third part of the addresses."""
     machine = OtherMachine(number)
     try:
         machine.make()
