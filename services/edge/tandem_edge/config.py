@@ -116,6 +116,13 @@ class EdgeConfig(ServiceConfig):
         600, gt=0, le=86_400, description="maximum time without data in a request, queueing and prefill included"
     )
     connection_idle_timeout_s: float = Field(75, gt=0, le=86_400, description="idle timeout of a connection")
+    client_silence_timeout_s: float = Field(
+        30,
+        ge=3,
+        le=86_400,
+        description="timeout of a client that vanished: its connection is closed when its machine, or over HTTP/2 the "
+        "client itself, does not answer for so long, or reads nothing of what waits for it",
+    )
     connections_max: int = Field(10_000, ge=1, le=1_000_000, description="maximum number of client connections")
     open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="maximum number of open requests to frontends")
     streams_per_connection_max: int = Field(

@@ -61,6 +61,7 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
+from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 
@@ -102,8 +103,8 @@ class FrontendApp:
             membership: of one of several processes; the parent process then has the port and the registration.
 
         Raises:
-            StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer, or
-                SGLang does not know the configured parsers.
+            StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer,
+                SGLang does not know the configured parsers, or the registry's frontends serve another model.
         """
         async with AsyncExitStack() as stack:
             model = await _open_model(config, stack)
@@ -137,6 +138,8 @@ class FrontendApp:
             tasks.start(stats.keep_looking(), "figures")
             await _serve(server, membership, own, stack)
             await fleet.watch.wait_live()
+            if membership is None:
+                await check_models(config, names.frontend_id, names.address)
             await server.set_serving(True)
             registration = None if membership is not None else await _register(config, names, stack)
             yield cls(config, names.address, metrics, server, admission, fleet, registration)
