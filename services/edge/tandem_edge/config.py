@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from tandem.config import ServiceConfig
 from tandem.discovery.addresses import Addresses, parse_addresses, parse_srv
+from tandem.domain.network_address import split_address
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -163,12 +164,6 @@ def check(config: EdgeConfig) -> None:
         raise ConfigError("api_keys", f"is required to listen on {config.host}; or set insecure_open")
 
 
-def split(address: str) -> tuple[str, int]:
-    """Host, without the brackets of IPv6, and port."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def is_ip(host: str) -> bool:
     """Whether it is an IP address, which needs no DNS lookup."""
     try:
@@ -198,12 +193,12 @@ def _check_sources(config: EdgeConfig) -> None:
                 raise ConfigError(
                     key, f"must be host:port, not {address!r}: Envoy resolves A and AAAA records, not SRV"
                 )
-    hosts = [split(address)[0] for address in config.frontends]
+    hosts = [split_address(address)[0] for address in config.frontends]
     for host in hosts:
         if not is_ip(host) and (not DNS_NAME.fullmatch(host) or re.fullmatch(r"[0-9.]+", host)):
             raise ConfigError("frontends", f"{host!r} is neither an IP address nor a DNS name")
     if config.dns_server is not None:
-        if not is_ip(split(config.dns_server)[0]):
+        if not is_ip(split_address(config.dns_server)[0]):
             raise ConfigError(
                 "dns_server",
                 f"must be IP:port, not {config.dns_server!r}: a name cannot be resolved without a DNS server",

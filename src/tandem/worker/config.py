@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
+from tandem.domain.network_address import is_any_host
 from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
+from tandem.errors import ConfigError
 
 
 def _parse_extra(value: Any) -> Any:
@@ -96,6 +98,17 @@ class WorkerConfig(AdminConfig):
         default_factory=dict,
         description="further arguments of the engine: SGLang's ServerArgs, or options of the simulated engine",
     )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        """Reject a worker that no caller can find, before it loads a model for minutes."""
+        if is_any_host(self.reachable_host):
+            raise ConfigError(
+                "advertise_host",
+                f"must be the address or name of this host for the others, not {self.reachable_host}, "
+                "which stands for every address",
+            )
+        return self
 
     @property
     def served_name(self) -> str:
