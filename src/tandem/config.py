@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tandem import config_errors
+from tandem import __version__, config_errors
 from tandem.domain.limits import PORT_MAX
 from tandem.domain.network_address import checked_host
 from tandem.errors import ConfigError
@@ -182,6 +182,7 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
         f"{variable_prefix(program)}<KEY>.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
         explanation = config_errors.explanation(field).replace("%", "%%")
