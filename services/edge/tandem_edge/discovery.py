@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tandem.discovery.watches import FrontendWatch
 from tandem.domain.frontend import Frontend
+from tandem.domain.network_address import split_address
 from tandem.domain.worker import WorkerState
-from tandem_edge.config import split
-from tandem_edge.dns import Names
+from tandem_edge.dns import Families, Names
 from tandem_edge.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class Discovery:
         """`refresh_s` is the time between two DNS lookups of a frontend's name."""
         self._watch = watch
         self._names = names
+        self._families = Families()
         self._refresh_s = refresh_s
         self._published: tuple[Endpoint, ...] = ()
         self._model: str | None = None
@@ -110,8 +111,11 @@ class Discovery:
 
     async def _endpoints(self) -> tuple[Endpoint, ...]:
         frontends = self._of_one_model(self._watch.frontends())
-        addresses = await self._names.addresses({split(frontend.address)[0] for frontend in frontends})
-        return endpoints_of(frontends, addresses)
+        places = {split_address(frontend.address) for frontend in frontends}
+        known = await self._names.addresses({host for host, _ in places})
+        self._families.keep_only({(tuple(known[host]), port) for host, port in places})
+        chosen = [self._families.reachable(known[host], port) for host, port in places]
+        return endpoints_of(frontends, dict(zip(places, await asyncio.gather(*chosen), strict=True)))
 
 
 def one_model(frontends: Sequence[Frontend], current: str | None) -> str | None:
@@ -124,12 +128,14 @@ def one_model(frontends: Sequence[Frontend], current: str | None) -> str | None:
     return min(serving, key=lambda frontend: frontend.epoch).model if serving else current
 
 
-def endpoints_of(frontends: Iterable[Frontend], addresses: Mapping[str, Sequence[str]]) -> tuple[Endpoint, ...]:
+def endpoints_of(
+    frontends: Iterable[Frontend], addresses: Mapping[tuple[str, int], Sequence[str]]
+) -> tuple[Endpoint, ...]:
     """Sorted endpoints without duplicates; an address of several frontends is draining only if all of them are."""
     draining: dict[tuple[str, int], bool] = {}
     for frontend in frontends:
-        host, port = split(frontend.address)
-        for address in addresses[host]:
+        host, port = split_address(frontend.address)
+        for address in addresses[host, port]:
             drains = frontend.state is WorkerState.DRAINING
             draining[address, port] = draining.get((address, port), True) and drains
     return tuple(sorted(Endpoint(host, port, is_draining) for (host, port), is_draining in draining.items()))

@@ -24,7 +24,9 @@ from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServi
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.clock import epoch_now, monotonic
 from tandem.discovery import Registration
+from tandem.discovery.advertised import log_doubts
 from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.observability.cpu_profile import CpuProfiler
 from tandem.observability.logs import log_request
@@ -198,7 +200,7 @@ class _Names:
         if membership is not None:
             identity = membership.identity
             return cls(identity.address, identity.frontend_id, identity.instance)
-        address = f"{config.reachable_host}:{port}"
+        address = join_address(config.reachable_host, port)
         frontend_id = config.frontend_id or default_frontend_id(address)
         return cls(address, frontend_id, frontend_id)
 
@@ -317,5 +319,6 @@ async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack
     )
     registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
     stack.push_async_callback(registration.close)
+    await log_doubts(frontend.address, config.registry)
     await registration.start()
     return registration

@@ -22,7 +22,9 @@ from google.protobuf.json_format import MessageToDict
 import tandem
 from tandem.clock import epoch_now
 from tandem.discovery import Registration
+from tandem.discovery.advertised import log_doubts
 from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.errors import StartError
 from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
@@ -66,7 +68,7 @@ class FrontendParent:
         async with AsyncExitStack() as stack:
             listener = _listen(config)
             stack.callback(listener.close)
-            address = f"{config.reachable_host}:{listener.port}"
+            address = join_address(config.reachable_host, listener.port)
             frontend_id = config.frontend_id or default_frontend_id(address)
             directory = run_directory.make_inside(DIRECTORY_PREFIX)
             stack.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
@@ -93,6 +95,7 @@ class FrontendParent:
             await check_models(config, frontend_id, address)
             registration = _registration(config, frontend_id, address)
             stack.push_async_callback(registration.close)
+            await log_doubts(address, config.registry)
             await registration.start()
             yield cls(address, metrics, prefork, registration)
 
@@ -126,7 +129,7 @@ def _listen(config: FrontendConfig) -> Listener:
     try:
         listener = Listener(host, port)
     except OSError:
-        raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+        raise StartError(f"cannot listen on {join_address(host, port)}: the port is in use or not allowed") from None
     if config.tls is None:
         warn_of_plaintext(host)
     return listener
