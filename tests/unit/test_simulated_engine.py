@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tandem.domain.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
+from tandem.domain.kv_blocks import block_hashes
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
@@ -90,14 +91,34 @@ async def test_kv_events_follow_the_cache(model_path: Path) -> None:
     async with running(model_path, AGGREGATED) as engine:
         await collect(engine, request())
         assert await engine.flush_cache()
-        events = engine.kv_events(1)
+        events = engine.kv_cache().events(1)
         stored, cleared = await anext(events), await anext(events)
-        assert (stored.kind, stored.sequence, stored.token_ids[:32]) == ("stored", 1, PROMPT[:32])
+        assert (stored.kind, stored.sequence, tuple(stored.token_ids[:32])) == ("stored", 1, PROMPT[:32])
+        assert list(stored.block_hashes) == block_hashes(stored.token_ids, 16)
         assert (cleared.kind, cleared.sequence) == ("cleared", 2)
     for role, options in ((DECODE, {}), (AGGREGATED, {"kv_events": False}), (AGGREGATED, {"prefix_cache": False})):
         async with running(model_path, role, **options) as engine:
             with pytest.raises(NotSupported):
-                engine.kv_events(1)
+                engine.kv_cache()
+
+
+async def test_decode_with_a_prefix_cache_receives_only_the_rest(model_path: Path) -> None:
+    async with running(model_path, PREFILL) as prefill, running(model_path, DECODE, decode_prefix_cache=True) as decode:
+        moved, cached = [], []
+        longer = (*PROMPT[:32], *range(100, 120))
+        for prompt in (PROMPT, PROMPT, longer):
+            where = room(prefill)
+            legs = (collect(engine, request(prompt, bootstrap=where)) for engine in (prefill, decode))
+            (_, sent), (_, received) = await asyncio.gather(*legs)
+            assert sent.timings is not None
+            assert received.timings is not None
+            assert sent.timings.kv_transfer_bytes == received.timings.kv_transfer_bytes
+            moved.append((received.timings.kv_transfer_bytes or 0) // (16 * 512))
+            cached.append(received.cached_tokens)
+        pages = -(-len(PROMPT) // 16)
+        assert (moved, cached) == ([pages, pages - 2, 2], [0, 32, 32])
+        found = await decode.read_kv_cache()
+        assert set(found.block_hashes) == set(decode.kv_cache().snapshot().block_hashes) >= {*block_hashes(longer, 16)}
 
 
 async def test_flush_is_refused_while_a_request_runs(model_path: Path) -> None:

@@ -38,8 +38,8 @@ class BlockHashes:
         if block_size_tokens < 1:
             raise ValueError(f"a block has at least 1 token, not {block_size_tokens}")
         self._block_size_tokens = block_size_tokens
-        self._digest = sha256(_SALT_TAG + cache_salt.encode()).digest() if cache_salt else b""
-        self._seed = None if lora is None else _lora_seed(lora)
+        self._digest = first_digest(cache_salt)
+        self._lora = lora
         self._hashes: list[int] = []
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
@@ -51,23 +51,10 @@ class BlockHashes:
         known, size = len(self._hashes), self._block_size_tokens
         count = len(token_ids) // size
         if count > known:
-            self._hashes += self._extend(_packed(token_ids[known * size : count * size]))
-            return self._hashes[:]
+            digests = chain(self._digest, token_ids[known * size : count * size], size)
+            self._digest = digests[-1]
+            self._hashes += hashes_of(digests, self._lora)
         return self._hashes[:count]
-
-    def _extend(self, content: bytes) -> list[int]:
-        """Hash full blocks, given as packed ids."""
-        step, digest, short = self._block_size_tokens * 4, self._digest, []
-        for start in range(0, len(content), step):
-            digest = sha256(digest + content[start : start + step]).digest()
-            short.append(digest[:_HASH_BYTES])
-        self._digest = digest
-        if self._seed is not None:
-            short = [sha256(self._seed + one).digest()[:_HASH_BYTES] for one in short]
-        hashes = array("q", b"".join(short))
-        if sys.byteorder == "little":
-            hashes.byteswap()
-        return hashes.tolist()
 
 
 def block_hashes(
@@ -82,11 +69,37 @@ def block_hashes(
     return BlockHashes(block_size_tokens, cache_salt, lora).of(token_ids)
 
 
-def _packed(token_ids: Sequence[int]) -> bytes:
+def first_digest(cache_salt: str | None) -> bytes:
+    """What stands for the digest before the first block."""
+    return sha256(_SALT_TAG + cache_salt.encode()).digest() if cache_salt else b""
+
+
+def chain(before: bytes, token_ids: Sequence[int], block_size_tokens: int) -> list[bytes]:
+    """Digests of full blocks that follow the block with the digest `before`.
+
+    Raises:
+        OverflowError: a token id is negative or does not fit in 32 bits.
+    """
     ids = array("I", token_ids)
     if sys.byteorder == "big":
         ids.byteswap()
-    return ids.tobytes()
+    content, step, digests = ids.tobytes(), block_size_tokens * ids.itemsize, []
+    for start in range(0, len(content), step):
+        before = sha256(before + content[start : start + step]).digest()
+        digests.append(before)
+    return digests
+
+
+def hashes_of(digests: Sequence[bytes], lora: str | None = None) -> list[int]:
+    """Hashes of blocks by their digests."""
+    short = [digest[:_HASH_BYTES] for digest in digests]
+    if lora is not None:
+        seed = _lora_seed(lora)
+        short = [sha256(seed + one).digest()[:_HASH_BYTES] for one in short]
+    hashes = array("q", b"".join(short))
+    if sys.byteorder == "little":
+        hashes.byteswap()
+    return hashes.tolist()
 
 
 def _lora_seed(lora: str) -> bytes:

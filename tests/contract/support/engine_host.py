@@ -17,7 +17,7 @@ import psutil
 
 from tandem.domain.generation import EngineRequest
 from tandem.engine.factory import create_engine
-from tandem.engine.port import Engine, KvEvent
+from tandem.engine.port import Engine, KvEvent, KvSnapshot, KvUnknown
 from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.errors import TandemError
@@ -43,6 +43,8 @@ class Host:
             "wait_failed": self._engine.wait_failed,
             "describe": self._describe,
             "kv_events": self._kv_events,
+            "kv_cache": self._kv_cache,
+            "read_kv_cache": self._engine.read_kv_cache,
             "children": self._children,
             "cancel": self._cancel,
         }
@@ -83,11 +85,18 @@ class Host:
 
     async def _kv_events(self, from_sequence: int, count: int) -> list[KvEvent]:
         events: list[KvEvent] = []
-        async for event in self._engine.kv_events(from_sequence):
+        async for event in self._engine.kv_cache().events(from_sequence):
             events.append(event)
             if len(events) == count:
                 break
         return events
+
+    async def _kv_cache(self) -> KvSnapshot | KvUnknown:
+        """What the mirror holds now."""
+        async for update in self._engine.kv_cache().follow():
+            assert not isinstance(update, KvEvent)
+            return update
+        raise AssertionError("following a cache ended")
 
     async def _children(self) -> list[tuple[int, str]]:
         return [(child.pid, child.name()) for child in psutil.Process().children(recursive=True)]

@@ -60,6 +60,8 @@ class Options:
     """Decode: memory reserved per request beyond its prompt; at most an eighth of the KV memory."""
     prefix_cache: bool = True
     """Whether the KV of finished prompts is kept for prompts that begin alike."""
+    decode_prefix_cache: bool = False
+    """Decode: whether the KV of finished requests is kept too; then only the rest of a prompt is transferred."""
     kv_events: bool = True
     """Whether the engine reports pages that enter or leave the prefix cache."""
 
@@ -173,6 +175,7 @@ _RULES = {
     "new_token_ratio": _FRACTION,
     "reserved_decode_tokens": _WHOLE_FROM_0,
     "prefix_cache": _FLAG,
+    "decode_prefix_cache": _FLAG,
     "kv_events": _FLAG,
     "bootstrap_advertised_port": _PORT,
     "eos_after_tokens": _WHOLE_FROM_1,
