@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
@@ -21,8 +21,8 @@ SNAPSHOT_BLOCKS_MAX = 65_536
 class Describe:
     """Converts what one stream of WatchKvEvents reads."""
 
-    epoch: int
-    """The worker's."""
+    epoch: Callable[[], int]
+    """The worker's current one: it changes when the worker was paused, and the engine's cache stays."""
     block_size_tokens: int
     with_token_ids: bool
 
@@ -38,7 +38,7 @@ class Describe:
     def _snapshot(self, snapshot: KvSnapshot) -> Iterator[pb.WatchKvEventsResponse]:
         sequence, hashes = snapshot.sequence, snapshot.block_hashes
         cache = pb.KvCacheDescription(
-            epoch=self.epoch,
+            epoch=self.epoch(),
             block_size_tokens=self.block_size_tokens,
             hash_rule=HASH_RULE,
             blocks=len(hashes),

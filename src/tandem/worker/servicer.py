@@ -68,7 +68,7 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         cache = self._engine.kv_cache()
         updates: Any = cache.follow() if request.snapshot else cache.events(from_sequence)
         describe = kv_messages.Describe(
-            epoch=self._identity.current().epoch,
+            epoch=lambda: self._identity.current().epoch,
             block_size_tokens=cache.block_size_tokens,
             with_token_ids=request.include_token_ids,
         )
