@@ -44,6 +44,7 @@ class Host:
             "describe": self._describe,
             "kv_events": self._kv_events,
             "kv_cache": self._kv_cache,
+            "kv_sequence": self._kv_sequence,
             "read_kv_cache": self._engine.read_kv_cache,
             "children": self._children,
             "cancel": self._cancel,
@@ -90,6 +91,11 @@ class Host:
             if len(events) == count:
                 break
         return events
+
+    async def _kv_sequence(self) -> int:
+        """Number of the last event, after all that the engine has published."""
+        await self._engine.read_kv_cache()
+        return (await self._kv_cache()).sequence
 
     async def _kv_cache(self) -> KvSnapshot | KvUnknown:
         """What the mirror holds now."""
