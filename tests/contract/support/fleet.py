@@ -165,6 +165,19 @@ class Fleet:
         settings = dataclasses.replace(plain, kv_capacity_tokens=kv_capacity_tokens, extra=plain.extra | extra)
         return (await self._use_settings("caching", [settings]))[0]
 
+    async def caching_pair(self, page_size_tokens: int) -> Pair:
+        """A pair whose decode engine has a prefix cache."""
+        page, cache = {
+            "simulated": ("page_size_tokens", "decode_prefix_cache"),
+            "sglang": ("page_size", "disaggregation_decode_enable_radix_cache"),
+        }[self.name]
+        prefill, decode = (self._settings(role, "nixl") for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+        wanted = [
+            dataclasses.replace(prefill, extra=prefill.extra | {page: page_size_tokens}),
+            dataclasses.replace(decode, extra=decode.extra | {page: page_size_tokens, cache: True}),
+        ]
+        return Pair(*await self._use_settings("caching pair", wanted))
+
     async def unstarted(self) -> EngineProcess:
         """A process with an engine that was made and never started; the caller closes it."""
         return await EngineProcess.spawn(self.name, self._settings(WorkerRole.AGGREGATED, "nixl"), self._log)
