@@ -153,6 +153,43 @@ async def test_dump_that_does_not_come_is_asked_for_again() -> None:
         await assert_contents(engine, mirror)
 
 
+async def test_beginning_that_the_replay_has_dropped_is_noticed_in_a_quiet_time() -> None:
+    async with publisher(kept=1) as engine:
+        await engine.publish(stored(PROMPT))
+        await engine.publish(stored([*PROMPT, 1, 2, 3, 4], after=10))
+        async with following(engine, quiet_s=0.1) as (_, mirror):
+            await assert_contents(engine, mirror)
+            assert len(engine.cached) == 11
+
+
+async def test_lost_dump_is_asked_for_again_in_the_midst_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_follower, "ANSWER_TIMEOUT_S", 0.1)
+    async with publisher(kept=1) as engine, following(engine) as (_, mirror):
+        await subscribed(engine, mirror)
+        engine.answers = False
+        for salt in "ab":
+            await engine.publish(stored(PROMPT, cache_salt=salt), drop=True)
+        async with asyncio.timeout(10):
+            while len(engine.asked) < 2:
+                await engine.publish(stored(PROMPT, cache_salt="c"))
+                await asyncio.sleep(0.02)
+        engine.answers = True
+        async with asyncio.timeout(10):
+            while not mirror.is_known:
+                await engine.publish(stored(PROMPT, cache_salt="d"))
+                await asyncio.sleep(0.02)
+        await assert_contents(engine, mirror)
+
+
+async def test_failure_of_the_follower_leaves_nothing_to_believe(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with publisher() as engine, following(engine) as (_, mirror):
+        await subscribed(engine, mirror)
+        monkeypatch.setattr(EventReader, "apply", lambda *_: 1 / 0)
+        await engine.publish(CLEARED)
+        assert "following them failed" in await asyncio.wait_for(mirror.wait_refused(), 10)
+        assert not mirror.is_known
+
+
 async def test_contents_are_read_in_order_with_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
     async with publisher() as engine, following(engine) as (follower, mirror):
         await subscribed(engine, mirror)

@@ -12,7 +12,8 @@ import asyncio
 import itertools
 import logging
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class KvFollower:
         self._numbers = itertools.count(1)
         self._repair: int | None = None
         """Number of the dump that ends the present gap; None without one."""
+        self._asked_s = 0.0
+        """When that dump was asked for."""
+        self._clock = asyncio.get_running_loop().time
         self._dumps: dict[int, asyncio.Future[KvSnapshot]] = {}
 
     async def run(self) -> None:
@@ -65,6 +69,9 @@ class KvFollower:
             await self._follow(socket)
         except Refused as refused:
             self._mirror.refuse(str(refused))
+        except Exception:  # without a follower the mirror would be wrong from now on, and must not be believed
+            log.exception("following the engine's KV events failed")
+            self._mirror.refuse("following them failed; see the log lines above")
         finally:
             socket.close(linger=0)
             for waiting in self._dumps.values():
@@ -93,13 +100,17 @@ class KvFollower:
         # Messages from before the subscription.
         await self._catch_up()
         while True:
-            if await socket.poll(self._quiet_ms):
+            has_message = await socket.poll(self._quiet_ms)
+            if has_message:
                 _, sequence, payload = await socket.recv_multipart()
                 await self._take(int.from_bytes(sequence, "big"), payload)
-            elif self._repair is not None:
+            if self._repair is not None:
+                # A dump can be lost too.
+                if not has_message or self._clock() > self._asked_s + ANSWER_TIMEOUT_S:
+                    await self._ask_repair()
+            elif not has_message and not await self._catch_up():
+                self._mirror.lost()
                 await self._ask_repair()
-            else:
-                await self._catch_up()
 
     async def _take(self, sequence: int, payload: bytes) -> None:
         if sequence < self._next:
@@ -113,20 +124,22 @@ class KvFollower:
         """Messages before this one are missing: get them from the replay, or else have the cache dumped."""
         log.warning("lost the KV events %d to %d of the engine; repairing", self._next, sequence - 1)
         self._mirror.lost()
-        await self._catch_up()
-        if self._next >= sequence:
+        if await self._catch_up() and self._next >= sequence:
             self._mirror.repaired()
         else:
             await self._ask_repair()
 
-    async def _catch_up(self) -> None:
-        """Apply the messages that the replay socket has from the next one on, as far as none is missing."""
-        async for sequence, payload in self._replay():
-            if sequence == self._next:
+    async def _catch_up(self) -> bool:
+        """Apply the messages that the replay socket has from the next one on; returns whether it had all of them."""
+        async with aclosing(self._replay()) as messages:
+            async for sequence, payload in messages:
+                if sequence > self._next:
+                    return False
                 self._apply(sequence, payload)
+        return True
 
     async def _ask_repair(self) -> None:
-        self._repair = next(self._numbers)
+        self._repair, self._asked_s = next(self._numbers), self._clock()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._ask_dump(self._repair)
@@ -149,7 +162,7 @@ class KvFollower:
             hashes = array("q", dump["block_hashes"])
             waiting.set_result(KvSnapshot(sequence=self._mirror.sequence, block_hashes=hashes))
 
-    async def _replay(self) -> AsyncIterator[tuple[int, bytes]]:
+    async def _replay(self) -> AsyncGenerator[tuple[int, bytes]]:
         """The messages that SGLang still has, from the next one on; ends early where it does not answer."""
         # A socket for each replay: a late answer to an earlier one cannot be taken for this one's.
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
