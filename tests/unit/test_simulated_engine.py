@@ -10,6 +10,7 @@ import pytest
 
 from tandem.domain.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
 from tandem.domain.kv_blocks import block_hashes
+from tandem.engine.port import KvEvent, KvSnapshot, KvUnknown
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
@@ -100,6 +101,25 @@ async def test_kv_events_follow_the_cache(model_path: Path) -> None:
         async with running(model_path, role, **options) as engine:
             with pytest.raises(NotSupported):
                 engine.kv_cache()
+
+
+async def test_lost_kv_events_are_noticed_and_repaired(model_path: Path) -> None:
+    async with running(model_path, AGGREGATED, kv_event_loss=0.3, kv_capacity_tokens=256) as engine:
+        mirror, kinds = engine.kv_cache(), set()
+
+        async def watch() -> None:
+            async for update in mirror.follow():
+                kinds.add(type(update))
+
+        watching = asyncio.create_task(watch())
+        for begin in range(20):
+            await collect(engine, request(tuple(range(begin, begin + 50))))
+        own = set((await engine.read_kv_cache()).block_hashes)
+        await assert_eventually(
+            lambda: (mirror.is_known, set(mirror.snapshot().block_hashes)), lambda seen: seen == (True, own)
+        )
+        watching.cancel()
+        assert kinds == {KvSnapshot, KvEvent, KvUnknown}, "losses were announced, and repaired by new snapshots"
 
 
 async def test_decode_with_a_prefix_cache_receives_only_the_rest(model_path: Path) -> None:

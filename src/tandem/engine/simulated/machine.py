@@ -13,10 +13,10 @@ from functools import partial
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason
 from tandem.domain.kv_blocks import BlockHashes
 from tandem.domain.worker import Capabilities, WorkerRole
-from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.port import Output
 from tandem.engine.simulated.faults import EngineCrashed, FaultInjected, Faults
 from tandem.engine.simulated.handover import HandOver
+from tandem.engine.simulated.kv_loss import LossyMirror
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.network import Network
@@ -44,7 +44,11 @@ class Machine:
         # As in SGLang, a decode engine has a prefix cache only where an option says so: it receives all its KV.
         caches = options.decode_prefix_cache if role is WorkerRole.DECODE else options.prefix_cache
         page = capabilities.page_size_tokens
-        self.kv_mirror = KvCacheMirror(page) if caches and options.kv_events else None
+        self.kv_mirror: LossyMirror | None = None
+        if caches and options.kv_events:
+            self.kv_mirror = LossyMirror(
+                page, options.kv_event_loss, seed, clock.sleep, lambda: self.pool.cached_names()
+            )
         self.pool = KvPool(capabilities.kv_capacity_tokens, page, prefix_cache=caches, mirror=self.kv_mirror)
         self.scheduler = Scheduler(role, self.pool, options, capabilities.running_requests_max)
         self.faults = Faults(
@@ -261,6 +265,8 @@ class Machine:
         for task in ending:
             if task.get_name() != "simulated-engine-death":
                 task.cancel()
+        if self.kv_mirror is not None:
+            self.kv_mirror.close()
         await asyncio.gather(*ending, *self._leg_tasks, return_exceptions=True)
         await self._hand_over.server.stop()
 

@@ -64,6 +64,8 @@ class Options:
     """Decode: whether the KV of finished requests is kept too; then only the rest of a prompt is transferred."""
     kv_events: bool = True
     """Whether the engine reports pages that enter or leave the prefix cache."""
+    kv_event_loss: float = 0.0
+    """Fraction of these reports that are lost before the worker reads them; noticed and repaired as on SGLang."""
 
     bootstrap_timeout_s: float = 3600.0
     """How long a prefill leg waits for the decode leg to connect, which needs memory first."""
@@ -177,6 +179,7 @@ _RULES = {
     "prefix_cache": _FLAG,
     "decode_prefix_cache": _FLAG,
     "kv_events": _FLAG,
+    "kv_event_loss": _FRACTION,
     "bootstrap_advertised_port": _PORT,
     "eos_after_tokens": _WHOLE_FROM_1,
     "eos_chance": _FRACTION,
