@@ -84,7 +84,7 @@ class KvCacheMirror:
         self._add("cleared")
 
     def lost(self) -> None:
-        """Events are missing: readers learn that the contents are unknown. Later events still change the contents."""
+        """Events are missing: followers read that the contents are unknown. Later events still change them."""
         self._known = False
         # One number stands for the missing events, so that readers of events see a gap.
         self._skip()
@@ -155,9 +155,6 @@ class KvCacheMirror:
     def _add(
         self, kind: str, block_hashes: Sequence[int] = (), parent: int | None = None, token_ids: Sequence[int] = ()
     ) -> None:
-        if not self._known:
-            self._skip()
-            return
         self._last += 1
         self._log[self._last] = KvEvent(
             sequence=self._last,

@@ -113,10 +113,9 @@ class KvFollower:
                 await self._ask_repair()
 
     async def _take(self, sequence: int, payload: bytes) -> None:
-        if sequence < self._next:
-            return
         if sequence > self._next and self._repair is None:
             await self._close_gap(sequence)
+        # Those before have come from a replay already.
         if sequence >= self._next:
             self._apply(sequence, payload)
 
