@@ -13,7 +13,7 @@ from tandem.domain.kv_blocks import block_hashes
 from tandem.domain.worker import WorkerRole
 from tandem.engine.port import KvEvent
 from tandem.testing.eventually import assert_eventually
-from tests.contract.support.engine_process import EngineProcess
+from tests.contract.support.engine_process import EngineProcess, RemoteError
 from tests.contract.support.fleet import Fleet, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
@@ -147,3 +147,21 @@ async def test_mirror_equals_the_engine_after_a_random_workload(engine: EnginePr
     cached = await cached_of(engine)
     assert cached
     assert len(cached) * PAGE <= engine.capabilities.kv_capacity_tokens
+
+
+@pytest.mark.parametrize("replays", [True, False])
+async def test_lost_messages_are_repaired(engine: EngineProcess, fleet: Fleet, replays: bool) -> None:
+    if fleet.name == "simulated":
+        pytest.skip("loses its events by an option, see tests/unit/test_simulated_engine.py")
+    await flushed(engine)
+    begin = await next_sequence(engine)
+    await engine.call("drop_kv_messages", 2, replays)
+    size = engine.capabilities.vocabulary_size
+    expected: set[int] = set()
+    for seed in (31, 32, 33):
+        expected |= set(block_hashes(await run(engine, prompt_of(200, size, seed=seed)), PAGE))
+    assert await cached_of(engine) == expected
+    if not replays:
+        with pytest.raises(RemoteError, match=f"{begin} is no longer kept"):
+            await engine.kv_events(begin, 1)
+    await engine.call("drop_kv_messages", 0, True)

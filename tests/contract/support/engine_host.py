@@ -7,10 +7,11 @@ Run by `engine_process.EngineProcess`; knows nothing of tests.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import psutil
@@ -45,6 +46,7 @@ class Host:
             "kv_events": self._kv_events,
             "kv_cache": self._kv_cache,
             "kv_sequence": self._kv_sequence,
+            "drop_kv_messages": self._drop_kv_messages,
             "read_kv_cache": self._engine.read_kv_cache,
             "children": self._children,
             "cancel": self._cancel,
@@ -96,6 +98,24 @@ class Host:
         """Number of the last event, after all that the engine has published."""
         await self._engine.read_kv_cache()
         return (await self._kv_cache()).sequence
+
+    async def _drop_kv_messages(self, count: int, replays: bool) -> None:
+        """SGLang: lose the next messages, as its event socket may; without `replays`, its replay socket has none."""
+        follower: Any = self._engine._kv_follower  # type: ignore[attr-defined]
+        left = itertools.count(count, -1)
+
+        async def take(sequence: int, payload: bytes) -> None:
+            if next(left) <= 0:
+                await type(follower)._take(follower, sequence, payload)
+
+        async def replay() -> AsyncGenerator[tuple[int, bytes]]:
+            return
+            yield
+
+        follower.__dict__.pop("_replay", None)
+        follower._take = take
+        if not replays:
+            follower._replay = replay
 
     async def _kv_cache(self) -> KvSnapshot | KvUnknown:
         """What the mirror holds now."""
