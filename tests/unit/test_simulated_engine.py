@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from tandem.domain.generation import Bootstrap, EngineRequest, FinishReason, Guided, Sampling, Stopping
+from tandem.domain.kv_blocks import block_hashes
+from tandem.engine.port import KvEvent, KvSnapshot, KvUnknown
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, NotSupported, StartError
@@ -90,14 +92,53 @@ async def test_kv_events_follow_the_cache(model_path: Path) -> None:
     async with running(model_path, AGGREGATED) as engine:
         await collect(engine, request())
         assert await engine.flush_cache()
-        events = engine.kv_events(1)
+        events = engine.kv_cache().events(1)
         stored, cleared = await anext(events), await anext(events)
-        assert (stored.kind, stored.sequence, stored.token_ids[:32]) == ("stored", 1, PROMPT[:32])
+        assert (stored.kind, stored.sequence, tuple(stored.token_ids[:32])) == ("stored", 1, PROMPT[:32])
+        assert list(stored.block_hashes) == block_hashes(stored.token_ids, 16)
         assert (cleared.kind, cleared.sequence) == ("cleared", 2)
     for role, options in ((DECODE, {}), (AGGREGATED, {"kv_events": False}), (AGGREGATED, {"prefix_cache": False})):
         async with running(model_path, role, **options) as engine:
             with pytest.raises(NotSupported):
-                engine.kv_events(1)
+                engine.kv_cache()
+
+
+async def test_lost_kv_events_are_noticed_and_repaired(model_path: Path) -> None:
+    async with running(model_path, AGGREGATED, kv_event_loss=0.3, kv_capacity_tokens=256) as engine:
+        mirror, kinds = engine.kv_cache(), set()
+
+        async def watch() -> None:
+            async for update in mirror.follow():
+                kinds.add(type(update))
+
+        watching = asyncio.create_task(watch())
+        for begin in range(20):
+            await collect(engine, request(tuple(range(begin, begin + 50))))
+        own = set((await engine.read_kv_cache()).block_hashes)
+        await assert_eventually(
+            lambda: (mirror.is_known, set(mirror.snapshot().block_hashes)), lambda seen: seen == (True, own)
+        )
+        watching.cancel()
+        assert kinds == {KvSnapshot, KvEvent, KvUnknown}, "losses were announced, and repaired by new snapshots"
+
+
+async def test_decode_with_a_prefix_cache_receives_only_the_rest(model_path: Path) -> None:
+    async with running(model_path, PREFILL) as prefill, running(model_path, DECODE, decode_prefix_cache=True) as decode:
+        moved, cached = [], []
+        longer = (*PROMPT[:32], *range(100, 120))
+        for prompt in (PROMPT, PROMPT, longer):
+            where = room(prefill)
+            legs = (collect(engine, request(prompt, bootstrap=where)) for engine in (prefill, decode))
+            (_, sent), (_, received) = await asyncio.gather(*legs)
+            assert sent.timings is not None
+            assert received.timings is not None
+            assert sent.timings.kv_transfer_bytes == received.timings.kv_transfer_bytes
+            moved.append((received.timings.kv_transfer_bytes or 0) // (16 * 512))
+            cached.append(received.cached_tokens)
+        pages = -(-len(PROMPT) // 16)
+        assert (moved, cached) == ([pages, pages - 2, 2], [0, 32, 32])
+        found = await decode.read_kv_cache()
+        assert set(found.block_hashes) == set(decode.kv_cache().snapshot().block_hashes) >= {*block_hashes(longer, 16)}
 
 
 async def test_flush_is_refused_while_a_request_runs(model_path: Path) -> None:

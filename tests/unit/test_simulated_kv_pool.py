@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
+from tandem.domain.kv_blocks import block_hashes
+from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.port import KvEvent
-from tandem.engine.simulated.kv_events import KvEventLog
-from tandem.engine.simulated.kv_pool import KvLease, KvPool, PageNames, page_names
+from tandem.engine.simulated.kv_pool import KvLease, KvPool
 from tests.unit.support.examples import examples
 from tests.unit.support.simulated_legs import PAGE
 
@@ -27,13 +27,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log = KvEventLog(PAGE)
-        self.pool = KvPool(CAPACITY_PAGES * PAGE, PAGE, log=self.log)
+        self.log = KvCacheMirror(PAGE)
+        self.pool = KvPool(CAPACITY_PAGES * PAGE, PAGE, mirror=self.log)
         self.live: list[KvLease] = []
 
     @rule(target=leases, sequence=st.lists(st.integers(0, 1), min_size=1, max_size=50))
     def open(self, sequence: list[int]) -> Held:
-        names = page_names(sequence[:-1], PAGE)
+        names = block_hashes(sequence[:-1], PAGE)
         lease = self.pool.open(names)
         assert lease.cached_tokens == self.pool.cached_pages(names) * PAGE < len(sequence)
         self.live.append(lease)
@@ -62,7 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
     def checkpoint(self, held: Held) -> None:
         lease, sequence = held
         pages = min(lease.pages, len(sequence) // PAGE)
-        self.pool.checkpoint(lease, page_names(sequence, PAGE)[:pages], sequence)
+        self.pool.checkpoint(lease, block_hashes(sequence, PAGE)[:pages], sequence)
         assert len(lease.shared) == pages
 
     @rule(held=leases, moving=st.booleans())
@@ -102,12 +102,13 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def events_tell_the_cache(self) -> None:
         known: set[int] = set()
-        events = list(self.log._events)
+        events = list(self.log._log.values())
         for place, event in enumerate(events):
             assert event.sequence == events[0].sequence + place
             apply(event, known)
         if events and events[0].sequence == 1:
             assert known == set(self.pool._tree)
+        assert set(self.log.snapshot().block_hashes) == set(self.pool._tree)
 
 
 def apply(event: KvEvent, known: set[int]) -> None:
@@ -128,7 +129,7 @@ TestPool.settings = settings(max_examples=examples(120), stateful_step_count=40,
 
 def used(pool: KvPool, sequence: list[int], salt: str | None = None) -> KvLease:
     """A lease that computed a whole sequence and is still open."""
-    names = page_names(sequence, PAGE, salt)
+    names = block_hashes(sequence, PAGE, salt)
     lease = pool.open(names[: (len(sequence) - 1) // PAGE])
     assert pool.grow(lease, len(sequence))
     pool.checkpoint(lease, names, sequence)
@@ -159,14 +160,14 @@ def test_least_recently_used_goes_first() -> None:
     big = pool.open()
     assert pool.grow(big, 16)
     pool.close(big)
-    assert [pool.cached_pages(page_names(prompt, PAGE)) for prompt in (old, new)] == [2, 0]
+    assert [pool.cached_pages(block_hashes(prompt, PAGE)) for prompt in (old, new)] == [2, 0]
 
 
 def test_a_branch_is_evicted_from_its_end() -> None:
     pool = KvPool(4 * PAGE, PAGE)
     pool.close(used(pool, list(range(16))))
     assert pool.grow(pool.open(), 2 * PAGE)
-    assert pool.cached_pages(page_names(list(range(16)), PAGE)) == 2
+    assert pool.cached_pages(block_hashes(list(range(16)), PAGE)) == 2
 
 
 def test_two_legs_that_computed_the_same_hold_it_once() -> None:
@@ -177,7 +178,7 @@ def test_two_legs_that_computed_the_same_hold_it_once() -> None:
         assert pool.grow(lease, 8)
     assert pool.account().lent == 4
     for lease in leases:
-        pool.checkpoint(lease, page_names(prompt, PAGE), prompt)
+        pool.checkpoint(lease, block_hashes(prompt, PAGE), prompt)
     assert pool.account().lent == 2
     pool.close(leases[0])
     assert (pool.account().lent, pool.account().cached) == (2, 0)
@@ -209,32 +210,3 @@ def test_a_page_that_was_lost_is_found_out() -> None:
     lease.private_pages = 1
     with pytest.raises(AssertionError):
         pool.check()
-
-
-@given(st.lists(st.integers(0, 5), max_size=40))
-def test_page_names_depend_on_all_before(tokens: list[int]) -> None:
-    names = page_names(tokens, PAGE)
-    assert len(names) == len(tokens) // PAGE
-    if names:
-        assert page_names([tokens[0] + 1, *tokens[1:]], PAGE)[-1] != names[-1]
-
-
-@given(st.lists(st.integers(0, 5), max_size=40), st.lists(st.integers(0, 40), max_size=6))
-def test_names_of_a_growing_sequence_are_those_of_the_whole(tokens: list[int], lengths: list[int]) -> None:
-    names = PageNames(PAGE)
-    for length in lengths:
-        assert names.of(tokens[:length]) == page_names(tokens[:length], PAGE)
-
-
-async def test_readers_of_events_miss_nothing_and_see_a_gap() -> None:
-    log = KvEventLog(PAGE, kept_max=3)
-    reader = log.read(1)
-    log.removed(1)
-    assert (await anext(reader)).sequence == 1
-    pending = asyncio.ensure_future(anext(reader))
-    await asyncio.sleep(0)
-    log.cleared()
-    assert (await pending).kind == "cleared"
-    for i in range(5):
-        log.removed(i)
-    assert (await anext(reader)).sequence == 5, "events 3 and 4 are no longer kept"

@@ -27,16 +27,66 @@ class BootstrapAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvEvent:
-    """One change of an engine's prefix cache."""
+    """One change of an engine's prefix cache. Blocks are named by `tandem.domain.kv_blocks`."""
 
     sequence: int
     """Contiguous from 1 for each start of the engine; a gap means that events were lost."""
     kind: str
     """"stored", "removed" or "cleared"."""
-    block_hashes: tuple[int, ...] = ()
+    block_hashes: Sequence[int] = ()
     parent_block_hash: int | None = None
-    token_ids: tuple[int, ...] = ()
+    """Of "stored": the block before the first one; None at the start of a sequence."""
+    token_ids: Sequence[int] = ()
+    """Of "stored": the blocks' tokens, in order."""
     block_size_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSnapshot:
+    """The whole contents of an engine's prefix cache after an event."""
+
+    sequence: int
+    """The last event before; 0: none."""
+    block_hashes: Sequence[int]
+    """In no order, each once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvUnknown:
+    """Events were lost: until the next snapshot, the contents of the prefix cache are unknown."""
+
+    sequence: int
+
+
+class KvCache(Protocol):
+    """What a worker knows of its engine's prefix cache, for any number of readers at a time."""
+
+    @property
+    def block_size_tokens(self) -> int:
+        """Tokens in a block."""
+        ...
+
+    def events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
+        """Stream the changes, from a sequence number or (None) from now on, without end.
+
+        A reader that is too slow sees a gap in the sequence numbers.
+
+        Raises:
+            InvalidRequest: events from there on are no longer kept; from the first `anext`.
+        """
+        ...
+
+    def follow(self) -> AsyncIterator[KvSnapshot | KvEvent | KvUnknown]:
+        """Stream a snapshot and then the changes after it, without end.
+
+        After lost events: `KvUnknown`, and a new snapshot when the contents are known again. A reader that is too slow
+        gets a new snapshot too. Of a cache that cannot be followed, `KvUnknown` is all that comes.
+        """
+        ...
+
+    async def wait_refused(self) -> str:
+        """Return one sentence once the engine's events are refused: they are none that this worker understands."""
+        ...
 
 
 class Output(Protocol):
@@ -123,11 +173,22 @@ class Engine(Protocol):
         """Flush the prefix cache. Returns whether it was flushed (an engine with running requests may refuse)."""
         ...
 
-    def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
-        """Stream the changes of the prefix cache, from a sequence number or (None) from now on, without end.
+    def kv_cache(self) -> KvCache:
+        """The prefix cache, as reported by its events. Valid after `start`; the same object each time.
 
         Raises:
-            NotSupported: this engine was started without KV events.
+            NotSupported: this engine was started without KV events, or has no prefix cache.
+        """
+        ...
+
+    async def read_kv_cache(self) -> KvSnapshot:
+        """Ask the engine itself for the contents of its prefix cache: for repairs, and to check `kv_cache`.
+
+        Blocks the engine for some milliseconds. `sequence` is that of `kv_cache` at the same moment.
+
+        Raises:
+            NotSupported: as `kv_cache`.
+            EngineFailed: the engine has died, or did not answer in time.
         """
         ...
 

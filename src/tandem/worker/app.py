@@ -46,6 +46,7 @@ from tandem.service.background import BackgroundTasks
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
+from tandem.worker.kv_messages import log_refusal
 from tandem.worker.legs import Legs
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 from tandem.worker.stats import DroppedMessages, LegStats, WorkerStats
@@ -224,6 +225,7 @@ class WorkerHost:
         legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
         health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._health.report)
         tasks.start(identity.beat(), "heartbeat")
+        tasks.start(log_refusal(self._engine, identity.current().worker_id), "kv-events-refusal")
         tasks.start(health.watch(), "engine-health")
         if self._metrics.is_on:
             leg_metrics = LegMetrics(self._metrics)

@@ -105,6 +105,10 @@ class WorkerConfig(AdminConfig):
         le=3600,
         description="seconds within which a decode worker must have a prompt's KV, its computation included",
     )
+    kv_events: bool = Field(
+        True,
+        description="report the changes of the engine's prefix cache, by which frontends route; where it has one",
+    )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
@@ -181,6 +185,7 @@ class WorkerConfig(AdminConfig):
             transfer_backend=self.transfer_backend,
             ucx=self._ucx(),
             threads=self.threads,
+            kv_events=self.kv_events,
             seed=self.seed,
             # SGLang logs every batch at "info", which would bury the worker's own log.
             log_level=self.log_level if self.log_level != "info" else "warning",

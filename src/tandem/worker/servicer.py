@@ -10,9 +10,10 @@ from typing import Any
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
-from tandem.engine.port import Engine, KvEvent
+from tandem.engine.port import Engine
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import load_figures, present, timestamp, worker_to_proto
+from tandem.worker import kv_messages
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 
@@ -58,14 +59,23 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     async def WatchKvEvents(  # noqa: N802
         self, request: pb.WatchKvEventsRequest, context: Any
     ) -> AsyncIterator[pb.WatchKvEventsResponse]:
-        """Stream the changes of the prefix cache."""
+        """Stream the changes of the prefix cache, or first its contents."""
         from_sequence = present(request, "from_sequence", request.from_sequence)
+        if from_sequence is not None and request.snapshot:
+            raise InvalidRequest("from_sequence", "must be absent together with snapshot")
         if from_sequence is not None and from_sequence < 1:
             raise InvalidRequest("from_sequence", "must be at least 1")
-        events: Any = self._engine.kv_events(from_sequence)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield _kv_event(event)
+        cache = self._engine.kv_cache()
+        updates: Any = cache.follow() if request.snapshot else cache.events(from_sequence)
+        describe = kv_messages.Describe(
+            epoch=lambda: self._identity.current().epoch,
+            block_size_tokens=cache.block_size_tokens,
+            with_token_ids=request.include_token_ids,
+        )
+        async with contextlib.aclosing(updates):
+            async for update in updates:
+                for message in describe.update(update):
+                    yield message
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
         """Abort a request's legs on this worker."""
@@ -100,21 +110,3 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             **load_figures(load),
             **self._counts(),
         )
-
-
-def _kv_event(event: KvEvent) -> pb.WatchKvEventsResponse:
-    response = pb.WatchKvEventsResponse(sequence=event.sequence)
-    if event.kind == "stored":
-        response.stored.CopyFrom(
-            pb.KvBlocksStored(
-                block_hashes=event.block_hashes,
-                parent_block_hash=event.parent_block_hash,
-                token_ids=event.token_ids,
-                block_size_tokens=event.block_size_tokens,
-            )
-        )
-    elif event.kind == "removed":
-        response.removed.CopyFrom(pb.KvBlocksRemoved(block_hashes=event.block_hashes))
-    else:
-        response.cleared.SetInParent()
-    return response

@@ -7,17 +7,18 @@ Run by `engine_process.EngineProcess`; knows nothing of tests.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import psutil
 
 from tandem.domain.generation import EngineRequest
 from tandem.engine.factory import create_engine
-from tandem.engine.port import Engine, KvEvent
+from tandem.engine.port import Engine, KvEvent, KvSnapshot, KvUnknown
 from tandem.engine.pulling import generate
 from tandem.engine.settings import EngineSettings
 from tandem.errors import TandemError
@@ -43,6 +44,10 @@ class Host:
             "wait_failed": self._engine.wait_failed,
             "describe": self._describe,
             "kv_events": self._kv_events,
+            "kv_cache": self._kv_cache,
+            "kv_sequence": self._kv_sequence,
+            "drop_kv_messages": self._drop_kv_messages,
+            "read_kv_cache": self._engine.read_kv_cache,
             "children": self._children,
             "cancel": self._cancel,
         }
@@ -83,11 +88,41 @@ class Host:
 
     async def _kv_events(self, from_sequence: int, count: int) -> list[KvEvent]:
         events: list[KvEvent] = []
-        async for event in self._engine.kv_events(from_sequence):
+        async for event in self._engine.kv_cache().events(from_sequence):
             events.append(event)
             if len(events) == count:
                 break
         return events
+
+    async def _kv_sequence(self) -> int:
+        """Number of the last event, after all that the engine has published."""
+        await self._engine.read_kv_cache()
+        return (await self._kv_cache()).sequence
+
+    async def _drop_kv_messages(self, count: int, replays: bool) -> None:
+        """SGLang: lose the next messages, as its event socket may; without `replays`, its replay socket has none."""
+        follower: Any = self._engine._kv_follower  # type: ignore[attr-defined]
+        left = itertools.count(count, -1)
+
+        async def take(sequence: int, payload: bytes) -> None:
+            if next(left) <= 0:
+                await type(follower)._take(follower, sequence, payload)
+
+        async def replay() -> AsyncGenerator[tuple[int, bytes]]:
+            return
+            yield
+
+        follower.__dict__.pop("_replay", None)
+        follower._take = take
+        if not replays:
+            follower._replay = replay
+
+    async def _kv_cache(self) -> KvSnapshot | KvUnknown:
+        """What the mirror holds now."""
+        async for update in self._engine.kv_cache().follow():
+            assert not isinstance(update, KvEvent)
+            return update
+        raise AssertionError("following a cache ended")
 
     async def _children(self) -> list[tuple[int, str]]:
         return [(child.pid, child.name()) for child in psutil.Process().children(recursive=True)]

@@ -19,7 +19,7 @@ from typing import Any
 import tandem
 from tandem.domain.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
 from tandem.domain.worker import Capabilities, EngineLoad
-from tandem.engine.port import BootstrapAddress, KvEvent
+from tandem.engine.port import BootstrapAddress, KvEvent, KvSnapshot
 from tandem.engine.settings import EngineSettings
 
 HOST = Path(__file__).with_name("engine_host.py")
@@ -175,6 +175,18 @@ class EngineProcess:
     async def kv_events(self, from_sequence: int, count: int) -> list[KvEvent]:
         events: list[KvEvent] = await self.call("kv_events", from_sequence, count)
         return events
+
+    async def kv_cache(self) -> set[int]:
+        """The blocks that the mirror holds, which must be known."""
+        found = await self.call("kv_cache")
+        assert isinstance(found, KvSnapshot), found
+        return set(found.block_hashes)
+
+    async def read_kv_cache(self) -> set[int]:
+        """The blocks that the engine itself has."""
+        found: KvSnapshot = await self.call("read_kv_cache")
+        assert len(set(found.block_hashes)) == len(found.block_hashes)
+        return set(found.block_hashes)
 
     async def children(self) -> list[tuple[int, str]]:
         children: list[tuple[int, str]] = await self.call("children")

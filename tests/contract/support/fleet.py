@@ -7,8 +7,10 @@ one. Also owns the reference, the aggregated engine's tokens for all prompts of 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,25 @@ class Fleet:
             self._drawn = [(await engine.generate(request).all()).token_ids for request in requests]
         return self._drawn
 
+    async def caching(self, role: WorkerRole, kv_capacity_tokens: int, extra: dict[str, Any]) -> EngineProcess:
+        """One engine whose prefix cache is small."""
+        plain = self._settings(role, "nixl")
+        settings = dataclasses.replace(plain, kv_capacity_tokens=kv_capacity_tokens, extra=plain.extra | extra)
+        return (await self._use_settings("caching", [settings]))[0]
+
+    async def caching_pair(self, page_size_tokens: int) -> Pair:
+        """A pair whose decode engine has a prefix cache."""
+        page, cache = {
+            "simulated": ("page_size_tokens", "decode_prefix_cache"),
+            "sglang": ("page_size", "disaggregation_decode_enable_radix_cache"),
+        }[self.name]
+        prefill, decode = (self._settings(role, "nixl") for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+        wanted = [
+            dataclasses.replace(prefill, extra=prefill.extra | {page: page_size_tokens}),
+            dataclasses.replace(decode, extra=decode.extra | {page: page_size_tokens, cache: True}),
+        ]
+        return Pair(*await self._use_settings("caching pair", wanted))
+
     async def unstarted(self) -> EngineProcess:
         """A process with an engine that was made and never started; the caller closes it."""
         return await EngineProcess.spawn(self.name, self._settings(WorkerRole.AGGREGATED, "nixl"), self._log)
@@ -168,9 +189,12 @@ class Fleet:
         await asyncio.gather(*(engine.close() for engine in engines))
 
     async def _use(self, key: str, *kinds: tuple[WorkerRole, str]) -> list[EngineProcess]:
+        return await self._use_settings(key, [self._settings(*kind) for kind in kinds])
+
+    async def _use_settings(self, key: str, wanted: Sequence[EngineSettings]) -> list[EngineProcess]:
         if self._running[0] != key:
             await self.close()
-            engines = [await EngineProcess.spawn(self.name, self._settings(*kind), self._log) for kind in kinds]
+            engines = [await EngineProcess.spawn(self.name, settings, self._log) for settings in wanted]
             self._running = (key, engines)
             try:
                 await asyncio.gather(*(engine.start() for engine in engines))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from tandem.domain.generation import EngineFinish, EngineRequest, Sampling, Stopping, TokenLogprob
-from tandem.engine.simulated.kv_pool import PageNames
+from tandem.domain.kv_blocks import BlockHashes
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.tokens import Vocabulary, expected_tokens
 from tandem.errors import TandemError
@@ -26,7 +26,7 @@ def leg_of(prompt: Sequence[int], new_tokens: int = 8, *, ignore_eos: bool = Fal
         ),
         vocabulary=VOCABULARY,
         token_budget=new_tokens,
-        page_names=PageNames(PAGE),
+        page_names=BlockHashes(PAGE),
         output=Collected(),
     )
 

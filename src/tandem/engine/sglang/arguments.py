@@ -196,6 +196,7 @@ OWNED = frozenset(
         "tokenizer_worker_num",
         "detokenizer_worker_num",
         "skip_tokenizer_init",
+        "kv_events_config",
         "incremental_streaming_output",
         "nnodes",
         "node_rank",

@@ -37,6 +37,7 @@ MANAGER_METHODS = (
     "flush_cache",
     "start_profile",
     "stop_profile",
+    "set_internal_state",
     # Called or overridden by `front_half`.
     "_handle_batch_output",
     "_handle_abort_req",

@@ -11,7 +11,7 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +20,16 @@ from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling
 from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
-from tandem.engine.port import BootstrapAddress, KvEvent, Output
+from tandem.engine.kv_mirror import KvCacheMirror
+from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import arguments, capabilities, compat, environment, profiling, reports, requests
+from tandem.engine.sglang import arguments, capabilities, compat, environment, kv_events, profiling, reports, requests
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.handover import HandoverWatch
+from tandem.engine.sglang.hooks.cache_dump import REQUEST_KEY
 from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
+from tandem.engine.sglang.kv_follower import KvFollower
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed, InvalidRequest, NotSupported, StartError, TandemError
 from tandem.service.owned_directory import OwnedDirectory
@@ -62,6 +65,9 @@ class SglangEngine:
         self._stop_watcher: asyncio.Task[None] | None = None
         self._stall: str | None = None
         self._handover: HandoverWatch | None = None
+        self._kv_mirror: KvCacheMirror | None = None
+        self._kv_follower: KvFollower | None = None
+        self._kv_task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._profile_directory: Path
         self._ports: arguments.Ports
@@ -124,6 +130,15 @@ class SglangEngine:
         await building
         self._response_reader = asyncio.create_task(self._read_responses())
         self._stop_watcher = asyncio.create_task(self._watch_for_stops(), name="stopped-children")
+        self._follow_kv_events()
+
+    def _follow_kv_events(self) -> None:
+        if kv_events.unavailable(self._settings) is not None:
+            return
+        assert self._directory is not None
+        self._kv_mirror = KvCacheMirror(self._capabilities.page_size_tokens)
+        self._kv_follower = KvFollower(self._directory, self._kv_mirror, self._ask_dump)
+        self._kv_task = asyncio.create_task(self._kv_follower.run(), name="kv-events")
 
     def _build(self) -> None:
         """On the engine's thread: import SGLang, check its version and API, load the model."""
@@ -138,6 +153,8 @@ class SglangEngine:
         compat.check_offers(settings.transfer_backend, device)
         self._ports = arguments.choose_ports(settings)
         given = arguments.server_arguments(settings, device, self._ports)
+        if kv_events.unavailable(settings) is None:
+            given |= kv_events.arguments(directory)
         if self._stopping is not None:
             raise StartError("engine start was cancelled by a stop")
         try:
@@ -203,7 +220,7 @@ class SglangEngine:
             # Again, for children that were started while the first ones were being killed.
             assert self._children is not None
             await self._children.end()
-        for task in (self._response_reader, self._stop_watcher):
+        for task in (self._response_reader, self._stop_watcher, self._kv_task):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
@@ -330,10 +347,30 @@ class SglangEngine:
         self._check_lives()
         await self._unless_failed(profiling.stop(self._engine.tokenizer_manager, self._profile_directory))
 
-    async def kv_events(self, from_sequence: int | None) -> AsyncGenerator[KvEvent, None]:
-        """See the port. Not supported: SGLang's own event socket is not connected."""
-        raise NotSupported("this engine was started without KV events")
-        yield  # makes this an async generator, as the port requires
+    def kv_cache(self) -> KvCacheMirror:
+        """See the port."""
+        if self._kv_mirror is None:
+            raise NotSupported(kv_events.unavailable(self._settings) or "the engine is not running")
+        return self._kv_mirror
+
+    async def read_kv_cache(self) -> KvSnapshot:
+        """See the port. Reads the radix tree in SGLang's scheduler."""
+        self.kv_cache()
+        self._check_alive()
+        assert self._kv_follower is not None
+        return await self._kv_follower.read()
+
+    async def _ask_dump(self, number: int) -> None:
+        """Have the scheduler publish its cache under a number, among its events.
+
+        Raises:
+            EngineFailed: it has died, or could not read its cache.
+        """
+        from sglang.srt.managers.io_struct import SetInternalStateReq
+
+        request = SetInternalStateReq(server_args={REQUEST_KEY: number})
+        if not all(await self._unless_failed(self._engine.tokenizer_manager.set_internal_state(request))):
+            raise EngineFailed("SGLang's scheduler could not read its prefix cache")
 
     async def _unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, through a stall if there is one; raise EngineFailed if the engine fails first."""

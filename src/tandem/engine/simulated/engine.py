@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import tandem
@@ -17,7 +17,8 @@ from tandem.domain.generation import EngineRequest, Sampling, Stopping
 from tandem.domain.handover import DropReason
 from tandem.domain.limits import TOP_LOGPROBS_MAX
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
-from tandem.engine.port import BootstrapAddress, KvEvent, Output
+from tandem.engine.kv_mirror import KvCacheMirror
+from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
 from tandem.engine.simulated.faults import FaultInjected, Faults
@@ -71,7 +72,9 @@ class SimulatedEngine:
             ConfigError: a key of `extra`, the dtype or the transfer backend is unknown.
         """
         self._settings = settings
-        self._options = parse_options({"transfer_timeout_s": settings.handover_timeout_s} | settings.extra)
+        self._options = parse_options(
+            {"transfer_timeout_s": settings.handover_timeout_s, "kv_events": settings.kv_events} | settings.extra
+        )
         if settings.dtype not in ("auto", *ELEMENT_BYTES):
             raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
         if settings.transfer_backend not in TRANSFER_BACKENDS:
@@ -171,12 +174,17 @@ class SimulatedEngine:
         """See the port. Refused while requests run."""
         return self._running().pool.flush()
 
-    def kv_events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
+    def kv_cache(self) -> KvCacheMirror:
         """See the port."""
-        log = self._running().kv_event_log
-        if log is None:
+        mirror = self._running().kv_mirror
+        if mirror is None:
             raise NotSupported("this simulated engine was started without a prefix cache or without KV events")
-        return log.read(from_sequence)
+        return mirror
+
+    async def read_kv_cache(self) -> KvSnapshot:
+        """See the port. Reads the pool, not its mirror."""
+        sequence = self.kv_cache().sequence
+        return KvSnapshot(sequence=sequence, block_hashes=self._running().pool.cached_names())
 
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
         """See the port."""

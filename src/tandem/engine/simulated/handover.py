@@ -70,7 +70,7 @@ class HandOver:
         leg.preallocation_end_time_s = self._clock.time_s()
         await self._reach(leg, "decode", "bootstrap")
         received = await self._puller.pull(
-            bootstrap, leg.prompt_tokens, lambda point: self._reach(leg, "decode", point)
+            bootstrap, leg.prompt_tokens, leg.cached_tokens, lambda point: self._reach(leg, "decode", point)
         )
         leg.kv_transfer_start_time_s = received.begin_time_s
         leg.kv_transfer_end_time_s = received.end_time_s
@@ -83,20 +83,24 @@ class HandOver:
         computed_tokens = await leg.computed_parts.get()
         await self._reach(leg, "prefill", "transfer_begin")
         leg.kv_transfer_start_time_s = self._clock.time_s()
-        header = KvHeader(leg.prompt_tokens, self._pages(leg.prompt_tokens) * self._page_bytes)
-        moving = self._move(leg, computed_tokens, header.size_bytes)
+        held_pages = min(peer.cached_tokens // self._page_size_tokens, self._pages(leg.prompt_tokens))
+        header = KvHeader(leg.prompt_tokens, (self._pages(leg.prompt_tokens) - held_pages) * self._page_bytes)
+        moving = self._move(leg, computed_tokens, held_pages, header.size_bytes)
         await self.server.hand_over(peer, room, header, digest(leg.request.token_ids), moving)
         leg.kv_transfer_end_time_s = self._clock.time_s()
         leg.kv_transfer_bytes = header.size_bytes
 
-    async def _move(self, leg: Leg, computed_tokens: int, size_bytes: int) -> AsyncGenerator[int]:
-        """Send the KV as it is computed, chunk by chunk: full pages only, until the prompt is complete."""
+    async def _move(self, leg: Leg, computed_tokens: int, held_pages: int, size_bytes: int) -> AsyncGenerator[int]:
+        """Send the KV as it is computed, chunk by chunk: full pages only, until the prompt is complete.
+
+        The first `held_pages` are in decode's prefix cache and are not sent.
+        """
         moved_bytes, half_bytes = 0, -(-size_bytes // 2)
         while True:
             whole = computed_tokens == leg.prompt_tokens
             pages = self._pages(computed_tokens) if whole else computed_tokens // self._page_size_tokens
-            part_bytes = pages * self._page_bytes - moved_bytes
-            if part_bytes:
+            part_bytes = (pages - held_pages) * self._page_bytes - moved_bytes
+            if part_bytes > 0:
                 first_bytes = half_bytes - moved_bytes
                 if 0 < first_bytes <= part_bytes:
                     await self._move_part(first_bytes)

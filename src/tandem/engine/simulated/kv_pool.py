@@ -1,7 +1,8 @@
 """KV memory accounting in pages: held by legs, in transfer, in the prefix cache, free.
 
-Owns the accounting only; there is no KV data. Pages of the prefix cache are shared by name; unreferenced ones are
-evicted leaf by leaf, least recently used first. At any time, every page is counted exactly once:
+Owns the accounting only; there is no KV data. Pages of the prefix cache are shared by name, which is the hash of the
+page as a block (`tandem.domain.kv_blocks`); unreferenced ones are evicted leaf by leaf, least recently used first. At
+any time, every page is counted exactly once:
 free + cached + lent + transferring + withheld = capacity.
 """
 
@@ -10,33 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
-from tandem.engine.simulated.kv_events import KvEventLog
-
-
-class PageNames:
-    """Names of the full pages of one growing sequence; a page's name is a hash of all tokens up to its end."""
-
-    def __init__(self, page_size_tokens: int, salt: str | None = None) -> None:
-        self._page_size_tokens = page_size_tokens
-        self._parent = blake2b((salt or "").encode(), digest_size=8).digest()
-        self._names: list[int] = []
-
-    def of(self, token_ids: Sequence[int]) -> list[int]:
-        """Names of the full pages of `token_ids`, which must extend the sequence of earlier calls or be its prefix."""
-        page = self._page_size_tokens
-        count = len(token_ids) // page
-        for start in range(len(self._names) * page, count * page, page):
-            content = b"".join(t.to_bytes(8, "little") for t in token_ids[start : start + page])
-            self._parent = blake2b(self._parent + content, digest_size=8).digest()
-            self._names.append(int.from_bytes(self._parent, "little", signed=True))
-        return self._names[:count]
-
-
-def page_names(token_ids: Sequence[int], page_size_tokens: int, salt: str | None = None) -> list[int]:
-    """Names of the full pages of a sequence; each depends on all tokens up to its end and on the salt."""
-    return PageNames(page_size_tokens, salt).of(token_ids)
+from tandem.engine.kv_mirror import KvCacheMirror
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +61,17 @@ class KvPool:
     """The page pool of one engine."""
 
     def __init__(
-        self, capacity_tokens: int, page_size_tokens: int, *, prefix_cache: bool = True, log: KvEventLog | None = None
+        self,
+        capacity_tokens: int,
+        page_size_tokens: int,
+        *,
+        prefix_cache: bool = True,
+        mirror: KvCacheMirror | None = None,
     ) -> None:
         self.page_size_tokens = page_size_tokens
         self.capacity_pages = capacity_tokens // page_size_tokens
         self._prefix_cache = prefix_cache
-        self._log = log
+        self._mirror = mirror
         self._free = self.capacity_pages
         self._withheld = 0
         self._leases: set[KvLease] = set()
@@ -101,6 +82,10 @@ class KvPool:
         # Least recently used first. A lease releases its pages from the end of the sequence to its start, so a page
         # precedes its parent here and is evicted before it.
         self._idle: OrderedDict[int, None] = OrderedDict()
+
+    def cached_names(self) -> list[int]:
+        """Names of all cached pages."""
+        return list(self._tree)
 
     @property
     def available_pages(self) -> int:
@@ -177,10 +162,10 @@ class KvPool:
         lease.private_pages -= len(added)
         self._private[lease.moving] -= len(added)
         self._free += stored - known
-        if len(names) > stored and self._log:
+        if len(names) > stored and self._mirror:
             page = self.page_size_tokens
             parent = names[stored - 1] if stored else None
-            self._log.stored(names[stored:], parent, token_ids[stored * page : len(names) * page])
+            self._mirror.stored(names[stored:], parent, token_ids[stored * page : len(names) * page])
 
     def set_moving(self, lease: KvLease, moving: bool) -> None:
         """Set whether a lease's KV is being transferred."""
@@ -213,8 +198,8 @@ class KvPool:
         self._free += len(self._tree)
         self._tree.clear()
         self._idle.clear()
-        if self._log:
-            self._log.cleared()
+        if self._mirror:
+            self._mirror.cleared()
         return True
 
     def withhold(self) -> None:
@@ -265,5 +250,5 @@ class KvPool:
             name, _ = self._idle.popitem(last=False)
             del self._tree[name]
             self._free += 1
-            if self._log:
-                self._log.removed(name)
+            if self._mirror:
+                self._mirror.removed((name,))

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
+from tandem.domain.kv_blocks import BlockHashes
 from tandem.engine.port import Output
-from tandem.engine.simulated.kv_pool import KvLease, PageNames
+from tandem.engine.simulated.kv_pool import KvLease
 from tandem.engine.simulated.tokens import SequenceState, Vocabulary, advance, digest, drawn
 from tandem.errors import TandemError
 
@@ -47,7 +48,7 @@ class Leg:
     vocabulary: Vocabulary
     token_budget: int
     """Maximum number of new tokens: the smallest of max_tokens, the rest of the context, and the rest of KV memory."""
-    page_names: PageNames
+    page_names: BlockHashes
     output: Output
     """Receives its tokens and its end."""
     eos_after_tokens: int | None = None

@@ -11,12 +11,13 @@ import random
 from functools import partial
 
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason
+from tandem.domain.kv_blocks import BlockHashes
 from tandem.domain.worker import Capabilities, WorkerRole
 from tandem.engine.port import Output
 from tandem.engine.simulated.faults import EngineCrashed, FaultInjected, Faults
 from tandem.engine.simulated.handover import HandOver
-from tandem.engine.simulated.kv_events import KvEventLog
-from tandem.engine.simulated.kv_pool import KvPool, PageNames
+from tandem.engine.simulated.kv_loss import LossyMirror
+from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
 from tandem.engine.simulated.network import Network
 from tandem.engine.simulated.options import Options
@@ -40,11 +41,15 @@ class Machine:
         seed: int,
     ) -> None:
         self._work = asyncio.Event()
-        # As in SGLang, a decode engine has no prefix cache: it receives all its KV.
-        caches = options.prefix_cache and role is not WorkerRole.DECODE
+        # As in SGLang, a decode engine has a prefix cache only where an option says so: it receives all its KV.
+        caches = options.decode_prefix_cache if role is WorkerRole.DECODE else options.prefix_cache
         page = capabilities.page_size_tokens
-        self.kv_event_log = KvEventLog(page) if caches and options.kv_events else None
-        self.pool = KvPool(capabilities.kv_capacity_tokens, page, prefix_cache=caches, log=self.kv_event_log)
+        self.kv_mirror: LossyMirror | None = None
+        if caches and options.kv_events:
+            self.kv_mirror = LossyMirror(
+                page, options.kv_event_loss, seed, clock.sleep, lambda: self.pool.cached_names()
+            )
+        self.pool = KvPool(capabilities.kv_capacity_tokens, page, prefix_cache=caches, mirror=self.kv_mirror)
         self.scheduler = Scheduler(role, self.pool, options, capabilities.running_requests_max)
         self.faults = Faults(
             options.faults,
@@ -200,7 +205,7 @@ class Machine:
             request=request,
             vocabulary=self._vocabulary,
             token_budget=1 if self._role is WorkerRole.PREFILL else budget,
-            page_names=PageNames(self.pool.page_size_tokens, request.cache_salt),
+            page_names=BlockHashes(self.pool.page_size_tokens, request.cache_salt),
             output=output,
             eos_after_tokens=self._options.eos_after_tokens,
             draw_seed=self._draw_seed(request),
@@ -260,6 +265,8 @@ class Machine:
         for task in ending:
             if task.get_name() != "simulated-engine-death":
                 task.cancel()
+        if self.kv_mirror is not None:
+            self.kv_mirror.close()
         await asyncio.gather(*ending, *self._leg_tasks, return_exceptions=True)
         await self._hand_over.server.stop()
 

@@ -60,8 +60,12 @@ class Options:
     """Decode: memory reserved per request beyond its prompt; at most an eighth of the KV memory."""
     prefix_cache: bool = True
     """Whether the KV of finished prompts is kept for prompts that begin alike."""
+    decode_prefix_cache: bool = False
+    """Decode: whether the KV of finished requests is kept too; then only the rest of a prompt is transferred."""
     kv_events: bool = True
     """Whether the engine reports pages that enter or leave the prefix cache."""
+    kv_event_loss: float = 0.0
+    """Fraction of these reports that are lost before the worker reads them; noticed and repaired as on SGLang."""
 
     bootstrap_timeout_s: float = 3600.0
     """How long a prefill leg waits for the decode leg to connect, which needs memory first."""
@@ -173,7 +177,9 @@ _RULES = {
     "new_token_ratio": _FRACTION,
     "reserved_decode_tokens": _WHOLE_FROM_0,
     "prefix_cache": _FLAG,
+    "decode_prefix_cache": _FLAG,
     "kv_events": _FLAG,
+    "kv_event_loss": _FRACTION,
     "bootstrap_advertised_port": _PORT,
     "eos_after_tokens": _WHOLE_FROM_1,
     "eos_chance": _FRACTION,

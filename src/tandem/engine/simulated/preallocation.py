@@ -76,11 +76,14 @@ class Preallocation:
         return granted
 
     def _take(self, leg: Leg, tokens: int) -> bool:
-        lease = self._pool.open()
+        # Without a prefix cache, none of the names is known.
+        lease = self._pool.open(leg.names(tokens))
         if not self._pool.grow(lease, tokens):
             self._pool.close(lease)
             return False
         leg.lease = lease
+        if not leg.emitted:
+            leg.cached_tokens = lease.cached_tokens
         return True
 
     @staticmethod

@@ -27,8 +27,10 @@ T = TypeVar("T")
 class DecodePeer:
     """A decode engine that has connected for a room, as seen by the prefill engine."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, cached_tokens: int = 0) -> None:
         self.line = line
+        self.cached_tokens = cached_tokens
+        """First tokens of the prompt, in full pages, that decode has in its prefix cache."""
         self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Bytes that decode confirms; ConnectionLost if it disconnected."""
 
@@ -174,7 +176,7 @@ class BootstrapServer:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             hello = await line.receive("hello", room=int)
         room: int = hello["room"]
-        peer = DecodePeer(line)
+        peer = DecodePeer(line, int(hello.get("cached_tokens", 0)))
         waiting = self._early_prefills.get(room)
         if waiting is not None and not waiting.done():
             waiting.set_result(peer)
@@ -233,13 +235,18 @@ class KvPuller:
         self._network = network or TcpNetwork()
 
     async def pull(
-        self, bootstrap: Bootstrap, prompt_tokens: int, reach: Callable[[str], Awaitable[None]] = _nothing
+        self,
+        bootstrap: Bootstrap,
+        prompt_tokens: int,
+        cached_tokens: int = 0,
+        reach: Callable[[str], Awaitable[None]] = _nothing,
     ) -> ReceivedKv:
         """Connect to the prefill leg and receive its KV.
 
         Args:
             bootstrap: address and room.
-            prompt_tokens: number of tokens whose KV is expected.
+            prompt_tokens: number of tokens of the prompt.
+            cached_tokens: number of its first tokens whose KV is here already: full pages, which are not sent.
             reach: called at the named fault points of the transfer.
 
         Raises:
@@ -249,7 +256,7 @@ class KvPuller:
         phase = "bootstrapping"
         try:
             async with asyncio.timeout(self._bootstrap_timeout_s):
-                await line.send("hello", room=bootstrap.room)
+                await line.send("hello", room=bootstrap.room, cached_tokens=cached_tokens)
                 await line.receive("met")
             phase = "transferring"
             async with asyncio.timeout(self._transfer_timeout_s):

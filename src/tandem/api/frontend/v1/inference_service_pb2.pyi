@@ -307,6 +307,8 @@ class Route(_message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     BOOTSTRAP_ROOM_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the attempt, from 1."""
     prefill_worker_id: _builtins.str
@@ -315,6 +317,10 @@ class Route(_message.Message):
     """The decode or aggregated worker's id."""
     bootstrap_room: _builtins.int
     """The bootstrap room; 0 on an aggregated route."""
+    policy: _builtins.str
+    """The policy that chose the prefill worker, or the aggregated one."""
+    expected_cached_tokens: _builtins.int
+    """Prompt tokens that the policy expected in that worker's prefix cache; absent: unknown."""
     def __init__(
         self,
         *,
@@ -322,12 +328,16 @@ class Route(_message.Message):
         prefill_worker_id: _builtins.str = ...,
         decode_worker_id: _builtins.str = ...,
         bootstrap_room: _builtins.int = ...,
+        policy: _builtins.str = ...,
+        expected_cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens", "expected_cached_tokens", b"expected_cached_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bootstrap_room", b"bootstrap_room", "decode_worker_id", b"decode_worker_id", "prefill_worker_id", b"prefill_worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens", "attempt", b"attempt", "bootstrap_room", b"bootstrap_room", "decode_worker_id", b"decode_worker_id", "expected_cached_tokens", b"expected_cached_tokens", "policy", b"policy", "prefill_worker_id", b"prefill_worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_cached_tokens: _TypeAlias = _typing.Literal["expected_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__expected_cached_tokens: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_cached_tokens) -> _WhichOneofReturnType__expected_cached_tokens | None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
 

@@ -231,16 +231,24 @@ class WatchKvEventsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FROM_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     from_sequence: _builtins.int
-    """First sequence wanted, 1 or more. Default: from now on."""
+    """First sequence wanted, 1 or more. Default: from now on. Not together with `snapshot`."""
+    snapshot: _builtins.bool
+    """Begin with the whole cache: a `cache` message, `snapshot` messages, then the events after it."""
+    include_token_ids: _builtins.bool
+    """Fill the token ids of `stored`; they are long, and the hashes suffice to follow a cache."""
     def __init__(
         self,
         *,
         from_sequence: _builtins.int | None = ...,
+        snapshot: _builtins.bool = ...,
+        include_token_ids: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "from_sequence", b"from_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "from_sequence", b"from_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "from_sequence", b"from_sequence", "include_token_ids", b"include_token_ids", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__from_sequence: _TypeAlias = _typing.Literal["from_sequence"]  # noqa: Y015
     _WhichOneofArgType__from_sequence: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence"]  # noqa: Y015
@@ -250,7 +258,7 @@ Global___WatchKvEventsRequest: _TypeAlias = WatchKvEventsRequest  # noqa: Y015
 
 @_typing.final
 class WatchKvEventsResponse(_message.Message):
-    """One change of the prefix cache."""
+    """One change of the prefix cache, or a part of its contents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -258,8 +266,13 @@ class WatchKvEventsResponse(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     CLEARED_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Contiguous from 1 per start of the worker; a gap means lost events."""
+    """Contiguous from 1 per start of the worker; a gap means lost events. Of `cache`, `snapshot` and `unknown`: the last
+    event before.
+    """
     @_builtins.property
     def stored(self) -> Global___KvBlocksStored:
         """Blocks were stored."""
@@ -272,6 +285,20 @@ class WatchKvEventsResponse(_message.Message):
     def cleared(self) -> Global___KvCacheCleared:
         """All blocks were removed."""
 
+    @_builtins.property
+    def cache(self) -> Global___KvCacheDescription:
+        """A snapshot begins; it replaces all that is known of this cache. Also later in a stream: after lost events, or
+        when the client reads too slowly.
+        """
+
+    @_builtins.property
+    def snapshot(self) -> Global___KvSnapshot:
+        """A part of the snapshot."""
+
+    @_builtins.property
+    def unknown(self) -> Global___KvCacheUnknown:
+        """The contents of the cache are unknown until the next `cache`."""
+
     def __init__(
         self,
         *,
@@ -279,12 +306,15 @@ class WatchKvEventsResponse(_message.Message):
         stored: Global___KvBlocksStored | None = ...,
         removed: Global___KvBlocksRemoved | None = ...,
         cleared: Global___KvCacheCleared | None = ...,
+        cache: Global___KvCacheDescription | None = ...,
+        snapshot: Global___KvSnapshot | None = ...,
+        unknown: Global___KvCacheUnknown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cleared", b"cleared", "event", b"event", "removed", b"removed", "snapshot", b"snapshot", "stored", b"stored", "unknown", b"unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "sequence", b"sequence", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cleared", b"cleared", "event", b"event", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored", "unknown", b"unknown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stored", "removed", "cleared"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stored", "removed", "cleared", "cache", "snapshot", "unknown"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -310,7 +340,7 @@ class KvBlocksStored(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The blocks' tokens, in order."""
+        """The blocks' tokens, in order; empty unless requested."""
 
     def __init__(
         self,
@@ -370,6 +400,85 @@ class KvCacheCleared(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvCacheCleared: _TypeAlias = KvCacheCleared  # noqa: Y015
+
+@_typing.final
+class KvCacheDescription(_message.Message):
+    """What the hashes of a cache mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
+    HASH_RULE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of the worker."""
+    block_size_tokens: _builtins.int
+    """Tokens in a block."""
+    hash_rule: _builtins.str
+    """The rule by which blocks are hashed: "sha256-chain-v1"."""
+    blocks: _builtins.int
+    """Blocks in the snapshot that follows."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        block_size_tokens: _builtins.int = ...,
+        hash_rule: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "blocks", b"blocks", "epoch", b"epoch", "hash_rule", b"hash_rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCacheDescription: _TypeAlias = KvCacheDescription  # noqa: Y015
+
+@_typing.final
+class KvSnapshot(_message.Message):
+    """A part of a snapshot: at most 65,536 blocks, in no order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    is_last: _builtins.bool
+    """Whether this is the last part; an empty cache has one empty part."""
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Hashes of blocks."""
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        is_last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "is_last", b"is_last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSnapshot: _TypeAlias = KvSnapshot  # noqa: Y015
+
+@_typing.final
+class KvCacheUnknown(_message.Message):
+    """Events were lost: some blocks may be gone, others may have come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCacheUnknown: _TypeAlias = KvCacheUnknown  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):

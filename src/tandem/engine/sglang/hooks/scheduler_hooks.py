@@ -22,7 +22,7 @@ from typing import Any
 
 from tandem.engine.sglang import reports
 from tandem.engine.sglang.environment import REPORT_FILE
-from tandem.engine.sglang.hooks import bootstrap_server, grammars, handover_port, seeded_sampling
+from tandem.engine.sglang.hooks import bootstrap_server, cache_dump, grammars, handover_port, seeded_sampling
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 
@@ -64,6 +64,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_LOADS}.get_loads": (_account_for_pages, "after"),
         **seeded_sampling.targets(),
         **grammars.targets(),
+        **cache_dump.targets(),
     }
     if device == "cpu":
         hooks[f"{_SCHEDULER}.on_idle"] = (_sleep_while_waiting, "after")
