@@ -11,8 +11,23 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Protocol
 
-from tandem.engine.simulated.kv_events import KvEventLog
+
+class PageLog(Protocol):
+    """Is informed of the pages that enter and leave the prefix cache."""
+
+    def stored(self, block_hashes: Sequence[int], parent: int | None, token_ids: Sequence[int]) -> None:
+        """A chain of pages, each the child of the previous one, was added."""
+        ...
+
+    def removed(self, block_hash: int) -> None:
+        """A page was evicted."""
+        ...
+
+    def cleared(self) -> None:
+        """The whole cache was flushed."""
+        ...
 
 
 class PageNames:
@@ -85,7 +100,7 @@ class KvPool:
     """The page pool of one engine."""
 
     def __init__(
-        self, capacity_tokens: int, page_size_tokens: int, *, prefix_cache: bool = True, log: KvEventLog | None = None
+        self, capacity_tokens: int, page_size_tokens: int, *, prefix_cache: bool = True, log: PageLog | None = None
     ) -> None:
         self.page_size_tokens = page_size_tokens
         self.capacity_pages = capacity_tokens // page_size_tokens
