@@ -191,7 +191,8 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.table.is_sweeping)
     @rule()
     def sweep(self) -> None:
-        self.table.sweep(0)
+        self.index.sweep()
+        self.take_overflow()
 
     def forget(self, start: Start) -> None:
         self.trees.pop(start, None)

@@ -58,6 +58,10 @@ class CacheIndex(Protocol):
         """Whether changes are applied."""
         ...
 
+    def sweep(self) -> bool:
+        """Free a part of what is not needed any more; returns whether there is more."""
+        ...
+
     def has_room(self, blocks_count: int) -> bool:
         """Whether so many more blocks fit."""
         ...

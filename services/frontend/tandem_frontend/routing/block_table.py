@@ -61,6 +61,38 @@ class BlockTable:
         """Mask of the slots that hold a block. Bits of released slots may be among them."""
         return self._shards[block_hash >> SHARD_SHIFT].get(block_hash, 0)
 
+    def depths_between(
+        self, hashes: Sequence[int], shallow: tuple[int, int], deep: tuple[int, int]
+    ) -> list[tuple[int, int]]:
+        """Where slots end that hold the first blocks of `hashes`, and not all of them: by halving, for all at once.
+
+        Args:
+            hashes: a prompt's blocks.
+            shallow: a number of blocks, and the slots that hold all of them.
+            deep: the same for more blocks; these slots are among the others.
+
+        Returns:
+            (slots, count): they hold the first `count` blocks, at least 1, and not the next one.
+        """
+        shards, ends, parts = self._shards, list[tuple[int, int]](), [(*shallow, *deep)]
+        # Up to some thousand rounds where each of many workers has a depth of its own: no calls in here.
+        while parts:
+            low, held, high, left = parts.pop()
+            if held == left:
+                continue
+            middle = (low + high) // 2
+            if middle == low:
+                if low:
+                    ends.append((held & ~left, low))
+                continue
+            block_hash = hashes[middle - 1]
+            there = shards[block_hash >> SHARD_SHIFT].get(block_hash, 0) & held
+            if there != left:
+                parts.append((middle, there, high, left & there))
+            if there != held:
+                parts.append((low, held, middle, there))
+        return ends
+
     def add(self, slot: int, hashes: Sequence[int]) -> int:
         """Mark blocks as held by a slot. Returns how many were not before."""
         shards, bit, added_count, new_count = self._shards, 1 << slot, 0, 0
