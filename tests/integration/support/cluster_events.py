@@ -248,6 +248,14 @@ async def a_stopped_prefill(world: World) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def a_dead_prefill(world: World) -> AsyncIterator[None]:
+    worker = world.cluster.process("prefill-0")
+    worker.kill()
+    yield
+    await world.back(worker)
+
+
+@asynccontextmanager
 async def a_restarted_prefill(world: World) -> AsyncIterator[None]:
     worker = world.cluster.process("prefill-0")
     await worker.stop()
