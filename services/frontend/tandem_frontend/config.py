@@ -65,6 +65,13 @@ class FrontendConfig(AdminConfig):
         description="seconds of work that may wait in one prefill worker; further prompts wait here. A prompt that has "
         "waited here for so long overtakes those of its client that are four times as long",
     )
+    prefix_blocks_max: int = Field(
+        0,
+        ge=0,
+        le=16_000_000,
+        description="limit of cached blocks of all workers that each process keeps to route by, about 250 bytes each; "
+        "beyond it the worker with the most blocks is routed to by load; 0: the workers' caches are not followed",
+    )
     leg_accept_timeout_s: float = Field(
         2, gt=0, le=300, description="seconds within which a worker must accept a leg; otherwise the leg has failed"
     )

@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
+from tandem.client.kv_watch import KvWatch
 from tandem.client.load_watch import LoadWatch
 from tandem.client.step_calls import WorkerCalls
 from tandem.clock import monotonic
 from tandem.discovery import WorkerWatch
 from tandem.domain.worker import EngineLoad, Start, Worker
+from tandem.observability.metrics import Metrics
 from tandem.rpc.channels import Channels
 from tandem.service.awake_timers import AwakeTimers
 from tandem_frontend.config import FrontendConfig
@@ -24,6 +26,7 @@ from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.prefix_index import PrefixIndex
 from tandem_frontend.routing.router import RecentRefusals, Routes
 from tandem_frontend.routing.worker_health import WorkerHealth
 
@@ -50,6 +53,7 @@ class Fleet:
         model: ServedModel,
         followers: tuple[WorkerFollower, ...],
         reevaluate: Callable[[], None],
+        metrics: Metrics | None = None,
     ) -> None:
         """Makes no connection yet.
 
@@ -59,6 +63,7 @@ class Fleet:
             model: the model that routes are chosen for.
             followers: get the view and the load of each worker.
             reevaluate: called after each change: a queued request may fit now.
+            metrics: of this process; None: none.
         """
         self._followers = followers
         self._reevaluate = reevaluate
@@ -69,6 +74,9 @@ class Fleet:
         self._health = WorkerHealth(self.channels, self._timers)
         self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._loads = LoadWatch(self.channels, on_change=self.note_load)
+        self.prefixes = PrefixIndex(config.prefix_blocks_max) if config.prefix_blocks_max else None
+        """The workers' cached blocks, for the router; None: they are not followed."""
+        self._caches = None if self.prefixes is None else KvWatch(self.channels, self.prefixes, metrics)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         calls = WorkerCalls(self.channels)
         self._links = WorkerLinks(instance, calls, bounds, self._timers, self._health.check)
@@ -90,6 +98,8 @@ class Fleet:
             stack.callback(self._timers.close)
             stack.push_async_callback(self._links.close)
             stack.push_async_callback(self._loads.close)
+            if self._caches is not None:
+                stack.push_async_callback(self._caches.close)
             stack.push_async_callback(self.watch.close)
             await self.watch.start()
             yield
@@ -108,12 +118,18 @@ class Fleet:
         for follower in self._followers:
             follower.follow(workers)
         self.routes.follow(workers)
+        if self._caches is not None:
+            # Before the loads: those of workers that have left end now, and are no sign of silence.
+            self._caches.follow(workers)
         self._loads.follow(workers)
         self.execution.notice(workers)
         self._reevaluate()
 
     def note_load(self, start: Start, load: EngineLoad | None) -> None:
         """Pass on the load of a worker; None: it is unknown."""
+        if load is None and self._caches is not None:
+            # A worker whose load reports have stopped may have stopped its cache events as well.
+            self._caches.silent(start)
         for follower in self._followers:
             follower.note(start, load)
         self._reevaluate()

@@ -107,6 +107,8 @@ DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropRe
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
+PREFIX_STATE = Attribute("tandem.state", ("trusted", "suspected"))
+SUSPICION = Attribute("tandem.reason", ("gap", "unknown", "broken", "silent", "epoch", "bound", "refused"))
 MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
 MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
 WORKER_ID = Attribute(
@@ -220,6 +222,35 @@ TABLE: tuple[Metric, ...] = (
         "{attempt}",
         "Attempts that continued a stream after its first token, by outcome.",
         ATTEMPT_OUTCOME,
+    ),
+    _frontend(
+        "tandem.prefix.blocks",
+        Kind.GAUGE,
+        "{block}",
+        "Different blocks in the frontend's index of cached blocks; those of a cache that was given up count until "
+        "they are swept, seconds later.",
+    ),
+    _frontend(
+        "tandem.prefix.workers",
+        Kind.GAUGE,
+        "{worker}",
+        "Workers whose prefix cache the frontend follows; `suspected`: without credit until their next snapshot.",
+        PREFIX_STATE,
+    ),
+    _frontend(
+        "tandem.prefix.snapshots",
+        Kind.COUNTER,
+        "{snapshot}",
+        "Snapshots of prefix caches that were applied to the end.",
+    ),
+    _frontend(
+        "tandem.prefix.suspicions",
+        Kind.COUNTER,
+        "{suspicion}",
+        "How often a worker's prefix cache lost its credit: events were missing (`gap`), the worker did not know "
+        "(`unknown`), its stream broke or it was `silent`, another `epoch` answered, the index had no room (`bound`), "
+        "or its hashes or blocks are not understood (`refused`).",
+        SUSPICION,
     ),
     _frontend(
         "tandem.cancel.latency",
