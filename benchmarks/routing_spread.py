@@ -107,7 +107,8 @@ class Simulation:
         """`size` workers, half of them prefill; `blocks_max` is the size of a prefix cache."""
         self.rng = random.Random(seed)
         self.machines = {
-            worker.start: Machine(worker, tokens_per_s, blocks_max) for worker in map(_large, workers_of(size, FLEETS[0]))
+            worker.start: Machine(worker, tokens_per_s, blocks_max)
+            for worker in map(_large, workers_of(size, FLEETS[0]))
         }
         self.now_s = 0.0
         self.ttfts_s: list[float] = []
@@ -274,13 +275,13 @@ def main() -> None:
     rate = sum(prompt.tokens for prompt in prompts) / prompts[-1].time_s / 8 / given.load
     print("| policy | mean TTFT, s | hit rate | prefill least / most | decode least / most |\n|---|---|---|---|---|")
     for name in given.policy or [name.value for name in PolicyName if name is not PolicyName.AUTO]:
-        simulation = Simulation(
-            PolicyName(name), frontends=given.frontends, tokens_per_s=rate, blocks_max=given.blocks
-        )
+        simulation = Simulation(PolicyName(name), frontends=given.frontends, tokens_per_s=rate, blocks_max=given.blocks)
         simulation.run(prompts)
         mean_s = sum(simulation.ttfts_s) / len(simulation.ttfts_s)
         cells = [f"{mean_s:.2f}", f"{simulation.hit_rate():.3f}"]
-        cells += ["{:.2f} / {:.2f}".format(*simulation.shares(role)) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)]
+        cells += [
+            "{:.2f} / {:.2f}".format(*simulation.shares(role)) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
