@@ -115,7 +115,7 @@ class FrontendApp:
             load, capacity = LoopLoad(), Capacity(config.served_name)
             backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
             admission = _make_admission(config, capacity, backlog, load, server)
-            fleet = Fleet(config, names.instance, model, (capacity, backlog), admission.reevaluate_soon, metrics)
+            fleet = Fleet(config, names.instance, model, (capacity,), backlog, admission.reevaluate_soon, metrics)
             coalescing = Coalescing(config.coalesce_ms / 1_000, load)
             generation = Generation(
                 model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
@@ -125,9 +125,11 @@ class FrontendApp:
                 traces.sinks.append(RequestMetrics(metrics, config.served_name))
             await stack.enter_async_context(fleet.connected())
             own = LocalRequests(traces, stats, lambda: admission.waiting_count)
-            inference = InferenceServicer(generation, model, fleet.watch.workers)
+            inference = InferenceServicer(generation, model, fleet.watch.workers, config.session_header)
             server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
-            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, config.open_requests_max)
+            openai = OpenAiServicer(
+                generation, model, fleet.watch.workers, parsers, config.open_requests_max, config.session_header
+            )
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())

@@ -17,6 +17,9 @@ TENANT_CHARS_MAX = 128
 CALL_ID_HEADER = "x-request-id"
 """Set by the edge for every call, and returned to HTTP clients."""
 CALL_ID_CHARS_MAX = 128
+SESSION_HEADER = "x-session-id"
+"""Default of the setting `session_header`."""
+SESSION_CHARS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class Caller:
     """The caller of one call."""
 
     tenant: str = ""
+    session: str = ""
+    """Its session, for routing; empty: none is named."""
     deadline_s: float | None = None
     """On `clock`; None: no deadline."""
     clock: Clock = monotonic
@@ -41,13 +46,16 @@ class Caller:
         return None if self.deadline_s is None else max(0.0, self.deadline_s - self.clock())
 
 
-def caller_of(context: Any, operation: str = "generate", clock: Clock = monotonic) -> Caller:
+def caller_of(
+    context: Any, operation: str = "generate", clock: Clock = monotonic, session_header: str = SESSION_HEADER
+) -> Caller:
     """The caller of a gRPC call (a grpc.aio.ServicerContext)."""
     left_s = context.time_remaining()
     metadata = dict(context.invocation_metadata() or ())
     tenant = metadata.get(TENANT_HEADER, "")
     return Caller(
         tenant=str(tenant)[:TENANT_CHARS_MAX],
+        session=str(metadata.get(session_header, ""))[:SESSION_CHARS_MAX],
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
         operation=operation,

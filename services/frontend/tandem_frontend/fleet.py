@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+from tandem.api.types.v1 import leg_pb2
 from tandem.client.kv_watch import KvWatch
 from tandem.client.load_watch import LoadWatch
 from tandem.client.step_calls import WorkerCalls
@@ -19,6 +20,7 @@ from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.observability.metrics import Metrics
 from tandem.rpc.channels import Channels
 from tandem.service.awake_timers import AwakeTimers
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.execution.dispatch import Dispatch
 from tandem_frontend.execution.link_leg import Bounds
@@ -26,8 +28,11 @@ from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.policies import make_policy
+from tandem_frontend.routing.policy import CachedPrefixes, PolicyName
 from tandem_frontend.routing.prefix_index import PrefixIndex
 from tandem_frontend.routing.router import RecentRefusals, Routes
+from tandem_frontend.routing.worker_costs import WorkerCosts
 from tandem_frontend.routing.worker_health import WorkerHealth
 
 
@@ -52,8 +57,11 @@ class Fleet:
         instance: str,
         model: ServedModel,
         followers: tuple[WorkerFollower, ...],
+        backlog: PrefillBacklog,
         reevaluate: Callable[[], None],
         metrics: Metrics | None = None,
+        prefixes: CachedPrefixes | None = None,
+        hash_prompt: Callable[[leg_pb2.LegRequest], Any] = lambda leg: None,
     ) -> None:
         """Makes no connection yet.
 
@@ -62,10 +70,14 @@ class Fleet:
             instance: unique name of this process, for workers.
             model: the model that routes are chosen for.
             followers: get the view and the load of each worker.
+            backlog: what the workers have to compute; gets the view and the loads too.
             reevaluate: called after each change: a queued request may fit now.
             metrics: of this process; None: none.
+            prefixes: what the workers' prefix caches have; None: unknown, and routing goes by load alone.
+            hash_prompt: makes what `prefixes` matches of a request.
         """
-        self._followers = followers
+        costs = WorkerCosts(backlog)
+        self._followers = (*followers, costs)
         self._reevaluate = reevaluate
         self._known_starts: set[tuple[str, Start]] = set()
         """(address, start) of all workers of the view."""
@@ -84,9 +96,12 @@ class Fleet:
         # Seeded by the system, so that no two processes choose alike; no value is a secret.
         rng = random.Random()  # noqa: S311 -- see above
         refusals = RecentRefusals(monotonic)
-        self.routes = Routes(model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng)
+        policy = make_policy(PolicyName(config.routing_policy), costs, prefixes, rng)
+        self.routes = Routes(
+            model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng, policy, costs
+        )
         dispatch = Dispatch(self._links, rng)
-        self.execution = ExecutionDeps(self.routes, refusals, self._breakers, dispatch, monotonic, rng)
+        self.execution = ExecutionDeps(self.routes, refusals, self._breakers, dispatch, monotonic, rng, hash_prompt)
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:

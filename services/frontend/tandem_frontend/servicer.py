@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,7 +17,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import present
-from tandem_frontend.call_context import caller_of
+from tandem_frontend.call_context import SESSION_HEADER, caller_of
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel, check_name_length, get_model, list_models
 from tandem_frontend.preparation.validation import checked_detokenize, checked_tokenize
@@ -29,20 +30,27 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """The contract of inference_service.proto."""
 
-    def __init__(self, generation: Generation, model: ServedModel, workers: Callable[[], tuple[Worker, ...]]) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        session_header: str = SESSION_HEADER,
+    ) -> None:
+        self._caller_of = partial(caller_of, session_header=session_header)
         self._generation = generation
         self._model = model
         self._workers = workers
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Stream a generation; it is cancelled when the client cancels. Messages are pushed, not returned."""
-        await self._generation.generate(request, caller_of(context), ChunkWriter(context))
+        await self._generation.generate(request, self._caller_of(context), ChunkWriter(context))
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """The same as server-sent events, for HTTP. A failure after the first event is sent as the last event."""
         response = SseWriter(context)
         try:
-            await self._generation.generate(request.generate, caller_of(context), response)
+            await self._generation.generate(request.generate, self._caller_of(context), response)
         except Exception as problem:  # also a defect must end the stream with an event
             if not response.has_begun:
                 raise
@@ -51,7 +59,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
         response = UnaryWriter()
-        await self._generation.generate(request.generate, caller_of(context), response)
+        await self._generation.generate(request.generate, self._caller_of(context), response)
         return response.response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,7 +20,7 @@ from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.output_parsers import Parsers
-from tandem_frontend.call_context import caller_of
+from tandem_frontend.call_context import SESSION_HEADER, caller_of
 from tandem_frontend.openai import response
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
@@ -44,7 +45,9 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         workers: Callable[[], tuple[Worker, ...]],
         parsers: Parsers | None,
         open_requests_max: int,
+        session_header: str = SESSION_HEADER,
     ) -> None:
+        self._caller_of = partial(caller_of, session_header=session_header)
         handler, texts = EndpointHandler(generation, model, workers, open_requests_max), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
@@ -56,13 +59,13 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
         body = parse(ChatRequest, request.data)
         with _parameter_names(body):
-            await self._chat.handle(body, len(request.data), caller_of(context, "chat"), context)
+            await self._chat.handle(body, len(request.data), self._caller_of(context, "chat"), context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
         body = parse(CompletionRequest, request.data)
         with _parameter_names(body):
-            await self._completions.handle(body, caller_of(context, "text_completion"), context)
+            await self._completions.handle(body, self._caller_of(context, "text_completion"), context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""
