@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.preparation.served_model import ServedModel
@@ -23,7 +24,8 @@ PROMPT = tuple(range(20))
 
 def fleet_of(blocks_max: int) -> Fleet:
     config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL, prefix_blocks_max=blocks_max)
-    return Fleet(config, "frontend-0", ServedModel("m", Tokenizer.open(MODEL), {}), (), lambda: None)
+    backlog = PrefillBacklog("m", 5.0)
+    return Fleet(config, "frontend-0", ServedModel("m", Tokenizer.open(MODEL), {}), (), backlog, lambda: None)
 
 
 async def test_a_fleet_with_room_for_blocks_follows_the_caches_of_its_view() -> None:

@@ -71,8 +71,8 @@ def test_a_replay_plots(files: tuple[str, str], tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "fastest"), "--policy: must be some of random, "),
-        (("--policy", "random,"), "--policy: must be some of random, "),
+        (("--policy", "fastest"), "--policy: must be some of auto, random, "),
+        (("--policy", "random,"), "--policy: must be some of auto, random, "),
         (("--load", "0"), "--load: must be above 0, at most 1000, not 0"),
         (("--utilisation", "-1"), "--utilisation: must be above 0, at most 1000, not -1"),
         (("--plot", "figures.pdf"), "--plot: must be a file that ends in .png or .svg, not figures.pdf"),

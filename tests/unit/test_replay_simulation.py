@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tandem_frontend.replay.frontend import FINISHED
 from tandem_frontend.replay.routing import POLICIES
 from tandem_frontend.replay.simulation import Replay, replay, utilisation_of
 from tandem_frontend.replay.summary import Spread, rows_of, summary_of
-from tandem_frontend.replay.trace import TracedRequest, read_trace
+from tandem_frontend.replay.trace import ChainHashes, TracedRequest, read_trace
 
 from benchmarks.replay.made_traces import conversations, single_turn, write
 
@@ -37,7 +38,7 @@ def run(fleet: FleetFile, trace: list[TracedRequest], policy: str = "random", se
     return replay(fleet, fleet.options(), trace, policy, seed)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["random", "prefix", "oracle"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_request_ends_once_with_its_tokens(trace: list[TracedRequest], shape: str, policy: str) -> None:
     fleet = parse_fleet(SHAPES[shape])
@@ -72,6 +73,23 @@ def test_an_oracle_is_faster_and_finds_more_in_caches(trace: list[TracedRequest]
     blind, oracle = (summary_of(run(parse_fleet(PAIRS), trace, policy)) for policy in ("random", "oracle"))
     assert oracle.ttft_s.mean < blind.ttft_s.mean
     assert oracle.hit_rate > blind.hit_rate
+
+
+def test_prefix_finds_all_that_is_cached_where_nothing_else_is_going_on(trace: list[TracedRequest]) -> None:
+    """One request at a time, caches without a limit: every prompt finds each full block that was ever computed."""
+    fleet = parse_fleet({**PAIRS, "prefill": {"count": 3}, "frontend": {"count": 2}})
+    alone = [replace(request, arrival_s=100.0 * request.number) for request in trace]
+    outcome = run(fleet, alone, "prefix")
+    seen, chains = set[int](), ChainHashes()
+    for request, one in zip(alone, outcome.served, strict=True):
+        hashes = chains.of(request.block_ids[: request.prompt_tokens // 512])
+        shareable = hashes[: (request.prompt_tokens - 1) // 512]
+        ideal = next((at for at, block in enumerate(shareable) if block not in seen), len(shareable))
+        assert one.cached_tokens == one.expected_cached_tokens
+        # The worker that computed the last turn has them all, unless the floor of its share sent this one elsewhere.
+        assert one.cached_tokens <= 512 * ideal
+        seen.update(hashes)
+    assert summary_of(outcome).hit_rate > 0.5
 
 
 def test_a_request_that_no_worker_can_hold_is_counted_as_refused(trace: list[TracedRequest]) -> None:

@@ -21,7 +21,7 @@ def replay(
     fleet: Annotated[Path, typer.Option(help="The fleet, in TOML or JSON.", metavar="FILE")],
     policy: Annotated[
         str, typer.Option(help="Routing policies to compare, comma-separated; oracle: knows every engine's state.")
-    ] = "random",
+    ] = "auto",
     seed: Seed = 0,
     load: Annotated[float, typer.Option(help="Factor on the rate of arrivals.")] = 1.0,
     utilisation: Annotated[

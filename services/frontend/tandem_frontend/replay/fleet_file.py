@@ -78,7 +78,6 @@ class FleetFile(_Section):
     engine: dict[str, Any] = Field(
         default_factory=dict, description="options of the simulated engine: a profile, speeds, the link, jitter"
     )
-    policy: dict[str, Any] = Field(default_factory=dict, description="settings of the routing policies")
 
     @model_validator(mode="after")
     def _some_worker_streams(self) -> Self:

@@ -25,12 +25,13 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.replay.engine import AccountedEngine
 from tandem_frontend.replay.fleet_file import DIGEST, MODEL, Frontends
 from tandem_frontend.replay.job import Job
-from tandem_frontend.replay.routing import OraclePolicy
+from tandem_frontend.replay.routing import KnownCaches, TracedBlocks, replayed_policy
 from tandem_frontend.replay.trace import TracedRequest
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
-from tandem_frontend.routing.policy import Policy
+from tandem_frontend.routing.policy import RoutingRequest
 from tandem_frontend.routing.router import RecentRefusals, Routes
+from tandem_frontend.routing.worker_costs import WorkerCosts
 
 NO_STARTS: frozenset[Start] = frozenset()
 FINISHED = "finished"
@@ -57,6 +58,8 @@ class Served:
     """Mean time between two tokens; 0 for a single one."""
     end_s: float = 0.0
     cached_tokens: int = 0
+    expected_cached_tokens: int | None = None
+    """What the policy expected; None: it did not know."""
     prefill: str = ""
     """Worker that computed the prompt."""
     decode: str = ""
@@ -72,13 +75,12 @@ class ReplayedFrontend:
         settings: Frontends,
         workers: tuple[Worker, ...],
         engines: Mapping[Start, AccountedEngine],
-        policy: Policy,
+        policy: str,
         rng: random.Random,
     ) -> None:
         """`number` counts the frontends from 0."""
         self.number = number
         self._engines = engines
-        self._policy = policy
         self._loop = asyncio.get_running_loop()
         clock = self._loop.time
         self._capacity, self._backlog = Capacity(MODEL), PrefillBacklog(MODEL, settings.prefill_queue_s)
@@ -92,16 +94,19 @@ class ReplayedFrontend:
             prefill=self._backlog,
             short_wait_s=settings.prefill_queue_s,
         )
+        self._costs = WorkerCosts(self._backlog)
+        self.caches = KnownCaches(workers)
         refusals, breakers = RecentRefusals(clock), CircuitBreakers(clock, rng)
+        chosen_by = replayed_policy(policy, self._costs, self.caches, engines, rng)
         self._routes = Routes(
-            SERVED_MODEL, lambda: workers, lambda: NO_STARTS, refusals, breakers, rng, policy=self._policy
+            SERVED_MODEL, lambda: workers, lambda: NO_STARTS, refusals, breakers, rng, chosen_by, self._costs
         )
-        for follower in (breakers, self._capacity, self._backlog, self._routes):
+        for follower in (breakers, self._capacity, self._routes):
             follower.follow(workers)
 
     def note_load(self, start: Start, load: EngineLoad) -> None:
         """A worker's load report."""
-        for follower in (self._capacity, self._backlog):
+        for follower in (self._capacity, self._costs):
             follower.note(start, load)
         self._admission.reevaluate_soon()
 
@@ -133,9 +138,8 @@ class ReplayedFrontend:
         return self._served(request, arrival_s, queue_s, job, route)
 
     def _route(self, job: Job) -> Route:
-        if isinstance(self._policy, OraclePolicy):
-            self._policy.job = job
-        route = self._routes.first(job.prompt_tokens)
+        blocks = TracedBlocks(job.prompt_tokens, job.hashes)
+        route = self._routes.first(RoutingRequest(job.prompt_tokens, blocks))
         # As an engine does: the answer ends where the memory of the worker that streams does.
         context_tokens = route.decode.capabilities.context_tokens_max
         job.answer_tokens = min(job.answer_tokens, context_tokens - job.prompt_tokens)
@@ -147,19 +151,18 @@ class ReplayedFrontend:
 
         def prefilled(job: Job) -> None:
             finish = leg_pb2.LegFinish()
+            finish.usage.cached_tokens = job.cached_tokens
             finish.timings.prefill_start_time.FromNanoseconds(round(job.prefill_start_s * 1e9))
             finish.timings.prefill_end_time.FromNanoseconds(round(job.prefill_end_s * 1e9))
             work.computed(finish)
 
         job.prefilled = prefilled
         job.ended = lambda job: ended.set_result(None)
-        if route.prefill is None:
-            work.sent(None)
-            stream.begin(job, None)
-        else:
-            work.sent(route.prefill.start)
-            self._engines[route.prefill.start].begin(job, stream)
+        work.sent(route.computing.start, route.expected_cached_tokens or 0)
+        sent = self._routes.sent(route, job.prompt_tokens)
+        self._engines[route.computing.start].begin(job, None if route.prefill is None else stream)
         await ended
+        sent.end()
 
     def _served(self, request: TracedRequest, arrival_s: float, queue_s: float, job: Job, route: Route) -> Served:
         return Served(
@@ -174,6 +177,7 @@ class ReplayedFrontend:
             itl_s=(job.end_s - job.first_token_s) / (job.answer_tokens - 1) if job.answer_tokens > 1 else 0.0,
             end_s=job.end_s,
             cached_tokens=job.cached_tokens,
-            prefill=(route.prefill or route.decode).worker_id,
+            expected_cached_tokens=route.expected_cached_tokens,
+            prefill=route.computing.worker_id,
             decode=route.decode.worker_id,
         )

@@ -15,13 +15,14 @@ from itertools import count
 from tandem.domain.worker import Start, Worker
 from tandem.engine.simulated.options import Options
 from tandem.testing.virtual_time import run_virtually
+from tandem_frontend.replay.cache_feed import CacheFeed
 from tandem_frontend.replay.engine import AccountedEngine
 from tandem_frontend.replay.fleet_file import FleetFile
 from tandem_frontend.replay.frontend import ReplayedFrontend, Served
 from tandem_frontend.replay.job import Job
 from tandem_frontend.replay.prompt_queue import whole_s
-from tandem_frontend.replay.routing import make_policy
 from tandem_frontend.replay.trace import ChainHashes, TracedRequest
+from tandem_frontend.routing.prefix_index import PrefixIndex
 
 Progress = Callable[[int], None]
 """Called with the number of requests that have ended; may raise to end the replay."""
@@ -81,11 +82,11 @@ class _Simulation:
 
     async def run(self, trace: Sequence[TracedRequest]) -> Replay:
         workers = self._fleet.workers()
-        self._engines = {
-            worker.start: AccountedEngine(worker, self._options, self._rng(worker.worker_id).getrandbits(32))
-            for worker in workers
-        }
+        # Filled below: the engines' caches are followed by the frontends, whose oracle sees the engines.
+        indexes: list[PrefixIndex] = []
+        self._engines.update((worker.start, self._engine(worker, indexes)) for worker in workers)
         self._frontends = [self._frontend(number, workers) for number in range(self._fleet.frontend.count)]
+        indexes += [frontend.caches.index for frontend in self._frontends]
         self._left = len(trace)
         self._report_loads()
         tasks = await self._feed(trace)
@@ -93,10 +94,13 @@ class _Simulation:
         end_s = max(one.end_s for one in served)
         return Replay(self._policy, served, tuple(self._engines.values()), end_s)
 
+    def _engine(self, worker: Worker, indexes: Sequence[PrefixIndex]) -> AccountedEngine:
+        feed = CacheFeed(worker.start, indexes, self._fleet.frontend.event_delay_s)
+        return AccountedEngine(worker, self._options, self._rng(worker.worker_id).getrandbits(32), feed)
+
     def _frontend(self, number: int, workers: tuple[Worker, ...]) -> ReplayedFrontend:
         rng = self._rng(f"frontend {number}")
-        policy = make_policy(self._policy, self._engines, rng)
-        return ReplayedFrontend(number, self._fleet.frontend, workers, self._engines, policy, rng)
+        return ReplayedFrontend(number, self._fleet.frontend, workers, self._engines, self._policy, rng)
 
     def _rng(self, name: str) -> random.Random:
         """A generator of its own for each part, so that one part's draws do not move another's."""

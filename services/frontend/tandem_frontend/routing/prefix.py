@@ -16,6 +16,9 @@ from tandem_frontend.routing.least_work import WINDOW, least, window
 from tandem_frontend.routing.policy import CachedPrefixes, Choice, Job, RoutingRequest
 from tandem_frontend.routing.pool import Live
 
+CACHED_WEIGHT = 2.0
+"""How much a cached token counts beside one that waits: recomputing a prefix delays this request, and then others,
+because its copy evicts another prefix. ADR 22 has the figures for other weights."""
 SHARE_FLOOR = 0.9
 """Of the mean worker's share."""
 SHARE_SLACK_REQUESTS = 10
@@ -68,7 +71,7 @@ class Prefix:
             found = nlargest(WINDOW, found, key=cached.__getitem__)
         lines = table.lines()
         credited = [
-            cost - cached[worker_id] * lines[worker_id].per_token
+            cost - CACHED_WEIGHT * cached[worker_id] * lines[worker_id].per_token
             for worker_id, cost in zip(found, table.of(found, tokens), strict=True)
         ]
         # A worker may be in both lists, and costs less in the first.
