@@ -1,6 +1,8 @@
-"""CPU time of worker selection in a frontend, by the number of workers: `python -m benchmarks.routing`
+"""CPU time of worker selection in a frontend, by number of workers and policy: `python -m benchmarks.routing`
 
-One selection after another in one process: first attempts, retries, and first attempts each after a change of one
+First all policies, with loads that differ and a prefix that every fourth worker has cached: a selection, all that a
+request costs routing from its selection to its end, a load report and a view change. Then selection at random by kind
+of fleet, one after another in one process: first attempts, retries, and first attempts each after a change of one
 worker's marks. Then the cost of a view change, of admission's capacity check per request, and memory. `--every-pair`
 also compares all pairs per selection, as frontends did before there were pools. Measures the thread's CPU time, which
 other load on the machine affects little.
@@ -10,20 +12,28 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
+import math
 import random
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import INTERVAL_S, STRIKES_MAX, CircuitBreakers
+from tandem_frontend.routing.policies import make_policy
+from tandem_frontend.routing.policy import PolicyName, RoutingRequest
 from tandem_frontend.routing.router import RecentRefusals, Routes
+from tandem_frontend.routing.worker_costs import SentRequest, WorkerCosts
 
 from tandem.clock import ManualClock
 from tandem.domain.worker import (
@@ -42,6 +52,8 @@ CLASSES = 50
 CHOICES = 20_000
 WARM = 200
 PROMPT_TOKENS = 200
+REQUEST = RoutingRequest(PROMPT_TOKENS)
+POLICY_SIZES = (64, 512, 1_000)
 UNHEALTHY_SHARE, FAILING_SHARE = 0.10, 0.05
 CAPABILITIES = Capabilities(
     engine="sglang",
@@ -104,19 +116,34 @@ def _worker(number: int, fleet: Fleet) -> Worker:
 class Router:
     """The parts that a choice asks, over one fleet."""
 
-    def __init__(self, workers: tuple[Worker, ...], *, is_unwell: bool = False) -> None:
+    def __init__(
+        self, workers: tuple[Worker, ...], *, is_unwell: bool = False, policy: PolicyName = PolicyName.RANDOM
+    ) -> None:
         self.workers = workers
         self.unhealthy = frozenset[Start]()
         self._clock = ManualClock(100.0)
         self.breakers = CircuitBreakers(self._clock, random.Random(1), lambda: self.unhealthy)
         self.refusals = RecentRefusals(self._clock)
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
+        self.backlog = PrefillBacklog("m", math.inf)
+        self.costs = WorkerCosts(self.backlog)
+        rng = random.SystemRandom()
+        chosen = make_policy(policy, self.costs, self, rng)
         self.routes = Routes(
-            model, lambda: self.workers, lambda: self.unhealthy, self.refusals, self.breakers, random.SystemRandom()
+            model, lambda: self.workers, lambda: self.unhealthy, self.refusals, self.breakers, rng, chosen, self.costs
         )
         self.follow(workers)
         if is_unwell:
             self._make_unwell()
+
+    @property
+    def is_live(self) -> bool:
+        """See `CachedPrefixes`."""
+        return True
+
+    def match(self, prompt: Mapping[Start, int]) -> Mapping[Start, int]:
+        """See `CachedPrefixes`; the prompt is its own answer, because the index is measured elsewhere."""
+        return prompt
 
     def follow(self, workers: tuple[Worker, ...]) -> None:
         """Another view, as the frontend takes it."""
@@ -146,22 +173,84 @@ class Router:
 def choices(router: Router) -> dict[str, Callable[[], object]]:
     """The kinds of choices that are timed."""
     routes, rng = router.routes, random.Random(3)
-    tried = [frozenset(worker.start for worker in routes.first(PROMPT_TOKENS).workers) for _ in range(64)]
+    tried = [frozenset(worker.start for worker in routes.first(REQUEST).workers) for _ in range(64)]
 
     def first() -> object:
-        return routes.first(PROMPT_TOKENS)
+        return routes.first(REQUEST)
 
     def again() -> object:
         starts = tried[rng.randrange(64)]
-        return routes.next(PROMPT_TOKENS, starts, starts)
+        return routes.next(REQUEST, starts, starts)
 
     def changed() -> object:
         known = {worker.start for worker in rng.sample(router.workers, 3)}
         router.unhealthy = base ^ known
-        return routes.first(PROMPT_TOKENS)
+        return routes.first(REQUEST)
 
     base = router.unhealthy
     return {"first": first, "again": again, "changed": changed}
+
+
+class Requests:
+    """Requests at the workers of one fleet, and the loads that these report."""
+
+    def __init__(self, name: PolicyName, size: int) -> None:
+        self.workers = workers_of(size, FLEETS[0])
+        self.router = Router(self.workers, policy=name)
+        self._rng = random.Random(6)
+        self._loads = [
+            EngineLoad(running_requests=n, waiting_requests=n, waiting_tokens=200 * n, kv_used_tokens=900 * n)
+            for n in range(100)
+        ]
+        # The load of every tenth worker is unknown.
+        for number, worker in enumerate(self.workers):
+            if number % 10:
+                self.router.costs.note(worker.start, self._rng.choice(self._loads))
+        self._cached = {worker.start: 128 for worker in self.workers[::4]}
+        self._open: deque[tuple[PrefillWork, SentRequest]] = deque()
+
+    def choose(self) -> Route:
+        """Select the workers of a request."""
+        session = str(self._rng.randrange(1_000))
+        return self.router.routes.first(RoutingRequest(PROMPT_TOKENS, self._cached, session=session))
+
+    def serve(self) -> None:
+        """Select the workers of a request and send it; end the oldest one."""
+        route = self.choose()
+        work = self.router.backlog.reserve(PROMPT_TOKENS)
+        work.sent(route.computing.start, route.expected_cached_tokens or 0)
+        self._open.append((work, self.router.routes.sent(route, PROMPT_TOKENS)))
+        if len(self._open) > 4 * len(self.workers):
+            prefill, streaming = self._open.popleft()
+            prefill.drop()
+            streaming.end()
+
+    def report(self) -> None:
+        """A worker reports its load."""
+        self.router.costs.note(self._rng.choice(self.workers).start, self._rng.choice(self._loads))
+
+
+def policy_costs(name: PolicyName, size: int) -> list[tuple[float, float]]:
+    """The columns of `print_policies`."""
+    requests = Requests(name, size)
+    served = microseconds(requests.serve, 5_000)
+    workers = requests.workers
+    drained = (replace(workers[0], state=WorkerState.DRAINING), *workers[1:])
+    views = itertools.cycle((drained, workers))
+    changed = microseconds(lambda: requests.router.routes.follow(next(views)), 500)
+    return [microseconds(requests.choose, 5_000), served, microseconds(requests.report, 5_000), changed]
+
+
+def print_policies() -> None:
+    """The table of all policies."""
+    print("| workers | policy | selection | request | load report | view change |")
+    print("|---|---|---|---|---|---|")
+    for size in POLICY_SIZES:
+        for name in PolicyName:
+            if name is not PolicyName.AUTO:
+                cells = " | ".join(map(_cell, policy_costs(name, size)))
+                print(f"| {size} | {name.value} | {cells} |", flush=True)
+    print()
 
 
 def every_pair(workers: Sequence[Worker]) -> Callable[[], object]:
@@ -232,7 +321,7 @@ def memory_kib(size: int) -> float:
     tracemalloc.start()
     router, room = Router(workers), Capacity("m")
     room.follow(workers)
-    router.routes.first(PROMPT_TOKENS)
+    router.routes.first(REQUEST)
     gc.collect()
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
@@ -260,6 +349,7 @@ def main() -> None:
     parser.add_argument("--every-pair", action="store_true", help="also compare every pair for each selection")
     every = parser.parse_args().every_pair
     logging.getLogger("tandem_frontend").setLevel(logging.ERROR)
+    print_policies()
     print(
         "| workers | fleet | first attempt | another attempt | first after a change of marks |\n|---|---|---|---|---|"
     )

@@ -27,7 +27,7 @@ LOG = CACHE / "setup.log"
 STAMP = ENVIRONMENT / "tandem-setup.stamp"
 REQUIREMENTS = ROOT / "requirements"
 TORCH = "torch.txt"
-LISTED = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt")
+LISTED = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt", "replay.txt")
 WITHOUT_DEPENDENCIES = "cpu-engine-nodeps.txt"
 CONSTRAINTS = ("-c", REQUIREMENTS / "constraints.txt")
 """Versions of everything, also of what no file lists, so that two set-ups are equal."""

@@ -74,6 +74,10 @@ CASES: dict[str, Case] = {
     "tandem.pairs.chosen": Case(on.an_answer, (("tandem.policy", "random"), ("tandem.route", "pair")), by=1),
     "tandem.leg.failures": Case(on.a_leg_that_breaks, PREFILL, by=1),
     "tandem.continuations": Case(on.a_continuation, (("tandem.outcome", "finished"),), by=1),
+    "tandem.prefix.blocks": Case(on.a_new_prompt_twice, by=1),
+    "tandem.prefix.workers": Case(on.a_stopped_prefill, (("tandem.state", "trusted"),), by=-1),
+    "tandem.prefix.snapshots": Case(on.a_restarted_prefill, by=1),
+    "tandem.prefix.suspicions": Case(on.a_dead_prefill, (("tandem.reason", "broken"),), by=1),
     "tandem.cancel.latency": Case(on.a_client_that_leaves, by=1),
     "tandem.legs.open": Case(on.an_open_stream, by=1),
     "tandem.leg.duration": Case(on.an_answer, (*DECODE, ("tandem.outcome", "finished")), by=1),
@@ -125,6 +129,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         extra = {**engine, "control_file": str(logs / f"{name}.rules")}
         cluster.process(name).flags["engine-extra"] = json.dumps(extra)
     cluster.process("prefill-0").flags["running-requests-max"] = "16"
+    cluster.frontend.flags["prefix-blocks-max"] = "100000"
     async with cluster:
         yield World(cluster)
 

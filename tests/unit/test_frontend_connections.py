@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tandem_frontend.admission.capacity import Capacity
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.preparation.served_model import ServedModel
@@ -28,7 +29,14 @@ async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:
     config = FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo"))
     model = ServedModel("tandem-demo", Tokenizer.open(config.model), {})
     changes: list[None] = []
-    fleet = Fleet(config, "frontend-0", model, (Capacity("tandem-demo"),), lambda: changes.append(None))
+    fleet = Fleet(
+        config,
+        "frontend-0",
+        model,
+        (Capacity("tandem-demo"),),
+        PrefillBacklog("tandem-demo", 5.0),
+        lambda: changes.append(None),
+    )
     async with fleet.connected():
         d, p = decode(), prefill()
         fleet.follow((d, p))
@@ -62,7 +70,7 @@ async def test_connections_to_workers_that_left_are_closed_without_a_garbage_col
     """A circle of references once kept a hundred of them open until the collector came by."""
     config = FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo"))
     model = ServedModel("tandem-demo", Tokenizer.open(config.model), {})
-    fleet = Fleet(config, "frontend-0", model, (), lambda: None)
+    fleet = Fleet(config, "frontend-0", model, (), PrefillBacklog("", 5.0), lambda: None)
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))

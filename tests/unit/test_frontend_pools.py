@@ -81,7 +81,7 @@ def choices(scene: Scene, prompt_tokens: int, later: tuple[Collection[Start], Co
     route: Route | None = None
     while policy.wanted < streams:
         policy.offered = []
-        route = scene.routes.first(prompt_tokens) if later is None else scene.routes.next(prompt_tokens, *later)
+        route = scene.first(prompt_tokens) if later is None else scene.next(prompt_tokens, *later)
         if route is None:
             return {}, None
         streams, prefills = len(policy.offered[0]), policy.offered[1:]
@@ -113,7 +113,7 @@ def check_first(scene: Scene, prompt_tokens: int, marks: dict[str, frozenset[Sta
         check(choices(scene, prompt_tokens, None), every_pair.preferred(every, marks))
         return
     with pytest.raises(problem) as refusal:
-        scene.routes.first(prompt_tokens)
+        scene.first(prompt_tokens)
     refused, foreigners = refusal.value, every_pair.foreigners(scene.workers, DIGEST)
     assert type(refused) is problem
     if isinstance(refused, ContextExceeded):
@@ -153,10 +153,10 @@ def test_pools_after_a_worker_of_another_pool_left_hold_only_prompts_that_fit() 
     both = replace(prefill("a"), role=WorkerRole.AGGREGATED, capabilities=replace(CAPABILITIES, context_tokens_max=16))
     large = replace(prefill("q"), capabilities=replace(CAPABILITIES, context_tokens_max=32))
     scene = Scene(small, both, large, policy=ByIndex())
-    assert scene.routes.first(8).decode == both
+    assert scene.first(8).decode == both
     scene.workers = (both, large)
     with pytest.raises(ContextExceeded):
-        scene.routes.first(16)
+        scene.first(16)
 
 
 @pytest.mark.parametrize("refusing", list(itertools.permutations(range(5), 3)), ids=str)

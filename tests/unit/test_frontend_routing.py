@@ -115,7 +115,7 @@ def test_a_prompt_goes_to_workers_whose_context_holds_it() -> None:
     with pytest.raises(ContextExceeded) as refused:
         scene.first(128)
     assert refused.value.metadata == {"field": "token_ids", "limit": "128"}
-    assert scene.routes.next(128, (), ()) is None
+    assert scene.next(128, (), ()) is None
     small = Scene(prefill(context_tokens_max=32), decode(context_tokens_max=128))
     with pytest.raises(ContextExceeded, match="the 32 tokens that"):
         small.first(32)
@@ -159,15 +159,15 @@ def test_another_attempt_prefers_untried_workers_and_never_reuses_refusing_ones(
     scene = Scene(prefill(), decode(), decode("decode-1"))
     p, first, second = (worker.start for worker in scene.workers)
     for _ in range(20):
-        route = scene.routes.next(1, {p, first}, {first})
+        route = scene.next(1, {p, first}, {first})
         assert route is not None
         assert _ids(route) == ("decode-1", "prefill-0")
-        again = scene.routes.next(1, {p, first, second}, ())
+        again = scene.next(1, {p, first, second}, ())
         assert again is not None
-    assert scene.routes.next(1, {p, first, second}, {first, second}) is None
-    assert scene.routes.next(1, {p}, {p}) is None
+    assert scene.next(1, {p, first, second}, {first, second}) is None
+    assert scene.next(1, {p}, {p}) is None
     scene.workers = ()
-    assert scene.routes.next(1, (), ()) is None
+    assert scene.next(1, (), ()) is None
 
 
 def test_a_trace_names_the_candidates_and_what_was_avoided() -> None:
@@ -178,7 +178,7 @@ def test_a_trace_names_the_candidates_and_what_was_avoided() -> None:
     scene.unhealthy = frozenset({scene.workers[0].start})
     scene.failing = frozenset({("decode-0", 7), ("gone", 1)})
     assert scene.first().pick.why == "random among 2 of 5, without unhealthy and failing ones"
-    route = scene.routes.next(1, {("decode-1", 7), ("aggregated-0", 7)}, {("aggregated-0", 7)})
+    route = scene.next(1, {("decode-1", 7), ("aggregated-0", 7)}, {("aggregated-0", 7)})
     assert route is not None
     assert route.pick.candidates_count == 4
     assert route.pick.why == "random among 1 of 4, without unhealthy and failing ones"

@@ -102,11 +102,22 @@ def imports_across_layers(path: Path) -> Iterator[str]:
         yield from imports_any(path, "h2", "hpack", "hyperframe")
 
 
+REPLAY_COMMAND = LIBRARY / "cli" / "replay.py"
+"""`tandem replay` runs the frontend's own policies in its process (docs/adr/0022-replay.md)."""
+
+
 def test_services_do_not_know_each_other() -> None:
     for path in MODULES:
         own = next((name for name, root in SERVICES.items() if root in path.parents), None)
-        others = [name for name in imports_any(path, *SERVICES) if name.split(".")[0] != own]
-        assert not others, identifier(path)
+        others = {name for name in imports_any(path, *SERVICES) if name.split(".")[0] != own}
+        allowed = {"tandem_frontend.replay.command"} if path == REPLAY_COMMAND else set()
+        assert others <= allowed, identifier(path)
+
+
+def test_a_serving_frontend_does_not_import_the_replay() -> None:
+    frontend = SERVICES["tandem_frontend"]
+    for path in (path for path in MODULES if frontend in path.parents and frontend / "replay" not in path.parents):
+        assert not [name for name in imports(path) if name.startswith("tandem_frontend.replay")], identifier(path)
 
 
 def test_services_have_the_same_plumbing() -> None:
@@ -124,7 +135,7 @@ STAGES = ("preparation", "admission", "routing", "execution", "response")
 
 def test_the_frontends_folders_are_a_requests_stages() -> None:
     folders = {path.name for path in SERVICES["tandem_frontend"].iterdir() if (path / "__init__.py").is_file()}
-    assert folders == {*STAGES, "openai", "admin", "processes"}
+    assert folders == {*STAGES, "openai", "admin", "processes", "replay"}
 
 
 def dotted(path: Path) -> str:

@@ -65,6 +65,7 @@ from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
+from tandem_frontend.routing.prefix_index import PrefixIndex
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 
 log = logging.getLogger(__name__)
@@ -119,21 +120,21 @@ class FrontendApp:
             load, capacity = LoopLoad(), Capacity(config.served_name)
             backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
             admission = _make_admission(config, capacity, backlog, load, server)
-            fleet = Fleet(config, names.instance, model, (capacity, backlog), admission.reevaluate_soon)
+            fleet = Fleet(config, names.instance, model, (capacity,), backlog, admission.reevaluate_soon, metrics)
             coalescing = Coalescing(config.coalesce_ms / 1_000, load)
             generation = Generation(
                 model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
             )
             if metrics.is_on:
-                metrics.measure(_gauges(server, admission))
+                metrics.measure(_gauges(server, admission, fleet.prefixes))
                 traces.sinks.append(RequestMetrics(metrics, config.served_name))
             await stack.enter_async_context(fleet.connected())
             own = LocalRequests(traces, stats, lambda: admission.waiting_count)
-            inference = InferenceServicer(generation, model, fleet.watch.workers)
+            inference = InferenceServicer(generation, model, fleet.watch.workers, config.session_header)
             server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
             bodies = BodyChecker(model.tokenizer.context_tokens_max, config.tenant_share)
             stack.push_async_callback(bodies.close)
-            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, bodies)
+            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, bodies, config.session_header)
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())
@@ -273,13 +274,20 @@ def _make_admission(
     )
 
 
-def _gauges(server: Http2RpcServer, admission: Admission) -> Measure:
+def _gauges(server: Http2RpcServer, admission: Admission, prefixes: PrefixIndex | None) -> Measure:
     async def read() -> list[Reading]:
-        return [
+        readings = [
             Reading("tandem.connections.open", server.connection_count),
             Reading("tandem.requests.open", admission.open_count),
             Reading("tandem.queue.depth", admission.waiting_count),
         ]
+        if prefixes is not None:
+            readings += [
+                Reading("tandem.prefix.blocks", prefixes.block_count),
+                Reading("tandem.prefix.workers", prefixes.trusted_count, {"tandem.state": "trusted"}),
+                Reading("tandem.prefix.workers", prefixes.suspected_count, {"tandem.state": "suspected"}),
+            ]
+        return readings
 
     return read
 

@@ -22,6 +22,9 @@ IPV6_PREFIX_BITS = 64
 CALL_ID_HEADER = "x-request-id"
 """Set by the edge for every call, and returned to HTTP clients."""
 CALL_ID_CHARS_MAX = 128
+SESSION_HEADER = "x-session-id"
+"""Default of the setting `session_header`."""
+SESSION_CHARS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Caller:
     tenant: str = ""
     fairness_id: str = ""
     """Whose share of this frontend it uses: the tenant, or without one the client's address. Never recorded."""
+    session: str = ""
+    """Its session, for routing; empty: none is named."""
     deadline_s: float | None = None
     """On `clock`; None: no deadline."""
     clock: Clock = monotonic
@@ -48,7 +53,9 @@ class Caller:
         return None if self.deadline_s is None else max(0.0, self.deadline_s - self.clock())
 
 
-def caller_of(context: Any, operation: str = "generate", clock: Clock = monotonic) -> Caller:
+def caller_of(
+    context: Any, operation: str = "generate", clock: Clock = monotonic, session_header: str = SESSION_HEADER
+) -> Caller:
     """The caller of a gRPC call (a grpc.aio.ServicerContext)."""
     left_s = context.time_remaining()
     metadata = dict(context.invocation_metadata() or ())
@@ -58,6 +65,7 @@ def caller_of(context: Any, operation: str = "generate", clock: Clock = monotoni
     return Caller(
         tenant=tenant,
         fairness_id=fairness_id,
+        session=str(metadata.get(session_header, ""))[:SESSION_CHARS_MAX],
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
         operation=operation,

@@ -12,6 +12,8 @@ from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
+from tandem_frontend.call_context import SESSION_HEADER
+from tandem_frontend.routing.policy import PolicyName
 
 PROGRAM = "tandem-frontend"
 REQUEST_BYTES_BASE = 2**20
@@ -80,6 +82,25 @@ class FrontendConfig(AdminConfig):
         le=3600,
         description="seconds of work that may wait in one prefill worker; further prompts wait here. A prompt that has "
         "waited here for so long overtakes those of its client that are four times as long",
+    )
+    prefix_blocks_max: int = Field(
+        1_000_000,
+        ge=0,
+        le=16_000_000,
+        description="limit of cached blocks of all workers that each process keeps to route by, about 250 bytes each; "
+        "beyond it the worker with the most blocks is routed to by load; 0: the workers' caches are not followed",
+    )
+    routing_policy: str = Field(
+        PolicyName.AUTO.value,
+        pattern=f"^({'|'.join(policy.value for policy in PolicyName)})$",
+        description="how workers are picked: auto (prefix where workers publish their caches, otherwise least_work), "
+        "random, power_of_two, least_work, prefix or session",
+    )
+    session_header: str = Field(
+        SESSION_HEADER,
+        pattern="^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$",
+        description="HTTP header, or gRPC metadata key, with the session's id, for the routing policy session; without "
+        "it the tenant counts",
     )
     leg_accept_timeout_s: float = Field(
         2, gt=0, le=300, description="seconds within which a worker must accept a leg; otherwise the leg has failed"

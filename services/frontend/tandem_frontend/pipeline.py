@@ -33,6 +33,7 @@ from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.relay import UNREAD_TOKENS_MAX, Outlet, Relay
 from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
+from tandem_frontend.routing.policy import RoutingRequest
 
 TRACED_PROMPT_TOKENS_MAX = 1024
 """Tokens of a prompt in a trace, with --trace-prompts; collectors refuse large spans."""
@@ -144,7 +145,8 @@ class Generation:
         async with self._admission.slot(_queued(wanted, caller)) as prefill:
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
-                legs = self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record, prefill)
+                about = RoutingRequest(len(wanted.token_ids), session=caller.session, tenant=caller.tenant)
+                legs = self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record, prefill, about)
                 async with legs as stream:
                     yield stream
 
@@ -204,4 +206,6 @@ def _route(attempt: Attempt) -> pb.Route:
         prefill_worker_id=prefill.worker_id if prefill else "",
         decode_worker_id=attempt.route.decode.worker_id,
         bootstrap_room=attempt.room,
+        policy=attempt.route.pick.policy,
+        expected_cached_tokens=attempt.route.expected_cached_tokens,
     )

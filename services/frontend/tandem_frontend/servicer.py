@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,7 +17,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import present
-from tandem_frontend.call_context import Caller, caller_of
+from tandem_frontend.call_context import SESSION_HEADER, Caller, caller_of
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel, check_name_length, get_model, list_models
 from tandem_frontend.preparation.validation import checked_detokenize, checked_tokenize
@@ -29,7 +30,14 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """The contract of inference_service.proto."""
 
-    def __init__(self, generation: Generation, model: ServedModel, workers: Callable[[], tuple[Worker, ...]]) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        model: ServedModel,
+        workers: Callable[[], tuple[Worker, ...]],
+        session_header: str = SESSION_HEADER,
+    ) -> None:
+        self._caller_of = partial(caller_of, session_header=session_header)
         self._generation = generation
         self._model = model
         self._workers = workers
@@ -56,7 +64,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     def _charged(self, context: Any) -> Caller:
         """The caller of a call that generates once; raises where that is refused."""
-        caller = caller_of(context)
+        caller = self._caller_of(context)
         self._generation.charge(caller)
         return caller
 

@@ -19,6 +19,7 @@ from tandem import __version__
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.inspect_commands import add_to
+from tandem.cli.replay import replay
 from tandem.cli.state import DEMO_MODEL
 from tandem.domain.network_address import bare_host
 
@@ -149,6 +150,11 @@ def up(
     frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
     frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
     host: Host = "127.0.0.1",
+    routing_policy: Annotated[
+        str | None,
+        typer.Option(help="auto, random, power_of_two, least_work, prefix or session; default: the frontend's."),
+    ] = None,
+    session_header: Annotated[str | None, typer.Option(help="Header with the session's id.")] = None,
     port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
     http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
@@ -190,7 +196,8 @@ def up(
     flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
     flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
-    role_flags = {"frontend": _given({**parsers, "admin-enabled": "true" if admin else None})}
+    routing = {"routing-policy": routing_policy, "session-header": session_header}
+    role_flags = {"frontend": _given({**parsers, **routing, "admin-enabled": "true" if admin else None})}
     role_flags["edge"] = _given({"api-keys": None if api_keys is None else str(api_keys)})
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
@@ -358,6 +365,7 @@ def certs(
 
 
 add_to(app)
+app.command()(replay)
 
 
 def _given(flags: Mapping[str, str | int | None]) -> dict[str, str]:

@@ -58,8 +58,13 @@ class Interruption:
 
 def end(command: str, work: Coroutine[Any, Any, int]) -> NoReturn:
     """Run a subcommand and exit with its status; a Tandem error is printed as one sentence."""
+    end_call(command, lambda: asyncio.run(work))
+
+
+def end_call(command: str, work: Callable[[], int]) -> NoReturn:
+    """`end` for a subcommand that needs no event loop."""
     try:
-        exit_status = asyncio.run(work)
+        exit_status = work()
     except ConfigError as problem:
         exit_status = _report(command, _as_option(problem), problem.exit_status)
     except StartError as problem:

@@ -129,7 +129,9 @@ def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
     if attempt.bootstrap_room:
         facts.append(f"room {attempt.bootstrap_room}")
     if attempt.HasField("candidates"):
-        facts.append(f"chosen from {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
+        by = f" by {attempt.policy}" if attempt.policy else ""
+        facts.append(f"chosen{by} from {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
+    facts.extend(_cached(attempt))
     end_s = _offset_s(attempt.end) if attempt.HasField("end") else None
     yield Line(_offset_s(attempt.dispatched), end_s, ", ".join(facts))
     inner = [line for leg in _legs(attempt) for line in _leg(leg, attempt)]
@@ -145,6 +147,15 @@ def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
         at = attempt.end if attempt.HasField("end") else attempt.dispatched
         verb = "refused the request" if failure.reason in REFUSALS else "failed"
         yield _moment(at, f"{failed} {verb}{phase}: {error_reason(failure.reason)}", depth=1)
+
+
+def _cached(attempt: pb.TimelineAttempt) -> Iterator[str]:
+    """How much of the prompt was cached, and was expected to be, as far as either is known."""
+    if attempt.HasField("expected_cached_tokens"):
+        was = f", {attempt.cached_tokens} were" if attempt.HasField("cached_tokens") else ""
+        yield f"{attempt.expected_cached_tokens} tokens expected in the prefix cache{was}"
+    elif attempt.HasField("cached_tokens"):
+        yield f"{attempt.cached_tokens} tokens were in the prefix cache"
 
 
 def _legs(attempt: pb.TimelineAttempt) -> Iterator[pb.TimelineLeg]:

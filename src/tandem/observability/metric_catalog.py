@@ -99,7 +99,8 @@ TOKEN_TYPE = Attribute("gen_ai.token.type", ("input", "output"))
 REASON = Attribute("tandem.reason", REASONS)
 LEG = Attribute("tandem.leg", tuple(role.value for role in LegRole))
 PHASE = Attribute("tandem.phase", tuple(phase.value for phase in Phase))
-POLICY = Attribute("tandem.policy", ("random",))
+POLICY = Attribute("tandem.policy", ("random", "power_of_two", "least_work", "prefix", "session"))
+ROLE = Attribute("tandem.role", ROLES)
 ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
 LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
@@ -107,6 +108,8 @@ DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropRe
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
+PREFIX_STATE = Attribute("tandem.state", ("trusted", "suspected"))
+SUSPICION = Attribute("tandem.reason", ("gap", "unknown", "broken", "silent", "epoch", "bound", "refused"))
 MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
 MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
 WORKER_ID = Attribute(
@@ -121,6 +124,7 @@ TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2
 TOKENS = tuple(float(4**power) for power in range(14))
 """Buckets of these four follow the OpenTelemetry GenAI conventions."""
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROUTE_S = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01)
 WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BANDWIDTH = tuple(float(10**power * factor) for power in range(5, 12) for factor in (1, 3))
 """100 kB/s to 300 GB/s."""
@@ -206,6 +210,36 @@ TABLE: tuple[Metric, ...] = (
         ROUTE,
     ),
     _frontend(
+        "tandem.route.choices",
+        Kind.COUNTER,
+        "{worker}",
+        "Workers picked for dispatched attempts, by routing policy and role.",
+        POLICY,
+        ROLE,
+    ),
+    _frontend(
+        "tandem.route.expected_cached_tokens",
+        Kind.COUNTER,
+        "{token}",
+        "Prompt tokens that the routing policy expected in the prefix cache of the worker it picked, where it knew and "
+        "the leg finished. Compare with `tandem.route.cached_tokens`.",
+        POLICY,
+    ),
+    _frontend(
+        "tandem.route.cached_tokens",
+        Kind.COUNTER,
+        "{token}",
+        "Prompt tokens of finished legs that were in the prefix cache of the worker that computed the prompt.",
+        POLICY,
+    ),
+    _frontend(
+        "tandem.route.duration",
+        Kind.HISTOGRAM,
+        "s",
+        "Time to pick the workers of an attempt.",
+        buckets=ROUTE_S,
+    ),
+    _frontend(
         "tandem.leg.failures",
         Kind.COUNTER,
         "{leg}",
@@ -220,6 +254,35 @@ TABLE: tuple[Metric, ...] = (
         "{attempt}",
         "Attempts that continued a stream after its first token, by outcome.",
         ATTEMPT_OUTCOME,
+    ),
+    _frontend(
+        "tandem.prefix.blocks",
+        Kind.GAUGE,
+        "{block}",
+        "Different blocks in the frontend's index of cached blocks; those of a cache that was given up count until "
+        "they are swept, seconds later.",
+    ),
+    _frontend(
+        "tandem.prefix.workers",
+        Kind.GAUGE,
+        "{worker}",
+        "Workers whose prefix cache the frontend follows; `suspected`: without credit until their next snapshot.",
+        PREFIX_STATE,
+    ),
+    _frontend(
+        "tandem.prefix.snapshots",
+        Kind.COUNTER,
+        "{snapshot}",
+        "Snapshots of prefix caches that were applied to the end.",
+    ),
+    _frontend(
+        "tandem.prefix.suspicions",
+        Kind.COUNTER,
+        "{suspicion}",
+        "How often a worker's prefix cache lost its credit: events were missing (`gap`), the worker did not know "
+        "(`unknown`), its stream broke or it was `silent`, another `epoch` answered, the index had no room (`bound`), "
+        "or its hashes or blocks are not understood (`refused`).",
+        SUSPICION,
     ),
     _frontend(
         "tandem.cancel.latency",

@@ -10,7 +10,7 @@ from tandem.observability.metric_catalog import CANCELLED
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import AttemptTrace, RequestTrace
 
-WAIT_STEP = "wait"
+WAIT_STEP, ROUTE_STEP = "wait", "route"
 
 
 class RequestMetrics:
@@ -56,6 +56,8 @@ class RequestMetrics:
             if step.name == WAIT_STEP:
                 self._metrics.count("tandem.requests.admitted")
                 self._metrics.record("tandem.queue.wait", step.end_s - step.begin_s)
+            elif step.name == ROUTE_STEP:
+                self._metrics.record("tandem.route.duration", step.end_s - step.begin_s)
         if trace.left_s is not None and trace.end_s is not None and trace.outcome == traces.CANCELLED:
             self._metrics.record("tandem.cancel.latency", trace.end_s - trace.left_s)
         if trace.outcome == traces.REFUSED:
@@ -65,8 +67,20 @@ class RequestMetrics:
         metrics = self._metrics
         route = "aggregated" if attempt.prefill_worker is None else "pair"
         metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": attempt.policy, "tandem.route": route})
+        self._record_choices(attempt)
         if attempt.tokens_before:
             metrics.count("tandem.continuations", attributes={"tandem.outcome": attempt.outcome})
         if attempt.failed_leg and not attempt.is_refusal:
             failure = {"tandem.leg": attempt.failed_leg, "tandem.phase": attempt.phase, "tandem.reason": attempt.reason}
             metrics.count("tandem.leg.failures", attributes=failure)
+
+    def _record_choices(self, attempt: AttemptTrace) -> None:
+        metrics, policy = self._metrics, {"tandem.policy": attempt.policy}
+        for worker in (attempt.prefill_worker, attempt.decode_worker):
+            if worker is not None:
+                metrics.count("tandem.route.choices", attributes={**policy, "tandem.role": worker.role.value})
+        cached_tokens, expected_tokens = attempt.cached_tokens, attempt.expected_cached_tokens
+        if cached_tokens is not None:
+            metrics.count("tandem.route.cached_tokens", cached_tokens, policy)
+            if expected_tokens is not None:
+                metrics.count("tandem.route.expected_cached_tokens", expected_tokens, policy)

@@ -107,6 +107,8 @@ class AttemptTrace:
     """Routing policy."""
     why: str = ""
     """Why the policy chose this route."""
+    expected_cached_tokens: int | None = None
+    """Prompt tokens that the policy expected in the prefix cache of the computing worker; None: unknown."""
     begin_s: float = 0.0
     """When its legs were dispatched."""
     prefill_accepted_s: float | None = None
@@ -148,6 +150,12 @@ class AttemptTrace:
         self.prefill_finish, self.decode_finish = prefill, decode
         failed = REFUSED if self.is_refusal else BROKEN
         self.outcome = FINISHED if decode is not None else failed if self.failed_leg else ENDED
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens that were in the prefix cache of the computing worker; None: its leg did not finish."""
+        finish = self.decode_finish if self.prefill_worker is None else self.prefill_finish
+        return None if finish is None else finish.usage.cached_tokens
 
     @property
     def kv_transfer_bytes(self) -> int:

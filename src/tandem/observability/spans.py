@@ -165,8 +165,16 @@ def _route_attributes(attempt: AttemptTrace) -> dict[str, Any]:
         names.CANDIDATES_COUNT: attempt.candidates_count,
         names.CANDIDATES: attempt.candidates,
         names.WHY: attempt.why,
+        names.POLICY: attempt.policy,
+        **_cached(attempt),
         **{name: worker.worker_id for name, worker in chosen.items() if worker is not None},
     }
+
+
+def _cached(attempt: AttemptTrace) -> dict[str, Any]:
+    """What the policy expected in the prefix cache, and what was there, as far as either is known."""
+    counts = {names.EXPECTED_CACHED_TOKENS: attempt.expected_cached_tokens, names.CACHED_TOKENS: attempt.cached_tokens}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 # --- A leg in a worker

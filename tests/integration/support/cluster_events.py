@@ -240,6 +240,30 @@ async def a_death(world: World) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def a_stopped_prefill(world: World) -> AsyncIterator[None]:
+    worker = world.cluster.process("prefill-0")
+    await worker.stop()
+    yield
+    await world.back(worker)
+
+
+@asynccontextmanager
+async def a_dead_prefill(world: World) -> AsyncIterator[None]:
+    worker = world.cluster.process("prefill-0")
+    worker.kill()
+    yield
+    await world.back(worker)
+
+
+@asynccontextmanager
+async def a_restarted_prefill(world: World) -> AsyncIterator[None]:
+    worker = world.cluster.process("prefill-0")
+    await worker.stop()
+    await world.back(worker)
+    yield
+
+
+@asynccontextmanager
 async def a_smaller_worker(world: World) -> AsyncIterator[None]:
     worker = world.decodes[1]
     await worker.stop()

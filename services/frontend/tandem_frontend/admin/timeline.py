@@ -137,6 +137,9 @@ def _attempt(trace: RequestTrace, attempt: AttemptTrace) -> pb.TimelineAttempt:
         last_token=_moment(trace, attempt.last_token_s),
         end=_moment(trace, attempt.end_s),
         tokens_before=attempt.tokens_before,
+        policy=attempt.policy,
+        expected_cached_tokens=attempt.expected_cached_tokens,
+        cached_tokens=attempt.cached_tokens,
     )
     if attempt.prefill_worker is not None:
         accepted, finish = attempt.prefill_accepted_s, attempt.prefill_finish

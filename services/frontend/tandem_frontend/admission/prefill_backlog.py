@@ -1,8 +1,9 @@
-"""Prefill backlog: how long the prompts that prefill workers have would keep them busy, and so whether one more may go.
+"""Prefill backlog: how long the prompts that workers have would keep them busy, and so whether one more may go.
 
 Pure: the clock is not read, times are the engines' own. A prompt that waits in an engine holds its place there whatever
 comes later, and decode's engine counts the wait against its hand-over timeout; one that waits in the frontend's queue
-does neither. The rate of a worker is learnt from the finishes of its prefill legs.
+does neither. The rate of a worker is learnt from the finishes of its prefill legs. Routing reads the same figures;
+aggregated workers are counted for it alone, and never limited.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ UNMEASURED_PROMPTS_MAX = 2
 """Prompts sent to a worker whose rate is not known yet."""
 RATE_WINDOW_S = 10.0
 """Busy seconds after which a measurement weighs a third."""
+RATE_KEPT_S = 60.0
+"""A rate counts for routing until other workers have finished prompts for so long: otherwise a worker measured on a bad
+moment would get no prompt, and so no other measurement, for ever."""
 FAIR_FRACTION = 0.25
 """A frontend with less work at a worker than all others together may exceed the limit by this fraction: otherwise a
 late starter would never get its share, because every frontend replaces its own prompts as they finish."""
 
 
 @dataclass(slots=True)
-class _Worker:
-    """One prefill worker. Costs in tokens."""
+class WorkerBacklog:
+    """One worker that computes prompts. Costs in tokens."""
+
+    start: Start
 
     own: float = 0.0
     """Cost of this frontend's unfinished prompts there."""
+    own_whole: float = 0.0
+    """The same without regard to prefix caches, as load reports count prompts."""
     own_count: int = 0
     is_counted: bool = True
     """False once it has left the view."""
@@ -46,6 +54,8 @@ class _Worker:
     computed_tokens: float = 0.0
     busy_s: float = 0.0
     last_end_s: float = 0.0
+    is_rate_old: bool = False
+    """See RATE_KEPT_S."""
     has_finished: bool = False
     """Whether a prompt has finished there, with times that can be measured or without."""
 
@@ -53,6 +63,24 @@ class _Worker:
     def tokens_per_s(self) -> float | None:
         """Its measured rate; None without a measurement."""
         return self.computed_tokens / self.busy_s if self.busy_s > 0 else None
+
+    @property
+    def recent_tokens_per_s(self) -> float | None:
+        """Its rate if that was measured lately; None otherwise."""
+        return None if self.is_rate_old else self.tokens_per_s
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a current load report says what waits there."""
+        return self.reported is not None
+
+    @property
+    def work(self) -> float:
+        """Cost of what waits there or is being computed, as far as this frontend knows.
+
+        A report has only what waits, so at least this frontend's own unfinished prompts count.
+        """
+        return max(self.own, self.backlog)
 
     @property
     def backlog(self) -> float:
@@ -76,8 +104,12 @@ class PrefillBacklog:
         self._model = model
         self._limit_s = limit_s
         self._view = KnownView()
-        self._workers: dict[Start, _Worker] = {}
-        self._aggregated: set[Start] = set()
+        self._workers: dict[Start, WorkerBacklog] = {}
+        self._aggregated: dict[Start, WorkerBacklog] = {}
+        self.watch: Callable[[WorkerBacklog], None] = lambda worker: None
+        """Called with each worker whose figures have changed."""
+        self._measured: dict[Start, float] = {}
+        """When the last prompt of each measured worker ended, in about that order."""
         self._reserved = 0.0
         """Cost of the requests that have a slot and whose legs are not sent yet."""
         self._reserved_count = 0
@@ -88,30 +120,39 @@ class PrefillBacklog:
         """Apply a new registry view."""
         removed, added = self._view.replace(workers)
         for worker in removed:
+            self._measured.pop(worker.start, None)
             gone = self._workers.pop(worker.start, None)
             if gone is not None:
                 self._own_count -= gone.own_count
                 gone.is_counted = False
-            self._aggregated.discard(worker.start)
+            gone = self._aggregated.pop(worker.start, None)
+            if gone is not None:
+                gone.is_counted = False
         for worker in added:
             if not self._serves(worker):
                 continue
             if worker.role is WorkerRole.PREFILL:
-                self._workers[worker.start] = _Worker()
+                self._workers[worker.start] = WorkerBacklog(worker.start)
             elif worker.role is WorkerRole.AGGREGATED:
-                self._aggregated.add(worker.start)
+                self._aggregated[worker.start] = WorkerBacklog(worker.start)
 
     def note(self, start: Start, load: EngineLoad | None) -> None:
         """Record a worker's load; None: unknown."""
-        worker = self._workers.get(start)
+        worker = self.get(start)
         if worker is None:
             return
         worker.recent = 0.0
         worker.reported = None
         worker.others = 0.0
         if load is not None and load.waiting_tokens is not None:
-            worker.reported = max(0, load.waiting_tokens) + PROMPT_COST_TOKENS * max(0, load.waiting_requests or 0)
-            worker.others = max(0.0, worker.reported - worker.own)
+            reported = max(0, load.waiting_tokens) + PROMPT_COST_TOKENS * max(0, load.waiting_requests or 0)
+            worker.others = max(0.0, reported - worker.own_whole)
+            worker.reported = min(float(reported), worker.own + worker.others)
+        self.watch(worker)
+
+    def get(self, start: Start) -> WorkerBacklog | None:
+        """The figures of a worker; None: it computes no prompts, or is not in the view."""
+        return self._workers.get(start) or self._aggregated.get(start)
 
     def has_room(self) -> bool:
         """Whether some prefill worker is near enough to its next prompt. True where none is needed or known.
@@ -125,12 +166,12 @@ class PrefillBacklog:
 
     def reserve(self, prompt_tokens: int, changed: Callable[[], None] = lambda: None) -> PrefillWork:
         """Count a prompt that has got its slot. `changed` is called when room may have come free."""
-        work = PrefillWork(self, prompt_tokens + PROMPT_COST_TOKENS, changed)
+        work = PrefillWork(self, prompt_tokens + PROMPT_COST_TOKENS, prompt_tokens + PROMPT_COST_TOKENS, changed)
         self._reserved += work.cost
         self._reserved_count += 1
         return work
 
-    def _is_near(self, worker: _Worker, reserved: float, reserved_count: float) -> bool:
+    def _is_near(self, worker: WorkerBacklog, reserved: float, reserved_count: float) -> bool:
         rate = worker.tokens_per_s
         if rate is None:
             # An engine that reports no times, or none that differ, is not limited here: its own timeout is.
@@ -154,21 +195,40 @@ class PrefillBacklog:
         self._reserved_count -= 1
         self._reserved = self._reserved - cost if self._reserved_count else 0.0
 
-    def sent(self, start: Start, cost: float) -> _Worker | None:
+    def sent(self, start: Start, cost: float, whole_cost: float) -> WorkerBacklog | None:
         """A prompt has been sent to a worker; None: the worker is not counted."""
-        worker = self._workers.get(start)
+        worker = self.get(start)
         if worker is not None:
             worker.own += cost
+            worker.own_whole += whole_cost
             worker.own_count += 1
             worker.recent += cost
-            self._own_count += 1
+            self._own_count += start in self._workers
+            self.watch(worker)
         return worker
 
-    def finished(self, worker: _Worker) -> None:
+    def measured(self, worker: WorkerBacklog) -> None:
+        """A worker's rate has been measured."""
+        worker.is_rate_old = False
+        if worker.is_counted:
+            self._measured.pop(worker.start, None)
+            self._measured[worker.start] = worker.last_end_s
+        while self._measured:
+            start, end_s = next(iter(self._measured.items()))
+            if worker.last_end_s - end_s <= RATE_KEPT_S:
+                break
+            del self._measured[start]
+            old = self.get(start)
+            if old is not None:
+                old.is_rate_old = True
+                self.watch(old)
+        self.watch(worker)
+
+    def finished(self, worker: WorkerBacklog) -> None:
         """A prompt of a worker needs no more prefill."""
         worker.own_count -= 1
         if worker.is_counted:
-            self._own_count -= 1
+            self._own_count -= worker.start in self._workers
 
 
 @dataclass(slots=True)
@@ -176,18 +236,27 @@ class PrefillWork:
     """One prompt: reserved, sent to a worker (again at each new attempt), computed or dropped."""
 
     _backlog: PrefillBacklog
+    _whole_cost: float
+    """Without a prefix cache."""
     cost: float
+    """As expected where it was sent."""
     _changed: Callable[[], None]
     _is_reserved: bool = True
-    _worker: _Worker | None = field(default=None, repr=False)
+    _worker: WorkerBacklog | None = field(default=None, repr=False)
     """Where it is at work."""
-    _measured_at: _Worker | None = field(default=None, repr=False)
+    _measured_at: WorkerBacklog | None = field(default=None, repr=False)
     """Where its finish will be measured."""
 
-    def sent(self, start: Start | None) -> None:
-        """Its legs go to a prefill worker; None: to an aggregated one."""
+    def sent(self, start: Start | None, cached_tokens: int = 0) -> None:
+        """Its legs go to the worker `start`, which should have `cached_tokens` of it in its prefix cache.
+
+        None: to a worker that is not counted.
+        """
         self.drop()
-        self._worker = self._measured_at = None if start is None else self._backlog.sent(start, self.cost)
+        self.cost = max(float(PROMPT_COST_TOKENS), self._whole_cost - cached_tokens)
+        self._worker = self._measured_at = (
+            None if start is None else self._backlog.sent(start, self.cost, self._whole_cost)
+        )
 
     def computed(self, finish: leg_pb2.LegFinish | None = None) -> None:
         """Prefill has computed it. `finish`: of its leg, once that is known; may come after the first token."""
@@ -196,7 +265,10 @@ class PrefillWork:
             self._measured_at.has_finished = True
             if timings.HasField("prefill_start_time") and timings.HasField("prefill_end_time"):
                 start_s, end_s = _seconds(timings.prefill_start_time), _seconds(timings.prefill_end_time)
-                self._measured_at.measure(self.cost, start_s, end_s)
+                # What the engine computed, whatever was expected.
+                cost = max(float(PROMPT_COST_TOKENS), self._whole_cost - finish.usage.cached_tokens)
+                self._measured_at.measure(cost, start_s, end_s)
+                self._backlog.measured(self._measured_at)
             self._measured_at = None
         self.drop()
 
@@ -210,10 +282,12 @@ class PrefillWork:
             return
         self._backlog.finished(worker)
         worker.own = worker.own - self.cost if worker.own_count else 0.0
+        worker.own_whole = worker.own_whole - self._whole_cost if worker.own_count else 0.0
         if worker.reported is not None:
             # What finishes first was sent first: it was in the report, as long as the report had any.
             worker.recent -= max(0.0, self.cost - worker.reported)
             worker.recent, worker.reported = max(0.0, worker.recent), max(0.0, worker.reported - self.cost)
+        self._backlog.watch(worker)
         self._changed()
 
 

@@ -11,9 +11,10 @@ import logging
 import math
 import random
 from array import array
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.clock import Clock
@@ -30,7 +31,9 @@ from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.execution.trace_recorder import Record
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.policy import RoutingRequest
 from tandem_frontend.routing.router import RecentRefusals, Routes
+from tandem_frontend.routing.worker_costs import SentRequest
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +74,21 @@ class ExecutionDeps:
         dispatch: Dispatch,
         clock: Clock,
         rng: random.Random,
+        hash_prompt: Callable[[leg_pb2.LegRequest], Any] = lambda leg: None,
     ) -> None:
+        """`hash_prompt` returns what the policy matches with prefix caches; None where it matches nothing."""
         self.routes = routes
+        self._hash_prompt = hash_prompt
         self.refusals = refusals
         self.breakers = breakers
         self.dispatch = dispatch
         self.clock = clock
         self.rng = rng
         self._open: set[RetryingStream] = set()
+
+    def described(self, leg: leg_pb2.LegRequest, about: RoutingRequest) -> RoutingRequest:
+        """What the policy sees of a request. Called for the first attempt only: later ones have the same prefix."""
+        return replace(about, prompt_tokens=len(leg.token_ids), prompt=self._hash_prompt(leg))
 
     def notice(self, workers: Iterable[Worker]) -> None:
         """Fail all attempts on workers that have been restarted according to a new view.
@@ -100,6 +110,7 @@ class ExecutionDeps:
         timeout_s: float | None,
         record: Record | None = None,
         prefill: PrefillWork | None = None,
+        about: RoutingRequest | None = None,
     ) -> AsyncIterator[RetryingStream]:
         """The stream of a request whose legs have been accepted by their workers; leaving it ends all legs.
 
@@ -109,12 +120,14 @@ class ExecutionDeps:
             timeout_s: seconds left of the client's deadline; None: no deadline.
             record: writes the request trace.
             prefill: the place of its prompt in the prefill backlog; None: not counted.
+            about: its session and tenant, for the routing policy.
 
         Raises:
             TandemError: there is no route, or the failure of the last attempt.
         """
         prefill = prefill or PrefillBacklog("", math.inf).reserve(len(leg.token_ids))
-        stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()), prefill)
+        about = about or RoutingRequest(0)
+        stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()), prefill, about)
         async with stream:
             self._open.add(stream)
             try:
@@ -134,9 +147,13 @@ class RetryingStream:
         timeout_s: float | None,
         record: Record,
         prefill: PrefillWork,
+        about: RoutingRequest,
     ) -> None:
         self._deps = deps
         self._prefill = prefill
+        self._about = about
+        self._at_worker: SentRequest | None = None
+        """Counts the current attempt in the load of its workers."""
         self._record = record
         self._leg = leg
         self._sink = sink
@@ -169,7 +186,8 @@ class RetryingStream:
     async def __aenter__(self) -> RetryingStream:
         try:
             with self._record.routing():
-                route = self._deps.routes.first(len(self._leg.token_ids))
+                self._about = self._deps.described(self._leg, self._about)
+                route = self._deps.routes.first(self._about)
             await self._accept(route)
         except BaseException as problem:  # a cancellation must abort both legs too
             self._record.leaving(problem)
@@ -320,7 +338,8 @@ class RetryingStream:
         number = self.state.attempt + 1
         record = self._record.begin_attempt(number, route, len(self._sent))
         headers = headers_of(record.span_context)
-        self._prefill.sent(None if route.prefill is None else route.prefill.start)
+        self._prefill.sent(route.computing.start, route.expected_cached_tokens or 0)
+        self._at_worker = self._deps.routes.sent(route, len(leg.token_ids))
         attempt = self._attempt = Attempt(
             route,
             self,
@@ -340,6 +359,8 @@ class RetryingStream:
     def _end_attempt(self) -> None:
         if self._attempt is not None:
             self._attempt.end()
+        if self._at_worker is not None:
+            self._at_worker.end()
         self._prefill.drop()
 
     def _note_first_token(self) -> None:
@@ -361,8 +382,11 @@ class RetryingStream:
         may_continue = not self._sent or refusal_reason(self._leg) is None
         if self._fruitless_count >= ATTEMPTS_MAX or not may_continue:
             return None
+        return self._deps.routes.next(self._routing_request(), self._tried, failed)
+
+    def _routing_request(self) -> RoutingRequest:
         prompt_tokens = len(self._leg.token_ids) + len(self._sent)
-        return self._deps.routes.next(prompt_tokens, self._tried, failed)
+        return replace(self._about, prompt_tokens=prompt_tokens)
 
     async def _next_route_after_pause(self) -> Route | None:
         """The route of another attempt, after a pause that spreads the retries of requests that failed together."""

@@ -87,6 +87,7 @@ class Record:
             candidates=pick.candidates,
             policy=pick.policy,
             why=pick.why,
+            expected_cached_tokens=route.expected_cached_tokens,
             begin_s=trace.clock(),
             tokens_before=tokens_before,
         )

@@ -33,11 +33,9 @@ CHECK_INTERVAL_S = 0.2
 """How often a link with legs checks whether a message has arrived."""
 LIVENESS_INTERVAL_S = 1.0
 LISTINGS_MISSED = 3
-"""Listings in a row without a leg after which it is lost. Counted in the stream and not in time: where this process or
-the worker has too little processor time, a listing comes late, and the leg is there. A worker lists the legs that have
-had no tokens since its last listing."""
+"""Listings of silent legs without a silent leg that is lost. Not a time: where a process is starved, they come late."""
 INTERVALS_MISSED = 10
-"""Liveness intervals in a row without a leg after which it is lost: no listings arrive, or it never was in one."""
+"""Liveness intervals without a leg that is lost, where no listings arrive or it never was in one."""
 OPENING_S = 2.0
 """Timeout of opening a stream."""
 STEADY_S = 1.0
@@ -92,8 +90,7 @@ class WorkerLink:
         """Whether a message has arrived since the last silence check."""
         self._has_listed = False
         """Whether a message has arrived since the last liveness check."""
-        self._listings = 1
-        """Messages that listed silent legs, counted from 1."""
+        self._listings = 1  # messages that listed silent legs; from 1, because 0 is none
         self._silent_s = 0.0
         self._is_checking = False
         """Whether the worker's health is being checked, or was found bad and no message has arrived since."""
@@ -483,11 +480,8 @@ class WorkerLink:
 
         Without any message the worker is silent, which `_check_silence` handles.
         """
-        if not self._has_listed:
-            self._check_liveness_later()
-            return
-        self._has_listed = False
-        for leg in list(self._legs.values()):
+        legs, self._has_listed = list(self._legs.values()) if self._has_listed else [], False
+        for leg in legs:
             leg.missed_count = 0 if leg.is_alive or not leg.is_started else leg.missed_count + 1
             was_missed = leg.listed_in and self._listings - leg.listed_in >= LISTINGS_MISSED
             if was_missed or leg.missed_count >= INTERVALS_MISSED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,7 +20,7 @@ from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.output_parsers import Parsers
-from tandem_frontend.call_context import caller_of
+from tandem_frontend.call_context import SESSION_HEADER, caller_of
 from tandem_frontend.openai import response
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.chat import ChatCompletions
@@ -44,7 +45,9 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         workers: Callable[[], tuple[Worker, ...]],
         parsers: Parsers | None,
         bodies: BodyChecker,
+        session_header: str = SESSION_HEADER,
     ) -> None:
+        self._caller_of = partial(caller_of, session_header=session_header)
         handler, texts = EndpointHandler(generation, model, workers), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
@@ -55,14 +58,14 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        caller = caller_of(context, "chat")
+        caller = self._caller_of(context, "chat")
         body = await self._bodies.parse(ChatRequest, request.data, caller.fairness_id)
         with _parameter_names(body):
             await self._chat.handle(body, len(request.data), caller, context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        caller = caller_of(context, "text_completion")
+        caller = self._caller_of(context, "text_completion")
         body = await self._bodies.parse(CompletionRequest, request.data, caller.fairness_id)
         with _parameter_names(body):
             await self._completions.handle(body, caller, context)

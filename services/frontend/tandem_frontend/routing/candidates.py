@@ -30,7 +30,7 @@ class Pick:
     candidates: str = ""
     """Some of the workers among them, by name."""
     policy: str = ""
-    """The policy's name."""
+    """Name of the policy that picked the worker that computes the prompt."""
     why: str = ""
     """One sentence."""
 
@@ -44,6 +44,13 @@ class Route:
     prefill: Worker | None
     """None on an aggregated route."""
     pick: Pick = field(default=Pick(), compare=False)
+    expected_cached_tokens: int | None = field(default=None, compare=False)
+    """Prompt tokens that should be in the prefix cache of the worker that computes the prompt; None: unknown."""
+
+    @property
+    def computing(self) -> Worker:
+        """The worker that computes the prompt."""
+        return self.prefill or self.decode
 
     @property
     def workers(self) -> tuple[Worker, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from operator import itemgetter
+from typing import NamedTuple
 
 from tandem.domain.worker import Worker
 
@@ -28,10 +29,20 @@ Segment = tuple[Sequence[Entry], int]
 _context = itemgetter(0)
 
 
+class Flat(NamedTuple):
+    """Workers as lists."""
+
+    ids: list[str]
+    members: list[Worker]
+    """In the order of `ids`."""
+    places: dict[str, int]
+    """Index of each id."""
+
+
 class Live:
     """Workers that may be picked: a sequence that reads the pools' own lists, valid until the next change of a pool."""
 
-    __slots__ = ("_ends", "_numbers", "_skipped", "segments")
+    __slots__ = ("_ends", "_flat", "_numbers", "_skipped", "segments")
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
@@ -40,6 +51,7 @@ class Live:
         """Segment number by `id` of its entries; None: not computed yet."""
         self._skipped: Sequence[int] = ()
         """Excluded workers, as indices into all segments, ascending."""
+        self._flat: Flat | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] - len(self._skipped) if self._ends else 0
@@ -61,6 +73,14 @@ class Live:
                     yield entry[-1]
                 index += 1
 
+    def flat(self) -> Flat:
+        """The same as lists. Computed once: most requests share their `Live`."""
+        if self._flat is None:
+            workers = list(self)
+            ids = [worker.worker_id for worker in workers]
+            self._flat = Flat(ids, workers, {worker_id: at for at, worker_id in enumerate(ids)})
+        return self._flat
+
     @property
     def context_tokens_max(self) -> int:
         """The largest context among them, before any exclusion."""
@@ -75,6 +95,7 @@ class Live:
         left = Live.__new__(Live)
         left.segments, left._ends, left._numbers = self.segments, self._ends, self._numbers
         left._skipped = sorted(skipped)
+        left._flat = None
         return left
 
     def _index(self, member: Member) -> int | None:

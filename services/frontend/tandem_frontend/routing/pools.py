@@ -29,6 +29,8 @@ class Whole:
     shares: dict[Pool, Share]
     """Without pools that have no route."""
     routes_count: int
+    has_pairs: bool
+    """Whether decode workers are among the streams."""
     _streams: Live | None = None
 
     def streams(self, but: Collection[Pool] = ()) -> Live:
@@ -59,6 +61,11 @@ class Selection:
         if excluded:
             self._subtract()
         self._streams: Live | None = None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any of `streams` may be a decode worker."""
+        return self._whole.has_pairs
 
     @property
     def streams(self) -> Live:
@@ -191,7 +198,8 @@ class Pools:
             routes_count = sum(share.routes_count for share in shares.values())
             if len(self._wholes) >= KEPT_MAX:
                 self._wholes.clear()
-            known = self._wholes[key] = Whole(avoided, prompt_tokens, shares, routes_count)
+            has_pairs = any(share.prefills is not None for share in shares.values())
+            known = self._wholes[key] = Whole(avoided, prompt_tokens, shares, routes_count, has_pairs)
         return known
 
     def context_tokens_max(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The simplest policy: uniformly random, without regard to load.
+"""The policy `random`: uniformly random, without regard to load.
 
 The decode worker is picked first, then a compatible prefill worker: so requests are spread evenly over the decode
 workers, where a request stays longest.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from tandem.domain.worker import Worker
+from tandem_frontend.routing.policy import Choice, Job, RoutingRequest
 from tandem_frontend.routing.pool import Live
 
 
@@ -20,6 +20,6 @@ class RandomPolicy:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    def choose(self, workers: Live) -> Worker:
+    def choose(self, workers: Live, request: RoutingRequest, job: Job) -> Choice:
         """See `Policy`."""
-        return self._rng.choice(workers)
+        return Choice(self._rng.choice(workers), self.name)

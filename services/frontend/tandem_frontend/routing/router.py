@@ -6,20 +6,23 @@ Owns the order of preference: avoid unhealthy workers, open circuit breakers, re
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.clock import Clock
 from tandem.domain.worker import Start, Worker
 from tandem.errors import ContextExceeded
+from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Pick, Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
-from tandem_frontend.routing.policy import Policy
+from tandem_frontend.routing.policy import Job, Policy, RoutingRequest
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY
 from tandem_frontend.routing.pools import Pools, Selection
 from tandem_frontend.routing.random_policy import RandomPolicy
+from tandem_frontend.routing.worker_costs import SentRequest, WorkerCosts
 
 AVOIDED_S = 1.0
 """How long a worker that refused a leg is avoided."""
@@ -64,12 +67,24 @@ AVOIDED = ((UNHEALTHY, "unhealthy"), (FAILING, "failing"), (REFUSED, "refused"))
 """Marks in the order in which they are avoided, with their names in a trace; `tried` comes last."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Preferred:
     """The routes that the policy picks from, and their description for traces."""
 
     selection: Selection
-    pick: Pick
+    candidates_count: int
+    candidates: str
+    among: str
+    """The description but for the policy's name."""
+    _picks: dict[str, Pick] = field(default_factory=dict)
+
+    def pick(self, policy: str) -> Pick:
+        """The description of a choice by a policy; `auto` may choose by two."""
+        known = self._picks.get(policy)
+        if known is None:
+            known = Pick(self.candidates_count, self.candidates, policy, f"{policy} among {self.among}")
+            self._picks[policy] = known
+        return known
 
 
 class Routes:
@@ -84,17 +99,19 @@ class Routes:
         breakers: CircuitBreakers,
         rng: random.Random,
         policy: Policy | None = None,
+        costs: WorkerCosts | None = None,
     ) -> None:
         """`workers` returns the registry's view, `unhealthy` the workers that fail health checks.
 
         Both are called for each selection, which is cheap while they return the same object as before. Without a
-        `policy` workers are picked at random by `rng`.
+        `policy` workers are picked at random by `rng`. `costs` are those that the policy reads.
         """
         self._workers = workers
         self._unhealthy = unhealthy
         self._refusals = refusals
         self._breakers = breakers
         self._policy: Policy = policy or RandomPolicy(rng)
+        self._costs = costs or WorkerCosts(PrefillBacklog(model.name, math.inf))
         self._pools = Pools(model.name, model.tokenizer.digest)
         self._view: tuple[Worker, ...] = ()
         self._version = self._pools.version
@@ -104,34 +121,41 @@ class Routes:
     def follow(self, workers: tuple[Worker, ...]) -> None:
         """Apply a new view now; otherwise the next request would pay for it."""
         self._view = workers
+        self._costs.follow(workers)
         self._pools.follow(workers)
 
-    def first(self, prompt_tokens: int) -> Route:
+    def sent(self, route: Route, prompt_tokens: int) -> SentRequest:
+        """Count an attempt that is being sent to the workers of a route, until it is ended."""
+        cached_tokens = route.expected_cached_tokens or 0
+        return self._costs.sent(route.computing, route.decode, prompt_tokens, cached_tokens)
+
+    def first(self, request: RoutingRequest) -> Route:
         """The route of a request's first attempt.
 
         Raises:
             NoWorkers, IncompatibleWorkers, ContextExceeded
         """
         self._refresh()
+        prompt_tokens = request.prompt_tokens
         rank = self._pools.rank(prompt_tokens)
         preferred = self._first.get(rank)
         if preferred is None:
             if len(self._first) >= KEPT_MAX:
                 self._first.clear()
             preferred = self._first[rank] = self._prefer(self._possible(prompt_tokens), ())
-        return self._choose(preferred)
+        return self._choose(preferred, request)
 
-    def next(self, prompt_tokens: int, tried: Collection[Start], refused: Collection[Start]) -> Route | None:
+    def next(self, request: RoutingRequest, tried: Collection[Start], refused: Collection[Start]) -> Route | None:
         """The route of another attempt; None when every route contains a worker of `refused`.
 
         Args:
-            prompt_tokens: length of the prompt.
+            request: the request, whose prompt has all tokens sent so far.
             tried: all workers of the attempts before; others are preferred.
             refused: workers that must not be used again, because they failed this request.
         """
         self._refresh()
-        possible = self._pools.selection(prompt_tokens).without(refused)
-        return self._choose(self._prefer(possible, tried)) if possible.routes_count else None
+        possible = self._pools.selection(request.prompt_tokens).without(refused)
+        return self._choose(self._prefer(possible, tried), request) if possible.routes_count else None
 
     def _refresh(self) -> None:
         """Update the pools. Iterates over workers only where something has changed: it runs for every request."""
@@ -167,14 +191,20 @@ class Routes:
                 left = _narrowed(left, left.avoiding(mark), name, ejected)
         if tried:
             left = _narrowed(left, left.without(tried), "tried", ejected)
-        return _Preferred(left, _pick(every, left, ejected, self._policy.name))
+        return _described(every, left, ejected)
 
-    def _choose(self, preferred: _Preferred) -> Route:
+    def _choose(self, preferred: _Preferred, request: RoutingRequest) -> Route:
         selection = preferred.selection
-        stream = self._policy.choose(selection.streams)
-        prefills = selection.prefills(stream)
-        prefill = None if prefills is None else self._policy.choose(prefills)
-        return Route(decode=stream, prefill=prefill, pick=preferred.pick)
+        first_job = Job.STREAM if selection.has_pairs else Job.COMPUTE
+        stream = self._policy.choose(selection.streams, request, first_job)
+        prefills = selection.prefills(stream.worker)
+        computing = stream if prefills is None else self._policy.choose(prefills, request, Job.COMPUTE)
+        return Route(
+            decode=stream.worker,
+            prefill=None if prefills is None else computing.worker,
+            pick=preferred.pick(computing.policy),
+            expected_cached_tokens=computing.expected_cached_tokens,
+        )
 
 
 def _narrowed(left: Selection, narrower: Selection, name: str, ejected: list[str]) -> Selection:
@@ -185,10 +215,8 @@ def _narrowed(left: Selection, narrower: Selection, name: str, ejected: list[str
     return narrower
 
 
-def _pick(every: Selection, left: Selection, ejected: list[str], policy: str) -> Pick:
-    """The description of a selection for traces; bounded, because a fleet can have a million pairs."""
+def _described(every: Selection, left: Selection, ejected: list[str]) -> _Preferred:
+    """A selection with its description for traces; bounded, because a fleet can have a million pairs."""
     count, left_count = every.routes_count, left.routes_count
     without_them = f", without {' and '.join(ejected)} ones" if ejected else ""
-    return Pick(
-        count, " ".join(every.names(NAMED_MAX)), policy, f"{policy} among {left_count} of {count}{without_them}"
-    )
+    return _Preferred(left, count, " ".join(every.names(NAMED_MAX)), f"{left_count} of {count}{without_them}")

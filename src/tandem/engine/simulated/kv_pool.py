@@ -11,8 +11,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from tandem.engine.kv_mirror import KvCacheMirror
+
+class PageLog(Protocol):
+    """Is informed of the pages that enter and leave the prefix cache."""
+
+    def stored(self, block_hashes: Sequence[int], parent: int | None, token_ids: Sequence[int]) -> None:
+        """A chain of pages, each the child of the previous one, was added."""
+        ...
+
+    def removed(self, block_hashes: Sequence[int]) -> None:
+        """Pages were evicted."""
+        ...
+
+    def cleared(self) -> None:
+        """The whole cache was flushed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +76,7 @@ class KvPool:
     """The page pool of one engine."""
 
     def __init__(
-        self,
-        capacity_tokens: int,
-        page_size_tokens: int,
-        *,
-        prefix_cache: bool = True,
-        mirror: KvCacheMirror | None = None,
+        self, capacity_tokens: int, page_size_tokens: int, *, prefix_cache: bool = True, mirror: PageLog | None = None
     ) -> None:
         self.page_size_tokens = page_size_tokens
         self.capacity_pages = capacity_tokens // page_size_tokens

@@ -81,6 +81,22 @@ class SystemClock:
         await asyncio.sleep(duration_s)
 
 
+def pairs_of(start_tokens: int, new_tokens: int) -> float:
+    """Pairs of a token and an earlier one that `new_tokens` after the first `start_tokens` of a prompt compute."""
+    return new_tokens * (start_tokens + new_tokens / 2)
+
+
+def prompts_s(options: Options, tokens: int, pairs: float) -> float:
+    """Time of a step over prompts: new tokens, and their pairs with earlier ones."""
+    return options.prefill_step_s + tokens / options.prefill_tokens_per_s + pairs * options.prefill_pair_s
+
+
+def decodes_s(options: Options, requests: float, context_tokens: float) -> float:
+    """Time of a decode step; linear in both arguments."""
+    request_s = requests * options.decode_request_s
+    return options.decode_step_s + request_s + context_tokens * options.decode_context_token_s
+
+
 class Timing:
     """Durations of forward passes and transfers, jittered by a seeded generator."""
 
@@ -90,31 +106,30 @@ class Timing:
 
     def step_s(self, step: Step) -> float:
         """Time of one forward pass."""
-        return self._jittered(self.prefill_s(step) + self.decode_s(step))
+        return self.jittered(self.prefill_s(step) + self.decode_s(step))
 
     def prefill_s(self, step: Step) -> float:
         """Time of the prompts in a step, without jitter."""
         if not step.chunks:
             return 0.0
         tokens = sum(chunk.new_tokens for chunk in step.chunks)
-        pairs = sum(chunk.new_tokens * (chunk.start_tokens + chunk.new_tokens / 2) for chunk in step.chunks)
-        o = self._options
-        return o.prefill_step_s + tokens / o.prefill_tokens_per_s + pairs * o.prefill_pair_s
+        pairs = sum(pairs_of(chunk.start_tokens, chunk.new_tokens) for chunk in step.chunks)
+        return prompts_s(self._options, tokens, pairs)
 
     def decode_s(self, step: Step) -> float:
         """Time of one more token for each running leg, without jitter."""
         if not step.decodes:
             return 0.0
         context_tokens = sum(leg.computed_tokens for leg in step.decodes)
-        o = self._options
         # In a mixed step the fixed time is already in `prefill_s`; running legs only add their own share.
-        fixed_s = 0.0 if step.chunks else o.decode_step_s
-        return fixed_s + len(step.decodes) * o.decode_request_s + context_tokens * o.decode_context_token_s
+        fixed_s = self._options.decode_step_s if step.chunks else 0.0
+        return decodes_s(self._options, len(step.decodes), context_tokens) - fixed_s
 
     def transfer_s(self, size_bytes: int, *, begun: bool = False) -> float:
         """Time to transfer a part of the KV; with `begun`, the rest of a part whose latency is already counted."""
         latency_s = 0.0 if begun else self._options.transfer_latency_s
-        return self._jittered(latency_s + size_bytes / self._options.transfer_bytes_per_s)
+        return self.jittered(latency_s + size_bytes / self._options.transfer_bytes_per_s)
 
-    def _jittered(self, duration_s: float) -> float:
+    def jittered(self, duration_s: float) -> float:
+        """The duration, scaled by the next random factor."""
         return duration_s * (1 + self._options.jitter * self._random.uniform(-1, 1))

@@ -570,6 +570,9 @@ class TimelineAttempt(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     TOKENS_BEFORE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number of the attempt, from 1."""
     bootstrap_room: _builtins.int
@@ -578,6 +581,12 @@ class TimelineAttempt(_message.Message):
     """Number of routes to choose from. Absent if unknown."""
     tokens_before: _builtins.int
     """Tokens sent to the client before this attempt; more than 0 if it continues a broken stream."""
+    policy: _builtins.str
+    """The policy that chose the worker that computes the prompt."""
+    expected_cached_tokens: _builtins.int
+    """Prompt tokens that the policy expected in that worker's prefix cache. Absent: unknown."""
+    cached_tokens: _builtins.int
+    """Prompt tokens that were in that worker's prefix cache. Absent: its leg has not finished."""
     @_builtins.property
     def prefill(self) -> Global___TimelineLeg:
         """The prefill leg. Absent on an aggregated route."""
@@ -620,15 +629,22 @@ class TimelineAttempt(_message.Message):
         end: Global___Moment | None = ...,
         tokens_before: _builtins.int = ...,
         failure: Global___TimelineFailure | None = ...,
+        policy: _builtins.str = ...,
+        expected_cached_tokens: _builtins.int | None = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_end", b"_end", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_candidates", b"_candidates", "_end", b"_end", "_expected_cached_tokens", b"_expected_cached_tokens", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_end", b"_end", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "bootstrap_room", b"bootstrap_room", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "number", b"number", "prefill", b"prefill", "tokens_before", b"tokens_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_candidates", b"_candidates", "_end", b"_end", "_expected_cached_tokens", b"_expected_cached_tokens", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "bootstrap_room", b"bootstrap_room", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "number", b"number", "policy", b"policy", "prefill", b"prefill", "tokens_before", b"tokens_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__candidates: _TypeAlias = _typing.Literal["candidates"]  # noqa: Y015
     _WhichOneofArgType__candidates: _TypeAlias = _typing.Literal["_candidates", b"_candidates"]  # noqa: Y015
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__expected_cached_tokens: _TypeAlias = _typing.Literal["expected_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__expected_cached_tokens: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015
     _WhichOneofReturnType__first_token: _TypeAlias = _typing.Literal["first_token"]  # noqa: Y015
@@ -638,9 +654,13 @@ class TimelineAttempt(_message.Message):
     _WhichOneofReturnType__prefill: _TypeAlias = _typing.Literal["prefill"]  # noqa: Y015
     _WhichOneofArgType__prefill: _TypeAlias = _typing.Literal["_prefill", b"_prefill"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__candidates) -> _WhichOneofReturnType__candidates | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_cached_tokens) -> _WhichOneofReturnType__expected_cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__failure) -> _WhichOneofReturnType__failure | None: ...
     @_typing.overload

@@ -1,0 +1,194 @@
+"""What one more request costs each worker, kept ready for choices: a line, base + slope x tokens, per worker.
+
+Pure; the clock is passed in. Updated when something happens to a worker, so that a choice only reads. Between updates a
+cost falls by the time that passes, up to the prompt that the worker has in hand. An unknown load is never taken for an
+idle worker: it costs what the mean worker of known load costs, and one request more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tandem.clock import Clock
+
+SHARE_REQUESTS = 200
+"""Requests per worker after which an assigned one weighs a third."""
+SHARE_WEIGHT_MAX = 1e9
+MEANS_DRIFT = 0.02
+"""Relative change of a mean after which the workers that are charged with it are charged anew."""
+
+
+class Cost(NamedTuple):
+    """Cost of one more request on a worker, in the table's unit."""
+
+    base: float
+    """Of what the worker has to do, and of a request without tokens."""
+    per_token: float
+    since_s: float
+    """Since when `base` falls, by one per second."""
+    fall_max: float
+    """How far it falls at most."""
+
+
+@dataclass(slots=True)
+class Row:
+    """What is known of one worker."""
+
+    request_tokens: float
+    """What a request costs beside its tokens."""
+    work: float = 0.0
+    """Tokens that it has to process, as far as known."""
+    per_token: float | None = None
+    """Cost of one token; None: not measured, the mean of the others counts."""
+    is_known: bool = False
+    """Whether `work` is based on a current report of the worker."""
+    requests: float = 0.0
+    """Requests that it has, as far as known."""
+    since_s: float = 0.0
+    """Since when it is at work on what it has in hand."""
+    in_hand: float = 0.0
+    """The part of `work` that it has in hand, in tokens; 0: unknown, or not measured in time."""
+    assigned: float = 0.0
+    """Tokens of the requests that this frontend has sent lately, recent ones weighted more; on a worker of half the
+    mean rate each counts as two."""
+
+
+class CostTable:
+    """The costs of the workers of one job, by worker id."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.rows: dict[str, Row] = {}
+        self._costs: dict[str, Cost] = {}
+        self._estimated: set[str] = set()
+        """Workers whose cost depends on the means."""
+        self._work_sum, self._known_count = 0.0, 0
+        self._slope_sum, self._slope_count = 0.0, 0
+        self._estimated_by = 0.0, 1.0
+        """The mean work and cost of a token when all of `_estimated` were last estimated."""
+        self._weight = 1.0
+        self._assigned_sum, self._assigned_count = 0.0, 0.0
+        self.requests_sum = 0.0
+        """Of all workers."""
+
+    def add(self, worker_id: str, row: Row) -> None:
+        """Add a worker, or replace it. It begins with the mean share: a newcomer is not flooded."""
+        self.remove(worker_id)
+        row.assigned = self._assigned_sum / len(self.rows) if self.rows else 0.0
+        self._assigned_sum += row.assigned
+        self.rows[worker_id] = row
+        self._count(row, 1)
+        self._price(worker_id, row)
+
+    def remove(self, worker_id: str) -> None:
+        """Remove a worker; does nothing without it."""
+        row = self.rows.pop(worker_id, None)
+        if row is None:
+            return
+        self._count(row, -1)
+        self._assigned_sum -= row.assigned
+        del self._costs[worker_id]
+        self._estimated.discard(worker_id)
+
+    def update(
+        self,
+        worker_id: str,
+        *,
+        work: float,
+        per_token: float | None,
+        is_known: bool,
+        requests: float,
+        since_s: float = 0.0,
+        in_hand: float = 0.0,
+    ) -> None:
+        """Replace what is known of a worker."""
+        row = self.rows.get(worker_id)
+        if row is None:
+            return
+        self._count(row, -1)
+        row.work, row.per_token, row.is_known, row.requests = work, per_token, is_known, requests
+        row.since_s, row.in_hand = since_s, in_hand
+        self._count(row, 1)
+        self._price(worker_id, row)
+
+    def of(self, worker_ids: Iterable[str], tokens: float) -> list[float]:
+        """Costs of a request with so many tokens now, on each of the workers."""
+        now_s, known = self._clock(), self.lines()
+        return [
+            base + tokens * per_token - (passed_s if (passed_s := now_s - since_s) < fall_max else fall_max)
+            for base, per_token, since_s, fall_max in map(known.__getitem__, worker_ids)
+        ]
+
+    def lines(self) -> dict[str, Cost]:
+        """The line of every worker; valid until the next change. Takes time only when the means have moved."""
+        if self._estimated:
+            means = self._mean_work(), self._mean_slope()
+            if any(abs(now - then) > MEANS_DRIFT * then for now, then in zip(means, self._estimated_by, strict=True)):
+                for worker_id in self._estimated:
+                    self._costs[worker_id] = self._estimate(self.rows[worker_id])
+                self._estimated_by = means
+        return self._costs
+
+    def assign(self, worker_id: str, tokens: float) -> None:
+        """Record a request with so many tokens to be processed by a worker."""
+        row = self.rows.get(worker_id)
+        if row is None:
+            return
+        # By the mean rate, so that requests from before the first measurement count like later ones.
+        slope = 1.0 if row.per_token is None else row.per_token / self._mean_slope()
+        # Instead of shrinking every row, each new request weighs more than the one before.
+        self._weight *= 1 + 1 / (SHARE_REQUESTS * len(self.rows))
+        added = (row.request_tokens + tokens) * slope * self._weight
+        row.assigned += added
+        self._assigned_sum += added
+        self._assigned_count += self._weight
+        if self._weight > SHARE_WEIGHT_MAX:
+            self._rescale()
+
+    def mean_assigned(self) -> float:
+        """Mean of `Row.assigned`."""
+        return self._assigned_sum / max(1, len(self.rows))
+
+    def assigned_request(self) -> float:
+        """What one recent request adds to `Row.assigned` on average."""
+        return self._weight * self._assigned_sum / self._assigned_count if self._assigned_count else 0.0
+
+    def _rescale(self) -> None:
+        for row in self.rows.values():
+            row.assigned /= self._weight
+        self._assigned_sum = sum(row.assigned for row in self.rows.values())
+        self._assigned_count /= self._weight
+        self._weight = 1.0
+
+    def _price(self, worker_id: str, row: Row) -> None:
+        is_estimated = not row.is_known or row.per_token is None
+        (self._estimated.add if is_estimated else self._estimated.discard)(worker_id)
+        self._costs[worker_id] = self._estimate(row)
+
+    def _estimate(self, row: Row) -> Cost:
+        slope = self._mean_slope() if row.per_token is None else row.per_token
+        work = row.work
+        if not row.is_known:
+            work = max(work, self._mean_work()) + row.request_tokens
+        # Without a measured rate costs are in tokens, and nothing is known of the progress.
+        fall_max = 0.0 if row.per_token is None else min(row.in_hand, work) * slope
+        return Cost((work + row.request_tokens) * slope, slope, row.since_s, fall_max)
+
+    def _mean_work(self) -> float:
+        return max(0.0, self._work_sum / self._known_count) if self._known_count else 0.0
+
+    def _mean_slope(self) -> float:
+        """Without any measurement every worker is taken to be equally fast."""
+        return self._slope_sum / self._slope_count if self._slope_count else 1.0
+
+    def _count(self, row: Row, sign: int) -> None:
+        """Add a row to the means, or take it out."""
+        self.requests_sum += sign * row.requests
+        if row.is_known:
+            self._known_count += sign
+            self._work_sum = self._work_sum + sign * row.work if self._known_count else 0.0
+        if row.per_token is not None:
+            self._slope_count += sign
+            self._slope_sum = self._slope_sum + sign * row.per_token if self._slope_count else 0.0

@@ -1,0 +1,96 @@
+"""The policy `prefix`: least work, where tokens in a worker's prefix cache are no work.
+
+A worker that has a prefix wins only as long as what it has to do costs less than the others' recomputation, so a hot
+prefix spreads under load. When the fleet is idle it would not: therefore a worker whose share of this frontend's work
+falls below a floor gets the request instead, provided that least work would choose it too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from heapq import nlargest
+
+from tandem_frontend.routing.cost_table import CostTable
+from tandem_frontend.routing.least_work import WINDOW, least, window
+from tandem_frontend.routing.policy import CachedPrefixes, Choice, Job, RoutingRequest
+from tandem_frontend.routing.pool import Live
+
+CACHED_WEIGHT = 2.0
+"""How much a cached token counts beside one that waits: recomputing a prefix delays this request, and then others,
+because its copy evicts another prefix. ADR 22 has the figures for other weights."""
+SHARE_FLOOR = 0.9
+"""Of the mean worker's share."""
+SHARE_SLACK_REQUESTS = 10
+"""Mean requests by which a share may be below the floor: a single conversation stays where it is cached."""
+
+
+class Prefix:
+    """Picks the worker that is done first, by what it has cached."""
+
+    name = "prefix"
+
+    def __init__(
+        self,
+        tables: Mapping[Job, CostTable],
+        prefixes: CachedPrefixes,
+        epochs: Mapping[str, int],
+        rng: random.Random,
+    ) -> None:
+        """`epochs` has those of the workers in `tables`: what an earlier start had cached is lost."""
+        self._tables = tables
+        self._prefixes = prefixes
+        self._epochs = epochs
+        self._rng = rng
+        self._last: tuple[object, dict[str, int]] = (None, {})
+        """The last request with its matches: a pair needs them twice."""
+
+    def choose(self, workers: Live, request: RoutingRequest, job: Job) -> Choice:
+        """See `Policy`."""
+        flat, table, tokens = workers.flat(), self._tables[job], request.prompt_tokens
+        ids = window(flat.ids, self._rng)
+        costs = table.of(ids, tokens)
+        worker_id, cached = least(ids, costs, table, tokens, self._rng), self._cached(request)
+        found = [cached_id for cached_id in cached if cached_id in flat.places]
+        if found and not self._starves(table, worker_id):
+            worker_id = self._credited(ids, costs, found, table, tokens, cached)
+        expected = None if request.prompt is None else min(tokens, cached.get(worker_id, 0))
+        return Choice(flat.members[flat.places[worker_id]], self.name, expected)
+
+    def _credited(
+        self,
+        ids: Sequence[str],
+        costs: Sequence[float],
+        found: Sequence[str],
+        table: CostTable,
+        tokens: int,
+        cached: Mapping[str, int],
+    ) -> str:
+        """The worker of the least cost, of `ids` and of those that have something cached."""
+        if len(found) > WINDOW:
+            found = nlargest(WINDOW, found, key=cached.__getitem__)
+        lines = table.lines()
+        credited = [
+            cost - CACHED_WEIGHT * cached[worker_id] * lines[worker_id].per_token
+            for worker_id, cost in zip(found, table.of(found, tokens), strict=True)
+        ]
+        # A worker may be in both lists, and costs less in the first.
+        ids, costs = [*found, *ids], [*credited, *costs]
+        at = costs.index(min(costs))
+        left = tokens - cached[ids[at]] if at < len(found) else tokens
+        return least(ids, costs, table, left, self._rng)
+
+    @staticmethod
+    def _starves(table: CostTable, worker_id: str) -> bool:
+        floor = SHARE_FLOOR * table.mean_assigned() - SHARE_SLACK_REQUESTS * table.assigned_request()
+        return table.rows[worker_id].assigned < floor
+
+    def _cached(self, request: RoutingRequest) -> Mapping[str, int]:
+        if request.prompt is None:
+            return {}
+        if self._last[0] is not request:
+            matched = self._prefixes.match(request.prompt)
+            epochs = self._epochs
+            current = {start[0]: tokens for start, tokens in matched.items() if epochs.get(start[0]) == start[1]}
+            self._last = request, current
+        return self._last[1]
