@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -67,3 +68,19 @@ async def test_a_session_sticks_and_moves_when_its_worker_dies(tmp_path: Path) -
             assert now.prefill_worker_id != gone
             if route.prefill_worker_id != gone:
                 assert now.prefill_worker_id == route.prefill_worker_id
+
+
+async def test_the_edge_passes_the_session_of_an_http_client(tmp_path: Path) -> None:
+    flags = {"frontend": {"routing-policy": "session"}}
+    async with running(
+        tmp_path, engine="simulated", prefill=3, edge=True, worker_flags=SIMULATED, role_flags=flags
+    ) as cluster:
+        assert cluster.edge is not None
+        url = f"http://{cluster.edge.address}/v1/generate"
+        async with httpx.AsyncClient() as client:
+            for session in map(str, range(6)):
+                (expected,) = await routed(cluster, 1, ("x-session-id", session))
+                answer = await client.post(
+                    url, json={"prompt": PROMPT, "stopping": {"max_tokens": 2}}, headers={"x-session-id": session}
+                )
+                assert expected.prefill_worker_id in answer.text
