@@ -1,4 +1,4 @@
-"""Routing policies on a cluster of simulated engines: load, sessions, and what a request is told of its route."""
+"""Routing policies on a cluster of simulated engines: load, sessions, and the policy that a finish names."""
 
 from __future__ import annotations
 
