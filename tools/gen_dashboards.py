@@ -88,6 +88,15 @@ REQUESTS = (
         },
     ),
     Panel(
+        "Prefix caches of the picked workers",
+        "Prompt tokens that the routing policy expected there, and tokens that were.",
+        "short",
+        {
+            "expected: {{tandem_policy}}": rate("tandem_route_expected_cached_tokens_total", "tandem_policy"),
+            "found: {{tandem_policy}}": rate("tandem_route_cached_tokens_total", "tandem_policy"),
+        },
+    ),
+    Panel(
         "Leg failures",
         "Legs whose failure ended an attempt. A retry or continuation may have recovered the request.",
         "ops",

@@ -190,7 +190,7 @@ async def test_once_prints_tables_for_scripts(cluster: LocalCluster, tmp_path: P
             rows = {line.split()[0]: line.split() for line in workers.splitlines()}
             assert list(rows) == ["WORKER", "decode-0", "decode-1", "prefill-0"]
             assert rows["prefill-0"][1:4] == ["prefill", "serving", "ok"]
-            assert float(rows["decode-0"][8].rstrip("kM")) + float(rows["decode-1"][8].rstrip("kM")) > 50, workers
+            assert float(rows["decode-0"][10].rstrip("kM")) + float(rows["decode-1"][10].rstrip("kM")) > 50, workers
             rows = {line.split()[0]: line.split() for line in frontends.splitlines()}
             assert list(rows) == ["FRONTEND", "frontend-0", "frontend-1"]
             assert int(rows["frontend-0"][3]) > 0

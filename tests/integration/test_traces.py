@@ -102,7 +102,9 @@ async def test_spans_say_who_where_and_which(cluster: LocalCluster, collector: R
     assert attempt["tandem.room"] == finish.route.bootstrap_room
     assert attempt["tandem.prefill_worker"] == finish.route.prefill_worker_id
     assert route.attributes["tandem.candidates_count"] == 2
-    assert "random among 2 of 2" in route.attributes["tandem.why"]
+    assert f"{finish.route.policy} among 2 of 2" in route.attributes["tandem.why"]
+    assert route.attributes["tandem.policy"] == finish.route.policy == "least_work"
+    assert route.attributes["tandem.cached_tokens"] == finish.usage.cached_tokens
     for role in ("prefill", "decode"):
         leg = one(spans, f"{role} leg").attributes
         assert leg["tandem.request_id"] == stream.accepted.request_id

@@ -65,3 +65,19 @@ def test_help_has_one_default_and_a_telling_value(config_type: Any, capsys: pyte
     assert "--advertise-host HOST host under which other processes reach this one; default: host --" in shown
     assert "--drain-settle-s SECONDS" in shown
     assert "--port N" in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--routing-policy", "round_robin"],
+            "routing_policy: must be auto, random, power_of_two, least_work, prefix or session, not 'round_robin'",
+        ),
+        (["--session-header", "X Chat"], "session_header: must be of the form"),
+    ],
+)
+def test_a_wrong_routing_setting_is_named(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        config.load(FrontendConfig, "tandem-frontend", [*NEEDED, *argv], {})
+    assert str(wrong.value).startswith(sentence)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tandem.domain.generation import EngineFinish, FinishReason
 from tandem.errors import InvalidRequest, LegFailed, Overloaded, TandemError
 from tandem.observability import logs
 from tandem.observability.request_trace import AttemptTrace, LegTrace, RequestTrace
@@ -157,6 +158,15 @@ def test_a_leg_that_the_engine_refuses_is_no_failure_of_its_worker(stream: Strea
     assert entry["reason"] == "LEG_FAILED"
     assert [trace.outcome for trace in traces.closed] == ["refused", "failed"]
     assert stats.counts()["failed_legs"] == 1
+
+
+def test_cached_prompt_tokens_of_finished_legs_are_counted() -> None:
+    traces: TraceStore[LegTrace] = TraceStore([])
+    stats = LegStats(traces)
+    for cached_tokens in (64, 0):
+        with traces.following(LegTrace(request_id="r-1", role="prefill", prompt_tokens=100)) as trace:
+            trace.finish(EngineFinish(reason=FinishReason.LENGTH, prompt_tokens=100, cached_tokens=cached_tokens))
+    assert (stats.counts()["cached_tokens"], stats.counts()["prompt_tokens"]) == (64, 200)
 
 
 def test_a_failed_leg_is_a_warning_and_a_finished_one_is_not(stream: Stream) -> None:

@@ -30,6 +30,7 @@ class LegStats:
         self._traces = traces
         self._completion_tokens = 0
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._kv_transfer_bytes = 0
         self._failed_legs = 0
         traces.sinks.append(self.close)
@@ -41,6 +42,7 @@ class LegStats:
         finish = trace.engine_finish
         if finish is not None:
             self._prompt_tokens += trace.prompt_tokens
+            self._cached_tokens += min(finish.cached_tokens or 0, trace.prompt_tokens)
             if finish.timings is not None:
                 self._kv_transfer_bytes += finish.timings.kv_transfer_bytes or 0
 
@@ -48,6 +50,7 @@ class LegStats:
         """The counters as keyword arguments of WatchLoadResponse, tokens of open legs included."""
         return {
             "prompt_tokens": self._prompt_tokens,
+            "cached_tokens": self._cached_tokens,
             "completion_tokens": self._completion_tokens + sum(trace.token_count for trace in self._traces.open),
             "kv_transfer_bytes": self._kv_transfer_bytes,
             "failed_legs": self._failed_legs,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from heapq import nlargest
 
 from tandem_frontend.routing.cost_table import CostTable
 from tandem_frontend.routing.least_work import WINDOW, least, window
@@ -68,7 +67,7 @@ class Prefix:
     ) -> str:
         """The worker of the least cost, of `ids` and of those that have something cached."""
         if len(found) > WINDOW:
-            found = nlargest(WINDOW, found, key=cached.__getitem__)
+            found = sorted(found, key=cached.__getitem__, reverse=True)[:WINDOW]
         lines = table.lines()
         credited = [
             cost - CACHED_WEIGHT * cached[worker_id] * lines[worker_id].per_token

@@ -52,6 +52,12 @@ def amount(value: Value) -> str:
     return f"{value:.0f}"
 
 
+def percent(value: Value) -> str:
+    """A share of 1 in percent."""
+    assert isinstance(value, (int, float))
+    return f"{100 * value:.0f}"
+
+
 def milliseconds(value_s: Value) -> str:
     """A duration in s as milliseconds, with one decimal below 100 ms."""
     assert isinstance(value_s, (int, float))
@@ -96,6 +102,8 @@ WORKER_COLUMNS: tuple[Column[WorkerSample], ...] = (
     Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age),
     Column("RUN", _load("running_requests")),
     Column("WAIT", _load("waiting_requests")),
+    Column("QUEUE", _load("waiting_tokens"), amount),
+    Column("HIT %", lambda row, now_s: row.hit_ratio, percent),
     Column("KV U/C/F %", _kv_percents),
     Column("TOK/S", lambda row, now_s: row.tokens_per_s, amount),
     Column("KV B/S", lambda row, now_s: row.transfer_bytes_per_s, amount),

@@ -53,6 +53,7 @@ def _worker(row: WorkerSample) -> dict[str, Any]:
         "epoch": row.epoch,
         "address": row.address,
         "tokens_per_s": row.tokens_per_s,
+        "cache_hit_ratio": row.hit_ratio,
         "kv_transfer_bytes_per_s": row.transfer_bytes_per_s,
         "leg_failures": row.failures,
         "load": _fields(row.load),

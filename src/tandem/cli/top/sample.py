@@ -48,6 +48,14 @@ class WorkerSample:
         return self.rate("prompt_tokens" if self.role == "prefill" else "completion_tokens")
 
     @property
+    def hit_ratio(self) -> float | None:
+        """Cached by all prompt tokens of the legs that have ended since its start; None: unknown, or none has."""
+        load = self.load
+        if load is None or not load.HasField("cached_tokens") or not load.prompt_tokens:
+            return None
+        return load.cached_tokens / load.prompt_tokens
+
+    @property
     def transfer_bytes_per_s(self) -> float | None:
         """KV bytes/s sent (prefill) or received (decode)."""
         return self.rate("kv_transfer_bytes")

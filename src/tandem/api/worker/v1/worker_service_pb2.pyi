@@ -108,6 +108,7 @@ class WatchLoadResponse(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     FAILED_LEGS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     epoch: _builtins.int
@@ -140,6 +141,8 @@ class WatchLoadResponse(_message.Message):
     """KV bytes received (decode) or sent (prefill) by ended legs, since the start of the worker."""
     failed_legs: _builtins.int
     """Legs that ended with an error, wrong requests not counted, since the start of the worker."""
+    cached_tokens: _builtins.int
+    """The part of prompt_tokens that was in the engine's prefix cache."""
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured."""
@@ -164,11 +167,14 @@ class WatchLoadResponse(_message.Message):
         completion_tokens: _builtins.int | None = ...,
         kv_transfer_bytes: _builtins.int | None = ...,
         failed_legs: _builtins.int | None = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "completion_tokens", b"completion_tokens", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "completion_tokens", b"completion_tokens", "epoch", b"epoch", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "epoch", b"epoch", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__completion_tokens: _TypeAlias = _typing.Literal["completion_tokens"]  # noqa: Y015
     _WhichOneofArgType__completion_tokens: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens"]  # noqa: Y015
     _WhichOneofReturnType__failed_legs: _TypeAlias = _typing.Literal["failed_legs"]  # noqa: Y015
@@ -195,6 +201,8 @@ class WatchLoadResponse(_message.Message):
     _WhichOneofArgType__waiting_requests: _TypeAlias = _typing.Literal["_waiting_requests", b"_waiting_requests"]  # noqa: Y015
     _WhichOneofReturnType__waiting_tokens: _TypeAlias = _typing.Literal["waiting_tokens"]  # noqa: Y015
     _WhichOneofArgType__waiting_tokens: _TypeAlias = _typing.Literal["_waiting_tokens", b"_waiting_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_tokens) -> _WhichOneofReturnType__completion_tokens | None: ...
     @_typing.overload
