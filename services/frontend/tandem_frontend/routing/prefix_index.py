@@ -7,7 +7,7 @@ all blocks before it, so a prompt's depth on each worker is searched and not wal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -93,12 +93,14 @@ class PrefixIndex:
 
         The last token is never among them: an engine computes it in any case.
         """
-        found: dict[Start, int] = {}
+        found, starts = dict[Start, int](), self._starts
         for size, trusted in self._trusted.items():
             for slots, depth in self._depths(request, size, trusted):
-                for slot in _bits(slots):
+                while slots:
+                    slot = slots.bit_length() - 1
+                    slots ^= 1 << slot
                     # Where a cache is not closed, against its engine's promise, the shortest depth counts.
-                    found.setdefault(self._starts[slot], depth * size)
+                    found.setdefault(starts[slot], depth * size)
         return found
 
     def reset(self, start: Start, block_size_tokens: int) -> None:
@@ -157,20 +159,21 @@ class PrefixIndex:
             self._keep_bound()
         return self._table.is_sweeping
 
-    def _depths(self, request: PromptBlocks, size: int, trusted: int) -> Iterator[tuple[int, int]]:
+    def _depths(self, request: PromptBlocks, size: int, trusted: int) -> list[tuple[int, int]]:
         """(slots, blocks): the first `blocks` blocks, at least 1, are cached there, and no more.
 
         Twice as deep each time, so that at most twice as many blocks are hashed as are cached.
         """
-        total, depth, holders = request.count(size), 0, trusted
+        total, depth, holders, ends = request.count(size), 0, trusted, list[tuple[int, int]]()
         while holders and depth < total:
             deeper = min(max(1, 2 * depth), total)
             hashes = request.hashes(size, deeper)
             left = self._table.holders(hashes[deeper - 1]) & holders
-            yield from self._table.depths_between(hashes, (depth, holders), (deeper, left))
+            ends += self._table.depths_between(hashes, (depth, holders), (deeper, left))
             depth, holders = deeper, left
         if holders and depth:
-            yield holders, depth
+            ends.append((holders, depth))
+        return ends
 
     def _keep_bound(self) -> None:
         """Give up the largest cache where there are too many blocks: one worker without credit frees the most."""
@@ -208,11 +211,3 @@ class PrefixIndex:
         cache = self._caches.pop(start, None)
         if cache is not None:
             self._release(cache)
-
-
-def _bits(mask: int) -> Iterator[int]:
-    """Positions of the set bits, ascending."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
