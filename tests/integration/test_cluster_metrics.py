@@ -33,8 +33,6 @@ WITHIN_S = 20.0
 OF_PROCESSES = ("tandem.processes", "tandem.process.restarts")
 OF_SGLANG = ("tandem.engine.messages.dropped",)
 """The simulated engine has no port that drops."""
-OF_CACHES = ("tandem.route.expected_cached_tokens",)
-"""Known only where the frontend follows the workers' caches."""
 OF_CONSUL = ("tandem.view.live", "tandem.consul.answer.age", "tandem.consul.index_lag")
 
 
@@ -73,9 +71,10 @@ CASES: dict[str, Case] = {
     "tandem.requests.refused": Case(on.a_refusal, (("tandem.reason", "INVALID_REQUEST"),), by=1),
     "tandem.queue.depth": Case(on.a_full_house, by=2),
     "tandem.queue.wait": Case(on.an_answer, by=1),
-    "tandem.pairs.chosen": Case(on.an_answer, (("tandem.policy", "least_work"), ("tandem.route", "pair")), by=1),
-    "tandem.route.choices": Case(on.an_answer, (("tandem.policy", "least_work"), ("tandem.role", "decode")), by=1),
-    "tandem.route.cached_tokens": Case(on.a_prompt_that_is_known, (("tandem.policy", "least_work"),), by=100),
+    "tandem.pairs.chosen": Case(on.an_answer, (("tandem.policy", "prefix"), ("tandem.route", "pair")), by=1),
+    "tandem.route.choices": Case(on.an_answer, (("tandem.policy", "prefix"), ("tandem.role", "decode")), by=1),
+    "tandem.route.cached_tokens": Case(on.a_prompt_that_is_known, (("tandem.policy", "prefix"),), by=100),
+    "tandem.route.expected_cached_tokens": Case(on.a_prompt_that_is_known, (("tandem.policy", "prefix"),), by=100),
     "tandem.route.duration": Case(on.an_answer, by=1),
     "tandem.leg.failures": Case(on.a_leg_that_breaks, PREFILL, by=1),
     "tandem.continuations": Case(on.a_continuation, (("tandem.outcome", "finished"),), by=1),
@@ -134,7 +133,6 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         extra = {**engine, "control_file": str(logs / f"{name}.rules")}
         cluster.process(name).flags["engine-extra"] = json.dumps(extra)
     cluster.process("prefill-0").flags["running-requests-max"] = "16"
-    cluster.frontend.flags["prefix-blocks-max"] = "100000"
     async with cluster:
         yield World(cluster)
 
@@ -166,12 +164,10 @@ async def world_of_processes(tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def test_every_row_has_its_case() -> None:
-    assert set(CASES) == set(BY_NAME).difference(OF_CACHES)
+    assert set(CASES) == set(BY_NAME)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in BY_NAME if name not in (*OF_CACHES, *OF_CONSUL, *OF_PROCESSES, *OF_SGLANG)]
-)
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in (*OF_CONSUL, *OF_PROCESSES, *OF_SGLANG)])
 async def test_it_moves_when_its_thing_happens(name: str, world: World) -> None:
     await assert_moves(name, world)
 
