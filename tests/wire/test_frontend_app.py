@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
+from tandem_frontend.servicer import SERVICE_NAME as INFERENCE_SERVICE_NAME
 
 from tandem.client import calls
 from tandem.domain.worker import EngineLoad
 from tandem.errors import InvalidRequest, ServiceError, StartError
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.registry_host import make_worker
 from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
@@ -40,7 +44,7 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
         (worker,) = view = app.fleet.watch.workers()
         assert app.fleet.routes._view is view
         most = worker.capabilities.context_tokens_max
-        capacity, _ = app.fleet._followers
+        capacity, *_ = app.fleet._followers
         assert isinstance(capacity, Capacity)
         assert capacity.counted(10 * most, 0) == most
         full = EngineLoad(running_requests=100, kv_used_tokens=0)
@@ -51,6 +55,7 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
 
 async def test_it_serves_before_and_without_being_registered() -> None:
     registry = ScriptedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
     errors = iter([ServiceError("not now"), InvalidRequest("frontend.address", "is no address")])
     registry.register_error = lambda member_id, epoch: next(errors, ServiceError("not now"))
     async with play_registry(registry), contextlib.AsyncExitStack() as stack:
@@ -63,8 +68,49 @@ async def test_it_serves_before_and_without_being_registered() -> None:
             assert await app.drain()
 
 
+async def test_it_is_ready_while_it_knows_a_worker_of_its_model() -> None:
+    registry = ScriptedRegistry()
+    registry.workers = (make_worker("other", model="other"),)
+    async with play_registry(registry), FrontendApp.open(settings(registry, drain_settle_s=0)) as app:
+        ready, works = health_of(app), health_of(app, PROCESS_SERVICE_NAME)
+        edge_asks = health_of(app, INFERENCE_SERVICE_NAME)
+        assert (await ready(), await edge_asks(), await works()) == (False, False, True)
+        assert registry.registered, "edges and tools find it all the same"
+
+        registry.step(0, 1, [make_worker(model="tandem-demo")])
+        await assert_eventually(ready, bool)
+        assert await edge_asks()
+        # The registry is gone, and with it nothing that the frontend knows.
+        await registry.stop()
+        await assert_eventually(lambda: not app.fleet.watch.state.is_live)
+        assert (await ready(), await works()) == (True, True)
+
+        assert await app.drain()
+        assert (await ready(), await works()) == (False, False)
+
+
+async def test_it_is_not_ready_once_a_registry_says_that_no_worker_is_left() -> None:
+    """A fleet that has scaled to zero: the process stays, and is ready again with the first worker."""
+    registry = ScriptedRegistry()
+    worker = make_worker(model="tandem-demo")
+    registry.workers = (worker,)
+    async with play_registry(registry), FrontendApp.open(settings(registry)) as app:
+        ready, works = health_of(app), health_of(app, PROCESS_SERVICE_NAME)
+        assert await ready()
+        registry.step(0, 1, removed=[worker])
+        await assert_eventually(ready, lambda serving: not serving)
+        assert await works()
+        registry.step(1, 2, [replace(worker, epoch=worker.epoch + 1)])
+        await assert_eventually(ready, bool)
+
+
+def health_of(app: FrontendApp, service: str = "") -> Callable[[], Awaitable[bool]]:
+    return lambda: calls.is_serving(app.address, service)
+
+
 async def test_a_start_that_fails_in_the_middle_frees_the_port() -> None:
     registry = ScriptedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
     async with play_registry(registry):
         async with FrontendApp.open(settings(registry)) as app:
             port = int(app.address.rpartition(":")[2])

@@ -79,10 +79,16 @@ class ServiceHost(abc.ABC):
         self.bind(host, port)
         await self.serve()
 
-    async def set_serving(self, serving: bool) -> None:
-        """Report to health checkers and watchers, for the process as a whole ("") and for each service."""
+    async def set_serving(self, serving: bool, *, works: bool | None = None) -> None:
+        """Report to health checkers and watchers, for the process as a whole ("") and for each service.
+
+        Args:
+            serving: whether requests should be sent here.
+            works: reported for ProcessService: a process may work and not be ready for requests. None: as `serving`.
+        """
         for name in ["", *self._names]:
-            await self._health.set(name, SERVING if serving else NOT_SERVING)
+            healthy = works if name == PROCESS_SERVICE_NAME and works is not None else serving
+            await self._health.set(name, SERVING if healthy else NOT_SERVING)
 
     @abc.abstractmethod
     async def stop(self, grace_s: float) -> None:
