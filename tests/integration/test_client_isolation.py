@@ -9,9 +9,11 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hpack
 import httpx
 import psutil
 import pytest
@@ -83,14 +85,17 @@ class Client:
         await self._http.aclose()
 
 
-async def assert_isolated(url: str, attack: Callable[[], Awaitable[None]]) -> None:
-    """Every request of bob is answered while alice attacks, within three times the quiet latency and an allowance."""
+async def assert_isolated(url: str, attack: Callable[[], Awaitable[None]], after_s: float = 0.5) -> None:
+    """Every request of bob is answered while alice attacks, within three times the quiet latency and an allowance.
+
+    Bob begins `after_s` after alice.
+    """
     client = Client(url, BOB)
     try:
         quiet_s = await client.p99_s(2)
         attacking = asyncio.ensure_future(attack())
         try:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(after_s)
             beside_s = await client.p99_s(ATTACK_S)
         finally:
             attacking.cancel()
@@ -204,6 +209,31 @@ async def test_headers_without_an_end_at_a_frontend(keyed: str, cluster: LocalCl
     assert frontend.memory_info().rss - before < 64 * 2**20
 
 
+async def whole_requests_that_are_reset(writer: asyncio.StreamWriter, open_count: int) -> None:
+    """Complete requests, of which the latest `open_count` are open and the others are cancelled."""
+    encoder, body = hpack.Encoder(), long_chat()
+    headers = {":method": "POST", ":scheme": "http", ":authority": "x", ":path": "/v1/chat/completions"}
+    headers |= {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
+    writer.write(PREFACE + b"\0\0\0\4\0\0\0\0\0")
+    for stream in range(1, 2**31, 2):
+        block, name = encoder.encode(list(headers.items())), stream.to_bytes(4)
+        writer.write(len(block).to_bytes(3) + b"\1\4" + name + block)
+        writer.write(len(body).to_bytes(3) + b"\0\1" + name + body)
+        if stream > 2 * open_count:
+            writer.write(b"\0\0\4\3\0" + (stream - 2 * open_count).to_bytes(4) + b"\0\0\0\x08")
+        await writer.drain()
+        # With none open as fast as possible, otherwise each stays open for 20 ms.
+        await asyncio.sleep(0.02 / open_count if open_count else 0)
+
+
+@pytest.mark.parametrize("open_count", [0, 50])
+@pytest.mark.parametrize("connections", [1, 4])
+async def test_whole_requests_that_are_reset(keyed: str, connections: int, open_count: int) -> None:
+    attack = partial(whole_requests_that_are_reset, open_count=open_count)
+    # The edge lets the requests of one second through at once.
+    await assert_isolated(keyed, lambda: flood(keyed, attack, connections), after_s=2.5)
+
+
 async def unread_streams(url: str, count: int) -> None:
     """Hold so many streams and read none of them, until cancelled."""
     host, port = url.removeprefix("http://").split(":")
@@ -225,11 +255,22 @@ async def test_streams_that_are_not_read(keyed: str, cluster: LocalCluster) -> N
     assert frontend.memory_info().rss - before < 128 * 2**20
 
 
-async def test_silent_connections_do_not_keep_the_edge_full(tmp_path: Path) -> None:
-    limits = {"connections_max": 100, "first_bytes_timeout_s": 2}
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"P", id="a-byte"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", id="a-request"),
+        pytest.param(PREFACE + b"\0\0\0\4\0\0\0\0\0", id="http2"),
+    ],
+)
+async def test_idle_connections_do_not_keep_the_edge_full(tmp_path: Path, sent: bytes) -> None:
+    limits = {"connections_max": 100, "first_bytes_timeout_s": 2, "headers_timeout_s": 2}
     async with stub_frontend() as (_, address), edge(tmp_path, address, **limits) as process:
         host, port = process.address.split(":")
         held = [await asyncio.open_connection(host, int(port)) for _ in range(120)]
+        for _, writer in held:
+            writer.write(sent)
 
         async def answers() -> bool:
             with contextlib.suppress(httpx.HTTPError):
@@ -239,7 +280,10 @@ async def test_silent_connections_do_not_keep_the_edge_full(tmp_path: Path) -> N
 
         assert not await answers(), "the attack had no effect"
         await assert_eventually(answers, bool, within_s=8, what="an answer beside silent connections")
-        assert all([await asyncio.wait_for(reader.read(), 3) == b"" for reader, _ in held])
+        async with asyncio.timeout(5):
+            for reader, _ in held:
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
         for _, writer in held:
             writer.transport.abort()
         await asyncio.sleep(0.1)

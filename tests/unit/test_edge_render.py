@@ -129,6 +129,25 @@ def test_filters_stand_in_the_order_that_protects() -> None:
     assert {"remove": "authorization"} not in found(every, "request_mutations")[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "keys", "rate"),
+    [
+        ({}, (), None),
+        ({"host": "0.0.0.0"}, (), 500),
+        ({}, (ApiKey("a", "k"),), 500),
+        ({"requests_per_second_per_client": 7}, (), 7),
+    ],
+)
+def test_clients_with_keys_or_from_elsewhere_are_limited(
+    settings: dict[str, Any], keys: tuple[ApiKey, ...], rate: int | None
+) -> None:
+    config = rendered(keys, **settings, **({"api_keys": Path("keys")} if keys else {}))
+    rates = [
+        bucket["tokens_per_fill"] for part in found(config, "descriptors") for bucket in found(part, "token_bucket")
+    ]
+    assert rates == ([] if rate is None else [rate])
+
+
 def test_the_admin_interface_is_a_private_socket() -> None:
     assert rendered()["admin"] == {"address": {"pipe": {"path": "/run/edge/admin.sock", "mode": 0o600}}}
 

@@ -57,6 +57,9 @@ class Generated:
         self._events = events
         self._failure = failure
 
+    def charge(self, caller: Caller) -> None:
+        """No client is limited here."""
+
     async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
         for event in self._events:
             if isinstance(event, pb.GenerateAccepted):

@@ -117,6 +117,34 @@ def test_a_cancelled_request_counts_for_its_tenant_a_while_longer() -> None:
     run_virtually(live())
 
 
+def test_requests_cancelled_on_workers_count_for_the_share_of_these() -> None:
+    async def live() -> None:
+        controller, started = admission(requests_max=4), list[str]()
+
+        async def one(tenant: str) -> None:
+            with controller.admit(tenant):
+                async with controller.slot(QueuedRequest(tokens=10, tenant=tenant)):
+                    started.append(tenant)
+                    await asyncio.sleep(1_000)
+
+        with controller.admit("other"):
+            for _ in range(50):
+                task = asyncio.create_task(one("resetting"))
+                await asyncio.sleep(0.01)
+                task.cancel()
+            within = len(started)
+            await asyncio.sleep(CANCELLED_HOLD_S + 0.1)
+            task = asyncio.create_task(one("resetting"))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        # Nine leave one of the four slots to others, and one more: a tenant may have three times what it leaves.
+        assert within == 10
+        assert len(started) == 11
+
+    run_virtually(live())
+
+
 async def test_unread_responses_count_for_their_tenant_only() -> None:
     unread = {"a": 12}
     controller = admission(16, unread=lambda: unread)

@@ -336,10 +336,38 @@ def test_the_loops_own_lag_is_not_the_workers_silence() -> None:
 
 def test_a_leg_that_is_no_longer_listed_fails() -> None:
     async def play(scene: Scene) -> None:
-        (one, kept), (_, lost) = await scene.started(), await scene.started()
-        await scene.keep_alive(one, until_s=5.0)
+        (one, kept), (other, lost) = await scene.started(), await scene.started()
+        scene.tokens((other, 0, 5))
+        await scene.keep_alive(one, until_s=3.0)
         assert kept.ends == []
         assert lost.failure == "the worker no longer lists this leg: it lost it, or ended it without saying so"
+
+    virtually(play)
+
+
+def test_a_leg_that_is_never_listed_fails_later() -> None:
+    async def play(scene: Scene) -> None:
+        (one, kept), (_, lost) = await scene.started(), await scene.started()
+        await scene.keep_alive(one, until_s=9.0)
+        assert lost.ends == []
+        await scene.keep_alive(one, until_s=12.0)
+        assert kept.ends == []
+        assert lost.failure == "the worker no longer lists this leg: it lost it, or ended it without saying so"
+
+    virtually(play)
+
+
+def test_a_leg_whose_listing_comes_late_is_not_lost() -> None:
+    """The worker, or this process, has too little processor time; messages with the tokens of others do arrive."""
+
+    async def play(scene: Scene) -> None:
+        (silent, waiting), (chatty, _) = await scene.started(), await scene.started()
+        for number in range(60):
+            if number % 30 == 0:
+                scene.say(alive=[silent.number])
+            scene.tokens((chatty, number, 5))
+            await asyncio.sleep(0.1)
+        assert waiting.ends == []
 
     virtually(play)
 

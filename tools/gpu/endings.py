@@ -22,6 +22,8 @@ from tools.gpu.measures import Size
 SETTLE_S = 1.0
 FREE_TIMEOUT_S = 45.0
 """SGLang holds pages into which a dead peer might still write for 30 s."""
+RELEASE_S = 10.0
+"""A prefill engine releases the memory of a decode engine that has ended within it."""
 POLL_S = 0.1
 
 
@@ -120,6 +122,8 @@ async def kill(
     failed = [s for s in streams if s.failure is not None]
     reported_s = [s.end_s - begin_s for s in failed if s.end_s is not None]
     left = await until_free(cluster)
+    memory["just_without_it"] = device_memory_mib()
+    await asyncio.sleep(max(0.0, begin_s + RELEASE_S - time.monotonic()))
     memory["without_it"] = device_memory_mib()
     refused = await next_request(cluster, vocabulary_size)
     restart_s = time.monotonic()

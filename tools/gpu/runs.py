@@ -26,7 +26,8 @@ from tools.gpu.summaries import Streamed
 PARITY_CONCURRENT = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed", "decode_heavy")
-"""What is run unless steps are named; `decode_heavy` is `decode_heavy_aggregated` and `decode_heavy_pair`."""
+"""What is run unless steps are named; `decode_heavy` is `decode_heavy_aggregated` and `decode_heavy_pair`. `kills` is
+the end of `overhead` by itself, with decode killed twice."""
 TAIL_LINES = 60
 
 
@@ -62,6 +63,7 @@ class Run:
             "copies": self._copies,
             "overhead": self._overhead,
             "observed": self._observed,
+            "kills": self._kills,
             "decode_heavy": self._decode_heavy,
             "decode_heavy_aggregated": functools.partial(self._heavy_shape, "aggregated"),
             "decode_heavy_pair": functools.partial(self._heavy_shape, "pair"),
@@ -170,6 +172,20 @@ class Run:
                 await take(f"observed_interference_{number}", 15, busy)
 
         await self._with("observed", spec, use)
+
+    async def _kills(self) -> None:
+        """Kills of either engine of a pair; decode twice, because its successor needs the memory of the first."""
+        plan = self.plan
+
+        async def use(cluster: LocalCluster) -> None:
+            kill = functools.partial(endings.kill, cluster, plan.size, read_checkpoint(plan.model).vocabulary_size)
+            for name in ("kill_decode", "kill_decode_again"):
+                await self.results.take(name, 40, functools.partial(kill, "decode", plan.size.prompt_tokens))
+            await self.results.take(
+                "kill_prefill", 40, functools.partial(kill, "prefill", plan.size.long_prompt_tokens)
+            )
+
+        await self._with("kills", shapes.pair(plan.machine, plan.model, plan.load, "kills"), use)
 
     async def _decode_heavy(self) -> None:
         """Both shapes, one after the other: a failure of one does not keep the other."""

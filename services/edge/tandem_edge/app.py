@@ -17,6 +17,7 @@ from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
 from tandem.service.background import BackgroundTasks
 from tandem_edge.config import EdgeConfig, check
+from tandem_edge.connection_pressure import ConnectionPressure
 from tandem_edge.discovery import Discovery
 from tandem_edge.dns import Names
 from tandem_edge.endpoints import Endpoint
@@ -82,8 +83,10 @@ class EdgeApp:
                 stack.push_async_callback(discovery.stop)
                 endpoints = await discovery.first()
             envoy = await stack.enter_async_context(EnvoyProcess.open(config, keys, files, endpoints))
+            tasks = await stack.enter_async_context(BackgroundTasks())
+            pressure = ConnectionPressure(admin.connections, envoy.set_connection_pressure, config.connections_max)
+            tasks.start(pressure.follow(), "connection pressure")
             if key_watch is not None:
-                tasks = await stack.enter_async_context(BackgroundTasks())
                 tasks.start(key_watch.follow(envoy.set_keys), "API keys")
             if discovery is not None:
                 # Before Envoy, whose files it writes.

@@ -22,6 +22,9 @@ ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
 NAME = re.compile(r"[A-Za-z0-9.\-_:]+")
 DNS_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?")
 
+REQUESTS_PER_SECOND_PER_CLIENT = 500
+"""Where clients have keys, or come from other machines: a frontend process serves about twice as many."""
+
 
 def _several(pattern: re.Pattern[str], what: str) -> BeforeValidator:
     def parse(value: Any) -> Any:
@@ -77,7 +80,11 @@ class EdgeConfig(ServiceConfig):
         False, description="allow clients without a key from other machines: listening beyond loopback without api_keys"
     )
     requests_per_second_per_client: int | None = Field(
-        None, ge=1, le=1_000_000, description="rate limit per client id, or per address without api_keys; default: none"
+        None,
+        ge=1,
+        le=1_000_000,
+        description="rate limit per client id, or per address without api_keys; default: 500, on loopback without "
+        "api_keys none",
     )
     burst_per_client: int | None = Field(
         None, ge=1, le=1_000_000, description="burst size of that rate limit; default: the requests of one second"
@@ -136,6 +143,12 @@ class EdgeConfig(ServiceConfig):
         """Whether only this machine can reach it."""
         return ipaddress.ip_address(self.listen_host).is_loopback
 
+    @property
+    def client_rate(self) -> int | None:
+        """Requests per second that one client may send; None: any number."""
+        is_private = self.api_keys is None and self.is_loopback
+        return self.requests_per_second_per_client or (None if is_private else REQUESTS_PER_SECOND_PER_CLIENT)
+
 
 def check(config: EdgeConfig) -> None:
     """Reject contradictory settings, and those that would allow unauthenticated access by accident.
@@ -153,7 +166,7 @@ def check(config: EdgeConfig) -> None:
     for key in ("upstream_tls_cert", "upstream_tls_names"):
         if getattr(config, key) is not None and config.upstream_tls_ca is None:
             raise ConfigError("upstream_tls_ca", f"must be given with {key}")
-    if config.burst_per_client is not None and config.requests_per_second_per_client is None:
+    if config.burst_per_client is not None and config.client_rate is None:
         raise ConfigError("burst_per_client", "requires requests_per_second_per_client")
     for key in ("tls_cert", "tls_key", "upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"):
         file = getattr(config, key)

@@ -44,10 +44,13 @@ class Admin:
         listeners = json.loads(await self._request("GET", "/listeners?format=json"))
         return int(listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"])
 
+    async def connections(self) -> int:
+        """Number of open connections of clients."""
+        return await self._gauge("http.edge.downstream_cx_active")
+
     async def open_requests(self) -> int:
         """Number of client requests that have not finished."""
-        stats = json.loads(await self._request("GET", "/stats?format=json&filter=^http.edge.downstream_rq_active$"))
-        return int(stats["stats"][0]["value"])
+        return await self._gauge("http.edge.downstream_rq_active")
 
     def prometheus_text(self) -> bytes:
         """Envoy's metrics in Prometheus' text format, without those never updated. Blocks: call it in a thread.
@@ -65,6 +68,10 @@ class Admin:
     async def close_listener(self) -> None:
         """Accept no new connections."""
         await self._request("POST", "/drain_listeners")
+
+    async def _gauge(self, name: str) -> int:
+        stats = json.loads(await self._request("GET", f"/stats?format=json&filter=^{name}$"))
+        return int(stats["stats"][0]["value"])
 
     async def _request(self, method: str, target: str) -> bytes:
         return await asyncio.to_thread(self._blocking, method, target)

@@ -91,6 +91,14 @@ class EnvoyProcess:
         """
         replace(self._files.keys, key_filter(keys))
 
+    def set_connection_pressure(self, part: float) -> None:
+        """What part of its connections is in use, 0 to 1.
+
+        Raises:
+            OSError: the file cannot be written; the previous value stays.
+        """
+        replace(self._files.pressure, f"{part:.2f}".encode())
+
     async def wait_ended(self) -> int:
         """Return its exit status when it exits."""
         return await self._process.wait()

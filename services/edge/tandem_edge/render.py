@@ -74,6 +74,11 @@ class Files:
         """The filter that checks API keys, with the keys; Envoy watches it."""
         return self.directory / "api_keys.json"
 
+    @property
+    def pressure(self) -> Path:
+        """The part of `connections_max` in use, 0 to 1; Envoy watches it."""
+        return self.directory / "connection_pressure"
+
     def secret(self, name: str) -> Path:
         """File of one TLS secret; Envoy watches it."""
         return self.directory / f"tls_{name}.yaml"
@@ -136,6 +141,7 @@ def render(
         output.config: _render(TEMPLATE, values),
         output.descriptors: transcoding.descriptor_set(),
         output.lua: _render(ERRORS_TEMPLATE, values),
+        output.pressure: b"0",
     }
     if keys:
         rendered[output.keys] = key_filter(keys)

@@ -41,7 +41,8 @@ WAIT_MARGIN = 2.0
 
 CANCELLED_HOLD_S = 1.0
 """A request that its client cancels counts for its tenant so much longer: workers must start and abort its legs, and a
-client that cancels thousands a second has none of them open."""
+client that cancels thousands a second has none of them open. Those that had reached the workers count for its share of
+these, too: others find workers that are not busy with starting and aborting alone."""
 
 
 class Headroom(Protocol):
@@ -104,6 +105,8 @@ class Admission:
         self._held_tokens = 0
         self._held_tokens_of: Counter[str] = Counter()
         self._held = TenantShares(tenant_share, clock)
+        self._aborted: Counter[str] = Counter()
+        """By tenant, requests that were cancelled on the workers within `CANCELLED_HOLD_S`."""
         self._rates = rates or TenantRates(None, None, clock)
         self._throughput = Throughput(clock)
         self._reevaluation: asyncio.TimerHandle | None = None
@@ -158,7 +161,7 @@ class Admission:
         try:
             yield
         except asyncio.CancelledError:
-            self._hold_cancelled(tenant)
+            self._count_for_a_while(self._cancelled, tenant)
             raise
         finally:
             self._open_count -= 1
@@ -183,6 +186,9 @@ class Admission:
         begin_s = self._clock()
         try:
             yield work
+        except asyncio.CancelledError:
+            self._count_for_a_while(self._aborted, request.tenant)
+            raise
         finally:
             work.drop()
             self._throughput.note(request, self._clock() - begin_s)
@@ -244,14 +250,16 @@ class Admission:
                 limit="overload_lag_s",
             )
 
-    def _hold_cancelled(self, tenant: str) -> None:
-        self._cancelled[tenant] += 1
-        asyncio.get_running_loop().call_later(CANCELLED_HOLD_S, self._release_cancelled, tenant)
+    def _count_for_a_while(self, counts: Counter[str], tenant: str) -> None:
+        """Count a request of a tenant for `CANCELLED_HOLD_S`."""
+        counts[tenant] += 1
+        asyncio.get_running_loop().call_later(CANCELLED_HOLD_S, self._end_count, counts, tenant)
 
-    def _release_cancelled(self, tenant: str) -> None:
-        self._cancelled[tenant] -= 1
-        if not self._cancelled[tenant]:
-            del self._cancelled[tenant]
+    def _end_count(self, counts: Counter[str], tenant: str) -> None:
+        counts[tenant] -= 1
+        if not counts[tenant]:
+            del counts[tenant]
+        self.reevaluate_soon()
 
     async def _wait(self, request: QueuedRequest) -> PrefillWork:
         if not len(self._queue) and self._fits(request) and self._is_within_share(request):
@@ -322,7 +330,7 @@ class Admission:
     def _is_within_share(self, request: QueuedRequest) -> bool:
         """Whether the workers keep room for other tenants beside this request; true where no others are expected."""
         tenant = request.tenant
-        held = self._held.held(tenant)
+        held = self._held.held(tenant) + self._aborted[tenant]
         if not held or not self._open.has_others(tenant):
             return True
         # Asked first without a reserve, because that also brings the load of other frontends up to date.

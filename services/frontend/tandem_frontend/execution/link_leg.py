@@ -59,7 +59,7 @@ class Sink(Protocol):
 class Leg:
     """One leg of a link."""
 
-    __slots__ = ("_abort", "is_alive", "is_sent", "is_started", "missed_count", "number", "sink", "start")
+    __slots__ = ("_abort", "is_alive", "is_sent", "is_started", "listed_in", "missed_count", "number", "sink", "start")
 
     def __init__(self, number: int, sink: Sink, start: leg2_pb2.LegStart, abort: Callable[[Leg], None]) -> None:
         """`abort` is the link's."""
@@ -74,6 +74,8 @@ class Leg:
         """Whether the worker has accepted it, or may have."""
         self.is_alive = True
         """Whether the worker has listed it since the last liveness check."""
+        self.listed_in = 0
+        """The link's listing in which, or after which, the worker has listed it last; 0: not yet."""
         self.missed_count = 0
         """Liveness checks in a row in which it was not listed."""
 

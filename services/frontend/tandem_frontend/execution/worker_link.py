@@ -32,7 +32,12 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_S = 0.2
 """How often a link with legs checks whether a message has arrived."""
 LIVENESS_INTERVAL_S = 1.0
-"""Workers list each open leg several times within it; one that is missing in two intervals in a row is lost."""
+LISTINGS_MISSED = 3
+"""Listings in a row without a leg after which it is lost. Counted in the stream and not in time: where this process or
+the worker has too little processor time, a listing comes late, and the leg is there. A worker lists the legs that have
+had no tokens since its last listing."""
+INTERVALS_MISSED = 10
+"""Liveness intervals in a row without a leg after which it is lost, because no listings arrive, or it never was in one."""
 OPENING_S = 2.0
 """Timeout of opening a stream."""
 STEADY_S = 1.0
@@ -87,6 +92,8 @@ class WorkerLink:
         """Whether a message has arrived since the last silence check."""
         self._has_listed = False
         """Whether a message has arrived since the last liveness check."""
+        self._listings = 1
+        """Messages that listed silent legs, counted from 1."""
         self._silent_s = 0.0
         self._is_checking = False
         """Whether the worker's health is being checked, or was found bad and no message has arrived since."""
@@ -224,12 +231,14 @@ class WorkerLink:
         """
         self._has_message = self._has_listed = True
         unknown: dict[int, None] = {}
+        if message.alive:
+            self._listings += 1
         if message.legs or message.token_ids or message.indices or message.counts or message.logprobs:
             self._take_tokens(message, unknown)
         for number in message.alive:
             leg = self._legs.get(number)
             if leg is not None:
-                leg.is_alive = True
+                leg.is_alive, leg.listed_in = True, self._listings
             else:
                 self._note_unknown(number, unknown)
         for end in message.ends:
@@ -246,14 +255,14 @@ class WorkerLink:
         if message.logprobs:
             logprobs, misfits = by_leg(message, numbers, counts)
             self._fail_misfits(misfits, unknown)
-        legs, begin = self._legs, 0
+        legs, listings, begin = self._legs, self._listings, 0
         for number, index, count in zip(numbers, indices, counts, strict=True):
             end = begin + count
             leg = legs.get(number)
             if leg is None:
                 self._note_unknown(number, unknown)
             else:
-                leg.is_alive = True
+                leg.is_alive, leg.listed_in = True, listings
                 if leg.sink is not None:
                     own = list(islice(logprobs[number], count)) if number in logprobs else ()
                     try:
@@ -480,7 +489,8 @@ class WorkerLink:
         self._has_listed = False
         for leg in list(self._legs.values()):
             leg.missed_count = 0 if leg.is_alive or not leg.is_started else leg.missed_count + 1
-            if leg.missed_count >= 2:
+            was_missed = leg.listed_in and self._listings - leg.listed_in >= LISTINGS_MISSED
+            if was_missed or leg.missed_count >= INTERVALS_MISSED:
                 self._legs.pop(leg.number)
                 if leg.sink is not None:
                     self._fail(
