@@ -6,6 +6,7 @@ Owns the list of services and the health state. Each server owns its listener an
 from __future__ import annotations
 
 import abc
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class ServiceHost(abc.ABC):
         self._registry = registry
         self._names: list[str] = []
         self._health: Any = health.aio.HealthServicer()
+        self._setting = asyncio.Lock()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registry)
         self.process = ProcessServicer(guard.calls)
         self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, self.process))
@@ -86,9 +88,11 @@ class ServiceHost(abc.ABC):
             serving: whether requests should be sent here.
             works: reported for ProcessService: a process may work and not be ready for requests. None: as `serving`.
         """
-        for name in ["", *self._names]:
-            healthy = works if name == PROCESS_SERVICE_NAME and works is not None else serving
-            await self._health.set(name, SERVING if healthy else NOT_SERVING)
+        # In turn: of two calls at once the later one holds for every name.
+        async with self._setting:
+            for name in ["", *self._names]:
+                healthy = works if name == PROCESS_SERVICE_NAME and works is not None else serving
+                await self._health.set(name, SERVING if healthy else NOT_SERVING)
 
     @abc.abstractmethod
     async def stop(self, grace_s: float) -> None:
