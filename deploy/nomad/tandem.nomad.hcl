@@ -52,6 +52,7 @@ job "tandem" {
     network {
       mode = "host"
       port "grpc" { static = 7400 }
+      port "metrics" {}
     }
 
     update {
@@ -95,6 +96,7 @@ job "tandem" {
       env {
         TANDEM_REGISTRY_HOST           = "${NOMAD_IP_grpc}"
         TANDEM_REGISTRY_PORT           = "${NOMAD_PORT_grpc}"
+        TANDEM_REGISTRY_METRICS_PORT   = "${NOMAD_PORT_metrics}"
         TANDEM_REGISTRY_BACKEND        = "consul"
         TANDEM_REGISTRY_CONSUL_ADDRESS = "127.0.0.1:8500"
       }
@@ -115,6 +117,18 @@ job "tandem" {
           timeout  = "3s"
         }
       }
+
+      # Found by Prometheus: deploy/observability/prometheus/consul.yml.
+      service {
+        name     = "tandem-metrics"
+        port     = "metrics"
+        provider = "consul"
+        tags     = ["registry"]
+        meta {
+          process = "registry-${NOMAD_ALLOC_INDEX}"
+          role    = "registry"
+        }
+      }
     }
   }
 
@@ -130,6 +144,7 @@ job "tandem" {
     network {
       mode = "host"
       port "grpc" {}
+      port "metrics" {}
     }
 
     update {
@@ -178,10 +193,11 @@ job "tandem" {
       }
 
       env {
-        TANDEM_FRONTEND_HOST     = "${NOMAD_IP_grpc}"
-        TANDEM_FRONTEND_PORT     = "${NOMAD_PORT_grpc}"
-        TANDEM_FRONTEND_REGISTRY = "srv://registry.tandem.service.consul@127.0.0.1:8600"
-        TANDEM_FRONTEND_MODEL    = "/models/${var.model}"
+        TANDEM_FRONTEND_HOST         = "${NOMAD_IP_grpc}"
+        TANDEM_FRONTEND_PORT         = "${NOMAD_PORT_grpc}"
+        TANDEM_FRONTEND_METRICS_PORT = "${NOMAD_PORT_metrics}"
+        TANDEM_FRONTEND_REGISTRY     = "srv://registry.tandem.service.consul@127.0.0.1:8600"
+        TANDEM_FRONTEND_MODEL        = "/models/${var.model}"
       }
 
       resources {
@@ -200,6 +216,18 @@ job "tandem" {
           timeout  = "3s"
         }
       }
+
+      # Found by Prometheus: deploy/observability/prometheus/consul.yml.
+      service {
+        name     = "tandem-metrics"
+        port     = "metrics"
+        provider = "consul"
+        tags     = ["frontend"]
+        meta {
+          process = "frontend-${NOMAD_ALLOC_INDEX}"
+          role    = "frontend"
+        }
+      }
     }
   }
 
@@ -216,6 +244,7 @@ job "tandem" {
       mode = "host"
       port "grpc" {}
       port "bootstrap" {}
+      port "metrics" {}
     }
 
     update {
@@ -270,6 +299,7 @@ job "tandem" {
       env {
         TANDEM_PREFILL_HOST           = "${NOMAD_IP_grpc}"
         TANDEM_PREFILL_PORT           = "${NOMAD_PORT_grpc}"
+        TANDEM_PREFILL_METRICS_PORT   = "${NOMAD_PORT_metrics}"
         TANDEM_PREFILL_REGISTRY       = "srv://registry.tandem.service.consul@127.0.0.1:8600"
         TANDEM_PREFILL_WORKER_ID      = "prefill-${NOMAD_ALLOC_INDEX}"
         TANDEM_PREFILL_MODEL          = "/models/${var.model}"
@@ -301,6 +331,18 @@ job "tandem" {
           timeout  = "3s"
         }
       }
+
+      # Found by Prometheus: deploy/observability/prometheus/consul.yml.
+      service {
+        name     = "tandem-metrics"
+        port     = "metrics"
+        provider = "consul"
+        tags     = ["prefill"]
+        meta {
+          process = "prefill-${NOMAD_ALLOC_INDEX}"
+          role    = "prefill"
+        }
+      }
     }
   }
 
@@ -316,6 +358,7 @@ job "tandem" {
     network {
       mode = "host"
       port "grpc" {}
+      port "metrics" {}
     }
 
     update {
@@ -368,11 +411,12 @@ job "tandem" {
       }
 
       env {
-        TANDEM_DECODE_HOST      = "${NOMAD_IP_grpc}"
-        TANDEM_DECODE_PORT      = "${NOMAD_PORT_grpc}"
-        TANDEM_DECODE_REGISTRY  = "srv://registry.tandem.service.consul@127.0.0.1:8600"
-        TANDEM_DECODE_WORKER_ID = "decode-${NOMAD_ALLOC_INDEX}"
-        TANDEM_DECODE_MODEL     = "/models/${var.model}"
+        TANDEM_DECODE_HOST         = "${NOMAD_IP_grpc}"
+        TANDEM_DECODE_PORT         = "${NOMAD_PORT_grpc}"
+        TANDEM_DECODE_METRICS_PORT = "${NOMAD_PORT_metrics}"
+        TANDEM_DECODE_REGISTRY     = "srv://registry.tandem.service.consul@127.0.0.1:8600"
+        TANDEM_DECODE_WORKER_ID    = "decode-${NOMAD_ALLOC_INDEX}"
+        TANDEM_DECODE_MODEL        = "/models/${var.model}"
         # The first start on a GPU compiles kernels for up to 264 s.
         TANDEM_DECODE_CANARY_TIMEOUT_S = "300"
       }
@@ -400,6 +444,18 @@ job "tandem" {
           timeout  = "3s"
         }
       }
+
+      # Found by Prometheus: deploy/observability/prometheus/consul.yml.
+      service {
+        name     = "tandem-metrics"
+        port     = "metrics"
+        provider = "consul"
+        tags     = ["decode"]
+        meta {
+          process = "decode-${NOMAD_ALLOC_INDEX}"
+          role    = "decode"
+        }
+      }
     }
   }
 
@@ -409,6 +465,7 @@ job "tandem" {
     network {
       mode = "host"
       port "http" { static = 8080 }
+      port "metrics" {}
     }
 
     update {
@@ -452,6 +509,7 @@ job "tandem" {
       env {
         TANDEM_EDGE_HOST           = "${NOMAD_IP_http}"
         TANDEM_EDGE_PORT           = "${NOMAD_PORT_http}"
+        TANDEM_EDGE_METRICS_PORT   = "${NOMAD_PORT_metrics}"
         TANDEM_EDGE_REGISTRY       = "srv://registry.tandem.service.consul@127.0.0.1:8600"
         TANDEM_EDGE_API_KEYS       = "${NOMAD_SECRETS_DIR}/api-keys"
         TANDEM_EDGE_DRAIN_SETTLE_S = "5"
@@ -461,7 +519,7 @@ job "tandem" {
       template {
         destination = "${NOMAD_SECRETS_DIR}/api-keys"
         perms       = "0444"
-        change_mode = "restart"
+        change_mode = "noop" # the edge follows the file
         data        = <<-KEYS
         {{ with nomadVar "nomad/jobs/tandem/edge/edge" }}{{ .api_keys }}{{ end }}
         KEYS
@@ -482,6 +540,18 @@ job "tandem" {
           path     = "/healthz"
           interval = "5s"
           timeout  = "3s"
+        }
+      }
+
+      # Found by Prometheus: deploy/observability/prometheus/consul.yml.
+      service {
+        name     = "tandem-metrics"
+        port     = "metrics"
+        provider = "consul"
+        tags     = ["edge"]
+        meta {
+          process = "edge-${NOMAD_ALLOC_INDEX}"
+          role    = "edge"
         }
       }
     }

@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tandem import config_errors
+from tandem import __version__, config_errors
 from tandem.domain.limits import PORT_MAX
+from tandem.domain.network_address import checked_host
 from tandem.errors import ConfigError
 from tandem.tls.paths import Tls
 
@@ -46,14 +47,18 @@ def _checked_endpoint(value: str | None) -> str | None:
     return value
 
 
+Host = Annotated[str, AfterValidator(checked_host)]
+"""A host name or an IP address; the brackets of an IPv6 address are removed."""
+
+
 class ServiceConfig(BaseModel):
     """Settings of every Tandem process."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: Host = Field("127.0.0.1", description="address to listen on; 0.0.0.0 or :: for every one of the machine")
     port: int = Field(0, ge=0, le=PORT_MAX, description="port to listen on; 0: any free port")
-    advertise_host: str | None = Field(
+    advertise_host: Host | None = Field(
         None, description="host under which other processes reach this one; default: host"
     )
     drain_settle_s: float = Field(
@@ -177,6 +182,7 @@ def _parser(config_type: type[BaseModel], program: str) -> argparse.ArgumentPars
         f"{variable_prefix(program)}<KEY>.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in config_type.model_fields.items():
         explanation = config_errors.explanation(field).replace("%", "%%")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +25,13 @@ from tests.integration.support.consul_host import consul_agent, consul_servers, 
 
 NO_SUCH_NAME = 3
 pytestmark = pytest.mark.timeout(120)
+
+
+def test_an_agent_takes_the_service_definitions_for_prometheus(consul_binary: Path, tmp_path: Path) -> None:
+    (tmp_path / "agent.json").write_text(json.dumps({"data_dir": str(tmp_path / "data")}))
+    shutil.copy(REPOSITORY / "deploy" / "consul" / "metrics.json", tmp_path)
+    checked = subprocess.run([consul_binary, "validate", tmp_path], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 async def test_an_agent_in_memory_forgets_and_one_with_data_does_not(consul_binary: Path, tmp_path: Path) -> None:

@@ -372,6 +372,27 @@ async def test_what_cannot_start_is_one_sentence(tmp_path: Path, flags: list[str
     assert last.startswith(f"tandem-edge: {sentence}")
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example"]
+)
+async def test_a_name_that_resolves_to_loopback_does_not_reach_an_open_edge(
+    open_edge: ClusterProcess, keyed_edge: ClusterProcess, host: str
+) -> None:
+    async with client_of(open_edge) as client:
+        for path in ("/v1/detokenize", "/v1/models", "/"):
+            refused = await client.post(path, json={"ids": [1]}, headers={"host": host})
+            assert refused.status_code == 403, path
+            assert "host_names" in refused.json()["error"]["message"]
+    async with client_of(keyed_edge) as client:
+        assert (await client.post("/v1/detokenize", json={}, headers={"host": host})).status_code == 401
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1", "[::1]:8080", "LOCALHOST"])
+async def test_names_of_loopback_reach_an_open_edge(open_edge: ClusterProcess, host: str) -> None:
+    async with client_of(open_edge) as client:
+        assert (await client.post("/v1/detokenize", json={"token_ids": [1]}, headers={"host": host})).status_code == 200
+
+
 async def test_an_open_edge_says_so(open_edge: ClusterProcess, keyed_edge: ClusterProcess) -> None:
     assert "no API keys (api_keys): unauthenticated access on 127.0.0.1" in open_edge.log.read_text()
     assert "no API keys" not in keyed_edge.log.read_text()

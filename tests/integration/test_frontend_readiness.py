@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tandem.api.admin.v1 import admin_service_pb2 as pb
-from tandem.client import admin_calls, calls
+from tandem.client import calls
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
@@ -57,24 +56,3 @@ async def test_an_edge_is_ready_with_the_first_worker_and_not_before(tmp_path: P
                 for worker in workers:
                     worker.kill()
                     await worker.stop()
-
-
-async def test_an_edge_sends_nothing_to_a_frontend_that_knows_no_worker(tmp_path: Path) -> None:
-    cluster = LocalCluster(spec(tmp_path))
-    ready, other = cluster.frontends
-    # The workers are of another model than this frontend's.
-    other.flags["model-name"] = "other"
-    async with cluster:
-        assert await calls.is_serving(ready.address)
-        assert not await calls.is_serving(other.address)
-        assert cluster.edge is not None
-        async with httpx.AsyncClient(base_url=f"http://{cluster.edge.address}", timeout=10) as client:
-            for _ in range(20):
-                assert (await client.post("/v1/generate:unary", json=BODY)).status_code == 200
-        assert await served(ready.address) == 20
-        assert await served(other.address) == 0
-
-
-async def served(frontend: str) -> int:
-    """Requests that a frontend has had."""
-    return len((await admin_calls.list_requests(frontend, pb.ListRequestsRequest(page_size=100))).requests)

@@ -47,6 +47,14 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert caught.value.exit_status == 2
 
 
+def test_a_name_of_a_hub_is_answered_with_the_command_that_downloads_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_card(Path("Qwen/Qwen3-0.6B"))
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIRECTORY`" in caught.value.message
+    with pytest.raises(ConfigError, match=r"there is no directory nowhere$"):
+        read_card(Path("nowhere"))
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00"])
 def test_missing_or_unreadable_json(model: Path, name: str, content: str | bytes | None) -> None:

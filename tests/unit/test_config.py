@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tandem_prefill.config import PrefillConfig
 from tandem_registry.config import RegistryConfig
 
 from tandem import config
+from tandem.domain.worker import WorkerRole
 from tandem.errors import ConfigError
 
 NEEDED = ["--registry", "a:1", "--model", "m"]
@@ -158,3 +160,30 @@ def test_a_collector_that_cannot_be_is_refused_by_name(endpoint: str) -> None:
         decode("--otlp-endpoint", endpoint)
     assert refused.value.key == "otlp_endpoint"
     assert "must be host:port, or an http or https URL without a path" in refused.value.message
+
+
+def test_ucx_has_settings_of_its_own_and_takes_any_other_variable() -> None:
+    extra = '{"IB_GID_INDEX": 3, "TCP_AF_PRIO": "inet6"}'
+    loaded = decode("--ucx-net-devices", "eth1,mlx5_0:1", "--ucx-tls", "rc", "--ucx-extra", extra)
+    assert loaded.engine_settings(WorkerRole.DECODE).ucx == {
+        "UCX_NET_DEVICES": "eth1,mlx5_0:1",
+        "UCX_TLS": "rc",
+        "UCX_IB_GID_INDEX": "3",
+        "UCX_TCP_AF_PRIO": "inet6",
+    }
+    assert decode().engine_settings(WorkerRole.DECODE).ucx == {}
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ('{"NET_DEVICES": "eth1"}', "ucx_extra.NET_DEVICES: has a setting of its own, ucx_net_devices"),
+        ('{"UCX_TLS": "tcp"}', "ucx_extra.UCX_TLS: must be the name of a variable of UCX, without UCX_"),
+        ('{"tcp": "x"}', "ucx_extra.tcp: must be the name of a variable of UCX, without UCX_"),
+        ('{"TCP_AF_PRIO": true}', "ucx_extra.TCP_AF_PRIO: must be text or a number"),
+        ('{"TCP_AF_PRIO": ["inet6"]}', "ucx_extra.TCP_AF_PRIO: must be text or a number"),
+    ],
+)
+def test_a_wrong_variable_of_ucx_is_named(extra: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        decode("--ucx-extra", extra)

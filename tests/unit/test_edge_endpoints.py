@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tandem_edge.discovery import endpoints_of
-from tandem_edge.dns import Names, resolve_by_system
+from tandem_edge.dns import Families, Names, resolve_by_system
 from tandem_edge.endpoints import Endpoint, replace
 
 from tandem.domain.frontend import Frontend
@@ -28,10 +28,10 @@ def test_each_place_is_an_endpoint_once() -> None:
         frontend("unknown:7"),
     ]
     addresses = {
-        "10.0.0.2": ("10.0.0.2",),
-        "::1": ("::1",),
-        "two": ("10.0.0.3", "10.0.0.4"),
-        "unknown": (),
+        ("10.0.0.2", 5): ("10.0.0.2",),
+        ("::1", 5): ("::1",),
+        ("two", 6): ("10.0.0.3", "10.0.0.4"),
+        ("unknown", 7): (),
     }
     assert endpoints_of(frontends, addresses) == (
         Endpoint("10.0.0.2", 5),
@@ -58,8 +58,38 @@ async def test_the_last_answer_for_a_name_is_kept() -> None:
     assert await names.addresses(["frontend"]) == {"frontend": ()}
 
 
-async def test_the_system_is_asked_for_ipv4_first() -> None:
-    assert await resolve_by_system("localhost") == ("127.0.0.1",)
+async def test_the_systems_ipv4_addresses_come_first() -> None:
+    assert (await resolve_by_system("localhost"))[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("listens", "chosen"),
+    [
+        ({"10.0.0.1", "fd00::1"}, ("10.0.0.1",)),
+        ({"fd00::1"}, ("fd00::1",)),
+        (set(), ("10.0.0.1",)),
+    ],
+)
+async def test_a_name_of_both_families_is_the_one_that_accepts_connections(
+    listens: set[str], chosen: tuple[str, ...]
+) -> None:
+    asked: list[str] = []
+
+    async def connects(host: str, port: int) -> bool:
+        asked.append(host)
+        return host in listens
+
+    families, both = Families(connects), ("10.0.0.1", "fd00::1")
+    for _ in range(2):
+        assert await families.reachable(both, 5) == chosen
+        families.keep_only({(both, 5)})
+    tries_once = 1 if "10.0.0.1" in listens else 2
+    assert len(asked) == (tries_once if listens else 2 * tries_once)
+    families.keep_only(())
+    listens.clear()
+    listens.add("fd00::1")
+    assert await families.reachable(both, 5) == ("fd00::1",)
+    assert await families.reachable(("10.0.0.7",), 5) == ("10.0.0.7",)
 
 
 def test_a_file_is_replaced_by_a_rename_and_stays_private(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tandem_edge.render import ERRORS_TEMPLATE, PARTS, SECRET_TEMPLATE, TEMPLATE
 from tandem.domain.http_errors import ERROR_BY_CODE, ERRORS, ROWS
 from tandem.errors import EngineFailed, ParserFailed
 
+ENVOY_JITTER = 1.15
+"""Envoy makes the time between two pings longer by up to so much."""
 FILES = Files(directory=Path("/run/edge"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 HOSTILE = "a\"}]\n- evil: {{ config }}\n#\\ \x85\u2028\x7f 🙂 ' & <b> %ENVIRONMENT(HOME)%"
@@ -49,6 +52,26 @@ def found(tree: Any, key: str) -> list[Any]:
 
 def filters(tree: dict[str, Any]) -> list[str]:
     return [entry["name"].rsplit(".", 1)[1] for entry in found(tree, "http_filters")[0]]
+
+
+@pytest.mark.parametrize("bound_s", [3, 10, 30, 86_400])
+def test_a_client_that_vanished_is_given_up_within_the_bound(bound_s: float) -> None:
+    tree = rendered(client_silence_timeout_s=bound_s)
+    (options,) = found(tree, "socket_options")
+    by_name = {option["description"]: option for option in options}
+    assert {(name, option["level"], option["name"]) for name, option in by_name.items()} == {
+        ("SO_KEEPALIVE", socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        ("TCP_KEEPIDLE", socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+        ("TCP_KEEPINTVL", socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+        ("TCP_USER_TIMEOUT", socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    }
+    values = {name: option["int_value"] for name, option in by_name.items()}
+    assert values["SO_KEEPALIVE"] == 1
+    assert values["TCP_USER_TIMEOUT"] == bound_s * 1_000
+    assert 0 < values["TCP_KEEPIDLE"] + 2 * values["TCP_KEEPINTVL"] <= bound_s
+    (connections,) = found(found(tree, "listeners")[0], "connection_keepalive")
+    interval_s, timeout_s = (float(connections[name].removesuffix("s")) for name in ("interval", "timeout"))
+    assert interval_s * ENVOY_JITTER + timeout_s < bound_s
 
 
 @given(

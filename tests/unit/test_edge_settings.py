@@ -109,6 +109,29 @@ def test_keys_or_a_word_open_other_addresses(tmp_path: Path) -> None:
     check(load("--host", "0.0.0.0", TANDEM_EDGE_API_KEYS=str(tmp_path)))
 
 
+def test_the_address_of_publication_decides_about_keys(tmp_path: Path) -> None:
+    check(load("--host", "0.0.0.0", "--published-host", "127.0.0.1"))
+    check(load("--host", "0.0.0.0", "--published-host", "localhost"))
+    for published in ("0.0.0.0", "::", "192.0.2.1"):
+        with pytest.raises(ConfigError, match=f"api_keys: is required to listen on {published}"):
+            check(load("--host", "127.0.0.1", "--published-host", published))
+        check(load("--host", "127.0.0.1", "--published-host", published, "--api-keys", str(tmp_path)))
+
+
+def test_an_open_edge_on_loopback_is_called_by_names_of_loopback_only(tmp_path: Path) -> None:
+    local = ("localhost", "127.0.0.1", "[::1]")
+    assert load().accepted_hosts == local
+    assert load("--host", "::1").accepted_hosts == local
+    assert load("--host", "127.0.0.9").accepted_hosts == (*local, "127.0.0.9")
+    assert load("--host", "0.0.0.0", "--published-host", "127.0.0.1").accepted_hosts == local
+    assert load("--api-keys", str(tmp_path)).accepted_hosts is None
+    assert load("--host", "0.0.0.0", "--insecure-open", "true").accepted_hosts is None
+    assert load("--host-names", "chat.example,[fd00::7]").accepted_hosts == ("chat.example", "[fd00::7]")
+    assert load("--host-names", "*").accepted_hosts is None
+    with pytest.raises(ConfigError, match="host_names"):
+        load("--host-names", "chat.example:80")
+
+
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# us\n\n  alice : {SECRET}  \nbob:{SECRET}:2\nbob: {SECRET}-3\n")

@@ -11,7 +11,7 @@ import pytest
 
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import engine, environment
+from tandem.engine.sglang import engine, environment, network_devices
 from tandem.errors import StartError
 
 
@@ -64,3 +64,33 @@ def test_a_decode_leg_waits_for_its_kv_as_long_as_the_setting_says() -> None:
     values = environment.defaults(replace(settings("127.0.0.1"), handover_timeout_s=7.2), "cpu")
     assert values["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] == "8"
     assert int(values["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"]) >= 3_600
+
+
+def test_settings_of_ucx_override_the_environment_and_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = replace(settings("127.0.0.1"), ucx={"UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp"})
+    values = environment.variables(given, "cpu", tmp_path)
+    assert (values["UCX_NET_DEVICES"], values["UCX_TLS"]) == ("lo", "tcp")
+    assert not [name for name in environment.variables(settings("127.0.0.1"), "cpu", tmp_path) if "UCX" in name]
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("net/lo", "net/eth1", "infiniband/mlx5_0/ports/1", "infiniband/mlx5_0/ports/2"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(network_devices, "INTERFACES", tmp_path / "net")
+    monkeypatch.setattr(network_devices, "RDMA_DEVICES", tmp_path / "infiniband")
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("listed", [None, "all", "eth1", "lo,eth1", "mlx5_0:1", "mlx5_0", "^docker0", "mlx5_*:1"])
+def test_network_devices_of_the_machine_are_taken(listed: str | None) -> None:
+    network_devices.check_devices(listed)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("listed", ["eth9", "mlx5_0:3", "lo,ib0", ""])
+def test_a_network_device_that_is_not_there_is_named(listed: str) -> None:
+    with pytest.raises(StartError, match=r"ucx_net_devices: .* is not a network device of this machine: eth1, lo, mlx"):
+        network_devices.check_devices(listed)

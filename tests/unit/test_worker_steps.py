@@ -24,7 +24,7 @@ from tandem.testing.virtual_time import run_virtually
 from tandem.worker import steps
 from tandem.worker.leg_messages import engine_request
 from tandem.worker.leg_starts import LegStarts
-from tandem.worker.legs import Legs
+from tandem.worker.legs import Legs, engine_id
 from tandem.worker.steps import StepStream, StepStreams
 from tests.unit.support.frontend_workers import aggregated
 
@@ -82,8 +82,11 @@ class Scene:
         legs = [start_of(number, **fields) for number in numbers]
         return await self.starts.start(self.stream.stream_id, legs)
 
+    def engine_id(self, number: int, stream: StepStream | None = None) -> str:
+        return engine_id((f"r{number}", 1), (stream or self.stream).stream_id, number)
+
     def output(self, number: int) -> Output:
-        output: Output = self.engine.outputs[f"r{number}.1"]
+        output: Output = self.engine.outputs[self.engine_id(number)]
         return output
 
     async def read(self) -> StreamStepsResponse:
@@ -153,18 +156,46 @@ async def test_a_leg_that_is_refused_stops_no_other_and_is_never_named() -> None
     assert list(scene.stream._open) == [3]
 
 
-@pytest.mark.parametrize("wrong", ["number", "request", "zero"])
-async def test_a_leg_that_is_no_new_one_is_refused(wrong: str) -> None:
+@pytest.mark.parametrize("number", [1, 0])
+async def test_a_leg_that_is_no_new_one_is_refused(number: int) -> None:
     scene = await Scene().begin()
     await scene.start(1)
     again = start_of(2)
-    if wrong == "request":
-        again.request.request_id = "r1"
-    else:
-        again.leg = 1 if wrong == "number" else 0
+    again.leg = number
     (result,) = await scene.starts.start(scene.stream.stream_id, [again])
     assert isinstance(from_status(result.refused), InvalidRequest)
     assert scene.legs.open_count == 1
+
+
+@pytest.mark.parametrize("is_other_frontend", [False, True])
+async def test_legs_of_one_request_id_and_attempt_are_independent(is_other_frontend: bool) -> None:
+    scene = await Scene().begin()
+    other = scene.streams.open("frontend-1", scene.note_overflow) if is_other_frontend else scene.stream
+    again = start_of(2)
+    again.request.request_id = "r1"
+    await scene.start(1)
+    (result,) = await scene.starts.start(other.stream_id, [again])
+    assert result.WhichOneof("result") == "accepted"
+    assert len(scene.engine.outputs) == 2
+    assert scene.legs.abort_numbered(scene.stream.stream_id, [1]) == 1
+    (name,) = scene.engine.outputs
+    assert name == engine_id(("r1", 1), other.stream_id, 2)
+    assert scene.legs.open_count == 1
+    scene.engine.outputs[name].finish(EngineFinish(reason=FinishReason.LENGTH))
+    assert scene.legs.open_count == 0
+
+
+async def test_an_abort_by_request_id_aborts_all_its_legs_and_no_others() -> None:
+    scene = await Scene().begin()
+    again = start_of(2)
+    again.request.request_id, again.request.attempt = "r1", 2
+    await scene.start(1, 3)
+    await scene.starts.start(scene.stream.stream_id, [again])
+    assert scene.legs.abort("r1", 2) == 1
+    again.leg = 4
+    await scene.starts.start(scene.stream.stream_id, [again])
+    assert scene.legs.abort("r1", None) == 2
+    assert list(scene.engine.outputs) == [scene.engine_id(3)]
 
 
 async def test_a_stream_that_is_not_open_takes_no_leg() -> None:
@@ -193,7 +224,7 @@ async def test_a_frontend_that_vanishes_ends_its_own_legs_only() -> None:
     await scene.start(1, 2)
     await scene.starts.start(other.stream_id, [start_of(3)])
     scene.streams.close(scene.stream)
-    assert list(scene.engine.outputs) == ["r3.1"]
+    assert list(scene.engine.outputs) == [scene.engine_id(3, other)]
     with pytest.raises(ServiceError):
         await scene.read()
 
@@ -246,7 +277,7 @@ async def test_a_frontend_that_does_not_read_is_bounded_and_loses_its_own(monkey
         output.tokens([5], ())
     assert scene.overflows == 1
     assert scene.legs.open_count == 1
-    assert list(scene.engine.outputs) == ["r2.1"]
+    assert list(scene.engine.outputs) == [scene.engine_id(2, other)]
     assert not scene.stream._token_ids, "nothing is kept for it"
     with pytest.raises(ServiceError):
         await scene.read()
@@ -332,7 +363,7 @@ async def test_a_defect_at_one_start_is_that_legs_refusal(caplog: pytest.LogCapt
     submit = scene.engine.submit
 
     async def broken(request: EngineRequest, output: Output) -> None:
-        if request.request_id == "r2.1":
+        if request.request_id == scene.engine_id(2):
             raise RuntimeError("a defect")
         await submit(request, output)
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from tandem.discovery.watches import FrontendWatch
+from tandem.domain.network_address import join_address
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
 from tandem.service.background import BackgroundTasks
@@ -45,8 +46,7 @@ class EdgeApp:
         following: asyncio.Task[None] | None,
     ) -> None:
         """`following` is the task of the discovery; None: the settings list the frontends."""
-        host = config.reachable_host
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join_address(config.reachable_host, port)
         """host:port it serves on."""
         self._config = config
         self._metrics = metrics

@@ -13,13 +13,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tandem.config import ServiceConfig
+from tandem.config import Host, ServiceConfig
 from tandem.discovery.addresses import Addresses, parse_addresses, parse_srv
+from tandem.domain.network_address import split_address
 from tandem.errors import ConfigError
+from tandem.rpc.service_host import is_loopback
 from tandem.tls.paths import Tls
 
 ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
 NAME = re.compile(r"[A-Za-z0-9.\-_:]+")
+HOST_HEADER = re.compile(r"\*|[A-Za-z0-9.\-_]+|\[[0-9A-Fa-f:]+\]")
 DNS_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?")
 
 REQUESTS_PER_SECOND_PER_CLIENT = 500
@@ -38,6 +41,7 @@ def _several(pattern: re.Pattern[str], what: str) -> BeforeValidator:
 
 
 Origins = Annotated[tuple[str, ...], _several(ORIGIN, "an origin like https://chat.example, or *")]
+HostHeaders = Annotated[tuple[str, ...], _several(HOST_HEADER, "a host name, an IP address (IPv6 in brackets), or *")]
 Names = Annotated[tuple[str, ...], _several(NAME, "a DNS name or an IP address")]
 
 
@@ -49,6 +53,9 @@ def _one_address(value: Any) -> Any:
 
 
 Address = Annotated[str, BeforeValidator(_one_address)]
+
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class EdgeConfig(ServiceConfig):
@@ -78,6 +85,16 @@ class EdgeConfig(ServiceConfig):
     )
     insecure_open: bool = Field(
         False, description="allow clients without a key from other machines: listening beyond loopback without api_keys"
+    )
+    published_host: Host | None = Field(
+        None,
+        description="address on which a container or proxy publishes the listener; api_keys and host_names depend on "
+        "it; default: host",
+    )
+    host_names: HostHeaders | None = Field(
+        None,
+        description="hosts that a request's Host header may name; default: any; on loopback without api_keys localhost "
+        "and loopback addresses",
     )
     requests_per_second_per_client: int | None = Field(
         None,
@@ -116,6 +133,13 @@ class EdgeConfig(ServiceConfig):
         600, gt=0, le=86_400, description="maximum time without data in a request, queueing and prefill included"
     )
     connection_idle_timeout_s: float = Field(75, gt=0, le=86_400, description="idle timeout of a connection")
+    client_silence_timeout_s: float = Field(
+        30,
+        ge=3,
+        le=86_400,
+        description="timeout of a client that vanished: its connection is closed when its machine, or over HTTP/2 the "
+        "client itself, does not answer for so long, or reads nothing of what waits for it",
+    )
     connections_max: int = Field(10_000, ge=1, le=1_000_000, description="maximum number of client connections")
     open_requests_max: int = Field(4096, ge=1, le=1_000_000, description="maximum number of open requests to frontends")
     streams_per_connection_max: int = Field(
@@ -141,7 +165,22 @@ class EdgeConfig(ServiceConfig):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return ipaddress.ip_address(self.listen_host).is_loopback
+        return is_loopback(self.published_host or self.listen_host)
+
+    @property
+    def accepted_hosts(self) -> tuple[str, ...] | None:
+        """Values of the Host header that are served, without a port; None: any.
+
+        A web page can make its visitor's browser call this machine under the page's own name, once that name resolves
+        to loopback (DNS rebinding). Without keys nothing else would stop it.
+        """
+        if self.host_names is not None:
+            return None if "*" in self.host_names else self.host_names
+        if self.api_keys is not None or not self.is_loopback:
+            return None
+        own = (self.listen_host, self.published_host or self.listen_host)
+        named = (f"[{host}]" if ":" in host else host for host in own if host not in ("0.0.0.0", "::"))
+        return tuple(dict.fromkeys((*LOOPBACK_NAMES, *named)))
 
     @property
     def client_rate(self) -> int | None:
@@ -173,13 +212,8 @@ def check(config: EdgeConfig) -> None:
         if file is not None and not file.is_file():
             raise ConfigError(key, f"{file} is not a file")
     if config.api_keys is None and not config.is_loopback and not config.insecure_open:
-        raise ConfigError("api_keys", f"is required to listen on {config.host}; or set insecure_open")
-
-
-def split(address: str) -> tuple[str, int]:
-    """Host, without the brackets of IPv6, and port."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
+        where = config.published_host or config.host
+        raise ConfigError("api_keys", f"is required to listen on {where}; or set insecure_open")
 
 
 def is_ip(host: str) -> bool:
@@ -211,12 +245,12 @@ def _check_sources(config: EdgeConfig) -> None:
                 raise ConfigError(
                     key, f"must be host:port, not {address!r}: Envoy resolves A and AAAA records, not SRV"
                 )
-    hosts = [split(address)[0] for address in config.frontends]
+    hosts = [split_address(address)[0] for address in config.frontends]
     for host in hosts:
         if not is_ip(host) and (not DNS_NAME.fullmatch(host) or re.fullmatch(r"[0-9.]+", host)):
             raise ConfigError("frontends", f"{host!r} is neither an IP address nor a DNS name")
     if config.dns_server is not None:
-        if not is_ip(split(config.dns_server)[0]):
+        if not is_ip(split_address(config.dns_server)[0]):
             raise ConfigError(
                 "dns_server",
                 f"must be IP:port, not {config.dns_server!r}: a name cannot be resolved without a DNS server",

@@ -1,4 +1,4 @@
-"""Publishes what part of its connections is in use to Envoy, so that it closes idle ones sooner the fewer are left.
+"""Reports to Envoy what part of its connections is in use, so that it closes idle ones sooner the fewer are left.
 
 Envoy refuses connections beyond `connections_max` by itself, but reports their number to none of its own timers.
 """

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tandem.discovery.watches import FrontendWatch
 from tandem.domain.frontend import Frontend
+from tandem.domain.network_address import split_address
 from tandem.domain.worker import WorkerState
-from tandem_edge.config import split
-from tandem_edge.dns import Names
+from tandem_edge.dns import Families, Names
 from tandem_edge.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,12 @@ class Discovery:
         """`refresh_s` is the time between two DNS lookups of a frontend's name."""
         self._watch = watch
         self._names = names
+        self._families = Families()
         self._refresh_s = refresh_s
         self._published: tuple[Endpoint, ...] = ()
+        self._model: str | None = None
+        """Of the frontends that are published."""
+        self._others: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     async def first(self) -> tuple[Endpoint, ...]:
@@ -87,18 +91,51 @@ class Discovery:
         log.info("published %d frontends to Envoy, %d of them draining", len(endpoints), draining)
         self._published = endpoints
 
+    def _of_one_model(self, frontends: Sequence[Frontend]) -> list[Frontend]:
+        """Frontends of the model that is served. Envoy does not read the model of a request, so with two models each
+        request would go to a frontend of the wrong one by chance. A second one is an error of the deployment.
+        """
+        model = one_model(frontends, self._model)
+        others = sorted({frontend.model for frontend in frontends} - {model})
+        if others and others != self._others:
+            log.error(
+                "frontends of model %r get no requests: this registry's edges serve %r, and a registry holds one model",
+                ", ".join(others), model,
+            )  # fmt: skip
+        self._model, self._others = model, others
+        served = [frontend for frontend in frontends if frontend.model == model]
+        if all(frontend.state is WorkerState.DRAINING for frontend in served):
+            return served
+        # Frontends that drain get no new requests, and keep their connections until their streams have ended.
+        return [frontend for frontend in frontends if frontend in served or frontend.state is WorkerState.DRAINING]
+
     async def _endpoints(self) -> tuple[Endpoint, ...]:
-        frontends = self._watch.frontends()
-        addresses = await self._names.addresses({split(frontend.address)[0] for frontend in frontends})
-        return endpoints_of(frontends, addresses)
+        frontends = self._of_one_model(self._watch.frontends())
+        places = {split_address(frontend.address) for frontend in frontends}
+        known = await self._names.addresses({host for host, _ in places})
+        self._families.keep_only({(tuple(known[host]), port) for host, port in places})
+        chosen = [self._families.reachable(known[host], port) for host, port in places]
+        return endpoints_of(frontends, dict(zip(places, await asyncio.gather(*chosen), strict=True)))
 
 
-def endpoints_of(frontends: Iterable[Frontend], addresses: Mapping[str, Sequence[str]]) -> tuple[Endpoint, ...]:
+def one_model(frontends: Sequence[Frontend], current: str | None) -> str | None:
+    """The model to serve: the current one while a serving frontend has it, else that of the frontend that has served
+    for longest. None: there are no frontends.
+    """
+    serving = [frontend for frontend in frontends if frontend.state is WorkerState.SERVING] or frontends
+    if any(frontend.model == current for frontend in serving):
+        return current
+    return min(serving, key=lambda frontend: frontend.epoch).model if serving else current
+
+
+def endpoints_of(
+    frontends: Iterable[Frontend], addresses: Mapping[tuple[str, int], Sequence[str]]
+) -> tuple[Endpoint, ...]:
     """Sorted endpoints without duplicates; an address of several frontends is draining only if all of them are."""
     draining: dict[tuple[str, int], bool] = {}
     for frontend in frontends:
-        host, port = split(frontend.address)
-        for address in addresses[host]:
+        host, port = split_address(frontend.address)
+        for address in addresses[host, port]:
             drains = frontend.state is WorkerState.DRAINING
             draining[address, port] = draining.get((address, port), True) and drains
     return tuple(sorted(Endpoint(host, port, is_draining) for (host, port), is_draining in draining.items()))

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+from tandem.domain.network_address import join_address
 from tandem.errors import StartError
 from tandem.observability.logs import is_text
 from tandem.service import parent_death, run_directory
@@ -173,4 +174,4 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as problem:
-            raise StartError(f"cannot listen on {host}:{port}: {problem.strerror}") from None
+            raise StartError(f"cannot listen on {join_address(host, port)}: {problem.strerror}") from None

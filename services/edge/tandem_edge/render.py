@@ -19,8 +19,9 @@ from google.rpc import code_pb2
 from markupsafe import Markup
 
 from tandem.domain import http_errors
+from tandem.domain.network_address import split_address
 from tandem_edge import transcoding
-from tandem_edge.config import EdgeConfig, is_ip, split
+from tandem_edge.config import EdgeConfig, is_ip
 from tandem_edge.endpoints import Endpoint, assignment
 from tandem_edge.keys import ApiKey, key_filter
 
@@ -180,7 +181,7 @@ def _errors() -> dict[str, Any]:
 
 
 def _host_and_port(address: str) -> dict[str, Any]:
-    host, port = split(address)
+    host, port = split_address(address)
     return {"host": host, "port": port}
 
 
@@ -194,7 +195,8 @@ def _collector(endpoint: str) -> dict[str, Any]:
 
 def _names(config: EdgeConfig) -> list[dict[str, Any]]:
     """Names, one of which must be in a frontend's certificate, each with its SAN type."""
-    frontends = [FRONTEND_NAME] if config.frontends is None else [split(address)[0] for address in config.frontends]
+    listed = config.frontends
+    frontends = [FRONTEND_NAME] if listed is None else [split_address(address)[0] for address in listed]
     hosts = config.upstream_tls_names or dict.fromkeys(frontends)
     return [{"name": host, "kind": "IP_ADDRESS" if is_ip(host) else "DNS"} for host in hosts]
 

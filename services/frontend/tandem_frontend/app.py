@@ -24,7 +24,9 @@ from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServi
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.clock import epoch_now, monotonic
 from tandem.discovery import Registration
+from tandem.discovery.advertised import log_doubts
 from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.observability.cpu_profile import CpuProfiler
 from tandem.observability.logs import log_request
@@ -62,6 +64,7 @@ from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.readiness import Readiness
+from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 
@@ -105,8 +108,8 @@ class FrontendApp:
             membership: of one of several processes; the parent process then has the port and the registration.
 
         Raises:
-            StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer, or
-                SGLang does not know the configured parsers.
+            StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer,
+                SGLang does not know the configured parsers, or the registry's frontends serve another model.
         """
         async with AsyncExitStack() as stack:
             model = await _open_model(config, stack)
@@ -141,6 +144,8 @@ class FrontendApp:
             tasks.start(stats.keep_looking(), "figures")
             await _serve(server, membership, own, stack)
             await fleet.watch.wait_live()
+            if membership is None:
+                await check_models(config, names.frontend_id, names.address)
             await readiness.open()
             tasks.start(readiness.keep(), "readiness")
             registration = None if membership is not None else await _register(config, names, stack)
@@ -200,7 +205,7 @@ class _Names:
         if membership is not None:
             identity = membership.identity
             return cls(identity.address, identity.frontend_id, identity.instance)
-        address = f"{config.reachable_host}:{port}"
+        address = join_address(config.reachable_host, port)
         frontend_id = config.frontend_id or default_frontend_id(address)
         return cls(address, frontend_id, frontend_id)
 
@@ -319,5 +324,6 @@ async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack
     )
     registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)
     stack.push_async_callback(registration.close)
+    await log_doubts(frontend.address, config.registry)
     await registration.start()
     return registration

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from tandem.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from tandem.domain.network_address import join_address
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
 from tandem.rpc.server import RpcServer
@@ -69,7 +70,7 @@ class RegistryApp:
     @property
     def address(self) -> str:
         """host:port it serves on."""
-        return f"{self._config.reachable_host}:{self._server.port}"
+        return join_address(self._config.reachable_host, self._server.port)
 
     @property
     def metrics_port(self) -> int:

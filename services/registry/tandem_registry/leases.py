@@ -274,8 +274,10 @@ class Membership:
         value = member.address if field == "address" else member.member_id
         other = f"{holder.kind} {holder.member_id} (epoch {holder.epoch}, at {holder.address})"
         reason = "which is alive" if holder.epoch < member.epoch else f"which is not older than epoch {member.epoch}"
+        # Private networks repeat: each Docker host has a bridge at 172.17.0.1.
+        advice = "; if the two run on different hosts, set advertise_host of both" if field == "address" else ""
         return DuplicateWorker(
-            f"{field} {value} is already registered by {other}, {reason}",
+            f"{field} {value} is already registered by {other}, {reason}{advice}",
             worker=holder.member_id,
             epoch=holder.epoch,
             address=holder.address,

@@ -20,11 +20,13 @@ from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.inspect_commands import add_to
 from tandem.cli.state import DEMO_MODEL
+from tandem.domain.network_address import bare_host
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Large language models served with prefill and decode disaggregated.",
 )
 
@@ -86,6 +88,13 @@ ConsulCa = Annotated[
 ConsulCert = Annotated[
     Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
 ]
+Host = Annotated[
+    str, typer.Option(help="Address of this machine on which all processes listen, such as ::1.", metavar="HOST")
+]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(help="API keys of the edge, a line `client-id: key` each; default: no keys.", metavar="FILE"),
+]
 WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
 MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
@@ -139,9 +148,11 @@ def up(
     engine: EngineName = "sglang",
     frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
     frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
     http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
+    api_keys: ApiKeys = None,
     device: Device = "auto",
     dtype: DataType = "auto",
     kv_capacity_tokens: KvCapacity = None,
@@ -180,6 +191,7 @@ def up(
     flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
     role_flags = {"frontend": _given({**parsers, "admin-enabled": "true" if admin else None})}
+    role_flags["edge"] = _given({"api-keys": None if api_keys is None else str(api_keys)})
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
     async def run() -> int:
@@ -190,7 +202,7 @@ def up(
         model=model, model_name=model_name, engine=engine, log_directory=log_dir, worker_flags=flags,
         role_flags=role_flags, registries=registries, prefill=prefill, decode=decode, aggregated=aggregated,
         frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
-        tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint,
+        tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint, host=bare_host(host),
     )  # fmt: skip
     end("up", run())
 

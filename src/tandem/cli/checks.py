@@ -15,6 +15,7 @@ from tandem import config as configuration
 from tandem.cli.state import DEMO_MODEL
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.limits import PORT_MAX
+from tandem.domain.network_address import checked_host, is_any_host, join_address
 from tandem.domain.worker import WorkerRole
 from tandem.engine.factory import create_engine
 from tandem.errors import ConfigError, StartError
@@ -24,7 +25,6 @@ from tandem.tls.material import read_material
 from tandem.tls.paths import Tls
 from tandem.worker.config import WorkerConfig
 
-HOST = "127.0.0.1"
 COLLECTOR_TIMEOUT_S = 2.0
 COUNTS_MIN = {"prefill": 0, "decode": 0, "aggregated": 0, "frontends": 1, "frontend_processes": 1, "registries": 1}
 
@@ -37,6 +37,7 @@ def check_spec(spec: ClusterSpec) -> None:
         StartError: a dependency is not installed, or the model is damaged.
     """
     _check_counts(spec)
+    _check_host(spec.host)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
         raise ConfigError("model", f"must be given outside a checkout of Tandem (no {DEMO_MODEL} here)")
     config = _check_worker(spec)
@@ -63,8 +64,25 @@ def _check_counts(spec: ClusterSpec) -> None:
         raise ConfigError(missing, "must be at least 1: prefill and decode workers work only in pairs")
 
 
+def _check_host(host: str) -> None:
+    try:
+        checked_host(host)
+    except ValueError as problem:
+        raise ConfigError("host", str(problem)) from None
+    if is_any_host(host):
+        raise ConfigError("host", f"must be one address of this machine, not {host}: the processes also advertise it")
+    reason = listen_problem(host, 0)
+    if reason is not None:
+        raise ConfigError("host", f"{host} is no address of this machine: {reason}")
+
+
 def _check_worker(spec: ClusterSpec) -> WorkerConfig:
-    flags = {"registry": f"{HOST}:1", "model": str(spec.model), "engine": spec.engine, **spec.worker_flags}
+    flags = {
+        "registry": join_address(spec.host, 1),
+        "model": str(spec.model),
+        "engine": spec.engine,
+        **spec.worker_flags,
+    }
     if spec.model_name is not None:
         flags["model-name"] = spec.model_name
     if spec.otlp_endpoint is not None:
@@ -136,8 +154,10 @@ def _check_ports(spec: ClusterSpec) -> None:
     for name, port in ports.items():
         if not 0 <= port <= PORT_MAX:
             raise ConfigError(name, f"must be 0 to {PORT_MAX}, not {port}")
-        problem = listen_problem(HOST, port)
+        problem = listen_problem(spec.host, port)
         if problem is not None:
-            raise ConfigError(name, f"cannot listen on {HOST}:{port} ({problem}); 0 selects a free port")
+            raise ConfigError(
+                name, f"cannot listen on {join_address(spec.host, port)} ({problem}); 0 selects a free port"
+            )
     if spec.edge and spec.http_port and spec.http_port == spec.frontend_port:
         raise ConfigError("http_port", "must differ from --port")

@@ -15,6 +15,7 @@ from tandem.client import admin_calls
 from tandem.errors import ConfigError, StartError
 from tandem.tls.paths import Tls
 
+SAME_NAMES = {"frontend-0": "frontend", "frontend": "frontend-0"}
 FORMS = {"speedscope": pb.PROFILE_FORMAT_SPEEDSCOPE, "html": pb.PROFILE_FORMAT_HTML}
 
 
@@ -43,6 +44,8 @@ async def address_of(process: str, registries: Sequence[str], tls: Tls | None) -
     fleet = await ask_all(registries, tls)
     by_name = {entry.worker.worker_id: entry.worker.address for entry in fleet.workers}
     by_name |= {entry.frontend.frontend_id: entry.frontend.address for entry in fleet.frontends}
+    # `tandem up` names a frontend without a number while it is the only one.
+    process = SAME_NAMES.get(process, process) if process not in by_name else process
     if process not in by_name:
         raise StartError(
             f"no worker or frontend {process} is registered (registered: {', '.join(sorted(by_name)) or 'none'})"

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from tandem.domain.limits import PORT_MAX
+from tandem.domain.network_address import HOST_NAME, bare_host
 
 DNS_PORT = 53
 SRV_PREFIX = "srv://"
 FORMS = "host:port, or srv://NAME@HOST:PORT (a DNS name, and the DNS server to query)"
 REGISTRY_TEXT = f"the registry: {FORMS}; several are separated by commas"
-HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?", re.ASCII)
 NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
 
 
@@ -60,7 +60,7 @@ def parse_srv(address: str) -> SrvName | None:
         return SrvName(name, None)
     has_port = ":" in server.rpartition("]")[2]
     host, port = _host_and_port(server if has_port else f"{server}:{DNS_PORT}", address)
-    return SrvName(name, host.strip("[]"), port)
+    return SrvName(name, bare_host(host), port)
 
 
 def _checked(address: str) -> str:
@@ -83,7 +83,7 @@ def _is_host(text: str) -> bool:
             return text.endswith("]") and ipaddress.ip_address(text[1:-1]).version == 6
         except ValueError:
             return False
-    return HOST.fullmatch(text) is not None
+    return HOST_NAME.fullmatch(text) is not None
 
 
 Addresses = Annotated[tuple[str, ...], BeforeValidator(parse_addresses)]

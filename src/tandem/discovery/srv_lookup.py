@@ -21,6 +21,7 @@ import dns.rdatatype
 import dns.resolver
 
 from tandem.discovery.addresses import SrvName
+from tandem.domain.network_address import join_address
 from tandem.errors import ServiceError
 
 LOOKUP_TIMEOUT_S = 1.0
@@ -39,7 +40,7 @@ async def resolve_srv(srv: SrvName, rng: random.Random, timeout_s: float = LOOKU
             answer = await resolver.resolve(srv.name, "SRV", tcp=True)
             records = sorted(answer, key=lambda record: (record.priority, rng.random()))
             found = [
-                _joined(host, record.port)
+                join_address(host, record.port)
                 for record in records
                 for host in await _hosts(resolver, record.target, answer.response)
             ]
@@ -89,7 +90,3 @@ async def _hosts(
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             continue
     return []
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -21,6 +21,8 @@ SAMPLE_COUNT = 16
 SAMPLE_BYTES = 64 * 2**10
 HEADER_BYTES_MAX = 100 * 2**20
 EMBEDDING_NAME = "model.embed_tokens.weight"
+HUB_PARTS = 2
+"""Of a model's name in a hub: owner and name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,10 @@ def read_card(path: Path) -> Card:
         StartError: a file is missing, damaged or does not match; names the file.
     """
     if not path.is_dir():
-        raise ConfigError("model", f"there is no directory {path}")
+        hint = ""
+        if not path.is_absolute() and len(path.parts) == HUB_PARTS:
+            hint = f" (Tandem downloads no models: `hf download {path} --local-dir DIRECTORY` does)"
+        raise ConfigError("model", f"there is no directory {path}{hint}")
     config = _read_json(path / "config.json")
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not _is_count(config.get(key)) or config[key] < 1:

@@ -33,6 +33,8 @@ class EngineSettings:
     """Decode: how long a leg whose KV memory is granted waits for its KV, the prompt's computation included."""
     transfer_backend: str = "nixl"
     """"nixl", or "fake" (SGLang's own, transfers nothing: the negative control of the parity tests)."""
+    ucx: dict[str, str] = field(default_factory=dict)
+    """UCX's variables, with their prefix; they override those of the environment."""
     threads: int = 1
     """CPU threads for the engine's computation (OMP_NUM_THREADS); used on a CPU only."""
     seed: int = 0

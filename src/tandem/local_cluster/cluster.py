@@ -39,6 +39,8 @@ class ClusterSpec:
     prefill: int = 1
     decode: int = 1
     aggregated: int = 0
+    host: str = "127.0.0.1"
+    """Address of this machine on which every process listens, and which it advertises."""
     registries: int = 1
     """More than one require Consul as their shared membership store."""
     consul: ClusterConsul | None = None
@@ -248,7 +250,7 @@ class LocalCluster:
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec
         # A short settle time is enough: there is no external load balancer, and the edge retries on another frontend.
-        own: dict[str, str] = {"drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
+        own: dict[str, str] = {"host": spec.host, "drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
         if spec.otlp_endpoint is not None:
             own |= {"otlp-endpoint": spec.otlp_endpoint}
         if spec.metrics:

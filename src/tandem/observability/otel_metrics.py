@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 import tandem
 from tandem.config import ServiceConfig
+from tandem.domain.network_address import join_address
 from tandem.errors import TandemError
 from tandem.observability.merged_scrape import LocalScrapes
 from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind, Metric, bounded, combinations
@@ -121,9 +122,8 @@ class OtelMetrics(Metrics):
         if self._server is not None:
             self._server.serve()
         if self.port:
-            log.info(
-                "metrics at http%s://%s:%d/metrics", "" if self._tls is None else "s", self._config.host, self.port
-            )
+            where = join_address(self._config.host, self.port)
+            log.info("metrics at http%s://%s/metrics", "" if self._tls is None else "s", where)
 
     async def stop(self) -> None:
         """See `Metrics`."""

@@ -22,6 +22,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from tandem.domain.network_address import bare_host, join_address
 from tandem.errors import StartError
 from tandem.observability.merged_scrape import LocalScrapes, merged
 from tandem.tls.paths import Tls
@@ -78,9 +79,11 @@ class ScrapeServer:
             StartError: the port cannot be bound.
         """
         try:
-            self._server = _Server((host.strip("[]"), port), self._page, self._tls)
+            self._server = _Server((bare_host(host), port), self._page, self._tls)
         except OSError as problem:
-            raise StartError(f"cannot listen for metrics on {host}:{port}: {problem.strerror or problem}") from None
+            raise StartError(
+                f"cannot listen for metrics on {join_address(host, port)}: {problem.strerror or problem}"
+            ) from None
 
     def bind_local(self, path: Path) -> None:
         """Listen on a Unix socket instead, without TLS: file permissions of the directory protect it.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import socket
 
+from tandem.domain.network_address import bare_host, join_address
 from tandem.errors import StartError
 
 
 def listen_problem(host: str, port: int) -> str | None:
     """Why the address cannot be listened on; None when it can."""
     try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(bare_host(host), port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host.strip("[]"), port))
+            probe.bind((bare_host(host), port))
     except OSError as problem:
         return "the port is in use" if problem.errno == errno.EADDRINUSE else problem.strerror or str(problem)
     return None
@@ -28,4 +29,4 @@ def check_listenable(host: str, port: int) -> None:
     """
     problem = listen_problem(host, port)
     if problem is not None:
-        raise StartError(f"cannot listen on {host}:{port}: {problem}")
+        raise StartError(f"cannot listen on {join_address(host, port)}: {problem}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from tandem.domain.network_address import join_address
 from tandem.rpc.channels import MESSAGE_BYTES_MAX
 from tandem.rpc.credentials import ServerCredentials
 from tandem.rpc.handler_guard import Handler, HandlerGuard
@@ -106,10 +107,10 @@ class RpcServer(ServiceHost):
     def _add_port(self, host: str, port: int) -> int:
         if self._tls is None:
             warn_of_plaintext(host)
-            return self._server.add_insecure_port(f"{host}:{port}")
+            return self._server.add_insecure_port(join_address(host, port))
         credentials = self._credentials = ServerCredentials(self._tls)
         log.info("TLS: client certificates are required; own certificate: %r", credentials.material)
-        return self._server.add_secure_port(f"{host}:{port}", credentials.grpc)
+        return self._server.add_secure_port(join_address(host, port), credentials.grpc)
 
     async def _begin(self) -> None:
         await self._server.start()

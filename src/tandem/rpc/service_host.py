@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tandem.api.process.v1.process_service_pb2_grpc import add_ProcessServiceServicer_to_server
+from tandem.domain.network_address import bare_host, join_address
 from tandem.errors import StartError
 from tandem.rpc.handler_guard import HandlerGuard
 from tandem.rpc.listening import check_listenable
@@ -66,7 +67,9 @@ class ServiceHost(abc.ABC):
         try:
             self.port = self._add_port(host, port)
         except (RuntimeError, OSError):
-            raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+            raise StartError(
+                f"cannot listen on {join_address(host, port)}: the port is in use or not allowed"
+            ) from None
 
     async def serve(self) -> None:
         """Serve calls on the bound port."""
@@ -116,6 +119,6 @@ def warn_of_plaintext(host: str) -> None:
 def is_loopback(host: str) -> bool:
     """Whether only processes of this machine can reach a listening address."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(bare_host(host)).is_loopback
     except ValueError:
         return host == "localhost"

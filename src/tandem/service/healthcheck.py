@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 
 TIMEOUT_S = 8.0
 LOOPBACK = "127.0.0.1"
-EVERY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
+REACHED_AT = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}
+"""Where a service answers that listens on every address of a machine."""
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0x0, 0x1, 0x3, 0x4, 0x6, 0x7
 ACK = END_STREAM = 0x1
 END_HEADERS = 0x4
@@ -37,8 +38,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     except (KeyError, ValueError):
         print(f"{prefix}PORT must be a port number", file=sys.stderr)
         return 2
-    host = environ.get(f"{prefix}HOST", LOOPBACK)
-    address = (LOOPBACK if host in EVERY_ADDRESS else host, port)
+    host = environ.get(f"{prefix}HOST", LOOPBACK).strip("[]")
+    address = (REACHED_AT.get(host, host), port)
     try:
         with _connect(address, environ, prefix) as connection:
             serves = _is_ready(connection) if arguments[0] == "edge" else _is_serving(connection)

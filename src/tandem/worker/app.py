@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from tandem.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServic
 from tandem.api.worker.v2.step_service_pb2_grpc import add_StepServiceServicer_to_server
 from tandem.clock import epoch_now
 from tandem.discovery import Registration
+from tandem.discovery.advertised import log_doubts
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
@@ -133,7 +135,7 @@ class WorkerHost:
             stack.push_async_callback(server.stop, STOP_GRACE_S)
             # Bind before the engine starts: a port conflict shows at once, not after minutes of loading a model.
             server.bind(config.host, config.port)
-            address = f"{config.reachable_host}:{server.port}"
+            address = join_address(config.reachable_host, server.port)
             worker_id = config.worker_id or default_worker_id(role, address)
             metrics = open_metrics(config, Emitter.WORKER, f"tandem-{role.value}", config.tls)
             stack.push_async_callback(metrics.stop)
@@ -157,7 +159,7 @@ class WorkerHost:
             await app._health.report(None)
             stack.push_async_callback(registration.close)
             app._watch_itself(identity, traces, await stack.enter_async_context(BackgroundTasks()))
-            await _register(registration, engine)
+            await _register(registration, engine, worker, config.registry)
             await app._health.note_registered()
             yield app
 
@@ -255,7 +257,8 @@ async def _pass_canary(engine: Engine, timeout_s: float) -> None:
         raise StartError(f"engine canary failed: {problem}") from None
 
 
-async def _register(registration: Registration, engine: Engine) -> None:
+async def _register(registration: Registration, engine: Engine, worker: Worker, registries: Sequence[str]) -> None:
+    await log_doubts(worker.address, registries)
     await registration.start()
     trouble = await _first(registration.wait_registered(), registration.wait_fenced(), engine.wait_failed())
     if trouble is not None:

@@ -6,17 +6,20 @@ Owns names, ranges and defaults. The engine adapter maps them to the engine's ow
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
+from tandem.domain.network_address import is_any_host
 from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import EngineSettings
+from tandem.errors import ConfigError
 
 
 def _parse_extra(value: Any) -> Any:
@@ -74,6 +77,22 @@ class WorkerConfig(AdminConfig):
     transfer_backend: str = Field(
         "nixl", pattern="^(nixl|fake)$", description="what moves the KV; fake moves none and is for tests only"
     )
+    ucx_net_devices: str | None = Field(
+        None,
+        min_length=1,
+        description="network devices that carry KV, separated by commas, such as eth1 or mlx5_0:1; default: lo on "
+        "loopback, else UCX's choice",
+    )
+    ucx_tls: str | None = Field(
+        None,
+        min_length=1,
+        description="transports that UCX may use for KV, separated by commas, such as tcp or rc,cuda_copy,cuda_ipc; "
+        "default: all",
+    )
+    ucx_extra: Annotated[dict[str, Any], BeforeValidator(_parse_extra)] = Field(
+        default_factory=dict,
+        description="further settings of UCX by the name of its variable without UCX_, such as IB_GID_INDEX",
+    )
     bootstrap_port: int = Field(
         0,
         ge=0,
@@ -97,10 +116,44 @@ class WorkerConfig(AdminConfig):
         description="further arguments of the engine: SGLang's ServerArgs, or options of the simulated engine",
     )
 
+    @model_validator(mode="after")
+    def _ucx_has_names(self) -> Self:
+        """Checked at start: UCX ignores a variable that it does not know."""
+        self._ucx()
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        """Reject a worker that no caller can find, before it loads a model for minutes."""
+        if is_any_host(self.reachable_host):
+            raise ConfigError(
+                "advertise_host",
+                f"must be the address or name of this host for the others, not {self.reachable_host}, "
+                "which stands for every address",
+            )
+        return self
+
     @property
     def served_name(self) -> str:
         """The model name clients request."""
         return self.model_name or self.model.resolve().name
+
+    def _ucx(self) -> dict[str, str]:
+        """Settings of UCX, by the name of its variable.
+
+        Raises:
+            ConfigError: a name is none that UCX could have, or is set twice.
+        """
+        given = {"NET_DEVICES": self.ucx_net_devices, "TLS": self.ucx_tls}
+        for name, value in self.ucx_extra.items():
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name.startswith("UCX_"):
+                raise ConfigError(f"ucx_extra.{name}", "must be the name of a variable of UCX, without UCX_")
+            if name in given:
+                raise ConfigError(f"ucx_extra.{name}", f"has a setting of its own, ucx_{name.lower()}")
+            if not isinstance(value, str | int | float) or isinstance(value, bool):
+                raise ConfigError(f"ucx_extra.{name}", "must be text or a number; UCX's switches are y and n")
+        values = {**given, **self.ucx_extra}
+        return {f"UCX_{name}": str(value) for name, value in values.items() if value is not None}
 
     def _engine_tracing(self) -> dict[str, Any]:
         """SGLang's arguments that make it export its own spans."""
@@ -126,6 +179,7 @@ class WorkerConfig(AdminConfig):
             running_requests_max=self.running_requests_max,
             handover_timeout_s=self.handover_timeout_s,
             transfer_backend=self.transfer_backend,
+            ucx=self._ucx(),
             threads=self.threads,
             seed=self.seed,
             # SGLang logs every batch at "info", which would bury the worker's own log.

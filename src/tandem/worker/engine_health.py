@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tandem.clock import Clock, monotonic
+from tandem.domain.network_address import bare_host
 from tandem.engine.port import BootstrapAddress, Engine
 from tandem.errors import TandemError
 
@@ -110,7 +111,7 @@ async def _unreachable(bootstrap: BootstrapAddress) -> str | None:
     """Why decode engines cannot connect to the bootstrap server; None when they can."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(bootstrap.host.strip("[]"), bootstrap.port)
+            _, writer = await asyncio.open_connection(bare_host(bootstrap.host), bootstrap.port)
     except (OSError, TimeoutError) as problem:
         return f"bootstrap server {bootstrap.host}:{bootstrap.port} is unreachable: {problem or 'connect timed out'}"
     writer.close()

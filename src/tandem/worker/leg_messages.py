@@ -24,9 +24,12 @@ def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
 
 
 def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> EngineRequest:
-    """The engine's request. `bootstrap` is passed separately because each role derives it differently."""
+    """The engine's request. `bootstrap` is passed separately because each role derives it differently.
+
+    Its id is a label here; `legs` replaces it by one that no other leg has.
+    """
     return EngineRequest(
-        request_id=f"{leg.request_id}.{leg.attempt}",
+        request_id=leg.request_id,
         token_ids=tuple(leg.token_ids),
         sampling=sampling_from_proto(leg.sampling),
         stopping=stopping_from_proto(leg.stopping),

@@ -34,7 +34,7 @@ from tandem.worker.identity import Identity
 from tandem.worker.steps import StepStream
 
 LegKey = tuple[str, int]
-"""Request id and attempt."""
+"""Request id and attempt: labels. Clients may repeat a request id, so several open legs may have the same labels."""
 
 
 class OpenLeg:
@@ -45,11 +45,11 @@ class OpenLeg:
         "_index",
         "_legs",
         "deadline",
+        "engine_id",
         "is_over",
         "key",
         "number",
         "record",
-        "request_id",
         "room",
         "stream",
     )
@@ -57,7 +57,7 @@ class OpenLeg:
     def __init__(self, legs: Legs, key: LegKey, request: EngineRequest, stream: StepStream, number: int) -> None:
         self._legs = legs
         self.key = key
-        self.request_id = request.request_id
+        self.engine_id = request.request_id
         self.room = request.bootstrap.room if request.bootstrap else None
         self.stream = stream
         self.number = number
@@ -112,6 +112,11 @@ class OpenLeg:
         self._ending = problem
 
 
+def engine_id(key: LegKey, stream_id: int, number: int) -> str:
+    """The id of a leg in its engine, unique in this worker; it begins with the leg's labels, for a reader of logs."""
+    return f"{key[0]}.{key[1]}.{stream_id}-{number}"
+
+
 def defect_of(problem: Exception) -> TandemError:
     """The message that a frontend gets for an error that is none of Tandem's."""
     return TandemError(f"internal error at the start of a leg: {type(problem).__name__}")
@@ -132,9 +137,8 @@ class Legs:
         self._timers = timers or AwakeTimers()
         self._engine = engine
         self._identity = identity
-        self._open: dict[LegKey, OpenLeg] = {}
-        self._numbered: dict[tuple[int, int], OpenLeg] = {}
-        """Open legs by stream id and leg number."""
+        self._open: dict[tuple[int, int], OpenLeg] = {}
+        """Open legs by stream id and leg number, which no two legs share."""
         self._is_closed = False
         self.batch_count = 0
         """Engine outputs since start; the health check takes growth as proof that the engine works."""
@@ -204,21 +208,21 @@ class Legs:
         """Start an admitted leg; return when the engine has accepted it. Its end is reported on the stream.
 
         Args:
-            key: request id and attempt.
-            request: the engine's request.
+            key: request id and attempt; other open legs may have the same.
+            request: the engine's request; it gets an id that is unique in this worker.
             stream: receives its tokens and its end.
             number: the leg's number on the stream, chosen by the frontend.
             parent: the caller's span.
             timeout_s: the leg is aborted and ends with DeadlinePassed after this time; None: no deadline.
 
         Raises:
-            InvalidRequest: this attempt is already running, the number is in use, or the engine rejects a value.
+            InvalidRequest: the number is in use, or the engine rejects a value.
             TandemError: the engine cannot accept it; metadata has leg, worker, attempt and room.
         """
-        if key in self._open:
-            raise InvalidRequest("request_id", f"attempt {key[1]} of {key[0]} is already running on this worker")
-        if number < 1 or (stream.stream_id, number) in self._numbered:
+        place = (stream.stream_id, number)
+        if number < 1 or place in self._open:
             raise InvalidRequest("leg", f"must be at least 1 and not in use on this stream, not {number}")
+        request = replace(request, request_id=engine_id(key, *place))
         leg = self._begin(OpenLeg(self, key, request, stream, number), parent)
         try:
             await self._engine.submit(self._traced(request, leg.record), leg)
@@ -233,22 +237,18 @@ class Legs:
             raise
         if stream.is_closed:
             self._leave(leg)
-        elif timeout_s is not None and key in self._open:
+        elif timeout_s is not None and place in self._open:
             deadline_s = asyncio.get_running_loop().time() + timeout_s
             leg.deadline = self._timers.at(deadline_s, lambda: self._expire(leg))
 
     def abort(self, request_id: str, attempt: int | None) -> int:
-        """Abort the legs of a request: one attempt, or (None) all. Returns the number of legs aborted."""
-        found = [
-            leg
-            for (known_id, known_attempt), leg in self._open.items()
-            if known_id == request_id and attempt in (None, known_attempt)
-        ]
-        return sum([self._engine.abort(leg.request_id) for leg in found])
+        """Abort the legs of all requests with that id, of one attempt or (None) all. Returns how many were aborted."""
+        found = [leg for leg in self._open.values() if leg.key[0] == request_id and attempt in (None, leg.key[1])]
+        return sum([self._engine.abort(leg.engine_id) for leg in found])
 
     def abort_numbered(self, stream_id: int, numbers: Iterable[int]) -> int:
         """Abort legs of a stream by number. Returns how many of them were open."""
-        found = [leg for number in numbers if (leg := self._numbered.get((stream_id, number))) is not None]
+        found = [leg for number in numbers if (leg := self._open.get((stream_id, number))) is not None]
         for leg in found:
             self._leave(leg)
         return len(found)
@@ -292,8 +292,7 @@ class Legs:
         if leg.is_over:
             return
         leg.is_over = True
-        del self._open[leg.key]
-        del self._numbered[leg.stream.stream_id, leg.number]
+        del self._open[leg.stream.stream_id, leg.number]
         if leg.deadline is not None:
             leg.deadline.cancel()
         self._records.close(leg.record)
@@ -315,7 +314,7 @@ class Legs:
                 problem.metadata.setdefault(name, str(value))
 
     def _begin(self, leg: OpenLeg, parent: TraceContext | None) -> OpenLeg:
-        self._open[leg.key] = self._numbered[leg.stream.stream_id, leg.number] = leg
+        self._open[leg.stream.stream_id, leg.number] = leg
         leg.record.parent = parent
         self._records.begin(leg.record)
         self._notify()
@@ -325,11 +324,11 @@ class Legs:
 
     def _leave(self, leg: OpenLeg) -> None:
         leg.leave()
-        self._engine.abort(leg.request_id)
+        self._engine.abort(leg.engine_id)
 
     def _expire(self, leg: OpenLeg) -> None:
         leg.end_with(DeadlinePassed("request deadline exceeded"))
-        self._engine.abort(leg.request_id)
+        self._engine.abort(leg.engine_id)
 
     def _traced(self, request: EngineRequest, record: LegTrace) -> EngineRequest:
         """Add trace headers, so that the engine's spans become children of the leg's span (if it is sampled)."""

@@ -28,12 +28,16 @@ class PublishingRegistry(pb_grpc.RegistryServiceServicer):
         self._last = pb.WatchFrontendsResponse(registry_id=registry_id)
 
     def publish(self, *addresses: str, revision: int | None = None, draining: tuple[str, ...] = ()) -> None:
+        """`addresses` are host:port, or host:port=model."""
         frontends = [
             worker_pb2.Frontend(
                 frontend_id=address,
                 epoch=1,
-                address=address,
-                state=worker_pb2.WORKER_STATE_DRAINING if address in draining else worker_pb2.WORKER_STATE_SERVING,
+                address=address.partition("=")[0],
+                model=address.partition("=")[2],
+                state=worker_pb2.WORKER_STATE_DRAINING
+                if address.partition("=")[0] in draining
+                else worker_pb2.WORKER_STATE_SERVING,
             )
             for address in addresses
         ]

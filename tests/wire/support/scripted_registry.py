@@ -13,9 +13,10 @@ from google.protobuf import duration_pb2
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
+from tandem.domain.frontend import Frontend
 from tandem.domain.worker import Worker
 from tandem.errors import TandemError, WorkerNotFound
-from tandem.rpc.convert import worker_to_proto
+from tandem.rpc.convert import frontend_to_proto, worker_to_proto
 from tandem.rpc.server import RpcServer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
@@ -27,7 +28,6 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     # What no client of these tests calls answers UNIMPLEMENTED.
     Drain: Any = pb_grpc.RegistryServiceServicer.Drain
     List: Any = pb_grpc.RegistryServiceServicer.List
-    WatchFrontends: Any = pb_grpc.RegistryServiceServicer.WatchFrontends
 
     def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:
         self.registry_id = registry_id
@@ -35,6 +35,9 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
         self.address = ""
         self.revision = 0
         self.workers: tuple[Worker, ...] = ()
+        self.frontends: tuple[Frontend, ...] = ()
+        self.frontends_changed = asyncio.Event()
+        """Set to send `frontends` once more to every watch."""
         self.steps: asyncio.Queue[pb.WatchResponse] = asyncio.Queue()
         self.watch_error: Callable[[pb.WatchRequest], TandemError | None] = lambda request: None
         self.watched: list[pb.WatchRequest] = []
@@ -89,6 +92,17 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
         yield pb.WatchResponse(registry_id=self.registry_id, revision=self.revision, snapshot=snapshot)
         while True:
             yield await self.steps.get()
+
+    async def WatchFrontends(  # noqa: N802
+        self, request: pb.WatchFrontendsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchFrontendsResponse]:
+        revision = 0
+        while True:
+            revision += 1
+            listed = map(frontend_to_proto, self.frontends)
+            yield pb.WatchFrontendsResponse(registry_id=self.registry_id, revision=revision, frontends=listed)
+            await self.frontends_changed.wait()
+            self.frontends_changed.clear()
 
     def step(
         self, previous: int | None, revision: int, upserted: Iterable[Worker] = (), removed: Iterable[Worker] = ()

@@ -37,7 +37,7 @@ LISTINGS_MISSED = 3
 the worker has too little processor time, a listing comes late, and the leg is there. A worker lists the legs that have
 had no tokens since its last listing."""
 INTERVALS_MISSED = 10
-"""Liveness intervals in a row without a leg after which it is lost, because no listings arrive, or it never was in one."""
+"""Liveness intervals in a row without a leg after which it is lost: no listings arrive, or it never was in one."""
 OPENING_S = 2.0
 """Timeout of opening a stream."""
 STEADY_S = 1.0

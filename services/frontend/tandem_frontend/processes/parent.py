@@ -22,7 +22,9 @@ from google.protobuf.json_format import MessageToDict
 import tandem
 from tandem.clock import epoch_now
 from tandem.discovery import Registration
+from tandem.discovery.advertised import log_doubts
 from tandem.domain.frontend import Frontend, default_frontend_id
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.errors import StartError
 from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
@@ -35,6 +37,7 @@ from tandem.service import run_directory
 from tandem.service.prefork.parent import Prefork
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity, metrics_path
+from tandem_frontend.registered_models import check_models
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +62,13 @@ class FrontendParent:
         """Start the children and stop them on exit. Enters when one serves; waits for a registry without a timeout.
 
         Raises:
-            StartError: the port is in use, or a child could not start.
+            StartError: the port is in use, a child could not start, or the registry's frontends serve another model.
         """
         started_s = time.time()
         async with AsyncExitStack() as stack:
             listener = _listen(config)
             stack.callback(listener.close)
-            address = f"{config.reachable_host}:{listener.port}"
+            address = join_address(config.reachable_host, listener.port)
             frontend_id = config.frontend_id or default_frontend_id(address)
             directory = run_directory.make_inside(DIRECTORY_PREFIX)
             stack.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
@@ -89,8 +92,10 @@ class FrontendParent:
             log.info("starting %d processes for %s", config.processes, address)
             stack.push_async_callback(prefork.stop)
             await prefork.start()
+            await check_models(config, frontend_id, address)
             registration = _registration(config, frontend_id, address)
             stack.push_async_callback(registration.close)
+            await log_doubts(address, config.registry)
             await registration.start()
             yield cls(address, metrics, prefork, registration)
 
@@ -124,7 +129,7 @@ def _listen(config: FrontendConfig) -> Listener:
     try:
         listener = Listener(host, port)
     except OSError:
-        raise StartError(f"cannot listen on {host}:{port}: the port is in use or not allowed") from None
+        raise StartError(f"cannot listen on {join_address(host, port)}: the port is in use or not allowed") from None
     if config.tls is None:
         warn_of_plaintext(host)
     return listener

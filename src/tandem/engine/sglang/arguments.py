@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.errors import ConfigError, StartError
@@ -97,7 +98,7 @@ def choose_ports(settings: EngineSettings) -> Ports:
     if settings.role is not WorkerRole.PREFILL or bootstrap == 0:
         bootstrap = free_port(settings.host)
     elif (problem := _bind_problem(settings.host, bootstrap)) is not None:
-        raise StartError(f"bootstrap_port: cannot bind {settings.host}:{bootstrap}: {problem}")
+        raise StartError(f"bootstrap_port: cannot bind {join_address(settings.host, bootstrap)}: {problem}")
     return Ports(server=free_port(settings.host), distributed=free_port("127.0.0.1"), bootstrap=bootstrap)
 
 

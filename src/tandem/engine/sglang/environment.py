@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from tandem.engine.settings import EngineSettings
+from tandem.engine.sglang.network_devices import check_devices
 from tandem.errors import StartError
 
 DEVICE_SWITCH = "TANDEM_SGLANG_DEVICE"
@@ -41,14 +42,16 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
     """Variables that override the operator's environment; None: unset.
 
     Raises:
-        StartError: the engine's host name does not resolve.
+        StartError: the engine's host name does not resolve, or a network device is not there.
     """
+    check_devices(settings.ucx.get("UCX_NET_DEVICES"))
     values: dict[str, str | None] = {
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
         REGISTRATION_KEY: _registration_key(),
         # NIXL's control sockets would otherwise bind the first address of the first network interface.
         "SGLANG_HOST_IP": _ip(settings.host),
+        **settings.ucx,
         # An allow-list without Tandem's plugin would silently disable the hooks.
         "SGLANG_PLUGINS": None,
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tandem.domain.generation import Bootstrap
+from tandem.domain.network_address import join_address
 from tandem.engine.simulated.network import Listener, Network, TcpNetwork, Writer
 from tandem.engine.simulated.tokens import SequenceState
 from tandem.engine.simulated.wire import ConnectionLost, KvHeader, Line, parse_state
@@ -73,7 +74,7 @@ class BootstrapServer:
         try:
             self._listener = await self._network.listen(self._serve, host, port)
         except OSError as problem:
-            raise StartError(f"bootstrap server cannot listen on {host}:{port}: {problem}") from None
+            raise StartError(f"bootstrap server cannot listen on {join_address(host, port)}: {problem}") from None
         return self._listener.port
 
     async def stop(self) -> None:

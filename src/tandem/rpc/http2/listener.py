@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tandem.domain.network_address import bare_host
+
 log = logging.getLogger(__name__)
 
 WAITING_MAX = 1_024
@@ -34,7 +36,7 @@ class Listener:
         Raises:
             OSError: it cannot be listened on.
         """
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(bare_host(host), port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         # Not SO_REUSEPORT: two processes on one port would share its connections; the second must fail instead.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

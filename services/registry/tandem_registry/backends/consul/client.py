@@ -12,6 +12,7 @@ from typing import Any
 from consul import base
 from consul.callback import CB
 
+from tandem.domain.network_address import join_address
 from tandem.errors import ServiceError
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem_registry.backends.consul.records import Record, host_and_port, meta, service_id, tags
@@ -119,7 +120,7 @@ class ConsulClient:
                 port=port,
                 tags=tags(record),
                 meta=meta(record),
-                check=self._check(record, f"{host}:{port}" if ":" not in host else f"[{host}]:{port}", health),
+                check=self._check(record, join_address(host, port), health),
                 replace_existing_checks=True,
             )
         )

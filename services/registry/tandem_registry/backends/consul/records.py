@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 from tandem.domain.frontend import Frontend
+from tandem.domain.network_address import join_address, split_address
 from tandem.domain.worker import (
     Capabilities,
     Worker,
@@ -88,8 +89,7 @@ def tags(record: Record) -> list[str]:
 
 def host_and_port(record: Record) -> tuple[str, int]:
     """Host, without the brackets of IPv6, and port, as Consul's DNS returns them."""
-    host, _, port = record.member.address.rpartition(":")
-    return host.strip("[]"), int(port)
+    return split_address(record.member.address)
 
 
 def meta(record: Record) -> dict[str, str]:
@@ -143,7 +143,7 @@ def record_of(address: str, port: int, written: Mapping[str, str]) -> Record:
         Unreadable: the entry was not written by a registry, or by a newer release, or was altered.
     """
     try:
-        return _record_of(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", written)
+        return _record_of(join_address(address, port), written)
     except KeyError as missing:
         raise Unreadable(f"its meta has no {missing}") from None
     except ValueError as problem:

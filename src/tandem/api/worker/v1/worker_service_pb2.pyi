@@ -373,7 +373,7 @@ Global___KvCacheCleared: _TypeAlias = KvCacheCleared  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):
-    """Aborts a request."""
+    """Aborts the legs of all requests with an id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -385,7 +385,7 @@ class AbortRequest(_message.Message):
     request_id: _builtins.str
     """Id of the client's request."""
     attempt: _builtins.int
-    """Number of the attempt; absent: all attempts of the request."""
+    """Number of the attempt; absent: all attempts."""
     def __init__(
         self,
         *,
