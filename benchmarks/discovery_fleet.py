@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tandem.discovery import Registration, WorkerWatch
 from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 
 CAPABILITIES = Capabilities(
     engine="simulated",
@@ -68,7 +69,8 @@ class Workers:
     async def start(self) -> None:
         """Listen on all ports."""
         servicer = health.aio.HealthServicer()
-        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        for service in ("", PROCESS_SERVICE_NAME):
+            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         for name in self._names:
             self._addresses[name] = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"

@@ -41,7 +41,7 @@ AFTER_A_KILL_S = 0.5
 AFTER_A_STOP_S = 2.0
 SETTLE_S = 6.0
 """Within it every worker runs again and has heard of every abort."""
-CONTINUATIONS = {"guided", "penalties", "breaks", "workers"}
+CONTINUATIONS = {"guided", "penalties", "breaks", "weights", "workers"}
 
 
 @dataclass(slots=True)

@@ -148,6 +148,23 @@ async def test_health_takes_a_worker_out_while_its_lease_lives_and_back(site: Si
         assert worker.lease_id == lease_id, "the same lease all the time"
 
 
+async def test_a_member_that_works_and_is_not_ready_keeps_its_entry(site: Site) -> None:
+    """A worker that a registry is about to confirm, or a frontend without workers."""
+    async with (
+        site.registry() as registry,
+        scripted_worker("waits", registry) as waiting,
+        scripted_worker("x", registry) as broken,
+    ):
+        await waiting.server.set_serving(False, works=True)
+        await broken.server.set_serving(False)
+        # Consul has checked both by then: the checks of all entries have one interval.
+        await assert_eventually(lambda: worker_ids(registry), lambda ids: "x" not in ids, within_s=CHECK_S)
+        await asyncio.sleep(CHECK_S)
+        assert await worker_ids(registry) == ["waits"]
+        [entry] = (await listed(registry)).workers
+        assert entry.health == pb.LISTED_HEALTH_PASSING
+
+
 async def test_a_draining_worker_stays_in_the_view_and_leaves_the_dns(site: Site) -> None:
     async with site.registry() as registry, scripted_worker("w", registry) as worker:
         assert await worker.registration.set_state(WorkerState.DRAINING)

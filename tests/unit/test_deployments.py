@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from tandem import config as configuration
+from tandem.cli.app import up
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tests.unit.support.deployed_settings import CONFIGS, REPOSITORY, VARIABLE, drain_s, unknown_settings
 
 DEPLOY = REPOSITORY / "deploy"
@@ -123,3 +126,40 @@ def test_the_first_start_on_a_gpu_has_time(service: str) -> None:
     found = [s["environment"][name] for s in compose["services"].values() if name in s.get("environment", {})]
     assert found
     assert min(float(value) for value in found) > FIRST_GPU_START_S
+    image = (REPOSITORY / "services" / service / "Dockerfile").read_text()
+    stages = re.split(r"^FROM ", image, flags=re.MULTILINE)
+    [gpu] = [stage for stage in stages if f"{service.upper()}_DEVICE=cuda" in stage]
+    [in_image] = re.findall(rf"{name}=(\d+)", gpu)
+    assert float(in_image) > FIRST_GPU_START_S
+
+
+def test_no_file_that_is_shipped_gives_a_first_start_less() -> None:
+    """Also one that is added later; overlays inherit what their base says."""
+    shipped = [*DEPLOY.rglob("*"), *REPOSITORY.glob("docker-compose*"), *REPOSITORY.glob("services/*/Dockerfile")]
+    setting = re.compile(r"canary_timeout_s\W+(?:value\W+)?(\d+)", re.IGNORECASE)
+    given: dict[str, list[float]] = {}
+    for file in filter(Path.is_file, shipped):
+        found = setting.findall(file.read_text(errors="replace"))
+        if found:
+            given[str(file.relative_to(REPOSITORY))] = [float(value) for value in found]
+    assert len(given) >= 8, given
+    assert min(value for values in given.values() for value in values) > FIRST_GPU_START_S
+    assert inspect.signature(up).parameters["canary_timeout_s"].default > FIRST_GPU_START_S
+
+
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+def test_a_worker_that_waits_for_a_registry_is_not_ready_and_not_restarted(service: str) -> None:
+    [container] = pods()[service]["containers"]
+    assert container["startupProbe"]["grpc"]["service"] == PROCESS_SERVICE_NAME
+    assert "service" not in container["readinessProbe"]["grpc"]
+    assert "tcpSocket" in container["livenessProbe"]
+
+
+def test_a_frontend_without_workers_is_not_ready_and_lives() -> None:
+    [container] = pods()["frontend"]["containers"]
+    assert "grpc" in container["readinessProbe"]
+    assert "tcpSocket" in container["livenessProbe"]
+    assert "startupProbe" not in container
+    compose = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"]
+    workers_s = compose["decode-1"]["healthcheck"]["start_period"]
+    assert compose["frontend-1"]["healthcheck"]["start_period"] == workers_s, "it is healthy after the workers"

@@ -28,6 +28,8 @@ from tests.unit.support.scripted_legs import FINISH, Gathered, ScriptedLeg, Word
 
 PROMPT = (11, 12, 13)
 KILLED = ServiceError("connection reset")
+NEW = "c" * 64
+"""Digest of other weights than those of `CAPABILITIES`."""
 
 
 def leg(max_tokens: int = 10, **fields: Any) -> leg_pb2.LegRequest:
@@ -52,10 +54,13 @@ class Fleet:
         faults: dict[int, tuple[int, TandemError]] | None = None,
         *,
         answers_come_late: bool = False,
+        new_weights: int = 0,
+        seed: int = 7,
     ) -> None:
         """`faults`: number of the attempt -> (tokens of it that still come, how it breaks).
 
         `answers_come_late`: tokens and breaks of an attempt overtake what the workers answer to its start.
+        `new_weights`: that many pairs with other weights. `seed`: of the choice among workers.
         """
         self.faults = faults or {}
         self.answers_come_late = answers_come_late
@@ -63,11 +68,13 @@ class Fleet:
         self.legs: list[leg_pb2.LegRequest] = []
         self.headers: list[Headers] = []
         workers = (*(prefill(f"prefill-{n}") for n in range(2)), *(decode(f"decode-{n}") for n in range(decodes)))
+        for number in range(new_weights):
+            workers += tuple(make(f"new-{make.__name__}-{number}", model_digest=NEW) for make in (prefill, decode))
         clock = ManualClock(100.0)
         refusals = RecentRefusals(clock)
         breakers = CircuitBreakers(clock, random.Random(7))
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
-        routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(7))
+        routes = Routes(model, lambda: workers, tuple, refusals, breakers, random.Random(seed))
         self.attempts = ExecutionDeps(routes, refusals, breakers, cast("Dispatch", self), clock, _no_pause())
 
     def send(
@@ -166,6 +173,42 @@ async def test_no_worker_gets_a_request_again_that_failed_on_it() -> None:
     assert failed.value.metadata["continuation"] == "workers"
     assert failed.value.metadata["got"] == "2"
     assert len(fleet.sent) == 1
+
+
+@given(st.integers(0, 2**32), st.integers(1, 9))
+async def test_a_stream_is_continued_only_by_the_weights_that_began_it(seed: int, count: int) -> None:
+    fleet = Fleet(decodes=2, new_weights=2, seed=seed, faults={1: (count, KILLED)})
+    assert await stream(fleet, leg(10)) == answer(PROMPT, 10)
+    digests = {worker.capabilities.model_digest for sent in fleet.sent for worker in sent.route.workers}
+    assert len(fleet.sent) == 2
+    assert len(digests) == 1
+
+
+async def test_a_stream_whose_weights_no_worker_has_any_more_fails_and_says_so() -> None:
+    fleet = Fleet(decodes=1, new_weights=1, faults={1: (3, KILLED), 2: (3, KILLED)})
+    with pytest.raises(LegFailed, match=r"reset; no worker has the weights .* began with \((a{12}|c{12})\)") as failed:
+        await stream(fleet, leg(9))
+    began = fleet.sent[0].route.decode.capabilities.model_digest
+    assert failed.value.metadata["continuation"] == "weights"
+    assert failed.value.metadata["model_digest"] == began
+    assert failed.value.metadata["got"] == "3"
+    assert len(fleet.sent) == 1
+
+
+async def test_a_request_without_tokens_is_retried_on_other_weights() -> None:
+    fleet = Fleet(decodes=1, new_weights=1, faults={1: (0, KILLED)})
+    assert await stream(fleet, leg(5)) == answer(PROMPT, 5)
+    first, second = (sent.route.decode.capabilities.model_digest for sent in fleet.sent)
+    assert first != second
+
+
+@given(st.integers(0, 2**32))
+async def test_the_weights_of_a_stream_are_those_of_its_first_token(seed: int) -> None:
+    """Not those of an attempt that failed before it."""
+    fleet = Fleet(decodes=3, new_weights=3, seed=seed, faults={1: (0, KILLED), 2: (2, KILLED)})
+    assert await stream(fleet, leg(9)) == answer(PROMPT, 9)
+    digests = [sent.route.decode.capabilities.model_digest for sent in fleet.sent]
+    assert digests[1] == digests[2]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from tests.unit.support.routing_scene import DIGEST, ByIndex, Scene
 
 IDS = [f"w{number}" for number in range(12)]
 CONTEXTS = (8, 16, 32)
+DIGESTS = ("a" * 64, "d" * 64)
+"""Of weights."""
 PROMPTS = st.sampled_from([0, 7, 8, 9, 15, 16, 31, 32])
 
 
@@ -57,6 +59,7 @@ WORKERS = st.builds(
     state=mostly(WorkerState.SERVING, WorkerState.DRAINING),
     leg_contract=mostly(LEG_CONTRACT, 1, 3),
     model=mostly("m", "other"),
+    model_digest=mostly(DIGESTS[0], DIGESTS[1]),
     tokenizer_digest=mostly(DIGEST, "c" * 64),
     page_size_tokens=mostly(16, 64),
     tensor_parallel_size=mostly(1, 2, 4, 2, 4),
@@ -194,6 +197,16 @@ def test_nothing_is_kept_of_removed_workers(views: list[tuple[Worker, ...]]) -> 
         pools.follow(view)
     pools.follow(())
     assert [*pools._members, *pools._pools, *pools._groups, *pools._contexts, *pools._wholes] == []
+    assert not pools._model_digests
+
+
+@given(st.lists(VIEWS, min_size=1, max_size=4), st.sampled_from(DIGESTS))
+def test_members_with_other_weights_equal_a_look_at_each(views: list[tuple[Worker, ...]], digest: str) -> None:
+    pools = Pools("m", DIGEST)
+    for view in views:
+        pools.follow(view)
+    others = {start for start, member in pools._members.items() if member.worker.capabilities.model_digest != digest}
+    assert pools.with_other_weights(digest) == others
 
 
 def test_cached_results_are_bounded() -> None:

@@ -46,6 +46,7 @@ def test_defaults_and_values() -> None:
         ("chunked_prefill_tokens", 100),
         ("mixed_chunk", 1),
         ("profile", "pigeon"),
+        ("weights", ""),
         ("reserved_decode_tokens", -1),
     ],
 )

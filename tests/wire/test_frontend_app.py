@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.registered_models import conflicting
+from tandem_frontend.servicer import SERVICE_NAME as INFERENCE_SERVICE_NAME
 
 from tandem.client import calls
 from tandem.domain.frontend import Frontend
 from tandem.domain.worker import EngineLoad, WorkerState
 from tandem.errors import ConfigError, InvalidRequest, ServiceError, StartError
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.registry_host import make_worker
 from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
@@ -44,7 +47,7 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
         (worker,) = view = app.fleet.watch.workers()
         assert app.fleet.routes._view is view
         most = worker.capabilities.context_tokens_max
-        capacity, _ = app.fleet._followers
+        capacity, *_ = app.fleet._followers
         assert isinstance(capacity, Capacity)
         assert capacity.counted(10 * most, 0) == most
         full = EngineLoad(running_requests=100, kv_used_tokens=0)
@@ -55,6 +58,7 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
 
 async def test_it_serves_before_and_without_being_registered() -> None:
     registry = ScriptedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
     errors = iter([ServiceError("not now"), InvalidRequest("frontend.address", "is no address")])
     registry.register_error = lambda member_id, epoch: next(errors, ServiceError("not now"))
     async with play_registry(registry), contextlib.AsyncExitStack() as stack:
@@ -65,6 +69,46 @@ async def test_it_serves_before_and_without_being_registered() -> None:
         assert await calls.is_serving(app.address)
         async with asyncio.timeout(1):
             assert await app.drain()
+
+
+async def test_it_is_ready_while_it_knows_a_worker_of_its_model() -> None:
+    registry = ScriptedRegistry()
+    registry.workers = (make_worker("other", model="other"),)
+    async with play_registry(registry), FrontendApp.open(settings(registry, drain_settle_s=0)) as app:
+        ready, works = health_of(app), health_of(app, PROCESS_SERVICE_NAME)
+        edge_asks = health_of(app, INFERENCE_SERVICE_NAME)
+        assert (await ready(), await edge_asks(), await works()) == (False, False, True)
+        assert registry.registered, "edges and tools find it all the same"
+
+        registry.step(0, 1, [make_worker(model="tandem-demo")])
+        await assert_eventually(ready, bool)
+        assert await edge_asks()
+        # The registry is gone, and with it nothing that the frontend knows.
+        await registry.stop()
+        await assert_eventually(lambda: not app.fleet.watch.state.is_live)
+        assert (await ready(), await works()) == (True, True)
+
+        assert await app.drain()
+        assert (await ready(), await works()) == (False, False)
+
+
+async def test_it_is_not_ready_once_a_registry_says_that_no_worker_is_left() -> None:
+    """A fleet that has scaled to zero: the process stays, and is ready again with the first worker."""
+    registry = ScriptedRegistry()
+    worker = make_worker(model="tandem-demo")
+    registry.workers = (worker,)
+    async with play_registry(registry), FrontendApp.open(settings(registry)) as app:
+        ready, works = health_of(app), health_of(app, PROCESS_SERVICE_NAME)
+        assert await ready()
+        registry.step(0, 1, removed=[worker])
+        await assert_eventually(ready, lambda serving: not serving)
+        assert await works()
+        registry.step(1, 2, [replace(worker, epoch=worker.epoch + 1)])
+        await assert_eventually(ready, bool)
+
+
+def health_of(app: FrontendApp, service: str = "") -> Callable[[], Awaitable[bool]]:
+    return lambda: calls.is_serving(app.address, service)
 
 
 OTHER = Frontend(frontend_id="other", epoch=1, address="10.0.0.9:1", model="other-model")
@@ -86,6 +130,7 @@ async def test_a_frontend_of_a_second_model_is_refused(monkeypatch: pytest.Monke
 
 async def test_a_frontend_waits_for_the_lease_of_a_dead_one_of_another_model() -> None:
     registry = ScriptedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
     registry.frontends = (OTHER, replace(OTHER, frontend_id="same", address="10.0.0.9:2", model="tandem-demo"))
     async with play_registry(registry), asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
         opening = group.create_task(stack.enter_async_context(FrontendApp.open(settings(registry))))
@@ -114,6 +159,7 @@ def test_no_conflict_with_what_gets_no_requests_of_the_edge(other: Frontend) -> 
 
 async def test_a_start_that_fails_in_the_middle_frees_the_port() -> None:
     registry = ScriptedRegistry()
+    registry.workers = (make_worker(model="tandem-demo"),)
     async with play_registry(registry):
         async with FrontendApp.open(settings(registry)) as app:
             port = int(app.address.rpartition(":")[2])

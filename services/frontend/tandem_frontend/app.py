@@ -1,9 +1,9 @@
 """Composition root of the frontend: creates its parts, and starts and stops them in order.
 
-Start: tokenizer, port, metrics, parser host, registry view, server, health SERVING, and last its own registration,
-which nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still accepted -> settle ->
-close admission -> wait for the open requests -> deregister. Stop: registration, server, and then what the start opened,
-in reverse order.
+Start: tokenizer, port, metrics, parser host, registry view, server, health (SERVING while a worker is known), and last
+its own registration, which nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still
+accepted -> settle -> close admission -> wait for the open requests -> deregister. Stop: registration, server, and then
+what the start opened, in reverse order.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
+from tandem_frontend.readiness import Readiness
 from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.routing.prefix_index import PrefixIndex
@@ -84,6 +85,7 @@ class FrontendApp:
         server: Http2RpcServer,
         admission: Admission,
         fleet: Fleet,
+        readiness: Readiness,
         registration: Registration | None,
     ) -> None:
         """`registration` is None in one of several processes: the parent process has it."""
@@ -94,12 +96,13 @@ class FrontendApp:
         self._metrics = metrics
         self._server = server
         self._admission = admission
+        self._readiness = readiness
         self._registration = registration
 
     @classmethod
     @asynccontextmanager
     async def open(cls, config: FrontendConfig, membership: Membership | None = None) -> AsyncIterator[FrontendApp]:
-        """Start a frontend, and stop it on exit. Enters when it serves; waits for a registry without a timeout.
+        """Start a frontend, and stop it on exit. Enters when it has a view; waits for a registry without a timeout.
 
         Args:
             config: its settings.
@@ -120,7 +123,10 @@ class FrontendApp:
             load, capacity = LoopLoad(), Capacity(config.served_name)
             backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
             admission = _make_admission(config, capacity, backlog, load, server)
-            fleet = Fleet(config, names.instance, model, (capacity,), backlog, admission.reevaluate_soon, metrics)
+            readiness = Readiness(server, config.served_name)
+            fleet = Fleet(
+                config, names.instance, model, (capacity, readiness), backlog, admission.reevaluate_soon, metrics
+            )
             coalescing = Coalescing(config.coalesce_ms / 1_000, load)
             generation = Generation(
                 model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
@@ -143,9 +149,10 @@ class FrontendApp:
             await fleet.watch.wait_live()
             if membership is None:
                 await check_models(config, names.frontend_id, names.address)
-            await server.set_serving(True)
+            await readiness.open()
+            tasks.start(readiness.keep(), "readiness")
             registration = None if membership is not None else await _register(config, names, stack)
-            yield cls(config, names.address, metrics, server, admission, fleet, registration)
+            yield cls(config, names.address, metrics, server, admission, fleet, readiness, registration)
 
     @property
     def metrics_port(self) -> int:
@@ -158,7 +165,7 @@ class FrontendApp:
             self._metrics.count("tandem.drains")
             # Do not wait for an unreachable registry.
             await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
-        await self._server.set_serving(False)
+        await self._readiness.leave()
         await asyncio.sleep(self._config.drain_settle_s)
         try:
             return await self._finish_requests()

@@ -6,6 +6,7 @@ Owns the list of services and the health state. Each server owns its listener an
 from __future__ import annotations
 
 import abc
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ class ServiceHost(abc.ABC):
         self._registry = registry
         self._names: list[str] = []
         self._health: Any = health.aio.HealthServicer()
+        self._setting = asyncio.Lock()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registry)
         self.process = ProcessServicer(guard.calls)
         self.add(PROCESS_SERVICE_NAME, partial(add_ProcessServiceServicer_to_server, self.process))
@@ -82,10 +84,18 @@ class ServiceHost(abc.ABC):
         self.bind(host, port)
         await self.serve()
 
-    async def set_serving(self, serving: bool) -> None:
-        """Report to health checkers and watchers, for the process as a whole ("") and for each service."""
-        for name in ["", *self._names]:
-            await self._health.set(name, SERVING if serving else NOT_SERVING)
+    async def set_serving(self, serving: bool, *, works: bool | None = None) -> None:
+        """Report to health checkers and watchers, for the process as a whole ("") and for each service.
+
+        Args:
+            serving: whether requests should be sent here.
+            works: reported for ProcessService: a process may work and not be ready for requests. None: as `serving`.
+        """
+        # In turn: of two calls at once the later one holds for every name.
+        async with self._setting:
+            for name in ["", *self._names]:
+                healthy = works if name == PROCESS_SERVICE_NAME and works is not None else serving
+                await self._health.set(name, SERVING if healthy else NOT_SERVING)
 
     @abc.abstractmethod
     async def stop(self, grace_s: float) -> None:

@@ -4,7 +4,7 @@
 
 A signal before the process is ready stops it at once: there is nothing to drain.
 
-Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain timed out; 2 a setting is invalid;
+Exit statuses: 0 clean; 1 failed to start, failed while serving, or a drain cut requests; 2 a setting is invalid;
 70 a second signal interrupted the drain.
 """
 

@@ -1,9 +1,10 @@
 """Start, drain and stop order of a worker process.
 
-Start: port -> metrics -> engine -> canary -> serve -> register; a worker is registered only after its engine has
-generated.
+Start: port -> metrics -> engine -> canary -> serve -> register -> SERVING; a worker is registered only after its engine
+has generated, and SERVING only once it is registered: frontends can route to it.
 Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still accepted -> settle -> close
-admission -> wait for the open legs (prefill: for every KV hand-over) -> deregister. Fenced (another process has
+admission -> wait for the open legs (prefill: for every KV hand-over) -> deregister; legs that are open at the drain
+timeout end with the server, and their streams continue on other workers. Fenced (another process has
 registered at this worker's id or address): NOT_SERVING, close admission, finish the open legs, exit status 1. Stop:
 server, then engine, then metrics.
 """
@@ -48,6 +49,7 @@ from tandem.worker.engine_health import EngineHealth, Periods
 from tandem.worker.identity import Identity
 from tandem.worker.kv_messages import log_refusal
 from tandem.worker.legs import Legs
+from tandem.worker.server_health import ServerHealth
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 from tandem.worker.stats import DroppedMessages, LegStats, WorkerStats
 from tandem.worker.step_servicer import SERVICE_NAME as STEP_SERVICE_NAME
@@ -89,24 +91,6 @@ class EngineRecording:
     async def stop(self) -> None:
         """Stop recording; return when the files are written."""
         await self._engine.stop_profile()
-
-
-class ServerHealth:
-    """The health that the gRPC server reports: the engine's, until the worker leaves."""
-
-    def __init__(self, server: RpcServer) -> None:
-        self._server = server
-        self._is_leaving = False
-
-    async def report(self, trouble: str | None) -> None:
-        """Report SERVING without trouble, else NOT_SERVING."""
-        if not self._is_leaving:
-            await self._server.set_serving(trouble is None)
-
-    async def leave(self) -> None:
-        """Report NOT_SERVING from here on, even when the engine is healthy."""
-        self._is_leaving = True
-        await self._server.set_serving(False)
 
 
 class WorkerHost:
@@ -173,10 +157,11 @@ class WorkerHost:
             # Again, because a server that serves must stop before the engine does.
             stack.push_async_callback(server.stop, STOP_GRACE_S)
             await server.serve()
-            await server.set_serving(True)
+            await app._health.report(None)
             stack.push_async_callback(registration.close)
             app._watch_itself(identity, traces, await stack.enter_async_context(BackgroundTasks()))
             await _register(registration, engine, worker, config.registry)
+            await app._health.note_registered()
             yield app
 
     @property
@@ -185,15 +170,20 @@ class WorkerHost:
         return self._metrics.port
 
     async def drain(self) -> bool:
-        """Drain in the order given at the top of this module. Returns whether every leg ended within the timeout."""
+        """Drain in the order given at the top of this module. Returns True, also when the drain timed out.
+
+        A worker that was asked to leave within a bound has done so: frontends continue its streams elsewhere, and
+        report the few that cannot be continued.
+        """
         self._metrics.count("tandem.drains")
         await self._registration.set_state(WorkerState.DRAINING)
         await self._health.leave()
         await asyncio.sleep(self._config.drain_settle_s)
         try:
-            return await self._finish_legs()
+            await self._finish_legs()
         finally:
             await self._registration.close()
+        return True
 
     async def wait_finished(self) -> str | None:
         """Return why the worker must stop, or None when a Drain call requested it.
@@ -205,7 +195,7 @@ class WorkerHost:
         )
         if self._registration.fenced is not None:
             await self._health.leave()
-            await _first(self._engine.wait_failed(), self._until_legs_end())
+            await _first(self._engine.wait_failed(), self._finish_legs())
         return trouble
 
     def _add_services(
@@ -233,20 +223,18 @@ class WorkerHost:
             self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
             tasks.start(DroppedMessages(self._engine, self._metrics).watch(), "dropped-messages")
 
-    async def _finish_legs(self) -> bool:
-        """Close admission and wait for the open legs. Returns whether all ended within the drain timeout."""
+    async def _finish_legs(self) -> None:
+        """Close admission and wait for the open legs, at most for the drain timeout."""
         self._legs.close_admission()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
                 await self._legs.wait_none()
         except TimeoutError:
             timeout_s = self._config.drain_timeout_s
-            log.error("drain timed out after %g s: aborting %d open legs", timeout_s, self._legs.open_count)
-            return False
-        return True
-
-    async def _until_legs_end(self) -> None:
-        await self._finish_legs()
+            log.warning(
+                "drain timed out after %g s: %d open legs end here, and their streams continue on other workers",
+                timeout_s, self._legs.open_count,
+            )  # fmt: skip
 
     async def _wait_drain_requested(self) -> None:
         await self._drain_requested.wait()

@@ -108,10 +108,14 @@ class FaultCluster:
     async def restart(self, *names: str) -> None:
         """Start processes again that have ended, at their addresses."""
         for name in names:
-            assert not self.processes[name].runs, f"{name} still runs"
-            await self.processes[name].start(self._run)
+            await self.begin_restart(name)
         for name in names:
             await self.processes[name].wait_ready()
+
+    async def begin_restart(self, name: str) -> None:
+        """Start a process again that has ended, at its address, and do not wait until it is ready."""
+        assert not self.processes[name].runs, f"{name} still runs"
+        await self.processes[name].start(self._run)
 
     def worker_flags(self, name: str, registries: str) -> dict[str, str]:
         """Settings of a worker of that name."""

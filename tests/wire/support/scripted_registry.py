@@ -104,9 +104,12 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
             await self.frontends_changed.wait()
             self.frontends_changed.clear()
 
-    def step(self, previous: int | None, revision: int, upserted: Iterable[Worker] = ()) -> None:
+    def step(
+        self, previous: int | None, revision: int, upserted: Iterable[Worker] = (), removed: Iterable[Worker] = ()
+    ) -> None:
         """Send a delta to every watch."""
-        delta = pb.ViewDelta(upserted=map(worker_to_proto, upserted))
+        gone = [pb.RemovedWorker(worker_id=worker.worker_id, epoch=worker.epoch) for worker in removed]
+        delta = pb.ViewDelta(upserted=map(worker_to_proto, upserted), removed=gone)
         step = pb.WatchResponse(registry_id=self.registry_id, revision=revision, delta=delta)
         if previous is not None:
             step.previous_revision = previous

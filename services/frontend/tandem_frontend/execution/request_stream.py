@@ -163,6 +163,8 @@ class RetryingStream:
         self.state = RequestState()
         self._sent = array("i")
         """Tokens passed on to the sink, over all attempts."""
+        self._model_digest = ""
+        """Weights that `_sent` comes from; only workers with the same may continue."""
         self._break_count = 0
         """Accepted attempts that failed."""
         self._fruitless_count = 0
@@ -209,7 +211,7 @@ class RetryingStream:
 
         Raises:
             LegFailed: an attempt failed and cannot be retried. Where tokens had been passed on, metadata
-                `continuation` says why: guided, penalties, breaks or workers.
+                `continuation` says why: guided, penalties, breaks, weights or workers.
             TandemError: the request itself is at fault, or its deadline has passed.
         """
         while True:
@@ -295,7 +297,7 @@ class RetryingStream:
         self._end_attempt()
         route = await self._next_route_after_pause()
         if route is None:
-            raise self._without_continuation(problem, "workers")
+            raise self._without_continuation(problem, self._why_no_route())
         log.warning(
             "request %s: %s; continuing after %d tokens with attempt %d",
             self._leg.request_id, problem, len(self._sent), self.state.attempt + 1,
@@ -306,7 +308,7 @@ class RetryingStream:
             # The deadline is the request's own: the client must see that, not the failure before it.
             raise
         except TandemError as another:
-            raise self._without_continuation(problem, "workers") from another
+            raise self._without_continuation(problem, self._why_no_route()) from another
 
     async def _accept(self, route: Route) -> None:
         """Make attempts, each on another route, until one is accepted."""
@@ -366,6 +368,8 @@ class RetryingStream:
     def _note_first_token(self) -> None:
         """Record prefill's success: the first token of decode proves that the KV has arrived."""
         self._has_token = True
+        if not self._sent:
+            self._model_digest = self.attempt.route.decode.capabilities.model_digest
         prefill = self.attempt.route.prefill
         if prefill is not None:
             self._deps.breakers.succeeded(prefill, self._sent_s)
@@ -382,11 +386,21 @@ class RetryingStream:
         may_continue = not self._sent or refusal_reason(self._leg) is None
         if self._fruitless_count >= ATTEMPTS_MAX or not may_continue:
             return None
-        return self._deps.routes.next(self._routing_request(), self._tried, failed)
+        # Tokens of one set of weights are not continued by another: the model was changed meanwhile.
+        others = self._deps.routes.with_other_weights(self._model_digest) if self._sent else ()
+        return self._route_without({*failed, *others})
+
+    def _route_without(self, refused: Collection[Start]) -> Route | None:
+        return self._deps.routes.next(self._routing_request(), self._tried, refused)
 
     def _routing_request(self) -> RoutingRequest:
         prompt_tokens = len(self._leg.token_ids) + len(self._sent)
         return replace(self._about, prompt_tokens=prompt_tokens)
+
+    def _why_no_route(self) -> str:
+        """Why a stream is not continued: only workers with other weights could, or no worker is left."""
+        is_left = self._fruitless_count < ATTEMPTS_MAX and self._next_route(self._failed) is None
+        return "weights" if is_left and self._route_without(self._failed) is not None else "workers"
 
     async def _next_route_after_pause(self) -> Route | None:
         """The route of another attempt, after a pause that spreads the retries of requests that failed together."""
@@ -408,4 +422,8 @@ class RetryingStream:
     def _without_continuation(self, problem: LegFailed, why_not: str) -> LegFailed:
         if self._sent:
             problem.metadata["continuation"] = why_not
+        if why_not == "weights":
+            problem.metadata["model_digest"] = self._model_digest
+            problem.message += f"; no worker has the weights that this stream began with ({self._model_digest[:12]})"
+            problem.args = (problem.message,)
         return problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -142,6 +143,8 @@ class Pools:
         self._marked: dict[int, frozenset[Start]] = {mark: frozenset() for mark in (UNHEALTHY, FAILING, REFUSED)}
         self._contexts: list[int] = []
         """Of all members, ascending."""
+        self._model_digests = Counter[str]()
+        """Members by their weights: more than one key while the model is being changed."""
         self._wholes: dict[tuple[int, int], Whole] = {}
         self._why_none: Callable[[], ServiceError] | None = None
         """Creates the error of this view; None: not computed yet."""
@@ -178,6 +181,14 @@ class Pools:
     def member(self, start: Start) -> Member | None:
         """The member of a worker; None: its model, tokenizer, state or leg contract exclude it."""
         return self._members.get(start)
+
+    def with_other_weights(self, model_digest: str) -> frozenset[Start]:
+        """Members whose weights differ. Visits the members only while there are several sets of weights."""
+        if self._model_digests.keys() <= {model_digest}:
+            return frozenset()
+        return frozenset(
+            start for start, member in self._members.items() if member.worker.capabilities.model_digest != model_digest
+        )
 
     def rank(self, prompt_tokens: int) -> int:
         """How many members are too small for a prompt: equal for prompts that fit the same workers."""
@@ -237,10 +248,13 @@ class Pools:
         marks = sum(mark for mark, starts in self._marked.items() if start in starts)
         member = self._members[start] = Member(worker, groups, pool, marks)
         insort(self._contexts, member.entry[0])
+        self._model_digests[worker.capabilities.model_digest] += 1
 
     def _remove(self, member: Member) -> None:
         member.leave()
         del self._contexts[bisect_left(self._contexts, member.entry[0])]
+        # Subtraction drops counts of zero.
+        self._model_digests -= Counter([member.worker.capabilities.model_digest])
         pool, keys = member.pool, tuple[Hashable, ...]()
         if pool is None:
             keys = offered_keys(member.worker.capabilities)

@@ -157,6 +157,11 @@ class Routes:
         possible = self._pools.selection(request.prompt_tokens).without(refused)
         return self._choose(self._prefer(possible, tried), request) if possible.routes_count else None
 
+    def with_other_weights(self, model_digest: str) -> frozenset[Start]:
+        """Workers whose weights differ from those of a stream: they must not continue it."""
+        self._refresh()
+        return self._pools.with_other_weights(model_digest)
+
     def _refresh(self) -> None:
         """Update the pools. Iterates over workers only where something has changed: it runs for every request."""
         workers = self._workers()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -257,7 +258,7 @@ class SimulatedEngine:
             engine="simulated",
             engine_version=tandem.__version__,
             model=settings.model_name,
-            model_digest=checkpoint.model_digest,
+            model_digest=_model_digest(checkpoint, self._options.weights),
             tokenizer_digest=checkpoint.tokenizer_digest,
             context_tokens_max=min(checkpoint.context_tokens_max, kv_capacity_tokens),
             kv_capacity_tokens=kv_capacity_tokens,
@@ -271,3 +272,10 @@ class SimulatedEngine:
             transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
             is_mla=checkpoint.is_mla,
         )
+
+
+def _model_digest(checkpoint: Checkpoint, weights: str | None) -> str:
+    """Of the checkpoint, or of that with other weights."""
+    if weights is None:
+        return checkpoint.model_digest
+    return hashlib.sha256(f"{checkpoint.model_digest} {weights}".encode()).hexdigest()

@@ -26,6 +26,9 @@ class Options:
 
     profile: str | None = None
     """A fitted profile: the name of a built-in one, or the path of a JSON file. Other keys override its values."""
+    weights: str | None = None
+    """Name of the weights, as after a change of the model: engines with different names have different model digests.
+    """
 
     prefill_step_s: float = 0.0
     """Fixed time of a forward pass over prompts."""
@@ -159,10 +162,11 @@ _TEXT = _Rule("a text", lambda value: isinstance(value, str) and value != "")
 _FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
 _FAULTS = _Rule("a list of rules", lambda value: True)
 """`parse_rules` checks them, and names the rule at fault."""
-_NULLABLE = frozenset({"profile", "bootstrap_advertised_port", "eos_after_tokens", "control_file"})
+_NULLABLE = frozenset({"profile", "weights", "bootstrap_advertised_port", "eos_after_tokens", "control_file"})
 
 _RULES = {
     "profile": _TEXT,
+    "weights": _TEXT,
     "prefill_step_s": _NUMBER_FROM_0,
     "prefill_pair_s": _NUMBER_FROM_0,
     "decode_step_s": _NUMBER_FROM_0,

@@ -14,6 +14,7 @@ from consul.callback import CB
 
 from tandem.domain.network_address import join_address
 from tandem.errors import ServiceError
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem_registry.backends.consul.records import Record, host_and_port, meta, service_id, tags
 from tandem_registry.backends.consul.settings import ConsulSettings
 from tandem_registry.backends.consul.transport import RESPONSE_TIMEOUT_S, TandemConsul, is_refusal
@@ -156,7 +157,8 @@ class ConsulClient:
                 return {"TTL": f"{self._interval_s * 3:g}s", "Status": status}
             return {}
         return {
-            "GRPC": address,
+            # Not the process as a whole: one that works but is not ready for requests keeps its entry.
+            "GRPC": f"{address}/{PROCESS_SERVICE_NAME}",
             "GRPCUseTLS": self._checks_tls,
             "Interval": f"{self._interval_s:g}s",
             "Timeout": f"{self._interval_s:g}s",
