@@ -218,7 +218,7 @@ async def test_headers_are_taken_or_refused_never_by_chance(stub: tuple[StubFron
 
 
 def request_bytes(*lines: str, body: bytes = b"") -> bytes:
-    head = ["POST /v1/detokenize HTTP/1.1", "host: x", "content-type: application/json", *lines]
+    head = ["POST /v1/detokenize HTTP/1.1", "host: localhost", "content-type: application/json", *lines]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
