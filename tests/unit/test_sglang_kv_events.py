@@ -252,13 +252,16 @@ def test_unknown_events_are_refused(payload: bytes, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("role", "settings", "reason"),
     [
-        (WorkerRole.PREFILL, {}, None),
-        (WorkerRole.AGGREGATED, {}, None),
-        (WorkerRole.DECODE, {"extra": {"disaggregation_decode_enable_radix_cache": True}}, None),
-        (WorkerRole.DECODE, {}, "disaggregation_decode_enable_radix_cache is not set"),
-        (WorkerRole.PREFILL, {"kv_events": False}, "without KV events"),
-        (WorkerRole.PREFILL, {"extra": {"disable_radix_cache": True}}, "no prefix cache"),
-        (WorkerRole.PREFILL, {"extra": {"dp_size": 2}}, "dp_size"),
+        (WorkerRole.PREFILL, {"extra": {"page_size": 16}}, None),
+        (WorkerRole.AGGREGATED, {"extra": {"page_size": 64}}, None),
+        (WorkerRole.AGGREGATED, {"kv_events": True}, None),
+        (WorkerRole.DECODE, {"kv_events": True, "extra": {"disaggregation_decode_enable_radix_cache": True}}, None),
+        (WorkerRole.DECODE, {"kv_events": True}, "disaggregation_decode_enable_radix_cache is not set"),
+        (WorkerRole.PREFILL, {}, "page_size"),
+        (WorkerRole.PREFILL, {"extra": {"page_size": 8}}, "pages of 8 tokens"),
+        (WorkerRole.PREFILL, {"kv_events": False, "extra": {"page_size": 16}}, "without KV events"),
+        (WorkerRole.PREFILL, {"kv_events": True, "extra": {"disable_radix_cache": True}}, "no prefix cache"),
+        (WorkerRole.PREFILL, {"kv_events": True, "extra": {"dp_size": 2}}, "dp_size"),
     ],
 )
 def test_engines_without_events_say_why(role: WorkerRole, settings: dict[str, Any], reason: str | None) -> None:

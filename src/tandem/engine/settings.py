@@ -37,8 +37,8 @@ class EngineSettings:
     """UCX's variables, with their prefix; they override those of the environment."""
     threads: int = 1
     """CPU threads for the engine's computation (OMP_NUM_THREADS); used on a CPU only."""
-    kv_events: bool = True
-    """Whether the engine reports the changes of its prefix cache, where it can."""
+    kv_events: bool | None = None
+    """Whether the engine reports the changes of its prefix cache, where it can. None: where that costs little."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)

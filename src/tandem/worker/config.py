@@ -105,9 +105,10 @@ class WorkerConfig(AdminConfig):
         le=3600,
         description="seconds within which a decode worker must have a prompt's KV, its computation included",
     )
-    kv_events: bool = Field(
-        True,
-        description="report the changes of the engine's prefix cache, by which frontends route; where it has one",
+    kv_events: bool | None = Field(
+        None,
+        description="report the changes of the engine's prefix cache, by which frontends route; default: where it has "
+        "one, with pages of at least 16 tokens",
     )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(

@@ -24,6 +24,8 @@ ARGUMENT = "kv_events_config"
 REPLAY_STEPS = 1_000
 """Messages that SGLang keeps for a replay: some 20 MB where each is of a prompt of 2,000 pages. What is older is read
 from the engine's cache itself."""
+PAGE_MIN_TOKENS = 16
+"""Smaller pages have events only on request: engine, worker and frontends spend time on each page."""
 DEVICE_MEDIUM = "GPU"
 """SGLang's name for the engine's own KV memory, also on a CPU; blocks elsewhere (host memory, disk) are not counted."""
 DUMP = "TandemCacheDump"
@@ -33,8 +35,11 @@ DUMP = "TandemCacheDump"
 def unavailable(settings: EngineSettings) -> str | None:
     """Why an engine with these settings cannot publish its KV events; None: it can."""
     extra = settings.extra
-    if not settings.kv_events:
+    page = int(extra.get("page_size") or 1)
+    if settings.kv_events is False:
         return "this engine was started without KV events (kv_events)"
+    if settings.kv_events is None and page < PAGE_MIN_TOKENS:
+        return f"pages of {page} tokens (engine_extra.page_size) have KV events only on request (kv_events)"
     if extra.get("disable_radix_cache"):
         return "this engine has no prefix cache (engine_extra.disable_radix_cache)"
     if settings.role is WorkerRole.DECODE and not extra.get("disaggregation_decode_enable_radix_cache"):

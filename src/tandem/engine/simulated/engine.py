@@ -74,7 +74,8 @@ class SimulatedEngine:
         """
         self._settings = settings
         self._options = parse_options(
-            {"transfer_timeout_s": settings.handover_timeout_s, "kv_events": settings.kv_events} | settings.extra
+            {"transfer_timeout_s": settings.handover_timeout_s, "kv_events": settings.kv_events is not False}
+            | settings.extra
         )
         if settings.dtype not in ("auto", *ELEMENT_BYTES):
             raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
