@@ -124,7 +124,7 @@ async def test_long_chain_comes_in_parts_that_are_chained() -> None:
     mirror.stored(range(1, count + 1), None, range(count * PAGE))
     mirror.removed(range(1, count + 1))
     reader = mirror.events(1)
-    first, second, removed, rest = [await next_of(reader, KvEvent) for _ in range(4)]
+    first, second, rest, removed = [await next_of(reader, KvEvent) for _ in range(4)]
     assert (len(first.block_hashes), list(second.block_hashes)) == (EVENT_BLOCKS_MAX, [count - 1, count])
     assert second.parent_block_hash == first.block_hashes[-1]
     assert list(second.token_ids) == list(range(EVENT_BLOCKS_MAX * PAGE, count * PAGE))

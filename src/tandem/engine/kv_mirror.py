@@ -73,9 +73,12 @@ class KvCacheMirror:
             parent = part[-1]
 
     def removed(self, block_hashes: Sequence[int]) -> None:
-        """Blocks were evicted."""
+        """Blocks were evicted; a block stands before those that continue it.
+
+        Of several events the first has the last blocks: a reader must never hold a block without those before it.
+        """
         self._blocks.difference_update(block_hashes)
-        for start in range(0, len(block_hashes), EVENT_BLOCKS_MAX):
+        for start in reversed(range(0, len(block_hashes), EVENT_BLOCKS_MAX)):
             self._add("removed", block_hashes[start : start + EVENT_BLOCKS_MAX])
 
     def cleared(self) -> None:
