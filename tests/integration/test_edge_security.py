@@ -153,7 +153,7 @@ async def test_a_revoked_key_is_refused_without_a_restart(stub: tuple[StubFronte
 
 async def test_each_client_has_its_own_rate(stub: tuple[StubFrontend, str], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(KEYS)
-    flags = {"api_keys": tmp_path / "keys", "requests_per_second_per_client": 2, "burst_per_client": 3}
+    flags = {"api_keys": tmp_path / "keys", "requests_per_second_per_client": 1, "burst_per_client": 3}
     async with edge(tmp_path, stub[1], **flags) as process, client_of(process) as client:
         answers = [await detokenize(client, **bearer(ALICE)) for _ in range(6)]
         assert [answer.status_code for answer in answers[:3]] == [200] * 3
