@@ -133,6 +133,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         extra = {**engine, "control_file": str(logs / f"{name}.rules")}
         cluster.process(name).flags["engine-extra"] = json.dumps(extra)
     cluster.process("prefill-0").flags["running-requests-max"] = "16"
+    cluster.frontend.flags["routing-policy"] = "auto"
     async with cluster:
         yield World(cluster)
 

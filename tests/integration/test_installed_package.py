@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tandem.client import calls
+from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
 
@@ -95,7 +96,7 @@ async def test_a_registry_and_a_frontend_run_of_it(installed: Path, tmp_path: Pa
         flags = (f"--registry={registry}", f"--model={DEMO_MODEL}", "--frontend-id=frontend-0")
         with process(installed, tmp_path, "frontend", *flags) as frontend_file:
             frontend = await announced(frontend_file)
-            assert await calls.is_serving(frontend)
+            assert await calls.is_serving(frontend, PROCESS_SERVICE_NAME)
 
             async def names() -> list[str]:
                 return [entry.frontend.frontend_id for entry in (await calls.list_members(registry)).frontends]

@@ -36,7 +36,15 @@ async def routed(cluster: LocalCluster, count: int, *metadata: tuple[str, str]) 
 
 async def test_least_work_avoids_a_slow_worker(tmp_path: Path) -> None:
     """Without events of any cache that is what `auto` does."""
-    spec = ClusterSpec(model=DEMO_MODEL, log_directory=tmp_path, engine="simulated", prefill=2, worker_flags=SIMULATED)
+    flags = {"frontend": {"routing-policy": "least_work"}}
+    spec = ClusterSpec(
+        model=DEMO_MODEL,
+        log_directory=tmp_path,
+        engine="simulated",
+        prefill=2,
+        worker_flags=SIMULATED,
+        role_flags=flags,
+    )
     cluster = LocalCluster(spec)
     slow = {"prefill_step_s": 0.3, "decode_step_s": 0.004}
     cluster.process("prefill-0").flags["engine-extra"] = json.dumps(slow)

@@ -107,10 +107,6 @@ class SglangFleet(FaultCluster):
         self.holds = holds
         self.numbers = iter(range(1_000))
 
-    async def frontend_flags(self, name: str, registries: str) -> dict[str, str]:
-        """See `FaultCluster`. Drawn at random, so that some of a few requests come to the victim."""
-        return {**await super().frontend_flags(name, registries), "routing-policy": "random"}
-
     def worker_flags(self, name: str, registries: str) -> dict[str, str]:
         flags = super().worker_flags(name, registries)
         # A new start is met at the place where decode engines remember the old one.
