@@ -149,15 +149,17 @@ async def test_a_killed_prefill_worker_loses_no_token(fleet: SglangFleet, answer
     await fleet.assert_no_legs(IDLE_WITHIN_S + BUSY_MACHINE_S)
     if now_s() - fault_s < RELEASE_S:
         # What a dead prefill engine has still written is unknown. The results say which requests wait for that.
-        await _assert_held_for_the_dead(fleet, had["transferring"] + had["prefilling"])
+        await _assert_held_for_the_dead(fleet, had["transferring"] + had["prefilling"], had["bootstrapping"])
     await assert_exact(fleet, streams, answers)
     report_streams(fleet, "kill of a prefill worker", streams, fault_s)
 
 
-async def _assert_held_for_the_dead(fleet: SglangFleet, streams: list[Stream]) -> None:
+async def _assert_held_for_the_dead(fleet: SglangFleet, begun: list[Stream], perhaps: list[Stream]) -> None:
+    """`perhaps`: decode may have given them their pages between the end of their hold and the abort, or not."""
     loads = await fleet.loads()
     held = {name: load.kv_transferring_tokens for name, load in loads.items()}
-    assert sum(held.values()) == sum(len(stream.asked.prompt) for stream in streams), held
+    least = sum(len(stream.asked.prompt) for stream in begun)
+    assert sum(held.values()) in (least, least + sum(len(stream.asked.prompt) for stream in perhaps)), held
     assert held == {name: load.kv_used_tokens for name, load in loads.items()}
 
 

@@ -259,6 +259,8 @@ async def sglang_fleet(logs: Path, *, prefill: int, decode: int) -> AsyncIterato
     plan = Plan(registries=1, frontends=1, prefill=prefill, decode=decode, lease_s=5.0, worker_flags=FLAGS)
     with pytest.MonkeyPatch.context() as environment:
         holds = plug_in(logs, environment)
+        # As between hosts: a write needs its peer. Through shared memory a stopped process would be written to.
+        environment.setenv("UCX_TLS", "tcp")
         async with AsyncExitStack() as stack:
             fleet = SglangFleet(plan, logs, stack, holds)
             await fleet.start()

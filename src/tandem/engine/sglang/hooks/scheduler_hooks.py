@@ -2,7 +2,8 @@
 
 Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
 memory and avoids busy loops; `seeded_sampling` makes seeds effective, `grammars` rejects unusable grammars, and
-`handover_port` and `bootstrap_server` drop what foreign senders send. No hook changes the tokens of a request without a
+`handover_port` and `bootstrap_server` drop what foreign senders send, `transfer_queues` writes to each decode engine
+in a thread of its own. No hook changes the tokens of a request without a
 seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
 the start instead.
 """
@@ -22,7 +23,14 @@ from typing import Any
 
 from tandem.engine.sglang import reports
 from tandem.engine.sglang.environment import REPORT_FILE
-from tandem.engine.sglang.hooks import bootstrap_server, cache_dump, grammars, handover_port, seeded_sampling
+from tandem.engine.sglang.hooks import (
+    bootstrap_server,
+    cache_dump,
+    grammars,
+    handover_port,
+    seeded_sampling,
+    transfer_queues,
+)
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats
 
@@ -76,13 +84,14 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
     hooks: dict[str, tuple[Callable[..., Any], str]] = {
         "nixl._api.nixl_agent_config.__init__": (_capture_telemetry, "around"),
         f"{_NIXL}.NixlKVManager.update_status": (_note_room, "before"),
-        f"{_NIXL}.NixlKVManager._await_handles": (_count_moved, "after"),
+        f"{_NIXL}.NixlKVManager._await_handles": (_wait_and_count, "around"),
         f"{_NIXL}.NixlKVManager._encode_kv_status_message": (_append_moved_bytes, "after"),
         f"{_NIXL}.NixlKVManager.parse_kv_status_message": (_record_received_bytes, "after"),
         f"{_NIXL}.NixlKVManager.try_ensure_parallel_info": (_probe_peer_first, "around"),
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
         **handover_port.targets(),
         **bootstrap_server.targets(),
+        **transfer_queues.targets(),
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
@@ -286,12 +295,21 @@ def _note_handles(result: Any, *arguments: Any, **keywords: Any) -> None:
         _sending.handles.extend(result if isinstance(result, list) else [result])
 
 
-def _count_moved(result: tuple[bool, bool], manager: Any, *arguments: Any, **keywords: Any) -> None:
+def _wait_and_count(
+    original: Callable[..., Any], manager: Any, handles: list[Any], *, failure_seen: bool
+) -> tuple[bool, bool]:
     """When every write of a chunk is complete, add the bytes that NIXL's telemetry reports."""
-    settled, failed = result
+    if not failure_seen:
+        transfer_queues.wait_with_pauses(manager, handles)
+    settled, failed = original(manager, handles, failure_seen=failure_seen)
+    _count_moved(manager, settled and not failed)
+    return settled, failed
+
+
+def _count_moved(manager: Any, arrived: bool) -> None:
     room, handles = getattr(_sending, "room", None), getattr(_sending, "handles", [])
     _sending.handles = []
-    if room is None or failed or not settled:
+    if room is None or not arrived:
         return
     try:
         moved_bytes = sum(manager.agent.get_xfer_telemetry(handle).totalBytes for handle in handles)
