@@ -52,7 +52,6 @@ async def roll(cluster: FaultCluster, workers: Iterable[ClusterProcess]) -> list
     return statuses
 
 
-@pytest.mark.fault_matrix  # fails in about one run of four, see docs/adr/0023
 async def test_a_rolling_restart_without_a_registry_keeps_the_workers_that_are_left(
     consul_binary: Path, tmp_path: Path
 ) -> None:
