@@ -60,7 +60,7 @@ class Scene:
         """A request that waits; its retries pause for up to 50 ms."""
         task = asyncio.create_task(self.take(timeout_s))
         async with asyncio.timeout(5):
-            while not self.waiting_count and not task.done():
+            while not self.waiting_count and not task.done():  # noqa: ASYNC110 -- nothing to await: both may happen
                 await asyncio.sleep(0.001)
         return task
 

@@ -112,8 +112,8 @@ class FrontendConfig(AdminConfig):
         5,
         ge=0,
         le=300,
-        description="seconds for which requests wait for a worker to register after its predecessor was restarted or has "
-        "left, within their deadlines; longer without one, and they are refused at once; 0: always at once",
+        description="seconds for which requests wait, within their deadlines, for the successor of a worker that has "
+        "left or was restarted; later ones are refused at once; 0: none waits",
     )
     coalesce_ms: float = Field(
         25,

@@ -1,8 +1,9 @@
 """Free capacity of the workers: their capacity (requests, KV tokens) minus their current load.
 
-Pure but for its clock. Counts only the workers that stream tokens (decode and aggregated), because a request stays there longest and its
-whole KV is held there. A reported load is up to a second old, but this frontend's own share of it is known exactly. So
-the share of the other frontends is estimated each time a reported load changes, and the own share is added to it.
+Pure but for its clock. Counts only the workers that stream tokens (decode and aggregated), because a request stays
+there longest and its whole KV is held there. A reported load is up to a second old, but this frontend's own share of it
+is known exactly. So the share of the other frontends is estimated each time a reported load changes, and the own share
+is added to it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All attempts of one request, and the one stream of tokens that they produce.
 
 Owns the retry policy of requests. An attempt that fails before its first token is retried on other workers; one that
-fails later is continued on other workers, after the last token that was passed on. One that finds no worker, while the view
-is known to be behind, waits for the next view (`view_wait`). `attempt` supervises a single one.
+fails later is continued on other workers, after the last token that was passed on. One that finds no worker, while the
+view is known to be behind, waits for the next view (`view_wait`). `attempt` supervises a single one.
 """
 
 from __future__ import annotations

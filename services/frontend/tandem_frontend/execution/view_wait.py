@@ -1,7 +1,7 @@
 """Requests that find no worker wait here for the registry's next view, within bounds.
 
-Owns when such a wait makes sense and how long it takes. While workers are restarted one after another, a frontend's view
-is behind: the old worker is gone, and the new one has registered at a registry that the frontend does not follow yet.
+Owns when such a wait makes sense and how long it takes. While workers are restarted one after another, the view can be
+behind: the old worker is gone, and the new one has registered at a registry that the frontend does not follow yet.
 `request_stream` decides which requests wait.
 """
 
