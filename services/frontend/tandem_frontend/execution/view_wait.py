@@ -99,7 +99,7 @@ class ViewWait:
         return True
 
     def explained(self, problem: ServiceError) -> ServiceError:
-        """The error of a request that has waited in vain: with the wait, in its text and in `waited_s`."""
+        """The error of a request that has waited without effect: with the wait, in its text and in `waited_s`."""
         if self._waited_s > 0:
             problem.metadata["waited_s"] = f"{self._waited_s:.1f}"
             problem.message += f"; no worker registered within {self._waited_s:.1f} s (no_worker_wait_s)"
