@@ -95,7 +95,16 @@ def lines() -> Iterator[str]:
     yield "Keys of `engine_extra` with `engine = simulated`: [simulated engine](simulated-engine.md)."
     yield ""
     yield from table(("key", "type", "default", "limits", "meaning"), _engine_options())
-    yield from ("", "## tandem up", "", "Flags only; what the cluster does with them: [tandem](command-line.md).", "")
+    yield from (
+        "",
+        "## tandem up",
+        "",
+        "What the cluster does with them: [tandem](command-line.md). `--config FILE` reads",
+    )
+    yield from (
+        "them from a TOML file, under these names with underscores (`http_port = 8080`, `metrics = false`).",
+        "",
+    )
     yield from table(("flag", "type", "default", "limits", "meaning"), _up_options())
 
 

@@ -160,7 +160,7 @@ class ServiceError(TandemError):
 
 
 class NoWorkers(ServiceError):
-    """No live worker of a required role."""
+    """No live worker of a required role. Metadata: `role`; `waited_s` if the request has waited for one."""
 
     reason = "NO_WORKERS"
 

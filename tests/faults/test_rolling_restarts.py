@@ -52,7 +52,6 @@ async def roll(cluster: FaultCluster, workers: Iterable[ClusterProcess]) -> list
     return statuses
 
 
-@pytest.mark.fault_matrix  # fails in about one run of four, see docs/adr/0023
 async def test_a_rolling_restart_without_a_registry_keeps_the_workers_that_are_left(
     consul_binary: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +84,27 @@ async def test_a_rolling_restart_without_a_registry_keeps_the_workers_that_are_l
             await load.wait_ended(FLOOR)
     assert statuses == [0] * len(pids)
     assert not [worker.name for worker in cluster.workers if worker.pid == pids[worker.name]], "not restarted"
+    verdicts.none_failed(load.history)
+    verdicts.tokens_are_exact(load.history, demo_answers)
+
+
+async def test_requests_wait_for_the_only_worker_of_a_role(tmp_path: Path) -> None:
+    """More of them than it takes: the others wait in the queue, and its successor does not get all at once."""
+    flags = {"engine": "simulated", "engine-extra": '{"decode_step_s": 0.005}', "drain-timeout-s": "0.2"}
+    # However busy the machine is that starts the successor.
+    plan = Plan(
+        registries=1, frontends=1, prefill=1, decode=1, worker_flags=flags, frontend_flags={"no-worker-wait-s": "60"}
+    )
+    async with fault_cluster(tmp_path, plan) as cluster, cluster.views() as views:
+        await cluster.whole(views)
+        async with steady_load([frontend.address for frontend in cluster.frontends], RATE) as load:
+            for name in ("decode-0", "prefill-0"):
+                await load.wait_ended(FLOOR)
+                begun_s = now_s()
+                assert await roll(cluster, [cluster.processes[name]]) == [0]
+                verdicts.is_large_enough(load.history.begun(begun_s), 10)
+                await cluster.whole(views)
+            await load.wait_ended(FLOOR)
     verdicts.none_failed(load.history)
     verdicts.tokens_are_exact(load.history, demo_answers)
 

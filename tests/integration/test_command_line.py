@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tandem.cli.up import FIRST_PROMPT
 from tests.integration.conftest import REPOSITORY
 from tests.integration.support.command_line import (
     SIMULATED,
@@ -40,8 +41,9 @@ async def serving(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pat
         yield state
 
 
-async def test_up_generate_status_and_ctrl_c(state: Path) -> None:
-    async with cluster_up(state, "--aggregated", "1") as up:
+async def test_up_generate_status_and_ctrl_c(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "up.toml").write_text("aggregated = 1\nprefill = 1")
+    async with cluster_up(state, "--config", str(tmp_path / "up.toml")) as up:
         status, out, err = await run(*TANDEM, "generate", "Once upon a time", "--max-tokens", "5", state=state)
         assert status == 0, err
         assert out.strip()
@@ -189,6 +191,8 @@ def blocks_of(page: str, language: str) -> list[str]:
 async def test_the_readme_talks_to_a_cluster(serving: Path) -> None:
     """Its Python, word for word but for the ports, which it shares with its own `tandem up`."""
     readme = (REPOSITORY / "README.md").read_text()
+    # Which the demo model answers: test_demo_model_recipe.
+    assert f'tandem generate "{FIRST_PROMPT}"' in readme
     assert "tandem up --prefill 1 --decode 2 --port 50051 --http-port 8080 " in readme
     over_http, native = blocks_of(readme, "python")
     assert "127.0.0.1:8080" in over_http

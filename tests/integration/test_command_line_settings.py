@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperOption
 
+from tandem.cli.app import app
 from tests.integration.support.command_line import SIMULATED, TANDEM, run
 
 pytestmark = pytest.mark.timeout(60)
@@ -71,6 +74,49 @@ async def test_a_wrong_setting_of_up_names_its_flag(state: Path, options: list[s
     assert ended == 2
     assert err.startswith("tandem up: ")
     assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('engine = "simulated"\nprefill = "two"', "line 2: prefill: must be a whole number"),
+        ("\n# none\nfrontends = 0", "line 3: frontends: must be at least 1, not 0"),
+        ('"engine_extra" = "{"', "line 1: engine_extra: is not JSON: "),
+        ("consul = true\nregistries = 0", "line 2: registries: must be at least 1, not 0"),
+        ("decode = 1\nbogus = 1", "line 2: bogus is not an option of `tandem up`"),
+        ("[engine]\nextra = 1", "line 1: engine must be a text or a number"),
+        ("config = 'other.toml'", "line 1: config is not an option of `tandem up`"),
+        ("edge = 1", "line 1: edge must be true or false"),
+        ("prefill = true", "line 1: prefill must be a text or a number"),
+        ("engine = 'simulated", " cannot be read: "),
+    ],
+)
+async def test_a_wrong_setting_in_a_file_of_up_names_its_line(
+    state: Path, tmp_path: Path, text: str, sentence: str
+) -> None:
+    (tmp_path / "up.toml").write_text(text)
+    ended, err = await refused(state, "up", "--config", str(tmp_path / "up.toml"))
+    assert ended == 2
+    assert err.startswith("tandem up: ")
+    assert str(tmp_path / "up.toml") in err
+    assert sentence in err
+
+
+async def test_a_flag_overrides_the_file_of_up_and_is_named_itself(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "up.toml").write_text("frontends = 0\nport = 65536")
+    ended, err = await refused(state, "up", *SIMULATED, "--config", str(tmp_path / "up.toml"), "--frontends", "-1")
+    assert (ended, err) == (2, "tandem up: --frontends: must be at least 1, not -1")
+
+
+async def test_every_option_of_up_may_stand_in_a_file(tmp_path: Path) -> None:
+    command = typer.main.get_group(app).commands["up"]
+    options = [option for option in command.params if isinstance(option, TyperOption) and option.name != "config"]
+    lines = (f"{option.name} = {'true' if option.is_flag else 1}" for option in options)
+    (tmp_path / "up.toml").write_text("\n".join(lines))
+    context = command.make_context("up", ["--config", str(tmp_path / "up.toml")])
+    assert context.default_map is not None
+    assert set(context.default_map) == {option.name for option in options}
+    assert all(context.get_parameter_source(option.name or "").name == "DEFAULT_MAP" for option in options)  # type: ignore[union-attr]
 
 
 async def test_the_demo_checks_too(state: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from tandem.cli.up import FIRST_PROMPT
 from tools.demo_model import lexicon
 from tools.demo_model.corpus import documents
 from tools.demo_model.facts import recall_prompts
@@ -50,7 +51,7 @@ def test_transformers_loads_the_demo_model_and_it_stops() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
-    chat = [{"role": "user", "content": "Mia hid the red key in the old barn. Where did Mia hide the red key?"}]
+    chat = [{"role": "user", "content": FIRST_PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
         reply = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :].tolist()

@@ -378,8 +378,12 @@ async def test_a_dead_worker_is_one_typed_error_and_its_restart_is_a_new_epoch(t
         async def routed() -> TandemError:
             return await refusal(cluster, request_of(STORY))
 
-        gone = await assert_eventually(routed, lambda p: isinstance(p, NoWorkers), within_s=5, what="an empty view")
+        gone = await assert_eventually(routed, lambda p: isinstance(p, NoWorkers), within_s=20, what="an empty view")
         assert gone.metadata["role"] == "decode"
+        assert float(gone.metadata["waited_s"]) > 1, "the first one waits for a successor"
+        begin_s = time.monotonic()
+        assert "waited_s" not in (await routed()).metadata
+        assert time.monotonic() - begin_s < 1, "the next ones do not"
         await cluster.restart("decode-0")
         after = await listed(cluster, "decode-0")
         assert after.epoch > before.epoch

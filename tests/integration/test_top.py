@@ -7,13 +7,17 @@ import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from tandem.api.admin.v1.admin_service_pb2 import WatchFiguresResponse
+from tandem.api.worker.v1.worker_service_pb2 import WatchLoadResponse
 from tandem.cli.top.poller import FleetWatch
+from tandem.cli.top.sample import FrontendSample, Sample, WorkerSample
 from tandem.cli.top.screen import FleetTable, TopScreen
 from tandem.client import calls
 from tandem.errors import StartError, TandemError
@@ -176,6 +180,56 @@ async def test_keys_sort_and_hold_the_screen_and_it_resizes(cluster: LocalCluste
             assert "decode-1" in svg
             for key in ("Quit", "Sort", "Reverse", "Pause"):
                 assert key in svg
+
+
+def crowded() -> Sample:
+    """Workers and frontends with names as an orchestrator gives them, and the longest texts of every column."""
+    load = WatchLoadResponse(
+        running_requests=256, waiting_requests=1_024, waiting_tokens=123_456, kv_capacity_tokens=100,
+        kv_used_tokens=100, kv_cached_tokens=0, kv_free_tokens=0, prompt_tokens=10, cached_tokens=10,
+    )  # fmt: skip
+    workers = tuple(
+        WorkerSample(
+            name=f"tandem-inference-{role}-7c9d8f6b5-x2k4{number}", role=role, epoch=1, address="a:1", state=state,
+            health="not serving", load=None if state == "unreachable" else load, failures=12_345,
+        )
+        for number, (role, state) in enumerate(product(("prefill", "aggregated"), ("serving", "unreachable")))
+    )  # fmt: skip
+    stats = WatchFiguresResponse(open_requests=250, waiting_requests=1_000, finished_requests=10**7)
+    frontends = tuple(
+        FrontendSample(
+            name=f"tandem-inference-frontend-7c9d8f6b5-x2k4{number}", epoch=1, address="a:1", state="serving",
+            health="ok", stats=stats,
+        )
+        for number in range(2)
+    )  # fmt: skip
+    return Sample(time_s=1.0, workers=workers, frontends=frontends)
+
+
+async def test_at_80_columns_nothing_that_matters_is_cut_off() -> None:
+    app = TopScreen(crowded, INTERVAL_S)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause(2 * INTERVAL_S)
+        for table, heads in (
+            (app.worker_table, {"WORKER", "ROLE", "STATE", "RUN", "WAIT", "KV U/C/F %", "TOK/S", "FAIL"}),
+            (app.frontend_table, {"FRONTEND", "STATE", "OPEN", "WAIT", "TTFT p99", "ITL p99", "FAIL"}),
+        ):
+            columns = table.ordered_columns
+            assert sum(column.get_render_width(table) for column in columns) <= 80
+            assert {str(column.label).rstrip(" ↑↓") for column in columns} >= heads
+            names = [str(table.get_row_at(row)[0]) for row in range(table.row_count)]
+            assert len(set(names)) == table.row_count, names
+            assert all(name.startswith("tandem-") and name[-5:-1] == "x2k4" for name in names), names
+        assert "columns hidden" in str(app.query_one("#totals").render())
+        assert "HIT %" in app.worker_table.hidden
+        for _ in range(8):
+            await pilot.press("s")
+        assert "HIT %" not in app.worker_table.hidden, "what the rows are sorted by is shown"
+        await pilot.resize_terminal(220, 24)
+        await pilot.pause(2 * INTERVAL_S)
+        assert not app.worker_table.hidden
+        assert str(app.worker_table.get_row_at(0)[0]).startswith("tandem-inference-")
+        assert "hidden" not in str(app.query_one("#totals").render())
 
 
 async def test_once_prints_tables_for_scripts(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem_frontend.admission.capacity import ANSWER_TOKENS_MAX, FAIR_FRACTION, QUEUED_FRACTION, QUEUED_MIN, Capacity
 
+from tandem.clock import ManualClock
 from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
 from tests.unit.support.examples import examples
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
@@ -83,6 +84,23 @@ def test_one_request_always_fits() -> None:
 
 def test_without_workers_every_request_fits() -> None:
     assert capacity().fits(50, 10**9, 10**9)
+
+
+def test_for_a_while_after_the_last_worker_as_many_requests_fit_as_before() -> None:
+    """Its successor must not get all that waits for it at once."""
+    clock = ManualClock(100.0)
+    headroom = Capacity("m", clock, no_worker_wait_s=5.0)
+    assert headroom.fits(50, 0, 1), "no worker has been known: routing refuses it"
+    headroom.follow([decode()])
+    running = decode().capabilities.running_requests_max
+    most = running + max(QUEUED_MIN, int(running * QUEUED_FRACTION))
+    headroom.follow([])
+    clock.advance(4.9)
+    headroom.follow([])
+    assert headroom.fits(most - 1, 0, 10**9)
+    assert not headroom.fits(most, 0, 1)
+    clock.advance(0.1)
+    assert headroom.fits(most, 0, 1), "nothing waits for it any more"
 
 
 def test_a_request_is_charged_for_what_an_engine_reserves() -> None:

@@ -108,6 +108,13 @@ class FrontendConfig(AdminConfig):
     leg_silence_timeout_s: float = Field(
         2, ge=1, le=300, description="seconds without a message from a worker after which its accepted legs have failed"
     )
+    no_worker_wait_s: float = Field(
+        5,
+        ge=0,
+        le=300,
+        description="seconds for which requests wait, within their deadlines, for the successor of a worker that has "
+        "left or was restarted; later ones are refused at once; 0: none waits",
+    )
     coalesce_ms: float = Field(
         25,
         ge=0,

@@ -5,6 +5,7 @@ Owns the connections to workers and the order in which a new view reaches the pa
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -77,6 +78,7 @@ class Fleet:
         costs = WorkerCosts(backlog)
         self._followers = (*followers, costs)
         self._reevaluate = reevaluate
+        self._no_worker_wait_s = config.no_worker_wait_s
         self._known_starts: set[tuple[str, Start]] = set()
         """(address, start) of all workers of the view."""
         self.channels = Channels(config.tls)
@@ -101,7 +103,9 @@ class Fleet:
             model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng, chooser, costs
         )
         dispatch = Dispatch(self._links, rng)
-        self.execution = ExecutionDeps(self.routes, refusals, self._breakers, dispatch, monotonic, rng, self._blocks_of)
+        self.execution = ExecutionDeps(
+            self.routes, refusals, self._breakers, dispatch, monotonic, rng, self._blocks_of, config.no_worker_wait_s
+        )
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -139,6 +143,9 @@ class Fleet:
         self._loads.follow(workers)
         self.execution.notice(workers)
         self._reevaluate()
+        if not self.execution.missing.has_route:
+            # What the queue kept back for successors that have not come goes to routing, which refuses it.
+            asyncio.get_running_loop().call_later(self._no_worker_wait_s, self._reevaluate)
 
     def _blocks_of(self, leg: leg_pb2.LegRequest) -> PromptBlocks | None:
         """What the index matches of a request; None: no cache is followed."""

@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
+from tandem.cli import config_file
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.inspect_commands import add_to
@@ -96,6 +97,15 @@ ApiKeys = Annotated[
     Path | None,
     typer.Option(help="API keys of the edge, a line `client-id: key` each; default: no keys.", metavar="FILE"),
 ]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with options of this command, named with underscores; flags override it; default: none.",
+        metavar="FILE",
+        is_eager=True,
+        callback=config_file.use,
+    ),
+]
 WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
 MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
@@ -141,6 +151,7 @@ def version(
 
 @app.command()
 def up(
+    context: typer.Context,
     prefill: Annotated[int, typer.Option(help="Number of prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(help="Number of decode workers.")] = 1,
     aggregated: Annotated[int, typer.Option(help="Number of workers that run both prefill and decode.")] = 0,
@@ -179,6 +190,7 @@ def up(
     consul_cert: ConsulCert = None,
     consul_key: ConsulKey = None,
     metrics: WithMetrics = True,
+    config: ConfigFile = None,
 ) -> None:
     """Run a cluster on this machine; Ctrl-C drains and stops it."""
     from rich.console import Console
@@ -211,7 +223,7 @@ def up(
         frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
         tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint, host=bare_host(host),
     )  # fmt: skip
-    end("up", run())
+    end("up", config_file.located(context, run()))
 
 
 @app.command()

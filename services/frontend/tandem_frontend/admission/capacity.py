@@ -1,16 +1,19 @@
 """Free capacity of the workers: their capacity (requests, KV tokens) minus their current load.
 
-Pure. Counts only the workers that stream tokens (decode and aggregated), because a request stays there longest and its
-whole KV is held there. A reported load is up to a second old, but this frontend's own share of it is known exactly. So
-the share of the other frontends is estimated each time a reported load changes, and the own share is added to it.
+Pure but for its clock. Counts only the workers that stream tokens (decode and aggregated), because a request stays
+there longest and its whole KV is held there. A reported load is up to a second old, but this frontend's own share of it
+is known exactly. So the share of the other frontends is estimated each time a reported load changes, and the own share
+is added to it.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tandem.clock import Clock, monotonic
 from tandem.discovery.view_changes import KnownView
 from tandem.domain.worker import LEG_CONTRACT, EngineLoad, Start, Worker, WorkerRole, WorkerState
 
@@ -51,8 +54,11 @@ class Capacity:
     reads them.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, clock: Clock = monotonic, no_worker_wait_s: float = 0.0) -> None:
+        """`no_worker_wait_s`: how long requests wait for successors after the last worker has left."""
         self._model = model
+        self._clock = clock
+        self._no_worker_wait_s = no_worker_wait_s
         self._view = KnownView()
         self._headrooms: dict[Start, _Headroom] = {}
         """Of the workers that stream tokens."""
@@ -63,12 +69,15 @@ class Capacity:
         self._requests_max = self._tokens_max = 0
         self._requests = self._tokens = 0
         """In use as the workers report it, by all frontends together."""
+        self._before = (0, -math.inf)
+        """Requests that fitted the last workers, and when the last of these left."""
         self._reported = (0, 0)
         self._others = (0, 0)
         """Requests and tokens of the other frontends, estimated when the reported load last changed."""
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Apply a new registry view."""
+        requests_before = self._requests_max
         removed, added = self._view.replace(workers)
         for worker in removed:
             if worker.start in self._headrooms:
@@ -76,6 +85,8 @@ class Capacity:
         for worker in added:
             if self._streams(worker):
                 self._add(worker)
+        if requests_before and not self._headrooms:
+            self._before = requests_before, self._clock()
 
     def note(self, start: Start, load: EngineLoad | None) -> None:
         """Record a worker's load; None: its last one is stale, or the worker is no longer watched."""
@@ -97,7 +108,11 @@ class Capacity:
         return min(tokens, self._request_tokens[-1]) if self._request_tokens else tokens
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
-        """Whether one more request fits. True without any worker: routing then rejects it with the right error.
+        """Whether one more request fits.
+
+        True without any worker: routing then rejects it with the right error. Except that for `no_worker_wait_s` after
+        the last one has left as many fit as before: they wait for its successor, which must not get more at once, and
+        the others stay in the queue and its order.
 
         Args:
             held_requests: requests of this frontend on the workers.
@@ -105,7 +120,8 @@ class Capacity:
             tokens: KV tokens charged for the new request.
         """
         if not self._headrooms:
-            return True
+            requests, left_s = self._before
+            return held_requests < requests or self._clock() - left_s >= self._no_worker_wait_s
         if held_requests == 0:
             # Each frontend may always have one request on the workers, so that none of them ever starves.
             return True

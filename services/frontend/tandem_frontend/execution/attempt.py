@@ -48,7 +48,8 @@ CLIENT_ERRORS = (*REFUSALS, Overloaded, DeadlinePassed)
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
 """Failures after which another worker may serve the request, except those below."""
 OF_THE_REQUEST = (DeadlinePassed, RequestAborted)
-NO_FAULT = (Draining, Overloaded, StaleEpoch)
+GONE = (Draining, StaleEpoch)
+NO_FAULT = (*GONE, Overloaded)
 """Refusals of a healthy worker: it drains, has no capacity, or was restarted. No failure for its circuit breaker."""
 
 Send = Callable[[tuple[Sink, Sink | None]], Dispatched]
@@ -168,6 +169,8 @@ class Attempt:
         """The worker whose leg failed first, where another worker may succeed."""
         self.faulty_worker: Worker | None = None
         """The same worker unless it only refused the leg: its failure counts for the circuit breaker."""
+        self.found_it_gone = False
+        """Whether the failed worker said that it leaves or was restarted: the view is behind."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
@@ -333,6 +336,8 @@ class Attempt:
         if is_blamed and _is_of_one_worker(problem):
             if self.failed_worker is None and not isinstance(problem, NO_FAULT):
                 self.faulty_worker = side.worker
+            if self.failed_worker is None:
+                self.found_it_gone = isinstance(problem, GONE)
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
             self._record.broke(

@@ -1,7 +1,8 @@
 """All attempts of one request, and the one stream of tokens that they produce.
 
 Owns the retry policy of requests. An attempt that fails before its first token is retried on other workers; one that
-fails later is continued on other workers, after the last token that was passed on. `attempt` supervises a single one.
+fails later is continued on other workers, after the last token that was passed on. One that finds no worker, while the
+view is known to be behind, waits for the next view (`view_wait`). `attempt` supervises a single one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.clock import Clock
 from tandem.domain.request_state import Phase, RequestState
 from tandem.domain.worker import Start, Worker
-from tandem.errors import DeadlinePassed, LegFailed, TandemError
+from tandem.errors import DeadlinePassed, LegFailed, NoWorkers, Overloaded, ServiceError, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import headers_of
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
@@ -29,6 +30,7 @@ from tandem_frontend.execution.continuation import continued, refusal_reason
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
 from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.execution.trace_recorder import Record
+from tandem_frontend.execution.view_wait import MissingWorkers, ViewWait
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
 from tandem_frontend.routing.policy import RoutingRequest
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 3
 """Attempts in a row without a token."""
+GONE_MAX = 16
+"""Refusals in a row by workers that drain or were restarted, which cost no engine anything and count as no attempt."""
 BREAKS_MAX = 4
 """Failures of one accepted stream: a request that crashes every worker must not visit the whole fleet."""
 PAUSE_MAX_S = 0.05
@@ -75,8 +79,12 @@ class ExecutionDeps:
         clock: Clock,
         rng: random.Random,
         hash_prompt: Callable[[leg_pb2.LegRequest], Any] = lambda leg: None,
+        no_worker_wait_s: float = 0.0,
     ) -> None:
-        """`hash_prompt` returns what the policy matches with prefix caches; None where it matches nothing."""
+        """`hash_prompt` returns what the policy matches with prefix caches; None where it matches nothing.
+
+        `no_worker_wait_s` bounds the wait of requests that find no worker.
+        """
         self.routes = routes
         self._hash_prompt = hash_prompt
         self.refusals = refusals
@@ -84,6 +92,7 @@ class ExecutionDeps:
         self.dispatch = dispatch
         self.clock = clock
         self.rng = rng
+        self.missing = MissingWorkers(clock, no_worker_wait_s)
         self._open: set[RetryingStream] = set()
 
     def described(self, leg: leg_pb2.LegRequest, about: RoutingRequest) -> RoutingRequest:
@@ -91,7 +100,7 @@ class ExecutionDeps:
         return replace(about, prompt_tokens=len(leg.token_ids), prompt=self._hash_prompt(leg))
 
     def notice(self, workers: Iterable[Worker]) -> None:
-        """Fail all attempts on workers that have been restarted according to a new view.
+        """Fail all attempts on workers that have been restarted according to a new view, and wake what waits for it.
 
         A worker that has only left the view may have lost nothing but its registry: its legs go on, or fail by the
         silence timeout.
@@ -101,6 +110,7 @@ class ExecutionDeps:
             for worker in stream.attempt.route.workers:
                 if epochs.get(worker.worker_id, 0) > worker.epoch:
                     stream.attempt.lose(worker, f"worker {worker.worker_id} was restarted")
+        self.missing.follow(has_route=self.routes.has_any())
 
     @asynccontextmanager
     async def accepted(
@@ -169,6 +179,9 @@ class RetryingStream:
         """Accepted attempts that failed."""
         self._fruitless_count = 0
         """Attempts since the last token."""
+        self._gone_count = 0
+        """Refusals since the last token by workers that drain or were restarted."""
+        self._view_wait = ViewWait(deps.missing)
         self._tried: set[Start] = set()
         self._failed: set[Start] = set()
         self._attempt: Attempt | None = None
@@ -187,10 +200,8 @@ class RetryingStream:
 
     async def __aenter__(self) -> RetryingStream:
         try:
-            with self._record.routing():
-                self._about = self._deps.described(self._leg, self._about)
-                route = self._deps.routes.first(self._about)
-            await self._accept(route)
+            self._about = self._deps.described(self._leg, self._about)
+            await self._accept(await self._first_route())
         except BaseException as problem:  # a cancellation must abort both legs too
             self._record.leaving(problem)
             self._end_attempt()
@@ -295,7 +306,7 @@ class RetryingStream:
         if why_not is not None:
             raise self._without_continuation(problem, why_not)
         self._end_attempt()
-        route = await self._next_route_after_pause()
+        route = await self._another_route(problem)
         if route is None:
             raise self._without_continuation(problem, self._why_no_route())
         log.warning(
@@ -310,6 +321,16 @@ class RetryingStream:
         except TandemError as another:
             raise self._without_continuation(problem, self._why_no_route()) from another
 
+    async def _first_route(self) -> Route:
+        """The route of the first attempt. A request that finds none waits where workers were there a moment ago."""
+        while True:
+            try:
+                with self._record.routing():
+                    return self._deps.routes.first(self._about)
+            except NoWorkers as problem:
+                if not await self._next_view():
+                    raise self._view_wait.explained(problem) from None
+
     async def _accept(self, route: Route) -> None:
         """Make attempts, each on another route, until one is accepted."""
         while True:
@@ -321,7 +342,7 @@ class RetryingStream:
                     # The request itself is at fault: every worker would refuse it.
                     raise
                 self._note_failed()
-                another = await self._next_route_after_pause()
+                another = await self._another_route(problem)
                 if another is None:
                     raise
                 log.info(
@@ -357,6 +378,7 @@ class RetryingStream:
             return dispatched
 
         await attempt.start(send)
+        self._deps.missing.served()
 
     def _end_attempt(self) -> None:
         if self._attempt is not None:
@@ -368,6 +390,8 @@ class RetryingStream:
     def _note_first_token(self) -> None:
         """Record prefill's success: the first token of decode proves that the KV has arrived."""
         self._has_token = True
+        self._gone_count = 0
+        self._view_wait.reset()
         if not self._sent:
             self._model_digest = self.attempt.route.decode.capabilities.model_digest
         prefill = self.attempt.route.prefill
@@ -381,14 +405,20 @@ class RetryingStream:
         if worker is not None:
             self._deps.refusals.note(worker)
             self._failed.add(worker.start)
+            if self.attempt.found_it_gone and self._gone_count < GONE_MAX:
+                self._gone_count += 1
+                self._fruitless_count -= 1
 
     def _next_route(self, failed: Collection[Start]) -> Route | None:
-        may_continue = not self._sent or refusal_reason(self._leg) is None
-        if self._fruitless_count >= ATTEMPTS_MAX or not may_continue:
+        if not self._may_try():
             return None
         # Tokens of one set of weights are not continued by another: the model was changed meanwhile.
         others = self._deps.routes.with_other_weights(self._model_digest) if self._sent else ()
         return self._route_without({*failed, *others})
+
+    def _may_try(self) -> bool:
+        """Whether another attempt is allowed, given workers for it."""
+        return self._fruitless_count < ATTEMPTS_MAX and (not self._sent or refusal_reason(self._leg) is None)
 
     def _route_without(self, refused: Collection[Start]) -> Route | None:
         return self._deps.routes.next(self._routing_request(), self._tried, refused)
@@ -401,6 +431,31 @@ class RetryingStream:
         """Why a stream is not continued: only workers with other weights could, or no worker is left."""
         is_left = self._fruitless_count < ATTEMPTS_MAX and self._next_route(self._failed) is None
         return "weights" if is_left and self._route_without(self._failed) is not None else "workers"
+
+    async def _another_route(self, problem: TandemError) -> Route | None:
+        """The route of another attempt after a failure; None: there is none, also not within the time of a wait.
+
+        A request waits while the view is known to be behind: a worker has said that it leaves or was restarted, or the
+        workers of a role have left and were there a moment ago. Where a worker failed without a word, nothing says that
+        another one comes, and the client gets the error at once.
+        """
+        while (route := await self._next_route_after_pause()) is None:
+            is_behind = self._gone_count > 0 or not self._deps.missing.has_route
+            if not is_behind or not self._may_try() or isinstance(problem, Overloaded):
+                break
+            if self._why_no_route() == "weights" or not await self._next_view():
+                if isinstance(problem, ServiceError):
+                    self._view_wait.explained(problem)
+                break
+        return route
+
+    async def _next_view(self) -> bool:
+        """Wait for the next view; returns whether there was one. Raises DeadlinePassed."""
+        before_s = self._view_wait.waited_s
+        has_come = await self._view_wait.next_view(self._left_s())
+        if (waited_s := self._view_wait.waited_s - before_s) > 0:
+            self._record.trace.event("waited for a worker", seconds=round(waited_s, 3))
+        return has_come
 
     async def _next_route_after_pause(self) -> Route | None:
         """The route of another attempt, after a pause that spreads the retries of requests that failed together."""

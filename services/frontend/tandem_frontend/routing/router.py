@@ -157,6 +157,11 @@ class Routes:
         possible = self._pools.selection(request.prompt_tokens).without(refused)
         return self._choose(self._prefer(possible, tried), request) if possible.routes_count else None
 
+    def has_any(self) -> bool:
+        """Whether there is a route for some request, whatever its length."""
+        self._refresh()
+        return self._pools.context_tokens_max() is not None
+
     def with_other_weights(self, model_digest: str) -> frozenset[Start]:
         """Workers whose weights differ from those of a stream: they must not continue it."""
         self._refresh()

@@ -20,6 +20,9 @@ KV_PARTS: tuple[Literal["kv_used_tokens", "kv_cached_tokens", "kv_free_tokens"],
     "kv_free_tokens",
 )
 
+NAME_WIDTH_MIN = 18
+"""Characters of a name column, with the space beside it, below which other columns are left out."""
+
 R = TypeVar("R", WorkerSample, FrontendSample)
 Value = float | int | str | None
 
@@ -32,6 +35,8 @@ class Column(Generic[R]):
     value: Callable[[R, float], Value]
     """Value for (row, current time in s); also the sort key. None: unknown."""
     text: Callable[[Value], str] = str
+    rank: int = 0
+    """Where the terminal is narrow, columns of the highest rank go first; those of rank 0 stay."""
 
 
 def age(value_s: Value) -> str:
@@ -94,36 +99,37 @@ def _latency(of: str, percentile: str) -> Callable[[FrontendSample, float], Valu
     return value
 
 
+LATENCY_RANKS = {"p50": 2, "p90": 5, "p99": 1}
 WORKER_COLUMNS: tuple[Column[WorkerSample], ...] = (
     Column("WORKER", lambda row, now_s: row.name),
-    Column("ROLE", lambda row, now_s: row.role),
+    Column("ROLE", lambda row, now_s: row.role, rank=2),
     Column("STATE", lambda row, now_s: row.state),
-    Column("HEALTH", lambda row, now_s: row.health),
-    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age),
+    Column("HEALTH", lambda row, now_s: row.health, rank=3),
+    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age, rank=4),
     Column("RUN", _load("running_requests")),
     Column("WAIT", _load("waiting_requests")),
-    Column("QUEUE", _load("waiting_tokens"), amount),
-    Column("HIT %", lambda row, now_s: row.hit_ratio, percent),
-    Column("KV U/C/F %", _kv_percents),
-    Column("TOK/S", lambda row, now_s: row.tokens_per_s, amount),
-    Column("KV B/S", lambda row, now_s: row.transfer_bytes_per_s, amount),
-    Column("FAIL", lambda row, now_s: row.failures),
+    Column("QUEUE", _load("waiting_tokens"), amount, rank=5),
+    Column("HIT %", lambda row, now_s: row.hit_ratio, percent, rank=5),
+    Column("KV U/C/F %", _kv_percents, rank=1),
+    Column("TOK/S", lambda row, now_s: row.tokens_per_s, amount, rank=1),
+    Column("KV B/S", lambda row, now_s: row.transfer_bytes_per_s, amount, rank=6),
+    Column("FAIL", lambda row, now_s: row.failures, rank=1),
 )
 FRONTEND_COLUMNS: tuple[Column[FrontendSample], ...] = (
     Column("FRONTEND", lambda row, now_s: row.name),
     Column("STATE", lambda row, now_s: row.state),
-    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age),
+    Column("AGE", lambda row, now_s: max(0.0, now_s - row.epoch / 1_000), age, rank=3),
     Column("OPEN", _count("open_requests")),
     Column("WAIT", _count("waiting_requests")),
     *(
-        Column(f"{head} {p}", _latency(of, p), milliseconds)
+        Column(f"{head} {p}", _latency(of, p), milliseconds, rank=LATENCY_RANKS[p])
         for head, of in (("TTFT", "time_to_first_token"), ("ITL", "inter_token_latency"))
         for p in ("p50", "p90", "p99")
     ),
-    Column("DONE", _count("finished_requests"), amount),
-    Column("FAIL", _count("failed_requests"), amount),
-    Column("CONT", _count("continuations"), amount),
-    Column("REFUSED", _count("refused_requests"), amount),
+    Column("DONE", _count("finished_requests"), amount, rank=2),
+    Column("FAIL", _count("failed_requests"), amount, rank=1),
+    Column("CONT", _count("continuations"), amount, rank=3),
+    Column("REFUSED", _count("refused_requests"), amount, rank=2),
 )
 
 
@@ -133,6 +139,36 @@ def cell(column: Column[R], row: R, now_s: float) -> str:
     if value is not None:
         return column.text(value)
     return NOTHING if row.state in (GONE, UNREACHABLE) or column.text is milliseconds else UNKNOWN
+
+
+def fitting(widths: Sequence[int], ranks: Sequence[int], width: int) -> tuple[list[int], int]:
+    """Which columns fit into `width`, and how wide the first of them, the name, may be.
+
+    Args:
+        widths: of the columns, each as wide as its longest text and the space beside it; the name comes first.
+        ranks: of the columns; those of the highest rank are left out first, of equal ones the last.
+        width: of the terminal, in characters.
+
+    Returns:
+        Indices of the columns that are shown, ascending; and the width of the name, at least `NAME_WIDTH_MIN` or what
+        it needs.
+    """
+    shown = list(range(len(widths)))
+    least = min(widths[0], NAME_WIDTH_MIN)
+    while least + sum(widths[index] for index in shown[1:]) > width:
+        worst = max(shown[1:], key=lambda index: (ranks[index], index), default=None)
+        if worst is None or not ranks[worst]:
+            break
+        shown.remove(worst)
+    return shown, max(least, min(widths[0], width - sum(widths[index] for index in shown[1:])))
+
+
+def shortened(name: str, length: int) -> str:
+    """A name of at most so many characters: its ends say which worker it is, its middle rarely does."""
+    if len(name) <= length:
+        return name
+    tail = length // 2
+    return name[: length - 1 - tail] + "…" + name[len(name) - tail :]
 
 
 def ordered(rows: Sequence[R], column: Column[R], now_s: float, *, descending: bool) -> list[R]:

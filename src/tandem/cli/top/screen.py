@@ -15,7 +15,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Static
 
-from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, cell, ordered, totals
+from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, cell, fitting, ordered, shortened, totals
 from tandem.cli.top.sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 STYLES = {UNREACHABLE: "bold red", GONE: "dim", DRAINING: "yellow"}
@@ -32,10 +32,16 @@ class FleetTable(DataTable[Text], Generic[R]):
         self._sorted_by = 0
         self._descending = False
         self._fleet_rows: Sequence[R] = ()
+        self.hidden: tuple[str, ...] = ()
+        """Heads of the columns for which the terminal is too narrow."""
 
     def on_mount(self) -> None:
         """Show the header from the first frame on."""
-        self._head()
+        self.show_rows(self._fleet_rows)
+
+    def on_resize(self) -> None:
+        """Show as many columns as fit now."""
+        self.show_rows(self._fleet_rows)
 
     def sort_next(self, step: int) -> None:
         """Move the sort column by `step`: 1 or -1."""
@@ -53,10 +59,14 @@ class FleetTable(DataTable[Text], Generic[R]):
         selected = self._selected()
         now_s = time.time()
         self.clear(columns=True)
-        self._head()
         shown = ordered(rows, self._fleet_columns[self._sorted_by], now_s, descending=self._descending)
-        for row in shown:
-            self.add_row(*self._cells(row, now_s), key=row.name)
+        texts = [[cell(column, row, now_s) for column in self._fleet_columns] for row in shown]
+        columns, name_length = self._head(texts)
+        for row, cells in zip(shown, texts, strict=True):
+            cells[0] = shortened(cells[0], name_length)
+            style = STYLES.get(row.state, "")
+            styled = (Text(cells[at], style=style, justify=_side(self._fleet_columns[at])) for at in columns)
+            self.add_row(*styled, key=row.name)
         names = [row.name for row in shown]
         if selected in names:
             self.move_cursor(row=names.index(selected), animate=False)
@@ -66,15 +76,21 @@ class FleetTable(DataTable[Text], Generic[R]):
             return None
         return self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value
 
-    def _head(self) -> None:
+    def _head(self, texts: Sequence[Sequence[str]]) -> tuple[list[int], int]:
+        """Add the columns that fit; returns their indices, and the most characters of a name."""
         arrow = " ↓" if self._descending else " ↑"
-        for number, column in enumerate(self._fleet_columns):
-            head = column.head + (arrow if number == self._sorted_by else "")
-            self.add_column(Text(head, justify=_side(column)), key=column.head)
-
-    def _cells(self, row: R, now_s: float) -> list[Text]:
-        style = STYLES.get(row.state, "")
-        return [Text(cell(column, row, now_s), style=style, justify=_side(column)) for column in self._fleet_columns]
+        heads = [column.head for column in self._fleet_columns]
+        heads[self._sorted_by] += arrow
+        widths = [max(map(len, column)) + 2 * self.cell_padding for column in zip(heads, *texts, strict=True)]
+        ranks = [column.rank for column in self._fleet_columns]
+        # The column that the rows are sorted by says why they stand where they do.
+        ranks[self._sorted_by] = 0
+        room = self.size.width - self.scrollbar_size_vertical
+        shown, name_width = fitting(widths, ranks, room if self.size.width else sum(widths))
+        for at in shown:
+            self.add_column(Text(heads[at], justify=_side(self._fleet_columns[at])), key=self._fleet_columns[at].head)
+        self.hidden = tuple(column.head for at, column in enumerate(self._fleet_columns) if at not in shown)
+        return shown, name_width - 2 * self.cell_padding
 
 
 class TopScreen(App[None]):
@@ -124,12 +140,14 @@ class TopScreen(App[None]):
         """Redraw from a new sample."""
         sample = self._sample()
         at = time.strftime("%H:%M:%S", time.localtime(sample.time_s))
-        self.query_one("#totals", Static).update(f"{at}{' · paused' if self._is_paused else ''} · {totals(sample)}")
         problem = self.query_one("#problem", Static)
         problem.display = sample.registry_problem is not None
         problem.update(f"no registry reachable, showing the last known members: {sample.registry_problem}")
         self.worker_table.show_rows(sample.workers)
         self.frontend_table.show_rows(sample.frontends)
+        hidden = len(self.worker_table.hidden) + len(self.frontend_table.hidden)
+        parts = (at, "paused" if self._is_paused else "", totals(sample), f"{hidden} columns hidden" if hidden else "")
+        self.query_one("#totals", Static).update(" · ".join(filter(None, parts)))
 
     def action_sort(self, step: int) -> None:
         """Change the sort column of the focused table."""

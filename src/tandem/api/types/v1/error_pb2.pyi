@@ -41,13 +41,17 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_NOT_SUPPORTED: _ErrorReason.ValueType  # 7
     """The engine or the model does not support the request. Metadata: field, if one is at fault. UNIMPLEMENTED."""
     ERROR_REASON_NO_WORKERS: _ErrorReason.ValueType  # 8
-    """No live worker of a required role. Metadata: role. Sent with RetryInfo. UNAVAILABLE."""
+    """No live worker of a required role. Metadata: role, waited_s if the request has waited for one. Sent with
+    RetryInfo. UNAVAILABLE.
+    """
     ERROR_REASON_INCOMPATIBLE_WORKERS: _ErrorReason.ValueType  # 9
     """No two live workers can exchange KV (metadata: field, prefill, decode), or none implements the frontend's leg
     contract (metadata: field, worker). FAILED_PRECONDITION.
     """
     ERROR_REASON_LEG_FAILED: _ErrorReason.ValueType  # 10
-    """A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
+    """A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room, waited_s if the request has waited for
+    a worker. UNAVAILABLE.
+    """
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 11
     """The process is draining. Sent with RetryInfo. UNAVAILABLE."""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 12
@@ -101,13 +105,17 @@ ERROR_REASON_WRONG_ROLE: ErrorReason.ValueType  # 6
 ERROR_REASON_NOT_SUPPORTED: ErrorReason.ValueType  # 7
 """The engine or the model does not support the request. Metadata: field, if one is at fault. UNIMPLEMENTED."""
 ERROR_REASON_NO_WORKERS: ErrorReason.ValueType  # 8
-"""No live worker of a required role. Metadata: role. Sent with RetryInfo. UNAVAILABLE."""
+"""No live worker of a required role. Metadata: role, waited_s if the request has waited for one. Sent with
+RetryInfo. UNAVAILABLE.
+"""
 ERROR_REASON_INCOMPATIBLE_WORKERS: ErrorReason.ValueType  # 9
 """No two live workers can exchange KV (metadata: field, prefill, decode), or none implements the frontend's leg
 contract (metadata: field, worker). FAILED_PRECONDITION.
 """
 ERROR_REASON_LEG_FAILED: ErrorReason.ValueType  # 10
-"""A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room. UNAVAILABLE."""
+"""A leg of the attempt failed. Metadata: leg, worker, phase, attempt, room, waited_s if the request has waited for
+a worker. UNAVAILABLE.
+"""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 11
 """The process is draining. Sent with RetryInfo. UNAVAILABLE."""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 12
