@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.domain.sampling import SCALARS
+from tandem.domain.sampling import SCALARS, TOP_K_ALL
 from tandem.errors import InvalidRequest
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, JsonSchemaFormat, TextFormat
@@ -25,7 +25,7 @@ def chat_request(body: ChatRequest) -> pb.GenerateRequest:
     Raises:
         InvalidRequest: parameters contradict each other.
     """
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "requires logprobs to be true")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens is not None and most != body.max_tokens:
@@ -90,6 +90,7 @@ def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
         value = getattr(body, name)
         if value is not None:
             setattr(request.sampling, name, value)
+    _take_neutral(request)
     for token, bias in (body.logit_bias or {}).items():
         request.sampling.logit_bias[_token_id(token)] = bias
     if max_tokens is not None:
@@ -104,6 +105,16 @@ def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
             setattr(request, name, getattr(body, name))
     _set_grammar(request, body)
     return request
+
+
+def _take_neutral(request: pb.GenerateRequest) -> None:
+    """Values that other servers take and the contract does not: all tokens as 0, and a nucleus of one token."""
+    sampling = request.sampling
+    if sampling.HasField("top_k") and sampling.top_k == 0:
+        sampling.top_k = TOP_K_ALL
+    if sampling.HasField("top_p") and sampling.top_p == 0:
+        sampling.ClearField("top_p")
+        sampling.top_k = 1
 
 
 def _set_grammar(request: pb.GenerateRequest, body: Any) -> None:
