@@ -184,8 +184,8 @@ def test_values_that_ask_for_nothing_change_nothing(fields: dict[str, Any]) -> N
 def test_tools_carry_annotations_too() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     cached = {**tool, "cache_control": {}, "function": {"name": "f", "cache_control": {}}}
-    (read,) = asked(tools=[cached]).tools or ()
-    assert read.model_dump(exclude_none=True) == tool
+    read = asked(tools=[cached]).tools or []
+    assert [one.model_dump(exclude_none=True) for one in read] == [tool]
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "top_k", "min_tokens", "priority"])

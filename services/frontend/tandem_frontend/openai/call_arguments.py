@@ -30,7 +30,9 @@ def as_object(given: str | dict[str, Any] | None) -> dict[str, Any]:
         return {}
     try:
         value = _read(given) if isinstance(given, str) else given
-        return _encodable(value) if isinstance(value, dict) else {} if value is None else {UNREADABLE: value}
+        if value is None:
+            return {}
+        return _encodable(value if isinstance(value, dict) else {UNREADABLE: value})
     except (ValueError, RecursionError):
         return _encodable({UNREADABLE: given})
 
@@ -95,7 +97,7 @@ def _ends_in_escape(text: str) -> bool:
     return (len(before) - len(before.rstrip("\\"))) % 2 == 0
 
 
-def _encodable(value: Any) -> Any:
+def _encodable(value: dict[str, Any]) -> dict[str, Any]:
     """The value, with U+FFFD for each half of a surrogate pair: JSON can contain one, UTF-8 cannot.
 
     Raises:
@@ -105,5 +107,7 @@ def _encodable(value: Any) -> Any:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), strict=False)
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        encodable: dict[str, Any] = json.loads(text, strict=False)
+        return encodable
     return value
