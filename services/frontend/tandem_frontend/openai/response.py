@@ -15,8 +15,10 @@ from tandem_frontend.response.sse import CONTENT_TYPE, without_line_breaks
 class UsageSum:
     """Sums the usage of finished choices. A prompt counts once, however many choices it has."""
 
-    def __init__(self, choices_per_prompt: int) -> None:
+    def __init__(self, choices_per_prompt: int, *, is_echo_only: bool = False) -> None:
+        """`is_echo_only`: what was generated is not part of the response."""
         self._choices_per_prompt = choices_per_prompt
+        self._is_echo_only = is_echo_only
         self._prompt_tokens: dict[int, int] = {}
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
@@ -38,7 +40,7 @@ class UsageSum:
         # Choices of one prompt hit each other's prefix in the cache; the smallest count is what was cached before.
         cached = self._cached_tokens.get(prompt, usage.cached_tokens)
         self._cached_tokens[prompt] = min(cached, usage.cached_tokens)
-        self._completion_tokens += usage.completion_tokens
+        self._completion_tokens += 0 if self._is_echo_only else usage.completion_tokens
         self._open_tokens.pop(choice, None)
 
     def so_far(self) -> dict[str, Any]:

@@ -127,3 +127,13 @@ class CompletionRequest(CommonFields):
 
     suffix: Annotated[None, only("")] = None
     add_special_tokens: Annotated[None, only(True)] = None
+
+    @property
+    def is_echo_only(self) -> bool:
+        """Whether the prompt alone is asked for: harnesses that rate texts generate nothing."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None

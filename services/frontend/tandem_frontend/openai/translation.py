@@ -44,11 +44,15 @@ def completion_request(body: CompletionRequest) -> pb.GenerateRequest:
     """
     if body.best_of is not None and body.best_of != body.choice_count:
         raise InvalidRequest("best_of", "is supported only where it equals n")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo", "with logprobs is not supported: the prompt's log probabilities are not computed")
-    request = _common(body, COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens)
+    if body.echoes_logprobs and body.stream:
+        raise InvalidRequest("stream", "with echo and logprobs is not supported: those of the prompt come at the end")
+    most = COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens
+    # An engine has to compute the prompt, and returns a token with it.
+    request = _common(body, 1 if body.is_echo_only else most)
     if body.logprobs is not None:
         request.logprobs.top_logprobs = body.logprobs
+    if body.echoes_logprobs:
+        request.logprobs.prompt = True
     return request
 
 
@@ -75,7 +79,7 @@ def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
         return field.split(".")[1] if body.regex is not None or body.ebnf is not None else "tools"
     if field == "stopping.max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
         return "max_completion_tokens"
-    if field in {"logprobs.top_logprobs", "top_logprobs"}:
+    if field in {"logprobs.top_logprobs", "logprobs.prompt", "top_logprobs"}:
         return "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
     for part in ("sampling.", "stopping.", "guided."):
         field = field.removeprefix(part)
