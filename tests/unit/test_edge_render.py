@@ -137,8 +137,9 @@ def test_filters_stand_in_the_order_that_protects() -> None:
     every = rendered((ApiKey("a", "k"),), requests_per_second_per_client=1, cors_origins="*")
     assert filters(every) == [
         "header_mutation",
-        "health_check",
+        "requests",
         "cors",
+        "health_check",
         "api_key_auth",
         "local_ratelimit",
         "lua",
@@ -246,7 +247,9 @@ def test_every_grpc_code_but_ok_has_one_http_status() -> None:
 def test_replies_of_the_edge_and_its_lua_filter_use_the_table_of_http_errors() -> None:
     config = EdgeConfig(frontends="127.0.0.1:1")
     files = render(config, (), FILES)
-    mappers = found(loaded(files[FILES.config]), "mappers")[0]
+    mappers = [
+        entry for entry in found(loaded(files[FILES.config]), "mappers")[0] if "and_filter" not in entry["filter"]
+    ]
     exact = {
         mapper["filter"]["status_code_filter"]["comparison"]["value"]["default_value"]: mapper["body_format_override"]
         for mapper in mappers

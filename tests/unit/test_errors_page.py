@@ -46,10 +46,6 @@ def test_the_examples_of_the_clients_page_are_spaced_as_they_are_sent() -> None:
     assert bodies == [json.dumps(json.loads(body), ensure_ascii=False, separators=(",", ":")) for body in bodies]
 
 
-def test_the_page_has_the_answer_to_http_1_0() -> None:
-    assert "| 426 | `invalid_request_error` | null | HTTP/1.0: " in PAGE.read_text()
-
-
 def rows() -> list[tuple[str, str, str]]:
     return ROW.findall(PAGE.read_text())
 

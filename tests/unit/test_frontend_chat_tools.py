@@ -51,8 +51,13 @@ def test_whether_a_template_takes_tools(template: ChatTemplate, tmp_path: Path) 
         ("{{ 'args ' + messages[1].tool_calls[0].function.arguments }}", 'args {"city": "Köln", "days": 3}'),
         ("{{ messages[1].content + '|' + messages[2].content }}", "|18 °C"),
         ("{{ 'tool ' + tools[0].name }}", "tool weather"),
+        (
+            "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %} {% endfor %}",
+            "user assistant tool user ",
+        ),
+        ("{{ cls_token is defined }}", "False"),
     ],
-    ids=["an object", "text", "content", "functions without their wrapper"],
+    ids=["an object", "text", "content", "functions without their wrapper", "marks for training", "special tokens"],
 )
 def test_templates_of_every_taste(tmp_path: Path, source: str, rendered: str) -> None:
     given = history(json.dumps(ARGUMENTS, ensure_ascii=False))

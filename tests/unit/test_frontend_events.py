@@ -108,7 +108,7 @@ async def events_of(generated: Generated) -> list[HttpBody]:
 
 async def test_each_event_is_one_block_and_the_first_has_the_type() -> None:
     bodies = await events_of(Generated(ACCEPTED, CHUNK, pb.GenerateFinish()))
-    assert [body.content_type for body in bodies] == ["text/event-stream", "", ""]
+    assert [body.content_type for body in bodies] == ["text/event-stream; charset=utf-8", "", ""]
     for body in bodies:
         assert body.data.startswith(b"data: {")
         assert body.data.endswith(b"}\n\n")

@@ -116,8 +116,9 @@ def test_a_named_template_is_found(model: Path) -> None:
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
+        "{{ 1 / (messages | length - 1) }}",
     ],
-    ids=["refusal", "index", "mutation", "escape", "endless"],
+    ids=["refusal", "index", "mutation", "escape", "endless", "division"],
 )
 def test_a_template_that_fails_is_the_requests_error(model: Path, source: str) -> None:
     with pytest.raises(InvalidRequest) as refused:

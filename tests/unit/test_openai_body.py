@@ -46,7 +46,7 @@ def chat(**fields: Any) -> bytes:
         (chat(messages=[{"role": "user"}]), "messages[0].content", "must be given"),
         (chat(messages=[USER, {"content": "hi"}]), "messages[1].role", "must be given"),
         (chat(messages=[{"role": "robot", "content": "hi"}]), "messages[0].role", "must be one of"),
-        (chat(messages=[{**USER, "mood": "good"}]), "messages[0].mood", "is not a parameter"),
+        (chat(messages=[{**USER, "images": ["aGk="]}]), "messages[0].images", "is not supported"),
         (chat(messages=[{"role": "user", "content": []}]), "messages[0].content", "must not be empty"),
         (
             chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]),
@@ -73,7 +73,7 @@ def chat(**fields: Any) -> bytes:
         (chat(service_tier="flex"), "service_tier", "must be 'auto' or 'default'"),
         (chat(modalities=["audio"]), "modalities[0]", "must be 'text'"),
         (chat(audio={}), "audio", "is not supported"),
-        (chat(functions=[]), "functions", "is not supported"),
+        (chat(functions=[{"name": "f"}]), "functions", "is not supported"),
         (chat(response_format={"type": "xml"}), "response_format.type", "must be one of"),
         (chat(response_format={"type": "json_schema"}), "response_format.json_schema", "must be given"),
         (chat(tools=[{"type": "web"}]), "tools[0].type", "must be 'function'"),

@@ -127,7 +127,9 @@ async def test_every_entry_is_sent_once_and_in_order(counts: list[int], parses: 
         texts = [entry.get("text") for entry in call.entries if entry["index"] == number]
         assert texts == [*map(str, range(count)), None], "the finish is the last entry"
     assert call.events[-1] == "[DONE]"
-    assert [body.content_type for body in call.bodies] == ["text/event-stream"] + [""] * (len(call.bodies) - 1)
+    assert [body.content_type for body in call.bodies] == ["text/event-stream; charset=utf-8"] + [""] * (
+        len(call.bodies) - 1
+    )
     assert all(event == "[DONE]" or "usage" in event for event in call.events)
 
 

@@ -26,7 +26,7 @@ def rendered(message: dict[str, Any]) -> str:
     return json.dumps(for_template(request.messages, demo_tokenizer().without_control), ensure_ascii=False)
 
 
-def call(arguments: str, name: str = "f", call_id: str = "c") -> dict[str, Any]:
+def call(arguments: Any, name: str = "f", call_id: str = "c") -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
 
@@ -43,6 +43,11 @@ def call(arguments: str, name: str = "f", call_id: str = "c") -> dict[str, Any]:
         call('{"a": "\\u003c|end|>"}'),
         call('{"\\u003c|end|\\u003e": 1}'),
         call('{"a": [{"b": "<|\\u0065nd|>"}]}'),
+        call('{"a": "cut off behind <|\\u0065nd|>'),
+        call("no JSON <|end|>"),
+        call({"a": END}),
+        {"role": "assistant", "refusal": END},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": END}]},
         call("{}", name=END, call_id=END),
     ],
 )
@@ -51,15 +56,11 @@ def test_control_tokens_are_broken_up_in_every_field(message: dict[str, Any]) ->
     assert "\u2060" in rendered(message)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [("{", "is not JSON"), ("[]", "must be a JSON object"), ('{"a": "\\ud800"}', "is not valid Unicode")],
-)
-def test_invalid_tool_arguments_are_rejected_by_name(arguments: str, words: str) -> None:
+def test_arguments_nested_too_deeply_are_rejected_by_name() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        rendered(call(arguments))
+        rendered(call('{"a":' * 700 + "1" + "}" * 700))
     assert refused.value.field == "messages[0].tool_calls[0].function.arguments"
-    assert words in refused.value.message
+    assert "nested too deeply" in refused.value.message
 
 
 def test_every_string_of_a_value_is_cleaned() -> None:

@@ -115,12 +115,28 @@ def test_chat_contradictions_name_a_parameter(fields: Any, param: str) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"best_of": 2}, "best_of"), ({"n": 2, "best_of": 3}, "best_of"), ({"echo": True, "logprobs": 0}, "echo")],
+    [
+        ({"best_of": 2}, "best_of"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 0, "stream": True}, "stream"),
+    ],
 )
 def test_completion_contradictions_name_a_parameter(fields: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         completion_request(completion(**fields))
     assert refused.value.field == param
+
+
+def test_an_echo_with_logprobs_asks_for_those_of_the_prompt() -> None:
+    request = completion_request(completion(echo=True, logprobs=2))
+    assert (request.logprobs.prompt, request.logprobs.top_logprobs, request.stopping.max_tokens) == (True, 2, 16)
+    assert not completion_request(completion(logprobs=2)).logprobs.prompt
+    assert not completion_request(completion(echo=True)).HasField("logprobs")
+
+
+def test_an_echo_alone_generates_the_one_token_that_an_engine_must() -> None:
+    assert completion_request(completion(echo=True, max_tokens=0)).stopping.max_tokens == 1
+    assert completion_request(completion(max_tokens=0)).stopping.max_tokens == 0, "refused with the contract"
 
 
 def test_each_choice_has_its_own_seed() -> None:
@@ -152,3 +168,4 @@ def test_contract_fields_map_to_chat_parameters(field: str, fields: Any, param: 
 def test_contract_fields_map_to_completion_parameters() -> None:
     assert parameter("token_ids", completion()) == "prompt"
     assert parameter("logprobs.top_logprobs", completion(logprobs=99)) == "logprobs"
+    assert parameter("logprobs.prompt", completion(logprobs=1, echo=True)) == "logprobs"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tandem.domain.generation import EngineRequest, Sampling, Stopping
+from tandem.domain.generation import EngineRequest, Sampling, Stopping, TokenLogprob
 from tandem.engine.sglang.responses import Answers
 from tandem.errors import EngineFailed
 from tests.unit.support.simulated_legs import Collected
@@ -134,3 +134,37 @@ async def test_whole_rows_are_passed_on_and_finished(front_half: Any) -> None:
     assert [output.token_ids for output in outputs] == [[5], [6], [7]]
     assert [len(output.finishes) for output in outputs] == [1, 1, 1]
     assert not front_half.rid_to_state
+
+
+def rated(values: Any, token_ids: Any, tops: Any) -> Collected:
+    """The output of a request for log probabilities of its prompt, whose one step has these of it."""
+    output = Collected()
+    request = EngineRequest(
+        request_id="r",
+        token_ids=(1, 2, 3),
+        sampling=Sampling(),
+        stopping=Stopping(max_tokens=1),
+        top_logprobs=1,
+        prompt_logprobs=True,
+    )
+    step = batch()
+    step.input_token_logprobs_val, step.input_token_logprobs_idx = [values], [token_ids]
+    step.input_top_logprobs_val, step.input_top_logprobs_idx = [tops], [[[9]] * len(tops)]
+    answers = Answers(request, "r", output, lambda ended: None)
+    answers.tokens([5], step, 0)
+    answers.end({"type": "length"}, step, 0, None)
+    return output
+
+
+def test_the_first_token_of_a_prompt_has_no_log_probability() -> None:
+    (finish,) = rated([None, -1.0, -2.0], [1, 2, 3], [[-0.5], [-0.5], [-0.5]]).finishes
+    assert finish.prompt_logprobs == (
+        TokenLogprob(token_id=2, logprob=-1.0, top=((9, -0.5),)),
+        TokenLogprob(token_id=3, logprob=-2.0, top=((9, -0.5),)),
+    )
+
+
+@pytest.mark.parametrize("token_ids", [[1, 2], [1, 2, 4], [1, 2, 3, 4]])
+def test_log_probabilities_of_another_prompt_are_refused(token_ids: list[int]) -> None:
+    with pytest.raises(EngineFailed, match="of another prompt"):
+        rated([None] + [-1.0] * (len(token_ids) - 1), token_ids, [[-0.5]] * len(token_ids))

@@ -18,6 +18,7 @@ import jinja2
 from google.rpc import code_pb2
 from markupsafe import Markup
 
+import tandem
 from tandem.domain import http_errors
 from tandem.domain.network_address import split_address
 from tandem_edge import transcoding
@@ -30,10 +31,34 @@ TEMPLATE = "edge.yaml.jinja"
 SECRET_TEMPLATE = "tls_secret.yaml.jinja"  # noqa: S105 -- the name of a file
 ERRORS_TEMPLATE = "errors.lua.jinja"
 ERRORS_LUA = "errors.lua"
+REQUESTS_TEMPLATE = "requests.lua.jinja"
+REQUESTS_LUA = "requests.lua"
+STAINLESS = (
+    *("arch", "async", "custom-poll-interval", "helper-method", "lang", "os", "package-version", "poll-helper"),
+    *("read-timeout", "retry-count", "runtime", "runtime-version", "timeout"),
+)
+"""Headers with which the SDKs of OpenAI and Anthropic describe themselves."""
 OTLP_PORT = 4317
 """Default port of a collector address without one."""
 FRONTEND_NAME = "frontend"
 """DNS name in every frontend certificate that `tandem certs` issues."""
+
+PATHS = {
+    "health": "/healthz",
+    # What load balancers, benchmarks and other servers' clients call it.
+    "health_names": ("/healthz", "/health", "/ping", "/ready", "/readyz", "/v1/health"),
+    "version": "/version",
+    "cors_headers": (
+        "authorization",
+        "content-type",
+        *("x-request-id", "x-api-key", "idempotency-key", "traceparent", "tracestate"),
+        *(f"openai-{name}" for name in ("organization", "project", "beta")),
+        *(f"anthropic-{name}" for name in ("version", "beta", "dangerous-direct-browser-access")),
+        *(f"x-stainless-{name}" for name in STAINLESS),
+        "*",
+    ),
+}
+"""Paths of the edge itself, and the headers that pages may send to it."""
 
 LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
 NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
@@ -64,6 +89,11 @@ class Files:
     def lua(self) -> Path:
         """The filter that formats error responses."""
         return self.directory / ERRORS_LUA
+
+    @property
+    def requests_lua(self) -> Path:
+        """The filter that brings requests to their usual form."""
+        return self.directory / REQUESTS_LUA
 
     @property
     def endpoints(self) -> Path:
@@ -118,6 +148,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3f}s"
 
 
+def host_pattern(names: Sequence[str], with_short: bool) -> str:
+    """A regular expression (RE2) for Host headers that name one of these hosts, with any port.
+
+    `with_short`: names without a dot too. No page on the public web has one, but a proxy's name for what stands behind
+    it often does: nginx sends that of its `upstream`.
+    """
+    hosts = [re.escape(name) for name in names] + ["[a-z0-9_-]+"] * with_short
+    return f"(?i)({'|'.join(hosts)})(:[0-9]+)?"
+
+
 def render(
     config: EdgeConfig, keys: tuple[ApiKey, ...], output: Files, endpoints: Sequence[Endpoint] = ()
 ) -> dict[Path, bytes]:
@@ -131,6 +171,8 @@ def render(
         "keys": keys,
         "files": output,
         "routes": transcoding.http_routes(),
+        "paths": PATHS,
+        "version": tandem.__version__,
         "services": transcoding.SERVICE_NAMES,
         "health_service": transcoding.HEALTH_SERVICE_NAME,
         "frontends": [_host_and_port(address) for address in config.frontends or ()],
@@ -142,6 +184,7 @@ def render(
         output.config: _render(TEMPLATE, values),
         output.descriptors: transcoding.descriptor_set(),
         output.lua: _render(ERRORS_TEMPLATE, values),
+        output.requests_lua: _render(REQUESTS_TEMPLATE, values),
         output.pressure: b"0",
     }
     if keys:
@@ -164,6 +207,7 @@ def _render(template: str, values: dict[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined, autoescape=True, finalize=quoted, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
+    environment.filters["host_pattern"] = host_pattern
     return environment.from_string(PARTS.joinpath(template).read_text()).render(values).encode()
 
 

@@ -36,6 +36,8 @@ class HttpRoute:
     """The exact path, or its prefix."""
     is_prefix: bool
     methods: tuple[str, ...]
+    is_foreign: bool = False
+    """Whether it is a call of another project's API, whose clients add query parameters of their own."""
 
 
 def descriptor_set() -> bytes:
@@ -60,15 +62,22 @@ def http_routes() -> tuple[HttpRoute, ...]:
     short.
     """
     methods: dict[tuple[str, bool], set[str]] = {}
-    for method, template in _annotations():
+    foreign: set[str] = set()
+    for method, template, is_foreign in _annotations():
         path, variable, _ = template.partition("{")
         methods.setdefault((path, bool(variable)), set()).add(method)
-    routes = [HttpRoute(path, is_prefix, tuple(sorted(found))) for (path, is_prefix), found in methods.items()]
+        if is_foreign:
+            foreign.add(path)
+    routes = [
+        HttpRoute(path, is_prefix, tuple(sorted(found)), path in foreign)
+        for (path, is_prefix), found in methods.items()
+    ]
     return tuple(sorted(routes, key=lambda route: (route.is_prefix, -len(route.path), route.path)))
 
 
-def _annotations() -> Iterator[tuple[str, str]]:
+def _annotations() -> Iterator[tuple[str, str, bool]]:
     for service in SERVICES:
+        is_foreign = service.full_name != HEALTH_SERVICE_NAME
         for method in service.methods:
             rule = method.GetOptions().Extensions[annotations_pb2.http]
             kind = rule.WhichOneof("pattern")
@@ -77,4 +86,4 @@ def _annotations() -> Iterator[tuple[str, str]]:
             template = getattr(rule, kind)
             if not re.fullmatch(r"/[a-z0-9/:._-]+(\{[a-z_]+=\*\*\})?", template):
                 raise AssertionError(f"{method.full_name}: unsupported path template {template}")
-            yield kind.upper(), template
+            yield kind.upper(), template, is_foreign

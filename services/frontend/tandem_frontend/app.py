@@ -141,7 +141,15 @@ class FrontendApp:
             server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
             bodies = BodyChecker(model.tokenizer.context_tokens_max, config.tenant_share)
             stack.push_async_callback(bodies.close)
-            openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, bodies, config.session_header)
+            openai = OpenAiServicer(
+                generation,
+                model,
+                fleet.watch.workers,
+                parsers,
+                bodies,
+                config.session_header,
+                comment_s=config.stream_comment_s,
+            )
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())

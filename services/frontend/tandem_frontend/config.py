@@ -122,6 +122,13 @@ class FrontendConfig(AdminConfig):
         description="longest time in milliseconds for which a busy frontend holds tokens to send them in one chunk; "
         "0: never; the first token is never held",
     )
+    stream_comment_s: float = Field(
+        2,
+        ge=0,
+        le=3600,
+        description="time without an event after which a stream of the OpenAI API gets a comment, so that clients and "
+        "proxies keep waiting for a long prefill; a failure after it has no HTTP status of its own; 0: no comments",
+    )
     timelines_kept: int = Field(256, ge=1, le=100_000, description="finished requests whose timelines are kept")
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's tool call parser for this model")
     reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's reasoning parser for this model")

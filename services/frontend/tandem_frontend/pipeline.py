@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2
-from tandem.errors import Overloaded
+from tandem.errors import LegFailed, Overloaded
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
 from tandem.observability.trace_store import TraceStore
@@ -25,6 +25,7 @@ from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.call_context import Caller
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.request_stream import ExecutionDeps, RetryingStream
+from tandem_frontend.execution.step_logprobs import fault_in
 from tandem_frontend.execution.trace_recorder import Record, trace_of
 from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
@@ -121,9 +122,20 @@ class Generation:
                     raise Overloaded(f"the client does not read: over {UNREAD_TOKENS_MAX} tokens are waiting for it")
                 route, prefill = _route(stream.attempt), stream.attempt.prefill_finish
                 finish = relay.finish(len(wanted.token_ids), stream.finish(), prefill, route)
+                self._check_prompt_logprobs(finish, wanted)
             # Both legs have ended and the slot is free: a client that has the finish may rely on both.
             recorder.finish(finish)
             await answer.finish(finish)
+
+    def _check_prompt_logprobs(self, finish: pb.GenerateFinish, wanted: CheckedRequest) -> None:
+        """Reject what a client cannot use: there is one for each token of the prompt but the first, or none at all."""
+        is_wanted = wanted.logprobs is not None and wanted.logprobs.prompt
+        expected_count = len(wanted.token_ids) - 1 if is_wanted else 0
+        fault = fault_in(finish.prompt_logprobs, self._model.tokenizer.vocabulary_size)
+        if len(finish.prompt_logprobs) != expected_count:
+            fault = f"received {len(finish.prompt_logprobs)} log probabilities of the prompt, not {expected_count}"
+        if fault is not None:
+            raise LegFailed(fault)
 
     async def _traced_prompt(self, wanted: CheckedRequest) -> str:
         """The beginning of the prompt as the model reads it, control tokens included."""

@@ -84,6 +84,8 @@ class EngineRequest:
     guided: Guided | None = None
     top_logprobs: int | None = None
     """None: no log probabilities. 0: of the sampled token only. n: also of the n most likely tokens."""
+    prompt_logprobs: bool = False
+    """With `top_logprobs`: those of the prompt's tokens too. Never on a decode engine, which does not compute them."""
     bootstrap: Bootstrap | None = None
     """None on an aggregated engine; required on a prefill or decode engine."""
     priority: int = 0
@@ -114,6 +116,8 @@ class EngineFinish:
     recomputed_tokens: int | None = None
     """Decode leg: prompt tokens that this engine computed itself. 0: all KV was received."""
     timings: EngineTimings | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens after the first, if requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -200,6 +200,7 @@ def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
             cached_tokens=finish.cached_tokens,
         ),
         timings=leg_pb2.LegTimings(recomputed_tokens=finish.recomputed_tokens),
+        prompt_logprobs=map(logprob_to_proto, finish.prompt_logprobs),
     )
     if finish.timings is not None:
         message.timings.MergeFrom(leg_pb2.LegTimings(kv_transfer_bytes=finish.timings.kv_transfer_bytes))

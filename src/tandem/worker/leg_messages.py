@@ -35,6 +35,7 @@ def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> Engi
         stopping=stopping_from_proto(leg.stopping),
         guided=guided_from_proto(leg.guided) if leg.HasField("guided") else None,
         top_logprobs=leg.logprobs.top_logprobs if leg.HasField("logprobs") else None,
+        prompt_logprobs=leg.logprobs.prompt,
         bootstrap=bootstrap,
         priority=leg.priority,
         cache_salt=present(leg, "cache_salt", leg.cache_salt),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping
+from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping, TokenLogprob
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.testing.eventually import assert_eventually
@@ -49,6 +49,7 @@ def request_of(
     *,
     bootstrap: Bootstrap | None = None,
     top_logprobs: int | None = None,
+    prompt_logprobs: bool = False,
     ignore_eos: bool = True,
     sampling: Sampling = GREEDY,
     guided: Guided | None = None,
@@ -62,6 +63,7 @@ def request_of(
         guided=guided,
         stopping=Stopping(max_tokens=max_tokens, ignore_eos=ignore_eos, **stopping),
         top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
         bootstrap=bootstrap,
     )
 
@@ -126,6 +128,7 @@ class Fleet:
         self._running: tuple[str, list[EngineProcess]] = ("", [])
         self._reference: dict[int, Result] | None = None
         self._drawn: list[list[int]] | None = None
+        self._rated: tuple[TokenLogprob, ...] | None = None
 
     async def aggregated(self) -> EngineProcess:
         """One engine that does everything."""
@@ -158,6 +161,15 @@ class Fleet:
             requests = [request_of(prompt, sampling=sampling) for sampling in DRAWN]
             self._drawn = [(await engine.generate(request).all()).token_ids for request in requests]
         return self._drawn
+
+    async def rated(self) -> tuple[TokenLogprob, ...]:
+        """The aggregated engine's log probabilities of the longest prompt's tokens."""
+        if self._rated is None:
+            engine = await self.aggregated()
+            prompt = prompt_of(PROMPT_LENGTHS[-1], engine.capabilities.vocabulary_size)
+            result = await engine.generate(request_of(prompt, 1, top_logprobs=1, prompt_logprobs=True)).all()
+            self._rated = result.finish.prompt_logprobs
+        return self._rated
 
     async def caching(self, role: WorkerRole, kv_capacity_tokens: int, extra: dict[str, Any]) -> EngineProcess:
         """One engine whose prefix cache is small."""

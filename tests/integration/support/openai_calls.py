@@ -37,7 +37,7 @@ class Answer:
 
     @property
     def raw_events(self) -> list[str]:
-        assert self.content_type == "text/event-stream"
+        assert self.content_type == "text/event-stream; charset=utf-8"
         *events, rest = self.data.decode().split("\n\n")
         assert rest == ""
         assert all(event.startswith("data: ") for event in events)

@@ -94,7 +94,8 @@ class ChatCompletions:
     def _tools(self, body: ChatRequest) -> list[dict[str, Any]]:
         """The tools that the chat template renders: the named one, all of them, or none."""
         if not body.tools:
-            if body.tool_choice not in (None, "none"):
+            # "auto" with an empty list is what a client sends that has a list and no tools in it.
+            if body.tool_choice not in (None, "none", "auto"):
                 raise InvalidRequest("tool_choice", "requires tools")
             return []
         # Left out of the prompt, so that the model cannot call any.
@@ -118,15 +119,22 @@ class ChatCompletions:
         template = self._model.tokenizer.chat_template
         kwargs = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
-            if template is None or not template.takes("reasoning_effort"):
-                raise InvalidRequest("reasoning_effort", "this model's chat template does not support it")
-            kwargs["reasoning_effort"] = body.reasoning_effort
+            kwargs |= self._effort(body.reasoning_effort)
         # Templates ignore unknown variables, so a misspelt one would have no effect without an error.
         for name in kwargs:
             if template is None or not template.takes(name):
                 raise InvalidRequest("chat_template_kwargs", f"this model's chat template does not read {name[:64]!r}")
         cleaned: dict[str, Any] = without_control(kwargs, self._model.tokenizer.without_control)
         return cleaned
+
+    def _effort(self, effort: str) -> dict[str, Any]:
+        """The variables of the template for a `reasoning_effort`. Without degrees, a template can still have none."""
+        template = self._model.tokenizer.chat_template
+        if template is not None and template.takes("reasoning_effort"):
+            return {"reasoning_effort": effort}
+        if template is not None and effort == "none" and template.takes("enable_thinking"):
+            return {"enable_thinking": False}
+        raise InvalidRequest("reasoning_effort", "this model's chat template does not support it")
 
     async def _constrain(
         self,

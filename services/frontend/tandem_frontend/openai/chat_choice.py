@@ -8,7 +8,7 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.output_parsers import Content, Delta, ParsedStream, Reasoning, ToolCallArguments, ToolCallStart
-from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, chat_logprobs
+from tandem_frontend.openai.logprobs import TokenTexts, VisibleTokens, chat_logprobs
 from tandem_frontend.openai.response import finish_reason
 
 
@@ -29,7 +29,7 @@ class ChatChoice:
         self._texts = texts
         self._parsed = parsed
         self._one_call_only = one_call_only
-        self._stop_filter = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
+        self._visible = VisibleTokens(request, texts) if request.HasField("logprobs") else None
         self._pending_logprobs: list[generation_pb2.TokenLogprob] = []
         """Log probabilities of tokens whose text has not been sent yet."""
         self._logprobs: list[generation_pb2.TokenLogprob] = []
@@ -64,6 +64,8 @@ class ChatChoice:
             # A call that max_tokens cut off stays incomplete: completing it would invent arguments.
             rest = await self._parsed.close(complete=finish.reason != generation_pb2.FINISH_REASON_LENGTH)
         entries = self._entries(rest)
+        if self._visible is not None:
+            self._pending_logprobs += self._visible.end(finish)
         # Log probabilities of tokens without text would be lost with no delta to carry them.
         if self._pending_logprobs:
             entries += self._entries((Content(""),))
@@ -74,7 +76,8 @@ class ChatChoice:
 
     def as_json(self) -> dict[str, Any]:
         """The entry of `choices` in a response that is not streamed; complete after `end`."""
-        logprobs = None if self._stop_filter is None else chat_logprobs(self._logprobs, self._texts)
+        visible = self._visible
+        logprobs = None if visible is None else chat_logprobs(self._logprobs, self._texts, visible.cut)
         return {
             "index": self._index,
             "message": self._message.as_json(),
@@ -83,8 +86,8 @@ class ChatChoice:
         }
 
     def _note_logprobs(self, chunk: pb.GenerateChunk) -> None:
-        if self._stop_filter is not None:
-            self._pending_logprobs += self._stop_filter.keep(chunk.logprobs)
+        if self._visible is not None:
+            self._pending_logprobs += self._visible.take(chunk)
 
     def _entries(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
         added = [self._message.add(delta) for delta in deltas if not self._is_dropped(delta)]
@@ -93,10 +96,14 @@ class ChatChoice:
         entries = self._role_entry() + [self._entry(delta) for delta in added]
         if self._pending_logprobs:
             # On the first delta of the chunk, so that a client never waits for them longer than for their text.
-            entries[-len(added)]["logprobs"] = chat_logprobs(self._pending_logprobs, self._texts)
+            entries[-len(added)]["logprobs"] = self._shown(self._pending_logprobs)
             self._logprobs += self._pending_logprobs
             self._pending_logprobs = []
         return entries
+
+    def _shown(self, logprobs: Sequence[generation_pb2.TokenLogprob]) -> dict[str, Any]:
+        """In the format of a delta. What a stop string has cut is the last of all."""
+        return chat_logprobs(logprobs, self._texts, None if self._visible is None else self._visible.cut)
 
     def _is_dropped(self, delta: Delta) -> bool:
         """Whether it belongs to a second tool call although the client allows one."""

@@ -1,7 +1,7 @@
 """What both completion endpoints share: run one generation per choice, and merge or stream their output.
 
-The first byte of a stream is sent with the first token, so a failure before it still gets an HTTP status of its own. A
-failure after it becomes the stream's last event, and `[DONE]` is not sent.
+The first byte of a stream is sent with the first token, or as a comment when that takes long, so a failure before it
+still gets an HTTP status of its own. A failure after it becomes the stream's last event, and `[DONE]` is not sent.
 """
 
 from __future__ import annotations
@@ -72,13 +72,16 @@ class EndpointHandler:
         generation: Generation,
         model: ServedModel,
         workers: Callable[[], tuple[Worker, ...]],
+        *,
+        comment_s: float = 0,
     ) -> None:
-        """`workers` is the registry's view, for the fingerprint."""
+        """`workers` is the registry's view, for the fingerprint. `comment_s`: see the setting stream_comment_s."""
         self.choices_max = min(CHOICES_MAX, generation.tenant_requests_max)
         """Most choices of one request, over all its prompts: more could never be admitted."""
         self._generation = generation
         self._model = model
         self._workers = workers
+        self._comment_s = comment_s
         self._view: tuple[Worker, ...] | None = None
         """The view that `_fingerprint` was computed from."""
         self._fingerprint = ""
@@ -126,9 +129,11 @@ class EndpointHandler:
             choices = [choice.as_json() for choice in result.choices]
             call.send(response.whole({**result.head, "choices": choices, "usage": result.usage.as_json()}))
             return
-        events = EventStream(call, result.head, with_usage=body.includes_usage)
+        running = result.usage if body.repeats_usage else None
+        events = EventStream(call, result.head, with_usage=body.includes_usage, running_usage=running)
         try:
-            await self._generate(requests, result, caller, events)
+            with events.kept_alive(self._comment_s):
+                await self._generate(requests, result, caller, events)
         except Exception as problem:
             # Nothing was sent yet, so the error can still be an HTTP status.
             if not events.has_begun:

@@ -42,6 +42,14 @@ class TokenTexts:
         """Characters it adds to the text by itself: 0 for a special token and for part of a character."""
         return 0 if self.text(token_id).startswith(PART) else len(self._tokenizer.decode((token_id,)))
 
+    def bytes(self, token_id: int) -> bytes:
+        """The token's bytes."""
+        return self._tokenizer.token_bytes(token_id)
+
+    def shown_bytes(self, token_id: int) -> int:
+        """Bytes that it adds to the text: 0 for a special token."""
+        return len(self.bytes(token_id)) if self._tokenizer.decode((token_id,)) else 0
+
     def _name(self, token_id: int) -> str:
         own = self._tokenizer.token_bytes(token_id)
         try:
@@ -60,20 +68,57 @@ class TokenTexts:
         }
 
 
-class StopFilter:
-    """Drops the stop token at the end of a choice, which is not part of its text."""
+class VisibleTokens:
+    """The log probabilities of one choice whose tokens are part of its text.
 
-    def __init__(self, request: pb.GenerateRequest, eos_token_ids: Sequence[int]) -> None:
-        eos = () if request.stopping.ignore_eos else eos_token_ids
+    Drops the stop token, and what a stop string has cut off: the token in which the string begins keeps what is left of
+    it (`cut`). Where there are stop strings, entries wait for their text.
+    """
+
+    def __init__(self, request: pb.GenerateRequest, texts: TokenTexts) -> None:
+        self._texts = texts
+        eos = () if request.stopping.ignore_eos else texts.eos_token_ids
         self._stop_token_ids = frozenset((*request.stopping.stop_token_ids, *eos))
+        self._has_stops = bool(request.stopping.stop)
+        self._waiting: list[generation_pb2.TokenLogprob] = []
+        self._missing_bytes = 0
+        """Bytes of text that were sent beyond those of the entries."""
+        self.cut: str | None = None
+        """What is left of the last entry's token; None: all of it."""
 
-    def keep(self, logprobs: Sequence[generation_pb2.TokenLogprob]) -> Sequence[generation_pb2.TokenLogprob]:
-        """The log probabilities of tokens that are part of the text."""
-        return [entry for entry in logprobs if entry.token_id not in self._stop_token_ids]
+    def take(self, chunk: pb.GenerateChunk) -> Sequence[generation_pb2.TokenLogprob]:
+        """The entries whose text has been sent, after one more chunk."""
+        kept = [entry for entry in chunk.logprobs if entry.token_id not in self._stop_token_ids]
+        if not self._has_stops:
+            return kept
+        self._waiting += kept
+        self._missing_bytes += len(chunk.text.encode())
+        count = 0
+        for entry in self._waiting:
+            size_bytes = self._texts.shown_bytes(entry.token_id)
+            if size_bytes > self._missing_bytes:
+                break
+            self._missing_bytes -= size_bytes
+            count += 1
+        ready, self._waiting = self._waiting[:count], self._waiting[count:]
+        return ready
+
+    def end(self, finish: pb.GenerateFinish) -> Sequence[generation_pb2.TokenLogprob]:
+        """The last entries. All of them, unless a stop string has cut the text."""
+        rest, self._waiting = self._waiting, []
+        if not finish.matched_stop.HasField("stop"):
+            return rest
+        if not rest or not self._missing_bytes:
+            return ()
+        own = self._texts.bytes(rest[0].token_id)[: self._missing_bytes]
+        self.cut = own.decode(errors="replace")
+        return rest[:1]
 
 
-def chat_logprobs(logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
-    """Log probabilities of one delta, or of a whole message, in the chat format."""
+def chat_logprobs(
+    logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts, cut: str | None = None
+) -> dict[str, Any]:
+    """Log probabilities of one delta, or of a whole message, in the chat format. `cut`: see `VisibleTokens`."""
     content = [
         {
             **texts.entry(entry.token_id, entry.logprob),
@@ -81,20 +126,29 @@ def chat_logprobs(logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenT
         }
         for entry in logprobs
     ]
+    if cut is not None:
+        content[-1] |= {"token": cut, "bytes": list(cut.encode())}
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
-    logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts, end_chars: int
+    logprobs: Sequence[generation_pb2.TokenLogprob], texts: TokenTexts, end_chars: int, cut: str | None = None
 ) -> dict[str, list[Any]]:
-    """Log probabilities of one chunk in the completions format; the text up to its end has `end_chars` characters."""
+    """Log probabilities of one chunk in the completions format; the text up to its end has `end_chars` characters.
+
+    `cut`: see `VisibleTokens`.
+    """
+    tokens = [texts.text(entry.token_id) for entry in logprobs]
+    sizes = [texts.shown_chars(entry.token_id) for entry in logprobs]
+    if cut is not None:
+        tokens[-1], sizes[-1] = cut, len(cut)
     offsets: list[int] = []
-    for entry in reversed(logprobs):
+    for size in reversed(sizes):
         # Backwards from the end of the text: how many characters tokens of partial characters make is known only there.
-        end_chars = max(0, end_chars - texts.shown_chars(entry.token_id))
+        end_chars = max(0, end_chars - size)
         offsets.append(end_chars)
     return {
-        "tokens": [texts.text(entry.token_id) for entry in logprobs],
+        "tokens": tokens,
         "token_logprobs": [max(entry.logprob, LOWEST) for entry in logprobs],
         "top_logprobs": [
             {texts.text(alternative.token_id): max(alternative.logprob, LOWEST) for alternative in entry.top}

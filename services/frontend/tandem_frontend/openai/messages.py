@@ -5,78 +5,98 @@ Text only. Control tokens are removed from everything a client sent, so that no 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tandem.errors import InvalidRequest
-from tandem_frontend.openai.common_params import Many, MustBeNull, Schema
+from tandem_frontend.openai.call_arguments import as_object
+from tandem_frontend.openai.common_params import History, Many, only
 
 
-class TextPart(Schema):
-    """A text part, the only kind that the models here support."""
+class TextPart(History):
+    """A text part, the only kind that the models here support. The other names are those of the Responses API."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
 
 
+class RefusalPart(History):
+    """What the model said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ThoughtPart(History):
+    """Thoughts of an earlier message, as other servers return them. Ignored, as templates ignore old thoughts."""
+
+    type: Literal["thinking", "reasoning", "redacted_thinking"]
+
+
 Content = str | Annotated[Many[TextPart], Field(min_length=1)]
+AssistantPart = Annotated[TextPart | RefusalPart | ThoughtPart, Field(discriminator="type")]
 
 
-class SystemMessage(Schema):
+class SentMessage(History):
+    """Base of the messages. Attachments would be read by a model that supports them, so they are rejected."""
+
+    name: str | None = None
+    images: Annotated[None, only([])] = None
+    audio: Annotated[None, only([])] = None
+    files: Annotated[None, only([])] = None
+    attachments: Annotated[None, only([])] = None
+
+
+class SystemMessage(SentMessage):
     """Instructions for the model. `developer` is OpenAI's newer name of the role."""
 
     role: Literal["system", "developer"]
     content: Content
-    name: str | None = None
 
 
-class UserMessage(Schema):
+class UserMessage(SentMessage):
     """A message of the end user."""
 
     role: Literal["user"]
     content: Content
-    name: str | None = None
 
 
-class CalledFunction(Schema):
+class CalledFunction(History):
     """A function the model called."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Schema):
+class ToolCall(History):
     """A tool call the model made."""
 
     id: str
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class AssistantMessage(Schema):
+class AssistantMessage(SentMessage):
     """An earlier message of the model."""
 
     role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
+    content: str | Many[AssistantPart] | None = None
     tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
-    refusal: MustBeNull = None
-    audio: MustBeNull = None
-    function_call: MustBeNull = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    refusal: str | None = None
+    function_call: Annotated[None, only({})] = None
+    prefix: Annotated[None, only(False)] = None
+    partial: Annotated[None, only(False)] = None
 
 
-class ToolMessage(Schema):
+class ToolMessage(SentMessage):
     """The result of a tool call."""
 
     role: Literal["tool"]
-    content: Content
+    content: str | Many[TextPart] | None = None
     tool_call_id: str
-    name: str | None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -100,14 +120,12 @@ def for_template(
 def _one(message: Any, path: str, clean: Callable[[str], str]) -> dict[str, Any]:
     # Most chat templates are older than the role "developer" and reject it.
     role = "system" if message.role == "developer" else message.role
-    rendered: dict[str, Any] = {"role": role, "content": clean(_text(message.content))}
+    rendered: dict[str, Any] = {"role": role, "content": clean(_text(message))}
     if message.name is not None:
         rendered["name"] = clean(message.name)
     if isinstance(message, ToolMessage):
         rendered["tool_call_id"] = clean(message.tool_call_id)
     if isinstance(message, AssistantMessage):
-        if message.content is None and not message.tool_calls:
-            raise InvalidRequest(f"{path}.content", "must be given unless there are tool_calls")
         if message.reasoning_content is not None:
             rendered["reasoning_content"] = clean(message.reasoning_content)
         if message.tool_calls:
@@ -129,23 +147,25 @@ def without_control(value: Any, clean: Callable[[str], str]) -> Any:
 
 
 def _call(call: ToolCall, path: str, clean: Callable[[str], str]) -> dict[str, Any]:
-    """A tool call. Its arguments are JSON text: parsed before cleaning, because escapes can hide a control token."""
-    field = f"{path}.function.arguments"
+    """A tool call. Its arguments are JSON text: read before cleaning, because escapes can hide a control token."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-        # JSON can contain half of a surrogate pair, which cannot be encoded as UTF-8.
-        json.dumps(arguments, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(field, "is not valid Unicode") from None
-    except (ValueError, RecursionError):
-        raise InvalidRequest(field, "is not JSON") from None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(field, "must be a JSON object")
-    function = {"name": clean(call.function.name), "arguments": without_control(arguments, clean)}
+        arguments = without_control(as_object(call.function.arguments), clean)
+    except RecursionError:
+        raise InvalidRequest(f"{path}.function.arguments", "is nested too deeply") from None
+    function = {"name": clean(call.function.name), "arguments": arguments}
     return {"id": clean(call.id), "type": "function", "function": function}
 
 
-def _text(content: str | list[TextPart] | None) -> str:
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def _text(message: Any) -> str:
+    """The text of a message. A refusal is what the model said, where it said nothing else."""
+    content = message.content or ""
+    text = content if isinstance(content, str) else "\n".join(_texts(content))
+    return text or getattr(message, "refusal", None) or ""
+
+
+def _texts(parts: Sequence[Any]) -> list[str]:
+    return [
+        part.refusal if isinstance(part, RefusalPart) else part.text
+        for part in parts
+        if not isinstance(part, ThoughtPart)
+    ]

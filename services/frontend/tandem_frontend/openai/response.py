@@ -9,16 +9,29 @@ from google.api import httpbody_pb2
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem_frontend.response.sse import CONTENT_TYPE, without_line_breaks
 
 
 class UsageSum:
     """Sums the usage of finished choices. A prompt counts once, however many choices it has."""
 
-    def __init__(self, choices_per_prompt: int) -> None:
+    def __init__(self, choices_per_prompt: int, *, is_echo_only: bool = False) -> None:
+        """`is_echo_only`: what was generated is not part of the response."""
         self._choices_per_prompt = choices_per_prompt
+        self._is_echo_only = is_echo_only
         self._prompt_tokens: dict[int, int] = {}
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
+        self._open_tokens: dict[int, int] = {}
+        """Tokens so far of each choice that has not finished."""
+
+    def begin(self, choice: int, prompt_tokens: int) -> None:
+        """A choice has begun. Needed only for `so_far`, like `count`."""
+        self._prompt_tokens[choice // self._choices_per_prompt] = prompt_tokens
+
+    def count(self, choice: int, tokens: int) -> None:
+        """A choice has so many tokens more."""
+        self._open_tokens[choice] = self._open_tokens.get(choice, 0) + tokens
 
     def add(self, choice: int, usage: generation_pb2.Usage) -> None:
         """The usage of one choice, by its number."""
@@ -27,7 +40,14 @@ class UsageSum:
         # Choices of one prompt hit each other's prefix in the cache; the smallest count is what was cached before.
         cached = self._cached_tokens.get(prompt, usage.cached_tokens)
         self._cached_tokens[prompt] = min(cached, usage.cached_tokens)
-        self._completion_tokens += usage.completion_tokens
+        self._completion_tokens += 0 if self._is_echo_only else usage.completion_tokens
+        self._open_tokens.pop(choice, None)
+
+    def so_far(self) -> dict[str, Any]:
+        """The usage object of an event while choices are open; the cached tokens are known only at the end."""
+        prompt_tokens = sum(self._prompt_tokens.values())
+        tokens = self._completion_tokens + sum(self._open_tokens.values())
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -53,17 +73,18 @@ def finish_reason(finish: pb.GenerateFinish, *, called_tools: bool = False) -> s
 
 
 JSON = "application/json"
-EVENTS = "text/event-stream"
+EVENTS = CONTENT_TYPE
 DONE = b"data: [DONE]\n\n"
 
 
 def to_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8, without escapes for non-ASCII characters.
+    """Compact JSON in UTF-8, one line for every reader. Escapes only what it must.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return without_line_breaks(text).encode()
 
 
 def whole(value: Any) -> httpbody_pb2.HttpBody:

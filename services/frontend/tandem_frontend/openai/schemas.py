@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem_frontend.openai.common_params import CommonFields, Int32, Many, MustBeNull, Schema
+from tandem_frontend.openai.common_params import CommonFields, Int32, Many, MustBeNull, Schema, TokenId, only
 from tandem_frontend.openai.messages import Message
 
 TOOLS_MAX = 128
@@ -54,6 +54,8 @@ class Function(Schema):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Annotated[Any, Field(exclude=True)] = None
+    """Ignored: an annotation for other servers."""
 
 
 class Tool(Schema):
@@ -61,6 +63,8 @@ class Tool(Schema):
 
     type: Literal["function"]
     function: Function
+    cache_control: Annotated[Any, Field(exclude=True)] = None
+    """Ignored: an annotation for other servers."""
 
 
 class FunctionName(Schema):
@@ -92,14 +96,24 @@ class ChatRequest(CommonFields):
     chat_template_kwargs: dict[str, Any] | None = None
 
     audio: MustBeNull = None
-    functions: MustBeNull = None
-    function_call: MustBeNull = None
+    functions: Annotated[None, only([])] = None
+    function_call: Annotated[None, only("none", "auto")] = None
     prediction: MustBeNull = None
-    verbosity: MustBeNull = None
+    verbosity: Annotated[None, only("medium")] = None
     web_search_options: MustBeNull = None
 
+    # Not in OpenAI's chat API; see ForeignFields.
+    echo: Annotated[None, only(False)] = None
+    best_of: Annotated[None, only(1)] = None
+    documents: Annotated[None, only([])] = None
+    add_generation_prompt: Annotated[None, only(True)] = None
+    continue_final_message: Annotated[None, only(False)] = None
+    add_special_tokens: Annotated[None, only(False)] = None
+    separate_reasoning: Annotated[None, only(True)] = None
+    stream_reasoning: Annotated[None, only(True)] = None
 
-TokenIds = Many[Int32]
+
+TokenIds = Many[TokenId]
 
 
 class CompletionRequest(CommonFields):
@@ -111,4 +125,15 @@ class CompletionRequest(CommonFields):
     best_of: Int32 | None = None
     response_format: ResponseFormat | None = None
 
-    suffix: MustBeNull = None
+    suffix: Annotated[None, only("")] = None
+    add_special_tokens: Annotated[None, only(True)] = None
+
+    @property
+    def is_echo_only(self) -> bool:
+        """Whether the prompt alone is asked for: harnesses that rate texts generate nothing."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None

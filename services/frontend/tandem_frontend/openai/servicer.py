@@ -17,6 +17,7 @@ from google.api import httpbody_pb2
 
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
+from tandem.api.frontend.v1.inference_service_pb2 import Model
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.output_parsers import Parsers
@@ -46,9 +47,12 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         parsers: Parsers | None,
         bodies: BodyChecker,
         session_header: str = SESSION_HEADER,
+        *,
+        comment_s: float = 0,
     ) -> None:
+        """`comment_s`: see the setting stream_comment_s."""
         self._caller_of = partial(caller_of, session_header=session_header)
-        handler, texts = EndpointHandler(generation, model, workers), TokenTexts(model.tokenizer)
+        handler, texts = EndpointHandler(generation, model, workers, comment_s=comment_s), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
         self._bodies = bodies
@@ -77,17 +81,19 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """The models that live workers serve."""
         models = list_models(self._workers(), self._model)
-        return response.whole({"object": "list", "data": [self._model_entry(model.name) for model in models]})
+        return response.whole({"object": "list", "data": [self._model_entry(model) for model in models]})
 
     async def GetModel(self, request: pb.OpenAiServiceGetModelRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """One model that live workers serve."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
         # SDKs percent-encode names like "org/model", and the transcoder does not decode a path of several segments.
-        return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id)).name))
+        return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id))))
 
-    def _model_entry(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
+    def _model_entry(self, model: Model) -> dict[str, Any]:
+        entry = {"id": model.name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
+        # Agents size their context by it; some clients know the one name, some the other.
+        return {**entry, "max_model_len": model.context_tokens_max, "context_length": model.context_tokens_max}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.domain.sampling import SCALARS
+from tandem.domain.sampling import SCALARS, TOP_K_ALL
 from tandem.errors import InvalidRequest
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, JsonSchemaFormat, TextFormat
@@ -25,7 +25,7 @@ def chat_request(body: ChatRequest) -> pb.GenerateRequest:
     Raises:
         InvalidRequest: parameters contradict each other.
     """
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "requires logprobs to be true")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens is not None and most != body.max_tokens:
@@ -44,11 +44,15 @@ def completion_request(body: CompletionRequest) -> pb.GenerateRequest:
     """
     if body.best_of is not None and body.best_of != body.choice_count:
         raise InvalidRequest("best_of", "is supported only where it equals n")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo", "with logprobs is not supported: the prompt's log probabilities are not computed")
-    request = _common(body, COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens)
+    if body.echoes_logprobs and body.stream:
+        raise InvalidRequest("stream", "with echo and logprobs is not supported: those of the prompt come at the end")
+    most = COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens
+    # An engine has to compute the prompt, and returns a token with it.
+    request = _common(body, 1 if body.is_echo_only else most)
     if body.logprobs is not None:
         request.logprobs.top_logprobs = body.logprobs
+    if body.echoes_logprobs:
+        request.logprobs.prompt = True
     return request
 
 
@@ -75,7 +79,7 @@ def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
         return field.split(".")[1] if body.regex is not None or body.ebnf is not None else "tools"
     if field == "stopping.max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
         return "max_completion_tokens"
-    if field in {"logprobs.top_logprobs", "top_logprobs"}:
+    if field in {"logprobs.top_logprobs", "logprobs.prompt", "top_logprobs"}:
         return "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
     for part in ("sampling.", "stopping.", "guided."):
         field = field.removeprefix(part)
@@ -90,6 +94,7 @@ def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
         value = getattr(body, name)
         if value is not None:
             setattr(request.sampling, name, value)
+    _take_neutral(request)
     for token, bias in (body.logit_bias or {}).items():
         request.sampling.logit_bias[_token_id(token)] = bias
     if max_tokens is not None:
@@ -104,6 +109,16 @@ def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
             setattr(request, name, getattr(body, name))
     _set_grammar(request, body)
     return request
+
+
+def _take_neutral(request: pb.GenerateRequest) -> None:
+    """Values that other servers take and the contract does not: all tokens as 0, and a nucleus of one token."""
+    sampling = request.sampling
+    if sampling.HasField("top_k") and sampling.top_k == 0:
+        sampling.top_k = TOP_K_ALL
+    if sampling.HasField("top_p") and sampling.top_p == 0:
+        sampling.ClearField("top_p")
+        sampling.top_k = 1
 
 
 def _set_grammar(request: pb.GenerateRequest, body: Any) -> None:

@@ -13,17 +13,30 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import InvalidRequest, StartError
 from tandem_frontend.preparation.chat_messages import Message, flat, readable, with_text_arguments
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 RESERVED_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *SPECIAL_NAMES}
 )
 """Variables that every template gets, and that a request's template_kwargs cannot set."""
+
+
+class Generation(Extension):
+    """`{% generation %}`, with which templates mark what the model wrote, for its training. Renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 -- Jinja declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """See Jinja's Extension."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class ChatTemplate:
@@ -105,7 +118,7 @@ class ChatTemplate:
                 first = first or InvalidRequest("chat", f"the model's chat template failed: {problem}")
             except jinja2.TemplateError as problem:
                 raise InvalidRequest("chat", f"the model's chat template rejected the messages: {problem}") from None
-            except (ValueError, KeyError, OverflowError, RecursionError) as problem:
+            except (ValueError, KeyError, ArithmeticError, RecursionError) as problem:
                 raise InvalidRequest("chat", f"the model's chat template failed: {problem}") from None
         assert first is not None, "every attempt has returned or failed"
         raise first
@@ -137,7 +150,9 @@ def _compile(source: str, file: Path) -> tuple[jinja2.Template, set[str]]:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """The same environment as in Hugging Face's transformers, which templates are written for."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now

@@ -18,7 +18,7 @@ from typing import Any
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import sampling_pb2
 from tandem.domain.json_bounds import check_json_bounds
-from tandem.domain.limits import REQUEST_ID_CHARS_MAX, TOP_LOGPROBS_MAX
+from tandem.domain.limits import PROMPT_LOGPROBS_MAX, REQUEST_ID_CHARS_MAX, TOP_LOGPROBS_MAX
 from tandem.errors import ContextExceeded, InvalidRequest
 from tandem.rpc.convert import present
 from tandem_frontend.preparation.sampling import check_ranges
@@ -96,6 +96,7 @@ async def checked_generate(
     else:
         _check_guided(request.guided)
     token_ids = await _prompt_ids(request, tokenizer)
+    _check_prompt_logprobs(request, len(token_ids))
     left_tokens = tokenizer.context_tokens_max - len(token_ids)
     stopping = request.stopping
     # A max_tokens beyond the context is no error: the generation then ends with LENGTH where the context does.
@@ -318,6 +319,21 @@ def _check_rest(request: pb.GenerateRequest) -> None:
         )
     if not 0 <= request.coalesce_ms <= COALESCE_MS_MAX:
         raise InvalidRequest("coalesce_ms", f"must be 0 to {COALESCE_MS_MAX}, not {request.coalesce_ms}")
+
+
+def _check_prompt_logprobs(request: pb.GenerateRequest, prompt_tokens: int) -> None:
+    if not request.logprobs.prompt:
+        return
+    # They come with the engine's finish, which does not follow when the frontend ends a generation.
+    if request.stopping.stop:
+        raise InvalidRequest("stopping.stop", "cannot be combined with log probabilities of the prompt")
+    if request.stopping.ignore_eos and request.stopping.stop_token_ids:
+        problem = "with ignore_eos cannot be combined with log probabilities of the prompt"
+        raise InvalidRequest("stopping.stop_token_ids", problem)
+    count = prompt_tokens * (1 + request.logprobs.top_logprobs)
+    if count > PROMPT_LOGPROBS_MAX:
+        problem = f"must be at most {PROMPT_LOGPROBS_MAX} log probabilities, not {count}, for {prompt_tokens} tokens"
+        raise InvalidRequest("logprobs.prompt", problem, limit=PROMPT_LOGPROBS_MAX)
 
 
 def _check_tool_grammar(guided: sampling_pb2.Guided) -> None:

@@ -179,6 +179,7 @@ class Relay:
         if computing is not None:
             # After a continuation the engine's prompt contains tokens of the response too.
             finish.usage.cached_tokens = min(computing.usage.cached_tokens, prompt_tokens)
+            finish.prompt_logprobs.extend(computing.prompt_logprobs[: prompt_tokens - 1])
         self._fill_timings(finish.timings, decode, prefill)
         return finish
 

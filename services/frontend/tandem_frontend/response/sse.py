@@ -13,7 +13,12 @@ from google.protobuf.json_format import MessageToJson
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem_frontend.response.error_body import last_event
 
-CONTENT_TYPE = "text/event-stream"
+CONTENT_TYPE = "text/event-stream; charset=utf-8"
+"""The format is always UTF-8, but readers that do not know it take Latin-1 for text without a charset."""
+COMMENT = b": waiting\n\n"
+"""An event without data, which every reader of the format skips."""
+LINE_BREAKS = ("\x85", "\u2028", "\u2029")
+"""Line breaks to readers that split text by Unicode's rules. JSON allows them unescaped, and has no others."""
 Event = pb.GenerateAccepted | pb.GenerateChunk | pb.GenerateFinish
 
 
@@ -57,4 +62,12 @@ def failure_event(problem: Exception) -> bytes:
 
 def framed(line: str) -> bytes:
     """A line of JSON as an event."""
-    return f"data: {line}\n\n".encode()
+    return f"data: {without_line_breaks(line)}\n\n".encode()
+
+
+def without_line_breaks(line: str) -> str:
+    """JSON with its Unicode line breaks escaped: raw, they would cut an event in two for some readers."""
+    for char in LINE_BREAKS:
+        if char in line:
+            line = line.replace(char, f"\\u{ord(char):04x}")
+    return line

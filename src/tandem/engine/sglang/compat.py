@@ -27,6 +27,7 @@ GENERATE_ARGUMENTS = (
     "bootstrap_room",
     "return_logprob",
     "top_logprobs_num",
+    "logprob_start_len",
     "priority",
     "cache_salt",
     "external_trace_header",

@@ -142,6 +142,8 @@ def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, prio
         "stream": True,
         "return_logprob": request.top_logprobs is not None,
     }
+    if request.prompt_logprobs:
+        values["logprob_start_len"] = 0
     if request.top_logprobs:
         values["top_logprobs_num"] = request.top_logprobs
     if request.bootstrap is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
@@ -67,6 +68,7 @@ class Answers:
         self._on_end = on_end
         self._sent_count = 0
         self._is_over = False
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def tokens(self, token_ids: Sequence[int], batch: Any, i: int) -> None:
         """Tokens of one step. `batch` is SGLang's BatchTokenIDOutput, and `i` the request's row in it.
@@ -79,6 +81,8 @@ class Answers:
         logprobs: tuple[TokenLogprob, ...] = ()
         if self._request.top_logprobs is not None:
             logprobs = self._logprobs(batch, i, len(token_ids))
+        if self._request.prompt_logprobs and batch.input_token_logprobs_val[i]:
+            self._prompt_logprobs = self._of_prompt(batch, i)
         self._sent_count += len(token_ids)
         self._output.tokens(token_ids, logprobs)
 
@@ -89,7 +93,8 @@ class Answers:
         elif reason["type"] not in _REASONS:
             self.fail(EngineFailed(f"the engine ended the request for the unknown reason {reason['type']!r}"))
         else:
-            self._finish(_finish(reason, batch, i, facts[-1] if facts else {}))
+            finish = _finish(reason, batch, i, facts[-1] if facts else {})
+            self._finish(replace(finish, prompt_logprobs=self._prompt_logprobs))
 
     def broke(self, reason: dict[str, Any]) -> None:
         """The engine has given the request up, and says why."""
@@ -128,6 +133,19 @@ class Answers:
         return tuple(
             TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids or (), values or (), strict=True)))
             for logprob, token_id, (values, ids) in zip(chosen, token_ids, rivals, strict=True)
+        )
+
+    def _of_prompt(self, batch: Any, i: int) -> tuple[TokenLogprob, ...]:
+        """Those of the prompt, which SGLang sends once, with the first tokens. Its first token has none."""
+        values, token_ids = batch.input_token_logprobs_val[i], batch.input_token_logprobs_idx[i]
+        rivals: Sequence[Any] = [((), ())] * len(values)
+        if self._request.top_logprobs:
+            rivals = list(zip(batch.input_top_logprobs_val[i], batch.input_top_logprobs_idx[i], strict=True))
+        if tuple(token_ids) != self._request.token_ids or len(values) != len(rivals):
+            raise EngineFailed(f"the engine sent {len(token_ids)} log probabilities of another prompt")
+        return tuple(
+            TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids or (), tops or (), strict=True)))
+            for logprob, token_id, (tops, ids) in zip(values[1:], token_ids[1:], rivals[1:], strict=True)
         )
 
     def _error(self, reason: dict[str, Any]) -> TandemError:

@@ -154,6 +154,10 @@ class Leg:
 
     def finish(self, reason: FinishReason, matched_token_id: int | None = None) -> EngineFinish:
         """A finish with the leg's current counts and timestamps."""
+        request = self.request
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.prompt_logprobs and reason is not FinishReason.ABORTED:
+            logprobs = self.vocabulary.prompt_logprobs(request.token_ids, request.top_logprobs or 0)
         return EngineFinish(
             reason=reason,
             matched_token_id=matched_token_id,
@@ -172,6 +176,7 @@ class Leg:
                 first_token_time_s=self.first_token_time_s,
                 kv_transfer_bytes=self.kv_transfer_bytes,
             ),
+            prompt_logprobs=logprobs,
         )
 
     def _choose(self, state: SequenceState) -> int:

@@ -83,6 +83,14 @@ class Vocabulary:
                 top.append((rival, math.log(max(rest, 1e-300))))
         return TokenLogprob(token_id=token_id, logprob=math.log(chosen), top=tuple(top[:top_count]))
 
+    def prompt_logprobs(self, prompt: Sequence[int], top_count: int) -> tuple[TokenLogprob, ...]:
+        """Those of the prompt's tokens after the first, as plausible as the others."""
+        state, found = advance(_START, prompt[0]), []
+        for token_id in prompt[1:]:
+            found.append(self.logprob(state, token_id, top_count))
+            state = advance(state, token_id)
+        return tuple(found)
+
     def _first_index(self, state: SequenceState) -> int:
         return int.from_bytes(blake2b(state, digest_size=8, person=b"token").digest(), "little") % len(self.ordinary)
 

@@ -6,6 +6,7 @@ it carries none. Never selects a worker.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,9 @@ class DecodeLegs:
             raise InvalidRequest("leg.bootstrap.port", f"must be 1 to {PORT_MAX}")
         if leg.bootstrap.room < 1:
             raise InvalidRequest("leg.bootstrap.room", "must be a positive number")
-        return engine_request(leg, bootstrap_from_proto(leg.bootstrap))
+        request = engine_request(leg, bootstrap_from_proto(leg.bootstrap))
+        # Prefill computes the prompt, and has its log probabilities.
+        return replace(request, prompt_logprobs=False)
 
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):

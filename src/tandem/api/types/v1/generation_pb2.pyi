@@ -51,7 +51,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """Log probability of one emitted token."""
+    """Log probability of one token, emitted or of the prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
