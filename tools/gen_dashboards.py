@@ -97,6 +97,12 @@ REQUESTS = (
         },
     ),
     Panel(
+        "Prefix caches followed",
+        "Workers whose cache each frontend knows; suspected: without credit until their next snapshot.",
+        "short",
+        {"{{process}} {{tandem_state}}": "sum by (process, tandem_state) (tandem_prefix_workers)"},
+    ),
+    Panel(
         "Leg failures",
         "Legs whose failure ended an attempt. A retry or continuation may have recovered the request.",
         "ops",
@@ -114,7 +120,6 @@ REQUESTS = (
             "frontend p99": quantile(0.99, "tandem_cancel_latency_seconds"),
             "{{tandem_leg}} engine p99": quantile(0.99, "tandem_leg_abort_duration_seconds", "tandem_leg"),
         },
-        width=12,
     ),
     Panel(
         "Requests of each frontend",
@@ -205,6 +210,12 @@ WORKERS = (
         {"{{process}} {{tandem_state}}": "tandem_engine_requests"},
     ),
     Panel(
+        "Tokens that wait",
+        "In each engine's own queue; on prefill: of prompts.",
+        "short",
+        {"{{process}}": "tandem_engine_waiting_tokens"},
+    ),
+    Panel(
         "Legs",
         "Ended legs by outcome.",
         "ops",
@@ -229,7 +240,7 @@ WORKERS = (
         "1: the engine emits tokens or answers its canary; 0: the worker is NOT_SERVING.",
         "short",
         {"{{process}}": "tandem_engine_healthy"},
-        width=24,
+        width=16,
     ),
 )
 

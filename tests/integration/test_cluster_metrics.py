@@ -95,6 +95,7 @@ CASES: dict[str, Case] = {
     "tandem.prompt.cached_tokens": Case(on.a_prompt_that_is_known, PREFILL, by=100),
     "tandem.cache.hit_ratio": Case(on.a_new_prompt_twice, by=0.001, is_either=True),
     "tandem.engine.requests": Case(on.an_open_stream, (("tandem.state", "running"),), by=1),
+    "tandem.engine.waiting_tokens": Case(on.a_held_prefill, by=len(on.LONG)),
     "tandem.kv.pages": Case(on.an_open_stream, (("tandem.state", "used"),), by=10),
     "tandem.kv.pages.capacity": Case(on.a_smaller_worker, by=-100),
     "tandem.engine.healthy": Case(on.a_failing_canary, by=-1),
@@ -133,7 +134,6 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         extra = {**engine, "control_file": str(logs / f"{name}.rules")}
         cluster.process(name).flags["engine-extra"] = json.dumps(extra)
     cluster.process("prefill-0").flags["running-requests-max"] = "16"
-    cluster.frontend.flags["routing-policy"] = "auto"
     async with cluster:
         yield World(cluster)
 

@@ -14,6 +14,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.rpc.channels import open_channel
+from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL, SIMULATED, running
 from tests.integration.support.calls import request_of
 
@@ -34,16 +35,30 @@ async def routed(cluster: LocalCluster, count: int, *metadata: tuple[str, str]) 
     return routes
 
 
-async def test_least_work_avoids_a_slow_worker(tmp_path: Path) -> None:
-    """Without events of any cache that is what `auto` does."""
-    flags = {"frontend": {"routing-policy": "least_work"}}
+async def test_prompts_go_by_themselves_where_they_are_cached(tmp_path: Path) -> None:
+    """No policy is set: the workers publish their caches."""
+    async with running(tmp_path, engine="simulated", prefill=3, decode=2, worker_flags=SIMULATED) as cluster:
+
+        async def cached_tokens() -> int:
+            (route,) = await routed(cluster, 1)
+            assert route.policy == "prefix"
+            return route.expected_cached_tokens
+
+        # The events of the first prompt need a moment.
+        await assert_eventually(cached_tokens, lambda count: count > 0, within_s=10, what="a prompt that is cached")
+        routes = await routed(cluster, 6)
+    assert len({route.prefill_worker_id for route in routes}) == 1
+    assert all(route.expected_cached_tokens for route in routes)
+
+
+async def test_prompts_go_by_themselves_by_load_where_no_cache_is_published(tmp_path: Path) -> None:
+    """No policy is set either."""
     spec = ClusterSpec(
         model=DEMO_MODEL,
         log_directory=tmp_path,
         engine="simulated",
         prefill=2,
-        worker_flags=SIMULATED,
-        role_flags=flags,
+        worker_flags={**SIMULATED, "kv-events": "false"},
     )
     cluster = LocalCluster(spec)
     slow = {"prefill_step_s": 0.3, "decode_step_s": 0.004}

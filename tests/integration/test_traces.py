@@ -103,7 +103,7 @@ async def test_spans_say_who_where_and_which(cluster: LocalCluster, collector: R
     assert attempt["tandem.prefill_worker"] == finish.route.prefill_worker_id
     assert route.attributes["tandem.candidates_count"] == 2
     assert f"{finish.route.policy} among 2 of 2" in route.attributes["tandem.why"]
-    assert route.attributes["tandem.policy"] == finish.route.policy == "random"
+    assert route.attributes["tandem.policy"] == finish.route.policy == "prefix"
     assert route.attributes["tandem.cached_tokens"] == finish.usage.cached_tokens
     for role in ("prefill", "decode"):
         leg = one(spans, f"{role} leg").attributes

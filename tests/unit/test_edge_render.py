@@ -21,6 +21,7 @@ from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment
 from tandem_edge.keys import ApiKey
 from tandem_edge.render import ERRORS_TEMPLATE, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
+from tandem_frontend.call_context import SESSION_HEADER
 
 from tandem.domain.http_errors import ERROR_BY_CODE, ERRORS, ROWS
 from tandem.errors import EngineFailed, ParserFailed
@@ -131,6 +132,11 @@ def test_a_template_prints_only_what_it_is_given() -> None:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=quoted, autoescape=True)
     with pytest.raises(jinja2.UndefinedError):
         environment.from_string("{{ nothing }}").render()
+
+
+def test_pages_of_allowed_origins_may_name_their_session() -> None:
+    (allowed,) = found(rendered(cors_origins="https://chat.example"), "allow_headers")
+    assert SESSION_HEADER in allowed.split(", ")
 
 
 def test_filters_stand_in_the_order_that_protects() -> None:

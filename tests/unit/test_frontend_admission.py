@@ -209,6 +209,30 @@ async def test_a_request_is_rejected_when_its_service_time_exceeds_its_deadline(
         await asyncio.wait({longer})
 
 
+@pytest.mark.parametrize(("finished", "is_rejected"), [(1, False), (30, True)])
+async def test_a_request_is_rejected_only_where_enough_have_finished_to_be_sure(
+    finished: int, is_rejected: bool
+) -> None:
+    """As after a worker that hung: by what finished within the last second, the queue takes ten."""
+    clock = ManualClock(0.0)
+    controller = Admission(100, Fixed(1), clock)
+    for _ in range(finished):
+        async with controller.slot(QueuedRequest(tokens=20)):
+            pass
+        clock.advance(1 / finished)
+    async with controller.slot(ONE):
+        many = QueuedRequest(tokens=200 * finished, deadline_s=13.9)
+        waits = asyncio.create_task(controller.slot(many).__aenter__())
+        await asyncio.sleep(0)
+        last = asyncio.create_task(controller.slot(QueuedRequest(tokens=20, deadline_s=14.0)).__aenter__())
+        await asyncio.sleep(0)
+        was_rejected = last.done() and isinstance(last.exception(), Overloaded)
+        waits.cancel()
+        last.cancel()
+        await asyncio.wait({waits, last})
+    assert was_rejected is is_rejected
+
+
 async def test_a_request_is_rejected_that_would_make_queued_ones_miss_their_deadlines() -> None:
     clock = ManualClock(0.0)
     controller = Admission(100, Fixed(1), clock)

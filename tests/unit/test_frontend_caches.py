@@ -23,7 +23,7 @@ PROMPT = tuple(range(20))
 
 
 def fleet_of(blocks_max: int) -> Fleet:
-    config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL, prefix_blocks_max=blocks_max, routing_policy="auto")
+    config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL, prefix_blocks_max=blocks_max)
     backlog = PrefillBacklog("m", 5.0)
     return Fleet(config, "frontend-0", ServedModel("m", Tokenizer.open(MODEL), {}), (), backlog, lambda: None)
 

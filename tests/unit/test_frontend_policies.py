@@ -84,7 +84,7 @@ def test_a_worker_of_unknown_load_never_wins_over_an_idle_one(policy: PolicyName
         assert (route.prefill, route.decode) == (idle, idle_decode)
 
 
-def test_a_worker_of_unknown_load_costs_at_least_the_mean() -> None:
+def test_a_worker_of_unknown_load_costs_what_others_have_at_the_mean_worker() -> None:
     made = loaded(PolicyName.LEAST_WORK, 3)
     unknown, less, more, _ = made.scene.workers
     made.costs.note(unknown.start, None)
@@ -100,6 +100,28 @@ def test_a_worker_of_unknown_load_costs_at_least_the_mean() -> None:
     made.report(more, waiting_tokens=92_000)
     made.report(less, waiting_tokens=10**6)
     assert made.choose().prefill == more, "the mean is 546,000"
+
+
+@pytest.mark.parametrize("policy", [PolicyName.LEAST_WORK, PolicyName.PREFIX, PolicyName.POWER_OF_TWO])
+@pytest.mark.parametrize("others_tokens", [0, 5_000], ids=["alone", "beside other frontends"])
+def test_a_worker_that_hangs_does_not_get_all_while_the_others_load_is_unknown(
+    policy: PolicyName, others_tokens: int
+) -> None:
+    """The known one is always cheaper than the mean of the known ones: what this frontend sent must count by itself."""
+    made = loaded(policy, 2, 2)
+    hanging, unknown, hanging_decode, unknown_decode = made.scene.workers
+    for worker in (unknown, unknown_decode):
+        made.costs.note(worker.start, None)
+    counts: Counter[str] = Counter()
+    known = made.backlog.get(hanging.start)
+    assert known is not None
+    for _ in range(40):
+        made.report(hanging, waiting_tokens=others_tokens + int(known.own_whole))
+        route = made.choose()
+        made.send(route)
+        counts.update(worker.worker_id for worker in route.workers)
+    for worker in (unknown, unknown_decode):
+        assert 18 <= counts[worker.worker_id] <= 20, counts
 
 
 def test_requests_sent_since_the_report_count() -> None:

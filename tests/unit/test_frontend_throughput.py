@@ -24,6 +24,17 @@ def test_queue_wait_follows_the_rate_of_finished_tokens() -> None:
     assert throughput.wait_s(100) == pytest.approx(100 * 5 / 250)
 
 
+@pytest.mark.parametrize(("count", "factor"), [(1, 3.0), (4, 2.0), (400, 1.1)])
+def test_the_least_queue_wait_is_shorter_the_fewer_requests_have_finished(count: int, factor: float) -> None:
+    throughput = Throughput(ManualClock(0.0))
+    assert throughput.least_wait_s(100) is None
+    for _ in range(count):
+        throughput.note(QueuedRequest(tokens=50), 1.0)
+    wait_s, least_s = throughput.wait_s(100), throughput.least_wait_s(100)
+    assert wait_s is not None and least_s is not None
+    assert wait_s / least_s == pytest.approx(factor)
+
+
 def test_requests_older_than_the_window_expire() -> None:
     clock = ManualClock(0.0)
     throughput = Throughput(clock)

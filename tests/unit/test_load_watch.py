@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import uvloop
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
@@ -64,6 +65,77 @@ async def test_a_listener_gets_each_report_and_its_expiry(monkeypatch: pytest.Mo
             await watch.close()
             await channels.close()
     assert heard.empty()
+
+
+class ScriptedCall:
+    """Has several reports at hand at the same moment, as the calls of a loop that was held up."""
+
+    def __init__(self, count: int) -> None:
+        self._reports = [pb.WatchLoadResponse(epoch=prefill().epoch, running_requests=number) for number in range(count)]
+
+    async def read(self) -> pb.WatchLoadResponse:
+        if not self._reports:
+            await asyncio.Event().wait()
+        return self._reports.pop(0)
+
+    def cancel(self) -> None:
+        """Nothing is open."""
+
+
+class ScriptedStub:
+    def __init__(self, channel: Any) -> None:
+        pass
+
+    def WatchLoad(self, request: pb.WatchLoadRequest) -> ScriptedCall:  # noqa: N802
+        return ScriptedCall(4)
+
+
+def test_reports_that_come_after_an_expiry_that_is_due_are_all_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the services' own event loop: its handle of a timer in the past has no time."""
+    monkeypatch.setattr(load_watch, "WorkerServiceStub", ScriptedStub)
+    clock, heard = ManualClock(0.0), list[int | None]()
+
+    async def watched() -> None:
+        last = asyncio.Event()
+
+        def hear(start: Start, load: EngineLoad | None) -> None:
+            heard.append(None if load is None else load.running_requests)
+            # Held up for longer than any report counts.
+            clock.advance(10)
+            if load is not None and load.running_requests == 3:
+                last.set()
+
+        channels = Channels()
+        watch = load_watch.LoadWatch(channels, clock=clock, on_change=hear)
+        watch.follow([prefill()])
+        try:
+            await asyncio.wait_for(last.wait(), 5)
+        finally:
+            await watch.close()
+            await channels.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(watched())
+    assert heard[:4] == [0, 1, 2, 3]
+
+
+async def test_a_stream_that_ends_by_a_defect_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(load_watch, "WorkerServiceStub", ScriptedStub)
+    failed = asyncio.Event()
+
+    def defective(start: Start, load: EngineLoad | None) -> None:
+        asyncio.get_running_loop().call_soon(failed.set)
+        raise ZeroDivisionError
+
+    channels = Channels()
+    watch = load_watch.LoadWatch(channels, on_change=defective)
+    watch.follow([prefill()])
+    await asyncio.wait_for(failed.wait(), 5)
+    await watch.close()
+    await channels.close()
+    assert f"load-{prefill().worker_id} failed" in caplog.text
 
 
 async def test_a_report_expires_by_its_own_interval_when_the_fleet_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:

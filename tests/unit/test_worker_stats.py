@@ -33,6 +33,7 @@ async def test_an_engine_that_is_gone_takes_only_its_own_gauges_along(tmp_path: 
     async with running(write_fake_model(tmp_path), AGGREGATED) as engine:
         health = EngineHealth(engine, lambda: 0, Periods(60, 60), _ignore)
         stats = WorkerStats(engine, Legs(engine, Identity(make_worker(), Place())), health, LegMetrics(Metrics()))
-        assert {"tandem.kv.pages", "tandem.legs.open"} <= {reading.name for reading in await stats.read()}
+        names = {"tandem.kv.pages", "tandem.engine.waiting_tokens", "tandem.legs.open"}
+        assert names <= {reading.name for reading in await stats.read()}
     left = {reading.name for reading in await stats.read()}
     assert left == {"tandem.legs.open", "tandem.engine.healthy"}

@@ -51,7 +51,7 @@ PATHS = {
     "cors_headers": (
         "authorization",
         "content-type",
-        *("x-request-id", "x-api-key", "idempotency-key", "traceparent", "tracestate"),
+        *("x-request-id", "x-api-key", "x-session-id", "idempotency-key", "traceparent", "tracestate"),
         *(f"openai-{name}" for name in ("organization", "project", "beta")),
         *(f"anthropic-{name}" for name in ("version", "beta", "dangerous-direct-browser-access")),
         *(f"x-stainless-{name}" for name in STAINLESS),

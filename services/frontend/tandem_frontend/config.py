@@ -91,7 +91,7 @@ class FrontendConfig(AdminConfig):
         "beyond it the worker with the most blocks is routed to by load; 0: the workers' caches are not followed",
     )
     routing_policy: str = Field(
-        PolicyName.RANDOM.value,
+        PolicyName.AUTO.value,
         pattern=f"^({'|'.join(policy.value for policy in PolicyName)})$",
         description="how workers are picked: auto (prefix where workers publish their caches, otherwise least_work), "
         "random, power_of_two, least_work, prefix or session",

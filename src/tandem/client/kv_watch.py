@@ -23,6 +23,7 @@ from tandem.observability.metrics import Metrics
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.rpc.status import from_rpc_error
+from tandem.service.background import log_failure
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ class KvWatch:
             await asyncio.wait(self._ending)
 
     def _open(self, worker: Worker) -> None:
-        self._tasks[worker.start] = asyncio.create_task(self._follow(worker), name=f"kv-events-{worker.worker_id}")
+        task = asyncio.create_task(self._follow(worker), name=f"kv-events-{worker.worker_id}")
+        task.add_done_callback(log_failure)
+        self._tasks[worker.start] = task
 
     def _cancel(self, start: Start) -> None:
         task = self._tasks.pop(start)
@@ -126,6 +129,10 @@ class KvWatch:
                     return
                 log.debug("cache events of worker %s failed, reconnecting: %s", worker.worker_id, error)
                 self._suspect(start, "broken")
+            except Exception:
+                # A defect: from here on no change of the cache would be applied.
+                self._suspect(start, "broken")
+                raise
             if stream.was_current:
                 backoff.reset()
             # A worker that breaks off again and again takes at most half of the event loop with its snapshots.

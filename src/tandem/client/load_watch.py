@@ -20,6 +20,7 @@ from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.rpc.convert import load_from_proto
+from tandem.service.background import log_failure
 from tandem.service.expiries import Expiries
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,10 @@ class LoadWatch:
         self._loads: dict[Start, EngineLoad] = {}
         self._fresh: Expiries[Start] = Expiries()
         """Expiry time of each report."""
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         """One timer for the next expiry of any report."""
+        self._timer_s = 0.0
+        """When it fires, on the loop's clock. Not asked from it: uvloop's handle of a time that is past has none."""
 
     def of(self, start: Start) -> EngineLoad | None:
         """Last report of a worker; None: expired, or none received yet."""
@@ -66,6 +69,7 @@ class LoadWatch:
         for start, worker in wanted.items():
             if start not in self._tasks:
                 task = asyncio.create_task(self._follow(worker), name=f"load-{worker.worker_id}")
+                task.add_done_callback(log_failure)
                 self._tasks[start] = task
 
     async def close(self) -> None:
@@ -121,11 +125,11 @@ class LoadWatch:
             return
         loop = asyncio.get_running_loop()
         when_s = loop.time() + next_s - self._clock()
-        if self._timer is not None and when_s < self._timer.when():
+        if self._timer is not None and when_s < self._timer_s:
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = loop.call_at(when_s, self._expire)
+            self._timer, self._timer_s = loop.call_at(when_s, self._expire), when_s
 
     def _notify(self, start: Start, load: EngineLoad | None) -> None:
         if self._on_change is not None:

@@ -370,6 +370,12 @@ TABLE: tuple[Metric, ...] = (
         ENGINE_STATE,
     ),
     _worker(
+        "tandem.engine.waiting_tokens",
+        Kind.GAUGE,
+        "{token}",
+        "Tokens of the requests that wait in the engine. On prefill: the prompts before which a new one has no turn.",
+    ),
+    _worker(
         "tandem.kv.pages",
         Kind.GAUGE,
         "{page}",

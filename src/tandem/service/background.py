@@ -32,10 +32,11 @@ class BackgroundTasks:
     def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` until it ends or this context does."""
         task = asyncio.create_task(work, name=name)
-        task.add_done_callback(_log_failure)
+        task.add_done_callback(log_failure)
         self._tasks.append(task)
 
 
-def _log_failure(task: asyncio.Task[None]) -> None:
+def log_failure(task: asyncio.Task[None]) -> None:
+    """Done callback of a task that runs until it is cancelled: asyncio logs a failure only when its owner is gone."""
     if not task.cancelled() and (problem := task.exception()) is not None:
         log.error("background task %s failed, and does not run any more", task.get_name(), exc_info=problem)

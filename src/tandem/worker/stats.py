@@ -113,6 +113,8 @@ def _requests(load: EngineLoad) -> Iterator[Reading]:
     for state, count in counts.items():
         if count is not None:
             yield Reading("tandem.engine.requests", count, {"tandem.state": state})
+    if load.waiting_tokens is not None:
+        yield Reading("tandem.engine.waiting_tokens", load.waiting_tokens)
 
 
 def _pages(load: EngineLoad, page_tokens: int) -> Iterator[Reading]:

@@ -166,6 +166,13 @@ async def a_full_house(world: World) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def a_held_prefill(world: World) -> AsyncIterator[None]:
+    """One prompt is held in the engine, and others wait behind it."""
+    async with world.faults("prefill-0", rule={"point": "prefill_chunk", "kind": "hang"}), world.open_streams(3):
+        yield
+
+
+@asynccontextmanager
 async def a_leg_that_breaks(world: World) -> AsyncIterator[None]:
     async with world.faults("prefill-0", rule={"point": "prefill_chunk", "kind": "fail"}):
         with pytest.raises(TandemError):

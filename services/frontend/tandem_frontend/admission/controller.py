@@ -292,10 +292,10 @@ class Admission:
         if request.deadline_s is None:
             return
         before = self._queue.tokens_before(request)
-        wait_s = self._throughput.wait_s(before)
-        if wait_s is None:
+        wait_s, least_wait_s = self._throughput.wait_s(before), self._throughput.least_wait_s(before)
+        if wait_s is None or least_wait_s is None:
             return
-        if self._is_late(request, WAIT_MARGIN * wait_s, SURE_SHARE):
+        if self._is_late(request, WAIT_MARGIN * least_wait_s, SURE_SHARE):
             raise self._too_late(request, wait_s, SURE_SHARE)
         own_s = self._throughput.wait_s(request.tokens) or 0.0
         for other, others_before in self._queue.overtaken(request):

@@ -6,6 +6,7 @@ estimate.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from tandem.clock import Clock
 from tandem_frontend.admission.queue import QueuedRequest
 
 WINDOW_S = 5.0
+SPREAD = 2.0
+"""Standard deviations by which the number of finishes may have been below its mean."""
 ENDED_MAX = 512
 """Finished requests kept: enough for a mean, and few enough to iterate over for each new request."""
 
@@ -42,6 +45,15 @@ class Throughput:
         # A single request that finished just now would otherwise look like an infinite throughput.
         elapsed_s = max(self._clock() - self._ended[0][0], 0.5)
         return tokens * elapsed_s / ended_tokens
+
+    def least_wait_s(self, tokens: int) -> float | None:
+        """As `wait_s`, at the highest throughput that so few finishes leave possible.
+
+        For refusals. After some seconds in which nothing could finish, the first finish alone looks as if each queued
+        request took as long.
+        """
+        wait_s = self.wait_s(tokens)
+        return None if wait_s is None else wait_s / (1 + SPREAD / math.sqrt(len(self._ended)))
 
     def service_s(self, request: QueuedRequest, share: float) -> float:
         """The `share` quantile of service times in seconds, or less where the request's own completion is short.

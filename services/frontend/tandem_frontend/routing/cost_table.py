@@ -2,7 +2,8 @@
 
 Pure; the clock is passed in. Updated when something happens to a worker, so that a choice only reads. Between updates a
 cost falls by the time that passes, up to the prompt that the worker has in hand. An unknown load is never taken for an
-idle worker: it costs what the mean worker of known load costs, and one request more.
+idle worker: this frontend's own part of it is known, the rest is taken to be what the mean worker of known load has from
+other frontends, and one request more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Row:
     """What a request costs beside its tokens."""
     work: float = 0.0
     """Tokens that it has to process, as far as known."""
+    own: float = 0.0
+    """The part of `work` that this frontend has sent; all of it where nothing else is known."""
     per_token: float | None = None
     """Cost of one token; None: not measured, the mean of the others counts."""
     is_known: bool = False
@@ -64,10 +67,10 @@ class CostTable:
         self._costs: dict[str, Cost] = {}
         self._estimated: set[str] = set()
         """Workers whose cost depends on the means."""
-        self._work_sum, self._known_count = 0.0, 0
+        self._others_sum, self._known_count = 0.0, 0
         self._slope_sum, self._slope_count = 0.0, 0
         self._estimated_by = 0.0, 1.0
-        """The mean work and cost of a token when all of `_estimated` were last estimated."""
+        """The mean work of others and cost of a token when all of `_estimated` were last estimated."""
         self._weight = 1.0
         self._assigned_sum, self._assigned_count = 0.0, 0.0
         self.requests_sum = 0.0
@@ -97,6 +100,7 @@ class CostTable:
         worker_id: str,
         *,
         work: float,
+        own: float,
         per_token: float | None,
         is_known: bool,
         requests: float,
@@ -108,8 +112,8 @@ class CostTable:
         if row is None:
             return
         self._count(row, -1)
-        row.work, row.per_token, row.is_known, row.requests = work, per_token, is_known, requests
-        row.since_s, row.in_hand = since_s, in_hand
+        row.work, row.own, row.per_token, row.is_known = work, own, per_token, is_known
+        row.requests, row.since_s, row.in_hand = requests, since_s, in_hand
         self._count(row, 1)
         self._price(worker_id, row)
 
@@ -124,8 +128,11 @@ class CostTable:
     def lines(self) -> dict[str, Cost]:
         """The line of every worker; valid until the next change. Takes time only when the means have moved."""
         if self._estimated:
-            means = self._mean_work(), self._mean_slope()
-            if any(abs(now - then) > MEANS_DRIFT * then for now, then in zip(means, self._estimated_by, strict=True)):
+            others, slope = means = self._mean_others(), self._mean_slope()
+            others_then, slope_then = self._estimated_by
+            # Less than a token is a rounding error of the sums.
+            drift = MEANS_DRIFT * max(others_then, 1 / MEANS_DRIFT)
+            if abs(others - others_then) > drift or abs(slope - slope_then) > MEANS_DRIFT * slope_then:
                 for worker_id in self._estimated:
                     self._costs[worker_id] = self._estimate(self.rows[worker_id])
                 self._estimated_by = means
@@ -171,13 +178,16 @@ class CostTable:
         slope = self._mean_slope() if row.per_token is None else row.per_token
         work = row.work
         if not row.is_known:
-            work = max(work, self._mean_work()) + row.request_tokens
+            # Not the mean worker's whole work: no worker has less than the least of those known, which is never more
+            # than their mean. One lost load stream would leave its worker idle, and a worker that hangs would get all.
+            work = row.own + self._mean_others() + row.request_tokens
         # Without a measured rate costs are in tokens, and nothing is known of the progress.
         fall_max = 0.0 if row.per_token is None else min(row.in_hand, work) * slope
         return Cost((work + row.request_tokens) * slope, slope, row.since_s, fall_max)
 
-    def _mean_work(self) -> float:
-        return max(0.0, self._work_sum / self._known_count) if self._known_count else 0.0
+    def _mean_others(self) -> float:
+        """What a worker of known load has from other frontends."""
+        return max(0.0, self._others_sum / self._known_count) if self._known_count else 0.0
 
     def _mean_slope(self) -> float:
         """Without any measurement every worker is taken to be equally fast."""
@@ -188,7 +198,8 @@ class CostTable:
         self.requests_sum += sign * row.requests
         if row.is_known:
             self._known_count += sign
-            self._work_sum = self._work_sum + sign * row.work if self._known_count else 0.0
+            others = max(0.0, row.work - row.own)
+            self._others_sum = self._others_sum + sign * others if self._known_count else 0.0
         if row.per_token is not None:
             self._slope_count += sign
             self._slope_sum = self._slope_sum + sign * row.per_token if self._slope_count else 0.0

@@ -138,6 +138,7 @@ class WorkerCosts:
         self.tables[Job.COMPUTE].update(
             worker.start[0],
             work=worker.work,
+            own=worker.own,
             per_token=None if rate is None else 1 / rate,
             is_known=worker.is_known,
             requests=count,
@@ -149,12 +150,14 @@ class WorkerCosts:
         if self.epochs.get(start[0]) != start[1]:
             return
         requests, tokens = float(streams.own_requests), streams.own_tokens
+        own = tokens + requests * streams.request_tokens
         if streams.reported_requests is not None:
             requests = max(requests, streams.reported_requests + streams.recent_requests)
             tokens = max(tokens, streams.reported_tokens + streams.recent_tokens)
         self.tables[Job.STREAM].update(
             start[0],
             work=tokens + requests * streams.request_tokens,
+            own=own,
             per_token=streams.per_token,
             is_known=streams.reported_requests is not None,
             requests=requests,
