@@ -1,4 +1,4 @@
-"""Anthropic's form at the edge: a key as its SDKs send it, and every refusal in its words. A real Envoy, scripted calls."""
+"""Anthropic's form at the edge: keys as its SDKs send them, and every refusal in its words. A real Envoy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tandem.errors import (
     InvalidRequest,
     ModelNotFound,
     NotSupported,
+    NoWorkers,
     Overloaded,
     RequestTooLarge,
-    NoWorkers,
     TandemError,
 )
 from tandem.local_cluster.child_process import ClusterProcess

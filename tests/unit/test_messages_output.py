@@ -91,7 +91,14 @@ async def test_a_text_is_one_block_in_anthropics_order() -> None:
 
 
 async def test_thinking_text_and_two_calls_are_four_blocks() -> None:
-    feeds = [[Reasoning("I must ")], [Reasoning("look")], [Content("Let me.")], CALL[:2], CALL[2:], SECOND]
+    feeds: list[Sequence[Delta]] = [
+        [Reasoning("I must ")],
+        [Reasoning("look")],
+        [Content("Let me.")],
+        CALL[:2],
+        CALL[2:],
+        SECOND,
+    ]
     events, whole = await run(feeds)
     assert whole["content"] == [
         {"type": "thinking", "thinking": "I must look", "signature": ""},
@@ -137,7 +144,9 @@ async def test_stop_reasons(options: dict[str, Any], reason: str) -> None:
 
 
 async def test_a_call_that_the_limit_cut_off_has_the_arguments_so_far() -> None:
-    feeds = [[ToolCallStart(0, "c", "look"), ToolCallArguments(0, '{"where": "barn", "when": "to')]]
+    feeds: list[Sequence[Delta]] = [
+        [ToolCallStart(0, "c", "look"), ToolCallArguments(0, '{"where": "barn", "when": "to')]
+    ]
     _, whole = await run(feeds, reason=LENGTH)
     assert whole["content"][0]["input"] == {"where": "barn"}
     assert whole["stop_reason"] == "max_tokens"
@@ -156,7 +165,7 @@ async def test_thinking_without_its_text() -> None:
 
 
 async def test_white_space_beside_a_call_is_no_block() -> None:
-    _, whole = await run([[Reasoning("\n")], [Content("\n\n")], CALL, [Content("\n")]])
+    _, whole = await run([[Reasoning("\n")], [Content("\n\n")], [*CALL], [Content("\n")]])
     assert [block["type"] for block in whole["content"]] == ["tool_use"]
 
 

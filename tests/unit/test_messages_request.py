@@ -113,7 +113,8 @@ def test_tool_choices(choice: Any, becomes: Any, one_only: bool) -> None:
     found: Any = request.chat.tool_choice
     assert (found if found is None or isinstance(found, str) else found.model_dump()) == becomes
     assert request.one_call_only is one_only
-    (tool,) = request.chat.tools or ()
+    assert request.chat.tools is not None
+    (tool,) = request.chat.tools
     assert tool.model_dump(exclude_none=True)["function"] == {
         "name": "look",
         "parameters": {"type": "object"},

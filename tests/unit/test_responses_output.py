@@ -65,7 +65,14 @@ async def test_a_text_is_one_message_in_openais_order() -> None:
 
 
 async def test_reasoning_text_and_two_calls_are_four_items() -> None:
-    feeds = [[Reasoning("I must ")], [Reasoning("look")], [Content("Let me.")], CALL[:2], CALL[2:], SECOND]
+    feeds: list[Sequence[Delta]] = [
+        [Reasoning("I must ")],
+        [Reasoning("look")],
+        [Content("Let me.")],
+        CALL[:2],
+        CALL[2:],
+        SECOND,
+    ]
     events, whole = await run(feeds)
     assert kinds(events) == [
         *("created", "in_progress"),
@@ -89,7 +96,7 @@ async def test_reasoning_text_and_two_calls_are_four_items() -> None:
 async def test_every_event_is_one_that_the_sdk_knows() -> None:
     sdk = pytest.importorskip("openai.types.responses")
     known: TypeAdapter[Any] = TypeAdapter(sdk.ResponseStreamEvent)
-    events, whole = await run([[Reasoning("so")], [Content("Mia")], CALL], text={"verbosity": "medium"})
+    events, whole = await run([[Reasoning("so")], [Content("Mia")], [*CALL]], text={"verbosity": "medium"})
     failed = output(None)
     begun = failed.take(pb.GenerateChunk(text="Mia"))
     for event in [*events, *begun, failed.failed(LegFailed("broken", role="decode"))[-1]]:
@@ -117,9 +124,14 @@ async def test_the_token_limit_makes_a_response_incomplete() -> None:
 
 
 async def test_white_space_beside_a_call_or_reasoning_is_no_message() -> None:
-    feeds = [[Reasoning("\n")], [Content("\n")], [Content("\n")], CALL, [Content("\n")], SECOND]
+    feeds: list[Sequence[Delta]] = [[Reasoning("\n")], [Content("\n")], [Content("\n")], CALL, [Content("\n")], SECOND]
     _, whole = await run(feeds)
     assert [item["type"] for item in whole["output"]] == ["function_call", "function_call"]
+
+
+async def test_white_space_before_reasoning_and_behind_it_is_in_no_item() -> None:
+    _, whole = await run([[Reasoning("\nso ")], [Reasoning("it is")], [Content("\n\n")], [Content(" Mia ")], []])
+    assert [item["content"][0]["text"] for item in whole["output"]] == ["so it is", "Mia "]
 
 
 @pytest.mark.parametrize(("texts", "text"), [(["\n", "\n"], "\n\n"), ([" ", "x"], " x"), ([], "")])
@@ -136,7 +148,7 @@ async def test_one_call_only_drops_the_second() -> None:
 
 
 async def test_arguments_behind_the_end_of_their_call_fail_a_stream_only() -> None:
-    feeds = [CALL[:2], SECOND, [ToolCallArguments(0, ": 1}")]]
+    feeds: list[Sequence[Delta]] = [CALL[:2], SECOND, [ToolCallArguments(0, ": 1}")]]
     with pytest.raises(ParserFailed):
         await run(feeds)
     _, whole = await run(feeds, streams=False)

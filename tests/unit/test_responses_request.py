@@ -61,7 +61,7 @@ def test_a_response_that_is_sent_back() -> None:
         "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}],
     }
     sent = [
-        {"role": "user", "content": [{"type": "input_text", "text": "Where?"}, {"type": "input_text", "text": "When?"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": text} for text in ("Where?", "When?")]},
         THOUGHT,
         said,
         {**CALL, "id": "fc_1", "status": "completed"},

@@ -1,7 +1,7 @@
 """One generation as a sequence of blocks: reasoning, texts and tool calls, each opened, added to and closed in turn.
 
 What the doors share whose responses are lists of such blocks (Responses, Messages). A door says how a block looks; this
-module owns their order, and which text is none: white space beside a call or around reasoning belongs to no block.
+module owns their order, and which text is none: white space between two blocks, and before reasoning, is in no block.
 """
 
 from __future__ import annotations
@@ -170,6 +170,9 @@ class BlockChoice(ABC):
             if text.isspace():
                 self._blank = (kind, text)
                 return []
+            # Models write line breaks behind their reasoning and their calls. What a response begins with is its own.
+            if kind == "reasoning" or self.blocks:
+                text = text.lstrip()
         return self._write(kind, text)
 
     def _write(self, kind: Kind, text: str) -> list[dict[str, Any]]:
