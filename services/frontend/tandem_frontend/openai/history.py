@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tandem_frontend.openai.messages import (
     AssistantMessage,
@@ -39,7 +39,7 @@ class _Turn:
 
     def message(self) -> Message:
         # Built without validation: the door's own schema has checked every value.
-        content = _content(self.texts)
+        content: Any = _content(self.texts)
         match self.role:
             case "system":
                 return SystemMessage.model_construct(role="system", content=content)
