@@ -41,7 +41,8 @@ def pins() -> dict[str, str]:
     Raises:
         SystemExit: a package is not installed; names it.
     """
-    found = {canonicalize_name(one.name): _installed(one.name) for one in listed(WITHOUT_DEPENDENCIES)}
+    alone = [one for name in WITHOUT_DEPENDENCIES for one in listed(name)]
+    found = {canonicalize_name(one.name): _installed(one.name) for one in alone}
     wanted = [one for name in (TORCH, *LISTED) for one in listed(name)]
     visited: set[tuple[str, frozenset[str]]] = set()
     while wanted:

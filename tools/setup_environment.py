@@ -28,7 +28,7 @@ STAMP = ENVIRONMENT / "tandem-setup.stamp"
 REQUIREMENTS = ROOT / "requirements"
 TORCH = "torch.txt"
 LISTED = ("base.txt", "edge.txt", "cpu-engine.txt", "dev.txt", "clients.txt", "replay.txt")
-WITHOUT_DEPENDENCIES = "cpu-engine-nodeps.txt"
+WITHOUT_DEPENDENCIES = ("cpu-engine-nodeps.txt", "clients-nodeps.txt")
 CONSTRAINTS = ("-c", REQUIREMENTS / "constraints.txt")
 """Versions of everything, also of what no file lists, so that two set-ups are equal."""
 OLDEST_PYTHON = (3, 11)
@@ -52,7 +52,8 @@ def main() -> int:
             step("environment", [sys.executable, "-m", "venv", str(ENVIRONMENT)])
         step("PyTorch", pip("-r", REQUIREMENTS / TORCH, *torch_source()))
         step("libraries", pip(*CONSTRAINTS, *(part for name in LISTED for part in ("-r", REQUIREMENTS / name))))
-        step("SGLang and NIXL", pip(*CONSTRAINTS, "--no-deps", "-r", REQUIREMENTS / WITHOUT_DEPENDENCIES))
+        alone = (part for name in WITHOUT_DEPENDENCIES for part in ("-r", REQUIREMENTS / name))
+        step("SGLang and NIXL", pip(*CONSTRAINTS, "--no-deps", *alone))
         step("former name", [str(PYTHON), "-m", "pip", "uninstall", "--yes", FORMER_NAME])
         step("Tandem", pip("--no-deps", "-e", ROOT))
     except subprocess.CalledProcessError as problem:

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.testing.tool_model import link_tool_model
 from tests.integration.support import baseline
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,3 +66,21 @@ def temporary() -> Iterator[Path]:
     left = [path.name for path in directory.iterdir()]
     shutil.rmtree(directory)
     assert not left
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def tool_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    """One aggregated engine of a model whose template takes tools, behind a frontend with parsers and an Envoy."""
+    folder = tmp_path_factory.mktemp("tools")
+    spec = ClusterSpec(
+        model=link_tool_model(folder / "tool-model", DEMO_MODEL),
+        log_directory=folder,
+        prefill=0,
+        decode=0,
+        aggregated=1,
+        edge=True,
+        worker_flags={"dtype": "float32"},
+        role_flags={"frontend": {"tool-parser": "qwen25", "reasoning-parser": "qwen3"}},
+    )
+    async with LocalCluster(spec) as cluster:
+        yield cluster

@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
-import pytest_asyncio
 
-from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
-from tandem.testing.tool_model import link_tool_model
-from tests.integration.conftest import DEMO_MODEL
+from tandem.local_cluster.cluster import LocalCluster
 
 pytestmark = [
     pytest.mark.engine_sglang,
@@ -39,24 +35,6 @@ ASKED: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 120,
 }
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def tool_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
-    """One aggregated engine of a model whose template takes tools, behind a frontend with parsers and an Envoy."""
-    folder = tmp_path_factory.mktemp("tools")
-    spec = ClusterSpec(
-        model=link_tool_model(folder / "tool-model", DEMO_MODEL),
-        log_directory=folder,
-        prefill=0,
-        decode=0,
-        aggregated=1,
-        edge=True,
-        worker_flags={"dtype": "float32"},
-        role_flags={"frontend": {"tool-parser": "qwen25", "reasoning-parser": "qwen3"}},
-    )
-    async with LocalCluster(spec) as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tools.setup_environment import CONSTRAINTS, LISTED, TORCH, WITHOUT_DEPENDEN
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [*PROJECT["dependencies"], *(text for texts in PROJECT["optional-dependencies"].values() for text in texts)]
-SET_UP = (TORCH, *LISTED, WITHOUT_DEPENDENCIES)
+SET_UP = (TORCH, *LISTED, *WITHOUT_DEPENDENCIES)
 LOCKED = {canonicalize_name(one.name): one for one in listed(FILE.name)}
 
 

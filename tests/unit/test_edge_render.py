@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,24 +251,34 @@ def test_every_grpc_code_but_ok_has_one_http_status() -> None:
     assert len(ERROR_BY_CODE) == sum(len(row.codes) for row in ROWS)
 
 
+def exact_replies(mappers: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Status and body of each reply to one status; those to Anthropic's paths are filtered by the path too."""
+    for mapper in mappers:
+        filters = mapper["filter"].get("and_filter", {}).get("filters", [mapper["filter"]])
+        comparison = filters[0]["status_code_filter"]["comparison"]
+        if comparison["op"] == "EQ":
+            yield comparison["value"]["default_value"], mapper["body_format_override"]["json_format"]
+
+
 def test_replies_of_the_edge_and_its_lua_filter_use_the_table_of_http_errors() -> None:
     config = EdgeConfig(frontends="127.0.0.1:1")
     files = render(config, (), FILES)
-    mappers = [
-        entry for entry in found(loaded(files[FILES.config]), "mappers")[0] if "and_filter" not in entry["filter"]
-    ]
-    exact = {
-        mapper["filter"]["status_code_filter"]["comparison"]["value"]["default_value"]: mapper["body_format_override"]
-        for mapper in mappers
-        if mapper["filter"]["status_code_filter"]["comparison"]["op"] == "EQ"
-    }
+    mappers = found(loaded(files[FILES.config]), "mappers")[0]
+    exact = {status: form for status, form in exact_replies(mappers) if "type" not in form}
     assert {401, 413, 429, 503, 504} <= set(exact)
-    for status, body in exact.items():
-        error = body["json_format"]["error"]
-        assert (error["type"], error["code"]) == (ERRORS[status].type, ERRORS[status].edge_code)
+    for status, form in exact.items():
+        assert (form["error"]["type"], form["error"]["code"]) == (ERRORS[status].type, ERRORS[status].edge_code)
+    anthropic = [(status, form) for status, form in exact_replies(mappers) if "type" in form]
+    assert {status for status, _ in anthropic} == {*exact, 404}
+    for status, form in anthropic:
+        assert (form["type"], form["error"]["type"]) == ("error", ERRORS[status].messages_type)
     lua = files[FILES.lua].decode()
-    types = re.findall(r'^  \[(\d+)\] = "(\w+)",$', lua, re.MULTILINE)
-    assert {int(status): kind for status, kind in types} == {row.status: row.type for row in ROWS}
+    for name, types in (
+        ("TYPES", {row.status: row.type for row in ROWS}),
+        ("ANTHROPIC_TYPES", {row.status: row.messages_type for row in ROWS}),
+    ):
+        table = lua.partition(f"\nlocal {name} = {{\n")[2].partition("\n}\n")[0]
+        assert {int(status): kind for status, kind in re.findall(r'\[(\d+)\] = "(\w+)",', table)} == types
     assert '["9"] = 503,' in lua, "a failed precondition is about workers that do not fit together"
 
 

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tandem_frontend.anthropic.schemas import CountTokensRequest, MessagesRequest
 from tandem_frontend.openai.body_check import checker
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.body_check.limits import (
@@ -25,6 +26,8 @@ from tandem_frontend.openai.body_check.limits import (
     check_values,
     is_inline,
 )
+from tandem_frontend.openai.common_params import Schema
+from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 
 from tandem.errors import InvalidRequest, Overloaded, ServiceError
@@ -146,3 +149,24 @@ async def test_close_ends_the_process_and_what_waits() -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 0)
         pytest.fail("the process is still there")
+
+
+@pytest.mark.parametrize(
+    ("schema", "body", "field"),
+    [
+        (ResponsesRequest, {"input": [{"role": "user", "content": "a"}] * 1_500 + [{"type": "x"}]}, "input[1500].type"),
+        (
+            MessagesRequest,
+            {"max_tokens": 1, "messages": [{"role": "user", "content": "a"}] * 1_500 + [{"role": "x", "content": "a"}]},
+            "messages[1500].role",
+        ),
+        (CountTokensRequest, {"messages": [{"role": "user", "content": "a"}] * 1_500, "mood": 1}, "mood"),
+    ],
+)
+async def test_long_bodies_of_the_other_doors_are_checked_too(
+    bodies: BodyChecker, schema: type[Schema], body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await bodies.parse(schema, json.dumps({"model": "m", **body}).encode(), "")
+    assert bodies.pid is not None
+    assert refused.value.field == field

@@ -14,6 +14,8 @@ from tandem.errors import ConfigError
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY = re.compile(r"[!-~]{16,512}")
+KEY_HEADERS = ("authorization", "x-api-key")
+"""Headers that hold a key, the first that a request has: as OpenAI's SDKs and as Anthropic's send it."""
 FILTER = "envoy.filters.http.api_key_auth"
 """Name of the filter in the template."""
 EXTENSION = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
@@ -63,7 +65,7 @@ def key_filter(keys: tuple[ApiKey, ...]) -> bytes:
     auth = {
         "@type": API_KEY_AUTH,
         "credentials": [{"client": key.client_id, "key": key.key} for key in keys],
-        "key_sources": [{"header": "authorization"}],
+        "key_sources": [{"header": name} for name in KEY_HEADERS],
         "forwarding": {"header": "x-client-id", "hide_credentials": True},
     }
     return json.dumps({"resources": [{"@type": EXTENSION, "name": FILTER, "typed_config": auth}]}).encode()

@@ -15,16 +15,21 @@ from google.api import annotations_pb2
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from tandem.api.frontend.v1 import inference_service_pb2, openai_service_pb2
+from tandem.api.frontend.v1 import anthropic_service_pb2, inference_service_pb2, openai_service_pb2
 
 SERVICES = (
     inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     openai_service_pb2.DESCRIPTOR.services_by_name["OpenAiService"],
+    anthropic_service_pb2.DESCRIPTOR.services_by_name["AnthropicService"],
 )
 SERVICE_NAMES = tuple(service.full_name for service in SERVICES)
 HEALTH_SERVICE_NAME = SERVICE_NAMES[0]
 """The service whose gRPC health decides whether Envoy sends requests to a frontend."""
-FILES = (inference_service_pb2, openai_service_pb2, error_details_pb2, status_pb2)
+ANTHROPIC_SERVICE_NAME = SERVICE_NAMES[2]
+"""The service whose errors have Anthropic's form."""
+ANTHROPIC_PATH = "/v1/messages"
+"""Every HTTP path of that service begins with it."""
+FILES = (inference_service_pb2, openai_service_pb2, anthropic_service_pb2, error_details_pb2, status_pb2)
 """Without error_details Envoy cannot transcode the details of a status, and returns an empty body."""
 
 

@@ -20,6 +20,7 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
     add_FrontendAdminServiceServicer_to_server,
     add_ProfileServiceServicer_to_server,
 )
+from tandem.api.frontend.v1.anthropic_service_pb2_grpc import add_AnthropicServiceServicer_to_server
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.clock import epoch_now, monotonic
@@ -52,6 +53,8 @@ from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.admission.shares import TenantRates
+from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
+from tandem_frontend.anthropic.servicer import AnthropicServicer
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.openai.body_check.checker import BodyChecker
@@ -151,6 +154,10 @@ class FrontendApp:
                 comment_s=config.stream_comment_s,
             )
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
+            anthropic = AnthropicServicer(
+                generation, model, fleet.watch.workers, parsers, bodies, config.session_header
+            )
+            server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
             _add_admin(server, config, membership, own)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")

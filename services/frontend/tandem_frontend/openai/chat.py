@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -28,6 +29,18 @@ from tandem_frontend.response.writers import Call
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A chat request that can be generated: for each choice its generation, and the parser of its output."""
+
+    requests: list[pb.GenerateRequest]
+    parsed: list[ParsedStream | None]
+    """None: all output of that choice is text."""
+    _: KW_ONLY
+    has_tool_grammar: bool
+    """See `handler.ApiResponse`."""
+
+
 class ChatCompletions:
     """Handles POST /v1/chat/completions."""
 
@@ -46,38 +59,84 @@ class ChatCompletions:
         Raises:
             TandemError: its `field` is a field of the contract or an OpenAI parameter.
         """
+        async with contextlib.AsyncExitStack() as stack:
+            chat = await self.prepare(body, body_bytes, caller, stack)
+            one_call = body.parallel_tool_calls is False
+            choices = [
+                ChatChoice(number, request, self._texts, parsed, one_call_only=one_call)
+                for number, (request, parsed) in enumerate(zip(chat.requests, chat.parsed, strict=True))
+            ]
+            head = self._handler.head(
+                f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if body.stream else "chat.completion"
+            )
+            usage = UsageSum(body.choice_count)
+            response = ApiResponse(head, choices, usage, has_tool_grammar=chat.has_tool_grammar)
+            await self._handler.run(chat.requests, response, caller, body, call)
+
+    async def prepare(
+        self, body: ChatRequest, body_bytes: int, caller: Caller, stack: contextlib.AsyncExitStack
+    ) -> PreparedChat:
+        """Validate, charge for, render and tokenise a request; every door that chats begins here.
+
+        Args:
+            body: as the client sent it, or translated from another door's request.
+            body_bytes: length of the client's request body.
+            caller: is charged for every choice.
+            stack: receives the parsers' streams, which must stay open until the response has ended.
+
+        Raises:
+            TandemError: its `field` is a field of the contract or an OpenAI parameter.
+        """
         self._model.check_name(body.model)
         if body.choice_count > self._handler.choices_max:
             raise InvalidRequest("n", f"must be at most {self._handler.choices_max} on this frontend")
         request = chat_request(body)
         self._handler.charge(caller, body.choice_count)
-        tools = self._tools(body)
-        kwargs = self._template_kwargs(body)
+        tools, kwargs = self._tools(body), self._template_kwargs(body)
+        prompt, token_ids = await self._tokenised(body, body_bytes, tools, kwargs)
+        has_tool_grammar = await self._constrain(request, body, tools, prompt, kwargs)
+        streams: list[ParsedStream | None] = []
+        for _ in range(body.choice_count):
+            parsed = await self._parsed(body, tools, prompt, kwargs)
+            # Some parsers recognise calls by special tokens, which detokenizing drops by default.
+            if parsed is not None:
+                await stack.enter_async_context(parsed)
+                request.skip_special_tokens = not parsed.keep_special_tokens
+            streams.append(parsed)
+        requests = [for_choice(request, token_ids, number) for number in range(body.choice_count)]
+        return PreparedChat(requests, streams, has_tool_grammar=has_tool_grammar)
+
+    async def count_tokens(self, body: ChatRequest, body_bytes: int) -> int:
+        """Tokens of the prompt that the request would have.
+
+        Raises:
+            TandemError: its `field` is an OpenAI parameter.
+        """
+        self._model.check_name(body.model)
+        _, token_ids = await self._tokenised(body, body_bytes, self._tools(body), self._template_kwargs(body))
+        return len(token_ids)
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's chat template reads a variable that a request may set."""
+        template = self._model.tokenizer.chat_template
+        return template is not None and template.takes(name)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether reasoning is separated from text: a reasoning parser is configured."""
+        return self._parsers is not None and self._parsers.reasoning_parser is not None
+
+    async def _tokenised(
+        self, body: ChatRequest, body_bytes: int, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]
+    ) -> tuple[str, Sequence[int]]:
+        """The prompt as text and as token ids."""
         check_token_count("messages", len(body.messages), self._model.tokenizer, what="messages")
         if body_bytes <= BLOCKING_CHARS_MAX:
             prompt = self._prompt(body, tools, kwargs)
         else:
             # Cleaning and rendering read the whole body: a long one would block the event loop for other requests.
             prompt = await asyncio.to_thread(self._prompt, body, tools, kwargs)
-        token_ids = await self._model.tokenizer.encode(prompt, add_special_tokens=False, field="messages")
-        has_tool_grammar = await self._constrain(request, body, tools, prompt, kwargs)
-        async with contextlib.AsyncExitStack() as stack:
-            choices = []
-            for number in range(body.choice_count):
-                parsed = await self._parsed(body, tools, prompt, kwargs)
-                # Some parsers recognise calls by special tokens, which detokenizing drops by default.
-                if parsed is not None:
-                    await stack.enter_async_context(parsed)
-                    request.skip_special_tokens = not parsed.keep_special_tokens
-                one_call = body.parallel_tool_calls is False
-                choices.append(ChatChoice(number, request, self._texts, parsed, one_call_only=one_call))
-            requests = [for_choice(request, token_ids, number) for number in range(body.choice_count)]
-            head = self._handler.head(
-                f"chatcmpl-{uuid.uuid4().hex}", "chat.completion.chunk" if body.stream else "chat.completion"
-            )
-            usage = UsageSum(body.choice_count)
-            response = ApiResponse(head, choices, usage, has_tool_grammar=has_tool_grammar)
-            await self._handler.run(requests, response, caller, body, call)
+        return prompt, await self._model.tokenizer.encode(prompt, add_special_tokens=False, field="messages")
 
     def _prompt(self, body: ChatRequest, tools: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
         """The prompt: the messages as the chat template renders them."""

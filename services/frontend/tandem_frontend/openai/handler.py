@@ -125,7 +125,7 @@ class EndpointHandler:
             TandemError: a choice failed before the first event; its `field` is a field of the contract.
         """
         if not body.stream:
-            await self._generate(requests, result, caller, EntrySink())
+            await self.generate(requests, result, caller, EntrySink())
             choices = [choice.as_json() for choice in result.choices]
             call.send(response.whole({**result.head, "choices": choices, "usage": result.usage.as_json()}))
             return
@@ -133,7 +133,7 @@ class EndpointHandler:
         events = EventStream(call, result.head, with_usage=body.includes_usage, running_usage=running)
         try:
             with events.kept_alive(self._comment_s):
-                await self._generate(requests, result, caller, events)
+                await self.generate(requests, result, caller, events)
         except Exception as problem:
             # Nothing was sent yet, so the error can still be an HTTP status.
             if not events.has_begun:
@@ -142,10 +142,14 @@ class EndpointHandler:
             return
         events.end(result.usage.as_json())
 
-    async def _generate(
+    async def generate(
         self, requests: Sequence[pb.GenerateRequest], result: ApiResponse, caller: Caller, entries: EntrySink
     ) -> None:
-        """Generate all choices concurrently; the first failure cancels the others."""
+        """Generate all choices concurrently into `entries`; the first failure cancels the others.
+
+        Raises:
+            TandemError: a choice failed; its `field` is a field of the contract.
+        """
         # The common request: it needs no task besides its own.
         if len(requests) == 1 and not result.choices[0].parses:
             await self._run(requests[0], caller, ChoiceSink(0, result, entries, None), result)

@@ -6,9 +6,9 @@ them into OpenAI's error object.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -26,8 +26,11 @@ from tandem_frontend.openai import response
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
+from tandem_frontend.openai.field_names import renaming
 from tandem_frontend.openai.handler import EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
+from tandem_frontend.openai.responses_api.handler import Responses
+from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
 from tandem_frontend.pipeline import Generation
@@ -55,6 +58,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         handler, texts = EndpointHandler(generation, model, workers, comment_s=comment_s), TokenTexts(model.tokenizer)
         self._chat = ChatCompletions(handler, model, texts, parsers)
         self._completions = Completions(handler, model, texts)
+        self._responses = Responses(handler, model, texts, self._chat)
         self._bodies = bodies
         self._model = model
         self._workers = workers
@@ -73,6 +77,12 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         body = await self._bodies.parse(CompletionRequest, request.data, caller.fairness_id)
         with _parameter_names(body):
             await self._completions.handle(body, caller, context)
+
+    async def Responses(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """A response, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
+        caller = self._caller_of(context, "chat")
+        body = await self._bodies.parse(ResponsesRequest, request.data, caller.fairness_id)
+        await self._responses.handle(body, len(request.data), caller, context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""
@@ -96,15 +106,6 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         return {**entry, "max_model_len": model.context_tokens_max, "context_length": model.context_tokens_max}
 
 
-@contextlib.contextmanager
-def _parameter_names(body: ChatRequest | CompletionRequest) -> Iterator[None]:
+def _parameter_names(body: ChatRequest | CompletionRequest) -> AbstractContextManager[None]:
     """Rename the field of an error from the contract's name to the OpenAI parameter."""
-    try:
-        yield
-    except InvalidRequest as problem:
-        raise problem.renamed(parameter(problem.field, body)) from None
-    # Not every NotSupported is about a field: an engine may lack a whole feature.
-    except NotSupported as problem:
-        if "field" in problem.metadata:
-            problem.metadata["field"] = parameter(problem.metadata["field"], body)
-        raise
+    return renaming(lambda field: parameter(field, body))

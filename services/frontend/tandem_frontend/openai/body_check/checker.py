@@ -21,8 +21,11 @@ from tandem.clock import monotonic
 from tandem.errors import Draining, InvalidRequest, Overloaded, ServiceError
 from tandem.service.parent_death import VARIABLE
 from tandem_frontend.admission.shares import TenantShares
+from tandem_frontend.anthropic.schemas import CountTokensRequest, MessagesRequest
 from tandem_frontend.openai.body_check.limits import PROMPT_IDS_MAX, is_inline
+from tandem_frontend.openai.common_params import Schema
 from tandem_frontend.openai.request_body import S, parse
+from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.preparation.encoding.turns import Turns
 
@@ -32,7 +35,13 @@ QUESTION: Final = struct.Struct("<BQ")
 """Index of the schema, length of the body that follows."""
 ANSWER: Final = struct.Struct("<Q")
 """Length of the error that follows; 0: the body is valid."""
-SCHEMAS: Final[tuple[type[ChatRequest] | type[CompletionRequest], ...]] = (ChatRequest, CompletionRequest)
+SCHEMAS: Final[tuple[type[Schema], ...]] = (
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+)
 NICENESS = 10
 
 WAITING_MAX = 64

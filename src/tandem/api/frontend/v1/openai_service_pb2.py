@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tandem/api/frontend/v1/openai_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\" \n\x1eOpenAiServiceListModelsRequest\"*\n\x1cOpenAiServiceGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t2\x83\x04\n\rOpenAiService\x12`\n\x0f\x43hatCompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x14/v1/chat/completions:\x01*0\x01\x12W\n\x0b\x43ompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*0\x01\x12S\n\nEmbeddings\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/embeddings:\x01*\x12n\n\nListModels\x12\x36.tandem.api.frontend.v1.OpenAiServiceListModelsRequest\x1a\x14.google.api.HttpBody\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12r\n\x08GetModel\x12\x34.tandem.api.frontend.v1.OpenAiServiceGetModelRequest\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/models/{id=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tandem/api/frontend/v1/openai_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\" \n\x1eOpenAiServiceListModelsRequest\"*\n\x1cOpenAiServiceGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t2\xd8\x04\n\rOpenAiService\x12`\n\x0f\x43hatCompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x14/v1/chat/completions:\x01*0\x01\x12W\n\x0b\x43ompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*0\x01\x12S\n\tResponses\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/v1/responses:\x01*0\x01\x12S\n\nEmbeddings\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/embeddings:\x01*\x12n\n\nListModels\x12\x36.tandem.api.frontend.v1.OpenAiServiceListModelsRequest\x1a\x14.google.api.HttpBody\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12r\n\x08GetModel\x12\x34.tandem.api.frontend.v1.OpenAiServiceGetModelRequest\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/models/{id=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENAISERVICE'].methods_by_name['ChatCompletions']._serialized_options = b'\202\323\344\223\002\031\"\024/v1/chat/completions:\001*'
   _globals['_OPENAISERVICE'].methods_by_name['Completions']._loaded_options = None
   _globals['_OPENAISERVICE'].methods_by_name['Completions']._serialized_options = b'\202\323\344\223\002\024\"\017/v1/completions:\001*'
+  _globals['_OPENAISERVICE'].methods_by_name['Responses']._loaded_options = None
+  _globals['_OPENAISERVICE'].methods_by_name['Responses']._serialized_options = b'\202\323\344\223\002\022\"\r/v1/responses:\001*'
   _globals['_OPENAISERVICE'].methods_by_name['Embeddings']._loaded_options = None
   _globals['_OPENAISERVICE'].methods_by_name['Embeddings']._serialized_options = b'\202\323\344\223\002\023\"\016/v1/embeddings:\001*'
   _globals['_OPENAISERVICE'].methods_by_name['ListModels']._loaded_options = None
@@ -48,5 +50,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENAISERVICEGETMODELREQUEST']._serialized_start=162
   _globals['_OPENAISERVICEGETMODELREQUEST']._serialized_end=204
   _globals['_OPENAISERVICE']._serialized_start=207
-  _globals['_OPENAISERVICE']._serialized_end=722
+  _globals['_OPENAISERVICE']._serialized_end=807
 # @@protoc_insertion_point(module_scope)

@@ -42,6 +42,10 @@ class OpenAiServiceStub:
     """POST /v1/chat/completions."""
     Completions: _grpc.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """POST /v1/completions."""
+    Responses: _grpc.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """POST /v1/responses. The events of its stream have names, and the last one is `response.completed`,
+    `response.incomplete` or `response.failed`; there is no `[DONE]`. No response is stored.
+    """
     Embeddings: _grpc.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """POST /v1/embeddings, if the model supports it."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]
@@ -62,6 +66,10 @@ class OpenAiServiceAsyncStub(OpenAiServiceStub):
     """POST /v1/chat/completions."""
     Completions: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """POST /v1/completions."""
+    Responses: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """POST /v1/responses. The events of its stream have names, and the last one is `response.completed`,
+    `response.incomplete` or `response.failed`; there is no `[DONE]`. No response is stored.
+    """
     Embeddings: _aio.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """POST /v1/embeddings, if the model supports it."""
     ListModels: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
@@ -91,6 +99,16 @@ class OpenAiServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
         """POST /v1/completions."""
+
+    @_abc_1.abstractmethod
+    def Responses(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """POST /v1/responses. The events of its stream have names, and the last one is `response.completed`,
+        `response.incomplete` or `response.failed`; there is no `[DONE]`. No response is stored.
+        """
 
     @_abc_1.abstractmethod
     def Embeddings(
