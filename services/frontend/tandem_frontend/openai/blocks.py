@@ -14,7 +14,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
 from tandem.errors import ParserFailed
 from tandem.output_parsers import Content, Delta, ParsedStream, Reasoning, ToolCallArguments, ToolCallStart
-from tandem_frontend.openai.logprobs import StopFilter, TokenTexts, chat_logprobs
+from tandem_frontend.openai.logprobs import TokenTexts, VisibleTokens, chat_logprobs
 
 Kind = Literal["reasoning", "text", "call"]
 
@@ -61,7 +61,7 @@ class BlockChoice(ABC):
         self._parsed = parsed
         self._one_call_only = one_call_only
         self._streams = streams
-        self._stop_filter = StopFilter(request, texts.eos_token_ids) if request.HasField("logprobs") else None
+        self._visible = VisibleTokens(request, texts) if request.HasField("logprobs") else None
         self._pending_logprobs: list[generation_pb2.TokenLogprob] = []
         """Log probabilities of tokens whose text has not been sent yet."""
         self._calls: dict[int, Block] = {}
@@ -101,6 +101,8 @@ class BlockChoice(ABC):
         if self._parsed is not None:
             # A call that max_tokens cut off stays incomplete: completing it would invent arguments.
             rest = await self._parsed.close(complete=not cut_off)
+        if self._visible is not None:
+            self._pending_logprobs += self._visible.end(finish)
         events = self._events(rest)
         kind, blank = self._blank
         # A response of white space only: it is the answer.
@@ -137,8 +139,8 @@ class BlockChoice(ABC):
         """The last events of the response, after all blocks."""
 
     def _note_logprobs(self, chunk: pb.GenerateChunk) -> None:
-        if self._stop_filter is not None:
-            self._pending_logprobs += self._stop_filter.keep(chunk.logprobs)
+        if self._visible is not None:
+            self._pending_logprobs += self._visible.take(chunk)
 
     def _events(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
@@ -214,9 +216,12 @@ class BlockChoice(ABC):
         self._has_begun = True
         return self._started()
 
+    def _cut(self) -> str | None:
+        return None if self._visible is None else self._visible.cut
+
     def _take_logprobs(self) -> list[dict[str, Any]]:
         if not self._pending_logprobs:
             return []
-        entries: list[dict[str, Any]] = chat_logprobs(self._pending_logprobs, self._texts)["content"]
+        entries: list[dict[str, Any]] = chat_logprobs(self._pending_logprobs, self._texts, self._cut())["content"]
         self._pending_logprobs = []
         return entries

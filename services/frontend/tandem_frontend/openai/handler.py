@@ -18,7 +18,8 @@ from tandem.errors import TandemError
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai import response
 from tandem_frontend.openai.common_params import CHOICES_MAX, CommonFields
-from tandem_frontend.openai.merge import ChoiceSink, EntrySink, EventStream
+from tandem_frontend.openai.event_response import EventStream
+from tandem_frontend.openai.merge import ChoiceSink, EntrySink
 from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel
@@ -81,7 +82,7 @@ class EndpointHandler:
         self._generation = generation
         self._model = model
         self._workers = workers
-        self._comment_s = comment_s
+        self.comment_s = comment_s
         self._view: tuple[Worker, ...] | None = None
         """The view that `_fingerprint` was computed from."""
         self._fingerprint = ""
@@ -132,7 +133,7 @@ class EndpointHandler:
         running = result.usage if body.repeats_usage else None
         events = EventStream(call, result.head, with_usage=body.includes_usage, running_usage=running)
         try:
-            with events.kept_alive(self._comment_s):
+            with events.kept_alive(self.comment_s):
                 await self.generate(requests, result, caller, events)
         except Exception as problem:
             # Nothing was sent yet, so the error can still be an HTTP status.

@@ -5,44 +5,29 @@ Nothing marks the end of such a stream but its last event, so a failure is an ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from google.api.httpbody_pb2 import HttpBody
 
 from tandem_frontend.call_context import Caller
 from tandem_frontend.openai import response
 from tandem_frontend.openai.blocks import BlockChoice
 from tandem_frontend.openai.chat import PreparedChat
+from tandem_frontend.openai.event_response import EventResponse
 from tandem_frontend.openai.handler import ApiResponse, EndpointHandler
 from tandem_frontend.openai.merge import EntrySink
 from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.response.writers import Call
 
 
-class TypedEvents(EntrySink):
-    """Sends each entry as an event."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self.has_begun = False
-
-    @property
-    def is_writable(self) -> bool:
-        """See `EntrySink`."""
-        return self._call.writable
-
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        """See `EntrySink`. A response here is one generation, so there is one callback."""
-        self._call.on_writable(callback)
+class TypedEvents(EventResponse):
+    """Sends each entry as an event with its type as the name."""
 
     def add(self, choices: Sequence[dict[str, Any]]) -> None:
-        """Send events. The first of them sets the content type of the whole response."""
-        if not choices:
-            return
-        data = b"".join(b"event: " + entry["type"].encode() + b"\n" + response.event(entry) for entry in choices)
-        self._call.send(HttpBody(data=data) if self.has_begun else HttpBody(content_type=response.EVENTS, data=data))
-        self.has_begun = True
+        """See `EntrySink`."""
+        if choices:
+            self._send(
+                b"".join(b"event: " + entry["type"].encode() + b"\n" + response.event(entry) for entry in choices)
+            )
 
 
 async def respond(
@@ -60,7 +45,8 @@ async def respond(
         return
     events = TypedEvents(call)
     try:
-        await handler.generate(chat.requests, result, caller, events)
+        with events.kept_alive(handler.comment_s):
+            await handler.generate(chat.requests, result, caller, events)
     except Exception as problem:
         # Nothing was sent yet, so the error can still be an HTTP status.
         if not events.has_begun:

@@ -2,8 +2,8 @@
 
 Pure; the clock is passed in. Updated when something happens to a worker, so that a choice only reads. Between updates a
 cost falls by the time that passes, up to the prompt that the worker has in hand. An unknown load is never taken for an
-idle worker: this frontend's own part of it is known, the rest is taken to be what the mean worker of known load has from
-other frontends, and one request more.
+idle worker: this frontend's own part of it is known, the rest is taken to be what the mean worker of known load has
+from other frontends, and one request more.
 """
 
 from __future__ import annotations
