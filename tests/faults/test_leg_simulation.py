@@ -166,7 +166,7 @@ class History:
             client.failure = problem
         finally:
             mine = [sent for sent in self.world.sent if sent.request_id == client.leg.request_id]
-            client.legs_left = sum(leg.sink is not None for sent in mine for leg in sent.legs)
+            client.legs_left = sum(leg is not None and leg.sink is not None for sent in mine for leg in sent.legs)
 
     async def _break(self) -> None:
         victim = self.rng.choice(self.world.workers)
@@ -225,7 +225,7 @@ def _judge_attempts(history: History) -> None:
     for client in history.clients:
         mine = [sent for sent in history.world.sent if sent.request_id == client.leg.request_id]
         for earlier, later in itertools.pairwise(mine):
-            assert all(leg.sink is None for leg in earlier.legs), "two attempts at one time"
+            assert all(leg is None or leg.sink is None for leg in earlier.legs), "two attempts at one time"
             again = {worker.start for worker in earlier.route.workers} & {w.start for w in later.route.workers}
             # One that dies in the pause between two attempts was not what broke the earlier one.
             dead = [start for start in again if _died(history, start, later.time_s - PAUSE_MAX_S)]

@@ -13,6 +13,7 @@ from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
 from tandem_frontend.call_context import SESSION_HEADER
+from tandem_frontend.routing.local_prefill import MAX_TOKENS, SHARE, LocalPrefillSettings
 from tandem_frontend.routing.policy import PolicyName
 
 PROGRAM = "tandem-frontend"
@@ -96,6 +97,24 @@ class FrontendConfig(AdminConfig):
         description="how workers are picked: auto (prefix where workers publish their caches, otherwise least_work), "
         "random, power_of_two, least_work, prefix or session",
     )
+    local_prefill: bool = Field(
+        True,
+        description="where pairs and aggregated workers serve the model: an aggregated worker takes short prompts, and "
+        "those that it has computed before a prefill worker would begin them; false: routing_policy picks among all",
+    )
+    local_prefill_max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=10_000_000,
+        description="uncached prompt tokens up to which a prompt is short for local_prefill; default: 512",
+    )
+    local_prefill_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of an aggregated worker's time that local_prefill gives to prompts while it streams; it "
+        "grows with the wait for a prefill worker beyond 0.25 s; default: 0.2",
+    )
     session_header: str = Field(
         SESSION_HEADER,
         pattern="^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$",
@@ -144,7 +163,16 @@ class FrontendConfig(AdminConfig):
             )
         if self.tenant_requests_burst is not None and self.tenant_requests_per_second is None:
             raise ConfigError("tenant_requests_burst", "requires tenant_requests_per_second")
+        for name in ("local_prefill_max_tokens", "local_prefill_share"):
+            if getattr(self, name) is not None and not self.local_prefill:
+                raise ConfigError(name, "requires local_prefill")
         return self
+
+    @property
+    def local_prefill_settings(self) -> LocalPrefillSettings:
+        """Those that are set, with the defaults of the others."""
+        max_tokens, share = self.local_prefill_max_tokens, self.local_prefill_share
+        return LocalPrefillSettings(MAX_TOKENS if max_tokens is None else max_tokens, SHARE if share is None else share)
 
     @property
     def served_name(self) -> str:

@@ -30,6 +30,7 @@ from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.local_prefill import LocalPrefill
 from tandem_frontend.routing.policies import make_policy
 from tandem_frontend.routing.policy import PolicyName
 from tandem_frontend.routing.prefix_index import PrefixIndex
@@ -76,7 +77,8 @@ class Fleet:
             metrics: of this process; None: none.
         """
         costs = WorkerCosts(backlog)
-        self._followers = (*followers, costs)
+        local = LocalPrefill(costs, backlog, config.local_prefill_settings) if config.local_prefill else None
+        self._followers = (*followers, costs, *(() if local is None else (local,)))
         self._reevaluate = reevaluate
         self._no_worker_wait_s = config.no_worker_wait_s
         self._known_starts: set[tuple[str, Start]] = set()
@@ -100,7 +102,7 @@ class Fleet:
         refusals = RecentRefusals(monotonic)
         chooser = make_policy(policy, costs, self.prefixes, rng)
         self.routes = Routes(
-            model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng, chooser, costs
+            model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng, chooser, costs, local
         )
         dispatch = Dispatch(self._links, rng)
         self.execution = ExecutionDeps(

@@ -19,7 +19,7 @@ from tandem.errors import LegFailed, Overloaded
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
 from tandem.observability.trace_store import TraceStore
-from tandem.rpc.convert import present
+from tandem.rpc.convert import placement_to_proto, present
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.call_context import Caller
@@ -220,4 +220,5 @@ def _route(attempt: Attempt) -> pb.Route:
         bootstrap_room=attempt.room,
         policy=attempt.route.pick.policy,
         expected_cached_tokens=attempt.route.expected_cached_tokens,
+        placement=placement_to_proto(attempt.route.placement),
     )

@@ -106,6 +106,17 @@ ConfigFile = Annotated[
         callback=config_file.use,
     ),
 ]
+LocalPrefill = Annotated[
+    bool | None,
+    typer.Option(
+        "--local-prefill/--no-local-prefill",
+        help="Aggregated workers take short prompts, and those that pairs would delay; default: the frontend's.",
+    ),
+]
+LocalPrefillMaxTokens = Annotated[int | None, typer.Option(help="Uncached tokens up to which a prompt is short.")]
+LocalPrefillShare = Annotated[
+    float | None, typer.Option(help="Share of an aggregated worker's time for prompts, above 0, up to 1.")
+]
 WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
 MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
@@ -166,6 +177,9 @@ def up(
         typer.Option(help="auto, random, power_of_two, least_work, prefix or session; default: the frontend's."),
     ] = None,
     session_header: Annotated[str | None, typer.Option(help="Header with the session's id.")] = None,
+    local_prefill: LocalPrefill = None,
+    local_prefill_max_tokens: LocalPrefillMaxTokens = None,
+    local_prefill_share: LocalPrefillShare = None,
     port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
     edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
     http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
@@ -208,7 +222,13 @@ def up(
     flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
     flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
-    routing = {"routing-policy": routing_policy, "session-header": session_header}
+    routing = {
+        "routing-policy": routing_policy,
+        "session-header": session_header,
+        "local-prefill": None if local_prefill is None else str(local_prefill).lower(),
+        "local-prefill-max-tokens": local_prefill_max_tokens,
+        "local-prefill-share": local_prefill_share,
+    }
     role_flags = {"frontend": _given({**parsers, **routing, "admin-enabled": "true" if admin else None})}
     role_flags["edge"] = _given({"api-keys": None if api_keys is None else str(api_keys)})
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
@@ -380,7 +400,7 @@ add_to(app)
 app.command()(replay)
 
 
-def _given(flags: Mapping[str, str | int | None]) -> dict[str, str]:
+def _given(flags: Mapping[str, str | float | None]) -> dict[str, str]:
     return {name: str(value) for name, value in flags.items() if value is not None}
 
 

@@ -17,6 +17,7 @@ from tandem.client import calls
 from tandem.domain.sampling import SCALARS
 from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
 from tandem.exit_codes import EXIT_INTERRUPTED
+from tandem.rpc.convert import placement_text
 from tandem.tls.paths import Tls
 
 
@@ -152,6 +153,8 @@ def summary(finish: pb.GenerateFinish) -> str:
     pair = (
         f"{route.prefill_worker_id} → {route.decode_worker_id}" if route.prefill_worker_id else route.decode_worker_id
     )
+    if route.placement:
+        pair += f" ({placement_text(route.placement)})"
     parts = [pair, f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"]
     if timings.HasField("time_to_first_token"):
         parts.append(f"TTFT {timings.time_to_first_token.ToNanoseconds() / 1e6:.0f} ms")

@@ -13,7 +13,7 @@ from google.protobuf import duration_pb2
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, worker_pb2
 from tandem.errors import ContextExceeded, InvalidRequest, NotSupported, RequestTooLarge
-from tandem.rpc.convert import seconds
+from tandem.rpc.convert import placement_text, seconds
 
 BAR_WIDTH_MIN, BAR_WIDTH_MAX = 20, 60
 TEXT_WIDTH = 44
@@ -131,6 +131,9 @@ def _attempt(attempt: pb.TimelineAttempt) -> Iterator[Line]:
     if attempt.HasField("candidates"):
         by = f" by {attempt.policy}" if attempt.policy else ""
         facts.append(f"chosen{by} from {attempt.candidates} {'route' if attempt.candidates == 1 else 'routes'}")
+    if attempt.placement:
+        kind = "a pair" if attempt.HasField("prefill") else "an aggregated worker"
+        facts.append(f"on {kind}: {placement_text(attempt.placement)}")
     facts.extend(_cached(attempt))
     end_s = _offset_s(attempt.end) if attempt.HasField("end") else None
     yield Line(_offset_s(attempt.dispatched), end_s, ", ".join(facts))

@@ -169,6 +169,9 @@ class EngineLoad:
     """Pages, in tokens, that only the prefix cache holds: they can be evicted."""
     kv_free_tokens: int | None = None
     """Empty pages, in tokens. Used + cached + free = capacity."""
+    computed_tokens: int | None = None
+    """Prompt tokens of ended legs that were not in the prefix cache, since the start of the worker. Counted by the
+    worker: an engine's own load has none."""
 
 
 def default_worker_id(role: WorkerRole, address: str) -> str:

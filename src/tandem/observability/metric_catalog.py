@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tandem.domain.handover import DropReason
+from tandem.domain.placement import Placement
 from tandem.domain.request_state import LegRole, Phase
 from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
@@ -102,6 +103,7 @@ PHASE = Attribute("tandem.phase", tuple(phase.value for phase in Phase))
 POLICY = Attribute("tandem.policy", ("random", "power_of_two", "least_work", "prefix", "session"))
 ROLE = Attribute("tandem.role", ROLES)
 ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
+PLACEMENT = Attribute("tandem.placement", tuple(placement.value for placement in Placement))
 LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
 DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropReason))
@@ -208,6 +210,13 @@ TABLE: tuple[Metric, ...] = (
         "Dispatched attempts, by routing policy and kind of route.",
         POLICY,
         ROUTE,
+    ),
+    _frontend(
+        "tandem.placements",
+        Kind.COUNTER,
+        "{attempt}",
+        "Dispatched attempts for which both pairs and aggregated workers could be used, by the reason of the choice.",
+        PLACEMENT,
     ),
     _frontend(
         "tandem.route.choices",

@@ -67,6 +67,8 @@ class RequestMetrics:
         metrics = self._metrics
         route = "aggregated" if attempt.prefill_worker is None else "pair"
         metrics.count("tandem.pairs.chosen", attributes={"tandem.policy": attempt.policy, "tandem.route": route})
+        if attempt.placement is not None:
+            metrics.count("tandem.placements", attributes={"tandem.placement": attempt.placement.value})
         self._record_choices(attempt)
         if attempt.tokens_before:
             metrics.count("tandem.continuations", attributes={"tandem.outcome": attempt.outcome})

@@ -15,6 +15,7 @@ from typing import Any
 from tandem.api.types.v1 import leg_pb2
 from tandem.clock import SteadyTime
 from tandem.domain.generation import EngineFinish
+from tandem.domain.placement import Placement
 from tandem.domain.worker import Worker
 from tandem.observability.trace_context import TraceContext
 
@@ -109,6 +110,8 @@ class AttemptTrace:
     """Why the policy chose this route."""
     expected_cached_tokens: int | None = None
     """Prompt tokens that the policy expected in the prefix cache of the computing worker; None: unknown."""
+    placement: Placement | None = None
+    """Why a pair, or an aggregated worker; None: there was nothing to decide."""
     begin_s: float = 0.0
     """When its legs were dispatched."""
     prefill_accepted_s: float | None = None

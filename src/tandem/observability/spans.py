@@ -166,6 +166,7 @@ def _route_attributes(attempt: AttemptTrace) -> dict[str, Any]:
         names.CANDIDATES: attempt.candidates,
         names.WHY: attempt.why,
         names.POLICY: attempt.policy,
+        **({} if attempt.placement is None else {names.PLACEMENT: attempt.placement.value}),
         **_cached(attempt),
         **{name: worker.worker_id for name, worker in chosen.items() if worker is not None},
     }

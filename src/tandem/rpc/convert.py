@@ -24,10 +24,13 @@ from tandem.domain.generation import (
     Stopping,
     TokenLogprob,
 )
+from tandem.domain.placement import Placement
 from tandem.domain.sampling import SCALARS
 from tandem.domain.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
 
 T = TypeVar("T")
+
+PLACEMENTS = {placement: generation_pb2.Placement.Value(f"PLACEMENT_{placement.name}") for placement in Placement}
 
 ROLES = {
     WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
@@ -56,7 +59,8 @@ TIMES = (
     "kv_transfer_end",
     "first_token",
 )
-LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad))
+LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad) if field.name != "computed_tokens")
+"""Those of the engine."""
 
 
 def present(message: Message, field: str, value: T) -> T | None:
@@ -147,7 +151,23 @@ def load_figures(load: EngineLoad) -> dict[str, int | None]:
 
 def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
     """A load; fields that the engine does not report are None."""
-    return EngineLoad(**{name: present(message, name, getattr(message, name)) for name in LOAD_FIELDS})
+    computed = None
+    if message.HasField("prompt_tokens"):
+        computed = message.prompt_tokens - message.cached_tokens
+    values = {name: present(message, name, getattr(message, name)) for name in LOAD_FIELDS}
+    return EngineLoad(**values, computed_tokens=computed)
+
+
+def placement_to_proto(placement: Placement | None) -> generation_pb2.Placement.ValueType:
+    """Why a pair, or an aggregated worker; UNSPECIFIED for None."""
+    return generation_pb2.PLACEMENT_UNSPECIFIED if placement is None else PLACEMENTS[placement]
+
+
+def placement_text(number: generation_pb2.Placement.ValueType) -> str:
+    """A placement in words, such as "short prompt"; "" for UNSPECIFIED."""
+    if number == generation_pb2.PLACEMENT_UNSPECIFIED:
+        return ""
+    return generation_pb2.Placement.Name(number).removeprefix("PLACEMENT_").lower().replace("_", " ")
 
 
 def sampling_from_proto(message: sampling_pb2.Sampling) -> Sampling:

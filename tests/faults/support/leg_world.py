@@ -33,6 +33,8 @@ from tandem.worker.leg_starts import LegStarts
 from tandem.worker.legs import Legs
 from tandem.worker.steps import StepStreams
 
+PROMPT_TOKEN_S = 0.0001
+"""What an aggregated worker takes for a token of a prompt."""
 CHECK_S = 0.5
 """How long a question about a worker's health waits."""
 
@@ -161,10 +163,13 @@ class ScriptedWorker:
                 kv.exception()
 
     async def _decode(self, request: EngineRequest, output: Output) -> None:
-        kv = self.world.kv(_room(request))
-        while not kv.done():
-            await self.spend(0.4, kv)
-        await kv
+        if self.worker.role is WorkerRole.AGGREGATED:
+            await self.spend(len(request.token_ids) * PROMPT_TOKEN_S)
+        else:
+            kv = self.world.kv(_room(request))
+            while not kv.done():
+                await self.spend(0.4, kv)
+            await kv
         for token in answer(request.token_ids, request.stopping.max_tokens):
             await self.spend(self.world.rng.uniform(0.001, 0.06))
             output.tokens([token], ())
@@ -215,7 +220,8 @@ class Sent:
     time_s: float
     route: Route
     leg: leg_pb2.LegRequest
-    legs: tuple[Leg, Leg]
+    legs: tuple[Leg, Leg] | tuple[Leg, None]
+    """Of the decode (or aggregated) worker, and of the prefill worker."""
 
 
 @dataclass
@@ -285,7 +291,7 @@ class World:
     ) -> Dispatched:
         """Start the legs of an attempt, and keep what was sent."""
         dispatched = self._dispatch.send(route, leg, attempt, sinks, timeout_s, headers)
-        legs = cast("tuple[Leg, Leg]", (dispatched.decode, dispatched.prefill))
+        legs = cast("tuple[Leg, Leg] | tuple[Leg, None]", (dispatched.decode, dispatched.prefill))
         self.sent.append(Sent(leg.request_id, now_s(), route, leg, legs))
         return dispatched
 
@@ -342,12 +348,17 @@ def _room(request: EngineRequest) -> int:
     return request.bootstrap.room
 
 
-def fleet(prefills: int, decodes: int, capabilities: Any) -> tuple[Worker, ...]:
+def fleet(prefills: int, decodes: int, capabilities: Any, aggregated: int = 0) -> tuple[Worker, ...]:
     """Workers that fit together."""
+    alone = replace(capabilities, transfer_backend="none")
     return (
+        *(_worker(f"aggregated-{n}", WorkerRole.AGGREGATED, n, alone) for n in range(aggregated)),
         *(_worker(f"prefill-{n}", WorkerRole.PREFILL, n, capabilities) for n in range(prefills)),
         *(_worker(f"decode-{n}", WorkerRole.DECODE, n, capabilities) for n in range(decodes)),
     )
+
+
+PORTS = {WorkerRole.DECODE: 2_000, WorkerRole.PREFILL: 2_100, WorkerRole.AGGREGATED: 2_200}
 
 
 def _worker(worker_id: str, role: WorkerRole, number: int, capabilities: Any) -> Worker:
@@ -356,7 +367,7 @@ def _worker(worker_id: str, role: WorkerRole, number: int, capabilities: Any) ->
         worker_id=worker_id,
         epoch=7,
         role=role,
-        address=f"127.0.0.1:{2_000 + number + 100 * is_prefill}",
+        address=f"127.0.0.1:{PORTS[role] + number}",
         capabilities=capabilities,
         leg_contract=LEG_CONTRACT,
         bootstrap_host="127.0.0.1" if is_prefill else None,

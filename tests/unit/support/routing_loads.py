@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.local_prefill import LocalPrefill, LocalPrefillSettings
 from tandem_frontend.routing.policies import make_policy
 from tandem_frontend.routing.policy import PolicyName, RoutingRequest
 from tandem_frontend.routing.worker_costs import SentRequest, WorkerCosts
@@ -33,20 +34,42 @@ class Caches:
 class Loaded:
     """A policy, the costs that it reads, and the routes over some workers."""
 
-    def __init__(self, policy: PolicyName, *workers: Worker, seed: int = 1) -> None:
+    def __init__(
+        self,
+        policy: PolicyName,
+        *workers: Worker,
+        seed: int = 1,
+        rule: LocalPrefillSettings | None = None,
+        limit_s: float = math.inf,
+    ) -> None:
+        """`rule`: settings of conditional disaggregation; None: without it."""
         self.clock = ManualClock(100.0)
-        self.backlog = PrefillBacklog("m", math.inf)
+        self.backlog = PrefillBacklog("m", limit_s)
         self.costs = WorkerCosts(self.backlog, self.clock)
         self.caches = Caches()
         made = make_policy(policy, self.costs, self.caches, random.Random(seed))
-        self.scene = Scene(*workers, policy=made, costs=self.costs)
+        self.local = None if rule is None else LocalPrefill(self.costs, self.backlog, rule, self.clock)
+        self.scene = Scene(*workers, policy=made, costs=self.costs, local=self.local)
         self.scene.routes.follow(workers)
 
-    def report(self, worker: Worker, waiting_tokens: int = 0, running: int = 0, kv_used_tokens: int = 0) -> None:
+    def report(
+        self,
+        worker: Worker,
+        waiting_tokens: int = 0,
+        running: int = 0,
+        kv_used_tokens: int = 0,
+        computed_tokens: int | None = None,
+    ) -> None:
         load = EngineLoad(
-            running_requests=running, waiting_requests=0, waiting_tokens=waiting_tokens, kv_used_tokens=kv_used_tokens
+            running_requests=running,
+            waiting_requests=0,
+            waiting_tokens=waiting_tokens,
+            kv_used_tokens=kv_used_tokens,
+            computed_tokens=computed_tokens,
         )
         self.costs.note(worker.start, load)
+        if self.local is not None:
+            self.local.note(worker.start, load)
 
     def report_all(self) -> None:
         for worker in self.scene.workers:

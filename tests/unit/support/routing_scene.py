@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Route
+from tandem_frontend.routing.local_prefill import LocalPrefill
 from tandem_frontend.routing.policy import Choice, Job, Policy, RoutingRequest
 from tandem_frontend.routing.pool import Live
 from tandem_frontend.routing.router import Routes
@@ -39,14 +40,21 @@ class ByIndex:
 class Scene:
     """The parts that a choice asks; each answers what was set."""
 
-    def __init__(self, *workers: Worker, policy: Policy | None = None, costs: WorkerCosts | None = None) -> None:
+    def __init__(
+        self,
+        *workers: Worker,
+        policy: Policy | None = None,
+        costs: WorkerCosts | None = None,
+        local: LocalPrefill | None = None,
+    ) -> None:
         self.workers = workers
         self.unhealthy = self.failing = self.refused = frozenset[Start]()
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=DIGEST)), {})
         refusals = cast("Any", SimpleNamespace(recent=lambda: self.refused))
         breakers = cast("Any", SimpleNamespace(ejected=lambda: self.failing))
         self.routes = Routes(
-            model, lambda: self.workers, lambda: self.unhealthy, refusals, breakers, random.Random(0), policy, costs
+            *(model, lambda: self.workers, lambda: self.unhealthy, refusals, breakers, random.Random(0)),
+            *(policy, costs, local),
         )
 
     def first(self, prompt_tokens: int = 1) -> Route:

@@ -15,7 +15,7 @@ from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2
 from tandem.domain.worker import Worker, WorkerRole
 from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, AttemptTrace, RequestTrace
 from tandem.observability.windows import Latencies
-from tandem.rpc.convert import ROLES, timestamp
+from tandem.rpc.convert import ROLES, placement_to_proto, timestamp
 
 REASONS = frozenset(value.name for value in error_pb2.ErrorReason.DESCRIPTOR.values)
 OUTCOMES = {
@@ -140,6 +140,7 @@ def _attempt(trace: RequestTrace, attempt: AttemptTrace) -> pb.TimelineAttempt:
         policy=attempt.policy,
         expected_cached_tokens=attempt.expected_cached_tokens,
         cached_tokens=attempt.cached_tokens,
+        placement=placement_to_proto(attempt.placement),
     )
     if attempt.prefill_worker is not None:
         accepted, finish = attempt.prefill_accepted_s, attempt.prefill_finish

@@ -197,7 +197,7 @@ class Admission:
 
     def reevaluate(self) -> None:
         """Start the queued requests that fit now. Called when a request has ended or the workers have changed."""
-        while (first := self._queue.first(self._is_within_share)) is not None and self._fits(first[1]):
+        while (first := self._next()) is not None:
             ticket, request = first
             if len(self._queue) > 1 and self._is_late(request, 0.0, HOPELESS_SHARE):
                 # Others are queued: an engine must not spend time on a response that its client will not wait for.
@@ -206,6 +206,21 @@ class Admission:
                 continue
             self._queue.take(ticket)
             ticket.set_result(self._hold(request))
+
+    def _next(self) -> tuple[asyncio.Future[PrefillWork], QueuedRequest] | None:
+        """The queued request that starts now; None: none does.
+
+        Where only prefill holds up the next one, the first short prompt that an aggregated worker takes goes before it.
+        """
+        first = self._queue.first(self._is_within_share)
+        if first is None or self._fits(first[1]):
+            return first
+        short_tokens = self._prefill.short_tokens
+        if not short_tokens or not self._headroom.fits(self._held_requests, self._held_tokens, first[1].tokens):
+            return None
+        return self._queue.first_short(
+            short_tokens, lambda request: self._fits(request) and self._is_within_share(request)
+        )
 
     def reevaluate_soon(self) -> None:
         """`reevaluate` after a few milliseconds, once for all changes until then."""
@@ -325,7 +340,7 @@ class Admission:
 
     def _fits(self, request: QueuedRequest) -> bool:
         has_capacity = self._headroom.fits(self._held_requests, self._held_tokens, request.tokens)
-        return has_capacity and self._prefill.has_room()
+        return has_capacity and self._prefill.has_room(request.prompt_tokens)
 
     def _is_within_share(self, request: QueuedRequest) -> bool:
         """Whether the workers keep room for other tenants beside this request; true where no others are expected."""

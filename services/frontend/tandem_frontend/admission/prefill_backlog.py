@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -30,6 +31,22 @@ moment would get no prompt, and so no other measurement, for ever."""
 FAIR_FRACTION = 0.25
 """A frontend with less work at a worker than all others together may exceed the limit by this fraction: otherwise a
 late starter would never get its share, because every frontend replaces its own prompts as they finish."""
+
+
+class LocalPrompts(Protocol):
+    """Decides which prompts aggregated workers compute where prefill workers could; `routing.local_prefill` does."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens up to which a prompt is short."""
+        ...
+
+    def may_take(self, prompt_tokens: int, reserved_tokens: float, wait_s: float) -> bool:
+        """Whether some aggregated worker has time for a prompt that would wait for `wait_s` at prefill.
+
+        `reserved_tokens` are those of prompts that are sent at any moment now.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -88,7 +105,13 @@ class WorkerBacklog:
         return self.own if self.reported is None else min(self.reported, self.own + self.others) + self.recent
 
     def measure(self, cost: float, start_s: float, end_s: float) -> None:
-        """Add a computed prompt. The engine computes several at a time, so only new time counts."""
+        """Add a computed prompt. The engine computes several at a time, so only new time counts.
+
+        One that ended before another that is counted is dropped, because the two times may overlap:
+        an aggregated worker finishes a request, and reports its times, long after its prompt.
+        """
+        if end_s < self.last_end_s:
+            return
         elapsed_s = max(0.0, end_s - max(start_s, self.last_end_s))
         self.last_end_s = max(self.last_end_s, end_s)
         keep = math.exp(-elapsed_s / RATE_WINDOW_S)
@@ -108,6 +131,8 @@ class PrefillBacklog:
         self._aggregated: dict[Start, WorkerBacklog] = {}
         self.watch: Callable[[WorkerBacklog], None] = lambda worker: None
         """Called with each worker whose figures have changed."""
+        self.local: LocalPrompts | None = None
+        """None: aggregated workers may take any prompt."""
         self._measured: dict[Start, float] = {}
         """When the last prompt of each measured worker ended, in about that order."""
         self._reserved = 0.0
@@ -154,12 +179,26 @@ class PrefillBacklog:
         """The figures of a worker; None: it computes no prompts, or is not in the view."""
         return self._workers.get(start) or self._aggregated.get(start)
 
-    def has_room(self) -> bool:
+    @property
+    def aggregated(self) -> Iterable[Start]:
+        """The aggregated workers of the model."""
+        return self._aggregated
+
+    @property
+    def short_tokens(self) -> int:
+        """Tokens up to which a prompt may overtake those that wait for a prefill worker; 0: none may."""
+        return self.local.max_tokens if self.local is not None and self._aggregated else 0
+
+    def has_room(self, prompt_tokens: int = 0) -> bool:
         """Whether some prefill worker is near enough to its next prompt. True where none is needed or known.
 
         Each frontend may always have one prompt at work, so that none of them starves.
         """
-        if not self._workers or self._aggregated or not self._reserved_count + self._own_count:
+        if not self._workers or not self._reserved_count + self._own_count:
+            return True
+        if self._aggregated and (
+            self.local is None or self.local.may_take(prompt_tokens, self._reserved, self._limit_s)
+        ):
             return True
         reserved, count = self._reserved / len(self._workers), self._reserved_count / len(self._workers)
         return any(self._is_near(worker, reserved, count) for worker in self._workers.values())

@@ -158,8 +158,22 @@ class RequestQueue(Generic[T]):
                 return found
         return None
 
+    def first_short(self, tokens_max: int, fits: Callable[[QueuedRequest], bool]) -> tuple[T, QueuedRequest] | None:
+        """The first request with a prompt of at most `tokens_max` tokens that fits, whatever waits before it.
+
+        Looks at the oldest of each size, in the order of tenants.
+        """
+        for tenant in sorted(self._tenants.values(), key=lambda tenant: tenant.order):
+            for bits in range(1, tokens_max.bit_length() + 1):
+                if bits in tenant.by_size:
+                    ticket = next(iter(tenant.by_size[bits]))
+                    request = self._requests[ticket]
+                    if request.prompt_tokens <= tokens_max and fits(request):
+                        return ticket, request
+        return None
+
     def take(self, ticket: T | None = None) -> tuple[T, QueuedRequest]:
-        """Remove and return the request that goes next, or the one of a ticket that `first` returned."""
+        """Remove and return the request that goes next, or the one of a ticket that another method has returned."""
         if ticket is None:
             first = self.first()
             assert first is not None, "the queue is empty"

@@ -271,6 +271,8 @@ class Attempt:
             self._on_prefilled(finish)
         else:
             self.decode_finish = finish
+            if self._prefill is None:
+                self._on_prefilled(finish)
         self._state.end_leg(side.role)
         if self.decode_finish is None:
             return

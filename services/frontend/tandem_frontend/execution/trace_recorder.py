@@ -88,6 +88,7 @@ class Record:
             policy=pick.policy,
             why=pick.why,
             expected_cached_tokens=route.expected_cached_tokens,
+            placement=route.placement,
             begin_s=trace.clock(),
             tokens_before=tokens_before,
         )

@@ -52,6 +52,12 @@ class DecodeBatch:
         self._order = itertools.count()
         self._step = 0
         self._context_tokens = 0
+        self._entered_count = 0
+        """Requests that have entered since the last step: their first token is not a step old."""
+        self._last_s: float | None = None
+        """End of the last step; None: there was none in this batch."""
+        self.gaps: list[tuple[float, int]] = []
+        """(seconds between two tokens of a request, how many times)."""
         self.begun_count = 0
         self.emitted_tokens = 0
         self.peak = 0
@@ -77,6 +83,7 @@ class DecodeBatch:
                 continue
             heapq.heappush(self._running, (self._step + job.answer_tokens - 1, next(self._order), job))
             self._context_tokens += job.prompt_tokens
+            self._entered_count += 1
         self.peak = max(self.peak, len(self._running))
         return ended
 
@@ -86,8 +93,9 @@ class DecodeBatch:
             return None
         return Run(len(self._running), self._context_tokens, self._running[0][0] - self._step, scale)
 
-    def commit(self, run: Run, steps: int) -> list[Job]:
-        """Apply the first `steps` steps of a run. Returns the requests that end with the last of them."""
+    def commit(self, run: Run, steps: int, begin_s: float) -> list[Job]:
+        """Apply the first `steps` steps of a run that began at `begin_s`. Returns the requests that end with them."""
+        self._note_gaps(run, steps, begin_s)
         self._step += steps
         self._context_tokens += run.requests * steps
         self.emitted_tokens += run.requests * steps
@@ -97,6 +105,18 @@ class DecodeBatch:
             self._context_tokens -= job.prompt_tokens + job.answer_tokens - 1
             ended.append(job)
         return ended
+
+    def _note_gaps(self, run: Run, steps: int, begin_s: float) -> None:
+        """Count the times between tokens; that of the first step has the prompts computed since the step before."""
+        first_s, all_s = run.time_s(self._options, 1), run.time_s(self._options, steps)
+        older = run.requests - self._entered_count
+        if older and self._last_s is not None:
+            self.gaps.append((begin_s + first_s - self._last_s, older))
+        if self._entered_count:
+            self.gaps.append((first_s, self._entered_count))
+        if steps > 1:
+            self.gaps.append(((all_s - first_s) / (steps - 1), run.requests * (steps - 1)))
+        self._entered_count, self._last_s = 0, begin_s + all_s
 
 
 class DecodeMemory:

@@ -97,6 +97,7 @@ class AccountedEngine:
             kv_capacity_tokens=self.worker.capabilities.kv_capacity_tokens,
             transferring_requests=len(self._arrivals) + len(self.memory.asking),
             kv_cached_tokens=account.cached * pool.page_size_tokens,
+            computed_tokens=self.figures.prompt_tokens - self.figures.cached_tokens,
         )
 
     def backlog_s(self, hashes: tuple[int, ...], prompt_tokens: int) -> float:
@@ -151,10 +152,10 @@ class AccountedEngine:
 
     def _end_run(self, steps: int) -> None:
         assert self._run is not None, "a run ends once"
-        run, _, _ = self._run
+        run, begin_s, _ = self._run
         self._run = None
         self.figures.busy_s += run.time_s(self._options, steps)
-        self._end(self.batch.commit(run, steps))
+        self._end(self.batch.commit(run, steps, begin_s))
         # Ended requests may have made others begin here.
         if self._step is None and self._run is None:
             self._next()

@@ -18,6 +18,7 @@ from tandem.config_errors import sentence
 from tandem.domain.worker import LEG_CONTRACT, Capabilities, Worker, WorkerRole
 from tandem.engine.simulated.options import Options, parse_options
 from tandem.errors import ConfigError
+from tandem_frontend.routing.local_prefill import MAX_TOKENS, SHARE
 
 MODEL = "replayed"
 DIGEST = "0" * 64
@@ -58,12 +59,24 @@ class Frontends(_Section):
     load_interval_s: float = Field(1.0, gt=0, le=60, description="seconds between two load reports of a worker")
     event_delay_s: float = Field(0.05, ge=0, le=60, description="seconds until a frontend knows a cache's change")
     prefill_queue_s: float = Field(5.0, gt=0, le=3600, description="as the frontend's setting of that name")
+    local_prefill: bool = Field(True, description="as the frontend's setting of that name")
+    local_prefill_max_tokens: int = Field(
+        MAX_TOKENS, ge=0, le=10_000_000, description="as the frontend's setting of that name"
+    )
+    local_prefill_share: float = Field(SHARE, gt=0, le=1, description="as the frontend's setting of that name")
     open_requests_max: int = Field(
         100_000,
         ge=1,
         le=10**9,
         description="as the frontend's setting of that name; here so large that each policy serves the same requests",
     )
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        for name in ("local_prefill_max_tokens", "local_prefill_share"):
+            if name in self.model_fields_set and not self.local_prefill:
+                raise ConfigError(f"frontend.{name}", "requires local_prefill")
+        return self
 
 
 class FleetFile(_Section):

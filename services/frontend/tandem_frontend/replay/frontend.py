@@ -29,6 +29,7 @@ from tandem_frontend.replay.routing import KnownCaches, TracedBlocks, replayed_p
 from tandem_frontend.replay.trace import TracedRequest
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.local_prefill import LocalPrefill, LocalPrefillSettings
 from tandem_frontend.routing.policy import RoutingRequest
 from tandem_frontend.routing.router import RecentRefusals, Routes
 from tandem_frontend.routing.worker_costs import WorkerCosts
@@ -64,6 +65,8 @@ class Served:
     """Worker that computed the prompt."""
     decode: str = ""
     """Worker that generated."""
+    placement: str = ""
+    """Why a pair, or an aggregated worker; empty: there was nothing to decide."""
 
 
 class ReplayedFrontend:
@@ -98,9 +101,14 @@ class ReplayedFrontend:
         self.caches = KnownCaches(workers)
         refusals, breakers = RecentRefusals(clock), CircuitBreakers(clock, rng)
         chosen_by = replayed_policy(policy, self._costs, self.caches, engines, rng)
+        self._local: LocalPrefill | None = None
+        if settings.local_prefill:
+            rule = LocalPrefillSettings(settings.local_prefill_max_tokens, settings.local_prefill_share)
+            self._local = LocalPrefill(self._costs, self._backlog, rule, clock)
         self._routes = Routes(
-            SERVED_MODEL, lambda: workers, lambda: NO_STARTS, refusals, breakers, rng, chosen_by, self._costs
-        )
+            SERVED_MODEL, lambda: workers, lambda: NO_STARTS, refusals, breakers, rng, chosen_by, self._costs,
+            self._local,
+        )  # fmt: skip
         for follower in (breakers, self._capacity, self._routes):
             follower.follow(workers)
 
@@ -108,6 +116,8 @@ class ReplayedFrontend:
         """A worker's load report."""
         for follower in (self._capacity, self._costs):
             follower.note(start, load)
+        if self._local is not None:
+            self._local.note(start, load)
         self._admission.reevaluate_soon()
 
     async def serve(self, request: TracedRequest, hashes: tuple[int, ...]) -> Served:
@@ -180,4 +190,5 @@ class ReplayedFrontend:
             expected_cached_tokens=route.expected_cached_tokens,
             prefill=route.computing.worker_id,
             decode=route.decode.worker_id,
+            placement="" if route.placement is None else route.placement.value,
         )

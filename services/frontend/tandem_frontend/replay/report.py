@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tandem.domain.placement import Placement
 from tandem.domain.worker import WorkerRole
 from tandem.errors import ConfigError
 from tandem_frontend.replay.summary import Summary
@@ -84,6 +85,13 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
+def _placed(one: Summary) -> str:
+    """Share of the requests for which there was a choice that aggregated workers served."""
+    local = sum(count for name, count in one.placements.items() if Placement(name).is_local)
+    decided = sum(one.placements.values())
+    return _share(local / decided) if decided else "-"
+
+
 FIGURES: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("requests finished", lambda one: f"{one.finished:,} of {one.requests:,}"),
     ("TTFT mean", lambda one: _seconds(one.ttft_s.mean)),
@@ -93,6 +101,8 @@ FIGURES: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("queue in the frontend, mean", lambda one: _seconds(one.queue_s.mean)),
     ("ITL mean", lambda one: _milliseconds(one.itl_s.mean)),
     ("ITL p99", lambda one: _milliseconds(one.itl_s.p99)),
+    ("between two tokens, p99", lambda one: _milliseconds(one.gap_s.p99)),
+    ("on aggregated workers", _placed),
     ("hit rate", lambda one: _share(one.hit_rate)),
     ("prompt tokens/s", lambda one: f"{one.prompt_tokens_per_s:,.0f}"),
     ("answer tokens/s", lambda one: f"{one.answer_tokens_per_s:,.0f}"),

@@ -5,9 +5,11 @@ Pure. Owns what each figure means; `report` prints them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -34,6 +36,16 @@ class Spread:
         ordered = sorted(values)
         quantiles = (ordered[-(-len(ordered) * percent // 100) - 1] for percent in (50, 90, 99))
         return cls(fmean(ordered), *quantiles)
+
+    @classmethod
+    def weighted(cls, values: Sequence[tuple[float, int]]) -> Spread:
+        """As `of`, each value so many times."""
+        if not values:
+            return cls.of(())
+        ordered = sorted(values)
+        ends = list(accumulate(count for _, count in ordered))
+        quantiles = (ordered[bisect_left(ends, -(-ends[-1] * percent // 100))][0] for percent in (50, 90, 99))
+        return cls(sum(value * count for value, count in ordered) / ends[-1], *quantiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +83,12 @@ class Summary:
     ttft_s: Spread
     itl_s: Spread
     """Over requests of at least two tokens, each with its mean."""
+    gap_s: Spread
+    """Single times between two tokens, over all tokens."""
     queue_s: Spread
     """Wait in the frontends' queues."""
+    placements: dict[str, int]
+    """Finished requests by the reason of their placement; empty: there was nothing to decide."""
     hit_rate: float
     """Prompt tokens found in the caches of the workers that computed them, of all prompt tokens."""
     prompt_tokens_per_s: float
@@ -107,7 +123,9 @@ def summary_of(replay: Replay) -> Summary:
         duration_s=replay.end_s,
         ttft_s=Spread.of([one.ttft_s for one in finished]),
         itl_s=Spread.of([one.itl_s for one in finished if one.answer_tokens > 1]),
+        gap_s=Spread.weighted([gap for engine in replay.engines for gap in engine.batch.gaps]),
         queue_s=Spread.of([one.queue_s for one in finished]),
+        placements=dict(Counter(one.placement for one in finished if one.placement)),
         hit_rate=_ratio(sum(one.cached_tokens for one in finished), prompt_tokens),
         prompt_tokens_per_s=_ratio(prompt_tokens, replay.end_s),
         answer_tokens_per_s=_ratio(sum(one.answer_tokens for one in finished), replay.end_s),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from tandem.domain.placement import Placement
 from tandem.domain.worker import (
     LEG_CONTRACT,
     Worker,
@@ -46,6 +47,8 @@ class Route:
     pick: Pick = field(default=Pick(), compare=False)
     expected_cached_tokens: int | None = field(default=None, compare=False)
     """Prompt tokens that should be in the prefix cache of the worker that computes the prompt; None: unknown."""
+    placement: Placement | None = field(default=None, compare=False)
+    """Why a pair, or an aggregated worker; None: workers of one kind only serve the model, or nothing decides."""
 
     @property
     def computing(self) -> Worker:

@@ -76,6 +76,11 @@ class CostTable:
         self.requests_sum = 0.0
         """Of all workers."""
 
+    @property
+    def has_rate(self) -> bool:
+        """Whether the rate of any worker is known, so that costs of computing are in seconds."""
+        return self._slope_count > 0
+
     def add(self, worker_id: str, row: Row) -> None:
         """Add a worker, or replace it. It begins with the mean share: a newcomer is not flooded."""
         self.remove(worker_id)

@@ -33,6 +33,18 @@ class Whole:
     has_pairs: bool
     """Whether decode workers are among the streams."""
     _streams: Live | None = None
+    _kinds: tuple[Whole, Whole] | None = None
+
+    def kinds(self) -> tuple[Whole, Whole]:
+        """The routes over pairs, and those over aggregated workers."""
+        if self._kinds is None:
+            self._kinds = self._of_kind(is_pair=True), self._of_kind(is_pair=False)
+        return self._kinds
+
+    def _of_kind(self, *, is_pair: bool) -> Whole:
+        shares = {pool: share for pool, share in self.shares.items() if (share.prefills is not None) == is_pair}
+        count = sum(share.routes_count for share in shares.values())
+        return Whole(self.avoided, self.prompt_tokens, shares, count, is_pair and count > 0)
 
     def streams(self, but: Collection[Pool] = ()) -> Live:
         """Decode and aggregated workers, without those of the pools `but`."""
@@ -62,6 +74,14 @@ class Selection:
         if excluded:
             self._subtract()
         self._streams: Live | None = None
+        self._kinds: tuple[Selection, Selection] | None = None
+
+    def kinds(self) -> tuple[Selection, Selection]:
+        """The routes over pairs, and those over aggregated workers; each may be empty. They cannot be narrowed more."""
+        if self._kinds is None:
+            pairs, aggregated = (Selection(self._pools, whole, self._excluded) for whole in self._whole.kinds())
+            self._kinds = pairs, aggregated
+        return self._kinds
 
     @property
     def has_pairs(self) -> bool:
@@ -173,6 +193,11 @@ class Pools:
             member.mark(member.marks ^ mark)
         if changed:
             self._change()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether aggregated workers are members, and workers of pairs, in whatever state."""
+        return () in self._pools and (len(self._pools) > 1 or bool(self._groups))
 
     def has_marked(self, mark: int) -> bool:
         """Whether any worker has a mark."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.clock import Clock
+from tandem.domain.placement import Placement
 from tandem.domain.worker import Start, Worker
 from tandem.errors import ContextExceeded
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Pick, Route
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
+from tandem_frontend.routing.local_prefill import LocalPrefill
 from tandem_frontend.routing.policy import Job, Policy, RoutingRequest
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY
 from tandem_frontend.routing.pools import Pools, Selection
@@ -100,11 +102,13 @@ class Routes:
         rng: random.Random,
         policy: Policy | None = None,
         costs: WorkerCosts | None = None,
+        local: LocalPrefill | None = None,
     ) -> None:
         """`workers` returns the registry's view, `unhealthy` the workers that fail health checks.
 
         Both are called for each selection, which is cheap while they return the same object as before. Without a
-        `policy` workers are picked at random by `rng`. `costs` are those that the policy reads.
+        `policy` workers are picked at random by `rng`. `costs` are those that the policy reads. `local` decides between
+        pairs and aggregated workers; without it the policy picks among all of them.
         """
         self._workers = workers
         self._unhealthy = unhealthy
@@ -112,6 +116,7 @@ class Routes:
         self._breakers = breakers
         self._policy: Policy = policy or RandomPolicy(rng)
         self._costs = costs or WorkerCosts(PrefillBacklog(model.name, math.inf))
+        self._local = local
         self._pools = Pools(model.name, model.tokenizer.digest)
         self._view: tuple[Worker, ...] = ()
         self._version = self._pools.version
@@ -123,11 +128,16 @@ class Routes:
         self._view = workers
         self._costs.follow(workers)
         self._pools.follow(workers)
+        if self._local is not None:
+            self._local.follow(workers)
 
     def sent(self, route: Route, prompt_tokens: int) -> SentRequest:
         """Count an attempt that is being sent to the workers of a route, until it is ended."""
         cached_tokens = route.expected_cached_tokens or 0
-        return self._costs.sent(route.computing, route.decode, prompt_tokens, cached_tokens)
+        sent = self._costs.sent(route.computing, route.decode, prompt_tokens, cached_tokens)
+        if self._local is not None:
+            sent.on_end = self._local.sent(route, prompt_tokens)
+        return sent
 
     def first(self, request: RoutingRequest) -> Route:
         """The route of a request's first attempt.
@@ -204,7 +214,19 @@ class Routes:
         return _described(every, left, ejected)
 
     def _choose(self, preferred: _Preferred, request: RoutingRequest) -> Route:
+        """Choose among the preferred routes: first the kind, where there are two and a rule, then the workers."""
         selection = preferred.selection
+        if self._local is None or not self._pools.is_mixed:
+            return self._pick(preferred, selection, request)
+        pairs, aggregated = selection.kinds()
+        if pairs.routes_count and aggregated.routes_count:
+            alone = self._pick(preferred, aggregated, request)
+            return self._local.place(request.prompt_tokens, alone, lambda: self._pick(preferred, pairs, request))
+        left, placement = (pairs, Placement.NO_AGGREGATED) if pairs.routes_count else (aggregated, Placement.NO_PAIR)
+        return replace(self._pick(preferred, left, request), placement=placement)
+
+    def _pick(self, preferred: _Preferred, selection: Selection, request: RoutingRequest) -> Route:
+        """Pick workers by the policy, from a part of the preferred routes."""
         first_job = Job.STREAM if selection.has_pairs else Job.COMPUTE
         stream = self._policy.choose(selection.streams, request, first_job)
         prefills = selection.prefills(stream.worker)

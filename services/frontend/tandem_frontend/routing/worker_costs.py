@@ -7,7 +7,7 @@ last load report with this frontend's own requests since; an absent or expired r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tandem.clock import Clock, monotonic
@@ -167,7 +167,7 @@ class WorkerCosts:
 class SentRequest:
     """One request at the worker that streams it."""
 
-    __slots__ = ("_costs", "_is_over", "_report", "_start", "_streams", "_tokens")
+    __slots__ = ("_costs", "_is_over", "_report", "_start", "_streams", "_tokens", "on_end")
 
     def __init__(self, costs: WorkerCosts, start: Start, streams: _Streams, tokens: int) -> None:
         self._costs = costs
@@ -176,9 +176,13 @@ class SentRequest:
         self._tokens = tokens
         self._report = streams.report
         self._is_over = False
+        self.on_end: Callable[[], None] | None = None
+        """Called once, at its end."""
 
     def end(self) -> None:
         """It has ended there. May be called twice."""
         if not self._is_over:
             self._is_over = True
             self._costs.ended(self._start, self._streams, self._tokens, self._report)
+            if self.on_end is not None:
+                self.on_end()

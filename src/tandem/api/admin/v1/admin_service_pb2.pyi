@@ -573,6 +573,7 @@ class TimelineAttempt(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number of the attempt, from 1."""
     bootstrap_room: _builtins.int
@@ -587,6 +588,8 @@ class TimelineAttempt(_message.Message):
     """Prompt tokens that the policy expected in that worker's prefix cache. Absent: unknown."""
     cached_tokens: _builtins.int
     """Prompt tokens that were in that worker's prefix cache. Absent: its leg has not finished."""
+    placement: _generation_pb2.Placement.ValueType
+    """Why a pair, or an aggregated worker."""
     @_builtins.property
     def prefill(self) -> Global___TimelineLeg:
         """The prefill leg. Absent on an aggregated route."""
@@ -632,10 +635,11 @@ class TimelineAttempt(_message.Message):
         policy: _builtins.str = ...,
         expected_cached_tokens: _builtins.int | None = ...,
         cached_tokens: _builtins.int | None = ...,
+        placement: _generation_pb2.Placement.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_candidates", b"_candidates", "_end", b"_end", "_expected_cached_tokens", b"_expected_cached_tokens", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_candidates", b"_candidates", "_end", b"_end", "_expected_cached_tokens", b"_expected_cached_tokens", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "bootstrap_room", b"bootstrap_room", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "number", b"number", "policy", b"policy", "prefill", b"prefill", "tokens_before", b"tokens_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_candidates", b"_candidates", "_end", b"_end", "_expected_cached_tokens", b"_expected_cached_tokens", "_failure", b"_failure", "_first_token", b"_first_token", "_last_token", b"_last_token", "_prefill", b"_prefill", "bootstrap_room", b"bootstrap_room", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "decode", b"decode", "dispatched", b"dispatched", "end", b"end", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "first_token", b"first_token", "last_token", b"last_token", "number", b"number", "placement", b"placement", "policy", b"policy", "prefill", b"prefill", "tokens_before", b"tokens_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015

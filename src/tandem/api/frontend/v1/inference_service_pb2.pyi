@@ -309,6 +309,7 @@ class Route(_message.Message):
     BOOTSTRAP_ROOM_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the attempt, from 1."""
     prefill_worker_id: _builtins.str
@@ -321,6 +322,8 @@ class Route(_message.Message):
     """The policy that chose the prefill worker, or the aggregated one."""
     expected_cached_tokens: _builtins.int
     """Prompt tokens that the policy expected in that worker's prefix cache; absent: unknown."""
+    placement: _generation_pb2.Placement.ValueType
+    """Why a pair, or an aggregated worker; UNSPECIFIED: only one kind serves the model, or local_prefill is off."""
     def __init__(
         self,
         *,
@@ -330,10 +333,11 @@ class Route(_message.Message):
         bootstrap_room: _builtins.int = ...,
         policy: _builtins.str = ...,
         expected_cached_tokens: _builtins.int | None = ...,
+        placement: _generation_pb2.Placement.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens", "expected_cached_tokens", b"expected_cached_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens", "attempt", b"attempt", "bootstrap_room", b"bootstrap_room", "decode_worker_id", b"decode_worker_id", "expected_cached_tokens", b"expected_cached_tokens", "policy", b"policy", "prefill_worker_id", b"prefill_worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens", "attempt", b"attempt", "bootstrap_room", b"bootstrap_room", "decode_worker_id", b"decode_worker_id", "expected_cached_tokens", b"expected_cached_tokens", "placement", b"placement", "policy", b"policy", "prefill_worker_id", b"prefill_worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_cached_tokens: _TypeAlias = _typing.Literal["expected_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__expected_cached_tokens: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens"]  # noqa: Y015

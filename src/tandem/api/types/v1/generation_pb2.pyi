@@ -49,6 +49,54 @@ FINISH_REASON_ABORTED: FinishReason.ValueType  # 3
 """The request was aborted."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Placement:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Placement.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLACEMENT_UNSPECIFIED: _Placement.ValueType  # 0
+    """Nothing to decide: workers of one kind only, or the rule is off."""
+    PLACEMENT_SHORT_PROMPT: _Placement.ValueType  # 1
+    """Aggregated: the part of the prompt that is not cached there is short."""
+    PLACEMENT_PREFILL_WAIT: _Placement.ValueType  # 2
+    """Aggregated: it has computed the prompt before a prefill worker would begin it."""
+    PLACEMENT_NO_PAIR: _Placement.ValueType  # 3
+    """Aggregated: no pair is left, or its workers are avoided."""
+    PLACEMENT_LONG_PROMPT: _Placement.ValueType  # 4
+    """Pair: the prompt is not short, and a prefill worker begins it soon enough."""
+    PLACEMENT_PROMPT_SHARE: _Placement.ValueType  # 5
+    """Pair: the aggregated worker has given prompts their share of its time."""
+    PLACEMENT_STREAMS: _Placement.ValueType  # 6
+    """Pair: the aggregated worker has no place for another stream, or streams much more than the decode worker."""
+    PLACEMENT_LOAD_UNKNOWN: _Placement.ValueType  # 7
+    """Pair: the aggregated worker has no current load report."""
+    PLACEMENT_NO_AGGREGATED: _Placement.ValueType  # 8
+    """Pair: no aggregated worker is left, or it is avoided."""
+
+class Placement(_Placement, metaclass=_PlacementEnumTypeWrapper):
+    """Why a request went to a pair, or to an aggregated worker, where workers of both kinds serve its model."""
+
+PLACEMENT_UNSPECIFIED: Placement.ValueType  # 0
+"""Nothing to decide: workers of one kind only, or the rule is off."""
+PLACEMENT_SHORT_PROMPT: Placement.ValueType  # 1
+"""Aggregated: the part of the prompt that is not cached there is short."""
+PLACEMENT_PREFILL_WAIT: Placement.ValueType  # 2
+"""Aggregated: it has computed the prompt before a prefill worker would begin it."""
+PLACEMENT_NO_PAIR: Placement.ValueType  # 3
+"""Aggregated: no pair is left, or its workers are avoided."""
+PLACEMENT_LONG_PROMPT: Placement.ValueType  # 4
+"""Pair: the prompt is not short, and a prefill worker begins it soon enough."""
+PLACEMENT_PROMPT_SHARE: Placement.ValueType  # 5
+"""Pair: the aggregated worker has given prompts their share of its time."""
+PLACEMENT_STREAMS: Placement.ValueType  # 6
+"""Pair: the aggregated worker has no place for another stream, or streams much more than the decode worker."""
+PLACEMENT_LOAD_UNKNOWN: Placement.ValueType  # 7
+"""Pair: the aggregated worker has no current load report."""
+PLACEMENT_NO_AGGREGATED: Placement.ValueType  # 8
+"""Pair: no aggregated worker is left, or it is avoided."""
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
 @_typing.final
 class TokenLogprob(_message.Message):
     """Log probability of one token, emitted or of the prompt."""
