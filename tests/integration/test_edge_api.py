@@ -114,7 +114,7 @@ async def test_health(client: httpx.AsyncClient) -> None:
 
 REFUSED: list[tuple[str, str, dict[str, str], bytes, int, str | None]] = [
     ("GET", "/", {}, b"", 404, None),
-    ("GET", "/v1/generate/", {}, b"", 404, None),
+    ("GET", "/v1/generate/", {}, b"", 405, None),
     ("POST", "/grpc.health.v1.Health/Check", JSON, b"{}", 404, None),
     ("POST", "/tandem.api.frontend.v1.InferenceService/Generate", JSON, b"{}", 404, None),
     ("DELETE", "/v1/generate", {}, b"", 405, None),

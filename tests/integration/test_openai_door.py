@@ -221,9 +221,9 @@ BAD = [
     ("ChatCompletions", chat(temperature=3), "temperature", InvalidRequest),
     ("ChatCompletions", chat(max_tokens=0), "max_tokens", InvalidRequest),
     ("ChatCompletions", chat(max_tokens=None, max_completion_tokens=0), "max_completion_tokens", InvalidRequest),
-    ("ChatCompletions", chat(top_p=0), "top_p", InvalidRequest),
-    ("ChatCompletions", chat(top_k=0), "top_k", InvalidRequest),
-    ("ChatCompletions", chat(stop=[""]), "stop", InvalidRequest),
+    ("ChatCompletions", chat(top_p=1.1), "top_p", InvalidRequest),
+    ("ChatCompletions", chat(top_k=-2), "top_k", InvalidRequest),
+    ("ChatCompletions", chat(stop=["x" * 1025]), "stop", InvalidRequest),
     ("ChatCompletions", chat(logit_bias={"1536": 1}), "logit_bias", InvalidRequest),
     ("ChatCompletions", chat(logit_bias={"5": 1e300}), "logit_bias", InvalidRequest),
     ("ChatCompletions", chat(logprobs=True, top_logprobs=21), "top_logprobs", InvalidRequest),
@@ -231,11 +231,11 @@ BAD = [
     ("ChatCompletions", chat("x" * 300_000), "messages[0].content", ContextExceeded),
     ("ChatCompletions", chat("x" * 3_000_000), "request", RequestTooLarge),
     ("ChatCompletions", chat(messages=[{"role": "user", "content": ""}] * 2048), "messages", ContextExceeded),
-    ("ChatCompletions", chat(tool_choice="auto"), "tool_choice", InvalidRequest),
+    ("ChatCompletions", chat(tool_choice="required"), "tool_choice", InvalidRequest),
     ("ChatCompletions", chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", InvalidRequest),
     ("ChatCompletions", chat(reasoning_effort="low"), "reasoning_effort", InvalidRequest),
     ("ChatCompletions", chat(chat_template_kwargs={"mood": 1}), "chat_template_kwargs", InvalidRequest),
-    ("ChatCompletions", chat(messages=[{"role": "assistant"}]), "messages[0].content", InvalidRequest),
+    ("ChatCompletions", chat(messages=[{"role": "user"}]), "messages[0].content", InvalidRequest),
     ("ChatCompletions", b"{", "body", InvalidRequest),
     ("Completions", completion(""), "prompt", InvalidRequest),
     ("Completions", completion([]), "prompt", InvalidRequest),
@@ -246,6 +246,7 @@ BAD = [
     ("Completions", completion([5] * 2048), "prompt", ContextExceeded),
     ("Completions", completion(logprobs=21), "logprobs", InvalidRequest),
     ("Completions", completion(suffix="x"), "suffix", InvalidRequest),
+    ("Completions", completion(echo=True, logprobs=1, stop="x"), "stop", InvalidRequest),
 ]
 
 
@@ -273,7 +274,8 @@ async def test_models_and_what_is_not_served(simulated: LocalCluster) -> None:
         listed = json.loads((await stub.ListModels(pb.OpenAiServiceListModelsRequest(), timeout=5)).data)
         one = json.loads((await stub.GetModel(pb.OpenAiServiceGetModelRequest(id=MODEL), timeout=5)).data)
         assert listed == {"object": "list", "data": [one]}
-        assert one == {"id": MODEL, "object": "model", "created": one["created"], "owned_by": "tandem"}
+        context = {"max_model_len": 2048, "context_length": 2048}
+        assert one == {"id": MODEL, "object": "model", "created": one["created"], "owned_by": "tandem", **context}
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.GetModel(pb.OpenAiServiceGetModelRequest(id="gpt"), timeout=5)
         assert isinstance(from_rpc_error(refused.value), ModelNotFound)

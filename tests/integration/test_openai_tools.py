@@ -131,6 +131,19 @@ def test_reasoning_is_separate_from_content(client: openai.OpenAI, stream: bool)
     assert content in {"barn", "bridge"}
 
 
+@pytest.mark.parametrize("tools", [{}, {"tools": TOOLS}])
+def test_json_is_content_beside_a_reasoning_parser(client: openai.OpenAI, tools: Any) -> None:
+    schema = {"type": "object", "properties": {"place": {"enum": ["barn", "bridge"]}}, "required": ["place"]}
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
+    }
+    said = client.chat.completions.create(**{**ASKED, "max_tokens": 60}, response_format=form, **tools)
+    assert json.loads(said.choices[0].message.content or "")["place"] in {"barn", "bridge"}
+    plain = client.chat.completions.create(**ASKED, extra_body={"regex": "barn|bridge"}, **tools)
+    assert plain.choices[0].message.content in {"barn", "bridge"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -83,6 +83,8 @@ async def speaks_in_deltas(parsers: Parsers) -> None:
     assert all(isinstance(part, ToolCallArguments) and part.index == 0 for part in arguments)
     assert "".join(part.json_fragment for part in arguments if isinstance(part, ToolCallArguments)) == '{"a": 1}'
     assert not (await parsers.open([])).keep_special_tokens
+    at_once = await parsers.open([], prompt="<|assistant|><think>\n", answers_at_once=True)
+    assert await deltas_of(at_once, ["barn"]) == [Content("barn")], "a grammar leaves no room for reasoning"
     guided = await parsers.constraint(TOOLS, "required")
     assert guided is not None
     assert "<tool_call>" in (guided.structural_tag or "")

@@ -153,6 +153,8 @@ NEUTRAL: list[dict[str, Any]] = [
     {"function_call": "none"},
     {"verbosity": "medium"},
     {"stop": ""},
+    {"stream_options": {}},
+    {"stream_options": {"include_usage": False}, "stream": False},
     {"stop": [""]},
     {"logit_bias": {}},
     {"top_logprobs": 0},

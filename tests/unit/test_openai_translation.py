@@ -96,7 +96,7 @@ def test_response_format_becomes_a_grammar(form: Any, schema: Any) -> None:
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"top_logprobs": 1, "logprobs": False}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream_options": {}, "stream": False}, "stream_options"),
+        ({"stream_options": {"continuous_usage_stats": True}, "stream": False}, "stream_options"),
         ({"response_format": GRAMMAR, "regex": "a"}, "regex"),
         ({"regex": "a", "ebnf": "b"}, "ebnf"),
         ({"regex": ""}, "regex"),

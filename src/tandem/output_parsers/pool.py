@@ -97,6 +97,7 @@ class Parsers:
         prompt: str = "",
         template_kwargs: Mapping[str, Any] | None = None,
         previous_calls: int = 0,
+        answers_at_once: bool = False,
     ) -> ParsedStream:
         """Open a stream for one request's output.
 
@@ -106,13 +107,15 @@ class Parsers:
             prompt: rendered prompt; its end shows whether the output starts inside a reasoning block.
             template_kwargs: the request's chat template arguments, which some parsers depend on.
             previous_calls: number of tool calls in the messages; some models continue that count in their call ids.
+            answers_at_once: the client's own grammar begins at the first token, so no reasoning precedes it.
 
         Raises:
             InvalidRequest: a tool or the tool choice is invalid.
             ParserFailed: the parsers of these tools cannot be built.
             ServiceError: no worker is ready within READY_TIMEOUT_S.
         """
-        wanted = _wanted(tools, tool_choice, prompt, template_kwargs) | {"previous_calls": previous_calls}
+        wanted = _wanted(tools, tool_choice, prompt, template_kwargs)
+        wanted |= {"previous_calls": previous_calls, "answers_at_once": answers_at_once}
         stream = ParsedStream(self.worker, next(self._ids), wanted)
         await stream.open()
         return stream

@@ -19,7 +19,7 @@ from tandem_frontend.openai.handler import ApiResponse, EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.messages import for_template, without_control
 from tandem_frontend.openai.response import UsageSum
-from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice
+from tandem_frontend.openai.schemas import ChatRequest, NamedToolChoice, TextFormat
 from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX
@@ -229,11 +229,15 @@ class ChatCompletions:
         parsers = self._parsers
         if parsers is None or not (tools or parsers.reasoning_parser):
             return None
+        # Its grammar allows JSON only, in which a marker is a part of a string.
+        if not isinstance(body.response_format, TextFormat | None):
+            return None
         return await parsers.open(
             tools,
             tool_choice=_choice(body),
             prompt=prompt,
             template_kwargs=kwargs,
+            answers_at_once=body.regex is not None or body.ebnf is not None,
             previous_calls=sum(len(getattr(message, "tool_calls", None) or ()) for message in body.messages),
         )
 

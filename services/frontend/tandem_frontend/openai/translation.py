@@ -87,7 +87,7 @@ def parameter(field: str, body: ChatRequest | CompletionRequest) -> str:
 
 
 def _common(body: CommonFields, max_tokens: int | None) -> pb.GenerateRequest:
-    if body.stream_options is not None and not body.stream:
+    if (body.includes_usage or body.repeats_usage) and not body.stream:
         raise InvalidRequest("stream_options", "requires stream to be true")
     request = pb.GenerateRequest(model=body.model)
     for name in SCALARS:

@@ -174,6 +174,7 @@ def wanted(message: Message) -> Wanted:
         template_kwargs=message["template_kwargs"],
         previous_calls=message["previous_calls"],
         parallel=message["parallel"],
+        answers_at_once=message.get("answers_at_once", False),
     )
 
 

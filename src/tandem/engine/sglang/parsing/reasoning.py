@@ -17,7 +17,13 @@ SPECIAL_TOKEN_PARSERS = frozenset({"apertus2509", "gemma4", "gpt-oss", "inkling"
 
 
 def make(
-    name: str, prompt: str, template_kwargs: Mapping[str, Any], tokenizer: Any, *, before_tools: bool
+    name: str,
+    prompt: str,
+    template_kwargs: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    before_tools: bool,
+    answers_at_once: bool = False,
 ) -> ReasoningParser | None:
     """A reasoning parser for one stream; None if the prompt has closed the reasoning already.
 
@@ -27,6 +33,7 @@ def make(
         template_kwargs: the request's chat template arguments, which some parsers depend on.
         tokenizer: for parsers that need one, else None.
         before_tools: whether tool calls are parsed after the reasoning.
+        answers_at_once: whether the output begins outside of reasoning, whatever the prompt ends with.
     """
 
     def build(forced: bool | None) -> ReasoningParser:
@@ -43,6 +50,8 @@ def make(
 
     parser = build(None)
     inside = is_inside(prompt, parser.detector.think_start_token, parser.detector.think_end_token)
+    if answers_at_once:
+        inside = False
     if inside is None:
         return parser
     if inside and not parser.detector._in_reasoning:

@@ -37,6 +37,8 @@ class Wanted:
     template_kwargs: Mapping[str, Any]
     previous_calls: int
     parallel: bool
+    answers_at_once: bool = False
+    """The output follows a grammar from its first token on, so that it cannot begin inside a reasoning block."""
 
 
 class Formats:
@@ -68,6 +70,7 @@ class Formats:
             wanted.template_kwargs,
             self._tokenizer,
             before_tools=bool(wanted.tools),
+            answers_at_once=wanted.answers_at_once,
         )
 
     def grammar(self, wanted: Wanted) -> dict[str, str] | None:
