@@ -1,4 +1,4 @@
-"""The SDKs of agents, unmodified, against a real Envoy: openai's Responses, the Agents SDK, anthropic in two languages.
+"""SDKs of agents, unmodified, against a real Envoy: openai's Responses, the Agents SDK, anthropic; also in JavaScript.
 
 The model's text is scripted: no small model calls tools as a test needs it. Real engines: test_agent_doors.py.
 """
@@ -390,7 +390,7 @@ async def drain(messages: anthropic.AsyncAnthropic) -> None:
             pass
 
 
-async def test_anthropics_npm_package(model: ScriptedModel, process: ClusterProcess, tmp_path: Path) -> None:
+async def test_the_npm_packages_of_both(model: ScriptedModel, process: ClusterProcess, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "tests" / "clients", tmp_path, dirs_exist_ok=True)
     await run(tmp_path, "npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error")
     model.answers(SAYS, LOOKS)
@@ -400,6 +400,13 @@ async def test_anthropics_npm_package(model: ScriptedModel, process: ClusterProc
     assert (seen["stopReason"], seen["events"][0], seen["events"][-1]) == ("tool_use", "message_start", "message_stop")
     assert seen["tokens"] > 0
     assert seen["refused"] == {"kind": "BadRequestError", "status": 400, "type": "invalid_request_error"}
+
+    model.answers(SAYS, LOOKS)
+    seen = json.loads(await run(tmp_path, "node", "responses.mjs", f"http://{process.address}/v1", KEY, MODEL))
+    assert seen["whole"] == ANSWER
+    assert seen["call"] == {"name": "look", "arguments": {"where": "barn"}}
+    assert (seen["events"][0], seen["events"][-1]) == ("response.created", "response.completed")
+    assert seen["refused"] == {"kind": "BadRequestError", "status": 400, "param": "previous_response_id"}
 
 
 async def run(directory: Path, *command: str) -> str:
