@@ -62,7 +62,8 @@ class Where(BaseModel):
     colour: Literal["red", "blue"]
 
 
-FOUND = 'x</think>{"found": true, "colour": "red"}'
+FOUND = '{"found": true, "colour": "red"}'
+NO_THOUGHT: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -151,7 +152,7 @@ async def test_a_streamed_response(model: ScriptedModel, responses: openai.Async
 
 async def test_the_stream_helper_of_openai(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
-    async with responses.responses.stream(**ASKED, text_format=Where) as stream:
+    async with responses.responses.stream(**ASKED, text_format=Where, extra_body=NO_THOUGHT) as stream:
         deltas = [event.delta async for event in stream if event.type == "response.output_text.delta"]
         final = await stream.get_final_response()
     assert Where.model_validate_json("".join(deltas)) == final.output_parsed == Where(found=True, colour="red")
@@ -161,7 +162,7 @@ async def test_the_stream_helper_of_openai(model: ScriptedModel, responses: open
 
 async def test_parse_of_openai(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
-    parsed = await responses.responses.parse(**ASKED, text_format=Where)
+    parsed = await responses.responses.parse(**ASKED, text_format=Where, extra_body=NO_THOUGHT)
     assert parsed.output_parsed == Where(found=True, colour="red")
 
 
@@ -244,7 +245,9 @@ async def test_the_agents_sdk_streams(model: ScriptedModel, responses: openai.As
 async def test_the_agents_sdk_with_an_output_type(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
     served = OpenAIResponsesModel(MODEL, responses)
-    found = await Runner.run(Agent(name="finder", model=served, output_type=Where), "Where is the key?")
+    settings = ModelSettings(extra_body=NO_THOUGHT)
+    finder = Agent(name="finder", model=served, output_type=Where, model_settings=settings)
+    found = await Runner.run(finder, "Where is the key?")
     assert found.final_output == Where(found=True, colour="red")
 
 
@@ -337,9 +340,11 @@ async def test_a_structured_message_through_the_beta_client(
     model.answers(FOUND, FOUND)
     schema = {**Where.model_json_schema(), "additionalProperties": False}
     form: Any = {"format": {"type": "json_schema", "schema": schema}}
-    said = await messages.beta.messages.create(**SAID, output_config=form, betas=["structured-outputs-2025-11-13"])
+    off: Any = {"type": "disabled"}
+    betas: Any = ["structured-outputs-2025-11-13"]
+    said = await messages.beta.messages.create(**SAID, output_config=form, thinking=off, betas=betas)
     assert Where.model_validate_json(said.content[-1].text) == Where(found=True, colour="red")
-    parsed = await messages.messages.parse(**SAID, output_format=Where)
+    parsed = await messages.messages.parse(**SAID, output_format=Where, thinking=off)
     assert parsed.parsed_output == Where(found=True, colour="red")
 
 
