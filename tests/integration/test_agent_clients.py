@@ -1,4 +1,4 @@
-"""The SDKs of agents, unmodified, against a real Envoy: openai's Responses, the Agents SDK, anthropic in two languages.
+"""SDKs of agents, unmodified, against a real Envoy: openai's Responses, the Agents SDK, anthropic; also in JavaScript.
 
 The model's text is scripted: no small model calls tools as a test needs it. Real engines: test_agent_doors.py.
 """
@@ -62,7 +62,8 @@ class Where(BaseModel):
     colour: Literal["red", "blue"]
 
 
-FOUND = 'x</think>{"found": true, "colour": "red"}'
+FOUND = '{"found": true, "colour": "red"}'
+NO_THOUGHT: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -151,7 +152,7 @@ async def test_a_streamed_response(model: ScriptedModel, responses: openai.Async
 
 async def test_the_stream_helper_of_openai(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
-    async with responses.responses.stream(**ASKED, text_format=Where) as stream:
+    async with responses.responses.stream(**ASKED, text_format=Where, extra_body=NO_THOUGHT) as stream:
         deltas = [event.delta async for event in stream if event.type == "response.output_text.delta"]
         final = await stream.get_final_response()
     assert Where.model_validate_json("".join(deltas)) == final.output_parsed == Where(found=True, colour="red")
@@ -161,7 +162,7 @@ async def test_the_stream_helper_of_openai(model: ScriptedModel, responses: open
 
 async def test_parse_of_openai(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
-    parsed = await responses.responses.parse(**ASKED, text_format=Where)
+    parsed = await responses.responses.parse(**ASKED, text_format=Where, extra_body=NO_THOUGHT)
     assert parsed.output_parsed == Where(found=True, colour="red")
 
 
@@ -244,7 +245,9 @@ async def test_the_agents_sdk_streams(model: ScriptedModel, responses: openai.As
 async def test_the_agents_sdk_with_an_output_type(model: ScriptedModel, responses: openai.AsyncOpenAI) -> None:
     model.answers(FOUND)
     served = OpenAIResponsesModel(MODEL, responses)
-    found = await Runner.run(Agent(name="finder", model=served, output_type=Where), "Where is the key?")
+    settings = ModelSettings(extra_body=NO_THOUGHT)
+    finder = Agent(name="finder", model=served, output_type=Where, model_settings=settings)
+    found = await Runner.run(finder, "Where is the key?")
     assert found.final_output == Where(found=True, colour="red")
 
 
@@ -337,9 +340,11 @@ async def test_a_structured_message_through_the_beta_client(
     model.answers(FOUND, FOUND)
     schema = {**Where.model_json_schema(), "additionalProperties": False}
     form: Any = {"format": {"type": "json_schema", "schema": schema}}
-    said = await messages.beta.messages.create(**SAID, output_config=form, betas=["structured-outputs-2025-11-13"])
+    off: Any = {"type": "disabled"}
+    betas: Any = ["structured-outputs-2025-11-13"]
+    said = await messages.beta.messages.create(**SAID, output_config=form, thinking=off, betas=betas)
     assert Where.model_validate_json(said.content[-1].text) == Where(found=True, colour="red")
-    parsed = await messages.messages.parse(**SAID, output_format=Where)
+    parsed = await messages.messages.parse(**SAID, output_format=Where, thinking=off)
     assert parsed.parsed_output == Where(found=True, colour="red")
 
 
@@ -390,7 +395,7 @@ async def drain(messages: anthropic.AsyncAnthropic) -> None:
             pass
 
 
-async def test_anthropics_npm_package(model: ScriptedModel, process: ClusterProcess, tmp_path: Path) -> None:
+async def test_the_npm_packages_of_both(model: ScriptedModel, process: ClusterProcess, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "tests" / "clients", tmp_path, dirs_exist_ok=True)
     await run(tmp_path, "npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error")
     model.answers(SAYS, LOOKS)
@@ -400,6 +405,13 @@ async def test_anthropics_npm_package(model: ScriptedModel, process: ClusterProc
     assert (seen["stopReason"], seen["events"][0], seen["events"][-1]) == ("tool_use", "message_start", "message_stop")
     assert seen["tokens"] > 0
     assert seen["refused"] == {"kind": "BadRequestError", "status": 400, "type": "invalid_request_error"}
+
+    model.answers(SAYS, LOOKS)
+    seen = json.loads(await run(tmp_path, "node", "responses.mjs", f"http://{process.address}/v1", KEY, MODEL))
+    assert seen["whole"] == ANSWER
+    assert seen["call"] == {"name": "look", "arguments": {"where": "barn"}}
+    assert (seen["events"][0], seen["events"][-1]) == ("response.created", "response.completed")
+    assert seen["refused"] == {"kind": "BadRequestError", "status": 400, "param": "previous_response_id"}
 
 
 async def run(directory: Path, *command: str) -> str:

@@ -273,6 +273,22 @@ def test_errors_have_the_clients_names(field: str, name: str) -> None:
     assert translated(system="x", messages=turns, output_config=form).name(field) == name
 
 
+def test_a_request_of_a_coding_agent_is_taken() -> None:
+    """What Claude Code sends beside its prompt, with a model of another name."""
+    request = translated(
+        stream=True,
+        temperature=1,
+        system=[{"type": "text", "text": "You are an agent.", **CACHED}],
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hi", **CACHED}]}],
+        tools=[{**TOOL, "description": "Looks.", "eager_input_streaming": True, **CACHED}],
+        metadata={"user_id": "user_1"},
+        thinking={"type": "adaptive"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    )
+    assert [message.role for message in request.chat.messages] == ["system", "user"]
+    assert request.chat.chat_template_kwargs == {}
+
+
 def test_count_tokens_needs_no_max_tokens() -> None:
     body = {"model": "m", "messages": [USER]}
     assert parse(CountTokensRequest, json.dumps(body).encode()).max_tokens is None

@@ -254,6 +254,24 @@ def test_errors_have_the_clients_names(field: str, name: str) -> None:
     assert translated(input=sent, max_output_tokens=9, text={"format": form}).name(field) == name
 
 
+def test_a_request_of_a_coding_agent_is_taken() -> None:
+    """What Codex sends beside its prompt, with a model that it does not know."""
+    chat = translated(
+        instructions="You are an agent.",
+        input=[{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        tools=[{**TOOL, "description": "Looks.", "strict": False}],
+        tool_choice="auto",
+        parallel_tool_calls=False,
+        reasoning=None,
+        store=False,
+        stream=True,
+        include=["reasoning.encrypted_content"],
+        prompt_cache_key="thread_1",
+    ).chat
+    assert [message.role for message in chat.messages] == ["system", "user"]
+    assert chat.parallel_tool_calls is False
+
+
 def test_null_equals_absence() -> None:
     names = {field.alias or name for name, field in ResponsesRequest.model_fields.items()} - {"model", "input"}
     assert parse(ResponsesRequest, raw(**dict.fromkeys(names))) == parse(ResponsesRequest, raw())
