@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -218,7 +219,10 @@ async def measure(given: argparse.Namespace) -> tuple[list[Row], tuple[str, ...]
         await client.ask(3)  # nothing of a first request is measured
         target = Target(url, frontend, ATTACKER_KEY)
         bench = Bench(client, memory, target, given.quiet_s, given.attack_s, given.after_s, given.begin_late_s)
-        rows = [await bench.row(name) for _ in range(given.rounds) for name in given.attacks]
+        rows = list[Row]()
+        for name in given.attacks * given.rounds:
+            rows.append(await bench.row(name))
+            print(memory_table(rows[-1:], memory.names).splitlines()[-1], file=sys.stderr, flush=True)
     return rows, memory.names
 
 
