@@ -4,7 +4,8 @@ Starts a simulated pair, a frontend and an edge with two keys, and runs each att
 `tests/integration/support/attacks.py` against it from another process, while a client sends a short chat every 0.2 s.
 Prints the client's latency before and beside each attack, and the resident memory of every process: before it, the most
 during it, and some time after its end. All attacks run against the same processes; `--rounds 2` repeats them, and shows
-whether a process keeps something each time, or once.
+whether a process keeps something each time, or once. `--edge-only` puts the edge before a stand-in of a frontend in
+this process, and asks it for the smallest call: what the edge alone delays and keeps.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -28,7 +31,7 @@ import psutil
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tests.integration.support.attacks import ATTACKS, CHAT, Target, attacking
-from tests.integration.support.edge_host import edge
+from tests.integration.support.edge_host import edge, stub_frontend
 
 MODEL = Path("models") / "tandem-demo"
 ENGINE = '{"decode_step_s": 0.004}'
@@ -55,14 +58,27 @@ class Latencies:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def ask(http: httpx.AsyncClient, seconds: float) -> Latencies:
-    """A short chat every `PERIOD_S`, without waiting for the one before; returns when all have ended."""
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A well-behaved one."""
+
+    http: httpx.AsyncClient
+    path: str
+    body: Mapping[str, Any]
+
+    async def ask(self, seconds: float) -> Latencies:
+        """A request every `PERIOD_S`, without waiting for the one before; returns when all have ended."""
+        return await ask(self.http, self.path, self.body, seconds)
+
+
+async def ask(http: httpx.AsyncClient, path: str, body: Mapping[str, Any], seconds: float) -> Latencies:
+    """See `Client.ask`."""
     found, tasks, end_s = Latencies(), list[asyncio.Task[None]](), time.monotonic() + seconds
 
     async def one() -> None:
         begin_s = time.monotonic()
         try:
-            response = await http.post("/v1/chat/completions", json=CHAT)
+            response = await http.post(path, json=body)
             outcome = str(response.status_code) if "error" not in response.text else "error in the stream"
         except httpx.HTTPError as problem:
             outcome = type(problem).__name__
@@ -90,8 +106,8 @@ def resident_mib(process: psutil.Process) -> float:
 class Memory:
     """The memory of every process of the cluster."""
 
-    def __init__(self, cluster: LocalCluster, edge: ClusterProcess) -> None:
-        self._processes = {process.name: psutil.Process(process.pid) for process in (*cluster.processes, edge)}
+    def __init__(self, processes: Iterable[ClusterProcess]) -> None:
+        self._processes = {process.name: psutil.Process(process.pid) for process in processes}
         self.names = tuple(self._processes)
 
     def now(self) -> dict[str, float]:
@@ -134,7 +150,7 @@ class Row:
 class Bench:
     """What is measured, and for how long."""
 
-    http: httpx.AsyncClient
+    client: Client
     memory: Memory
     target: Target
     quiet_s: float
@@ -144,19 +160,21 @@ class Bench:
 
     async def row(self, name: str) -> Row:
         """Run one attack."""
-        quiet = await ask(self.http, self.quiet_s)
+        quiet = await self.client.ask(self.quiet_s)
         before = self.memory.now()
         async with self.memory.most() as most, attacking(name, self.target):
             await asyncio.sleep(self.begin_late_s)
-            beside = await ask(self.http, self.attack_s)
+            beside = await self.client.ask(self.attack_s)
         await asyncio.sleep(self.after_s)
         return Row(name, quiet, beside, before, most, self.memory.now(), os.getloadavg()[0])
 
 
 def latency_table(rows: list[Row]) -> str:
     """Markdown."""
-    heads = ("attack", "requests", "not answered", "quiet p50, p99 ms", "beside it p50, p99 ms", "p99 ratio")
-    heads += ("longest of the first second, ms", "load")
+    heads = [
+        "attack", "requests", "not answered", "quiet p50, p99 ms", "beside it p50, p99 ms", "p99 ratio",
+        "longest of the first second, ms", "load",
+    ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         quiet, beside = ([1e3 * each.quantile_s(share) for share in (0.5, 0.99)] for each in (row.quiet, row.beside))
@@ -181,20 +199,30 @@ async def measure(given: argparse.Namespace) -> tuple[list[Row], tuple[str, ...]
     keys = logs / "keys"
     keys.write_text(f"attacker: {ATTACKER_KEY}\nclient: {CLIENT_KEY}\n")
     keys.chmod(0o600)
-    spec = ClusterSpec(
-        model=MODEL, log_directory=logs, engine="simulated", edge=False, worker_flags={"engine-extra": ENGINE}
-    )
-    async with LocalCluster(spec) as cluster:
-        frontend = cluster.frontend.address
-        async with edge(logs, frontend, api_keys=keys, drain_timeout_s=1, **dict(given.edge_flag)) as door:
-            url = f"http://{door.address}"
-            headers = {"authorization": f"Bearer {CLIENT_KEY}"}
-            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as http:
-                await ask(http, 3)  # nothing of a first request is measured
-                target = Target(url, frontend, ATTACKER_KEY)
-                memory = Memory(cluster, door)
-                bench = Bench(http, memory, target, given.quiet_s, given.attack_s, given.after_s, given.begin_late_s)
-                rows = [await bench.row(name) for _ in range(given.rounds) for name in given.attacks]
+    async with AsyncExitStack() as stack:
+        cluster = tuple[ClusterProcess, ...]()
+        if given.edge_only:
+            _, frontend = await stack.enter_async_context(stub_frontend())
+            path, body = "/v1/detokenize", dict[str, Any](token_ids=[1])
+        else:
+            spec = ClusterSpec(
+                model=MODEL, log_directory=logs, engine="simulated", edge=False, worker_flags={"engine-extra": ENGINE}
+            )
+            started = await stack.enter_async_context(LocalCluster(spec))
+            cluster, frontend = tuple(started.processes), started.frontend.address
+            path, body = "/v1/chat/completions", CHAT
+        flags = {"api_keys": keys, "drain_timeout_s": 1, **dict(given.edge_flag)}
+        door = await stack.enter_async_context(edge(logs, frontend, **flags))
+        url, headers = f"http://{door.address}", {"authorization": f"Bearer {CLIENT_KEY}"}
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, headers=headers, timeout=30))
+        client, memory = Client(http, path, body), Memory((*cluster, door))
+        await client.ask(3)  # nothing of a first request is measured
+        target = Target(url, frontend, ATTACKER_KEY)
+        bench = Bench(client, memory, target, given.quiet_s, given.attack_s, given.after_s, given.begin_late_s)
+        rows = list[Row]()
+        for name in given.attacks * given.rounds:
+            rows.append(await bench.row(name))
+            print(memory_table(rows[-1:], memory.names).splitlines()[-1], file=sys.stderr, flush=True)
     return rows, memory.names
 
 
@@ -210,6 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--edge-flag", action="append", default=[], type=lambda text: text.split("=", 1), metavar="NAME=VALUE"
     )
+    parser.add_argument("--edge-only", action="store_true", help="a stand-in answers; only resets and idle connections")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows, names = asyncio.run(measure(given))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hpack
 import httpx
 import pytest
 import pytest_asyncio
@@ -24,6 +25,7 @@ from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.testing.eventually import assert_eventually
+from tests.integration.support.attacks import PREFACE
 from tests.integration.support.certificates import Authority
 from tests.integration.support.edge_host import (
     StubFrontend,
@@ -215,6 +217,45 @@ async def test_headers_are_taken_or_refused_never_by_chance(stub: tuple[StubFron
         response = await detokenize(client, **{"x-long": "a" * 25_000})
         assert response.status_code == 431
         assert error_of(response)["message"] == "the headers are too large or too many"
+
+
+async def resets(address: str, stub: StubFrontend, reset_every: int, count: int) -> int:
+    """Send so many requests over one HTTP/2 connection, one after the other, and reset each n-th after its first bytes.
+
+    Returns how many were sent when the edge closed the connection; `count` if it did not.
+    """
+    reader, writer = await asyncio.open_connection(*address.split(":"))
+    reading = asyncio.create_task(reader.read(-1))
+    encoder, body = hpack.Encoder(), b'{"token_ids": [1]}'
+    headers = {":method": "POST", ":scheme": "http", ":authority": "localhost", ":path": "/v1/detokenize"}
+    block = partial(encoder.encode, list({**headers, "content-type": "application/json"}.items()))
+    writer.write(PREFACE + b"\0\0\0\4\0\0\0\0\0")
+    try:
+        for number in range(count):
+            name, fields, seen = (2 * number + 1).to_bytes(4), block(), len(stub.seen)
+            writer.write(len(fields).to_bytes(3) + b"\1\4" + name + fields)
+            if number % reset_every == 0:
+                writer.write(b"\0\0\4\3\0" + name + b"\0\0\0\x08")
+                await asyncio.sleep(0.002)
+            else:
+                writer.write(len(body).to_bytes(3) + b"\0\1" + name + body)
+                await assert_eventually(partial(len, stub.seen), seen.__lt__, within_s=5, every_s=0.002)
+            if reading.done():
+                return number
+        return count
+    finally:
+        writer.transport.abort()
+        reading.cancel()
+
+
+async def test_a_connection_of_resets_is_closed(stub: tuple[StubFrontend, str], open_edge: ClusterProcess) -> None:
+    assert 40 <= await resets(open_edge.address, stub[0], reset_every=1, count=400) <= 100
+
+
+async def test_a_client_may_cancel_a_third_of_its_requests(
+    stub: tuple[StubFrontend, str], open_edge: ClusterProcess
+) -> None:
+    assert await resets(open_edge.address, stub[0], reset_every=3, count=400) == 400
 
 
 def request_bytes(*lines: str, body: bytes = b"") -> bytes:
