@@ -109,7 +109,7 @@ def test_a_worker_that_hangs_does_not_get_all_while_the_others_load_is_unknown(
 ) -> None:
     """The known one is always cheaper than the mean of the known ones: what this frontend sent must count by itself."""
     made = loaded(policy, 2, 2)
-    hanging, unknown, hanging_decode, unknown_decode = made.scene.workers
+    hanging, unknown, _, unknown_decode = made.scene.workers
     for worker in (unknown, unknown_decode):
         made.costs.note(worker.start, None)
     counts: Counter[str] = Counter()

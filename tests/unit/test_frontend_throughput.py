@@ -31,7 +31,8 @@ def test_the_least_queue_wait_is_shorter_the_fewer_requests_have_finished(count:
     for _ in range(count):
         throughput.note(QueuedRequest(tokens=50), 1.0)
     wait_s, least_s = throughput.wait_s(100), throughput.least_wait_s(100)
-    assert wait_s is not None and least_s is not None
+    assert wait_s is not None
+    assert least_s is not None
     assert wait_s / least_s == pytest.approx(factor)
 
 
