@@ -38,6 +38,8 @@ class Plan:
     prefill: int = 2
     decode: int = 2
     lease_s: float = 2.0
+    frontend_flags: dict[str, str] = field(default_factory=dict)
+    """More settings of every frontend."""
     worker_flags: dict[str, str] = field(
         default_factory=lambda: {"engine": "simulated", "engine-extra": '{"decode_step_s": 0.005}'}
     )
@@ -123,7 +125,7 @@ class FaultCluster:
 
     async def frontend_flags(self, name: str, registries: str) -> dict[str, str]:
         """Settings of a frontend of that name."""
-        return {"model": str(DEMO_MODEL), "registry": registries, "frontend-id": name}
+        return {"model": str(DEMO_MODEL), "registry": registries, "frontend-id": name, **self.plan.frontend_flags}
 
     async def cut_off(self, cut: Cut) -> None:
         """Cut the whole network of `CUT_WORKER`."""
