@@ -177,6 +177,8 @@ def test_a_rate_measured_long_ago_no_longer_counts() -> None:
     assert {made.choose().prefill for _ in range(20)} == {fast}
     compute(made, fast, 1.0, begin_s=1_052.0 + RATE_KEPT_S)
     assert made.choose().prefill == slow, "it is taken for a mean worker again, and had less lately"
+    compute(made, slow, 1.0, begin_s=1_054.0 + RATE_KEPT_S)
+    assert made.choose().prefill == slow, "its first measurement is forgotten, not averaged with the new one"
 
 
 def test_what_a_worker_computes_becomes_less_with_time() -> None:

@@ -71,9 +71,8 @@ class ScriptedCall:
     """Has several reports at hand at the same moment, as the calls of a loop that was held up."""
 
     def __init__(self, count: int) -> None:
-        self._reports = [
-            pb.WatchLoadResponse(epoch=prefill().epoch, running_requests=number) for number in range(count)
-        ]
+        epoch = prefill().epoch
+        self._reports = [pb.WatchLoadResponse(epoch=epoch, running_requests=number) for number in range(count)]
 
     async def read(self) -> pb.WatchLoadResponse:
         if not self._reports:

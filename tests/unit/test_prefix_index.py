@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tandem_frontend.routing.block_table import SHARDS, BlockTable
 from tandem_frontend.routing.prefix_index import PrefixIndex
@@ -92,6 +92,31 @@ def test_a_cache_that_is_not_closed_is_credited_up_to_the_hole_that_was_seen() -
     index.remove(A, hashes[5:6])
     loaded(index, B, PROMPT[:20])
     assert index.match(PromptBlocks(PROMPT)) == {A: 20, B: 20}
+
+
+@given(
+    depths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    exact_min=st.integers(1, 30),
+    prompt_blocks=st.integers(1, 40),
+)
+@settings(max_examples=examples(100))
+def test_the_workers_that_have_most_are_matched_exactly_and_the_others_with_half_at_least(
+    depths: list[int], exact_min: int, prompt_blocks: int
+) -> None:
+    index, tokens = PrefixIndex(10_000, exact_min=exact_min), list(range(161))
+    for number, depth in enumerate(depths):
+        start = f"worker-{number}", 1
+        index.reset(start, 4)
+        index.add(start, block_hashes(tokens[: 4 * depth], 4))
+        index.complete(start)
+    found = index.match(PromptBlocks(tokens[: 4 * prompt_blocks + 1]))
+    right = {(f"worker-{number}", 1): 4 * min(depth, prompt_blocks) for number, depth in enumerate(depths) if depth}
+    assert found.keys() == right.keys()
+    least = sorted(right.values(), reverse=True)[:exact_min][-1:]
+    for start, count in found.items():
+        assert right[start] / 2 <= count <= right[start]
+        if right[start] >= least[0]:
+            assert count == right[start]
 
 
 def test_beyond_the_bound_the_largest_cache_gets_no_credit() -> None:

@@ -38,6 +38,8 @@ class Plan:
     prefill: int = 2
     decode: int = 2
     lease_s: float = 2.0
+    frontend_flags: dict[str, str] = field(default_factory=dict)
+    """More settings of every frontend."""
     worker_flags: dict[str, str] = field(
         default_factory=lambda: {"engine": "simulated", "engine-extra": '{"decode_step_s": 0.005}'}
     )

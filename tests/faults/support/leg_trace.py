@@ -59,6 +59,17 @@ class RequestTrace:
             lambda: len(self.held(victim, phase)), lambda count: count >= HELD_MIN, within_s=10, what=f"{phase} legs"
         )
 
+    async def busiest(self, role: str) -> str:
+        """The worker of a role that decodes most streams, or has computed the prompts of most, once those are a few."""
+
+        def most() -> tuple[int, str]:
+            return max((len(self.held(worker.name)), worker.name) for worker in self.cluster.of_role(role))
+
+        _, name = await assert_eventually(
+            most, lambda found: found[0] >= HELD_MIN, within_s=10, what=f"streams of one {role} worker"
+        )
+        return name
+
     async def answered(self, count: int = FLOOR) -> None:
         """Return when so many requests that begin from now on have ended."""
         await self.load.wait_ended(count)

@@ -112,6 +112,9 @@ class WorkerBacklog:
         """
         if end_s < self.last_end_s:
             return
+        if self.is_rate_old:
+            # Else one prompt that hung for some seconds would outweigh a thousand that come afterwards, one a minute.
+            self.computed_tokens = self.busy_s = 0.0
         elapsed_s = max(0.0, end_s - max(start_s, self.last_end_s))
         self.last_end_s = max(self.last_end_s, end_s)
         keep = math.exp(-elapsed_s / RATE_WINDOW_S)

@@ -62,7 +62,7 @@ class BlockTable:
         return self._shards[block_hash >> SHARD_SHIFT].get(block_hash, 0)
 
     def depths_between(
-        self, hashes: Sequence[int], shallow: tuple[int, int], deep: tuple[int, int]
+        self, hashes: Sequence[int], shallow: tuple[int, int], deep: tuple[int, int], exact_min: int
     ) -> list[tuple[int, int]]:
         """Where slots end that hold the first blocks of `hashes`, and not all of them: by halving, for all at once.
 
@@ -70,27 +70,32 @@ class BlockTable:
             hashes: a prompt's blocks.
             shallow: a number of blocks, and the slots that hold all of them.
             deep: the same for more blocks; these slots are among the others.
+            exact_min: how many slots to search for at least, from the deepest on; for the others it is enough to know
+                some blocks that they hold.
 
         Returns:
-            (slots, count): they hold the first `count` blocks, at least 1, and not the next one.
+            (slots, count), the deepest first: they hold the first `count` blocks, at least 1, and not the next one. Of
+            the slots beyond `exact_min`: no more than they hold.
         """
         shards, ends, parts = self._shards, list[tuple[int, int]](), [(*shallow, *deep)]
-        # Up to some thousand rounds where each of many workers has a depth of its own: no calls in here.
+        # Up to some hundred rounds where each of many workers has a depth of its own: no calls in here.
         while parts:
             low, held, high, left = parts.pop()
             if held == left:
                 continue
             middle = (low + high) // 2
-            if middle == low:
+            if middle == low or exact_min <= 0:
                 if low:
-                    ends.append((held & ~left, low))
+                    ended = held & ~left
+                    exact_min -= ended.bit_count()
+                    ends.append((ended, low))
                 continue
             block_hash = hashes[middle - 1]
             there = shards[block_hash >> SHARD_SHIFT].get(block_hash, 0) & held
-            if there != left:
-                parts.append((middle, there, high, left & there))
             if there != held:
                 parts.append((low, held, middle, there))
+            if there != left:
+                parts.append((middle, there, high, left & there))
         return ends
 
     def add(self, slot: int, hashes: Sequence[int]) -> int:

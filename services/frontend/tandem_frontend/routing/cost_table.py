@@ -2,8 +2,8 @@
 
 Pure; the clock is passed in. Updated when something happens to a worker, so that a choice only reads. Between updates a
 cost falls by the time that passes, up to the prompt that the worker has in hand. An unknown load is never taken for an
-idle worker: this frontend's own part of it is known, the rest is taken to be what the mean worker of known load has
-from other frontends, and one request more.
+idle worker: this frontend's own part of it is known, the rest is taken to be what other frontends have at the mean
+worker of known load, and one request more.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ MEANS_DRIFT = 0.02
 
 
 class Cost(NamedTuple):
-    """Cost of one more request on a worker, in the table's unit."""
+    """Cost of one more request on a worker, in the table's unit: max(falling - now, least) + tokens x per_token."""
 
-    base: float
-    """Of what the worker has to do, and of a request without tokens."""
+    falling: float
+    """Of what the worker has to do and of a request without tokens, plus the time since when it falls, by one per
+    second."""
+    least: float
+    """Below which it does not fall."""
     per_token: float
-    since_s: float
-    """Since when `base` falls, by one per second."""
-    fall_max: float
-    """How far it falls at most."""
 
 
 @dataclass(slots=True)
@@ -73,6 +72,10 @@ class CostTable:
         """The mean work of others and cost of a token when all of `_estimated` were last estimated."""
         self._weight = 1.0
         self._assigned_sum, self._assigned_count = 0.0, 0.0
+        self._assigned_least = 0.0
+        """No worker has less of `Row.assigned`; one may have been given more since."""
+        self._assigned_since = 0
+        """Requests assigned since the least was looked up."""
         self.requests_sum = 0.0
         """Of all workers."""
 
@@ -86,6 +89,7 @@ class CostTable:
         self.remove(worker_id)
         row.assigned = self._assigned_sum / len(self.rows) if self.rows else 0.0
         self._assigned_sum += row.assigned
+        self._assigned_least = min(self._assigned_least, row.assigned)
         self.rows[worker_id] = row
         self._count(row, 1)
         self._price(worker_id, row)
@@ -126,8 +130,8 @@ class CostTable:
         """Costs of a request with so many tokens now, on each of the workers."""
         now_s, known = self._clock(), self.lines()
         return [
-            base + tokens * per_token - (passed_s if (passed_s := now_s - since_s) < fall_max else fall_max)
-            for base, per_token, since_s, fall_max in map(known.__getitem__, worker_ids)
+            (base if (base := falling - now_s) > least else least) + tokens * per_token
+            for falling, least, per_token in map(known.__getitem__, worker_ids)
         ]
 
     def lines(self) -> dict[str, Cost]:
@@ -154,6 +158,7 @@ class CostTable:
         self._weight *= 1 + 1 / (SHARE_REQUESTS * len(self.rows))
         added = (row.request_tokens + tokens) * slope * self._weight
         row.assigned += added
+        self._assigned_since += 1
         self._assigned_sum += added
         self._assigned_count += self._weight
         if self._weight > SHARE_WEIGHT_MAX:
@@ -162,6 +167,13 @@ class CostTable:
     def mean_assigned(self) -> float:
         """Mean of `Row.assigned`."""
         return self._assigned_sum / max(1, len(self.rows))
+
+    def has_assigned(self, least: float) -> bool:
+        """Whether every worker certainly has as much as `least` of `Row.assigned`; iterates over them only seldom."""
+        if self._assigned_least < least and self._assigned_since >= len(self.rows):
+            self._assigned_least = min((row.assigned for row in self.rows.values()), default=0.0)
+            self._assigned_since = 0
+        return self._assigned_least >= least
 
     def assigned_request(self) -> float:
         """What one recent request adds to `Row.assigned` on average."""
@@ -172,6 +184,7 @@ class CostTable:
             row.assigned /= self._weight
         self._assigned_sum = sum(row.assigned for row in self.rows.values())
         self._assigned_count /= self._weight
+        self._assigned_least /= self._weight
         self._weight = 1.0
 
     def _price(self, worker_id: str, row: Row) -> None:
@@ -188,7 +201,8 @@ class CostTable:
             work = row.own + self._mean_others() + row.request_tokens
         # Without a measured rate costs are in tokens, and nothing is known of the progress.
         fall_max = 0.0 if row.per_token is None else min(row.in_hand, work) * slope
-        return Cost((work + row.request_tokens) * slope, slope, row.since_s, fall_max)
+        base = (work + row.request_tokens) * slope
+        return Cost(base + row.since_s, base - fall_max, slope)
 
     def _mean_others(self) -> float:
         """What a worker of known load has from other frontends."""

@@ -56,7 +56,7 @@ class CachedPrefixes(Protocol):
         ...
 
     def match(self, prompt: Any) -> Mapping[Start, int]:
-        """Leading tokens of a prompt that each worker has cached; workers without any may be absent."""
+        """Leading tokens of a prompt that each worker has cached, never more; workers without any may be absent."""
         ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from tandem_frontend.routing.cost_table import CostTable
 from tandem_frontend.routing.least_work import WINDOW, least, window
 from tandem_frontend.routing.policy import CachedPrefixes, Choice, Job, RoutingRequest
-from tandem_frontend.routing.pool import Live
+from tandem_frontend.routing.pool import Flat, Live
 
 CACHED_WEIGHT = 2.0
 """How much a cached token counts beside one that waits: recomputing a prefix delays this request, and then others,
@@ -48,41 +48,53 @@ class Prefix:
         """See `Policy`."""
         flat, table, tokens = workers.flat(), self._tables[job], request.prompt_tokens
         ids = window(flat.ids, self._rng)
-        costs = table.of(ids, tokens)
-        worker_id, cached = least(ids, costs, table, tokens, self._rng), self._cached(request)
+        costs, cached = table.of(ids, tokens), self._cached(request)
         found = [cached_id for cached_id in cached if cached_id in flat.places]
-        if found and not self._starves(table, worker_id):
-            worker_id = self._credited(ids, costs, found, table, tokens, cached)
+        worker_id = self._by_load(ids, costs, table, tokens, has_found=bool(found))
+        if worker_id is None:
+            credit_of = {found_id: CACHED_WEIGHT * cached[found_id] for found_id in _most(found, cached)}
+            worker_id = self._credited(flat, ids, costs, table, tokens, credit_of)
         expected = None if request.prompt is None else min(tokens, cached.get(worker_id, 0))
         return Choice(flat.members[flat.places[worker_id]], self.name, expected)
 
+    def _by_load(
+        self, ids: Sequence[str], costs: Sequence[float], table: CostTable, tokens: int, *, has_found: bool
+    ) -> str | None:
+        """The worker of the least cost where nothing is cached, or where that worker starves; None: caches count."""
+        floor = SHARE_FLOOR * table.mean_assigned() - SHARE_SLACK_REQUESTS * table.assigned_request()
+        if has_found and table.has_assigned(floor):
+            return None
+        worker_id = least(ids, costs, table, tokens, self._rng)
+        return None if has_found and table.rows[worker_id].assigned >= floor else worker_id
+
     def _credited(
         self,
+        flat: Flat,
         ids: Sequence[str],
-        costs: Sequence[float],
-        found: Sequence[str],
+        costs: list[float],
         table: CostTable,
         tokens: int,
-        cached: Mapping[str, int],
+        credit_of: Mapping[str, float],
     ) -> str:
-        """The worker of the least cost, of `ids` and of those that have something cached."""
-        if len(found) > WINDOW:
-            found = sorted(found, key=cached.__getitem__, reverse=True)[:WINDOW]
+        """The worker of the least cost, of `ids` and of those with a credit, in tokens."""
         lines = table.lines()
-        credited = [
-            cost - CACHED_WEIGHT * cached[worker_id] * lines[worker_id].per_token
-            for worker_id, cost in zip(found, table.of(found, tokens), strict=True)
-        ]
-        # A worker may be in both lists, and costs less in the first.
-        ids, costs = [*found, *ids], [*credited, *costs]
-        at = costs.index(min(costs))
-        left = tokens - cached[ids[at]] if at < len(found) else tokens
+        if ids is flat.ids:
+            for worker_id, credit in credit_of.items():
+                costs[flat.places[worker_id]] -= credit * lines[worker_id].per_token
+        else:
+            # A worker may be in both lists, and costs less in the first.
+            found = [*credit_of]
+            ids = [*found, *ids]
+            costs = [
+                *(
+                    cost - credit_of[worker_id] * lines[worker_id].per_token
+                    for worker_id, cost in zip(found, table.of(found, tokens), strict=True)
+                ),
+                *costs,
+            ]
+        cheapest = ids[costs.index(min(costs))]
+        left = tokens - credit_of.get(cheapest, 0.0) / CACHED_WEIGHT
         return least(ids, costs, table, left, self._rng)
-
-    @staticmethod
-    def _starves(table: CostTable, worker_id: str) -> bool:
-        floor = SHARE_FLOOR * table.mean_assigned() - SHARE_SLACK_REQUESTS * table.assigned_request()
-        return table.rows[worker_id].assigned < floor
 
     def _cached(self, request: RoutingRequest) -> Mapping[str, int]:
         if request.prompt is None:
@@ -93,3 +105,8 @@ class Prefix:
             current = {start[0]: tokens for start, tokens in matched.items() if epochs.get(start[0]) == start[1]}
             self._last = request, current
         return self._last[1]
+
+
+def _most(found: Sequence[str], cached: Mapping[str, int]) -> Sequence[str]:
+    """At most WINDOW of the workers, those that have most cached."""
+    return found if len(found) <= WINDOW else sorted(found, key=cached.__getitem__, reverse=True)[:WINDOW]
