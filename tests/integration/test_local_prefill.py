@@ -146,7 +146,9 @@ async def kill(cluster: LocalCluster, name: str) -> None:
 
 
 async def test_no_request_fails_when_every_prefill_worker_is_killed(tmp_path: Path) -> None:
-    async with mixed(tmp_path) as cluster:
+    # Prompts take so long that the kill meets some.
+    slow = {"engine-extra": '{"decode_step_s": 0.004, "prefill_step_s": 0.05}'}
+    async with mixed(tmp_path, worker_flags=slow) as cluster:
         async with under_load(cluster) as load:
             before = await load.more(30)
             assert {stream.finish.route.prefill_worker_id for stream in before} == {"", "prefill-0"}
