@@ -17,7 +17,7 @@ import pytest
 from tandem.api.types.v1 import generation_pb2
 from tandem.cli.generate import summary
 from tandem.cli.timeline import render
-from tandem.client import admin_calls
+from tandem.client import admin_calls, calls
 from tandem.engine.simulated.tokens import expected_tokens
 from tandem.errors import TandemError
 from tandem.local_cluster.cluster import LocalCluster
@@ -146,13 +146,21 @@ async def kill(cluster: LocalCluster, name: str) -> None:
 
 
 async def test_no_request_fails_when_every_prefill_worker_is_killed(tmp_path: Path) -> None:
-    async with mixed(tmp_path) as cluster:
+    # Prompts take so long that the kill meets some.
+    slow = {"engine-extra": '{"decode_step_s": 0.004, "prefill_step_s": 0.2}'}
+    async with mixed(tmp_path, worker_flags=slow) as cluster:
         async with under_load(cluster) as load:
-            before = await load.more(30)
+            before = await load.more(20)
             assert {stream.finish.route.prefill_worker_id for stream in before} == {"", "prefill-0"}
+            address = cluster.process("prefill-0").address
+
+            async def open_legs() -> int:
+                return (await calls.worker_load(address)).open_legs
+
+            await assert_eventually(open_legs, bool, every_s=0.01, what="a prompt at the prefill worker")
             await kill(cluster, "prefill-0")
-            met = await load.more(60)
-            after = await load.more(30)
+            met = await load.more(30)
+            after = await load.more(15)
             assert not load.failures
             assert [stream for stream in met if stream.finish.route.attempt > 1], "no request met the dead worker"
             assert {stream.finish.route.decode_worker_id for stream in after} == {"aggregated-0"}

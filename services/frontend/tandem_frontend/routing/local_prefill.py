@@ -161,13 +161,15 @@ class LocalPrefill:
     def _gains(self, alone: Route, pair: Route, prompt_tokens: int) -> bool:
         """Whether a prompt is computed so much earlier on the aggregated worker as it takes there.
 
-        Where neither has any of it cached: whether it would wait longer for the prefill worker than it costs here.
+        Where neither has any of it cached: whether it would wait longer for the prefill worker than it costs here. The
+        prompt itself counts at one rate on both, so that two measurements of equal workers decide nothing.
         """
-        here, there = (
-            self._prompts.of((route.computing.worker_id,), prompt_tokens - (route.expected_cached_tokens or 0))[0]
-            for route in (alone, pair)
-        )
-        return there - here > here - self._wait(alone.decode.worker_id)
+        here, there = alone.decode, pair.computing
+        per_token = self._per_token(here.start)
+        saved_tokens = (alone.expected_cached_tokens or 0) - (pair.expected_cached_tokens or 0)
+        uncached_tokens = prompt_tokens - (alone.expected_cached_tokens or 0)
+        earlier = self._wait(there.worker_id) - self._wait(here.worker_id) + saved_tokens * per_token
+        return earlier > (uncached_tokens + PROMPT_COST_TOKENS) * per_token
 
     def _streams_too_much(self, worker: Worker, decode: Worker, prompt_tokens: int) -> bool:
         """Whether an aggregated worker has no place for another stream, or far less than the pair's decode worker."""
