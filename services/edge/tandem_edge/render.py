@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from tandem.domain import http_errors
 from tandem.domain.network_address import split_address
+from tandem.domain.quota import QUOTA_HEADERS
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig, is_ip
 from tandem_edge.endpoints import Endpoint, assignment
@@ -35,6 +36,8 @@ OTLP_PORT = 4317
 FRONTEND_NAME = "frontend"
 """DNS name in every frontend certificate that `tandem certs` issues."""
 
+EXPOSED_HEADERS = ("retry-after", "x-request-id", *QUOTA_HEADERS)
+"""Headers that a browser's script may read, with CORS."""
 LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
 NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
 
@@ -133,6 +136,7 @@ def render(
         "routes": transcoding.http_routes(),
         "services": transcoding.SERVICE_NAMES,
         "health_service": transcoding.HEALTH_SERVICE_NAME,
+        "exposed_headers": ", ".join(EXPOSED_HEADERS),
         "frontends": [_host_and_port(address) for address in config.frontends or ()],
         "dns_server": None if config.dns_server is None else _host_and_port(config.dns_server),
         "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),
