@@ -23,7 +23,7 @@ from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX
 from tandem_frontend.preparation.validation import check_text, check_token_count
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import Call, ClientCall
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -40,7 +40,7 @@ class ChatCompletions:
         self._texts = texts
         self._parsers = parsers
 
-    async def handle(self, body: ChatRequest, body_bytes: int, caller: Caller, call: Call) -> None:
+    async def handle(self, body: ChatRequest, body_bytes: int, caller: Caller, call: ClientCall) -> None:
         """Run the request and send its response into `call`. `body_bytes` is the length of the request body.
 
         Raises:
@@ -50,7 +50,12 @@ class ChatCompletions:
         if body.choice_count > self._handler.choices_max:
             raise InvalidRequest("n", f"must be at most {self._handler.choices_max} on this frontend")
         request = chat_request(body)
-        self._handler.charge(caller, body.choice_count)
+        with self._handler.charged(caller, call, body.choice_count):
+            await self._run(request, body, body_bytes, caller, call)
+
+    async def _run(
+        self, request: pb.GenerateRequest, body: ChatRequest, body_bytes: int, caller: Caller, call: Call
+    ) -> None:
         tools = self._tools(body)
         kwargs = self._template_kwargs(body)
         check_token_count("messages", len(body.messages), self._model.tokenizer, what="messages")
