@@ -154,9 +154,7 @@ class FrontendApp:
             stack.push_async_callback(bodies.close)
             openai = OpenAiServicer(generation, model, fleet.watch.workers, parsers, bodies, config.session_header)
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-            _add_admin(server, config, membership, own)
-            quotas = QuotaServicer(exchange, own_only=False)
-            server.add(QUOTA_SERVICE_NAME, partial(add_QuotaServiceServicer_to_server, quotas))
+            _add_internal(server, config, membership, own, exchange)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
             await _serve(server, membership, own, exchange, stack)
@@ -314,15 +312,23 @@ def _gauges(server: Http2RpcServer, admission: Admission, prefixes: PrefixIndex 
     return read
 
 
-def _add_admin(
-    server: Http2RpcServer, config: FrontendConfig, membership: Membership | None, own: LocalRequests
+def _add_internal(
+    server: Http2RpcServer,
+    config: FrontendConfig,
+    membership: Membership | None,
+    own: LocalRequests,
+    exchange: QuotaExchange,
 ) -> None:
-    """Timelines and stats of all processes of this frontend, and profiles of this one."""
+    """For operators timelines and stats of all processes of this frontend and profiles of this one; for other frontends
+    what tenants have used.
+    """
     admin = FrontendAdminServicer(own, Siblings({}) if membership is None else membership.siblings)
     server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, admin))
     number = None if membership is None else membership.identity.number
     profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
     server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
+    quotas = QuotaServicer(exchange, own_only=False)
+    server.add(QUOTA_SERVICE_NAME, partial(add_QuotaServiceServicer_to_server, quotas))
 
 
 def _make_exchange(config: FrontendConfig, membership: Membership | None, names: _Names) -> QuotaExchange:
