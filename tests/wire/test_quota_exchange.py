@@ -8,13 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import pytest
 from tandem_frontend.admission.quota_exchange import SERVICE_NAME, QuotaExchange, QuotaServicer
 from tandem_frontend.admission.quotas import Quotas
 
 from tandem.api.frontend.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
+from tandem.client import spending_watch
 from tandem.clock import ManualClock
 from tandem.domain.frontend import Frontend
 from tandem.domain.quota import Quota
+from tandem.rpc.backoff import Backoff
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.service.background import BackgroundTasks
 from tandem.testing.eventually import assert_eventually
@@ -153,6 +156,28 @@ async def test_open_requests_of_a_frontend_that_is_gone_do_not_count(tmp_path: P
             world.listed.remove("frontend-1")
         kept[0].send()
         await world.all_have(6 - 3 - 1, processes=kept)
+
+
+async def test_a_frontend_that_does_not_report_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a release before quotas, or one whose certificate lacks its address."""
+    monkeypatch.setattr(spending_watch, "Backoff", lambda **_: Backoff(first_s=0.01, most_s=0.01))
+    async with world_of(tmp_path, 2, 1) as world:
+        world.processes[0].send()
+        await world.all_have(9)
+        await world.processes[1].server.stop(0)
+
+        def warnings() -> int:
+            return sum(record.levelname == "WARNING" for record in caplog.records)
+
+        await assert_eventually(warnings, what="a warning")
+        world.processes[0].send(4)
+        world.processes[0].send(4)
+        world.processes[0].send()
+        assert world.processes[0].left() == 0
+        assert warnings() == 1
+        assert "quotas count without it" in caplog.text
 
 
 async def test_nothing_is_followed_before_the_first_quota(tmp_path: Path) -> None:

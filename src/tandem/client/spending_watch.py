@@ -21,6 +21,8 @@ from tandem.rpc.channels import Channels
 
 log = logging.getLogger(__name__)
 
+FAILURES_WARNED = 4
+"""Failures in succession after which an operator is to know: some seconds."""
 Report = Callable[[Sequence[str], Sequence[Spending]], None]
 """Called with the sources that a peer reports for, and what they have admitted."""
 
@@ -55,6 +57,7 @@ class SpendingWatch:
     async def _follow(self, address: str) -> None:
         backoff = Backoff(first_s=0.1, most_s=2.0)
         sources: set[str] = set()
+        failure_count = 0
         while True:
             stub: Any = QuotaServiceStub(self._channels.get(address))
             call = stub.WatchSpending(pb.WatchSpendingRequest())
@@ -64,8 +67,17 @@ class SpendingWatch:
                     sources = set(message.sources)
                     self._report(message.sources, [spending_from_proto(one) for one in message.spending])
                     backoff.reset()
+                    failure_count = 0
             except grpc.aio.AioRpcError as failure:
-                log.debug("the quotas' stream of %s failed, reconnecting: %s", address, failure.details())
+                failure_count += 1
+                # Once for an outage, and not for a peer that is about to leave the registry.
+                level = logging.WARNING if failure_count == FAILURES_WARNED else logging.DEBUG
+                log.log(
+                    level,
+                    "%s does not report what tenants use, quotas count without it: %s",
+                    address,
+                    failure.details(),
+                )
             finally:
                 call.cancel()
                 self._lost(sources)
