@@ -142,6 +142,24 @@ REQUESTS = (
         {"{{process}} {{tandem_process}}": "sum by (process, tandem_process) (tandem_requests_open)"},
         width=12,
     ),
+    Panel(
+        "Tokens of tenants",
+        "Prompt and completion tokens of calls that have ended. `other`: tenants beyond the first 32 of a process.",
+        "short",
+        {
+            "{{tandem_tenant}}": (
+                'sum by (tandem_tenant) (rate(tandem_tenant_tokens_total{tandem_tokens!="cached"}[$__rate_interval]))'
+            )
+        },
+        width=12,
+    ),
+    Panel(
+        "Refused by quotas",
+        "Calls beyond their tenant's quota, by the limit that was reached.",
+        "reqps",
+        {"{{tandem_tenant}} {{tandem_quota}}": rate("tandem_tenant_refused_total", "tandem_tenant", "tandem_quota")},
+        width=12,
+    ),
 )
 
 KV = "tandem_kv_transfer"

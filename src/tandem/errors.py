@@ -19,6 +19,7 @@
     │   ├── LegFailed            a leg failed: leg, worker, phase       UNAVAILABLE
     │   ├── Draining             shutting down; retry elsewhere         UNAVAILABLE
     │   ├── Overloaded           at capacity; retry later               RESOURCE_EXHAUSTED
+    │   │   └── QuotaExceeded    the tenant has used its quota          RESOURCE_EXHAUSTED
     │   ├── DeadlinePassed       the caller's deadline has passed       DEADLINE_EXCEEDED
     │   ├── RequestAborted       the request was aborted                CANCELLED
     │   ├── ParserFailed         the output could not be parsed         INTERNAL
@@ -213,6 +214,12 @@ class Overloaded(ServiceError):
     def retry_delay_s(self) -> float | None:
         """As given by the component that rejected the request."""
         return self._retry_delay_s
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant has used its quota, which holds at all frontends; `metadata["limit"]` names its field."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class DeadlinePassed(ServiceError):

@@ -82,6 +82,15 @@ CASES: dict[str, Case] = {
     "tandem.prefix.workers": Case(on.a_stopped_prefill, (("tandem.state", "trusted"),), by=-1),
     "tandem.prefix.snapshots": Case(on.a_restarted_prefill, by=1),
     "tandem.prefix.suspicions": Case(on.a_dead_prefill, (("tandem.reason", "broken"),), by=1),
+    "tandem.tenant.requests": Case(
+        on.a_tenants_answer, (("tandem.tenant", "alice"), ("tandem.outcome", "finished")), by=1
+    ),
+    "tandem.tenant.tokens": Case(
+        on.a_tenants_answer, (("tandem.tenant", "alice"), ("tandem.tokens", "completion")), by=8
+    ),
+    "tandem.tenant.refused": Case(
+        on.a_used_quota, (("tandem.tenant", "bob"), ("tandem.quota", "requests_per_minute")), by=1
+    ),
     "tandem.cancel.latency": Case(on.a_client_that_leaves, by=1),
     "tandem.legs.open": Case(on.an_open_stream, by=1),
     "tandem.leg.duration": Case(on.an_answer, (*DECODE, ("tandem.outcome", "finished")), by=1),

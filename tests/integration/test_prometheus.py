@@ -154,6 +154,8 @@ async def test_each_query_of_each_panel_gives_a_series(world: World, watched: Pr
             pass
         async with on.a_refusal(world), on.a_request_over_http(world):
             pass
+        async with on.a_tenants_answer(world), on.a_used_quota(world):
+            pass
     async with on.a_continuation(world):
         pass
     async with on.an_open_stream(world):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import traceback
 from pathlib import Path
 
 import pytest
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.key_watch import KeyWatch
-from tandem_edge.keys import ApiKey, read_keys
+from tandem_edge.keys import ApiKey, key_filter, read_keys
 
 from tandem import config
+from tandem.domain.quota import Quota, read_client_header
 from tandem.errors import ConfigError, StartError
 from tandem.service import envoy_binary
 
@@ -154,6 +156,17 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
         (f"a: {SECRET} {SECRET}", "line 1 of"),
         (f"a: {SECRET}\nb: {SECRET}", "repeats the key of a"),
         (f"a: {SECRET}é", "line 1 of"),
+        (f"a: {SECRET} requests_per_minute", "field 1 after the key"),
+        (f"a: {SECRET} open_requests=2 {SECRET}=3", "field 2 after the key"),
+        (f"a: {SECRET} open_requests=2 open_requests=2", "open_requests is given twice"),
+        (f"a: {SECRET}\nb: {SECRET}-2 requests_per_minute=0", "line 2 of"),
+        (f"a: {SECRET} requests_per_minute=0", "requests_per_minute must be 1 to 1000000000"),
+        (f"a: {SECRET} tokens_per_minute=-1", "tokens_per_minute must be"),
+        (f"a: {SECRET} tokens_per_minute=1e6", "tokens_per_minute must be"),
+        (f"a: {SECRET} open_requests=100001", "open_requests must be 1 to 100000"),
+        (f"a: {SECRET} open_requests={SECRET}", "open_requests must be"),
+        (f"a: {SECRET} open_requests=2\na: {SECRET}-2", "line 2 of"),
+        (f"a: {SECRET} open_requests=2\na: {SECRET}-2 open_requests=3", "another quota than an earlier key of a"),
     ],
 )
 def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, words: str) -> None:
@@ -163,6 +176,23 @@ def test_a_wrong_line_is_named_and_no_key_is_shown(tmp_path: Path, text: str, wo
         read_keys(file)
     assert words in str(wrong.value)
     assert SECRET not in "".join(traceback.format_exception(wrong.value))
+
+
+def test_a_client_and_its_quota_are_forwarded_in_one_header(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    fields = "requests_per_minute=60 tokens_per_minute=90000  open_requests=8"
+    file.write_text(f"alice: {SECRET}   {fields}\nalice: {SECRET}-2 {fields}\nbob:{SECRET}-3 open_requests=1\n")
+    quota = Quota(60, 90_000, 8)
+    assert read_keys(file) == (
+        ApiKey("alice", SECRET, quota),
+        ApiKey("alice", f"{SECRET}-2", quota),
+        ApiKey("bob", f"{SECRET}-3", Quota(open_requests=1)),
+    )
+    (resource,) = json.loads(key_filter(read_keys(file)))["resources"]
+    clients = [credential["client"] for credential in resource["typed_config"]["credentials"]]
+    alice = "alice;requests_per_minute=60;tokens_per_minute=90000;open_requests=8"
+    assert clients == [alice, alice, "bob;open_requests=1"]
+    assert read_client_header(alice) == ("alice", quota)
 
 
 def test_without_envoy_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

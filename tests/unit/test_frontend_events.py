@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, cast
 
@@ -57,8 +58,9 @@ class Generated:
         self._events = events
         self._failure = failure
 
-    def charge(self, caller: Caller) -> None:
+    def charged(self, caller: Caller, call: Any) -> contextlib.AbstractContextManager[None]:
         """No client is limited here."""
+        return contextlib.nullcontext()
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, answer: Answer) -> None:
         for event in self._events:

@@ -15,7 +15,8 @@ from tandem_frontend.admission.shares import OTHERS_RECENT_S, TenantRates, Tenan
 from tandem_frontend.call_context import caller_of
 
 from tandem.clock import ManualClock, monotonic
-from tandem.errors import Overloaded
+from tandem.domain.quota import Quota
+from tandem.errors import InvalidRequest, Overloaded
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.examples import examples
 
@@ -276,3 +277,16 @@ def test_a_caller_counts_as_its_key_or_its_address(peer: str, metadata: dict[str
     caller = caller_of(cast("Any", context))
     assert caller.fairness_id == context.account == expected
     assert caller.tenant == metadata.get("x_client_id", "")
+    assert not caller.quota
+
+
+def test_a_caller_with_a_quota_is_the_same_tenant_as_without() -> None:
+    caller = caller_of(cast("Any", Context("unix:", x_client_id="alice;open_requests=3;tokens_per_minute=9")))
+    assert (caller.tenant, caller.fairness_id, caller.quota) == ("alice", "alice", Quota(None, 9, 3))
+
+
+@pytest.mark.parametrize("header", ["a" * 129, "a;open_requests=0", "a;open_requests=1;open_requests=1"])
+def test_a_tenant_that_no_edge_names_so_is_refused(header: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        caller_of(cast("Any", Context("unix:", x_client_id=header)))
+    assert refused.value.field == "x-client-id"

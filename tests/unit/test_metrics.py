@@ -30,13 +30,14 @@ from tandem.observability.metric_catalog import (
     BY_NAME,
     OTHER,
     TABLE,
+    TENANTS_MAX,
     WORKERS_MAX,
     Emitter,
     Kind,
-    Metric,
     bounded,
     combinations,
 )
+from tandem.observability.metric_types import Metric
 from tandem.observability.metrics import Metrics, MorePages, Reading, open_metrics
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
@@ -254,6 +255,6 @@ def test_the_series_of_a_process_are_few_whatever_happens(emitter: Emitter) -> N
 
 
 def series_at_most(metric: Metric) -> int:
-    bounds = {"tandem.worker.id": WORKERS_MAX + 1, "gen_ai.request.model": 1}
+    bounds = {"tandem.worker.id": WORKERS_MAX + 1, "tandem.tenant": TENANTS_MAX + 1, "gen_ai.request.model": 1}
     values = [len(one.values) + 1 if one.values else bounds[one.name] for one in metric.attributes]
     return math.prod(values) * (len(metric.buckets) + 3 if metric.buckets else 1)

@@ -57,6 +57,30 @@ async def test_a_request_and_a_response_larger_than_any_window_arrive_whole() ->
             assert answer == bytes([n]) + body
 
 
+async def test_headers_that_are_set_early_are_asked_for_late_and_sent_with_an_error_too() -> None:
+    reads = iter(("1", "2", "3"))
+
+    async def push(request: bytes, context: Any) -> None:
+        context.set_initial_metadata(lambda: [("x-left", next(reads))])
+        if request == b"fail":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no")
+        if request == b"now":
+            await context.send_initial_metadata((("x-first", "1"),))
+        context.send(b"a")
+        context.send(b"b")
+
+    async with echoing() as (echo, address, _server), open_channel(address) as channel:
+        echo.push = push
+        call = raw_stream(channel, PUSHED)(b"")
+        assert [part async for part in call] == [b"a", b"b"]
+        assert dict(await call.initial_metadata())["x-left"] == "1"
+        call = raw_stream(channel, PUSHED)(b"now")
+        assert [part async for part in call] == [b"a", b"b"]
+        assert {"x-left": "2", "x-first": "1"}.items() <= dict(await call.initial_metadata()).items()
+        failed = await failure_of(raw_stream(channel, PUSHED)(b"fail").read())
+        assert dict(failed.trailing_metadata())["x-left"] == "3", "of the one block that such a response has"
+
+
 async def test_metadata_arrives_and_is_sent_back() -> None:
     async def push(request: bytes, context: Any) -> None:
         metadata = dict(context.invocation_metadata())

@@ -21,6 +21,7 @@ from markupsafe import Markup
 import tandem
 from tandem.domain import http_errors
 from tandem.domain.network_address import split_address
+from tandem.domain.quota import QUOTA_HEADERS
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig, is_ip
 from tandem_edge.endpoints import Endpoint, assignment
@@ -60,6 +61,8 @@ PATHS = {
 }
 """Paths of the edge itself, and the headers that pages may send to it."""
 
+EXPOSED_HEADERS = ("retry-after", "x-request-id", "request-id", *QUOTA_HEADERS)
+"""Headers that a browser's script may read, with CORS."""
 LISTENER_SECRET, CLIENT_SECRET, CA_SECRET = "listener", "client", "frontends_ca"
 NON_BMP = re.compile(r"[\U00010000-\U0010ffff]")
 
@@ -176,6 +179,7 @@ def render(
         "services": transcoding.SERVICE_NAMES,
         "anthropic": {"service": transcoding.ANTHROPIC_SERVICE_NAME, "path": transcoding.ANTHROPIC_PATH},
         "health_service": transcoding.HEALTH_SERVICE_NAME,
+        "exposed_headers": ", ".join(EXPOSED_HEADERS),
         "frontends": [_host_and_port(address) for address in config.frontends or ()],
         "dns_server": None if config.dns_server is None else _host_and_port(config.dns_server),
         "otlp": None if config.otlp_endpoint is None else _collector(config.otlp_endpoint),

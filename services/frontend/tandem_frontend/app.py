@@ -23,13 +23,16 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
 from tandem.api.frontend.v1.anthropic_service_pb2_grpc import add_AnthropicServiceServicer_to_server
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
+from tandem.api.frontend.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
 from tandem.clock import epoch_now, monotonic
 from tandem.discovery import Registration
 from tandem.discovery.advertised import log_doubts
+from tandem.discovery.watches import FrontendWatch
 from tandem.domain.frontend import Frontend, default_frontend_id
 from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.observability.cpu_profile import CpuProfiler
+from tandem.observability.line_log import LineLog
 from tandem.observability.logs import log_request
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Measure, Metrics, Reading, Together, open_metrics
@@ -52,15 +55,20 @@ from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
+from tandem_frontend.admission.quota_exchange import SERVICE_NAME as QUOTA_SERVICE_NAME
+from tandem_frontend.admission.quota_exchange import QuotaExchange, QuotaServicer
+from tandem_frontend.admission.quotas import Quotas
 from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import AnthropicServicer
+from tandem_frontend.call_usage import TenantMetrics, UsageSink
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.pipeline import Generation
+from tandem_frontend.preparation.cache_salt import CacheSharing
 from tandem_frontend.preparation.sampling import read_defaults
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
@@ -71,6 +79,7 @@ from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.routing.prefix_index import PrefixIndex
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
+from tandem_frontend.tenancy import Tenancy
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +141,12 @@ class FrontendApp:
                 config, names.instance, model, (capacity, readiness), backlog, admission.reevaluate_soon, metrics
             )
             coalescing = Coalescing(config.coalesce_ms / 1_000, load)
+            exchange = _make_exchange(config, membership, names)
+            stack.push_async_callback(exchange.close)
             generation = Generation(
-                model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts
-            )
+                model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts,
+                tenancy=_open_tenancy(config, exchange, metrics, stack),
+            )  # fmt: skip
             if metrics.is_on:
                 metrics.measure(_gauges(server, admission, fleet.prefixes))
                 traces.sinks.append(RequestMetrics(metrics, config.served_name))
@@ -155,18 +167,25 @@ class FrontendApp:
             )
             server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
             anthropic = AnthropicServicer(
-                generation, model, fleet.watch.workers, parsers, bodies, config.session_header
+                generation,
+                model,
+                fleet.watch.workers,
+                parsers,
+                bodies,
+                config.session_header,
+                comment_s=config.stream_comment_s,
             )
             server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
-            _add_admin(server, config, membership, own)
+            _add_internal(server, config, membership, own, exchange)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
-            await _serve(server, membership, own, stack)
+            await _serve(server, membership, own, exchange, stack)
             await fleet.watch.wait_live()
             if membership is None:
                 await check_models(config, names.frontend_id, names.address)
             await readiness.open()
             tasks.start(readiness.keep(), "readiness")
+            tasks.start(exchange.follow(partial(_frontend_list, config)), "quotas")
             registration = None if membership is not None else await _register(config, names, stack)
             yield cls(config, names.address, metrics, server, admission, fleet, readiness, registration)
 
@@ -315,19 +334,64 @@ def _gauges(server: Http2RpcServer, admission: Admission, prefixes: PrefixIndex 
     return read
 
 
-def _add_admin(
-    server: Http2RpcServer, config: FrontendConfig, membership: Membership | None, own: LocalRequests
+def _add_internal(
+    server: Http2RpcServer,
+    config: FrontendConfig,
+    membership: Membership | None,
+    own: LocalRequests,
+    exchange: QuotaExchange,
 ) -> None:
-    """Timelines and stats of all processes of this frontend, and profiles of this one."""
+    """For operators timelines and stats of all processes of this frontend and profiles of this one; for other frontends
+    what tenants have used.
+    """
     admin = FrontendAdminServicer(own, Siblings({}) if membership is None else membership.siblings)
     server.add(ADMIN_SERVICE_NAME, partial(add_FrontendAdminServiceServicer_to_server, admin))
     number = None if membership is None else membership.identity.number
     profiles = ProfileServicer(Profiles(CpuProfiler(), enabled=config.admin_enabled, process=number))
     server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
+    quotas = QuotaServicer(exchange, own_only=False)
+    server.add(QUOTA_SERVICE_NAME, partial(add_QuotaServiceServicer_to_server, quotas))
+
+
+def _make_exchange(config: FrontendConfig, membership: Membership | None, names: _Names) -> QuotaExchange:
+    """Of the quotas of this process, with those of all other processes of the cluster."""
+    quotas = Quotas(monotonic, f"{names.instance}@{epoch_now()}")
+    paths = () if membership is None else membership.identity.sibling_paths.values()
+    return QuotaExchange(quotas, [f"unix:{path}" for path in paths], config.tls, frontend_id=names.frontend_id)
+
+
+def _open_tenancy(config: FrontendConfig, exchange: QuotaExchange, metrics: Metrics, stack: AsyncExitStack) -> Tenancy:
+    counts = TenantMetrics(metrics)
+    sinks: list[UsageSink] = [counts] if metrics.is_on else []
+    if config.usage_log is not None:
+        lines = LineLog(config.usage_log)
+        stack.push_async_callback(asyncio.to_thread, lines.close)
+        sinks.append(lambda entry: lines.write(entry.as_line()))
+    return Tenancy(
+        CacheSharing(config.cache_sharing),
+        exchange.quotas,
+        sinks,
+        on_quota=exchange.begin,
+        on_refused=counts.refused,
+    )
+
+
+@asynccontextmanager
+async def _frontend_list(config: FrontendConfig) -> AsyncIterator[FrontendWatch]:
+    watch = FrontendWatch(config.registry, tls=config.tls)
+    await watch.start()
+    try:
+        yield watch
+    finally:
+        await watch.close()
 
 
 async def _serve(
-    server: Http2RpcServer, membership: Membership | None, own: LocalRequests, stack: AsyncExitStack
+    server: Http2RpcServer,
+    membership: Membership | None,
+    own: LocalRequests,
+    exchange: QuotaExchange,
+    stack: AsyncExitStack,
 ) -> None:
     """Accept calls, and in one of several processes those of the siblings too."""
     if membership is not None:
@@ -336,7 +400,7 @@ async def _serve(
     stack.push_async_callback(server.stop, STOP_GRACE_S)
     await server.serve()
     if membership is not None:
-        await membership.open(server, own)
+        await membership.open(server, own, exchange)
 
 
 async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack) -> Registration:

@@ -1,7 +1,7 @@
 """The caller of a request: tenant, deadline, call id and trace context, as every endpoint reads them from a call.
 
-The edge sets the tenant of a caller whose API key it knows, and the address of every caller. Clients that connect
-without an edge are trusted to name both.
+The edge sets the tenant and quota of a caller whose API key it knows, and the address of every caller. Clients that
+connect without an edge are trusted to name them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.clock import Clock, SteadyTime, monotonic
+from tandem.domain.quota import NO_QUOTA, Quota, QuotaError, read_client_header
+from tandem.errors import InvalidRequest
 from tandem.observability.trace_context import TraceContext, parsed
+from tandem_frontend.call_usage import CallUsage
 
 TENANT_HEADER = "x-client-id"
+"""The tenant, and its quota as `tandem.domain.quota` writes it."""
 TENANT_CHARS_MAX = 128
 ADDRESS_HEADER = "x-client-address"
 """IP address of the edge's client, set by the edge for every call."""
@@ -34,6 +38,8 @@ class Caller:
     tenant: str = ""
     fairness_id: str = ""
     """Whose share of this frontend it uses: the tenant, or without one the client's address. Never recorded."""
+    quota: Quota = NO_QUOTA
+    """Of the tenant."""
     session: str = ""
     """Its session, for routing; empty: none is named."""
     deadline_s: float | None = None
@@ -47,6 +53,8 @@ class Caller:
     """Wall clock of all times recorded for the request; started when the call arrived."""
     trace: TraceContext | None = None
     """The parent span."""
+    usage: CallUsage = field(default_factory=CallUsage)
+    """Collects what its generations use."""
 
     def left_s(self) -> float | None:
         """Seconds left until the deadline; None: no deadline."""
@@ -56,15 +64,20 @@ class Caller:
 def caller_of(
     context: Any, operation: str = "generate", clock: Clock = monotonic, session_header: str = SESSION_HEADER
 ) -> Caller:
-    """The caller of a gRPC call (a grpc.aio.ServicerContext)."""
+    """The caller of a gRPC call (a grpc.aio.ServicerContext).
+
+    Raises:
+        InvalidRequest: the name of its tenant is too long, or its quota is malformed. No edge sends such.
+    """
     left_s = context.time_remaining()
     metadata = dict(context.invocation_metadata() or ())
-    tenant = str(metadata.get(TENANT_HEADER, ""))[:TENANT_CHARS_MAX]
+    tenant, quota = _tenant_of(str(metadata.get(TENANT_HEADER, "")))
     fairness_id = tenant or _address_of(str(metadata.get(ADDRESS_HEADER, "")) or _host(context.peer()))
     context.count_unread_for(fairness_id)
     return Caller(
         tenant=tenant,
         fairness_id=fairness_id,
+        quota=quota,
         session=str(metadata.get(session_header, ""))[:SESSION_CHARS_MAX],
         deadline_s=None if left_s is None else clock() + left_s,
         clock=clock,
@@ -72,6 +85,17 @@ def caller_of(
         call_id=str(metadata.get(CALL_ID_HEADER, ""))[:CALL_ID_CHARS_MAX],
         trace=parsed(metadata),
     )
+
+
+def _tenant_of(header: str) -> tuple[str, Quota]:
+    try:
+        tenant, quota = read_client_header(header)
+    except QuotaError as problem:
+        raise InvalidRequest(TENANT_HEADER, str(problem)) from None
+    # Not cut: two tenants with the same beginning would share their caches.
+    if len(tenant) > TENANT_CHARS_MAX:
+        raise InvalidRequest(TENANT_HEADER, f"must be at most {TENANT_CHARS_MAX} characters long")
+    return tenant, quota
 
 
 def _host(peer: str) -> str:

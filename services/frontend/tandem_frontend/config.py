@@ -13,6 +13,7 @@ from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
 from tandem_frontend.call_context import SESSION_HEADER
+from tandem_frontend.preparation.cache_salt import CacheSharing
 from tandem_frontend.routing.local_prefill import MAX_TOKENS, SHARE, LocalPrefillSettings
 from tandem_frontend.routing.policy import PolicyName
 
@@ -58,6 +59,12 @@ class FrontendConfig(AdminConfig):
     )
     tenant_requests_burst: int | None = Field(
         None, ge=1, le=1_000_000, description="burst size of that rate limit; default: the requests of one second"
+    )
+    cache_sharing: str = Field(
+        CacheSharing.TENANT.value,
+        pattern=f"^({'|'.join(sharing.value for sharing in CacheSharing)})$",
+        description="who shares the workers' prefix caches: tenant (the requests of one tenant, so that no other can "
+        "find out by their times what it has sent) or all; the same at every frontend of a cluster",
     )
     overload_lag_s: float = Field(
         1,
@@ -147,6 +154,12 @@ class FrontendConfig(AdminConfig):
         le=3600,
         description="time without an event after which a stream of the OpenAI API gets a comment, so that clients and "
         "proxies keep waiting for a long prefill; a failure after it has no HTTP status of its own; 0: no comments",
+    )
+    usage_log: str | None = Field(
+        None,
+        min_length=1,
+        description="file to which one line of JSON is appended for each call when it ends (tenant, tokens, outcome), "
+        "or stderr; default: none",
     )
     timelines_kept: int = Field(256, ge=1, le=100_000, description="finished requests whose timelines are kept")
     tool_parser: str | None = Field(None, min_length=1, description="SGLang's tool call parser for this model")

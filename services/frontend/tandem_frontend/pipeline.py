@@ -23,10 +23,12 @@ from tandem.rpc.convert import placement_to_proto, present
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.call_context import Caller
+from tandem_frontend.call_usage import completion_tokens
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.request_stream import ExecutionDeps, RetryingStream
 from tandem_frontend.execution.step_logprobs import fault_in
 from tandem_frontend.execution.trace_recorder import Record, trace_of
+from tandem_frontend.preparation.cache_salt import cache_salt
 from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import CheckedRequest, checked_generate, naming_the_prompt
@@ -34,7 +36,9 @@ from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.relay import UNREAD_TOKENS_MAX, Outlet, Relay
 from tandem_frontend.response.stop_matching import StopMatcher, StopTokens
+from tandem_frontend.response.writers import ClientCall
 from tandem_frontend.routing.policy import RoutingRequest
+from tandem_frontend.tenancy import Tenancy
 
 TRACED_PROMPT_TOKENS_MAX = 1024
 """Tokens of a prompt in a trace, with --trace-prompts; collectors refuse large spans."""
@@ -64,8 +68,12 @@ class Generation:
         coalescing: Coalescing | None = None,
         *,
         tells_prompts: bool = False,
+        tenancy: Tenancy | None = None,
     ) -> None:
-        """`traces` records each request, with its prompt if `tells_prompts`; None: nothing is recorded."""
+        """`traces` records each request, with its prompt if `tells_prompts`; None: nothing is recorded. `tenancy`: what
+        is kept apart and counted by tenant; None: caches only.
+        """
+        self._tenancy = tenancy or Tenancy()
         self._tells_prompts = tells_prompts
         self._model = model
         self._admission = admission
@@ -78,13 +86,21 @@ class Generation:
         """Generations that one tenant may have open at a time."""
         return self._admission.tenant_requests_max
 
-    def charge(self, caller: Caller, count: int = 1) -> None:
-        """Charge the caller's rate for a call, before any work on it: of so many generations, each run by `generate`.
+    @contextlib.contextmanager
+    def charged(
+        self, caller: Caller, call: ClientCall, count: int = 1, *, choices_per_prompt: int = 1
+    ) -> Iterator[None]:
+        """One call of so many generations, each run by `generate` in this context: its tenant's rate and quota are
+        charged before any work on it, and what it has used is recorded at its end.
 
         Raises:
             Draining, Overloaded: they would not be admitted.
+            QuotaExceeded: the tenant's quota does not allow them now.
+            InvalidRequest: they are more than the tenant may have open.
         """
-        self._admission.charge(caller.fairness_id, count)
+        caller.usage.choices_per_prompt = choices_per_prompt
+        with self._tenancy.charged(caller, call, count, self._model.name, self._admission.charge):
+            yield
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
@@ -104,6 +120,7 @@ class Generation:
         """
         with (
             self._traces.following(trace_of(request, caller, self._model.name)) as record,
+            self._counted(record, caller) as is_first,
             self._admitted(record, caller) as recorder,
         ):
             self._model.check_name(present(request, "model", request.model))
@@ -111,6 +128,9 @@ class Generation:
                 request, self._model.tokenizer, record.request_id, has_tool_grammar=has_tool_grammar
             )
             recorder.checked(wanted)
+            if is_first:
+                # Charged once for all choices of a prompt, as its usage says.
+                self._tenancy.quotas.spend(caller.tenant, caller.quota, len(wanted.token_ids))
             if self._tells_prompts and self._traces.ids is not None and is_sampled(record):
                 record.prompt = await self._traced_prompt(wanted)
             relay = self._relay(wanted, record, answer)
@@ -143,6 +163,15 @@ class Generation:
         return await self._model.tokenizer.decode_all(ids, skip_special_tokens=False)
 
     @contextlib.contextmanager
+    def _counted(self, trace: RequestTrace, caller: Caller) -> Iterator[bool]:
+        """Collect a generation for its call. Yields whether it is the first one of its prompt."""
+        try:
+            yield caller.usage.add(trace)
+        finally:
+            # Also the tokens of a generation that fails or is cancelled were computed.
+            self._tenancy.quotas.spend(caller.tenant, caller.quota, completion_tokens(trace))
+
+    @contextlib.contextmanager
     def _admitted(self, trace: RequestTrace, caller: Caller) -> Iterator[Record]:
         record = Record(trace, self._traces.child)
         record.arrive()
@@ -158,11 +187,13 @@ class Generation:
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
                 about = RoutingRequest(len(wanted.token_ids), session=caller.session, tenant=caller.tenant)
-                legs = self._attempts.accepted(self._leg(wanted), relay, caller.left_s(), record, prefill, about)
+                legs = self._attempts.accepted(
+                    self._leg(wanted, caller), relay, caller.left_s(), record, prefill, about
+                )
                 async with legs as stream:
                     yield stream
 
-    def _leg(self, wanted: CheckedRequest) -> leg_pb2.LegRequest:
+    def _leg(self, wanted: CheckedRequest, caller: Caller) -> leg_pb2.LegRequest:
         """The part of the request that both legs share."""
         return leg_pb2.LegRequest(
             request_id=wanted.request_id,
@@ -178,7 +209,7 @@ class Generation:
             guided=wanted.guided,
             logprobs=wanted.logprobs,
             priority=wanted.priority,
-            cache_salt=wanted.cache_salt,
+            cache_salt=cache_salt(self._tenancy.cache_sharing, caller.tenant, wanted.cache_salt),
         )
 
     def _relay(self, wanted: CheckedRequest, record: RequestTrace, answer: Answer) -> Relay:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -44,13 +45,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Stream a generation; it is cancelled when the client cancels. Messages are pushed, not returned."""
-        await self._generation.generate(request, self._charged(context), ChunkWriter(context))
+        with self._charged(context) as caller:
+            await self._generation.generate(request, caller, ChunkWriter(context))
 
     async def GenerateEvents(self, request: pb.GenerateEventsRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """The same as server-sent events, for HTTP. A failure after the first event is sent as the last event."""
         response = SseWriter(context)
         try:
-            await self._generation.generate(request.generate, self._charged(context), response)
+            with self._charged(context) as caller:
+                await self._generation.generate(request.generate, caller, response)
         except Exception as problem:  # also a defect must end the stream with an event
             if not response.has_begun:
                 raise
@@ -59,14 +62,16 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateUnary(self, request: pb.GenerateUnaryRequest, context: Any) -> pb.GenerateUnaryResponse:  # noqa: N802
         """The same in one message."""
         response = UnaryWriter()
-        await self._generation.generate(request.generate, self._charged(context), response)
+        with self._charged(context) as caller:
+            await self._generation.generate(request.generate, caller, response)
         return response.response
 
-    def _charged(self, context: Any) -> Caller:
+    @contextlib.contextmanager
+    def _charged(self, context: Any) -> Iterator[Caller]:
         """The caller of a call that generates once; raises where that is refused."""
         caller = self._caller_of(context)
-        self._generation.charge(caller)
-        return caller
+        with self._generation.charged(caller, context):
+            yield caller
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Text or messages to token ids."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
 
 from tandem.domain.handover import DropReason
 from tandem.domain.placement import Placement
 from tandem.domain.request_state import LegRole, Phase
 from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
+from tandem.observability.metric_types import EVERY, Attribute, Metric
+from tandem.observability.metric_types import Emitter as Emitter
+from tandem.observability.metric_types import Kind as Kind
 
 OTHER = "other"
 """Replaces every value that is not in the table, so that unexpected values cannot create new series."""
@@ -24,53 +25,8 @@ KNOWN_SERIES_MAX = 32
 """A counter with at most so many series exports all of them from the start, as 0: `rate()` needs a first sample."""
 WORKERS_MAX = 64
 """Maximum number of worker ids in the metrics of one process; further ones are aggregated as `OTHER`."""
-
-
-class Kind(Enum):
-    """Kind of instrument."""
-
-    COUNTER = "counter"
-    HISTOGRAM = "histogram"
-    GAUGE = "gauge"
-
-
-class Emitter(Enum):
-    """Process that emits a metric."""
-
-    FRONTEND = "frontend"
-    WORKER = "worker"
-    REGISTRY = "registry"
-    EDGE = "edge"
-    PARENT = "parent"
-    """The parent process of a frontend with several processes."""
-
-
-EVERY = tuple(Emitter)
-
-
-@dataclass(frozen=True, slots=True)
-class Attribute:
-    """One attribute and what bounds its cardinality."""
-
-    name: str
-    values: tuple[str, ...] = ()
-    """All values except `OTHER`; empty: `bound` states why they are few."""
-    bound: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One row of the catalog."""
-
-    name: str
-    kind: Kind
-    unit: str
-    """UCUM unit, as in OpenTelemetry; text in braces is an annotation."""
-    meaning: str
-    emitters: tuple[Emitter, ...]
-    attributes: tuple[Attribute, ...] = ()
-    buckets: tuple[float, ...] = ()
-    """Upper bounds of a histogram, in `unit`."""
+TENANTS_MAX = 32
+"""Maximum number of tenants in the metrics of one process: the first ones. Further ones are aggregated as `OTHER`."""
 
 
 def _reasons() -> Iterator[str]:
@@ -117,6 +73,12 @@ MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
 WORKER_ID = Attribute(
     "tandem.worker.id", bound=f"{WORKERS_MAX} ids; further ones are aggregated as `{OTHER}`, by maximum"
 )
+TENANT = Attribute(
+    "tandem.tenant", bound=f"the first {TENANTS_MAX} tenants of a process; further ones are aggregated as `{OTHER}`"
+)
+CALL_OUTCOME = Attribute("tandem.outcome", ("finished", "failed", "refused", "cancelled"))
+TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
+QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
 
 OF_REQUEST = (OPERATION, PROVIDER, MODEL)
 
@@ -299,6 +261,32 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Time from a client's cancellation until the frontend has closed both legs and notified their engines.",
         buckets=SHORT_S,
+    ),
+    _frontend(
+        "tandem.tenant.requests",
+        Kind.COUNTER,
+        "{call}",
+        "Calls that generate, by tenant and outcome, each with all its choices; those with an API key, or whose client "
+        "names a tenant. A call that a limit refused at once is not counted here.",
+        TENANT,
+        CALL_OUTCOME,
+    ),
+    _frontend(
+        "tandem.tenant.tokens",
+        Kind.COUNTER,
+        "{token}",
+        "Tokens of these calls, as in their usage: a prompt counts once for all choices, and `cached` is a part of "
+        "`prompt`. Those of failed and cancelled calls count from the dispatch on.",
+        TENANT,
+        TOKENS_KIND,
+    ),
+    _frontend(
+        "tandem.tenant.refused",
+        Kind.COUNTER,
+        "{call}",
+        "Calls that the tenant's quota refused, by the limit that was reached.",
+        TENANT,
+        QUOTA_LIMIT,
     ),
     _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs in progress on the worker."),
     _worker(

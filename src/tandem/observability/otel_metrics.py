@@ -28,7 +28,8 @@ from tandem.config import ServiceConfig
 from tandem.domain.network_address import join_address
 from tandem.errors import TandemError
 from tandem.observability.merged_scrape import LocalScrapes
-from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind, Metric, bounded, combinations
+from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind, bounded, combinations
+from tandem.observability.metric_types import Metric
 from tandem.observability.metrics import NONE, Attributes, Measure, Metrics, MorePages, Reading, Together
 from tandem.observability.scrape_endpoint import Others, ScrapeServer
 from tandem.tls.paths import Tls

@@ -43,7 +43,6 @@ class Plan:
     worker_flags: dict[str, str] = field(
         default_factory=lambda: {"engine": "simulated", "engine-extra": '{"decode_step_s": 0.005}'}
     )
-    frontend_flags: dict[str, str] = field(default_factory=dict)
 
 
 class FaultCluster:

@@ -23,7 +23,7 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import sampling_pb2
 from tandem.client import calls
-from tandem.errors import TandemError
+from tandem.errors import QuotaExceeded, TandemError
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
@@ -32,6 +32,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support.leg_cluster import inject
 from tests.integration.support.bootstrap import bootstrap_url
 from tests.integration.support.calls import generate, refusal, request_of
+from tests.integration.support.tenant_calls import generate_as
 
 LONG = [20 + number % 1_000 for number in range(256)]
 """A prompt of whole pages."""
@@ -73,6 +74,15 @@ class World:
         finally:
             for name in names:
                 self.inject(name)
+
+    async def ask_as(self, client: str) -> None:
+        """A short answer to a client with this header of the edge's."""
+        await generate_as(client, self.cluster.frontend.address, request_of(token_ids=LONG, max_tokens=8))
+
+    async def ask_often_as(self, client: str) -> None:
+        """More than once, because another process may admit one more before it knows of the first."""
+        for _ in range(20):
+            await self.ask_as(client)
 
     @asynccontextmanager
     async def open_streams(self, count: int = 1) -> AsyncIterator[list[asyncio.Task[None]]]:
@@ -143,6 +153,19 @@ async def a_request_over_http(world: World) -> AsyncIterator[None]:
     async with httpx.AsyncClient(base_url=f"http://{world.cluster.edge.address}") as client:
         body = {"model": world.cluster.frontend.flags["model-name"], "prompt": "Once upon a time", "max_tokens": 4}
         (await client.post("/v1/completions", json=body)).raise_for_status()
+    yield
+
+
+@asynccontextmanager
+async def a_tenants_answer(world: World) -> AsyncIterator[None]:
+    await world.ask_as("alice")
+    yield
+
+
+@asynccontextmanager
+async def a_used_quota(world: World) -> AsyncIterator[None]:
+    with pytest.raises(QuotaExceeded):
+        await world.ask_often_as("bob;requests_per_minute=1")
     yield
 
 

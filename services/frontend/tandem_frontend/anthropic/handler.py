@@ -15,7 +15,7 @@ from tandem_frontend.openai.handler import EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.typed_events import respond
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import ClientCall
 
 
 class Messages:
@@ -27,7 +27,7 @@ class Messages:
         self._texts = texts
         self._chat = chat
 
-    async def handle(self, body: MessagesRequest, body_bytes: int, caller: Caller, call: Call) -> None:
+    async def handle(self, body: MessagesRequest, body_bytes: int, caller: Caller, call: ClientCall) -> None:
         """Run the request and send its response into `call`. `body_bytes` is the length of the request body.
 
         Raises:
@@ -36,7 +36,7 @@ class Messages:
         translated = self._translated(body)
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(renaming(translated.name))
-            chat = await self._chat.prepare(translated.chat, body_bytes, caller, stack)
+            chat = await self._chat.prepare(translated.chat, body_bytes, caller, call, stack)
             output = MessageOutput(
                 self._model.name,
                 body.max_tokens,

@@ -41,9 +41,12 @@ class AnthropicServicer(pb_grpc.AnthropicServiceServicer):
         parsers: Parsers | None,
         bodies: BodyChecker,
         session_header: str = SESSION_HEADER,
+        *,
+        comment_s: float = 0,
     ) -> None:
+        """`comment_s`: see the setting stream_comment_s."""
         self._caller_of = partial(caller_of, session_header=session_header)
-        handler, texts = EndpointHandler(generation, model, workers), TokenTexts(model.tokenizer)
+        handler, texts = EndpointHandler(generation, model, workers, comment_s=comment_s), TokenTexts(model.tokenizer)
         self._messages = Messages(handler, model, texts, ChatCompletions(handler, model, texts, parsers))
         self._bodies = bodies
 

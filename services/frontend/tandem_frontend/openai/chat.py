@@ -24,7 +24,7 @@ from tandem_frontend.openai.translation import chat_request, for_choice
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import BLOCKING_CHARS_MAX
 from tandem_frontend.preparation.validation import check_text, check_token_count
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import ClientCall
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -53,14 +53,14 @@ class ChatCompletions:
         self._texts = texts
         self._parsers = parsers
 
-    async def handle(self, body: ChatRequest, body_bytes: int, caller: Caller, call: Call) -> None:
+    async def handle(self, body: ChatRequest, body_bytes: int, caller: Caller, call: ClientCall) -> None:
         """Run the request and send its response into `call`. `body_bytes` is the length of the request body.
 
         Raises:
             TandemError: its `field` is a field of the contract or an OpenAI parameter.
         """
         async with contextlib.AsyncExitStack() as stack:
-            chat = await self.prepare(body, body_bytes, caller, stack)
+            chat = await self.prepare(body, body_bytes, caller, call, stack)
             one_call = body.parallel_tool_calls is False
             choices = [
                 ChatChoice(number, request, self._texts, parsed, one_call_only=one_call)
@@ -74,7 +74,7 @@ class ChatCompletions:
             await self._handler.run(chat.requests, response, caller, body, call)
 
     async def prepare(
-        self, body: ChatRequest, body_bytes: int, caller: Caller, stack: contextlib.AsyncExitStack
+        self, body: ChatRequest, body_bytes: int, caller: Caller, call: ClientCall, stack: contextlib.AsyncExitStack
     ) -> PreparedChat:
         """Validate, charge for, render and tokenise a request; every door that chats begins here.
 
@@ -82,6 +82,7 @@ class ChatCompletions:
             body: as the client sent it, or translated from another door's request.
             body_bytes: length of the client's request body.
             caller: is charged for every choice.
+            call: its response's headers carry the quota.
             stack: receives the parsers' streams, which must stay open until the response has ended.
 
         Raises:
@@ -91,7 +92,7 @@ class ChatCompletions:
         if body.choice_count > self._handler.choices_max:
             raise InvalidRequest("n", f"must be at most {self._handler.choices_max} on this frontend")
         request = chat_request(body)
-        self._handler.charge(caller, body.choice_count)
+        stack.enter_context(self._handler.charged(caller, call, body.choice_count))
         tools, kwargs = self._tools(body), self._template_kwargs(body)
         prompt, token_ids = await self._tokenised(body, body_bytes, tools, kwargs)
         has_tool_grammar = await self._constrain(request, body, tools, prompt, kwargs)

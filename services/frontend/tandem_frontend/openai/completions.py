@@ -18,7 +18,7 @@ from tandem_frontend.openai.schemas import CompletionRequest
 from tandem_frontend.openai.translation import completion_request, for_choice
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.validation import check_prompt_ids, check_text, check_token_count
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import Call, ClientCall
 
 
 class Completions:
@@ -29,7 +29,7 @@ class Completions:
         self._model = model
         self._texts = texts
 
-    async def handle(self, body: CompletionRequest, caller: Caller, call: Call) -> None:
+    async def handle(self, body: CompletionRequest, caller: Caller, call: ClientCall) -> None:
         """Run the request and send its response into `call`.
 
         Raises:
@@ -41,7 +41,12 @@ class Completions:
         most, choice_count = self._handler.choices_max, body.choice_count
         if len(given) * choice_count > most:
             raise InvalidRequest("n", f"{choice_count} choices for each of {len(given)} prompts exceed {most} in all")
-        self._handler.charge(caller, len(given) * choice_count)
+        with self._handler.charged(caller, call, choice_count, len(given)):
+            await self._run(given, request, body, caller, call)
+
+    async def _run(
+        self, given: list[Any], request: pb.GenerateRequest, body: CompletionRequest, caller: Caller, call: Call
+    ) -> None:
         prompts = await self._prompts(given, body)
         response_id = f"cmpl-{uuid.uuid4().hex}"
         requests: list[pb.GenerateRequest] = []

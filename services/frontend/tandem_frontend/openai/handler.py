@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -23,7 +24,7 @@ from tandem_frontend.openai.merge import ChoiceSink, EntrySink
 from tandem_frontend.openai.response import UsageSum
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import Call, ClientCall
 
 
 class Choice(Protocol):
@@ -104,13 +105,16 @@ class EndpointHandler:
             self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
         return self._fingerprint
 
-    def charge(self, caller: Caller, choice_count: int) -> None:
-        """Charge the caller for a call before its prompts are rendered; each choice counts as one request.
+    def charged(
+        self, caller: Caller, call: ClientCall, choice_count: int, prompt_count: int = 1
+    ) -> AbstractContextManager[None]:
+        """Charge the caller for a call before its prompts are rendered; each choice of a prompt counts as one request.
 
         Raises:
-            Draining, Overloaded: the choices would not be admitted.
+            Draining, Overloaded, QuotaExceeded, InvalidRequest: the choices would not be admitted.
         """
-        self._generation.charge(caller, choice_count)
+        count = choice_count * prompt_count
+        return self._generation.charged(caller, call, count, choices_per_prompt=choice_count)
 
     async def run(
         self,

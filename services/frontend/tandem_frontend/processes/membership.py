@@ -14,12 +14,15 @@ from google.protobuf.json_format import ParseDict
 
 from tandem.api.frontend.v1 import sibling_service_pb2 as pb
 from tandem.api.frontend.v1 import sibling_service_pb2_grpc as pb_grpc
+from tandem.api.frontend.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
 from tandem.api.process.v1 import process_service_pb2 as process_pb
 from tandem.errors import StartError
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.process_servicer import ProcessServicer
 from tandem.service.prefork.child import ParentLink
 from tandem_frontend.admin.local_requests import LocalRequests
+from tandem_frontend.admission.quota_exchange import SERVICE_NAME as QUOTA_SERVICE_NAME
+from tandem_frontend.admission.quota_exchange import QuotaExchange, QuotaServicer
 from tandem_frontend.processes.identity import ProcessIdentity
 from tandem_frontend.processes.siblings import Siblings
 
@@ -72,7 +75,7 @@ class Membership:
         self._link = link
         self._server = Http2RpcServer()
 
-    async def open(self, server: Http2RpcServer, own: LocalRequests) -> None:
+    async def open(self, server: Http2RpcServer, own: LocalRequests, exchange: QuotaExchange) -> None:
         """Serve siblings, and accept connections of clients from the parent for `server`.
 
         Raises:
@@ -80,6 +83,8 @@ class Membership:
         """
         servicer = SiblingServicer(own, server.process)
         self._server.add(SERVICE_NAME, partial(pb_grpc.add_SiblingServiceServicer_to_server, servicer))
+        quotas = QuotaServicer(exchange, own_only=True)
+        self._server.add(QUOTA_SERVICE_NAME, partial(add_QuotaServiceServicer_to_server, quotas))
         try:
             self._server.bind_local(self.identity.rpc_path)
         except OSError as problem:

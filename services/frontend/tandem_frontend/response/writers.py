@@ -5,7 +5,7 @@ Each is a `pipeline.Answer` that a generation pushes into. Nothing waits for a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from google.api.httpbody_pb2 import HttpBody
@@ -30,6 +30,14 @@ class Call(Protocol):
 
     def send(self, message: Any) -> None:
         """Send a message of the method's type, in order; never blocks."""
+        ...
+
+
+class ClientCall(Call, Protocol):
+    """A call whose headers are not sent yet."""
+
+    def set_initial_metadata(self, head: Callable[[], Sequence[tuple[str, str]]]) -> None:
+        """Set what the response's headers hold, asked for when they are sent."""
         ...
 
 

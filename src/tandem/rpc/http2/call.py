@@ -263,6 +263,8 @@ class Call(CallContext):
         self._is_ended = True
         self._finish_request()
         try:
+            if not self._is_opened:
+                fields = [*fields, *self._head_fields()]
             block = status_block(code.value[0], details, fields, opens=not self._is_opened)
         except ValueError as problem:
             log.error("the status of %s: %s", self._method.path, problem)

@@ -71,6 +71,7 @@ class CallContext(abc.ABC):
         "_code",
         "_deadline_s",
         "_details",
+        "_head",
         "_is_ended",
         "_is_opened",
         "_loop",
@@ -92,6 +93,7 @@ class CallContext(abc.ABC):
         self._is_opened = self._is_ended = False
         self._code, self._details = grpc.StatusCode.OK, ""
         self._trailing: Fields = ()
+        self._head: Callable[[], Metadata] | None = None
         self._callback: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._deadline_s: float | None = None
@@ -104,7 +106,7 @@ class CallContext(abc.ABC):
             return
         data = message if type(message) is bytes else self._method.serialize(message)
         if not self._is_opened:
-            self._open(())
+            self._open(self._head_fields())
         self._outgoing.send(data)
 
     @property
@@ -131,7 +133,11 @@ class CallContext(abc.ABC):
     async def send_initial_metadata(self, metadata: Metadata) -> None:
         """Send the headers of the response now, with these among them."""
         if not self._is_opened and not self._is_ended:
-            self._open(sent_fields(metadata))
+            self._open([*self._head_fields(), *sent_fields(metadata)])
+
+    def set_initial_metadata(self, head: Callable[[], Metadata]) -> None:
+        """What the headers of the response hold, asked for when they are sent: also those of a call that only fails."""
+        self._head = head
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         """What is to be sent with the status."""
@@ -196,6 +202,9 @@ class CallContext(abc.ABC):
                 self._callback()
             except Exception as problem:  # a defect of a handler must not end its connection
                 self._fail(problem)
+
+    def _head_fields(self) -> Fields:
+        return () if self._head is None else sent_fields(self._head())
 
     def _open(self, fields: Fields) -> None:
         self._is_opened = True

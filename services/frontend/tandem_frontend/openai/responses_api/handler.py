@@ -14,7 +14,7 @@ from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.responses_api.translation import Translated
 from tandem_frontend.openai.typed_events import respond
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.response.writers import Call
+from tandem_frontend.response.writers import ClientCall
 
 
 class Responses:
@@ -26,7 +26,7 @@ class Responses:
         self._texts = texts
         self._chat = chat
 
-    async def handle(self, body: ResponsesRequest, body_bytes: int, caller: Caller, call: Call) -> None:
+    async def handle(self, body: ResponsesRequest, body_bytes: int, caller: Caller, call: ClientCall) -> None:
         """Run the request and send its response into `call`. `body_bytes` is the length of the request body.
 
         Raises:
@@ -35,7 +35,7 @@ class Responses:
         translated = Translated(body)
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(renaming(translated.name))
-            chat = await self._chat.prepare(translated.chat, body_bytes, caller, stack)
+            chat = await self._chat.prepare(translated.chat, body_bytes, caller, call, stack)
             output = ResponseOutput(
                 response_head(body, self._model.name, self._model.sampling_defaults),
                 self._count_tokens,

@@ -51,7 +51,9 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """Higher runs earlier, -100 to 100. Default 0."""
     cache_salt: _builtins.str
-    """Keeps prefix caches of different tenants apart, at most 128 characters. Default: shared."""
+    """Divides the prefix cache: only requests with the same salt share. At most 128 characters. Default: the cache of the
+    caller's tenant. Tenants share none, unless the frontend's cache_sharing is "all".
+    """
     session_id: _builtins.str
     """Reserved: accepted, not used for routing yet. At most 128 characters. Default: none."""
     skip_special_tokens: _builtins.bool

@@ -80,6 +80,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
     ERROR_REASON_PROFILE_FAILED: _ErrorReason.ValueType  # 24
     """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 25
+    """The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -144,4 +146,6 @@ ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason.ValueType  # 23
 """The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
 ERROR_REASON_PROFILE_FAILED: ErrorReason.ValueType  # 24
 """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 25
+"""The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

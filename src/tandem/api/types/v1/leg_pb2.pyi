@@ -87,7 +87,7 @@ class LegRequest(_message.Message):
     priority: _builtins.int
     """Higher runs earlier where the engine supports it. Default 0."""
     cache_salt: _builtins.str
-    """Keeps prefix caches of different tenants apart. Default: shared."""
+    """Keeps prefix caches apart: made by the frontend of the tenant and the client's own salt. Default: the common cache."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, 1 token or more, each below the vocabulary's size."""
