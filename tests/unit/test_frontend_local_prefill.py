@@ -30,7 +30,7 @@ from tandem_frontend.routing.policy import PolicyName, RoutingRequest
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.clock import monotonic
 from tandem.domain.placement import Placement
-from tandem.domain.worker import Worker
+from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import ConfigError
 from tandem.rpc.convert import placement_text, placement_to_proto
 from tests.unit.support.examples import examples
@@ -215,6 +215,19 @@ def test_a_frontends_own_prompts_are_not_taken_for_others() -> None:
         made.clock.advance(1)
         made.report(AGGREGATED, running=1, computed_tokens=computed)
     made.clock.advance(10 * WINDOW_S)
+    assert made.choose(10).placement is Placement.SHORT_PROMPT
+
+
+def test_a_draining_worker_that_still_reports_its_load_is_forgotten() -> None:
+    made = measured()
+    made.report(AGGREGATED, running=1, computed_tokens=0)
+    made.scene.workers = (PREFILL, DECODE, replace(AGGREGATED, state=WorkerState.DRAINING))
+    assert made.choose(10).decode == DECODE
+    made.clock.advance(1)
+    made.report(AGGREGATED, running=1, computed_tokens=500)
+    made.scene.workers = (PREFILL, DECODE, replace(AGGREGATED, epoch=8))
+    assert made.choose(10).placement is Placement.LOAD_UNKNOWN
+    made.report(made.scene.workers[-1], computed_tokens=0)
     assert made.choose(10).placement is Placement.SHORT_PROMPT
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tandem.clock import Clock, monotonic
 from tandem.domain.placement import Placement
-from tandem.domain.worker import EngineLoad, Start, Worker, WorkerRole
+from tandem.domain.worker import EngineLoad, Start, Worker, WorkerRole, WorkerState
 from tandem_frontend.admission.prefill_backlog import PROMPT_COST_TOKENS, UNMEASURED_PROMPTS_MAX, PrefillBacklog
 from tandem_frontend.routing.candidates import Route
 from tandem_frontend.routing.policy import Job
@@ -47,7 +47,7 @@ class _PromptTime:
     """What one aggregated worker has given to prompts."""
 
     spent_s: float = 0.0
-    """Seconds that this frontend's prompts take there, less the share that has passed since."""
+    """Seconds that this frontend's prompts take there, older ones weighted less."""
     at_s: float = 0.0
     """When that was so."""
     others_share: float = 0.0
@@ -84,7 +84,12 @@ class LocalPrefill:
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Apply a new registry view."""
-        known = {worker.start for worker in workers if worker.role is WorkerRole.AGGREGATED}
+        # One that drains has no costs any more, though it still reports its load.
+        known = {
+            worker.start
+            for worker in workers
+            if worker.role is WorkerRole.AGGREGATED and worker.state is WorkerState.SERVING
+        }
         for start in self._times.keys() - known:
             del self._times[start]
         for start in known - self._times.keys():
