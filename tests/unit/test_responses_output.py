@@ -162,10 +162,13 @@ async def test_log_probabilities_are_of_the_text() -> None:
     token = generation_pb2.TokenLogprob(token_id=70, logprob=-0.5)
     token.top.add(token_id=70, logprob=-0.5)
     events = choice.take(pb.GenerateChunk(text="a", logprobs=[token]))
+    # The last token is half a character.
+    events += choice.take(pb.GenerateChunk(logprobs=[token]))
     events += await choice.end(pb.GenerateFinish(reason=STOP))
-    (delta,) = [event for event in events if event["type"] == "response.output_text.delta"]
-    assert delta["logprobs"][0]["logprob"] == -0.5
-    assert choice.as_json()["output"][0]["content"][0]["logprobs"] == delta["logprobs"]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [delta["delta"] for delta in deltas] == ["a", ""]
+    assert [[entry["logprob"] for entry in delta["logprobs"]] for delta in deltas] == [[-0.5], [-0.5]]
+    assert choice.as_json()["output"][0]["content"][0]["logprobs"] == [*deltas[0]["logprobs"], *deltas[1]["logprobs"]]
 
 
 async def test_a_failure_is_an_error_and_a_failed_response() -> None:

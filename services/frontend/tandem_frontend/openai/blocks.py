@@ -108,6 +108,9 @@ class BlockChoice(ABC):
         # A response of white space only: it is the answer.
         if blank and kind == "text" and not any(block.kind != "reasoning" for block in self.blocks):
             events += self._write(kind, blank)
+        # Log probabilities of tokens without text would be lost with no text to carry them.
+        if self._pending_logprobs and self._has_open("text"):
+            events += self._write("text", "")
         return [*events, *self._begin(), *self._close_last(cut_off=cut_off), *await self._finished(finish)]
 
     @abstractmethod
