@@ -82,6 +82,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 25
     """The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
+    ERROR_REASON_ROLE_CHANGE_REFUSED: _ErrorReason.ValueType  # 26
+    """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -148,4 +150,6 @@ ERROR_REASON_PROFILE_FAILED: ErrorReason.ValueType  # 24
 """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 25
 """The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
+ERROR_REASON_ROLE_CHANGE_REFUSED: ErrorReason.ValueType  # 26
+"""A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
