@@ -102,7 +102,7 @@ class ReplayedFrontend:
             prefill=self._backlog,
             short_wait_s=settings.prefill_queue_s,
         )
-        self._costs = WorkerCosts(self._backlog)
+        self._costs = WorkerCosts(self._backlog, clock)
         self.caches = KnownCaches(workers)
         refusals, breakers = RecentRefusals(clock), CircuitBreakers(clock, rng)
         chosen_by = replayed_policy(policy, self._costs, self.caches, engines, rng)
