@@ -63,7 +63,9 @@ def judged(counts: Counts, seed: int, replay: Replay, goals: Goals) -> Candidate
     """The figures of a replay under the goals."""
     served = replay.served
     ttft_s = quantile([_ttft_s(one) for one in served], goals.percentile)
-    itl_s = quantile([one.itl_s for one in served if one.outcome == FINISHED and one.answer_tokens > 1], goals.percentile)
+    itl_s = quantile(
+        [one.itl_s for one in served if one.outcome == FINISHED and one.answer_tokens > 1], goals.percentile
+    )
     reaches_ttft, reaches_itl = ttft_s <= goals.ttft_s, itl_s <= goals.itl_s
     limit = ""
     if not reaches_ttft:
@@ -109,12 +111,13 @@ def _limit_of_ttft(replay: Replay, late: Sequence[Served]) -> str:
         return f"requests are refused ({', '.join(reasons)})"
     parts = {part: fmean(getattr(one, part) for one in known) for part in PARTS}
     longest = max(PARTS, key=parts.__getitem__)
+    moved = "the KV transfer and " if _busy(replay, "decode") is not None else ""
     words: dict[str, Callable[[], str]] = {
         "queue_s": lambda: f"the frontend's queue, in front of {_fullest(replay)}",
         "memory_s": lambda: "the wait for KV memory of decode workers",
         "prefill_wait_s": lambda: "the wait for the prompts before it on its worker",
         "prompt_s": lambda: "the computation of the prompt itself",
-        "handover_s": lambda: "the KV transfer and the wait for a place in the decode batch",
+        "handover_s": lambda: f"{moved}the wait for a place among the requests that generate",
     }
     return f"{words[longest]()} ({parts[longest]:.3g} s of {fmean(one.ttft_s for one in known):.3g} s)"
 

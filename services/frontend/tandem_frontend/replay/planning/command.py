@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tandem.domain.recorded_load import RecordedCluster
 from tandem.engine.simulated.options import Options
 from tandem.errors import ConfigError
 from tandem_frontend.replay.fleet_file import FleetFile, read_fleet
@@ -19,8 +20,10 @@ from tandem_frontend.replay.planning.candidate import Candidate, judged
 from tandem_frontend.replay.planning.counts import Counts
 from tandem_frontend.replay.planning.estimate import estimate
 from tandem_frontend.replay.planning.goals import Goals
+from tandem_frontend.replay.planning.recorded import fleet_of, seen, shape_of, speeds_in_words, trace_of
 from tandem_frontend.replay.planning.report import load_of, print_plan, write_json
 from tandem_frontend.replay.planning.search import Outcome, Search, Shape
+from tandem_frontend.replay.planning.speeds import check_speeds, measured
 from tandem_frontend.replay.routing import check_policies
 from tandem_frontend.replay.simulation import replay
 from tandem_frontend.replay.trace import TracedRequest, read_trace, scaled, spread
@@ -58,9 +61,7 @@ class PlanRequest:
             raise ConfigError("replays_max", f"must be 1 to {REPLAYS_LIMIT}, not {self.replays_max}")
         if not 0 < self.load <= 1000:
             raise ConfigError("load", f"must be above 0, at most 1000, not {self.load:g}")
-        return Goals(
-            ttft_s=self.ttft_s, itl_s=self.itl_s, percentile=self.percentile, workers_max=self.workers_max
-        )
+        return Goals(ttft_s=self.ttft_s, itl_s=self.itl_s, percentile=self.percentile, workers_max=self.workers_max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,43 @@ def run(request: PlanRequest, trace_file: Path, fleet_file: Path, console: Conso
     trace = scaled(read_trace(trace_file, fleet.block_tokens), request.load)
     return plan(
         Subject(name=trace_file.name, fleet=fleet, trace=trace, shape=Shape(request.shape)), request, console, status
+    )
+
+
+def run_recorded(
+    request: PlanRequest, cluster: RecordedCluster, fleet_file: Path | None, console: Console, status: Console
+) -> int:
+    """Plan for what a cluster has seen. Returns the exit status: 1 if no fleet reaches the goals.
+
+    Args:
+        request: the options.
+        cluster: its workers and last requests.
+        fleet_file: its [engine] and [frontend] are used; None: speeds are measured from the requests.
+        console: gets the tables.
+        status: gets the progress, where it is a terminal.
+
+    Raises:
+        ConfigError: names the option.
+        StartError: the requests do not show what a plan needs.
+    """
+    goals = request.goals()
+    lines = list(seen(cluster, goals))
+    given = None if fleet_file is None else read_fleet(fleet_file)
+    if given is None:
+        speeds = measured(cluster.requests)
+        check_speeds(speeds)
+        lines.append(speeds_in_words(speeds))
+        shape, note = shape_of(Shape(request.shape), speeds)
+        fleet = fleet_of(cluster, speeds.options(), {})
+    else:
+        shape, note = Shape(request.shape), ""
+        fleet = fleet_of(cluster, given.engine, given.frontend.model_dump())
+    goals.check_engine(fleet.options())
+    trace = scaled(trace_of(cluster.requests, fleet.block_tokens), request.load)
+    for line in (*lines, *([note] if note else ())):
+        console.print(line, highlight=False, soft_wrap=True)
+    return plan(
+        Subject(name=f"cluster {cluster.model}", fleet=fleet, trace=trace, shape=shape), request, console, status
     )
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tandem.errors import ConfigError
 from tandem_frontend.replay.planning.candidate import Candidate
+from tandem_frontend.replay.planning.counts import Counts
 from tandem_frontend.replay.planning.goals import Goals
 from tandem_frontend.replay.planning.search import Outcome
 from tandem_frontend.replay.trace import TracedRequest
@@ -26,9 +27,7 @@ from tandem_frontend.replay.trace import TracedRequest
 def load_of(trace: list[TracedRequest]) -> str:
     """The load in a sentence."""
     span_s = max(trace[-1].arrival_s, 1e-9)
-    prompts, answers = (
-        fmean(getattr(one, name) for one in trace) for name in ("prompt_tokens", "answer_tokens")
-    )
+    prompts, answers = (fmean(getattr(one, name) for one in trace) for name in ("prompt_tokens", "answer_tokens"))
     return (
         f"{len(trace):,} requests in {span_s:,.0f} s ({len(trace) / span_s:.3g}/s), on average {prompts:,.0f} prompt "
         f"and {answers:,.0f} answer tokens"
@@ -94,7 +93,7 @@ def _answer(outcome: Outcome, goals: Goals) -> Iterator[str]:
             f"{best.itl_s * 1e3:.1f} ms; goals: {asked}"
         )
         for one in outcome.smaller:
-            yield f"one {best.counts.missing(one.counts)} worker fewer misses {_missed(one)}: " + (
+            yield f"{_fewer(best.counts, one.counts)} misses {_missed(one)}: " + (
                 f"TTFT {_seconds(one.ttft_s)}, ITL {one.itl_s * 1e3:.1f} ms, {one.within:.1%} within both; limited by "
                 f"{one.limit}"
             )
@@ -107,10 +106,12 @@ def _answer(outcome: Outcome, goals: Goals) -> Iterator[str]:
         yield f"the search ended at its bound of {len(outcome.tried)} replays: fewer workers may do (--replays-max)"
 
 
+def _fewer(best: Counts, counts: Counts) -> str:
+    return f"one {best.missing(counts)} worker fewer" if counts in best.smaller() else str(counts)
+
+
 def _missed(one: Candidate) -> str:
-    return " and ".join(
-        name for name, reaches in (("TTFT", one.reaches_ttft), ("ITL", one.reaches_itl)) if not reaches
-    )
+    return " and ".join(name for name, reaches in (("TTFT", one.reaches_ttft), ("ITL", one.reaches_itl)) if not reaches)
 
 
 def _workers(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The search for the fewest workers: bisection over counts, because one more worker of a role does not make a fleet miss.
+"""The search for the fewest workers: bisection over counts, because one more worker makes no fleet miss.
 
 Owns which candidates are replayed, and the bound on their number. Knows neither traces nor engines: it asks a judge.
 """
@@ -39,7 +39,7 @@ class Outcome:
     confirmation: Candidate | None
     """The same fleet with another seed; None: the bound was reached before."""
     smaller: tuple[Candidate, ...]
-    """The fleets with one worker fewer than the best one; all miss."""
+    """Fleets of one worker fewer than the best one, of any shape; all miss."""
     tried: tuple[Candidate, ...]
     """All candidates, in the order of their replays."""
     is_complete: bool
@@ -74,7 +74,7 @@ class Search:
         except _BoundReachedError:
             is_complete = False
         best = self._best()
-        smaller = tuple(self._known[one] for one in best.smaller() if one in self._known) if best else ()
+        smaller = tuple(self._one_fewer(best)) if best else ()
         return Outcome(
             best=self._known[best] if best else None,
             confirmation=self._confirmed.get(best) if best else None,
@@ -82,6 +82,12 @@ class Search:
             tried=tuple(self._tried),
             is_complete=is_complete,
         )
+
+    def _one_fewer(self, best: Counts) -> Iterator[Candidate]:
+        """What was replayed with one worker fewer; those that lack one of the best fleet's first."""
+        near = set(best.smaller())
+        fewer = [one for counts, one in self._known.items() if counts.total == best.total - 1 and not one.reaches]
+        yield from sorted(fewer, key=lambda one: (one.counts not in near, one.counts))
 
     # --- Candidates
 
@@ -111,7 +117,9 @@ class Search:
                 self._known[best] = again
                 return False
             self._confirmed[best] = again
-        return not any([self._reaches(one) for one in best.smaller() if self._is_searched(one)])
+        # All of them are replayed: the report says why each misses.
+        fewer = [self._reaches(one) for one in best.smaller() if self._is_searched(one)]
+        return not any(fewer)
 
     def _is_searched(self, counts: Counts) -> bool:
         if self._shape is Shape.PAIRS:
@@ -211,7 +219,7 @@ def _pairs_of(total: int, aggregated: int = 0, prefill_min: int = 1, decode_min:
 
 
 def fewest(guess: int, most: int, reaches: Callable[[int], bool]) -> int | None:
-    """The smallest count from 1 to `most` that reaches the goals, if all larger ones do too; None: not even `most` does.
+    """The smallest count from 1 to `most` that reaches the goals, if all larger ones do too; None: `most` does not.
 
     Steps that double lead away from the guess until one count misses and a larger one reaches, then it bisects: about
     twice the logarithm of the guess's error, not of `most`.
