@@ -23,9 +23,21 @@ GOALS = ("--ttft", "5", "--itl", "0.5", "--percentile", "0.9")
 REQUESTS, ANSWER_TOKENS = 12, 20
 
 
+SHAPES: dict[str, dict[str, int]] = {
+    "aggregated": {"prefill": 0, "decode": 0, "aggregated": 1},
+    "pair": {"prefill": 1, "decode": 1, "aggregated": 0},
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=SHAPES)
+async def shape(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
-    async with running(tmp_path_factory.mktemp("plan"), engine="simulated", worker_flags=SPEEDS) as started:
+async def cluster(shape: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    logs = tmp_path_factory.mktemp("plan")
+    async with running(logs, engine="simulated", worker_flags=SPEEDS, **SHAPES[shape]) as started:
         yield started
 
 
@@ -40,20 +52,22 @@ async def test_a_cluster_without_requests_is_refused(cluster: LocalCluster, tmp_
     assert err.startswith("tandem plan: no requests seen in the last 30 s")
 
 
-async def test_a_plan_of_what_a_cluster_saw(cluster: LocalCluster, tmp_path: Path) -> None:
+async def test_a_plan_of_what_a_cluster_saw(cluster: LocalCluster, shape: str, tmp_path: Path) -> None:
     prompts = [f"Once upon a time {number} " * (1 + number) for number in range(REQUESTS)]
     await asyncio.gather(*(generate(cluster, request_of(one, max_tokens=ANSWER_TOKENS)) for one in prompts))
     figures = tmp_path / "plan.json"
     status, out, err = await planned(cluster, tmp_path, *GOALS, "--json", str(figures))
     assert (status, err) == (0, "")
-    assert f"1 prefill + 1 decode; {REQUESTS} requests" in out
-    for words in ("queue: ", "latency: TTFT p90", "measured: prompts ", "KV transfer", "plan: "):
+    present = " + ".join(f"{count} {role}" for role, count in SHAPES[shape].items() if count)
+    assert f"{present}; {REQUESTS} requests" in out
+    for words in ("queue: ", "latency: TTFT p90", "measured: prompts ", "plan: "):
         assert words in out
+    assert (", KV transfer " in out) == (shape == "pair")
     plan = json.loads(figures.read_text())
     assert plan["plan"]["reaches"]
     # What was measured is what the engine was started with, or slower: this machine has other work as well.
     assert plan["settings"]["engine"]["decode_step_s"] + plan["settings"]["engine"]["decode_request_s"] > 0.9 * STEP_S
-    assert {"prefill": 1, "decode": 1, "aggregated": 0} in [one["counts"] for one in plan["candidates"]]
+    assert plan["candidates"][0]["counts"] == SHAPES[shape]
     assert plan["candidates"][0]["requests"] == REQUESTS
 
 

@@ -152,7 +152,7 @@ def test_half_a_pair_alone_is_refused(trace: list[TracedRequest]) -> None:
         fleet_of(half, ENGINE, {})
 
 
-def test_pairs_whose_transfer_nobody_saw_are_not_planned(trace: list[TracedRequest]) -> None:
+def test_pairs_whose_transfer_was_not_seen_are_not_planned(trace: list[TracedRequest]) -> None:
     speeds = measured(cluster("aggregated", trace).requests)
     assert shape_of(Shape.ANY, speeds)[0] is Shape.AGGREGATED
     with pytest.raises(ConfigError, match="shape: cannot be pairs: no KV transfer was seen"):
