@@ -46,14 +46,14 @@ def dockerfiles() -> bool:
 
 
 def kubernetes() -> bool:
-    """Both sets as kustomize makes them; without it, the base as it is."""
+    """The sets as kustomize makes them, without those of other projects' kinds; without it, the base as it is."""
     validate = (own("kubernetes-validate"), "--strict", "--kubernetes-version", KUBERNETES_VERSION, "--quiet")
     if shutil.which("kubectl") is None:
         print("  no kubectl here: the GPU set, which kustomize makes, is not checked")
         files = [file for file in sorted((ROOT / "deploy/kubernetes/base").glob("*.yaml")) if "kustom" not in file.name]
-        return run("Kubernetes, base", *validate, *files)
+        return run("Kubernetes, base", *validate, *files, ROOT / "deploy/kubernetes/autoscaling/hpa/autoscalers.yaml")
     good = True
-    for name in ("base", "gpu"):
+    for name in ("base", "gpu", "autoscaling/hpa"):
         made = subprocess.run(
             ["kubectl", "kustomize", str(ROOT / "deploy" / "kubernetes" / name)],
             capture_output=True,

@@ -13,6 +13,7 @@ from tandem_frontend.replay.routing import POLICIES
 from tandem_frontend.replay.simulation import Replay, replay, utilisation_of
 from tandem_frontend.replay.summary import Spread, rows_of, summary_of
 from tandem_frontend.replay.trace import ChainHashes, TracedRequest, read_trace
+from tandem_frontend.routing.worker_costs import WorkerCosts
 
 from benchmarks.replay.made_traces import conversations, single_turn, write
 
@@ -67,6 +68,19 @@ def test_the_same_seed_gives_the_same_result(trace: list[TracedRequest], policy:
     assert rows_of(one.served) == rows_of(same.served)
     assert summary_of(one) == summary_of(same)
     assert rows_of(one.served) != rows_of(other.served)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_machines_clock_moves_nothing(
+    trace: list[TracedRequest], shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy weighs how long work is in hand, which must be virtual time too."""
+
+    def forbidden() -> float:
+        raise AssertionError("a replay has read the machine's clock")
+
+    monkeypatch.setattr(WorkerCosts.__init__, "__defaults__", (forbidden,))
+    assert run(parse_fleet(SHAPES[shape]), trace, "auto").served
 
 
 def test_an_oracle_is_faster_and_finds_more_in_caches(trace: list[TracedRequest]) -> None:

@@ -20,6 +20,7 @@ from tandem.cli import config_file
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.inspect_commands import add_to
+from tandem.cli.plan import plan
 from tandem.cli.replay import replay
 from tandem.cli.state import DEMO_MODEL
 from tandem.domain.network_address import bare_host
@@ -433,6 +434,7 @@ def certs(
 
 add_to(app)
 app.command()(replay)
+app.command()(plan)
 
 
 def _given(flags: Mapping[str, str | float | None]) -> dict[str, str]:

@@ -5,7 +5,8 @@ Owns the calls only. `tls`: client certificate, for a cluster with TLS; None: pl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import grpc
@@ -13,11 +14,12 @@ import grpc
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub, ProfileServiceStub
 from tandem.client.call_errors import call_error
-from tandem.errors import ProfileFailed
+from tandem.errors import ProfileFailed, RequestNotFound
 from tandem.rpc.channels import open_channel
 from tandem.tls.paths import Tls
 
 CALL_TIMEOUT_S = 5.0
+TIMELINES_AT_A_TIME = 8
 
 
 async def request_timelines(address: str, request_id: str, *, tls: Tls | None = None) -> list[pb.RequestTimeline]:
@@ -52,6 +54,34 @@ async def list_requests(
         except grpc.aio.AioRpcError as failure:
             raise call_error(failure, address, tls) from None
         return response
+
+
+async def all_timelines(
+    address: str, request_ids: Iterable[str], *, tls: Tls | None = None
+) -> list[pb.RequestTimeline]:
+    """Timelines of many requests from a frontend, a few at a time; those that it no longer has are left out.
+
+    Raises:
+        TandemError: a call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = FrontendAdminServiceStub(channel)
+        places = asyncio.Semaphore(TIMELINES_AT_A_TIME)
+
+        async def of(request_id: str) -> list[pb.RequestTimeline]:
+            async with places:
+                request = pb.GetRequestTimelineRequest(request_id=request_id)
+                try:
+                    response = await stub.GetRequestTimeline(request, timeout=CALL_TIMEOUT_S)
+                except grpc.aio.AioRpcError as failure:
+                    error = call_error(failure, address, tls)
+                    if isinstance(error, RequestNotFound):
+                        return []
+                    raise error from None
+            return list(response.timelines)
+
+        found = await asyncio.gather(*(of(request_id) for request_id in request_ids))
+    return [timeline for timelines in found for timeline in timelines]
 
 
 async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | None = None) -> pb.WatchFiguresResponse:

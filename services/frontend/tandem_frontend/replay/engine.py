@@ -24,6 +24,8 @@ class Figures:
     """What an engine has done."""
 
     busy_s: float = 0.0
+    prompts_s: float = 0.0
+    """The part of it that prompts took."""
     prompts_count: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -73,6 +75,7 @@ class AccountedEngine:
 
     def begin(self, job: Job, decode: AccountedEngine | None) -> None:
         """Start a request here; `decode` reserves its memory first, as an engine must before KV can be sent to it."""
+        job.sent_s = self._loop.time()
         if decode is None:
             self._submit(job)
         else:
@@ -108,6 +111,7 @@ class AccountedEngine:
     # --- Steps
 
     def _submit(self, job: Job) -> None:
+        job.submitted_s = self._loop.time()
         self.prompts.submit(job)
         self.figures.waiting_peak = max(self.figures.waiting_peak, len(self.prompts.waiting))
         self._wake()
@@ -131,6 +135,7 @@ class AccountedEngine:
         if chunks:
             duration_s = self._timing.jittered(self.prompts.step_s(chunks))
             self.figures.busy_s += duration_s
+            self.figures.prompts_s += duration_s
             self._step, self._step_end_s = chunks, now_s + duration_s
             self._loop.call_at(self._step_end_s, self._end_step)
             return

@@ -54,6 +54,14 @@ class Served:
     """Generated ones."""
     queue_s: float = 0.0
     """Wait in the frontend's queue."""
+    memory_s: float = 0.0
+    """Then the wait for the decode engine's memory; 0 on an aggregated worker."""
+    prefill_wait_s: float = 0.0
+    """Then the wait in the engine that computes the prompt."""
+    prompt_s: float = 0.0
+    """Then the computation of the prompt."""
+    handover_s: float = 0.0
+    """Then the rest of the transfer, and the wait for a place among the requests that generate."""
     ttft_s: float = 0.0
     itl_s: float = 0.0
     """Mean time between two tokens; 0 for a single one."""
@@ -97,7 +105,7 @@ class ReplayedFrontend:
             prefill=self._backlog,
             short_wait_s=settings.prefill_queue_s,
         )
-        self._costs = WorkerCosts(self._backlog)
+        self._costs = WorkerCosts(self._backlog, clock)
         self.caches = KnownCaches(workers)
         refusals, breakers = RecentRefusals(clock), CircuitBreakers(clock, rng)
         chosen_by = replayed_policy(policy, self._costs, self.caches, engines, rng)
@@ -183,6 +191,10 @@ class ReplayedFrontend:
             prompt_tokens=job.prompt_tokens,
             answer_tokens=job.answer_tokens,
             queue_s=queue_s,
+            memory_s=job.submitted_s - job.sent_s,
+            prefill_wait_s=job.prefill_start_s - job.submitted_s,
+            prompt_s=job.prefill_end_s - job.prefill_start_s,
+            handover_s=job.first_token_s - job.prefill_end_s,
             ttft_s=job.first_token_s - arrival_s,
             itl_s=(job.end_s - job.first_token_s) / (job.answer_tokens - 1) if job.answer_tokens > 1 else 0.0,
             end_s=job.end_s,

@@ -33,6 +33,10 @@ class Job:
     """Tokens of the prompt whose KV exists."""
     cached_tokens: int = 0
     """The part of them that was in the prefix cache."""
+    sent_s: float = 0.0
+    """When it was sent to its workers."""
+    submitted_s: float = 0.0
+    """When the decode engine had memory for it, and its prompt began to wait."""
     prefill_start_s: float = 0.0
     prefill_end_s: float = 0.0
     first_token_s: float = 0.0
