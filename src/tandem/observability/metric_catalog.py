@@ -449,19 +449,8 @@ TABLE: tuple[Metric, ...] = (
         "Processes of this frontend by state; `open`: reachable but not serving yet, `silent`: not responding.",
         PROCESS_STATE,
     ),
-    _parent(
-        "tandem.process.restarts",
-        Kind.COUNTER,
-        "{restart}",
-        "Restarts of processes of this frontend.",
-    ),
-    Metric(
-        "tandem.drains",
-        Kind.COUNTER,
-        "{drain}",
-        "Drains started by this process.",
-        EVERY,
-    ),
+    _parent("tandem.process.restarts", Kind.COUNTER, "{restart}", "Restarts of processes of this frontend."),
+    Metric("tandem.drains", Kind.COUNTER, "{drain}", "Drains started by this process.", EVERY),
     Metric(
         "tandem.event_loop.lag",
         Kind.HISTOGRAM,
