@@ -114,8 +114,8 @@ async def test_times_and_counts_show_nothing_of_another_tenants_prompt(client: h
     own_faster, others_faster = how_often_faster(own_s, fresh_s), how_often_faster(others_s, fresh_s)
     print(f"faster than a fresh prompt: own {own_faster:.2f}, another tenant's {others_faster:.2f}")
     assert own_faster > 0.8, "the control: what is cached is faster"
-    # Where they are alike, 24 times leave these bounds once in a thousand runs.
-    assert 0.1 < others_faster < 0.9
+    # A cache that is shared would make them faster. Where they are alike, 24 times exceed this once in 500 runs.
+    assert others_faster < 0.85
     halfway_s = (statistics.median(own_s) + statistics.median(fresh_s)) / 2
     assert statistics.median(others_s) > halfway_s
 
