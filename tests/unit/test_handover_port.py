@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -79,13 +80,44 @@ def test_the_engine_ends_with_its_receiving_thread() -> None:
         reasons.append(reason)
         ended.set()
 
-    watch = threading.Thread(target=handover_port._watch, args=(SimpleNamespace(reader=thread), end))
+    watch = threading.Thread(target=handover_port._watch, args=(SimpleNamespace(reader=thread, is_closing=False), end))
     watch.start()
     assert not ended.wait(2 * handover_port.WATCH_INTERVAL_S)
     go_on.set()
     assert ended.wait(2)
     assert "has ended" in str(reasons[0])
     watch.join()
+
+
+def test_a_port_that_is_shut_ends_its_thread_and_closes_its_socket_without_a_word(tmp_path: Path) -> None:
+    class PlayedSocket:
+        is_closed = False
+
+        def poll(self, timeout_ms: float) -> int:
+            return 0
+
+        def close(self, linger: int) -> None:
+            self.is_closed = True
+
+    socket = PlayedSocket()
+    ended: list[BaseException] = []
+    checked = handover_port.CheckedSocket(socket, lambda frames: None, pulse.PulseWriter(tmp_path, 1))
+
+    def read() -> None:
+        # Python ends a thread that raises it, and prints nothing; pytest would report it.
+        with contextlib.suppress(SystemExit):
+            checked.recv_multipart()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    watch = threading.Thread(target=handover_port._watch, args=(checked, ended.append))
+    watch.start()
+    checked.shut(timeout_s=5)
+    assert not reader.is_alive()
+    assert socket.is_closed
+    watch.join(5)
+    assert not watch.is_alive()
+    assert not ended, "the engine goes on"
 
 
 def test_a_registration_that_fails_is_forgotten_and_counted(tmp_path: Path) -> None:

@@ -54,4 +54,4 @@ def test_requests_at_a_time_fit_the_device_and_its_kv_memory(
     device: str, kv_capacity_tokens: int | None, wanted: int | None, expected: int
 ) -> None:
     own = replace(settings(WorkerRole.DECODE, kv_capacity_tokens), running_requests_max=wanted)
-    assert arguments._running_requests_max(own, device) == expected
+    assert arguments.running_requests_max(own, device) == expected

@@ -39,6 +39,7 @@ class KvCacheMirror:
         self._kept_numbers = 0
         self._known = True
         self._refusal: str | None = None
+        self._has_ended = False
         self._changed = asyncio.Event()
 
     @property
@@ -111,6 +112,11 @@ class KvCacheMirror:
         self._blocks.clear()
         self.lost()
 
+    def end(self) -> None:
+        """The engine no longer has this cache: all readers come to their end. May be called twice."""
+        self._has_ended = True
+        self._wake()
+
     # --- The readers' side
 
     async def events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
@@ -118,7 +124,7 @@ class KvCacheMirror:
         if from_sequence is not None and from_sequence < self._oldest:
             raise InvalidRequest("from_sequence", f"{from_sequence} is no longer kept, only {self._oldest} and later")
         sequence = self._last + 1 if from_sequence is None else from_sequence
-        while True:
+        while not self._has_ended:
             # Taken before the look at the log: an event that comes between the two wakes this reader.
             changed = self._changed
             sequence = max(sequence, self._oldest)
@@ -130,16 +136,17 @@ class KvCacheMirror:
 
     async def follow(self) -> AsyncIterator[KvSnapshot | KvEvent | KvUnknown]:
         """See the port."""
-        while True:
+        while not self._has_ended:
             if not self._known:
                 yield KvUnknown(sequence=self._last)
-                while not self._known:
+                while not self._known and not self._has_ended:
                     await self._changed.wait()
+                continue
             snapshot = self.snapshot()
             sequence = snapshot.sequence + 1
             yield snapshot
             # Behind the log's beginning, events are missing here: lost by the engine, or this reader was too slow.
-            while sequence >= self._oldest:
+            while sequence >= self._oldest and not self._has_ended:
                 if sequence > self._last:
                     await self._changed.wait()
                     continue

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from tandem.domain.generation import EngineFinish, EngineRequest, TokenLogprob
 from tandem.domain.handover import DropReason
-from tandem.domain.worker import Capabilities, EngineLoad
+from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.errors import TandemError
 
 
@@ -67,7 +67,7 @@ class KvCache(Protocol):
         ...
 
     def events(self, from_sequence: int | None) -> AsyncIterator[KvEvent]:
-        """Stream the changes, from a sequence number or (None) from now on, without end.
+        """Stream the changes, from a sequence number or (None) from now on, until the engine takes another role.
 
         A reader that is too slow sees a gap in the sequence numbers.
 
@@ -77,7 +77,7 @@ class KvCache(Protocol):
         ...
 
     def follow(self) -> AsyncIterator[KvSnapshot | KvEvent | KvUnknown]:
-        """Stream a snapshot and then the changes after it, without end.
+        """Stream a snapshot and then the changes after it, until the engine takes another role.
 
         After lost events: `KvUnknown`, and a new snapshot when the contents are known again. A reader that is too slow
         gets a new snapshot too. Of a cache that cannot be followed, `KvUnknown` is all that comes.
@@ -109,7 +109,7 @@ class Output(Protocol):
 
 
 class Engine(Protocol):
-    """One engine in one role. Methods are called on the event loop that called `start`."""
+    """One engine in one role at a time. Methods are called on the event loop that called `start`."""
 
     async def start(self) -> None:
         """Start the engine; return when it can generate.
@@ -121,6 +121,18 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """End the engine's processes and release its resources, within 10 s. May be called twice, or before `start`."""
+        ...
+
+    async def switch_role(self, role: WorkerRole) -> None:
+        """Take another role with the weights in place. The caller submits nothing meanwhile, and no request is open.
+
+        Afterwards the prefix cache is empty, `kv_cache` is another object (readers of the former one have come to
+        their end), and `capabilities` and `bootstrap_address` are those of the new role.
+
+        Raises:
+            NotSupported: it cannot do so for that role, and has not changed: start another engine instead.
+            EngineFailed: the engine is unusable, or did not become idle in time: start another one.
+        """
         ...
 
     def capabilities(self) -> Capabilities:
@@ -174,7 +186,7 @@ class Engine(Protocol):
         ...
 
     def kv_cache(self) -> KvCache:
-        """The prefix cache, as reported by its events. Valid after `start`; the same object each time.
+        """The prefix cache, as reported by its events. Valid after `start`; the same object until `switch_role`.
 
         Raises:
             NotSupported: this engine was started without KV events, or has no prefix cache.

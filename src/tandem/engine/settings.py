@@ -39,6 +39,8 @@ class EngineSettings:
     """CPU threads for the engine's computation (OMP_NUM_THREADS); used on a CPU only."""
     kv_events: bool | None = None
     """Whether the engine reports the changes of its prefix cache, where it can. None: where that costs little."""
+    role_switch: bool | None = None
+    """Whether the engine prepares to switch between prefill and decode with its weights in place. None: on a CPU."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)

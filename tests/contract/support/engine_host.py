@@ -37,6 +37,7 @@ class Host:
         self._commands: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
             "start": self._engine.start,
             "stop": self._engine.stop,
+            "switch_role": self._engine.switch_role,
             "abort": self._abort,
             "load": self._engine.load,
             "canary": self._engine.canary,

@@ -18,7 +18,7 @@ from typing import Any
 
 import tandem
 from tandem.domain.generation import EngineFinish, EngineRequest, TokenBatch, TokenLogprob
-from tandem.domain.worker import Capabilities, EngineLoad
+from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, KvEvent, KvSnapshot
 from tandem.engine.settings import EngineSettings
 
@@ -135,6 +135,11 @@ class EngineProcess:
         await self.call("start")
         self.capabilities, self.bootstrap = await self.call("describe")
         self.idle_load = await self.load()
+
+    async def switch_role(self, role: WorkerRole) -> None:
+        """Take another role, and take down what it says of itself then."""
+        await self.call("switch_role", role)
+        self.capabilities, self.bootstrap = await self.call("describe")
 
     def send(self, name: str, *arguments: Any) -> tuple[int, asyncio.Queue[tuple[str, Any]]]:
         """Begin a command; answers arrive in the queue."""

@@ -178,6 +178,13 @@ class Fleet:
         ]
         return Pair(*await self._use_settings("caching pair", wanted))
 
+    async def switching_pair(self, page_size_tokens: int) -> Pair:
+        """A pair that is used in no other test, with pages of a size for which KV events are reported."""
+        page = {"simulated": "page_size_tokens", "sglang": "page_size"}[self.name]
+        pair = (self._settings(role, "nixl") for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+        wanted = [dataclasses.replace(settings, extra=settings.extra | {page: page_size_tokens}) for settings in pair]
+        return Pair(*await self._use_settings("switching pair", wanted))
+
     async def unstarted(self) -> EngineProcess:
         """A process with an engine that was made and never started; the caller closes it."""
         return await EngineProcess.spawn(self.name, self._settings(WorkerRole.AGGREGATED, "nixl"), self._log)

@@ -81,6 +81,8 @@ def check_settings(settings: EngineSettings) -> None:
     ):
         if value not in allowed:
             raise ConfigError(name, f"must be one of {', '.join(allowed)}, not {value!r}")
+    if settings.transfer_backend == "fake" and settings.role is WorkerRole.PREFILL:
+        raise ConfigError("transfer_backend", "must not be fake on a prefill engine: SGLang starts none with it")
     for name, count in (("threads", settings.threads), ("running_requests_max", settings.running_requests_max)):
         if count is not None and count < 1:
             raise ConfigError(name, f"must be at least 1, not {count}")
@@ -128,7 +130,7 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
         "host": settings.host,
         "port": ports.server,
         "nccl_port": ports.distributed,
-        "max_running_requests": _running_requests_max(settings, device),
+        "max_running_requests": running_requests_max(settings, device),
         "random_seed": settings.seed,
         "log_level": LOG_LEVELS.get(settings.log_level.lower(), settings.log_level.lower()),
         # An idle scheduler would otherwise busy-loop on one core.
@@ -149,7 +151,8 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
     return arguments | _role_arguments(settings, device, ports) | _extra_arguments(settings)
 
 
-def _running_requests_max(settings: EngineSettings, device: str) -> int:
+def running_requests_max(settings: EngineSettings, device: str) -> int:
+    """Requests that run at the same time."""
     if settings.running_requests_max is not None:
         return settings.running_requests_max
     if device == "cpu":
@@ -168,9 +171,15 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
         "disaggregation_transfer_backend": settings.transfer_backend,
         "disaggregation_bootstrap_port": ports.bootstrap,
     }
-    if settings.role is WorkerRole.DECODE and device == "cpu":
+    return arguments | decode_arguments(settings, device) if settings.role is WorkerRole.DECODE else arguments
+
+
+def decode_arguments(settings: EngineSettings, device: str) -> dict[str, Any]:
+    """Arguments that matter in the decode role only."""
+    arguments: dict[str, Any] = {}
+    if device == "cpu":
         arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
-    if settings.role is WorkerRole.DECODE and settings.kv_capacity_tokens is not None:
+    if settings.kv_capacity_tokens is not None:
         # SGLang admits a prompt only if this much stays free; its default would never be free on a small pool.
         share_tokens = settings.kv_capacity_tokens // RESERVED_SHARE
         arguments["num_reserved_decode_tokens"] = min(RESERVED_TOKENS_MAX, share_tokens)
@@ -197,6 +206,7 @@ OWNED = frozenset(
         "detokenizer_worker_num",
         "skip_tokenizer_init",
         "kv_events_config",
+        "enable_pd_role_switch",
         "incremental_streaming_output",
         "nnodes",
         "node_rank",

@@ -28,7 +28,7 @@ def capabilities(
         model=settings.model_name,
         model_digest=checkpoint.model_digest,
         tokenizer_digest=checkpoint.tokenizer_digest,
-        context_tokens_max=facts["context_tokens_max"],
+        context_tokens_max=facts["context_tokens_max"][settings.role.value],
         kv_capacity_tokens=info["max_total_num_tokens"],
         running_requests_max=facts["running_requests_max"],
         vocabulary_size=checkpoint.vocabulary_size,

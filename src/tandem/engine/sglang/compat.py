@@ -38,6 +38,7 @@ MANAGER_METHODS = (
     "start_profile",
     "stop_profile",
     "set_internal_state",
+    "pd_role_switch",
     # Called or overridden by `front_half`.
     "_handle_batch_output",
     "_handle_abort_req",

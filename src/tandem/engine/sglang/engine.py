@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,17 @@ from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import arguments, capabilities, compat, environment, kv_events, profiling, reports, requests
+from tandem.engine.sglang import (
+    arguments,
+    capabilities,
+    compat,
+    environment,
+    kv_events,
+    profiling,
+    reports,
+    requests,
+    role_switch,
+)
 from tandem.engine.sglang.children import Children
 from tandem.engine.sglang.handover import HandoverWatch
 from tandem.engine.sglang.hooks.cache_dump import REQUEST_KEY
@@ -69,9 +80,14 @@ class SglangEngine:
         self._kv_follower: KvFollower | None = None
         self._kv_task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._switch_obstacle: str | None = None
+        """Why the engine cannot switch its role in place; None: it can."""
+        self._prefill_ended_s = float("-inf")
+        """When the prefill role was last left, on the event loop's clock."""
         self._profile_directory: Path
         self._ports: arguments.Ports
         self._checkpoint: Checkpoint
+        self._info: dict[str, Any]
         self._capabilities: Capabilities
 
     # --- Lifecycle
@@ -128,6 +144,9 @@ class SglangEngine:
         if self._failure is not None:
             raise StartError(self._failure)
         await building
+        if self._switch_obstacle is None and self._settings.role is WorkerRole.DECODE:
+            # SGLang starts one in either role where it may switch.
+            await role_switch.close_bootstrap(self._engine.tokenizer_manager)
         self._response_reader = asyncio.create_task(self._read_responses())
         self._stop_watcher = asyncio.create_task(self._watch_for_stops(), name="stopped-children")
         self._follow_kv_events()
@@ -153,7 +172,10 @@ class SglangEngine:
         compat.check_offers(settings.transfer_backend, device)
         self._ports = arguments.choose_ports(settings)
         given = arguments.server_arguments(settings, device, self._ports)
-        if kv_events.unavailable(settings) is None:
+        self._switch_obstacle = role_switch.obstacle(settings, device)
+        if self._switch_obstacle is None:
+            given = role_switch.server_arguments(settings, device) | given
+        if kv_events.is_published(settings, both_roles=self._switch_obstacle is None):
             given |= kv_events.arguments(directory)
         if self._stopping is not None:
             raise StartError("engine start was cancelled by a stop")
@@ -166,9 +188,54 @@ class SglangEngine:
             report = reports.read(directory / "report")
             raise StartError(f"SGLang failed to start: {report or reports.sentence_of(problem)}") from None
         self._engine = engine
-        info = launch.scheduler_info(engine)
+        info = self._info = launch.scheduler_info(engine)
         compat.check_hooks(info.get(FACTS_KEY), device)
         self._capabilities = capabilities.capabilities(settings, self._checkpoint, engine.server_args, info)
+
+    async def switch_role(self, role: WorkerRole) -> None:
+        """See the port. The scheduler process stays; of its memory only the transfer structures are built anew."""
+        self._check_alive()
+        if role is WorkerRole.AGGREGATED:
+            raise NotSupported("SGLang switches between prefill and decode only")
+        if self._switch_obstacle is not None:
+            raise NotSupported(self._switch_obstacle)
+        manager = self._engine.tokenizer_manager
+        if role is WorkerRole.PREFILL:
+            await self._open_bootstrap(manager)
+        await self._unfollow_kv_events()
+        await self._unless_failed(role_switch.switch(manager, role))
+        if role is WorkerRole.DECODE:
+            await role_switch.close_bootstrap(manager)
+            self._prefill_ended_s = asyncio.get_running_loop().time()
+        self._settings = replace(self._settings, role=role)
+        self._capabilities = capabilities.capabilities(
+            self._settings, self._checkpoint, self._engine.server_args, self._info
+        )
+        self._follow_kv_events()
+
+    async def _open_bootstrap(self, manager: Any) -> None:
+        """Listen for decode engines, at the configured port or a new one."""
+        settings = replace(self._settings, role=WorkerRole.PREFILL)
+        passed_s = asyncio.get_running_loop().time() - self._prefill_ended_s
+        if settings.bootstrap_port and passed_s < role_switch.PEERS_FORGET_S:
+            raise NotSupported(
+                f"decode engines may still know the prefill engine that was at its bootstrap_port {passed_s:.1f} s ago"
+            )
+        try:
+            port = arguments.choose_ports(settings).bootstrap
+        except StartError as problem:
+            raise NotSupported(problem.message) from None
+        assert self._directory is not None
+        await role_switch.open_bootstrap(manager, settings.host, port, self._directory)
+        self._ports = replace(self._ports, bootstrap=port)
+
+    async def _unfollow_kv_events(self) -> None:
+        if self._kv_task is not None:
+            self._kv_task.cancel()
+            await asyncio.wait({self._kv_task})
+        if self._kv_mirror is not None:
+            self._kv_mirror.end()
+        self._kv_mirror = self._kv_follower = self._kv_task = None
 
     async def _read_responses(self) -> None:
         """Run SGLang's response loop for all requests. SGLang's own wrapper would exit the process when it raises."""
@@ -220,10 +287,11 @@ class SglangEngine:
             # Again, for children that were started while the first ones were being killed.
             assert self._children is not None
             await self._children.end()
-        for task in (self._response_reader, self._stop_watcher, self._kv_task):
+        for task in (self._response_reader, self._stop_watcher):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
+        await self._unfollow_kv_events()
         if self._engine is not None:
             from tandem.engine.sglang import launch
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def unavailable(settings: EngineSettings) -> str | None:
     if extra.get("dp_size", 1) != 1:
         return "KV events are not supported with several data-parallel ranks (engine_extra.dp_size)"
     return None
+
+
+def is_published(settings: EngineSettings, *, both_roles: bool) -> bool:
+    """Whether the engine must publish its events: it has some in its role, or (`both_roles`) in the other of a pair."""
+    roles = (WorkerRole.PREFILL, WorkerRole.DECODE) if both_roles else (settings.role,)
+    return any(unavailable(replace(settings, role=role)) is None for role in roles)
 
 
 def endpoints(directory: Path) -> tuple[str, str]:

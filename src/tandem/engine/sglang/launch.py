@@ -7,6 +7,7 @@ that.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
+from tandem.engine.sglang import role_switch
 from tandem.engine.sglang.front_half import FrontHalf
 from tandem.engine.sglang.hooks import kv_snapshot
 
@@ -90,13 +92,21 @@ def scheduler_info(engine: Any) -> dict[str, Any]:
 
 
 def dismantle(engine: Any) -> None:
-    """Close the sockets and remove the files that SGLang leaves in this process. Its children must have ended."""
+    """Close the sockets and remove the files that SGLang leaves in this process. Its children must have ended.
+
+    Another engine may follow in this process, so nothing may refer to this one any more.
+    """
+    atexit.unregister(engine.shutdown)
     manager = engine.tokenizer_manager
     if manager.bootstrap_server is not None:
-        manager.bootstrap_server.close()
-    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
-        if socket is not None:
-            socket.close(linger=0)
+        role_switch.end_server(manager.bootstrap_server)
+    sockets = (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc)
+    opened = [socket for socket in sockets if socket is not None]
+    for socket in opened:
+        socket.close(linger=0)
+    # SGLang makes two; each has three threads and a dozen descriptors.
+    for context in {id(socket.context): socket.context for socket in opened}.values():
+        context.destroy(linger=0)
     manager.load_snapshot_reader.close()
     stale_files = [Path(manager.load_snapshot_reader.path)]
     names = (getattr(engine.port_args, name) for name in vars(engine.port_args))

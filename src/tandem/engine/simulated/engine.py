@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import tandem
@@ -55,6 +56,9 @@ def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CAPACITY_TOKENS = 16_384
 RUNNING_REQUESTS_MAX = 16
+IDLE_TIMEOUT_S = 5.0
+"""How long a role switch waits for the pages of requests that have just ended."""
+IDLE_CHECK_S = 0.005
 TRANSFER_BACKENDS = {"nixl": "simulated", "simulated": "simulated", "fake": "fake"}
 
 
@@ -87,6 +91,7 @@ class SimulatedEngine:
         self._machine: Machine | None = None
         self._capabilities: Capabilities | None = None
         self._bootstrap_port: int | None = None
+        self._checkpoint: Checkpoint
         self._canaries = itertools.count(1)
 
     @property
@@ -96,7 +101,10 @@ class SimulatedEngine:
 
     async def start(self) -> None:
         """Read the model directory and, in the prefill role, start the bootstrap server. See the port."""
-        checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        self._machine = await self._make_machine(await asyncio.to_thread(read_checkpoint, self._settings.model_path))
+
+    async def _make_machine(self, checkpoint: Checkpoint) -> Machine:
+        """A started machine in the settings' role; sets what the engine says of itself."""
         vocabulary = await asyncio.to_thread(read_vocabulary, checkpoint, self._options.eos_chance)
         if self._options.eos_after_tokens is not None and vocabulary.eos_token_id is None:
             raise ConfigError("engine_extra.eos_after_tokens", "the model has no end-of-sequence token")
@@ -115,7 +123,31 @@ class SimulatedEngine:
             self._settings.seed,
         )
         self._bootstrap_port = await machine.start(self._settings.host, self._settings.bootstrap_port)
-        self._capabilities, self._machine = capabilities, machine
+        self._capabilities, self._checkpoint = capabilities, checkpoint
+        return machine
+
+    async def switch_role(self, role: WorkerRole) -> None:
+        """See the port. Between prefill and decode, as SGLang: a new scheduler and pool, after `role_switch_s`."""
+        machine = self._running()
+        if WorkerRole.AGGREGATED in (role, self._settings.role):
+            raise NotSupported("an engine switches in place between prefill and decode only")
+        await self._wait_idle(machine)
+        self._machine = None
+        await machine.stop()
+        self._settings = replace(self._settings, role=role)
+        await self._clock.sleep(self._options.role_switch_s)
+        try:
+            self._machine = await self._make_machine(self._checkpoint)
+        except StartError as problem:
+            raise EngineFailed(f"the role switch failed: {problem}") from None
+
+    async def _wait_idle(self, machine: Machine) -> None:
+        waited_s = 0.0
+        while machine.legs:
+            if waited_s >= IDLE_TIMEOUT_S:
+                raise EngineFailed(f"requests still hold pages {IDLE_TIMEOUT_S:g} s after their end")
+            await self._clock.sleep(IDLE_CHECK_S)
+            waited_s += IDLE_CHECK_S
 
     async def stop(self) -> None:
         """Abort everything and close the sockets."""

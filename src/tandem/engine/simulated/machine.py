@@ -101,6 +101,8 @@ class Machine:
         """Abort everything and close the sockets."""
         for leg in list(self._legs.values()):
             self._retire(leg, leg.finish(FinishReason.ABORTED))
+        if self.kv_mirror is not None:
+            self.kv_mirror.end()
         await self._end_tasks()
 
     @property

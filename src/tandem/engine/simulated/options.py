@@ -46,6 +46,8 @@ class Options:
     """Fixed time of each part of a KV transfer."""
     transfer_bytes_per_s: float = 10e9
     """Bandwidth of a prefill engine; its KV transfers share it, part by part."""
+    role_switch_s: float = 0.1
+    """Time to switch between prefill and decode in place."""
     jitter: float = 0.0
     """Every duration is scaled by a seeded random factor from 1 - jitter to 1 + jitter."""
 
@@ -173,6 +175,7 @@ _RULES = {
     "decode_request_s": _NUMBER_FROM_0,
     "decode_context_token_s": _NUMBER_FROM_0,
     "transfer_latency_s": _NUMBER_FROM_0,
+    "role_switch_s": _NUMBER_FROM_0,
     "jitter": _FRACTION,
     "page_size_tokens": _WHOLE_FROM_1,
     "chunked_prefill_tokens": _WHOLE_FROM_1,

@@ -95,6 +95,7 @@ class CheckedSocket:
         self._socket = socket
         self._check = check
         self._pulse = pulse
+        self._is_closing = False
         self.reader: threading.Thread | None = None
         """The thread that receives, once it has begun to."""
 
@@ -104,7 +105,7 @@ class CheckedSocket:
     def recv_multipart(self) -> list[bytes]:
         """The next message that SGLang can read; blocks until there is one, and beats meanwhile."""
         self.reader = threading.current_thread()
-        while True:
+        while not self._is_closing:
             self._pulse.beat()
             if not self._socket.poll(BEAT_INTERVAL_S * 1_000):
                 continue
@@ -113,6 +114,20 @@ class CheckedSocket:
             if reason is None:
                 return frames
             self._pulse.drop(reason)
+        # By the thread that uses it: a ZMQ socket is no two threads'.
+        self._socket.close(0)
+        raise SystemExit  # ends this thread, without a word
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the reading thread ends because it was asked to."""
+        return self._is_closing
+
+    def shut(self, timeout_s: float) -> None:
+        """End the reading thread and close the socket: the engine takes another role."""
+        self._is_closing = True
+        if self.reader is not None:
+            self.reader.join(timeout_s)
 
 
 # --- The thread
@@ -145,6 +160,8 @@ def _watch(checked: CheckedSocket, end: Callable[[BaseException], None]) -> None
     """End the engine when the receiving thread has ended: no hand-over would succeed any more."""
     while (reader := checked.reader) is None or reader.is_alive():
         time.sleep(WATCH_INTERVAL_S)
+    if checked.is_closing:
+        return
     end(EngineFailed("the thread that receives the messages of the KV hand-over has ended"))
 
 

@@ -28,6 +28,7 @@ from tandem.engine.sglang.hooks import (
     cache_dump,
     grammars,
     handover_port,
+    role_switch,
     seeded_sampling,
     transfer_queues,
 )
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 FACTS_KEY = "tandem"
 """Key of what the hooks add: per request in `meta_info`, per engine in SGLang's start-up message."""
+ROLES = ("prefill", "decode", "aggregated")
 _MAX_REQ_LEN_AT = 4
 """Index of max_req_len in the result of TpModelWorker.get_worker_info; max_req_input_len follows."""
 IDLE_POLL_MS = 1
@@ -91,6 +93,7 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         **{f"{_NIXL}.NixlKVManager.{name}": (_note_handles, "after") for name in _SENDS},
         **handover_port.targets(),
         **bootstrap_server.targets(),
+        **role_switch.targets(),
         **transfer_queues.targets(),
     }
     if device == "cpu":
@@ -186,7 +189,7 @@ def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     device = "cpu" if str(pool.device).startswith("cpu") else "cuda"
     info[FACTS_KEY] = {
         "hooks": in_place(list(targets(device))),
-        "context_tokens_max": _context_tokens_max(scheduler),
+        "context_tokens_max": {role: _context_tokens_max(scheduler, role) for role in ROLES},
         "running_requests_max": scheduler.max_running_requests,
         "page_size_tokens": scheduler.page_size,
         "kv_dtype": str(pool.dtype).removeprefix("torch."),
@@ -207,11 +210,11 @@ def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     return (*info[:at], max_req_len, max_req_len - 1, *info[at + 2 :])
 
 
-def _context_tokens_max(scheduler: Any) -> int:
-    """Largest number of prompt plus completion tokens that the scheduler accepts."""
+def _context_tokens_max(scheduler: Any, role: str) -> int:
+    """Largest number of prompt plus completion tokens that the scheduler accepts in a role."""
     # One page is the allocator's reserve, and the last page of a prompt may be nearly empty.
     reserve_tokens = 2 * scheduler.page_size
-    if scheduler.disaggregation_mode.value == "decode":
+    if role == "decode":
         # A prompt is admitted only while this much stays free; otherwise it waits until it times out.
         reserve_tokens += scheduler.server_args.num_reserved_decode_tokens
     kv_tokens = scheduler.max_total_num_tokens - reserve_tokens

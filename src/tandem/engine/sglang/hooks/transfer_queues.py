@@ -87,6 +87,11 @@ class PeerQueues:
         with contextlib.suppress(IdlePeer):
             self._run(queue)
 
+    def end(self, last: Any) -> None:
+        """Append to each queue what makes SGLang's loop end its thread."""
+        for queue in self._queues.values():
+            queue.put(last)
+
     def __len__(self) -> int:
         return sum(not queue.is_closed for queue in self._queues.values())
 

@@ -1,0 +1,126 @@
+"""Which engine a worker has after each way a role change can go."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from tandem.domain.worker import WorkerRole
+from tandem.engine.port import Engine
+from tandem.engine.role_engine import RoleEngine
+from tandem.errors import ConfigError, EngineFailed, NotSupported, StartError
+
+PREFILL, DECODE, AGGREGATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.AGGREGATED
+
+
+class ScriptedEngine:
+    """An engine whose switch and start each test sets."""
+
+    def __init__(self, made_for: WorkerRole) -> None:
+        self.made_for = made_for
+        self.role = made_for
+        self.is_running = False
+        self.start_error: StartError | None = None
+        self.switch_error: Exception | None = None
+        self.died = asyncio.Event()
+
+    async def start(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
+        self.is_running = True
+
+    async def stop(self) -> None:
+        self.is_running = False
+        self.died.set()
+
+    async def switch_role(self, role: WorkerRole) -> None:
+        if self.switch_error is not None:
+            raise self.switch_error
+        self.role = role
+
+    async def wait_failed(self) -> str:
+        await self.died.wait()
+        return f"the {self.made_for.value} engine died"
+
+
+class Scene:
+    """A running engine in the prefill role, and all that were made."""
+
+    def __init__(self) -> None:
+        self.made: list[ScriptedEngine] = []
+        self.start_errors: dict[WorkerRole, StartError] = {}
+        self.engine = RoleEngine(self._make, PREFILL)
+
+    def _make(self, role: WorkerRole) -> Engine:
+        engine = ScriptedEngine(role)
+        engine.start_error = self.start_errors.get(role)
+        self.made.append(engine)
+        return cast("Engine", engine)
+
+    @property
+    def running(self) -> list[ScriptedEngine]:
+        return [engine for engine in self.made if engine.is_running]
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    scene = Scene()
+    await scene.engine.start()
+    return scene
+
+
+async def test_an_engine_that_can_switch_stays(scene: Scene) -> None:
+    assert await scene.engine.change_role(DECODE)
+    assert scene.running == scene.made
+    assert scene.made[0].role is DECODE
+
+
+@pytest.mark.parametrize("error", [NotSupported("not in place"), EngineFailed("half way")])
+async def test_an_engine_that_cannot_switch_is_replaced(scene: Scene, error: Exception) -> None:
+    scene.made[0].switch_error = error
+    assert not await scene.engine.change_role(AGGREGATED)
+    assert [engine.made_for for engine in scene.running] == [AGGREGATED]
+
+
+async def test_an_engine_that_must_not_stay_is_replaced(scene: Scene) -> None:
+    assert not await scene.engine.change_role(DECODE, may_switch=False)
+    assert [(engine.made_for, engine.role) for engine in scene.running] == [(DECODE, DECODE)]
+
+
+async def test_after_a_start_that_failed_another_engine_is_started_without_asking_the_dead_one(scene: Scene) -> None:
+    scene.made[0].switch_error = NotSupported("not in place")
+    scene.start_errors[AGGREGATED] = StartError("no memory")
+    with pytest.raises(StartError, match="no memory"):
+        await scene.engine.change_role(AGGREGATED)
+    assert not scene.running
+    failing = asyncio.create_task(scene.engine.wait_failed())
+    await asyncio.sleep(0)
+    assert not failing.done(), "there is no engine that could fail"
+    assert not await scene.engine.change_role(PREFILL)
+    assert [engine.made_for for engine in scene.running] == [PREFILL]
+    scene.running[0].died.set()
+    assert await asyncio.wait_for(failing, 5) == "the prefill engine died"
+
+
+async def test_the_end_of_a_replaced_engine_is_no_failure_and_the_death_of_the_new_one_is(scene: Scene) -> None:
+    failing = asyncio.create_task(scene.engine.wait_failed())
+    scene.made[0].switch_error = NotSupported("not in place")
+    await scene.engine.change_role(DECODE)
+    assert scene.made[0].died.is_set()
+    await asyncio.sleep(0)
+    assert not failing.done()
+    scene.made[1].died.set()
+    assert await asyncio.wait_for(failing, 5) == "the decode engine died"
+
+
+async def test_settings_that_exclude_a_role_are_a_sentence() -> None:
+    def make(role: WorkerRole) -> Engine:
+        if role is AGGREGATED:
+            raise ConfigError("transfer_backend", "must not be fake")
+        return cast("Engine", ScriptedEngine(role))
+
+    engine = RoleEngine(make, PREFILL)
+    assert engine.problem_of(AGGREGATED) == "transfer_backend: must not be fake"
+    assert engine.problem_of(DECODE) is None
