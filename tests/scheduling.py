@@ -30,6 +30,7 @@ UNITS = {
             "tests/faults/test_leg_on_sglang.py",
             "tests/faults/test_leg_cancels_on_sglang.py",
             "tests/faults/test_outages_on_sglang.py",
+            "tests/integration/test_role_changes_on_sglang.py",
             "tests/integration/test_sglang_profile.py",
             "tests/integration/test_traces_on_sglang.py",
             "tests/integration/test_command_line_edge.py",

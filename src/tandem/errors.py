@@ -11,6 +11,7 @@
     │   ├── DuplicateWorker      a live worker has that id or address   ALREADY_EXISTS
     │   ├── StaleEpoch           the worker was restarted               FAILED_PRECONDITION
     │   ├── WrongRole            wrong worker role for that call        FAILED_PRECONDITION
+    │   ├── RoleChangeRefused    a worker cannot take that role now     FAILED_PRECONDITION
     │   ├── AdminDisabled        disabled by a setting                  FAILED_PRECONDITION
     │   └── NotSupported         not supported by engine or model       UNIMPLEMENTED
     ├── ServiceError             the cluster is at fault; most can be retried
@@ -136,6 +137,13 @@ class WrongRole(RequestError):
 
     code = "FAILED_PRECONDITION"
     reason = "WRONG_ROLE"
+
+
+class RoleChangeRefused(RequestError):
+    """A worker cannot take a role, or must not now; nothing has changed. Metadata: worker, role."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "ROLE_CHANGE_REFUSED"
 
 
 class AdminDisabled(RequestError):

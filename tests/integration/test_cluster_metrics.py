@@ -98,6 +98,9 @@ CASES: dict[str, Case] = {
     "tandem.kv.pages": Case(on.an_open_stream, (("tandem.state", "used"),), by=10),
     "tandem.kv.pages.capacity": Case(on.a_smaller_worker, by=-100),
     "tandem.engine.healthy": Case(on.a_failing_canary, by=-1),
+    "tandem.role.change.duration": Case(
+        on.a_role_change, (("tandem.role", "prefill"), ("tandem.outcome", "in_place")), "_count", by=1
+    ),
     "tandem.engine.messages.dropped": Case(on.a_foreign_registration, (("tandem.reason", "refused"),), by=1),
     "tandem.members": Case(on.a_drain, (("tandem.role", "decode"), ("tandem.state", "draining")), by=1),
     "tandem.watchers": Case(on.a_watcher, by=1),

@@ -26,9 +26,12 @@ from cryptography import x509
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.client import calls
+from tandem.client.role_calls import change_role
+from tandem.domain.worker import WorkerRole
 from tandem.errors import ServiceError, StartError
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import OPTIONS, open_channel
+from tandem.rpc.convert import ROLES
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
@@ -104,6 +107,16 @@ async def run(*command: str, state: Path) -> tuple[int | None, str, str]:
     )
     out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
+
+
+async def test_a_role_changes_over_certificates_and_back(cluster: LocalCluster) -> None:
+    tls = client_tls(cluster.spec.tls)
+    # One process of each role: the registry refuses without force.
+    for role in (WorkerRole.DECODE, WorkerRole.AGGREGATED):
+        steps = change_role(cluster.registry.address, "aggregated-0", role, force=True, tls=tls)
+        *_, done = [step async for step in steps]
+        assert done.worker.role == ROLES[role]
+        assert await text_of(cluster)
 
 
 async def test_it_streams_text_and_every_process_has_the_certificate_of_its_role(cluster: LocalCluster) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tandem.clock import ManualClock
 from tandem.discovery import LeaseTime
+from tandem.domain.worker import Worker, WorkerRole
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.identity import Identity
 from tests.unit.support.registry_workers import make_worker
@@ -22,9 +23,13 @@ class FakeLease:
         self.ttl_s = TTL_S
         self.lease_time: LeaseTime | None = LeaseTime(TTL_S, clock.now_s + TTL_S)
         self.renewed: list[int] = []
+        self.replaced: list[Worker] = []
 
     def renew(self, epoch: int) -> None:
         self.renewed.append(epoch)
+
+    def replace(self, member: Worker) -> None:
+        self.replaced.append(member)
 
 
 @pytest.fixture
@@ -117,3 +122,12 @@ def test_superseding_never_takes_an_epoch_below_the_clock(identity: Identity, le
     identity.supersede(8)
     assert identity.current().epoch == 1000
     assert lease.renewed == [1000]
+
+
+def test_a_new_role_takes_an_epoch_above_the_present_one(identity: Identity, lease: FakeLease) -> None:
+    described = make_worker(epoch=1, role=WorkerRole.DECODE)
+    worker = identity.become(described)
+    assert (worker.epoch, worker.role) == (1000, WorkerRole.DECODE)
+    assert identity.become(described).epoch == 1001, "the clock stands, and the epoch must not"
+    assert identity.current() == lease.replaced[-1]
+    assert not lease.renewed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.domain.worker import Worker
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.metrics import Metrics
 from tandem.testing.fake_model import write_fake_model
@@ -22,6 +23,9 @@ class Place:
     lease_time = None
 
     def renew(self, epoch: int) -> None:
+        pass
+
+    def replace(self, member: Worker) -> None:
         pass
 
 

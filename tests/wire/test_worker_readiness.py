@@ -15,7 +15,6 @@ from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.app import WorkerHost
 from tandem.worker.config import WorkerConfig
-from tandem.worker.roles import decode
 from tests.faults.support.process_faults import free_port
 from tests.wire.support.scripted_registry import ScriptedRegistry, play_registry
 
@@ -33,7 +32,7 @@ async def test_a_worker_is_serving_once_a_registry_has_taken_it() -> None:
     address = f"127.0.0.1:{port}"
     async with play_registry(registry), AsyncExitStack() as stack:
         config = settings(registry, port)
-        opening = WorkerHost.open(config, WorkerRole.DECODE, decode.services)
+        opening = WorkerHost.open(config, WorkerRole.DECODE)
         starting = asyncio.create_task(stack.enter_async_context(opening))
         await assert_eventually(lambda: registry.registered, within_s=20)
         # The engine has generated, and no registry lists it: a restart of one worker after another must wait.
@@ -61,7 +60,7 @@ async def test_a_drain_that_cuts_legs_is_clean_because_their_streams_continue_el
     async with play_registry(registry):
         config = settings(registry, 0, **slow)
         async with AsyncExitStack() as stack:
-            worker = await stack.enter_async_context(WorkerHost.open(config, WorkerRole.AGGREGATED, decode.services))
+            worker = await stack.enter_async_context(WorkerHost.open(config, WorkerRole.AGGREGATED))
             legs = await stack.enter_async_context(direct_legs(worker.address))
             leg = await legs.start(
                 leg_pb2.LegRequest(

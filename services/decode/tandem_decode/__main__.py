@@ -16,11 +16,10 @@ def main() -> NoReturn:
     begin()
     from tandem.service import process
     from tandem.worker.app import WorkerHost
-    from tandem.worker.roles import decode
     from tandem_decode.config import DecodeConfig
 
     def build(config: DecodeConfig) -> process.Lifespan:
-        return WorkerHost.open(config, config.worker_role, decode.services)
+        return WorkerHost.open(config, config.worker_role)
 
     process.leave(process.main("tandem-decode", DecodeConfig, build))
 

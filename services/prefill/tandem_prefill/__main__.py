@@ -17,11 +17,10 @@ def main() -> NoReturn:
     from tandem.domain.worker import WorkerRole
     from tandem.service import process
     from tandem.worker.app import WorkerHost
-    from tandem.worker.roles import prefill
     from tandem_prefill.config import PrefillConfig
 
     def build(config: PrefillConfig) -> process.Lifespan:
-        return WorkerHost.open(config, WorkerRole.PREFILL, prefill.services)
+        return WorkerHost.open(config, WorkerRole.PREFILL)
 
     process.leave(process.main("tandem-prefill", PrefillConfig, build))
 

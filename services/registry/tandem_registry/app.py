@@ -15,11 +15,13 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import add_RegistryService
 from tandem.domain.network_address import join_address
 from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
+from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
 from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
 from tandem_registry.gauges import RegistryGauges
+from tandem_registry.role_changes import RoleChanges
 from tandem_registry.servicer import SERVICE_NAME, RegistryServicer
 
 STOP_GRACE_S = 0.2
@@ -53,7 +55,9 @@ class RegistryApp:
             stack.push_async_callback(metrics.stop)
             backend = _make_backend(config)
             metrics.measure(RegistryGauges(backend).read)
-            servicer = RegistryServicer(backend)
+            channels = Channels(config.tls)
+            stack.push_async_callback(channels.close)
+            servicer = RegistryServicer(backend, RoleChanges(backend, channels))
             services = [(SERVICE_NAME, partial(add_RegistryServiceServicer_to_server, servicer))]
             server = RpcServer(services, request_bytes_max=REQUEST_BYTES_MAX, tls=config.tls)
             stack.push_async_callback(server.stop, STOP_GRACE_S)

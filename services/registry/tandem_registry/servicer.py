@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
@@ -14,6 +15,7 @@ from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
 from tandem.errors import Draining, InvalidRequest
 from tandem_registry.backends.port import Backend
 from tandem_registry.backends.subscriptions import Known
+from tandem_registry.role_changes import RoleChanges
 from tandem_registry.validation import (
     checked_epoch,
     checked_frontend,
@@ -31,8 +33,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 class RegistryServicer(pb_grpc.RegistryServiceServicer):
     """The methods of registry_service.proto."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, role_changes: RoleChanges) -> None:
         self._backend = backend
+        self._role_changes = role_changes
         self._ending = asyncio.Event()
         self._snapshots = Snapshots()
 
@@ -134,6 +137,14 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         worker_id = checked_worker_id("worker_id", request.worker_id)
         revision = await self._backend.drain(worker_id, checked_epoch("epoch", request.epoch))
         return pb.DrainResponse(revision=revision)
+
+    async def ChangeRole(  # noqa: N802
+        self, request: pb.ChangeRoleRequest, context: Any
+    ) -> AsyncIterator[pb.ChangeRoleResponse]:
+        """Have a worker change its role, and pass on its progress."""
+        async with aclosing(self._role_changes.change(request)) as steps:
+            async for step in steps:
+                yield pb.ChangeRoleResponse(change=step)
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
         """Remove a worker or a frontend."""

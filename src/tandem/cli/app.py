@@ -313,6 +313,41 @@ def drain(
 
 
 @app.command()
+def role(
+    worker: Annotated[str, typer.Argument(help="Worker id, as shown by `tandem status`.")],
+    role: Annotated[str, typer.Argument(help="New role: prefill, decode or aggregated.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when no other worker of its present role is serving.")
+    ] = False,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for open legs to end, then their streams continue on other workers; default: the worker's.",
+            min=0,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Registries: host:port or srv://NAME, comma-separated; default: of `tandem up` here."),
+    ] = None,
+    tls: TlsDirectory = None,
+) -> None:
+    """Change the role of a worker: drain it, switch its engine, serve again in a new epoch."""
+    from tandem.cli import role as role_command
+    from tandem.cli.membership import registry_addresses
+    from tandem.cli.state import find_tls, read_state
+
+    async def run() -> int:
+        wanted = role_command.parse_role(role)
+        addresses = await registry_addresses(address or read_state().registry)
+        return await role_command.role(
+            worker, wanted, addresses, force=force, drain_timeout_s=drain_timeout, tls=find_tls(tls)
+        )
+
+    end("role", run())
+
+
+@app.command()
 def demo(model: Model = DEMO_MODEL, engine: EngineName = "sglang", log_dir: LogDirectory = None) -> None:
     """Start a cluster, stream one completion, print a summary, stop the cluster."""
     from rich.console import Console

@@ -147,6 +147,13 @@ class Registration:
         self._lose_lease()
         self._wake.set()
 
+    def replace(self, member: Member) -> None:
+        """Register again, at once, as another description of the same member under a later epoch."""
+        assert (member.kind, member.member_id) == (self._member.kind, self._member.member_id), "another member"
+        self._member = member
+        self._lose_lease()
+        self._wake.set()
+
     async def close(self) -> None:
         """Deregister, within at most a second, and free all resources. May be called twice."""
         if self._task is not None:

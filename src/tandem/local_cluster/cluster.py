@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tandem.client import calls
+from tandem.errors import TandemError
 from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.child_process import ClusterProcess, ProcessState
 from tandem.local_cluster.consul import ClusterConsul
 from tandem.local_cluster.consul_agent import ConsulAgent
+from tandem.rpc.convert import ROLE_BY_NUMBER
 from tandem.service import owned_directory, run_directory
-from tandem.tls.paths import Tls
+from tandem.tls.paths import Tls, client_tls
 
 KEPT_PORTS = ("registry", "frontend", "edge")
 """Roles whose address other processes have in their settings: after a restart they listen on the same port."""
@@ -117,6 +120,17 @@ class LocalCluster:
     def process(self, name: str) -> ClusterProcess:
         """The process of that name."""
         return next(process for process in self.processes if process.name == name)
+
+    async def present_roles(self) -> dict[str, str]:
+        """Role of each process by name: of a registered worker the one that it has now, else the one it starts with."""
+        roles = {process.name: process.role for process in self.processes}
+        try:
+            listed = await calls.list_workers(self.registry.address, tls=client_tls(self.spec.tls))
+        except TandemError:
+            # Without a registry the first roles are the best guess.
+            return roles
+        now = {entry.worker.worker_id: ROLE_BY_NUMBER[entry.worker.role].value for entry in listed}
+        return roles | {name: role for name, role in now.items() if name in roles}
 
     def dns_name(self, role: str) -> str:
         """DNS name, served by Consul, of the processes of a role."""

@@ -57,7 +57,7 @@ class Restarts:
             delay_s = self._policy.first_delay_s if await process.wait_ended() == 0 else budget.take_delay_s()
             if delay_s is None:
                 self._report(f"{process.exit_summary()}; giving up after {self._policy.count_max} restarts")
-                self._give_up(process)
+                await self._give_up(process)
                 return False
             self._report(f"{process.exit_summary()}; restarting in {delay_s:g} s")
             await asyncio.sleep(delay_s)
@@ -67,9 +67,11 @@ class Restarts:
                 continue
             self._report(f"{process.name} is ready again at {process.address} (pid {process.pid})")
 
-    def _give_up(self, process: ClusterProcess) -> None:
+    async def _give_up(self, process: ClusterProcess) -> None:
         self._given_up.add(process)
-        left = {p.role for p in self._cluster.processes if p not in self._given_up}
+        # A worker may have taken another role than that of its name.
+        roles = await self._cluster.present_roles()
+        left = {roles[p.name] for p in self._cluster.processes if p not in self._given_up}
         needed = {p.role for p in self._cluster.processes if p.role in ("registry", "frontend", "edge")}
         if not needed <= left or not ("aggregated" in left or {"prefill", "decode"} <= left):
             self._hopeless.set()

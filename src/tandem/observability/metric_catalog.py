@@ -104,6 +104,7 @@ ROLE = Attribute("tandem.role", ROLES)
 ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
 LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
+ROLE_CHANGE_OUTCOME = Attribute("tandem.outcome", ("in_place", "restarted", "failed"))
 DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropReason))
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
@@ -384,6 +385,16 @@ TABLE: tuple[Metric, ...] = (
         "1",
         "1: the engine emits tokens or answers its canary, and can hand over KV; 0: it does not, and the worker is "
         "NOT_SERVING.",
+    ),
+    _worker(
+        "tandem.role.change.duration",
+        Kind.HISTOGRAM,
+        "s",
+        "Time of a change to this role, its drain included, until the worker serves again. `restarted`: by an engine "
+        "that was started anew.",
+        ROLE,
+        ROLE_CHANGE_OUTCOME,
+        buckets=REQUEST_S,
     ),
     _worker(
         "tandem.engine.messages.dropped",

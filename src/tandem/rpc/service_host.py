@@ -9,7 +9,7 @@ import abc
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,17 +84,19 @@ class ServiceHost(abc.ABC):
         self.bind(host, port)
         await self.serve()
 
-    async def set_serving(self, serving: bool, *, works: bool | None = None) -> None:
+    async def set_serving(self, serving: bool, *, works: bool | None = None, idle: Collection[str] = ()) -> None:
         """Report to health checkers and watchers, for the process as a whole ("") and for each service.
 
         Args:
             serving: whether requests should be sent here.
             works: reported for ProcessService: a process may work and not be ready for requests. None: as `serving`.
+            idle: names of services that are never SERVING, whatever the process is.
         """
         # In turn: of two calls at once the later one holds for every name.
         async with self._setting:
             for name in ["", *self._names]:
                 healthy = works if name == PROCESS_SERVICE_NAME and works is not None else serving
+                healthy = healthy and name not in idle
                 await self._health.set(name, SERVING if healthy else NOT_SERVING)
 
     @abc.abstractmethod

@@ -175,6 +175,16 @@ async def _live(
         return 0 if await service.drain() else 1
 
 
+def freeze_again() -> None:
+    """After a large part of the process was replaced: collect the former one, and freeze the new one as at the start.
+
+    Takes a second beside an engine, in which nothing else runs.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 async def _abandon(living: asyncio.Future[int]) -> None:
     """Cancel a start and wait until it is undone; exits the process when that takes too long."""
     living.cancel()

@@ -1,7 +1,8 @@
 """Start, drain and stop order of a worker process.
 
 Start: port -> metrics -> engine -> canary -> serve -> register -> SERVING; a worker is registered only after its engine
-has generated, and SERVING only once it is registered: frontends can route to it.
+has generated, and SERVING only once it is registered: frontends can route to it. Its role may change then:
+`role_change`.
 Drain: DRAINING in the registry and NOT_SERVING to health checks while legs are still accepted -> settle -> close
 admission -> wait for the open legs (prefill: for every KV hand-over) -> deregister; legs that are open at the drain
 timeout end with the server, and their streams continue on other workers. Fenced (another process has
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from tandem.domain.network_address import join_address
 from tandem.domain.worker import LEG_CONTRACT, Worker, WorkerRole, WorkerState, capabilities_digest, default_worker_id
 from tandem.engine.factory import create_engine
 from tandem.engine.port import Engine
-from tandem.errors import EngineFailed, StartError
+from tandem.engine.role_engine import RoleEngine
+from tandem.errors import StartError
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.logs import log_leg
 from tandem.observability.metric_catalog import Emitter
@@ -41,14 +43,17 @@ from tandem.observability.span_export import export_spans, resource
 from tandem.observability.trace_store import TraceStore
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
 from tandem.rpc.profile_servicer import ProfileServicer
-from tandem.rpc.server import AddServicer, RpcServer
+from tandem.rpc.server import RpcServer
 from tandem.service.awake_timers import AwakeTimers
 from tandem.service.background import BackgroundTasks
+from tandem.service.process import freeze_again
 from tandem.worker.config import WorkerConfig
-from tandem.worker.engine_health import EngineHealth, Periods
+from tandem.worker.engine_health import EngineHealth, Periods, pass_canary
 from tandem.worker.identity import Identity
 from tandem.worker.kv_messages import log_refusal
 from tandem.worker.legs import Legs
+from tandem.worker.role_change import Parts, RoleChanges
+from tandem.worker.roles.role_services import every_service, idle_services
 from tandem.worker.server_health import ServerHealth
 from tandem.worker.servicer import SERVICE_NAME, WorkerServicer
 from tandem.worker.stats import DroppedMessages, LegStats, WorkerStats
@@ -62,10 +67,6 @@ STOP_GRACE_S = 0.5
 CHROME_TRACE = "chrome_trace"
 LEG_BYTES_MAX = 16 * 2**20
 """Maximum size of one leg request: a million token ids of five bytes, and a grammar."""
-
-Services = list[tuple[str, AddServicer]]
-RoleServices = Callable[[Legs, StepStreams, Worker], Services]
-"""Makes the gRPC services of a role: (full service name, function that adds the servicer to a server)."""
 
 
 class EngineProfiler:
@@ -97,8 +98,8 @@ class WorkerHost:
     """A registered worker, as `tandem.service.process` runs it. `open` makes one."""
 
     def __init__(
-        self, config: WorkerConfig, address: str, metrics: Metrics, engine: Engine, registration: Registration,
-        legs: Legs, health: ServerHealth,
+        self, config: WorkerConfig, address: str, metrics: Metrics, engine: RoleEngine, registration: Registration,
+        identity: Identity, legs: Legs, server: RpcServer,
     ) -> None:  # fmt: skip
         self.address = address
         """host:port of the gRPC server."""
@@ -106,15 +107,19 @@ class WorkerHost:
         self._metrics = metrics
         self._engine = engine
         self._registration = registration
+        self._identity = identity
         self._legs = legs
-        self._health = health
+        self._health = ServerHealth(server, lambda: idle_services(identity.current().role))
         self._drain_requested = asyncio.Event()
+        periods = Periods(config.canary_period_s, config.canary_timeout_s)
+        self._engine_health = EngineHealth(engine, lambda: legs.batch_count, periods, self._health.report)
+        self._streams = StepStreams(legs.abort_stream)
+        self._tasks = BackgroundTasks()
+        self._roles = RoleChanges(self._parts(), self._note_engine)
 
     @classmethod
-    def open(
-        cls, config: WorkerConfig, role: WorkerRole, role_services: RoleServices
-    ) -> AbstractAsyncContextManager[WorkerHost]:
-        """Construct the engine. Entering starts a worker, exiting stops it.
+    def open(cls, config: WorkerConfig, role: WorkerRole) -> AbstractAsyncContextManager[WorkerHost]:
+        """Construct the engine in its first role. Entering starts a worker, exiting stops it.
 
         Entering returns when the worker is registered, and retries without limit while no registry is reachable.
 
@@ -123,14 +128,12 @@ class WorkerHost:
                 the registry rejects the worker.
         """
         # Now, because the imports of an engine would delay the handling of a signal that comes after entering.
-        engine = create_engine(config.engine, config.engine_settings(role))
-        return cls._open(config, role, role_services, engine)
+        engine = RoleEngine(lambda wanted: create_engine(config.engine, config.engine_settings(wanted)), role)
+        return cls._open(config, role, engine)
 
     @classmethod
     @asynccontextmanager
-    async def _open(
-        cls, config: WorkerConfig, role: WorkerRole, role_services: RoleServices, engine: Engine
-    ) -> AsyncIterator[WorkerHost]:
+    async def _open(cls, config: WorkerConfig, role: WorkerRole, engine: RoleEngine) -> AsyncIterator[WorkerHost]:
         async with AsyncExitStack() as stack:
             server = RpcServer(request_bytes_max=LEG_BYTES_MAX, tls=config.tls)
             stack.push_async_callback(server.stop, STOP_GRACE_S)
@@ -146,20 +149,21 @@ class WorkerHost:
             stack.callback(timers.close)
             stack.push_async_callback(engine.stop)
             await engine.start()
-            await _pass_canary(engine, config.canary_timeout_s)
-            worker = _describe(engine, worker_id, role, address)
+            await pass_canary(engine, config.canary_timeout_s)
+            worker = _describe(engine, worker_id, address, role)
             registration = Registration(config.registry, worker, tls=config.tls)
             identity = Identity(worker, registration)
             registration.when_superseded(identity.supersede)
             legs = Legs(engine, identity, traces, timers)
-            app = cls(config, address, metrics, engine, registration, legs, ServerHealth(server))
-            app._add_services(server, identity, LegStats(traces), lambda streams: role_services(legs, streams, worker))
+            app = cls(config, address, metrics, engine, registration, identity, legs, server)
+            app._add_services(server, LegStats(traces))
             # Again, because a server that serves must stop before the engine does.
             stack.push_async_callback(server.stop, STOP_GRACE_S)
             await server.serve()
             await app._health.report(None)
             stack.push_async_callback(registration.close)
-            app._watch_itself(identity, traces, await stack.enter_async_context(BackgroundTasks()))
+            app._watch_itself(traces, await stack.enter_async_context(app._tasks))
+            stack.push_async_callback(app._roles.stop)
             await _register(registration, engine, worker, config.registry)
             await app._health.note_registered()
             yield app
@@ -176,6 +180,7 @@ class WorkerHost:
         report the few that cannot be continued.
         """
         self._metrics.count("tandem.drains")
+        await self._roles.stop()
         await self._registration.set_state(WorkerState.DRAINING)
         await self._health.leave()
         await asyncio.sleep(self._config.drain_settle_s)
@@ -191,36 +196,65 @@ class WorkerHost:
         A fenced worker finishes its open legs first: their frontends still read them, but send no new ones.
         """
         trouble = await _first(
-            self._engine.wait_failed(), self._registration.wait_fenced(), self._wait_drain_requested()
+            self._engine.wait_failed(),
+            self._roles.wait_failed(),
+            self._registration.wait_fenced(),
+            self._wait_drain_requested(),
         )
         if self._registration.fenced is not None:
+            await self._roles.stop()
             await self._health.leave()
             await _first(self._engine.wait_failed(), self._finish_legs())
         return trouble
 
-    def _add_services(
-        self, server: RpcServer, identity: Identity, stats: LegStats, role_services: Callable[[StepStreams], Services]
-    ) -> None:
-        common = WorkerServicer(self._engine, self._legs, identity, self._drain_requested.set, stats.counts)
+    def _parts(self) -> Parts:
+        config, first = self._config, self._identity.current()
+        roles = config.allowed_roles(first.role)
+        return Parts(
+            engine=self._engine,
+            registration=self._registration,
+            identity=self._identity,
+            legs=self._legs,
+            streams=self._streams,
+            server_health=self._health,
+            engine_health=self._engine_health,
+            metrics=self._metrics,
+            describe=lambda role: _describe(self._engine, first.worker_id, first.address, role),
+            roles=roles,
+            drain_settle_s=config.drain_settle_s,
+            drain_timeout_s=config.drain_timeout_s,
+            canary_timeout_s=config.canary_timeout_s,
+        )
+
+    def _note_engine(self, in_place: bool) -> None:
+        if not in_place:
+            # Of the former engine, whose objects were exempted from collection at the start. No stream is open now.
+            freeze_again()
+        self._watch_kv_events()
+
+    def _watch_kv_events(self) -> None:
+        self._tasks.start(log_refusal(self._engine, self._identity.current().worker_id), "kv-events-refusal")
+
+    def _add_services(self, server: RpcServer, stats: LegStats) -> None:
+        identity, ask_drain = self._identity, self._drain_requested.set
+        common = WorkerServicer(self._engine, self._legs, identity, ask_drain, stats.counts, self._roles)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, common))
-        streams = StepStreams(self._legs.abort_stream)
-        server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, StepServicer(self._legs, streams)))
-        for name, add in role_services(streams):
+        steps = StepServicer(self._legs, self._streams)
+        server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, steps))
+        for name, add in every_service(self._legs, self._streams, identity.current):
             server.add(name, add)
         profiles = ProfileServicer(Profiles(EngineProfiler(self._engine), enabled=self._config.admin_enabled))
         server.add(PROFILE_SERVICE_NAME, partial(add_ProfileServiceServicer_to_server, profiles))
 
-    def _watch_itself(self, identity: Identity, traces: TraceStore[LegTrace], tasks: BackgroundTasks) -> None:
+    def _watch_itself(self, traces: TraceStore[LegTrace], tasks: BackgroundTasks) -> None:
         """Start the tasks that notice pauses of this process and troubles of its engine, and the gauges."""
-        legs, periods = self._legs, Periods(self._config.canary_period_s, self._config.canary_timeout_s)
-        health = EngineHealth(self._engine, lambda: legs.batch_count, periods, self._health.report)
-        tasks.start(identity.beat(), "heartbeat")
-        tasks.start(log_refusal(self._engine, identity.current().worker_id), "kv-events-refusal")
-        tasks.start(health.watch(), "engine-health")
+        tasks.start(self._identity.beat(), "heartbeat")
+        self._watch_kv_events()
+        tasks.start(self._engine_health.watch(), "engine-health")
         if self._metrics.is_on:
             leg_metrics = LegMetrics(self._metrics)
             traces.sinks.append(leg_metrics)
-            self._metrics.measure(WorkerStats(self._engine, legs, health, leg_metrics).read)
+            self._metrics.measure(WorkerStats(self._engine, self._legs, self._engine_health, leg_metrics).read)
             tasks.start(DroppedMessages(self._engine, self._metrics).watch(), "dropped-messages")
 
     async def _finish_legs(self) -> None:
@@ -249,16 +283,6 @@ def _open_traces(config: WorkerConfig, role: WorkerRole, worker_id: str, stack: 
     return traces
 
 
-async def _pass_canary(engine: Engine, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await engine.canary()
-    except TimeoutError:
-        raise StartError(f"engine canary timed out after {timeout_s:g} s") from None
-    except EngineFailed as problem:
-        raise StartError(f"engine canary failed: {problem}") from None
-
-
 async def _register(registration: Registration, engine: Engine, worker: Worker, registries: Sequence[str]) -> None:
     await log_doubts(worker.address, registries)
     await registration.start()
@@ -267,7 +291,7 @@ async def _register(registration: Registration, engine: Engine, worker: Worker, 
         raise StartError(trouble)
 
 
-def _describe(engine: Engine, worker_id: str, role: WorkerRole, address: str) -> Worker:
+def _describe(engine: Engine, worker_id: str, address: str, role: WorkerRole) -> Worker:
     bootstrap, capabilities = engine.bootstrap_address(), engine.capabilities()
     return Worker(
         worker_id=worker_id,

@@ -32,10 +32,19 @@ def _parse_extra(value: Any) -> Any:
         raise ValueError(f"is not JSON: {problem}") from None
 
 
+_ROLE = "|".join(role.value for role in WorkerRole)
+
+
 class WorkerConfig(AdminConfig):
     """Settings every worker has."""
 
     registry: Addresses = Field(description=REGISTRY_TEXT)
+    roles: str = Field(
+        ",".join(role.value for role in WorkerRole),
+        pattern=f"^({_ROLE})(,({_ROLE}))*$",
+        description="roles that this worker may take while it runs (`tandem role`), separated by commas; the one it "
+        "starts with is always allowed",
+    )
     worker_id: str | None = Field(
         None,
         pattern=f"^{WORKER_ID_PATTERN}$",
@@ -110,6 +119,11 @@ class WorkerConfig(AdminConfig):
         description="report the changes of the engine's prefix cache, by which frontends route; default: where it has "
         "one, with pages of at least 16 tokens",
     )
+    role_switch: bool | None = Field(
+        None,
+        description="prepare to change between prefill and decode with the weights in place; otherwise a role change "
+        "starts another engine in this process. Default: on a CPU",
+    )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
@@ -137,6 +151,10 @@ class WorkerConfig(AdminConfig):
                 "which stands for every address",
             )
         return self
+
+    def allowed_roles(self, first: WorkerRole) -> tuple[WorkerRole, ...]:
+        """`roles` and the one the worker starts with, in the order of the enumeration."""
+        return tuple(role for role in WorkerRole if role is first or role.value in self.roles.split(","))
 
     @property
     def served_name(self) -> str:
@@ -187,6 +205,7 @@ class WorkerConfig(AdminConfig):
             ucx=self._ucx(),
             threads=self.threads,
             kv_events=self.kv_events,
+            role_switch=self.role_switch,
             seed=self.seed,
             # SGLang logs every batch at "info", which would bury the worker's own log.
             log_level=self.log_level if self.log_level != "info" else "warning",

@@ -8,14 +8,15 @@ out. Reports changes to the worker host, which decides what to do about them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from tandem.clock import Clock, monotonic
 from tandem.domain.network_address import bare_host
 from tandem.engine.port import BootstrapAddress, Engine
-from tandem.errors import TandemError
+from tandem.errors import EngineFailed, StartError, TandemError
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class EngineHealth:
         self._on_change = on_change
         self._clock = clock
         self._trouble: str | None = None
+        self._is_paused = False
 
     @property
     def trouble(self) -> str | None:
@@ -62,6 +64,10 @@ class EngineHealth:
         proved_s, batches = self._clock(), self._batch_count()
         while True:
             await asyncio.sleep(min(CHECK_INTERVAL_S, self._periods.proof_s / 2))
+            if self._is_paused:
+                # The engine that comes out of it has passed a canary.
+                proved_s, batches = self._clock(), self._batch_count()
+                continue
             if (trouble := await self._passive_check()) is not None:
                 await self._report(trouble)
                 # Tokens from before the trouble do not prove that the engine works after it: run a canary at once.
@@ -74,6 +80,15 @@ class EngineHealth:
                 trouble = await self._canary()
                 await self._report(trouble)
                 proved_s, batches = self._clock(), self._batch_count()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Check nothing, and report nothing: the engine changes its role, and must pass a canary before it is used."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     async def _passive_check(self) -> str | None:
         """Trouble that can be detected without a generation."""
@@ -97,7 +112,8 @@ class EngineHealth:
         return None
 
     async def _report(self, trouble: str | None) -> None:
-        if trouble == self._trouble:
+        # A check that was under way when the pause began says nothing of the engine after it.
+        if trouble == self._trouble or self._is_paused:
             return
         if trouble is not None:
             log.error("engine unhealthy, health status is now NOT_SERVING: %s", trouble)
@@ -105,6 +121,21 @@ class EngineHealth:
             log.info("engine healthy again, health status is now SERVING")
         self._trouble = trouble
         await self._on_change(trouble)
+
+
+async def pass_canary(engine: Engine, timeout_s: float) -> None:
+    """Run the first canary of an engine.
+
+    Raises:
+        StartError: it failed, or took longer than `timeout_s`.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.canary()
+    except TimeoutError:
+        raise StartError(f"engine canary timed out after {timeout_s:g} s") from None
+    except EngineFailed as problem:
+        raise StartError(f"engine canary failed: {problem}") from None
 
 
 async def _unreachable(bootstrap: BootstrapAddress) -> str | None:

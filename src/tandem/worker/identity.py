@@ -1,4 +1,4 @@
-"""The worker's identity and epoch: a process pause that outlives the lease takes a new epoch.
+"""The worker's identity and epoch: a process pause that outlives the lease takes a new epoch, and so does a new role.
 
 A process that was stopped, swapped out or suspended for longer than its lease may have been declared dead meanwhile.
 Calls still queued in its sockets were sent to the expired incarnation, so they are rejected with STALE_EPOCH: every
@@ -43,6 +43,10 @@ class Leased(Protocol):
         """Register again with a new epoch."""
         ...
 
+    def replace(self, member: Worker) -> None:
+        """Register again as another description of the same worker."""
+        ...
+
 
 class Identity:
     """The worker's description with its current epoch."""
@@ -68,6 +72,13 @@ class Identity:
     def supersede(self, epoch: int) -> None:
         """Take an epoch above that of a previous incarnation, even when the system clock has moved backwards."""
         self._take_epoch(max(epoch + 1, self._new_epoch()))
+
+    def become(self, worker: Worker) -> Worker:
+        """Take this description, under an epoch above the present one. Returns the worker with it."""
+        epoch = max(self.current().epoch + 1, self._new_epoch())
+        self._worker = replace(worker, epoch=epoch)
+        self._registration.replace(self._worker)
+        return self._worker
 
     async def beat(self) -> None:
         """Check for pauses until cancelled, so that a new epoch is registered even when no call arrives."""

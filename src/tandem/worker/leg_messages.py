@@ -5,7 +5,8 @@ from __future__ import annotations
 from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import Bootstrap, EngineRequest
 from tandem.domain.limits import REQUEST_ID_CHARS_MAX
-from tandem.errors import InvalidRequest
+from tandem.domain.worker import Worker
+from tandem.errors import InvalidRequest, WrongRole
 from tandem.rpc.convert import guided_from_proto, present, sampling_from_proto, stopping_from_proto
 from tandem.worker.legs import LegKey
 
@@ -39,3 +40,8 @@ def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> Engi
         priority=leg.priority,
         cache_salt=present(leg, "cache_salt", leg.cache_salt),
     )
+
+
+def wrong_role(worker: Worker, sentence: str) -> WrongRole:
+    """The error for a leg that is not of the worker's role."""
+    return WrongRole(sentence, worker=worker.worker_id, role=worker.role.value)

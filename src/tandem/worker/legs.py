@@ -262,6 +262,10 @@ class Legs:
         """Reject new legs from now on."""
         self._is_closed = True
 
+    def open_admission(self) -> None:
+        """Accept new legs again."""
+        self._is_closed = False
+
     async def wait_changed(self) -> None:
         """Return when a leg has started or ended since the call."""
         await self._changed.wait()

@@ -5,6 +5,8 @@ Owns the rule. `engine_health` checks the engine, `app` says when the worker is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from tandem.rpc.service_host import ServiceHost
 
 
@@ -16,8 +18,10 @@ class ServerHealth:
     later changes nothing: the worker stays in the frontends' last view.
     """
 
-    def __init__(self, server: ServiceHost) -> None:
+    def __init__(self, server: ServiceHost, idle_services: Callable[[], Collection[str]] = tuple) -> None:
+        """`idle_services`: names of the services that no caller may use now, those of other roles."""
         self._server = server
+        self._idle_services = idle_services
         self._works = False
         self._is_registered = False
         self._is_leaving = False
@@ -37,6 +41,11 @@ class ServerHealth:
         self._is_leaving = True
         await self._publish()
 
+    async def rejoin(self) -> None:
+        """End what `leave` began: the worker has its new role and is registered under its new epoch."""
+        self._is_leaving = False
+        await self._publish()
+
     async def _publish(self) -> None:
         works = self._works and not self._is_leaving
-        await self._server.set_serving(works and self._is_registered, works=works)
+        await self._server.set_serving(works and self._is_registered, works=works, idle=self._idle_services())

@@ -11,11 +11,12 @@ from typing import Any
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine
-from tandem.errors import InvalidRequest
-from tandem.rpc.convert import load_figures, present, timestamp, worker_to_proto
-from tandem.worker import kv_messages
+from tandem.errors import InvalidRequest, NotSupported
+from tandem.rpc.convert import ROLES, load_figures, present, timestamp, worker_to_proto
+from tandem.worker import kv_messages, role_messages
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
+from tandem.worker.role_change import RoleChanges
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 LOAD_INTERVAL_MS = 1_000
@@ -33,8 +34,10 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         identity: Identity,
         ask_drain: Callable[[], None],
         counts: Callable[[], dict[str, int]] = dict,
+        role_changes: RoleChanges | None = None,
     ) -> None:
         """`ask_drain` makes the process drain and exit; `counts` returns the legs' counters since start."""
+        self._role_changes = role_changes
         self._counts = counts
         self._engine = engine
         self._legs = legs
@@ -43,7 +46,8 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:  # noqa: N802
         """The worker's identity and capabilities."""
-        return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._identity.current()))
+        roles = [] if self._role_changes is None else [ROLES[role] for role in self._role_changes.roles()]
+        return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._identity.current()), roles=roles)
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
         """Stream the load: once now, then once per interval."""
@@ -99,6 +103,19 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         """Flush the prefix cache."""
         self._legs.check_epoch(request.worker_epoch)
         return pb.FlushCacheResponse(flushed=await self._engine.flush_cache())
+
+    async def ChangeRole(  # noqa: N802
+        self, request: pb.ChangeRoleRequest, context: Any
+    ) -> AsyncIterator[pb.ChangeRoleResponse]:
+        """Start a role change and stream its progress; it goes on when the call ends."""
+        self._legs.check_epoch(request.worker_epoch)
+        if self._role_changes is None:
+            raise NotSupported("this worker changes no roles")
+        progress = self._role_changes.begin(
+            role_messages.checked_role(request.role), role_messages.checked_timeout(request)
+        )
+        async for step in progress.steps():
+            yield pb.ChangeRoleResponse(change=role_messages.change_to_proto(step))
 
     async def _measure(self, sequence: int) -> pb.WatchLoadResponse:
         load = await self._engine.load()

@@ -221,3 +221,8 @@ class StepStreams:
         if self._by_id.pop(stream.stream_id, None) is not None:
             stream.close()
             self._on_close(stream)
+
+    def close_all(self) -> None:
+        """End every stream, and with it the legs on it."""
+        for stream in list(self._by_id.values()):
+            self.close(stream)

@@ -32,6 +32,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support.leg_cluster import inject
 from tests.integration.support.bootstrap import bootstrap_url
 from tests.integration.support.calls import generate, refusal, request_of
+from tests.integration.support.role_changes import DECODE, PREFILL, change
 
 LONG = [20 + number % 1_000 for number in range(256)]
 """A prompt of whole pages."""
@@ -229,6 +230,14 @@ async def a_drain(world: World) -> AsyncIterator[None]:
         victim.signal(signal.SIGTERM)
         yield
     await world.back(victim)
+
+
+@asynccontextmanager
+async def a_role_change(world: World) -> AsyncIterator[None]:
+    """A decode worker becomes a prefill worker, and is one no longer afterwards."""
+    await change(world.cluster, "decode-1", PREFILL)
+    yield
+    await change(world.cluster, "decode-1", DECODE)
 
 
 @asynccontextmanager

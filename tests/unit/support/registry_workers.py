@@ -20,6 +20,7 @@ def make_worker(
     *,
     model: str = "tiny",
     state: WorkerState = WorkerState.SERVING,
+    role: WorkerRole = WorkerRole.DECODE,
 ) -> Worker:
     capabilities = Capabilities(
         engine="simulated",
@@ -41,7 +42,7 @@ def make_worker(
     return Worker(
         worker_id=worker_id,
         epoch=epoch,
-        role=WorkerRole.DECODE,
+        role=role,
         address=address or f"{worker_id}:1",
         capabilities=capabilities,
         state=state,

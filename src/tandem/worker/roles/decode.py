@@ -6,6 +6,7 @@ it carries none. Never selects a worker.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,36 +18,41 @@ from tandem.api.types.v1 import leg_pb2
 from tandem.domain.generation import EngineRequest
 from tandem.domain.limits import PORT_MAX
 from tandem.domain.worker import Worker, WorkerRole
-from tandem.errors import InvalidRequest, WrongRole
+from tandem.errors import InvalidRequest
 from tandem.rpc.convert import bootstrap_from_proto
 from tandem.rpc.server import AddServicer
-from tandem.worker.leg_messages import engine_request
+from tandem.worker.leg_messages import engine_request, wrong_role
 from tandem.worker.leg_starts import LegStarts
 from tandem.worker.legs import Legs
 from tandem.worker.step_servicer import FormerDecodeServicer
 from tandem.worker.steps import StepStreams
 
+SERVICE_NAMES = tuple(file.services_by_name["DecodeService"].full_name for file in (pb.DESCRIPTOR, V1))
+
 
 class DecodeLegs:
     """Converts decode legs to engine requests."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, current: Callable[[], Worker]) -> None:
+        """`current` is the worker with its present role."""
+        self._current = current
 
     def __call__(self, leg: leg_pb2.LegRequest) -> EngineRequest:
         """The engine's request for a leg.
 
         Raises:
-            WrongRole: a decode worker got a leg without bootstrap, or an aggregated worker one with it.
+            WrongRole: a decode worker got a leg without bootstrap, or an aggregated worker one with it; or the worker
+                is a prefill worker.
             InvalidRequest: a bootstrap field is missing or out of range.
         """
-        has_peer = leg.HasField("bootstrap")
-        if has_peer is (self._worker.role is WorkerRole.AGGREGATED):
-            role, refused = self._worker.role.value, "with" if has_peer else "without"
-            raise WrongRole(
-                f"worker {self._worker.worker_id} has role {role}: it rejects legs {refused} a bootstrap address",
-                worker=self._worker.worker_id,
-                role=role,
+        worker, has_peer = self._current(), leg.HasField("bootstrap")
+        role = worker.role.value
+        if worker.role is WorkerRole.PREFILL:
+            raise wrong_role(worker, f"worker {worker.worker_id} has role {role}: it rejects decode legs")
+        if has_peer is (worker.role is WorkerRole.AGGREGATED):
+            refused = "with" if has_peer else "without"
+            raise wrong_role(
+                worker, f"worker {worker.worker_id} has role {role}: it rejects legs {refused} a bootstrap address"
             )
         if not has_peer:
             return engine_request(leg, None)
@@ -70,10 +76,10 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         return pb.StartLegsResponse(results=await self._starts.start(request.stream_id, request.legs))
 
 
-def services(legs: Legs, streams: StepStreams, worker: Worker) -> list[tuple[str, AddServicer]]:
+def services(legs: Legs, streams: StepStreams, current: Callable[[], Worker]) -> list[tuple[str, AddServicer]]:
     """The role's services by name: the current leg contract, and version 1, whose calls are rejected."""
-    servicer = DecodeServicer(LegStarts(legs, streams, DecodeLegs(worker)))
-    name, v1_name = (file.services_by_name["DecodeService"].full_name for file in (pb.DESCRIPTOR, V1))
+    servicer = DecodeServicer(LegStarts(legs, streams, DecodeLegs(current)))
+    name, v1_name = SERVICE_NAMES
     return [
         (name, partial(pb_grpc.add_DecodeServiceServicer_to_server, servicer)),
         (v1_name, partial(add_v1, FormerDecodeServicer(legs))),

@@ -24,64 +24,69 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from tandem.api.types.v1 import role_change_pb2 as tandem_dot_api_dot_types_dot_v1_dot_role__change__pb2
 from tandem.api.types.v1 import worker_pb2 as tandem_dot_api_dot_types_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-tandem/api/registry/v1/registry_service.proto\x12\x16tandem.api.registry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a tandem/api/types/v1/worker.proto\">\n\x0fRegisterRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\"g\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08revision\x18\x03 \x01(\x03\"U\n\x10KeepAliveRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\"D\n\x11KeepAliveResponse\x12/\n\x0ctime_to_live\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x92\x01\n\x0cWatchRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x1e\n\x11known_registry_id\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x1b\n\x0eknown_revision\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\x08\n\x06_modelB\x14\n\x12_known_registry_idB\x11\n\x0f_known_revision\"\xe3\x01\n\rWatchResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x38\n\x08snapshot\x18\x03 \x01(\x0b\x32$.tandem.api.registry.v1.ViewSnapshotH\x00\x12\x32\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32!.tandem.api.registry.v1.ViewDeltaH\x00\x12\x1e\n\x11previous_revision\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x07\n\x05\x65ventB\x14\n\x12_previous_revision\"<\n\x0cViewSnapshot\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tandem.api.types.v1.Worker\"r\n\tViewDelta\x12-\n\x08upserted\x18\x01 \x03(\x0b\x32\x1b.tandem.api.types.v1.Worker\x12\x36\n\x07removed\x18\x02 \x03(\x0b\x32%.tandem.api.registry.v1.RemovedWorker\"h\n\rRemovedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x35\n\x06reason\x18\x03 \x01(\x0e\x32%.tandem.api.registry.v1.RemovalReason\"+\n\x0bListRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\xa1\x02\n\x0cListResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x35\n\x07workers\x18\x03 \x03(\x0b\x32$.tandem.api.registry.v1.ListedWorker\x12\x39\n\tfrontends\x18\x04 \x03(\x0b\x32&.tandem.api.registry.v1.ListedFrontend\x12\x12\n\nreplica_id\x18\x05 \x01(\t\x12\x32\n\x06source\x18\x06 \x01(\x0e\x32\".tandem.api.registry.v1.ViewSource\x12\x30\n\x0csource_since\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x0cListedWorker\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\x12,\n\tlease_age\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clease_keeper\x18\x03 \x01(\t\x12\x34\n\x06health\x18\x04 \x01(\x0e\x32$.tandem.api.registry.v1.ListedHealth\"\xbb\x01\n\x0eListedFrontend\x12/\n\x08\x66rontend\x18\x01 \x01(\x0b\x32\x1d.tandem.api.types.v1.Frontend\x12,\n\tlease_age\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clease_keeper\x18\x03 \x01(\t\x12\x34\n\x06health\x18\x04 \x01(\x0e\x32$.tandem.api.registry.v1.ListedHealth\"0\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"!\n\rDrainResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12\x44\x65registerResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"J\n\x17RegisterFrontendRequest\x12/\n\x08\x66rontend\x18\x01 \x01(\x0b\x32\x1d.tandem.api.types.v1.Frontend\"]\n\x18RegisterFrontendResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"5\n\x15WatchFrontendsRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"q\n\x16WatchFrontendsResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x30\n\tfrontends\x18\x03 \x03(\x0b\x32\x1d.tandem.api.types.v1.Frontend*\x8f\x01\n\rRemovalReason\x12\x1e\n\x1aREMOVAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREMOVAL_REASON_DEREGISTERED\x10\x01\x12 \n\x1cREMOVAL_REASON_LEASE_EXPIRED\x10\x02\x12\x1b\n\x17REMOVAL_REASON_REPLACED\x10\x03*[\n\nViewSource\x12\x1b\n\x17VIEW_SOURCE_UNSPECIFIED\x10\x00\x12\x14\n\x10VIEW_SOURCE_LIVE\x10\x01\x12\x1a\n\x16VIEW_SOURCE_LAST_KNOWN\x10\x02*d\n\x0cListedHealth\x12\x1d\n\x19LISTED_HEALTH_UNSPECIFIED\x10\x00\x12\x19\n\x15LISTED_HEALTH_PASSING\x10\x01\x12\x1a\n\x16LISTED_HEALTH_CRITICAL\x10\x02\x32\xa6\x06\n\x0fRegistryService\x12]\n\x08Register\x12\'.tandem.api.registry.v1.RegisterRequest\x1a(.tandem.api.registry.v1.RegisterResponse\x12\x64\n\tKeepAlive\x12(.tandem.api.registry.v1.KeepAliveRequest\x1a).tandem.api.registry.v1.KeepAliveResponse(\x01\x30\x01\x12V\n\x05Watch\x12$.tandem.api.registry.v1.WatchRequest\x1a%.tandem.api.registry.v1.WatchResponse0\x01\x12Q\n\x04List\x12#.tandem.api.registry.v1.ListRequest\x1a$.tandem.api.registry.v1.ListResponse\x12T\n\x05\x44rain\x12$.tandem.api.registry.v1.DrainRequest\x1a%.tandem.api.registry.v1.DrainResponse\x12\x63\n\nDeregister\x12).tandem.api.registry.v1.DeregisterRequest\x1a*.tandem.api.registry.v1.DeregisterResponse\x12u\n\x10RegisterFrontend\x12/.tandem.api.registry.v1.RegisterFrontendRequest\x1a\x30.tandem.api.registry.v1.RegisterFrontendResponse\x12q\n\x0eWatchFrontends\x12-.tandem.api.registry.v1.WatchFrontendsRequest\x1a..tandem.api.registry.v1.WatchFrontendsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-tandem/api/registry/v1/registry_service.proto\x12\x16tandem.api.registry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tandem/api/types/v1/role_change.proto\x1a tandem/api/types/v1/worker.proto\">\n\x0fRegisterRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\"g\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08revision\x18\x03 \x01(\x03\"U\n\x10KeepAliveRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\"D\n\x11KeepAliveResponse\x12/\n\x0ctime_to_live\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x92\x01\n\x0cWatchRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x1e\n\x11known_registry_id\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x1b\n\x0eknown_revision\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\x08\n\x06_modelB\x14\n\x12_known_registry_idB\x11\n\x0f_known_revision\"\xe3\x01\n\rWatchResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x38\n\x08snapshot\x18\x03 \x01(\x0b\x32$.tandem.api.registry.v1.ViewSnapshotH\x00\x12\x32\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32!.tandem.api.registry.v1.ViewDeltaH\x00\x12\x1e\n\x11previous_revision\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x07\n\x05\x65ventB\x14\n\x12_previous_revision\"<\n\x0cViewSnapshot\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tandem.api.types.v1.Worker\"r\n\tViewDelta\x12-\n\x08upserted\x18\x01 \x03(\x0b\x32\x1b.tandem.api.types.v1.Worker\x12\x36\n\x07removed\x18\x02 \x03(\x0b\x32%.tandem.api.registry.v1.RemovedWorker\"h\n\rRemovedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x35\n\x06reason\x18\x03 \x01(\x0e\x32%.tandem.api.registry.v1.RemovalReason\"+\n\x0bListRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\xa1\x02\n\x0cListResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x35\n\x07workers\x18\x03 \x03(\x0b\x32$.tandem.api.registry.v1.ListedWorker\x12\x39\n\tfrontends\x18\x04 \x03(\x0b\x32&.tandem.api.registry.v1.ListedFrontend\x12\x12\n\nreplica_id\x18\x05 \x01(\t\x12\x32\n\x06source\x18\x06 \x01(\x0e\x32\".tandem.api.registry.v1.ViewSource\x12\x30\n\x0csource_since\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x0cListedWorker\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\x12,\n\tlease_age\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clease_keeper\x18\x03 \x01(\t\x12\x34\n\x06health\x18\x04 \x01(\x0e\x32$.tandem.api.registry.v1.ListedHealth\"\xbb\x01\n\x0eListedFrontend\x12/\n\x08\x66rontend\x18\x01 \x01(\x0b\x32\x1d.tandem.api.types.v1.Frontend\x12,\n\tlease_age\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clease_keeper\x18\x03 \x01(\t\x12\x34\n\x06health\x18\x04 \x01(\x0e\x32$.tandem.api.registry.v1.ListedHealth\"0\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"!\n\rDrainResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12\x44\x65registerResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"J\n\x17RegisterFrontendRequest\x12/\n\x08\x66rontend\x18\x01 \x01(\x0b\x32\x1d.tandem.api.types.v1.Frontend\"]\n\x18RegisterFrontendResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"5\n\x15WatchFrontendsRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"q\n\x16WatchFrontendsResponse\x12\x13\n\x0bregistry_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x30\n\tfrontends\x18\x03 \x03(\x0b\x32\x1d.tandem.api.types.v1.Frontend\"\xb4\x01\n\x11\x43hangeRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\x05\x65poch\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12-\n\x04role\x18\x03 \x01(\x0e\x32\x1f.tandem.api.types.v1.WorkerRole\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\x30\n\rdrain_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06_epoch\"E\n\x12\x43hangeRoleResponse\x12/\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1f.tandem.api.types.v1.RoleChange*\x8f\x01\n\rRemovalReason\x12\x1e\n\x1aREMOVAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREMOVAL_REASON_DEREGISTERED\x10\x01\x12 \n\x1cREMOVAL_REASON_LEASE_EXPIRED\x10\x02\x12\x1b\n\x17REMOVAL_REASON_REPLACED\x10\x03*[\n\nViewSource\x12\x1b\n\x17VIEW_SOURCE_UNSPECIFIED\x10\x00\x12\x14\n\x10VIEW_SOURCE_LIVE\x10\x01\x12\x1a\n\x16VIEW_SOURCE_LAST_KNOWN\x10\x02*d\n\x0cListedHealth\x12\x1d\n\x19LISTED_HEALTH_UNSPECIFIED\x10\x00\x12\x19\n\x15LISTED_HEALTH_PASSING\x10\x01\x12\x1a\n\x16LISTED_HEALTH_CRITICAL\x10\x02\x32\x8d\x07\n\x0fRegistryService\x12]\n\x08Register\x12\'.tandem.api.registry.v1.RegisterRequest\x1a(.tandem.api.registry.v1.RegisterResponse\x12\x64\n\tKeepAlive\x12(.tandem.api.registry.v1.KeepAliveRequest\x1a).tandem.api.registry.v1.KeepAliveResponse(\x01\x30\x01\x12V\n\x05Watch\x12$.tandem.api.registry.v1.WatchRequest\x1a%.tandem.api.registry.v1.WatchResponse0\x01\x12Q\n\x04List\x12#.tandem.api.registry.v1.ListRequest\x1a$.tandem.api.registry.v1.ListResponse\x12T\n\x05\x44rain\x12$.tandem.api.registry.v1.DrainRequest\x1a%.tandem.api.registry.v1.DrainResponse\x12\x63\n\nDeregister\x12).tandem.api.registry.v1.DeregisterRequest\x1a*.tandem.api.registry.v1.DeregisterResponse\x12u\n\x10RegisterFrontend\x12/.tandem.api.registry.v1.RegisterFrontendRequest\x1a\x30.tandem.api.registry.v1.RegisterFrontendResponse\x12q\n\x0eWatchFrontends\x12-.tandem.api.registry.v1.WatchFrontendsRequest\x1a..tandem.api.registry.v1.WatchFrontendsResponse0\x01\x12\x65\n\nChangeRole\x12).tandem.api.registry.v1.ChangeRoleRequest\x1a*.tandem.api.registry.v1.ChangeRoleResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.registry.v1.registry_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REMOVALREASON']._serialized_start=2378
-  _globals['_REMOVALREASON']._serialized_end=2521
-  _globals['_VIEWSOURCE']._serialized_start=2523
-  _globals['_VIEWSOURCE']._serialized_end=2614
-  _globals['_LISTEDHEALTH']._serialized_start=2616
-  _globals['_LISTEDHEALTH']._serialized_end=2716
-  _globals['_REGISTERREQUEST']._serialized_start=172
-  _globals['_REGISTERREQUEST']._serialized_end=234
-  _globals['_REGISTERRESPONSE']._serialized_start=236
-  _globals['_REGISTERRESPONSE']._serialized_end=339
-  _globals['_KEEPALIVEREQUEST']._serialized_start=341
-  _globals['_KEEPALIVEREQUEST']._serialized_end=426
-  _globals['_KEEPALIVERESPONSE']._serialized_start=428
-  _globals['_KEEPALIVERESPONSE']._serialized_end=496
-  _globals['_WATCHREQUEST']._serialized_start=499
-  _globals['_WATCHREQUEST']._serialized_end=645
-  _globals['_WATCHRESPONSE']._serialized_start=648
-  _globals['_WATCHRESPONSE']._serialized_end=875
-  _globals['_VIEWSNAPSHOT']._serialized_start=877
-  _globals['_VIEWSNAPSHOT']._serialized_end=937
-  _globals['_VIEWDELTA']._serialized_start=939
-  _globals['_VIEWDELTA']._serialized_end=1053
-  _globals['_REMOVEDWORKER']._serialized_start=1055
-  _globals['_REMOVEDWORKER']._serialized_end=1159
-  _globals['_LISTREQUEST']._serialized_start=1161
-  _globals['_LISTREQUEST']._serialized_end=1204
-  _globals['_LISTRESPONSE']._serialized_start=1207
-  _globals['_LISTRESPONSE']._serialized_end=1496
-  _globals['_LISTEDWORKER']._serialized_start=1499
-  _globals['_LISTEDWORKER']._serialized_end=1680
-  _globals['_LISTEDFRONTEND']._serialized_start=1683
-  _globals['_LISTEDFRONTEND']._serialized_end=1870
-  _globals['_DRAINREQUEST']._serialized_start=1872
-  _globals['_DRAINREQUEST']._serialized_end=1920
-  _globals['_DRAINRESPONSE']._serialized_start=1922
-  _globals['_DRAINRESPONSE']._serialized_end=1955
-  _globals['_DEREGISTERREQUEST']._serialized_start=1957
-  _globals['_DEREGISTERREQUEST']._serialized_end=1994
-  _globals['_DEREGISTERRESPONSE']._serialized_start=1996
-  _globals['_DEREGISTERRESPONSE']._serialized_end=2034
-  _globals['_REGISTERFRONTENDREQUEST']._serialized_start=2036
-  _globals['_REGISTERFRONTENDREQUEST']._serialized_end=2110
-  _globals['_REGISTERFRONTENDRESPONSE']._serialized_start=2112
-  _globals['_REGISTERFRONTENDRESPONSE']._serialized_end=2205
-  _globals['_WATCHFRONTENDSREQUEST']._serialized_start=2207
-  _globals['_WATCHFRONTENDSREQUEST']._serialized_end=2260
-  _globals['_WATCHFRONTENDSRESPONSE']._serialized_start=2262
-  _globals['_WATCHFRONTENDSRESPONSE']._serialized_end=2375
-  _globals['_REGISTRYSERVICE']._serialized_start=2719
-  _globals['_REGISTRYSERVICE']._serialized_end=3525
+  _globals['_REMOVALREASON']._serialized_start=2671
+  _globals['_REMOVALREASON']._serialized_end=2814
+  _globals['_VIEWSOURCE']._serialized_start=2816
+  _globals['_VIEWSOURCE']._serialized_end=2907
+  _globals['_LISTEDHEALTH']._serialized_start=2909
+  _globals['_LISTEDHEALTH']._serialized_end=3009
+  _globals['_REGISTERREQUEST']._serialized_start=211
+  _globals['_REGISTERREQUEST']._serialized_end=273
+  _globals['_REGISTERRESPONSE']._serialized_start=275
+  _globals['_REGISTERRESPONSE']._serialized_end=378
+  _globals['_KEEPALIVEREQUEST']._serialized_start=380
+  _globals['_KEEPALIVEREQUEST']._serialized_end=465
+  _globals['_KEEPALIVERESPONSE']._serialized_start=467
+  _globals['_KEEPALIVERESPONSE']._serialized_end=535
+  _globals['_WATCHREQUEST']._serialized_start=538
+  _globals['_WATCHREQUEST']._serialized_end=684
+  _globals['_WATCHRESPONSE']._serialized_start=687
+  _globals['_WATCHRESPONSE']._serialized_end=914
+  _globals['_VIEWSNAPSHOT']._serialized_start=916
+  _globals['_VIEWSNAPSHOT']._serialized_end=976
+  _globals['_VIEWDELTA']._serialized_start=978
+  _globals['_VIEWDELTA']._serialized_end=1092
+  _globals['_REMOVEDWORKER']._serialized_start=1094
+  _globals['_REMOVEDWORKER']._serialized_end=1198
+  _globals['_LISTREQUEST']._serialized_start=1200
+  _globals['_LISTREQUEST']._serialized_end=1243
+  _globals['_LISTRESPONSE']._serialized_start=1246
+  _globals['_LISTRESPONSE']._serialized_end=1535
+  _globals['_LISTEDWORKER']._serialized_start=1538
+  _globals['_LISTEDWORKER']._serialized_end=1719
+  _globals['_LISTEDFRONTEND']._serialized_start=1722
+  _globals['_LISTEDFRONTEND']._serialized_end=1909
+  _globals['_DRAINREQUEST']._serialized_start=1911
+  _globals['_DRAINREQUEST']._serialized_end=1959
+  _globals['_DRAINRESPONSE']._serialized_start=1961
+  _globals['_DRAINRESPONSE']._serialized_end=1994
+  _globals['_DEREGISTERREQUEST']._serialized_start=1996
+  _globals['_DEREGISTERREQUEST']._serialized_end=2033
+  _globals['_DEREGISTERRESPONSE']._serialized_start=2035
+  _globals['_DEREGISTERRESPONSE']._serialized_end=2073
+  _globals['_REGISTERFRONTENDREQUEST']._serialized_start=2075
+  _globals['_REGISTERFRONTENDREQUEST']._serialized_end=2149
+  _globals['_REGISTERFRONTENDRESPONSE']._serialized_start=2151
+  _globals['_REGISTERFRONTENDRESPONSE']._serialized_end=2244
+  _globals['_WATCHFRONTENDSREQUEST']._serialized_start=2246
+  _globals['_WATCHFRONTENDSREQUEST']._serialized_end=2299
+  _globals['_WATCHFRONTENDSRESPONSE']._serialized_start=2301
+  _globals['_WATCHFRONTENDSRESPONSE']._serialized_end=2414
+  _globals['_CHANGEROLEREQUEST']._serialized_start=2417
+  _globals['_CHANGEROLEREQUEST']._serialized_end=2597
+  _globals['_CHANGEROLERESPONSE']._serialized_start=2599
+  _globals['_CHANGEROLERESPONSE']._serialized_end=2668
+  _globals['_REGISTRYSERVICE']._serialized_start=3012
+  _globals['_REGISTRYSERVICE']._serialized_end=3921
 # @@protoc_insertion_point(module_scope)

@@ -76,6 +76,11 @@ class RegistryServiceStub:
                 request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_stream(
+                '/tandem.api.registry.v1.RegistryService/ChangeRole',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -147,6 +152,17 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Changes the role of a worker: checks it against the view, has the worker change (WorkerService.ChangeRole), and
+        passes on its progress. The change goes on when the call is cancelled.
+        WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
+        ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
+        live, or the worker refuses; nothing has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -189,6 +205,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.WatchFrontends,
                     request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.FromString,
                     response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_stream_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -409,6 +430,33 @@ class RegistryService:
             '/tandem.api.registry.v1.RegistryService/WatchFrontends',
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsRequest.SerializeToString,
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchFrontendsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/ChangeRole',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,13 @@ class RegistryServiceStub:
     """
     WatchFrontends: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]
     """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
+    ChangeRole: _grpc.UnaryStreamMultiCallable[_registry_service_pb2.ChangeRoleRequest, _registry_service_pb2.ChangeRoleResponse]
+    """Changes the role of a worker: checks it against the view, has the worker change (WorkerService.ChangeRole), and
+    passes on its progress. The change goes on when the call is cancelled.
+    WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
+    ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
+    live, or the worker refuses; nothing has changed.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -99,6 +106,13 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """
     WatchFrontends: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchFrontendsRequest, _registry_service_pb2.WatchFrontendsResponse]  # type: ignore[assignment]
     """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
+    ChangeRole: _aio.UnaryStreamMultiCallable[_registry_service_pb2.ChangeRoleRequest, _registry_service_pb2.ChangeRoleResponse]  # type: ignore[assignment]
+    """Changes the role of a worker: checks it against the view, has the worker change (WorkerService.ChangeRole), and
+    passes on its progress. The change goes on when the call is cancelled.
+    WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
+    ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
+    live, or the worker refuses; nothing has changed.
+    """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Membership: the live workers and frontends, with role, address and epoch. Not on the path of a request, and without
@@ -180,5 +194,18 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.WatchFrontendsResponse], _abc.AsyncIterator[_registry_service_pb2.WatchFrontendsResponse]]:
         """All frontends, and again all of them after each change, until cancelled. For edges and tools."""
+
+    @_abc_1.abstractmethod
+    def ChangeRole(
+        self,
+        request: _registry_service_pb2.ChangeRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.ChangeRoleResponse], _abc.AsyncIterator[_registry_service_pb2.ChangeRoleResponse]]:
+        """Changes the role of a worker: checks it against the view, has the worker change (WorkerService.ChangeRole), and
+        passes on its progress. The change goes on when the call is cancelled.
+        WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
+        ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
+        live, or the worker refuses; nothing has changed.
+        """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

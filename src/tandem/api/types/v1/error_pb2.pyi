@@ -76,6 +76,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
     ERROR_REASON_PROFILE_FAILED: _ErrorReason.ValueType  # 24
     """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
+    ERROR_REASON_ROLE_CHANGE_REFUSED: _ErrorReason.ValueType  # 25
+    """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -136,4 +138,6 @@ ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason.ValueType  # 23
 """The request is unknown to the frontend, or its record has been evicted. Metadata: request_id. NOT_FOUND."""
 ERROR_REASON_PROFILE_FAILED: ErrorReason.ValueType  # 24
 """A profile could not be recorded, or is too large to send. Metadata: limit, if too large. INTERNAL."""
+ERROR_REASON_ROLE_CHANGE_REFUSED: ErrorReason.ValueType  # 25
+"""A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

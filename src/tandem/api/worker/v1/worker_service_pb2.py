@@ -22,53 +22,59 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from tandem.api.types.v1 import role_change_pb2 as tandem_dot_api_dot_types_dot_v1_dot_role__change__pb2
 from tandem.api.types.v1 import worker_pb2 as tandem_dot_api_dot_types_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tandem/api/worker/v1/worker_service.proto\x12\x14tandem.api.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a tandem/api/types/v1/worker.proto\"\x18\n\x16GetCapabilitiesRequest\"F\n\x17GetCapabilitiesResponse\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\"<\n\x10WatchLoadRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"\xce\x06\n\x11WatchLoadResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x31\n\rmeasured_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x1d\n\x10running_requests\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10waiting_requests\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x1f\n\x12kv_capacity_tokens\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\"\n\x15transferring_requests\x18\t \x01(\x05H\x05\x88\x01\x01\x12\x11\n\topen_legs\x18\n \x01(\x05\x12#\n\x16kv_transferring_tokens\x18\x0b \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10kv_cached_tokens\x18\x0c \x01(\x03H\x07\x88\x01\x01\x12\x1b\n\x0ekv_free_tokens\x18\r \x01(\x03H\x08\x88\x01\x01\x12\x1a\n\rprompt_tokens\x18\x0e \x01(\x03H\t\x88\x01\x01\x12\x1e\n\x11\x63ompletion_tokens\x18\x0f \x01(\x03H\n\x88\x01\x01\x12\x1e\n\x11kv_transfer_bytes\x18\x10 \x01(\x03H\x0b\x88\x01\x01\x12\x18\n\x0b\x66\x61iled_legs\x18\x11 \x01(\x03H\x0c\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x12 \x01(\x03H\r\x88\x01\x01\x42\x13\n\x11_running_requestsB\x13\n\x11_waiting_requestsB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x15\n\x13_kv_capacity_tokensB\x18\n\x16_transferring_requestsB\x19\n\x17_kv_transferring_tokensB\x13\n\x11_kv_cached_tokensB\x11\n\x0f_kv_free_tokensB\x10\n\x0e_prompt_tokensB\x14\n\x12_completion_tokensB\x14\n\x12_kv_transfer_bytesB\x0e\n\x0c_failed_legsB\x10\n\x0e_cached_tokens\"q\n\x14WatchKvEventsRequest\x12\x1a\n\rfrom_sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x19\n\x11include_token_ids\x18\x03 \x01(\x08\x42\x10\n\x0e_from_sequence\"\x87\x03\n\x15WatchKvEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x36\n\x06stored\x18\x02 \x01(\x0b\x32$.tandem.api.worker.v1.KvBlocksStoredH\x00\x12\x38\n\x07removed\x18\x03 \x01(\x0b\x32%.tandem.api.worker.v1.KvBlocksRemovedH\x00\x12\x37\n\x07\x63leared\x18\x04 \x01(\x0b\x32$.tandem.api.worker.v1.KvCacheClearedH\x00\x12\x39\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32(.tandem.api.worker.v1.KvCacheDescriptionH\x00\x12\x34\n\x08snapshot\x18\x06 \x01(\x0b\x32 .tandem.api.worker.v1.KvSnapshotH\x00\x12\x37\n\x07unknown\x18\x07 \x01(\x0b\x32$.tandem.api.worker.v1.KvCacheUnknownH\x00\x42\x07\n\x05\x65vent\"\x8a\x01\n\x0eKvBlocksStored\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x03\x12\x1e\n\x11parent_block_hash\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x19\n\x11\x62lock_size_tokens\x18\x04 \x01(\x05\x42\x14\n\x12_parent_block_hash\"\'\n\x0fKvBlocksRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x03\"\x10\n\x0eKvCacheCleared\"a\n\x12KvCacheDescription\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x19\n\x11\x62lock_size_tokens\x18\x02 \x01(\x05\x12\x11\n\thash_rule\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\"3\n\nKvSnapshot\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\x12\x0f\n\x07is_last\x18\x02 \x01(\x08\"\x10\n\x0eKvCacheUnknown\"Z\n\x0c\x41\x62ortRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\x07\x61ttempt\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_attempt\"%\n\rAbortResponse\x12\x14\n\x0c\x61\x62orted_legs\x18\x01 \x01(\x05\"$\n\x0c\x44rainRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\"\"\n\rDrainResponse\x12\x11\n\topen_legs\x18\x01 \x01(\x05\")\n\x11\x46lushCacheRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\"%\n\x12\x46lushCacheResponse\x12\x0f\n\x07\x66lushed\x18\x01 \x01(\x08\x32\xd2\x04\n\rWorkerService\x12n\n\x0fGetCapabilities\x12,.tandem.api.worker.v1.GetCapabilitiesRequest\x1a-.tandem.api.worker.v1.GetCapabilitiesResponse\x12^\n\tWatchLoad\x12&.tandem.api.worker.v1.WatchLoadRequest\x1a\'.tandem.api.worker.v1.WatchLoadResponse0\x01\x12j\n\rWatchKvEvents\x12*.tandem.api.worker.v1.WatchKvEventsRequest\x1a+.tandem.api.worker.v1.WatchKvEventsResponse0\x01\x12P\n\x05\x41\x62ort\x12\".tandem.api.worker.v1.AbortRequest\x1a#.tandem.api.worker.v1.AbortResponse\x12R\n\x05\x44rain\x12\".tandem.api.worker.v1.DrainRequest\x1a#.tandem.api.worker.v1.DrainResponse0\x01\x12_\n\nFlushCache\x12\'.tandem.api.worker.v1.FlushCacheRequest\x1a(.tandem.api.worker.v1.FlushCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tandem/api/worker/v1/worker_service.proto\x12\x14tandem.api.worker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tandem/api/types/v1/role_change.proto\x1a tandem/api/types/v1/worker.proto\"\x18\n\x16GetCapabilitiesRequest\"v\n\x17GetCapabilitiesResponse\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.tandem.api.types.v1.Worker\x12.\n\x05roles\x18\x02 \x03(\x0e\x32\x1f.tandem.api.types.v1.WorkerRole\"<\n\x10WatchLoadRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"\xce\x06\n\x11WatchLoadResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x31\n\rmeasured_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x1d\n\x10running_requests\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10waiting_requests\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x1f\n\x12kv_capacity_tokens\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\"\n\x15transferring_requests\x18\t \x01(\x05H\x05\x88\x01\x01\x12\x11\n\topen_legs\x18\n \x01(\x05\x12#\n\x16kv_transferring_tokens\x18\x0b \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10kv_cached_tokens\x18\x0c \x01(\x03H\x07\x88\x01\x01\x12\x1b\n\x0ekv_free_tokens\x18\r \x01(\x03H\x08\x88\x01\x01\x12\x1a\n\rprompt_tokens\x18\x0e \x01(\x03H\t\x88\x01\x01\x12\x1e\n\x11\x63ompletion_tokens\x18\x0f \x01(\x03H\n\x88\x01\x01\x12\x1e\n\x11kv_transfer_bytes\x18\x10 \x01(\x03H\x0b\x88\x01\x01\x12\x18\n\x0b\x66\x61iled_legs\x18\x11 \x01(\x03H\x0c\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x12 \x01(\x03H\r\x88\x01\x01\x42\x13\n\x11_running_requestsB\x13\n\x11_waiting_requestsB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x15\n\x13_kv_capacity_tokensB\x18\n\x16_transferring_requestsB\x19\n\x17_kv_transferring_tokensB\x13\n\x11_kv_cached_tokensB\x11\n\x0f_kv_free_tokensB\x10\n\x0e_prompt_tokensB\x14\n\x12_completion_tokensB\x14\n\x12_kv_transfer_bytesB\x0e\n\x0c_failed_legsB\x10\n\x0e_cached_tokens\"q\n\x14WatchKvEventsRequest\x12\x1a\n\rfrom_sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x19\n\x11include_token_ids\x18\x03 \x01(\x08\x42\x10\n\x0e_from_sequence\"\x87\x03\n\x15WatchKvEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x36\n\x06stored\x18\x02 \x01(\x0b\x32$.tandem.api.worker.v1.KvBlocksStoredH\x00\x12\x38\n\x07removed\x18\x03 \x01(\x0b\x32%.tandem.api.worker.v1.KvBlocksRemovedH\x00\x12\x37\n\x07\x63leared\x18\x04 \x01(\x0b\x32$.tandem.api.worker.v1.KvCacheClearedH\x00\x12\x39\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32(.tandem.api.worker.v1.KvCacheDescriptionH\x00\x12\x34\n\x08snapshot\x18\x06 \x01(\x0b\x32 .tandem.api.worker.v1.KvSnapshotH\x00\x12\x37\n\x07unknown\x18\x07 \x01(\x0b\x32$.tandem.api.worker.v1.KvCacheUnknownH\x00\x42\x07\n\x05\x65vent\"\x8a\x01\n\x0eKvBlocksStored\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x03\x12\x1e\n\x11parent_block_hash\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x19\n\x11\x62lock_size_tokens\x18\x04 \x01(\x05\x42\x14\n\x12_parent_block_hash\"\'\n\x0fKvBlocksRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x03\"\x10\n\x0eKvCacheCleared\"a\n\x12KvCacheDescription\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x19\n\x11\x62lock_size_tokens\x18\x02 \x01(\x05\x12\x11\n\thash_rule\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\"3\n\nKvSnapshot\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\x12\x0f\n\x07is_last\x18\x02 \x01(\x08\"\x10\n\x0eKvCacheUnknown\"Z\n\x0c\x41\x62ortRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\x07\x61ttempt\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_attempt\"%\n\rAbortResponse\x12\x14\n\x0c\x61\x62orted_legs\x18\x01 \x01(\x05\"$\n\x0c\x44rainRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\"\"\n\rDrainResponse\x12\x11\n\topen_legs\x18\x01 \x01(\x05\")\n\x11\x46lushCacheRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\"%\n\x12\x46lushCacheResponse\x12\x0f\n\x07\x66lushed\x18\x01 \x01(\x08\"\x8a\x01\n\x11\x43hangeRoleRequest\x12\x14\n\x0cworker_epoch\x18\x01 \x01(\x03\x12-\n\x04role\x18\x02 \x01(\x0e\x32\x1f.tandem.api.types.v1.WorkerRole\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x12\x43hangeRoleResponse\x12/\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1f.tandem.api.types.v1.RoleChange2\xb5\x05\n\rWorkerService\x12n\n\x0fGetCapabilities\x12,.tandem.api.worker.v1.GetCapabilitiesRequest\x1a-.tandem.api.worker.v1.GetCapabilitiesResponse\x12^\n\tWatchLoad\x12&.tandem.api.worker.v1.WatchLoadRequest\x1a\'.tandem.api.worker.v1.WatchLoadResponse0\x01\x12j\n\rWatchKvEvents\x12*.tandem.api.worker.v1.WatchKvEventsRequest\x1a+.tandem.api.worker.v1.WatchKvEventsResponse0\x01\x12P\n\x05\x41\x62ort\x12\".tandem.api.worker.v1.AbortRequest\x1a#.tandem.api.worker.v1.AbortResponse\x12R\n\x05\x44rain\x12\".tandem.api.worker.v1.DrainRequest\x1a#.tandem.api.worker.v1.DrainResponse0\x01\x12_\n\nFlushCache\x12\'.tandem.api.worker.v1.FlushCacheRequest\x1a(.tandem.api.worker.v1.FlushCacheResponse\x12\x61\n\nChangeRole\x12\'.tandem.api.worker.v1.ChangeRoleRequest\x1a(.tandem.api.worker.v1.ChangeRoleResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.worker.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=134
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=158
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=160
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=230
-  _globals['_WATCHLOADREQUEST']._serialized_start=232
-  _globals['_WATCHLOADREQUEST']._serialized_end=292
-  _globals['_WATCHLOADRESPONSE']._serialized_start=295
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1141
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1143
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1256
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1259
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1650
-  _globals['_KVBLOCKSSTORED']._serialized_start=1653
-  _globals['_KVBLOCKSSTORED']._serialized_end=1791
-  _globals['_KVBLOCKSREMOVED']._serialized_start=1793
-  _globals['_KVBLOCKSREMOVED']._serialized_end=1832
-  _globals['_KVCACHECLEARED']._serialized_start=1834
-  _globals['_KVCACHECLEARED']._serialized_end=1850
-  _globals['_KVCACHEDESCRIPTION']._serialized_start=1852
-  _globals['_KVCACHEDESCRIPTION']._serialized_end=1949
-  _globals['_KVSNAPSHOT']._serialized_start=1951
-  _globals['_KVSNAPSHOT']._serialized_end=2002
-  _globals['_KVCACHEUNKNOWN']._serialized_start=2004
-  _globals['_KVCACHEUNKNOWN']._serialized_end=2020
-  _globals['_ABORTREQUEST']._serialized_start=2022
-  _globals['_ABORTREQUEST']._serialized_end=2112
-  _globals['_ABORTRESPONSE']._serialized_start=2114
-  _globals['_ABORTRESPONSE']._serialized_end=2151
-  _globals['_DRAINREQUEST']._serialized_start=2153
-  _globals['_DRAINREQUEST']._serialized_end=2189
-  _globals['_DRAINRESPONSE']._serialized_start=2191
-  _globals['_DRAINRESPONSE']._serialized_end=2225
-  _globals['_FLUSHCACHEREQUEST']._serialized_start=2227
-  _globals['_FLUSHCACHEREQUEST']._serialized_end=2268
-  _globals['_FLUSHCACHERESPONSE']._serialized_start=2270
-  _globals['_FLUSHCACHERESPONSE']._serialized_end=2307
-  _globals['_WORKERSERVICE']._serialized_start=2310
-  _globals['_WORKERSERVICE']._serialized_end=2904
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=205
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=229
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=231
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=349
+  _globals['_WATCHLOADREQUEST']._serialized_start=351
+  _globals['_WATCHLOADREQUEST']._serialized_end=411
+  _globals['_WATCHLOADRESPONSE']._serialized_start=414
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1260
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1262
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1375
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1378
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1769
+  _globals['_KVBLOCKSSTORED']._serialized_start=1772
+  _globals['_KVBLOCKSSTORED']._serialized_end=1910
+  _globals['_KVBLOCKSREMOVED']._serialized_start=1912
+  _globals['_KVBLOCKSREMOVED']._serialized_end=1951
+  _globals['_KVCACHECLEARED']._serialized_start=1953
+  _globals['_KVCACHECLEARED']._serialized_end=1969
+  _globals['_KVCACHEDESCRIPTION']._serialized_start=1971
+  _globals['_KVCACHEDESCRIPTION']._serialized_end=2068
+  _globals['_KVSNAPSHOT']._serialized_start=2070
+  _globals['_KVSNAPSHOT']._serialized_end=2121
+  _globals['_KVCACHEUNKNOWN']._serialized_start=2123
+  _globals['_KVCACHEUNKNOWN']._serialized_end=2139
+  _globals['_ABORTREQUEST']._serialized_start=2141
+  _globals['_ABORTREQUEST']._serialized_end=2231
+  _globals['_ABORTRESPONSE']._serialized_start=2233
+  _globals['_ABORTRESPONSE']._serialized_end=2270
+  _globals['_DRAINREQUEST']._serialized_start=2272
+  _globals['_DRAINREQUEST']._serialized_end=2308
+  _globals['_DRAINRESPONSE']._serialized_start=2310
+  _globals['_DRAINRESPONSE']._serialized_end=2344
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=2346
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=2387
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=2389
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=2426
+  _globals['_CHANGEROLEREQUEST']._serialized_start=2429
+  _globals['_CHANGEROLEREQUEST']._serialized_end=2567
+  _globals['_CHANGEROLERESPONSE']._serialized_start=2569
+  _globals['_CHANGEROLERESPONSE']._serialized_end=2638
+  _globals['_WORKERSERVICE']._serialized_start=2641
+  _globals['_WORKERSERVICE']._serialized_end=3334
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,11 @@ class WorkerServiceStub:
                 request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_stream(
+                '/tandem.api.worker.v1.WorkerService/ChangeRole',
+                request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -113,6 +118,18 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Changes the role: drains, has the engine take the role, and serves again at the same address in a new epoch. The
+        stream reports the progress; the change goes on when the call is cancelled. Knows no other workers: callers use
+        RegistryService.ChangeRole, which refuses a change that would leave no worker of a role.
+        ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
+        DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
+        again, in a new epoch, or exits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +162,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheRequest.FromString,
                     response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_stream_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +332,33 @@ class WorkerService:
             '/tandem.api.worker.v1.WorkerService/FlushCache',
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheRequest.SerializeToString,
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.api.worker.v1.WorkerService/ChangeRole',
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.SerializeToString,
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,14 @@ class WorkerServiceStub:
     """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress."""
     FlushCache: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]
     """Clears the prefix cache."""
+    ChangeRole: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.ChangeRoleRequest, _worker_service_pb2.ChangeRoleResponse]
+    """Changes the role: drains, has the engine take the role, and serves again at the same address in a new epoch. The
+    stream reports the progress; the change goes on when the call is cancelled. Knows no other workers: callers use
+    RegistryService.ChangeRole, which refuses a change that would leave no worker of a role.
+    ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
+    DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
+    again, in a new epoch, or exits.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -63,6 +71,14 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Drains the worker: finishes open legs, admits no new ones, then exits. The stream reports the progress."""
     FlushCache: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]  # type: ignore[assignment]
     """Clears the prefix cache."""
+    ChangeRole: _aio.UnaryStreamMultiCallable[_worker_service_pb2.ChangeRoleRequest, _worker_service_pb2.ChangeRoleResponse]  # type: ignore[assignment]
+    """Changes the role: drains, has the engine take the role, and serves again at the same address in a new epoch. The
+    stream reports the progress; the change goes on when the call is cancelled. Knows no other workers: callers use
+    RegistryService.ChangeRole, which refuses a change that would leave no worker of a role.
+    ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
+    DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
+    again, in a new epoch, or exits.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Calls that every worker serves, in any role."""
@@ -114,5 +130,19 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.FlushCacheResponse, _abc.Awaitable[_worker_service_pb2.FlushCacheResponse]]:
         """Clears the prefix cache."""
+
+    @_abc_1.abstractmethod
+    def ChangeRole(
+        self,
+        request: _worker_service_pb2.ChangeRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.ChangeRoleResponse], _abc.AsyncIterator[_worker_service_pb2.ChangeRoleResponse]]:
+        """Changes the role: drains, has the engine take the role, and serves again at the same address in a new epoch. The
+        stream reports the progress; the change goes on when the call is cancelled. Knows no other workers: callers use
+        RegistryService.ChangeRole, which refuses a change that would leave no worker of a role.
+        ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
+        DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
+        again, in a new epoch, or exits.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

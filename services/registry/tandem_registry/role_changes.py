@@ -1,0 +1,109 @@
+"""Role changes on behalf of callers: which ones the fleet can bear, and passing them on to the worker.
+
+Owns the rule that a role keeps a serving worker, on a live view only. The worker knows whether it can take the role,
+and does all the rest (`tandem.worker.role_change`). Holds nothing that must survive: a change that was passed on goes
+on without this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from tandem.api.registry.v1 import registry_service_pb2 as pb
+from tandem.api.types.v1 import role_change_pb2
+from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.client.role_calls import change_at_worker
+from tandem.domain.worker import Start, Worker, WorkerRole, WorkerState
+from tandem.errors import InvalidRequest, RoleChangeRefused, StaleEpoch, WorkerNotFound
+from tandem.rpc.channels import Channels
+from tandem.rpc.convert import ROLE_BY_NUMBER
+from tandem_registry.backends.port import Backend
+from tandem_registry.validation import checked_epoch, checked_worker_id
+from tandem_registry.view import Health, View
+
+
+class RoleChanges:
+    """The role changes that this registry passes on."""
+
+    def __init__(self, backend: Backend, channels: Channels) -> None:
+        self._backend = backend
+        self._channels = channels
+        self._leaving: set[Start] = set()
+        """Starts whose change was passed on: they leave their role, also while the view does not show it yet."""
+
+    async def change(self, request: pb.ChangeRoleRequest) -> AsyncGenerator[role_change_pb2.RoleChange, None]:
+        """Check a change, have the worker make it, and yield its progress.
+
+        Raises:
+            InvalidRequest: a field is wrong.
+            WorkerNotFound: no such worker is registered.
+            StaleEpoch: another start of it is.
+            RoleChangeRefused: the view is not live, or no worker of its role would be left; or the worker refuses.
+            TandemError: the worker cannot be reached, or the change failed.
+        """
+        worker_id, role = checked_worker_id("worker_id", request.worker_id), _checked_role(request)
+        if request.HasField("epoch"):
+            checked_epoch("epoch", request.epoch)
+        worker = self._admitted(await self._backend.view(), worker_id, role, request)
+        forwarded = worker_pb.ChangeRoleRequest(worker_epoch=worker.epoch, role=request.role)
+        if request.HasField("drain_timeout"):
+            forwarded.drain_timeout.CopyFrom(request.drain_timeout)
+        has_begun = False
+        try:
+            async with aclosing(change_at_worker(self._channels, worker.address, forwarded)) as steps:
+                async for step in steps:
+                    has_begun = True
+                    yield step
+        finally:
+            if not has_begun:
+                self._leaving.discard(worker.start)
+
+    def _admitted(self, view: View, worker_id: str, role: WorkerRole, request: pb.ChangeRoleRequest) -> Worker:
+        """The worker, noted as leaving its role."""
+        self._leaving &= {listed.member.start for listed in view.workers}
+        worker = next((listed.member for listed in view.workers if listed.member.worker_id == worker_id), None)
+        if worker is None:
+            raise WorkerNotFound(f"no live worker has the id {worker_id!r}", worker=worker_id)
+        if request.HasField("epoch") and request.epoch != worker.epoch:
+            raise StaleEpoch(
+                f"worker {worker_id} has restarted: its epoch is {worker.epoch}, not {request.epoch}",
+                worker=worker_id,
+                expected=request.epoch,
+                actual=worker.epoch,
+            )
+        if not self._backend.origin.is_live:
+            raise _refused(worker, role, "this registry has only the last known view; some workers in it may be gone")
+        if role is not worker.role and not request.force and not self._has_another(view, worker):
+            what = f"no other {worker.role.value} worker of model {worker.capabilities.model} is serving"
+            raise _refused(worker, role, f"{what}; force changes it all the same")
+        self._leaving.add(worker.start)
+        return worker
+
+    def _has_another(self, view: View, worker: Worker) -> bool:
+        """Whether another worker of the same role and model serves, and stays."""
+        return any(
+            other.role is worker.role
+            and other.capabilities.model == worker.capabilities.model
+            and other.worker_id != worker.worker_id
+            and other.state is WorkerState.SERVING
+            and listed.health is not Health.CRITICAL
+            and other.start not in self._leaving
+            for listed in view.workers
+            for other in (listed.member,)
+        )
+
+
+def _checked_role(request: pb.ChangeRoleRequest) -> WorkerRole:
+    role = ROLE_BY_NUMBER.get(request.role)
+    if role is None:
+        raise InvalidRequest("role", "must be PREFILL, DECODE or AGGREGATED")
+    return role
+
+
+def _refused(worker: Worker, role: WorkerRole, why: str) -> RoleChangeRefused:
+    return RoleChangeRefused(
+        f"worker {worker.worker_id} keeps its role {worker.role.value} and does not take {role.value}: {why}",
+        worker=worker.worker_id,
+        role=role.value,
+    )

@@ -1,0 +1,79 @@
+"""Client calls that change a worker's role: at a registry, and from there at the worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+from google.protobuf import duration_pb2
+
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
+from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.api.types.v1 import role_change_pb2
+from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
+from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tandem.client.call_errors import call_error
+from tandem.domain.worker import WorkerRole
+from tandem.rpc.channels import Channels, open_channel
+from tandem.rpc.convert import ROLES
+from tandem.rpc.status import from_rpc_error
+from tandem.tls.paths import Tls
+
+
+async def change_role(
+    registry: str,
+    worker_id: str,
+    role: WorkerRole,
+    *,
+    epoch: int | None = None,
+    force: bool = False,
+    drain_timeout_s: float | None = None,
+    tls: Tls | None = None,
+) -> AsyncGenerator[role_change_pb2.RoleChange, None]:
+    """Change a worker's role; yields the progress, to DONE. The change goes on when the iterator is closed.
+
+    Raises:
+        RoleChangeRefused: nothing has changed.
+        TandemError: the call failed, or the change did.
+    """
+    request = registry_pb.ChangeRoleRequest(worker_id=worker_id, epoch=epoch, role=ROLES[role], force=force)
+    if drain_timeout_s is not None:
+        request.drain_timeout.CopyFrom(_duration(drain_timeout_s))
+    async with open_channel(registry, tls) as channel:
+        stub: Any = RegistryServiceStub(channel)
+        call = stub.ChangeRole(request)
+        has_responded = False
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                has_responded = True
+                yield response.change
+        except grpc.aio.AioRpcError as failure:
+            raise call_error(failure, registry, tls, has_responded=has_responded) from None
+        finally:
+            call.cancel()
+
+
+async def change_at_worker(
+    channels: Channels, address: str, request: worker_pb.ChangeRoleRequest
+) -> AsyncGenerator[role_change_pb2.RoleChange, None]:
+    """Have a worker change its role; yields the progress, as `change_role`.
+
+    Raises:
+        TandemError: the worker refused, or cannot be reached, or the change failed.
+    """
+    stub: Any = WorkerServiceStub(channels.get(address))
+    call = stub.ChangeRole(request)
+    try:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            yield response.change
+    except grpc.aio.AioRpcError as failure:
+        raise from_rpc_error(failure) from None
+    finally:
+        call.cancel()
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
