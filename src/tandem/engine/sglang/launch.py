@@ -18,6 +18,7 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
+from tandem.engine.sglang import role_switch
 from tandem.engine.sglang.front_half import FrontHalf
 from tandem.engine.sglang.hooks import kv_snapshot
 
@@ -98,7 +99,7 @@ def dismantle(engine: Any) -> None:
     atexit.unregister(engine.shutdown)
     manager = engine.tokenizer_manager
     if manager.bootstrap_server is not None:
-        manager.bootstrap_server.close()
+        role_switch.end_server(manager.bootstrap_server)
     sockets = (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc)
     opened = [socket for socket in sockets if socket is not None]
     for socket in opened:

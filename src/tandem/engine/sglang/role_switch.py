@@ -122,9 +122,15 @@ async def close_bootstrap(manager: Any) -> None:
     """End the bootstrap server, with all registrations, where there is one."""
     server, manager.bootstrap_server = manager.bootstrap_server, None
     if server is not None:
-        # SGLang leaves the server's task pending, which asyncio logs as an error when its loop has gone.
+        await asyncio.to_thread(end_server, server)
+
+
+def end_server(server: Any) -> None:
+    """End a bootstrap server of SGLang's, within 2 s."""
+    if server._loop.is_running():
+        # SGLang leaves its task pending, which asyncio logs as an error when its loop has gone.
         server._loop.call_soon_threadsafe(lambda: [task.cancel() for task in server._background_tasks])
-        await asyncio.to_thread(server.close)
+    server.close()
 
 
 async def _listens(host: str, port: int) -> bool:
