@@ -76,6 +76,7 @@ CASES: dict[str, Case] = {
     "tandem.route.cached_tokens": Case(on.a_prompt_that_is_known, (("tandem.policy", "prefix"),), by=100),
     "tandem.route.expected_cached_tokens": Case(on.a_prompt_that_is_known, (("tandem.policy", "prefix"),), by=100),
     "tandem.route.duration": Case(on.an_answer, by=1),
+    "tandem.placements": Case(on.a_choice_of_kinds, by=1),
     "tandem.leg.failures": Case(on.a_leg_that_breaks, PREFILL, by=1),
     "tandem.continuations": Case(on.a_continuation, (("tandem.outcome", "finished"),), by=1),
     "tandem.prefix.blocks": Case(on.a_new_prompt_twice, by=1),

@@ -152,7 +152,7 @@ async def test_arguments_behind_the_end_of_their_call_fail_a_stream_only() -> No
     with pytest.raises(ParserFailed):
         await run(feeds)
     _, whole = await run(feeds, streams=False)
-    assert [item["arguments"] for item in whole["output"]] == ['{"a"', "{}"]
+    assert [item["arguments"] for item in whole["output"]] == ['{"a": 1}', "{}"]
 
 
 async def test_log_probabilities_are_of_the_text() -> None:

@@ -93,7 +93,8 @@ class UsageEntry:
                 "outcome": sums.outcome,
                 "reason": sums.reason,
             },
-            ensure_ascii=False,
+            # A call id is the client's, and some readers end a line at U+0085 or U+2028.
+            ensure_ascii=True,
         )
 
 

@@ -152,8 +152,8 @@ class FrontendConfig(AdminConfig):
         2,
         ge=0,
         le=3600,
-        description="time without an event after which a stream of the OpenAI API gets a comment, so that clients and "
-        "proxies keep waiting for a long prefill; a failure after it has no HTTP status of its own; 0: no comments",
+        description="time without an event after which a stream of OpenAI's or Anthropic's API gets a comment, so that "
+        "clients and proxies wait for a long prefill; a failure after it has no HTTP status of its own; 0: none",
     )
     usage_log: str | None = Field(
         None,

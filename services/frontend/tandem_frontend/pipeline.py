@@ -102,6 +102,14 @@ class Generation:
         with self._tenancy.charged(caller, call, count, self._model.name, self._admission.charge):
             yield
 
+    def charge(self, caller: Caller) -> None:
+        """Charge a call that generates nothing: it counts in the caller's rate, not in a quota.
+
+        Raises:
+            Draining, Overloaded: it would not be admitted.
+        """
+        self._admission.charge(caller.fairness_id, 1)
+
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
     ) -> None:

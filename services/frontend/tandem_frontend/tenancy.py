@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tandem.clock import monotonic
 from tandem.errors import QuotaExceeded, TandemError
-from tandem.observability.request_trace import CANCELLED, FAILED, REFUSED
+from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED
 from tandem_frontend.admission.quotas import Quotas
 from tandem_frontend.call_context import Caller
 from tandem_frontend.call_usage import UsageEntry, UsageSink
@@ -88,8 +88,12 @@ class Tenancy:
     def _record(self, caller: Caller, count: int, model: str, ending: BaseException | None) -> None:
         """`ending`: what ended the call, which is all that is known of one that no generation began for."""
         sums = caller.usage.summed()
-        if not sums.request_id and ending is not None:
+        if ending is not None and not sums.request_id:
             sums.outcome, sums.reason = _outcome_of(ending)
+        elif ending is not None and sums.outcome == FINISHED:
+            # All was generated, and then the response could not be made or sent.
+            is_gone = isinstance(ending, asyncio.CancelledError)
+            sums.outcome, sums.reason = (CANCELLED, "client_left") if is_gone else (FAILED, _outcome_of(ending)[1])
         entry = UsageEntry(
             end_s=caller.time(),
             tenant=caller.tenant,

@@ -47,6 +47,8 @@ FLAGS = {
     # So that a prompt has several steps, and its KV goes over in several pieces.
     "engine-extra": json.dumps({"chunked_prefill_size": 64}),
 }
+AT_ONCE = {"routing-policy": "random", "no-worker-wait-s": "0"}
+"""Requests must come to each worker, and one without a worker is to fail: none of those killed comes back by itself."""
 TOKENS = 96
 PROMPT_TOKENS = {"bootstrapping": 80, "prefilling": 900, "transferring": 200, "decoding": 40}
 """A held prompt of 900 tokens is computed in 15 steps, and 96 tokens are decoded in 96: in 4 s and in 19 s."""
@@ -256,7 +258,15 @@ def scheduler_of(worker: ClusterProcess) -> int:
 @asynccontextmanager
 async def sglang_fleet(logs: Path, *, prefill: int, decode: int) -> AsyncIterator[SglangFleet]:
     """So many engines of each role with one frontend, as long as the block."""
-    plan = Plan(registries=1, frontends=1, prefill=prefill, decode=decode, lease_s=5.0, worker_flags=FLAGS)
+    plan = Plan(
+        registries=1,
+        frontends=1,
+        prefill=prefill,
+        decode=decode,
+        lease_s=5.0,
+        worker_flags=FLAGS,
+        frontend_flags=AT_ONCE,
+    )
     with pytest.MonkeyPatch.context() as environment:
         holds = plug_in(logs, environment)
         # As between hosts: a write needs its peer. Through shared memory a stopped process would be written to.

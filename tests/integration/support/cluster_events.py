@@ -32,7 +32,7 @@ from tandem.testing.eventually import assert_eventually
 from tests.faults.support.leg_cluster import inject
 from tests.integration.support.bootstrap import bootstrap_url
 from tests.integration.support.calls import generate, refusal, request_of
-from tests.integration.support.role_changes import DECODE, PREFILL, change
+from tests.integration.support.role_changes import AGGREGATED, DECODE, PREFILL, change
 from tests.integration.support.tenant_calls import generate_as
 
 LONG = [20 + number % 1_000 for number in range(256)]
@@ -268,6 +268,20 @@ async def a_role_change(world: World) -> AsyncIterator[None]:
     await change(world.cluster, "decode-1", PREFILL)
     yield
     await change(world.cluster, "decode-1", DECODE)
+
+
+@asynccontextmanager
+async def a_choice_of_kinds(world: World) -> AsyncIterator[None]:
+    """A decode worker becomes an aggregated one, so that a request may go to either kind."""
+    await change(world.cluster, "decode-1", AGGREGATED)
+
+    async def placement() -> int:
+        stream = await generate(world.cluster, request_of(token_ids=LONG[:20], max_tokens=1))
+        return stream.finish.route.placement
+
+    await assert_eventually(placement, what="the frontend's view of both kinds")
+    yield
+    await change(world.cluster, "decode-1", DECODE, force=True)
 
 
 @asynccontextmanager

@@ -251,6 +251,8 @@ class Quotas:
     def lost(self, sources: Iterable[str]) -> None:
         """These processes cannot be asked any more: none of their requests counts as open."""
         gone = set(sources)
+        if not gone:
+            return
         for tenant, used in self._tenants.items():
             for source in gone & used.others.keys():
                 used.others[source] = replace(used.others[source], open_requests=0)

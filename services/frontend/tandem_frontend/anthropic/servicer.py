@@ -45,6 +45,7 @@ class AnthropicServicer(pb_grpc.AnthropicServiceServicer):
         comment_s: float = 0,
     ) -> None:
         """`comment_s`: see the setting stream_comment_s."""
+        self._generation = generation
         self._caller_of = partial(caller_of, session_header=session_header)
         handler, texts = EndpointHandler(generation, model, workers, comment_s=comment_s), TokenTexts(model.tokenizer)
         self._messages = Messages(handler, model, texts, ChatCompletions(handler, model, texts, parsers))
@@ -59,5 +60,6 @@ class AnthropicServicer(pb_grpc.AnthropicServiceServicer):
     async def CountTokens(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """The length of a prompt; nothing is generated."""
         caller = self._caller_of(context, "chat")
+        self._generation.charge(caller)
         body = await self._bodies.parse(CountTokensRequest, request.data, caller.fairness_id)
         return response.whole(await self._messages.count(body, len(request.data)))

@@ -29,7 +29,7 @@ ECHOED = (
 def response_head(body: ResponsesRequest, model: str, sampling_defaults: dict[str, float]) -> dict[str, Any]:
     """The response object before anything is generated. `sampling_defaults` are the model's own."""
     given = body.model_dump(
-        include={"tools", "tool_choice", "text", "reasoning"}, by_alias=True, exclude_none=True, mode="json"
+        include={"tools", "tool_choice", "text", "reasoning", "metadata"}, by_alias=True, exclude_none=True, mode="json"
     )
     return {
         "id": f"resp_{uuid.uuid4().hex}",
@@ -43,7 +43,7 @@ def response_head(body: ResponsesRequest, model: str, sampling_defaults: dict[st
         "output": [],
         "previous_response_id": None,
         **{name: getattr(body, name) for name in ECHOED},
-        "metadata": body.metadata or {},
+        "metadata": given.get("metadata", {}),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
         "service_tier": "default",
@@ -150,6 +150,10 @@ class ResponseOutput(BlockChoice):
         if not any(block.kind != "reasoning" for block in self.blocks):
             events = self._open(Block(len(self.blocks), "text"))
             events += self._close_last(cut_off=False)
+        for block in self.blocks:
+            # Some parsers write the rest of a call after another has begun; a stream has failed by then.
+            if block.kind == "call":
+                self._items[block.index]["arguments"] = block.text
         is_cut = finish.reason == generation_pb2.FINISH_REASON_LENGTH
         status = "incomplete" if is_cut else "completed"
         self._response |= {
