@@ -75,9 +75,19 @@ def test_peer_queues_of_an_idle_peer_end_their_thread_and_start_another() -> Non
 class PlayedManager(SimpleNamespace):
     """SGLang's manager, whose rooms go to agents."""
 
-    def __init__(self, written: Written, rooms: dict[int, list[str]], *, enable_staging: bool = False) -> None:
+    def __init__(
+        self, written: Written, rooms: dict[int, list[str]], *, enable_staging: bool = False, packed: str = ""
+    ) -> None:
         infos = {room: dict.fromkeys(agents) for room, agents in rooms.items()}
-        super().__init__(transfer_infos=infos, enable_staging=enable_staging, transfer_worker=written.run)
+        peers = {
+            name: SimpleNamespace(requires_dcp_relayout=name == packed) for agents in rooms.values() for name in agents
+        }
+        super().__init__(
+            transfer_infos=infos,
+            enable_staging=enable_staging,
+            transfer_worker=written.run,
+            decode_kv_args_table=peers,
+        )
         self.transfer_queues = [SimpleNamespace(put=lambda chunk: self.shared.append(chunk))]
         self.shared: list[str] = []
 
@@ -103,9 +113,13 @@ def test_transfer_request_goes_to_the_queue_of_its_rooms_agents() -> None:
     written.wait_for("a", ["1"])
 
 
-@pytest.mark.parametrize(("room", "staging"), [(1, True), (9, False)], ids=["staging buffers", "unknown room"])
-def test_transfer_request_that_needs_sglangs_own_threads_is_left_to_them(room: int, staging: bool) -> None:
-    manager = PlayedManager(Written(), {1: ["a"]}, enable_staging=staging)
+@pytest.mark.parametrize(
+    ("room", "staging", "packed"),
+    [(1, True, ""), (1, False, "a"), (9, False, "")],
+    ids=["staging buffers", "packing buffers", "unknown room"],
+)
+def test_transfer_request_that_needs_sglangs_own_threads_is_left_to_them(room: int, staging: bool, packed: str) -> None:
+    manager = PlayedManager(Written(), {1: ["a"]}, enable_staging=staging, packed=packed)
     add(manager, room, "a:1")
     assert manager.shared == ["a:1"]
 

@@ -15,7 +15,7 @@ from tandem.api.types.v1 import role_change_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.client.role_calls import change_at_worker
 from tandem.domain.worker import Start, Worker, WorkerRole, WorkerState
-from tandem.errors import InvalidRequest, RoleChangeRefused, StaleEpoch, WorkerNotFound
+from tandem.errors import InvalidRequest, RoleChangeRefused, StaleEpoch, TandemError, WorkerNotFound
 from tandem.rpc.channels import Channels
 from tandem.rpc.convert import ROLE_BY_NUMBER
 from tandem_registry.backends.port import Backend
@@ -49,18 +49,22 @@ class RoleChanges:
         forwarded = worker_pb.ChangeRoleRequest(worker_epoch=worker.epoch, role=request.role)
         if request.HasField("drain_timeout"):
             forwarded.drain_timeout.CopyFrom(request.drain_timeout)
+        is_first = worker.start not in self._leaving
+        self._leaving.add(worker.start)
         has_begun = False
         try:
             async with aclosing(change_at_worker(self._channels, worker.address, forwarded)) as steps:
                 async for step in steps:
                     has_begun = True
                     yield step
-        finally:
-            if not has_begun:
+        except TandemError:
+            # Not where the caller has left: the worker may go on. Nor where an earlier call has begun its change.
+            if is_first and not has_begun:
                 self._leaving.discard(worker.start)
+            raise
 
     def _admitted(self, view: View, worker_id: str, role: WorkerRole, request: pb.ChangeRoleRequest) -> Worker:
-        """The worker, noted as leaving its role."""
+        """The worker, which may leave its role."""
         self._leaving &= {listed.member.start for listed in view.workers}
         worker = next((listed.member for listed in view.workers if listed.member.worker_id == worker_id), None)
         if worker is None:
@@ -77,7 +81,6 @@ class RoleChanges:
         if role is not worker.role and not request.force and not self._has_another(view, worker):
             what = f"no other {worker.role.value} worker of model {worker.capabilities.model} is serving"
             raise _refused(worker, role, f"{what}; force changes it all the same")
-        self._leaving.add(worker.start)
         return worker
 
     def _has_another(self, view: View, worker: Worker) -> bool:

@@ -15,10 +15,13 @@ from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.client.call_errors import call_error
 from tandem.domain.worker import WorkerRole
+from tandem.errors import InvalidRequest
 from tandem.rpc.channels import Channels, open_channel
 from tandem.rpc.convert import ROLES
 from tandem.rpc.status import from_rpc_error
 from tandem.tls.paths import Tls
+
+DRAIN_TIMEOUT_MAX_S = 86_400
 
 
 async def change_role(
@@ -34,10 +37,13 @@ async def change_role(
     """Change a worker's role; yields the progress, to DONE. The change goes on when the iterator is closed.
 
     Raises:
+        InvalidRequest: the drain's timeout is no number of seconds up to a day.
         RoleChangeRefused: nothing has changed.
         TandemError: the call failed, or the change did.
     """
     request = registry_pb.ChangeRoleRequest(worker_id=worker_id, epoch=epoch, role=ROLES[role], force=force)
+    if drain_timeout_s is not None and not 0 <= drain_timeout_s <= DRAIN_TIMEOUT_MAX_S:
+        raise InvalidRequest("drain_timeout", f"must be 0 to {DRAIN_TIMEOUT_MAX_S} s, not {drain_timeout_s}")
     if drain_timeout_s is not None:
         request.drain_timeout.CopyFrom(_duration(drain_timeout_s))
     async with open_channel(registry, tls) as channel:

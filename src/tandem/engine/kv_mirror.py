@@ -154,9 +154,9 @@ class KvCacheMirror:
                 sequence += 1
                 yield event
 
-    async def wait_refused(self) -> str:
+    async def wait_refused(self) -> str | None:
         """See the port."""
-        while self._refusal is None:
+        while self._refusal is None and not self._has_ended:
             await self._changed.wait()
         return self._refusal
 

@@ -84,8 +84,11 @@ class KvCache(Protocol):
         """
         ...
 
-    async def wait_refused(self) -> str:
-        """Return one sentence once the engine's events are refused: they are none that this worker understands."""
+    async def wait_refused(self) -> str | None:
+        """Return one sentence once the engine's events are refused: they are none that this worker understands.
+
+        None: the engine has taken another role before, and no longer has this cache.
+        """
         ...
 
 

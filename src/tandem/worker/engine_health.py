@@ -90,6 +90,10 @@ class EngineHealth:
         finally:
             self._is_paused = False
 
+    async def note_proof(self) -> None:
+        """The engine has passed a canary just now, whatever its predecessor's trouble was."""
+        await self._report(None)
+
     async def _passive_check(self) -> str | None:
         """Trouble that can be detected without a generation."""
         stall = self._engine.stalled()

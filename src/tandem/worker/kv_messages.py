@@ -75,4 +75,7 @@ async def log_refusal(engine: Engine, worker_id: str) -> None:
     except NotSupported:
         return
     sentence = await cache.wait_refused()
-    log.error("worker %s: KV events of its engine are refused, and its cache stays unknown: %s", worker_id, sentence)
+    if sentence is not None:
+        log.error(
+            "worker %s: KV events of its engine are refused, and its cache stays unknown: %s", worker_id, sentence
+        )

@@ -20,7 +20,7 @@ from tandem.clock import Clock, monotonic
 from tandem.discovery import Registration
 from tandem.domain.worker import Worker, WorkerRole, WorkerState
 from tandem.engine.role_engine import RoleEngine
-from tandem.errors import Draining, EngineFailed, RoleChangeRefused, StartError, TandemError
+from tandem.errors import Draining, EngineFailed, RoleChangeRefused, TandemError
 from tandem.observability.metrics import Metrics
 from tandem.worker.engine_health import EngineHealth, pass_canary
 from tandem.worker.identity import Identity
@@ -171,7 +171,7 @@ class RoleChanges:
         with parts.engine_health.paused():
             try:
                 in_place = await self._take(role)
-            except (StartError, EngineFailed) as failure:
+            except TandemError as failure:
                 problem = failure
                 await self._take_back(former, failure)
         self._on_changed(in_place)
@@ -179,6 +179,7 @@ class RoleChanges:
         parts.legs.open_admission()
         progress.report(Step(stage=Stage.REGISTERING))
         await parts.registration.wait_registered()
+        await parts.engine_health.note_proof()
         await parts.server_health.rejoin()
         if problem is not None:
             raise EngineFailed(
@@ -203,7 +204,7 @@ class RoleChanges:
         log.error("%s; starting an engine in the former role %s", failure, former.value)
         try:
             await self._take(former, may_switch=False)
-        except (StartError, EngineFailed) as problem:
+        except TandemError as problem:
             self._give_up(f"after a failed role change no engine starts in the former role {former.value}: {problem}")
             raise EngineFailed(f"the worker exits: {problem}") from None
 

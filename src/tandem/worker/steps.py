@@ -113,13 +113,14 @@ class StepStream:
             yield self._take()
             self._check_open()
 
-    def close(self) -> None:
-        """Send nothing more."""
+    def close(self, *, sends_rest: bool = False) -> None:
+        """Add nothing more. `sends_rest`: what waits is still sent; the end of a leg may be among it."""
         if not self._is_closed:
             self._is_closed = True
             if self._timer is not None:
                 self._timer.cancel()
-            self._take()
+            if not sends_rest:
+                self._take()
             self._wake()
 
     def _take(self) -> StreamStepsResponse:
@@ -216,13 +217,13 @@ class StepStreams:
             raise ServiceError(f"step stream {stream_id} is not open here: it has ended, or the worker has restarted")
         return stream
 
-    def close(self, stream: StepStream) -> None:
+    def close(self, stream: StepStream, *, sends_rest: bool = False) -> None:
         """The end of a stream. May be called twice."""
         if self._by_id.pop(stream.stream_id, None) is not None:
-            stream.close()
+            stream.close(sends_rest=sends_rest)
             self._on_close(stream)
 
     def close_all(self) -> None:
-        """End every stream, and with it the legs on it."""
+        """End every stream, and with it the legs on it, after what waits has been sent."""
         for stream in list(self._by_id.values()):
-            self.close(stream)
+            self.close(stream, sends_rest=True)

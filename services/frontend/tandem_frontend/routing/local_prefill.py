@@ -75,6 +75,8 @@ class LocalPrefill:
         self._backlog = backlog
         self._clock = clock
         self._times: dict[Start, _PromptTime] = {}
+        self._workers: dict[Start, Worker] = {}
+        """Those of `_times`."""
         backlog.local = self
 
     @property
@@ -84,12 +86,14 @@ class LocalPrefill:
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Apply a new registry view."""
+        workers = tuple(workers)
         # One that drains has no costs any more, though it still reports its load.
         known = {
             worker.start
             for worker in workers
             if worker.role is WorkerRole.AGGREGATED and worker.state is WorkerState.SERVING
         }
+        self._workers = {worker.start: worker for worker in workers if worker.start in known}
         for start in self._times.keys() - known:
             del self._times[start]
         for start in known - self._times.keys():
@@ -142,6 +146,7 @@ class LocalPrefill:
             self._is_known(start[0])
             and (prompt_tokens <= self.max_tokens or self._prompts.of((start[0],), prompt_tokens)[0] < wait_s)
             and self._has_share(start, prompt_tokens, wait_s, reserved_tokens)
+            and self._has_place(self._workers[start], prompt_tokens)
             for start in self._backlog.aggregated
         )
 
@@ -178,13 +183,16 @@ class LocalPrefill:
 
     def _streams_too_much(self, worker: Worker, decode: Worker, prompt_tokens: int) -> bool:
         """Whether an aggregated worker has no place for another stream, or far less than the pair's decode worker."""
-        row, capacity = self._streams.rows[worker.worker_id], worker.capabilities
-        kv_tokens = row.work - row.requests * row.request_tokens
         return (
-            row.requests + 1 > capacity.running_requests_max
-            or kv_tokens + prompt_tokens >= capacity.kv_capacity_tokens
+            not self._has_place(worker, prompt_tokens)
             or self._stream_cost(worker, prompt_tokens) > self._stream_cost(decode, prompt_tokens) + STREAMS_LEAD
         )
+
+    def _has_place(self, worker: Worker, prompt_tokens: int) -> bool:
+        """Whether a worker has a slot and memory for another stream."""
+        row, capacity = self._streams.rows[worker.worker_id], worker.capabilities
+        kv_tokens = row.work - row.requests * row.request_tokens
+        return row.requests < capacity.running_requests_max and kv_tokens + prompt_tokens < capacity.kv_capacity_tokens
 
     def _has_share(self, start: Start, tokens: float, wait_s: float = 0.0, reserved_tokens: float = 0.0) -> bool:
         """Whether a worker has time left for a prompt that would wait for so long at prefill.

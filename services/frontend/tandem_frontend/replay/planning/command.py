@@ -125,7 +125,7 @@ def run_recorded(
         fleet = fleet_of(cluster, speeds.options(), {})
     else:
         shape, note = Shape(request.shape), ""
-        fleet = fleet_of(cluster, given.engine, given.frontend.model_dump())
+        fleet = fleet_of(cluster, given.engine, given.frontend.model_dump(exclude_unset=True))
     goals.check_engine(fleet.options())
     trace = scaled(trace_of(cluster.requests, fleet.block_tokens), request.load)
     for line in (*lines, *([note] if note else ())):

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _MANAGER = "sglang.srt.disaggregation.nixl.conn.NixlKVManager"
@@ -115,13 +115,19 @@ def _queue_for_peer(
 ) -> Any:
     """Queue a chunk for the agents that its room goes to."""
     peers = manager.transfer_infos.get(bootstrap_room)
-    if not peers or manager.enable_staging:
-        # A staging buffer belongs to one of SGLang's own threads.
+    if not peers or manager.enable_staging or _packs(manager, peers):
+        # A staging or packing buffer belongs to one of SGLang's own threads.
         return original(manager, bootstrap_room, *arguments, **keywords)
     queues: PeerQueues | None = getattr(manager, "tandem_queues", None)
     if queues is None:
         queues = manager.tandem_queues = PeerQueues(manager.transfer_worker)
     return original(_ManagerOfOne(manager, queues, tuple(sorted(peers))), bootstrap_room, *arguments, **keywords)
+
+
+def _packs(manager: Any, peers: Iterable[str]) -> bool:
+    """Whether pages are packed before they are written, as for decode engines with decode context parallelism."""
+    known = (manager.decode_kv_args_table.get(peer) for peer in peers)
+    return any(peer is not None and peer.requires_dcp_relayout for peer in known)
 
 
 def wait_with_pauses(manager: Any, handles: list[Any]) -> None:
