@@ -246,7 +246,6 @@ BAD = [
     ("Completions", completion([5] * 2048), "prompt", ContextExceeded),
     ("Completions", completion(logprobs=21), "logprobs", InvalidRequest),
     ("Completions", completion(suffix="x"), "suffix", InvalidRequest),
-    ("Completions", completion(echo=True, logprobs=1, stop="x"), "stop", InvalidRequest),
 ]
 
 
@@ -261,6 +260,16 @@ async def test_bad_input_is_a_status_that_names_the_parameter(
     assert type(refused.value) is kind
     assert refused.value.metadata["field"] == param
     assert refused.value.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(("stream", "param"), [(False, "stop"), (True, "stream")])
+async def test_log_probabilities_of_a_prompt_are_neither_cut_nor_streamed(
+    simulated: LocalCluster, stream: bool, param: str
+) -> None:
+    sent = completion(echo=True, logprobs=1, stop="x", stream=stream)
+    with pytest.raises(InvalidRequest) as refused:
+        await ask(simulated.frontend.address, "Completions", sent)
+    assert refused.value.metadata["field"] == param
 
 
 async def test_another_model_is_not_found(simulated: LocalCluster) -> None:

@@ -7,6 +7,7 @@ the next of `answers`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -62,8 +63,12 @@ class ScriptedGeneration:
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     tenant_requests_max: int = 16
 
-    def charge(self, caller: Caller, count: int = 1) -> None:
+    def charge(self, caller: Caller) -> None:
         """Never refuses."""
+
+    def charged(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+        """No client is limited here."""
+        return contextlib.nullcontext()
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
