@@ -28,14 +28,13 @@ AFTER_A_STOP_S = 2.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LegCluster]:
-    plan = Plan(registries=1, frontend_flags={"routing-policy": "random"})
-    async with leg_cluster(tmp_path_factory.mktemp("deaths"), plan) as cluster:
+    async with leg_cluster(tmp_path_factory.mktemp("deaths")) as cluster:
         yield cluster
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def routed_by_load(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LegCluster]:
-    async with leg_cluster(tmp_path_factory.mktemp("deaths-by-load")) as cluster:
+    async with leg_cluster(tmp_path_factory.mktemp("deaths-by-load"), Plan(registries=1)) as cluster:
         yield cluster
 
 

@@ -129,9 +129,10 @@ async def test_no_client_gets_into_the_cache_of_another(client: httpx.AsyncClien
     assert (await ask(client, BOB, prompt, cache_salt=salt)).cached_tokens == 0
     assert (await ask(client, ALICE, prompt, cache_salt="apart")).cached_tokens == 0
     assert (await ask(client, ALICE, prompt)).cached_tokens > 0.9 * PROMPT_TOKENS, "it is still there"
-    spelt = {"authorization": f"Bearer {BOB}", "x_client_id": "alice"}
-    refused = await client.post("/v1/completions", json={"model": MODEL, "prompt": prompt}, headers=spelt)
-    assert refused.status_code == 400, "a proxy might take the one for the other"
+    another = fresh_prompt()
+    await ask(client, ALICE, another)
+    # The edge drops it: a proxy might take the one for the other.
+    assert (await ask(client, BOB, another, headers={"x_client_id": "alice"})).cached_tokens == 0
 
 
 async def test_a_new_key_of_a_tenant_finds_its_cache(client: httpx.AsyncClient) -> None:

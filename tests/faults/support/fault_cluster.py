@@ -27,6 +27,12 @@ OUTER_HOST = "127.0.0.2"
 """Where `CUT_WORKER` is reached: another address of loopback, at which a link listens on the worker's own port."""
 
 
+DRAWN = {"routing-policy": "random"}
+"""Settings of frontends that send requests to every worker: a fault of a certain one needs some there. Routing by load
+may leave an idle one without any.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a cluster consists of."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.support.cut_proxy import Cut, CutProxy, cut_proxy
-from tests.faults.support.fault_cluster import CUT_WORKER, OUTER_HOST, Plan
+from tests.faults.support.fault_cluster import CUT_WORKER, DRAWN, OUTER_HOST, Plan
 from tests.faults.support.leg_cluster import LegCluster
 from tests.faults.support.process_faults import free_port
 
@@ -96,6 +96,6 @@ class HopCluster(LegCluster):
 async def hop_cluster(logs: Path) -> AsyncIterator[HopCluster]:
     """Two prefill and two decode workers with two frontends and one registry, as long as the block."""
     async with AsyncExitStack() as stack:
-        cluster = HopCluster(Plan(registries=1), logs, stack)
+        cluster = HopCluster(Plan(registries=1, frontend_flags=DRAWN), logs, stack)
         await cluster.start()
         yield cluster

@@ -20,7 +20,7 @@ from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.testing.eventually import assert_eventually
-from tests.faults.support.fault_cluster import FaultCluster, Plan
+from tests.faults.support.fault_cluster import DRAWN, FaultCluster, Plan
 
 ENGINE: dict[str, Any] = {"decode_step_s": 0.006}
 IDLE_WITHIN_S = 1.0
@@ -130,7 +130,7 @@ async def leg_cluster(
 ) -> AsyncIterator[LegCluster]:
     """Two prefill and two decode workers with two frontends, as long as the block, unless the plan says otherwise."""
     async with AsyncExitStack() as stack:
-        cluster = LegCluster(plan or Plan(registries=1), logs, stack)
+        cluster = LegCluster(plan or Plan(registries=1, frontend_flags=DRAWN), logs, stack)
         cluster.engine = engine or ENGINE
         await cluster.start()
         yield cluster
