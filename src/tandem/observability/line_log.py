@@ -91,9 +91,11 @@ class LineLog:
                 if not self._unwritten:
                     count = min(BATCH_MAX, len(self._lines))
                     self._unwritten = b"".join(self._lines.popleft() for _ in range(count))
+                # One more try after the close: what made the one before fail may be over.
+                is_last = self._is_closed
             if not self._write_some():
                 with self._wake:
-                    if self._is_closed:
+                    if is_last:
                         return
                     self._wake.wait_for(lambda: self._is_closed, self._retry_s)
 
