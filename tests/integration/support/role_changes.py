@@ -119,5 +119,5 @@ async def exact_load(
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
     assert not [problem for problem in ended if not isinstance(problem, asyncio.CancelledError)]
-    assert not load.failures
+    assert not load.failures, load.failures
     assert not load.wrong
