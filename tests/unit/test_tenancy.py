@@ -16,7 +16,7 @@ from tandem_frontend.tenancy import Tenancy
 from tandem.clock import ManualClock
 from tandem.domain.quota import Quota
 from tandem.errors import Draining, InvalidRequest, QuotaExceeded
-from tandem.observability.request_trace import RequestTrace
+from tandem.observability.request_trace import FINISHED, RequestTrace
 
 TEN = Quota(requests_per_minute=10)
 
@@ -133,3 +133,12 @@ def test_an_observer_that_fails_changes_nothing_for_the_caller(caplog: pytest.Lo
         world.run(Caller(tenant="a"))
     assert "observer failed" in caplog.text
     assert len(world.entries) == 1
+
+
+def test_a_response_that_cannot_be_made_of_a_finished_generation_is_billed_as_failed() -> None:
+    world, caller = World(), Caller(tenant="a")
+    caller.usage.add(RequestTrace(request_id="r", outcome=FINISHED))
+    with pytest.raises(ValueError, match="a defect"):
+        world.run(caller, ending=ValueError("a defect"))
+    sums = world.entries[0].sums
+    assert (sums.outcome, sums.reason) == ("failed", "INTERNAL")

@@ -28,7 +28,7 @@ class Written:
         while True:
             peer, _, chunk = queue.get().partition(":")
             if peer in self.may_write:
-                self.may_write[peer].wait(WAIT_S)
+                self.may_write[peer].wait(6 * WAIT_S)
             with self.changed:
                 self.chunks.setdefault(peer, []).append(chunk)
                 self.changed.notify_all()
@@ -108,6 +108,7 @@ def test_transfer_request_goes_to_the_queue_of_its_rooms_agents() -> None:
     add(manager, 2, "b:1")
     add(manager, 3, "b:2")
     written.wait_for("b", ["1", "2"])
+    assert "a" not in written.chunks
     assert not manager.shared
     written.may_write["a"].set()
     written.wait_for("a", ["1"])

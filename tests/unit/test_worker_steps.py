@@ -387,3 +387,17 @@ async def test_an_engine_event_after_a_legs_end_is_ignored() -> None:
     output.fail(EngineFailed("again"))
     step = await scene.read()
     assert (list(step.token_ids), [end.WhichOneof("end") for end in step.ends]) == ([5], ["finish"])
+
+
+@pytest.mark.parametrize("sends_rest", [True, False])
+async def test_a_closed_stream_sends_what_waits_only_where_it_is_asked_to(sends_rest: bool) -> None:
+    stream = StepStream(1, "f", lambda: None)
+    messages = stream.messages()
+    await anext(messages)
+    stream.open_leg(1)
+    stream.tokens(1, 0, [5, 6], ())
+    stream.close(sends_rest=sends_rest)
+    if sends_rest:
+        assert list((await anext(messages)).token_ids) == [5, 6]
+    with pytest.raises(ServiceError):
+        await anext(messages)

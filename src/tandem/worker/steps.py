@@ -111,7 +111,6 @@ class StepStream:
                 self._waiter = asyncio.get_running_loop().create_future()
                 await self._waiter
             yield self._take()
-            self._check_open()
 
     def close(self, *, sends_rest: bool = False) -> None:
         """Add nothing more. `sends_rest`: what waits is still sent; the end of a leg may be among it."""

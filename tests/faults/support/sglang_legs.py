@@ -48,7 +48,7 @@ FLAGS = {
     "engine-extra": json.dumps({"chunked_prefill_size": 64}),
 }
 AT_ONCE = {"routing-policy": "random", "no-worker-wait-s": "0"}
-"""Requests must come to each worker, and one without a worker is to fail: none of those killed comes back by itself."""
+"""Requests must come to each worker, and one without a worker is to fail: no killed worker is restarted."""
 TOKENS = 96
 PROMPT_TOKENS = {"bootstrapping": 80, "prefilling": 900, "transferring": 200, "decoding": 40}
 """A held prompt of 900 tokens is computed in 15 steps, and 96 tokens are decoded in 96: in 4 s and in 19 s."""
