@@ -23,7 +23,16 @@ from tandem.errors import DeadlinePassed, LegFailed, ServiceError
 from tandem.observability.trace_context import Headers
 from tandem.testing.virtual_time import run_virtually
 from tests.faults.support.leg_world import CAPABILITIES, fleet, now_s
-from tests.unit.support.scripted_legs import ABORTED, FINISH, Gathered, ScriptedLeg, accepted, fail, tokens
+from tests.unit.support.scripted_legs import (
+    ABORTED,
+    FINISH,
+    Gathered,
+    ScriptedLeg,
+    accepted,
+    fail,
+    tokens,
+    unresponsive,
+)
 
 LEG = leg_pb2.LegRequest(request_id="r", token_ids=[1, 2, 3], stopping=sampling_pb2.Stopping(max_tokens=4))
 
@@ -138,5 +147,20 @@ def test_a_newer_start_of_a_worker_ends_what_its_former_one_still_holds_open() -
         scripted.attempts.notice(newer if worker == gone else worker for worker in workers)
         assert await streaming == [5, 6, 7, 8]
         assert now_s() < 0.2, "it was only noticed by its silence"
+
+    run_virtually(live())
+
+
+def test_a_worker_that_was_slow_gets_its_stream_back_once_all_others_failed_and_keeps_it() -> None:
+    async def live() -> None:
+        scripted = Scripted(
+            fleet(1, 2, CAPABILITIES),
+            (ScriptedLeg(accepted, tokens(0, 5), unresponsive), ScriptedLeg(accepted, FINISH)),
+            (ScriptedLeg(accepted, tokens(0, 6), fail(ServiceError("reset"))), ScriptedLeg(accepted, FINISH)),
+            (ScriptedLeg(accepted, unresponsive, tokens(0, 7, 8), FINISH), ScriptedLeg(accepted, FINISH)),
+        )
+        assert await scripted.stream() == [5, 6, 7, 8]
+        slow, other, again = (route.decode.worker_id for route in scripted.sent)
+        assert slow == again != other
 
     run_virtually(live())

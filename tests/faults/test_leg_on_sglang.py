@@ -65,10 +65,11 @@ async def assert_exact(fleet: SglangFleet, streams: list[Stream], answers: Answe
     """One ending each, and no token that the undisturbed run has not."""
     missing = {s.asked.prompt for s in streams} - set(answers)
     answers |= await fleet.answers(missing)
-    for asked in (stream.asked for stream in streams):
-        assert asked.failure is None, asked.summary()
-        assert (asked.finish_count, asked.misplaced_count) == (1, 0), asked.summary()
-        assert asked.tokens == answers[asked.prompt], asked.summary()
+    for stream in streams:
+        asked = stream.asked
+        assert asked.failure is None, fleet.summary(stream)
+        assert (asked.finish_count, asked.misplaced_count) == (1, 0), fleet.summary(stream)
+        assert asked.tokens == answers[asked.prompt], fleet.summary(stream)
 
 
 def assert_went_on(fleet: SglangFleet, streams: list[Stream], fault_s: float, within_s: float) -> None:

@@ -280,6 +280,36 @@ async def test_a_leg_does_not_wait_for_an_unresponsive_worker() -> None:
     assert scene.dispatch.sent[0].route.decode.worker_id == "decode-0"
 
 
+async def _slow_then_broken(scene: Scene, *, is_unhealthy: bool) -> Dispatched:
+    """A request that decode-0 does not answer at first, and that decode-1 fails; decode-0 serves from then on."""
+
+    def before_second_attempt() -> None:
+        if len(scene.dispatch.sent) == 1:
+            scene.dispatch.frozen = set()
+            scene.dispatch.answers = {"decode-1": LegFailed("the engine died")}
+            scene.unhealthy = {("decode-0", 7)} if is_unhealthy else set()
+
+    # The first attempt goes to decode-0.
+    scene.unhealthy = {("decode-1", 7)}
+    scene.dispatch.frozen = {"decode-0"}
+    scene.dispatch.on_send = before_second_attempt
+    return await scene.take()
+
+
+async def test_attempts_where_all_others_failed_return_to_a_worker_that_was_slow() -> None:
+    scene = pairs(1, 2)
+    taken = await _slow_then_broken(scene, is_unhealthy=False)
+    assert [sent.route.decode.worker_id for sent in scene.dispatch.sent] == ["decode-0", "decode-1", "decode-0"]
+    assert taken is scene.dispatch.sent[-1]
+
+
+async def test_attempts_where_all_others_failed_do_not_return_to_a_worker_that_is_still_silent() -> None:
+    scene = pairs(1, 2)
+    with pytest.raises(LegFailed, match="the engine died"):
+        await _slow_then_broken(scene, is_unhealthy=True)
+    assert len(scene.dispatch.sent) == 2
+
+
 async def test_a_request_without_another_route_waits_for_a_frozen_worker() -> None:
     scene = pairs(1, 1)
     scene.dispatch.frozen = {"decode-0"}

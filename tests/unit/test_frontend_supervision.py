@@ -147,6 +147,47 @@ async def test_the_wait_for_prefills_finish_has_a_timeout(monkeypatch: pytest.Mo
     assert scene.attempt.prefill_finish is None
 
 
+class StopScene(Scene):
+    """A response that ends by itself at its first token, as at a stop string."""
+
+    def tokens(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        super().tokens(token_ids, logprobs)
+        self.attempt.no_more_tokens()
+
+
+async def test_a_response_that_ends_before_its_legs_waits_for_prefills_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 60.0)
+    decode_leg, prefill_leg = ScriptedLeg(accepted, tokens(0, 5), tokens(1, 6), FINISH), ScriptedLeg(accepted)
+    scene = StopScene(decode_leg, prefill_leg)
+    running = asyncio.create_task(scene.run())
+    await asyncio.wait_for(decode_leg.aborted.wait(), 5)
+    assert not running.done()
+    prefill_leg.say(FINISH)
+    assert await asyncio.wait_for(running, 5) == [5]
+    assert scene.attempt.prefill_finish is not None
+
+
+async def test_a_response_that_ends_before_its_legs_does_not_wait_for_a_failed_prefill_leg(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 60.0)
+    scene = StopScene(ScriptedLeg(accepted, tokens(0, 5)), ScriptedLeg(accepted))
+    running = asyncio.create_task(scene.run())
+    await asyncio.wait_for(scene.decode_leg.aborted.wait(), 5)
+    assert scene.prefill_leg is not None
+    scene.prefill_leg.say(fail(RESET))
+    assert await asyncio.wait_for(running, 5) == [5]
+
+
+@pytest.mark.parametrize("has_prefill", [False, True])
+async def test_a_response_that_ends_before_its_legs_waits_for_prefills_usage_with_a_timeout(
+    monkeypatch: pytest.MonkeyPatch, *, has_prefill: bool
+) -> None:
+    monkeypatch.setattr(attempt, "PREFILL_FINISH_TIMEOUT_S", 0.01 if has_prefill else 60.0)
+    scene = StopScene(ScriptedLeg(accepted, tokens(0, 5)), ScriptedLeg(accepted) if has_prefill else None)
+    assert await asyncio.wait_for(scene.run(), 5) == [5]
+
+
 async def test_an_unresponsive_worker_fails_where_another_can_take_over() -> None:
     scene = Scene(ScriptedLeg(accepted, unresponsive), ScriptedLeg(accepted))
     with pytest.raises(LegFailed, match="worker is unresponsive"):

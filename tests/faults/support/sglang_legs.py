@@ -201,6 +201,12 @@ class SglangFleet(FaultCluster):
         assert all(found.values()), f"void: {victim} had at the fault only {found}"
         return found
 
+    def summary(self, stream: Stream) -> str:
+        """What came of a stream, with the frontend's log lines about its request."""
+        lines = self.frontends[0].log.read_text(errors="replace").splitlines()
+        about = [line for line in lines if stream.request_id and stream.request_id in line]
+        return "\n".join([stream.asked.summary(), *about])
+
     async def loads(self) -> dict[str, worker_pb.WatchLoadResponse]:
         """Of all workers that run."""
         return {w.name: await calls.worker_load(w.address) for w in self.workers if w.runs}

@@ -171,6 +171,10 @@ class Attempt:
         """The same worker unless it only refused the leg: its failure counts for the circuit breaker."""
         self.found_it_gone = False
         """Whether the failed worker said that it leaves or was restarted: the view is behind."""
+        self._has_enough = False
+        """Whether the response has ended before its decode leg."""
+        self.left_early = False
+        """Whether the attempt left a worker that was only slow to respond, because another one could take over."""
         self.decode_finish: leg_pb2.LegFinish | None = None
         self.prefill_finish: leg_pb2.LegFinish | None = None
 
@@ -206,6 +210,16 @@ class Attempt:
     def stop(self) -> None:
         """Make `wait` return: no more tokens are wanted."""
         _set(self._over)
+
+    def no_more_tokens(self) -> None:
+        """Abort the decode leg; `wait` returns when prefill's usage is known, or does not come in time."""
+        self._has_enough = True
+        if self._dispatched is not None:
+            self._dispatched.decode.abort()
+        if self._prefill is None or self._prefill_is_over():
+            self.stop()
+        else:
+            self._wait_for_prefill()
 
     def end(self) -> None:
         """Abort both legs, in every phase. May be called twice."""
@@ -274,12 +288,16 @@ class Attempt:
             if self._prefill is None:
                 self._on_prefilled(finish)
         self._state.end_leg(side.role)
-        if self.decode_finish is None:
+        if self.decode_finish is None and not self._has_enough:
             return
         # The prefill leg of an aborted request may never finish: it may still wait for decode to connect.
         if self._prefill is None or self.prefill_finish is not None or is_aborted or self._prefill_is_over():
             _set(self._over)
-        elif self._prefill_timer is None:
+        else:
+            self._wait_for_prefill()
+
+    def _wait_for_prefill(self) -> None:
+        if self._prefill_timer is None:
             loop = asyncio.get_running_loop()
             self._prefill_timer = loop.call_later(PREFILL_FINISH_TIMEOUT_S, _set, self._over)
 
@@ -300,6 +318,7 @@ class Attempt:
         if self._is_ended or side.leg.phase.is_last:
             return
         if self._owner.is_replaceable(side.worker):
+            self.left_early = True
             self.on_failed(side, LegFailed("worker is unresponsive: no event of the leg and no health check response"))
 
     def _fail_leg(self, side: _Side, problem: TandemError) -> None:
@@ -309,7 +328,7 @@ class Attempt:
         side.leg.abort()
         if side is self._prefill and self._has_handed_over():
             log.info("prefill leg failed after the KV transfer, which does not affect the request: %s", problem)
-            if self.decode_finish is not None:
+            if self.decode_finish is not None or self._has_enough:
                 _set(self._over)
             return
         self._failure = self._failure or problem

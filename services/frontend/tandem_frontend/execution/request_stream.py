@@ -184,6 +184,8 @@ class RetryingStream:
         self._view_wait = ViewWait(deps.missing)
         self._tried: set[Start] = set()
         self._failed: set[Start] = set()
+        self._left_early: set[Start] = set()
+        """Those of `_failed` that were only slow to respond: nothing says that the request broke them."""
         self._attempt: Attempt | None = None
         self._defect: TandemError | None = None
         self._sent_s = 0.0
@@ -227,8 +229,7 @@ class RetryingStream:
         """
         while True:
             try:
-                if not self._is_stopped:
-                    await self.attempt.wait()
+                await self.attempt.wait()
             except LegFailed as problem:
                 if not (self._is_stopped or self._sink.is_over or self._is_complete()):
                     await self._retry(problem)
@@ -286,7 +287,8 @@ class RetryingStream:
             self.give_up(problem)
             return
         if self._sink.ends_the_legs:
-            self.stop()
+            self._is_stopped = True
+            self.attempt.no_more_tokens()
 
     def is_replaceable(self, worker: Worker) -> bool:
         """See `AttemptOwner`."""
@@ -377,6 +379,8 @@ class RetryingStream:
             record.room = dispatched.room
             return dispatched
 
+        if self._is_stopped:
+            attempt.stop()
         await attempt.start(send)
         self._deps.missing.served()
 
@@ -405,6 +409,10 @@ class RetryingStream:
         if worker is not None:
             self._deps.refusals.note(worker)
             self._failed.add(worker.start)
+            if self.attempt.left_early:
+                self._left_early.add(worker.start)
+            else:
+                self._left_early.discard(worker.start)
             if self.attempt.found_it_gone and self._gone_count < GONE_MAX:
                 self._gone_count += 1
                 self._fruitless_count -= 1
@@ -414,7 +422,15 @@ class RetryingStream:
             return None
         # Tokens of one set of weights are not continued by another: the model was changed meanwhile.
         others = self._deps.routes.with_other_weights(self._model_digest) if self._sent else ()
-        return self._route_without({*failed, *others})
+        route = self._route_without({*failed, *others})
+        if route is None and (again := self._slow_before()):
+            route = self._route_without({*others, *failed} - again)
+        return route
+
+    def _slow_before(self) -> set[Start]:
+        """Workers that were left for being slow and respond again: of use where all others have failed too."""
+        current = {worker.start for worker in self.attempt.route.workers}
+        return self._left_early - current - set(self._deps.routes.unhealthy())
 
     def _may_try(self) -> bool:
         """Whether another attempt is allowed, given workers for it."""

@@ -172,6 +172,10 @@ class Routes:
         self._refresh()
         return self._pools.context_tokens_max() is not None
 
+    def unhealthy(self) -> Collection[Start]:
+        """Workers that fail health checks now."""
+        return self._unhealthy()
+
     def with_other_weights(self, model_digest: str) -> frozenset[Start]:
         """Workers whose weights differ from those of a stream: they must not continue it."""
         self._refresh()
