@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint sbom protos clean
+.PHONY: help setup demo check test test-again coverage faults compose-test lint deploy-lint sbom protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ check: lint ## before a commit: lint, types and unit tests, on all cores
 # All examples of every property; check runs a quarter of them.
 test: setup ## every test, in TEST_PROCESSES (3; 0: one after another)
 	@HYPOTHESIS_EXAMPLES=full PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+
+test-again: setup ## the files in which a test of the last run failed, alone; CI does this once
+	@HYPOTHESIS_EXAMPLES=full PYTHONHASHSEED=0 $(BIN)/python tools/rerun_failed.py
 
 coverage: setup ## line coverage of the unit, wire and contract tests; fails below the floor in pyproject.toml
 	@$(BIN)/python -m coverage run -m pytest tests/unit tests/wire tests/contract -q $(PYTEST_FLAGS)
