@@ -54,6 +54,18 @@ def test_a_replay_prints_a_table_and_writes_its_figures(
     assert written.read_bytes() == first
 
 
+def test_tables_in_a_pipe_are_not_cut_to_a_width(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    trace, fleet = files
+    policies = "random,power_of_two,least_work,prefix,session,oracle"
+    assert replay(monkeypatch, trace, "--fleet", fleet, "--policy", policies) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "busiest prefill / mean, busy time" in printed
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_replay_plots(files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     pytest.importorskip("matplotlib")

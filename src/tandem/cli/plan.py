@@ -65,6 +65,8 @@ def plan(
         from rich.console import Console
         from tandem_frontend.replay.planning.command import PlanRequest, run, run_recorded
 
+        from tandem.cli.tables import table_console
+
         request = PlanRequest(
             ttft_s=ttft, itl_s=itl, percentile=percentile, workers_max=workers_max, replays_max=replays_max,
             shape=shape, policy=policy, seed=seed, load=load, json=json,
@@ -74,10 +76,10 @@ def plan(
         status = Console(stderr=True)
         if trace is None:
             cluster = asyncio.run(_recorded(address, tls, model, window, observe))
-            return run_recorded(request, cluster, fleet, Console(), status)
+            return run_recorded(request, cluster, fleet, table_console(), status)
         if fleet is None:
             raise ConfigError("fleet", "is required with a trace, which says nothing of the workers")
-        return run(request, trace, fleet, Console(), status)
+        return run(request, trace, fleet, table_console(), status)
 
     end_call("plan", run)
 

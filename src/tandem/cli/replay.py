@@ -42,6 +42,8 @@ def replay(
         from rich.console import Console
         from tandem_frontend.replay.command import ReplayRequest, run
 
+        from tandem.cli.tables import table_console
+
         names = tuple(name.strip() for name in policy.split(","))
         request = ReplayRequest(
             trace=trace,
@@ -53,6 +55,6 @@ def replay(
             json=json,
             plot=plot,
         )
-        return run(request, Console(), Console(stderr=True))
+        return run(request, table_console(), Console(stderr=True))
 
     end_call("replay", run)

@@ -45,16 +45,17 @@ def write_json(file: Path, settings: dict[str, Any], summaries: Sequence[Summary
 
 def _policies(summaries: Sequence[Summary]) -> Table:
     """A column for each policy."""
-    table = Table("", title="policies", title_justify="left", box=SIMPLE_HEAD)
+    table = Table("", title="policies", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for summary in summaries:
-        table.add_column(summary.policy, justify="right")
+        table.add_column(summary.policy, justify="right", min_width=len(summary.policy))
     for name, figure in FIGURES:
         table.add_row(name, *(figure(summary) for summary in summaries))
     return table
 
 
 def _workers(summary: Summary) -> Table:
-    table = Table(title=f"workers under {summary.policy}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    title = f"workers under {summary.policy}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("worker", no_wrap=True)
     for heading in ("busy", "requests", "prompt tok", "hits", "answer tok", "waiting", "running"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -85,6 +86,10 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
+def _finished(one: Summary) -> str:
+    return f"all {one.finished:,}" if one.finished == one.requests else f"{one.finished:,} of {one.requests:,}"
+
+
 def _placed(one: Summary) -> str:
     """Share of the requests for which there was a choice that aggregated workers served."""
     local = sum(count for name, count in one.placements.items() if Placement(name).is_local)
@@ -93,7 +98,7 @@ def _placed(one: Summary) -> str:
 
 
 FIGURES: tuple[tuple[str, Callable[[Summary], str]], ...] = (
-    ("requests finished", lambda one: f"{one.finished:,} of {one.requests:,}"),
+    ("requests finished", _finished),
     ("TTFT mean", lambda one: _seconds(one.ttft_s.mean)),
     ("TTFT p50", lambda one: _seconds(one.ttft_s.p50)),
     ("TTFT p90", lambda one: _seconds(one.ttft_s.p90)),
