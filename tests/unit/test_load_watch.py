@@ -44,7 +44,7 @@ async def load_server() -> AsyncIterator[int]:
 
 
 async def test_a_listener_gets_each_report_and_its_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_watch, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(load_watch, "EXPIRY_MIN_S", 0.1)
     heard: asyncio.Queue[tuple[Start, EngineLoad | None]] = asyncio.Queue()
     channels = Channels()
     watch = load_watch.LoadWatch(channels, on_change=lambda start, load: heard.put_nowait((start, load)))

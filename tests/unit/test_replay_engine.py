@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-async def simulated_ends(model_path: Path, plan: Plan) -> list[tuple[float, float, int]]:
-    """First token, last token and cached tokens of each request, of the simulated engine."""
-    config = EngineSettings(
+def simulated_engine(model_path: Path) -> SimulatedEngine:
+    """The simulated engine with the accounted one's options."""
+    settings = EngineSettings(
         role=WorkerRole.AGGREGATED,
         model_path=model_path,
         model_name="m",
@@ -117,7 +117,12 @@ async def simulated_ends(model_path: Path, plan: Plan) -> list[tuple[float, floa
         seed=1,
         extra=OPTIONS,
     )
-    engine = SimulatedEngine(config, LoopClock(), MemoryNetwork())
+    return SimulatedEngine(settings, LoopClock(), MemoryNetwork())
+
+
+async def simulated_ends(model_path: Path, plan: Plan) -> list[tuple[float, float, int]]:
+    """First token, last token and cached tokens of each request, of the simulated engine."""
+    engine = simulated_engine(model_path)
     await engine.start()
     loop = asyncio.get_running_loop()
     begin_s = loop.time()
@@ -140,10 +145,14 @@ async def simulated_ends(model_path: Path, plan: Plan) -> list[tuple[float, floa
     return ends
 
 
+def accounted_engine() -> AccountedEngine:
+    fleet = {"block_tokens": PAGE, "aggregated": {"count": 1, "cache_blocks": 12_500, "running_requests_max": 64}}
+    return AccountedEngine(worker_of(WorkerRole.AGGREGATED, **fleet), parse_options(OPTIONS), 1)
+
+
 async def accounted_ends(plan: Plan) -> list[tuple[float, float, int]]:
     """The same of an accounted engine."""
-    fleet = {"block_tokens": PAGE, "aggregated": {"count": 1, "cache_blocks": 12_500, "running_requests_max": 64}}
-    engine = AccountedEngine(worker_of(WorkerRole.AGGREGATED, **fleet), parse_options(OPTIONS), 1)
+    engine = accounted_engine()
     loop = asyncio.get_running_loop()
     begin_s = loop.time()
 
@@ -168,6 +177,42 @@ def test_an_accounted_engine_takes_the_times_of_the_simulated_one(tmp_path: Path
     assert sum(cached for *_, cached in accounted) > 0
     for expected, actual in zip(simulated, accounted, strict=True):
         assert actual == pytest.approx(expected, abs=1e-6)
+
+
+async def _last(batches: AsyncIterator[Any]) -> None:
+    async for _ in batches:
+        pass
+
+
+PROMPTS = [list(range(20, 404)), list(range(128, 256))]
+"""Of three chunks, and of one."""
+SECOND_CHUNK_S = 0.015
+
+
+def test_load_of_an_engine_in_a_prompts_second_chunk_has_what_is_left_of_it(tmp_path: Path) -> None:
+    async def simulated() -> int | None:
+        engine = simulated_engine(write_fake_model(tmp_path))
+        await engine.start()
+        stopping = Stopping(max_tokens=1)
+        requests = (
+            EngineRequest(request_id=f"r{len(p)}", token_ids=tuple(p), sampling=Sampling(), stopping=stopping)
+            for p in PROMPTS
+        )
+        tasks = [asyncio.create_task(_last(generate(engine, request))) for request in requests]
+        await asyncio.sleep(SECOND_CHUNK_S)
+        waiting_tokens = (await engine.load()).waiting_tokens
+        await asyncio.gather(*tasks)
+        await engine.stop()
+        return waiting_tokens
+
+    async def accounted() -> int | None:
+        engine = accounted_engine()
+        for prompt in PROMPTS:
+            engine.begin(Job(len(prompt), 1, tuple(block_hashes(prompt, PAGE)), ended=lambda job: None), None)
+        await asyncio.sleep(SECOND_CHUNK_S)
+        return engine.load().waiting_tokens
+
+    assert run_virtually(simulated()) == run_virtually(accounted()) == 256 + 128
 
 
 def test_a_run_of_decode_steps_takes_the_sum_of_its_steps() -> None:

@@ -1,7 +1,7 @@
 """Load reports of all workers in the view.
 
-Owns one stream per worker and its last report. A report expires after `STALE_INTERVALS`: stale load would misguide
-admission.
+Owns one stream per worker and its last report. A report expires after `STALE_INTERVALS`, and not before `EXPIRY_MIN_S`:
+stale load would misguide admission.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from tandem.service.expiries import Expiries
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 1.0
+INTERVAL_S = 0.25
+"""Frontends know each other's requests from these reports alone; ADR 21 has what later ones cost."""
 MESSAGES_PER_S_MAX = 200.0
 """Limit over all workers: in a large fleet each one reports less often."""
 STALE_INTERVALS = 3
+EXPIRY_MIN_S = 3.0
+"""A worker whose process is held up for a moment is not one of unknown load."""
 
 
 class LoadWatch:
@@ -93,7 +96,7 @@ class LoadWatch:
             try:
                 while (report := await call.read()) is not grpc.aio.EOF:
                     if report.epoch == worker.epoch:
-                        self._keep(worker.start, load_from_proto(report), STALE_INTERVALS * interval_s)
+                        self._keep(worker.start, load_from_proto(report), max(EXPIRY_MIN_S, STALE_INTERVALS * interval_s))
                         backoff.reset()
             except grpc.aio.AioRpcError as failure:
                 log.debug("load stream of worker %s failed, reconnecting: %s", worker.worker_id, failure.details())

@@ -29,7 +29,7 @@ STREAMS_LEAD = 0.25
 """How much more an aggregated worker may stream than the pair's decode worker, as shares of KV memory and of running
 requests together: otherwise decode workers would idle while short prompts with long answers fill it."""
 OTHERS_KEEP = 0.5
-"""Weight of what is known of the other frontends' prompts when a load report adds to it."""
+"""Weight of what was known of the other frontends' prompts a second ago, when a load report adds to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +108,10 @@ class LocalPrefill:
         if computed is not None and time.computed_tokens is not None and now_s > time.reported_s:
             self._decay(time)
             # A request may end here and be in the next report only, so a single difference may be below zero.
-            tokens = computed - time.computed_tokens - time.own_tokens
-            share = tokens * self._per_token(start) / (now_s - time.reported_s) if self._prompts.has_rate else 0.0
-            time.others_share = OTHERS_KEEP * time.others_share + (1 - OTHERS_KEEP) * share
+            tokens, elapsed_s = computed - time.computed_tokens - time.own_tokens, now_s - time.reported_s
+            share = tokens * self._per_token(start) / elapsed_s if self._prompts.has_rate else 0.0
+            keep = OTHERS_KEEP**elapsed_s
+            time.others_share = keep * time.others_share + (1 - keep) * share
         time.computed_tokens, time.reported_s, time.own_tokens = computed, now_s, 0
 
     def place(self, prompt_tokens: int, alone: Route, pair: Callable[[], Route]) -> Route:

@@ -34,8 +34,11 @@ from tandem.engine.simulated.tokens import read_vocabulary
 from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
 
 
-def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
-    """The current load, from the legs' phases and the pool's account."""
+def load(legs: Collection[Leg], pool: KvPool, chunked: Leg | None) -> EngineLoad:
+    """The current load, from the legs' phases and the pool's account.
+
+    What is left of a partly computed prompt waits too, as in SGLang's own reports; `chunked` is its leg.
+    """
     phases = Counter(leg.phase for leg in legs)
     account = pool.account()
     page = pool.page_size_tokens
@@ -43,7 +46,8 @@ def load(legs: Collection[Leg], pool: KvPool) -> EngineLoad:
     return EngineLoad(
         running_requests=phases[Phase.RUNNING] + phases[Phase.PREFILLING],
         waiting_requests=len(waiting),
-        waiting_tokens=sum(leg.sequence_tokens for leg in waiting),
+        waiting_tokens=sum(leg.sequence_tokens for leg in waiting)
+        + (0 if chunked is None else chunked.sequence_tokens - chunked.computed_tokens),
         kv_used_tokens=(account.lent + account.transferring + account.withheld) * page,
         kv_capacity_tokens=pool.capacity_tokens,
         transferring_requests=phases[Phase.BOOTSTRAP] + phases[Phase.PREALLOCATING] + phases[Phase.TRANSFERRING],
@@ -202,7 +206,7 @@ class SimulatedEngine:
     async def load(self) -> EngineLoad:
         """See the port."""
         machine = self._running()
-        return load(machine.legs, machine.pool)
+        return load(machine.legs, machine.pool, machine.scheduler.chunked)
 
     async def flush_cache(self) -> bool:
         """See the port. Refused while requests run."""
