@@ -165,6 +165,8 @@ class ModelCatalog:
             await _wait_loaded(entry)
         if entry.status is Status.SERVING and entry.opened is not None:
             return entry.opened.pipeline
+        if entry.status is Status.LEAVING and self._view.get(entry.name):
+            raise NoWorkers(f"this frontend loads model {entry.name} again", role="any", model=entry.name)
         self._on_unknown()
         why = "its workers have left" if entry.failure is None else "the list of models says why"
         raise ModelNotFound(f"model {entry.name!r} is not served by this frontend: {why}", model=name or entry.name)

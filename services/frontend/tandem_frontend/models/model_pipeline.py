@@ -35,7 +35,7 @@ class Models(Protocol):
         Raises:
             ModelNotFound: no model that is served has the name.
             InvalidRequest: no model can have the name, or none is named where several are served.
-            NoWorkers: none is named, and none is served.
+            NoWorkers: none is named, and none is served; or it is still being loaded.
         """
         ...
 

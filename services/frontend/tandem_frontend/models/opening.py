@@ -7,7 +7,6 @@ that name, a worker of the model for every other one.
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,7 +17,7 @@ from tandem.client.model_files import copy_model_files
 from tandem.clock import monotonic
 from tandem.domain.checkpoint import tokenizer_digest
 from tandem.domain.worker import Worker, WorkerState
-from tandem.errors import ServiceError, StartError
+from tandem.errors import NotSupported, ServiceError, StartError, TandemError
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_store import TraceStore
@@ -38,8 +37,6 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.tenancy import Tenancy
-
-log = logging.getLogger(__name__)
 
 DIRECTORY_PREFIX = "model-"
 ASKED_MAX = 3
@@ -132,12 +129,11 @@ class ModelOpener:
     async def _copy(self, name: str, workers: Sequence[Worker], directory: Path) -> None:
         """Copy the model's files from one of its workers, those that serve first."""
         ordered = sorted(workers, key=lambda worker: worker.state is not WorkerState.SERVING)[:ASKED_MAX]
-        failure: ServiceError = ServiceError(f"no worker of model {name} is left to read its tokenizer from")
+        failure: TandemError = ServiceError(f"no worker of model {name} is left to read its tokenizer from")
         for worker in ordered:
             try:
-                await copy_model_files(self._shared.fleet.channels, worker.address, directory)
-            except ServiceError as problem:
-                log.warning("%s", problem)
+                await copy_model_files(self._shared.fleet.channels, worker, directory)
+            except (ServiceError, NotSupported) as problem:
                 failure = problem
                 continue
             if await asyncio.to_thread(tokenizer_digest, directory) != worker.capabilities.tokenizer_digest:
