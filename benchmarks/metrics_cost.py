@@ -109,7 +109,7 @@ async def told_us(count: int = 20_000) -> float:
     )
     trace.attempts.append(attempt)
     trace.steps.append(Step("wait", 0.0, 0.01))
-    report, begin_s = RequestMetrics(metrics, MODEL.name), time.process_time()
+    report, begin_s = RequestMetrics(metrics), time.process_time()
     for _ in range(count):
         report(trace)
     spent_s = time.process_time() - begin_s

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from google.api import httpbody_pb2
+from tandem_frontend.models.model_pipeline import ModelPipeline, OneModel
+from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.servicer import OpenAiServicer
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
@@ -76,7 +78,8 @@ class Discarded:
 
 async def measure(count: int) -> dict[str, float]:
     generation: Any = Instant(count)
-    servicer = OpenAiServicer(generation, ServedModel(MODEL.name, Tokenizer.open(MODEL), {}), lambda: (), None, 256)
+    model = ServedModel(MODEL.name, Tokenizer.open(MODEL), {})
+    servicer = OpenAiServicer(OneModel(ModelPipeline(model, generation, lambda: ())), BodyChecker(0, 1.0))
     body = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     request = httpbody_pb2.HttpBody(data=json.dumps(body).encode())
     whole_us = []

@@ -16,6 +16,7 @@ UNITS = {
             "tests/integration/test_openai_clients.py",
             "tests/integration/test_openai_fields.py",
             "tests/integration/test_sglang_cluster.py",
+            "tests/integration/test_several_models_on_sglang.py",
             "tests/integration/test_foreign_messages.py",
             "tests/integration/test_long_queues.py",
             "tests/integration/test_openai_tools.py",

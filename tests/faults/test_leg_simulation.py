@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.execution.request_stream import ATTEMPTS_MAX, PAUSE_MAX_S, ExecutionDeps, RetryingStream
 from tandem_frontend.preparation.served_model import ServedModel
@@ -33,6 +32,7 @@ from tandem.errors import DeadlinePassed, LegFailed, Overloaded, TandemError
 from tandem.testing.virtual_time import run_virtually
 from tests.faults.support.fault_cluster import REPOSITORY
 from tests.faults.support.leg_world import CAPABILITIES, Sent, World, answer, fleet, now_s
+from tests.unit.support.admission import admission_of
 
 SEED_VARIABLE = "TANDEM_FAULT_SEED"
 SEEDS = 2_000
@@ -112,7 +112,7 @@ class History:
         model = ServedModel("m", cast("Any", SimpleNamespace(digest=CAPABILITIES.tokenizer_digest)), {})
         routes = Routes(model, self.world.view, self.world.unhealthy, refusals, breakers, self.rng)
         self.attempts = ExecutionDeps(routes, refusals, breakers, cast("Any", self.world), now_s, self.rng)
-        self.admission = Admission(self.rng.randint(4, 12), Headroom(self.rng.randint(1, 6)), now_s)
+        self.admission = admission_of(self.rng.randint(4, 12), Headroom(self.rng.randint(1, 6)), now_s)
         self.clients = [self._client(number) for number in range(self.rng.randint(2, 9))]
         self.faults: list[Fault] = []
         self.open_legs = 0

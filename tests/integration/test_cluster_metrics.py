@@ -70,6 +70,7 @@ CASES: dict[str, Case] = {
     "tandem.requests.admitted": Case(on.an_answer, by=1),
     "tandem.requests.refused": Case(on.a_refusal, (("tandem.reason", "INVALID_REQUEST"),), by=1),
     "tandem.queue.depth": Case(on.a_full_house, by=2),
+    "tandem.models": Case(on.a_second_model, (("tandem.state", "served"),), by=1),
     "tandem.queue.wait": Case(on.an_answer, by=1),
     "tandem.pairs.chosen": Case(on.an_answer, (("tandem.policy", "prefix"), ("tandem.route", "pair")), by=1),
     "tandem.route.choices": Case(on.an_answer, (("tandem.policy", "prefix"), ("tandem.role", "decode")), by=1),

@@ -85,9 +85,10 @@ async def test_status_is_readable_at_80_columns(serving: Path) -> None:
     status, out, _ = await run(*TANDEM, "status", state=serving)
     assert status == 0
     assert max(map(len, out.splitlines())) <= 80
-    busy, leases, registries = (table.splitlines()[1:] for table in out.split("\n\n"))
+    busy, leases, models, registries = (table.splitlines()[1:] for table in out.split("\n\n"))
     rows = [line.split() for line in busy if " frontend " not in line]
     assert [line.split()[0] for line in leases] == [line.split()[0] for line in busy]
+    assert [line.split() for line in models] == [["tandem-demo", "2048", "1", "2", "0", "-", "serving"]]
     assert [line.split()[0] for line in registries] == [state_of(serving)["registry"]]
     status, out, _ = await run(*TANDEM, "status", "--json", state=serving)
     workers = {row["worker"]["worker_id"]: row for row in json.loads(out)["workers"]}

@@ -15,8 +15,6 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import worker_pb2
 from tandem.client import calls
 from tandem.domain.worker import LEG_CONTRACT, capabilities_digest
-from tandem.errors import ConfigError
-from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import worker_from_proto
@@ -55,21 +53,6 @@ async def test_workers_say_their_release_and_the_digest_of_what_they_can_do(simu
         assert worker.release == tandem.__version__
         assert worker.leg_contract == LEG_CONTRACT
         assert worker.capabilities_digest == capabilities_digest(worker.capabilities)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-async def test_a_frontend_of_another_model_ends_with_both_models_in_its_error(
-    simulated: LocalCluster, tmp_path: Path, temporary: Path, processes: int
-) -> None:
-    flags = {**simulated.frontend.flags, "port": "0", "frontend-id": "second", "model-name": "second-model"}
-    second = ClusterProcess("second", "frontend", {**flags, "processes": str(processes)}, tmp_path)
-    await second.start(temporary)
-    with pytest.raises(ConfigError) as refused:
-        await second.wait_ready()
-    assert second.exit_status == ConfigError.exit_status
-    for named in ("model_name", "'second-model'", "'tandem-demo'", simulated.frontend.address):
-        assert named in str(refused.value)
-    assert {frontend.model for frontend in (await frontends(simulated)).values()} == {"tandem-demo"}
 
 
 async def test_a_frontend_that_drains_says_so_and_leaves_at_its_end(tmp_path: Path) -> None:

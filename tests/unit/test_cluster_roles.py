@@ -46,3 +46,20 @@ async def test_a_cluster_without_its_prefill_worker_serves_while_another_worker_
     restarts = Restarts(cluster, lambda line: None)
     await restarts._give_up(cluster.process("prefill-0"))
     assert restarts._hopeless.is_set() is is_hopeless
+
+
+async def test_a_cluster_of_two_models_serves_while_one_of_them_has_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(tmp_path, monkeypatch, None)
+    cluster = LocalCluster(ClusterSpec(model=tmp_path, log_directory=tmp_path, more_models={"other": tmp_path}))
+    assert {worker.name: worker.flags["model-name"] for worker in cluster.workers} == {
+        **dict.fromkeys(("prefill-0", "decode-0"), tmp_path.name),
+        **dict.fromkeys(("prefill-1", "decode-1"), "other"),
+    }
+    assert not {"model", "model-name"} & cluster.frontend.flags.keys(), "frontends read the tokenizers from workers"
+    restarts = Restarts(cluster, lambda line: None)
+    await restarts._give_up(cluster.process("prefill-0"))
+    assert not restarts._hopeless.is_set()
+    await restarts._give_up(cluster.process("decode-1"))
+    assert restarts._hopeless.is_set(), "a prefill worker of one model and a decode worker of another are no pair"

@@ -79,17 +79,10 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
     assert wrong.value.key == "prot"
 
 
-@pytest.mark.parametrize("missing", ["registry", "model"])
-def test_a_missing_required_setting_is_named(missing: str) -> None:
-    given = [
-        part
-        for flag, value in (("registry", "a:1"), ("model", "m"))
-        if flag != missing
-        for part in (f"--{flag}", value)
-    ]
+def test_a_missing_required_setting_is_named() -> None:
     with pytest.raises(ConfigError) as wrong:
-        config.load(FrontendConfig, "tandem-frontend", given, {})
-    assert wrong.value.key == missing
+        config.load(FrontendConfig, "tandem-frontend", ["--model", "m"], {})
+    assert wrong.value.key == "registry"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -18,6 +18,7 @@ from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import MEASURE_S, LoopLoad
 from tandem.testing.eventually import assert_eventually
 from tandem.testing.virtual_time import run_virtually
+from tests.unit.support.admission import admission_of
 from tests.unit.support.frontend_workers import decode, prefill
 
 ONE = QueuedRequest(tokens=10)
@@ -39,7 +40,7 @@ class Fixed:
 
 
 def admission(open_requests_max: int = 100, requests_max: int = 1) -> Admission:
-    return Admission(open_requests_max, Fixed(requests_max), monotonic)
+    return admission_of(open_requests_max, Fixed(requests_max), monotonic)
 
 
 async def served(
@@ -68,9 +69,9 @@ async def test_slots_are_released_however_a_request_ends() -> None:
 
 async def test_unread_responses_count_as_open() -> None:
     unread = {"": 1}
-    admission = Admission(2, Fixed(1), monotonic, unread=lambda: unread)
+    admission = admission_of(2, Fixed(1), monotonic, unread=lambda: unread)
     with admission.admit():
-        assert admission.open_count == 2
+        assert admission.requests.open_count == 2
         with pytest.raises(Overloaded, match="2 requests are open"), admission.admit():
             pass
         unread = {}
@@ -81,7 +82,7 @@ async def test_unread_responses_count_as_open() -> None:
 def test_new_requests_are_rejected_while_the_event_loop_is_late() -> None:
     async def live() -> None:
         loop, load = asyncio.get_running_loop(), LoopLoad(thread_time=lambda: 0.0)
-        controller = Admission(100, Fixed(100), monotonic, load, lag_max_s=1.0)
+        controller = admission_of(100, Fixed(100), monotonic, load, lag_max_s=1.0)
         with controller.admit():
             for _ in range(3):
                 with controller.admit():
@@ -113,7 +114,7 @@ async def test_close_rejects_new_requests_and_keeps_open_and_queued_ones() -> No
     second = asyncio.create_task(served(controller, ONE, order, "queued"))
     await asyncio.sleep(0.01)
     assert (controller.open_count, controller.waiting_count) == (2, 1)
-    controller.close()
+    controller.requests.close()
     with pytest.raises(Draining), controller.admit():
         pass
     await asyncio.wait_for(controller.wait_none(), 1)
@@ -172,7 +173,7 @@ async def test_a_deadline_that_passes_in_the_queue_raises_deadline_passed() -> N
 
 async def test_a_request_is_rejected_when_its_queue_wait_exceeds_its_deadline() -> None:
     clock = ManualClock(0.0)
-    controller = Admission(100, Fixed(1), clock)
+    controller = admission_of(100, Fixed(1), clock)
     for _ in range(4):
         async with controller.slot(QueuedRequest(tokens=100)):
             clock.advance(1.0)
@@ -195,7 +196,7 @@ async def test_a_request_is_rejected_when_its_queue_wait_exceeds_its_deadline() 
 async def test_a_request_is_rejected_when_its_service_time_exceeds_its_deadline() -> None:
     """It would start in time, and an engine would spend time on a response that comes too late."""
     clock = ManualClock(0.0)
-    controller = Admission(100, Fixed(1), clock)
+    controller = admission_of(100, Fixed(1), clock)
     async with controller.slot(QueuedRequest(tokens=100)):
         clock.advance(2.0)
     async with controller.slot(ONE):
@@ -215,7 +216,7 @@ async def test_a_request_is_rejected_only_where_enough_have_finished_to_be_sure(
 ) -> None:
     """As after a worker that hung: by what finished within the last second, the queue takes ten."""
     clock = ManualClock(0.0)
-    controller = Admission(100, Fixed(1), clock)
+    controller = admission_of(100, Fixed(1), clock)
     for _ in range(finished):
         async with controller.slot(QueuedRequest(tokens=20)):
             pass
@@ -235,7 +236,7 @@ async def test_a_request_is_rejected_only_where_enough_have_finished_to_be_sure(
 
 async def test_a_request_is_rejected_that_would_make_queued_ones_miss_their_deadlines() -> None:
     clock = ManualClock(0.0)
-    controller = Admission(100, Fixed(1), clock)
+    controller = admission_of(100, Fixed(1), clock)
     for _ in range(4):
         async with controller.slot(QueuedRequest(tokens=100)):
             clock.advance(1.0)
@@ -261,7 +262,7 @@ async def test_a_request_is_rejected_that_would_make_queued_ones_miss_their_dead
 async def test_a_hopeless_request_is_not_started_while_others_are_queued(others: int) -> None:
     clock = ManualClock(0.0)
     headroom = Fixed(1)
-    controller = Admission(100, headroom, clock)
+    controller = admission_of(100, headroom, clock)
     async with controller.slot(QueuedRequest(tokens=100)):
         clock.advance(2.0)
     holding = controller.slot(ONE)
@@ -283,7 +284,7 @@ async def test_a_hopeless_request_is_not_started_while_others_are_queued(others:
 @pytest.mark.parametrize("tenants", [1, 50, 2_000])
 async def test_a_rejection_is_fast_however_long_the_queue_is(tenants: int) -> None:
     clock = ManualClock()
-    controller = Admission(10_000, Fixed(1), clock)
+    controller = admission_of(10_000, Fixed(1), clock)
     async with controller.slot(ONE):
         clock.advance(1)
     async with controller.slot(ONE):
@@ -306,7 +307,7 @@ async def test_a_rejection_is_fast_however_long_the_queue_is(tenants: int) -> No
 
 async def test_new_capacity_goes_to_the_queue() -> None:
     headroom = Fixed(1)
-    controller, order = Admission(10, headroom, monotonic), list[str]()
+    controller, order = admission_of(10, headroom, monotonic), list[str]()
     holding = asyncio.create_task(served(controller, ONE, order, "holds", 0.1))
     await asyncio.sleep(0)
     waiting = asyncio.create_task(served(controller, ONE, order, "waits"))
@@ -321,7 +322,7 @@ async def test_new_capacity_goes_to_the_queue() -> None:
 async def test_reevaluations_are_batched() -> None:
     """A thousand reported loads must not evaluate the queue a thousand times."""
     headroom = Fixed(1)
-    controller, order = Admission(10, headroom, monotonic), list[str]()
+    controller, order = admission_of(10, headroom, monotonic), list[str]()
     controller.reevaluate_soon()
     assert controller._reevaluation is None, "the queue is empty"
     holding = asyncio.create_task(served(controller, ONE, order, "holds", 10))
@@ -346,7 +347,7 @@ async def test_reevaluations_are_batched() -> None:
 async def test_an_unbounded_max_tokens_does_not_block_the_queue() -> None:
     headroom = Capacity(decode().capabilities.model)
     headroom.follow((decode(), decode("decode-1")))
-    controller, order = Admission(10, headroom, monotonic), list[str]()
+    controller, order = admission_of(10, headroom, monotonic), list[str]()
     endless = QueuedRequest(tokens=10 + 10**6, answer_tokens=10**6)
     tasks = [asyncio.create_task(served(controller, endless, order, f"endless-{number}", 5)) for number in range(2)]
     await asyncio.sleep(0)
@@ -361,7 +362,7 @@ async def test_admission_starts_prompts_only_as_prefill_has_room_for_them() -> N
     worker = prefill()
     backlog = PrefillBacklog(worker.capabilities.model, 5.0)
     backlog.follow([worker])
-    controller = Admission(100, Fixed(100), monotonic, prefill=backlog)
+    controller = admission_of(100, Fixed(100), monotonic, prefill=backlog)
     request = QueuedRequest(tokens=20, prompt_tokens=10)
     async with contextlib.AsyncExitStack() as stack:
         works = [await stack.enter_async_context(controller.slot(request)) for _ in range(UNMEASURED_PROMPTS_MAX)]

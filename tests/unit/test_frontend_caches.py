@@ -9,6 +9,7 @@ import pytest
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.fleet import Fleet
+from tandem_frontend.model_fleet import ModelFleet
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.routing.prompt_blocks import PromptBlocks
@@ -22,18 +23,19 @@ MODEL = Path("models/tandem-demo")
 PROMPT = tuple(range(20))
 
 
-def fleet_of(blocks_max: int) -> Fleet:
+def fleet_of(blocks_max: int) -> tuple[Fleet, ModelFleet]:
     config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL, prefix_blocks_max=blocks_max)
-    backlog = PrefillBacklog("m", 5.0)
-    return Fleet(config, "frontend-0", ServedModel("m", Tokenizer.open(MODEL), {}), (), backlog, lambda: None)
+    fleet, backlog = Fleet(config, "frontend-0"), PrefillBacklog("m", 5.0)
+    model = ServedModel("m", Tokenizer.open(MODEL), {})
+    return fleet, ModelFleet(config, model, fleet.access, (), backlog, lambda: None)
 
 
 async def test_a_fleet_with_room_for_blocks_follows_the_caches_of_its_view() -> None:
-    fleet, cache = fleet_of(1_000), PublishedCache(epoch=prefill().epoch)
+    (fleet, followed), cache = fleet_of(1_000), PublishedCache(epoch=prefill().epoch)
     cache.store(PROMPT)
-    index = fleet.prefixes
+    index = followed.prefixes
     assert index is not None
-    async with publishing(cache.snapshot) as (servicer, address), fleet.connected():
+    async with publishing(cache.snapshot) as (servicer, address), fleet.connected(), fleet.following(followed):
         worker = replace(prefill(), address=address)
         fleet.follow((worker,))
         matched = await assert_eventually(lambda: index.match(PromptBlocks([*PROMPT, 0])), within_s=5)
@@ -48,9 +50,9 @@ async def test_a_fleet_with_room_for_blocks_follows_the_caches_of_its_view() -> 
 
 async def test_a_fleet_without_room_for_blocks_asks_for_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
-    monkeypatch.setattr("tandem_frontend.fleet.KvWatch", opened.append)
-    fleet = fleet_of(0)
-    assert fleet.prefixes is None
-    async with fleet.connected():
+    monkeypatch.setattr("tandem_frontend.model_fleet.KvWatch", opened.append)
+    fleet, followed = fleet_of(0)
+    assert followed.prefixes is None
+    async with fleet.connected(), fleet.following(followed):
         fleet.follow((prefill(),))
     assert not opened

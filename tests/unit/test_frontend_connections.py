@@ -16,6 +16,7 @@ from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.fleet import Fleet
+from tandem_frontend.model_fleet import ModelFleet
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 
@@ -23,21 +24,17 @@ from tandem.domain.worker import WorkerState
 from tandem.testing.eventually import assert_eventually
 from tests.unit.support.frontend_workers import decode, prefill
 
+MODEL = Path("models/tandem-demo")
+
 
 async def test_a_new_start_at_an_address_gets_a_connection_of_its_own() -> None:
     """The former one may be waiting after its last refusal, for up to a second."""
-    config = FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo"))
-    model = ServedModel("tandem-demo", Tokenizer.open(config.model), {})
+    config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL)
+    model = ServedModel("m", Tokenizer.open(MODEL), {})
     changes: list[None] = []
-    fleet = Fleet(
-        config,
-        "frontend-0",
-        model,
-        (Capacity("tandem-demo"),),
-        PrefillBacklog("tandem-demo", 5.0),
-        lambda: changes.append(None),
-    )
-    async with fleet.connected():
+    fleet, backlog = Fleet(config, "frontend-0"), PrefillBacklog("m", 5.0)
+    followed = ModelFleet(config, model, fleet.access, (Capacity("m"),), backlog, lambda: changes.append(None))
+    async with fleet.connected(), fleet.following(followed):
         d, p = decode(), prefill()
         fleet.follow((d, p))
         former, other = fleet.channels.get(d.address), fleet.channels.get(p.address)
@@ -68,14 +65,15 @@ async def listening(count: int) -> AsyncIterator[list[str]]:
 
 async def test_connections_to_workers_that_left_are_closed_without_a_garbage_collection() -> None:
     """A circle of references once kept a hundred of them open until the collector came by."""
-    config = FrontendConfig(registry=("127.0.0.1:1",), model=Path("models/tandem-demo"))
-    model = ServedModel("tandem-demo", Tokenizer.open(config.model), {})
-    fleet = Fleet(config, "frontend-0", model, (), PrefillBacklog("", 5.0), lambda: None)
+    config = FrontendConfig(registry=("127.0.0.1:1",), model=MODEL)
+    model = ServedModel("m", Tokenizer.open(MODEL), {})
+    fleet = Fleet(config, "frontend-0")
+    followed = ModelFleet(config, model, fleet.access, (), PrefillBacklog("", 5.0), lambda: None)
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    async with listening(10) as addresses, fleet.connected():
+    async with listening(10) as addresses, fleet.connected(), fleet.following(followed):
         before = descriptors()
         gc.disable()
         # A captured record would keep an error, its frames and so the call that failed.

@@ -12,6 +12,7 @@ from google.protobuf.json_format import Parse
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem_frontend.call_context import Caller
+from tandem_frontend.models.model_pipeline import ModelPipeline, OneModel
 from tandem_frontend.pipeline import Answer, Generation
 from tandem_frontend.response.sse import Event, as_response, event_json, message_json
 from tandem_frontend.response.writers import ChunkWriter
@@ -103,7 +104,7 @@ class Sent:
 
 async def events_of(generated: Generated) -> list[HttpBody]:
     call, generation = Sent(), cast("Generation", generated)
-    servicer = InferenceServicer(generation, cast("Any", None), lambda: ())
+    servicer = InferenceServicer(OneModel(ModelPipeline(cast("Any", None), generation, lambda: ())))
     await servicer.GenerateEvents(pb.GenerateEventsRequest(), call)
     return call.messages
 
@@ -139,7 +140,7 @@ async def test_the_whole_in_one_message_is_what_the_stream_says() -> None:
     chunks = [CHUNK, pb.GenerateChunk(index=1, text="c", token_ids=[2, 3])]
     finish = pb.GenerateFinish(reason=generation_pb2.FINISH_REASON_LENGTH)
     call, generated = Sent(), Generated(pb.GenerateAccepted(request_id="r", model="m"), *chunks, finish)
-    servicer = InferenceServicer(cast("Generation", generated), cast("Any", None), lambda: ())
+    servicer = InferenceServicer(OneModel(ModelPipeline(cast("Any", None), cast("Generation", generated), lambda: ())))
     whole = await servicer.GenerateUnary(pb.GenerateUnaryRequest(), call)
     assert (whole.request_id, whole.model, whole.text) == ("r", "m", "a\nbc")
     assert (list(whole.token_ids), whole.finish) == ([1, 2, 3], finish)

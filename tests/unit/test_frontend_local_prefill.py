@@ -13,7 +13,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem_frontend.admission.capacity import Capacity
-from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.prefill_backlog import PROMPT_COST_TOKENS, UNMEASURED_PROMPTS_MAX
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.config import FrontendConfig
@@ -33,6 +32,7 @@ from tandem.domain.placement import Placement
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import ConfigError
 from tandem.rpc.convert import placement_text, placement_to_proto
+from tests.unit.support.admission import admission_of
 from tests.unit.support.examples import examples
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
 from tests.unit.support.routing_loads import Loaded
@@ -315,7 +315,7 @@ async def test_a_short_prompt_does_not_wait_behind_long_ones_that_need_a_prefill
     made = measured(limit_s=5.0)
     headroom = Capacity("m")
     headroom.follow(made.scene.workers)
-    controller = Admission(100, headroom, monotonic, prefill=made.backlog)
+    controller = admission_of(100, headroom, monotonic, prefill=made.backlog)
     for _ in range(10):
         made.backlog.reserve(1_000).sent(PREFILL.start)
     async with contextlib.AsyncExitStack() as stack:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem_frontend.admission.controller import CANCELLED_HOLD_S, Admission
+from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.open_requests import CANCELLED_HOLD_S
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.admission.shares import OTHERS_RECENT_S, TenantRates, TenantShares
 from tandem_frontend.call_context import caller_of
@@ -18,6 +19,7 @@ from tandem.clock import ManualClock, monotonic
 from tandem.domain.quota import Quota
 from tandem.errors import InvalidRequest, Overloaded
 from tandem.testing.virtual_time import run_virtually
+from tests.unit.support.admission import admission_of
 from tests.unit.support.examples import examples
 
 SHARE = 0.75
@@ -37,7 +39,7 @@ class Fixed:
 
 
 def admission(open_max: int = 256, requests_max: int = 1_000, **options: Any) -> Admission:
-    return Admission(open_max, Fixed(requests_max), monotonic, tenant_share=SHARE, **options)
+    return admission_of(open_max, Fixed(requests_max), monotonic, tenant_share=SHARE, **options)
 
 
 def opened(controller: Admission, stack: contextlib.ExitStack, tenant: str, wanted: int) -> int:
@@ -103,7 +105,7 @@ async def test_choices_of_one_call_are_admitted_together_or_not_at_all() -> None
 
 def test_a_cancelled_request_counts_for_its_tenant_a_while_longer() -> None:
     async def live() -> None:
-        controller = Admission(16, Fixed(16), asyncio.get_running_loop().time, tenant_share=SHARE)
+        controller = admission_of(16, Fixed(16), asyncio.get_running_loop().time, tenant_share=SHARE)
         for _ in range(12):
             with pytest.raises(asyncio.CancelledError), controller.admit("a"):
                 raise asyncio.CancelledError
@@ -152,12 +154,12 @@ async def test_unread_responses_count_for_their_tenant_only() -> None:
     with pytest.raises(Overloaded), controller.admit("a"):
         pass
     with controller.admit("b"):
-        assert controller.open_count == 13
+        assert controller.requests.open_count == 13
 
 
 @pytest.mark.parametrize(("open_max", "share", "most"), [(1, 0.75, 1), (2, 0.75, 1), (4, 0.75, 3), (256, 1.0, 256)])
 async def test_a_small_limit_admits_at_least_one(open_max: int, share: float, most: int) -> None:
-    controller = Admission(open_max, Fixed(1), monotonic, tenant_share=share)
+    controller = admission_of(open_max, Fixed(1), monotonic, tenant_share=share)
     with contextlib.ExitStack() as stack:
         assert opened(controller, stack, "a", 300) == most == controller.tenant_requests_max
 
@@ -165,7 +167,7 @@ async def test_a_small_limit_admits_at_least_one(open_max: int, share: float, mo
 def test_workers_keep_room_for_a_tenant_that_is_expected_back() -> None:
     async def live() -> None:
         clock, started = asyncio.get_running_loop().time, list[str]()
-        controller = Admission(256, Fixed(20), clock, tenant_share=SHARE)
+        controller = admission_of(256, Fixed(20), clock, tenant_share=SHARE)
 
         async def one(tenant: str, hold_s: float) -> None:
             with controller.admit(tenant):
@@ -229,7 +231,7 @@ def test_shares_hold_what_was_added_and_not_removed(steps: list[tuple[str, bool]
 
 def test_a_rate_counts_choices_and_recovers() -> None:
     clock = ManualClock()
-    controller = Admission(256, Fixed(1), clock, rates=TenantRates(2, 4, clock))
+    controller = admission_of(256, Fixed(1), clock, rates=TenantRates(2, 4, clock))
     controller.charge("a", 8)
     with pytest.raises(Overloaded, match="tenant_requests_per_second") as refused:
         controller.charge("a")

@@ -13,8 +13,9 @@ from tandem.cli import recorded_load
 from tandem.cli.membership import Membership, RegistryResponse
 from tandem.cli.recorded_load import recorded, recorded_cluster
 from tandem.errors import ConfigError, StartError
-from tandem.rpc.convert import timestamp
+from tandem.rpc.convert import timestamp, worker_to_proto
 from tandem.tls.paths import Tls
+from tests.unit.support.registry_workers import make_worker
 
 BEGIN_S = 1_700_000_000.0
 
@@ -142,3 +143,44 @@ async def test_one_of_several_models_must_be_named(monkeypatch: pytest.MonkeyPat
     problem = await refusal(monkeypatch, membership(["m", "n"]))
     assert isinstance(problem, ConfigError)
     assert (problem.key, str(problem)) == ("model", "model: is required: the workers serve m, n")
+
+
+class Reads:
+    """A reader that has found one request of each model at every frontend."""
+
+    missed_count = 0
+
+    def __init__(self, frontends: Sequence[worker_pb2.Frontend], tls: Tls | None, window_s: float) -> None:
+        self._names = [frontend.frontend_id for frontend in frontends]
+        self.timelines: dict[object, pb.RequestTimeline] = {}
+        for number, model in enumerate(("m", "other", "m")):
+            made = timeline()
+            made.model, made.prompt_tokens = model, 100 + number
+            self.timelines[number] = made
+
+    async def read(self, observe_s: float) -> dict[str, pb.WatchFiguresResponse]:
+        return dict.fromkeys(self._names, pb.WatchFiguresResponse())
+
+
+async def test_requests_of_other_models_are_no_load_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frontend serves every model, whichever it has in its entry."""
+    workers = [make_worker(model, model=model) for model in ("m", "other")]
+    frontend = worker_pb2.Frontend(frontend_id="f", model="*", state=worker_pb2.WORKER_STATE_SERVING)
+    fleet = Membership(
+        tuple(registry_pb.ListedWorker(worker=worker_to_proto(worker)) for worker in workers),
+        (registry_pb.ListedFrontend(frontend=frontend),),
+        membership([]).responses,
+    )
+
+    async def answer(addresses: Sequence[str], tls: Tls | None) -> Membership:
+        return fleet
+
+    async def waiting(address: str, tls: Tls | None) -> int:
+        return 0
+
+    monkeypatch.setattr(recorded_load, "ask_all", answer)
+    monkeypatch.setattr(recorded_load, "_waiting", waiting)
+    monkeypatch.setattr(recorded_load, "_Reader", Reads)
+    cluster = await recorded_cluster(["registry:1"], None, model="m", window_s=60)
+    assert [one.prompt_tokens for one in cluster.requests] == [100, 102]
+    assert ([one.worker_id for one in cluster.workers], len(cluster.frontends)) == (["m"], 1)

@@ -28,7 +28,7 @@ class Counted:
 def test_the_policy_is_the_one_that_chose() -> None:
     metrics: Any = Counted()
     attempt = AttemptTrace(policy="random", why="A sentence of any words", outcome="finished", end_s=1.0)
-    RequestMetrics(metrics, "m")(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
+    RequestMetrics(metrics)(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
     assert metrics.counts["tandem.pairs.chosen"] == {"tandem.policy": "random", "tandem.route": "aggregated"}
 
 
@@ -40,7 +40,7 @@ def test_choices_are_counted_by_role_and_what_was_cached_beside_what_was_expecte
     )
     attempt.end(finish, None)
     metrics: Any = Counted()
-    RequestMetrics(metrics, "m")(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
+    RequestMetrics(metrics)(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
     about = {"tandem.policy": "prefix"}
     assert metrics.all["tandem.route.choices"] == [
         (1, {**about, "tandem.role": "prefill"}),
@@ -54,6 +54,6 @@ def test_nothing_is_counted_as_expected_where_the_policy_does_not_know() -> None
     attempt = AttemptTrace(policy="random", decode_worker=decode(), end_s=1.0)
     attempt.end(None, leg_pb2.LegFinish())
     metrics: Any = Counted()
-    RequestMetrics(metrics, "m")(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
+    RequestMetrics(metrics)(RequestTrace(begin_s=0.0, end_s=1.0, outcome="finished", attempts=[attempt]))
     assert metrics.all["tandem.route.cached_tokens"] == [(0, {"tandem.policy": "random"})]
     assert "tandem.route.expected_cached_tokens" not in metrics.all

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from tandem.api.frontend.v1 import inference_service_pb2 as frontend_pb
 from tandem.api.registry.v1 import registry_service_pb2 as pb
-from tandem.cli import status
+from tandem.cli import model_status, status
 from tandem.cli.membership import ask_all
 from tandem.client import calls
 from tandem.errors import StartError, TandemError
@@ -77,3 +78,20 @@ async def test_the_first_error_is_raised_when_no_registry_responds(
     responses["a:1"] = StartError("connection refused")
     with pytest.raises(StartError, match="connection refused"):
         await ask_all(["a:1"], None)
+
+
+def test_a_model_that_one_frontend_refuses_says_which_and_why() -> None:
+    served = frontend_pb.Model(name="a", context_tokens_max=64, prefill_workers=1, decode_workers=2, aliases=["x"])
+    served.state = frontend_pb.MODEL_STATE_SERVING
+    refused = frontend_pb.Model(name="b", state=frontend_pb.MODEL_STATE_REFUSED, problem="tokenizer.json is damaged")
+    earlier, other = frontend_pb.Model(name="b"), frontend_pb.Model(name="c", state=frontend_pb.MODEL_STATE_LOADING)
+    rows = model_status.rows({"frontend-0": [served, earlier, other], "frontend-1": [served, refused]})
+    assert [len(row) for row in rows] == [len(model_status.COLUMNS)] * 3
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("a", "serving"),
+        ("b", "refused by frontend-1: tokenizer.json is damaged"),
+        ("c", "loading"),
+    ]
+    assert rows[0][1:-1] == ("64", "1", "2", "0", "x")
+    assert model_status.rows({"frontend-1": [refused]})[0][-1] == "refused: tokenizer.json is damaged"
+    assert model_status.as_json({"f": [refused]})[0]["frontend_id"] == "f"

@@ -9,17 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tandem_frontend import registered_models
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
-from tandem_frontend.registered_models import conflicting
 from tandem_frontend.servicer import SERVICE_NAME as INFERENCE_SERVICE_NAME
 
 from tandem.client import calls
-from tandem.domain.frontend import Frontend
-from tandem.domain.worker import EngineLoad, WorkerState
-from tandem.errors import ConfigError, InvalidRequest, ServiceError, StartError
+from tandem.domain.worker import EngineLoad
+from tandem.errors import InvalidRequest, ServiceError, StartError
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
 from tests.wire.support.registry_host import make_worker
@@ -45,9 +42,10 @@ async def test_a_view_is_taken_by_whatever_is_asked_for_each_request() -> None:
     registry.workers = (make_worker(model="tandem-demo"),)
     async with play_registry(registry), FrontendApp.open(settings(registry)) as app:
         (worker,) = view = app.fleet.watch.workers()
-        assert app.fleet.routes._view is view
+        (followed,) = app.fleet.models
+        assert followed.routes._view == view
         most = worker.capabilities.context_tokens_max
-        capacity, *_ = app.fleet._followers
+        capacity, *_ = followed._followers
         assert isinstance(capacity, Capacity)
         assert capacity.counted(10 * most, 0) == most
         full = EngineLoad(running_requests=100, kv_used_tokens=0)
@@ -73,7 +71,6 @@ async def test_it_serves_before_and_without_being_registered() -> None:
 
 async def test_it_is_ready_while_it_knows_a_worker_of_its_model() -> None:
     registry = ScriptedRegistry()
-    registry.workers = (make_worker("other", model="other"),)
     async with play_registry(registry), FrontendApp.open(settings(registry, drain_settle_s=0)) as app:
         ready, works = health_of(app), health_of(app, PROCESS_SERVICE_NAME)
         edge_asks = health_of(app, INFERENCE_SERVICE_NAME)
@@ -109,52 +106,6 @@ async def test_it_is_not_ready_once_a_registry_says_that_no_worker_is_left() -> 
 
 def health_of(app: FrontendApp, service: str = "") -> Callable[[], Awaitable[bool]]:
     return lambda: calls.is_serving(app.address, service)
-
-
-OTHER = Frontend(frontend_id="other", epoch=1, address="10.0.0.9:1", model="other-model")
-
-
-async def test_a_frontend_of_a_second_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registered_models, "EXPIRY_WAIT_S", 0.2)
-    registry = ScriptedRegistry()
-    registry.frontends = (OTHER,)
-    async with play_registry(registry):
-        with pytest.raises(ConfigError) as refused:
-            async with FrontendApp.open(settings(registry)):
-                pass
-    assert refused.value.key == "model_name"
-    for named in ("'tandem-demo'", "'other-model'", "other (10.0.0.9:1)"):
-        assert named in str(refused.value)
-    assert not registry.registered
-
-
-async def test_a_frontend_waits_for_the_lease_of_a_dead_one_of_another_model() -> None:
-    registry = ScriptedRegistry()
-    registry.workers = (make_worker(model="tandem-demo"),)
-    registry.frontends = (OTHER, replace(OTHER, frontend_id="same", address="10.0.0.9:2", model="tandem-demo"))
-    async with play_registry(registry), asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
-        opening = group.create_task(stack.enter_async_context(FrontendApp.open(settings(registry))))
-        await assert_eventually(lambda: len(registry.watched) == 1)
-        assert not opening.done()
-        registry.frontends = registry.frontends[1:]
-        registry.frontends_changed.set()
-        assert await calls.is_serving((await opening).address)
-        await stack.aclose()
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        replace(OTHER, state=WorkerState.DRAINING),
-        replace(OTHER, model="tandem-demo"),
-        replace(OTHER, frontend_id="own"),
-        replace(OTHER, address="10.0.0.1:1"),
-    ],
-    ids=["draining", "same-model", "own-id", "own-address"],
-)
-def test_no_conflict_with_what_gets_no_requests_of_the_edge(other: Frontend) -> None:
-    assert conflicting([OTHER], "tandem-demo", "own", "10.0.0.1:1") == OTHER
-    assert conflicting([other], "tandem-demo", "own", "10.0.0.1:1") is None
 
 
 async def test_a_start_that_fails_in_the_middle_frees_the_port() -> None:

@@ -53,6 +53,7 @@ class PlayedWorker(pb_grpc.WorkerServiceServicer):
     Abort: Any = pb_grpc.WorkerServiceServicer.Abort
     Drain: Any = pb_grpc.WorkerServiceServicer.Drain
     FlushCache: Any = pb_grpc.WorkerServiceServicer.FlushCache
+    ReadModelFiles: Any = pb_grpc.WorkerServiceServicer.ReadModelFiles
 
     def __init__(self) -> None:
         self.address = ""

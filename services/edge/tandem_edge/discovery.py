@@ -1,7 +1,8 @@
 """Discovers frontends from the registry: watches its list and publishes endpoints to Envoy after each change.
 
-Owns the mapping from the registry's list to endpoints. Keeps the last known endpoints while the registry is unreachable
-or its list is empty: Envoy's own health checks find out which of them are healthy.
+Owns the mapping from the registry's list to endpoints; every frontend serves every model. Keeps the last known
+endpoints while the registry is unreachable or its list is empty: Envoy's own health checks find out which of them are
+healthy.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ class Discovery:
         self._families = Families()
         self._refresh_s = refresh_s
         self._published: tuple[Endpoint, ...] = ()
-        self._model: str | None = None
-        """Of the frontends that are published."""
-        self._others: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     async def first(self) -> tuple[Endpoint, ...]:
@@ -91,41 +89,13 @@ class Discovery:
         log.info("published %d frontends to Envoy, %d of them draining", len(endpoints), draining)
         self._published = endpoints
 
-    def _of_one_model(self, frontends: Sequence[Frontend]) -> list[Frontend]:
-        """Frontends of the model that is served. Envoy does not read the model of a request, so with two models each
-        request would go to a frontend of the wrong one by chance. A second one is an error of the deployment.
-        """
-        model = one_model(frontends, self._model)
-        others = sorted({frontend.model for frontend in frontends} - {model})
-        if others and others != self._others:
-            log.error(
-                "frontends of model %r get no requests: this registry's edges serve %r, and a registry holds one model",
-                ", ".join(others), model,
-            )  # fmt: skip
-        self._model, self._others = model, others
-        served = [frontend for frontend in frontends if frontend.model == model]
-        if all(frontend.state is WorkerState.DRAINING for frontend in served):
-            return served
-        # Frontends that drain get no new requests, and keep their connections until their streams have ended.
-        return [frontend for frontend in frontends if frontend in served or frontend.state is WorkerState.DRAINING]
-
     async def _endpoints(self) -> tuple[Endpoint, ...]:
-        frontends = self._of_one_model(self._watch.frontends())
+        frontends = self._watch.frontends()
         places = {split_address(frontend.address) for frontend in frontends}
         known = await self._names.addresses({host for host, _ in places})
         self._families.keep_only({(tuple(known[host]), port) for host, port in places})
         chosen = [self._families.reachable(known[host], port) for host, port in places]
         return endpoints_of(frontends, dict(zip(places, await asyncio.gather(*chosen), strict=True)))
-
-
-def one_model(frontends: Sequence[Frontend], current: str | None) -> str | None:
-    """The model to serve: the current one while a serving frontend has it, else that of the frontend that has served
-    for longest. None: there are no frontends.
-    """
-    serving = [frontend for frontend in frontends if frontend.state is WorkerState.SERVING] or frontends
-    if any(frontend.model == current for frontend in serving):
-        return current
-    return min(serving, key=lambda frontend: frontend.epoch).model if serving else current
 
 
 def endpoints_of(

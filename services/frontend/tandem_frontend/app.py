@@ -1,9 +1,9 @@
 """Composition root of the frontend: creates its parts, and starts and stops them in order.
 
-Start: tokenizer, port, metrics, parser host, registry view, server, health (SERVING while a worker is known), and last
-its own registration, which nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still
-accepted -> settle -> close admission -> wait for the open requests -> deregister. Stop: registration, server, and then
-what the start opened, in reverse order.
+Start: the own model's tokenizer, port, metrics, that model, server, registry view, the models of the view, health
+(SERVING while a worker is known), and last its own registration, which nothing waits for. Drain: DRAINING in the
+registry and NOT_SERVING while requests are still accepted -> settle -> close admission -> wait for the open requests ->
+deregister. Stop: registration, server, and then what the start opened, in reverse order.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tandem.discovery.watches import FrontendWatch
 from tandem.domain.frontend import Frontend, default_frontend_id
 from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
+from tandem.errors import ModelNotFound
 from tandem.observability.cpu_profile import CpuProfiler
 from tandem.observability.line_log import LineLog
 from tandem.observability.logs import log_request
@@ -41,7 +42,6 @@ from tandem.observability.request_metrics import RequestMetrics
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.span_export import export_spans, resource
 from tandem.observability.trace_store import TraceStore
-from tandem.output_parsers import Parsers
 from tandem.rpc.http2.limits import STREAMS_MAX
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.rpc.profile_servicer import SERVICE_NAME as PROFILE_SERVICE_NAME
@@ -52,9 +52,7 @@ from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
 from tandem_frontend.admin.servicer import FrontendAdminServicer
 from tandem_frontend.admin.stats import RequestStats
-from tandem_frontend.admission.capacity import Capacity
-from tandem_frontend.admission.controller import Admission
-from tandem_frontend.admission.prefill_backlog import PrefillBacklog
+from tandem_frontend.admission.open_requests import OpenRequests
 from tandem_frontend.admission.quota_exchange import SERVICE_NAME as QUOTA_SERVICE_NAME
 from tandem_frontend.admission.quota_exchange import QuotaExchange, QuotaServicer
 from tandem_frontend.admission.quotas import Quotas
@@ -62,28 +60,27 @@ from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import AnthropicServicer
 from tandem_frontend.call_usage import TenantMetrics, UsageSink
-from tandem_frontend.config import PROGRAM, FrontendConfig
+from tandem_frontend.config import CONTEXT_TOKENS, PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
+from tandem_frontend.models.catalog import ModelCatalog
+from tandem_frontend.models.model_pipeline import Models
+from tandem_frontend.models.opening import ModelOpener, Shared, open_tokenizer
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
-from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.cache_salt import CacheSharing
-from tandem_frontend.preparation.sampling import read_defaults
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.processes.membership import Membership
 from tandem_frontend.processes.siblings import Siblings
 from tandem_frontend.readiness import Readiness
-from tandem_frontend.registered_models import check_models
 from tandem_frontend.response.coalescing import Coalescing
-from tandem_frontend.routing.prefix_index import PrefixIndex
 from tandem_frontend.servicer import SERVICE_NAME, InferenceServicer
 from tandem_frontend.tenancy import Tenancy
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
+UNKNOWN_MODEL = {"tandem.reason": ModelNotFound.reason}
 
 
 class FrontendApp:
@@ -95,8 +92,9 @@ class FrontendApp:
         address: str,
         metrics: Metrics,
         server: Http2RpcServer,
-        admission: Admission,
+        requests: OpenRequests,
         fleet: Fleet,
+        models: ModelCatalog,
         readiness: Readiness,
         registration: Registration | None,
     ) -> None:
@@ -104,10 +102,11 @@ class FrontendApp:
         self.address = address
         """host:port of the frontend."""
         self.fleet = fleet
+        self.models = models
         self._config = config
         self._metrics = metrics
         self._server = server
-        self._admission = admission
+        self._requests = requests
         self._readiness = readiness
         self._registration = registration
 
@@ -122,72 +121,54 @@ class FrontendApp:
 
         Raises:
             StartError: the port is in use, a TLS file is unusable, the model directory has no readable tokenizer,
-                SGLang does not know the configured parsers, or the registry's frontends serve another model.
+                or SGLang does not know the configured parsers.
         """
         async with AsyncExitStack() as stack:
-            model = await _open_model(config, stack)
-            server = _bind(config, membership, model, stack)
+            own = await _open_own(config, stack)
+            context_tokens = CONTEXT_TOKENS if own is None else own.tokenizer.context_tokens_max
+            server = _bind(config, membership, context_tokens, stack)
             names = _Names.of(config, membership, server.port)
             metrics = await _open_metrics(config, membership, names.instance, stack)
             traces = _open_traces(config, names.instance, stack)
             stats = RequestStats(traces)
-            parsers = await _open_parsers(config, stack)
             load = LoopLoad()
-            capacity = Capacity(config.served_name, monotonic, config.no_worker_wait_s)
-            backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
-            admission = _make_admission(config, capacity, backlog, load, server)
-            readiness = Readiness(server, config.served_name)
-            fleet = Fleet(
-                config, names.instance, model, (capacity, readiness), backlog, admission.reevaluate_soon, metrics
-            )
-            coalescing = Coalescing(config.coalesce_ms / 1_000, load)
+            requests = _make_requests(config, load, server)
+            readiness = Readiness(server)
+            fleet = Fleet(config, names.instance)
             exchange = _make_exchange(config, membership, names)
             stack.push_async_callback(exchange.close)
-            generation = Generation(
-                model, admission, fleet.execution, traces, coalescing, tells_prompts=config.trace_prompts,
-                tenancy=_open_tenancy(config, exchange, metrics, stack),
+            tenancy = _open_tenancy(config, exchange, metrics, stack)
+            coalescing = Coalescing(config.coalesce_ms / 1_000, load)
+            opener = ModelOpener(Shared(config, fleet, requests, traces, coalescing, tenancy, metrics), own)
+            catalog = ModelCatalog(
+                opener.open, requests, config.naming_rules, config.model_linger_s, readiness.note,
+                lambda: metrics.count("tandem.requests.refused", attributes=UNKNOWN_MODEL),
             )  # fmt: skip
             if metrics.is_on:
-                metrics.measure(_gauges(server, admission, fleet.prefixes))
-                traces.sinks.append(RequestMetrics(metrics, config.served_name))
+                metrics.measure(_gauges(server, requests, catalog))
+                traces.sinks.append(RequestMetrics(metrics))
             await stack.enter_async_context(fleet.connected())
-            own = LocalRequests(traces, stats, lambda: admission.waiting_count)
-            inference = InferenceServicer(generation, model, fleet.watch.workers, config.session_header)
-            server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
-            bodies = BodyChecker(model.tokenizer.context_tokens_max, config.tenant_share)
+            stack.push_async_callback(catalog.close)
+            if own is not None:
+                await catalog.keep(own.name)
+            own_requests = LocalRequests(traces, stats, lambda: waiting_count(catalog))
+            bodies = BodyChecker(context_tokens, config.tenant_share)
             stack.push_async_callback(bodies.close)
-            openai = OpenAiServicer(
-                generation,
-                model,
-                fleet.watch.workers,
-                parsers,
-                bodies,
-                config.session_header,
-                comment_s=config.stream_comment_s,
-            )
-            server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
-            anthropic = AnthropicServicer(
-                generation,
-                model,
-                fleet.watch.workers,
-                parsers,
-                bodies,
-                config.session_header,
-                comment_s=config.stream_comment_s,
-            )
-            server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
-            _add_internal(server, config, membership, own, exchange)
+            catalog.on_open = lambda opened: bodies.allow(opened.pipeline.model.tokenizer.context_tokens_max)
+            _add_public(server, config, catalog, bodies)
+            _add_internal(server, config, membership, own_requests, exchange)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
-            await _serve(server, membership, own, exchange, stack)
+            await _serve(server, membership, own_requests, exchange, stack)
+            fleet.on_view = catalog.follow
             await fleet.watch.wait_live()
-            if membership is None:
-                await check_models(config, names.frontend_id, names.address)
+            catalog.follow(fleet.watch.workers())
+            await catalog.wait_settled()
             await readiness.open()
             tasks.start(readiness.keep(), "readiness")
             tasks.start(exchange.follow(partial(_frontend_list, config)), "quotas")
             registration = None if membership is not None else await _register(config, names, stack)
-            yield cls(config, names.address, metrics, server, admission, fleet, readiness, registration)
+            yield cls(config, names.address, metrics, server, requests, fleet, catalog, readiness, registration)
 
     @property
     def metrics_port(self) -> int:
@@ -210,12 +191,12 @@ class FrontendApp:
 
     async def _finish_requests(self) -> bool:
         """Close admission and wait for the open requests. Returns whether all ended within drain_timeout_s."""
-        self._admission.close()
+        self._requests.close()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
-                await self._admission.wait_none()
+                await self._requests.wait_none()
         except TimeoutError:
-            open_count = self._admission.open_count
+            open_count = self._requests.open_count
             log.error(
                 "drain timeout (%g s): %d requests are still open and are aborted now",
                 self._config.drain_timeout_s, open_count,
@@ -248,18 +229,19 @@ class _Names:
         return cls(address, frontend_id, frontend_id)
 
 
-async def _open_model(config: FrontendConfig, stack: AsyncExitStack) -> ServedModel:
-    tokenizer = await asyncio.to_thread(Tokenizer.open, config.model, processes=config.long_prompt_processes)
-    stack.push_async_callback(tokenizer.close)
-    return ServedModel(config.served_name, tokenizer, read_defaults(config.model))
+async def _open_own(config: FrontendConfig, stack: AsyncExitStack) -> ServedModel | None:
+    """The model of the setting `model`: its files are read before anything else starts."""
+    if config.model is None or config.served_name is None:
+        return None
+    return await open_tokenizer(config.served_name, config.model, config, stack)
 
 
 def _bind(
-    config: FrontendConfig, membership: Membership | None, model: ServedModel, stack: AsyncExitStack
+    config: FrontendConfig, membership: Membership | None, context_tokens_max: int, stack: AsyncExitStack
 ) -> Http2RpcServer:
     """The server; its port is bound, but it serves no calls yet."""
     server = Http2RpcServer(
-        request_bytes_max=config.request_bytes(model.tokenizer.context_tokens_max),
+        request_bytes_max=config.request_bytes(context_tokens_max),
         tls=config.tls,
         # One client may open as many requests as are allowed over one connection, and health streams beside them.
         streams_max=max(STREAMS_MAX, 2 * config.open_requests_max),
@@ -289,49 +271,59 @@ def _open_traces(config: FrontendConfig, instance: str, stack: AsyncExitStack) -
     return traces
 
 
-async def _open_parsers(config: FrontendConfig, stack: AsyncExitStack) -> Parsers | None:
-    """None: neither tool calls nor reasoning are parsed."""
-    if config.tool_parser is None and config.reasoning_parser is None:
-        return None
-    parsers = Parsers(config.model, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser)
-    stack.push_async_callback(parsers.stop)
-    await parsers.start()
-    return parsers
-
-
-def _make_admission(
-    config: FrontendConfig, capacity: Capacity, backlog: PrefillBacklog, load: LoopLoad, server: Http2RpcServer
-) -> Admission:
-    return Admission(
+def _make_requests(config: FrontendConfig, load: LoopLoad, server: Http2RpcServer) -> OpenRequests:
+    return OpenRequests(
         config.open_requests_max,
-        capacity,
         monotonic,
         load,
         config.overload_lag_s,
         lambda: server.unread_calls,
-        backlog,
-        config.prefill_queue_s,
         tenant_share=config.tenant_share,
         rates=TenantRates(config.tenant_requests_per_second, config.tenant_requests_burst, monotonic),
     )
 
 
-def _gauges(server: Http2RpcServer, admission: Admission, prefixes: PrefixIndex | None) -> Measure:
+def waiting_count(catalog: ModelCatalog) -> int:
+    """Requests in the queues of all models."""
+    return sum(opened.admission.waiting_count for opened in catalog.opened)
+
+
+def _gauges(server: Http2RpcServer, requests: OpenRequests, catalog: ModelCatalog) -> Measure:
     async def read() -> list[Reading]:
         readings = [
             Reading("tandem.connections.open", server.connection_count),
-            Reading("tandem.requests.open", admission.open_count),
-            Reading("tandem.queue.depth", admission.waiting_count),
+            Reading("tandem.models", len(catalog.opened), {"tandem.state": "served"}),
+            Reading("tandem.models", catalog.refused_count, {"tandem.state": "refused"}),
         ]
-        if prefixes is not None:
+        for opened in catalog.opened:
+            about = {"gen_ai.request.model": opened.pipeline.model.name}
+            readings.append(Reading("tandem.requests.open", opened.admission.open_count, about))
+            readings.append(Reading("tandem.queue.depth", opened.admission.waiting_count, about))
+        # Long responses that are complete and unread belong to no model any more.
+        readings.append(Reading("tandem.requests.open", requests.unread_count, {"gen_ai.request.model": ""}))
+        indexes = [opened.fleet.prefixes for opened in catalog.opened]
+        known = [index for index in indexes if index is not None]
+        if known:
+            trusted, suspected = sum(one.trusted_count for one in known), sum(one.suspected_count for one in known)
             readings += [
-                Reading("tandem.prefix.blocks", prefixes.block_count),
-                Reading("tandem.prefix.workers", prefixes.trusted_count, {"tandem.state": "trusted"}),
-                Reading("tandem.prefix.workers", prefixes.suspected_count, {"tandem.state": "suspected"}),
+                Reading("tandem.prefix.blocks", sum(one.block_count for one in known)),
+                Reading("tandem.prefix.workers", trusted, {"tandem.state": "trusted"}),
+                Reading("tandem.prefix.workers", suspected, {"tandem.state": "suspected"}),
             ]
         return readings
 
     return read
+
+
+def _add_public(server: Http2RpcServer, config: FrontendConfig, models: Models, bodies: BodyChecker) -> None:
+    """What clients call."""
+    session_header, comment_s = config.session_header, config.stream_comment_s
+    inference = InferenceServicer(models, session_header)
+    server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
+    openai = OpenAiServicer(models, bodies, session_header, comment_s=comment_s)
+    server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
+    anthropic = AnthropicServicer(models, bodies, session_header, comment_s=comment_s)
+    server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
 
 
 def _add_internal(
@@ -409,7 +401,7 @@ async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack
         frontend_id=names.frontend_id,
         epoch=epoch_now(),
         address=names.address,
-        model=config.served_name,
+        model=config.registered_name,
         release=tandem.__version__,
     )
     registration = Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)

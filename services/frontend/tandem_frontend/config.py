@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
@@ -13,6 +13,7 @@ from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
 from tandem_frontend.call_context import SESSION_HEADER
+from tandem_frontend.models.naming_rules import NamingRules
 from tandem_frontend.preparation.cache_salt import CacheSharing
 from tandem_frontend.routing.local_prefill import MAX_TOKENS, SHARE, LocalPrefillSettings
 from tandem_frontend.routing.policy import PolicyName
@@ -20,6 +21,31 @@ from tandem_frontend.routing.policy import PolicyName
 PROGRAM = "tandem-frontend"
 REQUEST_BYTES_BASE = 2**20
 REQUEST_BYTES_PER_TOKEN = 16
+CONTEXT_TOKENS = 131_072
+"""Context for which the limit of a request is computed where no model is known at start."""
+EVERY_MODEL = "*"
+"""In the registry, the model of a frontend without one of its own."""
+
+
+def parse_pairs(value: Any, form: str) -> Any:
+    """A dict from "a=b,c=d", or the same as a table.
+
+    Raises:
+        ValueError: says what is malformed.
+    """
+    pairs = [part.strip().partition("=") for part in value.split(",")] if isinstance(value, str) else []
+    found = {key: meant for key, _, meant in pairs} if isinstance(value, str) else value
+    if not isinstance(found, dict) or (pairs and len(found) != len(pairs)):
+        raise ValueError(f"must be {form}, each name once; several are separated by commas")
+    for key, meant in found.items():
+        if not (isinstance(key, str) and isinstance(meant, str)) or not (key and meant):
+            raise ValueError(f"must be {form}; several are separated by commas")
+        if max(len(key), len(meant)) > MODEL_NAME_CHARS_MAX:
+            raise ValueError(f"must have names of at most {MODEL_NAME_CHARS_MAX} characters")
+    return found
+
+
+Aliases = Annotated[dict[str, str], BeforeValidator(lambda value: parse_pairs(value, "ALIAS=MODEL"))]
 
 
 class FrontendConfig(AdminConfig):
@@ -31,12 +57,43 @@ class FrontendConfig(AdminConfig):
         pattern=f"^{WORKER_ID_PATTERN}$",
         description="id in the registry, stable over restarts; default: frontend-HOST-PORT",
     )
-    model: Path = Field(description="model directory in Hugging Face format; its weights are not read")
+    model: Path | None = Field(
+        None,
+        description="directory in Hugging Face format of a model that is served whether it has workers or not; its "
+        "weights are not read. Every other model of the registry is served too: its tokenizer is read from a worker. "
+        "Default: none",
+    )
     model_name: str | None = Field(
         None,
         min_length=1,
         max_length=MODEL_NAME_CHARS_MAX,
-        description="model name that clients send; default: the directory's name",
+        description="name of that model, as its workers have it; default: the directory's name",
+    )
+    models_max: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="limit of models that are served at a time, each with its tokenizer in memory; further ones are "
+        "refused until one has ended",
+    )
+    model_aliases: Aliases = Field(
+        default_factory=dict,
+        description="other names of models, as ALIAS=MODEL; several are separated by commas. A model that has the "
+        "alias as its name comes first",
+    )
+    default_model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MODEL_NAME_CHARS_MAX,
+        description="model, or alias, of requests that name none; default: the only one, and where several are served "
+        "such a request is refused",
+    )
+    model_linger_s: float = Field(
+        60,
+        ge=0,
+        le=86_400,
+        description="seconds for which a model stays without a worker: its requests are refused as retryable; then it "
+        "ends, and they are refused as not found",
     )
     processes: int = Field(
         1, ge=1, le=256, description="processes that share the port; the machine's cores minus one are enough"
@@ -76,7 +133,8 @@ class FrontendConfig(AdminConfig):
         None,
         ge=64 * 2**10,
         le=2**30,
-        description="limit of one request in bytes; default: 1 MiB plus 16 bytes per token of the model's context",
+        description="limit of one request in bytes; default: 1 MiB plus 16 bytes per token of the context of `model`, "
+        "or of 131,072 tokens without it",
     )
     long_prompt_processes: int = Field(
         1,
@@ -162,13 +220,23 @@ class FrontendConfig(AdminConfig):
         "or stderr; default: none",
     )
     timelines_kept: int = Field(256, ge=1, le=100_000, description="finished requests whose timelines are kept")
-    tool_parser: str | None = Field(None, min_length=1, description="SGLang's tool call parser for this model")
-    reasoning_parser: str | None = Field(None, min_length=1, description="SGLang's reasoning parser for this model")
+    tool_parser: str | None = Field(
+        None,
+        min_length=1,
+        description="SGLang's tool call parser of `model`, or of several models as MODEL=PARSER, separated by commas",
+    )
+    reasoning_parser: str | None = Field(
+        None, min_length=1, description="SGLang's reasoning parser of `model`, or of several models, in the same form"
+    )
 
     trace_prompts: bool = Field(False, description="record prompts in traces; they are personal data of your users")
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
+        if self.model_name is not None and self.model is None:
+            raise ConfigError("model_name", "requires model")
+        for name in ("tool_parser", "reasoning_parser"):
+            self.parser_of(name, "")
         if self.open_requests_max < self.processes:
             raise ConfigError(
                 "open_requests_max",
@@ -188,12 +256,37 @@ class FrontendConfig(AdminConfig):
         return LocalPrefillSettings(MAX_TOKENS if max_tokens is None else max_tokens, SHARE if share is None else share)
 
     @property
-    def served_name(self) -> str:
-        """The model name that clients send."""
-        return self.model_name or self.model.resolve().name
+    def served_name(self) -> str | None:
+        """The name of `model`; None: it is not set."""
+        return self.model_name or (None if self.model is None else self.model.resolve().name)
 
-    def request_bytes(self, context_tokens_max: int) -> int:
-        """Limit of one request in bytes for a model with that context.
+    @property
+    def naming_rules(self) -> NamingRules:
+        """Which names mean which model."""
+        return NamingRules(self.models_max, self.model_aliases, self.default_model)
+
+    @property
+    def registered_name(self) -> str:
+        """The model in this frontend's entry of the registry."""
+        return self.served_name or EVERY_MODEL
+
+    def parser_of(self, setting: str, model: str) -> str | None:
+        """The parser of a model by tool_parser or reasoning_parser; None: it has none.
+
+        Raises:
+            ConfigError: the setting is malformed.
+        """
+        value: str | None = getattr(self, setting)
+        if value is None or "=" not in value:
+            return value if self.model is None or model == self.served_name else None
+        try:
+            parsers: dict[str, str] = parse_pairs(value, "MODEL=PARSER")
+        except ValueError as problem:
+            raise ConfigError(setting, str(problem)) from None
+        return parsers.get(model)
+
+    def request_bytes(self, context_tokens_max: int = CONTEXT_TOKENS) -> int:
+        """Limit of one request in bytes for models with that context.
 
         The longest request that can be served has one token per character, each escaped as six bytes of JSON. Anything
         longer would cost time and memory before it is rejected.

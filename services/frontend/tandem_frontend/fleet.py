@@ -1,113 +1,58 @@
-"""The workers as this frontend sees them: one view, and every part that follows it.
+"""The workers of all models as this frontend sees them: one view, and one connection to each worker.
 
-Owns the connections to workers and the order in which a new view reaches the parts. `app` opens it.
+Owns the connections to workers, and the order in which a new view reaches them and the parts of each model
+(`model_fleet`). `app` opens it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol
 
-from tandem.api.types.v1 import leg_pb2
-from tandem.client.kv_watch import KvWatch
 from tandem.client.load_watch import LoadWatch
 from tandem.client.step_calls import WorkerCalls
-from tandem.clock import monotonic
 from tandem.discovery import WorkerWatch
 from tandem.domain.worker import EngineLoad, Start, Worker
-from tandem.observability.metrics import Metrics
 from tandem.rpc.channels import Channels
-from tandem.rpc.convert import present
 from tandem.service.awake_timers import AwakeTimers
-from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
-from tandem_frontend.execution.dispatch import Dispatch
 from tandem_frontend.execution.link_leg import Bounds
-from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
-from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.routing.circuit_breaker import CircuitBreakers
-from tandem_frontend.routing.local_prefill import LocalPrefill
-from tandem_frontend.routing.policies import make_policy
-from tandem_frontend.routing.policy import PolicyName
-from tandem_frontend.routing.prefix_index import PrefixIndex
-from tandem_frontend.routing.prompt_blocks import PromptBlocks
-from tandem_frontend.routing.router import RecentRefusals, Routes
-from tandem_frontend.routing.worker_costs import WorkerCosts
+from tandem_frontend.model_fleet import ModelFleet, WorkerAccess
 from tandem_frontend.routing.worker_health import WorkerHealth
 
 
-class WorkerFollower(Protocol):
-    """What admission computes from the workers."""
-
-    def follow(self, workers: Iterable[Worker]) -> None:
-        """Apply a new view."""
-        ...
-
-    def note(self, start: Start, load: EngineLoad | None) -> None:
-        """Record a worker's load; None: unknown."""
-        ...
-
-
 class Fleet:
-    """The workers that the registry lists: their view, health, load, links and routes."""
+    """The workers that the registry lists: their view, health, load and links, and the models that they serve."""
 
-    def __init__(
-        self,
-        config: FrontendConfig,
-        instance: str,
-        model: ServedModel,
-        followers: tuple[WorkerFollower, ...],
-        backlog: PrefillBacklog,
-        reevaluate: Callable[[], None],
-        metrics: Metrics | None = None,
-    ) -> None:
+    def __init__(self, config: FrontendConfig, instance: str) -> None:
         """Makes no connection yet.
 
         Args:
             config: registries, TLS and timeouts of legs.
             instance: unique name of this process, for workers.
-            model: the model that routes are chosen for.
-            followers: get the view and the load of each worker.
-            backlog: what the workers have to compute; gets the view and the loads too.
-            reevaluate: called after each change: a queued request may fit now.
-            metrics: of this process; None: none.
         """
-        costs = WorkerCosts(backlog)
-        local = LocalPrefill(costs, backlog, config.local_prefill_settings) if config.local_prefill else None
-        self._followers = (*followers, costs, *(() if local is None else (local,)))
-        self._reevaluate = reevaluate
-        self._no_worker_wait_s = config.no_worker_wait_s
+        self._prefix_blocks_max = config.prefix_blocks_max
+        self._models: dict[str, ModelFleet] = {}
+        self._model_of: dict[Start, ModelFleet] = {}
+        """The model of each worker in the view; without those of models that are not served."""
         self._known_starts: set[tuple[str, Start]] = set()
         """(address, start) of all workers of the view."""
+        self.on_view: Callable[[tuple[Worker, ...]], None] = lambda workers: None
+        """Called with each view, after the models have it."""
         self.channels = Channels(config.tls)
         self._timers = AwakeTimers()
         self._health = WorkerHealth(self.channels, self._timers)
-        self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
         self._loads = LoadWatch(self.channels, on_change=self.note_load)
-        policy = PolicyName(config.routing_policy)
-        follows_caches = config.prefix_blocks_max > 0 and policy in {PolicyName.AUTO, PolicyName.PREFIX}
-        self.prefixes = PrefixIndex(config.prefix_blocks_max) if follows_caches else None
-        """The workers' cached blocks; None: they are not followed, and routing goes by load alone."""
-        self._caches = None if self.prefixes is None else KvWatch(self.channels, self.prefixes, metrics)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
-        calls = WorkerCalls(self.channels)
-        self._links = WorkerLinks(instance, calls, bounds, self._timers, self._health.check)
+        self._links = WorkerLinks(instance, WorkerCalls(self.channels), bounds, self._timers, self._health.check)
+        self.access = WorkerAccess(self.channels, self._health, self._links)
         self.watch = WorkerWatch(config.registry, tls=config.tls, on_change=self.follow)
-        # Seeded by the system, so that no two processes choose alike; no value is a secret.
-        rng = random.Random()  # noqa: S311 -- see above
-        refusals = RecentRefusals(monotonic)
-        chooser = make_policy(policy, costs, self.prefixes, rng)
-        self.routes = Routes(
-            model, self.watch.workers, self._health.unhealthy, refusals, self._breakers, rng, chooser, costs, local
-        )
-        dispatch = Dispatch(self._links, rng)
-        self.execution = ExecutionDeps(
-            self.routes, refusals, self._breakers, dispatch, monotonic, rng, self._blocks_of, config.no_worker_wait_s
-        )
+
+    @property
+    def models(self) -> Sequence[ModelFleet]:
+        """The models whose workers are followed."""
+        return [*self._models.values()]
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -119,11 +64,24 @@ class Fleet:
             stack.callback(self._timers.close)
             stack.push_async_callback(self._links.close)
             stack.push_async_callback(self._loads.close)
-            if self._caches is not None:
-                stack.push_async_callback(self._caches.close)
             stack.push_async_callback(self.watch.close)
             await self.watch.start()
             yield
+
+    @asynccontextmanager
+    async def following(self, model: ModelFleet) -> AsyncIterator[None]:
+        """Follow the workers of one more model while the context is entered."""
+        assert model.name not in self._models, "a model is followed once"
+        self._models[model.name] = model
+        self._share_blocks()
+        self._pass_on(self.watch.workers(), (model,))
+        try:
+            yield
+        finally:
+            del self._models[model.name]
+            self._model_of = {start: other for start, other in self._model_of.items() if other is not model}
+            await model.close()
+            self._share_blocks()
 
     def follow(self, workers: tuple[Worker, ...]) -> None:
         """Pass a new view on to every part, and close the channels to workers that were removed or restarted.
@@ -135,31 +93,31 @@ class Fleet:
         self._known_starts = starts
         self._links.follow(workers)
         self._health.follow(workers)
-        self._breakers.follow(workers)
-        for follower in self._followers:
-            follower.follow(workers)
-        self.routes.follow(workers)
-        if self._caches is not None:
-            # Before the loads: those of workers that have left end now, and are no sign of silence.
-            self._caches.follow(workers)
-        self._loads.follow(workers)
-        self.execution.notice(workers)
-        self._reevaluate()
-        if not self.execution.missing.has_route:
-            # What the queue kept back for successors that have not come goes to routing, which refuses it.
-            asyncio.get_running_loop().call_later(self._no_worker_wait_s, self._reevaluate)
-
-    def _blocks_of(self, leg: leg_pb2.LegRequest) -> PromptBlocks | None:
-        """What the index matches of a request; None: no cache is followed."""
-        if self.prefixes is None:
-            return None
-        return PromptBlocks(leg.token_ids, present(leg, "cache_salt", leg.cache_salt))
+        self._pass_on(workers, self.models)
+        self.on_view(workers)
 
     def note_load(self, start: Start, load: EngineLoad | None) -> None:
-        """Pass on the load of a worker; None: it is unknown."""
-        if load is None and self._caches is not None:
-            # A worker whose load reports have stopped may have stopped its cache events as well.
-            self._caches.silent(start)
-        for follower in self._followers:
-            follower.note(start, load)
-        self._reevaluate()
+        """Pass on the load of a worker to its model; None: it is unknown."""
+        model = self._model_of.get(start)
+        # The loads of a worker that has left end after its model has forgotten it.
+        for each in self.models if model is None and load is None else (() if model is None else (model,)):
+            each.note_load(start, load)
+
+    def _pass_on(self, workers: tuple[Worker, ...], models: Sequence[ModelFleet]) -> None:
+        """Give each of these models its workers of a view, and act on what has changed."""
+        by_model: dict[str, list[Worker]] = {}
+        for worker in workers:
+            by_model.setdefault(worker.capabilities.model, []).append(worker)
+        self._model_of = {
+            worker.start: model for name, model in self._models.items() for worker in by_model.get(name, ())
+        }
+        changed = [model for model in models if model.follow(tuple(by_model.get(model.name, ())))]
+        self._loads.follow([worker for worker in workers if worker.start in self._model_of])
+        for model in changed:
+            model.act()
+
+    def _share_blocks(self) -> None:
+        """Divide the room for cached blocks evenly: one model's caches push no other's out."""
+        for model in self._models.values():
+            if model.prefixes is not None:
+                model.prefixes.blocks_max = max(1, self._prefix_blocks_max // len(self._models))

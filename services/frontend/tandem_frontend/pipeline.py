@@ -1,4 +1,4 @@
-"""The pipeline of a request: its stages in order, from a client's message to the finish of its stream.
+"""The pipeline of a model's requests: its stages in order, from a client's message to the finish of its stream.
 
     admit -> validate and tokenise -> wait in the queue -> route -> dispatch -> supervise -> finish
                                                            (retried or continued when a leg fails)
@@ -19,7 +19,7 @@ from tandem.errors import LegFailed, Overloaded
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
 from tandem.observability.trace_store import TraceStore
-from tandem.rpc.convert import placement_to_proto, present
+from tandem.rpc.convert import placement_to_proto
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.call_context import Caller
@@ -57,7 +57,7 @@ class Answer(Outlet, Protocol):
 
 
 class Generation:
-    """Runs requests through the pipeline."""
+    """Runs the requests of one model through the pipeline."""
 
     def __init__(
         self,
@@ -102,14 +102,6 @@ class Generation:
         with self._tenancy.charged(caller, call, count, self._model.name, self._admission.charge):
             yield
 
-    def charge(self, caller: Caller) -> None:
-        """Charge a call that generates nothing: it counts in the caller's rate, not in a quota.
-
-        Raises:
-            Draining, Overloaded: it would not be admitted.
-        """
-        self._admission.charge(caller.fairness_id, 1)
-
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
     ) -> None:
@@ -118,7 +110,7 @@ class Generation:
         Cancelling this, at any point, aborts both legs in their engines.
 
         Args:
-            request: as the client sent it.
+            request: as the client sent it; this pipeline is that of its model.
             caller: tenant and deadline.
             answer: receives the response. Chunks are pushed to it until the finish, also while this task waits.
             has_tool_grammar: the request's grammar is the frontend's own, made of its tools.
@@ -131,7 +123,6 @@ class Generation:
             self._counted(record, caller) as is_first,
             self._admitted(record, caller) as recorder,
         ):
-            self._model.check_name(present(request, "model", request.model))
             wanted = await checked_generate(
                 request, self._model.tokenizer, record.request_id, has_tool_grammar=has_tool_grammar
             )

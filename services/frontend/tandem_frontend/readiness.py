@@ -1,4 +1,4 @@
-"""The frontend's gRPC health: SERVING while it knows a worker of its model, until it drains.
+"""The frontend's gRPC health: SERVING while it knows a worker of a model that it serves, until it drains.
 
 A frontend without workers can only refuse, so edges and orchestrators must not send it requests. One that has lost the
 registry keeps its last view, and stays ready with it. ProcessService is SERVING all the time: the process works.
@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 
-from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.rpc.service_host import ServiceHost
 
 log = logging.getLogger(__name__)
 
 
 class Readiness:
-    """Publishes whether requests should be sent to this frontend. A `tandem_frontend.fleet.WorkerFollower`."""
+    """Publishes whether requests should be sent to this frontend."""
 
-    def __init__(self, server: ServiceHost, model_name: str) -> None:
+    def __init__(self, server: ServiceHost) -> None:
         """Publishes nothing yet."""
         self._server = server
-        self._model_name = model_name
         self._knows_workers = False
         self._has_view = False
         self._is_leaving = False
         self._changed = asyncio.Event()
 
-    def follow(self, workers: Iterable[Worker]) -> None:
-        """Apply a new view. The state of the workers does not matter: a fleet that restarts is still known."""
-        knows = any(worker.capabilities.model == self._model_name for worker in workers)
-        if knows != self._knows_workers:
-            self._knows_workers = knows
+    def note(self, knows_workers: bool) -> None:
+        """Whether a model that is served has workers. Their state does not matter: a fleet that restarts is known."""
+        if knows_workers != self._knows_workers:
+            self._knows_workers = knows_workers
             self._changed.set()
-
-    def note(self, start: Start, load: EngineLoad | None) -> None:
-        """Loads do not matter either."""
 
     async def open(self) -> None:
         """Publish the health for the first time: a registry has sent its view."""
@@ -60,5 +53,5 @@ class Readiness:
         if self._is_leaving:
             return
         if not self._knows_workers:
-            log.info("no worker of model %s is known: health is NOT_SERVING until one registers", self._model_name)
+            log.info("no worker of a model that is served is known: health is NOT_SERVING until one registers")
         await self._server.set_serving(self._knows_workers, works=True)

@@ -39,6 +39,18 @@ PLAIN_MESSAGES = {
 }
 
 Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.", metavar="DIRECTORY")]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        help="Model directory in Hugging Face format. For several models, once for each, as NAME=DIRECTORY; each has "
+        "as many workers.",
+        metavar="[NAME=]DIRECTORY",
+    ),
+]
+ModelAliases = Annotated[
+    list[str] | None, typer.Option(help="Another name of a model; may be given again.", metavar="ALIAS=MODEL")
+]
+DefaultModel = Annotated[str | None, typer.Option(help="Model of requests that name none; default: the only one.")]
 EngineName = Annotated[str, typer.Option(help="Engine: sglang or simulated.")]
 LogDirectory = Annotated[
     Path | None,
@@ -167,8 +179,10 @@ def up(
     prefill: Annotated[int, typer.Option(help="Number of prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(help="Number of decode workers.")] = 1,
     aggregated: Annotated[int, typer.Option(help="Number of workers that run both prefill and decode.")] = 0,
-    model: Model = DEMO_MODEL,
+    model: Models = [str(DEMO_MODEL)],  # noqa: B006 -- typer reads it only
     model_name: Annotated[str | None, typer.Option(help="Served model name; default: name of --model.")] = None,
+    alias: ModelAliases = None,
+    default_model: DefaultModel = None,
     engine: EngineName = "sglang",
     frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
     frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
@@ -211,6 +225,7 @@ def up(
     from rich.console import Console
 
     from tandem.cli import up as up_command
+    from tandem.cli.checks import named_models
     from tandem.cli.consul_options import read_options
     from tandem.local_cluster.cluster import ClusterSpec
 
@@ -223,6 +238,7 @@ def up(
     flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
     flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
+    naming = {"model-aliases": ",".join(alias) if alias else None, "default-model": default_model}
     routing = {
         "routing-policy": routing_policy,
         "session-header": session_header,
@@ -230,16 +246,17 @@ def up(
         "local-prefill-max-tokens": local_prefill_max_tokens,
         "local-prefill-share": local_prefill_share,
     }
-    role_flags = {"frontend": _given({**parsers, **routing, "admin-enabled": "true" if admin else None})}
+    role_flags = {"frontend": _given({**parsers, **naming, **routing, "admin-enabled": "true" if admin else None})}
     role_flags["edge"] = _given({"api-keys": None if api_keys is None else str(api_keys)})
     files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
 
     async def run() -> int:
         consul_options = read_options(consul, consul_service, environ=os.environ, **files)
-        return await up_command.up(replace(spec, consul=consul_options), Console())
+        named = named_models(model, model_name)
+        return await up_command.up(replace(spec, consul=consul_options, **named), Console())
 
     spec = ClusterSpec(
-        model=model, model_name=model_name, engine=engine, log_directory=log_dir, worker_flags=flags,
+        model=DEMO_MODEL, engine=engine, log_directory=log_dir, worker_flags=flags,
         role_flags=role_flags, registries=registries, prefill=prefill, decode=decode, aggregated=aggregated,
         frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
         tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint, host=bare_host(host),

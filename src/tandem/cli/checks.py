@@ -9,6 +9,9 @@ import ctypes
 import os
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tandem import config as configuration
@@ -29,6 +32,29 @@ COLLECTOR_TIMEOUT_S = 2.0
 COUNTS_MIN = {"prefill": 0, "decode": 0, "aggregated": 0, "frontends": 1, "frontend_processes": 1, "registries": 1}
 
 
+def named_models(given: Sequence[str], model_name: str | None) -> dict[str, Any]:
+    """The models of a `ClusterSpec` from the options --model, each [NAME=]DIRECTORY, and --model-name.
+
+    Raises:
+        ConfigError: a model has no name, or two have the same.
+    """
+    if len(given) == 1 and model_name is not None:
+        return {"model": Path(given[0]), "model_name": model_name}
+    models: dict[str, Path] = {}
+    for each in given:
+        name, has_name, directory = each.rpartition("=")
+        if has_name and not (name and directory):
+            raise ConfigError("model", f"must be DIRECTORY or NAME=DIRECTORY, not {each!r}")
+        name = name or Path(directory).resolve().name
+        if name in models:
+            raise ConfigError("model", f"must have another name for each model: {name!r} is given twice")
+        models[name] = Path(directory)
+    if model_name is not None:
+        raise ConfigError("model_name", "names one model; give several as --model NAME=DIRECTORY")
+    (first, path), *more = models.items()
+    return {"model": path, "model_name": first, "more_models": dict(more)}
+
+
 def check_spec(spec: ClusterSpec) -> None:
     """Reject a cluster that cannot start, or that could not serve any request.
 
@@ -43,7 +69,8 @@ def check_spec(spec: ClusterSpec) -> None:
     config = _check_worker(spec)
     _check_collector(config.otlp_endpoint if spec.otlp_endpoint is not None else None)
     _check_certificates(spec)
-    read_checkpoint(spec.model)
+    for model in (spec.model, *spec.more_models.values()):
+        read_checkpoint(model)
     _check_ports(spec)
     if spec.edge:
         from tandem.service.envoy_binary import find_binary

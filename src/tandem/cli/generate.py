@@ -183,5 +183,5 @@ async def _takes_messages(address: str, asked: Asked) -> bool:
         raise StartError(f"{address} is not a Tandem frontend") from None
     if not models:
         raise NoWorkers("no model is served: no worker is alive")
-    named = [m for m in models if asked.model in (None, m.name)]
+    named = [m for m in models if asked.model in (None, m.name, *m.aliases)]
     return bool(named) and named[0].has_chat_template

@@ -48,16 +48,14 @@ async def recorded_cluster(
     fleet = await ask_all(registries, tls)
     _check_view(fleet)
     name = _model(fleet, model)
-    frontends = [
-        one.frontend
-        for one in fleet.frontends
-        if one.frontend.model == name and one.frontend.state == worker_pb2.WORKER_STATE_SERVING
-    ]
+    # Every frontend serves every model.
+    frontends = [one.frontend for one in fleet.frontends if one.frontend.state == worker_pb2.WORKER_STATE_SERVING]
     if not frontends:
         raise StartError(f"no frontend serves {name}: what the cluster has seen is not known")
     reader = _Reader(frontends, tls, window_s)
     figures = await reader.read(observe_s)
-    requests = sorted(filter(None, map(recorded, reader.timelines.values())), key=lambda one: one.begin_s)
+    timelines = [one for one in reader.timelines.values() if one.model == name]
+    requests = sorted(filter(None, map(recorded, timelines)), key=lambda one: one.begin_s)
     if not requests:
         raise StartError(f"no requests seen in the last {window_s + observe_s:g} s: nothing to plan for")
     workers = [one.worker for one in fleet.workers if one.worker.capabilities.model == name]

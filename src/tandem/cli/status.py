@@ -1,6 +1,6 @@
-"""`tandem status`: state, load and lease of every worker and frontend, and the view of each registry.
+"""`tandem status`: state, load and lease of every worker and frontend, the models, and the view of each registry.
 
-Three narrow tables; everything else is in --json, whose fields are those of the protos: see
+Four narrow tables; everything else is in --json, whose fields are those of the protos: see
 docs/reference/command-line.md.
 """
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
+from tandem.cli import model_status
 from tandem.cli.membership import Membership, RegistryResponse, ask_all
 from tandem.client import calls
 from tandem.errors import TandemError
@@ -41,8 +42,9 @@ async def status(addresses: Sequence[str], console: Console, *, as_json: bool, t
     """
     fleet = await ask_all(addresses, tls)
     loads = await asyncio.gather(*(_load(entry.worker.address, tls) for entry in fleet.workers))
+    models = await model_status.model_lists([entry.frontend for entry in fleet.frontends], tls)
     if as_json:
-        print(json.dumps(_as_json(fleet, loads), indent=2))
+        print(json.dumps({**_as_json(fleet, loads), "models": model_status.as_json(models)}, indent=2))
         return 0
     if not fleet.workers:
         console.print("no workers registered")
@@ -51,6 +53,9 @@ async def status(addresses: Sequence[str], console: Console, *, as_json: bool, t
         _show(console, LOAD_COLUMNS, [*busy, *map(_frontend, fleet.frontends)])
         console.print()
         _show(console, LEASE_COLUMNS, _leases(fleet))
+    if model_rows := model_status.rows(models):
+        console.print()
+        _show(console, model_status.COLUMNS, model_rows)
     console.print()
     _show(console, REGISTRY_COLUMNS, [_registry(response) for response in fleet.responses])
     return 0

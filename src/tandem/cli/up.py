@@ -96,7 +96,7 @@ async def _state(cluster: LocalCluster) -> ClusterState:
         http=cluster.edge.address if cluster.edge is not None else None,
         consul=consul_url(cluster),
         consul_dns=await dns_address(cluster),
-        model=cluster.frontend.flags["model-name"],
+        model=cluster.spec.first_name,
         log=str(cluster.log_directory.resolve()),
         tls=None if cluster.spec.tls is None else str(cluster.spec.tls.resolve()),
     )

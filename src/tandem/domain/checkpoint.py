@@ -16,6 +16,16 @@ from typing import Any, BinaryIO
 from tandem.errors import ConfigError, StartError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FRONTEND_FILES = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""All that a frontend may read of a model directory: for its own tokenizer, and for SGLang's output parsers."""
 WHOLE_FILE_BYTES_MAX = 64 * 2**20
 SAMPLE_COUNT = 16
 SAMPLE_BYTES = 64 * 2**10

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class ClusterSpec:
     log_directory: Path | None = None
     """Directory of the log files; required to create a LocalCluster."""
     model_name: str | None = None
+    more_models: Mapping[str, Path] = field(default_factory=dict)
+    """Further models by name. Each has as many workers of each role as the first one."""
     engine: str = "sglang"
     prefill: int = 1
     decode: int = 1
@@ -70,6 +72,11 @@ class ClusterSpec:
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
     """Additional flags by role: registry, prefill, decode, aggregated, frontend or edge."""
 
+    @property
+    def first_name(self) -> str:
+        """Name of the first model."""
+        return self.model_name or self.model.resolve().name
+
 
 class LocalCluster:
     """Processes of one cluster. Use as an async context manager, or call `start` and `stop`."""
@@ -88,10 +95,11 @@ class LocalCluster:
         self.registries = [self._registry(number) for number in range(spec.registries)]
         self.frontends = [self._frontend(number) for number in range(spec.frontends)]
         self.edge = self._process("edge", {"port": str(spec.http_port)}) if spec.edge else None
+        models = [{}, *({"model": str(path), "model-name": name} for name, path in spec.more_models.items())]
         self.workers = [
-            self._process(role, {"worker-id": f"{role}-{number}"}, number)
+            self._process(role, {"worker-id": f"{role}-{number}", **models[number // count]}, number)
             for role, count in (("prefill", spec.prefill), ("decode", spec.decode), ("aggregated", spec.aggregated))
-            for number in range(count)
+            for number in range(len(models) * count)
         ]
 
     @property
@@ -264,13 +272,15 @@ class LocalCluster:
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec
         # A short settle time is enough: there is no external load balancer, and the edge retries on another frontend.
-        own: dict[str, str] = {"host": spec.host, "drain-settle-s": "0.1", "drain-timeout-s": "20", **flags}
+        own: dict[str, str] = {"host": spec.host, "drain-settle-s": "0.1", "drain-timeout-s": "20"}
         if spec.otlp_endpoint is not None:
             own |= {"otlp-endpoint": spec.otlp_endpoint}
         if spec.metrics:
             own["metrics-port"] = "0"
-        if role not in ("registry", "edge"):
-            own |= {"model": str(spec.model), "model-name": spec.model_name or spec.model.resolve().name}
+        # Frontends of several models have none of their own: they read each tokenizer from a worker.
+        if role not in ("registry", "edge") and not (role == "frontend" and spec.more_models):
+            own |= {"model": str(spec.model), "model-name": spec.first_name}
+        own |= flags
         if role in ("prefill", "decode", "aggregated"):
             own |= {"engine": spec.engine, **spec.worker_flags}
         if role == "aggregated":

@@ -71,7 +71,11 @@ class Restarts:
         self._given_up.add(process)
         # A worker may have taken another role than that of its name.
         roles = await self._cluster.present_roles()
-        left = {roles[p.name] for p in self._cluster.processes if p not in self._given_up}
+        left = [p for p in self._cluster.processes if p not in self._given_up]
         needed = {p.role for p in self._cluster.processes if p.role in ("registry", "frontend", "edge")}
-        if not needed <= left or not ("aggregated" in left or {"prefill", "decode"} <= left):
+        of_models: dict[str | None, set[str]] = {}
+        for worker in (p for p in left if p in self._cluster.workers):
+            of_models.setdefault(worker.flags.get("model-name"), set()).add(roles[worker.name])
+        serves = any("aggregated" in its or {"prefill", "decode"} <= its for its in of_models.values())
+        if not needed <= {roles[p.name] for p in left} or not serves:
             self._hopeless.set()

@@ -15,6 +15,7 @@ from tandem.domain.placement import Placement
 from tandem.domain.request_state import LegRole, Phase
 from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
+from tandem.observability import metric_buckets as limits
 from tandem.observability.metric_types import EVERY, Attribute, Metric
 from tandem.observability.metric_types import Emitter as Emitter
 from tandem.observability.metric_types import Kind as Kind
@@ -49,7 +50,7 @@ ROLES = tuple(role.value for role in WorkerRole)
 
 OPERATION = Attribute("gen_ai.operation.name", ("chat", "text_completion", "generate"))
 PROVIDER = Attribute("gen_ai.provider.name", ("tandem",))
-MODEL = Attribute("gen_ai.request.model", bound="the model served by the frontend")
+MODEL = Attribute("gen_ai.request.model", bound="the models served by the frontend, at most models_max at a time")
 ERROR_TYPE = Attribute("error.type", (*REASONS, CANCELLED))
 TOKEN_TYPE = Attribute("gen_ai.token.type", ("input", "output"))
 
@@ -68,6 +69,7 @@ ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
 PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
 PREFIX_STATE = Attribute("tandem.state", ("trusted", "suspected"))
+MODEL_STATE = Attribute("tandem.state", ("served", "refused"))
 SUSPICION = Attribute("tandem.reason", ("gap", "unknown", "broken", "silent", "epoch", "bound", "refused"))
 MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
 MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
@@ -82,17 +84,6 @@ TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
 QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
 
 OF_REQUEST = (OPERATION, PROVIDER, MODEL)
-
-REQUEST_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-TOKENS = tuple(float(4**power) for power in range(14))
-"""Buckets of these four follow the OpenTelemetry GenAI conventions."""
-SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-ROUTE_S = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01)
-WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-BANDWIDTH = tuple(float(10**power * factor) for power in range(5, 12) for factor in (1, 3))
-"""100 kB/s to 300 GB/s."""
 
 
 def _rows(emitter: Emitter) -> Callable[..., Metric]:
@@ -117,7 +108,7 @@ TABLE: tuple[Metric, ...] = (
         "Time from the arrival of a request to its end, successful or not; `error.type` is set on failure.",
         *OF_REQUEST,
         ERROR_TYPE,
-        buckets=REQUEST_S,
+        buckets=limits.REQUEST_S,
     ),
     _frontend(
         "gen_ai.server.time_to_first_token",
@@ -125,7 +116,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Time from the arrival of a request to its first token, including queue wait; finished requests only.",
         *OF_REQUEST,
-        buckets=FIRST_TOKEN_S,
+        buckets=limits.FIRST_TOKEN_S,
     ),
     _frontend(
         "gen_ai.server.time_per_output_token",
@@ -133,7 +124,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Average time per output token after the first; finished requests only.",
         *OF_REQUEST,
-        buckets=TOKEN_S,
+        buckets=limits.TOKEN_S,
     ),
     _frontend(
         "gen_ai.client.token.usage",
@@ -142,12 +133,18 @@ TABLE: tuple[Metric, ...] = (
         "Tokens per finished request. The conventions define only this name, for clients and servers.",
         *OF_REQUEST,
         TOKEN_TYPE,
-        buckets=TOKENS,
+        buckets=limits.TOKENS,
     ),
     _frontend(
         "tandem.connections.open", Kind.GAUGE, "{connection}", "Open connections from clients, edges and health checks."
     ),
-    _frontend("tandem.requests.open", Kind.GAUGE, "{request}", "Requests in progress, including queued ones."),
+    _frontend(
+        "tandem.requests.open",
+        Kind.GAUGE,
+        "{request}",
+        "Requests in progress, including queued ones. Without a model: complete long responses that are unread.",
+        MODEL,
+    ),
     _frontend("tandem.requests.admitted", Kind.COUNTER, "{request}", "Requests admitted by the frontend."),
     _frontend(
         "tandem.requests.refused",
@@ -157,14 +154,26 @@ TABLE: tuple[Metric, ...] = (
         REASON,
     ),
     _frontend(
-        "tandem.queue.depth", Kind.GAUGE, "{request}", "Requests in the frontend's queue, waiting for worker capacity."
+        "tandem.queue.depth",
+        Kind.GAUGE,
+        "{request}",
+        "Requests in the queue of a model, waiting for capacity of its workers.",
+        MODEL,
+    ),
+    _frontend(
+        "tandem.models",
+        Kind.GAUGE,
+        "{model}",
+        "Models of live workers, `served` or `refused`; the list of models says why.",
+        MODEL_STATE,
     ),
     _frontend(
         "tandem.queue.wait",
         Kind.HISTOGRAM,
         "s",
-        "Time in the frontend's queue; admitted requests only.",
-        buckets=WAIT_S,
+        "Time in the queue of a model; admitted requests only.",
+        MODEL,
+        buckets=limits.WAIT_S,
     ),
     _frontend(
         "tandem.pairs.chosen",
@@ -209,7 +218,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time to pick the workers of an attempt.",
-        buckets=ROUTE_S,
+        buckets=limits.ROUTE_S,
     ),
     _frontend(
         "tandem.leg.failures",
@@ -261,7 +270,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from a client's cancellation until the frontend has closed both legs and notified their engines.",
-        buckets=SHORT_S,
+        buckets=limits.SHORT_S,
     ),
     _frontend(
         "tandem.tenant.requests",
@@ -297,7 +306,7 @@ TABLE: tuple[Metric, ...] = (
         "Time from the acceptance of a leg to its end. `cancelled`: its frontend closed the call.",
         LEG,
         LEG_OUTCOME,
-        buckets=REQUEST_S,
+        buckets=limits.REQUEST_S,
     ),
     _worker(
         "tandem.leg.abort.duration",
@@ -305,7 +314,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Time from the cancellation of a leg by its frontend until the engine has released it.",
         LEG,
-        buckets=SHORT_S,
+        buckets=limits.SHORT_S,
     ),
     _worker(
         "tandem.engine.queue.wait",
@@ -313,7 +322,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Time from the engine's acceptance of a request to the start of its prefill, as reported by the engine.",
         LEG,
-        buckets=WAIT_S,
+        buckets=limits.WAIT_S,
     ),
     _worker(
         "tandem.prefill.duration",
@@ -321,7 +330,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Duration of the prefill forward passes, as reported by the engine.",
         LEG,
-        buckets=SHORT_S,
+        buckets=limits.SHORT_S,
     ),
     _worker(
         "tandem.kv.transfer.bytes",
@@ -336,7 +345,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Duration of the KV transfer of a request, as reported by the engine; not reported by SGLang decode engines.",
         LEG,
-        buckets=SHORT_S,
+        buckets=limits.SHORT_S,
     ),
     _worker(
         "tandem.kv.transfer.bandwidth",
@@ -344,7 +353,7 @@ TABLE: tuple[Metric, ...] = (
         "By/s",
         "KV transfer bytes per second of each request.",
         LEG,
-        buckets=BANDWIDTH,
+        buckets=limits.BANDWIDTH,
     ),
     _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of finished legs.", LEG),
     _worker(
@@ -397,7 +406,7 @@ TABLE: tuple[Metric, ...] = (
         "that was started anew.",
         ROLE,
         ROLE_CHANGE_OUTCOME,
-        buckets=REQUEST_S,
+        buckets=limits.REQUEST_S,
     ),
     _worker(
         "tandem.engine.messages.dropped",
@@ -457,7 +466,7 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Delay of an event loop timer, sampled four times per second.",
         EVERY,
-        buckets=SHORT_S,
+        buckets=limits.SHORT_S,
     ),
 )
 

@@ -16,10 +16,9 @@ WAIT_STEP, ROUTE_STEP = "wait", "route"
 class RequestMetrics:
     """A sink of closed request traces."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        """`model` is the served model: the name in a request may be anything, and would create series."""
+    def __init__(self, metrics: Metrics) -> None:
+        """Records into `metrics`. The model is that of the trace: the name in a request may be anything."""
         self._metrics = metrics
-        self._model = model
 
     def __call__(self, trace: RequestTrace) -> None:
         """Record the metrics of a closed request."""
@@ -34,7 +33,7 @@ class RequestMetrics:
         about = {
             "gen_ai.operation.name": trace.operation,
             "gen_ai.provider.name": "tandem",
-            "gen_ai.request.model": self._model,
+            "gen_ai.request.model": trace.model,
         }
         duration_s = end_s - trace.begin_s
         if trace.outcome != traces.FINISHED:
@@ -55,7 +54,9 @@ class RequestMetrics:
         for step in trace.steps:
             if step.name == WAIT_STEP:
                 self._metrics.count("tandem.requests.admitted")
-                self._metrics.record("tandem.queue.wait", step.end_s - step.begin_s)
+                self._metrics.record(
+                    "tandem.queue.wait", step.end_s - step.begin_s, {"gen_ai.request.model": trace.model}
+                )
             elif step.name == ROUTE_STEP:
                 self._metrics.record("tandem.route.duration", step.end_s - step.begin_s)
         if trace.left_s is not None and trace.end_s is not None and trace.outcome == traces.CANCELLED:

@@ -237,7 +237,8 @@ class WorkerHost:
 
     def _add_services(self, server: RpcServer, stats: LegStats) -> None:
         identity, ask_drain = self._identity, self._drain_requested.set
-        common = WorkerServicer(self._engine, self._legs, identity, ask_drain, stats.counts, self._roles)
+        model = self._config.model
+        common = WorkerServicer(self._engine, self._legs, identity, ask_drain, stats.counts, self._roles, model)
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, common))
         steps = StepServicer(self._legs, self._streams)
         server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, steps))

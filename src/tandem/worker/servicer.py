@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from tandem.api.worker.v1 import worker_service_pb2 as pb
@@ -13,7 +14,7 @@ from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine
 from tandem.errors import InvalidRequest, NotSupported
 from tandem.rpc.convert import ROLES, load_figures, present, timestamp, worker_to_proto
-from tandem.worker import kv_messages, role_messages
+from tandem.worker import kv_messages, model_files, role_messages
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.role_change import RoleChanges
@@ -35,9 +36,13 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         ask_drain: Callable[[], None],
         counts: Callable[[], dict[str, int]] = dict,
         role_changes: RoleChanges | None = None,
+        model: Path | None = None,
     ) -> None:
-        """`ask_drain` makes the process drain and exit; `counts` returns the legs' counters since start."""
+        """`ask_drain` makes the process drain and exit; `counts` returns the legs' counters since start. `model` is the
+        directory whose files frontends may read; None: they may read none.
+        """
         self._role_changes = role_changes
+        self._model = model
         self._counts = counts
         self._engine = engine
         self._legs = legs
@@ -116,6 +121,15 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         )
         async for step in progress.steps():
             yield pb.ChangeRoleResponse(change=role_messages.change_to_proto(step))
+
+    async def ReadModelFiles(  # noqa: N802
+        self, request: pb.ReadModelFilesRequest, context: Any
+    ) -> AsyncIterator[pb.ReadModelFilesResponse]:
+        """Stream the files of the model, without its weights."""
+        if self._model is None:
+            raise NotSupported("this worker has no model directory")
+        async for name, data in model_files.parts(self._model):
+            yield pb.ReadModelFilesResponse(name=name, data=data)
 
     async def _measure(self, sequence: int) -> pb.WatchLoadResponse:
         load = await self._engine.load()

@@ -347,6 +347,21 @@ async def a_silent_worker(world: World) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def a_second_model(world: World) -> AsyncIterator[None]:
+    flags = {"registry": world.cluster.registry.address, "engine": "simulated", "role": "aggregated"}
+    flags |= {"model": world.decodes[0].flags["model"], "model-name": "second-model"}
+    worker = ClusterProcess("second-model", "aggregated", flags, world.cluster.log_directory)
+    run = run_directory.make()
+    await worker.start(run)
+    await worker.wait_ready()
+    try:
+        yield
+    finally:
+        await worker.stop()
+        run.rmdir()
+
+
+@asynccontextmanager
 async def another_registry(world: World) -> AsyncIterator[None]:
     flags = {"port": "0", "metrics-port": "0", "lease-ttl-s": "3"}
     registry = ClusterProcess("registry-more", "registry", flags, world.cluster.log_directory)

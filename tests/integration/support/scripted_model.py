@@ -19,6 +19,7 @@ from tandem_edge.transcoding import HEALTH_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import AnthropicServicer
 from tandem_frontend.call_context import Caller
+from tandem_frontend.models.model_pipeline import ModelPipeline, OneModel
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.servicer import SERVICE_NAME as OPENAI_SERVICE_NAME
 from tandem_frontend.openai.servicer import OpenAiServicer
@@ -62,9 +63,6 @@ class ScriptedGeneration:
     answers: list[Script] = field(default_factory=list)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     tenant_requests_max: int = 16
-
-    def charge(self, caller: Caller) -> None:
-        """Never refuses."""
 
     def charged(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
         """No client is limited here."""
@@ -135,9 +133,10 @@ async def scripted_model(folder: Path) -> AsyncIterator[ScriptedModel]:
     await parsers.start()
     try:
         scripted = cast("Generation", generation)
-        openai = OpenAiServicer(scripted, model, lambda: (), parsers, bodies)
+        models = OneModel(ModelPipeline(model, scripted, lambda: (), parsers))
+        openai = OpenAiServicer(models, bodies)
         server.add(OPENAI_SERVICE_NAME, partial(openai_service_pb2_grpc.add_OpenAiServiceServicer_to_server, openai))
-        anthropic = AnthropicServicer(scripted, model, lambda: (), parsers, bodies)
+        anthropic = AnthropicServicer(models, bodies)
         add_anthropic = anthropic_service_pb2_grpc.add_AnthropicServiceServicer_to_server
         server.add(ANTHROPIC_SERVICE_NAME, partial(add_anthropic, anthropic))
         await server.start("127.0.0.1", 0)

@@ -1,10 +1,9 @@
-"""Admission control: how many requests are open here, and which queued request goes to the workers next.
+"""Admission control of one model: which of its queued requests goes to the workers next.
 
-Limits: a request beyond the open-requests limit, its tenant's share of it or its tenant's rate is rejected at once, and
-so is one that arrives while the event loop is too late. A request beyond the workers' free capacity (requests, KV
-tokens), or whose prompt would wait too long in a prefill engine, is queued. `queue` orders the queue, `capacity`
-computes the free capacity, `prefill_backlog` what prefill has to do, `shares` what one tenant may have. Every decision
-is made before the first byte of a response.
+Limits: `open_requests` rejects at once what exceeds the limits of the whole frontend. A request beyond the free
+capacity of the model's workers (requests, KV tokens), or whose prompt would wait too long in a prefill engine, is
+queued. `queue` orders the queue, `capacity` computes the free capacity, `prefill_backlog` what prefill has to do,
+`shares` what one tenant may have. Every decision is made before the first byte of a response.
 """
 
 from __future__ import annotations
@@ -12,23 +11,24 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from tandem.clock import Clock
-from tandem.errors import DeadlinePassed, Draining, Overloaded
-from tandem.service.loop_load import LoopLoad
+from tandem.errors import DeadlinePassed, Overloaded
+from tandem_frontend.admission.open_requests import (
+    RETRY_DELAY_MAX_S,
+    RETRY_DELAY_MIN_S,
+    OpenRequests,
+    count_for_a_while,
+)
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
-from tandem_frontend.admission.shares import TenantRates, TenantShares, no_unread
+from tandem_frontend.admission.shares import TenantShares
 from tandem_frontend.admission.throughput import Throughput
 
-LAG_MAX_S = 1.0
-"""Default limit of the event loop's lag: the next token of every stream is delayed by that lag."""
-RETRY_DELAY_MIN_S = 1.0
-RETRY_DELAY_MAX_S = 30.0
 SURE_SHARE, HOPELESS_SHARE = 0.9, 0.5
 """Quantiles of the service times of recent requests. A new request must have time left for the 90 % quantile, otherwise
 it is rejected; a queued request without time for the median is not started. Under overload the most urgent requests go
@@ -37,12 +37,6 @@ REEVALUATE_DELAY_S = 0.005
 """Changes within it are evaluated together: a large fleet reports its load hundreds of times a second."""
 WAIT_MARGIN = 2.0
 """Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
-
-
-CANCELLED_HOLD_S = 1.0
-"""A request that its client cancels counts for its tenant so much longer: workers must start and abort its legs, and a
-client that cancels thousands a second has none of them open. Those that had reached the workers count for its share of
-these, too: others find workers that are not busy with starting and aborting alone."""
 
 
 class Headroom(Protocol):
@@ -58,71 +52,59 @@ class Headroom(Protocol):
 
 
 class Admission:
-    """Admits, queues and rejects this frontend's requests."""
+    """Admits, queues and rejects the requests of one model."""
 
     def __init__(
         self,
-        open_requests_max: int,
+        requests: OpenRequests,
         headroom: Headroom,
         clock: Clock,
-        load: LoopLoad | None = None,
-        lag_max_s: float = LAG_MAX_S,
-        unread: Callable[[], Mapping[str, int]] = no_unread,
         prefill: PrefillBacklog | None = None,
         short_wait_s: float = math.inf,
         *,
-        tenant_share: float = 1.0,
-        rates: TenantRates | None = None,
+        model: str = "",
     ) -> None:
         """Create an empty admission queue.
 
         Args:
-            open_requests_max: requests open at a time, queued ones included; more are rejected.
-            headroom: free capacity of the workers.
+            requests: limits the open requests of all models.
+            headroom: free capacity of the workers. A tenant gets the share of it that it has of the open requests,
+                while others are there or are expected back.
             clock: of the deadlines.
-            load: measures this process's event loop.
-            lag_max_s: new requests are rejected while the event loop is later than this.
-            unread: how many long responses of each tenant are complete and unread by their clients; they count as open.
             prefill: what the prefill workers have to do; None: unlimited.
             short_wait_s: how long short prompts wait at most before they overtake long ones.
-            tenant_share: fraction of `open_requests_max` that one tenant may hold while no other holds any; and of the
-                workers' capacity, while others are there or are expected back.
-            rates: requests that each tenant may send in a second; None: no limit.
+            model: name of the model.
         """
-        self._unread = unread
-        self._open_requests_max = open_requests_max
-        self._load = load or LoopLoad()
-        self._lag_max_s = lag_max_s
+        self.requests = requests
+        """The open requests of all models."""
+        self._model = model
         self._headroom = headroom
         self._clock = clock
         self._prefill = prefill or PrefillBacklog("", math.inf)
         self._queue: RequestQueue[asyncio.Future[PrefillWork]] = RequestQueue(clock, short_wait_s)
-        self._open = TenantShares(tenant_share, clock)
+        self._open = TenantShares(requests.tenant_share, clock)
+        """Open requests of this model by tenant."""
         self._open_count = 0
-        self._cancelled: Counter[str] = Counter()
-        """By tenant, requests that were cancelled within `CANCELLED_HOLD_S`."""
         self._held_requests = 0
         self._held_tokens = 0
         self._held_tokens_of: Counter[str] = Counter()
-        self._held = TenantShares(tenant_share, clock)
+        self._held = TenantShares(requests.tenant_share, clock)
         self._aborted: Counter[str] = Counter()
         """By tenant, requests that were cancelled on the workers within `CANCELLED_HOLD_S`."""
-        self._rates = rates or TenantRates(None, None, clock)
         self._throughput = Throughput(clock)
         self._reevaluation: asyncio.TimerHandle | None = None
-        self._is_closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def open_count(self) -> int:
-        """Admitted requests that have not finished, queued ones included, or whose long responses are unread."""
-        return self._open_count + sum(self._unread().values())
+        """Admitted requests of this model that have not finished, queued ones included."""
+        return self._open_count
 
     @property
     def tenant_requests_max(self) -> int:
-        """Requests that one tenant may have open while no other has any: no request may have more choices."""
-        return self._open.most(self._open_requests_max)
+        """See `OpenRequests`."""
+        return self.requests.tenant_requests_max
 
     @property
     def waiting_count(self) -> int:
@@ -135,40 +117,26 @@ class Admission:
         Raises:
             Draining, Overloaded: they would not be admitted.
         """
-        self._check(tenant, count)
-        wait_s = self._rates.wait_s(tenant)
-        if wait_s > 0:
-            raise Overloaded(
-                "this client has sent more requests than tenant_requests_per_second allows; each choice counts as one",
-                retry_delay_s=min(RETRY_DELAY_MAX_S, wait_s),
-                limit="tenant_requests_per_second",
-            )
-        self._rates.charge(tenant, count)
+        self.requests.charge(tenant, count, self._model, self._queue_delay_s)
 
     @contextmanager
     def admit(self, tenant: str = "") -> Iterator[None]:
         """Count as an open request of a tenant while the context is entered.
 
         Raises:
-            Draining: this frontend is draining.
-            Overloaded: the limit of open requests or the tenant's share is reached, or the event loop is too late.
+            Draining, Overloaded: see `OpenRequests.admit`.
         """
-        self._check(tenant, 1)
-        self._open_count += 1
-        self._open.add(tenant)
-        self._load.open()
-        self._idle.clear()
-        try:
-            yield
-        except asyncio.CancelledError:
-            self._count_for_a_while(self._cancelled, tenant)
-            raise
-        finally:
-            self._open_count -= 1
-            self._open.remove(tenant)
-            self._load.close()
-            if not self._open_count:
-                self._idle.set()
+        with self.requests.admit(tenant, self._model, self._queue_delay_s):
+            self._open_count += 1
+            self._open.add(tenant)
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._open_count -= 1
+                self._open.remove(tenant)
+                if not self._open_count:
+                    self._idle.set()
 
     @asynccontextmanager
     async def slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:
@@ -187,7 +155,7 @@ class Admission:
         try:
             yield work
         except asyncio.CancelledError:
-            self._count_for_a_while(self._aborted, request.tenant)
+            count_for_a_while(self._aborted, request.tenant, self.reevaluate_soon)
             raise
         finally:
             work.drop()
@@ -227,54 +195,9 @@ class Admission:
         if self._reevaluation is None and len(self._queue):
             self._reevaluation = asyncio.get_running_loop().call_later(REEVALUATE_DELAY_S, self._reevaluate_now)
 
-    def close(self) -> None:
-        """Reject new requests from now on. Queued requests were admitted before, and stay."""
-        self._is_closed = True
-
     async def wait_none(self) -> None:
-        """Return when no request is open."""
+        """Return when no request of this model is open."""
         await self._idle.wait()
-
-    def _check(self, tenant: str, count: int) -> None:
-        """Whether so many requests of a tenant would be admitted now. Raises as `admit`."""
-        if self._is_closed:
-            raise Draining("this frontend is draining and accepts no new requests")
-        unread, open_max = self._unread(), self._open_requests_max
-        open_count = self._open_count + sum(unread.values()) + self._cancelled.total()
-        if open_count + count > open_max:
-            wanted = "" if count == 1 else f", and this one has {count} choices"
-            raise Overloaded(
-                f"{open_count} requests are open on this frontend, its limit is {open_max}{wanted}",
-                retry_delay_s=self._delay_s(self._queue.tokens),
-                limit="open_requests_max",
-            )
-        held = self._open.held(tenant) + unread.get(tenant, 0) + self._cancelled[tenant]
-        if not self._open.allows(held, count, open_max - open_count):
-            wanted = "one more" if count == 1 else f"{count} more choices"
-            raise Overloaded(
-                f"this client has {held} open requests, and {wanted} would exceed its share of the "
-                f"{open_max} that this frontend allows (tenant_share)",
-                retry_delay_s=self._delay_s(self._queue.tokens),
-                limit="tenant_share",
-            )
-        if self._load.late_s > self._lag_max_s:
-            raise Overloaded(
-                f"this frontend is overloaded: its event loop is {self._load.late_s:.1f} s late, "
-                f"the limit is {self._lag_max_s:g} s",
-                retry_delay_s=RETRY_DELAY_MIN_S,
-                limit="overload_lag_s",
-            )
-
-    def _count_for_a_while(self, counts: Counter[str], tenant: str) -> None:
-        """Count a request of a tenant for `CANCELLED_HOLD_S`."""
-        counts[tenant] += 1
-        asyncio.get_running_loop().call_later(CANCELLED_HOLD_S, self._end_count, counts, tenant)
-
-    def _end_count(self, counts: Counter[str], tenant: str) -> None:
-        counts[tenant] -= 1
-        if not counts[tenant]:
-            del counts[tenant]
-        self.reevaluate_soon()
 
     async def _wait(self, request: QueuedRequest) -> PrefillWork:
         if not len(self._queue) and self._fits(request) and self._is_within_share(request):
@@ -320,7 +243,7 @@ class Admission:
             if self._is_late(other, delayed_s, SURE_SHARE) and not self._is_late(other, wait_s, HOPELESS_SHARE):
                 raise Overloaded(
                     "requests that are queued already would miss their deadlines",
-                    retry_delay_s=self._delay_s(self._queue.tokens),
+                    retry_delay_s=self._queue_delay_s(),
                 )
 
     def _is_late(self, request: QueuedRequest, wait_s: float, share: float) -> bool:
@@ -335,7 +258,7 @@ class Admission:
         return Overloaded(
             f"request would miss its deadline: estimated queue wait {wait_s:.1f} s + service {service_s:.1f} s, "
             f"{left_s:.1f} s remaining",
-            retry_delay_s=self._delay_s(self._queue.tokens),
+            retry_delay_s=self._queue_delay_s(),
         )
 
     def _fits(self, request: QueuedRequest) -> bool:
@@ -369,7 +292,7 @@ class Admission:
         if not self._held_tokens_of[request.tenant]:
             del self._held_tokens_of[request.tenant]
 
-    def _delay_s(self, tokens: int) -> float:
+    def _queue_delay_s(self) -> float:
         """When to retry: after the time that the queued tokens take."""
-        wait_s = self._throughput.wait_s(tokens)
+        wait_s = self._throughput.wait_s(self._queue.tokens)
         return min(RETRY_DELAY_MAX_S, max(RETRY_DELAY_MIN_S, wait_s or 0.0))

@@ -88,7 +88,6 @@ class ChatCompletions:
         Raises:
             TandemError: its `field` is a field of the contract or an OpenAI parameter.
         """
-        self._model.check_name(body.model)
         if body.choice_count > self._handler.choices_max:
             raise InvalidRequest("n", f"must be at most {self._handler.choices_max} on this frontend")
         request = chat_request(body)
@@ -113,7 +112,6 @@ class ChatCompletions:
         Raises:
             TandemError: its `field` is an OpenAI parameter.
         """
-        self._model.check_name(body.model)
         _, token_ids = await self._tokenised(body, body_bytes, self._tools(body), self._template_kwargs(body))
         return len(token_ids)
 

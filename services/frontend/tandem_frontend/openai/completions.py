@@ -35,7 +35,6 @@ class Completions:
         Raises:
             TandemError: its `field` is a field of the contract or an OpenAI parameter.
         """
-        self._model.check_name(body.model)
         request = completion_request(body)
         given = self._given(body)
         most, choice_count = self._handler.choices_max, body.choice_count

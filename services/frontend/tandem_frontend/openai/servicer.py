@@ -7,21 +7,22 @@ them into OpenAI's error object.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 from google.api import httpbody_pb2
 
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
-from tandem.api.frontend.v1.inference_service_pb2 import Model
-from tandem.domain.worker import Worker
+from tandem.api.frontend.v1.inference_service_pb2 import MODEL_STATE_REFUSED, Model
 from tandem.errors import InvalidRequest, NotSupported
-from tandem.output_parsers import Parsers
 from tandem_frontend.call_context import SESSION_HEADER, caller_of
+from tandem_frontend.models.listing import listed_as
+from tandem_frontend.models.model_pipeline import ModelPipeline, Models
 from tandem_frontend.openai import response
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.chat import ChatCompletions
@@ -33,75 +34,98 @@ from tandem_frontend.openai.responses_api.handler import Responses
 from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
-from tandem_frontend.pipeline import Generation
-from tandem_frontend.preparation.served_model import ServedModel, get_model, list_models
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAiService"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """The endpoints of one model."""
+
+    chat: ChatCompletions
+    completions: Completions
+    responses: Responses
+
+    @classmethod
+    def of(cls, found: ModelPipeline, comment_s: float) -> Endpoints:
+        """Make them. `comment_s`: see the setting stream_comment_s."""
+        handler = EndpointHandler(found.generation, found.model, found.workers, comment_s=comment_s)
+        texts = TokenTexts(found.model.tokenizer)
+        chat = ChatCompletions(handler, found.model, texts, found.parsers)
+        completions = Completions(handler, found.model, texts)
+        return cls(chat, completions, Responses(handler, found.model, texts, chat))
 
 
 class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
     """Implements openai_service.proto."""
 
     def __init__(
-        self,
-        generation: Generation,
-        model: ServedModel,
-        workers: Callable[[], tuple[Worker, ...]],
-        parsers: Parsers | None,
-        bodies: BodyChecker,
-        session_header: str = SESSION_HEADER,
-        *,
-        comment_s: float = 0,
+        self, models: Models, bodies: BodyChecker, session_header: str = SESSION_HEADER, *, comment_s: float = 0
     ) -> None:
         """`comment_s`: see the setting stream_comment_s."""
         self._caller_of = partial(caller_of, session_header=session_header)
-        handler, texts = EndpointHandler(generation, model, workers, comment_s=comment_s), TokenTexts(model.tokenizer)
-        self._chat = ChatCompletions(handler, model, texts, parsers)
-        self._completions = Completions(handler, model, texts)
-        self._responses = Responses(handler, model, texts, self._chat)
+        self._models = models
         self._bodies = bodies
-        self._model = model
-        self._workers = workers
+        self._comment_s = comment_s
+        self._endpoints: WeakKeyDictionary[ModelPipeline, Endpoints] = WeakKeyDictionary()
         self._created_time_s = int(time.time())
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
         caller = self._caller_of(context, "chat")
         body = await self._bodies.parse(ChatRequest, request.data, caller.fairness_id)
+        endpoints = await self._of(body.model)
         with _parameter_names(body):
-            await self._chat.handle(body, len(request.data), caller, context)
+            await endpoints.chat.handle(body, len(request.data), caller, context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
         caller = self._caller_of(context, "text_completion")
         body = await self._bodies.parse(CompletionRequest, request.data, caller.fairness_id)
+        endpoints = await self._of(body.model)
         with _parameter_names(body):
-            await self._completions.handle(body, caller, context)
+            await endpoints.completions.handle(body, caller, context)
 
     async def Responses(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A response, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
         caller = self._caller_of(context, "chat")
         body = await self._bodies.parse(ResponsesRequest, request.data, caller.fairness_id)
-        await self._responses.handle(body, len(request.data), caller, context)
+        await (await self._of(body.model)).responses.handle(body, len(request.data), caller, context)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""
         raise NotSupported("embeddings are not supported: the workers only generate text")
 
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
-        """The models that live workers serve."""
-        models = list_models(self._workers(), self._model)
-        return response.whole({"object": "list", "data": [self._model_entry(model) for model in models]})
+        """The models that live workers serve, and their aliases."""
+        entries = [
+            self._entry(name, model)
+            for model in self._models.listed()
+            if model.state != MODEL_STATE_REFUSED
+            for name in (model.name, *model.aliases)
+        ]
+        return response.whole({"object": "list", "data": entries})
 
     async def GetModel(self, request: pb.OpenAiServiceGetModelRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """One model that live workers serve."""
         if not request.id:
             raise InvalidRequest("model", "must be given")
         # SDKs percent-encode names like "org/model", and the transcoder does not decode a path of several segments.
-        return response.whole(self._model_entry(get_model(self._workers(), self._model, unquote(request.id))))
+        name = unquote(request.id)
+        return response.whole(self._entry(name, listed_as(self._models.listed(), name)))
 
-    def _model_entry(self, model: Model) -> dict[str, Any]:
-        entry = {"id": model.name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
+    async def _of(self, name: str | None) -> Endpoints:
+        """The endpoints of the model that a request names."""
+        found = await self._models.find(name)
+        endpoints = self._endpoints.get(found)
+        if endpoints is None:
+            endpoints = self._endpoints[found] = Endpoints.of(found, self._comment_s)
+        return endpoints
+
+    def _entry(self, name: str, model: Model) -> dict[str, Any]:
+        entry = {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
+        if name != model.name:
+            entry["root"] = model.name
         # Agents size their context by it; some clients know the one name, some the other.
         return {**entry, "max_model_len": model.context_tokens_max, "context_length": model.context_tokens_max}
 

@@ -37,7 +37,6 @@ from tandem.service import run_directory
 from tandem.service.prefork.parent import Prefork
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.processes.identity import ProcessIdentity, metrics_path
-from tandem_frontend.registered_models import check_models
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class FrontendParent:
         """Start the children and stop them on exit. Enters when one serves; waits for a registry without a timeout.
 
         Raises:
-            StartError: the port is in use, a child could not start, or the registry's frontends serve another model.
+            StartError: the port is in use, or a child could not start.
         """
         started_s = time.time()
         async with AsyncExitStack() as stack:
@@ -92,7 +91,6 @@ class FrontendParent:
             log.info("starting %d processes for %s", config.processes, address)
             stack.push_async_callback(prefork.stop)
             await prefork.start()
-            await check_models(config, frontend_id, address)
             registration = _registration(config, frontend_id, address)
             stack.push_async_callback(registration.close)
             await log_doubts(address, config.registry)
@@ -173,7 +171,7 @@ def _registration(config: FrontendConfig, frontend_id: str, address: str) -> Reg
         frontend_id=frontend_id,
         epoch=epoch_now(),
         address=address,
-        model=config.served_name,
+        model=config.registered_name,
         release=tandem.__version__,
     )
     return Registration(config.registry, frontend, tls=config.tls, may_be_fenced=False)

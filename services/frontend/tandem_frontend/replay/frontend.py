@@ -18,7 +18,8 @@ from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.errors import TandemError
 from tandem.service.loop_load import LoopLoad
 from tandem_frontend.admission.capacity import Capacity
-from tandem_frontend.admission.controller import LAG_MAX_S, Admission
+from tandem_frontend.admission.controller import Admission
+from tandem_frontend.admission.open_requests import OpenRequests
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.admission.queue import QueuedRequest
 from tandem_frontend.preparation.served_model import ServedModel
@@ -95,16 +96,9 @@ class ReplayedFrontend:
         self._loop = asyncio.get_running_loop()
         clock = self._loop.time
         self._capacity, self._backlog = Capacity(MODEL), PrefillBacklog(MODEL, settings.prefill_queue_s)
-        self._admission = Admission(
-            settings.open_requests_max,
-            self._capacity,
-            clock,
-            # This process computes in no time: only the loop's own lag would count, which is none.
-            LoopLoad(lambda: 0.0),
-            LAG_MAX_S,
-            prefill=self._backlog,
-            short_wait_s=settings.prefill_queue_s,
-        )
+        # This process computes in no time: only the loop's own lag would count, which is none.
+        requests = OpenRequests(settings.open_requests_max, clock, LoopLoad(lambda: 0.0))
+        self._admission = Admission(requests, self._capacity, clock, self._backlog, settings.prefill_queue_s)
         self._costs = WorkerCosts(self._backlog, clock)
         self.caches = KnownCaches(workers)
         refusals, breakers = RecentRefusals(clock), CircuitBreakers(clock, rng)

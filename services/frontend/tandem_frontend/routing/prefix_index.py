@@ -48,7 +48,8 @@ class PrefixIndex:
 
         `exact_min`: see EXACT_MIN.
         """
-        self._blocks_max = blocks_max
+        self.blocks_max = blocks_max
+        """Most different blocks, over all workers; a lower bound takes effect with the next addition."""
         self._exact_min = exact_min
         self._table = BlockTable() if table is None else table
         self._caches: dict[Start, _Cache] = {}
@@ -95,7 +96,7 @@ class PrefixIndex:
 
     def has_room(self, blocks_count: int) -> bool:
         """Whether a cache of that many blocks certainly fits; not before dropped ones are swept."""
-        return len(self._table) + blocks_count <= self._blocks_max
+        return len(self._table) + blocks_count <= self.blocks_max
 
     def match(self, request: PromptBlocks) -> Mapping[Start, int]:
         """Leading cached tokens of a prompt, for each credited worker that has at least one block of it.
@@ -189,7 +190,7 @@ class PrefixIndex:
 
     def _keep_bound(self) -> None:
         """Give up the largest cache where there are too many blocks: one worker without credit frees the most."""
-        if len(self._table) <= self._blocks_max:
+        if len(self._table) <= self.blocks_max:
             return
         largest = max(self._starts.values(), key=lambda start: self._caches[start].block_count)
         self.suspect(largest)

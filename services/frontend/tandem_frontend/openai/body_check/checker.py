@@ -56,7 +56,8 @@ class BodyChecker:
 
     def __init__(self, context_tokens_max: int, tenant_share: float) -> None:
         """`tenant_share` is the fraction of the queue that one tenant may fill while no other waits."""
-        self._prompt_ids_max = max(PROMPT_IDS_MAX, context_tokens_max)
+        self._prompt_ids_max = PROMPT_IDS_MAX
+        self.allow(context_tokens_max)
         self._turns = Turns(1)
         self._waiting = TenantShares(tenant_share, monotonic)
         self._waiting_count = 0
@@ -67,6 +68,10 @@ class BodyChecker:
     def pid(self) -> int | None:
         """Of the process; None: there is none."""
         return None if self._process is None else self._process.pid
+
+    def allow(self, context_tokens_max: int) -> None:
+        """Accept prompts of token ids for one more model, of that context."""
+        self._prompt_ids_max = max(self._prompt_ids_max, context_tokens_max)
 
     async def parse(self, schema: type[S], data: bytes, tenant: str) -> S:
         """Parse a request body of a tenant.
@@ -107,6 +112,8 @@ class BodyChecker:
         process = self._process
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                if process is not None and process.prompt_ids_max != self._prompt_ids_max:
+                    await process.stop()
                 if process is None or process.has_ended:
                     process = self._process = await _Process.start(self._prompt_ids_max)
                 return await process.ask(schema, data)
@@ -122,8 +129,13 @@ class _Process:
     """A started process."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        prompt_ids_max: int,
     ) -> None:
+        self.prompt_ids_max = prompt_ids_max
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -147,7 +159,7 @@ class _Process:
         except BaseException:  # a cancellation must free the socket too
             own_end.close()
             raise
-        return cls(process, *await asyncio.open_connection(sock=own_end))
+        return cls(process, *await asyncio.open_connection(sock=own_end), prompt_ids_max)
 
     @property
     def has_ended(self) -> bool:

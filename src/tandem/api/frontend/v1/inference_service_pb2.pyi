@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tandem.api.types.v1 import generation_pb2 as _generation_pb2
 from tandem.api.types.v1 import sampling_pb2 as _sampling_pb2
 import builtins as _builtins
@@ -19,6 +20,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Of a release before it served several models: it serves it."""
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 1
+    """Its tokenizer is being loaded; requests wait for it."""
+    MODEL_STATE_SERVING: _ModelState.ValueType  # 2
+    """It is served."""
+    MODEL_STATE_REFUSED: _ModelState.ValueType  # 3
+    """It is not served: its tokenizer cannot be loaded, or the frontend has as many models as models_max allows.
+    Requests for it end with MODEL_NOT_FOUND.
+    """
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """Whether a frontend serves a model that live workers have."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Of a release before it served several models: it serves it."""
+MODEL_STATE_LOADING: ModelState.ValueType  # 1
+"""Its tokenizer is being loaded; requests wait for it."""
+MODEL_STATE_SERVING: ModelState.ValueType  # 2
+"""It is served."""
+MODEL_STATE_REFUSED: ModelState.ValueType  # 3
+"""It is not served: its tokenizer cannot be loaded, or the frontend has as many models as models_max allows.
+Requests for it end with MODEL_NOT_FOUND.
+"""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -45,7 +78,7 @@ class GenerateRequest(_message.Message):
     A label only: requests with the same id are independent.
     """
     model: _builtins.str
-    """Name of the model. Default: the only one served."""
+    """Name of the model, or an alias of it. Default: the only one served, or the frontend's default_model."""
     prompt: _builtins.str
     """Plain text, tokenised as it is."""
     priority: _builtins.int
@@ -543,7 +576,7 @@ class TokenizeRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Default: the only one served."""
+    """Name of the model, or an alias of it. Default: as in GenerateRequest."""
     prompt: _builtins.str
     """Plain text."""
     @_builtins.property
@@ -606,7 +639,7 @@ class DetokenizeRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Default: the only one served."""
+    """Name of the model, or an alias of it. Default: as in GenerateRequest."""
     skip_special_tokens: _builtins.bool
     """Omit special tokens. Default true."""
     @_builtins.property
@@ -758,6 +791,9 @@ class Model(_message.Message):
     DECODE_WORKERS_FIELD_NUMBER: _builtins.int
     AGGREGATED_WORKERS_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     context_tokens_max: _builtins.int
@@ -774,6 +810,14 @@ class Model(_message.Message):
     """Live aggregated workers."""
     has_chat_template: _builtins.bool
     """Whether it accepts messages: its tokenizer has a chat template."""
+    state: Global___ModelState.ValueType
+    """Whether this frontend serves it."""
+    problem: _builtins.str
+    """Why it is refused; empty in other states."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names by which clients may ask for it, in alphabetical order."""
+
     def __init__(
         self,
         *,
@@ -785,10 +829,13 @@ class Model(_message.Message):
         decode_workers: _builtins.int = ...,
         aggregated_workers: _builtins.int = ...,
         has_chat_template: _builtins.bool = ...,
+        state: Global___ModelState.ValueType = ...,
+        problem: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregated_workers", b"aggregated_workers", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "model_digest", b"model_digest", "name", b"name", "prefill_workers", b"prefill_workers", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregated_workers", b"aggregated_workers", "aliases", b"aliases", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "model_digest", b"model_digest", "name", b"name", "prefill_workers", b"prefill_workers", "problem", b"problem", "state", b"state", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,11 @@ class WorkerServiceStub:
                 request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.FromString,
                 _registered_method=True)
+        self.ReadModelFiles = channel.unary_stream(
+                '/tandem.api.worker.v1.WorkerService/ReadModelFiles',
+                request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -130,6 +135,15 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadModelFiles(self, request, context):
+        """The files that a frontend needs of the worker's model: configuration and tokenizer, without weights. A frontend
+        that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
+        worker's capabilities.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +181,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ChangeRole,
                     request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.FromString,
                     response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.SerializeToString,
+            ),
+            'ReadModelFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadModelFiles,
+                    request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -359,6 +378,33 @@ class WorkerService:
             '/tandem.api.worker.v1.WorkerService/ChangeRole',
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleRequest.SerializeToString,
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ChangeRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadModelFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.api.worker.v1.WorkerService/ReadModelFiles',
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.SerializeToString,
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,11 @@ class WorkerServiceStub:
     DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
     again, in a new epoch, or exits.
     """
+    ReadModelFiles: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.ReadModelFilesRequest, _worker_service_pb2.ReadModelFilesResponse]
+    """The files that a frontend needs of the worker's model: configuration and tokenizer, without weights. A frontend
+    that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
+    worker's capabilities.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -78,6 +83,11 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
     DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
     again, in a new epoch, or exits.
+    """
+    ReadModelFiles: _aio.UnaryStreamMultiCallable[_worker_service_pb2.ReadModelFilesRequest, _worker_service_pb2.ReadModelFilesResponse]  # type: ignore[assignment]
+    """The files that a frontend needs of the worker's model: configuration and tokenizer, without weights. A frontend
+    that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
+    worker's capabilities.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -143,6 +153,17 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         ROLE_CHANGE_REFUSED: it has the role, cannot take it, or is changing it now; nothing has changed.
         DRAINING: the worker is leaving. ENGINE_FAILED: no engine started in the new role; the worker has its former one
         again, in a new epoch, or exits.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadModelFiles(
+        self,
+        request: _worker_service_pb2.ReadModelFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.ReadModelFilesResponse], _abc.AsyncIterator[_worker_service_pb2.ReadModelFilesResponse]]:
+        """The files that a frontend needs of the worker's model: configuration and tokenizer, without weights. A frontend
+        that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
+        worker's capabilities.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,329 @@
+"""The models of the registry's view: which are served, which are refused, and which model a name in a request means.
+
+Owns when a model is loaded and when it ends. It is loaded when its first worker appears, and ends once its last worker
+has left for model_linger_s: requests that run then end first, new ones are refused by its name. `opening` does both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.worker import Start, Worker, WorkerState
+from tandem.errors import InvalidRequest, ModelNotFound, NoWorkers, ServiceError, TandemError
+from tandem.service.background import log_failure
+from tandem_frontend.admission.open_requests import OpenRequests
+from tandem_frontend.call_context import Caller
+from tandem_frontend.models.listing import listed_model
+from tandem_frontend.models.model_pipeline import ModelPipeline
+from tandem_frontend.models.naming_rules import NamingRules
+from tandem_frontend.models.opening import OpenedModel
+from tandem_frontend.preparation.served_model import check_name_length
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 10.0
+"""Time after which a model is loaded again whose workers could not be asked for its files."""
+LOADING_WAIT_S = 10.0
+"""Longest wait of a request for a model that is being loaded, which takes a second where its worker is healthy."""
+START_WAIT_S = 5.0
+"""Longest wait of a start for the models of the first view."""
+NAMED_MAX = 32
+"""Models that an error lists."""
+
+Open = Callable[[str, Sequence[Worker]], AbstractAsyncContextManager[OpenedModel]]
+
+
+class Status(Enum):
+    """What becomes of requests for a model."""
+
+    LOADING = pb.MODEL_STATE_LOADING
+    """They wait."""
+    SERVING = pb.MODEL_STATE_SERVING
+    REFUSED = pb.MODEL_STATE_REFUSED
+    LEAVING = None
+    """Open ones end, new ones are refused: its workers have left."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One model."""
+
+    name: str
+    starts: frozenset[Start]
+    """Its workers when loading began."""
+    is_own: bool
+    """Of the setting `model`: served also without a worker."""
+    status: Status = Status.LOADING
+    opened: OpenedModel | None = None
+    failure: TandemError | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """It is not being loaded any more."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """It must end."""
+    timer: asyncio.TimerHandle | None = None
+    """Ends it, or loads it again."""
+    task: asyncio.Task[None] | None = None
+
+
+class ModelCatalog:
+    """The models of one process."""
+
+    def __init__(
+        self, open_model: Open, requests: OpenRequests, rules: NamingRules, linger_s: float,
+        on_change: Callable[[bool], None] = lambda knows_workers: None,
+        on_unknown: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """No model yet.
+
+        Args:
+            open_model: serves a model while its context is entered.
+            requests: is charged for calls that generate nothing.
+            rules: see there.
+            linger_s: seconds for which a model stays without a worker, so that its workers may all be restarted.
+            on_change: called with whether a model that is served has workers, when that may have changed.
+            on_unknown: called for each request whose model is not found.
+        """
+        self._open_model = open_model
+        self._requests = requests
+        self._rules = rules
+        self._linger_s = linger_s
+        self._on_change = on_change
+        self._on_unknown = on_unknown
+        self.on_open: Callable[[OpenedModel], None] = lambda opened: None
+        """Called with each model that is served from now on."""
+        self._entries: dict[str, _Entry] = {}
+        self._view: dict[str, tuple[Worker, ...]] = {}
+        self._is_closed = False
+
+    @property
+    def opened(self) -> Sequence[OpenedModel]:
+        """The models that have a pipeline, also those that are leaving."""
+        return [entry.opened for entry in self._entries.values() if entry.opened is not None]
+
+    @property
+    def refused_count(self) -> int:
+        """Models of the view that are not served."""
+        return sum(entry.status is Status.REFUSED for entry in self._entries.values())
+
+    async def keep(self, name: str) -> OpenedModel:
+        """Serve a model of this frontend's own, whether it has workers or not.
+
+        Raises:
+            TandemError: it cannot be served.
+        """
+        entry = self._begin(name, (), is_own=True)
+        await entry.settled.wait()
+        if entry.failure is not None:
+            raise entry.failure
+        assert entry.opened is not None, "a model that is settled is open or refused"
+        return entry.opened
+
+    def follow(self, workers: Iterable[Worker]) -> None:
+        """Apply a new view: begin to load what is new, and to leave what has no worker."""
+        view: dict[str, list[Worker]] = {}
+        for worker in workers:
+            view.setdefault(worker.capabilities.model, []).append(worker)
+        self._view = {name: tuple(its) for name, its in view.items()}
+        for entry in [*self._entries.values()]:
+            if not entry.is_own:
+                self._compare(entry, self._view.get(entry.name, ()))
+        self._load_missing()
+        self._tell()
+
+    async def wait_settled(self) -> None:
+        """Return when no model of the present view is being loaded, or after START_WAIT_S: others must not wait for a
+        model whose workers cannot be reached.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_WAIT_S):
+                for entry in [*self._entries.values()]:
+                    await entry.settled.wait()
+
+    async def close(self) -> None:
+        """End all models at once; open requests have ended, or end with them."""
+        self._is_closed = True
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        for entry in self._entries.values():
+            _stop_timer(entry)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._entries.clear()
+
+    async def find(self, name: str | None) -> ModelPipeline:
+        """See `models.model_pipeline.Models`."""
+        entry = self._wanted(name)
+        if entry.status is Status.LOADING:
+            await _wait_loaded(entry)
+        if entry.status is Status.SERVING and entry.opened is not None:
+            return entry.opened.pipeline
+        if entry.status is Status.LEAVING and self._view.get(entry.name):
+            raise NoWorkers(f"this frontend loads model {entry.name} again", role="any", model=entry.name)
+        self._on_unknown()
+        why = "its workers have left" if entry.failure is None else "the list of models says why"
+        raise ModelNotFound(f"model {entry.name!r} is not served by this frontend: {why}", model=name or entry.name)
+
+    def listed(self) -> list[pb.Model]:
+        """See `models.model_pipeline.Models`."""
+        found = []
+        for name, entry in sorted(self._entries.items()):
+            workers = [one for one in self._view.get(name, ()) if one.state is WorkerState.SERVING]
+            if workers and entry.status is not Status.LEAVING:
+                aliases = sorted(alias for alias, meant in self._rules.aliases.items() if meant == name)
+                model = listed_model(name, workers, None if entry.opened is None else entry.opened.pipeline.model)
+                model.state = entry.status.value
+                model.aliases.extend(alias for alias in aliases if alias not in self._entries)
+                model.problem = "" if entry.failure is None else str(entry.failure)
+                found.append(model)
+        return found
+
+    def charge(self, caller: Caller) -> None:
+        """See `models.model_pipeline.Models`."""
+        self._requests.charge(caller.fairness_id)
+
+    def _wanted(self, name: str | None) -> _Entry:
+        name = self._rules.default if name is None else name
+        if name is None:
+            return self._only()
+        entry = self._entries.get(name) or self._entries.get(self._rules.aliases.get(name, ""))
+        if entry is None:
+            check_name_length(name)
+            self._on_unknown()
+            raise ModelNotFound(f"model {name!r} not found; this frontend serves {self._names() or 'none'}", model=name)
+        return entry
+
+    def _only(self) -> _Entry:
+        """The model of a request that names none."""
+        entries = [entry for entry in self._entries.values() if entry.status in (Status.LOADING, Status.SERVING)]
+        if not entries:
+            raise NoWorkers("no model is served: no worker is alive", role="any")
+        # One that has just lost its last worker is no choice beside one that has workers.
+        likely = [entry for entry in entries if self._view.get(entry.name)] or entries
+        if len(likely) > 1:
+            raise InvalidRequest("model", f"must be given: this frontend serves {self._names()}")
+        return likely[0]
+
+    def _names(self) -> str:
+        """The models that may be asked for, and some of them where there are many."""
+        names = sorted(
+            name for name, entry in self._entries.items() if entry.status in (Status.LOADING, Status.SERVING)
+        )
+        more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+        return ", ".join(repr(name) for name in names[:NAMED_MAX]) + more
+
+    def _compare(self, entry: _Entry, workers: Collection[Worker]) -> None:
+        """What a new view means for a model that is known."""
+        if not workers:
+            if entry.status is Status.REFUSED:
+                self._forget(entry)
+            elif entry.timer is None and entry.status is not Status.LEAVING:
+                entry.timer = asyncio.get_running_loop().call_later(self._linger_s, self._leave, entry)
+            return
+        if entry.status is Status.REFUSED:
+            if entry.task is not None and not {worker.start for worker in workers} <= entry.starts:
+                # Other files may come with other workers.
+                self._forget(entry)
+            return
+        _stop_timer(entry)
+        if entry.status is Status.SERVING and entry.opened is not None:
+            own = entry.opened.pipeline.model.tokenizer.digest
+            if all(worker.capabilities.tokenizer_digest != own for worker in workers):
+                log.info("all workers of model %s have another tokenizer now: it is loaded again", entry.name)
+                self._leave(entry)
+
+    def _load_missing(self) -> None:
+        for name, workers in self._view.items():
+            if name not in self._entries and not self._is_closed:
+                self._begin(name, workers)
+
+    def _begin(self, name: str, workers: Sequence[Worker], *, is_own: bool = False) -> _Entry:
+        """Load a model, or refuse it where there are as many as there may be."""
+        entry = _Entry(name, frozenset(worker.start for worker in workers), is_own)
+        count = sum(other.status is not Status.REFUSED for other in self._entries.values())
+        self._entries[name] = entry
+        if count >= self._rules.models_max:
+            self._refuse(entry, ServiceError(f"this frontend serves {count} models, its limit (models_max)"))
+            return entry
+        entry.task = asyncio.create_task(self._hold(entry, workers), name=f"model-{name}")
+        entry.task.add_done_callback(log_failure)
+        return entry
+
+    async def _hold(self, entry: _Entry, workers: Sequence[Worker]) -> None:
+        """Load a model and serve it until it must leave."""
+        try:
+            async with self._open_model(entry.name, workers) as opened:
+                entry.opened = opened
+                self.on_open(opened)
+                if entry.status is Status.LOADING:
+                    entry.status = Status.SERVING
+                    log.info("model %s is served", entry.name)
+                entry.settled.set()
+                self._tell()
+                await entry.left.wait()
+                await opened.admission.wait_none()
+        except TandemError as problem:
+            self._refuse(entry, problem)
+            if isinstance(problem, ServiceError) and not entry.is_own:
+                entry.timer = asyncio.get_running_loop().call_later(RETRY_S, self._retry, entry)
+            return
+        finally:
+            entry.opened = None
+            entry.settled.set()
+        log.info("model %s has ended: no worker has it", entry.name)
+        self._forget(entry)
+        self._load_missing()
+
+    def _refuse(self, entry: _Entry, problem: TandemError) -> None:
+        entry.status, entry.failure = Status.REFUSED, problem
+        entry.settled.set()
+        if not entry.is_own:
+            log.error("model %s is not served: %s", entry.name, problem)
+        self._tell()
+
+    def _retry(self, entry: _Entry) -> None:
+        self._forget(entry)
+        self._load_missing()
+
+    def _leave(self, entry: _Entry) -> None:
+        """Refuse new requests from now on; the model ends with the last open one."""
+        _stop_timer(entry)
+        entry.status = Status.LEAVING
+        entry.left.set()
+        self._tell()
+
+    def _forget(self, entry: _Entry) -> None:
+        """Remove an ended or refused model. One that had no room gets it."""
+        _stop_timer(entry)
+        if self._entries.get(entry.name) is entry:
+            del self._entries[entry.name]
+        if entry.task is not None:
+            for other in [*self._entries.values()]:
+                if other.status is Status.REFUSED and other.task is None:
+                    del self._entries[other.name]
+
+    def _tell(self) -> None:
+        self._on_change(
+            any(entry.status is Status.SERVING and self._view.get(name) for name, entry in self._entries.items())
+        )
+
+
+async def _wait_loaded(entry: _Entry) -> None:
+    try:
+        async with asyncio.timeout(LOADING_WAIT_S):
+            await entry.settled.wait()
+    except TimeoutError:
+        raise NoWorkers(f"this frontend still loads model {entry.name}", role="any", model=entry.name) from None
+
+
+def _stop_timer(entry: _Entry) -> None:
+    if entry.timer is not None:
+        entry.timer.cancel()
+        entry.timer = None
