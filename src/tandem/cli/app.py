@@ -16,10 +16,9 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import config_file
+from tandem.cli import config_file, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
-from tandem.cli.inspect_commands import add_to
 from tandem.cli.plan import plan
 from tandem.cli.replay import replay
 from tandem.cli.state import DEMO_MODEL
@@ -432,7 +431,8 @@ def certs(
     end("certs", run())
 
 
-add_to(app)
+inspect_commands.add_to(app)
+machine_commands.add_to(app)
 app.command()(replay)
 app.command()(plan)
 
