@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (
-    *("src", "services", "protos", "docs", "deploy", "tests", "benchmarks", "tools"),
+    *("src", "services", "protos", "docs", "deploy", "tests", "benchmarks", "tools", "examples"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
 )
 LEARNED = tuple(f"tools/demo_model/{name}.py" for name in ("corpus", "smalltalk", "stories", "wellformed"))
