@@ -17,6 +17,7 @@ LEARNED = tuple(f"tools/demo_model/{name}.py" for name in ("corpus", "smalltalk"
 """Texts and verbs that the demo model learns."""
 FREE = (
     *("src/tandem/api/", "src/tandem/testing/fake_model.py", "tests/unit/test_words.py", "benchmarks/results/"),
+    "src/tandem/models/",
     *LEARNED,
 )
 """Generated code, a text that a fake model recites, the list itself, what runs recorded, and what a model learns."""

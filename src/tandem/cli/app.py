@@ -37,7 +37,12 @@ PLAIN_MESSAGES = {
     "Input should be a valid number, unable to parse string as a number": "must be a number",
 }
 
-Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.", metavar="DIRECTORY")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        help="Model directory in Hugging Face format.", metavar="DIRECTORY", show_default="the package's tandem-demo"
+    ),
+]
 EngineName = Annotated[str, typer.Option(help="Engine: sglang or simulated.")]
 LogDirectory = Annotated[
     Path | None,
