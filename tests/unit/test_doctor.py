@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tandem.cli import machine_commands
 from tandem.cli.doctor.command import PARTS, doctor, examine
 from tandem.cli.doctor.engines import PLUGINS
 from tandem.cli.doctor.findings import Finding, State
@@ -212,6 +213,10 @@ def test_json_has_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"PART: must be one of cpu, .* not 'tpu'"):
         status(WHOLE, "tpu")
+
+
+def test_the_parts_that_help_and_completion_name_are_those_that_are_probed() -> None:
+    assert list(machine_commands.PARTS) == list(PARTS)
 
 
 def test_the_plugins_are_those_that_the_engine_checks() -> None:

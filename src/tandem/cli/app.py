@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import config_file, inspect_commands, machine_commands
+from tandem.cli import completion, config_file, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.plan import plan
@@ -43,7 +43,9 @@ Model = Annotated[
         help="Model directory in Hugging Face format.", metavar="DIRECTORY", show_default="the package's tandem-demo"
     ),
 ]
-EngineName = Annotated[str, typer.Option(help="Engine: sglang or simulated.")]
+EngineName = Annotated[
+    str, typer.Option(help="Engine: sglang or simulated.", autocompletion=lambda: ("sglang", "simulated"))
+]
 LogDirectory = Annotated[
     Path | None,
     typer.Option(
@@ -142,6 +144,7 @@ AsChat = Annotated[
 
 def run() -> int:
     """Run the command line; returns the exit status."""
+    completion.prepare()
     try:
         return int(app(with_value(sys.argv[1:]), prog_name="tandem", standalone_mode=False) or 0)
     except TyperException as problem:
@@ -352,7 +355,12 @@ def drain(
 @app.command()
 def role(
     worker: Annotated[str, typer.Argument(help="Worker id, as shown by `tandem status`.")],
-    role: Annotated[str, typer.Argument(help="New role: prefill, decode or aggregated.")],
+    role: Annotated[
+        str,
+        typer.Argument(
+            help="New role: prefill, decode or aggregated.", autocompletion=lambda: ("prefill", "decode", "aggregated")
+        ),
+    ],
     force: Annotated[
         bool, typer.Option("--force", help="Also when no other worker of its present role is serving.")
     ] = False,

@@ -1,4 +1,4 @@
-"""The options of the subcommands that concern this machine and shell, not a cluster: doctor.
+"""The options of the subcommands that concern this machine and shell, not a cluster: doctor, completion.
 
 Each is implemented in the module of its name, imported when it runs.
 """
@@ -9,18 +9,25 @@ from typing import Annotated
 
 import typer
 
+from tandem.cli.completion import SHELLS, script
 from tandem.cli.exit_status import end_call
+
+PARTS = ("cpu", "gpu", "edge", "consul", "containers")
+"""Of `doctor`, for completion and help; its own list, with the probes, is imported when it runs."""
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommands."""
     app.command()(doctor)
+    app.command()(completion)
 
 
 def doctor(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Parts to check: cpu, gpu, edge, consul, containers; default: all.", metavar="PART"),
+        typer.Argument(
+            help=f"Parts to check: {', '.join(PARTS)}; default: all.", metavar="PART", autocompletion=lambda: PARTS
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -35,3 +42,17 @@ def doctor(
         return command.doctor(parts or [], Machine(), Console(highlight=False), json_only=as_json)
 
     end_call("doctor", run)
+
+
+def completion(
+    shell: Annotated[
+        str, typer.Argument(help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}.", autocompletion=lambda: SHELLS)
+    ],
+) -> None:
+    """Print the script with which a shell completes commands, options and values of `tandem`."""
+
+    def run() -> int:
+        print(script(shell))
+        return 0
+
+    end_call("completion", run)
