@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint packages sbom protos clean
+.PHONY: help setup demo check test coverage faults compose-test lint deploy-lint packages docs sbom protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ deploy-lint: setup ## the deployment files against other tools' checkers, instal
 
 packages: setup ## dist/: sdist and wheel, checked by twine and tried in an empty directory
 	@$(BIN)/python tools/build_packages.py $(PACKAGES_FLAGS)
+
+docs: setup ## the documentation as a site, in .cache/docs-site/site; a broken link fails
+	@$(BIN)/python tools/build_docs_site.py
 
 sbom: setup ## sbom.json: a CycloneDX bill of materials of .venv
 	@$(BIN)/python tools/write_sbom.py
