@@ -23,7 +23,7 @@ SITE = ROOT / ".cache" / "docs-site"
 PICTURES = {".png", ".svg"}
 LANGUAGES = {".py": "python", ".proto": "protobuf", ".json": "json", ".mjs": "javascript", ".sh": "sh"}
 SHOWN_BYTES_MAX = 200_000
-LINK = re.compile(r"(?<!`)(\]\()([^)\s]+)(\))")
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FOREIGN = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//(?!127\.0\.0\.1)[^>]*>")
 SECTIONS = (
     ("Guide", ("docs/guide/",)),

@@ -14,7 +14,7 @@ from tools.build_docs_site import FOREIGN, github_anchor, navigation, stage, tit
 PAGES = {
     "README.md": "# Home\n\n[guide](docs/guide), [code](src/part.py), [shot](docs/shot.png), "
     "[it](docs/guide/a.md#one-two)\n",
-    "docs/guide/a.md": "# A `page`\n\n## One, two\n\n`[no](link)` [up](../../README.md) [away](https://example.org)\n",
+    "docs/guide/a.md": "# A `page`\n\n## One, two\n\n`[no](../../src/part.py)` [up](../../README.md) [away](https://example.org)\n",
 }
 CODE = 'text = """\n```\n[not](a-link)\n```\n"""\n'
 
