@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-again coverage faults compose-test lint deploy-lint sbom protos clean
+.PHONY: help setup demo check test test-again coverage faults compose-test lint deploy-lint packages docs sbom protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,12 @@ lint: setup ## ruff, mypy, drift of what is generated, buf
 deploy-lint: setup ## the deployment files against other tools' checkers, installed into .cache
 	@$(BIN)/python tools/check_deployments.py
 
+packages: setup ## dist/: sdist and wheel, checked by twine and tried in an empty directory
+	@$(BIN)/python tools/build_packages.py $(PACKAGES_FLAGS)
+
+docs: setup ## the documentation as a site, in .cache/docs-site/site; a broken link fails
+	@$(BIN)/python tools/build_docs_site.py
+
 sbom: setup ## sbom.json: a CycloneDX bill of materials of .venv
 	@$(BIN)/python tools/write_sbom.py
 
@@ -70,4 +76,4 @@ protos: setup ## generate src/tandem/api and docs/reference/contracts.md from pr
 	$(BIN)/python tools/gen_contracts_page.py
 
 clean: ## remove the environment, caches and run-time files
-	rm -rf .venv .cache .tandem .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf .venv .cache .tandem .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

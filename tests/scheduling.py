@@ -50,6 +50,7 @@ SLOWEST = (
     "tests/integration/test_edge_discovery.py",
     "tests/integration/test_parser_host.py",
     "tests/integration/test_agent_clients.py",
+    "tests/integration/test_examples.py",
     "tests/integration/test_prometheus.py",
     "tests/integration/test_command_line.py",
     "tests/integration/test_tls_cluster.py",

@@ -13,31 +13,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = ROOT / ".cache" / "deploy-checks"
-PINS = ROOT / "requirements" / "deploy-checks.txt"
-STAMP = ENVIRONMENT / "pins.txt"
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.own_environment import ROOT, own_environment
+
 KUBERNETES_VERSION = "1.37"
 DOCKERFILES = (*sorted(ROOT.glob("services/*/Dockerfile")), *sorted(ROOT.glob("deploy/images/*.Dockerfile")))
 COMPOSE_FILES = (("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml"))
 
 
 def main() -> int:
-    install()
     checks = (dockerfiles, kubernetes, nomad, compose)
     failed = [check.__name__ for check in checks if not check()]
     print(f"failed: {', '.join(failed)}" if failed else "all checks that could run here passed")
     return 1 if failed else 0
-
-
-def install() -> None:
-    """Install the checkers; does nothing if their pins have not changed."""
-    if STAMP.is_file() and STAMP.read_text() == PINS.read_text():
-        return
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-    pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-r", str(PINS)], check=True)
-    STAMP.write_text(PINS.read_text())
 
 
 def dockerfiles() -> bool:
@@ -91,7 +81,7 @@ def compose() -> bool:
 
 def own(program: str) -> str:
     """A program of the environment."""
-    return str(ENVIRONMENT / "bin" / program)
+    return str(own_environment("deploy-checks") / program)
 
 
 def run(name: str, *command: str | Path) -> bool:

@@ -9,21 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = ROOT / ".cache" / "sbom"
-PINS = ROOT / "requirements" / "sbom.txt"
-STAMP = ENVIRONMENT / "pins.txt"
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.own_environment import ROOT, own_environment
+
 LISTED = ROOT / ".venv" / "bin" / "python"
 OUTPUT = ROOT / "sbom.json"
 
 
 def main() -> int:
-    if not (STAMP.is_file() and STAMP.read_text() == PINS.read_text()):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-r", str(PINS)], check=True)
-        STAMP.write_text(PINS.read_text())
-    command = [str(ENVIRONMENT / "bin" / "cyclonedx-py"), "environment", "--output-reproducible"]
+    command = [str(own_environment("sbom") / "cyclonedx-py"), "environment", "--output-reproducible"]
     subprocess.run(
         [*command, "--pyproject", str(ROOT / "pyproject.toml"), "--output-file", str(OUTPUT), str(LISTED)], check=True
     )

@@ -126,12 +126,6 @@ async def test_the_demo_checks_too(state: Path) -> None:
     )
 
 
-async def test_outside_a_checkout_the_model_must_be_given(state: Path, tmp_path: Path) -> None:
-    ended, err = await refused(state, "up", "--engine", "simulated", cwd=tmp_path)
-    assert ended == 2
-    assert "--model: must be given outside a checkout" in err
-
-
 async def test_a_port_in_use_is_reported_before_anything_starts(state: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -24,6 +24,7 @@ from tandem.client import calls
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
+from tools.build_packages import copy_tree
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -39,17 +40,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     build = "import sys; from setuptools import build_meta as b; print(b.build_{kind}(sys.argv[1]))"
     run: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": 200}
-    # The tree itself stays as it is: builds leave folders behind.
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, **run).stdout.split("\0")
-    for name in filter(None, listed):
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = REPOSITORY / name
-        if file.is_symlink():
-            target.symlink_to(file.readlink())
-        elif file.is_file():
-            target.write_bytes(file.read_bytes())
+    copy_tree(source)
     sdist = subprocess.run([sys.executable, "-c", build.format(kind="sdist"), str(folder)], cwd=source, **run)
     unpacked = folder / "unpacked"
     with tarfile.open(folder / sdist.stdout.split()[-1]) as archive:
@@ -79,14 +71,33 @@ def test_the_wheel_carries_what_is_no_python(wheel: Path) -> None:
     assert not [name for name in names if name.split("/")[0] in ("tests", "benchmarks", "tools")]
 
 
+def test_the_wheel_carries_the_demo_model_and_the_requirements_of_the_cpu_engine(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for file in DEMO_MODEL.iterdir():
+            if file.name != "training_log.json":
+                assert archive.read(f"tandem/models/tandem-demo/{file.name}") == file.read_bytes(), file.name
+        listed = {name for name in archive.namelist() if name.startswith("tandem/requirements/")}
+    assert listed == {f"tandem/requirements/{name}.txt" for name in ("torch", "cpu-engine", "cpu-engine-nodeps")}
+    # A package index takes 100 MB; this is mostly the model's 8 MB.
+    assert wheel.stat().st_size < 12_000_000
+
+
+def test_the_demo_runs_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [str(installed / "tandem"), "demo", "--engine", "simulated"],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "KV moved over NIXL" in ended.stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_shows_its_help(installed: Path, tmp_path: Path, command: str) -> None:
-    shown = subprocess.run(
-        [str(installed / command), "--help"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100
-    )
+    run: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(), "text": True, "check": True, "timeout": 100}
+    shown = subprocess.run([str(installed / command), "--help"], capture_output=True, **run)
     assert "usage" in shown.stdout.lower()
     where = [str(installed / "python"), "-c", "import tandem; print(tandem.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(where, capture_output=True, **run).stdout
     assert found.startswith(str(installed.parent)), found
 
 
@@ -104,15 +115,19 @@ async def test_a_registry_and_a_frontend_run_of_it(installed: Path, tmp_path: Pa
             assert await assert_eventually(names, bool, within_s=20, what="the frontend's entry") == ["frontend-0"]
 
 
+def clean_environment() -> dict[str, str]:
+    """Without settings of Tandem, and without paths to another one."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("TANDEM_", "PYTHON"))}
+
+
 @contextmanager
 def process(installed: Path, folder: Path, service: str, *flags: str) -> Iterator[Path]:
     """A service of the environment, in a folder that has nothing of the source tree. It ends in order."""
     announcement = folder / f"{service}.json"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TANDEM_", "PYTHON"))}
     child = subprocess.Popen(
         [str(installed / f"tandem-{service}"), "--drain-settle-s=0", f"--announce-file={announcement}", *flags],
         cwd=folder,
-        env=environment,
+        env=clean_environment(),
         stderr=subprocess.DEVNULL,
     )
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli import checks
 from tandem.cli.checks import check_spec
 from tandem.cli.exit_status import _as_option
 from tandem.cli.state import find_tls
@@ -69,3 +70,11 @@ def test_a_malformed_collector_is_named(spec: ClusterSpec, endpoint: str) -> Non
 def test_a_collector_that_does_not_listen_is_named(spec: ClusterSpec) -> None:
     sentence = refusal(replace(spec, otlp_endpoint="127.0.0.1:1"))
     assert sentence.startswith("--otlp-endpoint: no collector listens at 127.0.0.1:1 (Connection refused): start it")
+
+
+def test_an_installation_without_the_demo_model_asks_for_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "DEMO_MODEL", tmp_path / "tandem-demo")
+    with pytest.raises(ConfigError, match="model: must be given: this installation has no demo model"):
+        check_spec(ClusterSpec(model=tmp_path / "tandem-demo", engine="simulated"))

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("benchmarks", "deploy", "docs", "models", "services", "tools")
+FOLDERS = ("benchmarks", "deploy", "docs", "examples", "models", "services", "tools")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 COLUMNS_MAX = 120
-REFLOWED = ("deploy", "docs", "services")
+REFLOWED = ("deploy", "docs", "examples", "services")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`[^`]*`")
 HEADING = re.compile(r"#+ (.*)")

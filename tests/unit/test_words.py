@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (
-    *("src", "services", "protos", "docs", "deploy", "tests", "benchmarks", "tools"),
+    *("src", "services", "protos", "docs", "deploy", "tests", "benchmarks", "tools", "examples"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
 )
 LEARNED = tuple(f"tools/demo_model/{name}.py" for name in ("corpus", "smalltalk", "stories", "wellformed"))
 """Texts and verbs that the demo model learns."""
 FREE = (
     *("src/tandem/api/", "src/tandem/testing/fake_model.py", "tests/unit/test_words.py", "benchmarks/results/"),
+    "src/tandem/models/",
     *LEARNED,
 )
 """Generated code, a text that a fake model recites, the list itself, what runs recorded, and what a model learns."""

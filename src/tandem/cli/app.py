@@ -16,10 +16,9 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import config_file
+from tandem.cli import completion, config_file, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
-from tandem.cli.inspect_commands import add_to
 from tandem.cli.plan import plan
 from tandem.cli.replay import replay
 from tandem.cli.state import DEMO_MODEL
@@ -38,20 +37,28 @@ PLAIN_MESSAGES = {
     "Input should be a valid number, unable to parse string as a number": "must be a number",
 }
 
-Model = Annotated[Path, typer.Option(help="Model directory in Hugging Face format.", metavar="DIRECTORY")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        help="Model directory in Hugging Face format.", metavar="DIRECTORY", show_default="the package's tandem-demo"
+    ),
+]
 Models = Annotated[
     list[str],
     typer.Option(
         help="Model directory in Hugging Face format. For several models, once for each, as NAME=DIRECTORY; each has "
         "as many workers.",
         metavar="[NAME=]DIRECTORY",
+        show_default="the package's tandem-demo",
     ),
 ]
 ModelAliases = Annotated[
     list[str] | None, typer.Option(help="Another name of a model; may be given again.", metavar="ALIAS=MODEL")
 ]
 DefaultModel = Annotated[str | None, typer.Option(help="Model of requests that name none; default: the only one.")]
-EngineName = Annotated[str, typer.Option(help="Engine: sglang or simulated.")]
+EngineName = Annotated[
+    str, typer.Option(help="Engine: sglang or simulated.", autocompletion=lambda: ("sglang", "simulated"))
+]
 LogDirectory = Annotated[
     Path | None,
     typer.Option(
@@ -150,6 +157,7 @@ AsChat = Annotated[
 
 def run() -> int:
     """Run the command line; returns the exit status."""
+    completion.prepare()
     try:
         return int(app(with_value(sys.argv[1:]), prog_name="tandem", standalone_mode=False) or 0)
     except TyperException as problem:
@@ -365,7 +373,12 @@ def drain(
 @app.command()
 def role(
     worker: Annotated[str, typer.Argument(help="Worker id, as shown by `tandem status`.")],
-    role: Annotated[str, typer.Argument(help="New role: prefill, decode or aggregated.")],
+    role: Annotated[
+        str,
+        typer.Argument(
+            help="New role: prefill, decode or aggregated.", autocompletion=lambda: ("prefill", "decode", "aggregated")
+        ),
+    ],
     force: Annotated[
         bool, typer.Option("--force", help="Also when no other worker of its present role is serving.")
     ] = False,
@@ -449,7 +462,8 @@ def certs(
     end("certs", run())
 
 
-add_to(app)
+inspect_commands.add_to(app)
+machine_commands.add_to(app)
 app.command()(replay)
 app.command()(plan)
 

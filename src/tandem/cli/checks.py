@@ -65,7 +65,7 @@ def check_spec(spec: ClusterSpec) -> None:
     _check_counts(spec)
     _check_host(spec.host)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
-        raise ConfigError("model", f"must be given outside a checkout of Tandem (no {DEMO_MODEL} here)")
+        raise ConfigError("model", f"must be given: this installation has no demo model ({DEMO_MODEL})")
     config = _check_worker(spec)
     _check_collector(config.otlp_endpoint if spec.otlp_endpoint is not None else None)
     _check_certificates(spec)

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tandem
 from tandem.errors import ConfigError, StartError
 from tandem.tls.paths import Tls, client_tls
 
-DEMO_MODEL = Path("models") / "tandem-demo"
-"""Exists only in a checkout; elsewhere --model is required."""
+DEMO_MODEL = Path(tandem.__file__).parent / "models" / "tandem-demo"
+"""Part of the package, except in container images, where --model is required."""
 VARIABLE = "TANDEM_STATE"
 DEFAULT = Path(".tandem") / "cluster.json"
 HINT = "start one with `tandem up`, or give --address"

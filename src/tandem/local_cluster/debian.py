@@ -49,7 +49,7 @@ def find_program(
     if on_path is not None:
         return Path(on_path)
     cache = cache or _cache()
-    binary = cache / program.package / "usr" / "bin" / program.name
+    binary = _copy(program, cache)
     try:
         if not _is_program(binary):
             with _one_at_a_time(cache, program.package):
@@ -65,6 +65,16 @@ def find_program(
             f"{program.title} is not on PATH, and the download failed: {problem}; put {program.title.lower()} on PATH"
         ) from None
     return binary
+
+
+def cached_program(program: DebianProgram, cache: Path | None = None) -> Path | None:
+    """The copy that `find_program` downloaded before; None: there is none."""
+    binary = _copy(program, cache or _cache())
+    return binary if _is_program(binary) else None
+
+
+def _copy(program: DebianProgram, cache: Path) -> Path:
+    return cache / program.package / "usr" / "bin" / program.name
 
 
 def _is_program(file: Path) -> bool:
