@@ -87,7 +87,7 @@ class Fleet:
         self._timers = AwakeTimers()
         self._health = WorkerHealth(self.channels, self._timers)
         self._breakers = CircuitBreakers(monotonic, random.SystemRandom(), self._health.unhealthy)
-        self._loads = LoadWatch(self.channels, on_change=self.note_load)
+        self.loads = LoadWatch(self.channels, on_change=self.note_load)
         policy = PolicyName(config.routing_policy)
         follows_caches = config.prefix_blocks_max > 0 and policy in {PolicyName.AUTO, PolicyName.PREFIX}
         self.prefixes = PrefixIndex(config.prefix_blocks_max) if follows_caches else None
@@ -118,12 +118,20 @@ class Fleet:
             await self._health.start()
             stack.callback(self._timers.close)
             stack.push_async_callback(self._links.close)
-            stack.push_async_callback(self._loads.close)
+            stack.push_async_callback(self.loads.close)
             if self._caches is not None:
                 stack.push_async_callback(self._caches.close)
             stack.push_async_callback(self.watch.close)
             await self.watch.start()
             yield
+
+    def unhealthy(self) -> frozenset[Start]:
+        """Workers that do not respond to this frontend, or report NOT_SERVING."""
+        return self._health.unhealthy()
+
+    def ejected(self) -> frozenset[Start]:
+        """Workers whose circuit breakers keep requests away from them."""
+        return self._breakers.ejected()
 
     def follow(self, workers: tuple[Worker, ...]) -> None:
         """Pass a new view on to every part, and close the channels to workers that were removed or restarted.
@@ -142,7 +150,7 @@ class Fleet:
         if self._caches is not None:
             # Before the loads: those of workers that have left end now, and are no sign of silence.
             self._caches.follow(workers)
-        self._loads.follow(workers)
+        self.loads.follow(workers)
         self.execution.notice(workers)
         self._reevaluate()
         if not self.execution.missing.has_route:
