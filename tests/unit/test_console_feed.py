@@ -4,79 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-from tandem_frontend.console.feed import FleetFeed, Report
+from tandem_frontend.console.feed import FleetFeed
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
-from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
-from tandem.domain.worker import Start, Worker
-from tandem.observability.fleet_sample import FrontendSample
 from tandem.testing.virtual_time import VirtualTimeLoop
+from tests.unit.support.scripted_fleet import ScriptedFleet, ScriptedFrontends, report
 from tests.wire.support.registry_host import make_worker
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e\x85\n'\"&"
 
 
-class ScriptedFleet:
-    """A fleet as a test sets it."""
-
-    def __init__(self, *workers: Worker) -> None:
-        self.view = workers
-        self.loads: dict[Start, tuple[Report, Report]] = {}
-        self.down = frozenset[Start]()
-        self.broken = frozenset[Start]()
-        self.reads = 0
-
-    def workers(self) -> tuple[Worker, ...]:
-        self.reads += 1
-        return self.view
-
-    def is_live(self) -> bool:
-        return True
-
-    def reports(self, start: Start) -> tuple[Report, Report]:
-        return self.loads.get(start, (None, None))
-
-    def unhealthy(self) -> frozenset[Start]:
-        return self.down
-
-    def ejected(self) -> frozenset[Start]:
-        return self.broken
-
-
-class ScriptedFrontends:
-    """One frontend, with the statistics of a test."""
-
-    def __init__(self, stats: admin_pb.WatchFiguresResponse | None = None) -> None:
-        self.stats = stats
-        self.is_followed = False
-
-    @asynccontextmanager
-    async def followed(self) -> AsyncIterator[None]:
-        self.is_followed = True
-        try:
-            yield
-        finally:
-            self.is_followed = False
-
-    def follow_listed(self) -> None:
-        pass
-
-    def samples(self) -> tuple[FrontendSample, ...]:
-        return (FrontendSample(name="f", epoch=1, address="a:1", state="serving", health="ok", stats=self.stats),)
-
-
 def feed_of(fleet: ScriptedFleet, frontends: ScriptedFrontends | None = None) -> FleetFeed:
     return FleetFeed(fleet, frontends or ScriptedFrontends(), {"frontend": "f"}, now=lambda: 12.0)
-
-
-def report(at_s: int, **values: int) -> worker_pb.WatchLoadResponse:
-    return worker_pb.WatchLoadResponse(measured_time=Timestamp(seconds=at_s), epoch=1, **values)
 
 
 async def read(texts: Any, feed: FleetFeed) -> dict[str, Any]:

@@ -58,7 +58,7 @@ export class Table {
     keyed.sort(([a, left], [b, right]) => {
       // Unknown values come last in either direction; equal ones by id, so that rows do not swap each second.
       if (unknown(a) !== unknown(b)) return unknown(a) ? 1 : -1;
-      const order = a === b || unknown(a) ? 0 : a < b ? -1 : 1;
+      const order = unknown(a) ? 0 : typeof a === "string" ? compareIds(a, b) : a - b;
       return sign * order || compareIds(left.id, right.id);
     });
     this.shown = keyed.map(([, row]) => row);
@@ -171,7 +171,7 @@ export class Table {
 
 const collator = new Intl.Collator("en", { numeric: true });
 
-/** Orders ids as people count: decode-9 before decode-10. */
+/** Orders texts as people count: decode-9 before decode-10. */
 export function compareIds(left, right) {
   return collator.compare(left, right);
 }
