@@ -58,10 +58,18 @@ async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chr
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
-    """Depends on the browser, so that no cluster starts for tests that are skipped."""
+    """One of two processes of the frontend serves the console; either may serve a request.
+
+    Depends on the browser, so that no cluster starts for tests that are skipped.
+    """
     folder = tmp_path_factory.mktemp("console")
     access = prepare(folder, "127.0.0.1", 0)
-    spec: dict[str, Any] = {"console_port": access.port, "console_keys": access.keys, "decode": 2}
+    spec: dict[str, Any] = {
+        "console_port": access.port,
+        "console_keys": access.keys,
+        "decode": 2,
+        "frontend_processes": 2,
+    }
     slow = {"engine-extra": '{"decode_step_s": 0.02}'}
     async with running(folder, engine="simulated", worker_flags=slow, **spec) as started:
         yield started

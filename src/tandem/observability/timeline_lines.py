@@ -41,7 +41,7 @@ class Line:
     depth: int = 0
     is_moment: bool = False
     part: str = "frontend"
-    """Where the time was spent: frontend, attempt, or the role of a leg's worker."""
+    """Where the time was spent: edge, frontend, attempt, or the role of a leg's worker."""
 
 
 def ending_of(timeline: pb.RequestTimeline) -> str:
@@ -74,6 +74,12 @@ def stats_of(timeline: pb.RequestTimeline) -> Iterator[str]:
 def lines_of(timeline: pb.RequestTimeline) -> Iterator[Line]:
     """Steps, attempts and events by start time; the lines of an attempt follow it directly."""
     blocks: list[tuple[float, list[Line]]] = []
+    if timeline.HasField("edge_begin"):
+        # On the edge's clock, uncorrected like the times of workers.
+        begin_s = offset_s(timeline.edge_begin)
+        blocks.append(
+            (begin_s, [Line(begin_s, max(begin_s, 0.0), "edge, until the frontend received it", part="edge")])
+        )
     for step in timeline.steps:
         end_s = offset_s(step.end) if step.HasField("end") else None
         text = " ".join([step.name, *_attributes(step.attributes)])
