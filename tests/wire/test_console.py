@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.console import server
+from tandem_frontend.console.access import ConsoleKeys
 from tandem_frontend.console.pages import HEADERS
+from tandem_frontend.console.server import Console
 
 from tandem.domain.network_address import join_address
 from tandem.errors import ConfigError, StartError
@@ -210,3 +213,47 @@ async def test_console_that_cannot_start_stops_the_frontend_and_names_the_settin
             with pytest.raises(StartError, match="console"):
                 async with FrontendApp.open(settings(registry, keys, console_port=app.console_port)):
                     pass
+
+
+class EndlessFeed:
+    """A feed with more to say than any socket holds."""
+
+    def __init__(self) -> None:
+        self.viewer_count = 0
+        self.has_ended = asyncio.Event()
+
+    async def texts(self) -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "x" * 2**24
+        finally:
+            self.has_ended.set()
+
+
+async def test_console_disconnects_a_viewer_that_does_not_read(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WRITE_TIMEOUT_S", 0.2)
+    feed = EndlessFeed()
+    console = Console(ConsoleKeys(keys), cast("Any", feed), cast("Any", None), None)
+    async with console.listening("127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET /api/fleet HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+        assert b"200" in await reader.readline()
+        async with asyncio.timeout(30):
+            await feed.has_ended.wait()
+        writer.close()
+
+
+async def test_console_closes_connections_beyond_its_limit(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONNECTIONS_MAX", 2)
+    console = Console(ConsoleKeys(keys), cast("Any", None), cast("Any", None), None)
+    async with console.listening("127.0.0.1", 0) as port:
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for reader, writer in opened:
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"200" in await reader.readline()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(30):
+                assert await reader.read() == b""
+        for _, one in (*opened, (reader, writer)):
+            one.close()

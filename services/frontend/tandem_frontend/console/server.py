@@ -119,7 +119,7 @@ class Console:
                 # A key that has been revoked shows nothing more.
                 if self._keys.find(request.headers["Authorization"]) is None:
                     break
-                await _write(response, f"data: {text}\n\n".encode())
+                await _write(request, response, f"data: {text}\n\n".encode())
         return response
 
     async def _requests(self, request: web.Request) -> web.StreamResponse:
@@ -173,11 +173,11 @@ class Console:
                 async for data in events:
                     # Begun with the first event, so that a refusal has a status of its own.
                     response = response or await _begin_events(request)
-                    await _write(response, data)
+                    await _write(request, response, data)
             except TandemError as problem:
                 if response is None:
                     raise
-                await _write(response, f"data: {json.dumps(last_event(problem))}\n\n".encode())
+                await _write(request, response, f"data: {json.dumps(last_event(problem))}\n\n".encode())
         return response or await _begin_events(request)
 
 
@@ -199,9 +199,15 @@ async def _begin_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await response.write(data)
+async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)
+    except TimeoutError:
+        # What waits to be sent would keep the connection open.
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(f"the viewer read nothing for {WRITE_TIMEOUT_S:g} s") from None
 
 
 def _json(value: dict[str, Any], status: int = 200) -> web.Response:
