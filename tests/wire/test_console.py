@@ -20,8 +20,11 @@ from tandem_frontend.console.access import ConsoleKeys
 from tandem_frontend.console.pages import HEADERS
 from tandem_frontend.console.server import Console
 
+from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.client import calls
+from tandem.domain.frontend import Frontend
 from tandem.domain.network_address import join_address
-from tandem.errors import ConfigError, StartError
+from tandem.errors import ConfigError, StartError, TandemError
 from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls
@@ -257,3 +260,43 @@ async def test_console_closes_connections_beyond_its_limit(keys: Path, monkeypat
                 assert await reader.read() == b""
         for _, one in (*opened, (reader, writer)):
             one.close()
+
+
+async def test_console_finds_requests_of_other_frontends_and_names_silent_ones(keys: Path) -> None:
+    registry = ScriptedRegistry()
+    alone = {"console_port": None, "console_keys": None, "frontend_id": "b", "no_worker_wait_s": 0}
+    async with (
+        play_registry(registry),
+        FrontendApp.open(settings(registry, keys, **alone)) as other,
+        FrontendApp.open(settings(registry, keys, frontend_id="a")) as app,
+        aiohttp.ClientSession(f"http://127.0.0.1:{app.console_port}", headers=AUTHORIZED) as session,
+    ):
+        listed = {"a": app.address, "b": other.address, "gone": "127.0.0.1:1"}
+        registry.frontends = tuple(
+            Frontend(frontend_id=name, epoch=1, address=address, model="tandem-demo")
+            for name, address in listed.items()
+        )
+        registry.frontends_changed.set()
+        with pytest.raises(TandemError):
+            async for _ in calls.generate(other.address, pb.GenerateRequest(prompt="x", request_id="theirs")):
+                pass
+
+        async def found() -> dict[str, Any]:
+            async with session.get("/api/requests") as response:
+                answer: dict[str, Any] = await response.json()
+                return answer
+
+        answer = await assert_eventually(found, lambda answer: answer["silent"] == ["gone"])
+        assert [(row["id"], row["frontend"], row["outcome"]) for row in answer["requests"]] == [
+            ("theirs", "b", "refused")
+        ]
+        async with session.get("/api/requests/theirs") as response:
+            (timeline,) = (await response.json())["timelines"]
+            assert (timeline["frontend"], timeline["ending"]) == ("b", "refused: NO_WORKERS")
+        async with session.get("/api/requests/unknown") as response:
+            assert "gone did not respond" in (await response.json())["error"]["message"]
+        async with session.get("/api/fleet") as response:
+            stream = events(response)
+            while (rows := (await anext(stream))["frontends"])[1]["open_requests"] is None:
+                pass
+            assert [row["id"] for row in rows] == ["a", "b", "gone"]

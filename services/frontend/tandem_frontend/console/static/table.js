@@ -6,7 +6,7 @@
 import { el, setClass, setText } from "./dom.js";
 
 const ROW_HEIGHT = 26;
-const SPARE_ROWS = 8;
+const BLOCK = 12;
 
 export class Table {
   /** `columns`, the name of the table, and what to do with a row that is chosen with Enter or a click. */
@@ -19,7 +19,7 @@ export class Table {
     this.active = null;
     this.keep = () => true;
     this.pool = [];
-    this.drawn = false;
+    this.first = 0;
     this.heads = columns.map((column, index) => this.#head(column, index));
     this.body = el("tbody");
     this.above = el("tr", { "aria-hidden": "true" });
@@ -29,10 +29,9 @@ export class Table {
     this.table = el("table", { role: "grid", "aria-label": label }, groups, el("thead", {}, el("tr", {}, ...this.heads)), this.body);
     this.element = el("div", { class: "grid", tabindex: "0", "aria-label": label }, this.table);
     if (height !== null) this.element.style.maxHeight = `${height}px`;
-    this.element.addEventListener("scroll", () => this.draw(), { passive: true });
+    this.element.addEventListener("scroll", () => this.first === this.#firstInView() || this.draw(), { passive: true });
     this.element.addEventListener("keydown", (event) => this.#key(event));
-    this.resizing = new ResizeObserver(() => this.draw());
-    this.resizing.observe(this.element);
+    new ResizeObserver(() => this.draw()).observe(this.element);
     this.#markSort();
   }
 
@@ -68,8 +67,8 @@ export class Table {
 
   /** Draw the rows in view. */
   draw() {
-    const first = Math.max(0, Math.floor(this.element.scrollTop / ROW_HEIGHT) - SPARE_ROWS);
-    const room = Math.ceil((this.element.clientHeight || 400) / ROW_HEIGHT) + 2 * SPARE_ROWS;
+    const first = (this.first = this.#firstInView());
+    const room = Math.ceil((this.element.clientHeight || 400) / ROW_HEIGHT) + 3 * BLOCK;
     const seen = this.shown.slice(first, first + room);
     while (this.pool.length < seen.length) this.pool.push(this.#row());
     this.pool.forEach((line, index) => {
@@ -83,7 +82,6 @@ export class Table {
     });
     this.above.style.height = `${first * ROW_HEIGHT}px`;
     this.below.style.height = `${Math.max(0, this.shown.length - first - seen.length) * ROW_HEIGHT}px`;
-    this.drawn = true;
   }
 
   /** Make a row the active one, and scroll to it. */
@@ -92,8 +90,9 @@ export class Table {
     this.draw();
   }
 
-  close() {
-    this.resizing.disconnect();
+  /** The first row to draw. It changes by blocks: between two of them, scrolling touches no element. */
+  #firstInView() {
+    return Math.max(0, Math.floor(this.element.scrollTop / ROW_HEIGHT / BLOCK) - 1) * BLOCK;
   }
 
   #head(column, index) {
