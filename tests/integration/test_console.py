@@ -132,8 +132,14 @@ async def test_page_with_a_wrong_key_shows_nothing_and_with_the_right_one_the_fl
         assert await page.text("#connection") == "live"
         names = await page.value(NAMES)
         assert names == ["decode-0", "decode-1", "prefill-0"]
+        for strange in ("constructor", "__proto__"):
+            await page.value("location.hash = '#/playground'")
+            await page.until("document.querySelector('section.playground')")
+            await page.value(f"location.hash = '#/{strange}'")
+            await page.until("document.querySelector('section.fleet')")
         await page.value("document.querySelector('#leave').click()")
         assert await page.value("[sessionStorage.length, document.querySelectorAll('td').length]") == [0, 0]
+        assert await page.value("[location.href, document.cookie].join().includes('key')") is False
 
 
 async def test_playground_streams_a_chat_and_shows_both_legs_and_their_timeline(

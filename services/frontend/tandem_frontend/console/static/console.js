@@ -16,9 +16,8 @@ const refusal = document.querySelector("#refusal");
 const where = document.querySelector("#where");
 const connection = document.querySelector("#connection");
 
-const state = new FleetState();
-const options = { onRefused, state };
-const views = { fleet: new FleetView(state), requests: new RequestsView(options), playground: new PlaygroundView(options) };
+let state = null;
+let views = {};
 let view = null;
 let stream = null;
 let frame = 0;
@@ -32,7 +31,7 @@ function onRefused(problem) {
 
 function show() {
   const [name, id] = location.hash.replace(/^#\//, "").split("/");
-  const next = views[name] ?? views.fleet;
+  const next = Object.hasOwn(views, name) ? views[name] : views.fleet;
   if (view !== null) view.close();
   if (view !== next) main.replaceChildren(next.element);
   view = next;
@@ -41,7 +40,16 @@ function show() {
     if (isCurrent) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  view.open(id === undefined ? undefined : decodeURIComponent(id));
+  view.open(decoded(id));
+}
+
+/** A part of an address as text; as it is where it is malformed, as a link from elsewhere may be. */
+function decoded(part) {
+  try {
+    return part && decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 function say(text, tone = "") {
@@ -85,7 +93,11 @@ function pause() {
   stream = null;
 }
 
+/** Everything is made anew for each sign-in: the next user of a tab sees nothing of the last one. */
 function enter() {
+  state = new FleetState();
+  const options = { onRefused, state };
+  views = { fleet: new FleetView(state), requests: new RequestsView(options), playground: new PlaygroundView(options) };
   login.hidden = true;
   header.hidden = false;
   main.hidden = false;
@@ -98,6 +110,7 @@ function leave(reason = "") {
   key.forget();
   view?.close();
   view = null;
+  views = {};
   main.replaceChildren();
   header.hidden = true;
   main.hidden = true;

@@ -13,7 +13,7 @@ export class RequestsView {
     this.onRefused = onRefused;
     this.wanted = null;
     this.settled = null;
-    this.open_ = false;
+    this.isOpen = false;
     this.list = new Table({
       label: "Requests",
       sort: { column: 0, descending: true },
@@ -37,7 +37,7 @@ export class RequestsView {
   }
 
   open(id) {
-    this.open_ = true;
+    this.isOpen = true;
     this.wanted = id || null;
     this.settled = null;
     this.list.choose(this.wanted);
@@ -47,7 +47,7 @@ export class RequestsView {
   }
 
   close() {
-    this.open_ = false;
+    this.isOpen = false;
     clearTimeout(this.timer);
   }
 
@@ -65,10 +65,10 @@ export class RequestsView {
 
   async #poll() {
     clearTimeout(this.timer);
-    if (!this.open_) return;
+    if (!this.isOpen) return;
     // A hidden page asks nothing of the cluster.
     if (!document.hidden) await Promise.all([this.#list(), this.#timeline()]);
-    if (this.open_) this.timer = setTimeout(() => this.#poll(), POLL_MS);
+    if (this.isOpen) this.timer = setTimeout(() => this.#poll(), POLL_MS);
   }
 
   async #list() {
