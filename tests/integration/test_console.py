@@ -201,7 +201,7 @@ async def test_page_of_a_thousand_workers_keeps_few_rows_and_goes_to_any_by_keyb
         await page.until(f"{COUNT} === '1000 workers'")
         fleet.report_all(2)
         await page.until(
-            "[...document.querySelectorAll('[aria-label=Workers] td:nth-child(12)')].some(c => c.textContent > '0')"
+            "[...document.querySelectorAll('[aria-label=Workers] td:nth-child(11)')].some(c => c.textContent > '0')"
         )
         assert await page.value("document.querySelectorAll('tr').length") < 80
         assert (
@@ -214,6 +214,8 @@ async def test_page_of_a_thousand_workers_keeps_few_rows_and_goes_to_any_by_keyb
         await page.until(f"{ACTIVE} === 'prefill-499'")
         await page.press("Enter")
         assert "10.0.3.248:50051" in await page.text("aside")
+        width = await page.value("document.querySelector('tr[aria-selected=true] .name').getBoundingClientRect().width")
+        assert width >= 140, "the name is seen beside the worker's facts"
         await page.press("Home")
         await page.until(f"{ACTIVE} === 'decode-0'")
         await page.press("ArrowDown")

@@ -45,6 +45,8 @@ LISTED_MAX = 200
 WRITE_TIMEOUT_S = 10.0
 """A viewer that does not read for so long is disconnected."""
 STOP_GRACE_S = 0.2
+KEEP_ALIVE_S = 60.0
+"""Of a connection without a call: the library keeps it for an hour."""
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEY = web.RequestKey("key", ApiKey)
 """The key of a call, once it was checked."""
@@ -78,7 +80,13 @@ class Console:
         app.router.add_get("/api/models", self._models)
         app.router.add_post("/api/generate", self._generate)
         app.router.add_get("/{path:.*}", self._page)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_GRACE_S)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=KEEP_ALIVE_S,
+            shutdown_timeout=STOP_GRACE_S,
+        )
         async with AsyncExitStack() as stack:
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

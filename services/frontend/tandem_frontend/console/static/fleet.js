@@ -102,7 +102,6 @@ export class FleetView {
         word("State", "state", "w-10"),
         word("Health", "health", "w-8"),
         aged(now),
-        figure("Epoch", "Grows with each start of the worker", "epoch", String, "w-12"),
         figure("Run", "Requests that run in the engine", "running_requests", amount),
         figure("Wait", "Requests in the engine's queue", "waiting_requests", amount),
         figure("Queue", "Prompt tokens in the engine's queue", "waiting_tokens", amount, "w-6"),
@@ -111,6 +110,7 @@ export class FleetView {
         figure("Tok/s", "Prompt tokens of prefill workers, completion tokens of others", "tokens_per_s", amount, "w-6"),
         figure("KV B/s", "KV sent by prefill workers, received by decode workers", "kv_bytes_per_s", amount, "w-6"),
         figure("Fail", "Failed legs, as the frontends count them", "failures", amount),
+        figure("Epoch", "Grows with each start of the worker", "epoch", String, "w-12"),
       ],
     });
     this.search = el("input", { type: "search", placeholder: "Filter", "aria-label": "Filter workers by any text", "aria-keyshortcuts": "/", spellcheck: "false" });
