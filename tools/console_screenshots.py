@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 SIZE = (1280, 800)
 FLEET_SIZE = (1280, 360)
+REQUEST_SIZE = (1280, 960)
 QUESTION = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
 STORY = "Once upon a time"
 CLIENTS = 4
@@ -114,8 +115,9 @@ async def draw(engine: str) -> None:
                         await page.size(*FLEET_SIZE)
                         await asyncio.sleep(LOAD_S)
                         await page.picture(IMAGES / f"console-fleet-{scheme}.png")
-                    await page.size(*SIZE)
+                    await page.size(*REQUEST_SIZE)
                     await draw_request(page, IMAGES / f"console-request-{scheme}.png")
+                    await page.size(*SIZE)
                     await draw_playground(page, IMAGES / f"console-playground-{scheme}.png")
 
 
