@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 
+from tandem.cli.console_access import key_of
 from tandem.cli.up import FIRST_PROMPT
 from tests.integration.conftest import REPOSITORY
 from tests.integration.support.command_line import (
@@ -42,7 +44,7 @@ async def serving(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pat
 
 
 async def test_up_generate_status_and_ctrl_c(state: Path, tmp_path: Path) -> None:
-    (tmp_path / "up.toml").write_text("aggregated = 1\nprefill = 1")
+    (tmp_path / "up.toml").write_text("aggregated = 1\nprefill = 1\nconsole = true")
     async with cluster_up(state, "--config", str(tmp_path / "up.toml")) as up:
         status, out, err = await run(*TANDEM, "generate", "Once upon a time", "--max-tokens", "5", state=state)
         assert status == 0, err
@@ -68,11 +70,16 @@ async def test_up_generate_status_and_ctrl_c(state: Path, tmp_path: Path) -> Non
         assert status == 1
         assert "a cluster runs here already" in err
 
+        console, key = state_of(state)["console"], key_of(state.with_name("console.keys"))
+        async with httpx.AsyncClient(base_url=console, headers={"Authorization": f"Bearer {key}"}) as client:
+            assert (await client.get("/api/models")).json()["models"][0]["has_chat_template"]
+
         children = children_of(up)
         assert len(children) == 7
         up.send_signal(signal.SIGINT)
         assert await up.wait() == 0
-        shown = (await output_of(up)).partition("stopping (Ctrl-C again to end at once)")[2]
+        printed, _, shown = (await output_of(up)).partition("stopping (Ctrl-C again to end at once)")
+        assert f"console   {console}\n  key     {key}\n" in printed
         names = ("edge", "frontend", "aggregated-0", "registry")
         steps = [shown.index(f"{name:<14} {word}") for name in names for word in ("draining", "ended")]
         assert steps == sorted(steps)

@@ -167,6 +167,8 @@ async def test_a_request_id_is_kept_and_given_back(
     response = await client.post("/v1/detokenize", headers={**JSON, "x-request-id": given}, content=BODY)
     assert response.headers["x-request-id"] == given
     assert stub[0].seen[-1]["x-request-id"] == given
+    response = await client.post("/v1/detokenize", headers={**JSON, "x-request-start": "t=1"}, content=BODY)
+    assert float(stub[0].seen[-1]["x-request-start"].removeprefix("t=")) > 1e9, "the edge's own time, not the client's"
     for path in ("/nowhere", "/health", "/version"):
         refused = await client.get(path, headers={"x-request-id": "mine-2"})
         assert refused.headers["x-request-id"] == "mine-2"

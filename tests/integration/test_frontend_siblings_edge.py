@@ -143,6 +143,8 @@ async def test_a_request_is_found_by_the_id_that_the_edge_gave_it(
         for _ in range(COUNT):
             (timeline,) = await admin_calls.request_timelines(cluster.frontend.address, call_id)
             assert timeline.call_id == call_id
+            assert timeline.edge_begin.time.ToNanoseconds() <= timeline.begin.time.ToNanoseconds(), "from the edge on"
+            assert timeline.HasField("edge_begin")
 
 
 async def test_over_http_a_killed_process_costs_its_own_streams_only(

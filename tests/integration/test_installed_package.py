@@ -68,6 +68,7 @@ def test_the_wheel_carries_what_is_no_python(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"tandem_edge/envoy/edge.yaml.jinja", "tandem_edge/envoy/errors.lua.jinja", "tandem/py.typed"} <= names
     assert any(name.startswith("tandem/engine/simulated/profiles/") for name in names)
+    assert {f"tandem_frontend/console/static/{name}" for name in ("index.html", "console.js", "console.css")} <= names
     assert not [name for name in names if name.split("/")[0] in ("tests", "benchmarks", "tools")]
 
 

@@ -17,11 +17,11 @@ import pytest_asyncio
 from tandem.api.admin.v1.admin_service_pb2 import WatchFiguresResponse
 from tandem.api.worker.v1.worker_service_pb2 import WatchLoadResponse
 from tandem.cli.top.poller import FleetWatch
-from tandem.cli.top.sample import FrontendSample, Sample, WorkerSample
 from tandem.cli.top.screen import FleetTable, TopScreen
 from tandem.client import calls
 from tandem.errors import StartError, TandemError
 from tandem.local_cluster.cluster import LocalCluster
+from tandem.observability.fleet_sample import FrontendSample, Sample, WorkerSample
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import running
 from tests.integration.support.calls import generate, request_of

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment
-from tandem_edge.keys import ApiKey
 from tandem_edge.render import ERRORS_TEMPLATE, PARTS, SECRET_TEMPLATE, TEMPLATE, Files, quoted, render
 from tandem_frontend.call_context import SESSION_HEADER
 
 from tandem.domain.http_errors import ERROR_BY_CODE, ERRORS, ROWS
 from tandem.errors import EngineFailed, ParserFailed
+from tandem.service.api_keys import ApiKey
 
 ENVOY_JITTER = 1.15
 """Envoy makes the time between two pings longer by up to so much."""

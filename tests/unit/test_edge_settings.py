@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from tandem_edge.config import EdgeConfig, check
 from tandem_edge.key_watch import KeyWatch
-from tandem_edge.keys import ApiKey, key_filter, read_keys
+from tandem_edge.keys import key_filter
 
 from tandem import config
 from tandem.domain.quota import Quota, read_client_header
 from tandem.errors import ConfigError, StartError
 from tandem.service import envoy_binary
+from tandem.service.api_keys import ApiKey, read_keys
 
 SECRET = "sk-0123456789abcdef"
 

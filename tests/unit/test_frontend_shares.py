@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any, cast
 
 import pytest
@@ -292,3 +293,14 @@ def test_a_tenant_that_no_edge_names_so_is_refused(header: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         caller_of(cast("Any", Context("unix:", x_client_id=header)))
     assert refused.value.field == "x-client-id"
+
+
+@pytest.mark.parametrize(
+    ("value", "age_s"),
+    [("t={}", 2.0), ("{}", 2.0), ("t={}", -2.0), ("t={}", 7_200.0), ("t=nan{}", None), ("t=inf", None), ("soon", None)],
+)
+def test_a_caller_has_the_edges_time_only_where_it_can_be_of_this_call(value: str, age_s: float | None) -> None:
+    begin_s = time.time() - (age_s or 0.0)
+    caller = caller_of(cast("Any", Context("unix:", x_request_start=value.format(begin_s))))
+    expected = begin_s if age_s is not None and abs(age_s) < 3_600 else None
+    assert caller.edge_begin_s == pytest.approx(expected)

@@ -9,6 +9,7 @@ from google.protobuf.json_format import ParseDict
 
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.cli.timeline import render
+from tandem.observability.timeline_lines import lines_of
 
 GOLDEN = Path(__file__).parent / "golden" / "timeline.txt"
 BEGIN = "2026-11-25T03:34:28.%03dZ"
@@ -156,3 +157,13 @@ def test_a_worker_clock_that_is_behind_gives_negative_times() -> None:
     (line,) = [line for line in text.splitlines() if line.endswith("d: prefill")]
     assert line.split()[:4] == ["-50.0", "ms", "60.0", "ms"]
     assert line[22] == "█"
+
+
+def test_a_request_through_the_edge_begins_there() -> None:
+    through_edge = timeline(edge_begin=at(-3), steps=[{"name": "admit", "begin": at(0), "end": at(1)}])
+    first, second = lines_of(through_edge)
+    assert (first.part, first.begin_s, first.end_s) == ("edge", -0.003, 0.0)
+    assert (second.part, second.text) == ("frontend", "admit")
+    ahead, _ = lines_of(timeline(edge_begin=at(5), steps=[{"name": "admit", "begin": at(0), "end": at(1)}]))
+    assert ahead.part == "frontend", "an edge whose clock is ahead"
+    assert "edge" in render(through_edge, "frontend-0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.cli.top.cells import NAME_WIDTH_MIN, WORKER_COLUMNS, cell, fitting, shortened
-from tandem.cli.top.sample import SERVING, UNREACHABLE, WorkerSample
+from tandem.observability.fleet_sample import SERVING, UNREACHABLE, WorkerSample
 
 
 def cells(load: worker_pb.WatchLoadResponse | None, state: str = SERVING) -> dict[str, str]:

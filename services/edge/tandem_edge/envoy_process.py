@@ -20,11 +20,12 @@ from tandem.domain.network_address import join_address
 from tandem.errors import StartError
 from tandem.observability.logs import is_text
 from tandem.service import parent_death, run_directory
+from tandem.service.api_keys import ApiKey
 from tandem.service.envoy_binary import find_binary
 from tandem_edge.config import EdgeConfig
 from tandem_edge.endpoints import Endpoint, assignment, replace
 from tandem_edge.envoy_admin import Admin
-from tandem_edge.keys import ApiKey, key_filter
+from tandem_edge.keys import key_filter
 from tandem_edge.render import Files, render
 
 READY_POLL_S = 0.02

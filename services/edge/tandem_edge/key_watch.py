@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tandem.errors import ConfigError
-from tandem_edge.keys import ApiKey, read_keys
+from tandem.service.api_keys import ApiKey, Version, file_version, read_keys
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 Publish = Callable[[tuple[ApiKey, ...]], None]
-Version = tuple[int, ...]
 
 
 class KeyWatch:
@@ -37,7 +36,7 @@ class KeyWatch:
         Raises:
             ConfigError: the file cannot be used.
         """
-        self._version = _version(self._file)
+        self._version = file_version(self._file)
         self._warn_of_readers()
         self._keys = read_keys(self._file)
         return self._keys
@@ -50,7 +49,7 @@ class KeyWatch:
 
     def look(self, publish: Publish) -> None:
         """Publish the keys if the file has changed. What could not be published is tried again the next time."""
-        version = _version(self._file)
+        version = file_version(self._file)
         if version == self._version:
             return
         try:
@@ -75,12 +74,3 @@ class KeyWatch:
             return
         if mode & stat.S_IROTH:
             log.warning("every user of this machine can read the API keys in %s: chmod o-r", self._file)
-
-
-def _version(file: Path) -> Version | None:
-    """Changes whenever the file is written or replaced; None: it is not there."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode

@@ -22,10 +22,11 @@ import tandem
 from tandem.domain import http_errors
 from tandem.domain.network_address import split_address
 from tandem.domain.quota import QUOTA_HEADERS
+from tandem.service.api_keys import ApiKey
 from tandem_edge import transcoding
 from tandem_edge.config import EdgeConfig, is_ip
 from tandem_edge.endpoints import Endpoint, assignment
-from tandem_edge.keys import ApiKey, key_filter
+from tandem_edge.keys import key_filter
 
 PARTS = files("tandem_edge").joinpath("envoy")
 TEMPLATE = "edge.yaml.jinja"

@@ -97,12 +97,15 @@ class FrontendApp:
         models: ModelCatalog,
         readiness: Readiness,
         registration: Registration | None,
+        console_port: int = 0,
     ) -> None:
         """`registration` is None in one of several processes: the parent process has it."""
         self.address = address
         """host:port of the frontend."""
         self.fleet = fleet
         self.models = models
+        self.console_port = console_port
+        """Port of the console; 0: there is none."""
         self._config = config
         self._metrics = metrics
         self._server = server
@@ -160,6 +163,7 @@ class FrontendApp:
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
             await _serve(server, membership, own_requests, exchange, stack)
+            console_port = await _open_console(config, fleet, names, stack)
             fleet.on_view = catalog.follow
             await fleet.watch.wait_live()
             catalog.follow(fleet.watch.workers())
@@ -168,7 +172,9 @@ class FrontendApp:
             tasks.start(readiness.keep(), "readiness")
             tasks.start(exchange.follow(partial(_frontend_list, config)), "quotas")
             registration = None if membership is not None else await _register(config, names, stack)
-            yield cls(config, names.address, metrics, server, requests, fleet, catalog, readiness, registration)
+            yield cls(
+                config, names.address, metrics, server, requests, fleet, catalog, readiness, registration, console_port
+            )
 
     @property
     def metrics_port(self) -> int:
@@ -393,6 +399,16 @@ async def _serve(
     await server.serve()
     if membership is not None:
         await membership.open(server, own, exchange)
+
+
+async def _open_console(config: FrontendConfig, fleet: Fleet, names: _Names, stack: AsyncExitStack) -> int:
+    """The console's port; 0: there is none."""
+    if config.console_port is None:
+        return 0
+    # Imported only where it is on: its HTTP server takes 0.1 s to import.
+    from tandem_frontend.console.opening import open_console
+
+    return await stack.enter_async_context(open_console(config, fleet, names.frontend_id, names.address))
 
 
 async def _register(config: FrontendConfig, names: _Names, stack: AsyncExitStack) -> Registration:

@@ -23,6 +23,11 @@ ADDRESS_HEADER = "x-client-address"
 """IP address of the edge's client, set by the edge for every call."""
 IPV6_PREFIX_BITS = 64
 """One subscriber has at least so large a network, and may choose any address in it."""
+EDGE_BEGIN_HEADER = "x-request-start"
+"""When the edge received the call: "t=" and seconds since the Unix epoch, as other proxies send it too. Set by the edge
+for every call."""
+EDGE_AGE_S_MAX = 3_600.0
+"""What is further from the frontend's clock is no time of this call."""
 CALL_ID_HEADER = "x-request-id"
 """Set by the edge for every call, and returned to HTTP clients."""
 CALL_ID_CHARS_MAX = 128
@@ -51,6 +56,8 @@ class Caller:
     """The edge's id of this call, which may create several requests."""
     time: SteadyTime = field(default_factory=SteadyTime)
     """Wall clock of all times recorded for the request; started when the call arrived."""
+    edge_begin_s: float | None = None
+    """When the edge received the call, on the edge's clock; None: no edge forwarded it."""
     trace: TraceContext | None = None
     """The parent span."""
     usage: CallUsage = field(default_factory=CallUsage)
@@ -74,6 +81,7 @@ def caller_of(
     tenant, quota = _tenant_of(str(metadata.get(TENANT_HEADER, "")))
     fairness_id = tenant or _address_of(str(metadata.get(ADDRESS_HEADER, "")) or _host(context.peer()))
     context.count_unread_for(fairness_id)
+    time = SteadyTime()
     return Caller(
         tenant=tenant,
         fairness_id=fairness_id,
@@ -83,6 +91,8 @@ def caller_of(
         clock=clock,
         operation=operation,
         call_id=str(metadata.get(CALL_ID_HEADER, ""))[:CALL_ID_CHARS_MAX],
+        time=time,
+        edge_begin_s=_edge_begin(str(metadata.get(EDGE_BEGIN_HEADER, "")), time.begin_time_s),
         trace=parsed(metadata),
     )
 
@@ -96,6 +106,14 @@ def _tenant_of(header: str) -> tuple[str, Quota]:
     if len(tenant) > TENANT_CHARS_MAX:
         raise InvalidRequest(TENANT_HEADER, f"must be at most {TENANT_CHARS_MAX} characters long")
     return tenant, quota
+
+
+def _edge_begin(text: str, now_s: float) -> float | None:
+    try:
+        begin_s = float(text.removeprefix("t="))
+    except ValueError:
+        return None
+    return begin_s if abs(now_s - begin_s) <= EDGE_AGE_S_MAX else None
 
 
 def _host(peer: str) -> str:

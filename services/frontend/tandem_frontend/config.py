@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
-from tandem.domain.limits import MODEL_NAME_CHARS_MAX
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.worker import WORKER_ID_PATTERN
 from tandem.errors import ConfigError
 from tandem_frontend.call_context import SESSION_HEADER
@@ -229,6 +229,19 @@ class FrontendConfig(AdminConfig):
         None, min_length=1, description="SGLang's reasoning parser of `model`, or of several models, in the same form"
     )
 
+    console_port: int | None = Field(
+        None,
+        ge=0,
+        le=PORT_MAX,
+        description="port of the console, a page that shows the fleet and its requests; 0: any free port; default: "
+        "none",
+    )
+    console_keys: Path | None = Field(
+        None,
+        description="file with one line `client-id: key` per user of the console; the playground's requests are that "
+        "client's; required with console_port",
+    )
+
     trace_prompts: bool = Field(False, description="record prompts in traces; they are personal data of your users")
 
     @model_validator(mode="after")
@@ -244,6 +257,11 @@ class FrontendConfig(AdminConfig):
             )
         if self.tenant_requests_burst is not None and self.tenant_requests_per_second is None:
             raise ConfigError("tenant_requests_burst", "requires tenant_requests_per_second")
+        if (self.console_port is None) != (self.console_keys is None):
+            missing = "console_port" if self.console_port is None else "console_keys"
+            raise ConfigError(missing, "is missing: console_port and console_keys must be set together")
+        if self.console_port == 0 and self.processes > 1:
+            raise ConfigError("console_port", "must not be 0 with several processes: one of them serves the console")
         for name in ("local_prefill_max_tokens", "local_prefill_share"):
             if getattr(self, name) is not None and not self.local_prefill:
                 raise ConfigError(name, "requires local_prefill")

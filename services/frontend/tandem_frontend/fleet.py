@@ -43,7 +43,7 @@ class Fleet:
         self.channels = Channels(config.tls)
         self._timers = AwakeTimers()
         self._health = WorkerHealth(self.channels, self._timers)
-        self._loads = LoadWatch(self.channels, on_change=self.note_load)
+        self.loads = LoadWatch(self.channels, on_change=self.note_load)
         bounds = Bounds(config.leg_accept_timeout_s, config.leg_silence_timeout_s)
         self._links = WorkerLinks(instance, WorkerCalls(self.channels), bounds, self._timers, self._health.check)
         self.access = WorkerAccess(self.channels, self._health, self._links)
@@ -63,10 +63,18 @@ class Fleet:
             await self._health.start()
             stack.callback(self._timers.close)
             stack.push_async_callback(self._links.close)
-            stack.push_async_callback(self._loads.close)
+            stack.push_async_callback(self.loads.close)
             stack.push_async_callback(self.watch.close)
             await self.watch.start()
             yield
+
+    def unhealthy(self) -> frozenset[Start]:
+        """Workers that do not respond to this frontend, or report NOT_SERVING."""
+        return self._health.unhealthy()
+
+    def ejected(self) -> frozenset[Start]:
+        """Workers whose circuit breakers keep requests away from them."""
+        return frozenset[Start]().union(*(model.ejected() for model in self._models.values()))
 
     @asynccontextmanager
     async def following(self, model: ModelFleet) -> AsyncIterator[None]:
@@ -112,7 +120,7 @@ class Fleet:
             worker.start: model for name, model in self._models.items() for worker in by_model.get(name, ())
         }
         changed = [model for model in models if model.follow(tuple(by_model.get(model.name, ())))]
-        self._loads.follow([worker for worker in workers if worker.start in self._model_of])
+        self.loads.follow([worker for worker in workers if worker.start in self._model_of])
         for model in changed:
             model.act()
 

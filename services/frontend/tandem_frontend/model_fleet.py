@@ -110,6 +110,10 @@ class ModelFleet:
         """The model's workers in the present view; the same object until one of them changes."""
         return self._workers
 
+    def ejected(self) -> frozenset[Start]:
+        """Workers whose circuit breakers keep requests away from them."""
+        return self._breakers.ejected()
+
     def follow(self, workers: tuple[Worker, ...]) -> bool:
         """Pass a new view of the model's workers on to every part. Returns whether it differs from the last one."""
         if workers == self._workers:

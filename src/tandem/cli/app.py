@@ -138,6 +138,9 @@ LocalPrefillShare = Annotated[
     float | None, typer.Option(help="Share of an aggregated worker's time for prompts, above 0, up to 1.")
 ]
 WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
+WithConsole = Annotated[
+    bool, typer.Option("--console/--no-console", help="Serve a page that shows fleet and requests, behind a key.")
+]
 MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
 FrequencyPenalty = Annotated[
@@ -227,6 +230,8 @@ def up(
     consul_cert: ConsulCert = None,
     consul_key: ConsulKey = None,
     metrics: WithMetrics = True,
+    console: WithConsole = False,
+    console_port: Annotated[int, typer.Option(help="Port of the console; 0: any free port.")] = 0,
     config: ConfigFile = None,
 ) -> None:
     """Run a cluster on this machine; Ctrl-C drains and stops it."""
@@ -268,6 +273,7 @@ def up(
         role_flags=role_flags, registries=registries, prefill=prefill, decode=decode, aggregated=aggregated,
         frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
         tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint, host=bare_host(host),
+        console_port=console_port if console else None,
     )  # fmt: skip
     end("up", config_file.located(context, run()))
 

@@ -177,7 +177,8 @@ def _has_nvidia_driver() -> bool:
 
 
 def _check_ports(spec: ClusterSpec) -> None:
-    ports = {"port": spec.frontend_port, "http_port": spec.http_port if spec.edge else 0}
+    edge_port = spec.http_port if spec.edge else 0
+    ports = {"port": spec.frontend_port, "http_port": edge_port, "console_port": spec.console_port or 0}
     for name, port in ports.items():
         if not 0 <= port <= PORT_MAX:
             raise ConfigError(name, f"must be 0 to {PORT_MAX}, not {port}")

@@ -15,10 +15,10 @@ from google.protobuf import duration_pb2
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import worker_pb2
 from tandem.cli.membership import Membership, ask_all
-from tandem.cli.timeline import REFUSALS
 from tandem.client import admin_calls, calls
 from tandem.domain.recorded_load import RecordedCluster, RecordedFrontend, RecordedRequest
 from tandem.errors import ConfigError, StartError, TandemError
+from tandem.observability.timeline_lines import REFUSALS
 from tandem.rpc.convert import seconds, worker_from_proto
 from tandem.tls.paths import Tls
 

@@ -53,6 +53,8 @@ class ClusterState:
     """URL of the Consul that stores its membership; None: the registry stores it in memory."""
     consul_dns: str | None = None
     """host:port of the DNS of that Consul; None: not known."""
+    console: str | None = None
+    """URL of the console; None: there is none."""
     tls: str | None = None
     """Directory of its certificates; None: plaintext."""
     state: str = "serving"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from tandem.cli import console_access
 from tandem.cli.checks import check_spec
 from tandem.cli.consul_options import check_consul, consul_url, dns_address
 from tandem.cli.exit_status import Interruption
@@ -22,6 +23,7 @@ from tandem.cli.state import (
     state_file,
     write_state,
 )
+from tandem.domain.network_address import join_address
 from tandem.exit_codes import EXIT_INTERRUPTED, EXIT_SECOND_SIGNAL
 from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
@@ -47,6 +49,9 @@ async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None =
     check_spec(spec)
     await check_consul(spec, console)
     targets = state_file().parent / scrape_targets.FILE
+    if spec.console_port is not None:
+        access = console_access.prepare(state_file().parent, spec.host, spec.console_port)
+        spec = replace(spec, console_port=access.port, console_keys=access.keys)
     cluster = LocalCluster(replace(spec, log_directory=make_log_directory(spec.log_directory), targets_file=targets))
     claim_state(StartingCluster(pid=os.getpid(), log=str(cluster.log_directory.resolve())))
     try:
@@ -98,8 +103,15 @@ async def _state(cluster: LocalCluster) -> ClusterState:
         consul_dns=await dns_address(cluster),
         model=cluster.spec.first_name,
         log=str(cluster.log_directory.resolve()),
+        console=_console_url(cluster.spec),
         tls=None if cluster.spec.tls is None else str(cluster.spec.tls.resolve()),
     )
+
+
+def _console_url(spec: ClusterSpec) -> str | None:
+    if spec.console_port is None:
+        return None
+    return f"{'http' if spec.tls is None else 'https'}://{join_address(spec.host, spec.console_port)}"
 
 
 def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Console) -> None:
@@ -109,6 +121,11 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
         console.print(f"http      {scheme}://{cluster.edge.address}", highlight=False)
     for process in (*cluster.frontends, *cluster.registries):
         console.print(f"{process.role:<9} {process.address}", highlight=False)
+    if state.console is not None and cluster.spec.console_keys is not None:
+        # The key is not a part of the address: browsers keep addresses in their history, and send them on.
+        console.print(f"console   {state.console}", highlight=False, markup=False, soft_wrap=True)
+        key = console_access.key_of(cluster.spec.console_keys)
+        console.print(f"  key     {key}", highlight=False, markup=False, soft_wrap=True)
     if state.consul is not None:
         console.print(f"consul    {state.consul}/ui", highlight=False, soft_wrap=True)
     if state.consul_dns is not None:

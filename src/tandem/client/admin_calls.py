@@ -102,6 +102,26 @@ async def frontend_figures(address: str, timeout_s: float = 2.0, *, tls: Tls | N
         return response
 
 
+async def watch_figures(
+    address: str, interval_ms: int, *, tls: Tls | None = None
+) -> AsyncGenerator[pb.WatchFiguresResponse, None]:
+    """Statistics of a frontend now and at each interval; closing the iterator ends the call.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = FrontendAdminServiceStub(channel)
+        call = stub.WatchFigures(pb.WatchFiguresRequest(interval_ms=interval_ms))
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                yield response
+        except grpc.aio.AioRpcError as failure:
+            raise call_error(failure, address, tls) from None
+        finally:
+            call.cancel()
+
+
 async def capture_profile(
     address: str, request: pb.CaptureProfileRequest, *, tls: Tls | None = None
 ) -> AsyncGenerator[tuple[str, bytes], None]:

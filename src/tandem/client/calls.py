@@ -51,6 +51,37 @@ async def generate(
             call.cancel()
 
 
+async def generate_events(
+    address: str, request: frontend_pb.GenerateRequest, client: str, *, tls: Tls | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Stream a generation as server-sent events, each as bytes; closing the iterator cancels it. A failure after the
+    first event is the last event.
+
+    Args:
+        address: of a frontend.
+        request: what to generate.
+        client: the tenant and its quota, as `tandem.domain.quota.client_header` writes them.
+        tls: client certificate.
+
+    Raises:
+        TandemError: the call failed before its first event, or broke.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        call = stub.GenerateEvents(
+            frontend_pb.GenerateEventsRequest(generate=request), metadata=(("x-client-id", client),)
+        )
+        has_responded = False
+        try:
+            while (body := await call.read()) is not grpc.aio.EOF:
+                has_responded = True
+                yield body.data
+        except grpc.aio.AioRpcError as failure:
+            raise call_error(failure, address, tls, has_responded=has_responded) from None
+        finally:
+            call.cancel()
+
+
 async def list_models(address: str, *, tls: Tls | None = None) -> list[frontend_pb.Model]:
     """The models served by a frontend.
 

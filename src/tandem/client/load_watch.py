@@ -51,6 +51,8 @@ class LoadWatch:
         self._interval_s = INTERVAL_S
         self._tasks: dict[Start, asyncio.Task[None]] = {}
         self._loads: dict[Start, EngineLoad] = {}
+        self._reports: dict[Start, tuple[pb.WatchLoadResponse | None, pb.WatchLoadResponse]] = {}
+        """The last two reports as they came: their counters give rates, which only viewers of the fleet ask for."""
         self._fresh: Expiries[Start] = Expiries()
         """Expiry time of each report."""
         self._timer: asyncio.Handle | None = None
@@ -61,6 +63,12 @@ class LoadWatch:
     def of(self, start: Start) -> EngineLoad | None:
         """Last report of a worker; None: expired, or none received yet."""
         return self._loads.get(start) if self._fresh.is_live(start, self._clock()) else None
+
+    def reports(self, start: Start) -> tuple[pb.WatchLoadResponse | None, pb.WatchLoadResponse | None]:
+        """The report before the last one and the last one of a worker; None: expired, or none received yet."""
+        if not self._fresh.is_live(start, self._clock()):
+            return None, None
+        return self._reports.get(start, (None, None))
 
     def follow(self, workers: Iterable[Worker]) -> None:
         """Set the workers to follow: start new streams, cancel those of other workers."""
@@ -96,7 +104,10 @@ class LoadWatch:
             try:
                 while (report := await call.read()) is not grpc.aio.EOF:
                     if report.epoch == worker.epoch:
-                        self._keep(worker.start, load_from_proto(report), max(EXPIRY_MIN_S, STALE_INTERVALS * interval_s))
+                        self._reports[worker.start] = self._reports.get(worker.start, (None, None))[1], report
+                        self._keep(
+                            worker.start, load_from_proto(report), max(EXPIRY_MIN_S, STALE_INTERVALS * interval_s)
+                        )
                         backoff.reset()
             except grpc.aio.AioRpcError as failure:
                 log.debug("load stream of worker %s failed, reconnecting: %s", worker.worker_id, failure.details())
@@ -112,6 +123,7 @@ class LoadWatch:
 
     def _forget(self, start: Start) -> None:
         self._fresh.discard(start)
+        self._reports.pop(start, None)
         if self._loads.pop(start, None) is not None:
             self._notify(start, None)
 

@@ -67,6 +67,10 @@ class ClusterSpec:
     """Whether every process has a port for Prometheus, listed in `targets_file`."""
     targets_file: Path | None = None
     """Target file for Prometheus (`file_sd_configs`); None: in the log directory."""
+    console_port: int | None = None
+    """Port of the console of the first frontend; None: there is none."""
+    console_keys: Path | None = None
+    """File of the console's keys; with `console_port`."""
     worker_flags: dict[str, str] = field(default_factory=dict)
     """Additional flags of every worker, by name without dashes."""
     role_flags: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -260,6 +264,8 @@ class LocalCluster:
         flags = {"port": str(port), "frontend-id": f"frontend-{number}"}
         if self.spec.frontend_processes > 1:
             flags["processes"] = str(self.spec.frontend_processes)
+        if number == 0 and self.spec.console_port is not None:
+            flags |= {"console-port": str(self.spec.console_port), "console-keys": str(self.spec.console_keys)}
         return self._process("frontend", flags, number)
 
     def _registry(self, number: int) -> ClusterProcess:

@@ -181,6 +181,8 @@ class RequestTrace(Tokens):
     """The caller's span."""
     span_context: TraceContext | None = None
     """Span of this request; the caller's if nothing is exported."""
+    edge_begin_s: float | None = None
+    """When the edge received its call, on the edge's clock; None: no edge forwarded it."""
     begin_s: float = 0.0
     end_s: float | None = None
     prompt_tokens: int = 0

@@ -18,6 +18,7 @@ from tandem.domain.worker import Worker
 from tandem.errors import TandemError, WorkerNotFound
 from tandem.rpc.convert import frontend_to_proto, worker_to_proto
 from tandem.rpc.server import RpcServer
+from tandem.tls.paths import Tls
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 
@@ -118,8 +119,11 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
 
 
 @asynccontextmanager
-async def play_registry(registry: ScriptedRegistry, port: int = 0) -> AsyncIterator[ScriptedRegistry]:
-    server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))])
+async def play_registry(
+    registry: ScriptedRegistry, port: int = 0, tls: Tls | None = None
+) -> AsyncIterator[ScriptedRegistry]:
+    services = [(SERVICE_NAME, partial(pb_grpc.add_RegistryServiceServicer_to_server, registry))]
+    server = RpcServer(services, tls=tls)
     await server.start("127.0.0.1", port)
     registry.address = f"127.0.0.1:{server.port}"
     registry.stop = partial(server.stop, 0)

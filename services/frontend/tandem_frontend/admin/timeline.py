@@ -36,6 +36,7 @@ def timeline_of(trace: RequestTrace) -> pb.RequestTimeline:
         model=trace.model,
         tenant=trace.tenant,
         outcome=outcome_of(trace),
+        edge_begin=_moment(trace, trace.edge_begin_s),
         begin=_moment(trace, trace.begin_s),
         end=_moment(trace, trace.end_s),
         first_token=_moment(trace, trace.first_token_s),

@@ -30,6 +30,7 @@ def trace_of(request: pb.GenerateRequest, caller: Caller, model: str) -> Request
         model=model,
         tenant=caller.tenant,
         parent=caller.trace,
+        edge_begin_s=caller.edge_begin_s,
         clock=caller.time,
         begin_s=caller.time.begin_time_s,
     )

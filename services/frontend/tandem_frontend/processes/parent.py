@@ -154,9 +154,11 @@ def settings_of(config: FrontendConfig, number: int) -> FrontendConfig:
     """The settings of one child: its share of the limits, without what only the parent does.
 
     The open-requests limit and the rate of a tenant are divided. The workers' capacity is not, because `capacity`
-    treats each process as a frontend of its own.
+    treats each process as a frontend of its own. The first process serves the console.
     """
     update: dict[str, Any] = {"processes": 1, "announce_file": None}
+    if number > 0:
+        update |= {"console_port": None, "console_keys": None}
     update["open_requests_max"] = share(config.open_requests_max, number, config.processes)
     if config.tenant_requests_per_second is not None:
         update["tenant_requests_per_second"] = config.tenant_requests_per_second / config.processes

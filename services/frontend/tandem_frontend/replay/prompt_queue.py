@@ -43,7 +43,8 @@ class PromptQueue:
     @property
     def waiting_tokens(self) -> int:
         """Tokens still to be computed of the prompts that wait, without those that are cached now, and of the one that
-        is partly computed, as SGLang counts them."""
+        is partly computed, as SGLang counts them.
+        """
         current = 0 if self._current is None else self._current.left_tokens
         return current + sum(job.prompt_tokens - self._cached(job, ()) for job in self.waiting)
 

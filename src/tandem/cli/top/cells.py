@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
-from tandem.cli.top.sample import GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
+from tandem.observability.fleet_sample import GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 UNKNOWN = "?"
 NOTHING = "-"

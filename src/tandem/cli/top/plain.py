@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, cell, totals
-from tandem.cli.top.sample import FrontendSample, Sample, WorkerSample
+from tandem.observability.fleet_sample import FrontendSample, Sample, WorkerSample
 
 
 def tables(sample: Sample) -> str:

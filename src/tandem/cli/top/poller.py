@@ -22,9 +22,18 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import FrontendAdminServiceStub
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.cli.membership import ask_all
-from tandem.cli.top.sample import GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample, role_name, state_name
 from tandem.clock import Clock, monotonic
 from tandem.errors import StartError, TandemError
+from tandem.observability.fleet_sample import (
+    GONE,
+    UNREACHABLE,
+    FrontendSample,
+    Sample,
+    WorkerSample,
+    failures_by_worker,
+    role_name,
+    state_name,
+)
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.tls.paths import Tls
@@ -92,7 +101,7 @@ class FleetWatch:
         """The current state of the fleet."""
         members = sorted(self._members.values(), key=lambda member: (member.role, member.name))
         frontends = tuple(self._frontend(member) for member in members if member.role == "frontend")
-        failures = _failures_by_worker(frontends)
+        failures = failures_by_worker(frontends)
         return Sample(
             time_s=time.time(),
             workers=tuple(self._worker(m, failures.get(m.name, 0)) for m in members if m.role != "frontend"),
@@ -238,11 +247,3 @@ class FleetWatch:
         if member.reported_s is None or self._clock() - member.reported_s > silent_s:
             return UNREACHABLE
         return member.state
-
-
-def _failures_by_worker(frontends: Sequence[FrontendSample]) -> dict[str, int]:
-    failures: dict[str, int] = {}
-    for frontend in frontends:
-        for failed in frontend.stats.leg_failures if frontend.stats is not None else ():
-            failures[failed.worker_id] = failures.get(failed.worker_id, 0) + failed.count
-    return failures

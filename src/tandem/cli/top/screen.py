@@ -16,7 +16,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Static
 
 from tandem.cli.top.cells import FRONTEND_COLUMNS, WORKER_COLUMNS, Column, R, cell, fitting, ordered, shortened, totals
-from tandem.cli.top.sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
+from tandem.observability.fleet_sample import DRAINING, GONE, UNREACHABLE, FrontendSample, Sample, WorkerSample
 
 STYLES = {UNREACHABLE: "bold red", GONE: "dim", DRAINING: "yellow"}
 TEXT_COLUMNS = ("WORKER", "FRONTEND", "ROLE", "STATE", "HEALTH")

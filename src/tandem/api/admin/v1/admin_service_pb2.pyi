@@ -313,6 +313,7 @@ class RequestTimeline(_message.Message):
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
+    EDGE_BEGIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
@@ -373,6 +374,10 @@ class RequestTimeline(_message.Message):
     def inter_token_latency(self) -> Global___LatencyFigures:
         """Times between consecutive batches of tokens, of the first 4,096. Absent before the second batch."""
 
+    @_builtins.property
+    def edge_begin(self) -> Global___Moment:
+        """When the edge received its HTTP call, on the edge's clock; before `begin`. Absent: no edge forwarded it."""
+
     def __init__(
         self,
         *,
@@ -397,11 +402,14 @@ class RequestTimeline(_message.Message):
         error_message: _builtins.str = ...,
         prompt_tokens: _builtins.int | None = ...,
         call_id: _builtins.str = ...,
+        edge_begin: Global___Moment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "begin", b"begin", "end", b"end", "error_reason", b"error_reason", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "prompt_tokens", b"prompt_tokens", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_edge_begin", b"_edge_begin", "_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "begin", b"begin", "edge_begin", b"edge_begin", "end", b"end", "error_reason", b"error_reason", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "prompt_tokens", b"prompt_tokens", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "attempts", b"attempts", "begin", b"begin", "call_id", b"call_id", "completion_tokens", b"completion_tokens", "end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "events", b"events", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "model", b"model", "operation", b"operation", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "steps", b"steps", "tenant", b"tenant", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_edge_begin", b"_edge_begin", "_end", b"_end", "_error_reason", b"_error_reason", "_finish_reason", b"_finish_reason", "_first_token", b"_first_token", "_inter_token_latency", b"_inter_token_latency", "_last_token", b"_last_token", "_prompt_tokens", b"_prompt_tokens", "_usage", b"_usage", "attempts", b"attempts", "begin", b"begin", "call_id", b"call_id", "completion_tokens", b"completion_tokens", "edge_begin", b"edge_begin", "end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "events", b"events", "finish_reason", b"finish_reason", "first_token", b"first_token", "inter_token_latency", b"inter_token_latency", "last_token", b"last_token", "model", b"model", "operation", b"operation", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "steps", b"steps", "tenant", b"tenant", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__edge_begin: _TypeAlias = _typing.Literal["edge_begin"]  # noqa: Y015
+    _WhichOneofArgType__edge_begin: _TypeAlias = _typing.Literal["_edge_begin", b"_edge_begin"]  # noqa: Y015
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
     _WhichOneofReturnType__error_reason: _TypeAlias = _typing.Literal["error_reason"]  # noqa: Y015
@@ -418,6 +426,8 @@ class RequestTimeline(_message.Message):
     _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__usage: _TypeAlias = _typing.Literal["usage"]  # noqa: Y015
     _WhichOneofArgType__usage: _TypeAlias = _typing.Literal["_usage", b"_usage"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__edge_begin) -> _WhichOneofReturnType__edge_begin | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
     @_typing.overload

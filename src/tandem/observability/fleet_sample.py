@@ -1,10 +1,11 @@
-"""The state of the fleet at one moment, as shown by `tandem top`.
+"""The state of the fleet at one moment, as `tandem top` and the console show it.
 
 Owns the arithmetic of rates and totals; performs no I/O.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tandem.api.admin.v1 import admin_service_pb2 as admin_pb
@@ -104,3 +105,12 @@ def role_name(number: worker_pb2.WorkerRole.ValueType) -> str:
 def state_name(number: worker_pb2.WorkerState.ValueType) -> str:
     """Name of a state, in lower case."""
     return worker_pb2.WorkerState.Name(number).removeprefix("WORKER_STATE_").lower()
+
+
+def failures_by_worker(frontends: Iterable[FrontendSample]) -> dict[str, int]:
+    """Failed legs by worker, over all frontends."""
+    failures: dict[str, int] = {}
+    for frontend in frontends:
+        for failed in frontend.stats.leg_failures if frontend.stats is not None else ():
+            failures[failed.worker_id] = failures.get(failed.worker_id, 0) + failed.count
+    return failures
