@@ -3,7 +3,7 @@
     python tools/console_screenshots.py                       write them; starts four engines on the CPU
     python tools/console_screenshots.py --engine simulated    with texts that mean nothing, within seconds
 
-Light and dark, so that both are looked at whenever they are made.
+The playground in dark, the others in light: both are looked at whenever the pictures are made.
 """
 
 from __future__ import annotations
@@ -108,17 +108,17 @@ async def draw(engine: str) -> None:
         base, key = f"http://127.0.0.1:{access.port}", key_of(access.keys)
         async with LocalCluster(spec) as cluster, chromium(binary, Path(folder) / "profile") as browser:
             assert cluster.edge is not None
-            for scheme in ("light", "dark"):
-                async with browser.page() as page:
-                    await sign_in(page, base, key, scheme)
-                    async with load(cluster.edge.address):
-                        await page.size(*FLEET_SIZE)
-                        await asyncio.sleep(LOAD_S)
-                        await page.picture(IMAGES / f"console-fleet-{scheme}.png")
-                    await page.size(*REQUEST_SIZE)
-                    await draw_request(page, IMAGES / f"console-request-{scheme}.png")
-                    await page.size(*SIZE)
-                    await draw_playground(page, IMAGES / f"console-playground-{scheme}.png")
+            async with browser.page() as page:
+                await sign_in(page, base, key, "light")
+                async with load(cluster.edge.address):
+                    await page.size(*FLEET_SIZE)
+                    await asyncio.sleep(LOAD_S)
+                    await page.picture(IMAGES / "console-fleet.png")
+                await page.size(*REQUEST_SIZE)
+                await draw_request(page, IMAGES / "console-request.png")
+            async with browser.page() as page:
+                await sign_in(page, base, key, "dark")
+                await draw_playground(page, IMAGES / "console-playground.png")
 
 
 def main() -> None:
