@@ -122,7 +122,9 @@ async def test_a_load_report_reaches_the_model_of_its_worker_only() -> None:
     async with scene.live():
         a, b = of("a"), of("b")
         scene.fleet.follow(view(a, b))
+        before = dict(scene.changes)
         scene.fleet.note_load(a[1].start, EngineLoad(running_requests=10, kv_used_tokens=10**9))
+        assert scene.changes == {"a": before["a"] + 1, "b": before["b"]}
         assert [scene.capacities[name].fits(6, 0, 1) for name in MODELS] == [False, True]
         scene.fleet.follow(b)
         scene.fleet.note_load(a[1].start, None)

@@ -57,13 +57,13 @@ class Stage:
     load_s: float = LOAD_S
     opened: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
-    changes: list[bool] = field(default_factory=list)
+    reported: list[bool] = field(default_factory=list)
     unknown_count: int = 0
 
     def __post_init__(self) -> None:
         self.requests = OpenRequests(100, asyncio.get_running_loop().time)
         self.catalog = ModelCatalog(
-            self._open, self.requests, self.rules, LINGER_S, self.changes.append, self._note_unknown
+            self._open, self.requests, self.rules, LINGER_S, self.reported.append, self._note_unknown
         )  # fmt: skip
 
     def _note_unknown(self) -> None:
@@ -216,7 +216,7 @@ def test_a_model_whose_workers_cannot_be_asked_is_loaded_again_later() -> None:
         stage.fails.clear()
         await asyncio.sleep(RETRY_S + 2 * LOAD_S)
         assert stage.states() == {"a": pb.MODEL_STATE_SERVING}
-        assert stage.changes[-1] is True
+        assert stage.reported[-1] is True
 
     staged(live, fails={"a": ServiceError("no answer")})
 
@@ -284,9 +284,9 @@ async def _refusal(stage: Stage, name: str | None) -> type[Exception] | None:
 def test_a_model_of_the_frontends_own_stays_without_a_worker() -> None:
     async def live(stage: Stage) -> None:
         await stage.catalog.keep("own")
-        assert stage.changes[-1] is False
+        assert stage.reported[-1] is False
         stage.catalog.follow(of("own"))
-        assert stage.changes[-1] is True
+        assert stage.reported[-1] is True
         stage.catalog.follow(())
         await asyncio.sleep(10 * LINGER_S)
         assert (await stage.found("own"), await stage.found(None), stage.closed) == ("own", "own", [])

@@ -87,7 +87,7 @@ async def test_metadata_arrives_and_is_sent_back() -> None:
         assert metadata["x-text"] == "text, with a comma"
         assert metadata["x-raw-bin"] == bytes(range(256))
         assert not {"te", "content-type", ":path", "grpc-timeout"} & set(metadata)
-        assert 5 < context.time_remaining() <= 10
+        assert 60 < context.time_remaining() <= 101, "the client rounds it up"
         assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", context.peer())
         await context.send_initial_metadata((("x-first", "1"), ("x-first-bin", b"\x00\xff")))
         context.set_trailing_metadata((("x-last", "2"), ("x-last-bin", b"\xfe")))
@@ -96,7 +96,7 @@ async def test_metadata_arrives_and_is_sent_back() -> None:
     async with echoing() as (echo, address, _server), open_channel(address) as channel:
         echo.push = push
         sent = (("x-text", "text, with a comma"), ("x-raw-bin", bytes(range(256))))
-        call = raw_stream(channel, PUSHED)(b"", metadata=sent, timeout=10)
+        call = raw_stream(channel, PUSHED)(b"", metadata=sent, timeout=100)
         assert [part async for part in call] == [b"done"]
         first, last = dict(await call.initial_metadata()), dict(await call.trailing_metadata())
         assert (first["x-first"], first["x-first-bin"]) == ("1", b"\x00\xff")

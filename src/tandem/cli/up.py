@@ -138,4 +138,6 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
     console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
     if cluster.spec.tls is not None:
         console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f'\nTry `tandem generate "{FIRST_PROMPT}"`. Ctrl-C drains and stops the cluster.', highlight=False)
+    named = f"--model {cluster.spec.first_name} " if cluster.spec.more_models else ""
+    suggested = f'tandem generate {named}"{FIRST_PROMPT}"'
+    console.print(f"\nTry `{suggested}`. Ctrl-C drains and stops the cluster.", highlight=False)

@@ -7,7 +7,6 @@ that name, a worker of the model for every other one.
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_store import TraceStore
 from tandem.output_parsers import Parsers
-from tandem.service import run_directory
+from tandem.service.owned_directory import OwnedDirectory
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.open_requests import OpenRequests
@@ -38,7 +37,8 @@ from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.tenancy import Tenancy
 
-DIRECTORY_PREFIX = "model-"
+DIRECTORY_PREFIX = "tandem-model-"
+"""Of a directory that the next frontend removes where this one is killed."""
 ASKED_MAX = 3
 """Workers that are asked for the files of their model, one after the other."""
 
@@ -117,8 +117,9 @@ class ModelOpener:
         config = self._shared.config
         if self._own is not None and config.model is not None and name == self._own.name:
             return self._own, config.model
-        directory = await asyncio.to_thread(run_directory.make_inside, DIRECTORY_PREFIX)
-        stack.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
+        owned = await asyncio.to_thread(OwnedDirectory, DIRECTORY_PREFIX)
+        stack.push_async_callback(asyncio.to_thread, owned.remove)
+        directory = owned.path
         try:
             await self._copy(name, workers, directory)
             return await open_tokenizer(name, directory, config, stack), directory
