@@ -91,7 +91,8 @@ async def client(process: ClusterProcess) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def error_of(response: httpx.Response) -> tuple[int, str, str]:
-    """Status, type and message; there is nothing else in the body."""
+    """Status, type and message; there is nothing else in the body. Anthropic's SDKs find the request's id."""
+    assert response.headers.get_list("request-id") == [response.headers["x-request-id"]]
     assert response.headers["content-type"] == "application/json", response.text
     body = response.json()
     assert (set(body), body["type"], set(body["error"])) == ({"type", "error"}, "error", {"type", "message"}), body

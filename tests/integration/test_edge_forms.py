@@ -72,6 +72,13 @@ async def test_the_version_is_for_clients_that_may_call(client: httpx.AsyncClien
     assert (await keyed.get("/version")).status_code == 401
 
 
+async def test_metrics_are_refused_with_the_place_where_they_are(client: httpx.AsyncClient) -> None:
+    for path in ("/metrics", "/metrics/"):
+        found = await client.get(path)
+        assert found.status_code == 404
+        assert "metrics_port" in found.json()["error"]["message"]
+
+
 # The stub has no OpenAI service: a call that reaches it gets 501 instead of 200.
 REACHED = 501
 

@@ -50,6 +50,7 @@ PATHS = {
     # What load balancers, benchmarks and other servers' clients call it.
     "health_names": ("/healthz", "/health", "/ping", "/ready", "/readyz", "/v1/health"),
     "version": "/version",
+    "metrics": "/metrics",
     "cors_headers": (
         "authorization",
         "content-type",
