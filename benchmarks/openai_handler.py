@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -30,8 +31,13 @@ ROUNDS = 3
 class Instant:
     """A generation that pushes all of its chunks at once."""
 
+    tenant_requests_max = 1
+
     def __init__(self, count: int) -> None:
         self.count = count
+
+    def charged(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     async def generate(self, request: pb.GenerateRequest, caller: Any, answer: Any) -> None:
         answer.accepted(pb.GenerateAccepted(request_id="x"))
@@ -59,6 +65,12 @@ class Call:
 
     def invocation_metadata(self) -> tuple[Any, ...]:
         return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def count_unread_for(self, account: str) -> None:
+        pass
 
 
 class Discarded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,11 @@ from tandem_frontend.fleet import Fleet
 from tandem_frontend.model_fleet import ModelFleet
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.policy import RoutingRequest
+from typer.testing import CliRunner
 
 from tandem import config
+from tandem.cli import checks
+from tandem.cli.app import app
 from tandem.cli.checks import named_models
 from tandem.clock import monotonic
 from tandem.domain.worker import EngineLoad, WorkerState
@@ -201,3 +205,37 @@ def test_the_models_of_up_have_a_name_each() -> None:
         with pytest.raises(ConfigError) as wrong:
             named_models(given, model_name)
         assert wrong.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("line", "models"),
+    [
+        ('model = "models/x"', ["models/x"]),
+        ('model = ["a=models/x", "b=models/y"]', ["a=models/x", "b=models/y"]),
+        ("", ["models/tandem-demo"]),
+    ],
+)
+def test_a_file_of_up_has_one_model_or_a_list(
+    line: str, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[str]] = []
+
+    def stop(given: Sequence[str], model_name: str | None) -> dict[str, Any]:
+        seen.append(given)
+        raise ConfigError("model", "is seen")
+
+    monkeypatch.setattr(checks, "named_models", stop)
+    (tmp_path / "up.toml").write_text(line)
+    shown = CliRunner().invoke(app, ["up", "--config", str(tmp_path / "up.toml")])
+    assert (seen, shown.exit_code) == ([models], ConfigError.exit_status), shown.output
+
+
+@pytest.mark.parametrize("line", ["model = []", "model = [1, true]", "model = [[1]]"])
+def test_a_file_of_up_with_no_model_is_refused_by_name(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "up.toml").write_text(line)
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["up", "--config", "up.toml"])
+    assert shown.exit_code == ConfigError.exit_status
+    assert "line 1: model must be texts" in shown.output

@@ -80,14 +80,17 @@ def _value(option: TyperOption, value: Any, place: str, context: typer.Context) 
         if not isinstance(value, bool):
             raise typer.BadParameter(f"{place} must be true or false")
         return value
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise typer.BadParameter(f"{place} must be a text or a number")
+    # An option that may be given several times is a list, or one value without brackets.
+    given = value if option.multiple and isinstance(value, list) else [value]
+    if not all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in given) or not given:
+        raise typer.BadParameter(f"{place} must be {'texts' if option.multiple else 'a text or a number'}")
+    # The command line has texts only: one rule for both.
+    texts: Any = [str(one) for one in given] if option.multiple else str(value)
     try:
-        # The command line has texts only: one rule for both.
-        option.process_value(context, str(value))
+        option.process_value(context, texts)
     except TyperException as problem:
         raise typer.BadParameter(f"{place}: {getattr(problem, 'message', problem)}") from None
-    return str(value)
+    return texts
 
 
 def _line(text: str, key: str) -> int:

@@ -161,7 +161,7 @@ class Frontend(_message.Message):
     address: _builtins.str
     """host:port of its gRPC server."""
     model: _builtins.str
-    """Name of the model it serves."""
+    """Name of the model that it serves also without workers; "*": none. It serves every other model that has workers."""
     state: Global___WorkerState.ValueType
     """Its lifecycle state."""
     release: _builtins.str
