@@ -57,6 +57,7 @@ lint: setup ## ruff, mypy, drift of what is generated, buf
 	$(BIN)/python tools/gen_contracts_page.py --check
 	$(BIN)/python tools/gen_dashboards.py --check
 	$(BIN)/python tools/gen_prometheus_rule.py --check
+	$(BIN)/python tools/gen_helm_chart.py --check
 	$(BIN)/python tools/gen_protos.py --lint
 
 deploy-lint: setup ## the deployment files against other tools' checkers, installed into .cache

