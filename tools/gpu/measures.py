@@ -82,6 +82,7 @@ REHEARSAL = Size(
     parity_lengths=(1, 17, 64, 129, 300),
 )
 PARITY_TOKENS = 32
+PARITY_SEED = 7
 LEAD_S = 1.5
 """Decodes run undisturbed for so long before the first long prompt."""
 
@@ -97,7 +98,9 @@ async def parity_streams(cluster: LocalCluster, size: Size, vocabulary_size: int
 
     async def one(length: int) -> Streamed:
         async with gate:
-            work = Work(cluster.frontend.address, 1, 1, length, PARITY_TOKENS, vocabulary_size, 7, keep_tokens=True)
+            work = Work(
+                cluster.frontend.address, 1, 1, length, PARITY_TOKENS, vocabulary_size, PARITY_SEED, keep_tokens=True
+            )
             return (await run(work))[0]
 
     return list(await asyncio.gather(*(one(length) for length in size.parity_lengths)))
@@ -140,7 +143,12 @@ async def throughput(
         return make(**{**values, "seed": seed + values["seed"]})
 
     streams = await callers.spread(addresses(cluster), level, max(4, level * size.rounds), seeded)
-    return {"concurrent": level, **summaries.summary(streams), "kv": summaries.transfers(streams)}
+    return {
+        "concurrent": level,
+        **summaries.summary(streams),
+        "by_worker": summaries.by_worker(streams),
+        "kv": summaries.transfers(streams),
+    }
 
 
 async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict[str, Any]:
