@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from benchmarks.cached_chats import Figures
+from benchmarks.cached_chats import POLICIES, Figures
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.local_cluster.cluster import LocalCluster
+from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tools.gpu import __main__ as command
-from tools.gpu import agreement, catalog, chats, fleets, report, report_several, runs, shapes, summaries, takeovers
-from tools.gpu.callers import Heard, request_of
+from tools.gpu import (
+    agreement,
+    catalog,
+    chats,
+    fleets,
+    measures,
+    report,
+    report_several,
+    runs,
+    shapes,
+    summaries,
+    takeovers,
+)
+from tools.gpu.callers import Callers, Heard, request_of
 from tools.gpu.results import COMPLETE, FAILED, NO_TIME, NOT_RUN, PARTIAL, TAKEN, Results, state
+from tools.gpu.several import Several
 from tools.gpu.shapes import Fleet, Load, Machine
 from tools.gpu.summaries import Streamed
 
@@ -201,15 +214,17 @@ def test_takeover_times_those_that_the_victim_served_apart_from_the_others() -> 
     streams = [
         # A token that was on its way arrives just after the kill: the pause is the one behind it.
         streamed((1.0, 2.0, 2.1, 5.1), workers=victim, attempts=2),
-        streamed((1.0, 2.0, 2.5, 3.0), workers=other),
+        streamed((1.0, 2.0, 2.6, 3.0), workers=other),
+        # It had all that it needed of the victim, as a stream whose prompt is computed when a prefill worker dies.
+        streamed((1.0, 2.0, 2.2, 2.3), workers=victim),
         streamed((0.5, 0.6, 0.7, 0.8), workers=victim),
         streamed((3.5, 4.0, 4.1, 4.2), workers=victim, attempts=2),
     ]
-    found = agreement.takeover(streams, [tuple(range(4))] * 4, "decode-0", 2.05, 4)
-    assert (found["on_the_victim"], found["went_on"], found["lost"], found["whole"]) == (2, 2, 0, 4)
+    found = agreement.takeover(streams, [tuple(range(4))] * 5, "decode-0", 2.05, 4)
+    assert (found["on_the_victim"], found["went_on"], found["lost"], found["whole"]) == (3, 2, 0, 5)
     assert found["went_on_after_ms"] == {"p50": 1450.0, "max": 3000.0}
-    assert found["others_longest_pause_ms"] == {"p50": 500.0, "max": 500.0}
-    assert found["tokens"]["streams_equal"] == 4
+    assert found["others_longest_pause_ms"] == {"p50": 200.0, "max": 600.0}
+    assert found["tokens"]["streams_equal"] == 5
 
 
 def test_restarts_report_the_longest_pause_of_each_stream() -> None:
@@ -304,3 +319,67 @@ def test_tables_show_a_fleets_levels_and_the_agreement_of_tp_2() -> None:
     assert text.count("| 2a |") == 1
     assert "| TP 2, one at a time | 0 of 1 | 1 of 2 |" in text
     assert "| TP 2, each token after those of TP 1 |  | 2 of 2 |" in text
+
+
+def ran(tmp_path: Path, gpus: int, step: str, before: dict[str, Any] | None = None) -> tuple[list[Any], dict[str, Any]]:
+    """The clusters that a step asks for, which are not started, and what is recorded."""
+    clusters: list[Any] = []
+
+    async def with_cluster(name: str, spec: ClusterSpec, use: Any, prepare: Any) -> None:
+        cluster = LocalCluster(spec)
+        prepare(cluster)
+        clusters.append((name, [json.loads(w.flags["engine-extra"]) for w in cluster.workers], len(cluster.frontends)))
+
+    results = Results(tmp_path / "results.json", deadline_s=50)
+    results.measured |= before or {}
+    several = Several(
+        machine=machine(gpus, tmp_path / "logs"),
+        model=command.DEMO,
+        load=LOAD,
+        size=measures.REHEARSAL,
+        callers=cast("Callers", None),
+        results=results,
+        with_cluster=with_cluster,
+    )
+    asyncio.run(several.run(step))
+    return clusters, results.measured
+
+
+def test_a_step_takes_a_smaller_fleet_and_records_which(tmp_path: Path) -> None:
+    clusters, kept = ran(tmp_path, 2, "kill_decode_of_two")
+    assert clusters == [("kill_decode_of_two_cluster", [{"base_gpu_id": 0}, {"base_gpu_id": 1}], 1)]
+    step = kept["step_kill_decode_of_two"]
+    assert (step["fleet"], step["gpus"], step["smaller_than"], step["as_made_for_needs_gpus"]) == ("2a", 2, "2p2d", 4)
+    assert step["state"] == NOT_RUN, "nothing was measured"
+
+
+def test_a_step_without_a_fleet_starts_nothing(tmp_path: Path) -> None:
+    for step, gpus in (("kill_prefill_of_two", 2), ("fleet_1p3d", 3), ("tp2_refused", 2), ("chats", 1)):
+        clusters, kept = ran(tmp_path, gpus, step)
+        assert clusters == []
+        assert kept[f"step_{step}"]["state"] == NOT_RUN
+        assert f"and {gpus} are used" in kept[f"step_{step}"]["reason"]
+
+
+def test_tp_2_runs_behind_its_reference_and_chats_have_a_frontend_for_each_policy(tmp_path: Path) -> None:
+    clusters, _ = ran(tmp_path, 4, "tp2")
+    one, two = ([{"base_gpu_id": 0}, {"base_gpu_id": 1}], [{"base_gpu_id": 0}, {"base_gpu_id": 2}])
+    assert clusters == [
+        ("tp2_reference", one, 1),
+        ("tp2_cluster", [{**arguments, "tp_size": 2} for arguments in two], 1),
+    ]
+    ((_, extra, frontends),), _ = ran(tmp_path, 2, "chats")
+    assert frontends == len(POLICIES)
+    assert {arguments["page_size"] for arguments in extra} == {16}
+
+
+def test_a_planned_fleet_that_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    plan = {"fleet_2p2d_plan": {"fleet": {"prefill": 0, "decode": 0, "aggregated": 2}}}
+    clusters, kept = ran(tmp_path, 4, catalog.PLANNED)
+    assert (clusters, kept["step_fleet_planned"]["state"]) == ([], NOT_RUN)
+    clusters, _ = ran(tmp_path, 4, catalog.PLANNED, plan)
+    assert [name for name, _, _ in clusters] == [catalog.PLANNED]
+    clusters, kept = ran(tmp_path, 4, catalog.PLANNED, {**plan, "step_fleet_2a": {"state": COMPLETE}})
+    assert clusters == []
+    assert kept["fleet_planned"] == {"as": "fleet_2a", "by": "fleet_2p2d_plan"}
+    assert kept["step_fleet_planned"]["state"] == COMPLETE

@@ -8,11 +8,22 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.gpu import payload, pieces
 
+if TYPE_CHECKING:
+    from tools.gpu.runs import Plan
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "tandem-demo"
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
+"""Variables that turn NVLink multicast off, which ranks of one engine would use: a failure of it can outlast the run on
+hosts that lend their GPUs to several machines."""
 GPUS = 4
 """What a rehearsal on a CPU is for by default."""
 
@@ -92,46 +103,53 @@ def _model(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from tools.gpu import machine, measures, runs
+    from tools.gpu import machine, runs
     from tools.gpu.results import Results
-    from tools.gpu.shapes import Load, Machine
 
-    on_gpu = given.device == "cuda"
     try:
         given.gpus = places(given.device, given.gpus, machine.gpu_count())
-        steps = tuple(given.steps.split(",")) if given.steps else runs.STEPS
-        runs.check_steps(steps, given.gpus)
+        plan = _plan(given)
+        runs.check_steps(plan.steps, given.gpus)
         results = Results(given.out / "results.json", given.deadline_s)
         if given.add:
             results.add_to(vars(given))
     except ValueError as problem:
         print(f"python -m tools.gpu run: {problem}", file=sys.stderr)
         return 2
+    for name, value in NO_MULTICAST.items():
+        # Every process of a cluster inherits them.
+        os.environ.setdefault(name, value)
     given.out.mkdir(parents=True, exist_ok=True)
-    size = measures.GPU if on_gpu else measures.REHEARSAL
-    logs = given.out / "logs"
-    requests = max(size.levels) + size.decodes
-    plan = runs.Plan(
-        machine=Machine(
-            device=given.device, gpus=given.gpus if on_gpu else 0, places=given.gpus, dtype=given.dtype, logs=logs,
-            extra=json.loads(given.extra),
-        ),
-        size=size,
-        demo=given.demo,
-        model=given.model,
-        steps=steps,
-        load=Load(kv_capacity_tokens=given.kv_tokens, running_requests_max=requests, frontends=given.frontends),
-        demo_load=Load(kv_capacity_tokens=16_384, running_requests_max=16),
-        callers=given.callers,
-    )  # fmt: skip
     results.keep("machine", machine.facts())
     results.keep("arguments", {name: str(value) for name, value in vars(given).items()})
     try:
         asyncio.run(runs.Run(plan, results).all())
     finally:
-        runs.save_logs(logs, given.out)
+        runs.save_logs(plan.machine.logs, given.out)
     # Processes that a failed step left behind must not keep this one.
     os._exit(0)
+
+
+def _plan(given: argparse.Namespace) -> Plan:
+    from tools.gpu import measures, runs
+    from tools.gpu.shapes import Load, Machine
+
+    on_gpu = given.device == "cuda"
+    size = measures.GPU if on_gpu else measures.REHEARSAL
+    requests = max(size.levels) + size.decodes
+    return runs.Plan(
+        machine=Machine(
+            device=given.device, gpus=given.gpus if on_gpu else 0, places=given.gpus, dtype=given.dtype,
+            logs=given.out / "logs", extra=json.loads(given.extra),
+        ),
+        size=size,
+        demo=given.demo,
+        model=given.model,
+        steps=tuple(given.steps.split(",")) if given.steps else runs.STEPS,
+        load=Load(kv_capacity_tokens=given.kv_tokens, running_requests_max=requests, frontends=given.frontends),
+        demo_load=Load(kv_capacity_tokens=16_384, running_requests_max=16),
+        callers=given.callers,
+    )  # fmt: skip
 
 
 def places(device: str, asked: int | None, found: int) -> int:
