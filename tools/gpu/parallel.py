@@ -127,13 +127,14 @@ async def kill_rank(cluster: LocalCluster, vocabulary_size: int) -> dict[str, An
     _, left = await asyncio.to_thread(psutil.wait_procs, family, ENDED_TIMEOUT_S)
     if left:
         raise RuntimeError(f"processes of {victim.name} are left: {left}")
+    said = victim.last_words()
     begin_s = time.monotonic()
     await cluster.restart(victim.name)
     return {
         "ranks": len(ranks),
         "killed": victim.name,
         "exit_status": status,
-        "said": victim.last_words(),
+        "said": said,
         "worker_ended_after_s": round(ended_s, 2),
         "restart_s": round(time.monotonic() - begin_s, 1),
         "after_restart": await endings.next_request(cluster, vocabulary_size),

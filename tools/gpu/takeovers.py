@@ -34,6 +34,8 @@ class Takeover:
     new_tokens: int
     at_token: int
     """The worker is killed when each stream has had so many; 0: while prompts wait for the victim."""
+    pause_s: float = 0.0
+    """Of a caller between two streams of a rolling restart: a CPU also has to start the workers."""
 
 
 GPU = {
@@ -44,7 +46,7 @@ GPU = {
 REHEARSAL = {
     "decode": Takeover(streams=8, prompt_tokens=48, new_tokens=160, at_token=8),
     "prefill": Takeover(streams=8, prompt_tokens=800, new_tokens=24, at_token=0),
-    "rolling": Takeover(streams=4, prompt_tokens=48, new_tokens=64, at_token=0),
+    "rolling": Takeover(streams=2, prompt_tokens=48, new_tokens=64, at_token=0, pause_s=1.0),
 }
 
 
@@ -132,7 +134,7 @@ async def until(is_so: Callable[[], bool], running: asyncio.Task[list[Streamed]]
 
 
 async def roll(cluster: LocalCluster, work: Takeover, vocabulary_size: int) -> dict[str, Any]:
-    """Drain and restart every worker, one after the other, under callers that never pause."""
+    """Drain and restart every worker, one after the other, while callers go on."""
     alone = await round_of(cluster, work, vocabulary_size, "alone")
     ended: list[tuple[int, Streamed]] = []
     stop = asyncio.Event()
@@ -143,6 +145,7 @@ async def roll(cluster: LocalCluster, work: Takeover, vocabulary_size: int) -> d
         while not stop.is_set():
             ended.append((number, await ask(address, work, vocabulary_size, number, f"roll-{number}-{turn}")))
             turn += 1
+            await asyncio.sleep(work.pause_s)
 
     callers = [asyncio.create_task(call(number)) for number in range(work.streams)]
     workers: dict[str, Any] = {}
