@@ -78,7 +78,7 @@ REHEARSAL = Size(
     long_prompts=3,
     long_every_s=0.3,
     decodes=2,
-    decode_tokens=200,
+    decode_tokens=500,
     parity_lengths=(1, 17, 64, 129, 300),
 )
 PARITY_TOKENS = 32
@@ -152,7 +152,11 @@ async def throughput(
 
 
 async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict[str, Any]:
-    """The gaps of running decodes, before long prompts arrive and while they do."""
+    """The gaps of running decodes, before long prompts arrive and while they do.
+
+    Raises:
+        RuntimeError: the decodes had ended by then, so that there is nothing to report.
+    """
     where = addresses(cluster)
     seed = int(time.monotonic() * 1e3)
     decodes = Work(where[0], size.decodes, size.decodes, 64, size.decode_tokens, vocabulary_size, seed)
@@ -167,13 +171,16 @@ async def interference(cluster: LocalCluster, callers: Callers, size: Size, voca
     ended = [p.arrivals_s[-1] for p in prompts if p.failure is None and p.arrivals_s]
     (streams,) = await running
     end_s = min([max(ended, default=begin_s), *(s.arrivals_s[-1] for s in streams if s.arrivals_s)])
+    busy_s = summaries.within(streams, begin_s, end_s)
+    if not busy_s:
+        raise RuntimeError("no token came while the long prompts were computed: the streams had ended, or never began")
     return {
         "decodes": len(streams),
         "long_prompts": len(prompts),
         "long_prompt_tokens": size.long_prompt_tokens,
         "window_s": round(end_s - begin_s, 2),
         "quiet_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s - LEAD_S / 2, begin_s)),
-        "busy_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s, end_s)),
+        "busy_itl_ms": summaries.spread_ms(busy_s),
         "long_ttft_ms": summaries.spread_ms([p.ttft_s for p in prompts if p.failure is None]),
         "long_kv": summaries.transfers(prompts),
         "failed": [s.failure for s in (*streams, *prompts) if s.failure],
