@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from tools.gpu import llama, report, summaries
+from tools.gpu import llama, measures, report, summaries
+from tools.gpu.callers import Work
 from tools.gpu.results import Results
 from tools.gpu.summaries import Streamed
+
+if TYPE_CHECKING:
+    from tandem.local_cluster.cluster import LocalCluster
 
 
 def test_a_quantile_is_a_value_that_occurred() -> None:
@@ -47,6 +53,32 @@ def test_a_pace_of_transfers_is_bytes_over_their_own_time() -> None:
 def test_gaps_are_taken_from_the_window_they_end_in() -> None:
     stream = Streamed(0.0, (1.0, 2.0, 4.0, 8.0))
     assert summaries.within([stream], 2.0, 5.0) == [1.0, 2.0]
+
+
+class ScriptedCallers:
+    """Callers whose decodes have tokens at given moments after the call, and whose long prompts have one soon."""
+
+    def __init__(self, decode_tokens_after_s: tuple[float, ...]) -> None:
+        self.decode_tokens_after_s = decode_tokens_after_s
+
+    async def run(self, works: list[Work]) -> list[list[Streamed]]:
+        begin_s = time.monotonic()
+        after_s = self.decode_tokens_after_s if works[0].new_tokens > 2 else (100.0, 200.0)
+        return [[Streamed(begin_s, tuple(begin_s + later_s for later_s in after_s))]]
+
+
+def interference(monkeypatch: pytest.MonkeyPatch, decode_tokens_after_s: tuple[float, ...]) -> dict[str, Any]:
+    monkeypatch.setattr(measures, "LEAD_S", 0.0)
+    cluster = SimpleNamespace(frontends=[SimpleNamespace(address="127.0.0.1:1")])
+    callers: Any = ScriptedCallers(decode_tokens_after_s)
+    return asyncio.run(measures.interference(cast("LocalCluster", cluster), callers, measures.REHEARSAL, 100))
+
+
+def test_gaps_beside_long_prompts_are_a_measurement_only_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = interference(monkeypatch, (50.0, 100.0, 160.0))
+    assert found["busy_itl_ms"]["max"] == pytest.approx(60_000.0)
+    with pytest.raises(RuntimeError, match="the streams had ended, or never began"):
+        interference(monkeypatch, (-100.0, -50.0))
 
 
 def test_a_measurement_that_fails_or_finds_no_time_is_a_result(tmp_path: Path) -> None:

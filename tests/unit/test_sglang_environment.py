@@ -26,6 +26,7 @@ def test_sockets_are_given_an_address_where_the_host_is_a_name(host: str, tmp_pa
     assert ipaddress.ip_address(found).is_loopback
 
 
+CPUS_OF_RANKS = "SGLANG_CPU_OMP_THREADS_BIND"
 INTERFACES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -64,6 +65,17 @@ def test_a_decode_leg_waits_for_its_kv_as_long_as_the_setting_says() -> None:
     values = environment.defaults(replace(settings("127.0.0.1"), handover_timeout_s=7.2), "cpu")
     assert values["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] == "8"
     assert int(values["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"]) >= 3_600
+
+
+def test_an_engine_of_several_ranks_starts_on_a_cpu_whatever_its_numa_nodes() -> None:
+    def bound(device: str = "cpu", **extra: object) -> str | None:
+        return environment.defaults(replace(settings("127.0.0.1"), extra=extra), device).get(CPUS_OF_RANKS)
+
+    assert bound() is None
+    assert bound(tp_size=2) == "0|1"
+    assert bound(tp_size=2, pp_size=2) == "0|1|2|3"
+    assert bound("cuda", tp_size=2) is None
+    assert bound(tp_size="two") is None, "SGLang refuses it by name"
 
 
 def test_settings_of_ucx_override_the_environment_and_the_defaults(

@@ -6,12 +6,26 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.gpu import payload, pieces
 
+if TYPE_CHECKING:
+    from tools.gpu.runs import Plan
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "tandem-demo"
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
+"""Variables that turn NVLink multicast off, which ranks of one engine would use: a failure of it can outlast the run on
+hosts that lend their GPUs to several machines."""
+GPUS = 4
+"""What a rehearsal on a CPU is for by default."""
 
 
 def main() -> int:
@@ -33,6 +47,8 @@ def main() -> int:
     making.add_argument("--shape", default="llama-8b")
     making.add_argument("--device", default="cuda")
     _add_run(commands.add_parser("run", help="measure"))
+    listing = commands.add_parser("steps", help="which steps with several workers run on so many GPUs")
+    listing.add_argument("--gpus", type=int, default=None, help="default: those of this machine")
     reporting = commands.add_parser("report", help="print tables of a results file")
     reporting.add_argument("results", type=Path)
     return _COMMANDS[(given := parser.parse_args()).command](given)
@@ -40,7 +56,10 @@ def main() -> int:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument(
+        "--gpus", type=int, default=None,
+        help=f"GPUs to use; default: those of this machine; with --device cpu those to rehearse for, default {GPUS}",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--model", type=Path, required=True, help="directory of the large model; the `model` command makes one"
@@ -52,6 +71,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-tokens", type=int, default=220_000)
     parser.add_argument("--frontends", type=int, default=4)
     parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument(
+        "--add", action="store_true", help="keep what results.json in --out has from runs with the same arguments"
+    )
     parser.add_argument("--extra", default="{}", help="additional arguments of every engine, as JSON")
 
 
@@ -81,19 +103,44 @@ def _model(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from tools.gpu import machine, measures, runs
+    from tools.gpu import machine, runs
     from tools.gpu.results import Results
+
+    try:
+        given.gpus = places(given.device, given.gpus, machine.gpu_count())
+        plan = _plan(given)
+        runs.check_steps(plan.steps, given.gpus)
+        results = Results(given.out / "results.json", given.deadline_s)
+        if given.add:
+            results.add_to(vars(given))
+    except ValueError as problem:
+        print(f"python -m tools.gpu run: {problem}", file=sys.stderr)
+        return 2
+    for name, value in NO_MULTICAST.items():
+        # Every process of a cluster inherits them.
+        os.environ.setdefault(name, value)
+    given.out.mkdir(parents=True, exist_ok=True)
+    results.keep("machine", machine.facts())
+    results.keep("arguments", {name: str(value) for name, value in vars(given).items()})
+    try:
+        asyncio.run(runs.Run(plan, results).all())
+    finally:
+        runs.save_logs(plan.machine.logs, given.out)
+    # Processes that a failed step left behind must not keep this one.
+    os._exit(0)
+
+
+def _plan(given: argparse.Namespace) -> Plan:
+    from tools.gpu import measures, runs
     from tools.gpu.shapes import Load, Machine
 
-    given.out.mkdir(parents=True, exist_ok=True)
     on_gpu = given.device == "cuda"
     size = measures.GPU if on_gpu else measures.REHEARSAL
-    logs = given.out / "logs"
     requests = max(size.levels) + size.decodes
-    plan = runs.Plan(
+    return runs.Plan(
         machine=Machine(
-            device=given.device, gpus=given.gpus if on_gpu else 0, dtype=given.dtype, logs=logs,
-            extra=json.loads(given.extra),
+            device=given.device, gpus=given.gpus if on_gpu else 0, places=given.gpus, dtype=given.dtype,
+            logs=given.out / "logs", extra=json.loads(given.extra),
         ),
         size=size,
         demo=given.demo,
@@ -103,15 +150,30 @@ def _run(given: argparse.Namespace) -> int:
         demo_load=Load(kv_capacity_tokens=16_384, running_requests_max=16),
         callers=given.callers,
     )  # fmt: skip
-    results = Results(given.out / "results.json", given.deadline_s)
-    results.keep("machine", machine.facts())
-    results.keep("arguments", {name: str(value) for name, value in vars(given).items()})
-    try:
-        asyncio.run(runs.Run(plan, results).all())
-    finally:
-        runs.save_logs(logs, given.out)
-    # Processes that a failed step left behind must not keep this one.
-    os._exit(0)
+
+
+def places(device: str, asked: int | None, found: int) -> int:
+    """How many GPUs are used; on a CPU, how many are rehearsed for.
+
+    Raises:
+        ValueError: fewer are there than were asked for, or fewer than one.
+    """
+    count = asked if asked is not None else GPUS if device == "cpu" else found
+    if count < 1:
+        raise ValueError(f"--gpus: must be at least 1, not {count}" if asked is not None else "--gpus: none is there")
+    if device == "cuda" and count > found:
+        raise ValueError(f"--gpus: {count} were asked for, and {found} are there")
+    return count
+
+
+def _steps(given: argparse.Namespace) -> int:
+    from tools.gpu import catalog, machine
+    from tools.gpu.markdown_table import table
+
+    gpus = machine.gpu_count() if given.gpus is None else given.gpus
+    rows = [tuple(row.values()) for row in catalog.outlook(gpus)]
+    print(table(("step", "fleet", f"on {gpus} GPUs"), rows))
+    return 0
 
 
 def _report(given: argparse.Namespace) -> int:
@@ -121,7 +183,9 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"pack": _pack, "unpack": _unpack, "facts": _facts, "model": _model, "run": _run, "report": _report}
+_COMMANDS = {
+    "pack": _pack, "unpack": _unpack, "facts": _facts, "model": _model, "run": _run, "steps": _steps, "report": _report,
+}  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

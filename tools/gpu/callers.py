@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -49,9 +49,11 @@ def prompt(length: int, vocabulary_size: int, seed: int) -> list[int]:
     return [draw.randrange(FIRST_ORDINARY_TOKEN, vocabulary_size) for _ in range(length)]
 
 
-def request_of(token_ids: Sequence[int], new_tokens: int) -> pb.GenerateRequest:
-    """Greedy, and exactly so many tokens."""
+def request_of(token_ids: Sequence[int], new_tokens: int, cache_salt: str = "") -> pb.GenerateRequest:
+    """Greedy, and exactly so many tokens. Prefix caches have nothing under a fresh salt."""
     request = pb.GenerateRequest()
+    if cache_salt:
+        request.cache_salt = cache_salt
     request.sampling.temperature = 0.0
     request.stopping.max_tokens = new_tokens
     request.stopping.ignore_eos = True
@@ -59,40 +61,66 @@ def request_of(token_ids: Sequence[int], new_tokens: int) -> pb.GenerateRequest:
     return request
 
 
-async def stream(stub: InferenceServiceStub, request: pb.GenerateRequest, timeout_s: float, keep: bool) -> Streamed:
-    """Run one request to its end; a failure is recorded, not raised."""
+@dataclass(slots=True)
+class Heard:
+    """What a stream has had so far, which can be watched while it runs."""
+
+    arrivals_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    workers: tuple[str, ...] = ()
+    attempts: int = 1
+    in_order: bool = True
+    timings: Any = None
+    chunk_count: int = 0
+
+    def take(self, event: pb.GenerateResponse) -> None:
+        """Note one event."""
+        if event.HasField("accepted"):
+            route = event.accepted.route
+            self.workers = tuple(name for name in (route.prefill_worker_id, route.decode_worker_id) if name)
+        elif event.HasField("chunk"):
+            self.arrivals_s += [time.monotonic()] * len(event.chunk.token_ids)
+            self.token_ids += event.chunk.token_ids
+            self.in_order &= event.chunk.index == self.chunk_count
+            self.chunk_count += 1
+        elif event.HasField("finish"):
+            self.timings = event.finish.timings
+            self.attempts = event.finish.route.attempt
+
+    def streamed(self, begin_s: float, failure: str | None, keep: bool) -> Streamed:
+        """All of it, at the end."""
+        moved_bytes, recomputed_tokens, moving_s = None, None, None
+        if self.timings is not None and self.timings.HasField("kv_transfer_bytes"):
+            ended, began = self.timings.kv_transfer_end_time, self.timings.kv_transfer_start_time
+            moving_ns = ended.ToNanoseconds() - began.ToNanoseconds()
+            moved_bytes, recomputed_tokens = self.timings.kv_transfer_bytes, self.timings.recomputed_tokens
+            moving_s = moving_ns / 1e9 if moving_ns > 0 else None
+        if failure is None and self.timings is None:
+            failure = "no finish"
+        elif failure is None and not self.arrivals_s:
+            failure = "no tokens"
+        return Streamed(
+            begin_s, tuple(self.arrivals_s), failure, moved_bytes, recomputed_tokens, moving_s,
+            tuple(self.token_ids) if keep else (), time.monotonic(), self.workers, self.attempts, self.in_order,
+        )  # fmt: skip
+
+
+async def stream(
+    stub: InferenceServiceStub, request: pb.GenerateRequest, timeout_s: float, keep: bool, heard: Heard | None = None
+) -> Streamed:
+    """Run one request to its end; a failure is recorded, not raised. `heard` can be watched meanwhile."""
     import grpc
 
+    heard = heard or Heard()
     begin_s = time.monotonic()
-    arrivals_s: list[float] = []
-    token_ids: list[int] = []
-    timings = None
     try:
         call: Any = stub.Generate(request, timeout=timeout_s)
         async for event in call:
-            if event.HasField("chunk"):
-                arrivals_s += [time.monotonic()] * len(event.chunk.token_ids)
-                if keep:
-                    token_ids += event.chunk.token_ids
-            elif event.HasField("finish"):
-                timings = event.finish.timings
+            heard.take(event)
     except grpc.aio.AioRpcError as failure:
         sentence = f"{failure.code().name}: {failure.details()}"[:SENTENCE_LENGTH_MAX]
-        return Streamed(begin_s, tuple(arrivals_s), sentence, end_s=time.monotonic())
-    if timings is None:
-        return Streamed(begin_s, tuple(arrivals_s), "no finish")
-    moved = timings.HasField("kv_transfer_bytes")
-    moving_ns = timings.kv_transfer_end_time.ToNanoseconds() - timings.kv_transfer_start_time.ToNanoseconds()
-    return Streamed(
-        begin_s,
-        tuple(arrivals_s),
-        None if arrivals_s else "no tokens",
-        timings.kv_transfer_bytes if moved else None,
-        timings.recomputed_tokens if moved else None,
-        moving_ns / 1e9 if moved and moving_ns > 0 else None,
-        tuple(token_ids),
-        time.monotonic(),
-    )
+        return heard.streamed(begin_s, sentence, keep)
+    return heard.streamed(begin_s, None, keep)
 
 
 async def run(work: Work) -> list[Streamed]:

@@ -31,6 +31,12 @@ def facts() -> dict[str, Any]:
     return found
 
 
+def gpu_count() -> int:
+    """GPUs of this machine that the driver lists; 0 without one."""
+    listed = _said(["nvidia-smi", "-L"]) or []
+    return sum(line.startswith("GPU ") for line in listed)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -78,10 +78,11 @@ REHEARSAL = Size(
     long_prompts=3,
     long_every_s=0.3,
     decodes=2,
-    decode_tokens=200,
+    decode_tokens=500,
     parity_lengths=(1, 17, 64, 129, 300),
 )
 PARITY_TOKENS = 32
+PARITY_SEED = 7
 LEAD_S = 1.5
 """Decodes run undisturbed for so long before the first long prompt."""
 
@@ -97,7 +98,9 @@ async def parity_streams(cluster: LocalCluster, size: Size, vocabulary_size: int
 
     async def one(length: int) -> Streamed:
         async with gate:
-            work = Work(cluster.frontend.address, 1, 1, length, PARITY_TOKENS, vocabulary_size, 7, keep_tokens=True)
+            work = Work(
+                cluster.frontend.address, 1, 1, length, PARITY_TOKENS, vocabulary_size, PARITY_SEED, keep_tokens=True
+            )
             return (await run(work))[0]
 
     return list(await asyncio.gather(*(one(length) for length in size.parity_lengths)))
@@ -140,11 +143,20 @@ async def throughput(
         return make(**{**values, "seed": seed + values["seed"]})
 
     streams = await callers.spread(addresses(cluster), level, max(4, level * size.rounds), seeded)
-    return {"concurrent": level, **summaries.summary(streams), "kv": summaries.transfers(streams)}
+    return {
+        "concurrent": level,
+        **summaries.summary(streams),
+        "by_worker": summaries.by_worker(streams),
+        "kv": summaries.transfers(streams),
+    }
 
 
 async def interference(cluster: LocalCluster, callers: Callers, size: Size, vocabulary_size: int) -> dict[str, Any]:
-    """The gaps of running decodes, before long prompts arrive and while they do."""
+    """The gaps of running decodes, before long prompts arrive and while they do.
+
+    Raises:
+        RuntimeError: the decodes had ended by then, so that there is nothing to report.
+    """
     where = addresses(cluster)
     seed = int(time.monotonic() * 1e3)
     decodes = Work(where[0], size.decodes, size.decodes, 64, size.decode_tokens, vocabulary_size, seed)
@@ -159,13 +171,16 @@ async def interference(cluster: LocalCluster, callers: Callers, size: Size, voca
     ended = [p.arrivals_s[-1] for p in prompts if p.failure is None and p.arrivals_s]
     (streams,) = await running
     end_s = min([max(ended, default=begin_s), *(s.arrivals_s[-1] for s in streams if s.arrivals_s)])
+    busy_s = summaries.within(streams, begin_s, end_s)
+    if not busy_s:
+        raise RuntimeError("no token came while the long prompts were computed: the streams had ended, or never began")
     return {
         "decodes": len(streams),
         "long_prompts": len(prompts),
         "long_prompt_tokens": size.long_prompt_tokens,
         "window_s": round(end_s - begin_s, 2),
         "quiet_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s - LEAD_S / 2, begin_s)),
-        "busy_itl_ms": summaries.spread_ms(summaries.within(streams, begin_s, end_s)),
+        "busy_itl_ms": summaries.spread_ms(busy_s),
         "long_ttft_ms": summaries.spread_ms([p.ttft_s for p in prompts if p.failure is None]),
         "long_kv": summaries.transfers(prompts),
         "failed": [s.failure for s in (*streams, *prompts) if s.failure],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
+
+from tools.gpu import report_several
+from tools.gpu.markdown_table import measured, table
 
 SHAPES = ("pair", "aggregated", "two_aggregated")
 GIB = 2**30
@@ -12,24 +14,8 @@ GIB = 2**30
 def tables(results: dict[str, Any]) -> str:
     """Every table for which there are measurements."""
     parts = [_throughput(results), _interference(results), _copies(results), _endings(results)]
-    parts.append(_decode_heavy(results))
+    parts += [_decode_heavy(results), *report_several.tables(results), report_several.states(results)]
     return "\n\n".join(part for part in parts if part)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """One table; nothing for no rows."""
-    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
-    if not lines:
-        return ""
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
-
-
-def measured(results: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """A measurement that was taken: not one that failed, or found no time."""
-    found = results.get(name)
-    if not isinstance(found, dict) or "error" in found or "skipped" in found:
-        return None
-    return found
 
 
 def _throughput(results: dict[str, Any]) -> str:

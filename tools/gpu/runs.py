@@ -9,25 +9,27 @@ from __future__ import annotations
 import asyncio
 import functools
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
-from tools.gpu import copies, decode_heavy, endings, measures, observed, overhead, shapes
+from tools.gpu import catalog, copies, decode_heavy, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
 from tools.gpu.measures import Size
 from tools.gpu.results import Results
+from tools.gpu.several import DTYPE_BYTES, Prepare, Several
 from tools.gpu.shapes import Load, Machine
 from tools.gpu.summaries import Streamed
 
 PARITY_CONCURRENT = 8
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed", "decode_heavy")
 """What is run unless steps are named; `decode_heavy` is `decode_heavy_aggregated` and `decode_heavy_pair`. `kills` is
-the end of `overhead` by itself, with decode killed twice."""
+the end of `overhead` by itself, with decode killed twice. Those of `catalog` are run when they are named."""
+NAMED = ("kills", "decode_heavy_aggregated", "decode_heavy_pair", catalog.GROUP)
+"""Steps that are run only when they are named, beside those of `catalog`."""
 TAIL_LINES = 60
 
 
@@ -68,14 +70,29 @@ class Run:
             "decode_heavy_aggregated": functools.partial(self._heavy_shape, "aggregated"),
             "decode_heavy_pair": functools.partial(self._heavy_shape, "pair"),
         }
+        several = self._several()
         try:
             await self.callers.warm()
-            for step in self.plan.steps:
-                # Each keeps its own measurements; what is kept here is that it came to its end, or why it did not.
-                await self.results.take(f"step_{step}", 0, steps[step])
+            for step in expanded(self.plan.steps, self.plan.machine.places):
+                if step in steps:
+                    await self.results.step(step, steps[step])
+                else:
+                    await several.run(step)
         finally:
             self.callers.close()
         self.results.keep("left_s", round(self.results.left_s))
+
+    def _several(self) -> Several:
+        plan = self.plan
+        return Several(
+            machine=plan.machine,
+            model=plan.model,
+            load=plan.load,
+            size=plan.size,
+            callers=self.callers,
+            results=self.results,
+            with_cluster=self.with_cluster,
+        )
 
     async def _parity(self) -> None:
         """The demo model: streams of the pair beside those of an aggregated worker, one at a time and eight at once."""
@@ -91,21 +108,21 @@ class Run:
 
         for shape, make in (("aggregated", shapes.aggregated), ("pair", shapes.pair)):
             spec = make(plan.machine, plan.demo, plan.demo_load, f"demo-{shape}")
-            await self._with(f"demo_{shape}", spec, functools.partial(listen, shape))
+            await self.with_cluster(f"demo_{shape}", spec, functools.partial(listen, shape))
         for concurrent in (1, PARITY_CONCURRENT):
             pair, alone = heard.get(("pair", concurrent)), heard.get(("aggregated", 1))
             if pair and alone:
-                self.results.keep(f"parity_{concurrent}", measures.parity(plan.size, per_token, pair, alone))
+                self.results.note(f"parity_{concurrent}", measures.parity(plan.size, per_token, pair, alone))
         # What batches alone change, to separate it from what the hand-over changes.
         batched, alone = heard.get(("aggregated", PARITY_CONCURRENT)), heard.get(("aggregated", 1))
         if batched and alone:
-            self.results.keep("aggregated_batched", measures.parity(plan.size, per_token, batched, alone))
+            self.results.note("aggregated_batched", measures.parity(plan.size, per_token, batched, alone))
 
     async def _shape(self, shape: str, make: Callable[..., ClusterSpec]) -> None:
         """The large model on one shape of cluster: throughput, long prompts, and for the pair its endings."""
         plan = self.plan
         spec = make(plan.machine, plan.model, plan.load, f"model-{shape}")
-        await self._with(shape, spec, functools.partial(self._on_model, shape))
+        await self.with_cluster(shape, spec, functools.partial(self._on_model, shape))
 
     async def _on_model(self, shape: str, cluster: LocalCluster) -> None:
         plan, take = self.plan, self.results.take
@@ -151,7 +168,7 @@ class Run:
 
         pair = await overhead.BarePair.start(plan.machine, plan.model, load)
         try:
-            await self._with("beside_bare", shapes.pair(plan.machine, plan.model, load, "overhead"), use)
+            await self.with_cluster("beside_bare", shapes.pair(plan.machine, plan.model, load, "overhead"), use)
         finally:
             await pair.stop()
 
@@ -171,7 +188,7 @@ class Run:
             for number in (1, 2):
                 await take(f"observed_interference_{number}", 15, busy)
 
-        await self._with("observed", spec, use)
+        await self.with_cluster("observed", spec, use)
 
     async def _kills(self) -> None:
         """Kills of either engine of a pair; decode twice, because its successor needs the memory of the first."""
@@ -185,13 +202,13 @@ class Run:
                 "kill_prefill", 40, functools.partial(kill, "prefill", plan.size.long_prompt_tokens)
             )
 
-        await self._with("kills", shapes.pair(plan.machine, plan.model, plan.load, "kills"), use)
+        await self.with_cluster("kills", shapes.pair(plan.machine, plan.model, plan.load, "kills"), use)
 
     async def _decode_heavy(self) -> None:
         """Both shapes, one after the other: a failure of one does not keep the other."""
         for shape in ("aggregated", "pair"):
             step = functools.partial(self._heavy_shape, shape)
-            await self.results.take(f"step_decode_heavy_{shape}", 0, step)
+            await self.results.take(f"step_decode_heavy_{shape}", 0, step, proves=False)
 
     async def _heavy_shape(self, shape: str) -> None:
         """Many streams at once, beside bare engines."""
@@ -203,7 +220,8 @@ class Run:
         }[shape]
 
         async def with_cluster(load: Load, first_gpu: int, use: Callable[[LocalCluster], Awaitable[None]]) -> None:
-            await self._with(name, make(plan.machine, plan.model, load, name), use, first_gpu)
+            place = functools.partial(shapes.place, machine=plan.machine, first=first_gpu)
+            await self.with_cluster(name, make(plan.machine, plan.model, load, name), use, place)
 
         place = decode_heavy.Place(
             machine=plan.machine,
@@ -216,23 +234,44 @@ class Run:
         )
         await compare(name, place, with_cluster)
 
-    async def _with(
-        self, name: str, spec: ClusterSpec, use: Callable[[LocalCluster], Awaitable[None]], first_gpu: int = 0
+    async def with_cluster(
+        self,
+        name: str,
+        spec: ClusterSpec,
+        use: Callable[[LocalCluster], Awaitable[None]],
+        prepare: Prepare | None = None,
     ) -> None:
-        """A cluster for one step; the ends of its logs are kept when something fails."""
+        """A cluster for one step, prepared before its start; the ends of its logs are kept when something fails."""
+        prepare = prepare or functools.partial(shapes.place, machine=self.plan.machine)
 
         async def step() -> dict[str, Any]:
             begin_left_s = self.results.left_s
             cluster = LocalCluster(spec)
-            shapes.place(cluster, self.plan.machine, first_gpu)
+            prepare(cluster)
             async with cluster:
                 started_s = round(begin_left_s - self.results.left_s, 1)
                 self.results.report(f"{name} serves after {started_s} s")
                 await use(cluster)
             return {"started_s": started_s}
 
-        if not await self.results.take(name, 20, step):
+        if not await self.results.take(name, 20, step, proves=False):
             self.results.keep(f"{name}_logs", tails(spec.log_directory))
+
+
+def check_steps(steps: Sequence[str], gpus: int) -> None:
+    """Check the names before anything starts.
+
+    Raises:
+        ValueError: names the step that does not exist.
+    """
+    for name in steps:
+        if name not in (*STEPS, *NAMED) and not catalog.knows(name, gpus):
+            raise ValueError(f"--steps: there is no step {name}")
+
+
+def expanded(steps: Sequence[str], gpus: int) -> list[str]:
+    """The steps by their own names."""
+    return [name for step in steps for name in (catalog.group(gpus) if step == catalog.GROUP else (step,))]
 
 
 def tails(logs: Path | None) -> dict[str, list[str]]:

@@ -1,11 +1,14 @@
-"""The clusters that are compared: a pair, and aggregated workers, with the same settings except for their roles.
+"""The clusters that are compared: workers by role and tensor parallelism, with the same settings except for these.
 
 Owns the assignment of GPUs and memory to workers. Starts nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ class Machine:
     """"cuda" or "cpu"."""
     gpus: int
     """GPUs to use; 0 on a CPU."""
+    places: int = 0
+    """GPUs to use, or on a CPU those that a rehearsal is for: each stands for as many engines as a GPU has."""
     dtype: str
     logs: Path
     extra: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +46,65 @@ class Load:
     open_requests_max: int = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Workers by role; each engine has as many GPUs as its tensor parallelism says."""
+
+    prefill: int = 0
+    decode: int = 0
+    aggregated: int = 0
+    prefill_tp: int = 1
+    tp: int = 1
+    """Of decode and aggregated engines."""
+
+    @property
+    def engine_gpus(self) -> list[int]:
+        """GPUs of each engine, in the order of a cluster's workers."""
+        return [self.prefill_tp] * self.prefill + [self.tp] * (self.decode + self.aggregated)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all engines."""
+        return sum(self.engine_gpus)
+
+    @property
+    def name(self) -> str:
+        """For example 1p3d, 4a, 1p1d_tp2, 1p1d_tp2to1."""
+        roles = (("p", self.prefill), ("d", self.decode), ("a", self.aggregated))
+        name = "".join(f"{count}{role}" for role, count in roles if count)
+        if self.prefill and self.prefill_tp != self.tp:
+            return f"{name}_tp{self.prefill_tp}to{self.tp}"
+        return f"{name}_tp{self.tp}" if self.tp > 1 else name
+
+    @classmethod
+    def named(cls, name: str) -> Fleet:
+        """The fleet of one GPU for each engine that has this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = re.fullmatch(r"(?:([1-9])p([1-9])d)?(?:([1-9])a)?", name)
+        if not name or found is None:
+            raise ValueError(f"{name!r} is no fleet: 2p2d, 4a or 1p1d2a are")
+        return cls(*(int(count or 0) for count in found.groups()))
+
+
+def fleets_of(gpus: int) -> list[Fleet]:
+    """The fleets to compare that use so many GPUs: half of them in each role, all aggregated, and the uneven ones."""
+    if gpus < 2:
+        return []
+    few = max(1, gpus // 4)
+    splits = dict.fromkeys((gpus // 2, few, gpus - few))
+    pairs = [Fleet(prefill, gpus - prefill) for prefill in splits]
+    return [pairs[0], Fleet(aggregated=gpus), *pairs[1:]]
+
+
+def cluster_spec(machine: Machine, model: Path, load: Load, fleet: Fleet, name: str) -> ClusterSpec:
+    """A cluster of these workers."""
+    counts = {"prefill": fleet.prefill, "decode": fleet.decode, "aggregated": fleet.aggregated}
+    return _spec(machine, model, load, name, **counts)
+
+
 def pair(machine: Machine, model: Path, load: Load, name: str) -> ClusterSpec:
     """One prefill and one decode worker."""
     return _spec(machine, model, load, name, prefill=1, decode=1, aggregated=0)
@@ -56,14 +120,30 @@ def two_aggregated(machine: Machine, model: Path, load: Load, name: str) -> Clus
     return _spec(machine, model, load, name, prefill=0, decode=0, aggregated=2)
 
 
-def place(cluster: LocalCluster, machine: Machine, first: int = 0) -> None:
-    """Give each worker its GPU, in the order of the workers, from the `first` on; call it before the cluster starts."""
-    for number, worker in enumerate(cluster.workers, start=first):
-        worker.flags["engine-extra"] = json.dumps(engine_extra(machine, number))
+def place(
+    cluster: LocalCluster,
+    machine: Machine,
+    first: int = 0,
+    engine_gpus: Sequence[int] = (),
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Give each worker its GPUs, in the order of the workers; call it before the cluster starts.
+
+    Args:
+        first: GPU of the first worker.
+        engine_gpus: how many GPUs each worker's engine has; empty: one each.
+        extra: arguments of every engine of this cluster.
+    """
+    sizes = engine_gpus or [1] * len(cluster.workers)
+    begins = itertools.accumulate(sizes, initial=first)
+    for worker, gpus, begin in zip(cluster.workers, sizes, begins, strict=False):
+        parallel = {"tp_size": gpus} if gpus > 1 else {}
+        arguments = {**engine_extra(machine, begin), **(extra or {}), **parallel}
+        worker.flags["engine-extra"] = json.dumps(arguments)
 
 
 def engine_extra(machine: Machine, number: int) -> dict[str, Any]:
-    """Arguments of one engine beyond the worker's own settings."""
+    """Arguments of one engine beyond the worker's own settings; `number` is that of its first GPU."""
     place = {"base_gpu_id": machine.gpu(number)} if machine.gpus else {}
     return {**machine.extra, **place}
 

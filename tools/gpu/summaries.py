@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,11 @@ class Streamed:
     token_ids: tuple[int, ...] = ()
     end_s: float | None = None
     """When its client received the end."""
+    workers: tuple[str, ...] = ()
+    """Prefill and decode worker, or the aggregated one, of its first attempt."""
+    attempts: int = 1
+    in_order: bool = True
+    """Whether its chunks had contiguous indices."""
 
     @property
     def ttft_s(self) -> float:
@@ -76,6 +82,11 @@ def summary(streams: Sequence[Streamed]) -> dict[str, object]:
         "itl_ms": spread_ms([gap for s in good for gap in s.gaps_s]),
         "tpot_ms": spread_ms(paces_s),
     }
+
+
+def by_worker(streams: Sequence[Streamed]) -> dict[str, int]:
+    """How many streams each worker had in their first attempt."""
+    return dict(sorted(Counter(name for stream in streams for name in stream.workers).items()))
 
 
 def transfers(streams: Sequence[Streamed]) -> dict[str, object]:

@@ -35,6 +35,11 @@ def process_state(pid: int | None) -> str:
     return stat.read_text().rpartition(")")[2].split()[0]
 
 
+def scheduler_names(count: int) -> list[str]:
+    """What the schedulers of one engine are called in sentences, in SGLang's order."""
+    return ["scheduler"] if count == 1 else [f"scheduler of rank {rank}" for rank in range(count)]
+
+
 class Children:
     """Child processes of one engine. Constructed on the event loop; `add` is called on the thread that starts them."""
 

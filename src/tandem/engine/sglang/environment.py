@@ -118,7 +118,17 @@ def defaults(settings: EngineSettings, device: str) -> dict[str, str]:
             "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS": '{"num_threads": "1"}',
             "SGLANG_DISAGGREGATION_QUEUE_SIZE": "1",
         }
+        if (ranks := _ranks(settings)) > 1:
+            # SGLang starts more ranks than there are NUMA nodes only with a list of CPUs for each. Plain PyTorch, which
+            # the plugin uses, binds none of them.
+            values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(ranks))
     return values
+
+
+def _ranks(settings: EngineSettings) -> int:
+    """Scheduler processes of the engine. SGLang refuses sizes that are no numbers, and names them."""
+    sizes = [settings.extra.get(name, 1) for name in ("tp_size", "dp_size", "pp_size")]
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def apply(settings: EngineSettings, device: str, report_file: Path) -> None:

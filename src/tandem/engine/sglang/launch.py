@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.load_snapshot import shm_path_for
 
 from tandem.engine.sglang import role_switch
+from tandem.engine.sglang.children import scheduler_names
 from tandem.engine.sglang.front_half import FrontHalf
 from tandem.engine.sglang.hooks import kv_snapshot
 
@@ -50,8 +51,8 @@ def construct(
         def _launch_scheduler_processes(cls, server_args: Any, port_args: Any, *more: Any, **keywords: Any) -> Any:
             on_file(Path(shm_path_for(port_args.instance_id)))
             result, processes = super()._launch_scheduler_processes(server_args, port_args, *more, **keywords)
-            for process in processes:
-                on_child("scheduler", process)
+            for name, process in zip(scheduler_names(len(processes)), processes, strict=True):
+                on_child(name, process)
             return result, processes
 
         @classmethod

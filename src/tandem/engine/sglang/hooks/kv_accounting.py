@@ -3,6 +3,7 @@
 Written by hooks (`hooks.scheduler_hooks`) at the points where SGLang submits pages to NIXL and where it learns that
 they have arrived. Measured, never computed from the model's shape: bytes are those that NIXL's telemetry reports for
 each finished write, and prompt tokens count as recomputed when a batch that contains them is passed to the model.
+With tensor parallelism each rank records its own, and what the first one reports is taken times `kv_shards`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ class Transfer:
     """Set on prefill only: decode is notified only of the end."""
     end_s: float | None = None
     moved_bytes: int | None = None
+
+    def moved_bytes_of(self, shards: int) -> int | None:
+        """Bytes that so many ranks have moved, of which this is one."""
+        return None if self.moved_bytes is None else self.moved_bytes * shards
 
 
 class TransferStats:
@@ -68,6 +73,11 @@ class TransferStats:
         transfer = self._transfers.setdefault(room, Transfer())
         _forget(self._transfers)
         return transfer
+
+
+def kv_shards(heads: int, heads_of_a_rank: int) -> int:
+    """How many ranks hold different KV heads. More ranks than heads hold copies of them, which count once."""
+    return max(1, heads // heads_of_a_rank)
 
 
 def _forget(entries: OrderedDict[int, Transfer] | OrderedDict[str, int]) -> None:

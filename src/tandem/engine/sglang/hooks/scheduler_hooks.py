@@ -33,7 +33,7 @@ from tandem.engine.sglang.hooks import (
     transfer_queues,
 )
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
-from tandem.engine.sglang.hooks.kv_accounting import TransferStats
+from tandem.engine.sglang.hooks.kv_accounting import TransferStats, kv_shards
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,21 @@ def _describe(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         "running_requests_max": scheduler.max_running_requests,
         "page_size_tokens": scheduler.page_size,
         "kv_dtype": str(pool.dtype).removeprefix("torch."),
-        "kv_bytes_per_token": sum(page_bytes) // scheduler.page_size,
+        "kv_bytes_per_token": sum(page_bytes) // scheduler.page_size * _kv_shards(scheduler),
     }
     return info
+
+
+def _kv_shards(scheduler: Any) -> int:
+    """How many ranks share out the KV of a token."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.runtime_context import get_parallel
+
+    config = scheduler.model_config
+    if config.attention_arch == AttentionArch.MLA:
+        # Each rank has the whole latent.
+        return 1
+    return kv_shards(config.get_total_num_kv_heads(), config.get_num_kv_heads(get_parallel().attn_tp_size))
 
 
 def _use_whole_context(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
@@ -223,6 +235,7 @@ def _context_tokens_max(scheduler: Any, role: str) -> int:
 
 def _streamer_class(streamer: type, scheduler: Any) -> type:
     """A subclass of SGLang's streamer that adds `_facts` to the end of each request."""
+    shards = _kv_shards(scheduler)
 
     class FactStreamer(streamer):  # type: ignore[misc]
         has_additional_customized_info = True
@@ -230,14 +243,17 @@ def _streamer_class(streamer: type, scheduler: Any) -> type:
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
             more: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
             mode = self.disaggregation_mode.value
-            more[FACTS_KEY] = [[_facts(req, mode)] if req.finished() else [] for req in reqs]
+            more[FACTS_KEY] = [[_facts(req, mode, shards)] if req.finished() else [] for req in reqs]
             return more
 
     return FactStreamer
 
 
-def _facts(req: Any, mode: str) -> dict[str, Any]:
-    """Timings and counts of a request that has ended; keys are fields of EngineTimings and EngineFinish."""
+def _facts(req: Any, mode: str, shards: int) -> dict[str, Any]:
+    """Timings and counts of a request that has ended; keys are fields of EngineTimings and EngineFinish.
+
+    Only the first rank reports; `shards` ranks have moved as many bytes as it has.
+    """
     from sglang.srt.observability.req_time_stats import convert_time_to_realtime
 
     def time_s(counter: float) -> float | None:
@@ -256,7 +272,7 @@ def _facts(req: Any, mode: str) -> dict[str, Any]:
         "kv_transfer_start_time_s": transfer.start_s,
         "kv_transfer_end_time_s": transfer.end_s,
         "first_token_time_s": time_s(first_token),
-        "kv_transfer_bytes": transfer.moved_bytes,
+        "kv_transfer_bytes": transfer.moved_bytes_of(shards),
         "recomputed_tokens": recomputed_tokens if decodes else None,
     }
 
