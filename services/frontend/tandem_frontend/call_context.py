@@ -53,6 +53,8 @@ class Caller:
     """Wall clock of all times recorded for the request; started when the call arrived."""
     trace: TraceContext | None = None
     """The parent span."""
+    is_background: bool = False
+    """Whether it runs at low priority, on capacity that live requests leave."""
     usage: CallUsage = field(default_factory=CallUsage)
     """Collects what its generations use."""
 

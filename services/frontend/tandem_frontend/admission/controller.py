@@ -20,6 +20,7 @@ from typing import Protocol
 from tandem.clock import Clock
 from tandem.errors import DeadlinePassed, Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
+from tandem_frontend.admission.background import BackgroundShare
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.admission.queue import QueuedRequest, RequestQueue
 from tandem_frontend.admission.shares import TenantRates, TenantShares, no_unread
@@ -35,6 +36,8 @@ it is rejected; a queued request without time for the median is not started. Und
 first, so all of them run close to their deadlines: one shared limit would start requests that cannot finish."""
 REEVALUATE_DELAY_S = 0.005
 """Changes within it are evaluated together: a large fleet reports its load hundreds of times a second."""
+BACKGROUND_DELAY_S = 0.1
+"""Until a request of low priority that found no capacity is tried again."""
 WAIT_MARGIN = 2.0
 """Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
 
@@ -73,6 +76,7 @@ class Admission:
         *,
         tenant_share: float = 1.0,
         rates: TenantRates | None = None,
+        background: BackgroundShare | None = None,
     ) -> None:
         """Create an empty admission queue.
 
@@ -88,7 +92,9 @@ class Admission:
             tenant_share: fraction of `open_requests_max` that one tenant may hold while no other holds any; and of the
                 workers' capacity, while others are there or are expected back.
             rates: requests that each tenant may send in a second; None: no limit.
+            background: what requests of low priority may have; None: there are none.
         """
+        self._background = background or BackgroundShare(0, 0.0, clock, None)
         self._unread = unread
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
@@ -158,6 +164,7 @@ class Admission:
         self._open.add(tenant)
         self._load.open()
         self._idle.clear()
+        self._background.note_live(self._open_count)
         try:
             yield
         except asyncio.CancelledError:
@@ -167,8 +174,80 @@ class Admission:
             self._open_count -= 1
             self._open.remove(tenant)
             self._load.close()
+            self._background.note_live(self._open_count)
             if not self._open_count:
                 self._idle.set()
+
+    @contextmanager
+    def admit_background(self) -> Iterator[None]:
+        """Count as a request of low priority while the context is entered: no limit of live requests counts it.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        self.check_open()
+        self._background.begin()
+        self._load.open()
+        try:
+            yield
+        finally:
+            self._load.close()
+            self._background.end()
+
+    def check_open(self) -> None:
+        """Whether new requests are admitted at all.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        if self._is_closed:
+            raise Draining("this frontend is draining and accepts no new requests")
+
+    def has_spare(self) -> bool:
+        """Whether a row of a batch may start, as far as is known before its request has been read."""
+        unstarted = self._background.unstarted
+        mean_tokens = self._held_tokens // self._held_requests if self._held_requests else 0
+        return self._spares(unstarted, unstarted * mean_tokens, 1, 0)
+
+    def _spares(self, more_requests: int, more_tokens: int, tokens: int, prompt_tokens: int) -> bool:
+        """Whether a request of low priority may use the workers beside what this frontend has there and `more_…`: no
+        live one waits, and some capacity stays free.
+        """
+        if len(self._queue) or self._is_closed or self._load.late_s > self._lag_max_s / 2:
+            return False
+        requests, kv_tokens = self._held_requests + more_requests + 1, self._held_tokens + more_tokens + tokens
+        has_capacity = self._background.fits(
+            requests + self._held.reserved(requests), kv_tokens + self._held.reserved(kv_tokens)
+        )
+        # Each request fits somewhere, also one that needs more than what usually stays free.
+        return (has_capacity or requests == 1) and self._prefill.has_room(prompt_tokens)
+
+    def note_others(self) -> None:
+        """Look at the load of other frontends; called several times a second while rows wait or run."""
+        self._background.note_others(self._held_requests, self._held_tokens)
+
+    @asynccontextmanager
+    async def background_slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:
+        """`slot` for a request of low priority, which does not wait here: a live one might have to wait behind it.
+
+        Raises:
+            Overloaded: live requests need the capacity.
+        """
+        charged = self._headroom.counted(request.tokens - request.answer_tokens, request.answer_tokens)
+        if not self._spares(0, 0, charged, request.prompt_tokens):
+            raise Overloaded(
+                "live requests need the capacity of the workers", retry_delay_s=BACKGROUND_DELAY_S, limit="batch"
+            )
+        self._held_requests += 1
+        self._held_tokens += charged
+        work = self._prefill.reserve(request.prompt_tokens, self.reevaluate_soon)
+        try:
+            yield work
+        finally:
+            work.drop()
+            self._held_requests -= 1
+            self._held_tokens -= charged
+            self.reevaluate()
 
     @asynccontextmanager
     async def slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:
@@ -237,8 +316,7 @@ class Admission:
 
     def _check(self, tenant: str, count: int) -> None:
         """Whether so many requests of a tenant would be admitted now. Raises as `admit`."""
-        if self._is_closed:
-            raise Draining("this frontend is draining and accepts no new requests")
+        self.check_open()
         unread, open_max = self._unread(), self._open_requests_max
         open_count = self._open_count + sum(unread.values()) + self._cancelled.total()
         if open_count + count > open_max:
