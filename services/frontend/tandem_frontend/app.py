@@ -1,9 +1,9 @@
 """Composition root of the frontend: creates its parts, and starts and stops them in order.
 
 Start: tokenizer, port, metrics, parser host, registry view, server, health (SERVING while a worker is known), and last
-its own registration, which nothing waits for. Drain: DRAINING in the registry and NOT_SERVING while requests are still
-accepted -> settle -> close admission -> wait for the open requests -> deregister. Stop: registration, server, and then
-what the start opened, in reverse order.
+its own registration, which nothing waits for, and the batches. Drain: DRAINING in the registry and NOT_SERVING while
+requests are still accepted -> stop batches -> settle -> close admission -> wait for the open requests -> deregister.
+Stop: batches, registration, server, and then what the start opened, in reverse order.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
     add_ProfileServiceServicer_to_server,
 )
 from tandem.api.frontend.v1.anthropic_service_pb2_grpc import add_AnthropicServiceServicer_to_server
+from tandem.api.frontend.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.api.frontend.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
@@ -52,6 +53,7 @@ from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
 from tandem_frontend.admin.servicer import FrontendAdminServicer
 from tandem_frontend.admin.stats import RequestStats
+from tandem_frontend.admission.background import BackgroundShare
 from tandem_frontend.admission.capacity import Capacity
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
@@ -61,6 +63,8 @@ from tandem_frontend.admission.quotas import Quotas
 from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import AnthropicServicer
+from tandem_frontend.batches.part import Batches
+from tandem_frontend.batches.servicer import SERVICE_NAME as BATCH_SERVICE_NAME
 from tandem_frontend.call_usage import TenantMetrics, UsageSink
 from tandem_frontend.config import PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
@@ -99,6 +103,7 @@ class FrontendApp:
         fleet: Fleet,
         readiness: Readiness,
         registration: Registration | None,
+        batches: Batches,
     ) -> None:
         """`registration` is None in one of several processes: the parent process has it."""
         self.address = address
@@ -110,6 +115,7 @@ class FrontendApp:
         self._admission = admission
         self._readiness = readiness
         self._registration = registration
+        self._batches = batches
 
     @classmethod
     @asynccontextmanager
@@ -135,7 +141,8 @@ class FrontendApp:
             load = LoopLoad()
             capacity = Capacity(config.served_name, monotonic, config.no_worker_wait_s)
             backlog = PrefillBacklog(config.served_name, config.prefill_queue_s)
-            admission = _make_admission(config, capacity, backlog, load, server)
+            share = BackgroundShare(config.batch_rows_max, config.batch_rows_per_live_request, monotonic, capacity)
+            admission = _make_admission(config, capacity, backlog, load, server, share)
             readiness = Readiness(server, config.served_name)
             fleet = Fleet(
                 config, names.instance, model, (capacity, readiness), backlog, admission.reevaluate_soon, metrics
@@ -176,6 +183,15 @@ class FrontendApp:
                 comment_s=config.stream_comment_s,
             )
             server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
+            batches = await Batches.open(
+                config,
+                openai.answer,
+                admission,
+                share,
+                metrics,
+                config.request_bytes(model.tokenizer.context_tokens_max),
+            )
+            server.add(BATCH_SERVICE_NAME, partial(add_BatchServiceServicer_to_server, batches.servicer))
             _add_internal(server, config, membership, own, exchange)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
@@ -187,7 +203,9 @@ class FrontendApp:
             tasks.start(readiness.keep(), "readiness")
             tasks.start(exchange.follow(partial(_frontend_list, config)), "quotas")
             registration = None if membership is not None else await _register(config, names, stack)
-            yield cls(config, names.address, metrics, server, admission, fleet, readiness, registration)
+            stack.push_async_callback(batches.stop)
+            batches.start()
+            yield cls(config, names.address, metrics, server, admission, fleet, readiness, registration, batches)
 
     @property
     def metrics_port(self) -> int:
@@ -201,6 +219,7 @@ class FrontendApp:
             # Do not wait for an unreachable registry.
             await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._readiness.leave()
+        await self._batches.stop()
         await asyncio.sleep(self._config.drain_settle_s)
         try:
             return await self._finish_requests()
@@ -300,7 +319,12 @@ async def _open_parsers(config: FrontendConfig, stack: AsyncExitStack) -> Parser
 
 
 def _make_admission(
-    config: FrontendConfig, capacity: Capacity, backlog: PrefillBacklog, load: LoopLoad, server: Http2RpcServer
+    config: FrontendConfig,
+    capacity: Capacity,
+    backlog: PrefillBacklog,
+    load: LoopLoad,
+    server: Http2RpcServer,
+    share: BackgroundShare,
 ) -> Admission:
     return Admission(
         config.open_requests_max,
@@ -313,6 +337,7 @@ def _make_admission(
         config.prefill_queue_s,
         tenant_share=config.tenant_share,
         rates=TenantRates(config.tenant_requests_per_second, config.tenant_requests_burst, monotonic),
+        background=share,
     )
 
 

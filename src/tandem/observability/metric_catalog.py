@@ -79,6 +79,7 @@ TENANT = Attribute(
 )
 CALL_OUTCOME = Attribute("tandem.outcome", ("finished", "failed", "refused", "cancelled"))
 TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
+BATCH_OUTCOME = Attribute("tandem.batch.outcome", ("completed", "failed", "stopped", "repeated"))
 QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
 
 OF_REQUEST = (OPERATION, PROVIDER, MODEL)
@@ -288,6 +289,14 @@ TABLE: tuple[Metric, ...] = (
         "Calls that the tenant's quota refused, by the limit that was reached.",
         TENANT,
         QUOTA_LIMIT,
+    ),
+    _frontend("tandem.batch.open", Kind.GAUGE, "{batch}", "Batches that the process runs; only one process does."),
+    _frontend("tandem.batch.rows.running", Kind.GAUGE, "{row}", "Rows of batches that run."),
+    _frontend(
+        "tandem.batch.rows",
+        *(Kind.COUNTER, "{row}"),
+        "Runs of batch rows: `stopped` made room for live requests, `repeated` is tried again after a failure.",
+        BATCH_OUTCOME,
     ),
     _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs in progress on the worker."),
     _worker(
