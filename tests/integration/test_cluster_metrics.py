@@ -92,6 +92,9 @@ CASES: dict[str, Case] = {
     "tandem.tenant.refused": Case(
         on.a_used_quota, (("tandem.tenant", "bob"), ("tandem.quota", "requests_per_minute")), by=1
     ),
+    "tandem.batch.open": Case(on.a_batch, by=1),
+    "tandem.batch.rows.running": Case(on.a_batch, by=1),
+    "tandem.batch.rows": Case(on.a_batch, (("tandem.batch.outcome", "completed"),), by=1),
     "tandem.cancel.latency": Case(on.a_client_that_leaves, by=1),
     "tandem.legs.open": Case(on.an_open_stream, by=1),
     "tandem.leg.duration": Case(on.an_answer, (*DECODE, ("tandem.outcome", "finished")), by=1),
@@ -141,6 +144,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         edge=True,
         metrics=True,
         worker_flags=common,
+        role_flags={"frontend": {"batch-directory": str(logs / "batches")}},
     )
     cluster = LocalCluster(spec)
     for name in names:
