@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(1, str(Path(__file__).parents[1] / "src"))
 
-from tandem.observability.metric_catalog import OTHER, TABLE, prometheus_name
-from tandem.observability.metric_types import EVERY, Attribute, Emitter, Metric
+from tandem.observability.metric_catalog import OTHER, TABLE
+from tandem.observability.metric_types import EVERY, Attribute, Emitter, Metric, prometheus_name
 from tools.markdown import ROOT, write_or_check
 
 PAGE = ROOT / "docs" / "reference" / "metrics.md"

@@ -8,6 +8,7 @@
     │   ├── ModelNotFound        no worker serves that model            NOT_FOUND
     │   ├── WorkerNotFound       unknown worker or lease                NOT_FOUND
     │   ├── RequestNotFound      unknown or forgotten request           NOT_FOUND
+    │   ├── ObjectNotFound       unknown file or batch                  NOT_FOUND
     │   ├── DuplicateWorker      a live worker has that id or address   ALREADY_EXISTS
     │   ├── StaleEpoch           the worker was restarted               FAILED_PRECONDITION
     │   ├── WrongRole            wrong worker role for that call        FAILED_PRECONDITION
@@ -110,6 +111,13 @@ class RequestNotFound(RequestError):
 
     code = "NOT_FOUND"
     reason = "REQUEST_NOT_FOUND"
+
+
+class ObjectNotFound(RequestError):
+    """The tenant has no file or batch of that id; `metadata["field"]` names the parameter that holds it."""
+
+    code = "NOT_FOUND"
+    reason = "OBJECT_NOT_FOUND"
 
 
 class DuplicateWorker(RequestError):

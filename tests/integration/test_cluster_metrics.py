@@ -18,7 +18,8 @@ import pytest_asyncio
 from tandem.api.types.v1 import generation_pb2
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.consul import ClusterConsul
-from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind, prometheus_name
+from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind
+from tandem.observability.metric_types import prometheus_name
 from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
@@ -93,6 +94,9 @@ CASES: dict[str, Case] = {
     "tandem.tenant.refused": Case(
         on.a_used_quota, (("tandem.tenant", "bob"), ("tandem.quota", "requests_per_minute")), by=1
     ),
+    "tandem.batch.open": Case(on.a_batch, by=1),
+    "tandem.batch.rows.running": Case(on.a_batch, by=1),
+    "tandem.batch.rows": Case(on.a_batch, (("tandem.batch.outcome", "completed"),), by=1),
     "tandem.cancel.latency": Case(on.a_client_that_leaves, by=1),
     "tandem.legs.open": Case(on.an_open_stream, by=1),
     "tandem.leg.duration": Case(on.an_answer, (*DECODE, ("tandem.outcome", "finished")), by=1),
@@ -142,6 +146,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         edge=True,
         metrics=True,
         worker_flags=common,
+        role_flags={"frontend": {"batch-directory": str(logs / "batches")}},
     )
     cluster = LocalCluster(spec)
     for name in names:

@@ -22,7 +22,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.observability.merged_scrape import LABEL
-from tandem.observability.metric_catalog import TABLE, Kind, prometheus_name
+from tandem.observability.metric_catalog import TABLE, Kind
+from tandem.observability.metric_types import prometheus_name
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
 from tests.integration.support import cluster_events as on

@@ -137,7 +137,7 @@ STAGES = ("preparation", "admission", "routing", "execution", "response")
 
 def test_the_frontends_folders_are_a_requests_stages() -> None:
     folders = {path.name for path in SERVICES["tandem_frontend"].iterdir() if (path / "__init__.py").is_file()}
-    assert folders == {*STAGES, "models", "openai", "anthropic", "admin", "console", "processes", "replay"}
+    assert folders == {*STAGES, "models", "openai", "anthropic", "batches", "admin", "console", "processes", "replay"}
 
 
 def dotted(path: Path) -> str:

@@ -1,9 +1,10 @@
 """Composition root of the frontend: creates its parts, and starts and stops them in order.
 
 Start: the own model's tokenizer, port, metrics, that model, server, registry view, the models of the view, health
-(SERVING while a worker is known), and last its own registration, which nothing waits for. Drain: DRAINING in the
-registry and NOT_SERVING while requests are still accepted -> settle -> close admission -> wait for the open requests ->
-deregister. Stop: registration, server, and then what the start opened, in reverse order.
+(SERVING while a worker is known), and last its own registration, which nothing waits for, and the batches. Drain:
+DRAINING in the registry and NOT_SERVING while requests are still accepted -> stop batches -> settle -> close admission
+-> wait for the open requests -> deregister. Stop: batches, registration, server, and then what the start opened, in
+reverse order.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tandem.api.admin.v1.admin_service_pb2_grpc import (
     add_ProfileServiceServicer_to_server,
 )
 from tandem.api.frontend.v1.anthropic_service_pb2_grpc import add_AnthropicServiceServicer_to_server
+from tandem.api.frontend.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from tandem.api.frontend.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from tandem.api.frontend.v1.openai_service_pb2_grpc import add_OpenAiServiceServicer_to_server
 from tandem.api.frontend.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
@@ -52,6 +54,7 @@ from tandem_frontend.admin.local_requests import LocalRequests
 from tandem_frontend.admin.servicer import SERVICE_NAME as ADMIN_SERVICE_NAME
 from tandem_frontend.admin.servicer import FrontendAdminServicer
 from tandem_frontend.admin.stats import RequestStats
+from tandem_frontend.admission.background import BackgroundShare
 from tandem_frontend.admission.open_requests import OpenRequests
 from tandem_frontend.admission.quota_exchange import SERVICE_NAME as QUOTA_SERVICE_NAME
 from tandem_frontend.admission.quota_exchange import QuotaExchange, QuotaServicer
@@ -59,6 +62,8 @@ from tandem_frontend.admission.quotas import Quotas
 from tandem_frontend.admission.shares import TenantRates
 from tandem_frontend.anthropic.servicer import SERVICE_NAME as ANTHROPIC_SERVICE_NAME
 from tandem_frontend.anthropic.servicer import AnthropicServicer
+from tandem_frontend.batches.part import Batches
+from tandem_frontend.batches.servicer import SERVICE_NAME as BATCH_SERVICE_NAME
 from tandem_frontend.call_usage import TenantMetrics, UsageSink
 from tandem_frontend.config import CONTEXT_TOKENS, PROGRAM, FrontendConfig
 from tandem_frontend.fleet import Fleet
@@ -97,6 +102,7 @@ class FrontendApp:
         models: ModelCatalog,
         readiness: Readiness,
         registration: Registration | None,
+        batches: Batches,
         console_port: int = 0,
     ) -> None:
         """`registration` is None in one of several processes: the parent process has it."""
@@ -112,6 +118,7 @@ class FrontendApp:
         self._requests = requests
         self._readiness = readiness
         self._registration = registration
+        self._batches = batches
 
     @classmethod
     @asynccontextmanager
@@ -135,7 +142,8 @@ class FrontendApp:
             traces = _open_traces(config, names.instance, stack)
             stats = RequestStats(traces)
             load = LoopLoad()
-            requests = _make_requests(config, load, server)
+            share = BackgroundShare(config.batch_rows_max, config.batch_rows_per_live_request, monotonic)
+            requests = _make_requests(config, load, server, share)
             readiness = Readiness(server)
             fleet = Fleet(config, names.instance)
             exchange = _make_exchange(config, membership, names)
@@ -158,7 +166,11 @@ class FrontendApp:
             bodies = BodyChecker(context_tokens, config.tenant_share)
             stack.push_async_callback(bodies.close)
             catalog.on_open = lambda opened: bodies.allow(opened.pipeline.model.tokenizer.context_tokens_max)
-            _add_public(server, config, catalog, bodies)
+            openai = _add_public(server, config, catalog, bodies)
+            batches = await Batches.open(
+                config, openai.answer, catalog, share, metrics, config.request_bytes(context_tokens)
+            )
+            server.add(BATCH_SERVICE_NAME, partial(add_BatchServiceServicer_to_server, batches.servicer))
             _add_internal(server, config, membership, own_requests, exchange)
             tasks = await stack.enter_async_context(BackgroundTasks())
             tasks.start(stats.keep_looking(), "figures")
@@ -172,9 +184,12 @@ class FrontendApp:
             tasks.start(readiness.keep(), "readiness")
             tasks.start(exchange.follow(partial(_frontend_list, config)), "quotas")
             registration = None if membership is not None else await _register(config, names, stack)
+            stack.push_async_callback(batches.stop)
+            batches.start()
             yield cls(
-                config, names.address, metrics, server, requests, fleet, catalog, readiness, registration, console_port
-            )
+                config, names.address, metrics, server, requests, fleet, catalog, readiness, registration, batches,
+                console_port,
+            )  # fmt: skip
 
     @property
     def metrics_port(self) -> int:
@@ -188,6 +203,7 @@ class FrontendApp:
             # Do not wait for an unreachable registry.
             await self._registration.set_state(WorkerState.DRAINING, 1.0 if self._registration.registered else 0.0)
         await self._readiness.leave()
+        await self._batches.stop()
         await asyncio.sleep(self._config.drain_settle_s)
         try:
             return await self._finish_requests()
@@ -277,7 +293,9 @@ def _open_traces(config: FrontendConfig, instance: str, stack: AsyncExitStack) -
     return traces
 
 
-def _make_requests(config: FrontendConfig, load: LoopLoad, server: Http2RpcServer) -> OpenRequests:
+def _make_requests(
+    config: FrontendConfig, load: LoopLoad, server: Http2RpcServer, share: BackgroundShare
+) -> OpenRequests:
     return OpenRequests(
         config.open_requests_max,
         monotonic,
@@ -286,6 +304,7 @@ def _make_requests(config: FrontendConfig, load: LoopLoad, server: Http2RpcServe
         lambda: server.unread_calls,
         tenant_share=config.tenant_share,
         rates=TenantRates(config.tenant_requests_per_second, config.tenant_requests_burst, monotonic),
+        background=share,
     )
 
 
@@ -321,8 +340,8 @@ def _gauges(server: Http2RpcServer, requests: OpenRequests, catalog: ModelCatalo
     return read
 
 
-def _add_public(server: Http2RpcServer, config: FrontendConfig, models: Models, bodies: BodyChecker) -> None:
-    """What clients call."""
+def _add_public(server: Http2RpcServer, config: FrontendConfig, models: Models, bodies: BodyChecker) -> OpenAiServicer:
+    """What clients call. Returns what the rows of batches call too."""
     session_header, comment_s = config.session_header, config.stream_comment_s
     inference = InferenceServicer(models, session_header)
     server.add(SERVICE_NAME, partial(add_InferenceServiceServicer_to_server, inference))
@@ -330,6 +349,7 @@ def _add_public(server: Http2RpcServer, config: FrontendConfig, models: Models, 
     server.add(OPENAI_SERVICE_NAME, partial(add_OpenAiServiceServicer_to_server, openai))
     anthropic = AnthropicServicer(models, bodies, session_header, comment_s=comment_s)
     server.add(ANTHROPIC_SERVICE_NAME, partial(add_AnthropicServiceServicer_to_server, anthropic))
+    return openai
 
 
 def _add_internal(

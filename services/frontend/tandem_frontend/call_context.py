@@ -60,6 +60,8 @@ class Caller:
     """When the edge received the call, on the edge's clock; None: no edge forwarded it."""
     trace: TraceContext | None = None
     """The parent span."""
+    is_background: bool = False
+    """Whether it runs at low priority, on capacity that live requests leave."""
     usage: CallUsage = field(default_factory=CallUsage)
     """Collects what its generations use."""
 

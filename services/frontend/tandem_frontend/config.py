@@ -219,6 +219,31 @@ class FrontendConfig(AdminConfig):
         description="file to which one line of JSON is appended for each call when it ends (tenant, tokens, outcome), "
         "or stderr; default: none",
     )
+    batch_directory: Path | None = Field(
+        None,
+        description="directory of files and batches, the same for all frontends of a cluster; default: none, and "
+        "/v1/files and /v1/batches are refused",
+    )
+    batch_rows_max: int = Field(
+        64, ge=1, le=10_000, description="limit of batch rows that run at a time while there are no live requests"
+    )
+    batch_rows_per_live_request: float = Field(
+        0.08,
+        gt=0,
+        le=100,
+        description="batch rows that may run for each live request, in the mean over time; live streams lose at most "
+        "this fraction of their speed, and on GPUs much less",
+    )
+    batch_file_bytes_max: int = Field(200 * 2**20, ge=1024, le=2**40, description="limit of an uploaded file in bytes")
+    batch_tenant_bytes_max: int = Field(
+        10 * 2**30, ge=1024, le=2**50, description="limit of the files that one tenant keeps, in bytes"
+    )
+    batch_retention_s: float = Field(
+        30 * 86_400,
+        ge=3_600,
+        le=10 * 366 * 86_400,
+        description="seconds after which a file is deleted, and an ended batch",
+    )
     timelines_kept: int = Field(256, ge=1, le=100_000, description="finished requests whose timelines are kept")
     tool_parser: str | None = Field(
         None,

@@ -31,7 +31,7 @@ from tandem_frontend.execution.trace_recorder import Record, trace_of
 from tandem_frontend.preparation.cache_salt import cache_salt
 from tandem_frontend.preparation.sampling import with_defaults
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.preparation.validation import CheckedRequest, checked_generate, naming_the_prompt
+from tandem_frontend.preparation.validation import PRIORITY_MAX, CheckedRequest, checked_generate, naming_the_prompt
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.response.detokenizer import Detokenizer
 from tandem_frontend.response.relay import UNREAD_TOKENS_MAX, Outlet, Relay
@@ -99,8 +99,13 @@ class Generation:
             InvalidRequest: they are more than the tenant may have open.
         """
         caller.usage.choices_per_prompt = choices_per_prompt
-        with self._tenancy.charged(caller, call, count, self._model.name, self._admission.charge):
+        charge = self._charge_background if caller.is_background else self._admission.charge
+        with self._tenancy.charged(caller, call, count, self._model.name, charge):
             yield
+
+    def _charge_background(self, tenant: str, count: int) -> None:
+        """A quota counts what runs at low priority too; a rate, which protects this frontend, does not."""
+        self._admission.check_open()
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, answer: Answer, *, has_tool_grammar: bool = False
@@ -174,7 +179,8 @@ class Generation:
     def _admitted(self, trace: RequestTrace, caller: Caller) -> Iterator[Record]:
         record = Record(trace, self._traces.child)
         record.arrive()
-        with self._admission.admit(caller.fairness_id):
+        admission = self._admission
+        with admission.admit_background() if caller.is_background else admission.admit(caller.fairness_id):
             record.step("admit")
             yield record
 
@@ -182,7 +188,8 @@ class Generation:
     async def _served(
         self, wanted: CheckedRequest, caller: Caller, relay: Relay, record: Record
     ) -> AsyncIterator[RetryingStream]:
-        async with self._admission.slot(_queued(wanted, caller)) as prefill:
+        slot = self._admission.background_slot if caller.is_background else self._admission.slot
+        async with slot(_queued(wanted, caller)) as prefill:
             record.step("wait")
             with naming_the_prompt(wanted.prompt_field):
                 about = RoutingRequest(len(wanted.token_ids), session=caller.session, tenant=caller.tenant)
@@ -207,7 +214,7 @@ class Generation:
             ),
             guided=wanted.guided,
             logprobs=wanted.logprobs,
-            priority=wanted.priority,
+            priority=-PRIORITY_MAX if caller.is_background else wanted.priority,
             cache_salt=cache_salt(self._tenancy.cache_sharing, caller.tenant, wanted.cache_salt),
         )
 

@@ -81,6 +81,7 @@ TENANT = Attribute(
 )
 CALL_OUTCOME = Attribute("tandem.outcome", ("finished", "failed", "refused", "cancelled"))
 TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
+BATCH_OUTCOME = Attribute("tandem.batch.outcome", ("completed", "failed", "stopped", "repeated"))
 QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
 
 OF_REQUEST = (OPERATION, PROVIDER, MODEL)
@@ -298,6 +299,14 @@ TABLE: tuple[Metric, ...] = (
         TENANT,
         QUOTA_LIMIT,
     ),
+    _frontend("tandem.batch.open", Kind.GAUGE, "{batch}", "Batches that the process runs; only one process does."),
+    _frontend("tandem.batch.rows.running", Kind.GAUGE, "{row}", "Rows of batches that run."),
+    _frontend(
+        "tandem.batch.rows",
+        *(Kind.COUNTER, "{row}"),
+        "Runs of batch rows: `stopped` made room for live requests, `repeated` is tried again after a failure.",
+        BATCH_OUTCOME,
+    ),
     _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs in progress on the worker."),
     _worker(
         "tandem.leg.duration",
@@ -471,17 +480,6 @@ TABLE: tuple[Metric, ...] = (
 )
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in TABLE}
-
-_UNITS = {"s": "seconds", "By": "bytes", "By/s": "bytes_per_second"}
-
-
-def prometheus_name(metric: Metric) -> str:
-    """Name in Prometheus; a histogram's series have the suffixes `_bucket`, `_sum` and `_count` in addition."""
-    name = metric.name.replace(".", "_")
-    unit = _UNITS.get(metric.unit, "")
-    if unit and not name.endswith(unit):
-        name = f"{name}_{unit}"
-    return f"{name}_total" if metric.kind is Kind.COUNTER else name
 
 
 def bounded(metric: Metric, attributes: Mapping[str, str]) -> dict[str, str]:

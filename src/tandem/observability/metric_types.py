@@ -51,3 +51,15 @@ class Metric:
     attributes: tuple[Attribute, ...] = ()
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram, in `unit`."""
+
+
+_UNITS = {"s": "seconds", "By": "bytes", "By/s": "bytes_per_second"}
+
+
+def prometheus_name(metric: Metric) -> str:
+    """Name in Prometheus; a histogram's series have the suffixes `_bucket`, `_sum` and `_count` in addition."""
+    name = metric.name.replace(".", "_")
+    unit = _UNITS.get(metric.unit, "")
+    if unit and not name.endswith(unit):
+        name = f"{name}_{unit}"
+    return f"{name}_total" if metric.kind is Kind.COUNTER else name

@@ -30,6 +30,7 @@ from tandem.rpc.channels import open_channel
 from tandem.service import run_directory
 from tandem.testing.eventually import assert_eventually
 from tests.faults.support.leg_cluster import inject
+from tests.integration.support.batch_calls import chat_rows, created, ended, sdk
 from tests.integration.support.bootstrap import bootstrap_url
 from tests.integration.support.calls import generate, refusal, request_of
 from tests.integration.support.role_changes import AGGREGATED, DECODE, PREFILL, change
@@ -168,6 +169,17 @@ async def a_used_quota(world: World) -> AsyncIterator[None]:
     with pytest.raises(QuotaExceeded):
         await world.ask_often_as("bob;requests_per_minute=1")
     yield
+
+
+@asynccontextmanager
+async def a_batch(world: World) -> AsyncIterator[None]:
+    """One that runs until the block ends."""
+    assert world.cluster.edge is not None
+    async with sdk(world.cluster.edge.address) as client:
+        batch = await created(client, chat_rows(1_000, max_tokens=50))
+        yield
+        await client.batches.cancel(batch.id)
+        await ended(client, batch)
 
 
 @asynccontextmanager

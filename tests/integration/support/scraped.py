@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.local_cluster.child_process import ClusterProcess
-from tandem.observability.metric_catalog import BY_NAME, Emitter, Kind, prometheus_name
+from tandem.observability.metric_catalog import BY_NAME, Emitter, Kind
+from tandem.observability.metric_types import prometheus_name
 
 TIMEOUT_S = 5.0
 EMITTERS = {

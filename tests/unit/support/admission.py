@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from tandem_frontend.admission.background import BackgroundShare, OtherFrontends
 from tandem_frontend.admission.controller import Admission, Headroom
 from tandem_frontend.admission.open_requests import LAG_MAX_S, OpenRequests
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
@@ -26,6 +27,11 @@ def admission_of(
     short_wait_s: float = math.inf,
     tenant_share: float = 1.0,
     rates: TenantRates | None = None,
+    background: BackgroundShare | None = None,
+    others: OtherFrontends | None = None,
 ) -> Admission:
-    requests = OpenRequests(open_requests_max, clock, load, lag_max_s, unread, tenant_share=tenant_share, rates=rates)
-    return Admission(requests, headroom, clock, prefill, short_wait_s)
+    requests = OpenRequests(
+        open_requests_max, clock, load, lag_max_s, unread,
+        tenant_share=tenant_share, rates=rates, background=background,
+    )  # fmt: skip
+    return Admission(requests, headroom, clock, prefill, short_wait_s, others=others)

@@ -136,6 +136,14 @@ class Capacity:
         has_tokens = held_tokens + others_tokens + tokens <= self._tokens_max
         return held_requests + others_requests < requests_max and has_tokens
 
+    def others(self, held_requests: int, held_tokens: int) -> tuple[int, int]:
+        """Requests and KV tokens that other frontends have on the workers, as far as these report them."""
+        return max(0, self._requests - held_requests), max(0, self._tokens - held_tokens)
+
+    def fits_beside(self, requests: int, tokens: int) -> bool:
+        """Whether the workers have capacity for so many requests and KV tokens in all; true without any worker."""
+        return not self._headrooms or (requests <= self._requests_max and tokens <= self._tokens_max)
+
     def _add(self, worker: Worker) -> None:
         headroom = self._headrooms[worker.start] = _headroom(worker)
         self._requests_max += headroom.requests

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from tandem.clock import Clock
 from tandem.errors import DeadlinePassed, Overloaded
+from tandem_frontend.admission.background import OtherFrontends
 from tandem_frontend.admission.open_requests import (
     RETRY_DELAY_MAX_S,
     RETRY_DELAY_MIN_S,
@@ -35,6 +36,8 @@ it is rejected; a queued request without time for the median is not started. Und
 first, so all of them run close to their deadlines: one shared limit would start requests that cannot finish."""
 REEVALUATE_DELAY_S = 0.005
 """Changes within it are evaluated together: a large fleet reports its load hundreds of times a second."""
+BACKGROUND_DELAY_S = 0.1
+"""Until a request of low priority that found no capacity is tried again."""
 WAIT_MARGIN = 2.0
 """Factor on the estimated queue wait: the queue may slow down to half its present speed after a request joined it."""
 
@@ -63,6 +66,7 @@ class Admission:
         short_wait_s: float = math.inf,
         *,
         model: str = "",
+        others: OtherFrontends | None = None,
     ) -> None:
         """Create an empty admission queue.
 
@@ -74,10 +78,12 @@ class Admission:
             prefill: what the prefill workers have to do; None: unlimited.
             short_wait_s: how long short prompts wait at most before they overtake long ones.
             model: name of the model.
+            others: what other frontends have on the workers; None: no request of low priority comes.
         """
         self.requests = requests
         """The open requests of all models."""
         self._model = model
+        self._others = others
         self._headroom = headroom
         self._clock = clock
         self._prefill = prefill or PrefillBacklog("", math.inf)
@@ -85,6 +91,8 @@ class Admission:
         self._open = TenantShares(requests.tenant_share, clock)
         """Open requests of this model by tenant."""
         self._open_count = 0
+        self._counted_count = 0
+        """Open requests of this model, those of low priority too."""
         self._held_requests = 0
         self._held_tokens = 0
         self._held_tokens_of: Counter[str] = Counter()
@@ -126,17 +134,91 @@ class Admission:
         Raises:
             Draining, Overloaded: see `OpenRequests.admit`.
         """
-        with self.requests.admit(tenant, self._model, self._queue_delay_s):
+        with self.requests.admit(tenant, self._model, self._queue_delay_s), self._counted():
             self._open_count += 1
             self._open.add(tenant)
-            self._idle.clear()
             try:
                 yield
             finally:
                 self._open_count -= 1
                 self._open.remove(tenant)
-                if not self._open_count:
-                    self._idle.set()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Keep the model, which ends with its last request."""
+        self._counted_count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._counted_count -= 1
+            if not self._counted_count:
+                self._idle.set()
+
+    @contextmanager
+    def admit_background(self) -> Iterator[None]:
+        """Count as a request of low priority while the context is entered: no limit of live requests counts it.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        with self.requests.admit_background(), self._counted():
+            yield
+
+    def check_open(self) -> None:
+        """Whether new requests are admitted at all.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        self.requests.check_open()
+
+    def has_spare(self) -> bool:
+        """Whether a row of a batch may start, as far as is known before its request has been read."""
+        unstarted = self.requests.background.unstarted
+        mean_tokens = self._held_tokens // self._held_requests if self._held_requests else 0
+        return self._spares(unstarted, unstarted * mean_tokens, 1, 0)
+
+    def _spares(self, more_requests: int, more_tokens: int, tokens: int, prompt_tokens: int) -> bool:
+        """Whether a request of low priority may use the workers beside what this frontend has there and `more_…`: no
+        live one waits, and some capacity stays free.
+        """
+        if len(self._queue) or not self.requests.has_time:
+            return False
+        requests, kv_tokens = self._held_requests + more_requests + 1, self._held_tokens + more_tokens + tokens
+        has_capacity = self._others is None or self._others.fits_beside(
+            requests + self._held.reserved(requests), kv_tokens + self._held.reserved(kv_tokens)
+        )
+        # Each request fits somewhere, also one that needs more than what usually stays free.
+        return (has_capacity or requests == 1) and self._prefill.has_room(prompt_tokens)
+
+    def note_others(self) -> None:
+        """Look at the load of other frontends; called several times a second while rows wait or run."""
+        if self._others is not None:
+            self._others.look(self._held_requests, self._held_tokens)
+
+    @asynccontextmanager
+    async def background_slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:
+        """`slot` for a request of low priority, which does not wait here: a live one might have to wait behind it.
+
+        Raises:
+            Overloaded: live requests need the capacity.
+        """
+        charged = self._headroom.counted(request.tokens - request.answer_tokens, request.answer_tokens)
+        if not self._spares(0, 0, charged, request.prompt_tokens):
+            raise Overloaded(
+                "live requests need the capacity of the workers", retry_delay_s=BACKGROUND_DELAY_S, limit="batch"
+            )
+        self._held_requests += 1
+        self._held_tokens += charged
+        work = self._prefill.reserve(request.prompt_tokens, self.reevaluate_soon)
+        try:
+            yield work
+        finally:
+            work.drop()
+            self._held_requests -= 1
+            self._held_tokens -= charged
+            self.reevaluate()
 
     @asynccontextmanager
     async def slot(self, request: QueuedRequest) -> AsyncIterator[PrefillWork]:

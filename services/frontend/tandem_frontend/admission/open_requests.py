@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from tandem.clock import Clock
 from tandem.errors import Draining, Overloaded
 from tandem.service.loop_load import LoopLoad
+from tandem_frontend.admission.background import BackgroundShare
 from tandem_frontend.admission.shares import TenantRates, TenantShares, no_unread
 
 LAG_MAX_S = 1.0
@@ -45,6 +46,7 @@ class OpenRequests:
         *,
         tenant_share: float = 1.0,
         rates: TenantRates | None = None,
+        background: BackgroundShare | None = None,
     ) -> None:
         """No request is open yet.
 
@@ -56,7 +58,9 @@ class OpenRequests:
             unread: how many long responses of each tenant are complete and unread by their clients; they count as open.
             tenant_share: fraction of `open_requests_max` that one tenant may hold while no other holds any.
             rates: requests that each tenant may send in a second; None: no limit.
+            background: what requests of low priority may have; None: there are none.
         """
+        self.background = background or BackgroundShare(0, 0.0, clock)
         self.tenant_share = tenant_share
         self._open_requests_max = open_requests_max
         self._load = load or LoopLoad()
@@ -127,6 +131,7 @@ class OpenRequests:
         self._of_models.add(model)
         self._load.open()
         self._idle.clear()
+        self.background.note_live(self._open_count)
         try:
             yield
         except asyncio.CancelledError:
@@ -137,8 +142,39 @@ class OpenRequests:
             self._open.remove(tenant)
             self._of_models.remove(model)
             self._load.close()
+            self.background.note_live(self._open_count)
             if not self._open_count:
                 self._idle.set()
+
+    @contextmanager
+    def admit_background(self) -> Iterator[None]:
+        """Count as a request of low priority while the context is entered: no limit of live requests counts it.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        self.check_open()
+        self.background.begin()
+        self._load.open()
+        try:
+            yield
+        finally:
+            self._load.close()
+            self.background.end()
+
+    @property
+    def has_time(self) -> bool:
+        """Whether this process has time for requests of low priority."""
+        return not self._is_closed and self._load.late_s <= self._lag_max_s / 2
+
+    def check_open(self) -> None:
+        """Whether new requests are admitted at all.
+
+        Raises:
+            Draining: this frontend is draining.
+        """
+        if self._is_closed:
+            raise Draining("this frontend is draining and accepts no new requests")
 
     def close(self) -> None:
         """Reject new requests from now on. Queued requests were admitted before, and stay."""
@@ -150,8 +186,7 @@ class OpenRequests:
 
     def _check(self, tenant: str, count: int, model: str, delay_s: Delay) -> None:
         """Whether so many requests of a tenant would be admitted now. Raises as `admit`."""
-        if self._is_closed:
-            raise Draining("this frontend is draining and accepts no new requests")
+        self.check_open()
         unread, open_max = self._unread(), self._open_requests_max
         open_count = self._open_count + sum(unread.values()) + self._cancelled.total()
         if open_count + count > open_max:

@@ -99,7 +99,11 @@ class ModelOpener:
             parsers = await self._parsers(name, directory, stack)
             capacity = Capacity(name, monotonic, config.no_worker_wait_s)
             backlog = PrefillBacklog(name, config.prefill_queue_s)
-            admission = Admission(shared.requests, capacity, monotonic, backlog, config.prefill_queue_s, model=name)
+            others = shared.requests.background.add(capacity)
+            stack.callback(shared.requests.background.remove, others)
+            admission = Admission(
+                shared.requests, capacity, monotonic, backlog, config.prefill_queue_s, model=name, others=others
+            )
             fleet = ModelFleet(
                 config, model, shared.fleet.access, (capacity,), backlog, admission.reevaluate_soon, shared.metrics
             )

@@ -20,7 +20,7 @@ from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
 from tandem.api.frontend.v1.inference_service_pb2 import MODEL_STATE_REFUSED, Model
 from tandem.errors import InvalidRequest, NotSupported
-from tandem_frontend.call_context import SESSION_HEADER, caller_of
+from tandem_frontend.call_context import SESSION_HEADER, Caller, caller_of
 from tandem_frontend.models.listing import listed_as
 from tandem_frontend.models.model_pipeline import ModelPipeline, Models
 from tandem_frontend.openai import response
@@ -34,7 +34,11 @@ from tandem_frontend.openai.responses_api.handler import Responses
 from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
 from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
 from tandem_frontend.openai.translation import parameter
+from tandem_frontend.response.writers import ClientCall
 
+CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+OPERATIONS = {CHAT_PATH: "chat", COMPLETIONS_PATH: "text_completion", RESPONSES_PATH: "chat"}
+"""The calls that generate, by their HTTP path, with their names in traces and metrics."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAiService"].full_name
 
 
@@ -72,25 +76,37 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A chat completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        caller = self._caller_of(context, "chat")
-        body = await self._bodies.parse(ChatRequest, request.data, caller.fairness_id)
-        endpoints = await self._of(body.model)
-        with _parameter_names(body):
-            await endpoints.chat.handle(body, len(request.data), caller, context)
+        await self.answer(CHAT_PATH, request.data, self._caller_of(context, OPERATIONS[CHAT_PATH]), context)
 
     async def Completions(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A completion, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        caller = self._caller_of(context, "text_completion")
-        body = await self._bodies.parse(CompletionRequest, request.data, caller.fairness_id)
-        endpoints = await self._of(body.model)
-        with _parameter_names(body):
-            await endpoints.completions.handle(body, caller, context)
+        await self.answer(
+            COMPLETIONS_PATH, request.data, self._caller_of(context, OPERATIONS[COMPLETIONS_PATH]), context
+        )
 
     async def Responses(self, request: httpbody_pb2.HttpBody, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A response, streamed or not; a client that disconnects cancels it. Bodies are pushed, not returned."""
-        caller = self._caller_of(context, "chat")
-        body = await self._bodies.parse(ResponsesRequest, request.data, caller.fairness_id)
-        await (await self._of(body.model)).responses.handle(body, len(request.data), caller, context)
+        await self.answer(RESPONSES_PATH, request.data, self._caller_of(context, OPERATIONS[RESPONSES_PATH]), context)
+
+    async def answer(self, path: str, data: bytes, caller: Caller, call: ClientCall) -> None:
+        """Run the request in a body, of one of the paths in `OPERATIONS`, and send its response into `call`.
+
+        Raises:
+            TandemError: its `field` is the client's parameter.
+        """
+        if path == RESPONSES_PATH:
+            responses = await self._bodies.parse(ResponsesRequest, data, caller.fairness_id)
+            await (await self._of(responses.model)).responses.handle(responses, len(data), caller, call)
+        elif path == COMPLETIONS_PATH:
+            body = await self._bodies.parse(CompletionRequest, data, caller.fairness_id)
+            endpoints = await self._of(body.model)
+            with _parameter_names(body):
+                await endpoints.completions.handle(body, caller, call)
+        else:
+            chat = await self._bodies.parse(ChatRequest, data, caller.fairness_id)
+            endpoints = await self._of(chat.model)
+            with _parameter_names(chat):
+                await endpoints.chat.handle(chat, len(data), caller, call)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """Not supported: the workers only generate text."""

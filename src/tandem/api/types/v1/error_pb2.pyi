@@ -84,6 +84,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
     ERROR_REASON_ROLE_CHANGE_REFUSED: _ErrorReason.ValueType  # 26
     """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
+    ERROR_REASON_OBJECT_NOT_FOUND: _ErrorReason.ValueType  # 27
+    """The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -152,4 +154,6 @@ ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 25
 """The tenant has used its quota. Metadata: limit, the field of the quota. Sent with RetryInfo. RESOURCE_EXHAUSTED."""
 ERROR_REASON_ROLE_CHANGE_REFUSED: ErrorReason.ValueType  # 26
 """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
+ERROR_REASON_OBJECT_NOT_FOUND: ErrorReason.ValueType  # 27
+"""The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
