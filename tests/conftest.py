@@ -20,6 +20,7 @@ from tandem.local_cluster.debian import find_program
 from tests.scheduling import SharedEngines, order
 from tests.unit.support.examples import examples
 from tools.prometheus_binary import PROMETHEUS, PROMTOOL
+from tools.rerun_failed import ENDED
 
 # A child that is tied to its parent runs a little Python before its program begins; with gRPC's handlers of forks,
 # which no test needs, it can die of that while calls are running.
@@ -36,6 +37,19 @@ hypothesis.settings.load_profile("tandem")
 
 KEPT_THREADS = ("asyncio_", "grpc", "ThreadPoolExecutor", "pytest_timeout", "Thread-")
 """Pools that live as long as the process, whichever test used them first."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not os.environ.get("PYTEST_XDIST_WORKER"):
+        (session.config.rootpath / ENDED).unlink(missing_ok=True)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Say how the run ended, for a second run of what failed (`make test-again`)."""
+    ended = session.config.rootpath / ENDED
+    if not os.environ.get("PYTEST_XDIST_WORKER") and ended.parents[1].is_dir():
+        ended.parent.mkdir(exist_ok=True)
+        ended.write_text(str(int(exitstatus)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 LAST_FAILED = Path(".pytest_cache/v/cache/lastfailed")
+ENDED = Path(".pytest_cache/v/tandem/ended")
+"""The exit status of the last run of pytest, which `tests/conftest.py` writes when all tests have run."""
+SOME_FAILED = "1"
 FILES_MAX = 4
 """With failures in more files something is broken, and a second run would only cost time."""
 
@@ -23,14 +26,17 @@ def failed_files(last_failed: dict[str, bool]) -> list[str]:
 
 def main() -> int:
     """Returns pytest's exit status; 1 where a second run makes no sense."""
-    if not LAST_FAILED.exists():
-        print("no test has failed: the first run ended for another reason", file=sys.stderr)
+    if not LAST_FAILED.exists() or not ENDED.exists() or ENDED.read_text() != SOME_FAILED:
+        print("the first run did not end with failed tests: it was interrupted or broken", file=sys.stderr)
         return 1
     last_failed = json.loads(LAST_FAILED.read_text())
     files = failed_files(last_failed)
     print(f"\n{len(last_failed)} failed, in {len(files)} files:", *last_failed, sep="\n  ", flush=True)
     if not 0 < len(files) <= FILES_MAX:
         print(f"a second run is made of 1 to {FILES_MAX} files")
+        return 1
+    if not all(Path(file).is_file() for file in files):
+        print("something failed that is no file of tests")
         return 1
     print("These files run once more, alone. Passing now does not mend a test: find what made it fail.", flush=True)
     return subprocess.run([sys.executable, "-m", "pytest", "-n", "0", *files], check=False).returncode
