@@ -70,6 +70,7 @@ def test_keys_of_an_unusable_file_name_the_setting_and_no_key(file: Path, text: 
         ({"Origin": "http://evil.example"}, False),
         ({"Origin": "http://127.0.0.1:8"}, False),
         ({"Origin": "null"}, False),
+        ({"Origin": "http://["}, False),
     ],
 )
 def test_a_call_of_another_origin_is_recognised(headers: Mapping[str, str], is_own: bool) -> None:

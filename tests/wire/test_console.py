@@ -149,7 +149,7 @@ async def test_console_of_an_unknown_request_says_that_no_frontend_has_it(keys: 
     [
         (b"{", "body"),
         (b"[]", "body"),
-        (b"[" * 100_000, "body"),
+        (b"[" * 50_000, "body"),
         (b'{"prompt": 7}', "body"),
         (b'{"unknown": 1}', "body"),
         (b'{"prompt": "x", "stopping": {"max_tokens": -1}}', "stopping.max_tokens"),
@@ -161,6 +161,13 @@ async def test_playground_of_a_wrong_request_names_the_field(keys: Path, body: b
         headers = {**AUTHORIZED, "Content-Type": "application/json"}
         async with session.post("/api/generate", data=body, headers=headers) as response:
             assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+
+
+async def test_playground_of_a_large_body_is_refused_as_json(keys: Path) -> None:
+    async with console(keys) as (_, session):
+        headers = {**AUTHORIZED, "Content-Type": "application/json"}
+        async with session.post("/api/generate", data=b"[" * 100_000, headers=headers) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (413, "invalid_request")
 
 
 async def test_playground_takes_json_only_and_requests_show_whose_key_it_was(keys: Path) -> None:

@@ -65,7 +65,11 @@ def is_own_page(headers: Mapping[str, str], host: str) -> bool:
     if headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
         return False
     origin = headers.get("Origin")
-    return origin is None or urlsplit(origin).netloc == host
+    try:
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:
+        # No address at all, such as "http://[".
+        return False
 
 
 def _by_digest(keys: tuple[ApiKey, ...]) -> dict[bytes, ApiKey]:

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from google.protobuf.json_format import ParseDict, ParseError
@@ -39,7 +39,7 @@ CONNECTIONS_MAX = 64
 """A browser opens six at most. Beyond this, connections are closed without a response: the frontend needs its own."""
 VIEWERS_MAX = 16
 """Open streams of the fleet."""
-BODY_BYTES_MAX = 2**20
+BODY_BYTES_MAX = 2**16
 LISTED_MAX = 200
 """Requests of one page of the request list."""
 WRITE_TIMEOUT_S = 10.0
@@ -108,6 +108,11 @@ class Console:
             return await handler(request)
         except TandemError as problem:
             return _as_response(problem)
+        except web.HTTPException as problem:
+            # A body that is too large, or a method that no page has.
+            if problem.status < 400:
+                raise
+            return _refused(problem.status, problem.reason, "invalid_request")
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         page = self._pages.get(request.path)
@@ -254,8 +259,8 @@ class _Refusal(asyncio.Protocol):
     """Closes a connection at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+        # uvloop's transports are not asyncio's.
+        cast("asyncio.Transport", transport).abort()
 
 
 def _server_context(tls: Tls) -> ssl.SSLContext:
