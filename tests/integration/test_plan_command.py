@@ -65,8 +65,9 @@ async def test_a_plan_of_what_a_cluster_saw(cluster: LocalCluster, shape: str, t
     assert (", KV transfer " in out) == (shape == "pair")
     plan = json.loads(figures.read_text())
     assert plan["plan"]["reaches"]
-    # What was measured is what the engine was started with, or slower: this machine has other work as well.
-    assert plan["settings"]["engine"]["decode_step_s"] + plan["settings"]["engine"]["decode_request_s"] > 0.9 * STEP_S
+    # What was measured is about what the engine was started with, or slower: this machine has other work as well. Steps
+    # that were late are caught up with by faster ones.
+    assert plan["settings"]["engine"]["decode_step_s"] + plan["settings"]["engine"]["decode_request_s"] > 0.5 * STEP_S
     assert plan["candidates"][0]["counts"] == SHAPES[shape]
     assert plan["candidates"][0]["requests"] == REQUESTS
 

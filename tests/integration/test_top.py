@@ -146,7 +146,8 @@ async def test_keys_sort_and_hold_the_screen_and_it_resizes(cluster: LocalCluste
         app = TopScreen(watch.sample, INTERVAL_S)
         async with app.run_test(size=(150, 30)) as pilot:
             table = app.worker_table
-            await until(app, table, "prefill-0", STATE="serving")
+            for worker in ("decode-0", "decode-1", "prefill-0"):
+                await until(app, table, worker, STATE="serving")
 
             def order() -> list[str]:
                 return [str(table.get_row_at(row)[0]) for row in range(table.row_count)]

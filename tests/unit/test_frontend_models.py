@@ -26,6 +26,7 @@ from tandem import config
 from tandem.cli import checks
 from tandem.cli.app import app
 from tandem.cli.checks import named_models
+from tandem.cli.state import DEMO_MODEL
 from tandem.clock import monotonic
 from tandem.domain.worker import EngineLoad, WorkerState
 from tandem.errors import ConfigError, NoWorkers, Overloaded
@@ -212,7 +213,7 @@ def test_the_models_of_up_have_a_name_each() -> None:
     [
         ('model = "models/x"', ["models/x"]),
         ('model = ["a=models/x", "b=models/y"]', ["a=models/x", "b=models/y"]),
-        ("", ["models/tandem-demo"]),
+        ("", [str(DEMO_MODEL)]),
     ],
 )
 def test_a_file_of_up_has_one_model_or_a_list(

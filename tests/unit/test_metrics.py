@@ -129,16 +129,16 @@ async def test_a_gauge_is_read_on_the_loop_and_left_out_while_it_is_blocked(
         assert loops == {asyncio.get_running_loop()}
         await asyncio.sleep(otel_metrics.READ_EVERY_S)
         url = f"http://127.0.0.1:{metrics.port}/metrics"
-        program = f"import urllib.request, time; t = time.time(); x = urllib.request.urlopen({url!r}, timeout=5).read()"
+        program = f"import urllib.request, time; t = time.time(); x = urllib.request.urlopen({url!r}).read()"
         child = subprocess.Popen(  # noqa: ASYNC220 -- to hold the loop up is the point
             [sys.executable, "-c", f"{program}; print(time.time() - t, b'queue_depth' in x, b'admitted' in x)"],
             stdout=subprocess.PIPE,
             text=True,
         )
-        said, _ = child.communicate(timeout=10)  # the loop stands still here
+        said, _ = child.communicate(timeout=30)  # the loop stands still here
         took_s, has_gauge, has_counter = said.split()
         assert (has_gauge, has_counter) == ("False", "True")
-        assert float(took_s) < 2
+        assert float(took_s) < 5, "the scrape waited for the loop"
 
 
 async def test_pages_besides_the_metrics_are_answered_by_path() -> None:

@@ -52,7 +52,7 @@ class Stage:
     """A catalog, and what it has opened."""
 
     rules: NamingRules = field(default_factory=NamingRules)
-    fails: dict[str, TandemError] = field(default_factory=dict)
+    fails: dict[str, Exception] = field(default_factory=dict)
     """By model."""
     load_s: float = LOAD_S
     opened: list[str] = field(default_factory=list)
@@ -303,3 +303,89 @@ def test_an_own_model_that_cannot_be_served_ends_the_start() -> None:
             await stage.catalog.keep("own")
 
     staged(live, fails={"own": StartError("no such parser")})
+
+
+def test_many_models_beyond_the_room_are_refused_once_and_served_when_there_is_room(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def live(stage: Stage) -> None:
+        names = [f"m{number:03}" for number in range(300)]
+        stage.catalog.follow(view(*map(of, names)))
+        await asyncio.sleep(2 * LOAD_S)
+        served = [name for name, state in stage.states().items() if state == pb.MODEL_STATE_SERVING]
+        assert served == stage.opened == names[:2]
+        for gone in range(0, 40, 2):
+            stage.catalog.follow(view(*map(of, names[gone + 2 :])))
+            await asyncio.sleep(LINGER_S + 2 * LOAD_S)
+        assert len(stage.opened) == 42, "each place was given once"
+
+    staged(live, rules=NamingRules(models_max=2))
+    assert len([record for record in caplog.records if "not served" in record.getMessage()]) == 1
+
+
+def test_models_that_fail_give_their_places_to_others_and_are_asked_less_and_less() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(view(of("a"), of("b")))
+        await asyncio.sleep(2 * LOAD_S + 0.1)
+        assert stage.states() == {"a": pb.MODEL_STATE_REFUSED, "b": pb.MODEL_STATE_SERVING}
+        await asyncio.sleep(100 * RETRY_S)
+        assert stage.opened == ["a", "b"], "there is no room for it"
+
+    staged(live, rules=NamingRules(models_max=1), fails={"a": ServiceError("no answer")})
+
+    async def alone(stage: Stage) -> None:
+        stage.catalog.follow(of("a"))
+        await asyncio.sleep(31 * RETRY_S)
+        assert len(stage.opened) == 5
+
+    staged(alone, fails={"a": ServiceError("no answer")})
+
+
+def test_a_model_whose_files_break_something_unexpected_is_refused_and_forgotten_with_its_workers() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(of("a"))
+        await asyncio.sleep(2 * LOAD_S)
+        assert stage.states() == {"a": pb.MODEL_STATE_REFUSED}
+        with pytest.raises(ModelNotFound):
+            await stage.found("a")
+        stage.catalog.follow(())
+        stage.fails.clear()
+        stage.catalog.follow(of("a"))
+        assert await stage.found("a") == "a"
+
+    staged(live, fails={"a": RecursionError()})
+
+
+def test_a_refused_model_is_tried_again_when_a_worker_has_left() -> None:
+    async def live(stage: Stage) -> None:
+        first, second = of("a")
+        stage.catalog.follow((first, second))
+        await asyncio.sleep(2 * LOAD_S)
+        stage.fails.clear()
+        stage.catalog.follow((second,))
+        assert await stage.found("a") == "a"
+
+    staged(live, fails={"a": StartError("damaged")})
+
+
+def test_a_model_whose_workers_leave_while_it_fails_to_load_keeps_no_place() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(of("a"))
+        stage.catalog.follow(())
+        await asyncio.sleep(10 * LINGER_S)
+        stage.fails.clear()
+        stage.load_s = LOAD_S
+        stage.catalog.follow(of("a"))
+        assert await stage.found("a") == "a"
+
+    for load_s in (LOAD_S, 2 * LINGER_S):
+        staged(live, fails={"a": StartError("damaged")}, load_s=load_s)
+
+
+def test_a_refused_model_takes_no_alias_away() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(view(of("good"), of("other")))
+        await asyncio.sleep(2 * LOAD_S)
+        assert await stage.found("other") == "good"
+
+    staged(live, rules=NamingRules(aliases={"other": "good"}), fails={"other": StartError("damaged")})

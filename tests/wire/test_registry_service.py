@@ -382,6 +382,13 @@ async def _read_all(watch: Any) -> None:
         pass
 
 
+async def test_a_model_name_with_control_characters_is_refused(stub: Any) -> None:
+    for name in ("\x1b[31mred", "two\nlines", "turned\u202e"):
+        refused = await error_of(stub.Register(register_request(epoch=1, model=name)))
+        assert isinstance(refused, InvalidRequest)
+        assert refused.field == "worker.capabilities.model"
+
+
 async def test_a_port_in_use_is_one_sentence(app: RegistryApp) -> None:
     with pytest.raises(StartError, match=r"cannot listen on 127\.0\.0\.1"):
         async with serve_registry(port=port_of(app.address)):

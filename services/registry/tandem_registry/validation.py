@@ -117,6 +117,9 @@ def _check_address(field: str, address: str) -> None:
 def _check_model(field: str, model: str) -> None:
     if not 1 <= len(model) <= MODEL_NAME_CHARS_MAX:
         raise InvalidRequest(field, f"must be 1 to {MODEL_NAME_CHARS_MAX} characters long")
+    if not model.isprintable():
+        # It is printed on terminals and in logs.
+        raise InvalidRequest(field, "must have printable characters only")
 
 
 def _check_bootstrap(message: worker_pb2.Worker) -> None:

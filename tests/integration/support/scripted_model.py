@@ -31,6 +31,7 @@ from tandem_frontend.preparation.validation import checked_generate
 from tandem.api.frontend.v1 import anthropic_service_pb2_grpc, inference_service_pb2_grpc, openai_service_pb2_grpc
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import generation_pb2
+from tandem.errors import ModelNotFound
 from tandem.output_parsers import Parsers
 from tandem.rpc.http2.server import Http2RpcServer
 from tandem.testing.tool_model import link_tool_model
@@ -117,6 +118,16 @@ class ScriptedModel:
         ]
 
 
+class Named(OneModel):
+    """A single model, under its name only."""
+
+    async def find(self, name: str | None) -> ModelPipeline:
+        found = await super().find(name)
+        if name not in (None, found.model.name):
+            raise ModelNotFound(f"model {name!r} not found", model=name)
+        return found
+
+
 @asynccontextmanager
 async def scripted_model(folder: Path) -> AsyncIterator[ScriptedModel]:
     """Serve both doors on a port of this process; the parsers run in theirs."""
@@ -133,7 +144,7 @@ async def scripted_model(folder: Path) -> AsyncIterator[ScriptedModel]:
     await parsers.start()
     try:
         scripted = cast("Generation", generation)
-        models = OneModel(ModelPipeline(model, scripted, lambda: (), parsers))
+        models = Named(ModelPipeline(model, scripted, lambda: (), parsers))
         openai = OpenAiServicer(models, bodies)
         server.add(OPENAI_SERVICE_NAME, partial(openai_service_pb2_grpc.add_OpenAiServiceServicer_to_server, openai))
         anthropic = AnthropicServicer(models, bodies)

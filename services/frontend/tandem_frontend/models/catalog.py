@@ -16,7 +16,7 @@ from enum import Enum
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.worker import Start, Worker, WorkerState
-from tandem.errors import InvalidRequest, ModelNotFound, NoWorkers, ServiceError, TandemError
+from tandem.errors import InvalidRequest, ModelNotFound, NoWorkers, ServiceError, StartError, TandemError
 from tandem.service.background import log_failure
 from tandem_frontend.admission.open_requests import OpenRequests
 from tandem_frontend.call_context import Caller
@@ -28,8 +28,8 @@ from tandem_frontend.preparation.served_model import check_name_length
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 10.0
-"""Time after which a model is loaded again whose workers could not be asked for its files."""
+RETRY_S, RETRY_MAX_S = 10.0, 300.0
+"""Time after which a model is loaded again whose workers could not be asked for its files; doubled each time."""
 LOADING_WAIT_S = 10.0
 """Longest wait of a request for a model that is being loaded, which takes a second where its worker is healthy."""
 START_WAIT_S = 5.0
@@ -70,6 +70,8 @@ class _Entry:
     timer: asyncio.TimerHandle | None = None
     """Ends it, or loads it again."""
     task: asyncio.Task[None] | None = None
+    retries: int = 0
+    last_failure: str = ""
 
 
 class ModelCatalog:
@@ -99,6 +101,10 @@ class ModelCatalog:
         self.on_open: Callable[[OpenedModel], None] = lambda opened: None
         """Called with each model that is served from now on."""
         self._entries: dict[str, _Entry] = {}
+        self._active: set[_Entry] = set()
+        """Those that are loaded, served or leaving: at most models_max, and the frontend's own."""
+        self._without_room: dict[str, None] = {}
+        """Names of those that were refused because there are so many, in order."""
         self._view: dict[str, tuple[Worker, ...]] = {}
         self._is_closed = False
 
@@ -193,7 +199,10 @@ class ModelCatalog:
         name = self._rules.default if name is None else name
         if name is None:
             return self._only()
-        entry = self._entries.get(name) or self._entries.get(self._rules.aliases.get(name, ""))
+        entry = self._entries.get(name)
+        if entry is None or entry.status is Status.REFUSED:
+            # A model that is refused takes no alias away from one that is served.
+            entry = self._entries.get(self._rules.aliases.get(name, "")) or entry
         if entry is None:
             check_name_length(name)
             self._on_unknown()
@@ -228,8 +237,8 @@ class ModelCatalog:
                 entry.timer = asyncio.get_running_loop().call_later(self._linger_s, self._leave, entry)
             return
         if entry.status is Status.REFUSED:
-            if entry.task is not None and not {worker.start for worker in workers} <= entry.starts:
-                # Other files may come with other workers.
+            if entry.name not in self._without_room and {worker.start for worker in workers} != entry.starts:
+                # Other files may come with other workers, or the damaged ones have left.
                 self._forget(entry)
             return
         _stop_timer(entry)
@@ -240,21 +249,38 @@ class ModelCatalog:
                 self._leave(entry)
 
     def _load_missing(self) -> None:
-        for name, workers in self._view.items():
-            if name not in self._entries and not self._is_closed:
-                self._begin(name, workers)
+        """Load what is new, or refuse it where there are as many models as there may be."""
+        if self._is_closed:
+            return
+        new = [name for name in self._view if name not in self._entries]
+        for name in new:
+            self._begin(name, self._view[name])
+        refused = [name for name in new if name in self._without_room]
+        if refused:
+            more = f" and {len(refused) - NAMED_MAX} more" if len(refused) > NAMED_MAX else ""
+            log.error(
+                "this frontend serves %d models, its limit (models_max); not served: %s%s",
+                len(self._active), ", ".join(refused[:NAMED_MAX]), more,
+            )  # fmt: skip
 
     def _begin(self, name: str, workers: Sequence[Worker], *, is_own: bool = False) -> _Entry:
-        """Load a model, or refuse it where there are as many as there may be."""
-        entry = _Entry(name, frozenset(worker.start for worker in workers), is_own)
-        count = sum(other.status is not Status.REFUSED for other in self._entries.values())
-        self._entries[name] = entry
-        if count >= self._rules.models_max:
-            self._refuse(entry, ServiceError(f"this frontend serves {count} models, its limit (models_max)"))
-            return entry
-        entry.task = asyncio.create_task(self._hold(entry, workers), name=f"model-{name}")
-        entry.task.add_done_callback(log_failure)
+        entry = self._entries[name] = _Entry(name, frozenset(worker.start for worker in workers), is_own)
+        if len(self._active) < self._rules.models_max:
+            self._load(entry, workers)
+        else:
+            self._without_room[name] = None
+            entry.status = Status.REFUSED
+            entry.failure = ServiceError(f"this frontend serves {len(self._active)} models, its limit (models_max)")
+            entry.settled.set()
         return entry
+
+    def _load(self, entry: _Entry, workers: Sequence[Worker]) -> None:
+        entry.status, entry.failure = Status.LOADING, None
+        entry.starts = frozenset(worker.start for worker in workers)
+        entry.settled.clear()
+        self._active.add(entry)
+        entry.task = asyncio.create_task(self._hold(entry, workers), name=f"model-{entry.name}")
+        entry.task.add_done_callback(log_failure)
 
     async def _hold(self, entry: _Entry, workers: Sequence[Worker]) -> None:
         """Load a model and serve it until it must leave."""
@@ -269,10 +295,8 @@ class ModelCatalog:
                 self._tell()
                 await entry.left.wait()
                 await opened.admission.wait_none()
-        except TandemError as problem:
+        except Exception as problem:  # a model's files may break anything, and must not keep its place for ever
             self._refuse(entry, problem)
-            if isinstance(problem, ServiceError) and not entry.is_own:
-                entry.timer = asyncio.get_running_loop().call_later(RETRY_S, self._retry, entry)
             return
         finally:
             entry.opened = None
@@ -281,20 +305,39 @@ class ModelCatalog:
         self._forget(entry)
         self._load_missing()
 
-    def _refuse(self, entry: _Entry, problem: TandemError) -> None:
-        entry.status, entry.failure = Status.REFUSED, problem
+    def _refuse(self, entry: _Entry, problem: Exception) -> None:
+        """A model could not be loaded. It is tried again where the cause may pass by itself."""
+        _stop_timer(entry)
+        known = problem if isinstance(problem, TandemError) else _internal(entry.name, problem)
+        is_repeated = entry.last_failure == str(known)
+        entry.status, entry.failure, entry.last_failure = Status.REFUSED, known, str(known)
+        self._active.discard(entry)
         entry.settled.set()
         if not entry.is_own:
-            log.error("model %s is not served: %s", entry.name, problem)
+            log.log(logging.DEBUG if is_repeated else logging.ERROR, "model %s is not served: %s", entry.name, known)
+            if not self._view.get(entry.name):
+                self._forget(entry)
+            elif isinstance(known, ServiceError):
+                delay_s = min(RETRY_MAX_S, RETRY_S * 2**entry.retries)
+                entry.retries += 1
+                entry.timer = asyncio.get_running_loop().call_later(delay_s, self._retry, entry)
+        self._fill_room()
         self._tell()
 
     def _retry(self, entry: _Entry) -> None:
-        self._forget(entry)
-        self._load_missing()
+        entry.timer = None
+        workers = self._view.get(entry.name, ())
+        if len(self._active) < self._rules.models_max:
+            self._load(entry, workers)
+        else:
+            self._without_room[entry.name] = None
 
     def _leave(self, entry: _Entry) -> None:
         """Refuse new requests from now on; the model ends with the last open one."""
         _stop_timer(entry)
+        if entry.status is Status.REFUSED:
+            self._forget(entry)
+            return
         entry.status = Status.LEAVING
         entry.left.set()
         self._tell()
@@ -302,17 +345,29 @@ class ModelCatalog:
     def _forget(self, entry: _Entry) -> None:
         """Remove an ended or refused model. One that had no room gets it."""
         _stop_timer(entry)
+        self._active.discard(entry)
         if self._entries.get(entry.name) is entry:
             del self._entries[entry.name]
-        if entry.task is not None:
-            for other in [*self._entries.values()]:
-                if other.status is Status.REFUSED and other.task is None:
-                    del self._entries[other.name]
+            self._without_room.pop(entry.name, None)
+        self._fill_room()
+
+    def _fill_room(self) -> None:
+        """Load models that were refused for want of room, as many as fit now."""
+        while self._without_room and len(self._active) < self._rules.models_max and not self._is_closed:
+            name = next(iter(self._without_room))
+            del self._without_room[name]
+            entry, workers = self._entries.get(name), self._view.get(name, ())
+            if entry is not None and workers:
+                self._load(entry, workers)
 
     def _tell(self) -> None:
-        self._on_change(
-            any(entry.status is Status.SERVING and self._view.get(name) for name, entry in self._entries.items())
-        )
+        self._on_change(any(entry.status is Status.SERVING and self._view.get(entry.name) for entry in self._active))
+
+
+def _internal(name: str, problem: Exception) -> TandemError:
+    """The error of a model whose files broke a library in an unexpected way."""
+    log.error("bug in this frontend while model %s was loaded; other models are not affected", name, exc_info=problem)
+    return StartError(f"its files cannot be used: {type(problem).__name__}")
 
 
 async def _wait_loaded(entry: _Entry) -> None:

@@ -7,6 +7,7 @@ that name, a worker of the model for every other one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tandem.client.model_files import copy_model_files
 from tandem.clock import monotonic
 from tandem.domain.checkpoint import tokenizer_digest
 from tandem.domain.worker import Worker, WorkerState
-from tandem.errors import NotSupported, ServiceError, StartError, TandemError
+from tandem.errors import ServiceError, StartError, TandemError
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_store import TraceStore
@@ -36,6 +37,8 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.preparation.tokenizer import Tokenizer
 from tandem_frontend.response.coalescing import Coalescing
 from tandem_frontend.tenancy import Tenancy
+
+log = logging.getLogger(__name__)
 
 DIRECTORY_PREFIX = "tandem-model-"
 """Of a directory that the next frontend removes where this one is killed."""
@@ -121,30 +124,36 @@ class ModelOpener:
         config = self._shared.config
         if self._own is not None and config.model is not None and name == self._own.name:
             return self._own, config.model
-        owned = await asyncio.to_thread(OwnedDirectory, DIRECTORY_PREFIX)
-        stack.push_async_callback(asyncio.to_thread, owned.remove)
-        directory = owned.path
+        ordered = sorted(workers, key=lambda worker: worker.state is not WorkerState.SERVING)[:ASKED_MAX]
+        failures: list[TandemError] = []
+        for worker in ordered:
+            owned = await asyncio.to_thread(OwnedDirectory, DIRECTORY_PREFIX)
+            stack.push_async_callback(asyncio.to_thread, owned.remove)
+            try:
+                return await self._of_worker(name, worker, owned.path, stack), owned.path
+            except TandemError as problem:
+                # Another worker may respond, or have better files.
+                failures.append(problem)
+                await asyncio.to_thread(owned.remove)
+        # One that does not respond may do so later, so that the model is tried again.
+        failures.sort(key=lambda problem: not isinstance(problem, ServiceError))
+        raise failures[0] if failures else ServiceError(f"no worker of model {name} is left to read its tokenizer from")
+
+    async def _of_worker(self, name: str, worker: Worker, directory: Path, stack: AsyncExitStack) -> ServedModel:
+        """Copy the model's files from a worker, and open them."""
         try:
-            await self._copy(name, workers, directory)
-            return await open_tokenizer(name, directory, config, stack), directory
+            await copy_model_files(self._shared.fleet.channels, worker, directory)
+            if await asyncio.to_thread(tokenizer_digest, directory) != worker.capabilities.tokenizer_digest:
+                raise StartError(f"worker {worker.worker_id} sent another tokenizer than it registered")
+            return await open_tokenizer(name, directory, self._shared.config, stack)
         except StartError as problem:
             # Clients may read the reason in the list of models: it names no path of this machine.
             raise type(problem)(str(problem).replace(f"{directory}/", "")) from None
-
-    async def _copy(self, name: str, workers: Sequence[Worker], directory: Path) -> None:
-        """Copy the model's files from one of its workers, those that serve first."""
-        ordered = sorted(workers, key=lambda worker: worker.state is not WorkerState.SERVING)[:ASKED_MAX]
-        failure: TandemError = ServiceError(f"no worker of model {name} is left to read its tokenizer from")
-        for worker in ordered:
-            try:
-                await copy_model_files(self._shared.fleet.channels, worker, directory)
-            except (ServiceError, NotSupported) as problem:
-                failure = problem
-                continue
-            if await asyncio.to_thread(tokenizer_digest, directory) != worker.capabilities.tokenizer_digest:
-                raise StartError(f"worker {worker.worker_id} sent another tokenizer than it registered")
-            return
-        raise failure
+        except TandemError:
+            raise
+        except Exception as problem:  # files of a worker may break any library that reads them
+            log.warning("files of model %s from worker %s cannot be read", name, worker.worker_id, exc_info=problem)
+            raise StartError(f"its files cannot be used: {type(problem).__name__}") from None
 
     async def _parsers(self, name: str, directory: Path, stack: AsyncExitStack) -> Parsers | None:
         """None: neither tool calls nor reasoning of this model are parsed."""
