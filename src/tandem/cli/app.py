@@ -50,9 +50,9 @@ Models = Annotated[
     list[str],
     typer.Option(
         help="Model directory in Hugging Face format. For several models, once for each, as NAME=DIRECTORY; each has "
-        "as many workers.",
+        "as many workers; default: the package's tandem-demo.",
         metavar="[NAME=]DIRECTORY",
-        show_default="the package's tandem-demo",
+        show_default=False,
     ),
 ]
 ModelAliases = Annotated[
