@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools.gpu import decode_heavy, report, runs, summaries
+from tools.gpu import decode_crowd, decode_heavy, report, runs, summaries
 from tools.gpu.decode_heavy import Asked, Bare, Heavy
 from tools.gpu.overhead import bare_settings
 from tools.gpu.results import Results
@@ -161,3 +161,15 @@ def test_a_side_that_fails_does_not_keep_the_other(tmp_path: Path) -> None:
 
 def test_the_step_is_one_of_those_that_run() -> None:
     assert "decode_heavy" in runs.STEPS
+
+
+def test_ratios_of_the_crowd_are_taken_within_a_round() -> None:
+    measured = {
+        "crowd_0_bare": {"tokens_per_s": 1.0}, "crowd_0_tandem": {"tokens_per_s": 1.0},
+        "crowd_1_bare": {"tokens_per_s": 100.0, "itl_mean_p50_ms": 2.0}, "crowd_1_tandem": {"tokens_per_s": 90.0},
+        "crowd_2_bare": {"tokens_per_s": 200.0}, "crowd_2_tandem": {"skipped": "no time"},
+    }  # fmt: skip
+    assert decode_crowd.ratios(measured, "crowd", ("bare", "tandem")) == {
+        "bare": {"tokens_per_s": [1.0, 1.0], "itl_mean_p50_ms": [1.0]},
+        "tandem": {"tokens_per_s": [0.9]},
+    }

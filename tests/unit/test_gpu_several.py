@@ -88,6 +88,17 @@ def test_place_on_a_cpu_names_no_gpu(tmp_path: Path) -> None:
     assert placed(Fleet(1, 1, prefill_tp=2), 0, tmp_path) == {"prefill-0": {"tp_size": 2}, "decode-0": {}}
 
 
+def test_place_lets_engines_share_a_gpu(tmp_path: Path) -> None:
+    shared = Machine(device="cuda", gpus=1, places=4, dtype="bfloat16", logs=tmp_path)
+    cluster = LocalCluster(shapes.cluster_spec(shared, tmp_path, LOAD, Fleet(2, 2), "a"))
+    shapes.place(cluster, shared, engine_gpus=Fleet(2, 2).engine_gpus)
+    assert {worker.flags["engine-extra"] for worker in cluster.workers} == {'{"base_gpu_id": 0}'}
+    assert shared.has_gpus_for(Fleet(2, 2).engine_gpus)
+    # Ranks of one engine need a GPU each.
+    assert not shared.has_gpus_for(Fleet(1, 1, prefill_tp=2, tp=2).engine_gpus)
+    assert machine(4, tmp_path).has_gpus_for(Fleet(1, 1, prefill_tp=2, tp=2).engine_gpus)
+
+
 @pytest.mark.parametrize(
     ("gpus", "left_out", "smaller"),
     [

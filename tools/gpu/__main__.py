@@ -60,6 +60,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--gpus", type=int, default=None,
         help=f"GPUs to use; default: those of this machine; with --device cpu those to rehearse for, default {GPUS}",
     )  # fmt: skip
+    parser.add_argument(
+        "--engines-per-gpu", type=int, default=1,
+        help="how many engines share a GPU in the steps with several workers; give --kv-tokens so that all fit",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--model", type=Path, required=True, help="directory of the large model; the `model` command makes one"
@@ -108,8 +112,10 @@ def _run(given: argparse.Namespace) -> int:
 
     try:
         given.gpus = places(given.device, given.gpus, machine.gpu_count())
+        if given.engines_per_gpu < 1:
+            raise ValueError(f"--engines-per-gpu: must be at least 1, not {given.engines_per_gpu}")
         plan = _plan(given)
-        runs.check_steps(plan.steps, given.gpus)
+        runs.check_steps(plan.steps, plan.machine.places)
         results = Results(given.out / "results.json", given.deadline_s)
         if given.add:
             results.add_to(vars(given))
@@ -139,8 +145,8 @@ def _plan(given: argparse.Namespace) -> Plan:
     requests = max(size.levels) + size.decodes
     return runs.Plan(
         machine=Machine(
-            device=given.device, gpus=given.gpus if on_gpu else 0, places=given.gpus, dtype=given.dtype,
-            logs=given.out / "logs", extra=json.loads(given.extra),
+            device=given.device, gpus=given.gpus if on_gpu else 0, places=given.gpus * given.engines_per_gpu,
+            dtype=given.dtype, logs=given.out / "logs", extra=json.loads(given.extra),
         ),
         size=size,
         demo=given.demo,

@@ -22,6 +22,7 @@ def states(results: dict[str, Any]) -> str:
     """What became of each step; one without a record was not run."""
     arguments = results.get("arguments", {})
     gpus = int(arguments["gpus"]) if str(arguments.get("gpus", "")).isdigit() else catalog.GPUS
+    gpus *= int(arguments.get("engines_per_gpu", 1))
     recorded = [name.removeprefix(STEP) for name in results if name.startswith(STEP)]
     if not any(catalog.knows(name, gpus) for name in recorded):
         return ""
@@ -39,6 +40,8 @@ def _state(step: Any, rehearsed: bool) -> tuple[str, str, str]:
     words = {COMPLETE: done, PARTIAL: f"{done} in part", FAILED: "failed", NOT_RUN: "not run"}
     missing = [f"{name}: {reason}"[:SAID_MAX] for name, reason in step.get("missing", {}).items()]
     said = [step["reason"]] if "reason" in step else missing
+    if step.get("engines_share"):
+        said.append(f"all engines on {step['gpus']} GPU")
     if "smaller_than" in step:
         said.append(f"instead of {step['smaller_than']}, which needs {step['as_made_for_needs_gpus']} GPUs")
     return step.get("fleet", ""), words[step["state"]], "; ".join(said)

@@ -16,7 +16,7 @@ COMPLETE, PARTIAL, FAILED, NOT_RUN = "complete", "partial", "failed", "not run"
 TAKEN = ""
 NO_TIME = "no time was left"
 REASON_LENGTH_MAX = 600
-SAME_ARGUMENTS = ("device", "gpus", "dtype", "model", "kv_tokens")
+SAME_ARGUMENTS = ("device", "gpus", "dtype", "model", "kv_tokens", "engines_per_gpu")
 
 
 def state(taken: Mapping[str, str]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Results:
         self.measured = json.loads(self._file.read_text())
         before = self.measured.get("arguments", {})
         for name in SAME_ARGUMENTS:
-            if str(before.get(name)) != str(arguments.get(name)):
+            if name in before and str(before[name]) != str(arguments.get(name)):
                 raise ValueError(f"--{name}: {self._file} was taken with {before.get(name)}, not {arguments.get(name)}")
 
     @property

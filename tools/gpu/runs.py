@@ -16,7 +16,7 @@ from typing import Any
 
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
-from tools.gpu import catalog, copies, decode_heavy, endings, measures, observed, overhead, shapes
+from tools.gpu import catalog, copies, decode_crowd, decode_heavy, endings, measures, observed, overhead, shapes
 from tools.gpu.callers import Callers
 from tools.gpu.measures import Size
 from tools.gpu.results import Results
@@ -28,7 +28,7 @@ PARITY_CONCURRENT = 8
 STEPS = ("parity", "pair", "aggregated", "two_aggregated", "copies", "overhead", "observed", "decode_heavy")
 """What is run unless steps are named; `decode_heavy` is `decode_heavy_aggregated` and `decode_heavy_pair`. `kills` is
 the end of `overhead` by itself, with decode killed twice. Those of `catalog` are run when they are named."""
-NAMED = ("kills", "decode_heavy_aggregated", "decode_heavy_pair", catalog.GROUP)
+NAMED = ("kills", "decode_heavy_aggregated", "decode_heavy_pair", "decode_heavy_crowd", catalog.GROUP)
 """Steps that are run only when they are named, beside those of `catalog`."""
 TAIL_LINES = 60
 
@@ -69,6 +69,7 @@ class Run:
             "decode_heavy": self._decode_heavy,
             "decode_heavy_aggregated": functools.partial(self._heavy_shape, "aggregated"),
             "decode_heavy_pair": functools.partial(self._heavy_shape, "pair"),
+            "decode_heavy_crowd": functools.partial(self._heavy_shape, "crowd"),
         }
         several = self._several()
         try:
@@ -217,6 +218,7 @@ class Run:
         make, compare = {
             "aggregated": (shapes.aggregated, decode_heavy.aggregated),
             "pair": (shapes.pair, decode_heavy.pair),
+            "crowd": (shapes.aggregated, decode_crowd.compare),
         }[shape]
 
         async def with_cluster(load: Load, first_gpu: int, use: Callable[[LocalCluster], Awaitable[None]]) -> None:

@@ -60,6 +60,9 @@ class Several:
         if fleet is None:
             self.results.leave_out(name, catalog.shortage(step, gpus))
             return
+        if not self.machine.has_gpus_for(fleet.engine_gpus):
+            self.results.leave_out(name, "ranks of one engine cannot share a GPU")
+            return
         named: dict[str, Callable[[str, Fleet], Awaitable[None]]] = {
             "chats": self._chats,
             "kill_decode_of_two": functools.partial(self._kill, "decode"),
@@ -71,7 +74,13 @@ class Several:
         await self.results.step(name, functools.partial(named.get(name, self._fleet), name, fleet))
         made_for, state = step.fleets[0], self.results.measured[f"step_{name}"]
         smaller = {} if fleet == made_for else {"smaller_than": made_for.name, "as_made_for_needs_gpus": made_for.gpus}
-        self.results.keep(f"step_{name}", {**state, "fleet": fleet.name, "gpus": fleet.gpus, **smaller})
+        self.results.keep(
+            f"step_{name}", {**state, "fleet": fleet.name, "gpus": fleet.gpus, **self._sharing(fleet), **smaller}
+        )
+
+    def _sharing(self, fleet: Fleet) -> dict[str, Any]:
+        gpus = self.machine.gpus
+        return {"gpus": gpus, "engines_share": True} if 0 < gpus < fleet.gpus else {}
 
     def _planned(self) -> Step | None:
         found = fleets.planned(self.results.measured)

@@ -25,7 +25,8 @@ class Machine:
     gpus: int
     """GPUs to use; 0 on a CPU."""
     places: int = 0
-    """GPUs to use, or on a CPU those that a rehearsal is for: each stands for as many engines as a GPU has."""
+    """Engines of one GPU each that there is room for: GPUs times the engines that share one. On a CPU, the GPUs that a
+    rehearsal is for."""
     dtype: str
     logs: Path
     extra: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,10 @@ class Machine:
     def gpu(self, number: int) -> int:
         """The GPU of the worker of that number: with one GPU they share it."""
         return number % self.gpus if self.gpus else 0
+
+    def has_gpus_for(self, engine_gpus: Sequence[int]) -> bool:
+        """Whether each of these engines finds GPUs of its own for its ranks; on a CPU they always do."""
+        return not self.gpus or max(engine_gpus) == 1 or sum(engine_gpus) <= self.gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
