@@ -167,7 +167,7 @@ async def test_an_adapter_is_listed_with_its_model_and_served_over_http(fleet: F
         await fleet.ask("a0")
 
 
-async def test_a_load_that_one_worker_refuses_leaves_all_as_before_and_tells_each_state(fleet: Fleet) -> None:
+async def test_a_load_that_one_worker_refuses_leaves_all_as_they_were_and_names_each_state(fleet: Fleet) -> None:
     before = await fleet.adapters()
     folder = fleet.root.parent
     (folder / "control").write_text((folder / "rules").read_text())

@@ -1,7 +1,7 @@
 """LoRA adapters: their names, their identity, and the check of their files against the model that they adapt.
 
 An adapter is named by clients as a model. Its digest covers configuration and weights, so that two adapters of one name
-are told apart. Files are read only, and never as pickles.
+differ. Files are read only, and never as pickles.
 """
 
 from __future__ import annotations
