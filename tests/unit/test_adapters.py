@@ -226,7 +226,10 @@ def test_other_adapters_change_nothing_for_an_adapter_or_the_model() -> None:
     scene = Scene(first, second)
     former = scene.view.workers
     assert not scene.follow(having(first, ONE, other), second)
-    assert scene.view.workers is former, "pools recognise workers by identity"
+    assert scene.view.workers is former
+    assert scene.follow(having(first, TWO), having(second, ONE, other))
+    assert scene.view.workers[1] is former[1], "pools recognise unchanged workers by identity"
+    assert scene.follow(first, second)
     assert without_adapters(first) == without_adapters(having(first, ONE, other)) == prefill("p")
     assert scene.view.adapter == ONE
 
