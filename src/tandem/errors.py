@@ -13,6 +13,7 @@
     │   ├── StaleEpoch           the worker was restarted               FAILED_PRECONDITION
     │   ├── WrongRole            wrong worker role for that call        FAILED_PRECONDITION
     │   ├── RoleChangeRefused    a worker cannot take that role now     FAILED_PRECONDITION
+    │   ├── AdapterRefused       an adapter was not (un)loaded          FAILED_PRECONDITION
     │   ├── AdminDisabled        disabled by a setting                  FAILED_PRECONDITION
     │   └── NotSupported         not supported by engine or model       UNIMPLEMENTED
     ├── ServiceError             the cluster is at fault; most can be retried
@@ -153,6 +154,13 @@ class RoleChangeRefused(RequestError):
 
     code = "FAILED_PRECONDITION"
     reason = "ROLE_CHANGE_REFUSED"
+
+
+class AdapterRefused(RequestError):
+    """An adapter was not loaded or unloaded. Metadata: adapter, worker (the first at fault), workers."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "ADAPTER_REFUSED"
 
 
 class AdminDisabled(RequestError):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from tandem.domain.adapter import Adapter, read_adapter
 from tandem.domain.generation import EngineFinish
 from tandem.domain.kv_blocks import block_hashes
-from tests.contract.support.engine_process import Result
-from tests.contract.support.fleet import Fleet, Pair, prompt_of, request_of
+from tandem.testing.adapters import write_adapter
+from tests.contract.support.engine_process import RemoteError, Result
+from tests.contract.support.fleet import ADAPTERS, Fleet, Pair, prompt_of, request_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -54,9 +57,12 @@ def moved_bytes(finish: EngineFinish) -> int:
     return finish.timings.kv_transfer_bytes
 
 
-async def run_salted(pair: Pair, prompt: tuple[int, ...], salt: str | None) -> list[Result]:
+async def run_salted(
+    pair: Pair, prompt: tuple[int, ...], salt: str | None, adapter: Adapter | None = None
+) -> list[Result]:
     room = pair.room()
-    request = dataclasses.replace(request_of(prompt, ANSWER_TOKENS, bootstrap=room), cache_salt=salt)
+    plain = request_of(prompt, ANSWER_TOKENS, bootstrap=room)
+    request = dataclasses.replace(plain, cache_salt=salt, adapter=adapter)
     return await asyncio.gather(*(engine.generate(request).all() for engine in (pair.prefill, pair.decode)))
 
 
@@ -107,3 +113,38 @@ async def test_a_cancelled_answer_leaves_right_blocks_only(pair: Pair, chat: Cha
     assert prefill.token_ids == answer[:1]
     assert await pair.decode.read_kv_cache() == await pair.decode.kv_cache()
     await pair.assert_idle()
+
+
+async def test_each_adapter_has_tokens_and_blocks_of_its_own(
+    pair: Pair, chat: Chat, model_path: Path, tmp_path: Path
+) -> None:
+    prompt, answer = chat.prompts[0], chat.answers[0]
+    adapters, tokens = [], []
+    for number in range(2):
+        path = write_adapter(tmp_path / str(number), model_path, number)
+        adapter = read_adapter(f"a{number}", path, model_path, ADAPTERS.rank_max, ADAPTERS.modules)
+        for engine in (pair.prefill, pair.decode):
+            await engine.call("load_adapter", adapter, path)
+        adapters.append(adapter)
+    for adapter in adapters:
+        prefill, decode = await run_salted(pair, prompt, None, adapter)
+        assert prefill.token_ids == decode.token_ids[:1]
+        assert (decode.finish.cached_tokens, prefill.finish.cached_tokens) == (0, 0), "no other one's blocks"
+        tokens.append(decode.token_ids)
+        blocks = set(block_hashes(prompt, PAGE, None, adapter.engine_id))
+        for engine in (pair.prefill, pair.decode):
+            own = await engine.read_kv_cache()
+            assert blocks <= own == await engine.kv_cache()
+    assert len({*map(tuple, tokens), tuple(answer)}) == 3
+    again = await run_salted(pair, prompt, None, adapters[0])
+    assert again[1].token_ids == tokens[0]
+    assert again[0].finish.cached_tokens == (len(prompt) - 1) // PAGE * PAGE
+    _, salted = await run_salted(pair, prompt, "tenant-b", adapters[0])
+    assert (salted.token_ids, salted.finish.cached_tokens) == (tokens[0], 0)
+    assert set(block_hashes(prompt, PAGE, "tenant-b", adapters[0].engine_id)) <= await pair.prefill.read_kv_cache()
+    for engine in (pair.prefill, pair.decode):
+        await engine.call("unload_adapter", adapters[0])
+    with pytest.raises(RemoteError) as refused:
+        await run_salted(pair, prompt, None, adapters[0])
+    assert refused.value.name == "ModelNotFound"
+    assert (await pair.run(prompt, ANSWER_TOKENS))[1].token_ids == answer

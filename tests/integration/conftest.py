@@ -47,8 +47,12 @@ async def simulated(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[L
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def http_pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
-    """A pair of SGLang engines behind a real Envoy; shared by all tests that speak HTTP to the real engine."""
-    async with running(tmp_path_factory.mktemp("http"), edge=True, worker_flags={"dtype": "float32"}) as cluster:
+    """A pair of SGLang engines behind a real Envoy; shared by all tests that speak HTTP to the real engine. It loads
+    adapters from its `adapter-root`.
+    """
+    folder = tmp_path_factory.mktemp("http")
+    flags = {"dtype": "float32", "adapter-root": str(folder / "adapters")}
+    async with running(folder, edge=True, worker_flags=flags) as cluster:
         yield cluster
 
 

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tandem_frontend.adapter_fleets import AdapterFleets
 from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.open_requests import OpenRequests
+from tandem_frontend.models.adapters import AdapterPipelines
 from tandem_frontend.models.catalog import LOADING_WAIT_S, RETRY_S, START_WAIT_S, ModelCatalog
 from tandem_frontend.models.listing import listed_as
 from tandem_frontend.models.model_pipeline import ModelPipeline
@@ -20,6 +22,7 @@ from tandem_frontend.models.opening import OpenedModel
 from tandem_frontend.preparation.served_model import ServedModel
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, ModelNotFound, NoWorkers, ServiceError, StartError, TandemError
 from tandem.testing.virtual_time import run_virtually
@@ -37,6 +40,20 @@ class Unlimited:
 
     def fits(self, held_requests: int, held_tokens: int, tokens: int) -> bool:
         return True
+
+
+class Unrouted:
+    """The execution of an adapter's requests, on workers that are not there."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        self.routes = self
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        pass
+
+    def problem(self) -> TandemError:
+        return NoWorkers("no worker", role="any")
 
 
 def of(model: str, *workers: Worker, tokenizer: str = "t") -> tuple[Worker, ...]:
@@ -59,6 +76,11 @@ class Stage:
     closed: list[str] = field(default_factory=list)
     reported: list[bool] = field(default_factory=list)
     unknown_count: int = 0
+    fleets: list[AdapterFleets] = field(default_factory=list)
+
+    def forget_adapters(self) -> None:
+        for fleets in self.fleets:
+            fleets.follow(())
 
     def __post_init__(self) -> None:
         self.requests = OpenRequests(100, asyncio.get_running_loop().time)
@@ -78,14 +100,21 @@ class Stage:
         digest = workers[0].capabilities.tokenizer_digest if workers else "t"
         tokenizer = SimpleNamespace(digest=digest, chat_template=None, context_tokens_max=64)
         admission = Admission(self.requests, Unlimited(), asyncio.get_running_loop().time, model=name)
-        pipeline = ModelPipeline(ServedModel(name, cast("Any", tokenizer), {}), cast("Any", None), lambda: ())
+        pipeline = ModelPipeline(ServedModel(name, cast("Any", tokenizer), {}), cast("Any", self), lambda: ())
         try:
-            yield OpenedModel(pipeline, admission, cast("Any", None))
+            fleets = AdapterFleets(lambda view: cast("Any", Unrouted()))
+            fleets.follow(tuple(workers))
+            self.fleets.append(fleets)
+            yield OpenedModel(pipeline, admission, cast("Any", None), AdapterPipelines(pipeline, fleets))
         finally:
             self.closed.append(name)
 
     async def found(self, name: str | None) -> str:
         return (await self.catalog.find(name)).model.name
+
+    def with_routes(self, model: ServedModel, attempts: object) -> Any:
+        """As of a pipeline."""
+        return None
 
     def states(self) -> dict[str, int]:
         return {model.name: model.state for model in self.catalog.listed()}
@@ -389,3 +418,39 @@ def test_a_refused_model_takes_no_alias_away() -> None:
         assert await stage.found("other") == "good"
 
     staged(live, rules=NamingRules(aliases={"other": "good"}), fails={"other": StartError("damaged")})
+
+
+STORY = Adapter("story", "1" * 64)
+
+
+def with_story(model: str) -> tuple[Worker, ...]:
+    return tuple(replace(worker, adapters=(STORY,)) for worker in of(model))
+
+
+def test_an_adapter_is_found_by_its_name_and_its_alias_once_its_model_is_loaded() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(with_story("a"))
+        assert await stage.found("story") == await stage.found("nickname") == "story"
+        pipeline = await stage.catalog.find("story")
+        assert (pipeline.model.parent, pipeline.model.engine_name) == ("a", "a")
+        assert await stage.catalog.find("story") is pipeline, "endpoints are kept by it"
+        (model, listed) = stage.catalog.listed()
+        assert (model.name, listed.name, listed.parent, [*listed.aliases]) == ("a", "story", "a", ["nickname"])
+        assert listed.state == pb.MODEL_STATE_REFUSED, "the scripted fleet has no route"
+        stage.catalog.follow(of("a"))
+        stage.forget_adapters()
+        for name in ("story", "nickname"):
+            with pytest.raises(ModelNotFound, match=f"{name!r} not found; this frontend serves 'a'"):
+                await stage.found(name)
+        assert stage.unknown_count == 2
+
+    staged(live, rules=NamingRules(aliases={"nickname": "story"}))
+
+
+def test_a_model_comes_before_an_adapter_of_its_name() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(view(with_story("a"), of("story")))
+        assert (await stage.catalog.find("story")).model.parent is None
+        assert [model.name for model in stage.catalog.listed()] == ["a", "story"]
+
+    staged(live)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import cast
 
 import pytest
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import WorkerRole
 from tandem.engine.port import Engine
 from tandem.engine.role_engine import RoleEngine
@@ -25,6 +27,14 @@ class ScriptedEngine:
         self.start_error: StartError | None = None
         self.switch_error: Exception | None = None
         self.died = asyncio.Event()
+        self.adapters: dict[Adapter, Path] = {}
+
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        assert self.is_running
+        self.adapters[adapter] = path
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        del self.adapters[adapter]
 
     async def start(self) -> None:
         if self.start_error is not None:
@@ -82,6 +92,15 @@ async def test_an_engine_that_cannot_switch_is_replaced(scene: Scene, error: Exc
     scene.made[0].switch_error = error
     assert not await scene.engine.change_role(AGGREGATED)
     assert [engine.made_for for engine in scene.running] == [AGGREGATED]
+
+
+async def test_another_engine_has_the_adapters_of_the_former_one(scene: Scene) -> None:
+    kept, gone = Adapter("kept", "1" * 64), Adapter("gone", "2" * 64)
+    for adapter in (kept, gone):
+        await scene.engine.load_adapter(adapter, Path(adapter.name))
+    await scene.engine.unload_adapter(gone)
+    assert not await scene.engine.change_role(DECODE, may_switch=False)
+    assert [engine.adapters for engine in scene.running] == [{kept: Path("kept")}]
 
 
 async def test_an_engine_that_must_not_stay_is_replaced(scene: Scene) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tandem.clock import ManualClock
 from tandem.discovery import LeaseTime
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker, WorkerRole
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.identity import Identity
@@ -24,12 +25,17 @@ class FakeLease:
         self.lease_time: LeaseTime | None = LeaseTime(TTL_S, clock.now_s + TTL_S)
         self.renewed: list[int] = []
         self.replaced: list[Worker] = []
+        self.adapters: tuple[Adapter, ...] = ()
 
     def renew(self, epoch: int) -> None:
         self.renewed.append(epoch)
 
     def replace(self, member: Worker) -> None:
         self.replaced.append(member)
+
+    async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        self.adapters = adapters
+        return True
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker
 from tandem.observability.leg_metrics import LegMetrics
 from tandem.observability.metrics import Metrics
@@ -27,6 +28,9 @@ class Place:
 
     def replace(self, member: Worker) -> None:
         pass
+
+    async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        return True
 
 
 async def _ignore(trouble: str | None) -> None:

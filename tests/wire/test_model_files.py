@@ -41,6 +41,7 @@ class Sends(pb_grpc.WorkerServiceServicer):
 
     GetCapabilities = WatchLoad = WatchKvEvents = cast("Any", None)
     Abort = Drain = FlushCache = ChangeRole = cast("Any", None)
+    LoadAdapter = ServeAdapter = UnloadAdapter = cast("Any", None)
 
     def __init__(self, *parts: tuple[str, bytes]) -> None:
         self._parts = parts

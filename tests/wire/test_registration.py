@@ -12,6 +12,7 @@ import pytest
 
 from tandem.clock import ManualClock
 from tandem.discovery import Registration
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Frontend
 from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, ServiceError, TandemError, WorkerNotFound
@@ -225,3 +226,17 @@ async def test_leaving_gives_the_lease_back(member: Any) -> None:
         async with registered([registry], member):
             assert len(registry.leases) == 1
         assert not registry.leases
+
+
+async def test_adapters_are_reported_until_a_registry_that_knows_them_has_them() -> None:
+    one, two = Adapter("a", "1" * 64), Adapter("b", "2" * 64)
+    registry = ScriptedRegistry()
+    async with play_registry(registry), registered([registry], make_worker("w")) as place:
+        assert await place.set_adapters((one,), 5)
+        assert await place.set_adapters((one, two), 5)
+        assert await place.set_adapters((), 5)
+        assert registry.adapters == [["a"], ["a", "b"], []]
+        registry.knows_adapters = False
+        assert not await place.set_adapters((two,), 0.3)
+        assert await place.set_adapters((), 5), "what it has is what is wanted again"
+        assert len(registry.registered) == 1, "no new registration, and no new epoch"

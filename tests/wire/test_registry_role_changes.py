@@ -54,6 +54,9 @@ class PlayedWorker(pb_grpc.WorkerServiceServicer):
     Drain: Any = pb_grpc.WorkerServiceServicer.Drain
     FlushCache: Any = pb_grpc.WorkerServiceServicer.FlushCache
     ReadModelFiles: Any = pb_grpc.WorkerServiceServicer.ReadModelFiles
+    LoadAdapter: Any = pb_grpc.WorkerServiceServicer.LoadAdapter
+    ServeAdapter: Any = pb_grpc.WorkerServiceServicer.ServeAdapter
+    UnloadAdapter: Any = pb_grpc.WorkerServiceServicer.UnloadAdapter
 
     def __init__(self) -> None:
         self.address = ""

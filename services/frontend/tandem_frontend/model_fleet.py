@@ -15,16 +15,19 @@ from typing import Protocol
 from tandem.api.types.v1 import leg_pb2
 from tandem.client.kv_watch import KvWatch
 from tandem.clock import monotonic
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import EngineLoad, Start, Worker
 from tandem.observability.metrics import Metrics
 from tandem.rpc.channels import Channels
 from tandem.rpc.convert import present
+from tandem_frontend.adapter_fleets import AdapterFleets
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.execution.dispatch import Dispatch
 from tandem_frontend.execution.request_stream import ExecutionDeps
 from tandem_frontend.execution.worker_links import WorkerLinks
 from tandem_frontend.preparation.served_model import ServedModel
+from tandem_frontend.routing.adapter_view import AdapterView, without_adapters
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
 from tandem_frontend.routing.local_prefill import LocalPrefill
 from tandem_frontend.routing.policies import make_policy
@@ -102,12 +105,26 @@ class ModelFleet:
             model, self.workers, access.health.unhealthy, refusals, self._breakers, rng, chooser, costs, local
         )
         dispatch = Dispatch(access.links, rng)
-        self.execution = ExecutionDeps(
-            self.routes, refusals, self._breakers, dispatch, monotonic, rng, self._blocks_of, config.no_worker_wait_s
-        )
+
+        def execute(routes: Routes, adapter: Callable[[], Adapter | None]) -> ExecutionDeps:
+            return ExecutionDeps(
+                routes, refusals, self._breakers, dispatch, monotonic, rng,
+                lambda leg: self._blocks_of(leg, adapter()), config.no_worker_wait_s,
+            )  # fmt: skip
+
+        self.execution = execute(self.routes, lambda: None)
+
+        def execute_adapter(view: AdapterView) -> ExecutionDeps:
+            routes = Routes(
+                model, lambda: view.workers, access.health.unhealthy, refusals, self._breakers, rng, chooser, costs,
+                local, explain=view.why_none, leads=False,
+            )  # fmt: skip
+            return execute(routes, lambda: view.adapter)
+
+        self.adapters = AdapterFleets(execute_adapter)
 
     def workers(self) -> tuple[Worker, ...]:
-        """The model's workers in the present view; the same object until one of them changes."""
+        """The model's workers in the present view, without adapters; the same object until one of them changes."""
         return self._workers
 
     def ejected(self) -> frozenset[Start]:
@@ -116,9 +133,17 @@ class ModelFleet:
 
     def follow(self, workers: tuple[Worker, ...]) -> bool:
         """Pass a new view of the model's workers on to every part. Returns whether it differs from the last one."""
-        if workers == self._workers:
-            return False
-        self._workers = workers
+        plain = tuple(map(without_adapters, workers))
+        has_changed = plain != self._workers and self._follow(plain)
+        # After the model's own parts, which its adapters share.
+        return self.adapters.follow(workers) or has_changed
+
+    def _follow(self, workers: tuple[Worker, ...]) -> bool:
+        # Unchanged workers keep their objects, by which the parts below recognise them.
+        known = {worker.start: worker for worker in self._workers}
+        workers = self._workers = tuple(
+            old if (old := known.get(worker.start)) == worker and old is not None else worker for worker in workers
+        )
         self._breakers.follow(workers)
         for follower in self._followers:
             follower.follow(workers)
@@ -131,6 +156,7 @@ class ModelFleet:
     def act(self) -> None:
         """Act on the new view, after every part has it: fail what was lost, and start what fits now."""
         self.execution.notice(self._workers)
+        self.adapters.act()
         self._reevaluate()
         if not self.execution.missing.has_route:
             # What the queue kept back for successors that have not come goes to routing, which refuses it.
@@ -150,8 +176,9 @@ class ModelFleet:
         if self._caches is not None:
             await self._caches.close()
 
-    def _blocks_of(self, leg: leg_pb2.LegRequest) -> PromptBlocks | None:
+    def _blocks_of(self, leg: leg_pb2.LegRequest, adapter: Adapter | None) -> PromptBlocks | None:
         """What the index matches of a request; None: no cache is followed."""
         if self.prefixes is None:
             return None
-        return PromptBlocks(leg.token_ids, present(leg, "cache_salt", leg.cache_salt))
+        salt = present(leg, "cache_salt", leg.cache_salt)
+        return PromptBlocks(leg.token_ids, salt, None if adapter is None else adapter.engine_id)

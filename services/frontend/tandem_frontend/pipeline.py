@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import leg_pb2, sampling_pb2
+from tandem.api.types.v1 import leg_pb2, sampling_pb2, worker_pb2
 from tandem.errors import LegFailed, Overloaded
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
@@ -80,6 +80,13 @@ class Generation:
         self._attempts = attempts
         self._traces: TraceStore[RequestTrace] = traces or TraceStore()
         self._coalescing = coalescing or Coalescing()
+
+    def with_routes(self, model: ServedModel, attempts: ExecutionDeps) -> Generation:
+        """The pipeline of an adapter of this model: everything but the name and the routes is shared."""
+        return Generation(
+            model, self._admission, attempts, self._traces, self._coalescing,
+            tells_prompts=self._tells_prompts, tenancy=self._tenancy,
+        )  # fmt: skip
 
     @property
     def tenant_requests_max(self) -> int:
@@ -203,7 +210,9 @@ class Generation:
         """The part of the request that both legs share."""
         return leg_pb2.LegRequest(
             request_id=wanted.request_id,
-            model=self._model.name,
+            model=self._model.engine_name,
+            # Dispatch adds the digest of the weights that the chosen workers have.
+            adapter=None if self._model.parent is None else worker_pb2.Adapter(name=self._model.name),
             token_ids=wanted.token_ids,
             sampling=with_defaults(wanted.sampling, self._model.sampling_defaults),
             stopping=sampling_pb2.Stopping(

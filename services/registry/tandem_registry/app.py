@@ -17,6 +17,7 @@ from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Metrics, open_metrics
 from tandem.rpc.channels import Channels
 from tandem.rpc.server import RpcServer
+from tandem_registry.adapter_changes import AdapterChanges
 from tandem_registry.backends.memory import MemoryBackend
 from tandem_registry.backends.port import Backend
 from tandem_registry.config import RegistryConfig
@@ -57,7 +58,7 @@ class RegistryApp:
             metrics.measure(RegistryGauges(backend).read)
             channels = Channels(config.tls)
             stack.push_async_callback(channels.close)
-            servicer = RegistryServicer(backend, RoleChanges(backend, channels))
+            servicer = RegistryServicer(backend, RoleChanges(backend, channels), AdapterChanges(backend, channels))
             services = [(SERVICE_NAME, partial(add_RegistryServiceServicer_to_server, servicer))]
             server = RpcServer(services, request_bytes_max=REQUEST_BYTES_MAX, tls=config.tls)
             stack.push_async_callback(server.stop, STOP_GRACE_S)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from tandem.clock import Clock
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Frontend, Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, StaleEpoch, WorkerNotFound
@@ -152,8 +153,10 @@ class Membership:
             if not lease.is_heard and is_alive(Held(lease.lease_id, lease.member)):
                 lease.expires_s = end_s
 
-    def keep_alive(self, lease_id: str, state: WorkerState | None = None) -> None:
-        """Renew a lease for its whole time to live.
+    def keep_alive(
+        self, lease_id: str, state: WorkerState | None = None, adapters: tuple[Adapter, ...] | None = None
+    ) -> None:
+        """Renew a lease for its whole time to live; None: that of the member is unchanged.
 
         Raises:
             WorkerNotFound: the lease has expired.
@@ -164,6 +167,8 @@ class Membership:
         lease.is_extended, lease.is_heard = False, True
         if state is not None:
             self._set_state(lease, state)
+        if adapters is not None and isinstance(lease.member, Worker) and adapters != lease.member.adapters:
+            self._replace(lease, replace(lease.member, adapters=adapters))
 
     def drain(self, worker_id: str, epoch: int) -> int:
         """Mark a worker as draining. Returns the revision that first shows it.
@@ -287,9 +292,13 @@ class Membership:
 
     def _set_state(self, lease: _Lease, state: WorkerState) -> None:
         if lease.member.state is not state:
-            lease.member = replace(lease.member, state=state)
-            lease.revision = self.revision + 1
-            self._change(upserted=(lease.member,))
+            self._replace(lease, replace(lease.member, state=state))
+
+    def _replace(self, lease: _Lease, member: Member) -> None:
+        """Another description of the same incarnation."""
+        lease.member = member
+        lease.revision = self.revision + 1
+        self._change(upserted=(member,))
 
     def _forget(self, lease: _Lease) -> None:
         del self._leases[lease.lease_id]

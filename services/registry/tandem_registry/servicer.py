@@ -13,10 +13,12 @@ from typing import Any
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
 from tandem.errors import Draining, InvalidRequest
+from tandem_registry.adapter_changes import AdapterChanges
 from tandem_registry.backends.port import Backend
 from tandem_registry.backends.subscriptions import Known
 from tandem_registry.role_changes import RoleChanges
 from tandem_registry.validation import (
+    checked_adapters,
     checked_epoch,
     checked_frontend,
     checked_lease_id,
@@ -33,8 +35,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 class RegistryServicer(pb_grpc.RegistryServiceServicer):
     """The methods of registry_service.proto."""
 
-    def __init__(self, backend: Backend, role_changes: RoleChanges) -> None:
+    def __init__(self, backend: Backend, role_changes: RoleChanges, adapter_changes: AdapterChanges) -> None:
         self._backend = backend
+        self._adapter_changes = adapter_changes
         self._role_changes = role_changes
         self._ending = asyncio.Event()
         self._snapshots = Snapshots()
@@ -66,8 +69,10 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
     ) -> AsyncIterator[pb.KeepAliveResponse]:
         """Renew the lease at each request. When the stream ends, the lease stays until it expires."""
         async for request in self._until_draining(request_iterator):
-            await self._backend.keep_alive(checked_lease_id(request.lease_id), checked_state(request.state))
-            yield pb.KeepAliveResponse(time_to_live=duration(self._backend.ttl_s))
+            adapters = checked_adapters("adapters", request.adapters) if request.HasField("adapters") else None
+            state = checked_state(request.state)
+            await self._backend.keep_alive(checked_lease_id(request.lease_id), state, adapters)
+            yield pb.KeepAliveResponse(time_to_live=duration(self._backend.ttl_s), knows_adapters=True)
 
     async def _until_draining(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveRequest]:
         """Requests as they arrive.
@@ -145,6 +150,16 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         async with aclosing(self._role_changes.change(request)) as steps:
             async for step in steps:
                 yield pb.ChangeRoleResponse(change=step)
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:  # noqa: N802
+        """Load an adapter on all workers of a model, or on none."""
+        return await self._adapter_changes.load(request)
+
+    async def UnloadAdapter(  # noqa: N802
+        self, request: pb.UnloadAdapterRequest, context: Any
+    ) -> pb.UnloadAdapterResponse:
+        """Unload an adapter on all workers that have it."""
+        return await self._adapter_changes.unload(request)
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
         """Remove a worker or a frontend."""

@@ -6,8 +6,11 @@ Owns the rules and the dotted names of invalid fields. Conflicts with other memb
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from tandem.api.registry.v1 import registry_service_pb2
 from tandem.api.types.v1 import worker_pb2
+from tandem.domain.adapter import ADAPTERS_MAX, DIGEST, NAME_RULE, Adapter, is_name
 from tandem.domain.frontend import Frontend
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.worker import (
@@ -19,7 +22,13 @@ from tandem.domain.worker import (
     capabilities_digest,
 )
 from tandem.errors import InvalidRequest
-from tandem.rpc.convert import ROLE_BY_NUMBER, STATE_BY_NUMBER, frontend_from_proto, worker_from_proto
+from tandem.rpc.convert import (
+    ROLE_BY_NUMBER,
+    STATE_BY_NUMBER,
+    adapter_from_proto,
+    frontend_from_proto,
+    worker_from_proto,
+)
 
 WORKER_ID = re.compile(WORKER_ID_PATTERN, re.ASCII)
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]", re.ASCII)
@@ -44,7 +53,7 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
     _check_bootstrap(message)
     if message.HasField("leg_contract") and message.leg_contract < 1:
         raise InvalidRequest("worker.leg_contract", f"must be at least 1, not {message.leg_contract}")
-    worker = worker_from_proto(message)
+    worker = replace(worker_from_proto(message), adapters=checked_adapters("worker.adapters", message))
     if worker.capabilities_digest is not None and worker.capabilities_digest != capabilities_digest(
         worker.capabilities
     ):
@@ -53,6 +62,20 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
             "does not match worker.capabilities, so the worker is not registered: run the registry's release on it",
         )
     return worker
+
+
+def checked_adapters(field: str, message: registry_service_pb2.AdapterList | worker_pb2.Worker) -> tuple[Adapter, ...]:
+    """The adapters of a worker, ordered by name; `field` is the path of their list in the request."""
+    adapters = tuple(sorted(map(adapter_from_proto, message.adapters)))
+    if len(adapters) > ADAPTERS_MAX:
+        raise InvalidRequest(field, f"must be at most {ADAPTERS_MAX}, not {len(adapters)}")
+    if not all(is_name(adapter.name) for adapter in adapters):
+        raise InvalidRequest(f"{field}.name", NAME_RULE)
+    if not all(DIGEST.fullmatch(adapter.digest) for adapter in adapters):
+        raise InvalidRequest(f"{field}.digest", "must be 64 hex digits")
+    if len({adapter.name for adapter in adapters}) != len(adapters):
+        raise InvalidRequest(f"{field}.name", "must be of one adapter only")
+    return adapters
 
 
 def checked_frontend(message: worker_pb2.Frontend) -> Frontend:

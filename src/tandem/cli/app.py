@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import completion, config_file, inspect_commands, machine_commands
+from tandem.cli import adapter_commands, completion, config_file, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.plan import plan
@@ -197,6 +197,8 @@ def up(
     model_name: Annotated[str | None, typer.Option(help="Served model name; default: name of --model.")] = None,
     alias: ModelAliases = None,
     default_model: DefaultModel = None,
+    adapter: adapter_commands.AdaptersAtStart = None,
+    adapter_root: adapter_commands.AdapterRoot = None,
     engine: EngineName = "sglang",
     frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
     frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
@@ -252,6 +254,8 @@ def up(
         "canary-timeout-s": f"{canary_timeout_s:g}",
     }
     flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
+    flags |= _given({"adapters": ",".join(adapter) if adapter else None})
+    flags |= _given({"adapter-root": None if adapter_root is None else str(adapter_root)})
     flags |= _given({"admin-enabled": "true" if admin else None})
     parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
     naming = {"model-aliases": ",".join(alias) if alias else None, "default-model": default_model}
@@ -472,6 +476,7 @@ def certs(
 
 
 inspect_commands.add_to(app)
+adapter_commands.add_to(app)
 machine_commands.add_to(app)
 app.command()(replay)
 app.command()(plan)

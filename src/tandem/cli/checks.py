@@ -64,6 +64,7 @@ def check_spec(spec: ClusterSpec) -> None:
     """
     _check_counts(spec)
     _check_host(spec.host)
+    _check_adapters(spec)
     if spec.model == DEMO_MODEL and not spec.model.is_dir():
         raise ConfigError("model", f"must be given: this installation has no demo model ({DEMO_MODEL})")
     config = _check_worker(spec)
@@ -89,6 +90,11 @@ def _check_counts(spec: ClusterSpec) -> None:
     if bool(spec.prefill) != bool(spec.decode):
         missing = "decode" if spec.prefill else "prefill"
         raise ConfigError(missing, "must be at least 1: prefill and decode workers work only in pairs")
+
+
+def _check_adapters(spec: ClusterSpec) -> None:
+    if spec.more_models and spec.worker_flags.get("adapters"):
+        raise ConfigError("adapter", "is of one model: with several, load it by `tandem adapter load --model`")
 
 
 def _check_host(host: str) -> None:

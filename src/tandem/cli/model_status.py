@@ -59,7 +59,7 @@ def as_json(lists: Lists) -> list[dict[str, Any]]:
 def _row(name: str, of: Mapping[str, pb.Model]) -> tuple[str, ...]:
     worst = max(of, key=lambda frontend_id: (of[frontend_id].state == pb.MODEL_STATE_REFUSED, of[frontend_id].problem))
     model, states = of[worst], {each.state for each in of.values()}
-    state = _state(model.state)
+    state = _state(model.state) + (f", adapter of {model.parent}" if model.parent else "")
     if model.problem:
         where = f" by {worst}" if len(states) > 1 else ""
         state = f"{state}{where}: {model.problem}"

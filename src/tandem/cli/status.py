@@ -20,6 +20,7 @@ from tandem.api.types.v1 import worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_service_pb
 from tandem.cli import model_status
 from tandem.cli.membership import Membership, RegistryResponse, ask_all
+from tandem.cli.tables import print_columns
 from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.tls.paths import Tls
@@ -50,24 +51,15 @@ async def status(addresses: Sequence[str], console: Console, *, as_json: bool, t
         console.print("no workers registered")
     if fleet.workers or fleet.frontends:
         busy = [_busy(entry, load) for entry, load in zip(fleet.workers, loads, strict=True)]
-        _show(console, LOAD_COLUMNS, [*busy, *map(_frontend, fleet.frontends)])
+        print_columns(console, LOAD_COLUMNS, [*busy, *map(_frontend, fleet.frontends)])
         console.print()
-        _show(console, LEASE_COLUMNS, _leases(fleet))
+        print_columns(console, LEASE_COLUMNS, _leases(fleet))
     if model_rows := model_status.rows(models):
         console.print()
-        _show(console, model_status.COLUMNS, model_rows)
+        print_columns(console, model_status.COLUMNS, model_rows)
     console.print()
-    _show(console, REGISTRY_COLUMNS, [_registry(response) for response in fleet.responses])
+    print_columns(console, REGISTRY_COLUMNS, [_registry(response) for response in fleet.responses])
     return 0
-
-
-def _show(console: Console, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        # Long names wrap in the terminal: a cut worker id could not be passed to `tandem drain`.
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 async def _load(address: str, tls: Tls | None) -> Load:

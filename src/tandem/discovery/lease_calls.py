@@ -16,10 +16,11 @@ from google.protobuf import duration_pb2
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Frontend, Member
 from tandem.domain.worker import WorkerState
 from tandem.errors import ServiceError
-from tandem.rpc.convert import STATES, frontend_to_proto, worker_to_proto
+from tandem.rpc.convert import STATES, adapter_to_proto, frontend_to_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 
 REGISTER_TIMEOUT_S = 3.0
@@ -43,6 +44,17 @@ class Lease:
     end_s: float
     reported_state: WorkerState
     """The member's state that the registry has confirmed."""
+    reported_adapters: tuple[Adapter, ...] = ()
+    """The same of a worker's adapters."""
+
+    def has(self, member: Member) -> bool:
+        """Whether the registry has confirmed the member's present state and adapters."""
+        return self.reported_state is member.state and self.reported_adapters == adapters_of(member)
+
+
+def adapters_of(member: Member) -> tuple[Adapter, ...]:
+    """A worker's adapters; a frontend has none."""
+    return () if isinstance(member, Frontend) else member.adapters
 
 
 async def grant(channel: grpc.aio.Channel, member: Member, now_s: float) -> Lease:
@@ -62,7 +74,7 @@ async def grant(channel: grpc.aio.Channel, member: Member, now_s: float) -> Leas
     except grpc.aio.AioRpcError as failure:
         raise from_rpc_error(failure) from None
     ttl_s = _seconds(granted.time_to_live)
-    return Lease(granted.lease_id, ttl_s, now_s + ttl_s, member.state)
+    return Lease(granted.lease_id, ttl_s, now_s + ttl_s, member.state, adapters_of(member))
 
 
 async def give_up(channel: grpc.aio.Channel, lease: Lease) -> None:
@@ -88,15 +100,19 @@ class KeepAliveStream:
         self._call = stub.KeepAlive()
         self._call.add_done_callback(lambda _: wake.set())
 
-    async def send(self, state: WorkerState, now_s: float, response_timeout_s: float) -> None:
-        """Send one keep-alive and wait for its response. It contains the state until the registry has confirmed it.
+    async def send(self, member: Member, now_s: float, response_timeout_s: float) -> None:
+        """Send one keep-alive and wait for its response. It contains the state and the adapters of the member until
+        the registry has confirmed them.
 
         Raises:
             TandemError: the lease has expired, the stream ended, or no response came in time.
         """
         lease, request = self._lease, pb.KeepAliveRequest(lease_id=self._lease.lease_id)
+        state, adapters = member.state, adapters_of(member)
         if state is not lease.reported_state:
             request.state = STATES[state]
+        if adapters != lease.reported_adapters:
+            request.adapters.CopyFrom(pb.AdapterList(adapters=map(adapter_to_proto, adapters)))
         try:
             async with asyncio.timeout(response_timeout_s):
                 # On an ended stream the write fails without a reason; the read then raises the stream's status.
@@ -112,6 +128,8 @@ class KeepAliveStream:
         lease.ttl_s = _seconds(response.time_to_live)
         # Counted from the request: the registry renewed the lease before its response arrived here.
         lease.end_s, lease.reported_state = now_s + lease.ttl_s, state
+        if response.knows_adapters:
+            lease.reported_adapters = adapters
 
     def close(self) -> None:
         """Close the stream; the lease stays until it expires."""

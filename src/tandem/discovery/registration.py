@@ -19,7 +19,8 @@ import grpc
 from tandem.clock import Clock, since_boot
 from tandem.discovery.address_book import AddressBook
 from tandem.discovery.lease_calls import KeepAliveStream, Lease, LeaseTime, give_up, grant
-from tandem.domain.frontend import Member
+from tandem.domain.adapter import Adapter
+from tandem.domain.frontend import Frontend, Member
 from tandem.domain.worker import WorkerState
 from tandem.errors import DuplicateWorker, InvalidRequest, TandemError, WorkerNotFound
 from tandem.rpc.backoff import Backoff
@@ -129,6 +130,18 @@ class Registration:
             self._member = replace(self._member, state=state)
             self._state_reported.clear()
             self._wake.set()
+        return await self._wait_reported(timeout_s)
+
+    async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        """Report a worker's adapters to the registry, in the same epoch; returns as `set_state`."""
+        assert not isinstance(self._member, Frontend), "frontends have no adapters"
+        if adapters != self._member.adapters:
+            self._member = replace(self._member, adapters=adapters)
+            self._state_reported.clear()
+            self._wake.set()
+        return await self._wait_reported(timeout_s)
+
+    async def _wait_reported(self, timeout_s: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._state_reported.wait()
@@ -282,7 +295,7 @@ class Registration:
         try:
             while self._lease is lease:
                 self._wake.clear()
-                await stream.send(self._member.state, self._clock(), max(lease.ttl_s / 3, RESPONSE_TIMEOUT_MIN_S))
+                await stream.send(self._member, self._clock(), max(lease.ttl_s / 3, RESPONSE_TIMEOUT_MIN_S))
                 if self._lease is lease:
                     self._confirmed(lease)
                     await self._pause(lease.ttl_s / 3)
@@ -300,7 +313,7 @@ class Registration:
         self._backoff.reset()
         self._is_failure_logged = False
         self._was_answered = True
-        if lease.reported_state is self._member.state:
+        if lease.has(self._member):
             self._state_reported.set()
 
     def _log_failure(self, message: str) -> None:

@@ -227,7 +227,7 @@ def _model_digest(path: Path, vocabulary_size: int) -> str:
         size_bytes = file.stat().st_size
         digest.update(f"{file.name}\0{size_bytes}\0".encode())
         with file.open("rb") as stream:
-            shapes = _read_shapes(file, stream, size_bytes)
+            shapes = read_shapes(file, stream, size_bytes)
             _digest_weights(digest, stream, size_bytes)
         if shapes.get(EMBEDDING_NAME):
             embedding_rows[file] = shapes[EMBEDDING_NAME][0]
@@ -245,7 +245,7 @@ def _check_embedding_fits(rows_by_file: dict[Path, int], vocabulary_size: int) -
         )
 
 
-def _read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, list[int]]:
+def read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, list[int]]:
     """Shape of each tensor by name, after checking that the file is as long as its header requires.
 
     The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from tandem.domain.adapter import Adapter
+
 
 class FinishReason(Enum):
     """Why a generation ended. Every accepted generation ends with exactly one of these or one error."""
@@ -90,6 +92,8 @@ class EngineRequest:
     """None on an aggregated engine; required on a prefill or decode engine."""
     priority: int = 0
     cache_salt: str | None = None
+    adapter: Adapter | None = None
+    """None: the model alone."""
     trace_headers: dict[str, str] = field(default_factory=dict)
 
 

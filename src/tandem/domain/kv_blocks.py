@@ -6,9 +6,8 @@ salt it has SHA-256 of "sglang-cache-salt-v1", a zero byte and the salt. So equa
 start, in one salt.
 
 A LoRA adapter does not change the chain. SGLang hashes each hash of the chain once more, over a seed that is made from
-the id which the engine gave the adapter: `lora` is that id, not the adapter's name. An adapter named at the engine's
-start has the same id in all engines that read it from the same path (UUIDv5 of name and path); one loaded later has a
-random id, which its engine alone knows.
+the id which the engine gave the adapter: `lora` is that id, not its name. SGLang would draw it at random; workers give
+adapters the id `tandem.domain.adapter.Adapter.engine_id`, which all of them and the frontends compute alike.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from enum import Enum
 from operator import attrgetter
 from typing import ClassVar
 
+from tandem.domain.adapter import Adapter
+
 WORKER_ID_CHARS_MAX = 128
 WORKER_ID_PATTERN = f"[A-Za-z0-9._-]{{1,{WORKER_ID_CHARS_MAX}}}"
 """Ids of workers and frontends, in their settings and in the registry."""
@@ -140,6 +142,8 @@ class Worker:
     """Tandem release it runs; empty: unknown."""
     leg_contract: int = 1
     """Version of the leg contract it speaks; only a frontend of the same version sends it legs."""
+    adapters: tuple[Adapter, ...] = ()
+    """Adapters that it serves beside its model, ordered by name. They change within one epoch."""
 
     @property
     def member_id(self) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.generation import EngineFinish, EngineRequest, TokenLogprob
 from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
@@ -161,6 +162,25 @@ class Engine(Protocol):
                 some grammars are found to be unsatisfiable only during generation.
             NotSupported: the engine does not support a field; `field` names it.
             EngineFailed: the engine is dead or stalled.
+        """
+        ...
+
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        """Load an adapter whose files have been checked (`tandem.domain.adapter.read_adapter`). Requests go on.
+
+        Raises:
+            NotSupported: the engine was started without adapters.
+            AdapterRefused: it cannot load this one; nothing has changed.
+            EngineFailed: the engine has died.
+        """
+        ...
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """Release an adapter; returns when no request uses it any more. An unknown one is no error.
+
+        Raises:
+            AdapterRefused: the engine did not release it.
+            EngineFailed: the engine has died.
         """
         ...
 

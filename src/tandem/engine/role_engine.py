@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.generation import EngineRequest
 from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
@@ -33,6 +34,8 @@ class RoleEngine:
         self._engine = make(role)
         self._is_usable = True
         """Whether the present engine may be asked to switch: it runs, and no switch of it has failed."""
+        self._adapters: dict[Adapter, Path] = {}
+        """Loaded ones and their directories: another engine loads them again."""
         self._changing = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -83,6 +86,8 @@ class RoleEngine:
         await self._engine.stop()
         self._engine = engine
         await engine.start()
+        for adapter, path in self._adapters.items():
+            await engine.load_adapter(adapter, path)
         self._is_usable = True
 
     # --- The port
@@ -110,6 +115,16 @@ class RoleEngine:
     async def submit(self, request: EngineRequest, output: Output) -> None:
         """See the port."""
         await self._engine.submit(request, output)
+
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        """See the port."""
+        await self._engine.load_adapter(adapter, path)
+        self._adapters[adapter] = path
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """See the port."""
+        await self._engine.unload_adapter(adapter)
+        self._adapters.pop(adapter, None)
 
     async def canary(self) -> None:
         """See the port."""

@@ -10,6 +10,29 @@ from tandem.domain.worker import WorkerRole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings:
+    """What an engine prepares for adapters; it allocates memory for them at its start."""
+
+    rank_max: int
+    """Highest rank of an adapter."""
+    per_batch_max: int
+    """Adapters that one batch may use, beside the model alone."""
+    modules: tuple[str, ...]
+    """Layers that may be adapted, such as "q_proj"."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlaces:
+    """Where adapters come from, and what the engine can hold."""
+
+    model: Path
+    limits: AdapterSettings | None
+    """None: this worker has no adapters."""
+    root: Path | None
+    """Directory of those that are loaded at run time; None: none are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """Settings of one engine. Anything SGLang alone understands goes into `extra`."""
 
@@ -41,6 +64,8 @@ class EngineSettings:
     """Whether the engine reports the changes of its prefix cache, where it can. None: where that costs little."""
     role_switch: bool | None = None
     """Whether the engine prepares to switch between prefill and decode with its weights in place. None: on a CPU."""
+    adapters: AdapterSettings | None = None
+    """None: the engine loads no adapters."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)

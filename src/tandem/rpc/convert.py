@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Frontend
 from tandem.domain.generation import (
     GRAMMARS,
@@ -93,6 +94,7 @@ def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
         capabilities_digest=worker.capabilities_digest,
         release=worker.release,
         leg_contract=worker.leg_contract,
+        adapters=map(adapter_to_proto, worker.adapters),
     )
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
         message.bootstrap.host = worker.bootstrap_host
@@ -117,7 +119,18 @@ def worker_from_proto(message: worker_pb2.Worker) -> Worker:
         capabilities_digest=present(message, "capabilities_digest", message.capabilities_digest),
         release=message.release,
         leg_contract=message.leg_contract if message.HasField("leg_contract") else 1,
+        adapters=tuple(map(adapter_from_proto, message.adapters)),
     )
+
+
+def adapter_to_proto(adapter: Adapter) -> worker_pb2.Adapter:
+    """One adapter."""
+    return worker_pb2.Adapter(name=adapter.name, digest=adapter.digest)
+
+
+def adapter_from_proto(message: worker_pb2.Adapter) -> Adapter:
+    """One adapter."""
+    return Adapter(message.name, message.digest)
 
 
 def frontend_to_proto(frontend: Frontend) -> worker_pb2.Frontend:

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from tandem.rpc.server import RpcServer
 from tandem.service.awake_timers import AwakeTimers
 from tandem.service.background import BackgroundTasks
 from tandem.service.process import freeze_again
+from tandem.worker.adapters import Adapters, load_first
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods, pass_canary
 from tandem.worker.identity import Identity
@@ -99,7 +101,7 @@ class WorkerHost:
 
     def __init__(
         self, config: WorkerConfig, address: str, metrics: Metrics, engine: RoleEngine, registration: Registration,
-        identity: Identity, legs: Legs, server: RpcServer,
+        identity: Identity, legs: Legs, server: RpcServer, adapters: Adapters,
     ) -> None:  # fmt: skip
         self.address = address
         """host:port of the gRPC server."""
@@ -109,6 +111,7 @@ class WorkerHost:
         self._registration = registration
         self._identity = identity
         self._legs = legs
+        self._adapters = adapters
         self._health = ServerHealth(server, lambda: idle_services(identity.current().role))
         self._drain_requested = asyncio.Event()
         periods = Periods(config.canary_period_s, config.canary_timeout_s)
@@ -150,12 +153,14 @@ class WorkerHost:
             stack.push_async_callback(engine.stop)
             await engine.start()
             await pass_canary(engine, config.canary_timeout_s)
-            worker = _describe(engine, worker_id, address, role)
+            first = await load_first(engine, config.adapter_places, config.adapters)
+            worker = replace(_describe(engine, worker_id, address, role), adapters=first)
             registration = Registration(config.registry, worker, tls=config.tls)
             identity = Identity(worker, registration)
             registration.when_superseded(identity.supersede)
             legs = Legs(engine, identity, traces, timers)
-            app = cls(config, address, metrics, engine, registration, identity, legs, server)
+            adapters = Adapters(engine, identity, legs, config.adapter_places, first)
+            app = cls(config, address, metrics, engine, registration, identity, legs, server, adapters)
             app._add_services(server, LegStats(traces))
             # Again, because a server that serves must stop before the engine does.
             stack.push_async_callback(server.stop, STOP_GRACE_S)
@@ -238,7 +243,9 @@ class WorkerHost:
     def _add_services(self, server: RpcServer, stats: LegStats) -> None:
         identity, ask_drain = self._identity, self._drain_requested.set
         model = self._config.model
-        common = WorkerServicer(self._engine, self._legs, identity, ask_drain, stats.counts, self._roles, model)
+        common = WorkerServicer(
+            self._engine, self._legs, identity, ask_drain, stats.counts, self._roles, model, self._adapters
+        )
         server.add(SERVICE_NAME, partial(add_WorkerServiceServicer_to_server, common))
         steps = StepServicer(self._legs, self._streams)
         server.add(STEP_SERVICE_NAME, partial(add_StepServiceServicer_to_server, steps))

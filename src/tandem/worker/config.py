@@ -14,11 +14,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.config import AdminConfig
 from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
+from tandem.domain.adapter import ADAPTERS_MAX, NAME_RULE, is_name
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.network_address import is_any_host
 from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
-from tandem.engine.settings import EngineSettings
+from tandem.engine.settings import AdapterPlaces, AdapterSettings, EngineSettings
 from tandem.errors import ConfigError
 
 
@@ -31,6 +32,24 @@ def _parse_extra(value: Any) -> Any:
     except ValueError as problem:
         raise ValueError(f"is not JSON: {problem}") from None
 
+
+def _parse_adapters(value: Any) -> Any:
+    """A dict from "name=directory,name=directory", or the same as a table."""
+    if isinstance(value, str):
+        pairs = [part.strip().partition("=") for part in value.split(",")] if value else []
+        value = {name: path for name, _, path in pairs}
+        if len(value) != len(pairs):
+            raise ValueError("must have each name once")
+    if isinstance(value, dict) and len(value) > ADAPTERS_MAX:
+        raise ValueError(f"must be at most {ADAPTERS_MAX}, not {len(value)}")
+    for name, path in value.items() if isinstance(value, dict) else ():
+        if not is_name(str(name)) or not path:
+            raise ValueError(f"must be NAME=DIRECTORY, several separated by commas; a name {NAME_RULE}")
+    return value
+
+
+ADAPTER_RANK_MAX = 16
+ADAPTER_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 _ROLE = "|".join(role.value for role in WorkerRole)
 
@@ -124,6 +143,34 @@ class WorkerConfig(AdminConfig):
         description="prepare to change between prefill and decode with the weights in place; otherwise a role change "
         "starts another engine in this process. Default: on a CPU",
     )
+    adapters: Annotated[dict[str, Path], BeforeValidator(_parse_adapters)] = Field(
+        default_factory=dict,
+        description="LoRA adapters that are served from the start, as NAME=DIRECTORY; several are separated by commas. "
+        "Clients request one by its name, as a model",
+    )
+    adapter_root: Path | None = Field(
+        None,
+        description="directory below which adapters may be loaded while the worker runs (`tandem adapter`); default: "
+        "none may be",
+    )
+    adapter_rank_max: int = Field(
+        ADAPTER_RANK_MAX,
+        ge=1,
+        le=512,
+        description="highest rank of an adapter; the engine reserves memory for it. Used with adapters or adapter_root",
+    )
+    adapters_per_batch: int = Field(
+        8,
+        ge=1,
+        le=ADAPTERS_MAX,
+        description="adapters that the engine uses at the same time, beside the model alone; requests of further ones "
+        "wait. It reserves memory for each",
+    )
+    adapter_modules: str = Field(
+        ADAPTER_MODULES,
+        pattern="^[a-z_]+(,[a-z_]+)*$",
+        description="layers that adapters may change, separated by commas",
+    )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
@@ -160,6 +207,18 @@ class WorkerConfig(AdminConfig):
     def served_name(self) -> str:
         """The model name clients request."""
         return self.model_name or self.model.resolve().name
+
+    @property
+    def adapter_places(self) -> AdapterPlaces:
+        """Where adapters come from, and what the engine can hold."""
+        limits = None
+        if self.adapters or self.adapter_root is not None:
+            limits = AdapterSettings(
+                rank_max=self.adapter_rank_max,
+                per_batch_max=self.adapters_per_batch,
+                modules=tuple(self.adapter_modules.split(",")),
+            )
+        return AdapterPlaces(self.model, limits, self.adapter_root)
 
     def _ucx(self) -> dict[str, str]:
         """Settings of UCX, by the name of its variable.
@@ -206,6 +265,7 @@ class WorkerConfig(AdminConfig):
             threads=self.threads,
             kv_events=self.kv_events,
             role_switch=self.role_switch,
+            adapters=self.adapter_places.limits,
             seed=self.seed,
             # SGLang logs every batch at "info", which would bury the worker's own log.
             log_level=self.log_level if self.log_level != "info" else "warning",

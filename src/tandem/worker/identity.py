@@ -17,6 +17,7 @@ from typing import Protocol
 
 from tandem.clock import Clock, epoch_now, since_boot
 from tandem.discovery import LeaseTime
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Leased(Protocol):
         """Register again as another description of the same worker."""
         ...
 
+    async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        """Report other adapters; returns whether a registry has confirmed them in time."""
+        ...
+
 
 class Identity:
     """The worker's description with its current epoch."""
@@ -74,11 +79,16 @@ class Identity:
         self._take_epoch(max(epoch + 1, self._new_epoch()))
 
     def become(self, worker: Worker) -> Worker:
-        """Take this description, under an epoch above the present one. Returns the worker with it."""
+        """Take this description with the present adapters, under a later epoch. Returns the worker with it."""
         epoch = max(self.current().epoch + 1, self._new_epoch())
-        self._worker = replace(worker, epoch=epoch)
+        self._worker = replace(worker, epoch=epoch, adapters=self._worker.adapters)
         self._registration.replace(self._worker)
         return self._worker
+
+    async def serve(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        """Take other adapters, in the same epoch. Returns whether a registry has confirmed them in time."""
+        self._worker = replace(self.current(), adapters=adapters)
+        return await self._registration.set_adapters(adapters, timeout_s)
 
     async def beat(self) -> None:
         """Check for pauses until cancelled, so that a new epoch is registered even when no call arrives."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.domain.adapter import Adapter
 from tandem.domain.generation import Bootstrap, EngineRequest
 from tandem.domain.limits import REQUEST_ID_CHARS_MAX
 from tandem.domain.worker import Worker
 from tandem.errors import InvalidRequest, WrongRole
-from tandem.rpc.convert import guided_from_proto, present, sampling_from_proto, stopping_from_proto
+from tandem.rpc.convert import adapter_from_proto, guided_from_proto, present, sampling_from_proto, stopping_from_proto
 from tandem.worker.legs import LegKey
 
 
@@ -22,6 +23,11 @@ def leg_key(leg: leg_pb2.LegRequest) -> LegKey:
     if leg.attempt < 1:
         raise InvalidRequest("leg.attempt", "must be at least 1")
     return leg.request_id, leg.attempt
+
+
+def leg_adapter(leg: leg_pb2.LegRequest) -> Adapter | None:
+    """The adapter that a leg asks for; None: the model alone."""
+    return adapter_from_proto(leg.adapter) if leg.HasField("adapter") else None
 
 
 def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> EngineRequest:
@@ -40,6 +46,7 @@ def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> Engi
         bootstrap=bootstrap,
         priority=leg.priority,
         cache_salt=present(leg, "cache_salt", leg.cache_salt),
+        adapter=leg_adapter(leg),
     )
 
 

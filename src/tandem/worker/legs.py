@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
 from tandem.engine.port import Engine
 from tandem.errors import (
@@ -44,6 +45,7 @@ class OpenLeg:
         "_ending",
         "_index",
         "_legs",
+        "adapter",
         "deadline",
         "engine_id",
         "is_over",
@@ -58,6 +60,7 @@ class OpenLeg:
         self._legs = legs
         self.key = key
         self.engine_id = request.request_id
+        self.adapter = request.adapter
         self.room = request.bootstrap.room if request.bootstrap else None
         self.stream = stream
         self.number = number
@@ -179,12 +182,12 @@ class Legs:
             worker = self._identity.current()
             raise Draining(f"worker {worker.worker_id} is draining and accepts no legs", worker=worker.worker_id)
 
-    def admit(self, worker_epoch: int, model: str) -> None:
+    def admit(self, worker_epoch: int, model: str, adapter: Adapter | None = None) -> None:
         """Check that a leg may start on this worker.
 
         Raises:
             StaleEpoch: the leg was addressed to another incarnation of this worker.
-            ModelNotFound: this worker serves another model.
+            ModelNotFound: this worker serves another model, or not that adapter with these weights.
             Draining: admission is closed.
         """
         self.check_epoch(worker_epoch)
@@ -192,6 +195,11 @@ class Legs:
         if model != worker.capabilities.model:
             raise ModelNotFound(
                 f"worker {worker.worker_id} serves {worker.capabilities.model}, not {model}", model=model
+            )
+        if adapter is not None and adapter not in worker.adapters:
+            raise ModelNotFound(
+                f"worker {worker.worker_id} does not serve adapter {adapter.name}, or has other weights of it",
+                model=adapter.name,
             )
         self.check_admission()
 
@@ -273,6 +281,11 @@ class Legs:
     async def wait_none(self) -> None:
         """Return when no leg is open."""
         while self._open:
+            await self._changed.wait()
+
+    async def wait_none_of(self, adapter: Adapter) -> None:
+        """Return when no open leg uses an adapter."""
+        while any(leg.adapter == adapter for leg in self._open.values()):
             await self._changed.wait()
 
     # --- For the legs themselves

@@ -13,8 +13,9 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine
 from tandem.errors import InvalidRequest, NotSupported
-from tandem.rpc.convert import ROLES, load_figures, present, timestamp, worker_to_proto
+from tandem.rpc.convert import ROLES, adapter_to_proto, load_figures, present, timestamp, worker_to_proto
 from tandem.worker import kv_messages, model_files, role_messages
+from tandem.worker.adapters import Adapters
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
 from tandem.worker.role_change import RoleChanges
@@ -37,10 +38,12 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         counts: Callable[[], dict[str, int]] = dict,
         role_changes: RoleChanges | None = None,
         model: Path | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """`ask_drain` makes the process drain and exit; `counts` returns the legs' counters since start. `model` is the
         directory whose files frontends may read; None: they may read none.
         """
+        self._adapters = adapters
         self._role_changes = role_changes
         self._model = model
         self._counts = counts
@@ -130,6 +133,32 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             raise NotSupported("this worker has no model directory")
         async for name, data in model_files.parts(self._model):
             yield pb.ReadModelFilesResponse(name=name, data=data)
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:  # noqa: N802
+        """Load an adapter without serving it."""
+        adapters = self._checked_adapters(request.worker_epoch)
+        adapter, was_loaded = await adapters.load(request.name, request.path)
+        return pb.LoadAdapterResponse(
+            adapter=adapter_to_proto(adapter), was_loaded=was_loaded, is_served=adapters.serves(adapter)
+        )
+
+    async def ServeAdapter(self, request: pb.ServeAdapterRequest, context: Any) -> pb.ServeAdapterResponse:  # noqa: N802
+        """Serve a loaded adapter, or stop to serve it."""
+        await self._checked_adapters(request.worker_epoch).serve(request.name, serve=request.serve)
+        return pb.ServeAdapterResponse()
+
+    async def UnloadAdapter(  # noqa: N802
+        self, request: pb.UnloadAdapterRequest, context: Any
+    ) -> pb.UnloadAdapterResponse:
+        """Unload an adapter when its last leg has ended."""
+        was_loaded = await self._checked_adapters(request.worker_epoch).unload(request.name)
+        return pb.UnloadAdapterResponse(was_loaded=was_loaded)
+
+    def _checked_adapters(self, worker_epoch: int) -> Adapters:
+        self._legs.check_epoch(worker_epoch)
+        if self._adapters is None:
+            raise NotSupported("this worker has no adapters")
+        return self._adapters
 
     async def _measure(self, sequence: int) -> pb.WatchLoadResponse:
         load = await self._engine.load()

@@ -38,6 +38,8 @@ class Host:
             "start": self._engine.start,
             "stop": self._engine.stop,
             "switch_role": self._engine.switch_role,
+            "load_adapter": self._engine.load_adapter,
+            "unload_adapter": self._engine.unload_adapter,
             "abort": self._abort,
             "load": self._engine.load,
             "canary": self._engine.canary,

@@ -17,7 +17,8 @@ from typing import Any
 
 from tandem.domain.generation import Bootstrap, EngineRequest, Guided, Sampling, Stopping, TokenLogprob
 from tandem.domain.worker import WorkerRole
-from tandem.engine.settings import EngineSettings
+from tandem.engine.settings import AdapterSettings, EngineSettings
+from tandem.testing.adapters import MODULES
 from tandem.testing.eventually import assert_eventually
 from tests.contract.support.engine_process import EngineProcess, Generation, Result
 
@@ -25,6 +26,7 @@ PROMPT_LENGTHS = (1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 127, 1
 CONCURRENT = 8
 REFERENCE_TOKENS = 16
 FIRST_ORDINARY_TOKEN_ID = 10
+ADAPTERS = AdapterSettings(rank_max=8, per_batch_max=4, modules=MODULES)
 GREEDY = Sampling(temperature=0.0)
 DRAWN = (
     Sampling(temperature=1.0, seed=1),
@@ -178,15 +180,15 @@ class Fleet:
         return (await self._use_settings("caching", [settings]))[0]
 
     async def caching_pair(self, page_size_tokens: int) -> Pair:
-        """A pair whose decode engine has a prefix cache."""
+        """A pair whose decode engine has a prefix cache. Both load adapters."""
         page, cache = {
             "simulated": ("page_size_tokens", "decode_prefix_cache"),
             "sglang": ("page_size", "disaggregation_decode_enable_radix_cache"),
         }[self.name]
         prefill, decode = (self._settings(role, "nixl") for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
         wanted = [
-            dataclasses.replace(prefill, extra=prefill.extra | {page: page_size_tokens}),
-            dataclasses.replace(decode, extra=decode.extra | {page: page_size_tokens, cache: True}),
+            dataclasses.replace(prefill, extra=prefill.extra | {page: page_size_tokens}, adapters=ADAPTERS),
+            dataclasses.replace(decode, extra=decode.extra | {page: page_size_tokens, cache: True}, adapters=ADAPTERS),
         ]
         return Pair(*await self._use_settings("caching pair", wanted))
 

@@ -29,6 +29,8 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     # What no client of these tests calls answers UNIMPLEMENTED.
     Drain: Any = pb_grpc.RegistryServiceServicer.Drain
     ChangeRole: Any = pb_grpc.RegistryServiceServicer.ChangeRole
+    LoadAdapter: Any = pb_grpc.RegistryServiceServicer.LoadAdapter
+    UnloadAdapter: Any = pb_grpc.RegistryServiceServicer.UnloadAdapter
     List: Any = pb_grpc.RegistryServiceServicer.List
 
     def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:
@@ -46,6 +48,10 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
         self.registered: list[tuple[float, str, int]] = []
         """Time of arrival, id and epoch."""
         self.leases: set[str] = set()
+        self.knows_adapters = True
+        """False: it is of a release before adapters."""
+        self.adapters: list[list[str]] = []
+        """Names in each keep-alive that had any."""
         self.stop: Callable[[], Awaitable[None]]
         """Goes away, while `play_registry` serves it."""
         self.may_answer = asyncio.Event()
@@ -79,7 +85,9 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
         async for request in request_iterator:
             if request.lease_id not in self.leases:
                 raise WorkerNotFound("no such lease")
-            yield pb.KeepAliveResponse(time_to_live=_duration(self.ttl_s))
+            if request.HasField("adapters"):
+                self.adapters.append([adapter.name for adapter in request.adapters.adapters])
+            yield pb.KeepAliveResponse(time_to_live=_duration(self.ttl_s), knows_adapters=self.knows_adapters)
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
         self.leases.discard(request.lease_id)

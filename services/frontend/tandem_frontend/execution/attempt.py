@@ -20,6 +20,7 @@ from tandem.errors import (
     Draining,
     InvalidRequest,
     LegFailed,
+    ModelNotFound,
     NotSupported,
     Overloaded,
     RequestAborted,
@@ -43,7 +44,7 @@ DECODE_END_TIMEOUT_S = 0.5
 
 REFUSALS = (InvalidRequest, NotSupported)
 """Failures of a leg for which the request itself is at fault: every worker would refuse it."""
-CLIENT_ERRORS = (*REFUSALS, Overloaded, DeadlinePassed)
+CLIENT_ERRORS = (*REFUSALS, Overloaded, DeadlinePassed, ModelNotFound)
 """Failures of a leg that are passed on to the client as they are; all others become LegFailed."""
 OF_ONE_WORKER = (ServiceError, StaleEpoch)
 """Failures after which another worker may serve the request, except those below."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tandem.api.types.v1 import leg_pb2
+from tandem.domain.adapter import named
 from tandem.domain.worker import Worker
 from tandem.observability.trace_context import Headers
 from tandem_frontend.execution.link_leg import Sink
@@ -93,6 +94,8 @@ def _addressed(
     addressed.CopyFrom(leg)
     addressed.attempt = attempt
     addressed.worker_epoch = worker.epoch
+    if leg.HasField("adapter") and (adapter := named(worker.adapters, leg.adapter.name)) is not None:
+        addressed.adapter.digest = adapter.digest
     if bootstrap is not None:
         addressed.bootstrap.CopyFrom(bootstrap)
     return addressed

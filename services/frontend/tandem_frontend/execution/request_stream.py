@@ -93,7 +93,7 @@ class ExecutionDeps:
         self.clock = clock
         self.rng = rng
         self.missing = MissingWorkers(clock, no_worker_wait_s)
-        self._open: set[RetryingStream] = set()
+        self.open: set[RetryingStream] = set()
 
     def described(self, leg: leg_pb2.LegRequest, about: RoutingRequest) -> RoutingRequest:
         """What the policy sees of a request. Called for the first attempt only: later ones have the same prefix."""
@@ -106,7 +106,7 @@ class ExecutionDeps:
         silence timeout.
         """
         epochs = {worker.worker_id: worker.epoch for worker in workers}
-        for stream in list(self._open):
+        for stream in list(self.open):
             for worker in stream.attempt.route.workers:
                 if epochs.get(worker.worker_id, 0) > worker.epoch:
                     stream.attempt.lose(worker, f"worker {worker.worker_id} was restarted")
@@ -139,11 +139,11 @@ class ExecutionDeps:
         about = about or RoutingRequest(0)
         stream = RetryingStream(self, leg, sink, timeout_s, record or Record(RequestTrace()), prefill, about)
         async with stream:
-            self._open.add(stream)
+            self.open.add(stream)
             try:
                 yield stream
             finally:
-                self._open.discard(stream)
+                self.open.discard(stream)
 
 
 class RetryingStream:

@@ -106,6 +106,8 @@ class ModelCatalog:
         self._without_room: dict[str, None] = {}
         """Names of those that were refused because there are so many, in order."""
         self._view: dict[str, tuple[Worker, ...]] = {}
+        self._bases: dict[str, str] = {}
+        """Names of models by those of their adapters in the view."""
         self._is_closed = False
 
     @property
@@ -137,6 +139,14 @@ class ModelCatalog:
         for worker in workers:
             view.setdefault(worker.capabilities.model, []).append(worker)
         self._view = {name: tuple(its) for name, its in view.items()}
+        # Of two models with an adapter of one name, the first by name has it.
+        self._bases = {
+            adapter.name: name
+            for name in sorted(view, reverse=True)
+            for worker in view[name]
+            for adapter in worker.adapters
+            if adapter.name not in view
+        }
         for entry in [*self._entries.values()]:
             if not entry.is_own:
                 self._compare(entry, self._view.get(entry.name, ()))
@@ -166,6 +176,9 @@ class ModelCatalog:
 
     async def find(self, name: str | None) -> ModelPipeline:
         """See `models.model_pipeline.Models`."""
+        adapter = await self._find_adapter(self._rules.default if name is None else name)
+        if adapter is not None:
+            return adapter
         entry = self._wanted(name)
         if entry.status is Status.LOADING:
             await _wait_loaded(entry)
@@ -176,6 +189,22 @@ class ModelCatalog:
         self._on_unknown()
         why = "its workers have left" if entry.failure is None else "the list of models says why"
         raise ModelNotFound(f"model {entry.name!r} is not served by this frontend: {why}", model=name or entry.name)
+
+    async def _find_adapter(self, name: str | None) -> ModelPipeline | None:
+        """The pipeline of the adapter of that name or alias; None: it names no adapter. A model comes first."""
+        if name is None or name in self._entries:
+            return None
+        base = self._bases.get(name)
+        if base is None:
+            name = self._rules.aliases.get(name, "")
+            base = None if name in self._entries else self._bases.get(name)
+        entry = None if base is None else self._entries.get(base)
+        if entry is None:
+            return None
+        if entry.status is Status.LOADING:
+            await _wait_loaded(entry)
+        is_served = entry.status is Status.SERVING and entry.opened is not None
+        return entry.opened.adapters.find(name) if is_served and entry.opened is not None else None
 
     def listed(self) -> list[pb.Model]:
         """See `models.model_pipeline.Models`."""
@@ -189,7 +218,18 @@ class ModelCatalog:
                 model.aliases.extend(alias for alias in aliases if alias not in self._entries)
                 model.problem = "" if entry.failure is None else str(entry.failure)
                 found.append(model)
-        return found
+                found += self._listed_adapters(entry)
+        return sorted(found, key=lambda model: model.name)
+
+    def _listed_adapters(self, entry: _Entry) -> list[pb.Model]:
+        """The adapters of a model that requests can name."""
+        if entry.opened is None:
+            return []
+        listed = [model for model in entry.opened.adapters.listed() if self._bases.get(model.name) == entry.name]
+        for model in listed:
+            names = sorted(alias for alias, meant in self._rules.aliases.items() if meant == model.name)
+            model.aliases.extend(name for name in names if name not in self._entries and name not in self._bases)
+        return listed
 
     def charge(self, caller: Caller) -> None:
         """See `models.model_pipeline.Models`."""
@@ -222,9 +262,8 @@ class ModelCatalog:
 
     def _names(self) -> str:
         """The models that may be asked for, and some of them where there are many."""
-        names = sorted(
-            name for name, entry in self._entries.items() if entry.status in (Status.LOADING, Status.SERVING)
-        )
+        served = {name for name, entry in self._entries.items() if entry.status in (Status.LOADING, Status.SERVING)}
+        names = sorted(served | {name for name, base in self._bases.items() if base in served})
         more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
         return ", ".join(repr(name) for name in names[:NAMED_MAX]) + more
 

@@ -30,6 +30,7 @@ from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.model_fleet import ModelFleet
+from tandem_frontend.models.adapters import AdapterPipelines
 from tandem_frontend.models.model_pipeline import ModelPipeline
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.sampling import read_defaults
@@ -53,6 +54,7 @@ class OpenedModel:
     pipeline: ModelPipeline
     admission: Admission
     fleet: ModelFleet
+    adapters: AdapterPipelines
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ class ModelOpener:
             shared.requests.add_model()
             stack.callback(shared.requests.remove_model)
             await stack.enter_async_context(shared.fleet.following(fleet))
-            yield OpenedModel(ModelPipeline(model, generation, fleet.workers, parsers), admission, fleet)
+            pipeline = ModelPipeline(model, generation, fleet.workers, parsers)
+            yield OpenedModel(pipeline, admission, fleet, AdapterPipelines(pipeline, fleet.adapters))
 
     async def _model(self, name: str, workers: Sequence[Worker], stack: AsyncExitStack) -> tuple[ServedModel, Path]:
         """The model's tokenizer, and the directory of its files."""

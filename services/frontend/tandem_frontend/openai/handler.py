@@ -102,7 +102,7 @@ class EndpointHandler:
         """`system_fingerprint`: changes with the weights and the engine's release. Computed once per registry view."""
         workers = self._workers()
         if workers is not self._view:
-            self._view, self._fingerprint = workers, _fingerprint(workers, self._model.name)
+            self._view, self._fingerprint = workers, _fingerprint(workers, self._model.engine_name)
         return self._fingerprint
 
     def charged(

@@ -142,6 +142,8 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         entry = {"id": name, "object": "model", "created": self._created_time_s, "owned_by": "tandem"}
         if name != model.name:
             entry["root"] = model.name
+        if model.parent:
+            entry["parent"] = model.parent
         # Agents size their context by it; some clients know the one name, some the other.
         return {**entry, "max_model_len": model.context_tokens_max, "context_length": model.context_tokens_max}
 

@@ -16,6 +16,13 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     sampling_defaults: dict[str, float]
+    parent: str | None = None
+    """The model that it adapts, where it is an adapter; None: it is a model."""
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the model that its workers have."""
+        return self.parent or self.name
 
 
 def check_name_length(name: str) -> None:

@@ -61,6 +61,10 @@ class Route:
         return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
+Explain = Callable[[Sequence[Worker], str, str], Callable[[], ServiceError]]
+"""Makes the error of a view without a route; see `why_none`."""
+
+
 def why_none(workers: Iterable[Worker], model: str, tokenizer_digest: str) -> Callable[[], ServiceError]:
     """Explain why no worker and no pair of workers can serve a model, given a view in which that is so.
 

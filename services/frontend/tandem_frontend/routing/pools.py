@@ -16,7 +16,7 @@ from itertools import islice
 from tandem.discovery.view_changes import KnownView
 from tandem.domain.worker import LEG_CONTRACT, Start, Worker, WorkerRole, WorkerState, accepted_keys, offered_keys
 from tandem.errors import ServiceError
-from tandem_frontend.routing.candidates import why_none
+from tandem_frontend.routing.candidates import Explain, why_none
 from tandem_frontend.routing.pool import FAILING, KEPT_MAX, REFUSED, UNHEALTHY, Group, Live, Member, Pool, Share
 
 
@@ -148,7 +148,9 @@ class Selection:
 class Pools:
     """All pools of one model."""
 
-    def __init__(self, model: str, tokenizer_digest: str) -> None:
+    def __init__(self, model: str, tokenizer_digest: str, explain: Explain = why_none) -> None:
+        """`explain` makes the error of a view without a route."""
+        self._explain = explain
         self.version = 0
         """Grows with each change, which invalidates every earlier Selection."""
         self._model = model
@@ -250,7 +252,7 @@ class Pools:
     def why_none(self) -> ServiceError:
         """Why there is no route at all."""
         if self._why_none is None:
-            self._why_none = why_none(self._workers, self._model, self._tokenizer_digest)
+            self._why_none = self._explain(self._workers, self._model, self._tokenizer_digest)
         return self._why_none()
 
     def _takes(self, worker: Worker) -> bool:

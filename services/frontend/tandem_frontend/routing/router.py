@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from tandem.clock import Clock
 from tandem.domain.placement import Placement
 from tandem.domain.worker import Start, Worker
-from tandem.errors import ContextExceeded
+from tandem.errors import ContextExceeded, ServiceError
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.preparation.served_model import ServedModel
-from tandem_frontend.routing.candidates import Pick, Route
+from tandem_frontend.routing.candidates import Explain, Pick, Route, why_none
 from tandem_frontend.routing.circuit_breaker import CircuitBreakers
 from tandem_frontend.routing.local_prefill import LocalPrefill
 from tandem_frontend.routing.policy import Job, Policy, RoutingRequest
@@ -103,12 +103,16 @@ class Routes:
         policy: Policy | None = None,
         costs: WorkerCosts | None = None,
         local: LocalPrefill | None = None,
+        *,
+        explain: Explain = why_none,
+        leads: bool = True,
     ) -> None:
         """`workers` returns the registry's view, `unhealthy` the workers that fail health checks.
 
         Both are called for each selection, which is cheap while they return the same object as before. Without a
         `policy` workers are picked at random by `rng`. `costs` are those that the policy reads. `local` decides between
-        pairs and aggregated workers; without it the policy picks among all of them.
+        pairs and aggregated workers; without it the policy picks among all of them. `explain` makes the error of a view
+        without a route. `leads`: `costs` and `local` get their view from here; else from the routes of the whole model.
         """
         self._workers = workers
         self._unhealthy = unhealthy
@@ -117,7 +121,8 @@ class Routes:
         self._policy: Policy = policy or RandomPolicy(rng)
         self._costs = costs or WorkerCosts(PrefillBacklog(model.name, math.inf))
         self._local = local
-        self._pools = Pools(model.name, model.tokenizer.digest)
+        self._pools = Pools(model.engine_name, model.tokenizer.digest, explain)
+        self._leads = leads
         self._view: tuple[Worker, ...] = ()
         self._version = self._pools.version
         self._first: dict[int, _Preferred] = {}
@@ -126,10 +131,11 @@ class Routes:
     def follow(self, workers: tuple[Worker, ...]) -> None:
         """Apply a new view now; otherwise the next request would pay for it."""
         self._view = workers
-        self._costs.follow(workers)
         self._pools.follow(workers)
-        if self._local is not None:
-            self._local.follow(workers)
+        if self._leads:
+            self._costs.follow(workers)
+            if self._local is not None:
+                self._local.follow(workers)
 
     def sent(self, route: Route, prompt_tokens: int) -> SentRequest:
         """Count an attempt that is being sent to the workers of a route, until it is ended."""
@@ -171,6 +177,10 @@ class Routes:
         """Whether there is a route for some request, whatever its length."""
         self._refresh()
         return self._pools.context_tokens_max() is not None
+
+    def problem(self) -> ServiceError | None:
+        """Why there is no route for any request; None: there is one."""
+        return None if self.has_any() else self._pools.why_none()
 
     def unhealthy(self) -> Collection[Start]:
         """Workers that fail health checks now."""

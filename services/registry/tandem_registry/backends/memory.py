@@ -11,6 +11,7 @@ import time
 import uuid
 
 from tandem.clock import Clock, monotonic
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tandem.errors import Draining
@@ -86,9 +87,11 @@ class MemoryBackend:
         self._first_lease.set()
         return grant
 
-    async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
+    async def keep_alive(
+        self, lease_id: str, state: WorkerState | None, adapters: tuple[Adapter, ...] | None = None
+    ) -> None:
         """Renew a lease."""
-        self._open().keep_alive(lease_id, state)
+        self._open().keep_alive(lease_id, state, adapters)
 
     async def drain(self, worker_id: str, epoch: int) -> int:
         """Mark a worker as draining; returns the first revision that shows it."""

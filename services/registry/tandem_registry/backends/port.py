@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tandem_registry.backends.subscriptions import Known, Subscription
@@ -75,7 +76,9 @@ class Backend(Protocol):
         """
         ...
 
-    async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
+    async def keep_alive(
+        self, lease_id: str, state: WorkerState | None, adapters: tuple[Adapter, ...] | None = None
+    ) -> None:
         """Renew a lease."""
         ...
 

@@ -148,7 +148,24 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
             # With overlap on, the first prefix-cache hit creates a CUDA event, which crashes the scheduler on a CPU.
             "disable_overlap_schedule": True,
         }
-    return arguments | _role_arguments(settings, device, ports) | _extra_arguments(settings)
+    arguments |= _role_arguments(settings, device, ports) | _adapter_arguments(settings, device)
+    return arguments | _extra_arguments(settings)
+
+
+def _adapter_arguments(settings: EngineSettings, device: str) -> dict[str, Any]:
+    """Adapters are loaded after the start, under names of ours, so SGLang gets ranks and layers here."""
+    adapters = settings.adapters
+    if adapters is None:
+        return {}
+    arguments: dict[str, Any] = {
+        "enable_lora": True,
+        "max_lora_rank": adapters.rank_max,
+        "lora_target_modules": list(adapters.modules),
+        # The model alone takes a place in a batch too.
+        "max_loras_per_batch": adapters.per_batch_max + 1,
+    }
+    # The other backends are Triton kernels.
+    return arguments | {"lora_backend": "torch_native"} if device == "cpu" else arguments
 
 
 def running_requests_max(settings: EngineSettings, device: str) -> int:
@@ -208,6 +225,12 @@ OWNED = frozenset(
         "kv_events_config",
         "enable_pd_role_switch",
         "incremental_streaming_output",
+        "enable_lora",
+        "lora_paths",
+        "max_lora_rank",
+        "lora_target_modules",
+        "max_loras_per_batch",
+        "max_loaded_loras",
         "nnodes",
         "node_rank",
     )

@@ -30,6 +30,7 @@ GENERATE_ARGUMENTS = (
     "logprob_start_len",
     "priority",
     "cache_salt",
+    "lora_path",
     "external_trace_header",
 )
 MANAGER_METHODS = (
@@ -50,6 +51,7 @@ MANAGER_METHODS = (
     "_tokenize_one_request",
     "_validate_and_resolve_lora",
     "_release_lora_once",
+    "unload_lora_adapter",
     "convert_to_span_attrs",
 )
 ENTRY_POINTS = (("sglang.srt.platforms", PLATFORM_NAME), ("sglang.srt.plugins", "tandem_hooks"))

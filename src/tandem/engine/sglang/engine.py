@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling
 from tandem.domain.handover import DropReason
@@ -26,6 +27,7 @@ from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
 from tandem.engine.settings import EngineSettings
 from tandem.engine.sglang import (
+    adapters,
     arguments,
     capabilities,
     compat,
@@ -336,6 +338,16 @@ class SglangEngine:
         requests.check_seed(request, self._settings.extra)
         await self._submit(request, output)
 
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        """See the port."""
+        self._check_alive()
+        await self._unless_failed(adapters.load(self._settings, self._engine.tokenizer_manager, adapter, path))
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """See the port."""
+        self._check_alive()
+        await self._unless_failed(adapters.unload(self._engine.tokenizer_manager, adapter))
+
     async def canary(self) -> None:
         """See the port. Like SGLang's own warm-up, it uses SGLang's fake bootstrap host, so no peer is needed."""
         await self._pass_canary(requests.CANARY_GREEDY)
@@ -358,6 +370,7 @@ class SglangEngine:
         self._check_alive()
         c = self._capabilities
         requests.check(request, self._settings.role, c.vocabulary_size, c.context_tokens_max)
+        adapters.check(self._engine.tokenizer_manager, request.adapter)
         if request.request_id in self._runs:
             raise InvalidRequest("request_id", f"{request.request_id} is already running on this engine")
         priorities = bool(self._settings.extra.get("enable_priority_scheduling"))

@@ -53,6 +53,51 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
             state.abort_sent = False
             self.abort_request(given.rid)
 
+    async def load_adapter(self, engine_id: str, path: str) -> None:
+        """Load an adapter under an id of ours, which is its name here and a part of its KV blocks' hashes.
+
+        SGLang's own method draws a random id in each engine, so that no frontend could compute a hash.
+
+        Raises:
+            ValueError: SGLang refuses it.
+        """
+        from sglang.srt.lora.lora_registry import LoRARef
+        from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
+
+        async with self.lora_update_lock:
+            if engine_id in self.lora_registry.get_all_adapters():
+                return
+            if engine_id in self.pending_lora_unloads:
+                await self._unload_lora_adapter_locked(UnloadLoRAAdapterReqInput(lora_name=engine_id))
+            reference = LoRARef(lora_id=engine_id, lora_name=engine_id, lora_path=path, pinned=False)
+            asked = LoadLoRAAdapterReqInput(lora_name=engine_id, lora_path=path, lora_id=engine_id)
+            results = await self.update_lora_adapter_communicator(asked)
+            if all(result.success for result in results):
+                await self.lora_registry.register(reference)
+                self.lora_ref_cache[engine_id] = reference
+                return
+            # A rank that has loaded it, or a part of it, must not keep it.
+            await self.update_lora_adapter_communicator(
+                UnloadLoRAAdapterReqInput(lora_name=engine_id, lora_id=engine_id)
+            )
+            raise ValueError("; ".join({result.error_message or "unknown" for result in results if not result.success}))
+
+    async def unload_adapter(self, engine_id: str) -> None:
+        """Release an adapter when its last request has ended.
+
+        Raises:
+            ValueError: SGLang refuses.
+        """
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        known = engine_id in self.lora_registry.get_all_adapters() or engine_id in self.pending_lora_unloads
+        # Else SGLang would load it again for a late request.
+        self.lora_ref_cache.pop(engine_id, None)
+        if known:
+            result = await self.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=engine_id))
+            if not result.success:
+                raise ValueError(result.error_message or "unknown")
+
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         """The outputs of one step of the scheduler. A row that cannot be read ends its own request."""
         if not isinstance(recv_obj, BatchTokenIDOutput):

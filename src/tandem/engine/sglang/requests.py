@@ -154,6 +154,8 @@ def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, prio
         values["priority"] = request.priority
     if request.cache_salt is not None:
         values["cache_salt"] = request.cache_salt
+    if request.adapter is not None:
+        values["lora_path"] = request.adapter.engine_id
     if request.trace_headers:
         values["external_trace_header"] = dict(request.trace_headers)
     return values

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tandem
+from tandem.domain.adapter import Adapter
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling, Stopping
 from tandem.domain.handover import DropReason
@@ -31,7 +32,16 @@ from tandem.engine.simulated.network import Network, TcpNetwork
 from tandem.engine.simulated.options import parse_options
 from tandem.engine.simulated.timing import Clock, SystemClock
 from tandem.engine.simulated.tokens import read_vocabulary
-from tandem.errors import ConfigError, ContextExceeded, EngineFailed, InvalidRequest, NotSupported, StartError
+from tandem.errors import (
+    AdapterRefused,
+    ConfigError,
+    ContextExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NotSupported,
+    StartError,
+)
 
 
 def load(legs: Collection[Leg], pool: KvPool, chunked: Leg | None) -> EngineLoad:
@@ -97,6 +107,7 @@ class SimulatedEngine:
         self._bootstrap_port: int | None = None
         self._checkpoint: Checkpoint
         self._canaries = itertools.count(1)
+        self._adapters: set[Adapter] = set()
 
     @property
     def faults(self) -> Faults:
@@ -177,6 +188,24 @@ class SimulatedEngine:
         machine = self._running()
         self._check(request, machine)
         machine.begin(request, output)
+
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        """See the port. Its tokens depend on its name and digest; the fault point "adapter" makes it refuse."""
+        machine = self._running()
+        if self._settings.adapters is None:
+            raise NotSupported("this engine was started without adapters")
+        try:
+            await machine.faults.reach("adapter", adapter.name)
+        except FaultInjected as fault:
+            raise AdapterRefused(str(fault), adapter=adapter.name) from None
+        self._adapters.add(adapter)
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """See the port."""
+        machine = self._running()
+        while any(leg.request.adapter == adapter for leg in machine.legs):
+            await self._clock.sleep(IDLE_CHECK_S)
+        self._adapters.discard(adapter)
 
     async def canary(self) -> None:
         """See the port. Computes a prompt of one token."""
@@ -276,6 +305,8 @@ class SimulatedEngine:
         if (request.bootstrap is None) != (self._settings.role is WorkerRole.AGGREGATED):
             expected = "must be absent" if request.bootstrap else "is required"
             raise InvalidRequest("bootstrap", f"{expected} on an engine in role {self._settings.role.value}")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ModelNotFound(f"adapter {request.adapter.name} is not loaded", model=request.adapter.name)
         if machine.knows(request.request_id):
             raise InvalidRequest("request_id", f"{request.request_id} is already running on this engine")
         if request.guided is not None:

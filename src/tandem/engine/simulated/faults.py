@@ -21,8 +21,8 @@ from tandem.errors import ConfigError
 
 ENGINE_POINTS = ("admit", "prefill_chunk", "decode_step", "finish", "abort")
 """Points in the engine's loop: a hang there blocks every request."""
-LEG_POINTS = ("canary", "bootstrap", "transfer_begin", "transfer_middle", "transfer_end")
-"""Points in a request's own task: a hang there blocks only that request."""
+LEG_POINTS = ("adapter", "canary", "bootstrap", "transfer_begin", "transfer_middle", "transfer_end")
+"""Points in a request's own task, or in the loading of an adapter: a hang there blocks nothing else."""
 POINTS = (*ENGINE_POINTS, *LEG_POINTS)
 KINDS = ("fail", "delay", "hang", "exhaust", "crash", "kill")
 CONTROL_INTERVAL_S = 0.05

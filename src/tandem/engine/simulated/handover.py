@@ -86,7 +86,7 @@ class HandOver:
         held_pages = min(peer.cached_tokens // self._page_size_tokens, self._pages(leg.prompt_tokens))
         header = KvHeader(leg.prompt_tokens, (self._pages(leg.prompt_tokens) - held_pages) * self._page_bytes)
         moving = self._move(leg, computed_tokens, held_pages, header.size_bytes)
-        await self.server.hand_over(peer, room, header, digest(leg.request.token_ids), moving)
+        await self.server.hand_over(peer, room, header, digest(leg.request.token_ids, leg.request.adapter), moving)
         leg.kv_transfer_end_time_s = self._clock.time_s()
         leg.kv_transfer_bytes = header.size_bytes
 

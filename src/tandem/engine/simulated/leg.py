@@ -115,7 +115,7 @@ class Leg:
     def emit_next(self) -> None:
         """Choose and output the next token."""
         if self.state is None:
-            self.state = digest(self.request.token_ids)
+            self.state = digest(self.request.token_ids, self.request.adapter)
         chooser = self.state if self.draw_seed is None else drawn(self.state, self.draw_seed)
         token_id = self._choose(chooser)
         self.emitted.append(token_id)

@@ -207,7 +207,11 @@ class Machine:
             request=request,
             vocabulary=self._vocabulary,
             token_budget=1 if self._role is WorkerRole.PREFILL else budget,
-            page_names=BlockHashes(self.pool.page_size_tokens, request.cache_salt),
+            page_names=BlockHashes(
+                self.pool.page_size_tokens,
+                request.cache_salt,
+                None if request.adapter is None else request.adapter.engine_id,
+            ),
             output=output,
             eos_after_tokens=self._options.eos_after_tokens,
             draw_seed=self._draw_seed(request),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from tandem.domain.adapter import Adapter
 from tandem.domain.checkpoint import Checkpoint
 from tandem.domain.generation import TokenLogprob
 
@@ -34,9 +35,11 @@ def drawn(state: SequenceState, seed: int) -> SequenceState:
     return blake2b(state + seed.to_bytes(9, "little", signed=True), digest_size=STATE_BYTES, person=b"draw").digest()
 
 
-def digest(token_ids: Iterable[int]) -> SequenceState:
-    """The state after a whole sequence, which stands for its KV."""
+def digest(token_ids: Iterable[int], adapter: Adapter | None = None) -> SequenceState:
+    """The state after a whole sequence, which stands for its KV: another one under each adapter."""
     state = _START
+    if adapter is not None:
+        state = blake2b(state + adapter.engine_id.encode(), digest_size=STATE_BYTES, person=b"adapter").digest()
     for token_id in token_ids:
         state = advance(state, token_id)
     return state
@@ -115,9 +118,11 @@ def read_vocabulary(checkpoint: Checkpoint, eos_chance: float = 0.0) -> Vocabula
     return Vocabulary(ordinary, eos, eos_chance)
 
 
-def expected_tokens(vocabulary: Vocabulary, prompt: Sequence[int], count: int) -> list[int]:
+def expected_tokens(
+    vocabulary: Vocabulary, prompt: Sequence[int], count: int, adapter: Adapter | None = None
+) -> list[int]:
     """The tokens of an undisturbed run after a prompt, for tests of the layers above the engine."""
-    state = digest(prompt)
+    state = digest(prompt, adapter)
     tokens: list[int] = []
     for _ in range(count):
         tokens.append(vocabulary.next_token(state))

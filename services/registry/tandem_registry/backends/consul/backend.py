@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import tandem
 from tandem.clock import Clock, monotonic
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import Draining, DuplicateWorker, Overloaded, ServiceError, StartError, WorkerNotFound
@@ -215,14 +216,16 @@ class ConsulBackend:
             )
         return Grant(grant.lease_id, self._leases.observed.index)
 
-    async def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
+    async def keep_alive(
+        self, lease_id: str, state: WorkerState | None, adapters: tuple[Adapter, ...] | None = None
+    ) -> None:
         """Renew a lease that any replica has granted."""
         self._check_open()
         try:
-            self._leases.keep_alive(lease_id, state)
+            self._leases.keep_alive(lease_id, state, adapters)
         except WorkerNotFound:
             await self._catch_up()
-            self._leases.keep_alive(lease_id, state)
+            self._leases.keep_alive(lease_id, state, adapters)
 
     async def drain(self, worker_id: str, epoch: int) -> int:
         """Mark a worker as draining; returns the first revision that shows it."""

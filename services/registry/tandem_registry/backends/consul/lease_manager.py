@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.clock import Clock
+from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Member
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import StaleEpoch, WorkerNotFound
@@ -73,18 +74,18 @@ class LeaseManager:
         grant = self.membership.register(member, self._rivals(member))
         return grant, service_id(self._service, self._record(Held(grant.lease_id, member)))
 
-    def keep_alive(self, lease_id: str, state: WorkerState | None) -> None:
+    def keep_alive(self, lease_id: str, state: WorkerState | None, adapters: tuple[Adapter, ...] | None = None) -> None:
         """Renew a lease; adopts it where another replica owns it.
 
         Raises:
             WorkerNotFound: neither this replica nor Consul knows that lease.
         """
         try:
-            self.membership.keep_alive(lease_id, state)
+            self.membership.keep_alive(lease_id, state, adapters)
         except WorkerNotFound:
             if not self._adopt_lease(lease_id):
                 raise
-            self.membership.keep_alive(lease_id, state)
+            self.membership.keep_alive(lease_id, state, adapters)
 
     def drain(self, worker_id: str, epoch: int) -> None:
         """Mark a worker as draining; adopts its lease where another replica owns it. Raises as `Membership.drain`."""

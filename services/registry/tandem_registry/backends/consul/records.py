@@ -6,10 +6,11 @@ Pure. Owns the names and formats that are written, and the validation of what is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
+from tandem.domain.adapter import DIGEST, Adapter, is_name
 from tandem.domain.frontend import Frontend
 from tandem.domain.network_address import join_address, split_address
 from tandem.domain.worker import (
@@ -25,6 +26,8 @@ from tandem.errors import InvalidRequest
 
 VALUE_BYTES_MAX = 512
 """Of one meta value; Consul rejects longer ones, and more than 64 of them."""
+ADAPTERS_KEY = "adapters_"
+"""With a number from 0. Three adapters fit in one value."""
 SERVICE_NAME_PATTERN = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 """The service name must be a DNS label."""
 SERVICE_ID_WITHOUT = re.compile("[^A-Za-z0-9._-]")
@@ -115,11 +118,33 @@ def meta(record: Record) -> dict[str, str]:
 def _worker_meta(worker: Worker) -> dict[str, str]:
     written = {name: capability_text(getattr(worker.capabilities, name)) for name in field_names()}
     written |= {"role": worker.role.value, "leg_contract": str(worker.leg_contract)}
+    written |= {f"{ADAPTERS_KEY}{number}": text for number, text in enumerate(_adapter_texts(worker.adapters))}
     if worker.capabilities_digest is not None:
         written["capabilities_digest"] = worker.capabilities_digest
     if worker.bootstrap_host is not None and worker.bootstrap_port is not None:
         written |= {"bootstrap_host": worker.bootstrap_host, "bootstrap_port": str(worker.bootstrap_port)}
     return written
+
+
+def _adapter_texts(adapters: Iterable[Adapter]) -> list[str]:
+    """Adapters as NAME=DIGEST, separated by commas, in as many values as Consul's limit requires."""
+    texts = [""]
+    for adapter in adapters:
+        text = f"{adapter.name}={adapter.digest}"
+        joined = f"{texts[-1]},{text}" if texts[-1] else text
+        if len(joined) <= VALUE_BYTES_MAX:
+            texts[-1] = joined
+        else:
+            texts.append(text)
+    return [text for text in texts if text]
+
+
+def _adapters_of(written: Mapping[str, str]) -> tuple[Adapter, ...]:
+    texts = [value for key, value in written.items() if key.startswith(ADAPTERS_KEY)]
+    pairs = [part.partition("=") for text in texts for part in text.split(",")]
+    if not all(is_name(name) and DIGEST.fullmatch(digest) for name, _, digest in pairs):
+        raise ValueError("its adapters cannot be read")
+    return tuple(sorted(Adapter(name, digest) for name, _, digest in pairs))
 
 
 def check_fits(member: Worker | Frontend) -> None:
@@ -184,6 +209,7 @@ def _worker_of(written: Mapping[str, str], common: dict[str, Any]) -> Worker:
         leg_contract=int(written.get("leg_contract", "1")),
         capabilities=capabilities,
         capabilities_digest=digest,
+        adapters=_adapters_of(written),
         bootstrap_host=written.get("bootstrap_host"),
         bootstrap_port=None if port is None else int(port),
         **common,

@@ -794,6 +794,8 @@ class Model(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     context_tokens_max: _builtins.int
@@ -814,6 +816,10 @@ class Model(_message.Message):
     """Whether this frontend serves it."""
     problem: _builtins.str
     """Why it is refused; empty in other states."""
+    parent: _builtins.str
+    """Adapters only: name of the model that it adapts. Empty: this is a model."""
+    adapter_digest: _builtins.str
+    """Adapters only: SHA-256, hex, over its configuration and weights."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Other names by which clients may ask for it, in alphabetical order."""
@@ -832,10 +838,12 @@ class Model(_message.Message):
         state: Global___ModelState.ValueType = ...,
         problem: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
+        parent: _builtins.str = ...,
+        adapter_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregated_workers", b"aggregated_workers", "aliases", b"aliases", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "model_digest", b"model_digest", "name", b"name", "prefill_workers", b"prefill_workers", "problem", b"problem", "state", b"state", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "aggregated_workers", b"aggregated_workers", "aliases", b"aliases", "context_tokens_max", b"context_tokens_max", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "model_digest", b"model_digest", "name", b"name", "parent", b"parent", "prefill_workers", b"prefill_workers", "problem", b"problem", "state", b"state", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,6 +99,34 @@ LISTED_HEALTH_CRITICAL: ListedHealth.ValueType  # 2
 """Its health check fails, or it is not serving."""
 Global___ListedHealth: _TypeAlias = ListedHealth  # noqa: Y015
 
+class _AdapterOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_OUTCOME_UNSPECIFIED: _AdapterOutcome.ValueType  # 0
+    """Not set; never sent."""
+    ADAPTER_OUTCOME_LOADED: _AdapterOutcome.ValueType  # 1
+    """The worker loaded it."""
+    ADAPTER_OUTCOME_PRESENT: _AdapterOutcome.ValueType  # 2
+    """The worker had it already."""
+    ADAPTER_OUTCOME_UNLOADED: _AdapterOutcome.ValueType  # 3
+    """The worker released it."""
+
+class AdapterOutcome(_AdapterOutcome, metaclass=_AdapterOutcomeEnumTypeWrapper):
+    """What became of an adapter at one worker."""
+
+ADAPTER_OUTCOME_UNSPECIFIED: AdapterOutcome.ValueType  # 0
+"""Not set; never sent."""
+ADAPTER_OUTCOME_LOADED: AdapterOutcome.ValueType  # 1
+"""The worker loaded it."""
+ADAPTER_OUTCOME_PRESENT: AdapterOutcome.ValueType  # 2
+"""The worker had it already."""
+ADAPTER_OUTCOME_UNLOADED: AdapterOutcome.ValueType  # 3
+"""The worker released it."""
+Global___AdapterOutcome: _TypeAlias = AdapterOutcome  # noqa: Y015
+
 @_typing.final
 class RegisterRequest(_message.Message):
     """Registers a worker."""
@@ -163,23 +191,53 @@ class KeepAliveRequest(_message.Message):
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease."""
     state: _worker_pb2.WorkerState.ValueType
     """New lifecycle state; absent: unchanged."""
+    @_builtins.property
+    def adapters(self) -> Global___AdapterList:
+        """New adapters of a worker; absent: unchanged."""
+
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         state: _worker_pb2.WorkerState.ValueType = ...,
+        adapters: Global___AdapterList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "lease_id", b"lease_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeepAliveRequest: _TypeAlias = KeepAliveRequest  # noqa: Y015
+
+@_typing.final
+class AdapterList(_message.Message):
+    """All adapters of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.Adapter]:
+        """The adapters, ordered by name; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[_worker_pb2.Adapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterList: _TypeAlias = AdapterList  # noqa: Y015
 
 @_typing.final
 class KeepAliveResponse(_message.Message):
@@ -188,6 +246,9 @@ class KeepAliveResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
+    KNOWS_ADAPTERS_FIELD_NUMBER: _builtins.int
+    knows_adapters: _builtins.bool
+    """Whether the registry knows adapters: one of an earlier release ignores those of a keepalive."""
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
         """Time to live of the lease, from now on."""
@@ -196,10 +257,11 @@ class KeepAliveResponse(_message.Message):
         self,
         *,
         time_to_live: _duration_pb2.Duration | None = ...,
+        knows_adapters: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_live", b"time_to_live"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["time_to_live", b"time_to_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["knows_adapters", b"knows_adapters", "time_to_live", b"time_to_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -800,3 +862,147 @@ class ChangeRoleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChangeRoleResponse: _TypeAlias = ChangeRoleResponse  # noqa: Y015
+
+@_typing.final
+class LoadAdapterRequest(_message.Message):
+    """Loads an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, under which clients request it: no model's, and no adapter's of another model."""
+    path: _builtins.str
+    """Its directory on the machine of each worker, relative to the worker's adapter_root or below it."""
+    model: _builtins.str
+    """The model. Default: the only one that serving workers have."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        model: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class LoadAdapterResponse(_message.Message):
+    """The adapter is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its model."""
+    @_builtins.property
+    def adapter(self) -> _worker_pb2.Adapter:
+        """The adapter."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterAtWorker]:
+        """Its workers, ordered by worker_id."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _worker_pb2.Adapter | None = ...,
+        model: _builtins.str = ...,
+        workers: _abc.Iterable[Global___AdapterAtWorker] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    """Unloads an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterResponse(_message.Message):
+    """The adapter is unloaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterAtWorker]:
+        """The workers that had it, ordered by worker_id."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___AdapterAtWorker] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class AdapterAtWorker(_message.Message):
+    """An adapter at one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    outcome: Global___AdapterOutcome.ValueType
+    """What became of it."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long the worker took to load or to release it."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        outcome: Global___AdapterOutcome.ValueType = ...,
+        duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "outcome", b"outcome", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterAtWorker: _TypeAlias = AdapterAtWorker  # noqa: Y015

@@ -81,6 +81,16 @@ class RegistryServiceStub:
                 request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/tandem.api.registry.v1.RegistryService/LoadAdapter',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/tandem.api.registry.v1.RegistryService/UnloadAdapter',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -163,6 +173,26 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads an adapter on all serving workers of a model, and serves it once all of them have it, with equal weights.
+        Workers that have it already keep it, so that the call may be repeated, also for workers that came later.
+        ADAPTER_REFUSED: a worker refused, has other weights, or cannot be reached; the others are as before.
+        MODEL_NOT_FOUND: no serving worker has the model. INVALID_REQUEST: a field is wrong, or the name is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Unloads an adapter on all workers that have it: no worker serves it from now on, and open requests of it end first.
+        ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
+        not release its memory: `workers` has its state.
+        MODEL_NOT_FOUND: no worker has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -210,6 +240,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ChangeRole,
                     request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.FromString,
                     response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -457,6 +497,60 @@ class RegistryService:
             '/tandem.api.registry.v1.RegistryService/ChangeRole',
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleRequest.SerializeToString,
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.ChangeRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/LoadAdapter',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/UnloadAdapter',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,18 @@ class RegistryServiceStub:
     ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
     live, or the worker refuses; nothing has changed.
     """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.LoadAdapterRequest, _registry_service_pb2.LoadAdapterResponse]
+    """Loads an adapter on all serving workers of a model, and serves it once all of them have it, with equal weights.
+    Workers that have it already keep it, so that the call may be repeated, also for workers that came later.
+    ADAPTER_REFUSED: a worker refused, has other weights, or cannot be reached; the others are as before.
+    MODEL_NOT_FOUND: no serving worker has the model. INVALID_REQUEST: a field is wrong, or the name is taken.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.UnloadAdapterRequest, _registry_service_pb2.UnloadAdapterResponse]
+    """Unloads an adapter on all workers that have it: no worker serves it from now on, and open requests of it end first.
+    ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
+    not release its memory: `workers` has its state.
+    MODEL_NOT_FOUND: no worker has it.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -112,6 +124,18 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
     ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
     live, or the worker refuses; nothing has changed.
+    """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.LoadAdapterRequest, _registry_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter on all serving workers of a model, and serves it once all of them have it, with equal weights.
+    Workers that have it already keep it, so that the call may be repeated, also for workers that came later.
+    ADAPTER_REFUSED: a worker refused, has other weights, or cannot be reached; the others are as before.
+    MODEL_NOT_FOUND: no serving worker has the model. INVALID_REQUEST: a field is wrong, or the name is taken.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UnloadAdapterRequest, _registry_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Unloads an adapter on all workers that have it: no worker serves it from now on, and open requests of it end first.
+    ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
+    not release its memory: `workers` has its state.
+    MODEL_NOT_FOUND: no worker has it.
     """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -206,6 +230,30 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
         ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
         live, or the worker refuses; nothing has changed.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _registry_service_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.LoadAdapterResponse, _abc.Awaitable[_registry_service_pb2.LoadAdapterResponse]]:
+        """Loads an adapter on all serving workers of a model, and serves it once all of them have it, with equal weights.
+        Workers that have it already keep it, so that the call may be repeated, also for workers that came later.
+        ADAPTER_REFUSED: a worker refused, has other weights, or cannot be reached; the others are as before.
+        MODEL_NOT_FOUND: no serving worker has the model. INVALID_REQUEST: a field is wrong, or the name is taken.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _registry_service_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.UnloadAdapterResponse, _abc.Awaitable[_registry_service_pb2.UnloadAdapterResponse]]:
+        """Unloads an adapter on all workers that have it: no worker serves it from now on, and open requests of it end first.
+        ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
+        not release its memory: `workers` has its state.
+        MODEL_NOT_FOUND: no worker has it.
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -86,6 +86,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
     ERROR_REASON_OBJECT_NOT_FOUND: _ErrorReason.ValueType  # 27
     """The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
+    ERROR_REASON_ADAPTER_REFUSED: _ErrorReason.ValueType  # 70
+    """An adapter was not loaded or unloaded. Metadata: adapter, worker (the first that is at fault), workers (the state
+    of each as ID=STATE, separated by commas). FAILED_PRECONDITION.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -156,4 +160,8 @@ ERROR_REASON_ROLE_CHANGE_REFUSED: ErrorReason.ValueType  # 26
 """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 ERROR_REASON_OBJECT_NOT_FOUND: ErrorReason.ValueType  # 27
 """The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
+ERROR_REASON_ADAPTER_REFUSED: ErrorReason.ValueType  # 70
+"""An adapter was not loaded or unloaded. Metadata: adapter, worker (the first that is at fault), workers (the state
+of each as ID=STATE, separated by commas). FAILED_PRECONDITION.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -11,6 +11,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tandem.api.types.v1 import generation_pb2 as _generation_pb2
 from tandem.api.types.v1 import sampling_pb2 as _sampling_pb2
+from tandem.api.types.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -76,6 +77,7 @@ class LegRequest(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the client's request, the same for all attempts."""
     attempt: _builtins.int
@@ -112,6 +114,10 @@ class LegRequest(_message.Message):
     def bootstrap(self) -> Global___Bootstrap:
         """Bootstrap of the KV transfer; absent on an aggregated worker."""
 
+    @_builtins.property
+    def adapter(self) -> _worker_pb2.Adapter:
+        """Adapter to generate with; rejected with MODEL_NOT_FOUND if the worker does not serve it. Absent: the model alone."""
+
     def __init__(
         self,
         *,
@@ -127,10 +133,11 @@ class LegRequest(_message.Message):
         bootstrap: Global___Bootstrap | None = ...,
         priority: _builtins.int | None = ...,
         cache_salt: _builtins.str | None = ...,
+        adapter: _worker_pb2.Adapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015

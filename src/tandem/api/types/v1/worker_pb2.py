@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tandem/api/types/v1/worker.proto\x12\x13tandem.api.types.v1\"\x8b\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12-\n\x04role\x18\x03 \x01(\x0e\x32\x1f.tandem.api.types.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12=\n\x0c\x63\x61pabilities\x18\x05 \x01(\x0b\x32\'.tandem.api.types.v1.WorkerCapabilities\x12\x38\n\tbootstrap\x18\x06 \x01(\x0b\x32%.tandem.api.types.v1.BootstrapAddress\x12/\n\x05state\x18\x07 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\x12 \n\x13\x63\x61pabilities_digest\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07release\x18\t \x01(\t\x12\x19\n\x0cleg_contract\x18\n \x01(\x05H\x01\x88\x01\x01\x42\x16\n\x14_capabilities_digestB\x0f\n\r_leg_contract\"\x90\x01\n\x08\x46rontend\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\x12\x0f\n\x07release\x18\x06 \x01(\t\".\n\x10\x42ootstrapAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\xa4\x03\n\x12WorkerCapabilities\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x06 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x03\x12\x1c\n\x14running_requests_max\x18\x08 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\t \x01(\x05\x12\x15\n\reos_token_ids\x18\n \x03(\x05\x12\x18\n\x10page_size_tokens\x18\x0b \x01(\x05\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x11\n\tkv_layout\x18\r \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\x0e \x01(\x03\x12\x18\n\x10transfer_backend\x18\x0f \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x10 \x01(\x05\x12\x0e\n\x06is_mla\x18\x11 \x01(\x08*v\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATED\x10\x03*`\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_SERVING\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tandem/api/types/v1/worker.proto\x12\x13tandem.api.types.v1\"\xbb\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12-\n\x04role\x18\x03 \x01(\x0e\x32\x1f.tandem.api.types.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12=\n\x0c\x63\x61pabilities\x18\x05 \x01(\x0b\x32\'.tandem.api.types.v1.WorkerCapabilities\x12\x38\n\tbootstrap\x18\x06 \x01(\x0b\x32%.tandem.api.types.v1.BootstrapAddress\x12/\n\x05state\x18\x07 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\x12 \n\x13\x63\x61pabilities_digest\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07release\x18\t \x01(\t\x12\x19\n\x0cleg_contract\x18\n \x01(\x05H\x01\x88\x01\x01\x12.\n\x08\x61\x64\x61pters\x18\x46 \x03(\x0b\x32\x1c.tandem.api.types.v1.AdapterB\x16\n\x14_capabilities_digestB\x0f\n\r_leg_contract\"\'\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x90\x01\n\x08\x46rontend\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .tandem.api.types.v1.WorkerState\x12\x0f\n\x07release\x18\x06 \x01(\t\".\n\x10\x42ootstrapAddress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\xa4\x03\n\x12WorkerCapabilities\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x06 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x03\x12\x1c\n\x14running_requests_max\x18\x08 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\t \x01(\x05\x12\x15\n\reos_token_ids\x18\n \x03(\x05\x12\x18\n\x10page_size_tokens\x18\x0b \x01(\x05\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x11\n\tkv_layout\x18\r \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\x0e \x01(\x03\x12\x18\n\x10transfer_backend\x18\x0f \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x10 \x01(\x05\x12\x0e\n\x06is_mla\x18\x11 \x01(\x08*v\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATED\x10\x03*`\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_SERVING\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.types.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1073
-  _globals['_WORKERROLE']._serialized_end=1191
-  _globals['_WORKERSTATE']._serialized_start=1193
-  _globals['_WORKERSTATE']._serialized_end=1289
+  _globals['_WORKERROLE']._serialized_start=1162
+  _globals['_WORKERROLE']._serialized_end=1280
+  _globals['_WORKERSTATE']._serialized_start=1282
+  _globals['_WORKERSTATE']._serialized_end=1378
   _globals['_WORKER']._serialized_start=58
-  _globals['_WORKER']._serialized_end=453
-  _globals['_FRONTEND']._serialized_start=456
-  _globals['_FRONTEND']._serialized_end=600
-  _globals['_BOOTSTRAPADDRESS']._serialized_start=602
-  _globals['_BOOTSTRAPADDRESS']._serialized_end=648
-  _globals['_WORKERCAPABILITIES']._serialized_start=651
-  _globals['_WORKERCAPABILITIES']._serialized_end=1071
+  _globals['_WORKER']._serialized_end=501
+  _globals['_ADAPTER']._serialized_start=503
+  _globals['_ADAPTER']._serialized_end=542
+  _globals['_FRONTEND']._serialized_start=545
+  _globals['_FRONTEND']._serialized_end=689
+  _globals['_BOOTSTRAPADDRESS']._serialized_start=691
+  _globals['_BOOTSTRAPADDRESS']._serialized_end=737
+  _globals['_WORKERCAPABILITIES']._serialized_start=740
+  _globals['_WORKERCAPABILITIES']._serialized_end=1160
 # @@protoc_insertion_point(module_scope)

@@ -87,6 +87,7 @@ class Worker(_message.Message):
     CAPABILITIES_DIGEST_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     LEG_CONTRACT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable across restarts, 1 to 128 characters of a-z, A-Z, 0-9, '.', '_', '-'."""
     epoch: _builtins.int
@@ -113,6 +114,10 @@ class Worker(_message.Message):
     def bootstrap(self) -> Global___BootstrapAddress:
         """Prefill only: bootstrap server of its engine."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Adapters that it serves beside its model, ordered by name. They change while it runs, in the same epoch."""
+
     def __init__(
         self,
         *,
@@ -126,10 +131,11 @@ class Worker(_message.Message):
         capabilities_digest: _builtins.str | None = ...,
         release: _builtins.str = ...,
         leg_contract: _builtins.int | None = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "_leg_contract", b"_leg_contract", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "leg_contract", b"leg_contract"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "_leg_contract", b"_leg_contract", "address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "epoch", b"epoch", "leg_contract", b"leg_contract", "release", b"release", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest", "_leg_contract", b"_leg_contract", "adapters", b"adapters", "address", b"address", "bootstrap", b"bootstrap", "capabilities", b"capabilities", "capabilities_digest", b"capabilities_digest", "epoch", b"epoch", "leg_contract", b"leg_contract", "release", b"release", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__capabilities_digest: _TypeAlias = _typing.Literal["capabilities_digest"]  # noqa: Y015
     _WhichOneofArgType__capabilities_digest: _TypeAlias = _typing.Literal["_capabilities_digest", b"_capabilities_digest"]  # noqa: Y015
@@ -141,6 +147,32 @@ class Worker(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__leg_contract) -> _WhichOneofReturnType__leg_contract | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """A LoRA adapter of a worker's model. Clients request it by its name, as a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """1 to 64 characters of a-z, A-Z, 0-9, '.', '_', '-', the first one a letter or a digit."""
+    digest: _builtins.str
+    """SHA-256, hex, over its configuration and weights. The two workers of a pair must have the same."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class Frontend(_message.Message):

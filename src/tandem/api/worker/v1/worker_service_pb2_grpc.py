@@ -75,6 +75,21 @@ class WorkerServiceStub:
                 request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/tandem.api.worker.v1.WorkerService/LoadAdapter',
+                request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ServeAdapter = channel.unary_unary(
+                '/tandem.api.worker.v1.WorkerService/ServeAdapter',
+                request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/tandem.api.worker.v1.WorkerService/UnloadAdapter',
+                request_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -144,6 +159,32 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads an adapter into the engine, without serving it: no frontend knows of it yet. Knows no other workers: callers
+        use RegistryService.LoadAdapter, which loads on all of them or on none. Running requests go on.
+        ADAPTER_REFUSED: the files are missing, damaged, too large or not of this model, the worker has another adapter of
+        that name, or its settings allow none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ServeAdapter(self, request, context):
+        """Serves a loaded adapter, or stops to serve it, and returns when the registry has confirmed it. Open requests of
+        an adapter that is not served any more go on.
+        ADAPTER_REFUSED: it is not loaded, or no registry has confirmed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Stops to serve an adapter, waits for its open legs, and releases its memory. Goes on when the call is cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -186,6 +227,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ReadModelFiles,
                     request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.FromString,
                     response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'ServeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServeAdapter,
+                    request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -405,6 +461,87 @@ class WorkerService:
             '/tandem.api.worker.v1.WorkerService/ReadModelFiles',
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesRequest.SerializeToString,
             tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ReadModelFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.worker.v1.WorkerService/LoadAdapter',
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterRequest.SerializeToString,
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.worker.v1.WorkerService/ServeAdapter',
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterRequest.SerializeToString,
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.ServeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.worker.v1.WorkerService/UnloadAdapter',
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterRequest.SerializeToString,
+            tandem_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

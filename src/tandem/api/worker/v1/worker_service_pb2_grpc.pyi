@@ -58,6 +58,19 @@ class WorkerServiceStub:
     that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
     worker's capabilities.
     """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.LoadAdapterRequest, _worker_service_pb2.LoadAdapterResponse]
+    """Loads an adapter into the engine, without serving it: no frontend knows of it yet. Knows no other workers: callers
+    use RegistryService.LoadAdapter, which loads on all of them or on none. Running requests go on.
+    ADAPTER_REFUSED: the files are missing, damaged, too large or not of this model, the worker has another adapter of
+    that name, or its settings allow none.
+    """
+    ServeAdapter: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.ServeAdapterRequest, _worker_service_pb2.ServeAdapterResponse]
+    """Serves a loaded adapter, or stops to serve it, and returns when the registry has confirmed it. Open requests of
+    an adapter that is not served any more go on.
+    ADAPTER_REFUSED: it is not loaded, or no registry has confirmed it.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.UnloadAdapterRequest, _worker_service_pb2.UnloadAdapterResponse]
+    """Stops to serve an adapter, waits for its open legs, and releases its memory. Goes on when the call is cancelled."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -89,6 +102,19 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
     worker's capabilities.
     """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.LoadAdapterRequest, _worker_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter into the engine, without serving it: no frontend knows of it yet. Knows no other workers: callers
+    use RegistryService.LoadAdapter, which loads on all of them or on none. Running requests go on.
+    ADAPTER_REFUSED: the files are missing, damaged, too large or not of this model, the worker has another adapter of
+    that name, or its settings allow none.
+    """
+    ServeAdapter: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.ServeAdapterRequest, _worker_service_pb2.ServeAdapterResponse]  # type: ignore[assignment]
+    """Serves a loaded adapter, or stops to serve it, and returns when the registry has confirmed it. Open requests of
+    an adapter that is not served any more go on.
+    ADAPTER_REFUSED: it is not loaded, or no registry has confirmed it.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.UnloadAdapterRequest, _worker_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Stops to serve an adapter, waits for its open legs, and releases its memory. Goes on when the call is cancelled."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Calls that every worker serves, in any role."""
@@ -165,5 +191,36 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         that does not have them reads them here when the model appears, and checks them by the tokenizer_digest of the
         worker's capabilities.
         """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _worker_service_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.LoadAdapterResponse, _abc.Awaitable[_worker_service_pb2.LoadAdapterResponse]]:
+        """Loads an adapter into the engine, without serving it: no frontend knows of it yet. Knows no other workers: callers
+        use RegistryService.LoadAdapter, which loads on all of them or on none. Running requests go on.
+        ADAPTER_REFUSED: the files are missing, damaged, too large or not of this model, the worker has another adapter of
+        that name, or its settings allow none.
+        """
+
+    @_abc_1.abstractmethod
+    def ServeAdapter(
+        self,
+        request: _worker_service_pb2.ServeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.ServeAdapterResponse, _abc.Awaitable[_worker_service_pb2.ServeAdapterResponse]]:
+        """Serves a loaded adapter, or stops to serve it, and returns when the registry has confirmed it. Open requests of
+        an adapter that is not served any more go on.
+        ADAPTER_REFUSED: it is not loaded, or no registry has confirmed it.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _worker_service_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.UnloadAdapterResponse, _abc.Awaitable[_worker_service_pb2.UnloadAdapterResponse]]:
+        """Stops to serve an adapter, waits for its open legs, and releases its memory. Goes on when the call is cancelled."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -31,6 +31,7 @@ from tandem.engine.sglang.hooks import (
     role_switch,
     seeded_sampling,
     transfer_queues,
+    unpinned,
 )
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
 from tandem.engine.sglang.hooks.kv_accounting import TransferStats, kv_shards
@@ -78,6 +79,7 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
     }
     if device == "cpu":
         hooks[f"{_SCHEDULER}.on_idle"] = (_sleep_while_waiting, "after")
+        hooks |= unpinned.targets()
         hooks |= {f"{module}.apply_scaling_penalties": (_apply_penalties_uncompiled, "around") for module in _SCALING}
     return hooks if importlib.util.find_spec("nixl") is None else hooks | _nixl_targets(device)
 

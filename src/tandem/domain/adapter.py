@@ -1,0 +1,165 @@
+"""LoRA adapters: their names, their identity, and the check of their files against the model that they adapt.
+
+An adapter is named by clients as a model. Its digest covers configuration and weights, so that two adapters of one name
+differ. Files are read only, and never as pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.domain.checkpoint import read_shapes
+from tandem.errors import StartError
+
+NAME_CHARS_MAX = 64
+NAME_PATTERN = f"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}"
+NAME_RULE = f"must be 1 to {NAME_CHARS_MAX} characters of a-z, A-Z, 0-9, '.', '_', '-', first a letter or a digit"
+ADAPTERS_MAX = 64
+"""Of one worker: membership stores hold all of them in one entry."""
+DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
+
+CONFIG_FILE, ADDED_TOKENS_FILE = "adapter_config.json", "added_tokens.json"
+CONFIG_BYTES_MAX = 2**20
+WEIGHTS_BYTES_MAX = 8 * 2**30
+_CHUNK_BYTES = 2**20
+_PREFIX = "base_model.model."
+_PART = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.[A-Za-z0-9_-]+)?\.weight")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Adapter:
+    """One adapter: a name and the weights that it has now."""
+
+    name: str
+    digest: str
+    """SHA-256, hex, over configuration and weights."""
+
+    @property
+    def engine_id(self) -> str:
+        """Its name in engines, and in the hashes of its KV blocks: 32 hex digits, the same in all engines."""
+        return hashlib.sha256(f"{self.name}\0{self.digest}".encode()).hexdigest()[:32]
+
+
+def is_name(text: str) -> bool:
+    """Whether an adapter may have that name."""
+    return _NAME.fullmatch(text) is not None
+
+
+def named(adapters: Iterable[Adapter], name: str) -> Adapter | None:
+    """The adapter of that name; None: there is none."""
+    return next((adapter for adapter in adapters if adapter.name == name), None)
+
+
+def read_adapter(name: str, path: Path, model_path: Path, rank_max: int, modules: Iterable[str]) -> Adapter:
+    """Check an adapter's files against the model, and compute its digest. Blocks: call it in a thread.
+
+    SGLang loads an adapter whose shapes are another model's, and its scheduler dies when the first request uses it.
+
+    Args:
+        name: a valid name.
+        path: its directory, in the format of PEFT.
+        model_path: directory of the model.
+        rank_max: highest rank that the engine holds.
+        modules: names of the layers that the engine can adapt, such as "q_proj".
+
+    Raises:
+        StartError: a file is missing, damaged, too large or not of this model; names it without its directory.
+    """
+    config = _read_config(path)
+    rank = config.get("r")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= rank_max:
+        raise StartError(f"{CONFIG_FILE}: r, the rank, must be 1 to {rank_max} (adapter_rank_max), not {rank!r}")
+    _check_targets(config, frozenset(modules))
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise StartError(f"it has no weights in {path.name}/*.safetensors; other formats are not read")
+    if sum(file.stat().st_size for file in files) > WEIGHTS_BYTES_MAX:
+        raise StartError(f"its weights are larger than {WEIGHTS_BYTES_MAX} bytes")
+    shapes = {key: shape for file in files for key, shape in _shapes(file).items()}
+    _check_shapes(shapes, _model_shapes(model_path), rank)
+    return Adapter(name, _digest(path, files))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        if file.stat().st_size > CONFIG_BYTES_MAX:
+            raise StartError(f"{CONFIG_FILE} is larger than {CONFIG_BYTES_MAX} bytes")
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise StartError(f"it has no {CONFIG_FILE}: it must be a directory in the format of PEFT") from None
+    except OSError as problem:
+        raise StartError(f"{CONFIG_FILE} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError):
+        raise StartError(f"{CONFIG_FILE} is damaged: it is not JSON") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise StartError(f"{CONFIG_FILE}: peft_type must be LORA")
+    if config.get("use_dora"):
+        raise StartError(f"{CONFIG_FILE}: use_dora is not supported")
+    return config
+
+
+def _check_targets(config: dict[str, Any], modules: frozenset[str]) -> None:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise StartError(f"{CONFIG_FILE}: target_modules must be a list of names")
+    foreign = sorted({target.rpartition(".")[2] for target in targets} - modules)
+    if foreign:
+        known = ", ".join(sorted(modules))
+        raise StartError(f"{CONFIG_FILE}: target_modules has {', '.join(foreign)}; this worker adapts {known}")
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        size_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            return read_shapes(Path(file.name), stream, size_bytes)
+    except OSError as problem:
+        raise StartError(f"{file.name} cannot be read: {problem.strerror}") from None
+
+
+def _model_shapes(path: Path) -> dict[str, list[int]]:
+    return {key: shape for file in sorted(path.glob("*.safetensors")) for key, shape in _shapes(file).items()}
+
+
+def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], rank: int) -> None:
+    """Compare each part with the weight that it adapts. Layers that the model stores in another form, as a quantised
+    or fused one does, are not compared.
+    """
+    layers: dict[str, set[str]] = {}
+    for key, shape in shapes.items():
+        part = _PART.fullmatch(key)
+        if part is None:
+            raise StartError(f"its tensor {key} is no part of a LoRA adapter")
+        layer, side = part["layer"].removeprefix(_PREFIX), part["side"]
+        layers.setdefault(layer, set()).add(side)
+        weight = model.get(f"{layer}.weight")
+        if weight is None:
+            continue
+        expected = [rank, weight[-1]] if side == "A" else [weight[0], rank]
+        if shape != expected:
+            raise StartError(f"its tensor {key} has the shape {shape}, this model needs {expected}")
+    if not any(f"{layer}.weight" in model for layer in layers) and any(key.endswith("q_proj.weight") for key in model):
+        raise StartError("it adapts no layer that this model has")
+    half = next((layer for layer, sides in layers.items() if len(sides) != len("AB")), None)
+    if half is not None:
+        raise StartError(f"its layer {half} has only one of the two parts A and B")
+
+
+def _digest(path: Path, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in (path / CONFIG_FILE, path / ADDED_TOKENS_FILE, *files):
+        if not file.exists():
+            continue
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""Adapters: the check of their files, what a registry keeps of them, and how routes of one see the fleet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem_frontend.adapter_fleets import AdapterFleets
+from tandem_frontend.routing.adapter_view import AdapterView, without_adapters
+from tandem_frontend.routing.pools import Pools
+from tandem_registry.backends.consul.records import Record, check_fits, host_and_port, meta, record_of
+from tandem_registry.leases import Membership
+from tandem_registry.validation import checked_worker
+from tandem_registry.view import Change
+
+from tandem.clock import ManualClock
+from tandem.domain.adapter import ADAPTERS_MAX, Adapter, is_name, read_adapter
+from tandem.domain.worker import Worker
+from tandem.errors import IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
+from tandem.rpc.convert import worker_from_proto, worker_to_proto
+from tandem.testing.adapters import MODULES, write_adapter
+from tandem.worker.config import WorkerConfig
+from tests.unit.support.frontend_workers import aggregated, decode, prefill
+from tests.unit.support.registry_workers import make_worker
+
+DEMO_MODEL = Path(__file__).parents[2] / "models" / "tandem-demo"
+ONE, TWO = Adapter("story", "1" * 64), Adapter("story", "2" * 64)
+
+
+def read(path: Path) -> Adapter:
+    return read_adapter("story", path, DEMO_MODEL, 16, MODULES)
+
+
+def having(worker: Worker, *adapters: Adapter) -> Worker:
+    return replace(worker, adapters=adapters)
+
+
+# --- Files
+
+
+def test_the_digest_is_of_configuration_and_weights(tmp_path: Path) -> None:
+    one = read(write_adapter(tmp_path / "one", DEMO_MODEL, 1))
+    assert read(write_adapter(tmp_path / "same", DEMO_MODEL, 1)) == one
+    assert read(write_adapter(tmp_path / "two", DEMO_MODEL, 2)) != one
+    config = tmp_path / "same" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    assert read(tmp_path / "same") != one, "the scale is a part of it"
+    assert len(one.engine_id) == 32, "SGLang finds an adapter's name by the last 32 characters of a key"
+    assert one.engine_id != Adapter("other", one.digest).engine_id
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def as_pickle(path: Path) -> None:
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+
+
+def cut(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: (path / "adapter_config.json").unlink(), "it has no adapter_config.json"),
+        (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
+        (edited(peft_type="IA3"), "peft_type must be LORA"),
+        (edited(use_dora=True), "use_dora is not supported"),
+        (edited(r=17), r"r, the rank, must be 1 to 16 \(adapter_rank_max\), not 17"),
+        (edited(r=4), r"its tensor .* has the shape \[8, \d+\], this model needs \[4, \d+\]"),
+        (edited(target_modules="all"), "target_modules must be a list of names"),
+        (edited(target_modules=["model.lm_head"]), "target_modules has lm_head; this worker adapts q_proj, v_proj"),
+        (as_pickle, "it has no weights in story/.*safetensors; other formats are not read"),
+        (cut, "adapter_model.safetensors is truncated or damaged"),
+    ],
+)
+def test_files_that_an_engine_could_not_use_are_refused(
+    damage: Callable[[Path], None], text: str, tmp_path: Path
+) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    damage(path)
+    with pytest.raises(StartError, match=text) as refused:
+        read(path)
+    assert str(tmp_path) not in str(refused.value), "a caller learns no path of the machine"
+
+
+def test_an_adapter_of_another_models_size_is_refused(tmp_path: Path) -> None:
+    # A directory without weights gives layers of 8 by 8.
+    path = write_adapter(tmp_path / "story", tmp_path, 1)
+    with pytest.raises(StartError, match=r"has the shape \[8, 8\], this model needs"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", "a b", "a=b", "a,b", "ä", "a" * 65, "a\n"])
+def test_a_name_that_would_break_a_list_or_a_path_is_none(name: str) -> None:
+    assert not is_name(name)
+    with pytest.raises(InvalidRequest, match=r"worker\.adapters\.name"):
+        checked_worker(worker_to_proto(having(make_worker(), Adapter(name, "1" * 64))))
+
+
+def test_settings_name_each_adapter_and_its_directory() -> None:
+    given = {"registry": "127.0.0.1:1", "model": "m"}
+    config = WorkerConfig(**given, adapters="a=x,b=y/z")
+    assert config.adapters == {"a": Path("x"), "b": Path("y/z")}
+    assert config.adapter_places.limits is not None
+    assert WorkerConfig(**given).adapter_places.limits is None
+    for text in ("a", "a=x,a=y", "a b=x", "=x"):
+        with pytest.raises(Exception, match=r"must have each name once|NAME=DIRECTORY"):
+            WorkerConfig(**given, adapters=text)
+
+
+# --- Membership
+
+
+def test_a_keep_alive_changes_the_adapters_in_the_same_epoch() -> None:
+    changes: list[Change] = []
+    membership = Membership(
+        owner="r", ttl_s=5, clock=ManualClock(100.0), new_lease_id=lambda: "lease", on_change=changes.append
+    )
+    membership.register(make_worker())
+    for adapters in ((ONE,), (ONE,), (TWO,), ()):
+        membership.keep_alive("lease", None, adapters)
+    seen = [member.adapters for change in changes for member in change.upserted if isinstance(member, Worker)]
+    assert seen == [(), (ONE,), (TWO,), ()], "what is unchanged is no change of the view"
+    assert {member.epoch for change in changes for member in change.upserted} == {1}
+
+
+def test_as_many_adapters_as_a_worker_may_have_fit_into_consul_and_come_back() -> None:
+    adapters = tuple(Adapter(f"{number:0>64}", f"{number:0>64x}") for number in range(ADAPTERS_MAX))
+    worker = having(make_worker("w", 7), *adapters)
+    check_fits(worker)
+    record = Record(member=worker, lease_id="l", owner="r")
+    assert len(meta(record)) <= 64, "Consul's limit"
+    assert record_of(*host_and_port(record), meta(record)) == record
+    assert worker_from_proto(worker_to_proto(worker)) == worker
+
+
+@pytest.mark.parametrize(
+    ("adapters", "text"),
+    [
+        ((ONE, TWO), "must be of one adapter only"),
+        ((Adapter("a", "x"),), "must be 64 hex digits"),
+        (tuple(Adapter(f"a{number}", "1" * 64) for number in range(65)), "must be at most 64, not 65"),
+    ],
+)
+def test_a_registration_with_wrong_adapters_is_refused_by_field(adapters: tuple[Adapter, ...], text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text) as refused:
+        checked_worker(worker_to_proto(having(make_worker(), *adapters)))
+    assert refused.value.field.startswith("worker.adapters")
+
+
+# --- Routes
+
+
+class Scene:
+    """The pools of one adapter over a view."""
+
+    def __init__(self, *workers: Worker) -> None:
+        self.view = AdapterView("story")
+        self.pools = Pools("m", "b" * 64, self.view.why_none)
+        self.follow(*workers)
+
+    def follow(self, *workers: Worker) -> bool:
+        changed = self.view.follow(workers)
+        self.pools.follow(self.view.workers)
+        return changed
+
+    def pairs(self) -> int:
+        return self.pools.selection(8).routes_count
+
+
+def test_only_workers_with_equal_weights_of_an_adapter_form_a_pair() -> None:
+    scene = Scene(having(prefill("p0"), ONE), having(prefill("p1"), TWO), prefill("p2"), having(decode("d0"), ONE))
+    assert scene.pairs() == 1
+    assert scene.follow(*scene.view._all[:3], having(decode("d0"), TWO), having(decode("d1"), ONE))
+    assert scene.pairs() == 2
+    digest = scene.view.workers[0].capabilities.model_digest
+    assert scene.pools.with_other_weights(digest) == {("p1", 7), ("d0", 7)}, "a stream continues under its weights"
+
+
+@pytest.mark.parametrize(
+    ("workers", "error", "text", "field"),
+    [
+        ((having(prefill("p"), ONE), decode("d")), IncompatibleWorkers, "is served by p, but by no decode", "adapter"),
+        ((prefill("p"), having(decode("d"), ONE)), IncompatibleWorkers, "is served by d, but by no prefill", "adapter"),
+        (
+            (having(prefill("p"), ONE), having(decode("d"), TWO)),
+            IncompatibleWorkers, "story has other weights on p than on d", "adapter",
+        ),
+        ((having(prefill("p"), ONE),), NoWorkers, "no decode worker serves", None),
+        (
+            (having(prefill("p", kv_dtype="float16"), ONE), having(decode("d"), ONE)),
+            IncompatibleWorkers, "kv_dtype is float16 on p", "kv_dtype",
+        ),
+    ],
+)  # fmt: skip
+def test_an_adapter_without_a_route_is_explained(
+    workers: tuple[Worker, ...], error: type[Exception], text: str, field: str | None
+) -> None:
+    scene = Scene(*workers)
+    assert scene.pairs() == 0
+    problem = scene.pools.why_none()
+    assert isinstance(problem, error)
+    assert text in str(problem)
+    assert problem.metadata.get("field") == field
+
+
+def test_an_aggregated_worker_needs_no_peer() -> None:
+    assert Scene(having(prefill("p"), ONE), decode("d"), having(aggregated("a"), ONE)).pairs() == 1
+
+
+def test_other_adapters_change_nothing_for_an_adapter_or_the_model() -> None:
+    other = Adapter("other", "3" * 64)
+    first, second = having(prefill("p"), ONE), having(decode("d"), ONE)
+    scene = Scene(first, second)
+    former = scene.view.workers
+    assert not scene.follow(having(first, ONE, other), second)
+    assert scene.view.workers is former
+    assert scene.follow(having(first, TWO), having(second, ONE, other))
+    assert scene.view.workers[1] is former[1], "pools recognise unchanged workers by identity"
+    assert scene.follow(first, second)
+    assert without_adapters(first) == without_adapters(having(first, ONE, other)) == prefill("p")
+    assert scene.view.adapter == ONE
+
+
+def test_an_adapter_with_open_requests_hears_of_the_fleet_until_they_end() -> None:
+    class Execution:
+        def __init__(self) -> None:
+            self.open: set[int] = set()
+            self.noticed: list[tuple[Worker, ...]] = []
+            self.routes = type("Routes", (), {"follow": lambda self, workers: None})()
+
+        def notice(self, workers: tuple[Worker, ...]) -> None:
+            self.noticed.append(workers)
+
+    execution: Any = Execution()
+    fleets = AdapterFleets(lambda view: execution)
+    assert fleets.follow((having(prefill("p"), ONE),))
+    assert fleets.find("story") is not None
+    execution.open.add(1)
+    assert fleets.follow((prefill("p"),))
+    assert (fleets.find("story"), fleets.served) == (None, [])
+    fleets.act()
+    assert execution.noticed == [(prefill("p"),)]
+    execution.open.clear()
+    assert not fleets.follow((prefill("p"), decode("d")))
+    fleets.act()
+    assert len(execution.noticed) == 1
