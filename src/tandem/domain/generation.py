@@ -73,6 +73,14 @@ class Bootstrap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOptions:
+    """How an embedding is computed."""
+
+    dimensions: int | None = None
+    """Numbers in it; None: all that the model has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One leg of one attempt, as submitted to an engine."""
 
@@ -91,6 +99,8 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str | None = None
     trace_headers: dict[str, str] = field(default_factory=dict)
+    embedding: EmbeddingOptions | None = None
+    """Set: the prompt's embedding is computed, and nothing is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +128,8 @@ class EngineFinish:
     timings: EngineTimings | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens after the first, if requested."""
+    embedding: tuple[float, ...] = ()
+    """The prompt's embedding, if requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
+from tandem.domain.worker import Worker
 from tandem.engine.port import Engine
 from tandem.errors import (
     DeadlinePassed,
@@ -179,8 +180,8 @@ class Legs:
             worker = self._identity.current()
             raise Draining(f"worker {worker.worker_id} is draining and accepts no legs", worker=worker.worker_id)
 
-    def admit(self, worker_epoch: int, model: str) -> None:
-        """Check that a leg may start on this worker.
+    def admit(self, worker_epoch: int, model: str) -> Worker:
+        """Check that a leg may start on this worker, and return the worker.
 
         Raises:
             StaleEpoch: the leg was addressed to another incarnation of this worker.
@@ -194,6 +195,7 @@ class Legs:
                 f"worker {worker.worker_id} serves {worker.capabilities.model}, not {model}", model=model
             )
         self.check_admission()
+        return worker
 
     async def start(
         self,
