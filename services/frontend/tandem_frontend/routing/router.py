@@ -172,6 +172,11 @@ class Routes:
         self._refresh()
         return self._pools.context_tokens_max() is not None
 
+    def embeds(self) -> bool | None:
+        """Whether the model computes embeddings, and generates nothing; None: it has had no worker yet."""
+        self._refresh()
+        return self._pools.embeds
+
     def unhealthy(self) -> Collection[Start]:
         """Workers that fail health checks now."""
         return self._unhealthy()
