@@ -289,7 +289,8 @@ async def test_models_and_what_is_not_served(simulated: LocalCluster) -> None:
             await stub.GetModel(pb.OpenAiServiceGetModelRequest(id="gpt"), timeout=5)
         assert isinstance(from_rpc_error(refused.value), ModelNotFound)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stub.Embeddings(httpbody_pb2.HttpBody(data=b"{}"), timeout=5)
+            body = json.dumps({"model": MODEL, "input": "a"}).encode()
+            await stub.Embeddings(httpbody_pb2.HttpBody(data=body), timeout=5)
         assert isinstance(from_rpc_error(refused.value), NotSupported)
 
 

@@ -197,6 +197,16 @@ def test_the_models_of_up_have_a_name_each() -> None:
     assert named_models(["d/x=y"], "other") == {"model": Path("d/x=y"), "model_name": "other"}
     two = named_models(["a=d/one", "d/two"], None)
     assert two == {"model": Path("d/one"), "model_name": "a", "more_models": {"two": Path("d/two")}}
+    both = named_models(["a=d/one"], None, ["d/two"])
+    assert both == {
+        "model": Path("d/one"),
+        "model_name": "a",
+        "more_models": {},
+        "embedding_models": {"two": Path("d/two")},
+    }
+    with pytest.raises(ConfigError, match="'one' is given twice") as twice:
+        named_models(["d/one"], None, ["e/one"])
+    assert twice.value.key == "embedding_model"
     for given, model_name, key in (
         (["d/one", "e/one"], None, "model"),
         (["=d"], None, "model"),
@@ -221,7 +231,7 @@ def test_a_file_of_up_has_one_model_or_a_list(
 ) -> None:
     seen: list[Sequence[str]] = []
 
-    def stop(given: Sequence[str], model_name: str | None) -> dict[str, Any]:
+    def stop(given: Sequence[str], model_name: str | None, embedding: Sequence[str]) -> dict[str, Any]:
         seen.append(given)
         raise ConfigError("model", "is seen")
 

@@ -43,7 +43,7 @@ from tandem.testing.eventually import assert_eventually
 from tandem.tls.authority import issue_all
 from tandem.tls.paths import Tls, client_tls
 
-SERIES_MAX = 6_500
+SERIES_MAX = 7_500
 """Of one process, whatever happens to it."""
 
 

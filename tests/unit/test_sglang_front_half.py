@@ -38,12 +38,17 @@ class Batch(SimpleNamespace):
     """A BatchTokenIDOutput."""
 
 
+class Embedded(SimpleNamespace):
+    """A BatchEmbeddingOutput."""
+
+
 @pytest.fixture
 def front_half(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("sglang", "sglang.srt", "sglang.srt.managers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     messages: Any = ModuleType("io_struct")
     messages.BatchTokenIDOutput, messages.GenerateReqInput, messages.unwrap_from_pickle = Batch, object, lambda it: it
+    messages.BatchEmbeddingOutput, messages.EmbeddingReqInput = Embedded, object
     manager: Any = ModuleType("tokenizer_manager")
     manager.TokenizerManager = Manager
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", messages)
@@ -168,3 +173,19 @@ def test_the_first_token_of_a_prompt_has_no_log_probability() -> None:
 def test_log_probabilities_of_another_prompt_are_refused(token_ids: list[int]) -> None:
     with pytest.raises(EngineFailed, match="of another prompt"):
         rated([None] + [-1.0] * (len(token_ids) - 1), token_ids, [[-0.5]] * len(token_ids))
+
+
+async def test_front_half_embeddings_of_a_step_each_end_their_request_and_a_broken_one_only_its_own(
+    front_half: Any,
+) -> None:
+    outputs = admit(front_half)
+    rows = [[0.6, 0.8], [float("nan"), 1.0], [1.0, 0.0]]
+    ended = {"type": "length", "length": 0}
+    step = Embedded(
+        rids=list(RIDS), finished_reasons=[ended] * 3, embeddings=rows, prompt_tokens=[2] * 3, cached_tokens=[0] * 3
+    )
+    await front_half._handle_batch_output(step)
+    assert [output.finishes[0].embedding for output in (outputs[0], outputs[2])] == [(0.6, 0.8), (1.0, 0.0)]
+    assert not outputs[1].finishes
+    assert isinstance(outputs[1].failures[0], EngineFailed)
+    assert not front_half.rid_to_state

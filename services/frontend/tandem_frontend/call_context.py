@@ -51,7 +51,7 @@ class Caller:
     """On `clock`; None: no deadline."""
     clock: Clock = monotonic
     operation: str = "generate"
-    """The endpoint's name in traces and metrics: generate, chat, text_completion."""
+    """The endpoint's name in traces and metrics: generate, chat, text_completion, embeddings."""
     call_id: str = ""
     """The edge's id of this call, which may create several requests."""
     time: SteadyTime = field(default_factory=SteadyTime)

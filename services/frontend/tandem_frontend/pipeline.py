@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import leg_pb2, sampling_pb2, worker_pb2
-from tandem.errors import LegFailed, Overloaded
+from tandem.errors import LegFailed, NotSupported, Overloaded
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.spans import is_sampled
 from tandem.observability.trace_store import TraceStore
@@ -101,10 +101,13 @@ class Generation:
         charged before any work on it, and what it has used is recorded at its end.
 
         Raises:
+            NotSupported: the model computes embeddings.
             Draining, Overloaded: they would not be admitted.
             QuotaExceeded: the tenant's quota does not allow them now.
             InvalidRequest: they are more than the tenant may have open.
         """
+        if self._attempts.routes.embeds():
+            raise NotSupported(f"model {self._model.name} computes embeddings, and generates nothing", field="model")
         caller.usage.choices_per_prompt = choices_per_prompt
         charge = self._charge_background if caller.is_background else self._admission.charge
         with self._tenancy.charged(caller, call, count, self._model.name, charge):

@@ -18,6 +18,7 @@ from tandem.api.frontend.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.errors import InvalidRequest
 from tandem.rpc.convert import present
 from tandem_frontend.call_context import SESSION_HEADER, Caller, caller_of
+from tandem_frontend.embedding import OPERATION as EMBEDDINGS
 from tandem_frontend.models.listing import listed_as
 from tandem_frontend.models.model_pipeline import Models
 from tandem_frontend.pipeline import Generation
@@ -61,6 +62,12 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         with self._charged(generation, context) as caller:
             await generation.generate(request.generate, caller, response)
         return response.response
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
+        """Embeddings of all inputs; cancelled when the client cancels."""
+        found = await self._models.find(present(request, "model", request.model))
+        assert found.embeddings is not None, "a model that is opened has them"
+        return await found.embeddings.embed(request, self._caller_of(context, EMBEDDINGS), context)
 
     @contextlib.contextmanager
     def _charged(self, generation: Generation, context: Any) -> Iterator[Caller]:

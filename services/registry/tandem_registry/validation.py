@@ -14,6 +14,7 @@ from tandem.domain.adapter import ADAPTERS_MAX, DIGEST, NAME_RULE, Adapter, is_n
 from tandem.domain.frontend import Frontend
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.worker import (
+    EMBED,
     WORKER_ID_CHARS_MAX,
     WORKER_ID_PATTERN,
     Worker,
@@ -51,6 +52,7 @@ def checked_worker(message: worker_pb2.Worker) -> Worker:
         raise InvalidRequest("worker.capabilities", "must be given")
     _check_model("worker.capabilities.model", message.capabilities.model)
     _check_bootstrap(message)
+    _check_task(message)
     if message.HasField("leg_contract") and message.leg_contract < 1:
         raise InvalidRequest("worker.leg_contract", f"must be at least 1, not {message.leg_contract}")
     worker = replace(worker_from_proto(message), adapters=checked_adapters("worker.adapters", message))
@@ -143,6 +145,17 @@ def _check_model(field: str, model: str) -> None:
     if not model.isprintable():
         # It is printed on terminals and in logs.
         raise InvalidRequest(field, "must have printable characters only")
+
+
+def _check_task(message: worker_pb2.Worker) -> None:
+    """A task that this release does not know would be taken for generating."""
+    task = message.capabilities.task
+    if task not in ("", EMBED):
+        raise InvalidRequest("worker.capabilities.task", f"must be {EMBED} or empty: it generates")
+    if task == EMBED and ROLE_BY_NUMBER[message.role] is not WorkerRole.AGGREGATED:
+        raise InvalidRequest("worker.role", "must be AGGREGATED for a model that computes embeddings")
+    if (task == EMBED) != (message.capabilities.embedding_size >= 1):
+        raise InvalidRequest("worker.capabilities.embedding_size", f"must be at least 1 with the task {EMBED}, else 0")
 
 
 def _check_bootstrap(message: worker_pb2.Worker) -> None:

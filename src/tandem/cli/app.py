@@ -55,6 +55,12 @@ Models = Annotated[
         show_default=False,
     ),
 ]
+EmbeddingModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Model that computes embeddings, with one worker; may be given again.", metavar="[NAME=]DIRECTORY"
+    ),
+]
 ModelAliases = Annotated[
     list[str] | None, typer.Option(help="Another name of a model; may be given again.", metavar="ALIAS=MODEL")
 ]
@@ -195,6 +201,7 @@ def up(
     aggregated: Annotated[int, typer.Option(help="Number of workers that run both prefill and decode.")] = 0,
     model: Models = [str(DEMO_MODEL)],  # noqa: B006 -- typer reads it only
     model_name: Annotated[str | None, typer.Option(help="Served model name; default: name of --model.")] = None,
+    embedding_model: EmbeddingModels = None,
     alias: ModelAliases = None,
     default_model: DefaultModel = None,
     adapter: adapter_commands.AdaptersAtStart = None,
@@ -272,7 +279,7 @@ def up(
 
     async def run() -> int:
         consul_options = read_options(consul, consul_service, environ=os.environ, **files)
-        named = named_models(model, model_name)
+        named = named_models(model, model_name, embedding_model or ())
         return await up_command.up(replace(spec, consul=consul_options, **named), Console())
 
     spec = ClusterSpec(

@@ -32,27 +32,42 @@ COLLECTOR_TIMEOUT_S = 2.0
 COUNTS_MIN = {"prefill": 0, "decode": 0, "aggregated": 0, "frontends": 1, "frontend_processes": 1, "registries": 1}
 
 
-def named_models(given: Sequence[str], model_name: str | None) -> dict[str, Any]:
-    """The models of a `ClusterSpec` from the options --model, each [NAME=]DIRECTORY, and --model-name.
+def named_models(given: Sequence[str], model_name: str | None, embedding: Sequence[str] = ()) -> dict[str, Any]:
+    """The models of a `ClusterSpec` from the options --model and --embedding-model, each [NAME=]DIRECTORY, and
+    --model-name.
 
     Raises:
         ConfigError: a model has no name, or two have the same.
     """
+    embeds = _by_name("embedding_model", embedding)
+    named = _generating(given, model_name)
+    taken = {named.get("model_name") or named["model"].resolve().name, *named.get("more_models", ())}
+    for name in taken & embeds.keys():
+        raise ConfigError("embedding_model", f"must have another name for each model: {name!r} is given twice")
+    return {**named, "embedding_models": embeds} if embeds else named
+
+
+def _generating(given: Sequence[str], model_name: str | None) -> dict[str, Any]:
     if len(given) == 1 and model_name is not None:
         return {"model": Path(given[0]), "model_name": model_name}
-    models: dict[str, Path] = {}
-    for each in given:
-        name, has_name, directory = each.rpartition("=")
-        if has_name and not (name and directory):
-            raise ConfigError("model", f"must be DIRECTORY or NAME=DIRECTORY, not {each!r}")
-        name = name or Path(directory).resolve().name
-        if name in models:
-            raise ConfigError("model", f"must have another name for each model: {name!r} is given twice")
-        models[name] = Path(directory)
+    models = _by_name("model", given)
     if model_name is not None:
         raise ConfigError("model_name", "names one model; give several as --model NAME=DIRECTORY")
     (first, path), *more = models.items()
     return {"model": path, "model_name": first, "more_models": dict(more)}
+
+
+def _by_name(setting: str, given: Sequence[str]) -> dict[str, Path]:
+    models: dict[str, Path] = {}
+    for each in given:
+        name, has_name, directory = each.rpartition("=")
+        if has_name and not (name and directory):
+            raise ConfigError(setting, f"must be DIRECTORY or NAME=DIRECTORY, not {each!r}")
+        name = name or Path(directory).resolve().name
+        if name in models:
+            raise ConfigError(setting, f"must have another name for each model: {name!r} is given twice")
+        models[name] = Path(directory)
+    return models
 
 
 def check_spec(spec: ClusterSpec) -> None:
@@ -72,6 +87,8 @@ def check_spec(spec: ClusterSpec) -> None:
     _check_certificates(spec)
     for model in (spec.model, *spec.more_models.values()):
         read_checkpoint(model)
+    for model in spec.embedding_models.values():
+        read_checkpoint(model).check_embeds()
     _check_ports(spec)
     if spec.edge:
         from tandem.service.envoy_binary import find_binary
@@ -157,7 +174,7 @@ def _check_certificates(spec: ClusterSpec) -> None:
     names = {
         "registry": spec.registries,
         "prefill": spec.prefill,
-        "decode": spec.decode + spec.aggregated,
+        "decode": spec.decode + spec.aggregated + len(spec.embedding_models),
         "frontend": spec.frontends,
         "edge": spec.edge,
         "consul": spec.consul is not None and spec.consul.address is None,

@@ -51,6 +51,20 @@ async def generate(
             call.cancel()
 
 
+async def embed(
+    address: str, request: frontend_pb.EmbedRequest, timeout_s: float | None = None, *, tls: Tls | None = None
+) -> frontend_pb.EmbedResponse:
+    """Embeddings from a frontend; cancelling this cancels them.
+
+    Raises:
+        TandemError: the call failed.
+    """
+    async with open_channel(address, tls) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        response: frontend_pb.EmbedResponse = await _response(stub.Embed(request, timeout=timeout_s), address, tls)
+        return response
+
+
 async def generate_events(
     address: str, request: frontend_pb.GenerateRequest, client: str, *, tls: Tls | None = None
 ) -> AsyncGenerator[bytes, None]:

@@ -31,6 +31,8 @@ SAMPLE_COUNT = 16
 SAMPLE_BYTES = 64 * 2**10
 HEADER_BYTES_MAX = 100 * 2**20
 EMBEDDING_NAME = "model.embed_tokens.weight"
+SCORING = ("SequenceClassification", "RewardModel")
+"""Words in the names of architectures whose output is a score."""
 HUB_PARTS = 2
 """Of a model's name in a hub: owner and name."""
 
@@ -67,6 +69,34 @@ class Checkpoint(Card):
     def is_mla(self) -> bool:
         """Whether the model keeps one compressed latent per token and layer instead of keys and values."""
         return "kv_lora_rank" in self.config
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers in an embedding: the hidden size."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def embedding_sizes(self) -> tuple[int, ...]:
+        """Sizes that its maker has trained for shortened embeddings (matryoshka); empty: none are named."""
+        named = self.config.get("matryoshka_dimensions")
+        sizes = named if isinstance(named, list) else []
+        return tuple(sorted(size for size in sizes if _is_count(size) and 0 < size <= self.embedding_size))
+
+    @property
+    def is_matryoshka(self) -> bool:
+        """Whether embeddings may be shortened: to `embedding_sizes`, or where none are named to any size."""
+        return bool(self.embedding_sizes) or self.config.get("is_matryoshka") is True
+
+    def check_embeds(self) -> None:
+        """Check that the model can be served with task embed.
+
+        Raises:
+            ConfigError: it computes scores, as rerankers and reward models do.
+        """
+        named = self.config.get("architectures")
+        for architecture in named if isinstance(named, list) else []:
+            if any(word in str(architecture) for word in SCORING):
+                raise ConfigError("task", f"is embed, but {architecture} computes scores, not embeddings")
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """KV bytes of one token over all layers (keys and values)."""

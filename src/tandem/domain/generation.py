@@ -75,6 +75,14 @@ class Bootstrap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOptions:
+    """How an embedding is computed."""
+
+    dimensions: int | None = None
+    """Numbers in it; None: all that the model has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One leg of one attempt, as submitted to an engine."""
 
@@ -95,6 +103,8 @@ class EngineRequest:
     adapter: Adapter | None = None
     """None: the model alone."""
     trace_headers: dict[str, str] = field(default_factory=dict)
+    embedding: EmbeddingOptions | None = None
+    """Set: the prompt's embedding is computed, and nothing is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +132,8 @@ class EngineFinish:
     timings: EngineTimings | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens after the first, if requested."""
+    embedding: tuple[float, ...] = ()
+    """The prompt's embedding, if requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ from tandem.domain.adapter import Adapter
 WORKER_ID_CHARS_MAX = 128
 WORKER_ID_PATTERN = f"[A-Za-z0-9._-]{{1,{WORKER_ID_CHARS_MAX}}}"
 """Ids of workers and frontends, in their settings and in the registry."""
+EMBED = "embed"
+"""`task` of a worker whose model computes embeddings and generates nothing."""
 LEG_CONTRACT = 2
 """Version of the contract between frontends and workers that this release speaks: protos/tandem/api/worker/v2."""
 
@@ -67,8 +69,21 @@ class Capabilities:
     tensor_parallel_size: int = 1
     is_mla: bool = False
     """Multi-head latent attention: the two legs may differ in tensor parallelism."""
+    task: str = ""
+    """EMBED, or empty: it generates."""
+    embedding_size: int = 0
+    """Numbers in an embedding; 0: it computes none."""
+    embedding_sizes: tuple[int, ...] = ()
+    """Sizes to which an embedding may be shortened; empty: any, if `is_matryoshka`."""
+    is_matryoshka: bool = False
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model computes embeddings, and generates nothing."""
+        return self.task == EMBED
 
 
+EMBEDDING_FIELDS = ("task", "embedding_size", "embedding_sizes", "is_matryoshka")
 PAIR_FIELDS = (
     "engine",
     "engine_version",
@@ -200,9 +215,17 @@ def capability_text(value: object) -> str:
 
 
 def capabilities_digest(capabilities: Capabilities) -> str:
-    """SHA-256, hex, over all capabilities: "name=value" and a line feed each, in the order of their field numbers."""
-    lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in field_names())
+    """SHA-256, hex, over `written_fields`: "name=value" and a line feed each, in the order of their field numbers."""
+    lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in written_fields(capabilities))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def written_fields(capabilities: Capabilities) -> tuple[str, ...]:
+    """Names of the fields that are stored and digested: without those of embeddings where they say nothing.
+
+    Registries of releases before them know the others only, and refuse a worker whose digest has more.
+    """
+    return tuple(name for name in field_names() if name not in EMBEDDING_FIELDS or getattr(capabilities, name))
 
 
 def field_names() -> tuple[str, ...]:

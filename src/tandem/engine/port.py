@@ -152,6 +152,7 @@ class Engine(Protocol):
 
         A prefill engine outputs the first token and ends when its KV transfer has ended. A decode engine outputs all
         tokens, the first one included. Outputs of one engine step arrive within one iteration of the event loop.
+        A request with `embedding` outputs no token; its finish has the embedding.
 
         Args:
             request: the leg.
@@ -185,10 +186,11 @@ class Engine(Protocol):
         ...
 
     async def canary(self) -> None:
-        """Run a small generation without a peer, in any role. Tests the model, not the KV transfer.
+        """Run a small generation without a peer, in any role; with task embed, a small embedding. Tests the model, not
+        the KV transfer.
 
         Raises:
-            EngineFailed: the generation failed, or the engine has died.
+            EngineFailed: it failed, or the engine has died.
         """
         ...
 

@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.domain.worker import WorkerRole
+from tandem.domain.checkpoint import Checkpoint
+from tandem.domain.worker import EMBED, WorkerRole
+
+
+def embedding_capabilities(settings: EngineSettings, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The part of an engine's capabilities that is about embeddings, as keyword arguments; empty: it generates."""
+    if settings.task != EMBED:
+        return {}
+    return {
+        "task": EMBED,
+        "embedding_size": checkpoint.embedding_size,
+        "embedding_sizes": checkpoint.embedding_sizes,
+        "is_matryoshka": checkpoint.is_matryoshka,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +53,8 @@ class EngineSettings:
     model_path: Path
     model_name: str
     """The model name clients request."""
+    task: str = "generate"
+    """"generate", or "embed": in the role aggregated only."""
     host: str = "127.0.0.1"
     """Address the engine's own sockets (bootstrap server, NIXL) bind and advertise."""
     bootstrap_port: int = 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tandem.client import calls
+from tandem.domain.worker import EMBED
 from tandem.errors import TandemError
 from tandem.local_cluster import scrape_targets
 from tandem.local_cluster.child_process import ClusterProcess, ProcessState
@@ -40,6 +41,8 @@ class ClusterSpec:
     model_name: str | None = None
     more_models: Mapping[str, Path] = field(default_factory=dict)
     """Further models by name. Each has as many workers of each role as the first one."""
+    embedding_models: Mapping[str, Path] = field(default_factory=dict)
+    """Models that compute embeddings, by name. Each has one aggregated worker, which `aggregated` does not count."""
     engine: str = "sglang"
     prefill: int = 1
     decode: int = 1
@@ -104,6 +107,10 @@ class LocalCluster:
             self._process(role, {"worker-id": f"{role}-{number}", **models[number // count]}, number)
             for role, count in (("prefill", spec.prefill), ("decode", spec.decode), ("aggregated", spec.aggregated))
             for number in range(len(models) * count)
+        ]
+        self.workers += [
+            self._embedding_worker(number, name, path)
+            for number, (name, path) in enumerate(spec.embedding_models.items(), len(models) * spec.aggregated)
         ]
 
     @property
@@ -274,6 +281,10 @@ class LocalCluster:
         registry = self._process("registry", {"port": "0", **flags}, number)
         registry.secrets = {} if consul is None else consul.registry_secrets()
         return registry
+
+    def _embedding_worker(self, number: int, name: str, path: Path) -> ClusterProcess:
+        flags = {"worker-id": f"aggregated-{number}", "model": str(path), "model-name": name, "task": EMBED}
+        return self._process("aggregated", flags, number)
 
     def _process(self, role: str, flags: dict[str, str], number: int = 0) -> ClusterProcess:
         spec = self.spec

@@ -48,7 +48,8 @@ CANCELLED = "CANCELLED"
 REASONS = tuple(sorted(set(_reasons())))
 ROLES = tuple(role.value for role in WorkerRole)
 
-OPERATION = Attribute("gen_ai.operation.name", ("chat", "text_completion", "generate"))
+GENERATION = Attribute("gen_ai.operation.name", ("chat", "text_completion", "generate"))
+OPERATION = Attribute("gen_ai.operation.name", (*GENERATION.values, "embeddings"))
 PROVIDER = Attribute("gen_ai.provider.name", ("tandem",))
 MODEL = Attribute("gen_ai.request.model", bound="the models served by the frontend, at most models_max at a time")
 ERROR_TYPE = Attribute("error.type", (*REASONS, CANCELLED))
@@ -84,7 +85,7 @@ TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
 BATCH_OUTCOME = Attribute("tandem.batch.outcome", ("completed", "failed", "stopped", "repeated"))
 QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
 
-OF_REQUEST = (OPERATION, PROVIDER, MODEL)
+OF_REQUEST, OF_GENERATION = (OPERATION, PROVIDER, MODEL), (GENERATION, PROVIDER, MODEL)
 
 
 def _rows(emitter: Emitter) -> Callable[..., Metric]:
@@ -116,7 +117,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the arrival of a request to its first token, including queue wait; finished requests only.",
-        *OF_REQUEST,
+        *OF_GENERATION,
         buckets=limits.FIRST_TOKEN_S,
     ),
     _frontend(
@@ -124,7 +125,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Average time per output token after the first; finished requests only.",
-        *OF_REQUEST,
+        *OF_GENERATION,
         buckets=limits.TOKEN_S,
     ),
     _frontend(

@@ -11,6 +11,8 @@ from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import AttemptTrace, RequestTrace
 
 WAIT_STEP, ROUTE_STEP = "wait", "route"
+EMBEDDINGS = "embeddings"
+"""The operation that puts out no tokens."""
 
 
 class RequestMetrics:
@@ -42,6 +44,8 @@ class RequestMetrics:
             return
         metrics.record("gen_ai.server.request.duration", duration_s, about)
         for kind, count in (("input", trace.prompt_tokens), ("output", trace.completion_tokens)):
+            if kind == "output" and trace.operation == EMBEDDINGS:
+                continue
             metrics.record("gen_ai.client.token.usage", count, {**about, "gen_ai.token.type": kind})
         if trace.first_token_s is None or trace.last_token_s is None:
             return

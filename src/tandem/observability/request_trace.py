@@ -174,7 +174,7 @@ class RequestTrace(Tokens):
     call_id: str = ""
     """x-request-id of the HTTP call, if any; several requests may share it."""
     operation: str = "generate"
-    """generate, chat or text_completion."""
+    """generate, chat, text_completion or embeddings."""
     model: str = ""
     tenant: str = ""
     parent: TraceContext | None = None

@@ -18,6 +18,7 @@ from tandem.domain.frontend import Frontend
 from tandem.domain.generation import (
     GRAMMARS,
     Bootstrap,
+    EmbeddingOptions,
     EngineFinish,
     FinishReason,
     Guided,
@@ -105,7 +106,8 @@ def worker_to_proto(worker: Worker) -> worker_pb2.Worker:
 def worker_from_proto(message: worker_pb2.Worker) -> Worker:
     """One start of a worker. KeyError for a role or state this release does not know."""
     capabilities = {name: getattr(message.capabilities, name) for name in field_names()}
-    capabilities["eos_token_ids"] = tuple(capabilities["eos_token_ids"])
+    for name in ("eos_token_ids", "embedding_sizes"):
+        capabilities[name] = tuple(capabilities[name])
     has_bootstrap = message.HasField("bootstrap")
     return Worker(
         worker_id=message.worker_id,
@@ -211,6 +213,11 @@ def guided_from_proto(message: sampling_pb2.Guided) -> Guided | None:
     return None if kind is None else Guided(**{kind: getattr(message, kind)})
 
 
+def embedding_from_proto(message: leg_pb2.EmbeddingOptions) -> EmbeddingOptions:
+    """How an embedding is computed."""
+    return EmbeddingOptions(dimensions=present(message, "dimensions", message.dimensions))
+
+
 def bootstrap_from_proto(message: leg_pb2.Bootstrap) -> Bootstrap:
     """The bootstrap address and room by which the legs find each other."""
     return Bootstrap(host=message.host, port=message.port, room=message.room)
@@ -234,6 +241,7 @@ def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
         ),
         timings=leg_pb2.LegTimings(recomputed_tokens=finish.recomputed_tokens),
         prompt_logprobs=map(logprob_to_proto, finish.prompt_logprobs),
+        embedding=finish.embedding,
     )
     if finish.timings is not None:
         message.timings.MergeFrom(leg_pb2.LegTimings(kv_transfer_bytes=finish.timings.kv_transfer_bytes))

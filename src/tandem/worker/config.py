@@ -17,7 +17,7 @@ from tandem.discovery.addresses import REGISTRY_TEXT, Addresses
 from tandem.domain.adapter import ADAPTERS_MAX, NAME_RULE, is_name
 from tandem.domain.limits import MODEL_NAME_CHARS_MAX, PORT_MAX
 from tandem.domain.network_address import is_any_host
-from tandem.domain.worker import WORKER_ID_PATTERN, WorkerRole
+from tandem.domain.worker import EMBED, WORKER_ID_PATTERN, WorkerRole
 from tandem.engine.factory import ENGINES
 from tandem.engine.settings import AdapterPlaces, AdapterSettings, EngineSettings
 from tandem.errors import ConfigError
@@ -75,6 +75,11 @@ class WorkerConfig(AdminConfig):
         min_length=1,
         max_length=MODEL_NAME_CHARS_MAX,
         description="model name that clients send; default: the directory's name",
+    )
+    task: str = Field(
+        "generate",
+        pattern="^(generate|embed)$",
+        description="what the model does: generate, or embed (it computes embeddings; role aggregated only)",
     )
     engine: str = Field(
         "sglang",
@@ -200,7 +205,9 @@ class WorkerConfig(AdminConfig):
         return self
 
     def allowed_roles(self, first: WorkerRole) -> tuple[WorkerRole, ...]:
-        """`roles` and the one the worker starts with, in the order of the enumeration."""
+        """`roles` and the one the worker starts with, in the order of the enumeration; only that one if it embeds."""
+        if self.task == EMBED:
+            return (first,)
         return tuple(role for role in WorkerRole if role is first or role.value in self.roles.split(","))
 
     @property
@@ -248,11 +255,18 @@ class WorkerConfig(AdminConfig):
         }
 
     def engine_settings(self, role: WorkerRole) -> EngineSettings:
-        """The subset of these settings that the engine needs, for a worker in `role`."""
+        """The subset of these settings that the engine needs, for a worker in `role`.
+
+        Raises:
+            ConfigError: no engine with them can have the role.
+        """
+        if self.task == EMBED and role is not WorkerRole.AGGREGATED:
+            raise ConfigError("task", f"embed needs the role aggregated, not {role.value}: there is no KV to hand over")
         return EngineSettings(
             role=role,
             model_path=self.model,
             model_name=self.served_name,
+            task=self.task,
             host=self.reachable_host,
             bootstrap_port=self.bootstrap_port,
             device=self.device,

@@ -7,8 +7,15 @@ from tandem.domain.adapter import Adapter
 from tandem.domain.generation import Bootstrap, EngineRequest
 from tandem.domain.limits import REQUEST_ID_CHARS_MAX
 from tandem.domain.worker import Worker
-from tandem.errors import InvalidRequest, WrongRole
-from tandem.rpc.convert import adapter_from_proto, guided_from_proto, present, sampling_from_proto, stopping_from_proto
+from tandem.errors import InvalidRequest, NotSupported, WrongRole
+from tandem.rpc.convert import (
+    adapter_from_proto,
+    embedding_from_proto,
+    guided_from_proto,
+    present,
+    sampling_from_proto,
+    stopping_from_proto,
+)
 from tandem.worker.legs import LegKey
 
 
@@ -47,7 +54,21 @@ def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> Engi
         priority=leg.priority,
         cache_salt=present(leg, "cache_salt", leg.cache_salt),
         adapter=leg_adapter(leg),
+        embedding=embedding_from_proto(leg.embedding) if leg.HasField("embedding") else None,
     )
+
+
+def check_task(leg: leg_pb2.LegRequest, worker: Worker) -> None:
+    """Reject a leg of another kind than the model's: an engine that embeds would die of a generation.
+
+    Raises:
+        NotSupported: names the field.
+    """
+    about = worker.capabilities
+    if leg.HasField("embedding") and not about.embeds:
+        raise NotSupported(f"model {about.model} generates, and computes no embeddings", field="model")
+    if about.embeds and not leg.HasField("embedding"):
+        raise NotSupported(f"model {about.model} computes embeddings, and generates nothing", field="model")
 
 
 def wrong_role(worker: Worker, sentence: str) -> WrongRole:

@@ -11,7 +11,7 @@ from tandem.domain.generation import EngineRequest
 from tandem.errors import InvalidRequest, TandemError
 from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, parsed
 from tandem.rpc.status import to_status
-from tandem.worker.leg_messages import leg_adapter, leg_key
+from tandem.worker.leg_messages import check_task, leg_adapter, leg_key
 from tandem.worker.legs import Legs, defect_of
 from tandem.worker.steps import StepStream, StepStreams
 
@@ -46,7 +46,7 @@ class LegStarts:
     async def _start(self, stream: StepStream, start: leg2_pb2.LegStart) -> leg2_pb2.LegStartResult:
         request = start.request
         try:
-            self._legs.admit(request.worker_epoch, request.model, leg_adapter(request))
+            check_task(request, self._legs.admit(request.worker_epoch, request.model, leg_adapter(request)))
             await self._legs.start(
                 leg_key(request),
                 self._role(request),

@@ -14,6 +14,7 @@ from typing import Any
 
 from tandem.domain.adapter import Adapter
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
+from tandem.domain.worker import Worker
 from tandem.engine.port import Engine
 from tandem.errors import (
     DeadlinePassed,
@@ -182,8 +183,8 @@ class Legs:
             worker = self._identity.current()
             raise Draining(f"worker {worker.worker_id} is draining and accepts no legs", worker=worker.worker_id)
 
-    def admit(self, worker_epoch: int, model: str, adapter: Adapter | None = None) -> None:
-        """Check that a leg may start on this worker.
+    def admit(self, worker_epoch: int, model: str, adapter: Adapter | None = None) -> Worker:
+        """Check that a leg may start on this worker, and return the worker.
 
         Raises:
             StaleEpoch: the leg was addressed to another incarnation of this worker.
@@ -202,6 +203,7 @@ class Legs:
                 model=adapter.name,
             )
         self.check_admission()
+        return worker
 
     async def start(
         self,

@@ -30,6 +30,7 @@ from tandem.errors import (
 )
 from tandem.observability.request_trace import AttemptTrace
 from tandem_frontend.execution.dispatch import Dispatched
+from tandem_frontend.execution.embedding_check import fault_in_embedding
 from tandem_frontend.execution.link_leg import Logprobs, Sink
 from tandem_frontend.execution.step_logprobs import fault_in
 from tandem_frontend.routing.candidates import Route
@@ -72,7 +73,15 @@ class AttemptOwner(Protocol):
 class _Side:
     """One leg of the attempt: checks its events and passes them on, in the order in which they arrive."""
 
-    def __init__(self, attempt: Attempt, leg: LegState, worker: Worker, *, wants_logprobs: bool = False) -> None:
+    def __init__(
+        self,
+        attempt: Attempt,
+        leg: LegState,
+        worker: Worker,
+        *,
+        wants_logprobs: bool = False,
+        embedding: leg_pb2.EmbeddingOptions | None = None,
+    ) -> None:
         self._attempt = attempt
         self.leg = leg
         """The one place that holds its phase."""
@@ -81,6 +90,9 @@ class _Side:
         self._expected_index = 0
         self._token_ids_below = worker.capabilities.vocabulary_size
         self._wants_logprobs = wants_logprobs
+        size = worker.capabilities.embedding_size
+        self._embedding_size = None if embedding is None else embedding.dimensions or size
+        """Numbers that its finish must have; None: it generates."""
 
     def accepted(self) -> None:
         """See `Sink`."""
@@ -109,6 +121,11 @@ class _Side:
 
     def finish(self, finish: leg_pb2.LegFinish) -> None:
         """See `Sink`."""
+        is_aborted = finish.reason == generation_pb2.FINISH_REASON_ABORTED
+        fault = None if is_aborted else fault_in_embedding(finish.embedding, self._embedding_size or 0)
+        if fault is not None:
+            self._attempt.on_failed(self, LegFailed(fault))
+            return
         self._attempt.on_finished(self, finish)
 
     def fail(self, problem: TandemError) -> None:
@@ -131,6 +148,7 @@ class Attempt:
         record: AttemptTrace | None = None,
         *,
         wants_logprobs: bool = False,
+        embedding: leg_pb2.EmbeddingOptions | None = None,
         on_prefilled: Callable[[leg_pb2.LegFinish | None], None] = lambda finish: None,
     ) -> None:
         """Sends nothing yet.
@@ -141,6 +159,7 @@ class Attempt:
             state: of the request; None: of this attempt alone.
             record: its part of the request trace.
             wants_logprobs: whether each token must have a log probability; otherwise they are dropped.
+            embedding: the embedding that its finish must have; None: none.
             on_prefilled: called when the prompt has been computed, and with prefill's finish when that is known.
         """
         self._on_prefilled = on_prefilled
@@ -153,7 +172,7 @@ class Attempt:
         self.number = self._state.attempt
         """1 for the first attempt of a request."""
         legs = self._state.legs
-        self._decode = _Side(self, legs[streaming], route.decode, wants_logprobs=wants_logprobs)
+        self._decode = _Side(self, legs[streaming], route.decode, wants_logprobs=wants_logprobs, embedding=embedding)
         self._prefill = None if route.prefill is None else _Side(self, legs[LegRole.PREFILL], route.prefill)
         loop = asyncio.get_running_loop()
         self._accepted: asyncio.Future[None] = loop.create_future()
@@ -183,6 +202,11 @@ class Attempt:
     def room(self) -> int:
         """SGLang's bootstrap room; 0 on an aggregated route, and while no leg has been sent."""
         return 0 if self._dispatched is None else self._dispatched.room
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the worker has computed an embedding, the only output of such a leg."""
+        return self.decode_finish is not None and len(self.decode_finish.embedding) > 0
 
     async def start(self, send: Send) -> None:
         """Send the legs; return when every worker has accepted its leg, even if one has failed since.

@@ -56,6 +56,24 @@ class Sink(Protocol):
         ...
 
 
+class TokenSink(Protocol):
+    """Receives the tokens of a request."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client has all tokens, so that a failure from now on does not matter."""
+        ...
+
+    @property
+    def ends_the_legs(self) -> bool:
+        """Whether no more tokens are wanted while the engine would go on generating."""
+        ...
+
+    def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        """The next tokens, each once."""
+        ...
+
+
 class Leg:
     """One leg of a link."""
 

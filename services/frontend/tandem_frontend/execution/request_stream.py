@@ -15,7 +15,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.clock import Clock
@@ -24,11 +24,12 @@ from tandem.domain.worker import Start, Worker
 from tandem.errors import DeadlinePassed, LegFailed, NoWorkers, Overloaded, ServiceError, TandemError
 from tandem.observability.request_trace import RequestTrace
 from tandem.observability.trace_context import headers_of
+from tandem.rpc.convert import present
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog, PrefillWork
 from tandem_frontend.execution.attempt import Attempt
 from tandem_frontend.execution.continuation import continued, refusal_reason
 from tandem_frontend.execution.dispatch import Dispatch, Dispatched
-from tandem_frontend.execution.link_leg import Logprobs, Sink
+from tandem_frontend.execution.link_leg import Logprobs, Sink, TokenSink
 from tandem_frontend.execution.trace_recorder import Record
 from tandem_frontend.execution.view_wait import MissingWorkers, ViewWait
 from tandem_frontend.routing.candidates import Route
@@ -47,24 +48,6 @@ BREAKS_MAX = 4
 """Failures of one accepted stream: a request that crashes every worker must not visit the whole fleet."""
 PAUSE_MAX_S = 0.05
 """Random pause before a retry. All requests of a dead worker are retried at the same moment."""
-
-
-class TokenSink(Protocol):
-    """Receives the tokens of a request."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the client has all tokens, so that a failure from now on does not matter."""
-        ...
-
-    @property
-    def ends_the_legs(self) -> bool:
-        """Whether no more tokens are wanted while the engine would go on generating."""
-        ...
-
-    def take(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
-        """The next tokens, each once."""
-        ...
 
 
 class ExecutionDeps:
@@ -212,7 +195,8 @@ class RetryingStream:
 
     async def __aexit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
         self._record.leaving(problem)
-        if self._has_token and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
+        has_output = self._has_token or self.attempt.has_embedding
+        if has_output and self.attempt.failed_worker is None and not isinstance(problem, TandemError):
             # Also when the client had enough or cancelled: until then the worker did its work.
             self._deps.breakers.succeeded(self.attempt.route.decode, self._sent_s)
         self._end_attempt()
@@ -371,6 +355,7 @@ class RetryingStream:
             self.state,
             record,
             wants_logprobs=leg.HasField("logprobs"),
+            embedding=present(leg, "embedding", leg.embedding),
             on_prefilled=self._prefill.computed,
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
+from tandem.api.types.v1.worker_pb2 import MODEL_TASK_EMBED as EMBEDS
+from tandem.api.types.v1.worker_pb2 import MODEL_TASK_GENERATE as GENERATES
 from tandem.domain.worker import Worker, WorkerRole
 from tandem.errors import ModelNotFound
 from tandem_frontend.preparation.served_model import ServedModel
@@ -19,7 +21,11 @@ def listed_model(name: str, workers: Sequence[Worker], served: ServedModel | Non
         model_digest=first.model_digest,
         tokenizer_digest=first.tokenizer_digest,
         has_chat_template=served is not None and served.tokenizer.chat_template is not None,
+        # As `routing.pools` decides where workers of one name differ.
+        task=EMBEDS if all(worker.capabilities.embeds for worker in workers) else GENERATES,
     )
+    if model.task == EMBEDS:
+        model.embedding_size, model.has_chat_template = first.embedding_size, False
     for worker in workers:
         model.prefill_workers += worker.role is WorkerRole.PREFILL
         model.decode_workers += worker.role is WorkerRole.DECODE

@@ -10,6 +10,7 @@ from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.worker import Worker
 from tandem.output_parsers import Parsers
 from tandem_frontend.call_context import Caller
+from tandem_frontend.embedding import Embeddings
 from tandem_frontend.pipeline import Generation
 from tandem_frontend.preparation.served_model import ServedModel
 
@@ -24,6 +25,8 @@ class ModelPipeline:
     """Its workers in the registry's view; the same object until one of them changes."""
     parsers: Parsers | None = None
     """None: neither its tool calls nor its reasoning are parsed."""
+    embeddings: Embeddings | None = None
+    """None: only in tests of other endpoints."""
 
 
 class Models(Protocol):

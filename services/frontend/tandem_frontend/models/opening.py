@@ -28,6 +28,7 @@ from tandem_frontend.admission.controller import Admission
 from tandem_frontend.admission.open_requests import OpenRequests
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.config import FrontendConfig
+from tandem_frontend.embedding import Embeddings
 from tandem_frontend.fleet import Fleet
 from tandem_frontend.model_fleet import ModelFleet
 from tandem_frontend.models.adapters import AdapterPipelines
@@ -116,10 +117,11 @@ class ModelOpener:
                 model, admission, fleet.execution, shared.traces, shared.coalescing,
                 tells_prompts=config.trace_prompts, tenancy=shared.tenancy,
             )  # fmt: skip
+            embeddings = Embeddings(model, admission, fleet.execution, fleet.workers, shared.traces, shared.tenancy)
             shared.requests.add_model()
             stack.callback(shared.requests.remove_model)
             await stack.enter_async_context(shared.fleet.following(fleet))
-            pipeline = ModelPipeline(model, generation, fleet.workers, parsers)
+            pipeline = ModelPipeline(model, generation, fleet.workers, parsers, embeddings)
             yield OpenedModel(pipeline, admission, fleet, AdapterPipelines(pipeline, fleet.adapters))
 
     async def _model(self, name: str, workers: Sequence[Worker], stack: AsyncExitStack) -> tuple[ServedModel, Path]:

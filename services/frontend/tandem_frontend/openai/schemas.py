@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tandem.domain.limits import MODEL_NAME_CHARS_MAX
 from tandem_frontend.openai.common_params import CommonFields, Int32, Many, MustBeNull, Schema, TokenId, only
 from tandem_frontend.openai.messages import Message
 
@@ -137,3 +138,23 @@ class CompletionRequest(CommonFields):
     def echoes_logprobs(self) -> bool:
         """Whether log probabilities of the prompt are asked for."""
         return bool(self.echo) and self.logprobs is not None
+
+
+class EmbeddingsRequest(Schema):
+    """Body of POST /v1/embeddings."""
+
+    model: str = Field(min_length=1, max_length=MODEL_NAME_CHARS_MAX)
+    input: str | Many[str] | TokenIds | Many[TokenIds]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int32 | None = None
+
+    # Not in OpenAI's API; named as in other inference servers.
+    priority: Int32 | None = None
+
+    # Not in OpenAI's API, and not supported; see ForeignFields.
+    input_type: MustBeNull = None
+    truncate: Annotated[None, only("NONE")] = None
+    truncate_prompt_tokens: MustBeNull = None
+
+    # Accepted and ignored: a label.
+    user: str | None = None

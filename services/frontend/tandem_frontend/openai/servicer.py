@@ -19,11 +19,13 @@ from google.api import httpbody_pb2
 from tandem.api.frontend.v1 import openai_service_pb2 as pb
 from tandem.api.frontend.v1 import openai_service_pb2_grpc as pb_grpc
 from tandem.api.frontend.v1.inference_service_pb2 import MODEL_STATE_REFUSED, Model
-from tandem.errors import InvalidRequest, NotSupported
+from tandem.api.types.v1.worker_pb2 import MODEL_TASK_EMBED
+from tandem.errors import InvalidRequest
 from tandem_frontend.call_context import SESSION_HEADER, Caller, caller_of
+from tandem_frontend.embedding import OPERATION
 from tandem_frontend.models.listing import listed_as
 from tandem_frontend.models.model_pipeline import ModelPipeline, Models
-from tandem_frontend.openai import response
+from tandem_frontend.openai import embeddings, response
 from tandem_frontend.openai.body_check.checker import BodyChecker
 from tandem_frontend.openai.chat import ChatCompletions
 from tandem_frontend.openai.completions import Completions
@@ -32,7 +34,7 @@ from tandem_frontend.openai.handler import EndpointHandler
 from tandem_frontend.openai.logprobs import TokenTexts
 from tandem_frontend.openai.responses_api.handler import Responses
 from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
-from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
+from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, EmbeddingsRequest
 from tandem_frontend.openai.translation import parameter
 from tandem_frontend.response.writers import ClientCall
 
@@ -109,8 +111,12 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
                 await endpoints.chat.handle(chat, len(data), caller, call)
 
     async def Embeddings(self, request: httpbody_pb2.HttpBody, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
-        """Not supported: the workers only generate text."""
-        raise NotSupported("embeddings are not supported: the workers only generate text")
+        """Embeddings of one or several inputs; a client that disconnects cancels them."""
+        caller = self._caller_of(context, OPERATION)
+        body = await self._bodies.parse(EmbeddingsRequest, request.data, caller.fairness_id)
+        found = await self._models.find(body.model)
+        assert found.embeddings is not None, "a model that is opened has them"
+        return await embeddings.handle(body, found.embeddings, caller, context)
 
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """The models that live workers serve, and their aliases."""
@@ -144,6 +150,8 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
             entry["root"] = model.name
         if model.parent:
             entry["parent"] = model.parent
+        if model.task == MODEL_TASK_EMBED:
+            entry |= {"task": "embed", "embedding_size": model.embedding_size}
         # Agents size their context by it; some clients know the one name, some the other.
         return {**entry, "max_model_len": model.context_tokens_max, "context_length": model.context_tokens_max}
 

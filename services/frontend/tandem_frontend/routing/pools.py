@@ -153,6 +153,8 @@ class Pools:
         self._explain = explain
         self.version = 0
         """Grows with each change, which invalidates every earlier Selection."""
+        self.embeds: bool | None = None
+        """Whether the model computes embeddings, and generates nothing; None: no worker has said so far."""
         self._model = model
         self._tokenizer_digest = tokenizer_digest
         self._view = KnownView()
@@ -175,6 +177,11 @@ class Pools:
         """Apply a new registry view."""
         removed, added = self._view.replace(workers)
         self._workers, self._why_none = workers, None
+        # Where workers of one name differ, those that generate serve it: the others would refuse every request for it.
+        kinds = {worker.capabilities.embeds for worker in workers if self._knows(worker)}
+        if kinds and self.embeds is not (False not in kinds):
+            self.embeds = False not in kinds
+            removed, added = [member.worker for member in self._members.values()], [*workers]
         for worker in removed:
             member = self._members.pop(worker.start, None)
             if member is not None:
@@ -256,6 +263,9 @@ class Pools:
         return self._why_none()
 
     def _takes(self, worker: Worker) -> bool:
+        return self._knows(worker) and worker.capabilities.embeds is self.embeds
+
+    def _knows(self, worker: Worker) -> bool:
         capabilities = worker.capabilities
         return (
             worker.state is WorkerState.SERVING

@@ -182,6 +182,11 @@ class Routes:
         """Why there is no route for any request; None: there is one."""
         return None if self.has_any() else self._pools.why_none()
 
+    def embeds(self) -> bool | None:
+        """Whether the model computes embeddings, and generates nothing; None: it has had no worker yet."""
+        self._refresh()
+        return self._pools.embeds
+
     def unhealthy(self) -> Collection[Start]:
         """Workers that fail health checks now."""
         return self._unhealthy()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.domain.network_address import join_address
-from tandem.domain.worker import WorkerRole
+from tandem.domain.worker import EMBED, WorkerRole
 from tandem.engine.settings import EngineSettings
 from tandem.errors import ConfigError, StartError
 
@@ -148,6 +148,8 @@ def server_arguments(settings: EngineSettings, device: str, ports: Ports) -> dic
             # With overlap on, the first prefix-cache hit creates a CUDA event, which crashes the scheduler on a CPU.
             "disable_overlap_schedule": True,
         }
+    if settings.task == EMBED:
+        arguments |= EMBEDDING_ARGUMENTS
     arguments |= _role_arguments(settings, device, ports) | _adapter_arguments(settings, device)
     return arguments | _extra_arguments(settings)
 
@@ -178,6 +180,13 @@ def running_requests_max(settings: EngineSettings, device: str) -> int:
         return RUNNING_REQUESTS_MAX_GPU
     fitting = settings.kv_capacity_tokens // KV_TOKENS_PER_REQUEST
     return min(RUNNING_REQUESTS_MAX_GPU, max(RUNNING_REQUESTS_MAX_CPU, fitting))
+
+
+EMBEDDING_ARGUMENTS: dict[str, Any] = {
+    "is_embedding": True,
+    # SGLang keeps no salt of an embedding, so that tenants would share the cache.
+    "disable_radix_cache": True,
+}
 
 
 def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict[str, Any]:
@@ -224,6 +233,7 @@ OWNED = frozenset(
         "skip_tokenizer_init",
         "kv_events_config",
         "enable_pd_role_switch",
+        "is_embedding",
         "incremental_streaming_output",
         "enable_lora",
         "lora_paths",

@@ -11,7 +11,7 @@ from typing import Any
 
 from tandem.domain.checkpoint import Checkpoint
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
-from tandem.engine.settings import EngineSettings
+from tandem.engine.settings import EngineSettings, embedding_capabilities
 from tandem.engine.sglang.compat import SGLANG_VERSION
 from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
 
@@ -40,6 +40,7 @@ def capabilities(
         transfer_backend="none" if aggregated else settings.transfer_backend,
         tensor_parallel_size=server_args.tp_size,
         is_mla=checkpoint.is_mla,
+        **embedding_capabilities(settings, checkpoint),
     )
 
 

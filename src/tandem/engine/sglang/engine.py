@@ -21,7 +21,7 @@ from tandem.domain.adapter import Adapter
 from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling
 from tandem.domain.handover import DropReason
-from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
+from tandem.domain.worker import EMBED, Capabilities, EngineLoad, WorkerRole
 from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
@@ -98,6 +98,8 @@ class SglangEngine:
         """See the port. Takes over SIGQUIT, which SGLang's children send to this process when they fail."""
         compat.check_installed(self._settings.transfer_backend)
         self._checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        if self._settings.task == EMBED:
+            self._checkpoint.check_embeds()
         self._owned = OwnedDirectory("tandem-sglang-")
         self._directory = self._owned.path
         self._children = Children(self._directory / "report", self._fail)
@@ -190,6 +192,9 @@ class SglangEngine:
             report = reports.read(directory / "report")
             raise StartError(f"SGLang failed to start: {report or reports.sentence_of(problem)}") from None
         self._engine = engine
+        if engine.tokenizer_manager.is_generation is (settings.task == EMBED):
+            # A canary of the other kind would end the scheduler.
+            raise StartError(f"task: is {settings.task}, but SGLang runs this model for the other task")
         info = self._info = launch.scheduler_info(engine)
         compat.check_hooks(info.get(FACTS_KEY), device)
         self._capabilities = capabilities.capabilities(settings, self._checkpoint, engine.server_args, info)
@@ -350,6 +355,9 @@ class SglangEngine:
 
     async def canary(self) -> None:
         """See the port. Like SGLang's own warm-up, it uses SGLang's fake bootstrap host, so no peer is needed."""
+        if self._settings.task == EMBED:
+            await self._pass_embedding_canary()
+            return
         await self._pass_canary(requests.CANARY_GREEDY)
         # Two at once: kernels compiled for a batch of one are compiled again for the first larger batch.
         await asyncio.gather(*(self._pass_canary(requests.CANARY_DRAWN) for _ in range(2)))
@@ -366,6 +374,17 @@ class SglangEngine:
         if not token_count:
             raise EngineFailed("the canary finished without a token")
 
+    async def _pass_embedding_canary(self) -> None:
+        request, output = requests.embedding_canary(), BatchQueue()
+        await self._submit(request, output)
+        try:
+            finish = (await output.read()).finish
+        finally:
+            self.abort(request.request_id)
+        size = self._capabilities.embedding_size
+        if finish is None or len(finish.embedding) != size:
+            raise EngineFailed(f"the canary's embedding has not the {size} numbers that config.json says")
+
     async def _submit(self, request: EngineRequest, output: Output) -> None:
         self._check_alive()
         c = self._capabilities
@@ -377,9 +396,8 @@ class SglangEngine:
         rid = requests.mint_rid(request.request_id)
         answers = self._runs[request.request_id] = Answers(request, rid, output, self._forget)
         try:
-            await self._engine.tokenizer_manager.submit(
-                requests.arguments(request, rid, c.context_tokens_max, priorities=priorities), answers
-            )
+            given = requests.arguments(request, rid, c.context_tokens_max, priorities=priorities)
+            await self._engine.tokenizer_manager.submit(given, answers, embeds=request.embedding is not None)
         except BaseException as problem:  # a cancelled request must leave the table too
             self._runs.pop(request.request_id, None)
             if isinstance(problem, ValueError):

@@ -11,7 +11,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput, unwrap_from_pickle
+from sglang.srt.managers.io_struct import (
+    BatchEmbeddingOutput,
+    BatchTokenIDOutput,
+    EmbeddingReqInput,
+    GenerateReqInput,
+    unwrap_from_pickle,
+)
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
@@ -27,13 +33,18 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
     def auto_create_handle_loop(self) -> None:
         """Nothing: SGLang would install signal handlers here and start a task that ends the process on an error."""
 
-    async def submit(self, arguments: dict[str, Any], answers: Answers) -> None:
+    async def submit(self, arguments: dict[str, Any], answers: Answers, *, embeds: bool = False) -> None:
         """Check a request and send it to the scheduler; its outputs go to `answers`.
+
+        Args:
+            arguments: of GenerateReqInput, or of EmbeddingReqInput where it `embeds`.
+            answers: get its outputs.
+            embeds: whether it computes an embedding.
 
         Raises:
             ValueError: SGLang refuses it.
         """
-        given = GenerateReqInput(**arguments)
+        given = (EmbeddingReqInput if embeds else GenerateReqInput)(**arguments)
         given.normalize_batch_and_arguments()
         self._set_default_priority(given)
         self._init_req_state(given)
@@ -100,10 +111,16 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         """The outputs of one step of the scheduler. A row that cannot be read ends its own request."""
+        if isinstance(recv_obj, BatchEmbeddingOutput):
+            self._handle_rows(recv_obj, None)
+            return
         if not isinstance(recv_obj, BatchTokenIDOutput):
             await super()._handle_batch_output(recv_obj)
             return
-        facts = (unwrap_from_pickle(recv_obj.customized_info) or {}).get(FACTS_KEY)
+        self._handle_rows(recv_obj, (unwrap_from_pickle(recv_obj.customized_info) or {}).get(FACTS_KEY))
+
+    def _handle_rows(self, recv_obj: Any, facts: Any) -> None:
+        handle = self._handle_embedding if isinstance(recv_obj, BatchEmbeddingOutput) else self._handle_row
         states = self.rid_to_state
         for i, rid in enumerate(recv_obj.rids):
             # A request that the scheduler still spoke of when its end was already known here.
@@ -111,7 +128,7 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
             if state is None:
                 continue
             try:
-                self._handle_row(rid, state, recv_obj, i, facts)
+                handle(rid, state, recv_obj, i, facts)
             except Exception as problem:  # a defect in one row must not end the others
                 is_last = recv_obj.finished_reasons[i : i + 1] not in ([], [None])
                 self._give_up(rid, state, problem, is_last=is_last)
@@ -126,6 +143,11 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
         if reason is not None:
             self._finish(rid, state, recv_obj, i)
             answers.end(reason, recv_obj, i, (facts[i] if facts else None) or None)
+
+    def _handle_embedding(self, rid: str, state: Any, recv_obj: Any, i: int, facts: Any) -> None:
+        if recv_obj.finished_reasons[i] is not None:
+            self._finish(rid, state, recv_obj, i)
+            state.answers.embedded(recv_obj, i)
 
     def _give_up(self, rid: str, state: Any, problem: Exception, *, is_last: bool) -> None:
         """A request whose row cannot be read: it ends, in the scheduler too, and the others go on."""

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from tandem.domain.kv_blocks import HASH_RULE, block_hashes
-from tandem.domain.worker import WorkerRole
+from tandem.domain.worker import EMBED, WorkerRole
 from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.settings import EngineSettings
 
@@ -41,6 +41,8 @@ def unavailable(settings: EngineSettings) -> str | None:
         return "this engine was started without KV events (kv_events)"
     if settings.kv_events is None and page < PAGE_MIN_TOKENS:
         return f"pages of {page} tokens (engine_extra.page_size) have KV events only on request (kv_events)"
+    if settings.task == EMBED:
+        return "an engine that computes embeddings keeps no prefix cache (task)"
     if extra.get("disable_radix_cache"):
         return "this engine has no prefix cache (engine_extra.disable_radix_cache)"
     if settings.role is WorkerRole.DECODE and not extra.get("disaggregation_decode_enable_radix_cache"):

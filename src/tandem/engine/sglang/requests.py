@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tandem.domain.generation import GRAMMARS, Bootstrap, EngineRequest, Sampling, Stopping
+from tandem.domain.generation import GRAMMARS, Bootstrap, EmbeddingOptions, EngineRequest, Sampling, Stopping
 from tandem.domain.limits import TOP_LOGPROBS_MAX
 from tandem.domain.sampling import ENGINE_NAMES, LOGIT_BIAS_MAX
 from tandem.domain.worker import WorkerRole
@@ -55,6 +55,8 @@ def check(request: EngineRequest, role: WorkerRole, vocabulary_size: int, contex
             f"has {len(request.token_ids)} tokens, which leaves none to generate in a context of {context_tokens_max}",
             limit=context_tokens_max,
         )
+    if request.embedding is not None:
+        return
     if request.stopping.max_tokens < 1:
         raise InvalidRequest("stopping.max_tokens", f"must be at least 1, not {request.stopping.max_tokens}")
     _check_options(request)
@@ -121,6 +123,29 @@ def check_peer(request: EngineRequest, transfer_backend: str) -> None:
         raise InvalidRequest("bootstrap.host", f"must not be {FAKE_BOOTSTRAP_HOST}, SGLang's fake bootstrap host")
 
 
+def embedding_canary() -> EngineRequest:
+    """The smallest request of a model that embeds. A generation would kill its scheduler."""
+    return EngineRequest(
+        request_id=f"canary-{next(_numbers)}",
+        token_ids=(0,),
+        sampling=Sampling(),
+        stopping=Stopping(max_tokens=1),
+        embedding=EmbeddingOptions(),
+    )
+
+
+def _embedding_arguments(request: EngineRequest, rid: str, *, priorities: bool) -> dict[str, Any]:
+    """Keyword arguments of SGLang's EmbeddingReqInput."""
+    values: dict[str, Any] = {"rid": rid, "input_ids": list(request.token_ids)}
+    if request.embedding is not None and request.embedding.dimensions is not None:
+        values["dimensions"] = request.embedding.dimensions
+    if priorities:
+        values["priority"] = request.priority
+    if request.trace_headers:
+        values["external_trace_header"] = dict(request.trace_headers)
+    return values
+
+
 def canary(role: WorkerRole, sampling: Sampling) -> EngineRequest:
     """The smallest request that runs the model in `role`."""
     room = random.randrange(1, ROOM_MAX)  # noqa: S311 -- only has to be unique, not secret
@@ -134,7 +159,9 @@ def canary(role: WorkerRole, sampling: Sampling) -> EngineRequest:
 
 
 def arguments(request: EngineRequest, rid: str, context_tokens_max: int, *, priorities: bool) -> dict[str, Any]:
-    """Keyword arguments of SGLang's GenerateReqInput."""
+    """Keyword arguments of SGLang's GenerateReqInput, or of its EmbeddingReqInput."""
+    if request.embedding is not None:
+        return _embedding_arguments(request, rid, priorities=priorities)
     values: dict[str, Any] = {
         "rid": rid,
         "input_ids": list(request.token_ids),

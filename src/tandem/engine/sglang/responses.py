@@ -5,6 +5,7 @@ Pure: knows SGLang's names, imports none of it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,6 +45,7 @@ _FIELDS = {
     "max_new_tokens": "stopping.max_tokens",
     "logprob": "logprobs.top_logprobs",
     "priority": "priority",
+    "dimension": "embedding.dimensions",
     "bootstrap": "bootstrap",
 }
 """Words in SGLang's refusals, and the field each one is about."""
@@ -95,6 +97,28 @@ class Answers:
         else:
             finish = _finish(reason, batch, i, facts[-1] if facts else {})
             self._finish(replace(finish, prompt_logprobs=self._prompt_logprobs))
+
+    def embedded(self, batch: Any, i: int) -> None:
+        """The embedding of the request. `batch` is SGLang's BatchEmbeddingOutput, and `i` the request's row in it.
+
+        Raises:
+            EngineFailed: it is none. Other errors: the row is no row at all.
+        """
+        reason = batch.finished_reasons[i]
+        if reason["type"] == "abort":
+            self.broke(reason)
+            return
+        row = batch.embeddings[i]
+        if not isinstance(row, list) or not all(isinstance(value, float) and math.isfinite(value) for value in row):
+            raise EngineFailed("the engine sent something else than an embedding of finite numbers")
+        self._finish(
+            EngineFinish(
+                reason=FinishReason.STOP,
+                prompt_tokens=batch.prompt_tokens[i],
+                cached_tokens=batch.cached_tokens[i],
+                embedding=tuple(row),
+            )
+        )
 
     def broke(self, reason: dict[str, Any]) -> None:
         """The engine has given the request up, and says why."""

@@ -19,11 +19,12 @@ from tandem.domain.checkpoint import Checkpoint, read_checkpoint
 from tandem.domain.generation import EngineRequest, Sampling, Stopping
 from tandem.domain.handover import DropReason
 from tandem.domain.limits import TOP_LOGPROBS_MAX
-from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
+from tandem.domain.worker import EMBED, Capabilities, EngineLoad, WorkerRole
 from tandem.engine.kv_mirror import KvCacheMirror
 from tandem.engine.port import BootstrapAddress, KvSnapshot, Output
 from tandem.engine.pulling import BatchQueue
-from tandem.engine.settings import EngineSettings
+from tandem.engine.settings import EngineSettings, embedding_capabilities
+from tandem.engine.simulated.embeddings import EmbeddingOutput, as_generation, embedding_of
 from tandem.engine.simulated.faults import FaultInjected, Faults
 from tandem.engine.simulated.kv_pool import KvPool
 from tandem.engine.simulated.leg import Leg, Phase
@@ -94,6 +95,7 @@ class SimulatedEngine:
         self._options = parse_options(
             {"transfer_timeout_s": settings.handover_timeout_s, "kv_events": settings.kv_events is not False}
             | settings.extra
+            | ({"prefix_cache": False} if settings.task == EMBED else {})
         )
         if settings.dtype not in ("auto", *ELEMENT_BYTES):
             raise ConfigError("dtype", f"must be auto, {', '.join(ELEMENT_BYTES)}, not {settings.dtype!r}")
@@ -116,7 +118,10 @@ class SimulatedEngine:
 
     async def start(self) -> None:
         """Read the model directory and, in the prefill role, start the bootstrap server. See the port."""
-        self._machine = await self._make_machine(await asyncio.to_thread(read_checkpoint, self._settings.model_path))
+        checkpoint = await asyncio.to_thread(read_checkpoint, self._settings.model_path)
+        if self._settings.task == EMBED:
+            checkpoint.check_embeds()
+        self._machine = await self._make_machine(checkpoint)
 
     async def _make_machine(self, checkpoint: Checkpoint) -> Machine:
         """A started machine in the settings' role; sets what the engine says of itself."""
@@ -187,6 +192,11 @@ class SimulatedEngine:
         """See the port."""
         machine = self._running()
         self._check(request, machine)
+        if request.embedding is not None:
+            about = self.capabilities()
+            size = request.embedding.dimensions or about.embedding_size
+            output = EmbeddingOutput(output, embedding_of(request.token_ids, size, about.model_digest))
+            request = as_generation(request)
         machine.begin(request, output)
 
     async def load_adapter(self, adapter: Adapter, path: Path) -> None:
@@ -339,6 +349,7 @@ class SimulatedEngine:
             kv_bytes_per_token=checkpoint.kv_bytes_per_token(ELEMENT_BYTES[dtype]),
             transfer_backend="none" if aggregated else TRANSFER_BACKENDS[settings.transfer_backend],
             is_mla=checkpoint.is_mla,
+            **embedding_capabilities(settings, checkpoint),
         )
 
 

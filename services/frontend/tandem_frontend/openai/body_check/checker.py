@@ -26,7 +26,7 @@ from tandem_frontend.openai.body_check.limits import PROMPT_IDS_MAX, is_inline
 from tandem_frontend.openai.common_params import Schema
 from tandem_frontend.openai.request_body import S, parse
 from tandem_frontend.openai.responses_api.schemas import ResponsesRequest
-from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest
+from tandem_frontend.openai.schemas import ChatRequest, CompletionRequest, EmbeddingsRequest
 from tandem_frontend.preparation.encoding.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ SCHEMAS: Final[tuple[type[Schema], ...]] = (
     ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
+    EmbeddingsRequest,
 )
 NICENESS = 10
 

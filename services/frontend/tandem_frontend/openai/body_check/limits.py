@@ -13,7 +13,7 @@ INLINE_VALUES_MAX = 2_000
 INLINE_BYTES_MAX = 256 * 2**10
 """A longer body goes there too, because even one text is unescaped byte by byte."""
 PROMPT_IDS_MAX = 65_536
-"""Token ids in `prompt`, which cost less each, where the model's context has no more."""
+"""Token ids in `prompt` or `input`, which cost less each, where the model's context has no more."""
 
 
 def is_inline(data: bytes) -> bool:
@@ -31,11 +31,14 @@ def check_values(body: Any, prompt_ids_max: int) -> None:
     """
     if not isinstance(body, dict):
         return
-    prompt = body.get("prompt")
-    lists = prompt if isinstance(prompt, list) else []
-    ids = sum(len(each) if isinstance(each, list) else isinstance(each, int) for each in lists)
-    if ids > prompt_ids_max:
-        raise InvalidRequest("prompt", f"has {ids} token ids; the limit of one request is {prompt_ids_max}")
+    ids = 0
+    for field in ("prompt", "input"):
+        given = body.get(field)
+        lists = given if isinstance(given, list) else []
+        own = sum(len(each) if isinstance(each, list) else isinstance(each, int) for each in lists)
+        if own > prompt_ids_max:
+            raise InvalidRequest(field, f"has {own} token ids; the limit of one request is {prompt_ids_max}")
+        ids += own
     count = _count(body, VALUES_MAX + ids) - ids
     if count > VALUES_MAX:
         raise InvalidRequest("body", f"has more than {VALUES_MAX} JSON values")

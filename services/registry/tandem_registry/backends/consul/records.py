@@ -21,6 +21,7 @@ from tandem.domain.worker import (
     capabilities_digest,
     capability_text,
     field_names,
+    written_fields,
 )
 from tandem.errors import InvalidRequest
 
@@ -116,7 +117,9 @@ def meta(record: Record) -> dict[str, str]:
 
 
 def _worker_meta(worker: Worker) -> dict[str, str]:
-    written = {name: capability_text(getattr(worker.capabilities, name)) for name in field_names()}
+    written = {
+        name: capability_text(getattr(worker.capabilities, name)) for name in written_fields(worker.capabilities)
+    }
     written |= {"role": worker.role.value, "leg_contract": str(worker.leg_contract)}
     written |= {f"{ADAPTERS_KEY}{number}": text for number, text in enumerate(_adapter_texts(worker.adapters))}
     if worker.capabilities_digest is not None:

@@ -222,7 +222,7 @@ class RequestSummary(_message.Message):
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
-    """The operation: "generate", "chat" or "text_completion"."""
+    """The operation: "generate", "chat", "text_completion" or "embeddings"."""
     outcome: Global___RequestOutcome.ValueType
     """Its outcome."""
     attempts: _builtins.int
@@ -317,7 +317,7 @@ class RequestTimeline(_message.Message):
     request_id: _builtins.str
     """Its id."""
     operation: _builtins.str
-    """The operation: "generate", "chat" or "text_completion"."""
+    """The operation: "generate", "chat", "text_completion" or "embeddings"."""
     model: _builtins.str
     """The model; empty if the request was rejected before it was known."""
     tenant: _builtins.str

@@ -26,9 +26,10 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from tandem.api.types.v1 import generation_pb2 as tandem_dot_api_dot_types_dot_v1_dot_generation__pb2
 from tandem.api.types.v1 import sampling_pb2 as tandem_dot_api_dot_types_dot_v1_dot_sampling__pb2
+from tandem.api.types.v1 import worker_pb2 as tandem_dot_api_dot_types_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.tandem/api/frontend/v1/inference_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\"\xf6\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x35\n\ttoken_ids\x18\x04 \x01(\x0b\x32 .tandem.api.frontend.v1.TokenIdsH\x00\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x17\n\nsession_id\x18\x0c \x01(\tH\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x06\x88\x01\x01\x12\x18\n\x0b\x63oalesce_ms\x18\x0e \x01(\x05H\x07\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\r\n\x0b_session_idB\x16\n\x14_skip_special_tokensB\x0e\n\x0c_coalesce_ms\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"{\n\x04\x43hat\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.tandem.api.frontend.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcb\x01\n\x10GenerateResponse\x12<\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32(.tandem.api.frontend.v1.GenerateAcceptedH\x00\x12\x36\n\x05\x63hunk\x18\x02 \x01(\x0b\x32%.tandem.api.frontend.v1.GenerateChunkH\x00\x12\x38\n\x06\x66inish\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinishH\x00\x42\x07\n\x05\x65vent\"z\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12,\n\x05route\x18\x04 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"\xe8\x01\n\x05Route\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62ootstrap_room\x18\x04 \x01(\x03\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12#\n\x16\x65xpected_cached_tokens\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x31\n\tplacement\x18\x07 \x01(\x0e\x32\x1e.tandem.api.types.v1.PlacementB\x19\n\x17_expected_cached_tokens\"t\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\xbf\x02\n\x0eGenerateFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x36\n\x0cmatched_stop\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.MatchedStop\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.tandem.api.types.v1.Timings\x12,\n\x05route\x18\x05 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"R\n\x15GenerateEventsRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"Q\n\x14GenerateUnaryRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"\xc8\x01\n\x15GenerateUnaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x36\n\x06\x66inish\x18\x06 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinish\"x\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x42\x07\n\x05inputB\x08\n\x06_model\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.tandem.api.frontend.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Model\"\xc6\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x02 \x01(\x05\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\x05\x12\x1a\n\x12\x61ggregated_workers\x18\x07 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x31\n\x05state\x18\t \x01(\x0e\x32\".tandem.api.frontend.v1.ModelState\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0f\n\x07\x61liases\x18\x0b \x03(\t\x12\x0e\n\x06parent\x18\x46 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18G \x01(\t*t\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x03\x32\xff\x06\n\x10InferenceService\x12_\n\x08Generate\x12\'.tandem.api.frontend.v1.GenerateRequest\x1a(.tandem.api.frontend.v1.GenerateResponse0\x01\x12w\n\x0eGenerateEvents\x12-.tandem.api.frontend.v1.GenerateEventsRequest\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x0c/v1/generate:\x08generate0\x01\x12\x92\x01\n\rGenerateUnary\x12,.tandem.api.frontend.v1.GenerateUnaryRequest\x1a-.tandem.api.frontend.v1.GenerateUnaryResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x12/v1/generate:unary:\x08generate\x12v\n\x08Tokenize\x12\'.tandem.api.frontend.v1.TokenizeRequest\x1a(.tandem.api.frontend.v1.TokenizeResponse\"\x17\x82\xd3\xe4\x93\x02\x11\"\x0c/v1/tokenize:\x01*\x12~\n\nDetokenize\x12).tandem.api.frontend.v1.DetokenizeRequest\x1a*.tandem.api.frontend.v1.DetokenizeResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/detokenize:\x01*\x12~\n\nListModels\x12).tandem.api.frontend.v1.ListModelsRequest\x1a*.tandem.api.frontend.v1.ListModelsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/tandem/models\x12\x83\x01\n\x08GetModel\x12\'.tandem.api.frontend.v1.GetModelRequest\x1a(.tandem.api.frontend.v1.GetModelResponse\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/v1/tandem/models/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.tandem/api/frontend/v1/inference_service.proto\x12\x16tandem.api.frontend.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\x1a tandem/api/types/v1/worker.proto\"\xf6\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x35\n\ttoken_ids\x18\x04 \x01(\x0b\x32 .tandem.api.frontend.v1.TokenIdsH\x00\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x15\n\x08priority\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x17\n\nsession_id\x18\x0c \x01(\tH\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x06\x88\x01\x01\x12\x18\n\x0b\x63oalesce_ms\x18\x0e \x01(\x05H\x07\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\r\n\x0b_session_idB\x16\n\x14_skip_special_tokensB\x0e\n\x0c_coalesce_ms\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"{\n\x04\x43hat\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.tandem.api.frontend.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcb\x01\n\x10GenerateResponse\x12<\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32(.tandem.api.frontend.v1.GenerateAcceptedH\x00\x12\x36\n\x05\x63hunk\x18\x02 \x01(\x0b\x32%.tandem.api.frontend.v1.GenerateChunkH\x00\x12\x38\n\x06\x66inish\x18\x03 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinishH\x00\x42\x07\n\x05\x65vent\"z\n\x10GenerateAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12,\n\x05route\x18\x04 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\"\xe8\x01\n\x05Route\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62ootstrap_room\x18\x04 \x01(\x03\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12#\n\x16\x65xpected_cached_tokens\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x31\n\tplacement\x18\x07 \x01(\x0e\x32\x1e.tandem.api.types.v1.PlacementB\x19\n\x17_expected_cached_tokens\"t\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\xbf\x02\n\x0eGenerateFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x36\n\x0cmatched_stop\x18\x02 \x01(\x0b\x32 .tandem.api.types.v1.MatchedStop\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.tandem.api.types.v1.Timings\x12,\n\x05route\x18\x05 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Route\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"R\n\x15GenerateEventsRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"Q\n\x14GenerateUnaryRequest\x12\x39\n\x08generate\x18\x01 \x01(\x0b\x32\'.tandem.api.frontend.v1.GenerateRequest\"\xc8\x01\n\x15GenerateUnaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x36\n\x06\x66inish\x18\x06 \x01(\x0b\x32&.tandem.api.frontend.v1.GenerateFinish\"\xd4\x01\n\x0c\x45mbedRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x32\n\x06inputs\x18\x03 \x03(\x0b\x32\".tandem.api.frontend.v1.EmbedInput\x12\x17\n\ndimensions\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x03\x88\x01\x01\x42\r\n\x0b_request_idB\x08\n\x06_modelB\r\n\x0b_dimensionsB\x0b\n\t_priority\"\\\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x35\n\ttoken_ids\x18\x02 \x01(\x0b\x32 .tandem.api.frontend.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x94\x01\n\rEmbedResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x35\n\nembeddings\x18\x03 \x03(\x0b\x32!.tandem.api.frontend.v1.Embedding\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\"E\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x11\n\tworker_id\x18\x03 \x01(\t\"x\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1c.tandem.api.frontend.v1.ChatH\x00\x42\x07\n\x05inputB\x08\n\x06_model\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.tandem.api.frontend.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.tandem.api.frontend.v1.Model\"\x8c\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12\x63ontext_tokens_max\x18\x02 \x01(\x05\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\x05\x12\x1a\n\x12\x61ggregated_workers\x18\x07 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x31\n\x05state\x18\t \x01(\x0e\x32\".tandem.api.frontend.v1.ModelState\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0f\n\x07\x61liases\x18\x0b \x03(\t\x12\x0e\n\x06parent\x18\x46 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18G \x01(\t\x12,\n\x04task\x18P \x01(\x0e\x32\x1e.tandem.api.types.v1.ModelTask\x12\x16\n\x0e\x65mbedding_size\x18Q \x01(\x05*t\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x17\n\x13MODEL_STATE_REFUSED\x10\x03\x32\xeb\x07\n\x10InferenceService\x12_\n\x08Generate\x12\'.tandem.api.frontend.v1.GenerateRequest\x1a(.tandem.api.frontend.v1.GenerateResponse0\x01\x12w\n\x0eGenerateEvents\x12-.tandem.api.frontend.v1.GenerateEventsRequest\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x0c/v1/generate:\x08generate0\x01\x12\x92\x01\n\rGenerateUnary\x12,.tandem.api.frontend.v1.GenerateUnaryRequest\x1a-.tandem.api.frontend.v1.GenerateUnaryResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x12/v1/generate:unary:\x08generate\x12j\n\x05\x45mbed\x12$.tandem.api.frontend.v1.EmbedRequest\x1a%.tandem.api.frontend.v1.EmbedResponse\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/v1/embed:\x01*\x12v\n\x08Tokenize\x12\'.tandem.api.frontend.v1.TokenizeRequest\x1a(.tandem.api.frontend.v1.TokenizeResponse\"\x17\x82\xd3\xe4\x93\x02\x11\"\x0c/v1/tokenize:\x01*\x12~\n\nDetokenize\x12).tandem.api.frontend.v1.DetokenizeRequest\x1a*.tandem.api.frontend.v1.DetokenizeResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/detokenize:\x01*\x12~\n\nListModels\x12).tandem.api.frontend.v1.ListModelsRequest\x1a*.tandem.api.frontend.v1.ListModelsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/tandem/models\x12\x83\x01\n\x08GetModel\x12\'.tandem.api.frontend.v1.GetModelRequest\x1a(.tandem.api.frontend.v1.GetModelResponse\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/v1/tandem/models/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +40,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['GenerateEvents']._serialized_options = b'\202\323\344\223\002\030\"\014/v1/generate:\010generate'
   _globals['_INFERENCESERVICE'].methods_by_name['GenerateUnary']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['GenerateUnary']._serialized_options = b'\202\323\344\223\002\036\"\022/v1/generate:unary:\010generate'
+  _globals['_INFERENCESERVICE'].methods_by_name['Embed']._loaded_options = None
+  _globals['_INFERENCESERVICE'].methods_by_name['Embed']._serialized_options = b'\202\323\344\223\002\016\"\t/v1/embed:\001*'
   _globals['_INFERENCESERVICE'].methods_by_name['Tokenize']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['Tokenize']._serialized_options = b'\202\323\344\223\002\021\"\014/v1/tokenize:\001*'
   _globals['_INFERENCESERVICE'].methods_by_name['Detokenize']._loaded_options = None
@@ -47,50 +50,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/tandem/models'
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\036\022\034/v1/tandem/models/{model=**}'
-  _globals['_MODELSTATE']._serialized_start=3253
-  _globals['_MODELSTATE']._serialized_end=3369
-  _globals['_GENERATEREQUEST']._serialized_start=206
-  _globals['_GENERATEREQUEST']._serialized_end=836
-  _globals['_TOKENIDS']._serialized_start=838
-  _globals['_TOKENIDS']._serialized_end=861
-  _globals['_CHAT']._serialized_start=863
-  _globals['_CHAT']._serialized_end=986
-  _globals['_CHATMESSAGE']._serialized_start=988
-  _globals['_CHATMESSAGE']._serialized_end=1032
-  _globals['_GENERATERESPONSE']._serialized_start=1035
-  _globals['_GENERATERESPONSE']._serialized_end=1238
-  _globals['_GENERATEACCEPTED']._serialized_start=1240
-  _globals['_GENERATEACCEPTED']._serialized_end=1362
-  _globals['_ROUTE']._serialized_start=1365
-  _globals['_ROUTE']._serialized_end=1597
-  _globals['_GENERATECHUNK']._serialized_start=1599
-  _globals['_GENERATECHUNK']._serialized_end=1715
-  _globals['_GENERATEFINISH']._serialized_start=1718
-  _globals['_GENERATEFINISH']._serialized_end=2037
-  _globals['_GENERATEEVENTSREQUEST']._serialized_start=2039
-  _globals['_GENERATEEVENTSREQUEST']._serialized_end=2121
-  _globals['_GENERATEUNARYREQUEST']._serialized_start=2123
-  _globals['_GENERATEUNARYREQUEST']._serialized_end=2204
-  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2207
-  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2407
-  _globals['_TOKENIZEREQUEST']._serialized_start=2409
-  _globals['_TOKENIZEREQUEST']._serialized_end=2529
-  _globals['_TOKENIZERESPONSE']._serialized_start=2531
-  _globals['_TOKENIZERESPONSE']._serialized_end=2568
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2570
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2696
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2698
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2732
-  _globals['_LISTMODELSREQUEST']._serialized_start=2734
-  _globals['_LISTMODELSREQUEST']._serialized_end=2753
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2755
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2822
-  _globals['_GETMODELREQUEST']._serialized_start=2824
-  _globals['_GETMODELREQUEST']._serialized_end=2856
-  _globals['_GETMODELRESPONSE']._serialized_start=2858
-  _globals['_GETMODELRESPONSE']._serialized_end=2922
-  _globals['_MODEL']._serialized_start=2925
-  _globals['_MODEL']._serialized_end=3251
-  _globals['_INFERENCESERVICE']._serialized_start=3372
-  _globals['_INFERENCESERVICE']._serialized_end=4267
+  _globals['_MODELSTATE']._serialized_start=3888
+  _globals['_MODELSTATE']._serialized_end=4004
+  _globals['_GENERATEREQUEST']._serialized_start=240
+  _globals['_GENERATEREQUEST']._serialized_end=870
+  _globals['_TOKENIDS']._serialized_start=872
+  _globals['_TOKENIDS']._serialized_end=895
+  _globals['_CHAT']._serialized_start=897
+  _globals['_CHAT']._serialized_end=1020
+  _globals['_CHATMESSAGE']._serialized_start=1022
+  _globals['_CHATMESSAGE']._serialized_end=1066
+  _globals['_GENERATERESPONSE']._serialized_start=1069
+  _globals['_GENERATERESPONSE']._serialized_end=1272
+  _globals['_GENERATEACCEPTED']._serialized_start=1274
+  _globals['_GENERATEACCEPTED']._serialized_end=1396
+  _globals['_ROUTE']._serialized_start=1399
+  _globals['_ROUTE']._serialized_end=1631
+  _globals['_GENERATECHUNK']._serialized_start=1633
+  _globals['_GENERATECHUNK']._serialized_end=1749
+  _globals['_GENERATEFINISH']._serialized_start=1752
+  _globals['_GENERATEFINISH']._serialized_end=2071
+  _globals['_GENERATEEVENTSREQUEST']._serialized_start=2073
+  _globals['_GENERATEEVENTSREQUEST']._serialized_end=2155
+  _globals['_GENERATEUNARYREQUEST']._serialized_start=2157
+  _globals['_GENERATEUNARYREQUEST']._serialized_end=2238
+  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2241
+  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2441
+  _globals['_EMBEDREQUEST']._serialized_start=2444
+  _globals['_EMBEDREQUEST']._serialized_end=2656
+  _globals['_EMBEDINPUT']._serialized_start=2658
+  _globals['_EMBEDINPUT']._serialized_end=2750
+  _globals['_EMBEDRESPONSE']._serialized_start=2753
+  _globals['_EMBEDRESPONSE']._serialized_end=2901
+  _globals['_EMBEDDING']._serialized_start=2903
+  _globals['_EMBEDDING']._serialized_end=2972
+  _globals['_TOKENIZEREQUEST']._serialized_start=2974
+  _globals['_TOKENIZEREQUEST']._serialized_end=3094
+  _globals['_TOKENIZERESPONSE']._serialized_start=3096
+  _globals['_TOKENIZERESPONSE']._serialized_end=3133
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3135
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3261
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3263
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3297
+  _globals['_LISTMODELSREQUEST']._serialized_start=3299
+  _globals['_LISTMODELSREQUEST']._serialized_end=3318
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3320
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3387
+  _globals['_GETMODELREQUEST']._serialized_start=3389
+  _globals['_GETMODELREQUEST']._serialized_end=3421
+  _globals['_GETMODELRESPONSE']._serialized_start=3423
+  _globals['_GETMODELRESPONSE']._serialized_end=3487
+  _globals['_MODEL']._serialized_start=3490
+  _globals['_MODEL']._serialized_end=3886
+  _globals['_INFERENCESERVICE']._serialized_start=4007
+  _globals['_INFERENCESERVICE']._serialized_end=5010
 # @@protoc_insertion_point(module_scope)

@@ -52,6 +52,11 @@ class InferenceServiceStub:
                 request_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tandem.api.frontend.v1.InferenceService/Embed',
+                request_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tandem.api.frontend.v1.InferenceService/Tokenize',
                 request_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.TokenizeRequest.SerializeToString,
@@ -103,6 +108,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Embeddings of one or several inputs, by a model that computes them. NOT_SUPPORTED: the model generates.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Text or messages to token ids, at most four times the context length.
         """
@@ -148,6 +160,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GenerateUnary,
                     request_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryRequest.FromString,
                     response_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -253,6 +270,33 @@ class InferenceService:
             '/tandem.api.frontend.v1.InferenceService/GenerateUnary',
             tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryRequest.SerializeToString,
             tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.frontend.v1.InferenceService/Embed',
+            tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+            tandem_dot_api_dot_frontend_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

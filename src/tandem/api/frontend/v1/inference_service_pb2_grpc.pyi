@@ -46,6 +46,8 @@ class InferenceServiceStub:
     """
     GenerateUnary: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]
     """Returns a generation in one message."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]
+    """Embeddings of one or several inputs, by a model that computes them. NOT_SUPPORTED: the model generates."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]
     """Text or messages to token ids, at most four times the context length."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]
@@ -72,6 +74,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     GenerateUnary: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateUnaryRequest, _inference_service_pb2.GenerateUnaryResponse]  # type: ignore[assignment]
     """Returns a generation in one message."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embeddings of one or several inputs, by a model that computes them. NOT_SUPPORTED: the model generates."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.TokenizeRequest, _inference_service_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text or messages to token ids, at most four times the context length."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.DetokenizeRequest, _inference_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -113,6 +117,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.GenerateUnaryResponse, _abc.Awaitable[_inference_service_pb2.GenerateUnaryResponse]]:
         """Returns a generation in one message."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_service_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.EmbedResponse, _abc.Awaitable[_inference_service_pb2.EmbedResponse]]:
+        """Embeddings of one or several inputs, by a model that computes them. NOT_SUPPORTED: the model generates."""
 
     @_abc_1.abstractmethod
     def Tokenize(

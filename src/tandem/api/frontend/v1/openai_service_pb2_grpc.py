@@ -101,7 +101,7 @@ class OpenAiServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Embeddings(self, request, context):
-        """POST /v1/embeddings, if the model supports it.
+        """POST /v1/embeddings, for models that compute embeddings; NOT_SUPPORTED by others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class OpenAiServiceStub:
     `response.incomplete` or `response.failed`; there is no `[DONE]`. No response is stored.
     """
     Embeddings: _grpc.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
-    """POST /v1/embeddings, if the model supports it."""
+    """POST /v1/embeddings, for models that compute embeddings; NOT_SUPPORTED by others."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]
     """GET /v1/models."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceGetModelRequest, _httpbody_pb2.HttpBody]
@@ -71,7 +71,7 @@ class OpenAiServiceAsyncStub(OpenAiServiceStub):
     `response.incomplete` or `response.failed`; there is no `[DONE]`. No response is stored.
     """
     Embeddings: _aio.UnaryUnaryMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """POST /v1/embeddings, if the model supports it."""
+    """POST /v1/embeddings, for models that compute embeddings; NOT_SUPPORTED by others."""
     ListModels: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceListModelsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """GET /v1/models."""
     GetModel: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.OpenAiServiceGetModelRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
@@ -116,7 +116,7 @@ class OpenAiServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _httpbody_pb2.HttpBody,
         context: _ServicerContext,
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
-        """POST /v1/embeddings, if the model supports it."""
+        """POST /v1/embeddings, for models that compute embeddings; NOT_SUPPORTED by others."""
 
     @_abc_1.abstractmethod
     def ListModels(

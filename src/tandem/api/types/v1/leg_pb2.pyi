@@ -78,6 +78,7 @@ class LegRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the client's request, the same for all attempts."""
     attempt: _builtins.int
@@ -118,6 +119,12 @@ class LegRequest(_message.Message):
     def adapter(self) -> _worker_pb2.Adapter:
         """Adapter to generate with; rejected with MODEL_NOT_FOUND if the worker does not serve it. Absent: the model alone."""
 
+    @_builtins.property
+    def embedding(self) -> Global___EmbeddingOptions:
+        """Set: the leg computes the prompt's embedding and generates nothing; on an aggregated worker whose model embeds.
+        `sampling`, `stopping`, `guided` and `logprobs` mean nothing then.
+        """
+
     def __init__(
         self,
         *,
@@ -134,10 +141,11 @@ class LegRequest(_message.Message):
         priority: _builtins.int | None = ...,
         cache_salt: _builtins.str | None = ...,
         adapter: _worker_pb2.Adapter | None = ...,
+        embedding: Global___EmbeddingOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
@@ -149,6 +157,30 @@ class LegRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___LegRequest: _TypeAlias = LegRequest  # noqa: Y015
+
+@_typing.final
+class EmbeddingOptions(_message.Message):
+    """How an embedding is computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    dimensions: _builtins.int
+    """Numbers in it, for a model that is_matryoshka. Default: all."""
+    def __init__(
+        self,
+        *,
+        dimensions: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "dimensions", b"dimensions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "dimensions", b"dimensions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
+    _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+
+Global___EmbeddingOptions: _TypeAlias = EmbeddingOptions  # noqa: Y015
 
 @_typing.final
 class Bootstrap(_message.Message):
@@ -273,6 +305,7 @@ class LegFinish(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why it ended."""
     matched_token_id: _builtins.int
@@ -289,6 +322,10 @@ class LegFinish(_message.Message):
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """Of the prompt's tokens after the first, in order, if requested; on a prefill or an aggregated worker."""
 
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The embedding, if the leg computes one: finite numbers, as many as were asked for."""
+
     def __init__(
         self,
         *,
@@ -297,10 +334,11 @@ class LegFinish(_message.Message):
         usage: _generation_pb2.Usage | None = ...,
         timings: Global___LegTimings | None = ...,
         prompt_logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "matched_token_id", b"matched_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "matched_token_id", b"matched_token_id", "prompt_logprobs", b"prompt_logprobs", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "embedding", b"embedding", "matched_token_id", b"matched_token_id", "prompt_logprobs", b"prompt_logprobs", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_token_id: _TypeAlias = _typing.Literal["matched_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_token_id: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id"]  # noqa: Y015

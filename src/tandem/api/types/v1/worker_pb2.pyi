@@ -71,6 +71,30 @@ WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
 """Finishes open requests and admits no new ones."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
+class _ModelTask:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelTask.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_TASK_UNSPECIFIED: _ModelTask.ValueType  # 0
+    """Of a release before there were several: it generates."""
+    MODEL_TASK_GENERATE: _ModelTask.ValueType  # 1
+    """Generates tokens."""
+    MODEL_TASK_EMBED: _ModelTask.ValueType  # 2
+    """Computes embeddings, and generates nothing."""
+
+class ModelTask(_ModelTask, metaclass=_ModelTaskEnumTypeWrapper):
+    """What a model is asked to do."""
+
+MODEL_TASK_UNSPECIFIED: ModelTask.ValueType  # 0
+"""Of a release before there were several: it generates."""
+MODEL_TASK_GENERATE: ModelTask.ValueType  # 1
+"""Generates tokens."""
+MODEL_TASK_EMBED: ModelTask.ValueType  # 2
+"""Computes embeddings, and generates nothing."""
+Global___ModelTask: _TypeAlias = ModelTask  # noqa: Y015
+
 @_typing.final
 class Worker(_message.Message):
     """One start of a worker."""
@@ -265,6 +289,10 @@ class WorkerCapabilities(_message.Message):
     TRANSFER_BACKEND_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     IS_MLA_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZES_FIELD_NUMBER: _builtins.int
+    IS_MATRYOSHKA_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Pair. "sglang" or "simulated"."""
     engine_version: _builtins.str
@@ -299,9 +327,21 @@ class WorkerCapabilities(_message.Message):
     """Pair, unless is_mla. Number of GPUs per copy of the model."""
     is_mla: _builtins.bool
     """Whether the model uses multi-head latent attention."""
+    task: _builtins.str
+    """What the model does: "embed", or empty: it generates. In the digest, like the fields after it, only where it is
+    set, so that registries of earlier releases accept workers that generate.
+    """
+    embedding_size: _builtins.int
+    """Numbers in an embedding; 0: it computes none."""
+    is_matryoshka: _builtins.bool
+    """Whether embeddings may be shortened: to `embedding_sizes`, or where there are none to any size."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a sequence."""
+
+    @_builtins.property
+    def embedding_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes to which an embedding may be shortened; empty: none, unless is_matryoshka."""
 
     def __init__(
         self,
@@ -323,10 +363,14 @@ class WorkerCapabilities(_message.Message):
         transfer_backend: _builtins.str = ...,
         tensor_parallel_size: _builtins.int = ...,
         is_mla: _builtins.bool = ...,
+        task: _builtins.str = ...,
+        embedding_size: _builtins.int = ...,
+        embedding_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        is_matryoshka: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens_max", b"context_tokens_max", "engine", b"engine", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "is_mla", b"is_mla", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model", b"model", "model_digest", b"model_digest", "page_size_tokens", b"page_size_tokens", "running_requests_max", b"running_requests_max", "tensor_parallel_size", b"tensor_parallel_size", "tokenizer_digest", b"tokenizer_digest", "transfer_backend", b"transfer_backend", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens_max", b"context_tokens_max", "embedding_size", b"embedding_size", "embedding_sizes", b"embedding_sizes", "engine", b"engine", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "is_matryoshka", b"is_matryoshka", "is_mla", b"is_mla", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model", b"model", "model_digest", b"model_digest", "page_size_tokens", b"page_size_tokens", "running_requests_max", b"running_requests_max", "task", b"task", "tensor_parallel_size", b"tensor_parallel_size", "tokenizer_digest", b"tokenizer_digest", "transfer_backend", b"transfer_backend", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
