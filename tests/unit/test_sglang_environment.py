@@ -11,7 +11,7 @@ import pytest
 
 from tandem.domain.worker import WorkerRole
 from tandem.engine.settings import EngineSettings
-from tandem.engine.sglang import engine, environment, network_devices
+from tandem.engine.sglang import environment, network_devices
 from tandem.errors import StartError
 
 
@@ -57,8 +57,8 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(StartError, match="device: is cuda, but PyTorch finds no usable GPU"):
-        engine._device("cuda")
-    assert engine._device("auto") == "cpu"
+        environment.resolve_device("cuda")
+    assert environment.resolve_device("auto") == "cpu"
 
 
 def test_a_decode_leg_waits_for_its_kv_as_long_as_the_setting_says() -> None:

@@ -171,7 +171,7 @@ class SglangEngine:
         assert directory is not None
         # SGLang creates its socket files in tempdir and does not remove them when it is killed.
         tempfile.tempdir = str(directory)
-        device = _device(settings.device)
+        device = environment.resolve_device(settings.device)
         environment.apply(settings, device, directory / "report")
         compat.check_offers(settings.transfer_backend, device)
         self._ports = arguments.choose_ports(settings)
@@ -434,7 +434,7 @@ class SglangEngine:
     async def start_profile(self, directory: Path, *, steps_max: int, with_stack: bool) -> None:
         """See the port."""
         self._check_alive()
-        device = _device(self._settings.device)
+        device = environment.resolve_device(self._settings.device)
         manager = self._engine.tokenizer_manager
         await self._unless_failed(
             profiling.start(manager, directory, device, steps_max=steps_max, with_stack=with_stack)
@@ -494,19 +494,3 @@ class SglangEngine:
             raise EngineFailed(self._failure)
         if self._engine is None or self._stopping is not None:
             raise EngineFailed("the engine is not running")
-
-
-def _device(wanted: str) -> str:
-    """Resolve "auto", "cpu" or "cuda" to "cpu" or "cuda"; imports torch only if a GPU may be used.
-
-    Raises:
-        StartError: `wanted` is cuda and PyTorch finds no usable GPU.
-    """
-    if wanted == "cpu":
-        return wanted
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise StartError("device: is cuda, but PyTorch finds no usable GPU: check its driver, or use cpu")
-    return "cuda" if has_gpu else "cpu"

@@ -149,3 +149,19 @@ def apply(settings: EngineSettings, device: str, report_file: Path) -> None:
 def plugin_device() -> str | None:
     """The device, in a process that belongs to an engine started by the adapter; None in any other process."""
     return os.environ.get(DEVICE_SWITCH)
+
+
+def resolve_device(wanted: str) -> str:
+    """Resolve "auto", "cpu" or "cuda" to "cpu" or "cuda"; imports torch only if a GPU may be used.
+
+    Raises:
+        StartError: `wanted` is cuda and PyTorch finds no usable GPU.
+    """
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise StartError("device: is cuda, but PyTorch finds no usable GPU: check its driver, or use cpu")
+    return "cuda" if has_gpu else "cpu"
