@@ -19,6 +19,7 @@ from tandem.errors import (
     DeadlinePassed,
     Draining,
     InvalidRequest,
+    KvCorrupt,
     LegFailed,
     NotSupported,
     Overloaded,
@@ -169,6 +170,8 @@ class Attempt:
         """The worker whose leg failed first, where another worker may succeed."""
         self.faulty_worker: Worker | None = None
         """The same worker unless it only refused the leg: its failure counts for the circuit breaker."""
+        self.found_corrupt_kv = False
+        """Whether the decode worker refused the KV: nothing says which end of the transfer is at fault."""
         self.found_it_gone = False
         """Whether the failed worker said that it leaves or was restarted: the view is behind."""
         self._has_enough = False
@@ -182,6 +185,13 @@ class Attempt:
     def room(self) -> int:
         """SGLang's bootstrap room; 0 on an aggregated route, and while no leg has been sent."""
         return 0 if self._dispatched is None else self._dispatched.room
+
+    @property
+    def suspects(self) -> tuple[Worker, ...]:
+        """The workers that may be at fault: the failed one, and of corrupt KV both ends of the transfer."""
+        if self.found_corrupt_kv:
+            return self.route.workers
+        return () if self.failed_worker is None else (self.failed_worker,)
 
     async def start(self, send: Send) -> None:
         """Send the legs; return when every worker has accepted its leg, even if one has failed since.
@@ -359,6 +369,7 @@ class Attempt:
                 self.faulty_worker = side.worker
             if self.failed_worker is None:
                 self.found_it_gone = isinstance(problem, GONE)
+                self.found_corrupt_kv = isinstance(problem, KvCorrupt)
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
             self._record.broke(
@@ -375,8 +386,11 @@ class Attempt:
             "attempt": self.number,
             "room": self.room or None,
         }
+        if isinstance(problem, KvCorrupt) and self.route.prefill is not None:
+            facts["prefill"] = self.route.prefill.worker_id
         where = f"{side.role.value} leg on {side.worker.worker_id} failed in phase {facts['phase']}"
-        return LegFailed(f"{where}: {problem.message}", **facts)
+        kind = KvCorrupt if isinstance(problem, KvCorrupt) else LegFailed
+        return kind(f"{where}: {problem.message}", **facts)
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -86,6 +86,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
     ERROR_REASON_OBJECT_NOT_FOUND: _ErrorReason.ValueType  # 27
     """The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
+    ERROR_REASON_KV_CORRUPT: _ErrorReason.ValueType  # 60
+    """The KV that a decode worker received is not what the prefill worker sent, and no attempt was left. Metadata: as
+    LEG_FAILED. UNAVAILABLE.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -156,4 +160,8 @@ ERROR_REASON_ROLE_CHANGE_REFUSED: ErrorReason.ValueType  # 26
 """A worker cannot take a role, or must not now. Metadata: worker, role. FAILED_PRECONDITION."""
 ERROR_REASON_OBJECT_NOT_FOUND: ErrorReason.ValueType  # 27
 """The tenant has no file or batch of that id. Metadata: field. NOT_FOUND."""
+ERROR_REASON_KV_CORRUPT: ErrorReason.ValueType  # 60
+"""The KV that a decode worker received is not what the prefill worker sent, and no attempt was left. Metadata: as
+LEG_FAILED. UNAVAILABLE.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
