@@ -82,7 +82,7 @@ def settings_of(given: argparse.Namespace, role: WorkerRole) -> EngineSettings:
         device=given.device,
         dtype=given.dtype,
         kv_check_share=given.share,
-        extra=extra,
+        extra={**extra, **json.loads(given.engine_extra)},
     )
 
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--engine-extra", default="{}", help="JSON of further arguments of the engines")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tandem-kv-faults-") as directory:
         try:

@@ -117,7 +117,8 @@ class EngineProcess:
     ) -> EngineProcess:
         """Start the process, not yet the engine. `plugin` is the environment of one that SGLang is to find."""
         source, plugin = str(Path(tandem.__file__).parents[1]), plugin or {}
-        paths = [plugin["PYTHONPATH"]] if "PYTHONPATH" in plugin else []
+        # On a GPU machine the packages are named by the variable too.
+        paths = filter(None, (plugin.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))
         with log.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -10,6 +10,8 @@ from pathlib import Path
 from tests.integration.support import kv_fault_plugin
 from tests.integration.support.kv_fault_plugin import FIRED, KINDS, MARK
 
+__all__ = ["FIRED", "KINDS", "fired", "mark", "plug_in"]
+
 
 def mark(kind: str) -> tuple[int, ...]:
     """The first tokens of a prompt that asks for a fault of this kind."""
