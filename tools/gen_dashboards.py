@@ -204,6 +204,12 @@ WORKERS = (
         {"{{tandem_leg}} p50": quantile(0.5, f"{KV}_bandwidth_bytes_per_second", "tandem_leg")},
     ),
     Panel(
+        "Hand-overs by check",
+        "Corrupt: the KV that arrived is not what was sent, and was refused.",
+        "ops",
+        {"{{tandem_kv_check}}": rate("tandem_kv_handovers_total", "tandem_kv_check")},
+    ),
+    Panel(
         "Engine queue wait",
         "From the engine's acceptance of a request to its prefill.",
         "s",

@@ -20,6 +20,7 @@
     │   ├── NoWorkers            no live worker of a needed role        UNAVAILABLE
     │   ├── IncompatibleWorkers  no two live workers are compatible     FAILED_PRECONDITION
     │   ├── LegFailed            a leg failed: leg, worker, phase       UNAVAILABLE
+    │   │   └── KvCorrupt        the KV that arrived is not what left   UNAVAILABLE
     │   ├── Draining             shutting down; retry elsewhere         UNAVAILABLE
     │   ├── Overloaded           at capacity; retry later               RESOURCE_EXHAUSTED
     │   │   └── QuotaExceeded    the tenant has used its quota          RESOURCE_EXHAUSTED
@@ -211,6 +212,12 @@ class LegFailed(ServiceError):
     """Value of `cause`: the other leg was aborted at its worker, whose engine notified this one's."""
 
     reason = "LEG_FAILED"
+
+
+class KvCorrupt(LegFailed):
+    """The KV that arrived at the decode engine is not what the prefill engine sent. Nothing was generated from it."""
+
+    reason = "KV_CORRUPT"
 
 
 class Draining(ServiceError):

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tandem.domain.adapter import Adapter, read_adapter
-from tandem.domain.generation import EngineFinish
+from tandem.domain.generation import EngineFinish, KvCheck
 from tandem.domain.kv_blocks import block_hashes
 from tandem.testing.adapters import write_adapter
 from tests.contract.support.engine_process import RemoteError, Result
@@ -78,6 +78,7 @@ async def test_a_chat_moves_the_uncached_tail_only(pair: Pair, chat: Chat) -> No
         assert uncached_bytes <= moved_bytes(decode.finish) < uncached_bytes + PAGE * per_token
         assert moved_bytes(prefill.finish) == moved_bytes(decode.finish)
         assert not decode.finish.recomputed_tokens
+        assert (prefill.finish.kv_check, decode.finish.kv_check) == (None, KvCheck.MATCHED)
         # The last token is not computed, as no token follows it.
         computed = len(prompt) + ANSWER_TOKENS - 1
     own = await pair.decode.read_kv_cache()

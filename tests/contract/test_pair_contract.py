@@ -8,7 +8,7 @@ import time
 import pytest
 import pytest_asyncio
 
-from tandem.domain.generation import FinishReason, Sampling
+from tandem.domain.generation import FinishReason, KvCheck, Sampling
 from tandem.domain.worker import incompatible_field
 from tests.contract.support.fleet import (
     CONCURRENT,
@@ -99,6 +99,7 @@ async def test_every_prompt_token_came_over_the_transfer(pair: Pair, length: int
     page = c.page_size_tokens
     whole_pages_tokens = -(-length // page) * page
     assert decode.finish.recomputed_tokens == 0
+    assert decode.finish.kv_check is KvCheck.MATCHED
     assert decode.finish.timings is not None
     moved_bytes = decode.finish.timings.kv_transfer_bytes
     assert moved_bytes is not None

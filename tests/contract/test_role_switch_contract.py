@@ -8,6 +8,7 @@ import time
 import pytest
 import pytest_asyncio
 
+from tandem.domain.generation import KvCheck
 from tandem.domain.worker import WorkerRole
 from tests.contract.support.engine_process import EngineProcess, RemoteError
 from tests.contract.support.fleet import REFERENCE_TOKENS, Fleet, Pair, assert_idle, prompt_of
@@ -44,6 +45,7 @@ async def assert_equal(pair: Pair, reference: dict[int, list[int]]) -> None:
             assert decode.finish.timings.kv_transfer_bytes is not None
             assert decode.finish.timings.kv_transfer_bytes >= length * pair.decode.capabilities.kv_bytes_per_token
             assert not decode.finish.recomputed_tokens
+            assert decode.finish.kv_check is KvCheck.MATCHED
     assert await pair.prefill.kv_cache() == await pair.prefill.read_kv_cache() != set()
     with pytest.raises(RemoteError, match=r"NotSupported.*prefix cache"):
         await pair.decode.kv_cache()

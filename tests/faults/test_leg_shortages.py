@@ -13,6 +13,7 @@ import pytest_asyncio
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.frontend.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tandem.client import calls
+from tandem.engine.simulated.kv_content import DAMAGES
 from tandem.errors import ServiceError
 from tandem.rpc.channels import open_channel
 from tandem.testing.eventually import assert_eventually
@@ -48,6 +49,25 @@ async def test_every_third_hand_over_of_one_worker_fails(cluster: LegCluster, po
         assert passes == list(range(3, 3 * len(passes) + 1, 3)), "not every third one"
     again = trace.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
     verdicts.is_large_enough(again, 1, "what was begun again")
+
+
+async def test_damaged_kv_reaches_no_client(cluster: LegCluster) -> None:
+    """Each kind of damage at every tenth hand-over: its stream has the tokens of an undisturbed run."""
+    rules = [
+        {"point": "kv_arrived", "kind": kind, "nth": 2 * number, "every": 10} for number, kind in enumerate(DAMAGES, 1)
+    ]
+    async with under_load(cluster, "KV that decode-0 receives is damaged") as trace:
+        before = len(cluster.fired("decode-0"))
+        trace.fault_s = now_s()
+        cluster.inject("decode-0", *rules)
+        await assert_eventually(
+            lambda: {fault["kind"] for fault in cluster.fired("decode-0")[before:]} >= set(DAMAGES),
+            within_s=60,
+            what="each kind of damage",
+        )
+        await trace.answered(20)
+    again = trace.load.history.where(lambda asked: (asked.last_attempt or 1) > 1)
+    verdicts.is_large_enough(again, len(DAMAGES), "what was begun again")
 
 
 async def test_a_decode_worker_without_memory_gives_it_back(cluster: LegCluster) -> None:

@@ -104,6 +104,7 @@ CASES: dict[str, Case] = {
     "tandem.engine.queue.wait": Case(on.an_answer, PREFILL, by=1),
     "tandem.prefill.duration": Case(on.an_answer, PREFILL, by=1),
     "tandem.kv.transfer.bytes": Case(on.an_answer, DECODE, by=1_000),
+    "tandem.kv.handovers": Case(on.an_answer, (("tandem.kv.check", "matched"),), by=1),
     "tandem.kv.transfer.duration": Case(on.an_answer, DECODE, by=1),
     "tandem.kv.transfer.bandwidth": Case(on.an_answer, PREFILL, "_sum", by=1_000),
     "tandem.prompt.tokens": Case(on.an_answer, PREFILL, by=len(on.LONG)),

@@ -24,13 +24,14 @@ import pytest_asyncio
 from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2, worker_pb2
-from tandem.client import calls
+from tandem.api.types.v1 import error_pb2, generation_pb2, leg_pb2, sampling_pb2, worker_pb2
+from tandem.client import admin_calls, calls
 from tandem.errors import EngineFailed, InvalidRequest, LegFailed
 from tandem.local_cluster.cluster import LocalCluster
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL, running
+from tests.integration.support import kv_faults
 from tests.integration.support.calls import Stream, generate, refusal, request_of
 from tests.integration.support.scheduler_faults import FAULT_TOKENS, SENTENCE, plug_in
 from tools.demo_model import facts
@@ -119,8 +120,14 @@ async def pair(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[LocalCluster]:
     """A prefill and a decode worker; started after the aggregated one has gone, for two cores hold no more."""
-    async with running(tmp_path_factory.mktemp("pair"), worker_flags=FLOAT32) as cluster:
-        yield cluster
+    logs = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as environment:
+        plugin = kv_faults.plug_in(logs)
+        environment.setenv(kv_faults.FIRED, plugin.pop(kv_faults.FIRED))
+        path = [*plugin.values(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment.setenv("PYTHONPATH", os.pathsep.join(path))
+        async with running(logs, worker_flags=FLOAT32) as cluster:
+            yield cluster
 
 
 async def test_the_pair_equals_one_engine_and_transformers(
@@ -134,6 +141,7 @@ async def test_the_pair_equals_one_engine_and_transformers(
         assert timings.kv_transfer_bytes >= length * KV_BYTES_PER_TOKEN
         assert timings.HasField("recomputed_tokens")
         assert timings.recomputed_tokens == 0
+        assert timings.kv_check == generation_pb2.KV_CHECK_MATCHED
         times = [timings.accepted_time, timings.prefill_start_time, timings.prefill_end_time, timings.first_token_time]
         assert [t.ToNanoseconds() for t in times] == sorted(t.ToNanoseconds() for t in times)
 
@@ -148,6 +156,24 @@ async def test_the_demo_model_recalls_the_prompt_and_stops(pair: LocalCluster) -
     assert stream.finish.reason == generation_pb2.FINISH_REASON_STOP
     assert stream.finish.matched_stop.token_id == TOKENIZER.token_to_id("<|end|>")
     assert stream.finish.timings.recomputed_tokens == 0
+
+
+async def test_damaged_kv_is_found_and_handed_over_again(pair: LocalCluster) -> None:
+    """Each kind of damage twice. There is one pair, so it repeats the request itself."""
+    requests = [
+        request_of(token_ids=[*kv_faults.mark(kind), *prompt_of(70 + n)], max_tokens=NEW_TOKENS, ignore_eos=True)
+        for n, kind in enumerate(kv_faults.KINDS * 2)
+    ]
+    damaged = await asyncio.gather(*(generate(pair, request) for request in requests))
+    assert kv_faults.fired(pair.log_directory) == sorted(kv_faults.KINDS * 2)
+    for stream in damaged:
+        (timeline,) = await admin_calls.request_timelines(pair.frontend.address, stream.accepted.request_id)
+        failed = [attempt.failure.reason for attempt in timeline.attempts]
+        assert failed == [error_pb2.ERROR_REASON_KV_CORRUPT, error_pb2.ERROR_REASON_UNSPECIFIED]
+        assert stream.finish.timings.kv_check == generation_pb2.KV_CHECK_MATCHED
+    # Nothing damages them any more.
+    undisturbed = [await generate(pair, request) for request in requests]
+    assert [stream.token_ids for stream in damaged] == [stream.token_ids for stream in undisturbed]
 
 
 async def test_a_prefix_that_prefill_has_seen_is_cached(pair: LocalCluster) -> None:

@@ -21,7 +21,7 @@ from tandem_frontend.routing.router import RecentRefusals, Routes
 from tandem.api.types.v1 import generation_pb2, leg_pb2, sampling_pb2
 from tandem.clock import ManualClock
 from tandem.domain.request_state import Phase
-from tandem.errors import DeadlinePassed, LegFailed, ServiceError, TandemError
+from tandem.errors import DeadlinePassed, KvCorrupt, LegFailed, ServiceError, TandemError
 from tandem.observability.trace_context import Headers
 from tests.unit.support.frontend_workers import CAPABILITIES, decode, prefill
 from tests.unit.support.scripted_legs import FINISH, Gathered, ScriptedLeg, Word, accepted, fail, tokens
@@ -55,6 +55,7 @@ class Fleet:
         *,
         answers_come_late: bool = False,
         new_weights: int = 0,
+        prefills: int = 2,
         seed: int = 7,
     ) -> None:
         """`faults`: number of the attempt -> (tokens of it that still come, how it breaks).
@@ -67,7 +68,8 @@ class Fleet:
         self.sent: list[Dispatched] = []
         self.legs: list[leg_pb2.LegRequest] = []
         self.headers: list[Headers] = []
-        workers = (*(prefill(f"prefill-{n}") for n in range(2)), *(decode(f"decode-{n}") for n in range(decodes)))
+        workers = tuple(prefill(f"prefill-{n}") for n in range(prefills))
+        workers += tuple(decode(f"decode-{n}") for n in range(decodes))
         for number in range(new_weights):
             workers += tuple(make(f"new-{make.__name__}-{number}", model_digest=NEW) for make in (prefill, decode))
         clock = ManualClock(100.0)
@@ -312,3 +314,33 @@ async def test_a_defect_in_a_response_fails_its_request_alone() -> None:
         with pytest.raises(TandemError, match="internal error in a response: KeyError"):
             await whole.run()
     assert len(fleet.sent) == 1, "another worker would change nothing"
+
+
+CORRUPT = KvCorrupt("the KV that arrived is not what the prefill engine sent", phase="transferring")
+
+
+async def test_corrupt_kv_moves_a_stream_to_workers_other_than_both_of_the_pair() -> None:
+    fleet = Fleet(decodes=2, faults={1: (0, CORRUPT)})
+    assert await stream(fleet, leg(5, guided=sampling_pb2.Guided(regex="x"))) == answer(PROMPT, 5)
+    first, second = ({worker.worker_id for worker in sent.route.workers} for sent in fleet.sent)
+    assert not first & second, "nothing says which end is at fault"
+    assert {start[0] for start in fleet.attempts.refusals.recent()} == first
+
+
+async def test_corrupt_kv_is_repeated_on_the_only_pair_and_then_named_by_its_type() -> None:
+    fleet = Fleet(decodes=1, prefills=1, faults={1: (0, CORRUPT), 2: (0, CORRUPT)})
+    assert await stream(fleet, leg(5)) == answer(PROMPT, 5)
+    assert [sent.route for sent in fleet.sent] == [fleet.sent[0].route] * ATTEMPTS_MAX
+    fleet = Fleet(decodes=1, prefills=1, faults=dict.fromkeys(range(1, 9), (0, CORRUPT)))
+    with pytest.raises(KvCorrupt, match="decode leg on decode-0 failed in phase transferring") as failed:
+        await stream(fleet, leg(5))
+    assert len(fleet.sent) == ATTEMPTS_MAX
+    assert failed.value.reason == "KV_CORRUPT"
+    assert (failed.value.metadata["worker"], failed.value.metadata["prefill"]) == ("decode-0", "prefill-0")
+
+
+async def test_corrupt_kv_counts_for_the_circuit_breakers_of_both_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, failed = Fleet(faults={1: (0, CORRUPT)}), list[str]()
+    monkeypatch.setattr(fleet.attempts.breakers, "failed", lambda worker, sent_s: failed.append(worker.worker_id))
+    await stream(fleet, leg(5))
+    assert failed == [worker.worker_id for worker in fleet.sent[0].route.workers]

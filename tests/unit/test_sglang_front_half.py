@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tandem.domain.generation import EngineRequest, Sampling, Stopping, TokenLogprob
+from tandem.domain.generation import Bootstrap, EngineRequest, KvCheck, Sampling, Stopping, TokenLogprob
 from tandem.engine.sglang.responses import Answers
-from tandem.errors import EngineFailed
+from tandem.errors import EngineFailed, KvCorrupt
 from tests.unit.support.simulated_legs import Collected
 
 NAME = "tandem.engine.sglang.front_half"
@@ -59,14 +59,19 @@ def front_half(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop(NAME, None)
 
 
-def admit(front_half: Any) -> list[Collected]:
+def admit(front_half: Any, bootstrap: Bootstrap | None = None) -> list[Collected]:
     outputs = []
     times = SimpleNamespace(
         first_token_time=1.0, trace_ctx=SimpleNamespace(tracing_enable=False), set_finished_time=lambda **_: None
     )
     for rid in RIDS:
         request = EngineRequest(
-            request_id=rid, token_ids=(1, 2), sampling=Sampling(), stopping=Stopping(max_tokens=9), top_logprobs=1
+            request_id=rid,
+            token_ids=(1, 2),
+            sampling=Sampling(),
+            stopping=Stopping(max_tokens=9),
+            top_logprobs=1,
+            bootstrap=bootstrap,
         )
         outputs.append(Collected())
         answers = Answers(request, rid, outputs[-1], lambda ended: None)
@@ -189,3 +194,23 @@ async def test_front_half_embeddings_of_a_step_each_end_their_request_and_a_brok
     assert not outputs[1].finishes
     assert isinstance(outputs[1].failures[0], EngineFailed)
     assert not front_half.rid_to_state
+
+
+@pytest.mark.parametrize("message", ["KV checksum mismatch", "Metadata corruption detected - bootstrap_room mismatch"])
+async def test_corrupt_kv_ends_its_request_without_the_token_that_came_with_it(front_half: Any, message: str) -> None:
+    outputs = admit(front_half, Bootstrap(host="h", port=1, room=77))
+    aborted = {"type": "abort", "message": message, "status_code": 500}
+    await front_half._handle_batch_output(batch(finished_reasons=aborted))
+    assert [output.token_ids for output in outputs] == [[5], [], [7]]
+    (problem,) = outputs[1].failures
+    assert isinstance(problem, KvCorrupt)
+    assert (problem.metadata["room"], problem.metadata["phase"]) == ("77", "transferring")
+
+
+@pytest.mark.parametrize(("checked", "kv_check"), [(True, KvCheck.MATCHED), (False, KvCheck.UNCHECKED), (None, None)])
+async def test_a_finish_says_whether_the_kv_was_compared(front_half: Any, checked: Any, kv_check: Any) -> None:
+    outputs = admit(front_half)
+    step = batch(finished_reasons={"type": "stop"})
+    step.customized_info = {"tandem": [[], [{"kv_checked": checked}], []]}
+    await front_half._handle_batch_output(step)
+    assert outputs[1].finishes[0].kv_check is kv_check

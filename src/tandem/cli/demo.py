@@ -17,6 +17,7 @@ from tandem.cli.logs import make_log_directory
 from tandem.cli.progress import Readiness
 from tandem.exit_codes import EXIT_INTERRUPTED
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
+from tandem.rpc.convert import kv_check_text
 
 STORY = (
     "Listen carefully. Mia hid the red key in the old barn. Theo left the orange spoon in the dark forest. "
@@ -78,7 +79,8 @@ def _print_summary(finish: pb.GenerateFinish, console: Console) -> None:
         "pair": f"{route.prefill_worker_id} (prefill) → {route.decode_worker_id} (decode)",
         "time to first token": f"{timings.time_to_first_token.ToNanoseconds() / 1e6:.1f} ms",
         "tokens per second": "-" if rate is None else f"{rate:.0f}",
-        "KV moved over NIXL": f"{timings.kv_transfer_bytes:,} bytes for {finish.usage.prompt_tokens} prompt tokens",
+        "KV moved over NIXL": f"{timings.kv_transfer_bytes:,} bytes for {finish.usage.prompt_tokens} prompt tokens"
+        + kv_check_text(timings.kv_check),
         "recomputed on decode": f"{timings.recomputed_tokens} prompt tokens",
     }
     console.print()

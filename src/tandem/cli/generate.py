@@ -17,7 +17,7 @@ from tandem.client import calls
 from tandem.domain.sampling import SCALARS
 from tandem.errors import ConfigError, NotSupported, NoWorkers, StartError
 from tandem.exit_codes import EXIT_INTERRUPTED
-from tandem.rpc.convert import placement_text
+from tandem.rpc.convert import kv_check_text, placement_text
 from tandem.tls.paths import Tls
 
 
@@ -162,7 +162,7 @@ def summary(finish: pb.GenerateFinish) -> str:
     if rate is not None:
         parts.append(f"{rate:.0f} tokens/s")
     if timings.HasField("kv_transfer_bytes"):
-        parts.append(f"{timings.kv_transfer_bytes:,} bytes of KV moved")
+        parts.append(f"{timings.kv_transfer_bytes:,} bytes of KV moved{kv_check_text(timings.kv_check)}")
     if timings.HasField("recomputed_tokens"):
         parts.append(f"{timings.recomputed_tokens} prompt tokens recomputed")
     reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()

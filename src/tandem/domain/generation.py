@@ -23,6 +23,15 @@ class FinishReason(Enum):
     """The caller disconnected or requested the abort."""
 
 
+class KvCheck(Enum):
+    """Whether the KV of a hand-over was compared with what prefill sent, before anything was generated from it."""
+
+    MATCHED = "matched"
+    """Both engines computed a digest of it, and the two are equal."""
+    UNCHECKED = "unchecked"
+    """No comparison: switched off, not in the sample, or the prefill engine computed no digest."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is sampled. The frontend checks the ranges before admission."""
@@ -129,6 +138,8 @@ class EngineFinish:
     """Prompt tokens whose KV was in this engine's prefix cache."""
     recomputed_tokens: int | None = None
     """Decode leg: prompt tokens that this engine computed itself. 0: all KV was received."""
+    kv_check: KvCheck | None = None
+    """Decode leg: whether its KV was compared. None: not known, or nothing was handed over."""
     timings: EngineTimings | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens after the first, if requested."""

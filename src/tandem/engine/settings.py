@@ -69,6 +69,8 @@ class EngineSettings:
     """None: 16 on a CPU and in the simulated engine; on a GPU 256, or fewer where the KV memory is small."""
     handover_timeout_s: float = 120
     """Decode: how long a leg whose KV memory is granted waits for its KV, the prompt's computation included."""
+    kv_check_share: float = 1.0
+    """Share of hand-overs, 0 to 1, whose KV decode compares with what prefill sent; of a pair's, the smaller counts."""
     transfer_backend: str = "nixl"
     """"nixl", or "fake" (SGLang's own, transfers nothing: the negative control of the parity tests)."""
     ucx: dict[str, str] = field(default_factory=dict)

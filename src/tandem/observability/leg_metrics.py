@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from tandem.domain.generation import EngineFinish, EngineTimings, FinishReason
+from tandem.errors import KvCorrupt
 from tandem.observability import request_trace as traces
 from tandem.observability.metrics import Attributes, Metrics
 from tandem.observability.request_trace import LegTrace
@@ -15,6 +16,7 @@ from tandem.observability.request_trace import LegTrace
 HIT_LEGS = 256
 """Number of last finished legs in the hit ratio."""
 ABORTED = "aborted"
+CORRUPT = "corrupt"
 
 
 class LegMetrics:
@@ -41,7 +43,11 @@ class LegMetrics:
         metrics.record("tandem.leg.duration", trace.end_s - trace.begin_s, {**leg, "tandem.outcome": outcome})
         if trace.outcome == traces.CANCELLED and trace.left_s is not None:
             metrics.record("tandem.leg.abort.duration", trace.end_s - trace.left_s, leg)
+        if trace.reason == KvCorrupt.reason:
+            metrics.count("tandem.kv.handovers", 1, {"tandem.kv.check": CORRUPT})
         if finish is not None:
+            if finish.kv_check is not None:
+                metrics.count("tandem.kv.handovers", 1, {"tandem.kv.check": finish.kv_check.value})
             self._record_tokens(leg, finish)
             if finish.timings is not None:
                 self._record_timings(leg, finish.timings)

@@ -65,6 +65,7 @@ PLACEMENT = Attribute("tandem.placement", tuple(placement.value for placement in
 LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
 ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
 ROLE_CHANGE_OUTCOME = Attribute("tandem.outcome", ("in_place", "restarted", "failed"))
+KV_CHECK = Attribute("tandem.kv.check", ("matched", "unchecked", "corrupt"))
 DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropReason))
 ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
 PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
@@ -365,6 +366,7 @@ TABLE: tuple[Metric, ...] = (
         LEG,
         buckets=limits.BANDWIDTH,
     ),
+    _worker("tandem.kv.handovers", Kind.COUNTER, "{handover}", "Hand-overs received, by check of their KV.", KV_CHECK),
     _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of finished legs.", LEG),
     _worker(
         "tandem.prompt.cached_tokens",

@@ -244,6 +244,8 @@ def _leg_attributes(trace: LegTrace) -> dict[str, Any]:
         attributes |= {names.FINISH_REASONS: [finish.reason.value], names.CACHED_TOKENS: finish.cached_tokens}
         if finish.recomputed_tokens is not None:
             attributes[names.RECOMPUTED_TOKENS] = finish.recomputed_tokens
+        if finish.kv_check is not None:
+            attributes[names.KV_CHECK] = finish.kv_check.value
         if finish.timings is not None and finish.timings.kv_transfer_bytes is not None:
             attributes[names.KV_BYTES] = finish.timings.kv_transfer_bytes
     return attributes

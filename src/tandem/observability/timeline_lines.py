@@ -13,7 +13,7 @@ from google.protobuf import duration_pb2
 from tandem.api.admin.v1 import admin_service_pb2 as pb
 from tandem.api.types.v1 import error_pb2, generation_pb2, worker_pb2
 from tandem.errors import ContextExceeded, InvalidRequest, NotSupported, RequestTooLarge
-from tandem.rpc.convert import placement_text, seconds
+from tandem.rpc.convert import kv_check_text, placement_text, seconds
 
 PREFILL_WAITS = (
     ("queued_time", "bootstrap_end_time", "bootstrap with peer"),
@@ -152,6 +152,7 @@ def _leg(leg: pb.TimelineLeg, attempt: pb.TimelineAttempt) -> Iterator[Line]:
     # Worker timestamps come from the worker's clock. They are shown uncorrected: the skew is not known.
     timings, zero_s = leg.timings, seconds(attempt.dispatched.time) - begin_s
     moved = f", {timings.kv_transfer_bytes:,} bytes" if timings.kv_transfer_bytes else ""
+    moved += kv_check_text(timings.kv_check)
     waits: tuple[tuple[str, str, str], ...] = (("queued_time", "prefill_start_time", "waits in the engine"),)
     if timings.HasField("bootstrap_end_time"):
         waits = PREFILL_WAITS

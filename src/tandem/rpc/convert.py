@@ -22,6 +22,7 @@ from tandem.domain.generation import (
     EngineFinish,
     FinishReason,
     Guided,
+    KvCheck,
     Sampling,
     Stopping,
     TokenLogprob,
@@ -48,6 +49,7 @@ FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: generation_pb2.FINISH_REASON_ABORTED,
 }
+KV_CHECKS = {check: generation_pb2.KvCheck.Value(f"KV_CHECK_{check.name}") for check in KvCheck}
 ROLE_BY_NUMBER = {number: role for role, number in ROLES.items()}
 STATE_BY_NUMBER = {number: state for state, number in STATES.items()}
 
@@ -178,6 +180,12 @@ def placement_to_proto(placement: Placement | None) -> generation_pb2.Placement.
     return generation_pb2.PLACEMENT_UNSPECIFIED if placement is None else PLACEMENTS[placement]
 
 
+def kv_check_text(number: generation_pb2.KvCheck.ValueType) -> str:
+    """What follows the number of KV bytes in a line for a person; empty: nothing is known."""
+    texts = {KV_CHECKS[KvCheck.MATCHED]: ", checked", KV_CHECKS[KvCheck.UNCHECKED]: ", not checked"}
+    return texts.get(number, "")
+
+
 def placement_text(number: generation_pb2.Placement.ValueType) -> str:
     """A placement in words, such as "short prompt"; "" for UNSPECIFIED."""
     if number == generation_pb2.PLACEMENT_UNSPECIFIED:
@@ -243,6 +251,8 @@ def finish_to_proto(finish: EngineFinish) -> leg_pb2.LegFinish:
         prompt_logprobs=map(logprob_to_proto, finish.prompt_logprobs),
         embedding=finish.embedding,
     )
+    if finish.kv_check is not None:
+        message.timings.kv_check = KV_CHECKS[finish.kv_check]
     if finish.timings is not None:
         message.timings.MergeFrom(leg_pb2.LegTimings(kv_transfer_bytes=finish.timings.kv_transfer_bytes))
         for name in TIMES:

@@ -138,6 +138,13 @@ class WorkerConfig(AdminConfig):
         le=3600,
         description="seconds within which a decode worker must have a prompt's KV, its computation included",
     )
+    kv_check_share: float = Field(
+        1,
+        ge=0,
+        le=1,
+        description="share of hand-overs whose KV is compared with what the prefill engine sent, by a digest that both "
+        "engines compute; of a pair's two settings the smaller counts. 0: none",
+    )
     kv_events: bool | None = Field(
         None,
         description="report the changes of the engine's prefix cache, by which frontends route; default: where it has "
@@ -274,6 +281,7 @@ class WorkerConfig(AdminConfig):
             kv_capacity_tokens=self.kv_capacity_tokens,
             running_requests_max=self.running_requests_max,
             handover_timeout_s=self.handover_timeout_s,
+            kv_check_share=self.kv_check_share,
             transfer_backend=self.transfer_backend,
             ucx=self._ucx(),
             threads=self.threads,

@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,13 @@ class EngineProcess:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def spawn(cls, name: str, settings: EngineSettings, log: Path) -> EngineProcess:
-        """Start the process, not yet the engine."""
-        source = str(Path(tandem.__file__).parents[1])
+    async def spawn(
+        cls, name: str, settings: EngineSettings, log: Path, plugin: Mapping[str, str] | None = None
+    ) -> EngineProcess:
+        """Start the process, not yet the engine. `plugin` is the environment of one that SGLang is to find."""
+        source, plugin = str(Path(tandem.__file__).parents[1]), plugin or {}
+        # On a GPU machine the packages are named by the variable too.
+        paths = filter(None, (plugin.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))
         with log.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -123,7 +127,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": source},
+                env={**os.environ, **plugin, "PYTHONPATH": os.pathsep.join((source, *paths))},
                 start_new_session=True,  # its own group, so that `close` reaches every process the engine started
             )
         engine = cls(process)

@@ -18,12 +18,14 @@ from tandem.engine.simulated.tokens import expected_tokens, read_vocabulary
 
 AGGREGATED, PREFILL, DECODE = WorkerRole.AGGREGATED, WorkerRole.PREFILL, WorkerRole.DECODE
 PROMPT = tuple(range(20, 60))
+SETTINGS = ("kv_capacity_tokens", "kv_check_share", "transfer_backend", "dtype")
+"""Those of `EngineSettings` among the options."""
 _numbers = itertools.count(1)
 
 
 @asynccontextmanager
 async def running(model_path: Path, role: WorkerRole, **options: Any) -> AsyncIterator[SimulatedEngine]:
-    settings = {k: options.pop(k) for k in ("kv_capacity_tokens", "transfer_backend", "dtype") if k in options}
+    settings = {k: options.pop(k) for k in SETTINGS if k in options}
     engine = SimulatedEngine(
         EngineSettings(role=role, model_path=model_path, model_name="m", extra=options, **settings)
     )

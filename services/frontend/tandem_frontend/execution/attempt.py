@@ -19,6 +19,7 @@ from tandem.errors import (
     DeadlinePassed,
     Draining,
     InvalidRequest,
+    KvCorrupt,
     LegFailed,
     ModelNotFound,
     NotSupported,
@@ -189,6 +190,8 @@ class Attempt:
         """The worker whose leg failed first, where another worker may succeed."""
         self.faulty_worker: Worker | None = None
         """The same worker unless it only refused the leg: its failure counts for the circuit breaker."""
+        self.found_corrupt_kv = False
+        """Whether the decode worker refused the KV: nothing says which end of the transfer is at fault."""
         self.found_it_gone = False
         """Whether the failed worker said that it leaves or was restarted: the view is behind."""
         self._has_enough = False
@@ -207,6 +210,13 @@ class Attempt:
     def has_embedding(self) -> bool:
         """Whether the worker has computed an embedding, the only output of such a leg."""
         return self.decode_finish is not None and len(self.decode_finish.embedding) > 0
+
+    @property
+    def suspects(self) -> tuple[Worker, ...]:
+        """The workers that may be at fault: the failed one, and of corrupt KV both ends of the transfer."""
+        if self.found_corrupt_kv:
+            return self.route.workers
+        return () if self.failed_worker is None else (self.failed_worker,)
 
     async def start(self, send: Send) -> None:
         """Send the legs; return when every worker has accepted its leg, even if one has failed since.
@@ -384,6 +394,7 @@ class Attempt:
                 self.faulty_worker = side.worker
             if self.failed_worker is None:
                 self.found_it_gone = isinstance(problem, GONE)
+                self.found_corrupt_kv = isinstance(problem, KvCorrupt)
             self.failed_worker = self.failed_worker or side.worker
         if is_blamed:
             self._record.broke(
@@ -400,8 +411,11 @@ class Attempt:
             "attempt": self.number,
             "room": self.room or None,
         }
+        if isinstance(problem, KvCorrupt) and self.route.prefill is not None:
+            facts["prefill"] = self.route.prefill.worker_id
         where = f"{side.role.value} leg on {side.worker.worker_id} failed in phase {facts['phase']}"
-        return LegFailed(f"{where}: {problem.message}", **facts)
+        kind = KvCorrupt if isinstance(problem, KvCorrupt) else LegFailed
+        return kind(f"{where}: {problem.message}", **facts)
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -388,16 +388,16 @@ class RetryingStream:
             self._deps.breakers.succeeded(prefill, self._sent_s)
 
     def _note_failed(self) -> None:
-        if self.attempt.faulty_worker is not None:
-            self._deps.breakers.failed(self.attempt.faulty_worker, self._sent_s)
-        worker = self.attempt.failed_worker
+        attempt, worker = self.attempt, self.attempt.failed_worker
+        for suspect in attempt.suspects:
+            if attempt.faulty_worker is not None:
+                self._deps.breakers.failed(suspect, self._sent_s)
+            self._deps.refusals.note(suspect)
         if worker is not None:
-            self._deps.refusals.note(worker)
-            self._failed.add(worker.start)
-            if self.attempt.left_early:
-                self._left_early.add(worker.start)
-            else:
-                self._left_early.discard(worker.start)
+            # Damaged once, a transfer may succeed the next time: where no others are left, the same pair repeats it.
+            if not attempt.found_corrupt_kv:
+                self._failed.add(worker.start)
+            (self._left_early.add if attempt.left_early else self._left_early.discard)(worker.start)
             if self.attempt.found_it_gone and self._gone_count < GONE_MAX:
                 self._gone_count += 1
                 self._fruitless_count -= 1

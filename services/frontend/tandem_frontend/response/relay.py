@@ -264,6 +264,8 @@ class Relay:
             timings.kv_transfer_bytes = moved_bytes
         if decode is not None and decode.timings.HasField("recomputed_tokens"):
             timings.recomputed_tokens = decode.timings.recomputed_tokens
+        if decode is not None:
+            timings.kv_check = decode.timings.kv_check
         if first_s is not None and last_s is not None:
             timings.first_token_time.CopyFrom(timestamp(first_s))
             timings.last_token_time.CopyFrom(timestamp(last_s))

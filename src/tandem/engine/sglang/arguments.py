@@ -196,6 +196,8 @@ def _role_arguments(settings: EngineSettings, device: str, ports: Ports) -> dict
         "disaggregation_mode": settings.role.value,
         "disaggregation_transfer_backend": settings.transfer_backend,
         "disaggregation_bootstrap_port": ports.bootstrap,
+        # Also where nothing is checked: metadata buffers pair up by their position, so both sides should have them all.
+        "disaggregation_enable_kv_checksum": settings.transfer_backend == "nixl",
     }
     return arguments | decode_arguments(settings, device) if settings.role is WorkerRole.DECODE else arguments
 
@@ -228,6 +230,7 @@ OWNED = frozenset(
         "disaggregation_mode",
         "disaggregation_transfer_backend",
         "disaggregation_bootstrap_port",
+        "disaggregation_enable_kv_checksum",
         "tokenizer_worker_num",
         "detokenizer_worker_num",
         "skip_tokenizer_init",

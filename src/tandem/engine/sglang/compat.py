@@ -99,6 +99,9 @@ def check_offers(transfer_backend: str, device: str) -> None:
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}: {CHANGED}")
     if transfer_backend == "nixl":
         _import("nixl._api")
+        if device == "cpu":
+            # The digest of what is handed over.
+            _import("xxhash")
         for target in scheduler_hooks.targets(device) | scheduler_hooks.targets_in_main():
             try:
                 pkgutil.resolve_name(target)

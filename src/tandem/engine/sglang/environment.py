@@ -28,6 +28,8 @@ REGISTRATION_KEY = "TANDEM_SGLANG_REGISTRATION_KEY"
 """The secret that an engine's processes add to a registration at its bootstrap server; drawn by each worker."""
 PREFIX_CACHE = "TANDEM_SGLANG_PREFIX_CACHE"
 """Whether the engine has a prefix cache in the prefill role: "1" or "0"."""
+KV_CHECK_SHARE = "TANDEM_SGLANG_KV_CHECK_SHARE"
+"""The share of hand-overs whose KV is compared, 0 to 1."""
 PLATFORM_NAME = "tandem_cpu"
 """Name of the entry point in the group sglang.srt.platforms."""
 STANDINS = Path(__file__).with_name("standins")
@@ -51,6 +53,7 @@ def variables(settings: EngineSettings, device: str, report_file: Path) -> dict[
         DEVICE_SWITCH: device,
         REPORT_FILE: str(report_file),
         REGISTRATION_KEY: _registration_key(),
+        KV_CHECK_SHARE: str(settings.kv_check_share),
         PREFIX_CACHE: "0" if settings.extra.get("disable_radix_cache") else "1",
         # NIXL's control sockets would otherwise bind the first address of the first network interface.
         "SGLANG_HOST_IP": _ip(settings.host),

@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from tandem.engine.sglang.hooks.scheduler_hooks import FACTS_KEY
-from tandem.engine.sglang.responses import Answers
+from tandem.engine.sglang.responses import Answers, is_corrupt
 from tandem.errors import EngineFailed, TandemError
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
             state.time_stats.set_first_token_time()
         answers: Answers = state.answers
         token_ids, reason = recv_obj.output_ids[i], recv_obj.finished_reasons[i]
-        if len(token_ids):
+        if len(token_ids) and not is_corrupt(reason):
             answers.tokens(token_ids, recv_obj, i)
         if reason is not None:
             self._finish(rid, state, recv_obj, i)

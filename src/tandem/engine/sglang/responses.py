@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
+from tandem.domain.generation import (
+    EngineFinish,
+    EngineRequest,
+    EngineTimings,
+    FinishReason,
+    KvCheck,
+    TokenLogprob,
+)
 from tandem.domain.sampling import ENGINE_NAMES
 from tandem.engine.port import Output
 from tandem.engine.sglang.hooks import grammars
@@ -19,6 +26,7 @@ from tandem.errors import (
     ContextExceeded,
     EngineFailed,
     InvalidRequest,
+    KvCorrupt,
     LegFailed,
     NotSupported,
     RequestError,
@@ -27,6 +35,7 @@ from tandem.errors import (
 
 BAD_REQUEST = 400
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+_KV_CHECKS = {None: None, True: KvCheck.MATCHED, False: KvCheck.UNCHECKED}
 _TIMINGS = (
     "queued_time_s",
     "bootstrap_end_time_s",
@@ -54,6 +63,8 @@ _TOO_LONG = ("maximum allowed length", "model's context length")
 _COMPILER_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 """What XGrammar puts before its sentence: a time, and a line of its own source."""
 _PEER_WORDS = "decode-side abort"
+_CORRUPT_WORDS = ("KV checksum mismatch", "Metadata corruption")
+"""What SGLang's decode says where the KV, or the metadata that comes with it, is not that of the request."""
 _BOOTSTRAP_WORDS = ("bootstrap", "Could not fetch", "parallel info")
 
 
@@ -179,6 +190,9 @@ class Answers:
         if self._request.bootstrap is None:
             return EngineFailed(message)
         whole = str(reason.get("message")).replace("bootstrap_room", "room")
+        if is_corrupt(reason):
+            problem = "the KV that arrived is not what the prefill engine sent"
+            return KvCorrupt(problem, phase="transferring", room=self._request.bootstrap.room)
         # SGLang's prefill says "Prefill bootstrap failed", its decode "Decode transfer failed" for either phase.
         phase = "bootstrapping" if any(word in whole for word in _BOOTSTRAP_WORDS) else "transferring"
         # A prefill engine that its peer has notified of an abort has not failed itself.
@@ -207,6 +221,12 @@ class Answers:
         return InvalidRequest(field, f"cannot be used: {_COMPILER_PLACE.sub('', cause or message)}")
 
 
+def is_corrupt(reason: dict[str, Any] | None) -> bool:
+    """Whether the engine has dropped a request because of its KV; the token that came with it counts for nothing."""
+    message = "" if reason is None else str(reason.get("message"))
+    return any(words in message for words in _CORRUPT_WORDS)
+
+
 def _finish(reason: dict[str, Any], batch: Any, i: int, facts: dict[str, Any]) -> EngineFinish:
     matched = reason.get("matched")
     return EngineFinish(
@@ -216,6 +236,7 @@ def _finish(reason: dict[str, Any], batch: Any, i: int, facts: dict[str, Any]) -
         completion_tokens=batch.completion_tokens[i],
         cached_tokens=batch.cached_tokens[i],
         recomputed_tokens=facts.get("recomputed_tokens"),
+        kv_check=_KV_CHECKS[facts.get("kv_checked")],
         timings=EngineTimings(**{name: facts.get(name) for name in _TIMINGS}),
     )
 

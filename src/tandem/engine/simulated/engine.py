@@ -141,6 +141,7 @@ class SimulatedEngine:
             self._clock,
             self._network,
             self._settings.seed,
+            self._settings.kv_check_share,
         )
         self._bootstrap_port = await machine.start(self._settings.host, self._settings.bootstrap_port)
         self._capabilities, self._checkpoint = capabilities, checkpoint

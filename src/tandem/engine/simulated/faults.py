@@ -16,15 +16,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tandem.engine.simulated.kv_content import DAMAGES
 from tandem.engine.simulated.timing import Clock
 from tandem.errors import ConfigError
 
 ENGINE_POINTS = ("admit", "prefill_chunk", "decode_step", "finish", "abort")
 """Points in the engine's loop: a hang there blocks every request."""
-LEG_POINTS = ("adapter", "canary", "bootstrap", "transfer_begin", "transfer_middle", "transfer_end")
+LEG_POINTS = ("adapter", "canary", "bootstrap", "transfer_begin", "transfer_middle", "transfer_end", "kv_arrived")
 """Points in a request's own task, or in the loading of an adapter: a hang there blocks nothing else."""
 POINTS = (*ENGINE_POINTS, *LEG_POINTS)
-KINDS = ("fail", "delay", "hang", "exhaust", "crash", "kill")
+KINDS = ("fail", "delay", "hang", "exhaust", "crash", "kill", *DAMAGES)
 CONTROL_INTERVAL_S = 0.05
 
 
@@ -44,7 +45,8 @@ class FaultRule:
     kind: str
     """fail: the request fails. delay: waits for `delay_s`. hang: waits until the rules change. exhaust: withholds every
     available page for `delay_s`, or until the rules change. crash: the engine dies as if SGLang's scheduler had died,
-    and `wait_failed` returns. kill: the process gets SIGKILL."""
+    and `wait_failed` returns. kill: the process gets SIGKILL. Those of `kv_content.DAMAGES`, at kv_arrived only: the KV
+    is damaged before it is checked."""
     nth: int | None = None
     """The first pass at which it fires, from 1; None: every pass."""
     times: int | None = None
@@ -86,6 +88,8 @@ def _parse_rule(rule: Any, key: str) -> FaultRule:
     for name, allowed in (("point", POINTS), ("kind", KINDS)):
         if rule[name] not in allowed:
             raise ConfigError(f"{key}.{name}", f"must be one of {', '.join(allowed)}, not {rule[name]!r}")
+    if rule["kind"] in DAMAGES and rule["point"] != "kv_arrived":
+        raise ConfigError(f"{key}.point", f"must be kv_arrived with kind {rule['kind']}, not {rule['point']!r}")
     for name in ("nth", "times", "every"):
         value = rule.get(name)
         if value is not None and (type(value) is not int or value < 1):
@@ -159,18 +163,21 @@ class Faults:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def reach(self, point: str, request_id: str) -> None:
-        """Pass a point, and apply the rules that fire there.
+    async def reach(self, point: str, request_id: str) -> tuple[str, ...]:
+        """Pass a point, and apply the rules that fire there. Returns the kinds of damage for the caller to apply.
 
         Raises:
             FaultInjected: a rule makes the request fail.
             EngineCrashed: a rule kills the engine.
         """
         self.read_control_file()
+        damages = []
         for counter in self._counters:
             if counter.rule.point == point and counter.due():
                 self._record(counter, request_id)
                 await self._act(counter.rule)
+                damages += [counter.rule.kind] if counter.rule.kind in DAMAGES else []
+        return tuple(damages)
 
     async def watch_control_file(self) -> None:
         """Poll the control file until cancelled; returns at once if none is configured."""

@@ -6,18 +6,22 @@ Every step may be cancelled. The scheduler owns memory and computation; a failed
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Callable
 
-from tandem.domain.generation import Bootstrap
+from tandem.domain.generation import Bootstrap, KvCheck
+from tandem.domain.kv_sample import is_sampled
 from tandem.engine.simulated.faults import FaultInjected, Faults
+from tandem.engine.simulated.kv_content import KvContent
 from tandem.engine.simulated.leg import Leg
 from tandem.engine.simulated.network import Network
 from tandem.engine.simulated.options import Options
-from tandem.engine.simulated.rendezvous import BootstrapServer, DecodePeer, KvPuller, leg_failed
+from tandem.engine.simulated.rendezvous import BootstrapServer, DecodePeer, KvPuller, ReceivedKv, leg_failed
 from tandem.engine.simulated.scheduler import Scheduler
 from tandem.engine.simulated.timing import Clock, Timing
-from tandem.engine.simulated.tokens import digest
+from tandem.engine.simulated.tokens import SequenceState, digest
 from tandem.engine.simulated.wire import KvHeader
+from tandem.errors import KvCorrupt
 
 
 class HandOver:
@@ -33,9 +37,12 @@ class HandOver:
         network: Network,
         *,
         kv_bytes_per_token: int,
+        kv_check_share: float,
         wake: Callable[[], None],
     ) -> None:
         """`wake` makes the engine's loop look for legs that can proceed."""
+        self._kv_check_share = kv_check_share
+        self._draw = random.Random(0)  # noqa: S311 -- chooses what a fault damages
         meet_s, transfer_s = options.bootstrap_timeout_s, options.transfer_timeout_s
         self.server = BootstrapServer(meet_s, transfer_s, network)
         # Decode has its memory when it connects, so prefill's leg is there or lost.
@@ -75,9 +82,34 @@ class HandOver:
         leg.kv_transfer_start_time_s = received.begin_time_s
         leg.kv_transfer_end_time_s = received.end_time_s
         leg.kv_transfer_bytes = received.size_bytes
-        leg.state = received.state
+        leg.state = await self._check(leg, bootstrap.room, received)
         leg.kv_came = True
         self._wake()
+
+    async def _check(self, leg: Leg, room: int, received: ReceivedKv) -> SequenceState:
+        """Compare the KV with what was sent, as decode does before it computes anything from it.
+
+        Returns:
+            The state that the KV stands for.
+
+        Raises:
+            KvCorrupt: it is not what was sent.
+        """
+        content = self._content(leg, received.state, leg.cached_tokens)
+        for kind in await self._reach(leg, "decode", "kv_arrived"):
+            content.damage(kind, self._page_size_tokens, self._draw)
+        leg.kv_check = KvCheck.UNCHECKED
+        if received.kv_digest is not None and is_sampled(room, self._kv_check_share):
+            if content.digest() != received.kv_digest:
+                problem = "the KV that arrived is not what the prefill engine sent"
+                raise KvCorrupt(problem, leg="decode", phase="transferring", room=room)
+            leg.kv_check = KvCheck.MATCHED
+        return content.spoiled()
+
+    def _content(self, leg: Leg, state: SequenceState, cached_tokens: int) -> KvContent:
+        """The KV that moves: what is not in decode's prefix cache, in full pages."""
+        held_tokens = cached_tokens // self._page_size_tokens * self._page_size_tokens
+        return KvContent(state, max(0, leg.prompt_tokens - held_tokens))
 
     async def _send_to(self, leg: Leg, peer: DecodePeer, room: int) -> None:
         computed_tokens = await leg.computed_parts.get()
@@ -86,7 +118,10 @@ class HandOver:
         held_pages = min(peer.cached_tokens // self._page_size_tokens, self._pages(leg.prompt_tokens))
         header = KvHeader(leg.prompt_tokens, (self._pages(leg.prompt_tokens) - held_pages) * self._page_bytes)
         moving = self._move(leg, computed_tokens, held_pages, header.size_bytes)
-        await self.server.hand_over(peer, room, header, digest(leg.request.token_ids, leg.request.adapter), moving)
+        state, kv_digest = digest(leg.request.token_ids, leg.request.adapter), None
+        if is_sampled(room, self._kv_check_share):
+            kv_digest = self._content(leg, state, peer.cached_tokens).digest()
+        await self.server.hand_over(peer, room, header, state, moving, kv_digest)
         leg.kv_transfer_end_time_s = self._clock.time_s()
         leg.kv_transfer_bytes = header.size_bytes
 
@@ -121,9 +156,9 @@ class HandOver:
         async with self._link:
             await self._clock.sleep(self._timing.transfer_s(size_bytes, begun=begun))
 
-    async def _reach(self, leg: Leg, role: str, point: str) -> None:
+    async def _reach(self, leg: Leg, role: str, point: str) -> tuple[str, ...]:
         try:
-            await self._faults.reach(point, leg.request.request_id)
+            return await self._faults.reach(point, leg.request.request_id)
         except FaultInjected as fault:
             phase = "bootstrapping" if point == "bootstrap" else "transferring"
             raise leg_failed(role, phase, _room(leg).room, str(fault)) from None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, TokenLogprob
+from tandem.domain.generation import EngineFinish, EngineRequest, EngineTimings, FinishReason, KvCheck, TokenLogprob
 from tandem.domain.kv_blocks import BlockHashes
 from tandem.engine.port import Output
 from tandem.engine.simulated.kv_pool import KvLease
@@ -76,6 +76,7 @@ class Leg:
     emitted: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     recomputed_tokens: int | None = None
+    kv_check: KvCheck | None = None
     retraction_count: int = 0
     time_s: Callable[[], float] | None = None
     """The engine's clock; None: timestamps are not recorded."""
@@ -165,6 +166,7 @@ class Leg:
             completion_tokens=len(self.emitted),
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
+            kv_check=self.kv_check,
             timings=EngineTimings(
                 queued_time_s=self.queued_time_s,
                 bootstrap_end_time_s=self.bootstrap_end_time_s,

@@ -39,6 +39,7 @@ class Machine:
         clock: Clock,
         network: Network,
         seed: int,
+        kv_check_share: float = 1.0,
     ) -> None:
         self._work = asyncio.Event()
         # As in SGLang, a decode engine has a prefix cache only where an option says so: it receives all its KV.
@@ -68,6 +69,7 @@ class Machine:
             clock,
             network,
             kv_bytes_per_token=capabilities.kv_bytes_per_token,
+            kv_check_share=kv_check_share,
             wake=self._wake,
         )
         self._role = role

@@ -108,7 +108,13 @@ class BootstrapServer:
             peer.line.close()
 
     async def hand_over(
-        self, peer: DecodePeer, room: int, header: KvHeader, state: SequenceState, parts: AsyncGenerator[int]
+        self,
+        peer: DecodePeer,
+        room: int,
+        header: KvHeader,
+        state: SequenceState,
+        parts: AsyncGenerator[int],
+        kv_digest: str | None = None,
     ) -> None:
         """Send a prompt's KV, and wait until decode confirms all of it.
 
@@ -118,6 +124,7 @@ class BootstrapServer:
             header: total size.
             state: hash state that stands for the KV.
             parts: transfers the KV; yields the bytes of each part that has been transferred.
+            kv_digest: of the KV; None: decode is not to check it.
 
         Raises:
             ConnectionLost: the peer disconnected.
@@ -127,7 +134,8 @@ class BootstrapServer:
         async with aclosing(parts):
             async for size_bytes in parts:
                 await peer.line.send("part", size_bytes=size_bytes)
-        await peer.line.send("end", state=state.hex())
+        checked = {} if kv_digest is None else {"kv_digest": kv_digest}
+        await peer.line.send("end", state=state.hex(), **checked)
         try:
             async with asyncio.timeout(self._transfer_timeout_s):
                 received_bytes = await peer.done
@@ -213,10 +221,16 @@ class ReceivedKv:
     size_bytes: int
     begin_time_s: float
     end_time_s: float
+    kv_digest: str | None = None
+    """What prefill says that the KV's digest is; None: it has computed none, or does not know of any."""
 
 
 async def _nothing(point: str) -> None:
     pass
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 class KvPuller:
@@ -239,7 +253,7 @@ class KvPuller:
         bootstrap: Bootstrap,
         prompt_tokens: int,
         cached_tokens: int = 0,
-        reach: Callable[[str], Awaitable[None]] = _nothing,
+        reach: Callable[[str], Awaitable[object]] = _nothing,
     ) -> ReceivedKv:
         """Connect to the prefill leg and receive its KV.
 
@@ -270,7 +284,7 @@ class KvPuller:
         finally:
             line.close()
 
-    async def _receive(self, line: Line, prompt_tokens: int, reach: Callable[[str], Awaitable[None]]) -> ReceivedKv:
+    async def _receive(self, line: Line, prompt_tokens: int, reach: Callable[[str], Awaitable[object]]) -> ReceivedKv:
         begin = await line.receive("begin", prompt_tokens=int, size_bytes=int)
         begin_time_s = self._time_s()
         if begin["prompt_tokens"] != prompt_tokens:
@@ -286,7 +300,9 @@ class KvPuller:
             size_bytes += part_bytes
         end = await line.receive("end", state=str)
         await reach("transfer_end")
-        received = ReceivedKv(parse_state(end["state"]), size_bytes, begin_time_s, self._time_s())
+        received = ReceivedKv(
+            parse_state(end["state"]), size_bytes, begin_time_s, self._time_s(), _text(end.get("kv_digest"))
+        )
         await line.send("done", size_bytes=received.size_bytes)
         return received
 

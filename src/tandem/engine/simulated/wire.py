@@ -1,8 +1,9 @@
 """The messages between two simulated engines, over one connection per bootstrap room.
 
 decode -> prefill: hello {room, cached_tokens}; prefill -> decode: met, begin {prompt_tokens, size_bytes}, part
-{size_bytes} for each transferred part, end {state}; decode -> prefill: done {size_bytes}, the sum of the parts. Each
-message is one line with one JSON object; Python's JSON keeps a 63-bit room exact.
+{size_bytes} for each transferred part, end {state} with {kv_digest} where it is to be checked; decode -> prefill: done
+{size_bytes}, the sum of the parts. Each message is one line with one JSON object; Python's JSON keeps a 63-bit room
+exact.
 """
 
 from __future__ import annotations

@@ -90,6 +90,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """An adapter was not loaded or unloaded. Metadata: adapter, worker (the first that is at fault), workers (the state
     of each as ID=STATE, separated by commas). FAILED_PRECONDITION.
     """
+    ERROR_REASON_KV_CORRUPT: _ErrorReason.ValueType  # 60
+    """The KV that a decode worker received is not what the prefill worker sent, and no attempt was left. Metadata: as
+    LEG_FAILED. UNAVAILABLE.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable reason of a failure. Travels as `google.rpc.ErrorInfo.reason`, without the prefix, in the domain
@@ -163,5 +167,9 @@ ERROR_REASON_OBJECT_NOT_FOUND: ErrorReason.ValueType  # 27
 ERROR_REASON_ADAPTER_REFUSED: ErrorReason.ValueType  # 70
 """An adapter was not loaded or unloaded. Metadata: adapter, worker (the first that is at fault), workers (the state
 of each as ID=STATE, separated by commas). FAILED_PRECONDITION.
+"""
+ERROR_REASON_KV_CORRUPT: ErrorReason.ValueType  # 60
+"""The KV that a decode worker received is not what the prefill worker sent, and no attempt was left. Metadata: as
+LEG_FAILED. UNAVAILABLE.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

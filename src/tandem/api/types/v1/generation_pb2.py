@@ -26,17 +26,19 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$tandem/api/types/v1/generation.proto\x12\x13tandem.api.types.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .tandem.api.types.v1.RankedToken\"0\n\x0bRankedToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\xaf\x04\n\x07Timings\x12\x31\n\raccepted_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x34\n\x10\x66irst_token_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_token_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13time_to_first_token\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens\":\n\x0bMatchedStop\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\x05H\x00\x42\x07\n\x05match*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*\xfc\x01\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16PLACEMENT_SHORT_PROMPT\x10\x01\x12\x1a\n\x16PLACEMENT_PREFILL_WAIT\x10\x02\x12\x15\n\x11PLACEMENT_NO_PAIR\x10\x03\x12\x19\n\x15PLACEMENT_LONG_PROMPT\x10\x04\x12\x1a\n\x16PLACEMENT_PROMPT_SHARE\x10\x05\x12\x15\n\x11PLACEMENT_STREAMS\x10\x06\x12\x1a\n\x16PLACEMENT_LOAD_UNKNOWN\x10\x07\x12\x1b\n\x17PLACEMENT_NO_AGGREGATED\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$tandem/api/types/v1/generation.proto\x12\x13tandem.api.types.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .tandem.api.types.v1.RankedToken\"0\n\x0bRankedToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\xdf\x04\n\x07Timings\x12\x31\n\raccepted_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x34\n\x10\x66irst_token_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_token_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13time_to_first_token\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x08kv_check\x18< \x01(\x0e\x32\x1c.tandem.api.types.v1.KvCheckB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens\":\n\x0bMatchedStop\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\x05H\x00\x42\x07\n\x05match*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*\xfc\x01\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16PLACEMENT_SHORT_PROMPT\x10\x01\x12\x1a\n\x16PLACEMENT_PREFILL_WAIT\x10\x02\x12\x15\n\x11PLACEMENT_NO_PAIR\x10\x03\x12\x19\n\x15PLACEMENT_LONG_PROMPT\x10\x04\x12\x1a\n\x16PLACEMENT_PROMPT_SHARE\x10\x05\x12\x15\n\x11PLACEMENT_STREAMS\x10\x06\x12\x1a\n\x16PLACEMENT_LOAD_UNKNOWN\x10\x07\x12\x1b\n\x17PLACEMENT_NO_AGGREGATED\x10\x08*Q\n\x07KvCheck\x12\x18\n\x14KV_CHECK_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_CHECK_MATCHED\x10\x01\x12\x16\n\x12KV_CHECK_UNCHECKED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.types.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=978
-  _globals['_FINISHREASON']._serialized_end=1100
-  _globals['_PLACEMENT']._serialized_start=1103
-  _globals['_PLACEMENT']._serialized_end=1355
+  _globals['_FINISHREASON']._serialized_start=1026
+  _globals['_FINISHREASON']._serialized_end=1148
+  _globals['_PLACEMENT']._serialized_start=1151
+  _globals['_PLACEMENT']._serialized_end=1403
+  _globals['_KVCHECK']._serialized_start=1405
+  _globals['_KVCHECK']._serialized_end=1486
   _globals['_TOKENLOGPROB']._serialized_start=126
   _globals['_TOKENLOGPROB']._serialized_end=222
   _globals['_RANKEDTOKEN']._serialized_start=224
@@ -44,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGE']._serialized_start=274
   _globals['_USAGE']._serialized_end=354
   _globals['_TIMINGS']._serialized_start=357
-  _globals['_TIMINGS']._serialized_end=916
-  _globals['_MATCHEDSTOP']._serialized_start=918
-  _globals['_MATCHEDSTOP']._serialized_end=976
+  _globals['_TIMINGS']._serialized_end=964
+  _globals['_MATCHEDSTOP']._serialized_start=966
+  _globals['_MATCHEDSTOP']._serialized_end=1024
 # @@protoc_insertion_point(module_scope)

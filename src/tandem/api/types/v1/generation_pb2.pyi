@@ -97,6 +97,30 @@ PLACEMENT_NO_AGGREGATED: Placement.ValueType  # 8
 """Pair: no aggregated worker is left, or it is avoided."""
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
+class _KvCheck:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvCheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvCheck.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_CHECK_UNSPECIFIED: _KvCheck.ValueType  # 0
+    """Aggregated worker, or an engine that reports nothing."""
+    KV_CHECK_MATCHED: _KvCheck.ValueType  # 1
+    """Both engines computed a digest of the KV, and the two are equal."""
+    KV_CHECK_UNCHECKED: _KvCheck.ValueType  # 2
+    """Not compared: switched off, not in the sample, or the prefill engine computed no digest."""
+
+class KvCheck(_KvCheck, metaclass=_KvCheckEnumTypeWrapper):
+    """Whether the KV of a hand-over was compared with what the prefill engine sent, before anything was generated from it."""
+
+KV_CHECK_UNSPECIFIED: KvCheck.ValueType  # 0
+"""Aggregated worker, or an engine that reports nothing."""
+KV_CHECK_MATCHED: KvCheck.ValueType  # 1
+"""Both engines computed a digest of the KV, and the two are equal."""
+KV_CHECK_UNCHECKED: KvCheck.ValueType  # 2
+"""Not compared: switched off, not in the sample, or the prefill engine computed no digest."""
+Global___KvCheck: _TypeAlias = KvCheck  # noqa: Y015
+
 @_typing.final
 class TokenLogprob(_message.Message):
     """Log probability of one token, emitted or of the prompt."""
@@ -201,10 +225,13 @@ class Timings(_message.Message):
     FIRST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
     LAST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    KV_CHECK_FIELD_NUMBER: _builtins.int
     kv_transfer_bytes: _builtins.int
     """KV bytes transferred between the engines, as counted by them. Absent on an aggregated worker."""
     recomputed_tokens: _builtins.int
     """Prompt tokens recomputed by the decode engine. 0: all KV was transferred. Absent: aggregated worker."""
+    kv_check: Global___KvCheck.ValueType
+    """Whether the KV was compared with what the prefill engine sent; of the attempt that ended the stream."""
     @_builtins.property
     def accepted_time(self) -> _timestamp_pb2.Timestamp:
         """The frontend accepted the request."""
@@ -250,10 +277,11 @@ class Timings(_message.Message):
         first_token_time: _timestamp_pb2.Timestamp | None = ...,
         last_token_time: _timestamp_pb2.Timestamp | None = ...,
         time_to_first_token: _duration_pb2.Duration | None = ...,
+        kv_check: Global___KvCheck.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "accepted_time", b"accepted_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "last_token_time", b"last_token_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "recomputed_tokens", b"recomputed_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "accepted_time", b"accepted_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "last_token_time", b"last_token_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "recomputed_tokens", b"recomputed_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "accepted_time", b"accepted_time", "first_token_time", b"first_token_time", "kv_check", b"kv_check", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "last_token_time", b"last_token_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "recomputed_tokens", b"recomputed_tokens", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_transfer_bytes: _TypeAlias = _typing.Literal["kv_transfer_bytes"]  # noqa: Y015
     _WhichOneofArgType__kv_transfer_bytes: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes"]  # noqa: Y015

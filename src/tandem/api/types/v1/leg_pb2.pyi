@@ -362,10 +362,13 @@ class LegTimings(_message.Message):
     BOOTSTRAP_END_TIME_FIELD_NUMBER: _builtins.int
     PREALLOCATION_END_TIME_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
+    KV_CHECK_FIELD_NUMBER: _builtins.int
     kv_transfer_bytes: _builtins.int
     """Bytes of KV received (decode) or sent (prefill), as counted by the engine."""
     recomputed_tokens: _builtins.int
     """Decode: prompt tokens computed here instead of received."""
+    kv_check: _generation_pb2.KvCheck.ValueType
+    """Decode: whether the KV was compared with what the prefill engine sent."""
     @_builtins.property
     def queued_time(self) -> _timestamp_pb2.Timestamp:
         """The engine accepted the request."""
@@ -411,10 +414,11 @@ class LegTimings(_message.Message):
         bootstrap_end_time: _timestamp_pb2.Timestamp | None = ...,
         preallocation_end_time: _timestamp_pb2.Timestamp | None = ...,
         first_token_time: _timestamp_pb2.Timestamp | None = ...,
+        kv_check: _generation_pb2.KvCheck.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "bootstrap_end_time", b"bootstrap_end_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "preallocation_end_time", b"preallocation_end_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "bootstrap_end_time", b"bootstrap_end_time", "first_token_time", b"first_token_time", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "preallocation_end_time", b"preallocation_end_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes", "_recomputed_tokens", b"_recomputed_tokens", "bootstrap_end_time", b"bootstrap_end_time", "first_token_time", b"first_token_time", "kv_check", b"kv_check", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transfer_end_time", b"kv_transfer_end_time", "kv_transfer_start_time", b"kv_transfer_start_time", "preallocation_end_time", b"preallocation_end_time", "prefill_end_time", b"prefill_end_time", "prefill_start_time", b"prefill_start_time", "queued_time", b"queued_time", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_transfer_bytes: _TypeAlias = _typing.Literal["kv_transfer_bytes"]  # noqa: Y015
     _WhichOneofArgType__kv_transfer_bytes: _TypeAlias = _typing.Literal["_kv_transfer_bytes", b"_kv_transfer_bytes"]  # noqa: Y015

@@ -143,7 +143,9 @@ class LegEnd(_message.Message):
 
     @_builtins.property
     def failure(self) -> _status_pb2.Status:
-        """It failed. Details contain google.rpc.ErrorInfo: LEG_FAILED, ENGINE_FAILED, INVALID_REQUEST or DEADLINE_EXCEEDED."""
+        """It failed. Details contain google.rpc.ErrorInfo: LEG_FAILED, KV_CORRUPT, ENGINE_FAILED, INVALID_REQUEST or
+        DEADLINE_EXCEEDED.
+        """
 
     def __init__(
         self,

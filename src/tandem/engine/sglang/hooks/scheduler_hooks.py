@@ -3,7 +3,7 @@
 Each hook records a statistic, reports the reason of a crash, lifts a needless limit, or (on a CPU only) registers host
 memory and avoids busy loops; `seeded_sampling` makes seeds effective, `grammars` rejects unusable grammars, and
 `handover_port` and `bootstrap_server` drop what foreign senders send, `transfer_queues` writes to each decode engine
-in a thread of its own. No hook changes the tokens of a request without a
+in a thread of its own, `kv_check` digests what is handed over. No hook changes the tokens of a request without a
 seed. SGLang only logs a hook that fails to apply; `compat.check_hooks` fails
 the start instead.
 """
@@ -28,6 +28,7 @@ from tandem.engine.sglang.hooks import (
     cache_dump,
     grammars,
     handover_port,
+    kv_check,
     role_switch,
     seeded_sampling,
     transfer_queues,
@@ -97,6 +98,7 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         **bootstrap_server.targets(),
         **role_switch.targets(),
         **transfer_queues.targets(),
+        **kv_check.targets(device),
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
@@ -276,6 +278,7 @@ def _facts(req: Any, mode: str, shards: int) -> dict[str, Any]:
         "first_token_time_s": time_s(first_token),
         "kv_transfer_bytes": transfer.moved_bytes_of(shards),
         "recomputed_tokens": recomputed_tokens if decodes else None,
+        "kv_checked": hasattr(req, kv_check.CHECKED) if decodes else None,
     }
 
 
