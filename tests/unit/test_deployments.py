@@ -84,7 +84,7 @@ def test_the_console_of_the_example_settings_is_taken_without_its_marks_of_a_com
     text = (DEPLOY / "systemd" / "frontend.toml").read_text()
     (tmp_path / "frontend.toml").write_text(re.sub(r"(?m)^# (?=console_)", "", text))
     flags = ["--config", str(tmp_path / "frontend.toml")]
-    config = configuration.load(CONFIGS["frontend"], "tandem-frontend", flags, {})
+    config: Any = configuration.load(CONFIGS["frontend"], "tandem-frontend", flags, {})
     assert (config.console_port, config.console_keys) == (8090, Path("/etc/tandem/console.keys"))
     assert "console_port" not in tomllib.loads(text)
 
