@@ -59,7 +59,7 @@ def flat(tools: Sequence[FunctionTool | NamespaceTool]) -> list[Offered]:
         for path, one in each:
             if len(one.name) > NAME_CHARS_MAX:
                 raise InvalidRequest(path, f"is longer than {NAME_CHARS_MAX} characters with its namespace")
-            # Chat completions leave equal names of plain functions to the model; a call could not be told apart here.
+            # Chat completions leave equal names of plain functions to the model; here a call would be ambiguous.
             if one.name in found and (one.namespace or found[one.name].namespace):
                 raise InvalidRequest(path, f"is the same as another tool's with its namespace: {one.name!r}")
             found[one.name] = one
