@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-again coverage faults compose-test lint deploy-lint packages docs sbom protos clean
+.PHONY: help setup demo check test test-again tools-test coverage faults compose-test lint deploy-lint packages docs sbom protos clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test: setup ## every test, in TEST_PROCESSES (3; 0: one after another)
 
 test-again: setup ## the files in which a test of the last run failed, alone; CI does this once
 	@HYPOTHESIS_EXAMPLES=full PYTHONHASHSEED=0 $(BIN)/python tools/rerun_failed.py
+
+tools-test: setup ## other projects' tools and coding agents, as they come; installed into .cache the first time
+	@$(BIN)/python -m pytest tests/other_tools -m '' $(PYTEST_FLAGS)
 
 coverage: setup ## line coverage of the unit, wire and contract tests; fails below the floor in pyproject.toml
 	@$(BIN)/python -m coverage run -m pytest tests/unit tests/wire tests/contract -q $(PYTEST_FLAGS)

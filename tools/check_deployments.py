@@ -27,7 +27,12 @@ from tools.own_environment import ROOT, own_environment
 KUBERNETES_VERSION = "1.37"
 DOCKERFILES = (*sorted(ROOT.glob("services/*/Dockerfile")), *sorted(ROOT.glob("deploy/images/*.Dockerfile")))
 CHART = ROOT / "deploy" / "helm" / "tandem"
-COMPOSE_FILES = (("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml"))
+FRONTEND = "Deployment tandem-frontend"
+COMPOSE_FILES = (
+    ("docker-compose.yml",),
+    ("docker-compose.yml", "docker-compose.gpu.yml"),
+    ("docker-compose.yml", "deploy/compose/console.yml"),
+)
 
 
 def main() -> int:
@@ -64,7 +69,12 @@ def helm() -> bool:
         differing = sorted(name for name in {*chart, *manifests} if chart.get(name) != manifests.get(name))
         print(f"  Helm, {engine} as kustomize: {'right' if not differing else f'WRONG: {differing}'}")
         good &= not differing
-    return good
+    values = ("--set", "frontend.consoleKeysSecret=console-keys")
+    with_console = objects(output(packed("helm"), "template", "tandem", CHART, *values))
+    without = objects(output(packed("helm"), "template", "tandem", CHART))
+    changed = sorted(name for name, one in with_console.items() if one != without.get(name))
+    print(f"  Helm, the console: {'right' if changed == [FRONTEND] else f'WRONG: {changed}'}")
+    return good and changed == [FRONTEND]
 
 
 def objects(text: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ appVersion: {tandem.__version__}
 kubeVersion: ">=1.27.0-0"
 """
 TAG = "{{ .Values.image.tag | default .Chart.AppVersion }}"
+CONSOLE_PORT, CONSOLE_KEYS = 8090, "/run/tandem/console"
 GPU = '{{- if eq .Values.engine "gpu" }}'
 EVERYWHERE = (
     (r"^metadata: \{name: ([\w-]+)\}$", rf"metadata: {{name: \1, labels: {{{PART_OF}}}}}"),
@@ -69,6 +70,8 @@ def service_rules(service: str) -> list[tuple[str, str]]:
     # Consul's settings come with more than a count.
     if service != "registry":
         rules.append((r"replicas: \d+", f"replicas: {{{{ .Values.{service}.replicas }}}}"))
+    if service == "frontend":
+        rules += console_rules(before_context)
     if is_worker:
         ucx = f"            {GPU}\n            - {{name: UCX_TLS, value: all}}\n            {{{{- end }}}}\n"
         mount = "            - {name: cache, mountPath: /var/cache/tandem}\n"
@@ -81,6 +84,30 @@ def service_rules(service: str) -> list[tuple[str, str]]:
             (r"(?m)^(        - \{name: models, persistentVolumeClaim.*\n)", rf"\1        {GPU}\n{cache}        {end}"),
         ]
     return rules
+
+
+def console_rules(before_context: str) -> list[tuple[str, str]]:
+    """The rules for a console on each frontend: its port, its keys from a Secret, and nothing without that."""
+    begin, end = "{{- with .Values.frontend.consoleKeysSecret }}\n", "{{- end }}\n"
+
+    def block(indent: str, *lines: str) -> str:
+        return indent + begin + "".join(f"{indent}{line}\n" for line in lines) + indent + end
+
+    wide, narrow = " " * 12, " " * 8
+    settings = block(
+        wide,
+        f'- {{name: TANDEM_FRONTEND_CONSOLE_PORT, value: "{CONSOLE_PORT}"}}',
+        f"- {{name: TANDEM_FRONTEND_CONSOLE_KEYS, value: {CONSOLE_KEYS}/console.keys}}",
+    )
+    port = block(wide, f"- {{name: console, containerPort: {CONSOLE_PORT}}}")
+    mount = block(wide, f"- {{name: console-keys, mountPath: {CONSOLE_KEYS}, readOnly: true}}")
+    volume = block(narrow, "- {name: console-keys, secret: {secretName: {{ . }}, defaultMode: 0444}}")
+    return [
+        (r"(?m)^(            - \{name: metrics, containerPort: \d+\}\n)", rf"\1{port}"),
+        (before_context, settings),
+        (r"(?m)^(?=      volumes:$)", mount),
+        (r"(?m)^(        - \{name: models, persistentVolumeClaim.*\n)", rf"\1{volume}"),
+    ]
 
 
 def templates() -> dict[Path, str]:

@@ -54,7 +54,7 @@ def main() -> int:
         step("libraries", pip(*CONSTRAINTS, *(part for name in LISTED for part in ("-r", REQUIREMENTS / name))))
         alone = (part for name in WITHOUT_DEPENDENCIES for part in ("-r", REQUIREMENTS / name))
         step("SGLang and NIXL", pip(*CONSTRAINTS, "--no-deps", *alone))
-        step("former name", [str(PYTHON), "-m", "pip", "uninstall", "--yes", FORMER_NAME])
+        step("removing the package's earlier name", [str(PYTHON), "-m", "pip", "uninstall", "--yes", FORMER_NAME])
         step("Tandem", pip("--no-deps", "-e", ROOT))
     except subprocess.CalledProcessError as problem:
         last = "\n".join(LOG.read_text(errors="replace").splitlines()[-SHOWN_LINES:])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
@@ -279,3 +282,17 @@ async def test_a_frontend_without_a_directory_says_so(tmp_path: Path) -> None:
             ):
                 assert response.status_code == 501
                 assert "batch_directory" in error_of(response)["message"]
+
+
+async def test_processes_of_one_frontend_share_files_and_run_each_row_once(tmp_path: Path) -> None:
+    """Each call may reach another process; one of them has the lock and runs all rows."""
+    async with LocalCluster(spec(tmp_path, frontend_processes=2)) as cluster:
+        assert cluster.edge is not None
+        pids = {child.pid for child in psutil.Process(cluster.frontend.pid).children()}
+        assert len(pids) >= 2
+        # A connection stays with one process: several clients reach both.
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(sdk(cluster.edge.address)) for _ in range(4)]
+            batches = await asyncio.gather(*(created(client, chat_rows(30)) for client in clients))
+            for client, batch in zip(reversed(clients), batches, strict=True):
+                await assert_each_row_once(client, await ended(client, batch), 30)

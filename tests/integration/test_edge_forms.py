@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import pytest_asyncio
+from google.api.httpbody_pb2 import HttpBody
 
 import tandem
 from tandem.local_cluster.child_process import ClusterProcess
@@ -246,18 +247,44 @@ async def test_a_preflight_of_an_sdk(client: httpx.AsyncClient) -> None:
         assert "*" in allowed
 
 
+def posted(path: str, version: str, body: bytes = BODY) -> bytes:
+    head = f"POST {path} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+async def test_http_1_0_gets_a_stream_as_it_comes(stub: tuple[StubFrontend, str], open_edge: ClusterProcess) -> None:
+    """Without chunks, which HTTP/1.0 has not: the end of the connection is the end of the stream."""
+    is_read = asyncio.Event()
+
+    async def events() -> AsyncIterator[HttpBody]:
+        yield HttpBody(content_type="text/event-stream", data=b"data: 1\n\n")
+        await is_read.wait()
+        yield HttpBody(content_type="text/event-stream", data=b"data: 2\n\n")
+
+    stub[0].stream = events
+    host, port = open_edge.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(posted("/v1/generate", "1.0", b"{}"))
+    async with asyncio.timeout(20):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readuntil(b"\n\n") == b"data: 1\n\n", "before the second event exists"
+        is_read.set()
+        assert await reader.read() == b"data: 2\n\n"
+    writer.close()
+    assert head.startswith(b"HTTP/1.0 200 OK")
+    assert b"transfer-encoding" not in head
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
 async def test_a_client_that_closes_its_side_has_left(
-    stub: tuple[StubFrontend, str], open_edge: ClusterProcess
+    stub: tuple[StubFrontend, str], open_edge: ClusterProcess, version: str
 ) -> None:
     """A half-closed connection looks as one that was closed: the request is aborted, so that engines are freed."""
     host, port = open_edge.address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     stub[0].delay_s = 0.5
     try:
-        head = (
-            f"POST /v1/detokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}"
-        )
-        writer.write(head.encode() + b"\r\n\r\n" + BODY)
+        writer.write(posted("/v1/detokenize", version))
         writer.write_eof()
         async with asyncio.timeout(5):
             with contextlib.suppress(ConnectionResetError):
@@ -265,3 +292,28 @@ async def test_a_client_that_closes_its_side_has_left(
     finally:
         stub[0].delay_s = 0.0
         writer.close()
+
+
+async def test_a_client_that_closes_its_side_during_a_stream_gets_no_more_of_it(
+    stub: tuple[StubFrontend, str], open_edge: ClusterProcess
+) -> None:
+    has_ended = asyncio.Event()
+
+    async def events() -> AsyncIterator[HttpBody]:
+        try:
+            yield HttpBody(content_type="text/event-stream", data=b"data: 1\n\n")
+            await asyncio.Event().wait()
+        finally:
+            has_ended.set()
+
+    stub[0].stream = events
+    host, port = open_edge.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(posted("/v1/generate", "1.0", b"{}"))
+    async with asyncio.timeout(20):
+        await reader.readuntil(b"data: 1\n\n")
+        writer.write_eof()
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        await has_ended.wait()
+    writer.close()

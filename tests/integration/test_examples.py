@@ -28,6 +28,7 @@ CALL = 'I look.</think>\n\n<tool_call>\n{"name": "look", "arguments": {"where": 
 ANSWER = "It is in the barn."
 SAYS = f"I know.</think>\n\n{ANSWER}"
 TIMES_ANSWERED = {
+    "ai_sdk_chat.mjs": 2,
     "anthropic_messages.mjs": 2,
     "anthropic_messages.py": 2,
     "curl.sh": 1,
@@ -48,6 +49,8 @@ SCRIPTED = {
     "openai_tools.py": ((CALL, SAYS), ['calls look({"where": "barn"})', ANSWER]),
 }
 """Files that need a model which calls tools or obeys a grammar: what it writes, and the lines that they print."""
+ELSEWHERE = {"instructor_extract.py", "pydantic_ai_agent.py"}
+"""Files whose libraries ask for other versions than Tandem: tests/other_tools runs them."""
 ALSO_PRINTED = {
     "anthropic_messages.py": r"^max_tokens\n22 input tokens$",
     "curl.sh": r'"stop_reason":"max_tokens"(.|\n)*data: {"finish": (.|\n)*{"token_ids":\[0,631,628,265,539\]}',

@@ -212,7 +212,7 @@ async def test_a_profile_needs_the_setting(cluster: LocalCluster, tmp_path: Path
             state=tmp_path / "none.json",
         ),
     )  # fmt: skip
-    assert "start the process with admin_enabled (ADMIN_DISABLED)" in err
+    assert "start the process with admin_enabled, or the cluster with `tandem up --admin` (ADMIN_DISABLED)" in err
     assert status == 0
     file = tmp_path / "frontend-1-profile.speedscope.json"
     assert out == f"{file} ({file.stat().st_size:,} bytes)\n"

@@ -85,6 +85,16 @@ def test_only_the_edge_is_published_and_only_on_loopback() -> None:
     assert COMPOSE["networks"]["cluster"]["internal"] is True
 
 
+def test_the_console_is_off_without_its_file_and_on_loopback_with_it() -> None:
+    assert not any("CONSOLE" in variable for name in OWN for variable in SERVICES[name]["environment"])
+    laid_over = read("deploy/compose/console.yml")
+    [(name, service)] = laid_over["services"].items()
+    assert kind(name) == "frontend"
+    assert unknown_settings(service["environment"]) == []
+    assert service["ports"] == ["${HTTP_ADDRESS:-127.0.0.1}:${CONSOLE_PORT:-8090}:8090"]
+    assert service["environment"]["TANDEM_FRONTEND_CONSOLE_KEYS"] == f"/run/secrets/{next(iter(laid_over['secrets']))}"
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_compose_services_set_only_known_settings(name: str) -> None:
     variables = SERVICES[name]["environment"]

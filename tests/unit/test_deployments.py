@@ -80,6 +80,15 @@ def test_example_settings_are_taken(file: Path) -> None:
     assert config.port
 
 
+def test_the_console_of_the_example_settings_is_taken_without_its_marks_of_a_comment(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "frontend.toml").read_text()
+    (tmp_path / "frontend.toml").write_text(re.sub(r"(?m)^# (?=console_)", "", text))
+    flags = ["--config", str(tmp_path / "frontend.toml")]
+    config: Any = configuration.load(CONFIGS["frontend"], "tandem-frontend", flags, {})
+    assert (config.console_port, config.console_keys) == (8090, Path("/etc/tandem/console.keys"))
+    assert "console_port" not in tomllib.loads(text)
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_a_unit_starts_what_is_installed_and_lets_it_drain(unit: Path) -> None:
     text = unit.read_text()

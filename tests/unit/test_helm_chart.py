@@ -51,6 +51,16 @@ def test_the_schema_knows_the_values_and_no_other() -> None:
     assert SCHEMA["additionalProperties"] is False
 
 
+def test_the_console_needs_its_secret() -> None:
+    assert VALUES["frontend"]["consoleKeysSecret"] == ""
+    text = (CHART / "templates" / "frontend.yaml").read_text()
+    switched = "".join(
+        re.findall(r"\{\{- with \.Values\.frontend\.consoleKeysSecret \}\}\n(.*?)\{\{- end \}\}", text, re.DOTALL)
+    )
+    for part in ("containerPort: 8090", "CONSOLE_PORT", "CONSOLE_KEYS", "mountPath: /run/tandem/console", "secretName"):
+        assert part in switched, part
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_takes_settings_by_their_names(service: str) -> None:
     text = (CHART / "templates" / f"{service}.yaml").read_text()

@@ -19,6 +19,17 @@ from tandem.errors import InvalidRequest
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 USER = {"role": "user", "content": "hi"}
 TOOL = {"name": "look", "input_schema": {"type": "object"}}
+LATER = {"name": "wait", "input_schema": {"type": "object"}, "defer_loading": True}
+SEARCHED = {
+    "role": "user",
+    "content": [
+        {
+            "type": "tool_result",
+            "tool_use_id": "t1",
+            "content": [{"type": "text", "text": "One."}, {"type": "tool_reference", "tool_name": "wait"}],
+        }
+    ],
+}
 CACHED = {"cache_control": {"type": "ephemeral"}}
 USE = {"type": "tool_use", "id": "t1", "name": "look", "input": {"where": "Köln"}}
 
@@ -218,7 +229,13 @@ def test_what_is_harmless_changes_nothing(name: str) -> None:
         ({"system": [{"type": "image"}]}, "system[0].type", "must be 'text'"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type", "must be 'custom'"),
         ({"tools": [{"name": "look"}]}, "tools[0].input_schema", "must be given"),
-        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading", "must be False"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools", "at least one"),
+        ({"tools": [TOOL, LATER], "tool_choice": {"type": "tool", "name": "wait"}}, "tool_choice.name", "deferred"),
+        (
+            {"tools": [TOOL], "messages": [SEARCHED]},
+            "messages[0].content[0].content[1].tool_name",
+            "not one of the tools",
+        ),
         ({"tools": [{**TOOL, "input_examples": [{}]}]}, "tools[0].input_examples", "at most 0"),
         ({"tool_choice": {"type": "all"}}, "tool_choice.type", "must be one of"),
         ({"tool_choice": "auto"}, "tool_choice", "must be"),
@@ -271,6 +288,15 @@ def test_errors_have_the_clients_names(field: str, name: str) -> None:
     ]
     form = {"format": {"type": "json_schema", "schema": {}}}
     assert translated(system="x", messages=turns, output_config=form).name(field) == name
+
+
+def test_a_deferred_tool_is_in_the_prompt_after_a_search_has_named_it() -> None:
+    """As Claude Code loads tools: the result of its search is a reference, and the tool was there all the time."""
+    before = translated(tools=[TOOL, LATER])
+    assert [tool.function.name for tool in before.chat.tools or ()] == ["look"]
+    after = translated(tools=[TOOL, LATER], messages=[USER, {"role": "assistant", "content": [USE]}, SEARCHED])
+    assert [tool.function.name for tool in after.chat.tools or ()] == ["look", "wait"]
+    assert for_template(after.chat.messages, lambda text: text)[-1]["content"] == "One.\nFound the tool wait."
 
 
 def test_a_request_of_a_coding_agent_is_taken() -> None:

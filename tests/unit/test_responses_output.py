@@ -21,12 +21,19 @@ from tests.unit.test_frontend_tokenization import DEMO
 
 
 def output(
-    parsed: Any, *, one_call_only: bool = False, streams: bool = True, request: Any = None, **body: Any
+    parsed: Any,
+    *,
+    one_call_only: bool = False,
+    streams: bool = True,
+    request: Any = None,
+    names: dict[str, tuple[str, str]] | None = None,
+    **body: Any,
 ) -> ResponseOutput:
     asked = ResponsesRequest.model_validate({"model": "m", "input": "hi", **body})
     return ResponseOutput(
         response_head(asked, "m", {"temperature": 0.6}),
         count_words,
+        names or {},
         request or pb.GenerateRequest(),
         TokenTexts(Tokenizer.open(DEMO)),
         parsed,
@@ -91,6 +98,15 @@ async def test_reasoning_text_and_two_calls_are_four_items() -> None:
     assert (wait["call_id"], wait["arguments"]) == ("call_1", "{}")
     indices = [event["output_index"] for event in events if "output_index" in event]
     assert indices == sorted(indices), "an item ends before the next one begins"
+
+
+async def test_a_call_of_a_namespace_has_the_clients_two_names() -> None:
+    events, whole = await run([[*CALL]], names={"look": ("agents", "see")})
+    (item,) = whole["output"]
+    assert (item["name"], item["namespace"]) == ("see", "agents")
+    added, done = (event for event in events if event["type"].startswith("response.output_item."))
+    assert (added["item"]["name"], added["item"]["namespace"], done["item"]["name"]) == ("see", "agents", "see")
+    assert [event["name"] for event in events if event["type"].endswith("arguments.done")] == ["see"]
 
 
 async def test_every_event_is_one_that_the_sdk_knows() -> None:

@@ -19,6 +19,7 @@ from tandem.errors import InvalidRequest
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "responses.md"
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 WAIT = {"type": "function", "name": "wait"}
+SPACE = {"type": "namespace", "name": "agents", "description": "Other agents.", "tools": [TOOL, WAIT]}
 CALL = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": '{"a": 1}'}
 THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
 
@@ -151,6 +152,7 @@ HARMLESS: dict[str, Any] = {
     "safety_identifier": "s",
     "prompt_cache_key": "k",
     "prompt_cache_retention": "24h",
+    "client_metadata": {"session_id": "s"},
     "prompt_cache_options": {"mode": "implicit"},
     "max_tool_calls": 3,
     "stream_options": {"include_obfuscation": False},
@@ -204,8 +206,18 @@ def test_what_is_harmless_changes_nothing(name: str) -> None:
             "input[0].encrypted_content",
             "cannot be read",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "must be 'function'"),
-        ({"tools": [{"type": "custom", "name": "patch"}]}, "tools[0].type", "must be 'function'"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "must be one of"),
+        ({"tools": [{"type": "custom", "name": "patch"}]}, "tools[0].type", "must be one of"),
+        ({"tools": [{**SPACE, "tools": []}]}, "tools[0].tools", "must not be empty"),
+        ({"tools": [{**SPACE, "tools": [{"type": "custom", "name": "x"}]}]}, "tools[0].tools[0].type", "function"),
+        ({"tools": [{**SPACE, "tools": [TOOL, {**TOOL, "name": "a" * 60}]}]}, "tools[0].tools[1].name", "longer"),
+        ({"tools": [{**TOOL, "name": "agents__look"}, SPACE]}, "tools[1].tools[0].name", "same as another"),
+        ({"tools": [SPACE, {**TOOL, "name": "agents__look"}]}, "tools[1].name", "same as another"),
+        (
+            {"tools": [{**SPACE, "tools": [{**TOOL, "name": f"f{n}"} for n in range(128)]}, TOOL]},
+            "tools",
+            "at most 128",
+        ),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "pattern"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading", "must be False"),
         ({"tools": [TOOL], "tool_choice": {"type": "file_search"}}, "tool_choice.type", "must be"),
@@ -252,6 +264,17 @@ def test_errors_have_the_clients_names(field: str, name: str) -> None:
     form = {"type": "json_schema", "name": "s", "schema": {}}
     sent = [{"role": "user", "content": "hi"}, CALL, {**CALL, "call_id": "c2"}]
     assert translated(input=sent, max_output_tokens=9, text={"format": form}).name(field) == name
+
+
+def test_functions_of_a_namespace_are_tools_under_both_names() -> None:
+    """As Codex sends its tools for other agents, and a call of one of them in the history."""
+    made = translated(tools=[TOOL, {**SPACE, "tools": [{**TOOL, "description": "Look."}, WAIT]}])
+    offered = [tool.function for tool in made.chat.tools or ()]
+    assert [tool.name for tool in offered] == ["look", "agents__look", "agents__wait"]
+    assert [tool.description for tool in offered] == [None, "Other agents.\n\nLook.", "Other agents."]
+    assert made.names == {"agents__look": ("agents", "look"), "agents__wait": ("agents", "wait")}
+    called = messages(tools=[SPACE], input=[{**CALL, "namespace": "agents"}])
+    assert called[0]["tool_calls"][0]["function"]["name"] == "agents__look"
 
 
 def test_a_request_of_a_coding_agent_is_taken() -> None:

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
-from tandem_frontend.console import server
+from tandem_frontend.console import connections, server
 from tandem_frontend.console.access import ConsoleKeys
 from tandem_frontend.console.pages import HEADERS
 from tandem_frontend.console.server import Console
@@ -256,20 +256,61 @@ async def test_console_disconnects_a_viewer_that_does_not_read(keys: Path, monke
         writer.close()
 
 
-async def test_console_closes_connections_beyond_its_limit(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS_MAX", 2)
+async def test_console_at_its_limit_closes_the_connection_that_waits_longest(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECTIONS_MAX", 2)
     console = Console(ConsoleKeys(keys), cast("Any", None), cast("Any", None), None)
+    async with console.listening("127.0.0.1", 0) as port, contextlib.AsyncExitStack() as stack:
+
+        async def opened(*, asks: bool) -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            if asks:
+                writer.write(b"GET /none HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"404" in await reader.readuntil(b"\r\n\r\n")
+            return reader
+
+        async def is_closed(reader: asyncio.StreamReader) -> bool:
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(30):
+                    await reader.read()
+            return True
+
+        page, silent = await opened(asks=True), await opened(asks=False)
+        assert await opened(asks=True), "a third one is served"
+        assert await is_closed(silent), "one that asked nothing goes first, though it is newer"
+        assert not page.at_eof()
+        assert await opened(asks=True)
+        assert await is_closed(page)
+
+
+class QuietFeed:
+    """A feed that says one thing."""
+
+    viewer_count = 0
+
+    async def texts(self) -> AsyncGenerator[str, None]:
+        yield "{}"
+        await asyncio.Event().wait()
+
+
+async def test_console_whose_connections_all_have_calls_closes_a_new_one(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECTIONS_MAX", 1)
+    feed = QuietFeed()
+    console = Console(ConsoleKeys(keys), cast("Any", feed), cast("Any", None), None)
     async with console.listening("127.0.0.1", 0) as port:
-        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        for reader, writer in opened:
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b"200" in await reader.readline()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET /api/fleet HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+        assert b"200" in await reader.readline()
+        late, other = await asyncio.open_connection("127.0.0.1", port)
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(30):
-                assert await reader.read() == b""
-        for _, one in (*opened, (reader, writer)):
-            one.close()
+                assert await late.read() == b""
+        other.close()
+        writer.close()
 
 
 async def test_console_finds_requests_of_other_frontends_and_names_silent_ones(keys: Path) -> None:

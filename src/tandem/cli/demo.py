@@ -57,7 +57,7 @@ async def demo(spec: ClusterSpec, console: Console) -> int:
                 clean = await cluster.stop()
     if finish is None:
         return EXIT_INTERRUPTED
-    _print_summary(finish, console)
+    _print_summary(finish, console, is_simulated=spec.engine == "simulated")
     console.print(f"all in {time.monotonic() - begin_s:.1f} s", style="dim", highlight=False)
     moved = finish.timings.kv_transfer_bytes > 0 and finish.reason != generation_pb2.FINISH_REASON_UNSPECIFIED
     return 0 if moved and clean else 1
@@ -72,14 +72,15 @@ async def _stream(cluster: LocalCluster, console: Console) -> pb.GenerateFinish:
     return await print_events(cluster.frontend.address, request, console)
 
 
-def _print_summary(finish: pb.GenerateFinish, console: Console) -> None:
+def _print_summary(finish: pb.GenerateFinish, console: Console, *, is_simulated: bool) -> None:
     route, timings = finish.route, finish.timings
     rate = tokens_per_s(finish)
+    moved = "KV moved (simulated)" if is_simulated else "KV moved over NIXL"
     rows = {
         "pair": f"{route.prefill_worker_id} (prefill) → {route.decode_worker_id} (decode)",
         "time to first token": f"{timings.time_to_first_token.ToNanoseconds() / 1e6:.1f} ms",
         "tokens per second": "-" if rate is None else f"{rate:.0f}",
-        "KV moved over NIXL": f"{timings.kv_transfer_bytes:,} bytes for {finish.usage.prompt_tokens} prompt tokens"
+        moved: f"{timings.kv_transfer_bytes:,} bytes for {finish.usage.prompt_tokens} prompt tokens"
         + kv_check_text(timings.kv_check),
         "recomputed on decode": f"{timings.recomputed_tokens} prompt tokens",
     }

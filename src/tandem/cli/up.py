@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -34,6 +35,8 @@ from tandem.service.restart_budget import RestartPolicy
 
 FIRST_PROMPT = "Mia hid the red key in the old barn. Where did Mia hide the red key?"
 """Suggested for a start; the demo model answers it from the prompt."""
+SIMULATED_MAX_TOKENS = 40
+"""Suggested for the simulated engine, whose random-looking text ends nowhere before the limit."""
 
 
 async def up(spec: ClusterSpec, console: Console, policy: RestartPolicy | None = None) -> int:
@@ -138,6 +141,27 @@ def _print_addresses(cluster: LocalCluster, state: ClusterState, console: Consol
     console.print(f"logs      {cluster.log_directory}", highlight=False, markup=False, soft_wrap=True)
     if cluster.spec.tls is not None:
         console.print(f"TLS       {cluster.spec.tls}", highlight=False, markup=False, soft_wrap=True)
-    named = f"--model {cluster.spec.first_name} " if cluster.spec.more_models else ""
-    suggested = f'tandem generate {named}"{FIRST_PROMPT}"'
-    console.print(f"\nTry `{suggested}`. Ctrl-C drains and stops the cluster.", highlight=False)
+    for warning in unknown_names(cluster.spec):
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nTry `{suggestion(cluster.spec)}`. Ctrl-C drains and stops the cluster.", highlight=False)
+
+
+def suggestion(spec: ClusterSpec) -> str:
+    """A first command for this cluster."""
+    named = f"--model {spec.first_name} " if spec.more_models else ""
+    bounded = f" --max-tokens {SIMULATED_MAX_TOKENS}" if spec.engine == "simulated" else ""
+    return f'tandem generate {named}"{FIRST_PROMPT}"{bounded}'
+
+
+def unknown_names(spec: ClusterSpec) -> list[str]:
+    """Aliases and a default that name no model of this cluster. It serves all the same: such a model may still join."""
+    names = {spec.first_name, *spec.more_models}
+    flags = spec.role_flags.get("frontend", {})
+    given = [f"--alias {pair}" for pair in (flags.get("model-aliases") or "").split(",") if pair]
+    if flags.get("default-model"):
+        given.append(f"--default-model {flags['default-model']}")
+    return [
+        f"{option}: this cluster has no model of that name (it has {', '.join(sorted(names))})"
+        for option in given
+        if re.split("[ =]", option)[-1].strip() not in names
+    ]

@@ -125,7 +125,10 @@ class Profiles:
 
     def _admit(self, wanted: Wanted) -> str:
         if not self._enabled:
-            raise AdminDisabled(f"profiles are disabled: start the process with {SETTING}", setting=SETTING)
+            raise AdminDisabled(
+                f"profiles are disabled: start the process with {SETTING}, or the cluster with `tandem up --admin`",
+                setting=SETTING,
+            )
         forms = self._profiler.forms
         form = wanted.form or next(iter(forms), "")
         if form not in forms:

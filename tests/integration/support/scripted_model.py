@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -129,9 +130,18 @@ class Named(OneModel):
 
 
 @asynccontextmanager
-async def scripted_model(folder: Path) -> AsyncIterator[ScriptedModel]:
-    """Serve both doors on a port of this process; the parsers run in theirs."""
+async def scripted_model(folder: Path, *, context_tokens: int | None = None) -> AsyncIterator[ScriptedModel]:
+    """Serve both doors on a port of this process; the parsers run in theirs.
+
+    Args:
+        folder: where the model's directory is made.
+        context_tokens: the longest context; default: that of the demo model.
+    """
     directory = link_tool_model(folder / MODEL, DEMO_MODEL)
+    if context_tokens is not None:
+        config = json.loads((DEMO_MODEL / "config.json").read_text())
+        (directory / "config.json").unlink()
+        (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context_tokens}))
     tokenizer = Tokenizer.open(directory)
     generation = ScriptedGeneration(tokenizer)
     model = ServedModel(MODEL, tokenizer, {})

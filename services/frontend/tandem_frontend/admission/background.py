@@ -17,8 +17,8 @@ from tandem.clock import Clock
 QUIET_S = 1.0
 """So long without a live request, and the workers are idle: a client that sends one after the other is never."""
 OTHERS_WINDOW_S = 3.0
-"""The load of other frontends is what was there all this time: a worker's report is up to a second old, so that single
-ones count requests of this frontend that have ended."""
+"""The load of other frontends is what was there all this time: a worker's report is 0.25 s old, or with more than 50
+workers up to as long as `LoadWatch` makes its interval, so that single ones count requests that have ended."""
 CREDIT_MAX_S = 10.0
 """Request-seconds that can be saved up: a burst beside live requests is no longer."""
 

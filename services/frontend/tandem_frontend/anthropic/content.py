@@ -42,12 +42,19 @@ class ToolUseBlock(Content):
     input: dict[str, Any]
 
 
+class ToolReferenceBlock(Content):
+    """The name of a deferred tool that the client's search found: from here on the model may call it."""
+
+    type: Literal["tool_reference"]
+    tool_name: str
+
+
 class ToolResultBlock(Content):
     """The result of a tool call. Its text says whether the tool failed: `is_error` has no form in a chat template."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Many[TextBlock] | None = None
+    content: str | Many[Annotated[TextBlock | ToolReferenceBlock, Field(discriminator="type")]] | None = None
 
 
 class UserMessage(Content):

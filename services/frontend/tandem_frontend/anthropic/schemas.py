@@ -26,10 +26,11 @@ class Tool(Schema):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
+    # Not in the prompt before a `tool_reference` of the conversation names it.
+    defer_loading: bool | None = None
     # Accepted and ignored: the prefix cache and the streaming of arguments need no request.
     cache_control: dict[str, Any] | None = None
     eager_input_streaming: bool | None = None
-    defer_loading: Literal[False] | None = None
     allowed_callers: Many[Literal["direct"]] | None = None
     input_examples: Annotated[list[Any], Field(max_length=0)] | None = None
 

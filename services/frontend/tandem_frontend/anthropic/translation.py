@@ -12,6 +12,7 @@ from tandem_frontend.anthropic.content import (
     SystemMessage,
     TextBlock,
     ThinkingBlock,
+    ToolReferenceBlock,
     ToolResultBlock,
     ToolUseBlock,
     UserMessage,
@@ -67,7 +68,7 @@ class Translated:
             stop=body.stop_sequences,
             messages=self._history.messages(),
             response_format=_response_format(body),
-            tools=[_tool(tool) for tool in body.tools or ()] or None,
+            tools=[_tool(tool) for tool in _offered(body)] or None,
             tool_choice=_tool_choice(choice),
             parallel_tool_calls=False if is_single else None,
             reasoning_effort=_effort(body, takes),
@@ -130,8 +131,41 @@ def _add(history: History, role: str, block: Any, path: str) -> None:
             history.result(block.tool_use_id, _texts(block.content or ""), f"{path}.content")
 
 
-def _texts(content: str | Sequence[TextBlock]) -> list[str]:
-    return [content] if isinstance(content, str) else [block.text for block in content]
+def _texts(content: str | Sequence[TextBlock | ToolReferenceBlock]) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [block.text if isinstance(block, TextBlock) else f"Found the tool {block.tool_name}." for block in content]
+
+
+def _offered(body: PromptFields) -> list[Tool]:
+    """The tools in the prompt: all but those that wait for a search, which finds them by a reference."""
+    tools, found = body.tools or [], _found(body)
+    names = {tool.name for tool in tools}
+    for name, path in found.items():
+        if name not in names:
+            raise InvalidRequest(path, f"{name[:64]!r} is not one of the tools")
+    offered = [tool for tool in tools if not tool.defer_loading or tool.name in found]
+    if isinstance(body.tool_choice, ToolChoice) and body.tool_choice.name in names - {tool.name for tool in offered}:
+        raise InvalidRequest("tool_choice.name", "is a deferred tool that no tool_reference has named yet")
+    if tools and not offered:
+        raise InvalidRequest("tools", "at least one must have no defer_loading")
+    return offered
+
+
+def _found(body: PromptFields) -> dict[str, str]:
+    """The deferred tools that results of a search have named, and where the first one stands."""
+    found: dict[str, str] = {}
+    for number, message in enumerate(body.messages):
+        if not isinstance(message, UserMessage) or isinstance(message.content, str):
+            continue
+        for index, block in enumerate(message.content):
+            if not isinstance(block, ToolResultBlock) or isinstance(block.content, str):
+                continue
+            for part, reference in enumerate(block.content or ()):
+                if isinstance(reference, ToolReferenceBlock):
+                    path = f"messages[{number}].content[{index}].content[{part}].tool_name"
+                    found.setdefault(reference.tool_name, path)
+    return found
 
 
 def _tool(tool: Tool) -> openai.Tool:

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from aiohttp import web
 from google.protobuf.json_format import ParseDict, ParseError
@@ -29,14 +29,13 @@ from tandem.errors import InvalidRequest, RequestNotFound, StartError, TandemErr
 from tandem.service.api_keys import ApiKey
 from tandem.tls.paths import Tls
 from tandem_frontend.console.access import ConsoleKeys, is_own_page
+from tandem_frontend.console.connections import Connections
 from tandem_frontend.console.feed import FleetFeed
 from tandem_frontend.console.frontends import ConsoleFrontends
 from tandem_frontend.console.pages import HEADERS, read_pages
 from tandem_frontend.console.rows import summary_row, timeline_row
 from tandem_frontend.response.error_body import error_body, last_event
 
-CONNECTIONS_MAX = 64
-"""A browser opens six at most. Beyond this, connections are closed without a response: the frontend needs its own."""
 VIEWERS_MAX = 16
 """Open streams of the fleet."""
 BODY_BYTES_MAX = 2**16
@@ -47,6 +46,8 @@ WRITE_TIMEOUT_S = 10.0
 STOP_GRACE_S = 0.2
 KEEP_ALIVE_S = 60.0
 """Of a connection without a call: the library keeps it for an hour."""
+HANDSHAKE_S = 10.0
+"""Of TLS."""
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEY = web.RequestKey("key", ApiKey)
 """The key of a call, once it was checked."""
@@ -64,6 +65,7 @@ class Console:
         self._frontends = frontends
         self._tls = tls
         self._pages = read_pages()
+        self._connections: Connections | None = None
 
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[int]:
@@ -89,14 +91,21 @@ class Console:
         )
         async with AsyncExitStack() as stack:
             await runner.setup()
+            assert runner.server is not None, "the runner is set up"
+            self._connections = Connections(runner.server)
             stack.push_async_callback(runner.cleanup)
-            listener = await _listen(runner, host, port, self._tls)
+            listener = await _listen(self._connections, host, port, self._tls)
             stack.callback(listener.close)
             yield listener.sockets[0].getsockname()[1]
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse calls without a key or from another site's page, and turn errors into error objects."""
+        assert self._connections is not None, "a call has a listener"
+        with self._connections.calling(request.protocol):
+            return await self._guarded(request, handler)
+
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if request.path.startswith("/api/"):
                 if not is_own_page(request.headers, request.host):
@@ -240,27 +249,18 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.update(HEADERS)
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int, tls: Tls | None) -> asyncio.Server:
-    server = runner.server
-    assert server is not None, "the runner is set up"
-
-    def connected() -> asyncio.BaseProtocol:
-        return _Refusal() if len(server.connections) >= CONNECTIONS_MAX else server()
-
+async def _listen(connections: Connections, host: str, port: int, tls: Tls | None) -> asyncio.Server:
+    loop = asyncio.get_running_loop()
     try:
-        context = None if tls is None else _server_context(tls)
-        return await asyncio.get_running_loop().create_server(connected, bare_host(host), port, ssl=context)
+        if tls is None:
+            return await loop.create_server(connections.accept, bare_host(host), port)
+        context = _server_context(tls)
+        return await loop.create_server(
+            connections.accept, bare_host(host), port, ssl=context, ssl_handshake_timeout=HANDSHAKE_S
+        )
     except (OSError, ssl.SSLError) as problem:
         where = join_address(host, port)
         raise StartError(f"cannot serve the console on {where}: {problem.strerror or problem}") from None
-
-
-class _Refusal(asyncio.Protocol):
-    """Closes a connection at once."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are not asyncio's.
-        cast("asyncio.Transport", transport).abort()
 
 
 def _server_context(tls: Tls) -> ssl.SSLContext:

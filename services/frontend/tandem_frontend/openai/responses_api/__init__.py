@@ -1,4 +1,4 @@
 """OpenAI's Responses API on the same messages, tools, grammars and sampling as chat completions.
 
-In reading order: schemas (with items), translation, output, handler.
+In reading order: schemas (with items), namespaces, translation, output, handler.
 """

@@ -39,6 +39,7 @@ class Responses:
             output = ResponseOutput(
                 response_head(body, self._model.name, self._model.sampling_defaults),
                 self._count_tokens,
+                translated.names,
                 chat.requests[0],
                 self._texts,
                 chat.parsed[0],

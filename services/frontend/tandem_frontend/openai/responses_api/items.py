@@ -55,6 +55,7 @@ class FunctionCall(Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 

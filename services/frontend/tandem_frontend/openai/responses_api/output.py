@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
@@ -52,12 +52,16 @@ def response_head(body: ResponsesRequest, model: str, sampling_defaults: dict[st
         "temperature": _effective("temperature", body, sampling_defaults),
         "text": {"verbosity": "medium", **given.get("text", {}), "format": _format(given)},
         "tool_choice": given.get("tool_choice", "auto"),
-        "tools": [{"strict": None, "parameters": None, **tool} for tool in given.get("tools", [])],
+        "tools": [_tool(tool) for tool in given.get("tools", [])],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": _effective("top_p", body, sampling_defaults),
         "truncation": "disabled",
         "usage": None,
     }
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool if tool["type"] == "namespace" else {"strict": None, "parameters": None, **tool}
 
 
 def _effective(name: str, body: ResponsesRequest, defaults: dict[str, float]) -> float:
@@ -74,11 +78,25 @@ class ResponseOutput(BlockChoice):
     """One response while it is generated."""
 
     def __init__(
-        self, head: dict[str, Any], count_tokens: Callable[[str], Awaitable[int]], *arguments: Any, **options: Any
+        self,
+        head: dict[str, Any],
+        count_tokens: Callable[[str], Awaitable[int]],
+        names: Mapping[str, tuple[str, str]],
+        *arguments: Any,
+        **options: Any,
     ) -> None:
-        """`head`: the response object. `count_tokens` counts those of a text. The rest: see `BlockChoice`."""
+        """One response without output.
+
+        Args:
+            head: the response object.
+            count_tokens: counts those of a text.
+            names: the namespace and the name in it, by the model's name of a function of a namespace.
+            arguments: see `BlockChoice`.
+            options: see `BlockChoice`.
+        """
         super().__init__(*arguments, **options)
         self._response = head
+        self._names = names
         self._count_tokens = count_tokens
         self._items: list[dict[str, Any]] = []
         """The items as they are now, one for each block."""
@@ -104,7 +122,7 @@ class ResponseOutput(BlockChoice):
         item: dict[str, Any] = {"id": item_id, "status": "in_progress"}
         match block.kind:
             case "call":
-                item |= {"type": "function_call", "call_id": block.call_id, "name": block.name, "arguments": ""}
+                item |= {"type": "function_call", "call_id": block.call_id, **self._called(block), "arguments": ""}
             case "text":
                 item |= {"type": "message", "role": "assistant", "content": []}
             case "reasoning":
@@ -129,7 +147,7 @@ class ResponseOutput(BlockChoice):
         item = self._items[block.index]
         if block.kind == "call":
             done = {**item, "arguments": text, "status": status}
-            about = {"name": block.name, "arguments": text}
+            about = {"name": item["name"], "arguments": text}
             events = [self._item_event("response.function_call_arguments.done", block, **about)]
         else:
             part = _part(block)
@@ -165,6 +183,13 @@ class ResponseOutput(BlockChoice):
         if not is_cut:
             self._response["completed_at"] = int(time.time())
         return [*events, self._event(f"response.{status}", response=self._response)]
+
+    def _called(self, block: Block) -> dict[str, str]:
+        """The client's name of a function."""
+        if block.name not in self._names:
+            return {"name": block.name}
+        namespace, name = self._names[block.name]
+        return {"name": name, "namespace": namespace}
 
     async def _usage(self, usage: generation_pb2.Usage) -> dict[str, Any]:
         reasoning = "".join(block.text for block in self.blocks if block.kind == "reasoning")

@@ -67,6 +67,15 @@ class FunctionTool(Schema):
     async_: Literal[False] | None = Field(None, alias="async")
 
 
+class NamespaceTool(Schema):
+    """A group of functions: a call of one carries the group's name beside its own."""
+
+    type: Literal["namespace"]
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str | None = None
+    tools: Annotated[Many[FunctionTool], Field(min_length=1, max_length=TOOLS_MAX)]
+
+
 class NamedTool(Schema):
     """The name of a function."""
 
@@ -94,7 +103,12 @@ class ResponsesRequest(CommonFields):
     input: str | Annotated[Many[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Int32 | None = None
-    tools: Annotated[Many[FunctionTool], Field(max_length=TOOLS_MAX)] | None = None
+    tools: (
+        Annotated[
+            Many[Annotated[FunctionTool | NamespaceTool, Field(discriminator="type")]], Field(max_length=TOOLS_MAX)
+        ]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -104,6 +118,7 @@ class ResponsesRequest(CommonFields):
     chat_template_kwargs: dict[str, Any] | None = None
 
     # Accepted and ignored: they change nothing in the output.
+    client_metadata: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None  # type: ignore[assignment]
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None

@@ -8,9 +8,9 @@ from tandem.errors import InvalidRequest
 from tandem_frontend.openai.common_params import CommonFields
 from tandem_frontend.openai.history import History
 from tandem_frontend.openai.responses_api.items import FunctionCall, FunctionCallOutput, MessageItem, ReasoningItem
+from tandem_frontend.openai.responses_api.namespaces import Offered, flat, joined
 from tandem_frontend.openai.responses_api.schemas import (
     AllowedTools,
-    FunctionTool,
     JsonSchemaFormat,
     NamedTool,
     ResponsesRequest,
@@ -50,6 +50,9 @@ class Translated:
         """
         self._history = _history(body)
         copied = {name: getattr(body, name) for name in CommonFields.model_fields.keys() - OWN_FIELDS}
+        functions = flat(body.tools or ())
+        self.names = {one.name: (one.namespace, one.function.name) for one in functions if one.namespace is not None}
+        """The namespace and the name in it, by the model's name of a function."""
         wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
         self.chat = ChatRequest.model_construct(
             **copied,
@@ -58,7 +61,7 @@ class Translated:
             logprobs=wants_logprobs or None,
             top_logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
             response_format=_response_format(body),
-            tools=[_tool(tool) for tool in _offered(body)] or None,
+            tools=[_tool(one) for one in _offered(body, functions)] or None,
             tool_choice=_tool_choice(body),
             parallel_tool_calls=body.parallel_tool_calls,
             reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
@@ -95,7 +98,7 @@ def _add(history: History, item: Any, path: str) -> None:
             else:
                 history.instruct(texts, place)
         case FunctionCall():
-            history.call(item.call_id, item.name, item.arguments, path, f"{path}.arguments")
+            history.call(item.call_id, joined(item.namespace, item.name), item.arguments, path, f"{path}.arguments")
         case FunctionCallOutput():
             history.result(item.call_id, _texts(item.output), f"{path}.output")
         case ReasoningItem():
@@ -109,22 +112,21 @@ def _texts(content: str | list[Any]) -> list[str]:
     return [content] if isinstance(content, str) else [part.text for part in content]
 
 
-def _offered(body: ResponsesRequest) -> list[FunctionTool]:
+def _offered(body: ResponsesRequest, functions: list[Offered]) -> list[Offered]:
     """The tools that the model may call."""
-    tools = body.tools or []
     if not isinstance(body.tool_choice, AllowedTools):
-        return tools
-    names = {tool.name for tool in tools}
+        return functions
+    names = {one.name for one in functions}
     for number, allowed in enumerate(body.tool_choice.tools):
         if allowed.name not in names:
             raise InvalidRequest(f"tool_choice.tools[{number}].name", f"{allowed.name[:64]!r} is not one of the tools")
     kept = {allowed.name for allowed in body.tool_choice.tools}
-    return [tool for tool in tools if tool.name in kept]
+    return [one for one in functions if one.name in kept]
 
 
-def _tool(tool: FunctionTool) -> Tool:
+def _tool(one: Offered) -> Tool:
     function = Function.model_construct(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+        name=one.name, description=one.description, parameters=one.function.parameters, strict=one.function.strict
     )
     return Tool.model_construct(type="function", function=function)
 
