@@ -27,27 +27,27 @@ from tandem.api.types.v1 import generation_pb2 as tandem_dot_api_dot_types_dot_v
 from tandem.api.types.v1 import sampling_pb2 as tandem_dot_api_dot_types_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/api/types/v1/leg.proto\x12\x13tandem.api.types.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\"\xaf\x03\n\nLegRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0cworker_epoch\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x31\n\tbootstrap\x18\n \x01(\x0b\x32\x1e.tandem.api.types.v1.Bootstrap\x12\x15\n\x08priority\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x01\x88\x01\x01\x42\x0b\n\t_priorityB\r\n\x0b_cache_salt\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x0c\n\x04room\x18\x03 \x01(\x03\"/\n\x0bLegAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\";\n\x0bLegProgress\x12,\n\x05phase\x18\x01 \x01(\x0e\x32\x1d.tandem.api.types.v1.LegPhase\"b\n\tLegTokens\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x8b\x02\n\tLegFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegTimings\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprobB\x13\n\x11_matched_token_id\"\xb7\x04\n\nLegTimings\x12/\n\x0bqueued_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x12\x62ootstrap_end_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16preallocation_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_token_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens*\xa6\x01\n\x08LegPhase\x12\x19\n\x15LEG_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10LEG_PHASE_QUEUED\x10\x01\x12\x1b\n\x17LEG_PHASE_BOOTSTRAPPING\x10\x02\x12\x18\n\x14LEG_PHASE_PREFILLING\x10\x03\x12\x1a\n\x16LEG_PHASE_TRANSFERRING\x10\x04\x12\x16\n\x12LEG_PHASE_DECODING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/api/types/v1/leg.proto\x12\x13tandem.api.types.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\"\xef\x03\n\nLegRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0cworker_epoch\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x31\n\tbootstrap\x18\n \x01(\x0b\x32\x1e.tandem.api.types.v1.Bootstrap\x12\x15\n\x08priority\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x01\x88\x01\x01\x12#\n\x16\x65xpected_cached_tokens\x18n \x01(\x05H\x02\x88\x01\x01\x42\x0b\n\t_priorityB\r\n\x0b_cache_saltB\x19\n\x17_expected_cached_tokens\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x0c\n\x04room\x18\x03 \x01(\x03\"/\n\x0bLegAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\";\n\x0bLegProgress\x12,\n\x05phase\x18\x01 \x01(\x0e\x32\x1d.tandem.api.types.v1.LegPhase\"b\n\tLegTokens\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x8b\x02\n\tLegFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegTimings\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprobB\x13\n\x11_matched_token_id\"\xb7\x04\n\nLegTimings\x12/\n\x0bqueued_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x12\x62ootstrap_end_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16preallocation_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_token_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens*\xa6\x01\n\x08LegPhase\x12\x19\n\x15LEG_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10LEG_PHASE_QUEUED\x10\x01\x12\x1b\n\x17LEG_PHASE_BOOTSTRAPPING\x10\x02\x12\x18\n\x14LEG_PHASE_PREFILLING\x10\x03\x12\x1a\n\x16LEG_PHASE_TRANSFERRING\x10\x04\x12\x16\n\x12LEG_PHASE_DECODING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.types.v1.leg_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEGPHASE']._serialized_start=1701
-  _globals['_LEGPHASE']._serialized_end=1867
+  _globals['_LEGPHASE']._serialized_start=1765
+  _globals['_LEGPHASE']._serialized_end=1931
   _globals['_LEGREQUEST']._serialized_start=162
-  _globals['_LEGREQUEST']._serialized_end=593
-  _globals['_BOOTSTRAP']._serialized_start=595
-  _globals['_BOOTSTRAP']._serialized_end=648
-  _globals['_LEGACCEPTED']._serialized_start=650
-  _globals['_LEGACCEPTED']._serialized_end=697
-  _globals['_LEGPROGRESS']._serialized_start=699
-  _globals['_LEGPROGRESS']._serialized_end=758
-  _globals['_LEGTOKENS']._serialized_start=760
-  _globals['_LEGTOKENS']._serialized_end=858
-  _globals['_LEGFINISH']._serialized_start=861
-  _globals['_LEGFINISH']._serialized_end=1128
-  _globals['_LEGTIMINGS']._serialized_start=1131
-  _globals['_LEGTIMINGS']._serialized_end=1698
+  _globals['_LEGREQUEST']._serialized_end=657
+  _globals['_BOOTSTRAP']._serialized_start=659
+  _globals['_BOOTSTRAP']._serialized_end=712
+  _globals['_LEGACCEPTED']._serialized_start=714
+  _globals['_LEGACCEPTED']._serialized_end=761
+  _globals['_LEGPROGRESS']._serialized_start=763
+  _globals['_LEGPROGRESS']._serialized_end=822
+  _globals['_LEGTOKENS']._serialized_start=824
+  _globals['_LEGTOKENS']._serialized_end=922
+  _globals['_LEGFINISH']._serialized_start=925
+  _globals['_LEGFINISH']._serialized_end=1192
+  _globals['_LEGTIMINGS']._serialized_start=1195
+  _globals['_LEGTIMINGS']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)
